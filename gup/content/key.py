@@ -1,0 +1,86 @@
+"""What one stored body is called: the content key, its variant and its kind; never any I/O."""
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import PurePosixPath
+
+ANY = "any"
+"""Version or language of content that is the same for everybody."""
+
+ABSENT = "_"
+"""Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
+
+
+class Kind(StrEnum):
+    """What a file is; decides freshness, priority in the fill queue and labels."""
+
+    FULL = "full"
+    DELTA = "delta"
+    INDEX = "index"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Version and language that a body belongs to; two variants never share bytes."""
+
+    version: str = ANY
+    language: str = ANY
+
+
+@dataclass(frozen=True)
+class ContentKey:
+    """The name of one body. Every part is a safe file name: routes see to it, assertions hold it."""
+
+    version: str
+    language: str
+    stream: str
+    revision: str
+    file: str
+
+    def __post_init__(self) -> None:
+        for part in (self.version, self.language, self.stream, self.revision, self.file):
+            assert part, "an empty part in a content key"
+            assert part[0] != "." and "/" not in part and "\0" not in part, part
+            assert len(part.encode()) <= 240, part
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.version, self.language)
+
+    @cached_property
+    def text(self) -> str:
+        """The key as one line, the form used in logs, in the API and in records."""
+        return "/".join((self.version, self.language, self.stream, self.revision, self.file))
+
+    @cached_property
+    def path(self) -> PurePosixPath:
+        """Where the body lies, below `content/` in the cache directory."""
+        return PurePosixPath(self.version, self.language, self.stream, self.revision, self.file)
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return hashlib.blake2b(self.text.encode(), digest_size=16).digest()
+
+    @cached_property
+    def id(self) -> str:
+        """32 hexadecimal digits: names the key's files in `partial/`."""
+        return self._digest.hex()
+
+    @cached_property
+    def claim_offset(self) -> int:
+        """The byte of `partial/claims` whose lock is the key's claim (62 bits)."""
+        return int.from_bytes(self._digest[:8], "big") >> 2
+
+    @classmethod
+    def parse(cls, text: str) -> "ContentKey":
+        """The key that `text` (as made by `text`) stands for; ValueError if it is none."""
+        parts = text.split("/")
+        if len(parts) != 5:
+            raise ValueError(f"a content key has five parts, not {len(parts)}: {text!r}")
+        try:
+            return cls(*parts)
+        except AssertionError as error:
+            raise ValueError(f"not a content key: {text!r}") from error

@@ -1,0 +1,1 @@
+"""A simulated management server and simulated clients. Talks HTTP only."""

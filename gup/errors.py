@@ -1,0 +1,90 @@
+"""The one family of errors, and the table of problems that a client can be told; never any I/O."""
+
+from dataclasses import dataclass
+
+
+class GupError(Exception):
+    """Base of everything gup raises for the world's mistakes (our own are asserted)."""
+
+
+class SettingsError(GupError):
+    """Settings that can't be used.
+
+    `problems` has one sentence per mistake: the key, the value found, and what would be right.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class StoreError(GupError):
+    """The cache directory could not be used as asked (full, read-only, foreign)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemType:
+    """One row of PROBLEMS: status code and title of an RFC 9457 problem."""
+
+    status: int
+    title: str
+
+
+PROBLEMS: dict[str, ProblemType] = {
+    "bad-request": ProblemType(400, "The request is not well-formed HTTP"),
+    "bad-path": ProblemType(400, "The path is not a content path"),
+    "forbidden-host": ProblemType(403, "This is not an open proxy"),
+    "rule-refused": ProblemType(403, "The delivery rules do not allow this content for this client"),
+    "not-content": ProblemType(404, "Only content is served here"),
+    "upstream-not-found": ProblemType(404, "The upstream does not have this content"),
+    "upstream-gone": ProblemType(410, "The upstream no longer has this content"),
+    "method-not-allowed": ProblemType(405, "Only GET and HEAD are served here"),
+    "request-timeout": ProblemType(408, "The request head did not arrive in time"),
+    "precondition-failed": ProblemType(412, "A precondition of the request is not met"),
+    "uri-too-long": ProblemType(414, "The request target is too long"),
+    "range-not-satisfiable": ProblemType(416, "No part of the range lies within the content"),
+    "head-too-large": ProblemType(431, "The request head is too large"),
+    "internal-error": ProblemType(500, "gup made a mistake"),
+    "upstream-refused": ProblemType(502, "The upstream refused the request"),
+    "upstream-error": ProblemType(502, "The upstream answered with an error"),
+    "upstream-bad-body": ProblemType(502, "The upstream's answer cannot be the content asked for"),
+    "upstream-unreachable": ProblemType(502, "No upstream can be reached"),
+    "overloaded": ProblemType(503, "Too much is asked for at once"),
+    "no-upstream": ProblemType(503, "No upstream is configured for this content"),
+    "draining": ProblemType(503, "The service is stopping"),
+    "upstream-timeout": ProblemType(504, "The upstream did not answer in time"),
+    "http-version": ProblemType(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here"),
+    "loop": ProblemType(508, "The request has passed through this node before"),
+}
+
+
+class Problem(GupError):
+    """What goes wrong with one request, ready to be told: `server` alone turns it into a response.
+
+    `slug` is a key of PROBLEMS; `retry_after_seconds` where trying again helps; `extensions` are
+    further members of the problem document (RFC 9457 section 3.2).
+    """
+
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        *,
+        retry_after_seconds: float | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+        extensions: dict[str, object] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.slug = slug
+        self.detail = detail
+        self.retry_after_seconds = retry_after_seconds
+        self.headers = headers
+        self.extensions = extensions or {}
+
+    @property
+    def status(self) -> int:
+        return PROBLEMS[self.slug].status
+
+    @property
+    def title(self) -> str:
+        return PROBLEMS[self.slug].title

@@ -1,0 +1,1 @@
+"""Processes: supervisor, workers, controller and what they share."""

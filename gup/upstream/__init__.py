@@ -1,0 +1,1 @@
+"""The way out: choice of upstream, resumable downloads, the WAN's rate."""
