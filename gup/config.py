@@ -94,7 +94,9 @@ class Listen(Section):
     admin_address: str = Field("127.0.0.1", description="address of the control plane")
     admin_port: Port = Field(2968, description="port of the control plane")
     backlog: Count = Field(4096, description="connections the kernel queues per worker")
-    max_connections: Count = Field(20000, description="client connections per machine; more are closed at once")
+    max_connections: Count = Field(
+        20000, description="client connections per machine; more are closed at once"
+    )
     header_timeout: Duration = Field("15s", description="for a request head to arrive whole")
     idle_timeout: Duration = Field("75s", description="for the next request on a connection")
     write_timeout: Duration = Field("60s", description="for a client to take any byte while one is offered")
@@ -113,7 +115,9 @@ class Cache(Section):
     negative_ttl: Duration = Field("10s", description="for which an upstream's 404 or 410 stands")
     error_ttl: Duration = Field("2s", description="for which an upstream's failure stands")
     index_ttl: Duration = Field("60s", description="for which an index file is fresh")
-    max_stale: Duration = Field("7d", description="for which an index file is served while no upstream answers")
+    max_stale: Duration = Field(
+        "7d", description="for which an index file is served while no upstream answers"
+    )
     verify: Literal["first_use", "always", "scrub"] = Field(
         "first_use", description="when stored bytes are compared with their sums"
     )
@@ -141,7 +145,9 @@ class Upstream(Section):
     @field_validator("url")
     @classmethod
     def _url(cls, value: str) -> str:
-        if not re.fullmatch(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#]+)(?::\d{1,5})?(?:/[^\s?#]*)?", value):
+        if not re.fullmatch(
+            r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#]+)(?::\d{1,5})?(?:/[^\s?#]*)?", value
+        ):
             raise ValueError("an upstream's URL is http://host:port or https://host:port, without query")
         return value.rstrip("/")
 
@@ -166,7 +172,9 @@ class Fill(Section):
 
     max: Annotated[int, Field(ge=1)] = Field(8, description="fills that stream at once, over all workers")
     queue_timeout: Duration = Field("30s", description="for a request to wait for a fill to begin")
-    range_wait: Duration = Field("10s", description="for a range to be reached by the fill before it is fetched alone")
+    range_wait: Duration = Field(
+        "10s", description="for a range to be reached by the fill before it is fetched alone"
+    )
 
 
 class WanSchedule(Section):
@@ -223,10 +231,14 @@ class Rules(Section):
     mode: Literal["enforce", "report", "off"] = Field("enforce", description="refuse, only count, or neither")
     version_match: Literal["release", "build"] = Field("release", description="what equal versions means")
     undeclared: Literal["serve", "refuse"] = Field("serve", description="a client that states no version")
-    unlisted: Literal["serve", "refuse"] = Field("serve", description="a moniker that the catalogue does not list")
+    unlisted: Literal["serve", "refuse"] = Field(
+        "serve", description="a moniker that the catalogue does not list"
+    )
     download_client_patches: bool = Field(True, description="whether client patches are served at all")
     content_types: list[str] = Field(default_factory=list, description="content types served; empty is all")
-    english_after_autoupgrade: bool = Field(False, description="English patches from a manager of another language")
+    english_after_autoupgrade: bool = Field(
+        False, description="English patches from a manager of another language"
+    )
 
 
 class Log(Section):
@@ -234,7 +246,9 @@ class Log(Section):
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level written")
     format: Literal["text", "json"] = Field("text", description="one line of text, or one JSON object")
-    access: Literal["off", "sampled", "all"] = Field("sampled", description="requests: none, misses and few hits, all")
+    access: Literal["off", "sampled", "all"] = Field(
+        "sampled", description="requests: none, misses and few hits, all"
+    )
 
 
 class Workers(Section):

@@ -58,7 +58,7 @@ PROBLEMS: dict[str, ProblemType] = {
 }
 
 
-class Problem(GupError):
+class Problem(GupError):  # noqa: N818 - the word of RFC 9457
     """What goes wrong with one request, ready to be told: `server` alone turns it into a response.
 
     `slug` is a key of PROBLEMS; `retry_after_seconds` where trying again helps; `extensions` are

@@ -39,7 +39,7 @@ _NANOSECONDS = 1_000_000_000
 class Metric:
     """One row of METRICS.
 
-    `labels` are the labels with their values; `upstream` adds that label with the configured names, put first.
+    `labels` are the labels with their values; `upstream` adds that label with the configured names.
     `stored` figures live in the blocks (one word a series, histograms one a bucket and one for the sum);
     the others the controller works out when it is asked.
     """
@@ -94,17 +94,39 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_client_connections", "Client connections open.", stored=True),
     _gauge("gup_client_downloads_in_progress", "Bodies over 256 KiB being sent.", stored=True),
     _gauge("gup_client_downloads_queued", "Requests waiting for a download slot.", stored=True),
-    _counter("gup_evictions_total", "Entries evicted.", ("reason", ("unused", "revision", "size", "free", "part"))),
-    _counter("gup_evicted_bytes_total", "Bytes evicted.", ("reason", ("unused", "revision", "size", "free", "part"))),
+    _counter(
+        "gup_evictions_total", "Entries evicted.", ("reason", ("unused", "revision", "size", "free", "part"))
+    ),
+    _counter(
+        "gup_evicted_bytes_total",
+        "Bytes evicted.",
+        ("reason", ("unused", "revision", "size", "free", "part")),
+    ),
     _counter(
         "gup_integrity_failures_total",
         "Damage found in the store.",
         ("where", ("body", "part", "record", "index", "state")),
     ),
-    _counter("gup_rule_refusals_total", "Requests that a rule refused or would refuse.",
-             ("rule", ("client_patches_off", "content_type", "manager_too_old", "version", "language",
-                       "undeclared", "unlisted")), ("mode", ("enforce", "report"))),
-    _counter("gup_connections_refused_total", "Connections closed at accept.", ("reason", ("network", "limit"))),
+    _counter(
+        "gup_rule_refusals_total",
+        "Requests that a rule refused or would refuse.",
+        (
+            "rule",
+            (
+                "client_patches_off",
+                "content_type",
+                "manager_too_old",
+                "version",
+                "language",
+                "undeclared",
+                "unlisted",
+            ),
+        ),
+        ("mode", ("enforce", "report")),
+    ),
+    _counter(
+        "gup_connections_refused_total", "Connections closed at accept.", ("reason", ("network", "limit"))
+    ),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
     Metric("gup_stream_sent_bytes_total", "counter", "Body bytes sent, by stream.", stored=False),
@@ -169,7 +191,7 @@ def layout(upstreams: Sequence[str]) -> list[str]:
 
 
 class Counters:
-    """One process's block of words: `words` (64-bit, this process alone writes) and where each series stands."""
+    """One process's block of 64-bit `words`, which this process alone writes, and where each series stands."""
 
     def __init__(self, words: "memoryview[int]", positions: Mapping[str, int]) -> None:
         self.words = words

@@ -43,7 +43,9 @@ class ContentKey:
     def __post_init__(self) -> None:
         for part in (self.version, self.language, self.stream, self.revision, self.file):
             assert part, "an empty part in a content key"
-            assert part[0] != "." and "/" not in part and "\0" not in part, part
+            assert part[0] != ".", part
+            assert "/" not in part, part
+            assert "\0" not in part, part
             assert len(part.encode()) <= 240, part
 
     @property
@@ -53,7 +55,7 @@ class ContentKey:
     @cached_property
     def text(self) -> str:
         """The key as one line, the form used in logs, in the API and in records."""
-        return "/".join((self.version, self.language, self.stream, self.revision, self.file))
+        return f"{self.version}/{self.language}/{self.stream}/{self.revision}/{self.file}"
 
     @cached_property
     def path(self) -> PurePosixPath:

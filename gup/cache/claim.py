@@ -1,0 +1,60 @@
+"""Claims: which process may fetch a key. Kernel byte-range locks on one file that is never written to."""
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+
+
+def _lock(fd: int, kind: int, offset: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0))
+
+
+class Claims:
+    """The claims that this process holds (F_OFD_SETLK write locks, fcntl(2)).
+
+    The kernel frees them however the process dies. Two holders in one process would share the open file and
+    not see each other, so the set of held offsets is asked first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._held: set[int] = set()
+
+    def try_claim(self, offset: int) -> bool:
+        """Take the claim at `offset` (62 bits) if nobody has it; OSError when the lock table is full."""
+        if offset in self._held:
+            return False
+        try:
+            _lock(self._fd, fcntl.F_WRLCK, offset)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        self._held.add(offset)
+        return True
+
+    def release(self, offset: int) -> None:
+        self._held.remove(offset)
+        _lock(self._fd, fcntl.F_UNLCK, offset)
+
+    def held(self, offset: int) -> bool:
+        """Whether this process holds the claim."""
+        return offset in self._held
+
+    def taken(self, offset: int) -> bool:
+        """Whether any process holds the claim at this moment."""
+        if offset in self._held:
+            return True
+        answer = fcntl.fcntl(
+            self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+        )
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        """Give up all claims."""
+        os.close(self._fd)
+        self._held.clear()

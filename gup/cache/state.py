@@ -1,0 +1,113 @@
+"""Where a fill stands, for other processes and the next start: phases, their table, the state file; no I/O."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from gup.cache.checksum import seal, unseal
+from gup.cache.record import FORMAT, Head, Record
+from gup.content.key import ContentKey, Kind
+from gup.errors import PROBLEMS, Problem
+
+
+class Phase(StrEnum):
+    """A fill's phases."""
+
+    CLAIMED = "claimed"
+    REQUESTED = "requested"
+    STREAMING = "streaming"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    UNSTORABLE = "unstorable"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.CLAIMED: frozenset({Phase.REQUESTED, Phase.FAILED, Phase.COMMITTED}),
+    Phase.REQUESTED: frozenset({Phase.STREAMING, Phase.FAILED, Phase.UNSTORABLE}),
+    Phase.STREAMING: frozenset({Phase.COMMITTED, Phase.FAILED, Phase.UNSTORABLE}),
+    Phase.COMMITTED: frozenset(),
+    Phase.FAILED: frozenset(),
+    Phase.UNSTORABLE: frozenset(),
+}
+"""Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch."""
+
+
+def may_move(before: Phase, after: Phase) -> bool:
+    return after in TRANSITIONS[before]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What to answer, and for how long: nobody asks upstream before it ends.
+
+    `until` is on the machine's monotonic clock (shared by processes, untouched by clock changes); `ttl`
+    bounds it, since that clock starts anew at boot.
+    """
+
+    slug: str
+    detail: str
+    ttl: float
+    until: float
+
+    def stands(self, monotonic_now: float) -> bool:
+        return 0 < self.until - monotonic_now <= self.ttl
+
+    def problem(self, monotonic_now: float) -> Problem:
+        """The problem to tell a client. `Retry-After` stands where trying again may help."""
+        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
+        return Problem(self.slug, self.detail, retry_after_seconds=retry)
+
+    @classmethod
+    def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
+        return cls(problem.slug, problem.detail, ttl, monotonic_now + ttl)
+
+
+@dataclass(frozen=True, slots=True)
+class FillState:
+    """One state file. COMMITTED carries the record: from it an interrupted commit is done again."""
+
+    key: ContentKey
+    kind: Kind
+    generation: int
+    phase: Phase
+    head: Head | None = None
+    failure: Failure | None = None
+    record: Record | None = None
+
+    def encode(self) -> bytes:
+        failure = self.failure
+        return seal(
+            {
+                "format": FORMAT,
+                "key": self.key.text,
+                "kind": str(self.kind),
+                "generation": self.generation,
+                "phase": str(self.phase),
+                "head": self.head.to_json() if self.head else None,
+                "failure": {name: getattr(failure, name) for name in Failure.__slots__} if failure else None,
+                "record": self.record.to_json() if self.record else None,
+            }
+        )
+
+    @classmethod
+    def decode(cls, text: bytes) -> "FillState":
+        """ValueError when the text is damaged or of another format."""
+        fields = unseal(text)
+        try:
+            return cls._from_json(fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a state file: {error}") from error
+
+    @classmethod
+    def _from_json(cls, fields: dict[str, Any]) -> "FillState":
+        if fields["format"] != FORMAT:
+            raise ValueError(f"unknown format {fields['format']!r}")
+        return cls(
+            key=ContentKey.parse(fields["key"]),
+            kind=Kind(fields["kind"]),
+            generation=int(fields["generation"]),
+            phase=Phase(fields["phase"]),
+            head=Head.from_json(fields["head"]) if fields["head"] else None,
+            failure=Failure(**fields["failure"]) if fields["failure"] else None,
+            record=Record.from_json(fields["record"]) if fields["record"] else None,
+        )

@@ -1,0 +1,307 @@
+"""The cache directory: bodies, records, parts and state files. Never fetches, never decides what to evict.
+
+Every method blocks on the disk: the event loop calls them in a thread. A published byte is never overwritten
+or truncated: bodies arrive by rename and leave by unlink.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gup.cache.claim import Claims
+from gup.cache.record import Record
+from gup.cache.state import FillState
+from gup.content.key import ContentKey
+from gup.errors import StoreError
+
+_PART_SUFFIX = ".part"
+_STATE_SUFFIX = ".state"
+_SUMS_SUFFIX = ".sums"
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One body found by a scan. `record` is None when it is missing, damaged or of another body."""
+
+    key: ContentKey
+    record: Record | None
+    size_bytes: int
+    used_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The files of one key in `partial/`. `state` is None when missing or damaged."""
+
+    id: str
+    generation: int
+    size_bytes: int
+    modified_at: float
+    claimed: bool
+    state: FillState | None
+
+
+class OpenFile:
+    """A descriptor that lives as long as somebody holds this: no reader ever sees its number reused."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: str | Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # the open itself may have failed
+            os.close(self.fd)
+
+
+class Store:
+    """The files below one cache directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.content = root / "content"
+        self.partial = root / "partial"
+        self.index = root / "index"
+        self.run = root / "run"
+
+    def prepare(self) -> None:
+        """Make the folders; StoreError says which one can't be used and why."""
+        for folder in (self.content, self.partial, self.index, self.run):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
+
+    # --- committed bodies
+
+    def body_path(self, key: ContentKey) -> Path:
+        return self.content / key.path
+
+    def record_path(self, key: ContentKey) -> Path:
+        return self.content / key.path.with_name(f".{key.file}.gup")
+
+    def load(self, key: ContentKey) -> Record | None:
+        """The key's record; None when there is none. ValueError when it is damaged."""
+        try:
+            text = self.record_path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        record = Record.decode(text)
+        if record.key != key:
+            raise ValueError(f"the record is that of {record.key.text}")
+        return record
+
+    def open_body(self, record: Record) -> OpenFile | None:
+        """The record's body, or None when the file is missing or is not the body that was recorded."""
+        try:
+            file = OpenFile(self.body_path(record.key))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        stat = os.fstat(file.fd)
+        if stat.st_size != record.length or stat.st_mtime_ns != record.body_mtime_ns:
+            return None
+        return file
+
+    def save(self, record: Record) -> None:
+        """Put the record in place, atomically and durably; OSError when the disk refuses."""
+        path = self.record_path(record.key)
+        self._replace(path, record.encode(), durable=True)
+
+    def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
+        """Pin or unpin; False when there is no such entry."""
+        record = self._load_or_none(key)
+        if record is None:
+            return False
+        if record.pinned != pinned:
+            used_at = self.record_path(key).stat().st_mtime
+            self.save(record.with_pin(pinned))
+            self.touch(key, used_at)
+        return True
+
+    def touch(self, key: ContentKey, used_at: float) -> None:
+        """Note the last use (Unix seconds) where it outlives a lost index: the record file's times."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.record_path(key), (used_at, used_at))
+
+    def remove(self, key: ContentKey) -> int:
+        """Unlink the record, then the body; bytes freed, 0 when it was gone. Readers read on to the end."""
+        path = self.body_path(key)
+        self.record_path(key).unlink(missing_ok=True)
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            size = 0
+        self._prune(path.parent)
+        return size
+
+    def scan(self) -> Iterator[Stored]:
+        """Every body under `content/`, with its record."""
+        for folder, _, names in os.walk(self.content):
+            parts = Path(folder).relative_to(self.content).parts
+            if len(parts) != 4:
+                continue
+            for name in names:
+                if name.startswith("."):
+                    continue
+                try:
+                    key = ContentKey.parse("/".join((*parts, name)))
+                    yield self._stored(key)
+                except (ValueError, FileNotFoundError):
+                    continue
+
+    def _stored(self, key: ContentKey) -> Stored:
+        stat = self.body_path(key).stat()
+        record = self._load_or_none(key)
+        if record is None or (record.length, record.body_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            return Stored(key, None, stat.st_size, stat.st_mtime)
+        return Stored(key, record, stat.st_size, self.record_path(key).stat().st_mtime)
+
+    def _load_or_none(self, key: ContentKey) -> Record | None:
+        try:
+            return self.load(key)
+        except ValueError:
+            return None
+
+    # --- parts and states
+
+    def part_path(self, id_: str, generation: int) -> Path:
+        return self.partial / f"{id_}.{generation}{_PART_SUFFIX}"
+
+    def sums_path(self, id_: str, generation: int) -> Path:
+        """Sums of the part's whole chunks, 8 bytes each: what a takeover verifies it with."""
+        return self.partial / f"{id_}.{generation}{_SUMS_SUFFIX}"
+
+    def state_path(self, id_: str) -> Path:
+        return self.partial / f"{id_}{_STATE_SUFFIX}"
+
+    def load_state(self, id_: str) -> FillState | None:
+        """The state file; None when missing. ValueError when damaged."""
+        try:
+            text = self.state_path(id_).read_bytes()
+        except FileNotFoundError:
+            return None
+        return FillState.decode(text)
+
+    def save_state(self, state: FillState) -> None:
+        """Put the state in place, atomically; durably when it is a commit's journal."""
+        self._replace(self.state_path(state.key.id), state.encode(), durable=state.record is not None)
+
+    def drop_state(self, id_: str) -> None:
+        self.state_path(id_).unlink(missing_ok=True)
+
+    def drop_part(self, id_: str, generation: int) -> None:
+        self.part_path(id_, generation).unlink(missing_ok=True)
+        self.sums_path(id_, generation).unlink(missing_ok=True)
+
+    def generations(self, id_: str) -> list[int]:
+        """The generations of which there is a part, ascending."""
+        found = []
+        for path in self.partial.glob(f"{id_}.*{_PART_SUFFIX}"):
+            with contextlib.suppress(ValueError):
+                found.append(int(path.name.split(".")[1]))
+        return sorted(found)
+
+    def commit(self, state: FillState) -> None:
+        """Publish a whole part as its key's body: the steps that follow the COMMITTED state (its journal).
+
+        1. The state, durable. 2. The part renamed to the body. 3. The record. 4. State and sums removed.
+        After a crash between any two, `finish_commit` does the rest; a reader meanwhile sees the old entry or
+        none.
+        """
+        assert state.record is not None
+        self.save_state(state)
+        self.finish_commit(state)
+
+    def finish_commit(self, state: FillState) -> None:
+        """Steps 2 to 4 of a commit, as far as they are still to be done."""
+        record = state.record
+        assert record is not None
+        id_ = record.key.id
+        body = self.body_path(record.key)
+        part = self.part_path(id_, state.generation)
+        if part.exists():
+            self._rename_into(part, body)
+        file = self.open_body(record)
+        if file is not None:
+            self.save(record)
+        self.drop_part(id_, state.generation)
+        self.drop_state(id_)
+
+    def parts(self, claims: Claims | None = None) -> list[Part]:
+        """What lies in `partial/`: one row a part, and one for a state that has no part."""
+        rows: list[Part] = []
+        seen: set[str] = set()
+        for path in sorted(self.partial.glob(f"*{_PART_SUFFIX}")) + sorted(
+            self.partial.glob(f"*{_STATE_SUFFIX}")
+        ):
+            id_, _, rest = path.name.partition(".")
+            is_part = path.name.endswith(_PART_SUFFIX)
+            if (not is_part and id_ in seen) or len(id_) != 32:
+                continue
+            seen.add(id_)
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                generation = int(rest.split(".")[0]) if is_part else 0
+                rows.append(self._part(path, id_, generation, claims))
+        return rows
+
+    def _part(self, path: Path, id_: str, generation: int, claims: Claims | None) -> Part:
+        stat = path.stat()
+        try:
+            state = self.load_state(id_)
+        except ValueError:
+            state = None
+        size = stat.st_size if path.name.endswith(_PART_SUFFIX) else 0
+        claimed = claims.taken(int(id_[:16], 16) >> 2) if claims else False
+        return Part(id_, generation, size, stat.st_mtime, claimed, state)
+
+    def remove_part(self, part: Part) -> int:
+        """Remove a part with its state; bytes freed. The caller holds the key's claim or knows it free."""
+        if part.generation:
+            self.drop_part(part.id, part.generation)
+        self.drop_state(part.id)
+        return part.size_bytes
+
+    # --- files
+
+    def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
+        temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(text)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._rename_into(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _rename_into(self, source: Path, target: Path) -> None:
+        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
+        for attempt in range(5):
+            try:
+                source.rename(target)
+                break
+            except FileNotFoundError:
+                if attempt == 4 or not source.exists():
+                    raise
+                target.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _prune(self, folder: Path) -> None:
+        """Remove folders that became empty."""
+        while folder != self.content and self.content in folder.parents:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+            folder = folder.parent
