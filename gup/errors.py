@@ -81,6 +81,16 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         self.headers = headers
         self.extensions = extensions or {}
 
+    def again(self) -> "Problem":
+        """The same problem for one more request (an exception raised twice would gather tracebacks)."""
+        return Problem(
+            self.slug,
+            self.detail,
+            retry_after_seconds=self.retry_after_seconds,
+            headers=self.headers,
+            extensions=self.extensions,
+        )
+
     @property
     def status(self) -> int:
         return PROBLEMS[self.slug].status

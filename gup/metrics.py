@@ -92,8 +92,13 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_fills_in_progress", "Fills under way.", stored=True),
     _gauge("gup_fill_waiters", "Requests attached to fills under way.", stored=True),
     _gauge("gup_client_connections", "Client connections open.", stored=True),
-    _gauge("gup_client_downloads_in_progress", "Bodies over 256 KiB being sent.", stored=True),
+    _gauge(
+        "gup_client_downloads_in_progress",
+        "Bodies over 256 KiB being sent, index files left out.",
+        stored=True,
+    ),
     _gauge("gup_client_downloads_queued", "Requests waiting for a download slot.", stored=True),
+    _counter("gup_client_downloads_total", "Such bodies that were sent, or broken off."),
     _counter(
         "gup_evictions_total", "Entries evicted.", ("reason", ("unused", "revision", "size", "free", "part"))
     ),
@@ -125,7 +130,9 @@ METRICS: tuple[Metric, ...] = (
         ("mode", ("enforce", "report")),
     ),
     _counter(
-        "gup_connections_refused_total", "Connections closed at accept.", ("reason", ("network", "limit"))
+        "gup_connections_refused_total",
+        "Connections closed at accept.",
+        ("reason", ("network", "limit", "address")),
     ),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
@@ -136,8 +143,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),
     _gauge("gup_disk_free_bytes", "Free on the cache's file system."),
-    _gauge("gup_upstream_up", "Whether the upstream answered last."),
+    _gauge("gup_upstream_up", "Whether content is asked of the upstream; 0 while it is down."),
     _gauge("gup_bandwidth_limit_bytes_per_second", "Limit in force; absent when unlimited."),
+    _gauge("gup_allowed_at_once", "How many may be at once; absent when unlimited."),
     _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision."),
     _gauge("gup_full_storm", "Whether clients ask for fulls where deltas exist."),
     _gauge("gup_config_last_reload_successful", "Whether the last reload took."),
@@ -191,7 +199,7 @@ def layout(upstreams: Sequence[str]) -> list[str]:
 
 
 class Counters:
-    """One process's block of 64-bit `words`, which this process alone writes, and where each series stands."""
+    """One process's block of 64-bit `words`, which it alone writes, and where each series stands."""
 
     def __init__(self, words: "memoryview[int]", positions: Mapping[str, int]) -> None:
         self.words = words

@@ -1,0 +1,86 @@
+"""How sizes, rates and durations are written: text to bytes and seconds, and back; reads nothing itself."""
+
+import re
+
+_SIZE_UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
+
+MAX_SIZE_BYTES = 2**60
+"""Larger sizes are mistakes, and would not fit the 64-bit words that counters and limits live in."""
+
+MAX_DURATION_SECONDS = 100 * 365 * 86400.0
+
+
+def _checked_size(size_bytes: int) -> int:
+    if not 0 <= size_bytes <= MAX_SIZE_BYTES:
+        raise ValueError(f"a size lies between 0 and {MAX_SIZE_BYTES >> 40} TiB")
+    return size_bytes
+
+
+def parse_size(value: object) -> int:
+    """Bytes in a size such as "20GB", "512 KiB", "4096" or 4096; ValueError says what would be right."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _checked_size(value)
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    unit = match[2] or "B" if match else ""
+    if match is None or unit not in _SIZE_UNITS:
+        raise ValueError('a size is a number with B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as "20GB"')
+    return _checked_size(round(float(match[1]) * _SIZE_UNITS[unit]))
+
+
+def parse_rate(value: object) -> int:
+    """Bytes per second in a rate such as "8MB/s"; 0 is unlimited. ValueError says what would be right."""
+    text = value.strip() if isinstance(value, str) else ""
+    if text in ("0", "unlimited"):
+        return 0
+    if text.endswith("/s"):
+        return parse_size(text.removesuffix("/s"))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _checked_size(value)
+    raise ValueError('a rate is a size for each second, such as "8MB/s" or "500kB/s"; "0" is unlimited')
+
+
+def parse_duration(value: object) -> float:
+    """Seconds in a duration such as "30d", "10s" or 10; ValueError says what would be right."""
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif match is not None and (match[2] or "s") in _DURATION_UNITS:
+        seconds = float(match[1]) * _DURATION_UNITS[match[2] or "s"]
+    else:
+        raise ValueError('a duration is a number with ms, s, m, h or d, such as "30d" or "10s"')
+    if not 0 <= seconds <= MAX_DURATION_SECONDS:
+        raise ValueError("a duration lies between 0 and 100 years")
+    return seconds
+
+
+def format_size(size_bytes: int) -> str:
+    """The shortest exact spelling, such as "20GB" or "64KiB"; parse_size reads it back."""
+    exact = [(size_bytes // unit, name) for name, unit in _SIZE_UNITS.items() if size_bytes % unit == 0]
+    count, name = min((pair for pair in exact if pair[0] > 0), default=(0, "B"))
+    return f"{count}{name}"
+
+
+def format_rate(bytes_per_second: int) -> str:
+    """Such as "8MB/s", "0" for unlimited; parse_rate reads it back."""
+    return f"{format_size(bytes_per_second)}/s" if bytes_per_second else "0"
+
+
+def format_duration(seconds: float) -> str:
+    """Such as "30d" or "60s": in the largest unit of which there are two; parse_duration reads it back."""
+    milliseconds = round(seconds * 1000)
+    for name, unit_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if milliseconds % unit_ms == 0 and (milliseconds >= 2 * unit_ms or name == "s"):
+            return f"{milliseconds // unit_ms}{name}"
+    return f"{milliseconds}ms"
