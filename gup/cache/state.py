@@ -1,4 +1,4 @@
-"""Where a fill stands, for other processes and the next start: phases, their table, the state file; no I/O."""
+"""Where a fill stands, for other processes and the next start: phases, their table, the state file."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,7 +22,7 @@ class Phase(StrEnum):
 
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    Phase.CLAIMED: frozenset({Phase.REQUESTED, Phase.FAILED, Phase.COMMITTED}),
+    Phase.CLAIMED: frozenset({Phase.REQUESTED, Phase.FAILED, Phase.UNSTORABLE, Phase.COMMITTED}),
     Phase.REQUESTED: frozenset({Phase.STREAMING, Phase.FAILED, Phase.UNSTORABLE}),
     Phase.STREAMING: frozenset({Phase.COMMITTED, Phase.FAILED, Phase.UNSTORABLE}),
     Phase.COMMITTED: frozenset(),
@@ -73,6 +73,8 @@ class FillState:
     head: Head | None = None
     failure: Failure | None = None
     record: Record | None = None
+    path: str = ""
+    """What upstream is asked for: lets anybody take the fill over."""
 
     def encode(self) -> bytes:
         failure = self.failure
@@ -86,6 +88,7 @@ class FillState:
                 "head": self.head.to_json() if self.head else None,
                 "failure": {name: getattr(failure, name) for name in Failure.__slots__} if failure else None,
                 "record": self.record.to_json() if self.record else None,
+                "path": self.path,
             }
         )
 
@@ -110,4 +113,5 @@ class FillState:
             head=Head.from_json(fields["head"]) if fields["head"] else None,
             failure=Failure(**fields["failure"]) if fields["failure"] else None,
             record=Record.from_json(fields["record"]) if fields["record"] else None,
+            path=str(fields["path"]),
         )

@@ -50,8 +50,8 @@ class OpenFile:
 
     __slots__ = ("fd",)
 
-    def __init__(self, path: str | Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: str | Path, flags: int = os.O_RDONLY) -> None:
+        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # the open itself may have failed
@@ -138,6 +138,17 @@ class Store:
             size = 0
         self._prune(path.parent)
         return size
+
+    def remove_body(self, record: Record) -> bool:
+        """Remove the entry if it still is the one that `record` describes; whether it was."""
+        try:
+            current = self.body_path(record.key).stat()
+        except OSError:
+            return False
+        if (current.st_size, current.st_mtime_ns) != (record.length, record.body_mtime_ns):
+            return False
+        self.remove(record.key)
+        return True
 
     def scan(self) -> Iterator[Stored]:
         """Every body under `content/`, with its record."""
@@ -276,12 +287,12 @@ class Store:
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
-            self._rename_into(temporary, path)
+            self._rename_into(temporary, path, durable=durable)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
 
-    def _rename_into(self, source: Path, target: Path) -> None:
+    def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:
         """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
         for attempt in range(5):
             try:
@@ -291,6 +302,8 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
+        if not durable:
+            return
         fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)

@@ -1,0 +1,119 @@
+"""What all who want one missing body in one process share: where its fill stands; does no work itself."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import Enum
+
+from gup import config
+from gup.cache.body import GrowingBody
+from gup.cache.claim import Claims
+from gup.cache.slots import Slots
+from gup.cache.space import Space
+from gup.cache.store import Store
+from gup.cache.streams import Streams
+from gup.content.key import ContentKey, Variant
+from gup.content.routes import Route
+from gup.errors import Problem
+from gup.metrics import Counters
+from gup.upstream.pool import Pool
+
+
+@dataclass(slots=True)
+class Means:
+    """The collaborators of every fill in this process. `settings` is replaced at a reload."""
+
+    store: Store
+    claims: Claims
+    pool: Pool
+    counters: Counters
+    slots: Slots
+    space: Space
+    streams: Streams
+    executor: Executor
+    settings: config.Settings
+    tell: Callable[[Mapping[str, object]], None]
+    """Sends an event to the controller."""
+    raise_store_epoch: Callable[[], None]
+    store_epoch: Callable[[], int]
+    spell: Callable[[Route, Variant], Awaitable[str | None]]
+    """Another path under which upstream may have what it does not have under the client's spelling."""
+    wall_clock: Callable[[], float]
+    clock: Callable[[], float]
+
+
+class Landing(Enum):
+    """How a flight ended when there is no growing body to read."""
+
+    COMMITTED = "committed"
+    VALIDATED = "validated"
+    UNSTORABLE = "unstorable"
+
+
+@dataclass(slots=True)
+class Flight:
+    """One key's fill as this process sees it, be its leader here or elsewhere.
+
+    The task that leads or follows alone calls `attach`, `land` and `fail`; requests `join`.
+    """
+
+    key: ContentKey
+    route: Route
+    variant: Variant
+    via: str | None = None
+    """The Via of the request that began it: upstream sees where it came from, so that a loop ends."""
+    body: GrowingBody | None = None
+    landing: Landing | None = None
+    problem: Problem | None = None
+    stands_seconds: float = 0.0
+    fetched: bool = False
+    """Whether this process asked an upstream for it."""
+    _settled: asyncio.Event | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.landing is not None or self.problem is not None
+
+    def attach(self, body: GrowingBody) -> None:
+        """From now on this is the body to read; readers of another one are cut."""
+        if self.body is not None and self.body is not body:
+            self.body.fail()
+        self.body = body
+        self._settle()
+
+    def detach(self) -> None:
+        """The body is not to be read any more."""
+        if self.body is not None:
+            self.body.fail()
+            self.body = None
+
+    def land(self, landing: Landing) -> None:
+        assert not self.over
+        self.landing = landing
+        self._settle()
+
+    def fail(self, problem: Problem, stands_seconds: float) -> None:
+        """End with a problem, which need not be looked into again before `stands_seconds` have passed."""
+        assert not self.over
+        self.problem = problem
+        self.stands_seconds = stands_seconds
+        if self.body is not None:
+            self.body.fail()
+        self._settle()
+
+    async def join(self) -> GrowingBody | Landing:
+        """Wait until there is something to read, or nothing will come. Problem when it failed."""
+        if self.body is None and not self.over:
+            self._settled = self._settled or asyncio.Event()
+            await self._settled.wait()
+        if self.problem is not None:
+            raise self.problem.again()
+        if self.body is not None:
+            return self.body
+        assert self.landing is not None
+        return self.landing
+
+    def _settle(self) -> None:
+        if self._settled is not None:
+            self._settled.set()

@@ -1,0 +1,112 @@
+"""The follower's way of a fill: watches what a leader in another process writes; writes nothing itself."""
+
+import asyncio
+import os
+
+from gup.cache.body import GrowingBody
+from gup.cache.flight import Flight, Landing, Means
+from gup.cache.state import FillState, Phase
+from gup.cache.store import OpenFile
+
+_POLL_SECONDS = 0.004
+_IDLE_POLL_SECONDS = 0.1
+"""Between two looks while nobody here waits."""
+_PATIENT_AFTER = 50
+"""Looks that found nothing new, after which they become rarer."""
+
+
+class Follower:
+    """One key's fill seen from outside; a look is a `stat` of the state, one of the part, a try at the claim.
+
+    Those are calls on the loop that touch no disk (0.9 µs, 0.9 µs and 1.6 µs measured): a thread would
+    cost more than it spares.
+    """
+
+    def __init__(self, means: Means, flight: Flight) -> None:
+        self._means = means
+        self._flight = flight
+        self._state_path = means.store.state_path(flight.key.id)
+        self._state_seen: tuple[int, int] | None = None
+        self._offset = flight.key.claim_offset
+        self._dull = 0
+
+    async def run(self) -> bool:
+        """Follow until the flight is over (False) or the claim is free and is now ours (True)."""
+        while True:
+            if self._means.claims.try_claim(self._offset):
+                return True
+            if self._look():
+                return False
+            await asyncio.sleep(self._pause())
+
+    def _pause(self) -> float:
+        body = self._flight.body
+        if body is not None and body.readers == 0:
+            return _IDLE_POLL_SECONDS
+        return _POLL_SECONDS if self._dull < _PATIENT_AFTER else 4 * _POLL_SECONDS
+
+    def _look(self) -> bool:
+        """One look; whether the flight is over."""
+        self._dull += 1
+        state = self._changed_state()
+        if state is not None:
+            self._dull = 0
+            if self._follow_state(state):
+                return True
+        body = self._flight.body
+        if body is not None and not body.ended:
+            self._publish(body)
+        return False
+
+    def _publish(self, body: GrowingBody) -> None:
+        size = os.fstat(body.fd).st_size
+        if size > body.published:
+            self._dull = 0
+            body.publish(size)
+        if size == body.head.length:
+            body.complete(size)  # its last bytes are written only when all has been found right
+
+    def _follow_state(self, state: FillState) -> bool:
+        body = self._flight.body
+        if state.phase is Phase.STREAMING and (body is None or body.generation != state.generation):
+            self._attach(state)
+        elif state.phase is Phase.COMMITTED and state.record is not None:
+            if body is not None and body.generation == state.generation and not body.ended:
+                body.publish(state.record.length)
+                body.complete(state.record.length)
+        elif state.phase is Phase.UNSTORABLE and self._stands(state):
+            self._flight.detach()
+            self._flight.land(Landing.UNSTORABLE)
+            return True
+        elif state.phase is Phase.FAILED and state.failure is not None and self._stands(state):
+            now = self._means.clock()
+            self._flight.fail(state.failure.problem(now), state.failure.until - now)
+            return True
+        return False
+
+    def _stands(self, state: FillState) -> bool:
+        return state.failure is not None and state.failure.stands(self._means.clock())
+
+    def _attach(self, state: FillState) -> None:
+        assert state.head is not None
+        store = self._means.store
+        try:
+            file = OpenFile(store.part_path(self._flight.key.id, state.generation))
+        except FileNotFoundError:
+            return  # committed or given up since: the next look, or the claim, tells
+        self._flight.attach(GrowingBody(state.head, state.generation, file, self._means.clock()))
+
+    def _changed_state(self) -> FillState | None:
+        """The state file, if it is another one than at the last look."""
+        try:
+            stat = self._state_path.stat()
+        except FileNotFoundError:
+            return None
+        seen = (stat.st_ino, stat.st_mtime_ns)
+        if seen == self._state_seen:
+            return None
+        self._state_seen = seen
+        try:
+            return self._means.store.load_state(self._flight.key.id)
+        except ValueError:
+            return None  # whoever claims the key next looks into it

@@ -1,0 +1,45 @@
+"""Heads between upstream and clients: what is told of a body, and its ETag; does no I/O."""
+
+import secrets
+
+import xxhash
+
+from gup.cache.record import Head
+from gup.content.key import ContentKey
+from gup.errors import Problem
+from gup.upstream.exchange import RemoteHead, UpstreamFailure
+
+
+def make_etag(key: ContentKey, length: int, remote: RemoteHead) -> str:
+    """Our strong ETag: of key, length and the first response's validators, or of chance if it has none."""
+    validator = remote.etag or remote.last_modified or secrets.token_hex(16)
+    name = "\n".join((key.text, str(length), validator))
+    return f'"{xxhash.xxh3_128_hexdigest(name.encode())}"'
+
+
+def head_of(key: ContentKey, remote: RemoteHead) -> Head:
+    """What clients are told of a body that `remote` announces."""
+    return Head(
+        length=remote.length,
+        etag=make_etag(key, remote.length, remote) if remote.length is not None else None,
+        content_type=remote.content_type,
+        last_modified=remote.last_modified,
+        upstream=remote.upstream,
+        upstream_etag=remote.etag,
+    )
+
+
+def remote_of(head: Head) -> RemoteHead:
+    """What upstream told at first of a body that was begun."""
+    return RemoteHead(
+        200, 0, head.length, head.upstream_etag, head.last_modified, head.content_type, head.upstream
+    )
+
+
+def absent(remote: RemoteHead) -> Problem | UpstreamFailure:
+    """What an answer without a body means."""
+    if remote.status == 304:
+        detail = f"{remote.upstream} answered 304 though nothing was asked conditionally"
+        return UpstreamFailure("error", "upstream-error", detail, again=False)
+    slug = "upstream-gone" if remote.status == 410 else "upstream-not-found"
+    return Problem(slug, f"{remote.upstream} answered {remote.status}")

@@ -1,0 +1,110 @@
+"""Fills and commits that nobody works on: finishes, takes over or clears them; blocks in threads only."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from gup.cache.claim import Claims
+from gup.cache.state import FillState, Phase
+from gup.cache.store import Part, Store
+from gup.content.key import Kind
+from gup.content.routes import Route
+
+log = logging.getLogger("gup.recovery")
+
+_ORPHANED_SECONDS = 2.0
+"""A fill without a leader for this long is taken over even if no client waits for it."""
+_TEMPORARY_SECONDS = 3600.0
+
+
+def route_of(state: FillState) -> Route:
+    """The route that led to a fill, from its state file."""
+    key = state.key
+    return Route(
+        kind=state.kind,
+        immutable=state.kind is not Kind.INDEX,
+        stream=key.stream,
+        revision=key.revision,
+        file=key.file,
+        upstream_path=state.path,
+        variant=key.variant,
+    )
+
+
+class Recovery:
+    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it."""
+
+    def __init__(
+        self,
+        store: Store,
+        claims: Claims,
+        take_over: Callable[[Route], Awaitable[None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._claims = claims
+        self._take_over = take_over
+        self._clock = clock
+        self._orphans: dict[str, float] = {}
+        """When a streaming part was first seen without a leader, by id."""
+
+    async def run(self) -> None:
+        """Look at everything in `partial/` once."""
+        parts = await asyncio.to_thread(self._store.parts, self._claims)
+        orphans = [part for part in parts if not part.claimed]
+        self._orphans = {id_: at for id_, at in self._orphans.items() if any(p.id == id_ for p in orphans)}
+        for part in orphans:
+            state = part.state
+            if state is not None and state.phase is Phase.STREAMING and part.generation and state.path:
+                await self._watch(part, state)
+            else:
+                await self._tidy(part)
+        await asyncio.to_thread(self._drop_leftovers)
+
+    async def _watch(self, part: Part, state: FillState) -> None:
+        seen = self._orphans.setdefault(part.id, self._clock())
+        if self._clock() - seen >= _ORPHANED_SECONDS:
+            del self._orphans[part.id]
+            log.info("nobody goes on with %s: taking it over", state.key.text)
+            await self._take_over(route_of(state))
+
+    async def _tidy(self, part: Part) -> None:
+        """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
+        offset = int(part.id[:16], 16) >> 2
+        if not self._claims.try_claim(offset):
+            return
+        try:
+            await asyncio.to_thread(self._tidy_claimed, part)
+        finally:
+            self._claims.release(offset)
+
+    def _tidy_claimed(self, part: Part) -> None:
+        store = self._store
+        try:
+            state = store.load_state(part.id)
+        except ValueError:
+            state = None
+        generations = store.generations(part.id)
+        if state is not None and state.phase is Phase.COMMITTED:
+            store.finish_commit(state)
+            log.info("finished the commit of %s", state.key.text)
+            return
+        for generation in generations:
+            if state is None or state.head is None or generation != state.generation:
+                log.info("dropped a part that nobody can go on with: %s.%d", part.id, generation)
+                store.drop_part(part.id, generation)
+        resumable = state is not None and state.head is not None and state.generation in generations
+        stands = state is not None and state.failure is not None and state.failure.stands(self._clock())
+        if not resumable and not stands:
+            store.drop_state(part.id)
+
+    def _drop_leftovers(self) -> None:
+        """Temporary files of writers that died, and sums without their part."""
+        now = time.time()
+        sums = [p for p in self._store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
+        for path in (*self._store.partial.glob("*.tmp"), *sums):
+            with contextlib.suppress(FileNotFoundError):  # its writer has renamed it
+                if now - path.stat().st_mtime > _TEMPORARY_SECONDS:
+                    path.unlink()

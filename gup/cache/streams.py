@@ -1,0 +1,52 @@
+"""Numbers for streams, so that their bytes can be counted in words: one short list for all processes."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from gup.content.key import ContentKey
+from gup.metrics import MAX_STREAMS
+
+
+def read_streams(path: Path) -> list[tuple[str, str, str]]:
+    """Version, language and stream of each number in use, in order."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = [tuple(line.split("/")) for line in lines[:MAX_STREAMS]]
+    return [(row[0], row[1], row[2]) if len(row) == 3 else ("", "", "") for row in rows]
+
+
+class Streams:
+    """Gives each stream its number, for good; MAX_STREAMS is the number of all that came too late.
+
+    The list only grows, a line a stream, appended under a lock: 50 times in a site's life.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._numbers: dict[str, int] = {}
+
+    def number(self, key: ContentKey) -> int:
+        name = f"{key.version}/{key.language}/{key.stream}"
+        number = self._numbers.get(name)
+        if number is None:
+            number = self._numbers[name] = self._find(name)
+            if len(self._numbers) > 10 * MAX_STREAMS:
+                self._numbers.clear()
+        return number
+
+    def _find(self, name: str) -> int:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            lines = os.pread(fd, 1 << 20, 0).decode(errors="replace").splitlines()
+            if name in lines[:MAX_STREAMS]:
+                return lines.index(name)
+            if len(lines) >= MAX_STREAMS:
+                return MAX_STREAMS
+            os.write(fd, f"{name}\n".encode())
+            return len(lines)
+        finally:
+            os.close(fd)

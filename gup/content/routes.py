@@ -1,0 +1,229 @@
+"""Routes: what a request target asks for, and which content key that is; no I/O, no client's rights.
+
+Two paths never share a key, except where the same moniker is only spelled differently.
+"""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, unquote_to_bytes
+
+from gup.content.key import ABSENT, ContentKey, Kind, Variant
+from gup.errors import Problem
+
+MAX_SEGMENT_BYTES = 240
+"""Longest part of a path: a record is called `.{file}.gup`, and file systems end at 255."""
+
+LIVEUPDATE_STREAM = "liveupdate"
+"""The stream of files at LiveUpdate's root; under /content/ a stream is a moniker in braces or ABSENT."""
+
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ABSOLUTE_FORM = re.compile(rb"(?i:(https?))://([^/?]*)([^?]*)")
+_AUTHORITY = re.compile(rb"([A-Za-z0-9._~!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?")
+_DEFAULT_PORTS = {b"http": 80, b"https": 443}
+
+_ANY_CASE = re.IGNORECASE | re.ASCII
+_MONIKER = re.compile(r"\{[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\}")
+_REVISION = re.compile(r"[0-9]+")
+_FULL = re.compile(r"full\..+", _ANY_CASE)
+_DELTA = re.compile(r"xdelta.*\.dax", _ANY_CASE)
+
+_LIVEUPDATE_INDEX = re.compile(r"minitri\.flg|.*_livetri\.zip", _ANY_CASE)
+_LIVEUPDATE_VARIANT = re.compile(r".+_([^_]+)_([^_]+)_livetri\.zip", _ANY_CASE)
+_LIVEUPDATE_PAYLOAD = re.compile(r".+\.(?:m25|7z|zip|jdb)", _ANY_CASE)
+
+_PATH_SAFE = "/!$&'()*+,;=:@"  # pchar and "/" of RFC 3986 section 3.3; quote() adds the unreserved ones
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A request target, decoded once and checked.
+
+    `path` begins with "/". `authority` is `host:port` of the absolute form in lower case, the port always
+    written; None for the origin form.
+    """
+
+    authority: str | None
+    path: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """What is asked for, before it is known for which variant.
+
+    `upstream_path` is percent-encoded, the moniker as the client spelled it. `stream`, `revision` and `file`
+    are safe parts of a key. `variant` is set where the name itself states it.
+    """
+
+    kind: Kind
+    immutable: bool
+    stream: str
+    revision: str
+    file: str
+    upstream_path: str
+    variant: Variant | None = None
+
+    def key(self, variant: Variant) -> ContentKey:
+        """The content key; a variant stated by the name wins over the one given."""
+        chosen = self.variant or variant
+        return ContentKey(chosen.version, chosen.language, self.stream, self.revision, self.file)
+
+
+def parse_target(target: bytes) -> Target:
+    """Origin form or absolute form (RFC 9112 section 3.2), without its query.
+
+    Problem "bad-request" for other forms and a bad authority, "bad-path" for a path with two meanings.
+    """
+    if target.startswith(b"/"):
+        return Target(None, _decode_path(target.partition(b"?")[0]))
+    found = _ABSOLUTE_FORM.match(target)
+    if not found:
+        raise Problem("bad-request", "The request target is neither a path nor an http URL.")
+    scheme, authority, path = found.groups()
+    return Target(_normal_authority(authority, _DEFAULT_PORTS[scheme.lower()]), _decode_path(path or b"/"))
+
+
+class Routes:
+    """The table of what is served; LiveUpdate's files at the root only when asked to."""
+
+    def __init__(self, *, liveupdate: bool = False) -> None:
+        self._liveupdate = liveupdate
+
+    def route(self, path: str) -> Route:
+        """The route of a decoded path (as `parse_target` gives it).
+
+        Problem "not-content" when it is none of ours, "bad-path" when its name is too long for a file.
+        """
+        root, *segments = path.removeprefix("/").split("/")
+        if root == "content" and segments and segments[-1]:
+            return _content_route(path, segments)
+        if self._liveupdate and root and not segments:
+            return _liveupdate_route(path, root)
+        raise _not_content()
+
+
+def _content_route(path: str, segments: list[str]) -> Route:
+    if not _MONIKER.fullmatch(segments[0]):
+        return _index_route(path, ABSENT, ABSENT, segments)
+    moniker, *rest = segments
+    if not rest:  # the moniker alone is a folder
+        raise _not_content()
+    if len(rest) == 1:
+        return _index_route(path, moniker.upper(), ABSENT, rest)
+    revision, *files = rest
+    kind = _kind(revision, files)
+    return Route(
+        kind=kind,
+        immutable=kind is not Kind.INDEX,
+        stream=moniker.upper(),
+        revision=_part(revision),
+        file=_file(files),
+        upstream_path=_encode_path(path),
+    )
+
+
+def _kind(revision: str, files: list[str]) -> Kind:
+    # Only a number names content that never changes; a folder called "latest" must be asked for again.
+    if len(files) == 1 and _REVISION.fullmatch(revision):
+        if _FULL.fullmatch(files[0]):
+            return Kind.FULL
+        if _DELTA.fullmatch(files[0]):
+            return Kind.DELTA
+    return Kind.INDEX
+
+
+def _index_route(path: str, stream: str, revision: str, files: list[str]) -> Route:
+    return Route(Kind.INDEX, False, stream, revision, _file(files), _encode_path(path))
+
+
+def _liveupdate_route(path: str, name: str) -> Route:
+    index = _LIVEUPDATE_INDEX.fullmatch(name)
+    if not index and not _LIVEUPDATE_PAYLOAD.fullmatch(name):
+        raise _not_content()
+    return Route(
+        kind=Kind.INDEX if index else Kind.OTHER,
+        immutable=not index,
+        stream=LIVEUPDATE_STREAM,
+        revision=ABSENT,
+        file=_file([name]),
+        upstream_path=_encode_path(path),
+        variant=_stated_variant(name),
+    )
+
+
+def _stated_variant(name: str) -> Variant | None:
+    # Taken from the right: a product's name may contain underscores, a version or a language does not.
+    found = _LIVEUPDATE_VARIANT.fullmatch(name)
+    if not found:
+        return None
+    version, language = (_part(part.replace("$20", " ")) for part in found.groups())
+    return Variant(version, language)
+
+
+def _file(segments: list[str]) -> str:
+    # "%" is escaped first, so "%2F" can only come from joining: deeper paths stay apart from flat names.
+    return _checked("%2F".join(segment.replace("%", "%25") for segment in segments))
+
+
+def _part(segment: str) -> str:
+    """`segment` as version, language or revision: never taken for ABSENT or a hidden file, never a folder."""
+    escaped = segment.replace("%", "%25").replace("/", "%2F")
+    if escaped == ABSENT:
+        escaped = "%5F"
+    if escaped.startswith("."):
+        escaped = f"%2E{escaped[1:]}"
+    return _checked(escaped)
+
+
+def _checked(part: str) -> str:
+    if len(part.encode()) > MAX_SEGMENT_BYTES:
+        raise Problem("bad-path", f"A name in the path is longer than {MAX_SEGMENT_BYTES} bytes.")
+    return part
+
+
+def _not_content() -> Problem:
+    return Problem("not-content", "This path is none of the content that is served here.")
+
+
+def _encode_path(path: str) -> str:
+    return quote(path, safe=_PATH_SAFE)
+
+
+def _decode_path(raw: bytes) -> str:
+    if _BAD_ESCAPE.search(raw):
+        raise _bad_path("a '%' without two hexadecimal digits")
+    if b"#" in raw:
+        raise _bad_path("a fragment")
+    if b"%2f" in raw.lower():
+        raise _bad_path("an encoded '/'")
+    try:
+        path = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError as error:
+        raise _bad_path("text that is not UTF-8") from error
+    if not path.isprintable():  # controls, line ends and marks that turn the direction of writing
+        raise _bad_path("a character that cannot be printed")
+    if "\\" in path:
+        raise _bad_path("a backslash")
+    _check_segments(path.split("/")[1:])
+    return path
+
+
+def _check_segments(segments: list[str]) -> None:
+    for segment in segments[:-1]:
+        if not segment:
+            raise _bad_path("'//'")
+    for segment in segments:
+        if segment.startswith("."):  # also "." and "..": none of them leads anywhere
+            raise _bad_path("a name that begins with a dot")
+        _checked(segment)
+
+
+def _bad_path(found: str) -> Problem:
+    return Problem("bad-path", f"The path contains {found}.")
+
+
+def _normal_authority(raw: bytes, default_port: int) -> str:
+    found = _AUTHORITY.fullmatch(raw)
+    port = int(found[2] or default_port) if found else 0
+    if not found or not 0 < port < 65536:
+        raise Problem("bad-request", "The request target's host is malformed.")
+    return f"{found[1].decode().lower()}:{port}"
