@@ -1,0 +1,194 @@
+"""One upstream: its connections, a request to it, an answer being read; chooses and retries nothing."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gup import config
+from gup.content.key import Variant
+from gup.upstream.bandwidth import Share, Wan
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_BUFFERED_SECONDS = 0.1
+_LEAST_BUFFER_BYTES = 8 * 1024
+_MOST_BUFFER_BYTES = 2 << 20
+_READ_AHEAD_BYTES = 4096
+"""What aiohttp may hold when a connection breaks: it throws that away, and it is fetched again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: where, from which byte to which, and under which conditions."""
+
+    path: str
+    purpose: str
+    stream: tuple[int, str] = (0, "other")
+    """Slot and kind that the bytes are counted under."""
+    start: int = 0
+    stop: int | None = None
+    if_range: str | None = None
+    if_none_match: str | None = None
+    if_modified_since: str | None = None
+    method: str = "GET"
+    share: Share = field(default_factory=lambda: Share(2))
+    """What its bytes of the WAN are reckoned to: one for all tries of a download."""
+    via: str | None = None
+    """Of the client's request; this node's is put after it."""
+    check: bool = False
+    """Whether it is a health check: any answer tells that the upstream lives."""
+
+    @property
+    def ranged(self) -> bool:
+        return bool(self.start) or self.stop is not None
+
+    def headers(self, own_via: str) -> dict[str, str]:
+        via = f"{self.via}, {own_via}" if self.via else own_via
+        fields = {"Accept-Encoding": "identity", "Via": via}
+        if self.ranged:
+            fields["Range"] = f"bytes={self.start}-{'' if self.stop is None else self.stop - 1}"
+            if self.if_range:
+                fields["If-Range"] = self.if_range
+        if self.if_none_match:
+            fields["If-None-Match"] = self.if_none_match
+        if self.if_modified_since:
+            fields["If-Modified-Since"] = self.if_modified_since
+        return fields
+
+
+def receive_buffer_bytes(wan: Wan) -> int:
+    """A socket buffer for the rate in force: else tens of MB pile up in the kernel beyond any limit.
+
+    Room for a tenth of a second, which is a long round trip's worth.
+    """
+    return min(
+        max(int(wan.rate_bytes_per_second * _BUFFERED_SECONDS), _LEAST_BUFFER_BYTES), _MOST_BUFFER_BYTES
+    )
+
+
+class Answer:
+    """An answer whose body is still to be read. Counts every byte it hands out."""
+
+    def __init__(
+        self,
+        head: RemoteHead,
+        response: "aiohttp.ClientResponse",
+        count: Callable[[int], None],
+        wan: Wan,
+        share: Share,
+        broke: Callable[[UpstreamFailure], None],
+        closed: Callable[[], None],
+    ) -> None:
+        self.head = head
+        self._response = response
+        self._count = count
+        self._wan = wan
+        self._share = share
+        self._broke = broke
+        self._closed: Callable[[], None] | None = closed
+
+    async def read(self) -> bytes:
+        """The next piece, paid for; empty at the end. UpstreamFailure when it breaks off."""
+        # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
+        content, slice_bytes = self._response.content, self._wan.slice_bytes
+        step = content.read(slice_bytes) if slice_bytes else content.readany()
+        try:
+            piece = await translated(step, self.head.upstream)
+        except UpstreamFailure as failure:
+            self._broke(failure)
+            raise
+        try:
+            await self._wan.pay(len(piece), self._share)
+        finally:
+            self._count(len(piece))
+        return piece
+
+    def close(self) -> None:
+        """Give the connection back when the body was read to its end, else close it."""
+        self._response.close() if not self._response.content.at_eof() else self._response.release()
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            closed()
+
+
+class Upstream:
+    """One upstream and its connections. Retired, it ends what is under way and closes then."""
+
+    def __init__(self, settings: config.Upstream, user_agent: str, via: str) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.variant = Variant(settings.version, settings.language)
+        self.in_use = 0
+        """Requests under way and answers that are being read; Pool alone changes it."""
+        self.retired = False
+        self.node = ""
+        """A gup's name in Via, once it has answered."""
+        self._via = via
+        self._fixed = {"User-Agent": user_agent, **settings.headers}
+        self._session: aiohttp.ClientSession | None = None
+
+    def url(self, path: str) -> str:
+        return self.settings.url + path
+
+    def headers(self, ask: Ask) -> dict[str, str]:
+        return {**self._fixed, **ask.headers(self._via)}
+
+    def session(self, wan: Wan) -> "aiohttp.ClientSession":
+        if self._session is None:
+            self._session = self._open(wan)
+        return self._session
+
+    def _open(self, wan: Wan) -> "aiohttp.ClientSession":
+        import aiohttp  # noqa: PLC0415 - see exchange.translated
+
+        settings = self.settings
+
+        def make_socket(address: Any) -> socket.socket:
+            made = socket.socket(family=address[0], type=address[1], proto=address[2])
+            if wan.limited:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes(wan))
+            return made
+
+        connector = aiohttp.TCPConnector(
+            limit=settings.max_connections,
+            ssl=self._tls() if settings.url.startswith("https:") else True,
+            socket_factory=make_socket,
+            keepalive_timeout=30.0,
+        )
+        session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=_READ_AHEAD_BYTES,
+            skip_auto_headers=("Accept-Encoding", "Accept"),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                connect=settings.connect_timeout + settings.read_timeout,
+                sock_connect=settings.connect_timeout,
+                sock_read=settings.read_timeout,
+            ),
+        )
+        # aiohttp sends an idempotent request again by itself when a connection breaks, a new one too. Whether
+        # and when to try again is decided, and counted, in one place: download. There is no public switch.
+        session._retry_connection = False  # noqa: SLF001
+        return session
+
+    def _tls(self) -> ssl.SSLContext | bool:
+        if not self.settings.verify_tls:
+            return False
+        return ssl.create_default_context(cafile=self.settings.ca_file) if self.settings.ca_file else True
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+            await asyncio.sleep(0)  # aiohttp closes its transports in the loop's next turn

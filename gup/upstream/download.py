@@ -1,0 +1,264 @@
+"""One body from upstream, over as many tries and upstreams as it takes; never writes it anywhere.
+
+A try that breaks off is resumed where the body stands: an overlap is asked for again and compared, so that
+two halves of different bodies are never joined.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from gup.errors import GupError
+from gup.metrics import Counters
+from gup.upstream.connection import Answer, Ask, Upstream
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
+from gup.upstream.pool import Pool
+
+OVERLAP_BYTES = 64 * 1024
+"""Asked for again at a resume and compared with what is there."""
+TRIES = 3
+"""Tries of one upstream without a new byte."""
+_NEVER = 1 << 62
+_FIRST_BACKOFF_SECONDS = 0.2
+_LONGEST_BACKOFF_SECONDS = 5.0
+
+
+class BodyChanged(GupError):  # noqa: N818 - an observation, not our error
+    """An upstream has other bytes under this name than those received before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A body that is partly here: its head as first told, how many of its bytes are here, and how many of
+    these are known to be good; the rest is compared with the upstream's.
+    """
+
+    head: RemoteHead
+    received: int
+    verified: int
+
+
+class Download:
+    """The bytes of one body in order, from `received` on.
+
+    `reread(offset, length)` gives back bytes that were received, to compare an overlap with. `reserve` are
+    upstreams that a new request would not be sent to; for a body that clients have a part of they are asked
+    too, after the others. `received` changes here alone, at each piece handed out.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        upstreams: Sequence[Upstream],
+        ask: Ask,
+        counters: Counters,
+        *,
+        immutable: bool,
+        reread: Callable[[int, int], Awaitable[bytes]],
+        begun: Begun | None = None,
+        reserve: Sequence[Upstream] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.head = begun.head if begun else None
+        self.received = begun.received if begun else 0
+        self._unsure_from = begun.verified if begun else _NEVER
+        self._resumed = "takeover" if begun else ""
+        self._pool = pool
+        self._upstreams = upstreams
+        self._reserve = reserve
+        self._template = ask
+        self._counters = counters
+        self._immutable = immutable
+        self._reread = reread
+        self._clock = clock
+        self._answer: Answer | None = None
+        self._ready = b""  # read beyond an overlap, not yet handed out
+        self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
+        self._spent: set[str] = set()
+        self._last_upstream: str | None = begun.head.upstream if begun else None
+        self._last_new_byte = clock()
+
+    async def begin(self) -> RemoteHead:
+        """The head: 200 or 206, or 304, 404, 410 when there is no body to come. Call once, before `read`.
+
+        UpstreamFailure when no upstream could be brought to answer.
+        """
+        return await self._connect()
+
+    async def read(self) -> bytes:
+        """The next piece, empty at the body's end.
+
+        UpstreamFailure when nobody could be brought to go on; BodyChanged when the rest is that of another.
+        """
+        while True:
+            try:
+                piece = self._ready or await self._read_answer()
+            except UpstreamFailure as failure:
+                self._drop_answer()
+                self._resumed = "timeout" if failure.outcome == "timeout" else "cut"
+                await self._after(self._current(), failure)
+                await self._connect()
+                continue
+            self._ready = b""
+            self._note_progress(len(piece))
+            return piece
+
+    def close(self) -> None:
+        """Leave the upstream; what comes afterwards is not read."""
+        self._drop_answer()
+
+    # --- the body
+
+    async def _read_answer(self) -> bytes:
+        assert self._answer is not None
+        assert self.head is not None
+        piece = await self._answer.read()
+        length = self.head.length
+        if not piece:
+            if self.received == 0:
+                raise rejected(f"{self._answer.head.upstream} sent an empty body")
+            if length is not None and self.received < length:
+                raise UpstreamFailure(
+                    "error",
+                    "upstream-bad-body",
+                    f"{self._answer.head.upstream} sent {self.received} bytes of {length}",
+                    again=True,
+                )
+        elif length is not None and self.received + len(piece) > length:
+            self._waste("rejected", len(piece))
+            raise rejected(f"{self._answer.head.upstream} sent more than the {length} bytes it announced")
+        return piece
+
+    def _note_progress(self, amount: int) -> None:
+        if amount:
+            self.received += amount
+            self._last_new_byte = self._clock()
+            self._fruitless[self._current().name] = 0
+
+    # --- tries
+
+    def _current(self) -> Upstream:
+        return next(upstream for upstream in self._upstreams if upstream.name == self._last_upstream)
+
+    async def _connect(self) -> RemoteHead:
+        while True:
+            upstream = self._choose()
+            if self._last_upstream not in (None, upstream.name) and self.received:
+                self._resumed = "failover"
+            self._last_upstream = upstream.name
+            try:
+                return await self._try(upstream)
+            except UpstreamFailure as failure:
+                self._drop_answer()
+                await self._after(upstream, failure)
+
+    def _choose(self) -> Upstream:
+        return next(upstream for upstream in self._upstreams if upstream.name not in self._spent)
+
+    async def _after(self, upstream: Upstream, failure: UpstreamFailure) -> None:
+        """Decide what a failed try means: wait and go on, or raise it.
+
+        An upstream that answers without bringing the body on is spent after TRIES. One that is away while
+        clients are attached is asked until `give_up`.
+        """
+        self._call_reserve()
+        self._fruitless[upstream.name] += 1
+        away = failure.outcome in ("unreachable", "timeout") and self.received > 0
+        if not away and (not failure.again or self._fruitless[upstream.name] >= TRIES):
+            self._spent.add(upstream.name)
+        elif away and self._fruitless[upstream.name] >= TRIES:
+            self._rotate(upstream)
+        silent_seconds = self._clock() - self._last_new_byte
+        if len(self._spent) == len(self._upstreams) or silent_seconds > upstream.settings.give_up:
+            raise failure
+        if self._choose() is upstream:
+            tries = self._fruitless[upstream.name]
+            await asyncio.sleep(min(_FIRST_BACKOFF_SECONDS * 2 ** (tries - 1), _LONGEST_BACKOFF_SECONDS))
+
+    def _call_reserve(self) -> None:
+        if self.received and self._reserve:
+            self._upstreams = [*self._upstreams, *self._reserve]
+            self._fruitless |= {upstream.name: 0 for upstream in self._reserve}
+            self._reserve = ()
+
+    def _rotate(self, upstream: Upstream) -> None:
+        self._upstreams = [*(other for other in self._upstreams if other is not upstream), upstream]
+
+    async def _try(self, upstream: Upstream) -> RemoteHead:
+        answer = await self._pool.ask(upstream, self._next_ask(upstream))
+        if isinstance(answer, RemoteHead):
+            if self.head is None:
+                return answer
+            detail = f"{upstream.name} answered {answer.status} in mid-body"
+            raise UpstreamFailure("not_found", "upstream-error", detail, again=False)
+        self._answer = answer
+        if self.head is None:
+            self.head = self._answer.head
+            return self.head
+        if self._resumed:
+            self._counters.add("gup_fill_resumes_total", reason=self._resumed)
+        await self._align(self._answer)
+        return self._answer.head
+
+    def _next_ask(self, upstream: Upstream) -> Ask:
+        ask = self._template
+        if self.head is None:
+            return ask
+        start = max(0, min(self.received, self._unsure_from) - OVERLAP_BYTES)
+        # Another upstream may tag the same bytes otherwise: of immutable content the overlap decides.
+        own = upstream.name == self.head.upstream or not self._immutable
+        if_range = self.head.etag if own else None
+        return replace(ask, start=start, if_range=if_range, if_none_match=None, if_modified_since=None)
+
+    # --- resuming
+
+    async def _align(self, answer: Answer) -> None:
+        """Bring a new answer to where the body stands, comparing all it sends until there."""
+        self._check_same(answer.head)
+        position = answer.head.start
+        if position > self.received:
+            raise rejected(f"{answer.head.upstream} answered from byte {position}, not from where asked")
+        while position < self.received:
+            piece = await answer.read()
+            if not piece:
+                raise UpstreamFailure(
+                    "error", "upstream-error", f"{answer.head.upstream} broke off again", again=True
+                )
+            known = piece[: self.received - position]
+            self._waste("overlap", len(known))
+            if known != await self._reread(position, len(known)):
+                self._waste("mismatch", len(piece) - len(known))
+                raise BodyChanged(f"{answer.head.upstream} has other bytes than those received before")
+            position += len(known)
+            self._ready = piece[len(known) :]
+        self._unsure_from = _NEVER
+        length = answer.head.length
+        if length is not None and self.received + len(self._ready) > length:
+            raise rejected(f"{answer.head.upstream} sent more than the {length} bytes it announced")
+
+    def _check_same(self, remote: RemoteHead) -> None:
+        """UpstreamFailure or BodyChanged when `remote` can't be the rest of this body."""
+        assert self.head is not None
+        if remote.length is not None and self.head.length is not None and remote.length != self.head.length:
+            detail = f"{remote.upstream} now tells {remote.length} bytes, not {self.head.length}"
+            if self._immutable:
+                raise rejected(detail)
+            raise BodyChanged(detail)
+        same = (
+            remote.etag == self.head.etag
+            if remote.etag and self.head.etag
+            else remote.last_modified == self.head.last_modified
+        )
+        if not same and not (self._immutable and self.head.length is not None):
+            raise BodyChanged(f"{remote.upstream} tells other validators than before")
+
+    def _waste(self, reason: str, amount: int) -> None:
+        if amount:
+            self._counters.add("gup_upstream_wasted_bytes_total", amount, reason=reason)
+
+    def _drop_answer(self) -> None:
+        self._ready = b""
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None

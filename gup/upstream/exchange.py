@@ -1,0 +1,160 @@
+"""One request to one upstream and its answer; translates whatever goes wrong, never tries twice."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from gup.errors import GupError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_DIGITS = re.compile(r"[0-9]{1,12}")
+_Result = TypeVar("_Result")
+
+
+class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
+    """One try that failed. `outcome` is the label it is counted under, `slug` what a client would be told.
+
+    `again`: whether the same upstream may do better at once. `status`: of its answer, None without one.
+    """
+
+    def __init__(
+        self, outcome: str, slug: str, detail: str, *, again: bool, status: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+        self.status = status
+        self.slug = slug
+        self.detail = detail
+        self.again = again
+
+
+def rejected(detail: str) -> UpstreamFailure:
+    """An answer that can't be the content asked for."""
+    return UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHead:
+    """What an upstream says of a body. `length` is the whole body's, `start` the first byte that comes.
+
+    `etag` is kept when strong only (RFC 9110 section 8.8.3), with its quotes. `age_seconds` is how long
+    another gup has held it.
+    """
+
+    status: int
+    start: int
+    length: int | None
+    etag: str | None
+    last_modified: str | None
+    content_type: str
+    upstream: str
+    age_seconds: int = 0
+
+
+def read_age(text: str | None) -> int:
+    """The Age field (RFC 9111 section 5.1); 0 when it is missing or no number."""
+    return min(int(text), 1 << 31) if text is not None and _DIGITS.fullmatch(text) else 0
+
+
+def node_names(via: str | None) -> list[str]:
+    """The names of those that a message has passed through, by its Via (RFC 9110 section 7.6.3)."""
+    members = (member.split() for member in (via or "").split(","))
+    return [words[1] for words in members if len(words) > 1]
+
+
+async def translated(step: Awaitable[_Result], name: str) -> _Result:
+    """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it."""
+    import aiohttp  # noqa: PLC0415 - its import takes longer than a worker may take to its first hit
+
+    try:
+        return await step
+    except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+        raise UpstreamFailure(
+            "timeout", "upstream-timeout", f"{name} did not answer in time", again=False
+        ) from error
+    except aiohttp.ClientSSLError as error:
+        raise UpstreamFailure(
+            "unreachable", "upstream-unreachable", f"{name}: TLS: {_tls_reason(error)}", again=False
+        ) from error
+    except aiohttp.ClientProxyConnectionError as error:
+        raise UpstreamFailure(
+            "unreachable",
+            "upstream-unreachable",
+            f"{name}: its web proxy can't be reached: {error.strerror}",
+            again=True,
+        ) from error
+    except aiohttp.ClientHttpProxyError as error:
+        raise UpstreamFailure(
+            "unreachable",
+            "upstream-unreachable",
+            f"{name}: its web proxy answered {error.status} {error.message}",
+            again=False,
+        ) from error
+    except aiohttp.ClientConnectorError as error:
+        raise UpstreamFailure(
+            "unreachable",
+            "upstream-unreachable",
+            f"{name} can't be reached: {error.strerror or error}",
+            again=True,
+        ) from error
+    except aiohttp.InvalidURL as error:
+        raise UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}", again=False) from error
+    except (aiohttp.ClientResponseError, aiohttp.http.HttpProcessingError) as error:
+        raise UpstreamFailure(
+            "error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True
+        ) from error
+    except (aiohttp.ClientError, ConnectionError, OSError, asyncio.IncompleteReadError) as error:
+        raise UpstreamFailure(
+            "error", "upstream-error", f"{name} broke off: {error or type(error).__name__}", again=True
+        ) from error
+
+
+def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
+    """What is wrong with the certificate, or with TLS."""
+    cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
+    told = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
+    wrong = "certificate refused: " if isinstance(cause, ssl.SSLCertVerificationError) else ""
+    return f"{wrong}{told}"
+
+
+def read_head(response: "aiohttp.ClientResponse", name: str) -> RemoteHead:
+    """The head of a 200 or 206; UpstreamFailure when it can't be content."""
+    headers = response.headers
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise rejected(f"{name} sent Content-Encoding {encoding!r} though identity was asked for")
+    content_type = headers.get("Content-Type", "application/octet-stream")
+    if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
+        raise rejected(f"{name} sent a web page ({content_type})")
+    start, length = _extent(response, name)
+    if length == 0:
+        raise rejected(f"{name} sent an empty body")
+    etag = headers.get("ETag")
+    return RemoteHead(
+        response.status,
+        start,
+        length,
+        etag if etag and etag.startswith('"') else None,
+        headers.get("Last-Modified"),
+        content_type,
+        name,
+    )
+
+
+def _extent(response: "aiohttp.ClientResponse", name: str) -> tuple[int, int | None]:
+    if response.status == 200:
+        chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+        return 0, None if chunked else response.content_length
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None:
+        raise rejected(f"{name} sent 206 without a usable Content-Range")
+    start, last, total = int(match[1]), int(match[2]), match[3]
+    if last < start or (total != "*" and last >= int(total)):
+        raise rejected(f"{name} sent a Content-Range that contradicts itself: {match[0]}")
+    return start, None if total == "*" else int(total)

@@ -1,0 +1,306 @@
+"""The upstreams: which one is asked next, and how; never reads a body to its end, never retries.
+
+Choice: those that are up before those in doubt, by priority; within one priority by weight and key, so that
+the same key prefers the same upstream. What is down is asked only as a trial.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gup import config
+from gup.content.key import Variant
+from gup.metrics import Counters
+from gup.upstream.bandwidth import Wan
+from gup.upstream.connection import Answer, Ask, Upstream
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, node_names, read_age, read_head, translated
+from gup.upstream.health import Board, Sign, State, backoff_seconds, rendezvous
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_ERROR_BODY_BYTES = 64 * 1024
+"""An error's body is read this far, so that its connection can be used again."""
+_SLOW = 0.5
+"""An answer's head that takes this part of `read_timeout` is slow."""
+
+
+class Pool:
+    """All upstreams of this process. A reload replaces those whose settings changed."""
+
+    def __init__(
+        self,
+        upstreams: Sequence[config.Upstream],
+        counters: Counters,
+        wan: Wan,
+        *,
+        user_agent: str,
+        via: str,
+        board: Board | None = None,
+        error_ttl: Callable[[], float] = lambda: 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._user_agent = user_agent
+        self._via = via
+        self.upstreams: list[Upstream] = []
+        self.board = board or Board.private([settings.name for settings in upstreams])
+        self.wan = wan
+        self._counters = counters
+        self._error_ttl = error_ttl
+        self._clock = clock
+        self._last_detail = ""
+        self._retired: list[Upstream] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self.apply(upstreams)
+
+    def apply(self, upstreams: Sequence[config.Upstream]) -> None:
+        """Take over settings. Upstreams that stay the same keep their connections; fills under way at one
+        that changed end with the old one.
+        """
+        known = {upstream.name: upstream for upstream in self.upstreams}
+        kept = [
+            known[settings.name]
+            if settings.name in known and known[settings.name].settings == settings
+            else Upstream(settings, self._user_agent, self._via)
+            for settings in sorted(upstreams, key=lambda settings: settings.priority)
+        ]
+        old, self.upstreams = self.upstreams, kept
+        for upstream in old:
+            if upstream not in kept:
+                upstream.retired = True
+                self.board.forget(upstream.name)  # what was wrong may be what was changed
+                self._retired.append(upstream)
+                self._close_if_idle(upstream)
+
+    # --- choice
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that there are upstreams for, the most wanted first."""
+        return tuple(dict.fromkeys(upstream.variant for upstream in self.upstreams))
+
+    def candidates(self, variant: Variant, key: str = "") -> list[Upstream]:
+        """Upstreams of `variant`, the one to ask first at the head, those that are down at the end."""
+        fitting = [upstream for upstream in self.upstreams if upstream.variant == variant]
+        return sorted(fitting, key=lambda upstream: self._rank(upstream, key))
+
+    def _rank(self, upstream: Upstream, key: str) -> tuple[int, int, float]:
+        settings = upstream.settings
+        down = self.board.get(upstream.name).state is State.DOWN
+        doubt = 2 if down else int(self.board.doubted(upstream.name))
+        return doubt, settings.priority, -rendezvous(key, upstream.name, settings.weight)
+
+    def admitted(self, variant: Variant, key: str, via: str | None = None) -> list[Upstream]:
+        """The candidates that a new request may be sent to, those that are down as far as a trial is due.
+
+        UpstreamFailure at once when there are upstreams and all are down, and were tried a moment ago.
+        """
+        candidates = self.off_the_way(self.candidates(variant, key), via)
+        usable = [u for u in candidates if self.board.get(u.name).state is not State.DOWN]
+        if usable:
+            return self._unchecked_trials(candidates, usable) + usable
+        trials = [u for u in candidates if self.board.may_try(u.name, self._error_ttl())]
+        if candidates and not trials:
+            last = f"; the last error was: {self._last_detail}" if self._last_detail else ""
+            detail = f"no upstream is up ({', '.join(u.name for u in candidates)}){last}"
+            raise UpstreamFailure("unreachable", "upstream-unreachable", detail, again=False)
+        return trials
+
+    def chosen(
+        self, variant: Variant, key: str, via: str | None, *, resuming: bool
+    ) -> tuple[list[Upstream], list[Upstream]]:
+        """Whom to ask, and whom else once clients have a part of the body, which must not wait for a trial.
+
+        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`.
+        """
+        candidates = self.off_the_way(self.candidates(variant, key), via)
+        admitted = candidates if resuming else self.admitted(variant, key, via)
+        return admitted, [upstream for upstream in candidates if upstream not in admitted]
+
+    def off_the_way(self, candidates: Sequence[Upstream], via: str | None) -> list[Upstream]:
+        """Those that a request with this Via has not passed through: asking them would close a loop.
+
+        UpstreamFailure when it has passed through all.
+        """
+        passed = node_names(via)
+        left = [upstream for upstream in candidates if upstream.node not in passed]
+        if candidates and not left:
+            raise UpstreamFailure("error", "loop", "the request came from the upstream itself", again=False)
+        return left
+
+    def _unchecked_trials(self, candidates: Sequence[Upstream], usable: Sequence[Upstream]) -> list[Upstream]:
+        """Without active checks nobody but requests finds out that what was down is up again."""
+        return [
+            upstream
+            for upstream in candidates
+            if upstream not in usable
+            and upstream.settings.health_interval <= 0
+            and upstream.settings.priority <= usable[0].settings.priority
+            and self.board.may_try(
+                upstream.name, backoff_seconds(upstream.name, self.board.get(upstream.name))
+            )
+        ]
+
+    # --- asking
+
+    async def ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
+        """One request. An Answer for 200 and 206; a bare RemoteHead for 304, 404, 410 and for HEAD.
+
+        UpstreamFailure for everything else. The outcome is counted and noted as the upstream's health.
+        """
+        upstream.in_use += 1
+        if upstream.retired and upstream not in self._retired:
+            self._retired.append(upstream)  # a fill that began with it tries once more
+        answer = None
+        began = self._clock()
+        try:
+            answer = await self._ask(upstream, ask)
+        except UpstreamFailure as failure:
+            self._count(upstream, failure.outcome)
+            self._note_failure(upstream, ask, failure)
+            raise
+        finally:
+            if not isinstance(answer, Answer):
+                self._done(upstream)
+        status = answer.status if isinstance(answer, RemoteHead) else answer.head.status
+        self._count(upstream, {304: "not_modified", 404: "not_found", 410: "not_found"}.get(status, "ok"))
+        seconds = self._clock() - began
+        if seconds > _SLOW * upstream.settings.read_timeout:
+            self.board.note(upstream.name, Sign.SLOW, f"{upstream.name} took {seconds:.1f} s to answer")
+        else:
+            self.board.note(upstream.name, Sign.GOOD)
+        return answer
+
+    def _count(self, upstream: Upstream, outcome: str) -> None:
+        self._counters.add("gup_upstream_requests_total", upstream=upstream.name, outcome=outcome)
+
+    def _note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
+        sign = sign_of(failure, upstream.settings.kind, check=ask.check)
+        if sign in (Sign.ERRED, Sign.FAILED):
+            self._last_detail = failure.detail
+        if sign is not None:
+            self.board.note(upstream.name, sign, failure.detail)
+
+    def _done(self, upstream: Upstream) -> None:
+        upstream.in_use -= 1
+        self._close_if_idle(upstream)
+
+    def _close_if_idle(self, upstream: Upstream) -> None:
+        if not upstream.retired or upstream.in_use:
+            return
+        if upstream in self._retired:
+            self._retired.remove(upstream)
+        if upstream.is_open:
+            task = asyncio.get_running_loop().create_task(upstream.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
+        import yarl  # noqa: PLC0415 - comes with aiohttp
+
+        response = await translated(
+            upstream.session(self.wan).request(
+                ask.method,
+                yarl.URL(upstream.url(ask.path), encoded=True),
+                headers=upstream.headers(ask),
+                allow_redirects=False,
+                proxy=upstream.settings.proxy,
+            ),
+            upstream.name,
+        )
+        try:
+            return await self._judge(upstream, ask, response)
+        except BaseException:
+            response.close()
+            raise
+
+    async def _judge(
+        self, upstream: Upstream, ask: Ask, response: "aiohttp.ClientResponse"
+    ) -> Answer | RemoteHead:
+        count = self._counter(upstream.name, ask)
+        status = response.status
+        if upstream.settings.kind == "gup" and (names := node_names(response.headers.get("Via"))):
+            upstream.node = names[-1]
+        if status in (304, 404, 410):
+            await self._drain(response, count, upstream.name)
+            return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
+        if status not in (200, 206) or (status == 206 and not ask.ranged):
+            await self._drain(response, count, upstream.name)
+            raise _refusal(upstream.name, status)
+        if ask.check:
+            response.release()
+            return RemoteHead(status, 0, None, None, None, "", upstream.name)
+        head = replace(read_head(response, upstream.name), age_seconds=self._age(upstream, response))
+        if ask.method == "HEAD":
+            response.release()
+            return head
+        return Answer(
+            head,
+            response,
+            count,
+            self.wan,
+            ask.share,
+            broke=lambda failure: self._note_failure(upstream, ask, failure),
+            closed=lambda: self._done(upstream),
+        )
+
+    @staticmethod
+    def _age(upstream: Upstream, response: "aiohttp.ClientResponse") -> int:
+        """How long a gup has held what it sends (RFC 9111 section 5.1); of others nothing is held."""
+        return read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
+
+    async def _drain(
+        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], name: str
+    ) -> None:
+        left = _ERROR_BODY_BYTES
+        with contextlib.suppress(UpstreamFailure):  # an error's body may break off: the status is known
+            while left > 0 and (piece := await translated(response.content.read(left), name)):
+                count(len(piece))
+                self._counters.add("gup_upstream_wasted_bytes_total", len(piece), reason="rejected")
+                left -= len(piece)
+        response.close() if left <= 0 else response.release()
+
+    def _counter(self, name: str, ask: Ask) -> Callable[[int], None]:
+        counters = self._counters
+        at = counters.position("gup_upstream_received_bytes_total", upstream=name, purpose=ask.purpose)
+        slot, kind = ask.stream
+
+        def count(amount: int) -> None:
+            counters.words[at] += amount
+            counters.add_stream("received", slot, kind, amount)
+
+        return count
+
+    async def close(self) -> None:
+        for upstream in (*self.upstreams, *self._retired):
+            await upstream.close()
+        await asyncio.gather(*self._closing)
+
+
+def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:
+    """What a failed request tells of the upstream's health; None: nothing."""
+    status = failure.status
+    if status is None:
+        # An answer that can't be content came from somebody: a captive portal, or one bad file.
+        return None if failure.outcome == "rejected" else Sign.FAILED
+    if status < 500 or status == 501:
+        return Sign.GOOD
+    if status == 508 or (kind == "gup" and not check):
+        return None  # a gup passes on what is wrong above it, and may still hold other content
+    return Sign.FAILED if check else Sign.ERRED
+
+
+def _refusal(name: str, status: int) -> UpstreamFailure:
+    if status == 508:
+        detail = f"{name} answered 508: the request would go round in a circle"
+        return UpstreamFailure("error", "loop", detail, again=False, status=status)
+    if status >= 500:
+        return UpstreamFailure(
+            "error", "upstream-error", f"{name} answered {status}", again=False, status=status
+        )
+    return UpstreamFailure(
+        "error", "upstream-refused", f"{name} answered {status}", again=False, status=status
+    )
