@@ -1,0 +1,485 @@
+"""One client's connection: reads heads, sends answers as the socket takes them; knows nothing of content.
+
+Non-blocking sockets on `loop.add_reader` and `add_writer`: no transport, and a task only while an answer has
+to be waited for.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable, Coroutine
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from gup.cache.body import Body
+from gup.errors import Problem
+from gup.server.downloads import Turn, stopping
+from gup.server.handler import Reply
+from gup.server.hot import MAX_HEAD_BYTES, HotRow
+from gup.server.outgoing import BROKEN, FINISHED, Outgoing
+from gup.server.pacing import Pacer
+from gup.server.ranges import Span
+from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
+from gup.server.request import find_head_end, parse_head, skip_leading_newlines, too_large
+
+if TYPE_CHECKING:
+    from gup.server.listener import Listener
+
+_READ_BYTES = 64 * 1024
+_TURN_BYTES = 1 << 20
+"""The most one connection sends before others have their turn."""
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 256 * 1024
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Phase(Enum):
+    """What a connection is doing."""
+
+    READING = "reading"
+    WAITING = "waiting"
+    QUEUED = "queued"
+    SENDING = "sending"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
+class Connection:
+    """States move READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED.
+
+    QUEUED: the answer is ready, but it is a download and its turn has not come. Whoever closes its end then
+    is taken to be gone, even if it might still read: its place is for those who wait.
+
+    `since` is when the present state last made progress, on the listener's coarse clock: its sweep compares
+    it with the timeouts.
+    """
+
+    __slots__ = (
+        "_body",
+        "_close_after",
+        "_eof",
+        "_lingered",
+        "_listener",
+        "_outgoing",
+        "_paced",
+        "_pacer",
+        "_pending",
+        "_reading",
+        "_reply",
+        "_task",
+        "_turn",
+        "_waits",
+        "_writing",
+        "fd",
+        "peer",
+        "phase",
+        "since",
+        "sock",
+    )
+
+    def __init__(self, listener: "Listener", sock: socket.socket, peer: str, pacer: Pacer | None) -> None:
+        self._listener = listener
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = peer
+        self.phase = Phase.READING
+        self.since = listener.now
+        self._pending = bytearray()
+        self._eof = False
+        self._writing = False
+        self._reading = True
+        self._task: asyncio.Task[None] | None = None
+        self._pacer = pacer
+        self._paced: asyncio.TimerHandle | None = None
+        self._lingered = 0
+        self._clear()
+        listener.loop.add_reader(self.fd, self._readable)
+
+    def _clear(self) -> None:
+        """Forget the answer that was sent last."""
+        self._reply: Reply | None = None
+        self._body: Body | None = None
+        self._outgoing: Outgoing | None = None
+        self._close_after = False
+        self._waits = False
+        self._turn: Turn | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may be closed without anybody losing an answer."""
+        return self.phase is Phase.READING and not self._pending
+
+    @property
+    def head_begun(self) -> bool:
+        return self.phase is Phase.READING and bool(self._pending)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the client does not take what is offered to it."""
+        return self.phase is Phase.SENDING and self._writing
+
+    @property
+    def queued(self) -> bool:
+        """Whether it waits for its turn to download."""
+        return self.phase is Phase.QUEUED
+
+    # --- reading
+
+    def _readable(self) -> None:
+        try:
+            piece = self.sock.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        if not piece:
+            self._ended()
+        elif self.phase is Phase.READING:
+            self._arrived(piece)
+        elif self.phase is Phase.LINGERING:
+            self._lingered += len(piece)
+            if self._lingered > _LINGER_BYTES:
+                self.close()
+        else:
+            self._pending += piece
+            if len(self._pending) > LONGEST_HEAD_BYTES:
+                self._stop_reading()  # the client waits for answers before it may send more
+
+    def _arrived(self, piece: bytes) -> None:
+        """Bytes at a message start, or more of a head that had begun. The hot lane is the first look-up."""
+        if not self._pending:
+            if len(piece) <= MAX_HEAD_BYTES and piece.endswith(b"\r\n\r\n"):
+                row = self._listener.hot.find(piece, self._listener.loop.time())
+                if row is not None and not self._listener.draining:
+                    self.send_hot(row)
+                    return
+            self.since = self._listener.now
+        self._pending += piece
+        self.advance()
+
+    def _ended(self) -> None:
+        """The client sends no more; it may still read what it asked for."""
+        self._eof = True
+        if self.phase in (Phase.READING, Phase.QUEUED, Phase.LINGERING):
+            self.close()
+        else:
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._listener.loop.remove_reader(self.fd)
+
+    def _go_on_reading(self) -> None:
+        if not self._reading and not self._eof:
+            self._reading = True
+            self._listener.loop.add_reader(self.fd, self._readable)
+
+    def advance(self) -> None:
+        """Answer the heads that have arrived, one after the other, as far as that needs no waiting."""
+        while self.phase is Phase.READING and self._pending:
+            skipped = skip_leading_newlines(self._pending)
+            del self._pending[:skipped]
+            end = find_head_end(self._pending)
+            if end < 0:
+                if len(self._pending) > LONGEST_HEAD_BYTES:
+                    self.refuse(too_large(self._pending))
+                break
+            head = bytes(self._pending[:end])
+            del self._pending[:end]
+            self._answer(head)
+        if self.phase is Phase.READING:
+            if self._eof:
+                self.close()
+            else:
+                self._go_on_reading()
+
+    def _answer(self, head: bytes) -> None:
+        listener = self._listener
+        try:
+            request = parse_head(head)
+        except Problem as problem:
+            self.refuse(problem)
+            return
+        if request.plain and request.keep_alive and request.minor_version == 1 and not listener.draining:
+            row = listener.hot.find_target(request.target, listener.loop.time())
+            if row is not None and request.header("via") is None:
+                self.send_hot(row)
+                return
+        reply = listener.handler.answer_now(request, head)
+        if reply is not None:
+            self.send(reply)
+            return
+        self.phase = Phase.WAITING
+        self._task = listener.loop.create_task(self._answer_later(listener.handler.answer(request, head)))
+
+    async def _answer_later(self, answer: Coroutine[None, None, Reply]) -> None:
+        try:
+            reply = await answer
+        except asyncio.CancelledError:
+            self._task = None
+            raise
+        self._task = None
+        if self.phase is Phase.WAITING:
+            self.send(reply)
+            self.advance()
+            return
+        if reply.body is not None:
+            reply.body.leave()
+        if reply.turn is not None:
+            self._listener.downloads.leave(reply.turn)
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer with a problem and close: the framing can't be trusted any more."""
+        self.send(self._listener.handler.refusal(problem, close=True))
+
+    # --- sending
+
+    def send_hot(self, row: HotRow) -> None:
+        """Send a ready-made answer, in this same callback as far as the socket takes it."""
+        piece = row.small() if self._pacer is None else None
+        if piece is None:
+            self._send_hot_span(row)
+            return
+        head = self._hot_head(row)
+        message = head + piece
+        try:
+            sent = self.sock.send(message)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        body_sent = max(0, sent - len(head))
+        words = self._listener.tally.words
+        words[row.sent_at] += body_sent
+        words[row.stream_at] += body_sent
+        if sent == len(message):
+            return
+        self._begin(head[sent:], (Span(body_sent, row.length),), row.entry, row.sent_at, row.stream_at)
+        self._push()
+
+    def _hot_head(self, row: HotRow) -> bytes:
+        """The head of a ready-made answer, which is counted by this: it leaves now."""
+        listener = self._listener
+        listener.tally.words[row.hit_at] += 1
+        uses = listener.tally.uses
+        uses[row.key_text] = uses.get(row.key_text, 0) + 1
+        self.since = listener.now
+        return row.template.render(listener.date, max(0, int(listener.wall_now - row.validated_at)))
+
+    def _send_hot_span(self, row: HotRow) -> None:
+        """Send what is not a few bytes in memory; a download when its turn has come."""
+
+        def go() -> None:
+            head, span = self._hot_head(row), Span(0, row.length)
+            self._begin(head, (span,), row.entry, row.sent_at, row.stream_at)
+            self._push()
+
+        turn = None
+        if row.download:
+            try:
+                turn = self._listener.downloads.ask()
+            except Problem as problem:
+                self.send(self._listener.handler.refusal(problem, keep_alive=True))
+                return
+        self._when_due(turn, go)
+
+    def send(self, reply: Reply) -> None:
+        """Send an answer, when its turn has come; the connection reads on when it has left."""
+        self._reply = reply
+        self._body = reply.body
+        self._when_due(reply.turn, self._send_reply)
+
+    def _send_reply(self) -> None:
+        reply = self._reply
+        assert reply is not None
+        self._listener.handler.begin(reply)
+        self._begin(
+            reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
+        )
+        self._close_after = reply.close
+        self._push()
+
+    def _when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
+        """Call `go` now, or when the download's turn comes."""
+        self._turn = turn
+        if turn is None or turn.come:
+            go()
+            return
+
+        def due() -> None:
+            go()
+            self.advance()
+
+        turn.go = due
+        self.phase = Phase.QUEUED
+
+    def turn_away(self) -> None:
+        """The service stops and the download has not begun: let the client ask another."""
+        self._leave_body()
+        self._clear()
+        self.refuse(stopping())
+
+    def _begin(
+        self,
+        head: bytes,
+        segments: tuple[bytes | Span, ...],
+        body: Body | None,
+        sent_at: int,
+        stream_at: int,
+        *,
+        chunked: bool = False,
+    ) -> None:
+        self.phase = Phase.SENDING
+        self.since = self._listener.now
+        self._body = body
+        words = self._listener.tally.words
+        self._outgoing = Outgoing(words, head, segments, body, sent_at, stream_at, chunked=chunked)
+
+    def _push(self) -> None:
+        """Send as much as the socket takes and the body has, at most one turn's worth."""
+        budget = _TURN_BYTES if self._pacer is None else self._slice(self._pacer)
+        outgoing = self._outgoing
+        assert outgoing is not None
+        try:
+            while budget > 0:
+                done = outgoing.push(self.sock, budget)
+                if done <= 0:
+                    self._stopped(outgoing, done)
+                    return
+                budget -= done
+                self.since = self._listener.now
+                if self._pacer is not None:
+                    self._pacer.took(done, self._listener.loop.time())
+            self._go_on_writing()
+        except (BlockingIOError, InterruptedError):
+            self._want_write(wanted=True)
+        except OSError:
+            self.close()
+
+    def _stopped(self, outgoing: Outgoing, why: int) -> None:
+        """Nothing more leaves for now: the answer has ended, or its body has no more, or never will."""
+        if why == FINISHED:
+            self._finish()
+        elif why == BROKEN:
+            self._cut()
+        else:
+            assert self._body is not None
+            self._want_write(wanted=False)
+            self._waits = True
+            self._body.wait(outgoing.position, self._woken)
+
+    def _slice(self, pacer: Pacer) -> int:
+        """How much may leave at this moment."""
+        return 0 if pacer.delay_seconds(self._listener.loop.time()) else pacer.slice_bytes
+
+    def _go_on_writing(self) -> None:
+        """When the socket takes more; or, paced by ourselves, when what has left is paid for."""
+        loop = self._listener.loop
+        delay = self._pacer.delay_seconds(loop.time()) if self._pacer is not None else 0.0
+        if delay and self._paced is None:
+            self._paced = loop.call_later(delay, self._paid)
+        self._want_write(wanted=not delay)
+
+    def _paid(self) -> None:
+        self._paced = None
+        self._writable()
+
+    def _woken(self) -> None:
+        self._waits = False
+        if self.phase is Phase.SENDING:
+            self._push()
+            self.advance()
+
+    def _writable(self) -> None:
+        if self.phase is Phase.SENDING:
+            self._push()
+            self.advance()
+
+    def _want_write(self, *, wanted: bool) -> None:
+        if wanted and not self._writing:
+            self._writing = True
+            self._listener.loop.add_writer(self.fd, self._writable)
+        elif not wanted and self._writing:
+            self._writing = False
+            self._listener.loop.remove_writer(self.fd)
+
+    def _finish(self) -> None:
+        """The answer has left: go on with the next request, or end."""
+        close = self._close_after or self._listener.draining
+        self._want_write(wanted=False)
+        self._leave_body()
+        self._clear()
+        self.since = self._listener.now
+        if not close:
+            self.phase = Phase.READING
+        elif self._eof:
+            self.close()
+        else:
+            self._linger()
+
+    # --- the end
+
+    def _leave_body(self) -> None:
+        """Give back what the answer held: its turn, and its place among the body's readers."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            self._listener.downloads.leave(turn)
+        body, self._body = self._body, None
+        if body is not None:
+            if self._waits:
+                body.forget(self._woken)
+            body.leave()
+
+    def _linger(self) -> None:
+        """Let the client read its answer before the connection goes: closing with bytes unread resets it."""
+        self.phase = Phase.LINGERING
+        self._pending.clear()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self._go_on_reading()
+
+    def _cut(self) -> None:
+        """End with a reset: the client must never take a part for the whole."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.close()
+
+    def close(self) -> None:
+        """End now. Whatever was being fetched goes on without this client."""
+        if self.phase is Phase.CLOSED:
+            return
+        self.phase = Phase.CLOSED
+        self._want_write(wanted=False)
+        self._stop_reading()
+        self._leave_body()
+        if self._paced is not None:
+            self._paced.cancel()
+            self._paced = None
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self.sock.close()
+        self._listener.gone(self)
+
+    def expired(self, now: float) -> bool:
+        """Whether the client has used up its time; see Listener's sweep."""
+        settings = self._listener.settings.listen
+        age = now - self.since
+        if self.phase is Phase.READING:
+            return age > (settings.header_timeout if self._pending else settings.idle_timeout)
+        if self.phase is Phase.LINGERING:
+            return age > _LINGER_SECONDS
+        return self.stalled and age > settings.write_timeout + self._listener.pacing.grace_seconds
+
+    def expire(self) -> None:
+        """End because time is up: a begun head is told so, a begun answer is cut."""
+        if self.head_begun:
+            self.refuse(Problem("request-timeout", "the request head took too long to arrive"))
+        elif self.phase is Phase.SENDING:
+            self._cut()
+        else:
+            self.close()

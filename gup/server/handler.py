@@ -1,0 +1,337 @@
+"""From a parsed request to its answer: route, cache, and the one place that makes a problem a response."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gup import config
+from gup.cache.body import Body, Entry
+from gup.cache.cache import Cache, Opened, Result
+from gup.cache.flight import Means
+from gup.cache.record import Head
+from gup.content.http_date import format_http_date
+from gup.content.key import Kind, Variant
+from gup.content.routes import Route, Routes, parse_target
+from gup.errors import Problem
+from gup.metrics import CODES_OF_RESULT
+from gup.server import problem as problems
+from gup.server.downloads import Downloads, Turn
+from gup.server.hot import HotRow, HotTable
+from gup.server.ranges import Span
+from gup.server.request import Request, check_method, closes
+from gup.server.response import HeadTemplate, Plan, Representation, Served, plan
+from gup.server.tally import LARGE_BODY_BYTES, Tally
+
+log = logging.getLogger("gup.request")
+
+_STATUS_OF_RESULT = {
+    Result.HIT: "gup; hit",
+    Result.MISS: "gup; fwd=uri-miss; stored",
+    Result.COLLAPSED: "gup; fwd=uri-miss; collapsed",
+    Result.REVALIDATED: "gup; fwd=stale; fwd-status=304",
+    Result.STALE: "gup; hit; fwd=stale",
+    Result.BYPASS: "gup; fwd=bypass",
+}
+"""Values of Cache-Status (RFC 9211)."""
+_OUR_MISTAKE = Problem("internal-error", "a mistake of gup's own; its log tells more")
+_REFUSALS = frozenset(int(code) for code in CODES_OF_RESULT["refused"])
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer ready to leave: literal bytes, and spans of `body`. Words count what is sent of it."""
+
+    head: bytes
+    segments: tuple[bytes | Span, ...] = ()
+    body: Body | None = None
+    chunked: bool = False
+    close: bool = False
+    sent_at: int = 0
+    stream_at: int = 0
+    turn: Turn | None = None
+    """The download's turn, which must have come before anything is sent."""
+    result: Result | None = None
+    """Counted when the answer begins to leave, as `status`; None: it is counted already."""
+    status: int = 0
+    began: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request whose target is content."""
+
+    request: Request
+    route: Route
+    variant: Variant
+    head: bytes
+
+
+class Handler:
+    """Decides every request of one worker. `draining` is set by the listener when the service stops."""
+
+    def __init__(
+        self,
+        means: Means,
+        cache: Cache,
+        routes: Routes,
+        tally: Tally,
+        hot: HotTable,
+        downloads: Downloads,
+        *,
+        node: str,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.draining = False
+        self._means = means
+        self._cache = cache
+        self._routes = routes
+        self._tally = tally
+        self._hot = hot
+        self._downloads = downloads
+        self._node = node
+        self._via = f"1.1 {node} (gup)"
+        self._wall_clock = wall_clock
+        self._authorities = _authorities(means.settings)
+
+    def apply(self, settings: config.Settings) -> None:
+        """Reloaded settings."""
+        self._authorities = _authorities(settings)
+
+    # --- entry points
+
+    def answer_now(self, request: Request, head: bytes) -> Reply | None:
+        """The answer if it needs neither disk nor upstream; None: call `answer`."""
+        began = self._means.clock()
+        epochs = self._hot.epochs
+        try:
+            asked = self._ask(request, head)
+            opened = self._cache.open_now(asked.route, asked.variant)
+            if opened is None:
+                return None
+            reply = self._reply(asked, opened, began)
+        except Problem as problem:
+            return self.refusal(problem, request=request)
+        except Exception:
+            log.exception("a request failed: %r", head[:200])
+            return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
+        if request.plain and not self.draining:
+            self._learn(asked, opened, epochs)
+        return reply
+
+    async def answer(self, request: Request, head: bytes) -> Reply:
+        """The answer, whatever it takes; never raises but when it is cancelled."""
+        began = self._means.clock()
+        epochs = self._hot.epochs
+        try:
+            asked = self._ask(request, head)
+            if request.method == "HEAD":
+                return await self._answer_head(asked)
+            opened = await self._cache.open(asked.route, asked.variant, request.header("via"))
+            opened = await self._span_alone(asked, opened)
+            reply = self._reply(asked, opened, began)
+        except Problem as problem:
+            return self.refusal(problem, request=request)
+        except Exception:
+            log.exception("a request failed: %r", head[:200])
+            return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
+        if request.plain and opened.entry is not None and not self.draining:
+            self._learn(asked, opened, epochs)
+        return reply
+
+    def refusal(
+        self,
+        problem: Problem,
+        *,
+        request: Request | None = None,
+        keep_alive: bool = False,
+        close: bool = False,
+    ) -> Reply:
+        """The response that tells a problem: the only place where one is translated.
+
+        `keep_alive` is what the client asked for where there is no parsed `request` to tell.
+        """
+        status = problem.status
+        upstream = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
+        self._tally.request("error" if upstream or status not in _REFUSALS else "refused", status)
+        close = close or closes(problem.slug) or self.draining
+        keep = (request.keep_alive if request is not None else keep_alive) and not close
+        text = problems.render(
+            problem,
+            date=format_http_date(self._wall_clock()),
+            via=self._via,
+            instance=None,
+            head_only=request is not None and request.method == "HEAD",
+            keep_alive=keep,
+        )
+        return Reply(text, close=not keep)
+
+    # --- what is asked
+
+    def _ask(self, request: Request, head: bytes) -> Asked:
+        check_method(request)
+        via = request.header("via")
+        if via is not None and self._node in via:
+            raise Problem("loop", f"the request's Via names this node, {self._node}")
+        target = parse_target(request.target)
+        if target.authority is not None and target.authority not in self._authorities:
+            raise Problem(
+                "forbidden-host",
+                f"{target.authority} is no upstream of this service; it is not an open proxy",
+            )
+        route = self._routes.route(target.path)
+        variants = self._means.pool.variants
+        if not variants:
+            raise Problem("no-upstream", "no upstream is configured")
+        return Asked(request, route, variants[0], head)
+
+    async def _span_alone(self, asked: Asked, opened: Opened) -> Opened:
+        """Swap a growing body for the span asked for, when the fill will not reach that soon."""
+        if asked.request.header("range") is None or opened.body.end() is None:
+            return opened
+        planned = self._plan(asked.request, opened)
+        spans = [segment for segment in planned.segments if isinstance(segment, Span)]
+        if planned.status != 206 or len(spans) != 1:
+            return opened
+        via = asked.request.header("via")
+        body = await self._cache.fetch_span(
+            opened, asked.route, asked.variant, spans[0].start, spans[0].stop, via
+        )
+        if body is None:
+            return opened
+        opened.body.leave()
+        return replace(opened, body=body, result=Result.BYPASS)
+
+    # --- answers
+
+    def _reply(self, asked: Asked, opened: Opened, began: float) -> Reply:
+        planned = self._plan(asked.request, opened)
+        body: Body | None = opened.body
+        if not planned.segments and body is not None:
+            body.leave()
+            body = None
+        if opened.entry is not None:
+            self._tally.used(opened.key.text)
+        slot = self._means.streams.number(opened.key)
+        turn = self._turn(opened, planned)
+        return Reply(
+            planned.head,
+            planned.segments,
+            body,
+            planned.chunked,
+            planned.close,
+            self._tally.sent[opened.body.source],
+            self._tally.stream[slot, str(opened.kind)],
+            turn,
+            opened.result,
+            planned.status,
+            began,
+        )
+
+    def _turn(self, opened: Opened, planned: Plan) -> Turn | None:
+        """The turn that an answer needs whose body is a download. Problem when too many wait for theirs."""
+        if not any(isinstance(segment, Span) for segment in planned.segments):
+            return None
+        if not is_download(opened.kind, opened.body.end()):
+            return None
+        try:
+            return self._downloads.ask()
+        except Problem:
+            opened.body.leave()
+            raise
+
+    def begin(self, reply: Reply) -> None:
+        """An answer begins to leave: count it."""
+        if reply.result is not None:
+            self._tally.request(reply.result, reply.status)
+            self._means.counters.observe(
+                "gup_time_to_first_byte_seconds",
+                self._means.clock() - reply.began,
+                result=str(reply.result),
+            )
+
+    def _plan(self, request: Request, opened: Opened) -> Plan:
+        if not opened.ranges:
+            request = _without_range(request)
+        if self.draining:
+            request = replace(request, keep_alive=False)
+        head = opened.body.head
+        return plan(request, _representation(head), self._served(opened.result, opened.age_seconds))
+
+    def _served(self, result: Result, age_seconds: int) -> Served:
+        return Served(
+            date=format_http_date(self._wall_clock()),
+            via=self._via,
+            age_seconds=age_seconds,
+            cache_status=_STATUS_OF_RESULT[result],
+        )
+
+    async def _answer_head(self, asked: Asked) -> Reply:
+        head, result, age_seconds = await self._cache.look(
+            asked.route, asked.variant, asked.request.header("via")
+        )
+        planned = plan(asked.request, _representation(head), self._served(result, age_seconds))
+        self._tally.request(result, planned.status)
+        return Reply(planned.head, close=planned.close)
+
+    # --- the hot lane
+
+    def _learn(self, asked: Asked, opened: Opened, epochs: tuple[int, int]) -> None:
+        """Make the same request's next answer ready."""
+        entry, request = opened.entry, asked.request
+        if not isinstance(entry, Entry) or not entry.all_verified or opened.result is not Result.HIT:
+            return
+        if not request.keep_alive or request.minor_version != 1 or request.method != "GET":
+            return
+        if not request.target.startswith(b"/") or request.header("via") is not None:
+            return
+        record = entry.record
+        age = self._wall_clock() - record.validated_at
+        left = math.inf if asked.route.immutable else self._means.settings.cache.index_ttl - age
+        template = HeadTemplate(
+            _representation(entry.head),
+            self._via,
+            _STATUS_OF_RESULT[Result.HIT],
+            keep_alive=True,
+            minor_version=1,
+        )
+        slot = self._means.streams.number(opened.key)
+        row = HotRow(
+            entry=entry,
+            template=template,
+            length=record.length,
+            download=is_download(opened.kind, record.length),
+            key_text=opened.key.text,
+            sent_at=self._tally.sent["cache"],
+            stream_at=self._tally.stream[slot, str(opened.kind)],
+            hit_at=self._tally.requests["hit", 200],
+            fresh_until=self._means.clock() + left,
+            validated_at=record.validated_at,
+        )
+        self._hot.learn(asked.head, request.target, row, epochs)
+
+
+def is_download(kind: Kind, length: int | None) -> bool:
+    """Whether a body takes a download slot: a large one, or one that may become so, and no index file."""
+    return kind is not Kind.INDEX and (length is None or length > LARGE_BODY_BYTES)
+
+
+def _representation(head: Head) -> Representation:
+    return Representation(head.length, head.etag, head.last_modified, head.content_type)
+
+
+def _without_range(request: Request) -> Request:
+    kept = tuple((name, value) for name, value in request.headers if name not in ("range", "if-range"))
+    return replace(request, headers=kept)
+
+
+def _authorities(settings: config.Settings) -> frozenset[str]:
+    """Hosts with their ports that an absolute-form target may name: the upstreams'."""
+    found = set()
+    for upstream in settings.upstream:
+        scheme, _, rest = upstream.url.partition("://")
+        authority = rest.split("/")[0].lower()
+        if ":" not in authority.rsplit("]", 1)[-1]:
+            authority += ":443" if scheme == "https" else ":80"
+        found.add(authority)
+    return frozenset(found)

@@ -1,0 +1,126 @@
+"""What of one answer is still to leave: literal bytes and spans of a body, in order; it never waits."""
+
+import os
+import socket
+
+from gup.cache.body import CUT, Body
+from gup.server.ranges import Span
+
+WAIT = 0
+"""The body has no more for now: `body.wait(position, …)` tells when."""
+FINISHED = -1
+BROKEN = -2
+"""The rest will never come: the connection is to be cut."""
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Outgoing:
+    """One answer on its way. Counts every body byte in two of `words` at the moment it leaves.
+
+    Moved by `push` alone; `body` is the connection's to leave.
+    """
+
+    __slots__ = (
+        "_chunk_left",
+        "_chunked",
+        "_literal",
+        "_segments",
+        "_sent_at",
+        "_stop",
+        "_stream_at",
+        "_words",
+        "body",
+        "position",
+    )
+
+    def __init__(
+        self,
+        words: "memoryview[int]",
+        head: bytes,
+        segments: tuple[bytes | Span, ...],
+        body: Body | None,
+        sent_at: int,
+        stream_at: int,
+        *,
+        chunked: bool = False,
+    ) -> None:
+        self.body = body
+        self.position = 0
+        self._words = words
+        self._literal = memoryview(head)
+        self._segments = segments
+        self._sent_at = sent_at
+        self._stream_at = stream_at
+        self._stop = 0
+        self._chunked = chunked
+        self._chunk_left = 0
+
+    def push(self, sock: socket.socket, most: int) -> int:
+        """Send some bytes, at most `most` of the body; how many, or WAIT, FINISHED, BROKEN.
+
+        BlockingIOError when the socket takes none, another OSError when the client is gone.
+        """
+        while True:
+            if self._literal:
+                more = self._segments or self.position < self._stop
+                done = sock.send(self._literal, socket.MSG_MORE if more else 0)
+                self._literal = self._literal[done:]
+                return done
+            if self.position < self._stop:
+                done = self._push_span(sock, min(most, self._stop - self.position))
+                if done or not self._at_end():
+                    return done
+                self._stop = self.position
+                if self._chunked:
+                    self._literal = memoryview(_LAST_CHUNK)
+            elif not self._next_segment():
+                return FINISHED
+
+    def _at_end(self) -> bool:
+        """Whether a body whose length was not known at first has turned out to end here."""
+        end = self.body.end() if self.body is not None else None
+        return end is not None and self.position >= end
+
+    def _push_span(self, sock: socket.socket, want: int) -> int:
+        body = self.body
+        assert body is not None
+        available = body.available(self.position, want)
+        if available <= 0:
+            return BROKEN if available == CUT else WAIT
+        if self._chunked:
+            if self._chunk_left == 0:
+                self._chunk_left = available
+                self._literal = memoryview(b"%x\r\n" % available)
+                done = sock.send(self._literal, socket.MSG_MORE)
+                self._literal = self._literal[done:]
+                return done
+            available = min(available, self._chunk_left)
+        sent = self._send(sock, body, available)
+        self._count(sent)
+        self.position += sent
+        if self._chunked:
+            self._chunk_left -= sent
+            if self._chunk_left == 0:
+                self._literal = memoryview(b"\r\n")
+        return sent or BROKEN  # the file is shorter than it was: what is missing will never come
+
+    def _send(self, sock: socket.socket, body: Body, amount: int) -> int:
+        if body.fd >= 0:
+            return os.sendfile(sock.fileno(), body.fd, self.position, amount)
+        return sock.send(body.view(self.position, amount))
+
+    def _next_segment(self) -> bool:
+        if not self._segments:
+            return False
+        segment, self._segments = self._segments[0], self._segments[1:]
+        if isinstance(segment, Span):
+            self.position, self._stop = segment.start, segment.stop
+        else:
+            self._literal = memoryview(segment)
+            if self.body is not None:  # boundaries of a multipart body; a problem's text is not content
+                self._count(len(segment))
+        return True
+
+    def _count(self, sent: int) -> None:
+        self._words[self._sent_at] += sent
+        self._words[self._stream_at] += sent
