@@ -1,0 +1,217 @@
+"""What `/metrics` shows: the stored words as Prometheus families, and the figures worked out when asked.
+
+Names, labels and help stand in gup.metrics alone. Never counts anything itself.
+"""
+
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+import gup
+from gup.metrics import KINDS, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
+
+_NANOSECONDS = 1_000_000_000
+_LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
+_DIRECTIONS: tuple[Literal["sent", "received"], ...] = ("sent", "received")
+_OTHER = ("other", "other")
+
+StreamNames = Sequence[tuple[str, str, str]]
+ProductOf = Callable[[str], tuple[str, str] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """All that the exposition shows, as it is at this moment.
+
+    `totals` are the words by series name. `newest` has the Unix time of the newest revision by product,
+    language and where ("held", "requested"); `storms` whether there is one by product and language.
+    """
+
+    totals: Mapping[str, int]
+    upstreams: Sequence[str]
+    stream_names: StreamNames
+    product_of: ProductOf
+    entries: int = 0
+    size_bytes: int = 0
+    limit_bytes: int = 0
+    free_bytes: int = 0
+    clients_seen: Mapping[str, int] = field(default_factory=dict)
+    upstreams_up: Mapping[str, bool] = field(default_factory=dict)
+    wan_bytes_per_second: int = 0
+    client_bytes_per_second: int = 0
+    limits: Mapping[str, int] = field(default_factory=dict)
+    newest: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
+    storms: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    config_ok: bool = True
+    site: str = ""
+
+
+def parse_series(name: str) -> tuple[str, dict[str, str]]:
+    """The metric and the labels in a series' name, as gup.metrics.series spells it."""
+    base, _, labels = name.partition("{")
+    return base, dict(_LABEL.findall(labels))
+
+
+def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> tuple[str, str]:
+    """Product and language of stream number `slot`: the catalogue's, else moniker and variant."""
+    if slot >= min(len(names), MAX_STREAMS):
+        return _OTHER
+    _, language, stream = names[slot]
+    return product_of(stream) or (stream, language)
+
+
+def expose(figures: Figures, accept: str) -> tuple[bytes, str]:
+    """The exposition in the form that `accept` asks for (text or OpenMetrics), and its content type."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Figures(figures))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+class _Figures(Collector):
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterable[Family]:
+        words: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, value in self._figures.totals.items():
+            words[name.partition("{")[0]][name] = value
+        for metric in METRICS:
+            if not metric.stored:
+                yield from _worked_out(metric, self._figures)
+            elif metric.kind == "histogram":
+                yield _histogram(metric, words)
+            else:
+                yield _stored(metric, words[metric.name], self._figures.upstreams)
+
+
+def _labelled(words: Mapping[str, int]) -> Iterator[tuple[dict[str, str], int]]:
+    for name, value in words.items():
+        yield parse_series(name)[1], value
+
+
+def _family(metric: Metric, samples: Iterable[tuple[Mapping[str, str], float]]) -> Family:
+    rows = list(samples)
+    names = sorted(rows[0][0]) if rows else []
+    make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = make(metric.name, metric.help, labels=names)
+    for labels, value in rows:
+        family.add_metric([labels[name] for name in names], value)
+    return family
+
+
+def _stored(metric: Metric, words: Mapping[str, int], upstreams: Sequence[str]) -> Family:
+    """Counters and gauges with all that is counted, and 0 for what could be and is not yet."""
+    samples = {tuple(sorted(labels.items())): 0 for labels in label_sets(metric, upstreams)}
+    samples |= {tuple(sorted(labels.items())): value for labels, value in _labelled(words)}
+    return _family(metric, ((dict(labels), value) for labels, value in samples.items()))
+
+
+def _histogram(metric: Metric, words: Mapping[str, Mapping[str, int]]) -> Family:
+    edges = [f"{edge:g}" for edge in metric.buckets] + ["+Inf"]
+    counts: dict[tuple[tuple[str, str], ...], dict[str, int]] = {
+        tuple(sorted(labels.items())): {} for labels in label_sets(metric, ())
+    }
+    for labels, value in _labelled(words.get(metric.name + "_bucket", {})):
+        edge = labels.pop("le")
+        counts.setdefault(tuple(sorted(labels.items())), {})[edge] = value
+    sums = {
+        tuple(sorted(labels.items())): value
+        for labels, value in _labelled(words.get(metric.name + "_sum", {}))
+    }
+    family = HistogramMetricFamily(metric.name, metric.help, labels=sorted(dict(metric.labels)))
+    for series, by_edge in counts.items():
+        buckets: list[tuple[str, float]] = []
+        cumulated = 0
+        for edge in edges:
+            cumulated += by_edge.get(edge, 0)
+            buckets.append((edge, cumulated))
+        family.add_metric([value for _, value in series], buckets, sums.get(series, 0) / _NANOSECONDS)
+    return family
+
+
+def _worked_out(metric: Metric, figures: Figures) -> Iterator[Family]:
+    """The families that no word stands for; none where there is nothing to say."""
+    rows = list(_ROWS[metric.name](figures))
+    if rows:
+        yield _family(metric, rows)
+
+
+_Samples = Iterable[tuple[Mapping[str, str], float]]
+
+
+def _streams(direction: Literal["sent", "received"]) -> Callable[[Figures], _Samples]:
+    """Bytes by product, language and kind, for the streams that have counted anything."""
+
+    def samples(figures: Figures) -> _Samples:
+        sums: dict[tuple[str, str], dict[str, int]] = {}
+        for slot in range(MAX_STREAMS + 1):
+            # Both directions appear together, so that a difference can be taken from the first byte on.
+            counted = any(
+                figures.totals.get(stream_series(either, slot, kind))
+                for either in _DIRECTIONS
+                for kind in KINDS
+            )
+            if not counted:
+                continue
+            of_kind = sums.setdefault(
+                stream_labels(figures.stream_names, slot, figures.product_of), dict.fromkeys(KINDS, 0)
+            )
+            for kind in KINDS:
+                of_kind[kind] += figures.totals.get(stream_series(direction, slot, kind), 0)
+        for (product, language), of_kind in sums.items():
+            for kind, value in of_kind.items():
+                yield {"product": product, "language": language, "kind": kind}, value
+
+    return samples
+
+
+def _limits(figures: Figures) -> _Samples:
+    for direction, limit in (
+        ("upstream", figures.wan_bytes_per_second),
+        ("client", figures.client_bytes_per_second),
+    ):
+        if limit:
+            yield {"direction": direction}, limit
+
+
+def _newest(figures: Figures) -> _Samples:
+    for (product, language, where), at in figures.newest.items():
+        yield {"product": product, "language": language, "where": where}, at
+
+
+def _storms(figures: Figures) -> _Samples:
+    for (product, language), storm in figures.storms.items():
+        yield {"product": product, "language": language}, storm
+
+
+_ROWS: Mapping[str, Callable[[Figures], _Samples]] = {
+    "gup_stream_sent_bytes_total": _streams("sent"),
+    "gup_stream_received_bytes_total": _streams("received"),
+    "gup_clients_seen": lambda f: [({"window": window}, n) for window, n in f.clients_seen.items()],
+    "gup_cache_entries": lambda f: [({}, f.entries)],
+    "gup_cache_size_bytes": lambda f: [({}, f.size_bytes)],
+    "gup_cache_limit_bytes": lambda f: [({}, f.limit_bytes)],
+    "gup_disk_free_bytes": lambda f: [({}, f.free_bytes)],
+    "gup_upstream_up": lambda f: [({"upstream": name}, up) for name, up in f.upstreams_up.items()],
+    "gup_bandwidth_limit_bytes_per_second": _limits,
+    "gup_allowed_at_once": lambda f: [({"of": name}, limit) for name, limit in f.limits.items()],
+    "gup_newest_content_timestamp_seconds": _newest,
+    "gup_full_storm": _storms,
+    "gup_config_last_reload_successful": lambda f: [({}, f.config_ok)],
+    "gup_build_info": lambda _: [({"version": gup.__version__, "python": platform.python_version()}, 1)],
+    "gup_site_info": lambda f: [({"site": f.site}, 1)],
+}

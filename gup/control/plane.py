@@ -1,0 +1,280 @@
+"""The control plane's parts together: takes events in, and gathers what pages and metrics show. No HTTP."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from heapq import nlargest
+from typing import Any
+
+import gup
+from gup.cache.store import Part
+from gup.config import Settings
+from gup.content.key import ContentKey
+from gup.control.clients import ClientsBook
+from gup.control.events import (
+    ClientsSeen,
+    Committed,
+    Event,
+    Failed,
+    Need,
+    UpstreamTrouble,
+    Used,
+    parse_event,
+    receive,
+)
+from gup.control.exposition import Figures
+from gup.control.index import Index
+from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.rows import Row, Stream, make_row
+from gup.control.space import Disk, Space
+from gup.control.status import fill_of, totals_of
+from gup.control.streams import Demand, newest_times
+from gup.control.surroundings import Surroundings
+
+_log = logging.getLogger("gup.control.plane")
+_FAILURES = 50
+_MALFORMED_LOGGED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PastFailure:
+    """A fill that failed, for the operator."""
+
+    at: float
+    key: str
+    problem: str
+    detail: str
+
+
+class Plane:
+    """What the controller knows. Changed by `take_events` and the API, both on the event loop."""
+
+    def __init__(self, around: Surroundings, clock: Callable[[], float]) -> None:
+        self.around = around
+        self.settings: Settings = around.settings  # replaced by a reload only
+        self.clock = clock
+        self.index = Index(around.store.index, self._index_damaged)
+        self.space = Space(
+            around.store,
+            around.claims,
+            around.counters,
+            self.index,
+            around.settings.cache,
+            raise_store_epoch=around.raise_store_epoch,
+            set_store_bytes=around.set_store_bytes,
+            promised_bytes=around.promised_bytes,
+            clock=clock,
+        )
+        self.clients = ClientsBook()
+        self.demand = Demand()
+        self.wan_meter = Meter()
+        self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
+        self.upstream_errors: dict[str, tuple[float, str]] = {}
+        """Each upstream's last error and when it was; of configured names only."""
+        self.malformed_events = 0
+        self.touches: dict[str, float] = {}
+        self.repin: set[str] = set()
+
+    def _index_damaged(self) -> None:
+        self.around.counters.add("gup_integrity_failures_total", where="index")
+
+    # --- events
+
+    def take_events(self) -> None:
+        """Read the datagrams that wait and apply them; what is malformed is counted and passed over."""
+        for datagram in receive(self.around.events):
+            try:
+                event = parse_event(datagram)
+            except ValueError as error:
+                self.malformed_events += 1
+                if self.malformed_events <= _MALFORMED_LOGGED:
+                    _log.warning("an event was passed over: %s", error)
+                continue
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Committed():
+                self._committed(event)
+            case Used():
+                self._used(event)
+            case ClientsSeen():
+                self.clients.see(event.addresses, self.clock())
+            case Need():
+                self.space.need(event.size_bytes)
+            case Failed():
+                failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
+                self.failures.appendleft(failure)
+            case UpstreamTrouble():
+                if any(upstream.name == event.name for upstream in self.settings.upstream):
+                    self.upstream_errors[event.name] = (self.clock(), event.detail)
+
+    def _committed(self, event: Committed) -> None:
+        now = self.clock()
+        known = self.index.rows.get(event.key.text)
+        if known is not None and known.pinned and event.replaced:
+            self.repin.add(event.key.text)  # the new generation's record knows of no pin
+        self.index.put(
+            make_row(
+                event.key,
+                event.kind,
+                event.length_bytes,
+                stored_at=now,
+                used_at=now,
+                hits=known.hits if known else 0,
+                pinned=known.pinned if known else False,
+                sent_bytes=known.sent_bytes if known else 0,
+                received_bytes=event.length_bytes + (known.received_bytes if known else 0),
+            )
+        )
+        self.space.look_soon()
+
+    def _used(self, event: Used) -> None:
+        """Uses of unknown keys (their commit's event was lost) are passed over."""
+        at = min(event.at, self.clock())  # a clock that ran ahead must not keep an entry for ever
+        for use in event.uses:
+            row = self.index.rows.get(use.key)
+            if row is None:
+                continue
+            self.index.put(row.used(use.count, use.sent_bytes, at))
+            self.touches[use.key] = max(at, self.touches.get(use.key, 0.0))
+            self.demand.count(row, use.count, at)
+
+    async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
+        """Pin or unpin an entry; False when there is none."""
+        if not await asyncio.to_thread(self.around.store.set_pinned, key, pinned):
+            return False
+        row = self.index.rows.get(key.text)  # looked up after the wait: it may have changed meanwhile
+        if row is not None:
+            self.index.put(replace(row, pinned=pinned))
+        return True
+
+    async def meter(self) -> None:
+        """See how fast bytes come; to be called once a second."""
+        self.wan_meter.see(received_bytes(self.around.totals()), time.monotonic())
+
+    # --- what is shown
+
+    def label(self, stream: Stream) -> tuple[str, str]:
+        """Product and language of a stream: the catalogue's, else moniker and variant."""
+        return self.around.product_of(stream[2]) or (stream[2], stream[1])
+
+    def not_ready(self) -> list[str]:
+        """Why content can't be served yet; empty when it can."""
+        reasons = []
+        if not self.index.opened:
+            reasons.append("the index is being opened")
+        if not any(worker.get("ready") for worker in self.around.workers()):
+            reasons.append("no worker is ready")
+        return reasons
+
+    async def figures(self) -> Figures:
+        """Everything for `/metrics`."""
+        disk = await self.space.measure()
+        now = self.clock()
+        storms: dict[tuple[str, str], bool] = {}
+        for stream, storm in self.demand.storms(now, self.index.has_deltas).items():
+            storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
+        return Figures(
+            totals=self.around.totals(),
+            upstreams=[upstream.name for upstream in self.settings.upstream],
+            stream_names=self.around.stream_names(),
+            product_of=self.around.product_of,
+            entries=len(self.index.rows),
+            size_bytes=disk.size_bytes,
+            limit_bytes=self.settings.cache.max_size,
+            free_bytes=disk.free_bytes,
+            clients_seen=self.clients.counts(now),
+            upstreams_up=self.around.upstreams_up(),
+            wan_bytes_per_second=self.around.wan_rate(),
+            client_bytes_per_second=self.settings.clients.rate,
+            limits=numbers(self.settings),
+            newest=newest_times(self.index.newest_held(), self.demand.newest(), self.label),
+            storms=storms,
+            config_ok=self.around.config_ok(),
+            site=self.settings.site.name,
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """Everything for `/api/v1/status`."""
+        disk = await self.space.measure()
+        around, now = self.around, self.clock()
+        totals = around.totals()
+        return {
+            "site": self.settings.site.name,
+            "version": gup.__version__,
+            "started_at": around.started_at,
+            "installed_at": around.installed_at,
+            "uptime_seconds": max(0.0, now - around.started_at),
+            "ready": not self.not_ready(),
+            "totals": {"since_start": totals_of(around.since_start()), "since_install": totals_of(totals)},
+            "cache": self._cache(disk),
+            "fills": [fill_of(part) for part in disk.parts if is_under_way(part)],
+            "fill_waiters": totals.get("gup_fill_waiters", 0),
+            "clients": {"connections": totals.get("gup_client_connections", 0)}
+            | {"seen": self.clients.counts(now)},
+            "workers": [dict(worker) for worker in around.workers()],
+            "upstreams": self._upstreams(),
+            "wan_rate_bytes_per_second": around.wan_rate() or None,
+            "limits": limits_of(
+                self.settings,
+                totals,
+                size_bytes=disk.size_bytes,
+                wan_rate=around.wan_rate(),
+                wan_used=self.wan_meter.bytes_per_second(),
+            ),
+            "reload": {"successful": around.config_ok()},
+            "failures": [
+                {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
+                for past in self.failures
+            ],
+            "malformed_events": self.malformed_events,
+        }
+
+    def _cache(self, disk: Disk) -> dict[str, Any]:
+        return {
+            "entries": len(self.index.rows),
+            "entries_bytes": disk.entries_bytes,
+            "parts": sum(1 for part in disk.parts if part.generation),
+            "parts_bytes": disk.parts_bytes,
+            "size_bytes": disk.size_bytes,
+            "limit_bytes": self.settings.cache.max_size,
+            "free_bytes": disk.free_bytes,
+            "complete": self.index.complete,
+        }
+
+    def _upstreams(self) -> list[dict[str, Any]]:
+        up, states = self.around.upstreams_up(), self.around.upstream_states()
+        rows = []
+        for upstream in self.settings.upstream:
+            state, since = states.get(upstream.name, ("unknown", None))
+            at, detail = self.upstream_errors.get(upstream.name, (None, None))
+            rows.append(
+                {
+                    "name": upstream.name,
+                    "url": upstream.url,
+                    "kind": upstream.kind,
+                    "priority": upstream.priority,
+                    "weight": upstream.weight,
+                    "version": upstream.version,
+                    "language": upstream.language,
+                    "up": up.get(upstream.name, True),
+                    "state": state,
+                    "since": since or self.around.started_at,
+                    "last_error": detail,
+                    "last_error_at": at,
+                }
+            )
+        return rows
+
+    def newest_entries(self, count: int) -> list[Row]:
+        """The entries stored last."""
+        return nlargest(count, self.index.rows.values(), key=lambda row: row.stored_at)
+
+
+def is_under_way(part: Part) -> bool:
+    """Whether some process fetches this part at this moment."""
+    return part.claimed and part.generation > 0

@@ -1,0 +1,87 @@
+"""Makes the index agree with the disk again. The disk is right; never evicts for space."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gup.cache.claim import Claims
+from gup.cache.store import Store, Stored
+from gup.control.index import Index
+from gup.control.rows import Row, row_of
+from gup.metrics import Counters
+
+_log = logging.getLogger("gup.control.reconcile")
+ORPHAN_AGE_SECONDS = 600.0
+"""A body without its record is left alone for so long: a commit may be between the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """What has to change in the index, and bodies whose record is missing or damaged."""
+
+    put: tuple[Row, ...]
+    gone: tuple[str, ...]
+    orphans: tuple[Stored, ...]
+
+
+def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
+    """What a scan found against what the index knows."""
+    put: list[Row] = []
+    orphans: list[Stored] = []
+    seen: set[str] = set()
+    for stored in found:
+        if stored.record is None:
+            orphans.append(stored)
+            continue
+        key = stored.key.text
+        seen.add(key)
+        known = rows.get(key)
+        row = row_of(stored, known)
+        if row != known:
+            put.append(row)
+    return Differences(tuple(put), tuple(key for key in rows if key not in seen), tuple(orphans))
+
+
+async def reconcile(index: Index, store: Store, claims: Claims, counters: Counters, now: float) -> None:
+    """Scan the store and take over what differs, except for what changed during the scan."""
+    known = dict(index.rows)
+    with index.watch() as touched:
+        found = await asyncio.to_thread(lambda: differences(list(store.scan()), known))
+        for row in found.put:
+            if row.key not in touched:
+                index.put(row)
+        for key in found.gone:
+            if key not in touched:
+                index.discard(key)
+    index.complete = True
+    if found.put or found.gone:
+        _log.info("the index took over %d entries and dropped %d", len(found.put), len(found.gone))
+    for orphan in found.orphans:
+        if now - orphan.used_at > ORPHAN_AGE_SECONDS:
+            await _remove_orphan(orphan, store, claims, counters)
+
+
+async def _remove_orphan(orphan: Stored, store: Store, claims: Claims, counters: Counters) -> None:
+    """Remove a body that nobody can serve, unless a fill works on its key or an interrupted commit waits."""
+    offset = orphan.key.claim_offset
+    if not claims.try_claim(offset):
+        return
+    try:
+        if await asyncio.to_thread(_remove_if_still_orphan, orphan, store):
+            counters.add("gup_integrity_failures_total", where="record")
+            _log.warning("removed a body without a usable record: %s", orphan.key.text)
+    finally:
+        claims.release(offset)
+
+
+def _remove_if_still_orphan(orphan: Stored, store: Store) -> bool:
+    try:
+        record = store.load(orphan.key)
+    except ValueError:
+        record = None
+    if record is not None and store.open_body(record) is not None:
+        return False
+    if store.state_path(orphan.key.id).exists():
+        return False
+    return store.remove(orphan.key) > 0

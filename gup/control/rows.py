@@ -1,0 +1,121 @@
+"""One row of the index: what the controller remembers of an entry. Values only; never any I/O.
+
+A row is a view of the entry's record, plus what no record holds: hits and bytes sent.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gup.cache.store import Stored
+from gup.content.key import ContentKey, Kind
+
+_REVISION = re.compile(r"\d{9}")
+_DELTA = re.compile(r"xdelta\d{9}_To_(\d{9})\.dax", re.IGNORECASE)
+
+Stream = tuple[str, str, str]
+"""Version, language and moniker: what revisions are compared within."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An entry as the index knows it. Times are Unix seconds."""
+
+    key: str
+    version: str
+    language: str
+    stream: str
+    revision: str
+    file: str
+    kind: Kind
+    length_bytes: int
+    stored_at: float
+    used_at: float
+    hits: int = 0
+    pinned: bool = False
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def stream_id(self) -> Stream:
+        return (self.version, self.language, self.stream)
+
+    @property
+    def content_revision(self) -> str | None:
+        """The revision that the body brings a client to; None when the names do not tell.
+
+        A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
+        name decides. Only nine-digit names can be compared.
+        """
+        if self.kind is Kind.DELTA and (match := _DELTA.fullmatch(self.file)):
+            return match[1]
+        return self.revision if _REVISION.fullmatch(self.revision) else None
+
+    def used(self, count: int, sent_bytes: int, at: float) -> "Row":
+        return replace(
+            self,
+            hits=self.hits + count,
+            sent_bytes=self.sent_bytes + sent_bytes,
+            used_at=max(self.used_at, at),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of the row; `from_json` reads it back."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"kind": str(self.kind)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Row":
+        """ValueError when `fields` are no row."""
+        try:
+            key = ContentKey.parse(fields["key"])
+            return make_row(
+                key,
+                Kind(fields["kind"]),
+                int(fields["length_bytes"]),
+                stored_at=float(fields["stored_at"]),
+                used_at=float(fields["used_at"]),
+                hits=int(fields["hits"]),
+                pinned=bool(fields["pinned"]),
+                sent_bytes=int(fields["sent_bytes"]),
+                received_bytes=int(fields["received_bytes"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a row: {error!r}") from error
+
+
+def make_row(
+    key: ContentKey, kind: Kind, length_bytes: int, *, stored_at: float, used_at: float, **more: Any
+) -> Row:
+    """A row for `key`. Names that many rows share are kept once (1e5 rows are to fit in some 50 MB)."""
+    return Row(
+        key.text,
+        sys.intern(key.version),
+        sys.intern(key.language),
+        sys.intern(key.stream),
+        sys.intern(key.revision),
+        sys.intern(key.file),
+        kind,
+        length_bytes,
+        stored_at,
+        used_at,
+        **more,
+    )
+
+
+def row_of(stored: Stored, known: Row | None = None) -> Row:
+    """The row of a body found on disk; hits and totals are taken from the row known before."""
+    record = stored.record
+    assert record is not None
+    return make_row(
+        record.key,
+        record.kind,
+        stored.size_bytes,
+        stored_at=record.stored_at,
+        used_at=max(stored.used_at, known.used_at if known else 0.0),
+        hits=known.hits if known else 0,
+        pinned=record.pinned,
+        sent_bytes=known.sent_bytes if known else 0,
+        received_bytes=known.received_bytes if known else stored.size_bytes,
+    )

@@ -1,0 +1,122 @@
+"""The control plane's life: starts its jobs and its server, applies reloads, ends all of it. No decisions."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from gup.config import Settings
+from gup.content.key import ContentKey
+from gup.control.app import make_app
+from gup.control.jobs import Jobs
+from gup.control.plane import Plane
+from gup.control.reconcile import reconcile
+from gup.control.surroundings import Surroundings
+
+__all__ = ["Control", "Surroundings"]
+
+_log = logging.getLogger("gup.control.service")
+_FLUSH_SECONDS = 1.0
+_METER_SECONDS = 1.0
+_TOUCH_SECONDS = 60.0
+_CLIENTS_SECONDS = 60.0
+_SPACE_SECONDS = 5.0
+_RESTART_SECONDS = 1.0
+_RECONCILE_SECONDS = 600.0
+_RECOVER_SECONDS = 2.0
+_SHUTDOWN_SECONDS = 2.0
+_CLIENTS_NOTE = "clients"
+
+
+class Control:
+    """The control plane. `start` returns when its address answers; `stop` leaves no task, thread or socket.
+
+    The database opens and the store is scanned behind; until then `/readyz` says so and nothing is evicted.
+    """
+
+    def __init__(self, surroundings: Surroundings, clock: Callable[[], float] = time.time) -> None:
+        self.plane = Plane(surroundings, clock)
+        self._around = surroundings
+        self._jobs = Jobs()
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Answer requests, take events, and begin the jobs."""
+        self._around.events.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._around.events, self.plane.take_events)
+        self._runner = web.AppRunner(
+            make_app(self.plane),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._around.admin).start()
+        self._jobs.start("open", self._open())
+
+    async def _open(self) -> None:
+        """Open the index, then begin what depends on it."""
+        await self.plane.index.open()
+        self.plane.clients.restore(self.plane.index.note(_CLIENTS_NOTE))
+        jobs, plane = self._jobs, self.plane
+        # `keep` ends only by a mistake of ours; eviction must go on after it.
+        jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
+        jobs.every(_RECONCILE_SECONDS, "reconcile", self._reconcile)
+        jobs.every(_FLUSH_SECONDS, "flush", self._flush)
+        jobs.every(_METER_SECONDS, "meter", self.plane.meter)
+        jobs.every(_TOUCH_SECONDS, "touch", self._touch)
+        jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
+        jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
+
+    async def stop(self) -> None:
+        """End everything; what is due is written first."""
+        asyncio.get_running_loop().remove_reader(self._around.events)
+        self.plane.take_events()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self.plane.space.stop()
+        await self._jobs.stop()
+        await self._repin()
+        await self._touch()
+        await self._note_clients()
+        await self.plane.index.close()
+
+    async def apply(self, settings: Settings) -> None:
+        """Take over reloaded settings; the address stays as it was bound."""
+        self.plane.settings = settings
+        self.plane.space.limits = settings.cache
+        self.plane.space.look_soon()
+
+    # --- jobs
+
+    async def _reconcile(self) -> None:
+        around, plane = self._around, self.plane
+        await reconcile(plane.index, around.store, around.claims, around.counters, plane.clock())
+        plane.space.look_soon()
+
+    async def _flush(self) -> None:
+        await self._repin()
+        await self.plane.index.flush()
+
+    async def _repin(self) -> None:
+        """Pin the new generations of pinned entries on disk too."""
+        for key in list(self.plane.repin):
+            await asyncio.to_thread(self._around.store.set_pinned, ContentKey.parse(key), True)
+            self.plane.repin.discard(key)
+
+    async def _touch(self) -> None:
+        """Write last uses where they outlive a lost index."""
+        due, self.plane.touches = self.plane.touches, {}
+
+        def touch_all() -> None:
+            for key, used_at in due.items():
+                self._around.store.touch(ContentKey.parse(key), used_at)
+
+        await asyncio.to_thread(touch_all)
+
+    async def _note_clients(self) -> None:
+        if self.plane.index.opened and self.plane.clients.changed:
+            self.plane.clients.changed = False
+            self.plane.index.set_note(_CLIENTS_NOTE, self.plane.clients.to_json())

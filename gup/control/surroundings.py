@@ -1,0 +1,48 @@
+"""What the control plane is given by the process around it. Values and callables only; never any logic."""
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gup.cache.claim import Claims
+from gup.cache.store import Store
+from gup.config import Settings
+from gup.metrics import Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
+    all blocks, by series name: counters, histogram words and gauges alike.
+
+    `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
+    language from the catalogue. `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
+    with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
+    under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
+    `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `events`
+    is the receiving end of a datagram socket, `admin` a listening socket. Times are Unix seconds.
+    """
+
+    settings: Settings
+    store: Store
+    claims: Claims
+    counters: Counters
+    totals: Callable[[], Mapping[str, int]]
+    since_start: Callable[[], Mapping[str, int]]
+    stream_names: Callable[[], Sequence[tuple[str, str, str]]]
+    product_of: Callable[[str], tuple[str, str] | None]
+    raise_store_epoch: Callable[[], None]
+    set_store_bytes: Callable[[int], None]
+    promised_bytes: Callable[[], int]
+    upstreams_up: Callable[[], Mapping[str, bool]]
+    wan_rate: Callable[[], int]
+    workers: Callable[[], Sequence[Mapping[str, object]]]
+    config_ok: Callable[[], bool]
+    request_reload: Callable[[], None]
+    recover: Callable[[], Awaitable[None]]
+    events: socket.socket
+    admin: socket.socket
+    started_at: float
+    installed_at: float
+    upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
+    """Each upstream's state, and since when (Unix seconds; None: since the start)."""

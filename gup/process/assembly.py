@@ -1,0 +1,227 @@
+"""Puts a child's parts together: what worker and controller have in common; decides and serves nothing."""
+
+import asyncio
+import hashlib
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from gup import __version__, config
+from gup.cache.cache import Cache
+from gup.cache.claim import Claims
+from gup.cache.flight import Means
+from gup.cache.slots import Slots
+from gup.cache.space import Space
+from gup.cache.store import Store
+from gup.cache.streams import Streams
+from gup.content.routes import Routes
+from gup.metrics import Counters
+from gup.process.child import Parent
+from gup.process.page import SPARE, SPARE_WORDS, STORE_BYTES
+from gup.process.shared import SharedFile, worker_block
+from gup.upstream.bandwidth import Wan
+from gup.upstream.health import Board
+from gup.upstream.pool import Pool
+from gup.upstream.schedule import rate_at, site_time
+from gup.upstream.turns import Turns
+
+PROMISES = SPARE
+"""First of one word a block: bytes that its process has promised to fills."""
+MOST_BLOCKS = 48
+UPSTREAM_HEALTH = SPARE + MOST_BLOCKS
+"""First of one word an upstream; gup.upstream.health tells what stands in it."""
+MOST_UPSTREAMS = 16
+WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
+"""Two words: the WAN's time clock and its virtual one."""
+WAN_TURNS = WAN_CLOCK + 2
+"""One word a block: who waits for bytes of the WAN."""
+FILL_TURNS = WAN_TURNS + MOST_BLOCKS
+"""One word a block: who waits for a place to fill."""
+assert FILL_TURNS + MOST_BLOCKS <= SPARE + SPARE_WORDS
+
+_RANGE_BYPASS_FIRST = 100_000
+_RANGE_BYPASS_PLACES = 2
+_BYPASS_FIRST = 200_000
+_BYPASS_PLACES = 4
+_DOWNLOADS_FIRST = 1_000_000
+_THREADS = 16
+_RATE_SECONDS = 0.5
+_ALIVE_NS = 3_000_000_000
+"""A process that gave no sign of life for so long keeps nobody waiting."""
+
+
+def node_name(settings: config.Settings) -> str:
+    """What the node is called in Via: the site's name, told apart from other nodes of that name."""
+    own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
+    site = "".join(c if c.isalnum() or c in "-._" else "-" for c in settings.site.name) or "gup"
+    return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
+
+
+def raise_descriptor_limit() -> int:
+    """Use all descriptors that the system allows; the number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+class Assembly:
+    """The collaborators of one child process, made from its assignment. `close` ends what has to be ended."""
+
+    def __init__(self, parent: Parent) -> None:
+        self.parent = parent
+        self.settings = parent.settings()
+        self.block = parent.assignment.block
+        self.descriptors = raise_descriptor_limit()
+        self.shared = SharedFile.attach(parent.assignment.shared_fd)
+        self.counters: Counters = self.shared.counters(self.block)
+        self.store = Store(self.settings.cache.directory)
+        self.routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self.settings.upstream))
+        self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
+        self.words = self.shared.page.words
+        assert self.block < MOST_BLOCKS
+        self.words[PROMISES + self.block] = 0  # a predecessor's promises died with it
+        self._events = socket.socket(fileno=os.dup(parent.assignment.event_fd))
+        self._events.setblocking(False)
+        self._rate = 0
+        self._rate_until = 0.0
+        self._rate_of: config.Settings | None = None
+        self.wan = Wan(
+            self.words,
+            WAN_CLOCK,
+            self._turns(WAN_TURNS),
+            self.wan_rate,
+            self.store.run / "wan.lock",
+        )
+        self.pool = Pool(
+            self.settings.upstream,
+            self.counters,
+            self.wan,
+            user_agent=f"gup/{__version__}",
+            via=f"1.1 {node_name(self.settings)} (gup)",
+            board=self._board(),
+            error_ttl=lambda: self.means.settings.cache.error_ttl,
+        )
+        self.means = self._means()
+        slots = self.means.slots
+        self.cache = Cache(
+            self.means,
+            max_open=min(4096, self.descriptors // 8),
+            bypass=slots.others(_BYPASS_FIRST, _BYPASS_PLACES),
+            range_bypass=slots.others(_RANGE_BYPASS_FIRST, _RANGE_BYPASS_PLACES),
+        )
+
+    def _means(self) -> Means:
+        claims = Claims(self.store.partial / "claims")
+        places = Claims(self.store.run / "slots")
+        self.downloads = Slots(places, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads)
+        return Means(
+            store=self.store,
+            claims=claims,
+            pool=self.pool,
+            counters=self.counters,
+            slots=Slots(places, 0, lambda: self.means.settings.fill.max, self._turns(FILL_TURNS)),
+            space=Space(
+                self.store.root,
+                max_size=lambda: self.means.settings.cache.max_size,
+                min_free=lambda: self.means.settings.cache.min_free,
+                used=self._used,
+                promise=self._promise,
+                need=lambda missing: self.tell({"type": "need", "bytes": missing}),
+            ),
+            streams=Streams(self.store.run / "streams"),
+            executor=self.executor,
+            settings=self.settings,
+            tell=self.tell,
+            raise_store_epoch=self.shared.page.raise_store,
+            store_epoch=lambda: self.shared.page.store_epoch,
+            spell=lambda route, variant: self.cache.spell(route, variant),  # noqa: PLW0108 - made after this
+            wall_clock=time.time,
+            clock=time.monotonic,
+        )
+
+    def _turns(self, first: int) -> Turns:
+        """Words by which processes that wait for the same thing tell each other who comes next."""
+        page = self.shared.page
+
+        def alive(block: int) -> bool:
+            return time.monotonic_ns() - page.last_beat(block) < _ALIVE_NS
+
+        blocks = worker_block(self.settings.worker_count)
+        return Turns(self.words[first : first + blocks], self.block, alive)
+
+    def wan_rate(self) -> int:
+        """Bytes per second from upstream, by the schedule; looked up anew twice a second, or on a reload."""
+        settings = self.means.settings
+        if not settings.wan.schedule:
+            return settings.wan.rate
+        now = time.monotonic()
+        if now >= self._rate_until or self._rate_of is not settings:
+            self._rate = rate_at(settings.wan, site_time(settings, time.time()))
+            self._rate_until, self._rate_of = now + _RATE_SECONDS, settings
+        return self._rate
+
+    def promised_bytes(self) -> int:
+        """What the fills under way in all processes will take."""
+        return sum(self.words[PROMISES : PROMISES + MOST_BLOCKS])
+
+    def _used(self) -> int:
+        return self.words[STORE_BYTES] + self.promised_bytes()
+
+    def _promise(self, change: int) -> None:
+        self.words[PROMISES + self.block] += change
+
+    def _board(self) -> Board:
+        def tell(name: str, detail: str) -> None:
+            self.tell({"type": "upstream", "name": name, "detail": detail[:500]})
+
+        return Board(
+            [upstream.name for upstream in self.settings.upstream],
+            self.words,
+            UPSTREAM_HEALTH,
+            MOST_UPSTREAMS,
+            self.shared.page.locked,
+            tell,
+        )
+
+    def tell(self, event: Mapping[str, object]) -> None:
+        """Send an event to the controller; a lost one is counted, and healed when it looks at the store."""
+        try:
+            self._events.send(json.dumps(event, separators=(",", ":")).encode())
+        except OSError:
+            self.counters.add("gup_events_lost_total")
+
+    def apply(self, settings: config.Settings) -> None:
+        """Reloaded settings: what can change while the process runs does."""
+        self.settings = self.means.settings = settings
+        self.pool.apply(settings.upstream)
+
+    async def close(self) -> None:
+        await self.cache.stop()
+        await self.pool.close()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+        self._events.close()
+        self.wan.close()
+
+
+async def until_told(parent: Parent, on_message: Callable[[Mapping[str, object]], None]) -> None:
+    """Hand messages of the supervisor on, until it is gone."""
+    loop = asyncio.get_running_loop()
+    gone = loop.create_future()
+
+    def readable() -> None:
+        messages = parent.receive()
+        for message in messages or ():
+            on_message(message)
+        if messages is None and not gone.done():
+            loop.remove_reader(parent.fileno())
+            gone.set_result(None)
+
+    loop.add_reader(parent.fileno(), readable)
+    try:
+        await gone
+    finally:
+        loop.remove_reader(parent.fileno())

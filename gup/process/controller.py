@@ -1,0 +1,140 @@
+"""The controller's main: puts the control plane together, runs until it is told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from gup import log
+from gup.cache.recovery import Recovery
+from gup.cache.streams import read_streams
+from gup.config import Settings
+from gup.content.routes import Route
+from gup.control.service import Control, Surroundings
+from gup.errors import Problem
+from gup.process.assembly import Assembly, until_told
+from gup.process.child import Parent
+from gup.process.page import CONFIG_OK, STORE_BYTES
+from gup.upstream.checks import Checks
+from gup.upstream.health import State
+
+_LOG = logging.getLogger("gup.controller")
+_BEAT_SECONDS = 1.0
+
+
+class Controller:
+    """The controller's life, driven by the supervisor's messages."""
+
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
+        self._assembly = assembly = Assembly(parent)
+        self._page = assembly.shared.page
+        self._stopped = asyncio.Event()
+        self._worker_rows: Sequence[Mapping[str, object]] = ()
+        self._recovery = Recovery(assembly.store, assembly.means.claims, self._take_over)
+        self._control = Control(
+            Surroundings(
+                settings=assembly.settings,
+                store=assembly.store,
+                claims=assembly.means.claims,
+                counters=assembly.counters,
+                totals=assembly.shared.totals,
+                since_start=assembly.shared.since_start,
+                stream_names=lambda: read_streams(assembly.store.run / "streams"),
+                product_of=lambda _moniker: None,
+                raise_store_epoch=self._page.raise_store,
+                set_store_bytes=self._set_store_bytes,
+                promised_bytes=assembly.promised_bytes,
+                upstreams_up=self._upstreams_up,
+                upstream_states=self._upstream_states,
+                wan_rate=assembly.wan_rate,
+                workers=self._workers,
+                config_ok=lambda: bool(self._page.words[CONFIG_OK]),
+                request_reload=self._request_reload,
+                recover=self._recovery.run,
+                events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
+                admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
+                started_at=assembly.shared.started_at,
+                installed_at=assembly.shared.installed_at,
+            )
+        )
+
+    async def run(self) -> None:
+        """Run until told to stop, or until the supervisor is gone."""
+        loop = asyncio.get_running_loop()
+        await self._control.start()
+        self._parent.send({"ready": True})
+        beating = loop.create_task(self._beat())
+        checking = loop.create_task(Checks(self._assembly.pool).run())
+        told = loop.create_task(until_told(self._parent, self._told))
+        stopped = loop.create_task(self._stopped.wait())
+        await asyncio.wait((told, stopped), return_when=asyncio.FIRST_COMPLETED)
+        for task in (beating, checking, told, stopped):
+            task.cancel()
+        await asyncio.gather(beating, checking, told, stopped, return_exceptions=True)
+        await self._control.stop()
+        await self._assembly.close()
+
+    async def _beat(self) -> None:
+        while True:
+            self._page.beat(self._assembly.block)
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def _told(self, message: Mapping[str, object]) -> None:
+        if message.get("stop"):
+            self._stopped.set()
+        elif "workers" in message:
+            self._worker_rows = cast(Sequence[Mapping[str, object]], message["workers"])
+        elif "settings" in message:
+            settings = Settings.model_validate(message["settings"])
+            self._assembly.apply(settings)
+            log.configure(settings.log.level, settings.log.format)
+            self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
+
+    # --- what the control plane asks of the process
+
+    async def _take_over(self, route: Route) -> None:
+        """Open the body as a client would; the fill goes on when this reader has left."""
+        assert route.variant is not None
+        with contextlib.suppress(Problem):  # kept as the fill's failure
+            opened = await self._assembly.cache.open(route, route.variant)
+            opened.body.leave()
+
+    def _request_reload(self) -> None:
+        self._parent.send({"reload": True})
+
+    def _set_store_bytes(self, size_bytes: int) -> None:
+        self._page.words[STORE_BYTES] = size_bytes
+
+    def _upstreams_up(self) -> dict[str, bool]:
+        board = self._assembly.pool.board
+        names = [upstream.name for upstream in self._assembly.settings.upstream]
+        return {name: board.get(name).state is not State.DOWN for name in names}
+
+    def _upstream_states(self) -> dict[str, tuple[str, int | None]]:
+        board = self._assembly.pool.board
+        healths = {u.name: board.get(u.name) for u in self._assembly.settings.upstream}
+        return {name: (health.state.name.lower(), health.since or None) for name, health in healths.items()}
+
+    def _workers(self) -> Sequence[Mapping[str, object]]:
+        return self._worker_rows
+
+
+async def _main(parent: Parent) -> None:
+    await Controller(parent).run()
+
+
+def main() -> None:
+    """Entry point of the controller process; `gup serve` starts it."""
+    parent = Parent.from_argv(sys.argv)
+    settings = parent.settings()
+    log.configure(settings.log.level, settings.log.format)
+    asyncio.run(_main(parent))
+
+
+if __name__ == "__main__":
+    main()

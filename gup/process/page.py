@@ -1,0 +1,103 @@
+"""The shared page: named 64-bit words for epochs, clocks and heartbeats; it counts and decides nothing."""
+
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FOLD = 0
+"""Which half of the past counts, and which block is left out (see SharedFile.fold)."""
+POLICY_EPOCH = 1
+STORE_EPOCH = 2
+CONFIG_OK = 3
+"""1 when the last reload took, else 0."""
+CONFIG_RELOADED_AT = 4
+"""Unix seconds of the last successful reload, or of the start."""
+WAN_NEXT_NS = 5
+WAN_RATE = 6
+STORE_BYTES = 7
+STORE_LIMIT = 8
+DISK_FREE = 9
+DOWNLOAD_WAITING_SINCE = 16
+"""First of one word a block: monotonic nanoseconds since when its first client waits for a download slot."""
+SPARE = 64
+"""First of SPARE_WORDS words without a name."""
+SPARE_WORDS = 256
+_BEATS = SPARE + SPARE_WORDS
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+
+
+def page_words(blocks: int) -> int:
+    """Words of a page for so many blocks: the named ones, the spare ones, one heartbeat a block."""
+    return _BEATS + blocks
+
+
+class SharedPage:
+    """Words that all processes of one service see. Reading one takes no lock: a word is written whole.
+
+    Who writes: the policy and store epochs, and the WAN clock, whoever holds `locked` of that word; a
+    heartbeat its block's process; CONFIG_* the supervisor; the other words the controller.
+    """
+
+    def __init__(self, words: "memoryview[int]", fd: int, offset_bytes: int) -> None:
+        self.words = words
+        self._offset_bytes = offset_bytes
+        # Children inherit the file's open file description, and an OFD lock belongs to that: two processes
+        # sharing it would both hold it. So each opens the same file anew; the link works after a rename too.
+        self._lock_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._threads = threading.Lock()
+
+    @property
+    def policy_epoch(self) -> int:
+        """Changes when rules or settings changed."""
+        return self.words[POLICY_EPOCH]
+
+    @property
+    def store_epoch(self) -> int:
+        """Changes when a body was unlinked or replaced."""
+        return self.words[STORE_EPOCH]
+
+    def raise_policy(self) -> None:
+        with self.locked(POLICY_EPOCH):
+            self.words[POLICY_EPOCH] += 1
+
+    def raise_store(self) -> None:
+        with self.locked(STORE_EPOCH):
+            self.words[STORE_EPOCH] += 1
+
+    @contextmanager
+    def locked(self, word: int) -> Iterator[None]:
+        """Hold a word against all other threads and processes; never nested, held for a few steps only.
+
+        The kernel frees it when its holder dies.
+        """
+        with self._threads:
+            self._lock(fcntl.F_WRLCK, word)
+            try:
+                yield
+            finally:
+                self._lock(fcntl.F_UNLCK, word)
+
+    def _lock(self, kind: int, word: int) -> None:
+        start = self._offset_bytes + 8 * word
+        fcntl.fcntl(self._lock_fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(kind, os.SEEK_SET, start, 8, 0))
+
+    def beat(self, block: int) -> None:
+        """Say that the block's process is alive."""
+        self.words[_BEATS + block] = time.monotonic_ns()
+
+    def last_beat(self, block: int) -> int:
+        """Monotonic nanoseconds of the block's last beat; 0 before the first."""
+        return self.words[_BEATS + block]
+
+    def forget_beat(self, block: int) -> None:
+        """The block gets a new process, which has not beaten yet."""
+        self.words[_BEATS + block] = 0
+
+    def close(self) -> None:
+        os.close(self._lock_fd)
+        self.words.release()

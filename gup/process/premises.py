@@ -1,0 +1,84 @@
+"""What the supervisor opens once, before the first child, and how signals reach it; starts nothing."""
+
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from gup.cache.store import Store
+from gup.config import Settings
+from gup.process import sockets
+from gup.process.instance import Instance
+from gup.process.notify import VARIABLES, Notifier, passed_sockets
+from gup.process.shared import SharedFile
+from gup.process.sockets import Listeners
+
+_LOG = logging.getLogger(__name__)
+
+_EVENT_BUFFER_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Premises:
+    """What is opened once, before the first child, and held to the end."""
+
+    instance: Instance
+    shared: SharedFile
+    listeners: Listeners
+    events: tuple[socket.socket, socket.socket]  # the workers' end, the controller's
+    notifier: Notifier
+    environment: Mapping[str, str]  # of children
+
+
+def open_premises(settings: Settings, environment: Mapping[str, str], stack: ExitStack) -> Premises:
+    """In this order; what is opened closes with `stack`. GupError says what can't be had."""
+    store = Store(settings.cache.directory)
+    store.prepare()
+    instance = Instance(store.run)
+    stack.callback(instance.close)
+    passed = passed_sockets(environment, os.getpid())
+    listeners = sockets.open_listeners(settings.listen, settings.worker_count, passed)
+    stack.callback(listeners.close)
+    names = [upstream.name for upstream in settings.upstream]
+    shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
+    stack.callback(shared.close)
+    # Not SOCK_DGRAM, of which the kernel queues ten at most (net.unix.max_dgram_qlen).
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        stack.callback(end.close)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _EVENT_BUFFER_BYTES)
+        end.setblocking(False)
+    notifier = Notifier.from_environment(environment, os.getpid())
+    kept = {name: value for name, value in environment.items() if name not in VARIABLES}
+    return Premises(instance, shared, listeners, (ours, theirs), notifier, kept)
+
+
+def raise_descriptor_limit() -> None:
+    """As many as the hard limit allows, for children too: a client is one descriptor, often two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # the hard limit is above fs.nr_open, or the sandbox forbids it
+        _LOG.warning("no more than %d descriptors for each process: %s", soft, error)
+
+
+@contextmanager
+def signal_socket() -> Iterator[socket.socket]:
+    """A socket on which each signal's number arrives as a byte; a signal interrupts nothing else."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+    read, write = socket.socketpair()
+    with read, write:
+        read.setblocking(False)
+        write.setblocking(False)
+        wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        try:
+            yield read
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
