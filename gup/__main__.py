@@ -1,0 +1,6 @@
+"""`python -m gup` is the command `gup`; holds nothing else."""
+
+from gup.cli import main
+
+if __name__ == "__main__":
+    main()

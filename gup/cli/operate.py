@@ -1,0 +1,118 @@
+"""The commands that ask a running service: status, reload, cache. They show its answers; it does the work."""
+# ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gup.cli.complaining import complaining
+from gup.cli.options import ConfigFlag, JsonFlag
+from gup.content.key import Kind
+
+if TYPE_CHECKING:
+    from gup.cli.admin import Admin
+
+cache = typer.Typer(help="Look at and change what a running service keeps.", no_args_is_help=True)
+
+AdminFlag = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", envvar="GUP_ADMIN", help="The control plane; without it, where the settings put it."
+    ),
+]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+
+
+@contextmanager
+def _asking(url: str | None, config: ConfigFlag = None) -> Iterator["Admin"]:
+    """The control plane at `url`, else where the settings put it; its refusals become sentences."""
+    with complaining():
+        from gup.cli.admin import Admin, AdminError, admin_url
+
+        if url is None:
+            from gup.config import load
+
+            url = admin_url(load(config))
+        try:
+            yield Admin(url)
+        except KeyError as error:
+            raise AdminError(f"{url}: the answer has no {error}: that gup is of another version") from error
+
+
+def status(*, admin: AdminFlag = None, config: ConfigFlag = None, json_output: JsonFlag = False) -> None:
+    """Show what a running service saved, keeps and does."""
+    with _asking(admin, config) as asked:
+        answer = asked.status()
+        if json_output:
+            typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+            return
+        from gup.cli.words import status_lines
+
+        for line in status_lines(answer):
+            typer.echo(line)
+
+
+def reload(*, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
+    """Have a running service read its settings again."""
+    with _asking(admin, config) as asked:
+        asked.reload()
+    typer.echo("asked for; `gup status` and the service's log say whether the settings took")
+
+
+@cache.command("list")
+def list_entries(
+    *,
+    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
+    language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
+    stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only files of this kind.")] = None,
+    order: Annotated[
+        str, typer.Option(help="key, used, stored, length or hits; -used is the other way round.")
+    ] = "key",
+    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
+    admin: AdminFlag = None,
+    config: ConfigFlag = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """List entries."""
+    named = {"version": version, "language": language, "stream": stream, "kind": kind, "order": order}
+    with _asking(admin, config) as asked:
+        from gup.cli.words import ENTRY_HEAD, entry_line
+
+        entries = asked.entries({name: str(value) for name, value in named.items() if value}, limit)
+        for number, entry in enumerate(entries):
+            if number == 0 and not json_output:
+                typer.echo(ENTRY_HEAD)
+            typer.echo(json.dumps(entry, ensure_ascii=False) if json_output else entry_line(entry))
+
+
+@cache.command("purge")
+def purge(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
+    """Remove entries; clients that are being sent one get the whole of it."""
+    with _asking(admin, config) as asked:
+        from gup.cli.words import bytes_in_words
+
+        for key in keys:
+            freed = asked.purge(key)["freed_bytes"]
+            typer.echo(f"purged {key}: {bytes_in_words(freed)}")
+
+
+@cache.command("pin")
+def pin(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
+    """Keep entries whatever the limits say."""
+    with _asking(admin, config) as asked:
+        for key in keys:
+            asked.pin(key, pinned=True)
+            typer.echo(f"pinned {key}")
+
+
+@cache.command("unpin")
+def unpin(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
+    """Let the limits apply to entries again."""
+    with _asking(admin, config) as asked:
+        for key in keys:
+            asked.pin(key, pinned=False)
+            typer.echo(f"unpinned {key}")

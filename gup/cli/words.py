@@ -1,0 +1,79 @@
+"""Figures in words for people: the status and lists of entries; pure text, asks nobody."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gup.units import format_rate
+
+
+def bytes_in_words(count_bytes: float) -> str:
+    """About how much, such as "1.2 GB"; powers of 1000."""
+    amount, unit = float(count_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if abs(amount) < 999.5:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f} {unit}"
+
+
+def time_in_words(seconds: float) -> str:
+    """About how long, such as "3 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    shown = [f"{count} {unit}" for count, unit in parts if count][:2]
+    return " ".join(shown) or "0 s"
+
+
+def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
+    """The control plane's status as lines. KeyError when it is that of another version."""
+    cache, clients = status["cache"], status["clients"]
+    ready = "ready" if status["ready"] else "not ready"
+    up = time_in_words(status["uptime_seconds"])
+    yield f"gup {status['version']} at {status['site']}: {ready}, up {up}"
+    for since, words in (("since_install", "since install"), ("since_start", "since start")):
+        yield f"{words}: {_totals(status['totals'][since])}"
+    yield (
+        f"cache: {cache['entries']} entries, {bytes_in_words(cache['size_bytes'])} of "
+        f"{bytes_in_words(cache['limit_bytes'])}, {bytes_in_words(cache['free_bytes'])} free on disk"
+    )
+    rate = status["wan_rate_bytes_per_second"]
+    yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
+    yield f"clients: {clients['connections']} connections"
+    for upstream in status["upstreams"]:
+        yield f"upstream {upstream['name']}: {'up' if upstream['up'] else 'DOWN'}"
+    for fill in status["fills"]:
+        yield f"fill {fill['key'] or fill['id']}: {_progress(fill['received_bytes'], fill['length_bytes'])}"
+    if not status["reload"]["successful"]:
+        yield "the last reload FAILED: the settings before it are in force; the log says why"
+
+
+def _totals(totals: Mapping[str, Any]) -> str:
+    sent, received = totals["client_sent_bytes"], totals["upstream_received_bytes"]
+    saved, ratio = totals["saved_bytes"], totals["hit_ratio"]
+    share = f" ({saved / sent:.1%})" if sent else ""
+    hits = f", {ratio:.1%} hits" if ratio is not None else ""
+    return (
+        f"{bytes_in_words(sent)} to clients, {bytes_in_words(received)} over the WAN, "
+        f"{bytes_in_words(saved)} saved{share}{hits}"
+    )
+
+
+def _progress(received: int, length: int | None) -> str:
+    if length is None:
+        return bytes_in_words(received)
+    return f"{bytes_in_words(received)} of {bytes_in_words(length)} ({received / length:.0%})"
+
+
+ENTRY_HEAD = f"{'size':>9}  {'kind':<5}  {'hits':>7}  {'last used':<16}  {'':<6}  key"
+
+
+def entry_line(entry: Mapping[str, Any]) -> str:
+    """One entry, under ENTRY_HEAD. KeyError when it is that of another version."""
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["used_at"]))
+    return (
+        f"{bytes_in_words(entry['length_bytes']):>9}  {entry['kind']:<5}  {entry['hits']:>7}  {used}  "
+        f"{'pinned' if entry['pinned'] else '':<6}  {entry['key']}"
+    )

@@ -1,0 +1,290 @@
+"""The simulated management server: serves the tree over a simulated WAN and counts; knows no gup.
+
+Only `/content/` passes the link and is counted. `/simulation/` stands for policy and bookkeeping, which take
+another way in real life.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import uvloop
+from aiohttp import web
+
+from gup.content.key import Kind
+from gup.demo import tree
+from gup.demo.answer import Answer, decide
+from gup.demo.catalogue import (
+    CATALOGUE_PATH,
+    COUNTS_JSON,
+    COUNTS_PATH,
+    PUBLISH_PATH,
+    Counts,
+    FileCounts,
+)
+from gup.demo.link import PIECE_BYTES, Link
+from gup.demo.shelf import Shelf, ShelvedFile
+from gup.errors import GupError, SettingsError
+
+_READ_BYTES = 256 * 1024
+_SHUTDOWN_SECONDS = 2.0
+_CONTENT_TYPES = {Kind.FULL: "application/zip", Kind.INDEX: "text/plain"}
+
+
+@dataclass(slots=True)
+class _FileTally:
+    """Counted in the handlers of this file's requests, at the moment of sending."""
+
+    fetches: int = 0
+    not_modified: int = 0
+    other_requests: int = 0
+    sent_bytes: int = 0
+
+
+class Site:
+    """The server's handlers and counts, around a shelf and a link. Used on one event loop alone."""
+
+    def __init__(self, shelf: Shelf, link: Link) -> None:
+        self._shelf = shelf
+        self._link = link
+        self._publishing = asyncio.Lock()
+        self._turn = 0
+        self._tallies: dict[str, _FileTally] = {}
+        self._requests = 0
+        self._not_found = 0
+        self._sent_bytes = 0
+        self._sending = 0
+        self._withdrawn_files = 0
+        self._withdrawn_fetched_again = 0
+
+    def application(self) -> web.Application:
+        """An aiohttp application with everything the simulated server offers."""
+        application = web.Application()
+        application.router.add_get(CATALOGUE_PATH, self._catalogue)
+        application.router.add_get(COUNTS_PATH, self._counts)
+        application.router.add_post(PUBLISH_PATH, self._publish)
+        application.router.add_get("/content/{rest:.*}", self._content)
+        return application
+
+    async def publish(self, count: int) -> None:
+        """Publish the next revision of the next `count` streams, in turn, all at once."""
+        async with self._publishing:
+            total = len(self._shelf.streams)
+            chosen = [(self._turn + step) % total for step in range(min(count, total))]
+            self._turn = (self._turn + len(chosen)) % total
+            publications = [
+                await asyncio.to_thread(self._shelf.prepare, at, self._shelf.next_ordinal(at))
+                for at in chosen
+            ]
+            withdrawn = self._shelf.publish(publications)
+            self._retire(withdrawn)
+            await asyncio.to_thread(self._shelf.discard, withdrawn)
+
+    def counts(self) -> Counts:
+        """What was sent so far."""
+        return Counts(
+            self._requests,
+            self._not_found,
+            self._sent_bytes,
+            self._sending,
+            self._withdrawn_files,
+            self._withdrawn_fetched_again,
+            {file.published.path: self._counted(file) for file in self._shelf.files()},
+        )
+
+    def _counted(self, file: ShelvedFile) -> FileCounts:
+        tally = self._tallies.get(file.published.path) or _FileTally()
+        return FileCounts(
+            file.published.kind,
+            file.published.length,
+            tally.fetches,
+            tally.not_modified,
+            tally.other_requests,
+            tally.sent_bytes,
+        )
+
+    def _retire(self, withdrawn: list[ShelvedFile]) -> None:
+        for file in withdrawn:
+            tally = self._tallies.pop(file.published.path, _FileTally())
+            self._withdrawn_files += 1
+            self._withdrawn_fetched_again += tally.fetches > 1
+
+    async def _catalogue(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._shelf.catalogue_json, content_type="application/json")
+
+    async def _counts(self, _request: web.Request) -> web.Response:
+        return web.Response(body=COUNTS_JSON.dump_json(self.counts()), content_type="application/json")
+
+    async def _publish(self, request: web.Request) -> web.Response:
+        asked = request.query.get("streams", "1")
+        if not asked.isascii() or not asked.isdigit():
+            raise web.HTTPBadRequest(text="streams is a number")
+        await self.publish(int(asked))
+        return await self._catalogue(request)
+
+    async def _content(self, request: web.Request) -> web.StreamResponse:
+        self._requests += 1
+        file = self._shelf.find(request.path)
+        if file is None:
+            self._not_found += 1
+            raise web.HTTPNotFound(text="no such content\n")
+        answer = decide(request.headers, file.validators, file.published.length)
+        tally = self._tallies.setdefault(file.published.path, _FileTally())
+        sends = request.method == "GET" and answer.stop > answer.start
+        tally.fetches += sends
+        tally.not_modified += answer.status == 304
+        tally.other_requests += not sends and answer.status != 304
+        response = _head(file, answer)
+        # Opened before the head leaves: a file that is withdrawn meanwhile is still sent to its end.
+        with await asyncio.to_thread(file.location.open, "rb") as body:
+            await response.prepare(request)
+            if sends:
+                self._sending += 1
+                try:
+                    await self._send(response, body, answer, tally)
+                finally:
+                    self._sending -= 1
+        await response.write_eof()
+        return response
+
+    async def _send(
+        self, response: web.StreamResponse, body: BinaryIO, answer: Answer, tally: _FileTally
+    ) -> None:
+        for start in range(answer.start, answer.stop, _READ_BYTES):
+            size = min(_READ_BYTES, answer.stop - start)
+            block = memoryview(await asyncio.to_thread(os.pread, body.fileno(), size, start))
+            assert len(block) == size, "a shelved file is shorter than published"
+            for at in range(0, size, PIECE_BYTES):
+                piece = block[at : at + PIECE_BYTES]
+                await self._link.pass_through(len(piece))
+                await response.write(piece)
+                tally.sent_bytes += len(piece)
+                self._sent_bytes += len(piece)
+
+
+def _head(file: ShelvedFile, answer: Answer) -> web.StreamResponse:
+    response = web.StreamResponse(status=answer.status)
+    response.headers["ETag"] = file.validators.etag
+    response.headers["Last-Modified"] = file.validators.last_modified
+    response.headers["Accept-Ranges"] = "bytes"
+    length = file.published.length
+    if answer.status == 416:
+        response.headers["Content-Range"] = f"bytes */{length}"
+    if answer.status == 206:
+        response.headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{length}"
+    if answer.status != 304:
+        response.content_type = _CONTENT_TYPES.get(file.published.kind, "application/octet-stream")
+        response.content_length = answer.stop - answer.start
+    return response
+
+
+def simulate_manager(
+    *,
+    listen: str,
+    seed: int,
+    wan_rate_bytes_per_second: int,
+    publish_interval_seconds: float,
+    products: int,
+    full_bytes: int,
+) -> int:
+    """Serve the simulated tree at `listen` ("host:port") until SIGINT or SIGTERM; then returns 0.
+
+    Writes `simulated manager: serving on http://H:P` to stderr when ready. A publish interval of 0 publishes
+    only when asked to. GupError when the address can't be had or an argument is out of range.
+    """
+    _check(listen, wan_rate_bytes_per_second, publish_interval_seconds, products, full_bytes)
+    with tempfile.TemporaryDirectory(prefix="gup-manager-") as directory:
+        shelf = Shelf(Path(directory), seed, tree.streams(products, full_bytes))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(listen, shelf, wan_rate_bytes_per_second, publish_interval_seconds))
+    return 0
+
+
+def _check(listen: str, rate: int, interval_seconds: float, products: int, full_bytes: int) -> None:
+    problems = []
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        problems.append(f"listen: {listen!r} is not host:port, such as 127.0.0.1:8014")
+    if rate < 0 or interval_seconds < 0:
+        problems.append("the WAN's rate and the publish interval are 0 or more")
+    if products < 1 or full_bytes < 1:
+        problems.append("products and the size of a full are 1 or more")
+    if problems:
+        raise SettingsError(problems)
+
+
+async def _serve(listen: str, shelf: Shelf, wan_rate_bytes_per_second: int, interval_seconds: float) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    site = Site(shelf, Link(wan_rate_bytes_per_second))
+    await site.publish(len(shelf.streams))
+    async with Listening(site, listen) as listening, asyncio.TaskGroup() as tasks:
+        publishing = tasks.create_task(_publish_regularly(site, interval_seconds))
+        sys.stderr.write(f"simulated manager: serving on {listening.url}\n")
+        sys.stderr.flush()
+        await stop.wait()
+        publishing.cancel()
+
+
+async def _publish_regularly(site: Site, interval_seconds: float) -> None:
+    while interval_seconds > 0:
+        await asyncio.sleep(interval_seconds)
+        await site.publish(1)
+
+
+class ListenError(GupError):
+    """The address asked for can't be had."""
+
+
+class Listening:
+    """A site while it listens: `async with Listening(site, "127.0.0.1:0") as listening: listening.url`."""
+
+    def __init__(self, site: Site, listen: str) -> None:
+        host, _, port = listen.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        # Access logs would be most of the server's work; the counts say more.
+        self._runner = web.AppRunner(
+            site.application(), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS, handler_cancellation=True
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ListenError(f"can't listen at {self._host}:{self._port}: {error}") from error
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._runner.cleanup()
+
+    @property
+    def url(self) -> str:
+        """`http://host:port` as bound."""
+        host, port = self._runner.addresses[0][:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _main(arguments: Mapping[str, object]) -> int:
+    return simulate_manager(
+        listen=str(arguments["listen"]),
+        seed=int(str(arguments["seed"])),
+        wan_rate_bytes_per_second=int(str(arguments["wan_rate_bytes_per_second"])),
+        publish_interval_seconds=float(str(arguments["publish_interval_seconds"])),
+        products=int(str(arguments["products"])),
+        full_bytes=int(str(arguments["full_bytes"])),
+    )
+
+
+if __name__ == "__main__":
+    # `python -m gup.demo.manager '{"listen": …}'`: how the demo starts it, with the names of the function.
+    sys.exit(_main(json.loads(sys.argv[1])))
