@@ -1,0 +1,25 @@
+"""Fixtures of the cache's tests."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+from harness.scripted import ScriptedUpstream
+
+
+@pytest.fixture
+def upstream():
+    with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def until() -> Callable:
+    async def wait(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, what
+            await asyncio.sleep(0.002)
+
+    return wait

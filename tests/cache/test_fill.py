@@ -1,0 +1,383 @@
+"""Fills: one leader on the machine, followers in other processes, and every end that a fill can have."""
+
+import asyncio
+import contextlib
+import random
+
+import pytest
+from harness.caches import MONIKER, Cut, path_of, read, route, working
+from harness.scripted import Answer, Gate, ScriptedUpstream
+
+from gup.cache.cache import Result
+from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.state import Phase
+from gup.content.catalog import CATALOG_PATH
+from gup.content.key import Variant
+from gup.errors import Problem
+
+FILE = path_of("full.dax")
+BODY = random.Random(7).randbytes(3 * CHUNK_BYTES + 12345)
+
+
+async def test_many_readers_of_one_fill_cost_one_request(tmp_path, upstream):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        got = await asyncio.gather(*(one.get(FILE) for _ in range(20)))
+        assert all(body == BODY for body in got)
+        assert len(upstream.requests(FILE)) == 1
+        assert upstream.body_bytes(FILE) == len(BODY)
+        assert one.counted("gup_upstream_received_bytes_total", upstream="u0", purpose="fill") == len(BODY)
+
+
+async def test_the_committed_entry_is_a_hit_in_every_process_with_the_same_etag(tmp_path, upstream, until):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        first = await one.open(FILE)
+        assert await read(first.body) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        second = await two.open(FILE)
+        assert second.result is Result.HIT
+        assert second.body.head.etag == first.body.head.etag
+        assert await read(second.body) == BODY
+    assert len(upstream.requests(FILE)) == 1
+
+
+async def test_a_follower_in_another_process_reads_while_the_leader_writes(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((CHUNK_BYTES, gate),)))
+    async with working(tmp_path, [upstream.url]) as leader, working(tmp_path, [upstream.url]) as follower:
+        led = await leader.open(FILE)
+        followed = await follower.open(FILE)
+        assert (led.result, followed.result) == (Result.MISS, Result.COLLAPSED)
+        await until(lambda: followed.body.published >= CHUNK_BYTES - 65536, "bytes before the gate")
+        gate.open()
+        assert await read(followed.body) == BODY
+        assert await read(led.body) == BODY
+        assert followed.body.head.etag == led.body.head.etag
+    assert len(upstream.requests(FILE)) == 1
+
+
+async def test_the_fill_goes_on_when_all_readers_leave(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((1000, gate),)))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        opened.body.leave()
+        gate.open()
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert (await one.open(FILE)).result is Result.HIT
+
+
+async def test_the_end_is_withheld_until_the_body_is_found_right(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((len(BODY) - 1, gate),)))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        await until(
+            lambda: gate.is_reached and opened.body.published >= len(BODY) - 4096 - 65536, "most of it"
+        )
+        assert opened.body.published <= len(BODY) - 4096
+        gate.open()
+        assert await read(opened.body) == BODY
+
+
+async def test_a_body_that_ends_wrongly_is_never_held_whole_and_not_stored(tmp_path, upstream):
+    upstream.answer(path_of("full.zip"), Answer(BODY, etag='"a"'))  # no ZIP
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(path_of("full.zip"))
+        with pytest.raises(Cut) as cut:
+            await read(opened.body)
+        assert len(cut.value.args[0]) <= len(BODY) - 4096
+        with pytest.raises(Problem) as problem:
+            await one.open(path_of("full.zip"))
+        assert problem.value.slug == "upstream-bad-body"
+        assert not list((tmp_path / "content").rglob("*.zip"))
+        assert not list((tmp_path / "partial").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "slug"),
+    [
+        (Answer(b"", etag='"e"'), "upstream-bad-body"),
+        (Answer(BODY[:5000], content_type="text/html"), "upstream-bad-body"),
+        (Answer(BODY[:5000], fields=(("Content-Encoding", "gzip"),)), "upstream-bad-body"),
+        (Answer(b"no", 404), "upstream-not-found"),
+        (Answer(b"no", 410), "upstream-gone"),
+        (Answer(b"no", 500), "upstream-error"),
+        (Answer(b"no", 401), "upstream-refused"),
+        (Answer(b"no", 302, fields=(("Location", "/x"),)), "upstream-refused"),
+        (Answer(BODY[:5000], reset_at=-1), "upstream-error"),
+    ],
+)
+async def test_what_is_no_content_is_told_and_not_asked_for_again(tmp_path, upstream, answer, slug):
+    upstream.answer(FILE, answer)
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        results = await asyncio.gather(*(one.open(FILE) for _ in range(3)), return_exceptions=True)
+        asked = len(upstream.requests(FILE))
+        with pytest.raises(Problem) as elsewhere:
+            await two.open(FILE)
+        assert {result.slug for result in results} == {slug} == {elsewhere.value.slug}
+        assert len(upstream.requests(FILE)) == asked <= 6  # three tries, each of which aiohttp repeats
+        assert not list((tmp_path / "content").rglob("*.dax"))
+
+
+async def test_a_body_shorter_than_announced_is_cut_and_not_stored(tmp_path, upstream):
+    upstream.answer(FILE, Answer(BODY[:50_000], announced=60_000, ranges=False))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        with pytest.raises(Cut):
+            await read(opened.body)
+        assert not list((tmp_path / "content").rglob("*.dax"))
+
+
+async def test_an_upstream_that_breaks_off_is_resumed_under_its_readers(tmp_path, upstream):
+    cuts = [Answer(BODY, etag='"a"', close_at=at) for at in range(CHUNK_BYTES, len(BODY), CHUNK_BYTES)]
+    upstream.answer(FILE, *cuts, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        got = await asyncio.gather(*(one.get(FILE) for _ in range(10)))
+        assert all(body == BODY for body in got)
+        assert len(upstream.requests(FILE)) == len(cuts) + 1
+        assert upstream.body_bytes(FILE) <= len(BODY) + 65536 * len(cuts) + 65536
+        assert one.counted("gup_fill_resumes_total", reason="cut") == len(cuts)
+
+
+async def test_other_bytes_at_the_resume_cut_the_readers_and_are_fetched_anew(tmp_path, upstream, until):
+    other = random.Random(8).randbytes(len(BODY))
+    upstream.answer(FILE, Answer(BODY, etag='"a"', close_at=2 * CHUNK_BYTES), Answer(other, etag='"b"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        with pytest.raises(Cut) as cut:
+            await read(opened.body)
+        assert BODY.startswith(cut.value.args[0])
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert await one.get(FILE) == other
+
+
+async def test_a_second_upstream_goes_on_where_the_first_died(tmp_path, upstream):
+    upstream.answer(FILE, Answer(BODY, etag='"a"', close_at=CHUNK_BYTES), Answer(b"", 500))
+    with ScriptedUpstream() as second:
+        second.answer(FILE, Answer(BODY, etag='"other"'))
+        async with working(tmp_path, [upstream.url, second.url]) as one:
+            assert await one.get(FILE) == BODY
+        assert second.body_bytes(FILE) <= len(BODY) - CHUNK_BYTES + 2 * 65536
+
+
+# --- takeover
+
+
+async def _dies_at(tmp_path, upstream, amount: int, until) -> None:
+    """Leave what a leader leaves that was killed with `amount` bytes received."""
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((amount, gate),)), Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as leader:
+        opened = await leader.open(FILE)
+        await until(lambda: opened.body.published >= amount - 70_000 and gate.is_reached, "its part")
+    gate.open()
+
+
+async def test_a_dead_leaders_part_is_taken_over_from_its_last_good_byte(tmp_path, upstream, until):
+    amount = 2 * CHUNK_BYTES + 100_000
+    await _dies_at(tmp_path, upstream, amount, until)
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+        assert next_one.counted("gup_fill_resumes_total", reason="takeover") == 1
+    assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
+    assert upstream.requests(FILE)[-1].header("if-range") == '"a"'
+
+
+async def test_a_follower_takes_over_and_its_readers_notice_nothing(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(
+        FILE, Answer(BODY, etag='"a"', gates=((2 * CHUNK_BYTES, gate),)), Answer(BODY, etag='"a"')
+    )
+    async with working(tmp_path, [upstream.url]) as follower:
+        async with working(tmp_path, [upstream.url]) as leader:
+            led = await leader.open(FILE)
+            followed = await follower.open(FILE)
+            reading = asyncio.create_task(read(followed.body))
+            await until(lambda: led.body.published > CHUNK_BYTES and gate.is_reached, "the gate")
+        gate.open()  # the leader is dead: cancelled in the middle, its claim free
+        assert await reading == BODY
+    assert len(upstream.requests(FILE)) == 2
+
+
+async def test_garbage_at_the_end_of_a_part_is_found_and_cut_off(tmp_path, upstream, until):
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES + 300_000, until)
+    part = next((tmp_path / "partial").glob("*.part"))
+    with part.open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(bytes(1000))
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+        assert next_one.counted("gup_integrity_failures_total", where="part") == 1
+
+
+async def test_a_flipped_byte_in_a_part_costs_only_what_follows(tmp_path, upstream, until):
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES + 300_000, until)
+    part = next((tmp_path / "partial").glob("*.part"))
+    with part.open("r+b") as file:
+        file.seek(CHUNK_BYTES + 5)
+        was = file.read(1)
+        file.seek(CHUNK_BYTES + 5)
+        file.write(bytes([was[0] ^ 1]))
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+    assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - CHUNK_BYTES + 65536
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone", "empty"])
+async def test_a_part_without_a_usable_state_is_fetched_anew(tmp_path, upstream, until, damage):
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
+    state = next((tmp_path / "partial").glob("*.state"))
+    if damage == "gone":
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[:100] if damage == "torn" else b"")
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+        assert next_one.counted("gup_integrity_failures_total", where="state") == (damage != "gone")
+        await until(lambda: not next_one.cache.fills, "the fill ends")
+    assert not list((tmp_path / "partial").glob("*.part"))
+
+
+@pytest.mark.parametrize("step", ["journal", "renamed"])
+async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monkeypatch, step):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        store = one.means.store
+        died = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def dies(state):
+            store.save_state(state)
+            if step == "renamed":
+                store.body_path(state.key).parent.mkdir(parents=True)
+                store.part_path(state.key.id, state.generation).rename(store.body_path(state.key))
+            loop.call_soon_threadsafe(died.set)
+            raise asyncio.CancelledError  # the leader ends here, as if it had been killed
+
+        monkeypatch.setattr(store, "commit", dies)
+        opened = await one.open(FILE)
+        assert await read(opened.body) == BODY
+        await died.wait()
+        await until(lambda: not one.cache.fills, "the fill ends")
+    async with working(tmp_path, [upstream.url]) as next_one:
+        opened = await next_one.open(FILE)
+        assert opened.result is Result.HIT
+        assert await read(opened.body) == BODY
+        assert next_one.means.store.load_state(opened.key.id) is None
+    assert len(upstream.requests(FILE)) == 1
+
+
+async def test_two_processes_asked_at_once_fetch_once(tmp_path, upstream):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with contextlib.AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(working(tmp_path, [upstream.url])) for _ in range(4)]
+        got = await asyncio.gather(*(worker.get(FILE) for worker in workers for _ in range(5)))
+        assert all(body == BODY for body in got)
+    assert len(upstream.requests(FILE)) == 1
+
+
+async def test_a_failure_in_mid_body_keeps_the_part_for_the_next_try(tmp_path, upstream, until):
+    upstream.answer(FILE, Answer(BODY, etag='"a"', close_at=2 * CHUNK_BYTES), Answer(b"", 503))
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as one:
+        opened = await one.open(FILE)
+        with pytest.raises(Cut):
+            await read(opened.body)
+        await until(lambda: not one.cache.fills, "the fill ends")
+        state = one.means.store.load_state(opened.key.id)
+        assert state is not None
+        assert state.phase is Phase.FAILED
+        assert state.failure is not None
+        upstream.answer(FILE, Answer(BODY, etag='"a"'))
+        before = upstream.body_bytes(FILE)
+        await until(lambda: one.cache._failures.get(opened.key) is None, "the failure expires")
+        again = await one.open(FILE)
+        assert again.body.head.etag == opened.body.head.etag
+        assert await read(again.body) == BODY
+        assert upstream.body_bytes(FILE) - before <= len(BODY) - 2 * CHUNK_BYTES + 65536
+
+
+# --- unknown length, ranges ahead, what can't be stored
+
+
+async def test_a_body_of_unknown_length_is_stored_with_an_etag_at_the_end(tmp_path, upstream, until):
+    upstream.answer(FILE, Answer(BODY, chunked=True))
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        first, second = await one.open(FILE), await two.open(FILE)
+        assert first.body.head.etag is None
+        assert await read(first.body) == BODY == await read(second.body)
+        await until(lambda: not one.cache.fills, "the fill ends")
+        stored = await one.open(FILE)
+        assert stored.result is Result.HIT
+        assert stored.body.head.etag is not None
+
+
+async def test_a_body_over_max_size_is_passed_through(tmp_path, upstream):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url], cache={"max_size": "1MB"}) as one:
+        opened = await one.open(FILE)
+        assert opened.result is Result.BYPASS
+        assert await read(opened.body) == BODY
+        opened.body.leave()
+        assert one.counted("gup_fills_total", outcome="unstorable") == 1
+        assert not list((tmp_path / "content").rglob("*.dax"))
+
+
+async def test_a_span_far_ahead_is_fetched_alone_and_at_most_two_at_once(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((200_000, gate),)), Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url], fill={"range_wait": "10ms"}) as one:
+        opened = await one.open(FILE)
+        await until(lambda: gate.is_reached, "the gate")
+        spans = [
+            await one.cache.fetch_span(opened, route(FILE), Variant(), start, start + 900_000)
+            for start in (1_000_000, 1_100_000, 1_150_000)
+        ]
+        assert spans[2] is None
+        for start, span in zip((1_000_000, 1_100_000), spans, strict=False):
+            assert await read(span, start) == BODY[start : start + 900_000]
+            span.leave()
+        gate.open()
+        assert await read(opened.body) == BODY
+    assert upstream.requests(FILE)[1].header("range") == "bytes=1000000-1899999"
+
+
+@pytest.mark.parametrize("catalog", [True, False])
+async def test_a_moniker_that_upstream_spells_otherwise_is_found(tmp_path, upstream, catalog):
+    """A file system that tells upper from lower case, and a client that does not."""
+    spelled = MONIKER.replace("E8A", "e8a") if catalog else MONIKER
+    asked = FILE.replace(MONIKER, MONIKER.lower())
+    upstream.answer(FILE.replace(MONIKER, spelled), Answer(BODY, etag='"a"'))
+    upstream.exact = True
+    if catalog:
+        upstream.answer(CATALOG_PATH, Answer(f"{spelled}: Definitions - Short - SymAllLanguages".encode()))
+    async with working(tmp_path, [upstream.url]) as one:
+        assert await one.get(asked) == BODY
+        assert await one.get(FILE) == BODY
+        with pytest.raises(Problem):
+            await one.open(path_of("full.zip").replace(MONIKER, spelled))
+    asked_for = [seen.path for seen in upstream.requests()]
+    assert len([path for path in asked_for if path.endswith("full.dax")]) == 2
+    assert len([path for path in asked_for if path.endswith("full.zip")]) == 1
+    assert len([path for path in asked_for if path.endswith("ContentInfo.txt")]) == 1
+
+
+async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upstream, until):
+    index = "/content/ContentInfo.txt"
+    upstream.answer(index, Answer(b"first", etag='"1"'))
+    async with working(tmp_path, [upstream.url], cache={"index_ttl": "100ms", "error_ttl": "1s"}) as one:
+        assert await one.get(index) == b"first"
+        await until(lambda: not one.cache.fills, "the fill ends")
+        first = await one.open(index)
+        await until(lambda: one.means.wall_clock() - first.entry.record.validated_at > 0.1, "it is stale")
+        again = await asyncio.gather(*(one.open(index) for _ in range(5)))
+        assert {opened.result for opened in again} <= {Result.REVALIDATED, Result.COLLAPSED, Result.HIT}
+        assert [seen.status for seen in upstream.requests(index)] == [200, 304]
+        upstream.answer(index, Answer(b"", 503))
+        record = one.cache._entries[again[0].key].record
+        await until(lambda: one.means.wall_clock() - record.validated_at > 0.1, "it is stale again")
+        stale = await asyncio.gather(*(one.open(index) for _ in range(5)))
+        assert {opened.result for opened in stale} == {Result.STALE}
+        assert await read(stale[0].body) == b"first"
+        assert len(upstream.requests(index)) == 3

@@ -1,0 +1,58 @@
+import re
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gup.content.key import ANY, ContentKey, Variant
+
+KEY = ContentKey("14.3 RU2", "de", "{07B590B3-9282-482F-BBAA-6D515D385869}", "190815061", "full.zip")
+
+PARTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=60
+).filter(lambda part: part[0] != ".")
+KEYS = st.builds(ContentKey, PARTS, PARTS, PARTS, PARTS, PARTS)
+
+
+def test_a_key_is_a_line_and_a_path():
+    assert KEY.text == "14.3 RU2/de/{07B590B3-9282-482F-BBAA-6D515D385869}/190815061/full.zip"
+    assert KEY.path == PurePosixPath(KEY.text)
+    assert KEY.variant == Variant("14.3 RU2", "de")
+    assert Variant() == Variant(ANY, ANY)
+
+
+def test_the_names_of_a_keys_files_never_change():
+    # Parts and claims of an earlier release must be found again.
+    assert KEY.id == "66c6c1ab8b2a9b19bd4c00add78ede18"
+    assert KEY.claim_offset == int(KEY.id[:16], 16) >> 2
+
+
+@given(KEYS)
+def test_a_key_is_read_as_it_was_written(key):
+    assert ContentKey.parse(key.text) == key
+    assert len(key.path.parts) == 5
+    assert 0 <= key.claim_offset < 1 << 62
+    assert re.fullmatch("[0-9a-f]{32}", key.id)
+
+
+@given(KEYS, KEYS)
+def test_different_keys_have_different_names(first, second):
+    assert (first == second) == (first.id == second.id) == (first.text == second.text)
+
+
+@pytest.mark.parametrize("part", ["", ".", "..", ".hidden", "a/b", "a\0b", "é" * 121])
+@pytest.mark.parametrize("place", range(5))
+def test_unsafe_parts_are_no_key(part, place):
+    parts = ["a", "b", "c", "d", "e"]
+    parts[place] = part
+    with pytest.raises(AssertionError):
+        ContentKey(*parts)
+    with pytest.raises(ValueError, match="key"):
+        ContentKey.parse("/".join(parts))
+
+
+@pytest.mark.parametrize("text", ["", "a/b/c/d", "a/b/c/d/e/f"])
+def test_a_key_has_five_parts(text):
+    with pytest.raises(ValueError, match="five parts"):
+        ContentKey.parse(text)

@@ -1,0 +1,205 @@
+"""A real store, a fake process around the control plane, and a browser of sorts."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gup.cache.checksum import ChunkSums
+from gup.cache.claim import Claims
+from gup.cache.record import Head, Record
+from gup.cache.state import FillState, Phase
+from gup.cache.store import Store
+from gup.config import Settings
+from gup.content.key import ContentKey, Kind
+from gup.control.service import Control, Surroundings
+from gup.metrics import Counters, layout
+
+MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
+
+
+def content_key(revision: str = "260101001", file: str = "full.zip", **parts: str) -> ContentKey:
+    names = {"version": "14.3 RU2", "language": "French", "stream": MONIKER} | parts
+    return ContentKey(**names, revision=revision, file=file)
+
+
+def commit(store: Store, key: ContentKey, body: bytes, kind: Kind = Kind.FULL, at: float = 1000.0) -> Record:
+    """Bring an entry into the store the way a fill does."""
+    part = store.part_path(key.id, 1)
+    part.write_bytes(body)
+    sums = ChunkSums()
+    sums.add(body)
+    head = Head(len(body), f'"{key.id[:8]}"', "application/zip", None, "manager", None)
+    record = Record.of(key, kind, head, sums.finish(), at, part.stat().st_mtime_ns)
+    store.commit(FillState(key, kind, 1, Phase.COMMITTED, head, None, record))
+    store.touch(key, at)
+    return record
+
+
+@dataclass
+class World:
+    """The fake process: what the control plane asked of it, and the way to send it events."""
+
+    root: Path
+    store: Store
+    claims: Claims
+    worker_claims: Claims
+    counters: Counters
+    settings: Settings
+    sender: socket.socket
+    receiver: socket.socket
+    now: float = 2_000_000.0
+    epochs: int = 0
+    store_bytes: list[int] = field(default_factory=list)
+    workers: list[dict[str, object]] = field(
+        default_factory=lambda: [{"slot": 0, "pid": 4711, "up_since": 1_999_000.0, "ready": True}]
+    )
+    upstreams: dict[str, bool] = field(default_factory=lambda: {"manager": True})
+    streams: list[tuple[str, str, str]] = field(default_factory=list)
+    products: dict[str, tuple[str, str]] = field(default_factory=dict)
+    wan_rate: int = 8_000_000
+    config_ok: bool = True
+    reloads: int = 0
+    recovered: asyncio.Event = field(default_factory=asyncio.Event)
+    url: str = ""
+
+    MONIKER = MONIKER
+    key = staticmethod(content_key)
+
+    @staticmethod
+    async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Let the loop turn until `condition` holds; fails when it does not in time."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come to hold"
+            await asyncio.sleep(0.002)
+
+    def commit(
+        self, key: ContentKey | None = None, body: bytes = b"body", kind: Kind = Kind.FULL, at: float = 1000.0
+    ) -> Record:
+        """Bring an entry into the store the way a worker does: holding the key's claim."""
+        key = key or content_key()
+        while not self.worker_claims.try_claim(key.claim_offset):
+            time.sleep(0.001)  # the controller looks at this key at the moment
+        try:
+            return commit(self.store, key, body, kind, at)
+        finally:
+            self.worker_claims.release(key.claim_offset)
+
+    def begin_part(self, key: ContentKey, body: bytes, length: int) -> None:
+        """A part under way, as a worker leaves it on disk (the claim is the test's affair)."""
+        head = Head(length, '"tag"', "application/zip", None, "manager", None)
+        self.store.part_path(key.id, 1).write_bytes(body)
+        self.store.save_state(FillState(key, Kind.FULL, 1, Phase.STREAMING, head))
+
+    def totals(self) -> dict[str, int]:
+        return {name: self.counters.words[at] for at, name in enumerate(layout(["manager"]))}
+
+    def raise_epoch(self) -> None:
+        self.epochs += 1
+
+    def reload(self) -> None:
+        self.reloads += 1
+
+    async def recover(self) -> None:
+        self.recovered.set()
+
+    def tell(self, **event: Any) -> None:
+        self.sender.send(json.dumps(event).encode())
+
+    def tell_committed(self, record: Record, *, replaced: bool = False) -> None:
+        self.tell(
+            type="committed",
+            key=record.key.text,
+            length=record.length,
+            replaced=replaced,
+            kind=str(record.kind),
+        )
+
+    def surroundings(self, admin: socket.socket) -> Surroundings:
+        return Surroundings(
+            settings=self.settings,
+            store=self.store,
+            claims=self.claims,
+            counters=self.counters,
+            totals=self.totals,
+            since_start=self.totals,
+            stream_names=lambda: self.streams,
+            product_of=self.products.get,
+            raise_store_epoch=self.raise_epoch,
+            set_store_bytes=self.store_bytes.append,
+            promised_bytes=lambda: 0,
+            upstreams_up=lambda: self.upstreams,
+            wan_rate=lambda: self.wan_rate,
+            workers=lambda: self.workers,
+            config_ok=lambda: self.config_ok,
+            request_reload=self.reload,
+            recover=self.recover,
+            events=self.receiver,
+            admin=admin,
+            started_at=self.now - 3600,
+            installed_at=self.now - 86400,
+        )
+
+    @asynccontextmanager
+    async def running(self, *, complete: bool = True) -> AsyncIterator[Control]:
+        """A control plane that serves on a loopback port."""
+        before = asyncio.all_tasks()
+        admin = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{admin.getsockname()[1]}"
+        control = Control(self.surroundings(admin), lambda: self.now)
+        await control.start()
+        try:
+            if complete:
+                await self.until(lambda: control.plane.index.complete)
+            yield control
+        finally:
+            await control.stop()
+            admin.close()
+        left = asyncio.all_tasks() - before
+        assert not left, f"tasks left behind: {left}"
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("gup-")]
+        assert not threads, f"threads left behind: {threads}"
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    store = Store(tmp_path / "cache")
+    store.prepare()
+    claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    settings = Settings.model_validate(
+        {
+            "cache": {
+                "directory": store.root,
+                "max_size": "1MB",
+                "min_free": "0B",
+                "max_unused": "0s",
+                "max_part_age": "0s",
+            },
+            "upstream": [{"name": "manager", "url": "http://manager:8014"}],
+            "site": {"name": "branch-7"},
+        }
+    )
+    yield World(
+        tmp_path, store, claims, worker_claims, Counters.private(["manager"]), settings, sender, receiver
+    )
+    claims.close()
+    worker_claims.close()
+    sender.close()
+    receiver.close()
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+        yield session

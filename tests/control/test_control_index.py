@@ -1,0 +1,338 @@
+import asyncio
+import json
+import pickle
+import sqlite3
+import threading
+
+import pytest
+
+from gup.content.key import ContentKey, Kind
+from gup.control.index import Index
+from gup.control.index_file import DamagedIndexError, IndexFile
+from gup.control.reconcile import ORPHAN_AGE_SECONDS, differences, reconcile
+from gup.control.rows import Row, make_row
+
+
+def row(name="full.zip", size=10, revision="260101001", **more):
+    key = ContentKey("14.3 RU2", "French", "{S}", revision, name)
+    return make_row(key, Kind.FULL, size, stored_at=5.0, used_at=6.0, **more)
+
+
+class Damage:
+    """Counts what an index calls damage."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __call__(self):
+        self.times += 1
+
+
+@pytest.fixture
+async def opened(tmp_path):
+    """Opens indexes in one folder, one after the other; closes what a test left open."""
+    alive = []
+
+    async def open_(folder=tmp_path / "index"):
+        damage = Damage()
+        index = Index(folder, damage)
+        alive.append(index)
+        await index.open()
+        return index, damage
+
+    yield open_
+    for index in alive:
+        if not index._thread._shutdown:
+            await index.close()
+
+
+async def closed_with(opened, *rows):
+    index, _ = await opened()
+    for one in rows:
+        index.put(one)
+    index.complete = True
+    await index.close()
+
+
+def test_a_row_survives_json():
+    one = row(hits=3, pinned=True, sent_bytes=7, received_bytes=9)
+    assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"key": "a/b"}, row().to_json() | {"hits": None}, row().to_json() | {"kind": "x"}]
+)
+def test_what_is_no_row_is_refused(fields):
+    with pytest.raises(ValueError, match=r"."):
+        Row.from_json(fields)
+
+
+async def test_rows_and_notes_come_back_after_a_restart(opened):
+    index, _ = await opened()
+    index.put(row(hits=3))
+    index.set_note("clients", [["10.0.0.1", 4.0]])
+    index.complete = True
+    await index.close()
+    again, damage = await opened()
+    assert again.rows == {row().key: row(hits=3)}
+    assert again.note("clients") == [["10.0.0.1", 4.0]]
+    assert (again.complete, again.total_bytes, damage.times) == (True, 10, 0)
+
+
+async def test_an_index_that_never_was_complete_is_not_trusted(opened):
+    index, _ = await opened()
+    index.put(row())
+    await index.close()
+    again, damage = await opened()
+    assert (again.rows, again.complete, damage.times) == ({}, False, 0)
+
+
+async def test_discarded_rows_stay_away(opened):
+    await closed_with(opened, row("a"), row("b"))
+    index, _ = await opened()
+    index.discard(row("a").key)
+    await index.close()
+    again, _ = await opened()
+    assert set(again.rows) == {row("b").key}
+
+
+async def test_totals_and_newest_revisions_follow_the_rows(opened):
+    index, _ = await opened()
+    index.put(row(size=10))
+    index.put(row(size=30))
+    index.put(row(size=5, revision="260101002"))
+    assert index.total_bytes == 35
+    assert index.newest_held() == {("14.3 RU2", "French", "{S}"): "260101002"}
+    index.discard(row(revision="260101002").key)
+    index.discard("never/there/at/all/x")
+    assert index.total_bytes == 30
+    assert index.newest_held() == {("14.3 RU2", "French", "{S}"): "260101001"}
+    index.discard(row().key)
+    assert (index.total_bytes, index.newest_held()) == (0, {})
+
+
+def overwrite(path):
+    path.write_bytes(b"not a database at all" * 1000)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def scribble(path):
+    bytes_ = bytearray(path.read_bytes())
+    bytes_[100:] = b"\xff" * (len(bytes_) - 100)
+    path.write_bytes(bytes_)
+
+
+@pytest.mark.parametrize("harm", [overwrite, truncate, scribble])
+async def test_a_damaged_index_is_replaced_and_counted(opened, tmp_path, harm):
+    await closed_with(opened, *(row(f"f{n}") for n in range(200)))
+    harm(tmp_path / "index" / "cache.db")
+    for extra in ("cache.db-wal", "cache.db-shm"):
+        (tmp_path / "index" / extra).unlink(missing_ok=True)
+    index, damage = await opened()
+    assert (index.rows, index.complete, index.opened, damage.times) == ({}, False, True, 1)
+    index.put(row("new"))
+    index.complete = True
+    await index.close()
+    again, _ = await opened()
+    assert set(again.rows) == {row("new").key}
+
+
+def change(folder, statement, *values):
+    with sqlite3.connect(folder / "cache.db") as database:
+        database.execute(statement, values)
+    database.close()
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+async def test_a_planted_pickle_is_damage_and_never_loaded(opened, tmp_path):
+    await closed_with(opened, row())
+    change(tmp_path / "index", "UPDATE Cache SET mode = 4, value = ?", pickle.dumps(Bomb()))
+    index, damage = await opened()
+    assert (index.rows, damage.times) == ({}, 1)
+
+
+async def test_a_planted_pickled_key_is_damage_and_never_loaded(opened, tmp_path):
+    await closed_with(opened, row())
+    change(
+        tmp_path / "index", "UPDATE Cache SET raw = 0, key = ? WHERE key LIKE 'entry:%'", pickle.dumps(Bomb())
+    )
+    index, damage = await opened()
+    assert (index.rows, damage.times) == ({}, 1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "null", '{"key": "a/b/c/d/e"}'])
+async def test_a_changed_row_is_damage(opened, tmp_path, text):
+    await closed_with(opened, row())
+    change(tmp_path / "index", "UPDATE Cache SET value = ? WHERE key LIKE 'entry:%'", text)
+    index, damage = await opened()
+    assert (index.rows, index.complete, damage.times) == ({}, False, 1)
+
+
+async def test_a_row_under_another_key_is_damage(opened, tmp_path):
+    await closed_with(opened, row())
+    change(tmp_path / "index", "UPDATE Cache SET key = 'entry:a/b/c/d/e' WHERE key LIKE 'entry:%'")
+    _, damage = await opened()
+    assert damage.times == 1
+
+
+async def test_another_format_is_refused(opened, tmp_path):
+    await closed_with(opened, row())
+    change(tmp_path / "index", "UPDATE Cache SET value = '99' WHERE key = 'about:format'")
+    index, damage = await opened()
+    assert (index.complete, damage.times) == (False, 1)
+
+
+async def test_nothing_on_disk_is_a_pickle(opened, tmp_path):
+    await closed_with(opened, row())
+    with sqlite3.connect(tmp_path / "index" / "cache.db") as database:
+        modes = {mode for (mode,) in database.execute("SELECT mode FROM Cache")}
+        values = [value for (value,) in database.execute("SELECT value FROM Cache")]
+    database.close()
+    assert modes == {3}
+    assert all(json.loads(value) is not None for value in values)
+
+
+async def test_damage_while_running_is_healed_from_memory(opened):
+    index, damage = await opened()
+    index.put(row("a"))
+    index.complete = True
+    await index.flush()
+    real = index._file.write
+
+    def write_once_damaged(*_values, **_more):
+        index._file.write = real
+        raise DamagedIndexError("the disk forgot")
+
+    index._file.write = write_once_damaged
+    index.put(row("b"))
+    await index.flush()
+    assert damage.times == 1
+    await index.close()
+    again, _ = await opened()
+    assert set(again.rows) == {row("a").key, row("b").key}
+
+
+async def test_a_folder_that_cannot_be_used_leaves_the_index_in_memory(opened, tmp_path):
+    (tmp_path / "index").write_text("a file where the folder should be")
+    index, _ = await opened()
+    index.put(row())
+    await index.flush()
+    assert index.opened
+    assert row().key in index.rows
+    (tmp_path / "index").unlink()
+    index.complete = True
+    await index.close()
+    again, _ = await opened()
+    assert row().key in again.rows, "what could not be written stayed due"
+
+
+async def test_what_happens_while_opening_wins_over_the_file(opened, tmp_path):
+    await closed_with(opened, row("old", size=1), row("gone", size=1), row("kept", size=1))
+    index = Index(tmp_path / "index", Damage())
+    may_read, real = threading.Event(), index._file.load
+
+    def slow_load():
+        may_read.wait(10)
+        return real()
+
+    index._file.load = slow_load
+    opening = asyncio.create_task(index.open())
+    await asyncio.sleep(0)
+    index.put(row("old", size=50))
+    index.discard(row("gone").key)
+    may_read.set()
+    await opening
+    assert {key.rsplit("/")[-1]: one.length_bytes for key, one in index.rows.items()} == {
+        "old": 50,
+        "kept": 1,
+    }
+    await index.close()
+
+
+async def test_the_database_is_touched_by_its_own_thread_only(opened, monkeypatch):
+    names = set()
+    for method in ("load", "write", "close"):
+        real = getattr(IndexFile, method)
+
+        def spy(self, *values, _real=real, **more):
+            names.add(threading.current_thread().name)
+            return _real(self, *values, **more)
+
+        monkeypatch.setattr(IndexFile, method, spy)
+    await closed_with(opened, row())
+    assert names == {"gup-index_0"}
+
+
+# --- reconciling
+
+
+def test_differences_keep_what_no_record_knows(world):
+    record = world.commit(at=100.0)
+    found = list(world.store.scan())
+    known = make_row(record.key, Kind.FULL, 4, stored_at=100.0, used_at=900.0, hits=12, sent_bytes=48)
+    result = differences(found, {record.key.text: known, "a/b/c/d/e": row()})
+    assert [(one.hits, one.used_at, one.sent_bytes) for one in result.put] in ([], [(12, 900.0, 48)])
+    assert result.gone == ("a/b/c/d/e",)
+
+
+async def test_reconciling_takes_the_disk_over(world, opened):
+    record = world.commit(body=b"12345", at=100.0)
+    index, _ = await opened(world.store.index)
+    index.put(row("lost"))
+    await reconcile(index, world.store, world.claims, world.counters, 200.0)
+    assert set(index.rows) == {record.key.text}
+    assert index.rows[record.key.text].used_at == 100.0
+    assert (index.complete, index.total_bytes) == (True, 5)
+
+
+async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opened, monkeypatch):
+    purged = world.commit(world.key("260101001"))
+    index, _ = await opened(world.store.index)
+    scanned, go_on = threading.Event(), threading.Event()
+    real = world.store.scan
+
+    def slow_scan():
+        found = list(real())
+        scanned.set()
+        go_on.wait(10)
+        return iter(found)
+
+    monkeypatch.setattr(type(world.store), "scan", lambda _self: slow_scan())
+    task = asyncio.create_task(reconcile(index, world.store, world.claims, world.counters, 200.0))
+    await asyncio.to_thread(scanned.wait, 10)
+    index.discard(purged.key.text)
+    index.put(row("fresh"))
+    go_on.set()
+    await task
+    assert set(index.rows) == {row("fresh").key}
+
+
+async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world, opened):
+    record = world.commit()
+    world.store.record_path(record.key).write_bytes(b"{damaged")
+    index, _ = await opened(world.store.index)
+    written = world.store.body_path(record.key).stat().st_mtime
+    await reconcile(index, world.store, world.claims, world.counters, written + 1)
+    assert world.store.body_path(record.key).exists()
+    assert world.counters.get("gup_integrity_failures_total", where="record") == 0
+    await reconcile(index, world.store, world.claims, world.counters, written + ORPHAN_AGE_SECONDS + 1)
+    assert not world.store.body_path(record.key).exists()
+    assert not world.store.record_path(record.key).exists()
+    assert world.counters.get("gup_integrity_failures_total", where="record") == 1
+    assert index.rows == {}
+
+
+async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
+    record = world.commit()
+    world.store.record_path(record.key).unlink()
+    index, _ = await opened(world.store.index)
+    assert world.claims.try_claim(record.key.claim_offset)
+    await reconcile(index, world.store, world.claims, world.counters, 1e10)
+    assert world.store.body_path(record.key).exists()

@@ -1,0 +1,320 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gup.content.key import ContentKey, Kind
+from gup.control.app import make_app
+from gup.control.clients import ClientsBook
+from gup.control.entries import Query, parse_query, select
+from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
+from gup.control.guard import Asked, refusal
+from gup.control.page import ago, render, size
+from gup.control.rows import make_row
+from gup.control.status import totals_of
+from gup.control.streams import STORM_WINDOW_SECONDS, Demand, newest_times, revision_time
+
+KEY = "14.3 RU2/French/{S}/260101001/full.zip"
+
+
+def row(name="full.zip", kind=Kind.FULL, revision="260101001", length=10, **more):
+    key = ContentKey("14.3 RU2", "French", "{S}", revision, name)
+    return make_row(key, kind, length, stored_at=more.pop("stored_at", 0.0), used_at=0.0, **more)
+
+
+# --- events
+
+
+@pytest.mark.parametrize(
+    ("fields", "event"),
+    [
+        (
+            {"type": "committed", "key": KEY, "length": 5, "kind": "full", "replaced": True},
+            Committed(ContentKey.parse(KEY), 5, Kind.FULL, True),
+        ),
+        (
+            {"type": "used", "uses": [[KEY, 3], [KEY, 1, 99]], "at": 7},
+            Used((Use(KEY, 3, 0), Use(KEY, 1, 99)), 7.0),
+        ),
+        ({"type": "clients", "addresses": ["10.0.0.1", "fe80::1"]}, ClientsSeen(("10.0.0.1", "fe80::1"))),
+        ({"type": "need", "bytes": 9}, Need(9)),
+        (
+            {"type": "failed", "key": KEY, "problem": "upstream-timeout", "detail": "x"},
+            Failed(KEY, "upstream-timeout", "x"),
+        ),
+    ],
+)
+def test_events_are_read(fields, event):
+    assert parse_event(json.dumps(fields).encode()) == event
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        b"", b"\xff\xfe", b"null", b"[]", b"7", b'"used"', b"{}", b'{"type": "melted"}', b'{"type": []}',
+        b'{"type": "need"}', b'{"type": "need", "bytes": -1}', b'{"type": "need", "bytes": true}',
+        b'{"type": "need", "bytes": 1.5}', b'{"type": "used", "uses": 3, "at": 1}',
+        b'{"type": "used", "uses": [["a", 1]], "at": 1}', b'{"type": "used", "uses": [], "at": "x"}',
+        b'{"type": "used", "uses": [], "at": NaN}', b'{"type": "used", "uses": [], "at": Infinity}',
+        b'{"type": "committed", "key": "../../etc/passwd", "length": 1, "kind": "full"}',
+        b'{"type": "committed", "key": "a/b/c/d/e", "length": 1, "kind": "odd"}',
+        b'{"type": "clients", "addresses": ["<script>"]}', b'{"type": "clients"}',
+        b'{"type": "failed", "key": "a/b/c/d/e", "problem": "made-up"}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_event_is_a_value_error(datagram):
+    with pytest.raises(ValueError, match=r"."):
+        parse_event(datagram)
+
+
+NAMES = ["type", "key", "length", "uses", "at", "bytes", "addresses", "problem"]
+TYPES = ["committed", "used", "clients", "need", "failed"]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(TYPES),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner),
+)
+
+
+@given(st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()))
+def test_no_datagram_raises_anything_else(datagram):
+    try:
+        parse_event(datagram)
+    except ValueError:
+        return
+
+
+# --- clients
+
+
+def test_clients_are_counted_by_window_and_forgotten_beyond_the_limit():
+    book = ClientsBook(limit=3)
+    book.see(["a"], 0.0)
+    book.see(["b", "c"], 90_000.0)
+    book.see(["a"], 100_000.0)
+    assert book.counts(100_000.0) == {"1h": 1, "1d": 3, "7d": 3}
+    book.see(["d"], 100_001.0)
+    assert [address for address, _ in book.newest(9)] == ["d", "a", "c"]
+    assert len(book.newest(1)) == 1
+
+
+def test_clients_survive_a_restart_and_newer_sightings_win():
+    before, after = ClientsBook(), ClientsBook()
+    before.see(["a", "b"], 1.0)
+    after.see(["a"], 5.0)
+    after.restore(json.loads(json.dumps(before.to_json())))
+    assert after.newest(9) == [("a", 5.0), ("b", 1.0)]
+
+
+@pytest.mark.parametrize("rows", [None, 3, {"a": 1}, [["a"]], [[1, 2]], [None]])
+def test_a_spoilt_book_is_left_out(rows):
+    book = ClientsBook()
+    book.restore(rows)
+    assert len(book) == 0
+
+
+# --- listing
+
+
+def rows_of(count):
+    return [row(f"f{n:03}", length=n % 7 + 1, stored_at=float(n % 5)) for n in range(count)]
+
+
+@pytest.mark.parametrize("order", ["key", "-key", "length", "-length", "stored", "-stored"])
+def test_pages_together_are_the_whole_list_once(order):
+    rows, seen, cursor = rows_of(53), [], None
+    while True:
+        query = parse_query({"order": order, "limit": "10"} | ({"cursor": cursor} if cursor else {}))
+        found = select(rows, query)
+        assert found.matching == 53
+        seen += found.rows
+        cursor = found.cursor
+        if cursor is None:
+            break
+    assert len(seen) == 53
+    assert {one.key for one in seen} == {one.key for one in rows}
+    lengths = [one.length_bytes for one in seen]
+    if "length" in order:
+        assert lengths == sorted(lengths, reverse=order.startswith("-"))
+
+
+def test_filters_choose():
+    rows = [row(), row("x.dax", Kind.DELTA)]
+    assert [one.file for one in select(rows, parse_query({"kind": "delta"})).rows] == ["x.dax"]
+    assert select(rows, parse_query({"language": "German"})).rows == ()
+    assert select(rows, Query()).matching == 2
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"order": "age"}, {"limit": "0"}, {"limit": "1001"}, {"limit": "ten"}, {"limit": "²"},
+        {"kind": "odd"},        {"cursor": "%%"}, {"cursor": "e30="}, {"sort": "key"},
+    ],
+)  # fmt: skip
+def test_wrong_parameters_are_named(parameters):
+    with pytest.raises(ValueError, match=r"limit|order|kind|cursor|parameter"):
+        parse_query(parameters)
+
+
+# --- who may ask
+
+
+def ask(
+    method="GET", path="/api/v1/status", host="127.0.0.1:2968", peer="127.0.0.1", local="127.0.0.1", **more
+):
+    return Asked(method, path, host, more.get("origin"), more.get("fetch_site"), peer, local)
+
+
+@pytest.mark.parametrize(
+    ("asked", "admin", "allowed"),
+    [
+        (ask(), "127.0.0.1", True),
+        (ask(host="localhost:2968"), "127.0.0.1", True),
+        (ask(host="LOCALHOST"), "127.0.0.1", True),
+        (ask(host="[::1]:2968"), "::1", True),
+        (ask(host="evil.example:2968"), "127.0.0.1", False),
+        (ask(host="localhost.evil.example"), "127.0.0.1", False),
+        (ask(host="127.0.0.1.evil.example"), "127.0.0.1", False),
+        (ask(host="127.0.0.1@evil.example"), "127.0.0.1", False),
+        (ask(host="localhost:x"), "127.0.0.1", False),
+        (ask(host=""), "127.0.0.1", False),
+        (ask(host="[::1"), "127.0.0.1", False),
+        (ask(path="/metrics", host="evil.example"), "127.0.0.1", False),
+        (ask(path="/metrics", host="gup.site.example", peer="10.0.0.9"), "0.0.0.0", True),
+        (ask(path="/", host="gup.site.example", peer="10.0.0.9"), "0.0.0.0", False),
+        (ask(path="/", host="10.0.0.5:2968", peer="10.0.0.9", local="10.0.0.5"), "0.0.0.0", True),
+        (ask("DELETE"), "127.0.0.1", True),
+        (ask("DELETE", peer="::ffff:127.0.0.1"), "127.0.0.1", True),
+        (ask("DELETE", peer="10.0.0.9"), "127.0.0.1", False),
+        (ask("DELETE", peer=None), "127.0.0.1", False),
+        (ask("POST", host="10.0.0.5", peer="10.0.0.9", local="10.0.0.5"), "10.0.0.5", True),
+        (ask("POST", host="evil.example", peer="10.0.0.9", local="10.0.0.5"), "10.0.0.5", False),
+        (ask("POST", path="/metrics", host="evil.example"), "0.0.0.0", False),
+        (ask("POST", origin="http://127.0.0.1:2968"), "127.0.0.1", True),
+        (ask("POST", origin="http://127.0.0.1:9999"), "127.0.0.1", False),
+        (ask("POST", origin="https://evil.example"), "127.0.0.1", False),
+        (ask("POST", origin="null"), "127.0.0.1", False),
+        (ask("POST", fetch_site="cross-site"), "127.0.0.1", False),
+        (ask("POST", fetch_site="same-site"), "127.0.0.1", False),
+        (ask("POST", fetch_site="same-origin"), "127.0.0.1", True),
+    ],
+)
+def test_who_may_ask(asked, admin, allowed):
+    assert (refusal(asked, admin) is None) == allowed
+
+
+# --- figures
+
+
+def test_totals_are_added_up_and_savings_not_clipped():
+    totals = totals_of(
+        {
+            'gup_requests_total{code="200",result="hit"}': 6,
+            'gup_requests_total{code="206",result="hit"}': 1,
+            'gup_requests_total{code="200",result="miss"}': 1,
+            'gup_requests_total{code="403",result="refused"}': 5,
+            'gup_client_sent_bytes_total{source="cache"}': 100,
+            'gup_upstream_received_bytes_total{purpose="fill",upstream="m"}': 150,
+            'gup_upstream_received_bytes_total{purpose="index",upstream="m"}': 50,
+        }
+    )
+    assert totals["saved_bytes"] == -100
+    assert totals["hit_ratio"] == 7 / 8
+    assert (totals["requests"]["hit"], totals["requests_total"]) == (7, 13)
+    assert totals_of({})["hit_ratio"] is None
+
+
+@pytest.mark.parametrize(
+    ("revision", "at"), [("700102001", 86400.0 + 0), ("269901001", None), ("260231001", None)]
+)
+def test_revisions_begin_with_their_day(revision, at):
+    found = revision_time(revision)
+    assert (found is None) == (at is None)
+    assert found is None or found % 86400 == 0
+
+
+def test_newest_content_takes_the_latest_of_a_product():
+    held = {("v1", "l", "{A}"): "260101001", ("v2", "l", "{A}"): "260103002", ("v", "l", "{B}"): "269999999"}
+    times = newest_times(held, {}, lambda stream: (stream[2], stream[1]))
+    assert times == {("{A}", "l", "held"): revision_time("260103002")}
+
+
+def test_a_storm_is_fulls_asked_for_where_deltas_are():
+    demand, stream = Demand(), row().stream_id
+    demand.count(row(), 10, 0.0)
+    assert demand.storms(1.0, lambda _: False) == {stream: False}
+    assert demand.storms(1.0, lambda _: True) == {stream: True}
+    demand.count(row("xdelta250101001_To_260101002.dax", Kind.DELTA), 10, 2.0)
+    assert demand.storms(3.0, lambda _: True) == {stream: False}
+    assert demand.newest() == {stream: "260101002"}
+    demand.count(row(), 5, 4.0)
+    assert demand.storms(STORM_WINDOW_SECONDS, lambda _: True) == {stream: True}
+    assert demand.storms(2 * STORM_WINDOW_SECONDS, lambda _: True) == {stream: False}
+
+
+# --- the page
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (-2_500_000, "-2.5 MB"),
+        (123e9, "123 GB"),
+        (5e15, "5000.0 TB"),
+    ],
+)
+def test_sizes_for_people(count, text):
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-5, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (9e5, "10 d")]
+)
+def test_spans_for_people(seconds, text):
+    assert ago(seconds) == text
+
+
+def status(**more):
+    return {
+        "site": "b", "version": "1", "ready": True, "uptime_seconds": 5.0, "reload": {"successful": False},
+        "totals": {name: totals_of({}) for name in ("since_start", "since_install")},
+        "cache": {"size_bytes": 1, "limit_bytes": 2, "entries": 3, "free_bytes": 4},
+        "clients": {"seen": {"1d": 0}, "connections": 0}, "wan_rate_bytes_per_second": None,
+        "fills": [], "upstreams": [], "workers": [], "failures": [],
+    } | more  # fmt: skip
+
+
+def test_nothing_from_outside_becomes_markup():
+    nasty = "<script>alert(1)</script>"
+    text = render(
+        status(
+            site=nasty,
+            fills=[{"key": nasty, "id": "", "upstream": nasty, "length_bytes": 9, "received_bytes": 3}],
+            upstreams=[{"name": nasty, "url": nasty, "up": False}],
+            workers=[{"slot": nasty, "pid": nasty, "up_since": None, "ready": False}],
+            failures=[{"at": 0.0, "key": nasty, "problem": nasty, "detail": nasty}],
+        ),
+        [{"key": nasty, "kind": nasty, "length_bytes": 1, "hits": 1, "stored_at": 0.0, "pinned": True}],
+        10.0,
+        "n0nce",
+    )
+    assert nasty not in text
+    assert text.count("<script") == 1
+    assert "&lt;script&gt;" in text
+    assert "the last reload was refused" in text
+
+
+def test_every_request_of_the_application_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    plane = SimpleNamespace()
+    for route in make_app(plane).router.routes():
+        path = route.resource.canonical
+        if route.method != "HEAD" and not path.endswith("/unpin"):
+            method = "PUT" if path.endswith("/pin") and route.method == "POST" else route.method
+            assert f"`{method} {path}`" in text, (route.method, path)

@@ -1,0 +1,92 @@
+"""A process that stands in for `gup serve`: caches whole bodies in memory, and misbehaves as it is told.
+
+`python stand_in.py MODE UPSTREAM`; modes: right, corrupt, twice, boast, crash, refuse, die.
+"""
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+
+import aiohttp
+from aiohttp import web
+
+from gup.demo.answer import Validators, decide
+
+
+class StandIn:
+    def __init__(self, mode, upstream, session):
+        self.mode = mode
+        self.upstream = upstream
+        self.session = session
+        self.bodies = {}
+        self.received = 0
+        self.sent = 0
+
+    async def fetch(self, path):
+        async with self.session.get(self.upstream + path) as response:
+            body = await response.read()
+        self.received += len(body)
+        return body
+
+    async def body(self, path):
+        """Everybody awaits the one fetch."""
+        if path not in self.bodies:
+            self.bodies[path] = asyncio.create_task(self.fetch(path))
+            if self.mode == "twice" and path.endswith(".dax"):
+                await self.fetch(path)
+        return await asyncio.shield(self.bodies[path])
+
+    async def content(self, request):
+        body = await self.body(request.path)
+        if self.mode == "corrupt" and request.path.endswith(".dax"):
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        known = Validators('"fixed"', datetime(2025, 3, 3, tzinfo=UTC))
+        answer = decide(request.headers, known, len(body))
+        headers = {"ETag": known.etag, "Cache-Status": "stand-in; hit"}
+        if answer.status == 206:
+            headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{len(body)}"
+        self.sent += answer.stop - answer.start
+        return web.Response(status=answer.status, body=body[answer.start : answer.stop], headers=headers)
+
+    async def metrics(self, _request):
+        received = self.received + (1 if self.mode == "boast" else 0)
+        return web.Response(
+            text=(
+                "# HELP gup_upstream_received_bytes_total x\n"
+                f'gup_upstream_received_bytes_total{{purpose="fill",upstream="a"}} {received}\n'
+                f'gup_client_sent_bytes_total{{source="cache"}} {self.sent}\n'
+                f'gup_fills_total{{outcome="committed"}} {len(self.bodies)}\n'
+            )
+        )
+
+
+async def listen(application):
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+async def main(mode, upstream):
+    async with aiohttp.ClientSession() as session:
+        stand_in = StandIn(mode, upstream, session)
+        content, control = web.Application(), web.Application()
+        content.router.add_get("/content/{rest:.*}", stand_in.content)
+        control.router.add_get("/metrics", stand_in.metrics)
+        urls = await listen(content), await listen(control)
+        line = f"gup: serving on {urls[0]}, control plane on {urls[1]}, 1 workers"
+        sys.stderr.write(f"a line before\n{line}\n")
+        sys.stderr.flush()
+        if mode == "die":
+            await asyncio.sleep(0.5)
+            sys.exit("this is the end")
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    mode, upstream = sys.argv[1:]
+    if mode == "refuse":
+        sys.exit("no upstream is good enough")
+    if mode == "crash":
+        raise RuntimeError("not ready for this")
+    asyncio.run(main(mode, upstream))

@@ -1,0 +1,155 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gup.demo import run
+from gup.demo.run import COMMANDS, INTERRUPTED, Commands, play
+from gup.demo.show import Plan, timeline
+from gup.demo.summary import FETCHED_TWICE, FIGURES_DISAGREE, NOT_STARTED, RIGHT, WRONG_BYTE
+
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+PLAN = Plan(clients=10, seconds=3.0, wan_rate_bytes_per_second=0, workers=1, keep=False, seed=1)
+
+
+def with_stand_in(mode):
+    return Commands(run.manager_command, lambda _plan, url, _directory: [sys.executable, STAND_IN, mode, url])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_right_run(capsys):
+    assert play(PLAN, with_stand_in("right"), json_output=True) == RIGHT
+    document = json.loads(capsys.readouterr().out)
+    assert document["status"] == 0
+    assert (document["fetches_per_file_min"], document["fetches_per_file_max"]) == (1, 1)
+    assert document["own_figures_agree"] is True
+    assert document["own"]["upstream_received_bytes"] == document["wan_bytes"]
+    assert document["saved_bytes"] == document["received_bytes"] - document["wan_bytes"]
+    assert document["herd"]["downloads"] > 0
+    assert document["wrong"] == document["failed"] == document["files_fetched_twice"] == 0
+    assert document["median_time_to_first_byte_seconds"] <= document["p99_time_to_first_byte_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "words"),
+    [
+        ("corrupt", WRONG_BYTE, "other bytes than published"),
+        ("twice", FETCHED_TWICE, "max 2 of"),
+        ("boast", FIGURES_DISAGREE, "THEY DISAGREE"),
+    ],
+)
+def test_what_is_wrong_is_told_in_plain_lines_and_in_the_status(mode, status, words, capsys, monkeypatch):
+    monkeypatch.setattr("gup.demo.show._SETTLE_SECONDS", 0.5)
+    assert play(PLAN, with_stand_in(mode), json_output=False) == status
+    out = capsys.readouterr().out
+    assert words in re.sub(r"\s*│\n│\s+│\s*", " ", out)
+    assert "the herd" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("refuse", "no upstream is good enough"),
+        ("crash", "not ready for this"),
+        ("die", "this is the end"),
+    ],
+)
+def test_a_gup_that_does_not_stay_up_is_told(mode, words, capsys):
+    assert play(PLAN, with_stand_in(mode), json_output=False) == NOT_STARTED
+    err = capsys.readouterr().err
+    assert "gup serve" in err
+    assert words in err
+
+
+def test_a_command_that_is_none_is_told(capsys):
+    commands = Commands(COMMANDS.manager, lambda *_: ["/nowhere/gup"])
+    assert play(PLAN, commands, json_output=False) == NOT_STARTED
+    assert "can't be started" in capsys.readouterr().err
+
+
+def test_a_child_that_says_nothing_is_given_up(capsys, monkeypatch):
+    monkeypatch.setattr(run, "_READY_SECONDS", 0.5)
+    commands = Commands(lambda _: [sys.executable, "-c", "import signal; signal.pause()"], COMMANDS.gup)
+    assert play(PLAN, commands, json_output=False) == NOT_STARTED
+    assert "was not ready after 0.5 s" in capsys.readouterr().err
+
+
+def test_settings_of_the_caller_do_not_reach_the_children(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUP_WAN__RATE", "1kB/s")
+    monkeypatch.setenv("GUP_RULES__MODE", "off")
+    environment = run._environment(tmp_path)
+    assert environment["GUP_WAN__RATE"] == "0"
+    assert "GUP_RULES__MODE" not in environment
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_real_commands_name_the_real_thing(tmp_path):
+    command = run.gup_command(PLAN, "http://127.0.0.1:1", tmp_path)
+    assert command[:4] == [sys.executable, "-m", "gup", "serve"]
+    assert "http://127.0.0.1:1" in command
+
+
+PROGRAM = """
+import sys
+from gup.demo.run import Commands, manager_command, play
+from gup.demo.show import Plan
+keep, seconds, stand_in = sys.argv[1] == "keep", float(sys.argv[2]), sys.argv[3]
+plan = Plan(clients=4, seconds=seconds, wan_rate_bytes_per_second=0, workers=1, keep=keep, seed=1)
+commands = Commands(manager_command, lambda _plan, url, _directory: [sys.executable, stand_in, "right", url])
+sys.exit(play(plan, commands, json_output=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("keep", "seconds", "wait_for", "status"),
+    [("keep", "1", "goes on until Ctrl-C", RIGHT), ("once", "60", "clients start", INTERRUPTED)],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything_in_order(keep, seconds, wait_for, status, number, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", PROGRAM, keep, seconds, STAND_IN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    ) as process:
+        try:
+            assert any(wait_for in line for line in process.stdout)
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
+            assert process.wait(20) == status
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+
+
+def test_the_timeline_fits_the_time_and_has_one_herd():
+    for seconds in (1.0, 30.0, 600.0):
+        moments = timeline(seconds)
+        assert [moment.at_seconds for moment in moments] == sorted(moment.at_seconds for moment in moments)
+        assert all(0 < moment.at_seconds < seconds for moment in moments)
+        assert sum(moment.herd for moment in moments) == 1
+
+
+def test_fulls_shrink_with_the_link():
+    assert Plan(200, 30.0, 10_000_000, 2, False, 1).full_bytes == 4_000_000
+    assert Plan(200, 30.0, 1_000_000, 2, False, 1).full_bytes == 400_000
+    assert Plan(200, 30.0, 0, 2, False, 1).full_bytes == 4_000_000
+    assert Plan(200, 1.0, 1_000, 2, False, 1).full_bytes == 50_000

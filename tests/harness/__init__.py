@@ -1,0 +1,1 @@
+"""What system tests stand on: real upstreams, a real gup, real clients. Never imports gup."""

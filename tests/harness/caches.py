@@ -1,0 +1,159 @@
+"""Caches as workers have them, several on one directory in one process: each with its own claims."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gup.cache.body import CUT, Body
+from gup.cache.cache import Cache, Opened
+from gup.cache.claim import Claims
+from gup.cache.flight import Means
+from gup.cache.slots import Slots
+from gup.cache.space import Space
+from gup.cache.store import Store
+from gup.cache.streams import Streams
+from gup.config import Settings
+from gup.content.key import Variant
+from gup.content.routes import Route, Routes
+from gup.metrics import Counters
+from gup.upstream.bandwidth import Wan
+from gup.upstream.pool import Pool
+from gup.upstream.turns import Turns
+
+MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
+
+
+@dataclass
+class Worker:
+    """One worker's cache, and what it told and counted."""
+
+    cache: Cache
+    means: Means
+    told: list[dict] = field(default_factory=list)
+
+    async def open(self, path: str) -> Opened:
+        return await self.cache.open(route(path), Variant())
+
+    async def get(self, path: str) -> bytes:
+        opened = await self.open(path)
+        try:
+            return await read(opened.body)
+        finally:
+            opened.body.leave()
+
+    def counted(self, name: str, **labels: str) -> int:
+        return self.means.counters.get(name, **labels)
+
+
+class Cut(Exception):  # noqa: N818 - an event, wanted by some tests
+    """The body ended before its end."""
+
+
+def route(path: str) -> Route:
+    return Routes().route(path)
+
+
+def path_of(file: str, revision: str = "260801001") -> str:
+    return f"/content/{MONIKER}/{revision}/{file}"
+
+
+async def read(body: Body, start: int = 0, stop: int | None = None) -> bytes:
+    """The body's bytes as a connection takes them; Cut when it breaks off."""
+    got = bytearray()
+    offset = start
+    while (end := body.end()) is None or offset < min(end, stop or end):
+        amount = body.available(offset, 1 << 20)
+        if amount == CUT:
+            raise Cut(bytes(got))
+        if amount == 0:
+            if body.end() is not None and offset >= body.end():
+                break
+            woken = asyncio.Event()
+            body.wait(offset, woken.set)
+            await woken.wait()
+            continue
+        got += body.view(offset, amount)
+        offset += amount
+    return bytes(got)
+
+
+@asynccontextmanager
+async def working(root: Path, upstreams: list[str], **sections: dict) -> AsyncIterator[Worker]:
+    settings = Settings.model_validate(
+        {
+            "cache": {"directory": str(root), "min_free": 0, **sections.get("cache", {})},
+            "upstream": [
+                {"url": url, "name": f"u{number}", "priority": number, **sections.get("each", {})}
+                for number, url in enumerate(upstreams)
+            ],
+            "wan": {"rate": "0"},
+            "fill": sections.get("fill", {}),
+        }
+    )
+    store = Store(root)
+    store.prepare()
+    names = [upstream.name for upstream in settings.upstream]
+    counters = Counters.private(names)
+    wan = Wan(
+        memoryview(bytearray(16)).cast("Q"),
+        0,
+        Turns.alone(),
+        lambda: settings.wan.rate,
+        store.run / "wan.lock",
+    )
+    pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
+    executor = ThreadPoolExecutor(8)
+    promised = [0]
+
+    def promise(change: int) -> None:
+        promised[0] += change
+
+    claims, places = Claims(store.partial / "claims"), Claims(store.run / "slots")
+    told: list[dict] = []
+
+    def tell(event) -> None:
+        told.append(dict(event))
+
+    slots = Slots(places, 0, lambda: settings.fill.max)
+    epochs: list[None] = []
+
+    means = Means(
+        store=store,
+        claims=claims,
+        pool=pool,
+        counters=counters,
+        slots=slots,
+        space=Space(
+            root,
+            max_size=lambda: settings.cache.max_size,
+            min_free=lambda: settings.cache.min_free,
+            used=lambda: promised[0],
+            promise=promise,
+            need=lambda missing: tell({"type": "need", "bytes": missing}),
+        ),
+        streams=Streams(store.run / "streams"),
+        executor=executor,
+        settings=settings,
+        tell=tell,
+        raise_store_epoch=lambda: epochs.append(None),
+        store_epoch=lambda: len(epochs),
+        spell=lambda route, variant: cache.spell(route, variant),  # noqa: PLW0108 - made after this
+        wall_clock=time.time,
+        clock=time.monotonic,
+    )
+    cache = Cache(means, max_open=64, bypass=slots.others(200_000, 4), range_bypass=slots.others(100_000, 2))
+    worker = Worker(cache, means, told)
+    try:
+        yield worker
+    finally:
+        await cache.stop()
+        await pool.close()
+        executor.shutdown(wait=True)
+        wan.close()
+        claims.close()
+        places.close()
+        await asyncio.sleep(0)

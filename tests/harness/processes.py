@@ -1,0 +1,88 @@
+"""Real processes: starting them, finding them in /proc, ending exactly those that a test started."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from harness.waiting import until
+
+MARK = "SYSTEM_TEST_MARK"
+"""In the environment of every process that a test starts, so that none can hide by changing its parent."""
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def marked(mark: str) -> list[int]:
+    """The living processes (no zombies) whose environment carries `mark`."""
+    needle = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal() or int(folder.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if needle in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def environment(mark: str, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without settings of gup, marked."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GUP_", "NOTIFY_"))}
+    return {**kept, MARK: mark, **(extra or {})}
+
+
+def end(process: subprocess.Popen[bytes], mark: str, timeout_seconds: float = 10.0) -> None:
+    """SIGTERM, then SIGKILL, to the process and whatever it left behind."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_seconds)
+    for pid in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(timeout_seconds)
+    until(lambda: not marked(mark), "all processes of the test ended")
+
+
+def command_line(pid: int) -> list[str]:
+    """The process's arguments; empty when it is gone or a zombie."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(address) == 0
+
+
+def owners_of_connection(local_port: int, remote_port: int, among: list[int]) -> list[int]:
+    """Which of the processes hold the loopback TCP connection from `local_port` to `remote_port`."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        words = line.split()
+        local, remote = (int(words[i].rpartition(":")[2], 16) for i in (1, 2))
+        if (local, remote) == (local_port, remote_port):
+            inodes.add(f"socket:[{words[9]}]")
+    return [pid for pid in among if inodes & set(open_files(pid))]
+
+
+def open_files(pid: int) -> list[str]:
+    """What the process's descriptors point to; empty when it is gone."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.append(str(link.readlink()))
+    return found

@@ -1,0 +1,298 @@
+"""A real `gup serve`: started as an administrator would, watched through what it offers to everybody."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from harness.clients import RawConnection, Response, address_of, fetch
+from harness.processes import command_line, end, environment, marked, owners_of_connection
+from harness.waiting import until
+
+READY = re.compile(r"gup: serving on (http://\S+), control plane on (http://\S+), (\d+) workers?")
+START_TIMEOUT_SECONDS = 20.0
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One reading of /metrics."""
+
+    samples: Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+    text: str = field(repr=False)
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """Sum over the series of `name` that carry these labels; AssertionError when there is none."""
+        wanted = set(labels.items())
+        found = [value for (n, present), value in self.samples.items() if n == name and wanted <= present]
+        assert found, f"no series {name} {labels}"
+        return sum(found)
+
+    def series(self, name: str) -> dict[frozenset[tuple[str, str]], float]:
+        return {labels: value for (found, labels), value in self.samples.items() if found == name}
+
+
+def parse_metrics(text: str) -> Metrics:
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in samples, f"twice in /metrics: {key}"
+            samples[key] = sample.value
+    return Metrics(samples, text)
+
+
+def toml(settings: Mapping[str, Any]) -> str:
+    """The settings as a TOML file: sections of plain values; a list of sections is an array of tables."""
+    lines = []
+    for section, content in settings.items():
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+class Gup:
+    """One service on one cache directory. Started by the constructor unless told not to; `stop` ends it.
+
+    `upstreams` become flags; `settings` (sections of the file) become a file, where `upstream` may stand
+    instead of flags.
+    """
+
+    PROGRAM = (sys.executable, "-m", "gup")
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        upstreams: Sequence[str] = (),
+        *,
+        workers: int = 2,
+        settings: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        start: bool = True,
+    ) -> None:
+        self.cache_dir = cache_dir
+        self.folder = cache_dir.with_name(cache_dir.name + ".test")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._mark = uuid.uuid4().hex
+        self._env = {"GUP_WAN__RATE": "0", "PYTHONPATH": str(REPOSITORY), **(env or {})}
+        self._runs = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.data: tuple[str, int] = ("", 0)
+        self.admin: tuple[str, int] = ("", 0)
+        self.command = [*self.PROGRAM, "serve"]
+        if settings:
+            file = self.folder / "gup.toml"
+            file.write_text(toml(settings))
+            self.command += ["--config", str(file)]
+        for url in upstreams:
+            self.command += ["--upstream", url]
+        self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
+        self.command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        if start:
+            self.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End it. A traceback in its log fails the test; a failed test shows the logs."""
+        self.kill()
+        logs = [path.read_text(errors="replace") for path in sorted(self.folder.glob("run*.log"))]
+        if kind is not None:
+            for text in logs:
+                print(f"--- gup's log\n{text[-6000:]}")  # noqa: T201 - shown by pytest with the failure
+        else:
+            assert not any("Traceback (most recent call last)" in text for text in logs), "\n".join(logs)
+
+    def rewrite(self, settings: Mapping[str, Any]) -> None:
+        """Other settings in the file, and a SIGHUP so that they are read."""
+        (self.folder / "gup.toml").write_text(toml(settings))
+        self.signal(signal.SIGHUP)
+
+    # --- life
+
+    def launch(self) -> "subprocess.Popen[bytes]":
+        """Start the process and don't wait for it."""
+        assert self._process is None or self._process.poll() is not None, "runs already"
+        self._runs += 1
+        with self._log().open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                env=environment(self._mark, self._env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
+        return self._process
+
+    def start(self) -> float:
+        """Start and wait for the ready line; the seconds that it took."""
+        began = time.monotonic()
+        self.launch()
+        self.wait_ready()
+        return time.monotonic() - began
+
+    def wait_ready(self) -> None:
+        """Until the ready line is there; AssertionError with the log when it does not come."""
+        process = self.process
+        until(
+            lambda: READY.search(self.log) or process.poll() is not None,
+            "gup's ready line",
+            START_TIMEOUT_SECONDS,
+        )
+        found = READY.search(self.log)
+        if found is None:
+            self.kill()
+            raise AssertionError(f"gup did not start, status {process.returncode}:\n{self.log}")
+        self.data, self.admin = address_of(found[1]), address_of(found[2])
+
+    def _log(self) -> Path:
+        return self.folder / f"run{self._runs}.log"
+
+    @property
+    def log(self) -> str:
+        """What this run wrote to its standard output and error."""
+        return self._log().read_text(errors="replace")
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_seconds: float = 20.0) -> int:
+        """The exit status, when it ends by itself."""
+        return self.process.wait(timeout_seconds)
+
+    def stop(self, timeout_seconds: float = 20.0) -> int:
+        """SIGTERM; the exit status. AssertionError when any process of it is left."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        status = self.wait(timeout_seconds)
+        until(lambda: not marked(self._mark), "all of gup's processes ended", 5)
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL to all of it; for the end of a test, and for a power cut."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.kill()
+        end(self._process, self._mark)
+
+    # --- processes
+
+    @property
+    def pids(self) -> list[int]:
+        """All of its processes, the supervisor first."""
+        return sorted(marked(self._mark), key=lambda pid: (pid != self.process.pid, pid))
+
+    def workers(self) -> list[int]:
+        """The workers' pids, as the kernel has them."""
+        return [pid for pid in self.children() if "gup.process.worker" in command_line(pid)]
+
+    def worker_of(self, connection: RawConnection) -> int:
+        """Which process serves this connection."""
+        return self.worker_of_port(self.data[1], connection.local_port)
+
+    def worker_of_port(self, local_port: int, remote_port: int) -> int:
+        """Which process holds the connection between these ports, its own port first."""
+        owners = until(
+            lambda: owners_of_connection(local_port, remote_port, self.children()),
+            f"a process holds {local_port} - {remote_port}",
+        )
+        assert len(owners) == 1, owners
+        return owners[0]
+
+    def children(self) -> list[int]:
+        return sorted(child.pid for child in psutil.Process(self.process.pid).children())
+
+    def connect_to(self, pid: int, timeout_seconds: float = 15.0) -> RawConnection:
+        """A connection that this worker serves (the kernel spreads them: others are closed again)."""
+        for _ in range(64):
+            connection = RawConnection(self.data, timeout_seconds)
+            try:
+                if self.worker_of(connection) == pid:
+                    return connection
+            except AssertionError:
+                connection.close()
+                raise
+            connection.close()
+        raise AssertionError(f"no connection came to worker {pid}")
+
+    @staticmethod
+    def kill_worker(pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    # --- asking it
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.data[0]}:{self.data[1]}"
+
+    def connect(self, timeout_seconds: float = 15.0) -> RawConnection:
+        return RawConnection(self.data, timeout_seconds)
+
+    def get(self, target: str, headers: dict[str, str] | None = None, *, method: str = "GET") -> Response:
+        return fetch(self.data, target, headers, method=method)
+
+    def metrics(self) -> Metrics:
+        answer = fetch(self.admin, "/metrics")
+        assert answer.status == 200, answer
+        return parse_metrics(answer.body.decode())
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.metrics()(name, **labels)
+
+    def wait_metric(self, wanted: float, name: str, timeout_seconds: float = 10.0, **labels: str) -> None:
+        """Until the metric has this value."""
+        until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
+
+    def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
+        """Status and JSON of one call of the control plane; None for an empty body."""
+        answer = fetch(self.admin, path, method=method)
+        return answer.status, json.loads(answer.body) if answer.body else None
+
+    def status(self) -> dict[str, Any]:
+        code, found = self.api("/api/v1/status")
+        assert code == 200, found
+        assert isinstance(found, dict)
+        return found
+
+    # --- its files
+
+    def bodies(self) -> dict[str, int]:
+        """Committed bodies with their sizes, by path below content/."""
+        root = self.cache_dir / "content"
+        return {
+            str(path.relative_to(root)): path.stat().st_size
+            for path in root.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        }
+
+    def stored(self, file: str) -> bool:
+        """Whether a committed body has this file name."""
+        return any(path.rpartition("/")[2] == file for path in self.bodies())
+
+    def wait_stored(self, file: str, timeout_seconds: float = 10.0) -> None:
+        """Until the body is committed with its record."""
+        root = self.cache_dir / "content"
+        until(lambda: list(root.rglob(f".{file}.gup")), f"{file} is committed", timeout_seconds)
+
+    def parts(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in (self.cache_dir / "partial").glob("*.part")}

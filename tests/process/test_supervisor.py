@@ -1,0 +1,353 @@
+"""The supervisor with real processes, killed, hung, reloaded and stopped."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+HITS = 'gup_requests_total{code="200",result="hit"}'
+RESTARTS = "gup_worker_restarts_total"
+
+
+def test_it_says_where_it_serves_within_a_second_or_two(service):
+    started = time.monotonic()
+    running = service()
+    assert time.monotonic() - started < 5  # far less alone; other tests may share the machine
+    with running.connect() as client, running.controller() as controller:
+        assert client.ask("who")["role"] == "worker"
+        assert controller.ask("who") | {"pid": 0} == {
+            "pid": 0,
+            "role": "controller",
+            "slot": 0,
+            "generation": 1,
+        }
+    assert running.stop() == 0
+
+
+def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(service):
+    running = service()
+    clients = [running.worker(slot) for slot in (0, 1)]
+    with running.controller() as controller:
+        for _ in range(50):
+            clients[0].ask("who")
+        pid = clients[0].ask("who")["pid"]
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        assert clients[0].answer() is None
+        clients[0].close()
+        successor = running.worker(0)
+        assert time.monotonic() - killed < 1
+        own = successor.ask("who")
+        assert own["pid"] != pid
+        assert own["generation"] == 2
+        totals = controller.ask("totals")
+        assert totals[HITS] == running.asked  # each was counted before it was answered
+        assert totals[RESTARTS] == 1
+    assert clients[1].ask("who")["generation"] == 1
+    clients[1].close()
+    successor.close()
+    running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
+
+
+def test_connections_that_wait_in_the_queue_are_served_by_the_successor(service):
+    running = service({"workers": {"count": 1}})
+    with running.connect() as client:
+        pid = client.ask("who")["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        waiting = [running.connect() for _ in range(20)]
+        for one in waiting:
+            one.send("who")
+        os.kill(pid, signal.SIGKILL)
+        answers = [one.answer() for one in waiting]
+    assert {answer["generation"] for answer in answers} == {2}
+    for one in waiting:
+        one.close()
+
+
+def test_a_worker_that_dies_again_and_again_is_started_ever_later(service):
+    running = service({"workers": {"count": 1}})
+    delays = []
+    for _ in range(5):
+        with running.connect() as client:
+            os.kill(client.ask("who")["pid"], signal.SIGKILL)
+            killed = time.monotonic()
+        with running.connect() as client:
+            client.ask("who")
+            delays.append(time.monotonic() - killed)
+    assert delays[0] < 1
+    assert delays[4] > 0.4  # 0, 0.1, 0.2, 0.4 and 0.8 s have been due before
+    with running.controller() as controller:
+        assert controller.ask("totals")[RESTARTS] == 5
+
+
+def test_a_killed_controller_is_replaced_and_no_worker_restart_counted(service):
+    running = service()
+    with running.controller() as controller:
+        os.kill(controller.ask("who")["pid"], signal.SIGKILL)
+    with running.controller() as controller:
+        assert controller.ask("who")["generation"] == 2
+        assert controller.ask("totals")[RESTARTS] == 0
+
+
+def test_events_outlive_a_controller(service):
+    running = service()
+    with running.connect() as client:
+        with running.controller() as controller:
+            os.kill(controller.ask("who")["pid"], signal.SIGKILL)
+            assert controller.answer() is None
+        assert client.ask("event") == {"sent": 4}
+    with running.controller() as controller:
+        assert controller.ask("events") == {"got": "used"}
+
+
+def test_a_worker_that_closes_its_control_channel_and_stays_is_replaced(service):
+    running = service({"workers": {"count": 1}})
+    with running.connect() as client:
+        client.ask("close control")
+        running.until("is killed: it closed its control channel")
+        running.until("worker 0, pid .* was ended by SIGKILL")
+    with running.connect() as client:
+        assert client.ask("who")["generation"] == 2
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(service):
+    running = service({"workers": {"count": 1}}, {"TEST_BEAT_SECONDS": "1"})
+    with running.connect() as client:
+        pid = client.ask("who")["pid"]
+        client.ask("hang")
+        running.until(rf"worker 0, pid {pid}, is killed: it gave no sign of life for 1 s")
+        running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
+    with running.connect() as client:
+        assert client.ask("who")["generation"] == 2
+    assert running.stop() == 0
+
+
+def test_a_worker_that_is_never_ready_is_killed_and_started_again(service):
+    environment = {"TEST_READY_SECONDS": "1.5", "FAKE_NEVER_READY": "worker"}
+    running = service({"workers": {"count": 1}}, environment, ready=False)
+    running.until("worker 0, pid .* is killed: it was not ready within 1.5 s")
+    running.until("worker 0 started")
+
+
+def test_sigterm_drains_and_ends_with_0(service):
+    running = service()
+    client = running.connect()
+    client.ask("who")
+    running.signal(signal.SIGTERM)
+    running.until("draining")
+    while True:  # until the workers have closed their ends too
+        try:
+            running.connect().close()
+        except ConnectionRefusedError:
+            break
+        except ConnectionResetError:
+            continue
+    assert client.ask("who")["role"] == "worker"  # what is under way goes on
+    with running.controller() as controller:
+        assert controller.ask("who")["role"] == "controller"
+    client.close()
+    assert running.end() == 0
+    log = "".join(running.lines)
+    assert log.index("has drained") < log.index("controller, pid")
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(service, first):
+    running = service(environment={"FAKE_NEVER_DRAINS": "1"})
+    running.signal(first)
+    running.until("draining")
+    running.signal(signal.SIGTERM)
+    assert running.end() == 0
+    assert "came again" in "".join(running.lines)
+
+
+def test_workers_that_never_drain_are_killed(service):
+    running = service(
+        {"listen": {"address": "127.0.0.1", "port": 0, "admin_port": 0, "drain_timeout": 0}},
+        {"FAKE_NEVER_DRAINS": "1"},
+    )
+    started = time.monotonic()
+    assert running.stop() == 0
+    assert 4.5 < time.monotonic() - started < 15
+    assert "draining took too long" in "".join(running.lines)
+
+
+def test_a_signal_before_it_is_ready_ends_it(service):
+    running = service(environment={"FAKE_NEVER_READY": "worker", "FAKE_NEVER_DRAINS": "1"}, ready=False)
+    running.until("controller started")
+    running.signal(signal.SIGTERM)
+    running.until("draining")
+    running.signal(signal.SIGTERM)
+    assert running.end() == 0
+
+
+def test_children_end_when_the_supervisor_is_killed(service, watch_children):
+    running = service()
+    children = watch_children(running.process.pid)
+    assert len(children.fds) == 3
+    running.signal(signal.SIGKILL)
+    running.process.wait()
+    children.wait()
+    assert service().stop() == 0
+
+
+def test_a_second_instance_on_the_directory_is_refused_by_name(service):
+    first = service()
+    second = service(ready=False)
+    assert second.end() == 1
+    said = second.lines[-1]
+    assert f"another gup uses the cache directory {first.folder / 'cache'}" in said
+    assert str(first.process.pid) in said
+    assert len(second.lines) == 1
+    with first.connect() as client:
+        assert client.ask("who")["generation"] == 1
+
+
+def test_a_port_in_use_is_told_in_one_line(service):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        running = service({"listen": {"address": "127.0.0.1", "port": port, "admin_port": 0}}, ready=False)
+        assert running.end() == 1
+    assert f"can't listen on 127.0.0.1:{port}: Address already in use" in running.lines[0]
+    assert len(running.lines) == 1
+
+
+def test_a_cache_directory_that_is_a_file_is_told(service, tmp_path):
+    (tmp_path / "cache").write_text("")
+    running = service(ready=False)
+    assert running.end() == 1
+    assert "the cache directory can't be used" in running.lines[0]
+
+
+def test_counters_go_on_after_a_restart_with_other_upstreams(service):
+    first = service()
+    with first.connect() as client:
+        for _ in range(10):
+            client.ask("who")
+    assert first.stop() == 0
+    second = service({"upstream": [{"url": "http://two:80"}, {"url": "http://three:80"}]})
+    with second.controller() as controller:
+        totals = controller.ask("totals")
+        assert totals[HITS] == 11  # this question too
+        assert 'gup_upstream_requests_total{outcome="ok",upstream="three:80"}' in totals
+        assert controller.ask("since")[HITS] == 2
+    second.signal(signal.SIGKILL)
+    second.end()
+    third = service()
+    with third.controller() as controller:
+        assert controller.ask("totals")[HITS] == 13
+
+
+def test_sockets_from_systemd_are_used_and_not_told_to_children(service):
+    with socket.create_server(("127.0.0.1", 0)) as data, socket.create_server(("127.0.0.1", 0)) as admin:
+        running = service(environment={"LISTEN_FDS": "2", "NOTIFY_SOCKET": ""}, sockets=[data, admin])
+        assert running.data == data.getsockname()
+        assert running.admin == admin.getsockname()
+        with running.connect() as client, running.controller() as controller:
+            assert not {"LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"} & set(client.ask("environment"))
+            assert controller.ask("who")["role"] == "controller"
+        assert running.stop() == 0
+
+
+def test_systemd_is_told(service, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
+        running = service(
+            environment={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}, ready=False
+        )
+
+        def until(word):
+            while not (text := systemd.recv(4096).decode()).startswith(word):
+                pass
+            return text
+
+        until("WATCHDOG=1")
+        assert "serving on http://127.0.0.1:" in until("READY=1")
+        until("WATCHDOG=1")
+        running.signal(signal.SIGHUP)
+        until("RELOADING=1\nMONOTONIC_USEC=")
+        until("READY=1")
+        running.signal(signal.SIGTERM)
+        until("STOPPING=1")
+        assert running.end() == 0
+
+
+def test_a_reload_reaches_every_child_and_raises_the_policy_epoch(service):
+    running = service()
+    with running.controller() as controller:
+        before = controller.ask("page")
+        running.write(wan={"rate": "3MB/s"})
+        running.signal(signal.SIGHUP)
+        controller.until("messages", lambda messages: messages)
+        page = controller.until("page", lambda page: page["policy"] > before["policy"])
+        assert page["words"][3] == 1
+        for slot in (0, 1):
+            with running.worker(slot) as worker:
+                messages = worker.until("messages", lambda messages: messages)
+                assert [message["settings"]["wan"]["rate"] for message in messages] == [3_000_000]
+    with running.worker(0) as worker:
+        os.kill(worker.ask("who")["pid"], signal.SIGKILL)
+    with running.worker(0) as worker:
+        assert worker.ask("settings")["rate"] == 3_000_000
+    assert running.stop() == 0
+
+
+def test_the_controller_hears_of_every_worker(service):
+    running = service()
+    with running.controller() as controller:
+        rows = controller.until("workers", lambda rows: len(rows) == 2 and all(r["ready"] for r in rows))
+        assert [row["slot"] for row in rows] == [0, 1]
+        os.kill(rows[0]["pid"], signal.SIGKILL)
+        controller.until(
+            "workers",
+            lambda now: [r["ready"] for r in now] == [True, True] and now[0]["pid"] != rows[0]["pid"],
+        )
+    assert running.stop() == 0
+
+
+def test_a_bad_reload_changes_nothing_but_the_metric(service):
+    running = service()
+    with running.controller() as controller:
+        before = controller.ask("page")
+        running.write(wan={"rate": "much"})
+        running.signal(signal.SIGHUP)
+        running.until("settings not reloaded: bad: ")
+        page = controller.until("page", lambda page: page["words"][3] == 0)
+        assert page["policy"] == before["policy"]
+        assert controller.ask("messages") == []
+        running.write(wan={"rate": "1MB/s"})
+        assert controller.ask("reload") == {"sent": True}
+        messages = controller.until("messages", lambda messages: len(messages) == 2)
+        assert messages[0]["settings"]["wan"]["rate"] == 1_000_000
+        assert messages[1] == {"reloaded": True, "problems": []}
+        assert controller.ask("page")["words"][3] == 1
+
+
+def test_what_needs_a_restart_is_said_and_keeps_its_value(service):
+    running = service()
+    running.write(
+        upstream=[{"url": "http://three:80"}],
+        workers={"count": 7},
+        wan={"rate": "2MB/s"},
+    )
+    running.signal(signal.SIGHUP)
+    running.until(r"workers\.count: takes effect at the next start")
+    running.until("upstream: takes effect at the next start")
+    with running.controller() as controller:
+        settings = controller.until("messages", lambda messages: messages)[0]["settings"]
+    assert settings["workers"] == {"count": 2}
+    assert [row["name"] for row in settings["upstream"]] == ["one:80", "two:80"]
+    assert settings["wan"]["rate"] == 2_000_000
+
+
+def test_the_log_is_json_when_asked(service):
+    running = service({"log": {"format": "json"}})
+    assert running.stop() == 0
+    records = [json.loads(line) for line in running.lines if not line.startswith("gup: ")]
+    assert all(record["logger"].startswith("gup.") for record in records)
+    assert any(record["message"] == "SIGTERM: draining" for record in records)

@@ -1,0 +1,429 @@
+"""Several upstreams, TLS with a private CA, a web proxy, extra headers, reload: with real processes."""
+
+import base64
+import contextlib
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from harness.clients import assert_problem
+from harness.processes import free_port
+from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.service import Gup, toml
+from harness.swarm import End, Swarm, body_digest
+from harness.trees import BIG, DELTA, content_path, make_tree, noise, zip_of
+from harness.upstreams import Nginx
+from harness.waiting import until
+
+LENGTH = 3_000_000
+INDEX = "/content/ContentInfo.txt"
+QUICK = {"connect_timeout": "500ms", "read_timeout": "2s", "give_up": "10s"}
+
+
+def upstream_of(gup: Gup, name: str) -> dict:
+    return next(row for row in gup.status()["upstreams"] if row["name"] == name)
+
+
+# --- failover with clients attached
+
+
+@pytest.mark.parametrize("other_bytes", [False, True], ids=["same bytes", "other bytes"])
+def test_an_upstream_that_dies_for_good_in_mid_body(tmp_path, other_bytes):
+    body, gate = zip_of("failover", LENGTH), Gate()
+    half = LENGTH // 2
+    second_body = zip_of("another file", LENGTH) if other_bytes else body
+    first, second = ScriptedUpstream(), ScriptedUpstream()
+    with contextlib.ExitStack() as stack:
+        stack.callback(first.stop)
+        stack.enter_context(second)
+        first.answer(BIG, Answer(body, etag='"1"', gates=((half, gate),), reset_at=half))
+        second.answer(BIG, Answer(second_body, etag='"2"'))
+        settings = {
+            "upstream": [
+                {"name": "first", "url": first.url, "priority": 0, **QUICK},
+                {"name": "second", "url": second.url, "priority": 1, **QUICK},
+            ]
+        }
+        gup = stack.enter_context(Gup(tmp_path / "cache", settings=settings))
+        swarm = stack.enter_context(Swarm(gup.data))
+        clients = swarm.add(50, BIG)
+        swarm.wait_for(lambda: all(c.body_bytes == half for c in clients), "all have the half", 15)
+        # the listener goes first, so that nobody gets through to it again
+        first._listener.close()
+        gate.open()
+        first.stop()
+        swarm.wait(30)
+        if other_bytes:
+            assert {client.end for client in clients} <= {End.CUT, End.RESET}
+            assert {client.digest for client in clients} <= {
+                body_digest(body[: c.body_bytes]) for c in clients
+            }
+            assert max(client.body_bytes for client in clients) <= half
+            assert not gup.stored("full.zip")
+            return
+        assert {(c.end, c.digest) for c in clients} == {(End.COMPLETE, body_digest(body))}
+        gup.wait_stored("full.zip")
+        (resumed,) = second.requests(BIG)
+        assert resumed.status == 206
+        assert resumed.body_bytes <= half + (1 << 20)
+        metrics = gup.metrics()
+        assert metrics("gup_fill_resumes_total", reason="failover") == 1
+        assert metrics("gup_upstream_received_bytes_total", upstream="first") == half
+
+
+# --- choice and health
+
+
+def test_weights_share_content_out_and_a_key_stays_with_its_upstream(tmp_path):
+    paths = [content_path("full.dax", revision=f"2608{number:02}001") for number in range(1, 31)]
+    with ScriptedUpstream() as one, ScriptedUpstream() as two:
+        for number, path in enumerate(paths):
+            for upstream in (one, two):
+                upstream.answer(path, Answer(noise(f"weights {number}", 500), etag=f'"{number}"'))
+        settings = {
+            "upstream": [
+                {"name": "one", "url": one.url, "weight": 1},
+                {"name": "two", "url": two.url, "weight": 3},
+            ]
+        }
+        asked = []
+        for run in range(2):  # a second site of the same settings prefers the same
+            one.seen.clear()
+            two.seen.clear()
+            with Gup(tmp_path / f"cache{run}", settings=settings) as gup:
+                for number, path in enumerate(paths):
+                    assert gup.get(path).body == noise(f"weights {number}", 500)
+            assert len(one.requests()) + len(two.requests()) == len(paths)
+            asked.append({seen.path for seen in two.requests()})
+        assert asked[0] == asked[1]
+        assert 15 <= len(asked[0]) <= 29
+
+
+def test_a_dead_upstream_costs_no_timeout_each_time_and_comes_back(tmp_path):
+    port = free_port()
+    tree = make_tree(tmp_path / "tree", big_bytes=100_000)
+    settings = {
+        "upstream": [{"name": "only", "url": f"http://127.0.0.1:{port}", "health_interval": "60s", **QUICK}],
+        "cache": {"error_ttl": "1s"},
+    }
+    with Gup(tmp_path / "cache", settings=settings) as gup:
+        assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
+        until(lambda: upstream_of(gup, "only")["state"] == "down", "it is known to be down")
+        row = upstream_of(gup, "only")
+        assert row["up"] is False
+        assert row["since"] <= time.time() + 1
+        until(lambda: upstream_of(gup, "only")["last_error"], "its last error is told")
+        assert "can't be reached" in upstream_of(gup, "only")["last_error"]
+        assert gup.metric("gup_upstream_up", upstream="only") == 0
+
+        before = gup.metric("gup_upstream_requests_total", upstream="only")
+        began = time.monotonic()
+        for number in range(60):
+            response = gup.get(content_path("full.zip", revision=f"26{number:02}01001"))
+            assert_problem(response, 502, "upstream-unreachable")
+            assert int(response.header("retry-after") or 0) >= 1
+        took = time.monotonic() - began
+        tried = gup.metric("gup_upstream_requests_total", upstream="only") - before
+        # a trial a second by requests (each tries three times), and the controller's checks
+        assert tried <= 6 + 5 * took
+        with Nginx(tree, tmp_path / "nginx", extra=f"listen 127.0.0.1:{port};"):
+            until(lambda: upstream_of(gup, "only")["state"] == "up", "two checks in a row were good", 30)
+            assert gup.metric("gup_upstream_up", upstream="only") == 1
+            assert gup.get(BIG).body == tree.body(BIG)
+        assert "upstream only is down" in gup.log
+        assert "upstream only is up again" in gup.log
+
+
+def test_the_controller_finds_a_dead_upstream_before_any_request_does(tmp_path):
+    with ScriptedUpstream() as second:
+        second.answer(DELTA, Answer(noise("d", 1000), etag='"2"'))
+        dead = {"name": "dead", "url": f"http://127.0.0.1:{free_port()}", "health_interval": "300ms", **QUICK}
+        settings = {"upstream": [dead, {"name": "second", "url": second.url, "priority": 1}]}
+        with Gup(tmp_path / "cache", settings=settings) as gup:
+            until(lambda: upstream_of(gup, "dead")["state"] == "down", "checked and found down")
+            tried = gup.metric("gup_upstream_requests_total", upstream="dead")
+            assert gup.get(DELTA).body == noise("d", 1000)
+            assert gup.metric("gup_upstream_requests_total", upstream="dead") - tried <= 1
+            assert upstream_of(gup, "second")["up"] is True
+
+
+# --- reload
+
+
+def test_changed_upstreams_take_effect_in_running_workers(tmp_path):
+    gate, body = Gate(), zip_of("reload", LENGTH)
+    with ScriptedUpstream() as old, ScriptedUpstream() as new:
+        old.answer(BIG, Answer(body, etag='"a"', gates=((LENGTH // 2, gate),)))
+        new.answer(DELTA, Answer(noise("d", 1000), etag='"d"'))
+        table = {"name": "manager", "url": old.url}
+        with Gup(tmp_path / "cache", settings={"upstream": [table]}) as gup, gup.connect() as client:
+            pids = gup.workers()
+            client.ask(BIG)
+            response = client.head()
+            first = client.read(LENGTH // 2)
+            text = toml({"upstream": [{**table, "url": new.url}]}) + 'headers = {X-Site = "berlin"}'
+            (gup.folder / "gup.toml").write_text(text)
+            gup.signal(signal.SIGHUP)
+            until(lambda: upstream_of(gup, "manager")["url"] == new.url, "the settings are read again")
+            for pid in pids:
+                with gup.connect_to(pid) as other:
+                    until(lambda c=other: c.get(DELTA).status == 200, "its workers ask the new one", 15)
+            gate.open()
+            assert first + client.rest_of(response, LENGTH // 2) == body
+            assert gup.workers() == pids
+            assert [seen.header("x-site") for seen in new.requests(DELTA)] == ["berlin"]
+
+
+# --- TLS
+
+
+@dataclass
+class Authority:
+    """A private certificate authority, made with the openssl command."""
+
+    folder: Path
+    name: str = "test authority"
+    ca: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.ca = self.folder / "ca.pem"
+        self._openssl("ca", f"/CN={self.name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+
+    def _openssl(self, file: str, subject: str, *more: str) -> None:
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        command += ["-nodes", "-days", "2", "-subj", subject, *more]
+        command += ["-keyout", str(self.folder / f"{file}.key"), "-out", str(self.folder / f"{file}.pem")]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def server(self, names: str) -> str:
+        """nginx directives of a server with a certificate for these names."""
+        self._openssl(
+            *("server", "/CN=manager", "-CA", str(self.ca), "-CAkey", str(self.folder / "ca.key")),
+            *("-addext", f"subjectAltName={names}", "-addext", "basicConstraints=critical,CA:FALSE"),
+        )
+        return (
+            f"ssl_certificate {self.folder}/server.pem; ssl_certificate_key {self.folder}/server.key; "
+            "ssl_protocols TLSv1.2 TLSv1.3;"
+        )
+
+
+@dataclass
+class Secure:
+    """An nginx with TLS; `url` by address, as the certificate may or may not have it."""
+
+    url: str
+    ca: Path
+    nginx: Nginx
+
+
+@contextmanager
+def secure(folder: Path, names: str = "IP:127.0.0.1") -> Iterator[Secure]:
+    authority, port = Authority(folder / "tls"), free_port()
+    tree = make_tree(folder / "tree", big_bytes=LENGTH)
+    extra = f"listen 127.0.0.1:{port} ssl; " + authority.server(names)
+    with Nginx(tree, folder / "nginx", extra=extra) as nginx:
+        yield Secure(f"https://127.0.0.1:{port}", authority.ca, nginx)
+
+
+def tls_gup(folder: Path, url: str, **more: object) -> Gup:
+    return Gup(folder / "cache", settings={"upstream": [{"name": "manager", "url": url, **QUICK, **more}]})
+
+
+def test_an_upstream_with_a_certificate_of_the_own_ca(tmp_path):
+    with secure(tmp_path) as at, tls_gup(tmp_path, at.url, ca_file=str(at.ca)) as gup:
+        assert gup.get(BIG).body == at.nginx.tree.body(BIG)
+        assert gup.get(DELTA).body == at.nginx.tree.body(DELTA)
+        assert [row.status for row in at.nginx.log(BIG)] == [200]
+
+
+@pytest.mark.parametrize("trust", ["system", "another"])
+def test_a_certificate_of_an_unknown_ca_is_refused(tmp_path, trust):
+    more = {"ca_file": str(Authority(tmp_path / "other", "another").ca)} if trust == "another" else {}
+    with secure(tmp_path) as at, tls_gup(tmp_path, at.url, **more) as gup:
+        document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
+        assert "certificate refused" in str(document["detail"])
+        assert "certificate refused" in gup.log
+        assert at.nginx.log() == []
+        until(lambda: upstream_of(gup, "manager")["last_error"], "the error stands in the status")
+        assert "certificate refused" in upstream_of(gup, "manager")["last_error"]
+        assert gup.metric("gup_upstream_requests_total", outcome="unreachable") == 1, "one try tells all"
+
+
+def test_a_certificate_of_another_name_is_refused(tmp_path):
+    with (
+        secure(tmp_path, "DNS:manager.example,IP:127.0.0.9") as at,
+        tls_gup(tmp_path, at.url, ca_file=str(at.ca)) as gup,
+    ):
+        document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
+        assert "certificate refused" in str(document["detail"])
+        assert "127.0.0.1" in str(document["detail"])
+        assert at.nginx.log() == []
+
+
+def test_a_certificate_is_not_looked_at_when_told_so(tmp_path):
+    with secure(tmp_path, "DNS:other") as at, tls_gup(tmp_path, at.url, verify_tls=False) as gup:
+        assert gup.get(DELTA).body == at.nginx.tree.body(DELTA)
+
+
+def test_a_server_that_speaks_no_tls_is_told(tmp_path):
+    tree = make_tree(tmp_path / "tree", big_bytes=100_000)
+    with (
+        Nginx(tree, tmp_path / "nginx") as plain,
+        tls_gup(tmp_path, plain.url.replace("http:", "https:")) as gup,
+    ):
+        document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
+        assert "TLS" in str(document["detail"])
+
+
+# --- a web proxy on the way
+
+
+class _Proxied(socketserver.StreamRequestHandler):
+    server: "WebProxy"
+
+    def handle(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = self.rfile.readline()
+            if not line:
+                return
+            head += line
+        lines = head.decode("latin-1").split("\r\n")
+        method, target, _ = lines[0].split(" ")
+        fields = {n.strip().lower(): v.strip() for n, _, v in (line.partition(":") for line in lines[1:])}
+        self.server.seen.append((method, target, fields))
+        if self.server.password and fields.get("proxy-authorization") != self.server.password:
+            self.wfile.write(b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
+        if method == "CONNECT":
+            host, _, port = target.rpartition(":")
+        else:
+            parts = urlsplit(target)
+            host, port = parts.hostname or "", str(parts.port or 80)
+        with socket.create_connection((host, int(port)), 10) as upstream:
+            if method == "CONNECT":
+                self.wfile.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+            else:
+                path = urlsplit(target).path
+                kept = [
+                    line for line in lines[1:-2] if not line.lower().startswith(("proxy-", "connection:"))
+                ]
+                request = "\r\n".join([f"{method} {path} HTTP/1.1", *kept, "Connection: close", "", ""])
+                upstream.sendall(request.encode("latin-1"))
+            back = threading.Thread(target=_pass_on, args=(self.connection, upstream))
+            back.start()
+            _pass_on(upstream, self.connection)
+            back.join()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := source.recv(65536):
+            sink.sendall(piece)
+    for one in (source, sink):
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+
+
+class WebProxy(socketserver.ThreadingTCPServer):
+    """A real, small web proxy: absolute-form requests are sent on, CONNECT opens a tunnel."""
+
+    def __init__(self, user: str = "") -> None:
+        super().__init__(("127.0.0.1", 0), _Proxied)
+        self.seen: list[tuple[str, str, dict[str, str]]] = []
+        self.password = f"Basic {base64.b64encode(user.encode()).decode()}" if user else ""
+        self.url = f"http://{user + '@' if user else ''}127.0.0.1:{self.server_address[1]}"
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+def test_content_comes_through_a_web_proxy(tmp_path):
+    tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
+    with (
+        Nginx(tree, tmp_path / "nginx") as nginx,
+        WebProxy("gup:tops3cret") as proxy,
+        tls_gup(tmp_path, nginx.url, proxy=proxy.url) as gup,
+    ):
+        assert gup.get(BIG).body == tree.body(BIG)
+        assert gup.get(DELTA).body == tree.body(DELTA)
+        assert {(m, unquote(urlsplit(t).path)) for m, t, _ in proxy.seen} == {("GET", BIG), ("GET", DELTA)}
+        assert all(target.startswith(nginx.url) for _, target, _ in proxy.seen)
+        assert "tops3cret" not in gup.log
+
+
+def test_tls_goes_through_a_web_proxy_in_a_tunnel(tmp_path):
+    with (
+        secure(tmp_path) as at,
+        WebProxy() as proxy,
+        tls_gup(tmp_path, at.url, proxy=proxy.url, ca_file=str(at.ca)) as gup,
+    ):
+        assert gup.get(BIG).body == at.nginx.tree.body(BIG)
+        authority = at.url.removeprefix("https://")
+        assert [(method, target) for method, target, _ in proxy.seen] == [("CONNECT", authority)]
+        assert all("x-secret" not in fields for _, _, fields in proxy.seen)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_a_proxy_that_refuses_or_is_away_is_told(tmp_path, tls):
+    scheme = "https" if tls else "http"
+    url = f"{scheme}://127.0.0.1:{free_port()}"
+    gone = f"http://127.0.0.1:{free_port()}"
+    with tls_gup(tmp_path / "gone", url, proxy=gone) as gup:
+        document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
+        assert "web proxy" in str(document["detail"])
+    with WebProxy("right:password") as proxy:
+        wrong = proxy.url.replace("right", "wrong")
+        with tls_gup(tmp_path / "refused", url, proxy=wrong) as gup:
+            document = assert_problem(gup.get(DELTA), 502)
+            assert "407" in str(document["detail"])
+            assert "password" not in gup.log + str(document)
+
+
+# --- extra headers
+
+
+def test_extra_headers_reach_upstream_and_nobody_else(tmp_path):
+    with ScriptedUpstream() as upstream:
+        upstream.answer(DELTA, Answer(noise("d", 1000), etag='"d"'))
+        settings = {
+            "upstream": [{"name": "manager", "url": upstream.url, "proxy": "http://u:tops3cret@127.0.0.1:9"}],
+            "log": {"level": "debug"},
+        }
+        text = (
+            toml(settings)
+            .replace('proxy = "http://u:tops3cret@127.0.0.1:9"', "")
+            .replace("[log]", 'headers = {Authorization = "Bearer s3same"}\n[log]')
+        )
+        gup = Gup(tmp_path / "cache", settings=settings, start=False)
+        file = gup.folder / "gup.toml"
+        file.write_text(text)
+        with gup:
+            gup.start()
+            response = gup.get(DELTA)
+            assert response.body == noise("d", 1000)
+            assert upstream.requests(DELTA)[0].header("authorization") == "Bearer s3same"
+            assert all("s3same" not in value for _, value in response.fields)
+            assert "s3same" not in gup.log
+            assert "s3same" not in str(gup.status())
+        file.write_text(text.replace("headers =", 'proxy = "http://u:tops3cret@127.0.0.1:9"\nheaders ='))
+        command = [sys.executable, "-m", "gup", "config", "show", str(file)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, env={**gup._env})
+        assert "Authorization" in shown.stdout
+        assert "s3same" not in shown.stdout
+        assert "tops3cret" not in shown.stdout

@@ -1,0 +1,167 @@
+"""Rules of the house that no linter knows. Each test lists the files that break its rule."""
+
+import ast
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+from gup.config import Settings
+from gup.errors import PROBLEMS
+from gup.metrics import BY_NAME, CODES_OF_RESULT
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "gup").rglob("*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+MAX_LINES = 500
+
+READS_ENVIRONMENT = {
+    "gup/config.py",  # settings
+    "gup/process/supervisor.py",  # what systemd passes: LISTEN_FDS, NOTIFY_SOCKET
+    "gup/demo/run.py",  # what its child processes inherit, without GUP_ variables
+}
+"""The modules besides the command line that may look at the environment."""
+
+METRIC_NAMES = {f"{metric}{part}" for metric in BY_NAME for part in ("", "_bucket", "_sum", "_count")}
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def text(path):
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def syntax(path):
+    return ast.parse(text(path))
+
+
+def breaking(rule, paths):
+    """What `rule` finds wrong in each file."""
+    return {name(path): found for path in paths if (found := rule(path))}
+
+
+def nodes(path, kind):
+    return [node for node in ast.walk(syntax(path)) if isinstance(node, kind)]
+
+
+def imports(path):
+    """Modules and names imported, with dots."""
+    found = {alias.name for node in nodes(path, ast.Import) for alias in node.names}
+    for node in nodes(path, ast.ImportFrom):
+        found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def dotted(path):
+    return {
+        f"{node.value.id}.{node.attr}"
+        for node in nodes(path, ast.Attribute)
+        if isinstance(node.value, ast.Name)
+    }
+
+
+def test_there_is_something_to_look_at():
+    assert len(MODULES) > 10
+    assert len(PAGES) > 2
+
+
+def test_modules_are_of_readable_size():
+    def lines(path):
+        return [count] if (count := len(text(path).splitlines())) > MAX_LINES else []
+
+    assert breaking(lines, MODULES) == {}
+
+
+def test_modules_say_what_they_own():
+    def undocumented(path):
+        return [] if (ast.get_docstring(syntax(path)) or "").strip() else ["no docstring"]
+
+    assert breaking(undocumented, MODULES) == {}
+
+
+def test_the_environment_is_read_in_few_places():
+    def looks(path):
+        allowed = name(path) in READS_ENVIRONMENT or name(path).startswith("gup/cli/")
+        found = {"os.environ", "os.environb", "os.getenv", "os.putenv"} & (dotted(path) | imports(path))
+        return set() if allowed else found
+
+    assert breaking(looks, MODULES) == {}
+
+
+def test_nothing_is_pickled_or_evaluated():
+    def dangerous(path):
+        modules = {module.split(".")[0] for module in imports(path)}
+        called = {node.func.id for node in nodes(path, ast.Call) if isinstance(node.func, ast.Name)}
+        return modules & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"} | called & {
+            "eval",
+            "exec",
+        }
+
+    assert breaking(dangerous, MODULES) == {}
+
+
+def test_no_unfinished_piece_is_handed_over():
+    def unfinished(path):
+        raised = [getattr(node.exc, "func", node.exc) for node in nodes(path, ast.Raise)]
+        stubs = [node for node in raised if getattr(node, "id", "") == "NotImplementedError"]
+        return [*map(ast.dump, stubs), *re.findall(r"\b(?:TODO|FIXME|XXX)\b", text(path))]
+
+    assert breaking(unfinished, MODULES) == {}
+
+
+def test_metrics_go_by_their_declared_names():
+    """In code whatever ends like a counter; in pages whatever looks like a metric."""
+
+    def undeclared(path):
+        suffixes = "total" if path.suffix == ".py" else "total|bytes|seconds|info|bucket|sum|count"
+        return set(re.findall(rf"\bgup_[a-z_]+_(?:{suffixes})\b", text(path))) - METRIC_NAMES
+
+    assert breaking(undeclared, MODULES + PAGES) == {}
+
+
+def test_pages_name_settings_that_exist():
+    tables = {section: field.annotation for section, field in Settings.model_fields.items()}
+    keys = {
+        f"{section}__{key}".upper()
+        for section, annotation in tables.items()
+        for key in getattr(annotation, "__args__", [annotation])[0].model_fields
+    }
+    assert "UPSTREAM__URL" in keys
+
+    def unknown(path):
+        return set(re.findall(r"\bGUP_([A-Z_]+__[A-Z_]+)\b", text(path))) - keys
+
+    assert breaking(unknown, PAGES) == {}
+
+
+def test_every_status_of_a_problem_is_a_code_that_can_be_counted():
+    countable = {*CODES_OF_RESULT["refused"], *CODES_OF_RESULT["error"], *CODES_OF_RESULT["hit"]}
+    assert {str(problem.status) for problem in PROBLEMS.values()} <= countable
+    assert all(re.fullmatch(r"[a-z]+(?:-[a-z]+)*", slug) for slug in PROBLEMS)
+
+
+def test_dependencies_have_their_reasons():
+    project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
+    run, develop = text(ROOT / "docs" / "dependencies.md").split("## To develop")
+
+    def packages(requirements):
+        return [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in requirements]
+
+    def explained(page):
+        return re.findall(r"^\| `([^`]+)` \| \S.+ \|$", page, re.MULTILINE)
+
+    assert explained(run) == packages(project["dependencies"])
+    assert explained(develop) == packages(project["optional-dependencies"]["dev"])
+
+
+def test_the_command_is_where_the_package_says():
+    project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
+    assert project["scripts"] == {"gup": "gup.cli:main"}
+
+
+def test_the_changelog_has_a_place_for_what_is_new():
+    assert re.search(r"^## \[Unreleased\]$", text(ROOT / "CHANGELOG.md"), re.MULTILINE)

@@ -1,0 +1,633 @@
+"""The command line: what reaches the parts that do the work, and what people are told."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from typer.testing import CliRunner
+
+import gup
+from gup.cli.admin import Admin, AdminError, admin_url
+from gup.cli.app import app
+from gup.cli.flags import host_port, serve_flags
+from gup.cli.words import bytes_in_words, entry_line, status_lines, time_in_words
+from gup.config import Settings, load
+from gup.errors import GupError, SettingsError
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in ("GUP_CONFIG", "GUP_ADMIN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Stands in for the parts that do the work: `called(module, function)` gives the calls."""
+
+    def stand_in(module, function, answer=0):
+        calls = []
+
+        def recorded(*positional, **named):
+            calls.append((positional, named))
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        fake = ModuleType(module)
+        setattr(fake, function, recorded)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return stand_in
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("127.0.0.1:2967", ("127.0.0.1", 2967)),
+        ("[::1]:2967", ("::1", 2967)),
+        (":2967", ("", 2967)),
+        ("localhost:0", ("localhost", 0)),
+    ],
+)
+def test_host_and_port(text, found):
+    assert host_port("--listen", text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2967", "127.0.0.1", "::1:2967", "a:b", "a:70000", "a:-1", "[]:5", "[::1]", "a:\u0661"]
+)
+def test_other_addresses_are_named(text):
+    with pytest.raises(SettingsError, match=re.escape(f"--admin: {text!r} is not right: must be HOST:PORT")):
+        host_port("--admin", text)
+
+
+def test_flags_become_settings_nested_like_the_file(tmp_path):
+    assert serve_flags(upstream=[], listen=None, admin=None, cache_dir=None, workers=None) == {}
+    assert serve_flags(
+        upstream=["http://a", "http://b"], listen=":1", admin="[::1]:0", cache_dir=tmp_path, workers=0
+    ) == {
+        "upstream": [{"url": "http://a"}, {"url": "http://b"}],
+        "listen": {"port": 1, "admin_address": "::1", "admin_port": 0},
+        "cache": {"directory": tmp_path},
+        "workers": {"count": 0},
+    }
+
+
+# --- serve
+
+
+def test_serve_hands_the_settings_to_the_supervisor(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve", 7)
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://file"\n[listen]\nbacklog = 9\n')
+    result = run(
+        *("serve", "--config", file, "--upstream", "http://a:1", "--upstream", "http://b:2"),
+        *("--listen", "127.0.0.1:0", "--admin", "[::1]:5", "--cache-dir", tmp_path, "--workers", 3),
+    )
+    assert result.exit_code == 7, result.output
+    ((settings,), named) = calls[0]
+    assert [upstream.url for upstream in settings.upstream] == ["http://a:1", "http://b:2"]
+    assert (settings.listen.address, settings.listen.port, settings.listen.backlog) == ("127.0.0.1", 0, 9)
+    assert (settings.listen.admin_address, settings.listen.admin_port) == ("::1", 5)
+    assert (settings.cache.directory, settings.workers.count) == (tmp_path, 3)
+    assert named["reload"]() == settings
+
+
+def test_reload_reads_the_file_again_under_the_same_flags(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[wan]\nrate = "1MB/s"\n')
+    assert run("serve", "--config", file, "--upstream", "http://a").exit_code == 0
+    reload = calls[0][1]["reload"]
+    file.write_text('[wan]\nrate = "2MB/s"\n')
+    assert reload().wan.rate == 2_000_000
+    assert reload().upstream[0].url == "http://a"
+    file.write_text("[wan]\nspeed = 5\n")
+    with pytest.raises(SettingsError, match=r"wan\.speed"):
+        reload()
+
+
+def test_serve_finds_its_file_by_the_environment(called, tmp_path, monkeypatch):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://file"\n')
+    monkeypatch.setenv("GUP_CONFIG", str(file))
+    monkeypatch.setenv("GUP_WAN__RATE", "0")
+    assert run("serve").exit_code == 0
+    assert calls[0][0][0].upstream[0].url == "http://file"
+    assert calls[0][0][0].wan.rate == 0
+
+
+def test_each_problem_stands_on_its_line_and_nothing_starts(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[cache]\nmax_sise = 1\n[log]\nlevel = "loud"\n')
+    result = run("serve", "--config", file, "--workers", "-4", "--upstream", "manager:8014")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[:2] for line in lines] == [
+        ["gup", " cache.max_sise"],
+        ["gup", " upstream#1.url"],
+        ["gup", " log.level"],
+        ["gup", " workers.count"],
+    ]
+    assert "'manager:8014'" in lines[1]
+    assert "(from the command line)" in lines[1]
+    assert calls == []
+
+
+def test_serve_without_an_upstream_says_what_to_add(called):
+    calls = called("gup.process.supervisor", "serve")
+    result = run("serve")
+    assert result.exit_code == 2
+    assert "--upstream http://manager:8014" in result.stderr
+    assert calls == []
+
+
+def test_both_bad_addresses_are_named(called):
+    called("gup.process.supervisor", "serve")
+    result = run("serve", "--upstream", "http://a", "--listen", "x", "--admin", "y:99999")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert "--listen: 'x'" in result.stderr
+    assert "--admin: 'y:99999'" in result.stderr
+
+
+def test_what_goes_wrong_in_serving_is_a_sentence(called):
+    called("gup.process.supervisor", "serve", GupError("the disk is gone"))
+    result = run("serve", "--upstream", "http://a")
+    assert (result.exit_code, result.stderr) == (1, "gup: the disk is gone\n")
+
+
+# --- demo, simulate
+
+
+def test_demo_passes_its_flags_on(called):
+    calls = called("gup.demo.run", "demo", 2)
+    assert run("demo").exit_code == 2
+    result = run(
+        *("demo", "--clients", 5, "--seconds", 2.5, "--workers", 1, "--seed", 9, "--wan-rate", "1MB/s"),
+        *("--keep", "--json"),
+    )
+    assert result.exit_code == 2, result.output
+    names = ("clients", "seconds", "workers", "seed", "wan_rate_bytes_per_second", "keep", "json_output")
+    assert [tuple(named[name] for name in names) for _, named in calls] == [
+        (200, 30.0, 2, 1, 10_000_000, False, False),
+        (5, 2.5, 1, 9, 1_000_000, True, True),
+    ]
+    assert all(set(named) == set(names) and not positional for positional, named in calls)
+
+
+def test_simulate_manager_passes_its_flags_on(called):
+    calls = called("gup.demo.manager", "simulate_manager")
+    result = run(
+        *("simulate", "manager", "--listen", "127.0.0.1:0", "--seed", 3, "--wan-rate", "0"),
+        *("--publish-interval", "250ms", "--products", 2, "--full-size", "64KiB"),
+    )
+    assert result.exit_code == 0, result.output
+    assert calls == [
+        (
+            (),
+            {
+                "listen": "127.0.0.1:0",
+                "seed": 3,
+                "wan_rate_bytes_per_second": 0,
+                "publish_interval_seconds": 0.25,
+                "products": 2,
+                "full_bytes": 65536,
+            },
+        )
+    ]
+
+
+def test_simulate_manager_has_defaults_in_the_same_units(called):
+    calls = called("gup.demo.manager", "simulate_manager")
+    assert run("simulate", "manager").exit_code == 0
+    named = calls[0][1]
+    assert named["wan_rate_bytes_per_second"] == 10_000_000
+    assert named["publish_interval_seconds"] == 10.0
+    assert named["full_bytes"] == 4_000_000
+
+
+def test_simulate_clients_passes_its_flags_on(called):
+    calls = called("gup.demo.clients", "simulate_clients", 1)
+    result = run(
+        *("simulate", "clients", "--url", "http://g", "--manager", "http://m"),
+        *("--clients", 7, "--seconds", 3, "--json"),
+    )
+    assert result.exit_code == 1, result.output
+    assert calls == [
+        (
+            (),
+            {
+                "url": "http://g",
+                "count": 7,
+                "seconds": 3.0,
+                "seed": 1,
+                "json_output": True,
+                "manager_url": "http://m",
+            },
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--wan-rate", "8"], ["--wan-rate", "'8'", "8MB/s"]),
+        (["--publish-interval", "soon"], ["--publish-interval", "'soon'", "10s"]),
+        (["--full-size", "big"], ["--full-size", "'big'", "20GB"]),
+        (["--listen", "8014"], ["--listen", "'8014'", "HOST:PORT"]),
+        (["--products", "0"], ["--products", "1"]),
+    ],
+)
+def test_bad_quantities_are_named(called, flags, words):
+    calls = called("gup.demo.manager", "simulate_manager")
+    result = run("simulate", "manager", *flags)
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.stderr
+    assert calls == []
+
+
+# --- config
+
+
+def test_config_check_says_what_the_file_means(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text(
+        '[[upstream]]\nurl = "http://m:8014"\n[cache]\nmax_size = "5GB"\ndirectory = "/srv/gup"\n'
+    )
+    result = run("config", "check", file)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{file}: ok: ")
+    assert "0.0.0.0 port 2967, keeps up to 5GB in /srv/gup, fetches from m:8014" in result.stdout
+
+
+def test_config_check_says_when_an_upstream_is_missing(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text("")
+    result = run("config", "check", file)
+    assert result.exit_code == 0
+    assert "has no upstream: serve it with --upstream URL" in result.stdout
+
+
+def test_config_check_names_every_mistake(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text("[listen]\nport = 99999\nprt = 1\n")
+    result = run("config", "check", file)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert run("config", "check", tmp_path / "none.toml").exit_code == 2
+
+
+def test_config_show_prints_what_is_in_force(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUP_CACHE__MAX_SIZE", "7GB")
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://m"\nheaders = {Authorization = "s3cret"}\n')
+    result = run("config", "show", file)
+    assert result.exit_code == 0
+    assert 'max_size = "7GB"' in result.stdout
+    assert "s3cret" not in result.stdout
+    monkeypatch.delenv("GUP_CACHE__MAX_SIZE")
+    shown = tmp_path / "shown.toml"
+    shown.write_text(run("config", "show").stdout)
+    assert load(shown, environment={}) == Settings()
+
+
+# --- a running service
+
+
+STATUS = {
+    "site": "lyon",
+    "version": "0.1.0",
+    "uptime_seconds": 11_105.0,
+    "ready": True,
+    "totals": {
+        "since_start": {
+            "client_sent_bytes": 0,
+            "upstream_received_bytes": 0,
+            "saved_bytes": 0,
+            "hit_ratio": None,
+        },
+        "since_install": {
+            "client_sent_bytes": 10**12,
+            "upstream_received_bytes": 5 * 10**9,
+            "saved_bytes": 995 * 10**9,
+            "hit_ratio": 0.9876,
+        },
+    },
+    "cache": {"entries": 12, "size_bytes": 3 * 10**9, "limit_bytes": 2 * 10**10, "free_bytes": 10**11},
+    "wan_rate_bytes_per_second": 8_000_000,
+    "clients": {"connections": 42},
+    "upstreams": [{"name": "hq", "up": True}, {"name": "spare", "up": False}],
+    "fills": [
+        {"key": "any/any/x/1/full.zip", "id": "0f", "received_bytes": 25, "length_bytes": 100},
+        {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None},
+    ],
+    "reload": {"successful": False},
+}
+
+
+def entry(number, *, pinned=False):
+    return {
+        "key": f"any/any/{{AB}}/1/full{number}.zip",
+        "length_bytes": 1_500_000,
+        "kind": "full",
+        "hits": number,
+        "used_at": 0.0,
+        "pinned": pinned,
+    }
+
+
+class _ControlPlane(BaseHTTPRequestHandler):
+    """Answers as the control plane does; `server.asked` has each method and target."""
+
+    def _answer(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        status, body = self.server.answers(self.command, urlsplit(self.path))
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_PUT = do_DELETE = do_POST = _answer  # noqa: N815 - http.server's names
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+ENTRIES = [entry(number, pinned=number == 1) for number in range(2500)]
+
+
+def control_plane(method, url):
+    query = {name: values[0] for name, values in parse_qs(url.query).items()}
+    match method, unquote(url.path):
+        case "GET", "/api/v1/status":
+            return 200, STATUS
+        case "GET", "/api/v1/entries":
+            start = int(query.get("cursor", "0"))
+            end = start + int(query["limit"])
+            return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
+        case "POST", "/api/v1/reload":
+            return 202, {"requested": True}
+        case "DELETE", "/api/v1/entries/any/any/{AB}/1/full1.zip":
+            return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
+        case "PUT" | "DELETE", "/api/v1/entries/any/any/{AB}/1/full1.zip/pin":
+            return 200, {"key": "any/any/{AB}/1/full1.zip", "pinned": method == "PUT"}
+    return 404, {"status": 404, "title": "Not Found", "detail": f"There is no {unquote(url.path)}"}
+
+
+@pytest.fixture
+def plane():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _ControlPlane)
+    server.daemon_threads = False
+    server.asked, server.answers = [], control_plane
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_status_in_words(plane):
+    result = run("status", "--admin", plane.url)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "gup 0.1.0 at lyon: ready, up 3 h 5 min",
+        "since install: 1.0 TB to clients, 5.0 GB over the WAN, 995 GB saved (99.5%), 98.8% hits",
+        "since start: 0 B to clients, 0 B over the WAN, 0 B saved",
+        "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
+        "WAN: 8MB/s",
+        "clients: 42 connections",
+        "upstream hq: up",
+        "upstream spare: DOWN",
+        "fill any/any/x/1/full.zip: 25 B of 100 B (25%)",
+        "fill 0e: 1.5 kB",
+        "the last reload FAILED: the settings before it are in force; the log says why",
+    ]
+
+
+def test_status_as_json(plane):
+    assert json.loads(run("status", "--json", "--admin", plane.url).stdout) == STATUS
+
+
+def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch):
+    file = tmp_path / "gup.toml"
+    file.write_text(f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.server_port}\n')
+    assert run("status", "--config", file).exit_code == 0
+    monkeypatch.setenv("GUP_ADMIN", plane.url)
+    assert run("status").exit_code == 0
+    assert plane.asked == ["GET /api/v1/status"] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [("0.0.0.0", "http://127.0.0.1:2968"), ("::", "http://[::1]:2968"), ("10.0.0.1", "http://10.0.0.1:2968")],
+)
+def test_where_the_control_plane_is(address, url):
+    assert admin_url(Settings.model_validate({"listen": {"admin_address": address}})) == url
+
+
+def test_a_web_proxy_of_the_environment_has_no_part_in_it(plane, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    assert run("status", "--admin", plane.url.removeprefix("http://")).exit_code == 0
+
+
+def test_nobody_listens_there():
+    result = run("status", "--admin", "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "no control plane answers at http://127.0.0.1:1 (" in result.stderr
+    assert "Connection refused" in result.stderr
+    assert "is gup running?" in result.stderr
+
+
+def test_another_server_listens_there(plane):
+    plane.answers = lambda *_: (200, b"<html>")
+    result = run("status", "--admin", plane.url)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"gup: {plane.url}: what answers there is no control plane of gup\n",
+    )
+    plane.answers = lambda *_: (200, [])
+    assert "no control plane" in run("status", "--admin", plane.url).stderr
+    plane.answers = lambda *_: (502, b"<html>")
+    assert "502" in run("status", "--admin", plane.url).stderr
+
+
+def test_a_gup_of_another_version_listens_there(plane):
+    plane.answers = lambda *_: (200, {"site": "x"})
+    result = run("status", "--admin", plane.url)
+    assert result.exit_code == 1
+    assert "another version" in result.stderr
+
+
+def test_an_odd_url_is_refused():
+    with pytest.raises(AdminError, match="begins with http://"):
+        Admin("ftp://x")
+    assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
+
+
+def test_reload_asks_for_it(plane):
+    result = run("reload", "--admin", plane.url)
+    assert result.exit_code == 0
+    assert plane.asked == ["POST /api/v1/reload"]
+
+
+def test_cache_list_shows_rows(plane):
+    result = run("cache", "list", "--admin", plane.url, "--limit", 2)
+    assert result.exit_code == 0, result.output
+    head, first, second = result.stdout.splitlines()
+    assert head.split() == ["size", "kind", "hits", "last", "used", "key"]
+    assert first.startswith("   1.5 MB  full ")
+    assert first.endswith("any/any/{AB}/1/full0.zip")
+    assert "pinned" not in first
+    assert " pinned " in second
+
+
+def test_cache_list_follows_the_pages(plane):
+    result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 0)
+    assert [json.loads(line) for line in result.stdout.splitlines()] == ENTRIES
+    assert len(plane.asked) == 3
+    plane.asked.clear()
+    result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 1100)
+    assert len(result.stdout.splitlines()) == 1100
+    assert [parse_qs(urlsplit(line.split()[1]).query)["limit"] for line in plane.asked] == [["1000"], ["100"]]
+
+
+def test_cache_list_passes_its_filters_on(plane):
+    run(
+        *("cache", "list", "--admin", plane.url, "--version", "14.3", "--language", "fr", "--stream", "{AB}"),
+        *("--kind", "delta", "--order", "-used"),
+    )
+    assert parse_qs(urlsplit(plane.asked[0].split()[1]).query) == {
+        "version": ["14.3"],
+        "language": ["fr"],
+        "stream": ["{AB}"],
+        "kind": ["delta"],
+        "order": ["-used"],
+        "limit": ["100"],
+    }
+
+
+def test_purge_pin_and_unpin(plane):
+    key = "any/any/{AB}/1/full1.zip"
+    assert run("cache", "purge", key, "--admin", plane.url).stdout == f"purged {key}: 1.5 MB\n"
+    assert run("cache", "pin", key, "--admin", plane.url).stdout == f"pinned {key}\n"
+    assert run("cache", "unpin", key, "--admin", plane.url).stdout == f"unpinned {key}\n"
+    target = "/api/v1/entries/any/any/%7BAB%7D/1/full1.zip"
+    assert plane.asked == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
+
+
+def test_a_refusal_is_told_in_its_own_words(plane):
+    result = run("cache", "purge", "no/such/key/at/all", "--admin", plane.url)
+    assert result.exit_code == 1
+    assert result.stderr == f"gup: {plane.url}: There is no /api/v1/entries/no/such/key/at/all\n"
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (123_456_789, "123 MB"),
+        (-1_500_000, "-1.5 MB"),
+        (5 * 10**18, "5000 PB"),
+    ],
+)
+def test_bytes_in_words(count, words):
+    assert bytes_in_words(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3600, "1 h"), (90_000, "1 d 1 h"), (90_061, "1 d 1 h")],
+)
+def test_time_in_words(seconds, words):
+    assert time_in_words(seconds) == words
+
+
+def test_an_unlimited_wan_and_a_quiet_service():
+    quiet = STATUS | {
+        "wan_rate_bytes_per_second": None,
+        "fills": [],
+        "ready": False,
+        "reload": {"successful": True},
+    }
+    lines = list(status_lines(quiet))
+    assert "WAN: unlimited" in lines
+    assert "not ready" in lines[0]
+    assert not any("FAILED" in line or "fill" in line for line in lines)
+
+
+def test_a_row_lines_up_with_its_head():
+    assert entry_line(entry(3)).index("any/any") == entry_line(entry(3, pinned=True)).index("any/any")
+
+
+# --- the command itself
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"gup {gup.__version__}\n")
+
+
+def test_every_command_has_its_help():
+    for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
+                    "status", "reload", "cache list", "cache purge", "cache pin", "cache unpin"):  # fmt: skip
+        result = run(*command.split(), "--help")
+        assert result.exit_code == 0, command
+        assert f"gup {command}" in result.stdout.replace("root", "gup")
+
+
+def test_python_m_gup_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "gup", "--version"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gup {gup.__version__}\n", "")
+
+
+def test_the_command_line_alone_imports_nothing_heavy():
+    heavy = (
+        "{'aiohttp', 'asyncio', 'diskcache', 'pydantic', 'pydantic_settings', 'prometheus_client', 'rich'}"
+    )
+    code = f"import sys, gup.cli.app; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_children_read_their_settings_without_pydantic_settings():
+    code = "import sys, gup.config; gup.config.Settings(); print('pydantic_settings' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "False\n"

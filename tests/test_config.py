@@ -1,0 +1,430 @@
+"""Settings: what is read from where, what is refused and with which words."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gup.config import Cache, Settings, Upstream, load, require_servable
+from gup.errors import SettingsError
+from gup.units import (
+    MAX_SIZE_BYTES,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text):
+        path = tmp_path / "gup.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems_of(file=None, *, environment=None, flags=None):
+    with pytest.raises(SettingsError) as caught:
+        load(file, environment=environment or {}, flags=flags)
+    return caught.value.problems
+
+
+# --- units
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("20GB", 20_000_000_000),
+        ("512 KiB", 524_288),
+        ("1.5MB", 1_500_000),
+        ("4096", 4096),
+        (4096, 4096),
+        (0, 0),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes_are_bytes(text, size_bytes):
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["20 apples", "", "GB", "-1", -1, 2.5, True, None, "\u0661GB", "1e3", "2^4", MAX_SIZE_BYTES + 1]
+)
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second"),
+    [("8MB/s", 8_000_000), ("500 kB/s", 500_000), ("0", 0), (0, 0), ("unlimited", 0), (125_000, 125_000)],
+)
+def test_rates_are_bytes_per_second(text, bytes_per_second):
+    assert parse_rate(text) == bytes_per_second
+
+
+@pytest.mark.parametrize("text", ["8MB", "8Mbit/s", "fast", "8", True, -5, None])
+def test_other_rates_are_refused(text):
+    with pytest.raises(ValueError, match="size"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30d", 2_592_000.0),
+        ("10s", 10.0),
+        ("250ms", 0.25),
+        ("1.5h", 5400.0),
+        ("2m", 120.0),
+        (7, 7.0),
+        ("3", 3.0),
+    ],
+)
+def test_durations_are_seconds(text, seconds):
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["10 years", "", -1, True, float("inf"), float("nan"), "99999999999d", None])
+def test_other_durations_are_refused(text):
+    with pytest.raises(ValueError, match="a duration"):
+        parse_duration(text)
+
+
+@given(st.integers(0, 2**53))
+def test_a_formatted_size_reads_back_the_same(size_bytes):
+    assert parse_size(format_size(size_bytes)) == size_bytes
+
+
+@given(st.integers(0, 10**11))
+def test_a_formatted_rate_reads_back_the_same(bytes_per_second):
+    assert parse_rate(format_rate(bytes_per_second)) == bytes_per_second
+
+
+@given(st.integers(0, 10**11))
+def test_a_formatted_duration_reads_back_the_same(milliseconds):
+    assert parse_duration(format_duration(milliseconds / 1000)) == pytest.approx(milliseconds / 1000)
+
+
+def test_quantities_are_spelled_shortly():
+    assert [format_size(size) for size in (0, 20 * 10**9, 65536, 1_000_001)] == [
+        "0B",
+        "20GB",
+        "64KiB",
+        "1000001B",
+    ]
+    assert [format_rate(rate) for rate in (0, 8_000_000)] == ["0", "8MB/s"]
+    durations = [0, 0.25, 60, 3600, 86400, 604800]
+    assert [format_duration(d) for d in durations] == ["0s", "250ms", "60s", "60m", "24h", "7d"]
+
+
+# --- defaults
+
+
+def test_nothing_given_means_the_defaults():
+    settings = load(environment={})
+    assert settings == Settings()
+    assert settings.upstream == []
+    assert settings.listen.port == 2967
+    assert settings.cache.max_size == 20_000_000_000
+    assert settings.wan.rate == 8_000_000
+    assert settings.worker_count >= 1
+
+
+def test_the_defaults_pass_their_own_checks():
+    settings = Settings()
+    assert Settings.model_validate(settings.model_dump(by_alias=True)) == settings
+
+
+def test_site_name_is_the_host_name_made_a_token(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "büro nord.example")
+    assert Settings().site.name == "b-ro-nord.example"
+    monkeypatch.setattr(socket, "gethostname", lambda: "")
+    assert Settings().site.name == "gup"
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError):
+        Settings().cache.max_size = 5
+
+
+# --- who wins
+
+
+def test_environment_wins_over_the_file_and_flags_over_both(toml):
+    file = toml('[listen]\nport = 1\nadmin_port = 2\nbacklog = 3\naddress = "127.0.0.1"\n')
+    environment = {"GUP_LISTEN__PORT": "11", "GUP_LISTEN__ADMIN_PORT": "12"}
+    listen = load(file, environment=environment, flags={"listen": {"port": 21}}).listen
+    assert (listen.port, listen.admin_port, listen.backlog, listen.address) == (21, 12, 3, "127.0.0.1")
+
+
+def test_lists_are_replaced_whole(toml):
+    file = toml('[[upstream]]\nurl = "http://a:1"\n[[upstream]]\nurl = "http://b:2"\n')
+    assert [u.name for u in load(file, environment={}).upstream] == ["a:1", "b:2"]
+    flags = {"upstream": [{"url": "http://c:3"}]}
+    assert [u.name for u in load(file, environment={}, flags=flags).upstream] == ["c:3"]
+    environment = {"GUP_UPSTREAM": "http://d:4, https://e"}
+    assert [u.url for u in load(file, environment=environment).upstream] == ["http://d:4", "https://e"]
+
+
+def test_lists_and_tables_from_the_environment():
+    settings = load(
+        environment={
+            "GUP_CLIENTS__ALLOW": "10.0.0.0/8, fe80::/10",
+            "GUP_RULES__CONTENT_TYPES": '["a", "b"]',
+            "GUP_UPSTREAM__URL": "http://m:8014/base/",
+            "GUP_UPSTREAM__HEADERS": '{"X-Site": "1"}',
+            "gup_log__level": "debug",
+            "GUP_LISTEN__PORT": "",  # empty is not given
+        }
+    )
+    assert settings.clients.allow == ["10.0.0.0/8", "fe80::/10"]
+    assert settings.rules.content_types == ["a", "b"]
+    assert settings.upstream[0].url == "http://m:8014/base"
+    assert settings.upstream[0].headers == {"X-Site": "1"}
+    assert settings.log.level == "debug"
+    assert settings.listen.port == 2967
+
+
+def test_upstreams_as_json_from_the_environment():
+    settings = load(environment={"GUP_UPSTREAM": '[{"url": "http://m:1", "priority": 3}]'})
+    assert [(u.url, u.priority) for u in settings.upstream] == [("http://m:1", 3)]
+
+
+def test_a_single_upstream_table_is_one_upstream(toml):
+    assert load(toml('[upstream]\nurl = "http://m:1"\n'), environment={}).upstream[0].name == "m:1"
+
+
+def test_the_process_environment_is_the_default(monkeypatch):
+    monkeypatch.setenv("GUP_SITE__NAME", "lyon")
+    assert load().site.name == "lyon"
+
+
+def test_what_a_container_platform_sets_is_left_alone():
+    environment = {"GUP_PORT": "tcp://10.0.0.1:2967", "GUP_SERVICE_HOST": "10.0.0.1", "GUP_CONFIG": "/x"}
+    assert load(environment=environment) == Settings()
+
+
+def test_settings_survive_the_way_to_a_child(toml):
+    file = toml(
+        """
+        [site]
+        name = "lyon"
+        [[upstream]]
+        url = "https://[fd00::1]:8443/sub"
+        version = "14.3 RU2"
+        language = "French"
+        headers = {Authorization = "Bearer s3cret"}
+        proxy = "http://user:pa55@proxy:8080"
+        [[wan.schedule]]
+        days = ["mon", "fri"]
+        from = "07:30"
+        to = "24:00"
+        rate = "1MB/s"
+        """
+    )
+    settings = load(file, environment={})
+    sent = json.dumps(settings.model_dump(mode="json", by_alias=True))
+    assert Settings.model_validate(json.loads(sent)) == settings
+    assert "s3cret" in sent
+    assert "s3cret" not in repr(settings)
+    assert "pa55" not in repr(settings)
+
+
+def test_paths_are_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load(environment={"GUP_CACHE__DIRECTORY": "store"}).cache.directory == tmp_path / "store"
+
+
+# --- what is wrong, and the words for it
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[cache]\nmax_sise = 5", ["cache.max_sise", "unknown key", "did you mean max_size?"]),
+        ("[cache]\nzzz = 5", ["cache.zzz", "unknown key", "max_part_age"]),
+        ("[nonsense]\nx = 5", ["nonsense", "unknown key", "listen, cache, upstream"]),
+        ('[cache]\nmax_size = "20 apples"', ["cache.max_size", "'20 apples'", '"20GB"']),
+        ('[cache]\nmax_size = "20kB"', ["cache.max_size", "'20kB'", "at least"]),
+        ('[cache]\nmax_unused = "long"', ["cache.max_unused", "'long'", '"30d"']),
+        ('[cache]\nverify = "never"', ["cache.verify", "'never'", "'first_use', 'always' or 'scrub'"]),
+        ("[cache]\ndirectory = 5", ["cache.directory", "5", "a path"]),
+        ("cache = 5", ["cache", "5", "a table"]),
+        ('[wan]\nrate = "8"', ["wan.rate", "'8'", '"8MB/s"']),
+        ('[wan]\nrate = "8B/s"', ["wan.rate", "'8B/s'", "1kB/s"]),
+        ("[listen]\nport = 70000", ["listen.port", "70000", "65535"]),
+        ("[listen]\nport = true", ["listen.port", "true", "whole number"]),
+        ("[listen]\nport = 1.5", ["listen.port", "1.5", "whole number"]),
+        ('[listen]\nport = "http"', ["listen.port", "'http'", "whole number"]),
+        ('[listen]\naddress = "site"', ["listen.address", "'site'", "IP address"]),
+        ('[listen]\nread_timeout = "5s"', ["listen.read_timeout", "unknown key", "did you mean"]),
+        ("[listen]\nidle_timeout = 0", ["listen.idle_timeout", "0", "greater than 0"]),
+        ("[listen]\nport = 99\nadmin_port = 99", ["listen.admin_port", "99", "must differ"]),
+        ("[[upstream]]\npriority = 1", ["upstream#1.url", "missing", "http://"]),
+        ('[[upstream]]\nurl = "m:8014"', ["upstream#1.url", "'m:8014'", "http://host:port"]),
+        ('[[upstream]]\nurl = "http://m:0"', ["upstream#1.url", "http://host:port"]),
+        ('[[upstream]]\nurl = "http://m:70000"', ["upstream#1.url", "http://host:port"]),
+        ('[[upstream]]\nurl = "http://m/?q"', ["upstream#1.url", "without user or query"]),
+        (
+            '[[upstream]]\nurl = "http://m"\nkind = "sql"',
+            ["upstream#1.kind", "'manager', 'liveupdate' or 'gup'"],
+        ),
+        (
+            '[[upstream]]\nurl = "http://m"\nverify_tls = "perhaps"',
+            ["upstream#1.verify_tls", "true or false"],
+        ),
+        ('[[upstream]]\nurl = "http://m"\nlanguage = "../x"', ["upstream#1.language", "'../x'"]),
+        ('[[upstream]]\nurl = "http://m"\nname = \'a"b\'', ["upstream#1.name", "printable"]),
+        (
+            '[[upstream]]\nurl = "http://m"\nheaders = {Host = "x"}',
+            ["upstream#1.headers", "set by gup itself"],
+        ),
+        (
+            '[[upstream]]\nurl = "http://m"\nheaders = {"a b" = "x"}',
+            ["upstream#1.headers", "name of a header"],
+        ),
+        ('[[upstream]]\nurl = "http://m"\nheaders = {A = "x\\ny"}', ["upstream#1.headers", "printable"]),
+        (
+            '[[upstream]]\nurl = "http://m"\nca_file = "/no/such"',
+            ["upstream#1.ca_file", "'/no/such'", "can be read"],
+        ),
+        ('[[upstream]]\nurl = "http://m"\n[[upstream]]\nurl = "https://m"', ["upstream", "'m'", "2 times"]),
+        ('[clients]\nallow = ["10.0.0.1/8"]', ["clients.allow#1", "'10.0.0.1/8'", "10.0.0.0/8"]),
+        ("[clients]\nallow = 5", ["clients.allow", "5", "a list"]),
+        ('[site]\nname = "a b"', ["site.name", "'a b'", "letters"]),
+        ('[site]\ntime_zone = "Paris"', ["site.time_zone", "'Paris'", "Europe/Paris"]),
+        ("[workers]\ncount = -1", ["workers.count", "-1", "greater than or equal to 0"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_what_would_be_right(toml, text, words):
+    problems = problems_of(toml(text))
+    assert len(problems) == 1, problems
+    for word in words:
+        assert word in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("hours", "words"),
+    [
+        ('from = "18:00"\nto = "18:00"', ["18:00", "24:00"]),
+        ('from = "7:30"\nto = "24:00"', ["wan.schedule#1.from", "'7:30'", '"07:30"']),
+        ('from = "07:30"\nto = "24:01"', ["wan.schedule#1.to", "'24:01'"]),
+    ],
+)
+def test_a_schedules_hours_are_checked(toml, hours, words):
+    (problem,) = problems_of(toml(f'[[wan.schedule]]\ndays = ["mon"]\nrate = "1MB/s"\n{hours}\n'))
+    for word in words:
+        assert word in problem
+
+
+def test_a_schedule_names_its_missing_and_wrong_keys(toml):
+    problems = problems_of(toml('[[wan.schedule]]\ndays = ["mon", "tues"]\nrate = "1MB/s"\n'))
+    assert [problem.split(":")[0] for problem in problems] == [
+        "wan.schedule#1.days#2",
+        "wan.schedule#1.from",
+        "wan.schedule#1.to",
+    ]
+
+
+def test_all_mistakes_are_told_at_once_with_their_places(toml):
+    file = toml('[cache]\nmax_size = "x"\n[log]\nlevel = "loud"\n')
+    problems = problems_of(
+        file,
+        environment={
+            "GUP_LISTEN__PORT": "x",
+            "GUP_WAN__RTE": "1MB/s",
+            "GUP_NOPE__X": "1",
+            "GUP_LOG_LEVEL": "info",
+        },
+        flags={"workers": {"count": -3}},
+    )
+    text = "\n".join(problems)
+    assert len(problems) == 7, text
+    assert "cache.max_size: 'x' is not right" in text
+    assert f"(from {file})" in text
+    assert "(from GUP_LISTEN__PORT)" in text
+    assert "wan.rte: unknown key; did you mean rate? (from GUP_WAN__RTE)" in text
+    assert "GUP_NOPE__X: unknown section" in text
+    assert "GUP_LOG_LEVEL: unknown variable; did you mean GUP_LOG__LEVEL?" in text
+    assert "(from the command line)" in text
+
+
+def test_a_place_is_named_for_values_inside_lists():
+    (problem,) = problems_of(environment={"GUP_CLIENTS__ALLOW": "10.0.0.0/8,nowhere"})
+    assert "clients.allow#2" in problem
+    assert "(from GUP_CLIENTS__ALLOW)" in problem
+
+
+def test_broken_json_is_not_shown():
+    (problem,) = problems_of(environment={"GUP_UPSTREAM": '[{"url": "http://m", "headers": {"A": "s3cret"}'})
+    assert "upstream: the JSON text is not right: must be a list" in problem
+
+
+def test_secrets_are_not_shown_in_complaints(toml):
+    problems = problems_of(
+        toml(
+            '[[upstream]]\nurl = "http://user:s3cret@m"\nproxy = "ftp://u:s3cret@p"\n'
+            'headers = {A = "s3cret\\u0007"}\n'
+            '[[upstream]]\nurl = "http://m"\nheader = {A = "s3cret"}\n'
+        )
+    )
+    assert len(problems) == 4
+    assert "s3cret" not in "\n".join(problems)
+
+
+def test_long_values_are_cut_short():
+    (problem,) = problems_of(environment={"GUP_LOG__LEVEL": "x" * 5000})
+    assert len(problem) < 250
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path, toml):
+    (missing,) = problems_of(tmp_path / "none.toml")
+    assert "none.toml: can't be read: No such file" in missing
+    (broken,) = problems_of(toml("[cache\n"))
+    assert "gup.toml: is not TOML:" in broken
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    assert "is not TOML" in problems_of(binary)[0]
+
+
+def test_variables_that_fit_nowhere_stop_the_start_even_alone():
+    assert problems_of(environment={"GUP_LISTN__PORT": "1"})[0].startswith("GUP_LISTN__PORT: unknown section")
+
+
+def test_without_an_upstream_nothing_can_be_served():
+    with pytest.raises(SettingsError, match="--upstream"):
+        require_servable(Settings())
+    require_servable(Settings(upstream=[Upstream(url="http://m:8014")]))
+
+
+def test_addresses_are_normalised():
+    listen = load(
+        environment={"GUP_LISTEN__ADDRESS": "localhost", "GUP_LISTEN__ADMIN_ADDRESS": "[::1]"}
+    ).listen
+    assert (listen.address, listen.admin_address) == ("127.0.0.1", "::1")
+
+
+def test_equal_ports_on_different_addresses_are_allowed():
+    flags = {"listen": {"address": "127.0.0.2", "port": 99, "admin_port": 99}}
+    assert load(environment={}, flags=flags).listen.port == 99
+    assert load(environment={}, flags={"listen": {"port": 0, "admin_port": 0}}).listen.admin_port == 0
+
+
+def test_a_name_wins_over_the_url():
+    assert Upstream(url="http://m:1", name="hq").name == "hq"
+    assert Upstream(url="http://[::1]:8014/x").name == "[::1]:8014"
+
+
+def test_the_directory_is_a_path():
+    assert Cache(directory=Path("/tmp/x")).directory == Path("/tmp/x")

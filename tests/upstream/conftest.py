@@ -1,0 +1,74 @@
+"""Fixtures of the upstreams' tests."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from harness.scripted import ScriptedUpstream
+
+from gup.config import Settings
+from gup.metrics import Counters
+from gup.upstream.bandwidth import Wan
+from gup.upstream.health import Board
+from gup.upstream.pool import Pool
+from gup.upstream.turns import Turns
+
+
+@pytest.fixture
+def upstream():
+    with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+class Clock:
+    """Monotonic time that a test can put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def upstreams() -> Callable:
+    """Settings of these tables."""
+
+    def make(*tables: dict):
+        return Settings.model_validate({"upstream": list(tables)}).upstream
+
+    return make
+
+
+@pytest.fixture
+def pool_of(tmp_path, clock, upstreams) -> Callable:
+    """A pool of these tables of settings."""
+
+    @asynccontextmanager
+    async def make(*tables: dict) -> AsyncIterator[Pool]:
+        settings = upstreams(*tables)
+        names = [one.name for one in settings]
+        words = memoryview(bytearray(16)).cast("Q")
+        wan = Wan(words, 0, Turns.alone(), lambda: 0, tmp_path / "wan.lock")
+        pool = Pool(
+            settings,
+            Counters.private(names),
+            wan,
+            user_agent="gup/test",
+            via="1.1 here (gup)",
+            board=Board.private(names, clock),
+            clock=clock,
+        )
+        try:
+            yield pool
+        finally:
+            await pool.close()
+            wan.close()
+
+    return make
