@@ -258,7 +258,7 @@ def test_paths_are_absolute(monkeypatch, tmp_path):
         ('[cache]\nmax_size = "20 apples"', ["cache.max_size", "'20 apples'", '"20GB"']),
         ('[cache]\nmax_size = "20kB"', ["cache.max_size", "'20kB'", "at least"]),
         ('[cache]\nmax_unused = "long"', ["cache.max_unused", "'long'", '"30d"']),
-        ('[cache]\nverify = "never"', ["cache.verify", "'never'", "'first_use', 'always' or 'scrub'"]),
+        ('[cache]\nverify = "never"', ["cache.verify", "'never'", "'first_use'"]),
         ("[cache]\ndirectory = 5", ["cache.directory", "5", "a path"]),
         ("cache = 5", ["cache", "5", "a table"]),
         ('[wan]\nrate = "8"', ["wan.rate", "'8'", '"8MB/s"']),

@@ -1,14 +1,16 @@
 """A real `gup serve`: started as an administrator would, watched through what it offers to everybody."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +63,15 @@ def toml(settings: Mapping[str, Any]) -> str:
             lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
             lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
+
+
+def _sizes(paths: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+    """Sizes of the files; what the service deletes meanwhile is left out."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield path, found.st_size
 
 
 class Gup:
@@ -279,11 +290,8 @@ class Gup:
     def bodies(self) -> dict[str, int]:
         """Committed bodies with their sizes, by path below content/."""
         root = self.cache_dir / "content"
-        return {
-            str(path.relative_to(root)): path.stat().st_size
-            for path in root.rglob("*")
-            if path.is_file() and not path.name.startswith(".")
-        }
+        found = (path for path in root.rglob("*") if not path.name.startswith("."))
+        return {str(path.relative_to(root)): size for path, size in _sizes(found)}
 
     def stored(self, file: str) -> bool:
         """Whether a committed body has this file name."""
@@ -295,4 +303,4 @@ class Gup:
         until(lambda: list(root.rglob(f".{file}.gup")), f"{file} is committed", timeout_seconds)
 
     def parts(self) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in (self.cache_dir / "partial").glob("*.part")}
+        return {path.name: size for path, size in _sizes((self.cache_dir / "partial").glob("*.part"))}

@@ -67,6 +67,7 @@ def test_a_changed_index_is_a_new_generation(tmp_path):
         with Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup:
             old = gup.get(INDEX)
             assert old.body == CONTENT_INFO
+            gup.wait_stored("ContentInfo.txt")
             changed = CONTENT_INFO * 3
             upstream.answer(INDEX, Answer(changed, etag='"2"'))
             new = until(lambda: _if_body(gup, changed), "the new index is served")
