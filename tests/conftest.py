@@ -68,9 +68,12 @@ async def no_task_left_behind() -> AsyncIterator[None]:
     """In every async test, by `pytest_collection_modifyitems`: set up first, so torn down last."""
     before = asyncio.all_tasks()
     yield
-    for _ in range(10):  # a cancelled task ends within a few turns of the loop
-        await asyncio.sleep(0)
-    left = {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task()}
+    left: set[asyncio.Task] = set()
+    for _ in range(100):  # what was cancelled, or whose peer has gone, gets a moment to end
+        left = asyncio.all_tasks() - before - {asyncio.current_task()}
+        if not left:
+            return
+        await asyncio.sleep(0.01)
     if left:
         pytest.fail(f"the test left tasks behind: {sorted(map(repr, left))}", pytrace=False)
 

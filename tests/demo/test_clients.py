@@ -234,14 +234,16 @@ async def test_a_crowd_finds_one_wrong_byte(session, manager_url, serve):
 
 async def test_clients_that_hang_are_given_up(manager_url, serve, monkeypatch):
     monkeypatch.setattr(simulated, "_FINISH_SECONDS", 0.1)
-    arrived = asyncio.Event()
+    arrived, released = asyncio.Event(), asyncio.Event()
 
     async def hang(_request):
         arrived.set()
-        await asyncio.Event().wait()
+        await released.wait()
+        raise ConnectionResetError  # nobody is there to answer any more
 
     server = await serve(hang)
     crowd, _ = await with_crowd(manager_url, url=server.url, count=2, when=lambda _: arrived.is_set())
+    released.set()
     assert crowd.figures.failed >= 1
 
 
