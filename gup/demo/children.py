@@ -10,6 +10,7 @@ from typing import Any, Self
 from gup.errors import GupError
 
 _KEPT_LINES = 30
+_COMPLAINT = re.compile(r"^\S+ (warning|error|critical) ")
 _LONGEST_LINE_BYTES = 1 << 20
 _TERMINATE_SECONDS = 15.0
 _DRAIN_SECONDS = 2.0
@@ -29,6 +30,8 @@ class Child:
         self._environment = environment
         self._pattern = re.compile(ready)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.complaints: deque[str] = deque(maxlen=_KEPT_LINES)
+        """The last of the lines of its log that are warnings or worse."""
         self._ready: asyncio.Future[re.Match[str]] = asyncio.get_running_loop().create_future()
         self._process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
@@ -97,6 +100,8 @@ class Child:
                 return
             line = raw.decode(errors="replace").rstrip()
             self._lines.append(line)
+            if _COMPLAINT.match(line):
+                self.complaints.append(line)
             match = self._pattern.search(line)
             if match is not None and not self._ready.done():
                 self._ready.set_result(match)

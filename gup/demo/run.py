@@ -116,7 +116,10 @@ class Stage:
             command = self._commands.gup(self._plan, manager_url, directory / "cache")
             async with Child("gup serve", command, environment, _GUP_READY) as gup:
                 match = await gup.ready(_READY_SECONDS)
-                return await self._watched(Urls(manager_url, match[1], match[2]), manager, gup)
+                status = await self._watched(Urls(manager_url, match[1], match[2]), manager, gup)
+                if status and gup.complaints:
+                    sys.stderr.write("\n".join(["what gup complained of:", *gup.complaints, ""]))
+                return status
 
     async def _watched(self, urls: Urls, *children: Child) -> int:
         """The show, ended at once when a child ends."""
