@@ -27,8 +27,8 @@ imports: $(VENV)/.installed
 check: lint types imports
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 3 -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest --numprocesses 3 -m "not alone and not long"
+	$(BIN)/python -m pytest -m "alone and not long"
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from gup.cache.body import Body, Entry, GrowingBody, read_whole
 from gup.cache.bypass import BypassBody
-from gup.cache.fill import Leader
+from gup.cache.fill import PRIORITIES, Leader, too_many_fills
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.heads import head_of
@@ -268,7 +268,8 @@ class Cache:
         flight = self._flights.get(key)
         first = flight is None
         if flight is None:
-            flight = self._flights[key] = Flight(key, route, variant, via)
+            self._refuse_hopeless(key, route)
+            flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
             self._spawn(self._fly(flight))
         self._means.counters.add("gup_fill_waiters", 1)
         try:
@@ -296,6 +297,12 @@ class Cache:
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
+
+    def _refuse_hopeless(self, key: ContentKey, route: Route) -> None:
+        """What would wait too long for its place is refused before it costs a task or a look at the disk."""
+        queue, priority = self._means.queue, PRIORITIES[route.kind]
+        if queue.hopeless(priority) and not self._means.claims.taken(key.claim_offset):
+            raise too_many_fills(queue, priority)
 
     def _refuse_circle(self, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""

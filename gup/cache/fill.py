@@ -16,6 +16,7 @@ from gup.cache.flight import Flight, Landing, Means
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
 from gup.cache.prior import Prior, drop_parts, examine, note_damage, validated_at
+from gup.cache.queue import FillQueue
 from gup.cache.record import Head, Record
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
@@ -37,6 +38,15 @@ _Result = TypeVar("_Result")
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
     """The body can't be kept: too large, or the disk refuses."""
+
+
+def too_many_fills(queue: FillQueue, priority: int) -> Problem:
+    """Told to the clients of a fill that would not get its place in time."""
+    return Problem(
+        "overloaded",
+        "as much as the link to upstream can carry is being fetched, and more waits before this",
+        retry_after_seconds=queue.retry_seconds(priority),
+    )
 
 
 class Leader:
@@ -96,13 +106,10 @@ class Leader:
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
         """Fetch when a slot is free. What is returned tells that upstream does not have it."""
         priority = PRIORITIES[self._flight.route.kind]
-        async with self._means.slots.held(priority, self._means.settings.fill.queue_timeout) as held:
+        queue = self._means.queue
+        async with queue.held(priority, self._means.clock() - self._flight.since) as held:
             if not held:
-                raise Problem(
-                    "overloaded",
-                    "all fills are taken; this one waited too long for its turn",
-                    retry_after_seconds=self._means.settings.fill.queue_timeout,
-                )
+                raise too_many_fills(queue, priority)
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)

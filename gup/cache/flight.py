@@ -9,7 +9,7 @@ from enum import Enum
 from gup import config
 from gup.cache.body import GrowingBody
 from gup.cache.claim import Claims
-from gup.cache.slots import Slots
+from gup.cache.queue import FillQueue
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
@@ -28,7 +28,7 @@ class Means:
     claims: Claims
     pool: Pool
     counters: Counters
-    slots: Slots
+    queue: FillQueue
     space: Space
     streams: Streams
     executor: Executor
@@ -67,6 +67,8 @@ class Flight:
     landing: Landing | None = None
     problem: Problem | None = None
     stands_seconds: float = 0.0
+    since: float = 0.0
+    """When the first request for it came, by the clock: those who wait have one patience together."""
     fetched: bool = False
     """Whether this process asked an upstream for it."""
     _settled: asyncio.Event | None = None

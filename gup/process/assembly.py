@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from gup import __version__, config
+from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.cache import Cache
 from gup.cache.claim import Claims
 from gup.cache.flight import Means
+from gup.cache.queue import FillQueue
 from gup.cache.slots import Slots
 from gup.cache.space import Space
 from gup.cache.store import Store
@@ -41,7 +43,11 @@ WAN_TURNS = WAN_CLOCK + 2
 """One word a block: who waits for bytes of the WAN."""
 FILL_TURNS = WAN_TURNS + MOST_BLOCKS
 """One word a block: who waits for a place to fill."""
-assert FILL_TURNS + MOST_BLOCKS <= SPARE + SPARE_WORDS
+FILL_BACKLOG = FILL_TURNS + MOST_BLOCKS
+"""One word a block, then one word a class of places: see gup.cache.backlog."""
+assert FILL_BACKLOG + MOST_BLOCKS + CLASSES <= SPARE + SPARE_WORDS
+
+_URGENT_FIRST = 10_000
 
 _RANGE_BYPASS_FIRST = 100_000
 _RANGE_BYPASS_PLACES = 2
@@ -106,24 +112,23 @@ class Assembly:
             error_ttl=lambda: self.means.settings.cache.error_ttl,
         )
         self.means = self._means()
-        slots = self.means.slots
         self.cache = Cache(
             self.means,
             max_open=min(4096, self.descriptors // 8),
-            bypass=slots.others(_BYPASS_FIRST, _BYPASS_PLACES),
-            range_bypass=slots.others(_RANGE_BYPASS_FIRST, _RANGE_BYPASS_PLACES),
+            bypass=Slots(self._places, _BYPASS_FIRST, lambda: _BYPASS_PLACES),
+            range_bypass=Slots(self._places, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_PLACES),
         )
 
     def _means(self) -> Means:
         claims = Claims(self.store.partial / "claims")
-        places = Claims(self.store.run / "slots")
+        places = self._places = Claims(self.store.run / "slots")
         self.downloads = Slots(places, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads)
         return Means(
             store=self.store,
             claims=claims,
             pool=self.pool,
             counters=self.counters,
-            slots=Slots(places, 0, lambda: self.means.settings.fill.max, self._turns(FILL_TURNS)),
+            queue=self._queue(places),
             space=Space(
                 self.store.root,
                 max_size=lambda: self.means.settings.cache.max_size,
@@ -145,13 +150,32 @@ class Assembly:
 
     def _turns(self, first: int) -> Turns:
         """Words by which processes that wait for the same thing tell each other who comes next."""
-        page = self.shared.page
+        return Turns(self.words[first : first + self._blocks], self.block, self._alive)
 
-        def alive(block: int) -> bool:
-            return time.monotonic_ns() - page.last_beat(block) < _ALIVE_NS
+    @property
+    def _blocks(self) -> int:
+        return worker_block(self.settings.worker_count)
 
-        blocks = worker_block(self.settings.worker_count)
-        return Turns(self.words[first : first + blocks], self.block, alive)
+    def _alive(self, block: int) -> bool:
+        return time.monotonic_ns() - self.shared.page.last_beat(block) < _ALIVE_NS
+
+    def _queue(self, places: Claims) -> FillQueue:
+        def most() -> int:
+            return self.means.settings.fill.max
+
+        held = FILL_BACKLOG + MOST_BLOCKS
+        return FillQueue(
+            Slots(places, _URGENT_FIRST, most),
+            Slots(places, 0, most),
+            lambda: self.means.settings.fill.queue_timeout,
+            self._turns(FILL_TURNS),
+            Backlog(
+                self.words[FILL_BACKLOG : FILL_BACKLOG + self._blocks],
+                self.words[held : held + CLASSES],
+                self.block,
+                self._alive,
+            ),
+        )
 
     def wan_rate(self) -> int:
         """Bytes per second from upstream, by the schedule; looked up anew twice a second, or on a reload."""

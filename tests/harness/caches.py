@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gup.cache.backlog import Backlog
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
 from gup.cache.claim import Claims
 from gup.cache.flight import Means
+from gup.cache.queue import FillQueue
 from gup.cache.slots import Slots
 from gup.cache.space import Space
 from gup.cache.store import Store
@@ -118,7 +120,13 @@ async def working(root: Path, upstreams: list[str], **sections: dict) -> AsyncIt
     def tell(event) -> None:
         told.append(dict(event))
 
-    slots = Slots(places, 0, lambda: settings.fill.max)
+    queue = FillQueue(
+        Slots(places, 10_000, lambda: settings.fill.max),
+        Slots(places, 0, lambda: settings.fill.max),
+        lambda: settings.fill.queue_timeout,
+        Turns.alone(),
+        Backlog.alone(),
+    )
     epochs: list[None] = []
 
     means = Means(
@@ -126,7 +134,7 @@ async def working(root: Path, upstreams: list[str], **sections: dict) -> AsyncIt
         claims=claims,
         pool=pool,
         counters=counters,
-        slots=slots,
+        queue=queue,
         space=Space(
             root,
             max_size=lambda: settings.cache.max_size,
@@ -145,7 +153,12 @@ async def working(root: Path, upstreams: list[str], **sections: dict) -> AsyncIt
         wall_clock=time.time,
         clock=time.monotonic,
     )
-    cache = Cache(means, max_open=64, bypass=slots.others(200_000, 4), range_bypass=slots.others(100_000, 2))
+    cache = Cache(
+        means,
+        max_open=64,
+        bypass=Slots(places, 200_000, lambda: 4),
+        range_bypass=Slots(places, 100_000, lambda: 2),
+    )
     worker = Worker(cache, means, told)
     try:
         yield worker

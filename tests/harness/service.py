@@ -97,7 +97,8 @@ class Gup:
         self.folder = cache_dir.with_name(cache_dir.name + ".test")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._mark = uuid.uuid4().hex
-        self._env = {"GUP_WAN__RATE": "0", "PYTHONPATH": str(REPOSITORY), **(env or {})}
+        unlimited = {} if settings and "wan" in settings else {"GUP_WAN__RATE": "0"}
+        self._env = {**unlimited, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         self._runs = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.data: tuple[str, int] = ("", 0)

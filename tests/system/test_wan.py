@@ -12,8 +12,6 @@ from harness.waiting import until
 pytestmark = pytest.mark.alone
 
 MB = 1_000_000
-FILE_COUNTS = {"GUP_WAN__RATE": ""}
-"""Takes the harness's unlimited rate away."""
 
 
 def full(number: int) -> str:
@@ -21,7 +19,7 @@ def full(number: int) -> str:
 
 
 def service(tmp_path, upstream: ScriptedUpstream, settings: dict) -> Gup:
-    return Gup(tmp_path / "cache", [upstream.url], settings=settings, env=FILE_COUNTS)
+    return Gup(tmp_path / "cache", [upstream.url], settings=settings)
 
 
 def received(gup: Gup) -> float:
@@ -49,7 +47,7 @@ def test_the_rate_holds_over_all_workers(tmp_path, fills, rate):
             upstream.answer(full(number), Answer(body, etag=f'"{number}"'))
         settings = {"wan": {"rate": rate}}
         with (
-            Gup(tmp_path / "cache", [upstream.url], settings=settings, env=FILE_COUNTS) as gup,
+            Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
             Swarm(gup.data) as swarm,
         ):
             for number in range(fills):
@@ -69,9 +67,9 @@ def test_a_delta_goes_before_eight_fulls_and_the_fulls_go_on(tmp_path):
         for number in range(8):
             upstream.answer(full(number), Answer(body, etag=f'"{number}"'))
         upstream.answer(urgent, Answer(delta, etag='"d"'))
-        settings = {"wan": {"rate": 1_000_000}, "fill": {"max": 9}}
+        settings = {"wan": {"rate": 1_000_000}}
         with (
-            Gup(tmp_path / "cache", [upstream.url], settings=settings, env=FILE_COUNTS) as gup,
+            Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
             Swarm(gup.data) as swarm,
         ):
             for number in range(8):
@@ -91,7 +89,7 @@ def test_a_new_rate_holds_within_a_second_in_mid_fill(tmp_path):
         upstream.answer(full(1), Answer(body, etag='"1"'))
         settings = {"wan": {"rate": 500_000}}
         with (
-            Gup(tmp_path / "cache", [upstream.url], settings=settings, env=FILE_COUNTS) as gup,
+            Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
             Swarm(gup.data) as swarm,
         ):
             swarm.add(1, full(1))

@@ -1,0 +1,181 @@
+"""The queue of fills: places by class, order over processes, and refusing what would wait too long."""
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from gup.cache.backlog import CLASSES, Backlog
+from gup.cache.claim import Claims
+from gup.cache.queue import FillQueue
+from gup.cache.slots import Slots
+from gup.upstream.turns import Turns
+
+DELTA, INDEX, FULL, PREFETCH = range(4)
+
+
+class Site:
+    """Queues of several processes of one service, with places in one file and words in one page."""
+
+    def __init__(self, directory, processes=2, most=2):
+        self.most = most
+        self.patience = 30.0
+        self.live = set(range(processes))
+        turns = memoryview(bytearray(8 * processes)).cast("Q")
+        waiting = memoryview(bytearray(8 * processes)).cast("Q")
+        self.held = memoryview(bytearray(8 * CLASSES)).cast("Q")
+        self.claims = [Claims(directory / "slots") for _ in range(processes)]
+        self.queues = [
+            FillQueue(
+                Slots(claims, 1000, lambda: self.most),
+                Slots(claims, 0, lambda: self.most),
+                lambda: self.patience,
+                Turns(turns, number, self.live.__contains__),
+                Backlog(waiting, self.held, number, self.live.__contains__),
+            )
+            for number, claims in enumerate(self.claims)
+        ]
+        self.order = []
+
+    def close(self):
+        for claims in self.claims:
+            claims.close()
+
+    @asynccontextmanager
+    async def waiter(self, process, priority, waited=0.0):
+        """One who waits in the block, and notes when its turn has come; it holds its place for no time."""
+
+        async def wait():
+            async with self.queues[process].held(priority, waited) as held:
+                self.order.append((priority, held))
+
+        task = asyncio.create_task(wait())
+        before = self.waiting()
+        await turns(lambda: task.done() or self.waiting() > before)
+        yield task
+        await task
+
+    def waiting(self):
+        return sum(len(queue._waiting) for queue in self.queues)
+
+
+async def turns(condition):
+    """Turns of the loop until it holds; the test's own timeout ends it."""
+    while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def site(tmp_path):
+    site = Site(tmp_path)
+    yield site
+    site.close()
+
+
+async def hold(stack, queue, priority, count):
+    for _ in range(count):
+        assert await stack.enter_async_context(queue.held(priority, 0.0))
+
+
+async def test_bulk_never_holds_up_what_is_urgent(site):
+    async with AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2)
+        for queue, priority in [(site.queues[1], DELTA), (site.queues[0], INDEX)]:
+            await hold(stack, queue, priority, 1)
+        site.patience = 0.02
+        async with site.queues[1].held(DELTA, 0.0) as held:
+            assert not held, "two urgent ones stream already"
+
+
+async def test_bulk_takes_only_what_urgent_leaves(site):
+    async with AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], DELTA, 1)
+        await hold(stack, site.queues[1], FULL, 1)
+        site.patience = 0.02
+        async with site.queues[1].held(FULL, 0.0) as held:
+            assert not held
+
+
+@pytest.mark.parametrize("process", [0, 1])
+async def test_urgency_then_order_of_arrival(site, process):
+    site.most = 1
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], DELTA, 1)
+        for priority in (PREFETCH, FULL, INDEX, DELTA):
+            await waiters.enter_async_context(site.waiter(process, priority))
+    assert site.order == [(DELTA, True), (INDEX, True), (FULL, True), (PREFETCH, True)]
+
+
+async def test_what_those_who_want_it_have_waited_counts(site):
+    async with AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2)
+        began = asyncio.get_running_loop().time()
+        async with site.queues[0].held(FULL, 29.99) as held:
+            assert not held
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+
+async def test_a_free_place_is_never_refused(site):
+    site.held[1] = 10**12
+    site.patience = 0.5
+    async with site.queues[0].held(FULL, 99.0) as held:
+        assert held
+        assert site.queues[1].expected_seconds(FULL) == 0.0
+        assert not site.queues[1].hopeless(FULL)
+
+
+async def test_the_wait_is_foretold_over_all_processes(site):
+    site.held[1] = 6_000_000  # a fill held its place for 6 s
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2)
+        assert site.queues[0].expected_seconds(FULL) == pytest.approx(3.0)
+        for process in (0, 1, 0, 1):
+            await waiters.enter_async_context(site.waiter(process, FULL))
+        assert site.queues[1].expected_seconds(FULL) == pytest.approx(15.0)
+        assert site.queues[1].expected_seconds(PREFETCH) == pytest.approx(15.0)
+        assert site.queues[1].expected_seconds(DELTA) == 0.0
+        assert not site.queues[1].hopeless(FULL)
+        site.patience = 14.0
+        assert site.queues[1].hopeless(FULL)
+        assert not site.queues[1].hopeless(DELTA)
+        assert 7.0 <= site.queues[1].retry_seconds(FULL) <= 14.0
+        async with site.queues[0].held(FULL, 0.0) as held:
+            assert not held
+        site.live.remove(0)  # its two waiters are gone with it
+        assert site.queues[1].expected_seconds(FULL) == pytest.approx(9.0)
+        site.live.add(0)
+        site.patience = 30.0
+
+
+async def test_who_waits_in_vain_is_told_when_that_is_known(site):
+    """The first fills tell how long one takes: those at the end of the queue need not wait their patience."""
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2)
+        for _ in range(5):
+            await waiters.enter_async_context(site.waiter(0, FULL))
+        site.held[1] = 50_000_000  # places become free every 25 s
+        await turns(lambda: len(site.order) == 3)
+        assert site.order == [(FULL, False)] * 3
+        assert site.waiting() == 2, "the first two have their turn within twice their patience"
+        site.held[1] = 0
+
+
+async def test_the_queue_is_bounded(site, monkeypatch):
+    monkeypatch.setattr("gup.cache.queue._MOST_WAITING", 3)
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2)
+        for _ in range(3):
+            await waiters.enter_async_context(site.waiter(0, FULL))
+        assert site.queues[0].hopeless(FULL)
+        assert not site.queues[1].hopeless(FULL)
+
+
+async def test_the_mean_follows_what_fills_take_now(site):
+    async with site.queues[0].held(FULL, 0.0):
+        pass
+    assert 0 < site.held[1] < 1_000_000
+    assert site.held[0] == 0
+    backlog = Backlog.alone()
+    for seconds in [8.0] + [1.0] * 20:
+        backlog.held(1, seconds)
+    assert backlog.mean_held_seconds(1) == pytest.approx(1.0, rel=0.05)

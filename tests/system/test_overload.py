@@ -1,0 +1,145 @@
+"""More is asked for than the link can carry: quick and honest refusals, and everybody gets it in the end."""
+
+import heapq
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from harness.scripted import Answer, ScriptedUpstream
+from harness.service import Gup
+from harness.swarm import Client, End, Swarm, body_digest
+from harness.trees import content_path, noise
+
+HARNESS = Path(__file__).parent.parent
+HIT = content_path("xdelta260701001_To_260731001.dax")
+
+
+@dataclass
+class Crowd:
+    """Clients who retry as they are told until each has its file."""
+
+    swarm: Swarm
+    patience_seconds: float
+    asking: set[int] = field(default_factory=set)
+    later: list[tuple[float, str]] = field(default_factory=list)
+    got: list[Client] = field(default_factory=list)
+    refused: list[Client] = field(default_factory=list)
+
+    def ask(self, target: str, count: int) -> None:
+        self.swarm.add(count, target)
+
+    def run(self, clients: int, watch, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while len(self.got) < clients:
+            assert time.monotonic() < deadline, f"{len(self.got)} of {clients} clients have their file"
+            self._sort()
+            now = time.monotonic()
+            while self.later and self.later[0][0] <= now:
+                self.ask(heapq.heappop(self.later)[1], 1)
+            watch()
+            time.sleep(0.05)
+
+    def _sort(self) -> None:
+        ended = [client for client in self.swarm.clients if client.end]
+        for client in ended:
+            self.swarm.clients.remove(client)
+            assert client.end is End.COMPLETE, (client.end, client.status, client.target)
+            if client.status == 200:
+                self.got.append(client)
+                continue
+            assert client.status == 503, client.status
+            self.refused.append(client)
+            retry = int(client.fields["retry-after"])
+            assert 1 <= retry <= max(1.0, self.patience_seconds) + 1
+            heapq.heappush(self.later, (client.finished_at + retry, client.target))
+
+
+@dataclass
+class Footprint:
+    """The most memory and descriptors that the service's processes took, looked at twice a second."""
+
+    processes: list[psutil.Process]
+    resident_bytes: int = 0
+    descriptors: int = 0
+    _next: float = 0.0
+
+    def look(self) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.5
+            self.resident_bytes = max(self.resident_bytes, *(p.memory_info().rss for p in self.processes))
+            self.descriptors = max(self.descriptors, sum(p.num_fds() for p in self.processes))
+
+
+def probing(gup: Gup, seconds: float) -> subprocess.Popen:
+    host, port = gup.data
+    arguments = [sys.executable, "-m", "harness.probe", host, str(port), HIT, "100", str(seconds)]
+    return subprocess.Popen(arguments, cwd=HARNESS, stdout=subprocess.PIPE, text=True)
+
+
+def figures(probe: subprocess.Popen) -> dict:
+    output, _ = probe.communicate(timeout=600)
+    assert probe.returncode == 0
+    return json.loads(output)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("clients", "files", "size", "rate", "patience", "seconds"),
+    [
+        pytest.param(600, 60, 60_000, 600_000, 1.0, 60, id="short"),
+        pytest.param(5000, 300, 400_000, 1_000_000, 30.0, 600, id="whole", marks=pytest.mark.long),
+    ],
+)
+def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, patience, seconds, capsys):
+    bodies = {content_path(f"xdelta2607{n:03}_To_260801001.dax"): noise(f"o{n}", size) for n in range(files)}
+    settings = {
+        "wan": {"rate": rate},
+        "fill": {"queue_timeout": patience},
+        "clients": {"max_connections_per_address": 0},
+    }
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
+        Swarm(gup.data) as swarm,
+    ):
+        upstream.answer(HIT, Answer(noise("hit", 4096), etag='"h"'))
+        for path, body in bodies.items():
+            upstream.answer(path, Answer(body, etag=f'"{path}"'))
+        assert gup.get(HIT).status == 200
+        gup.wait_stored(HIT.rpartition("/")[2])
+        quiet = figures(probing(gup, 3.0))
+        footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
+        crowd = Crowd(swarm, patience)
+        began = time.monotonic()
+        for path in bodies:
+            crowd.ask(path, clients // files)
+        probe = probing(gup, 0.8 * files * size / rate)
+        asked = clients // files * files
+        crowd.run(asked, footprint.look, seconds)
+        took = time.monotonic() - began
+        busy = figures(probe)
+
+        for client in crowd.got:
+            assert client.digest == body_digest(bodies[client.target])
+        for path in bodies:
+            assert len(upstream.requests(path)) == 1, path
+        assert crowd.refused, "the link could carry it all: nothing was tested"
+        slowest = max(client.finished_at - client.asked_at for client in crowd.refused)
+        with capsys.disabled():
+            sys.stdout.write(
+                f"\n{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
+                f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
+                f"the slowest after {slowest:.2f} s; a worker at most "
+                f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
+                f"hits' p99 {quiet['p99']:.2f} ms alone, "
+                f"{busy['p99']:.2f} ms beside them\n"
+            )
+        assert slowest <= patience + 1.0
+        assert took <= 1.5 * files * size / rate + 3 * patience
+        assert footprint.descriptors <= 3 * asked
+        assert footprint.resident_bytes <= 200_000_000
