@@ -1,4 +1,4 @@
-"""A service with injected faults: its environment, and what the faults' log tells (rules: sitecustomize.py)."""
+"""A service with injected faults: its environment, and the faults' log (rules: faults/sitecustomize.py)."""
 
 import json
 from collections.abc import Sequence
