@@ -1,4 +1,4 @@
-"""Bodies as a connection reads them: committed, or growing while they arrive; never fetches, never sends."""
+"""Bodies as a connection reads them, and the committed ones; never fetches, never sends."""
 
 import asyncio
 import errno
@@ -19,9 +19,6 @@ CUT = -1
 _WARM_SECONDS = 30.0
 """A chunk sent within this time is taken to be in the page cache still."""
 _PROBE_STEP_BYTES = 128 * 1024
-_WAKE_SECONDS = 0.025
-_WAKE_BYTES = 64 * 1024
-_WAKE_AT_LATEST_SECONDS = 0.2
 
 Callback = Callable[[], None]
 
@@ -29,8 +26,13 @@ Callback = Callable[[], None]
 class Body(Protocol):
     """What a connection needs of a body. Offsets and lengths in bytes."""
 
-    head: Head
-    source: str
+    @property
+    def head(self) -> Head:
+        """What is told of it."""
+
+    @property
+    def source(self) -> str:
+        """Under which name its bytes are counted."""
 
     @property
     def fd(self) -> int:
@@ -53,6 +55,9 @@ class Body(Protocol):
 
     def leave(self) -> None:
         """A reader is gone. Called once by each."""
+
+    def unreadable(self) -> None:
+        """Sending from `fd`, or `view`, raised an error of the disk: this reader is being cut."""
 
 
 async def read_whole(body: Body, most: int) -> bytes:
@@ -114,6 +119,10 @@ class Entry:
     def leave(self) -> None:
         """Nothing: the descriptor lives as long as somebody holds the entry."""
 
+    def unreadable(self) -> None:
+        """Nobody shall get it any more: a miss fetches it anew."""
+        self._spoil()
+
     def view(self, offset: int, length: int) -> memoryview:
         return memoryview(os.pread(self.file.fd, length, offset))
 
@@ -148,7 +157,8 @@ class Entry:
                 if not os.preadv(self.file.fd, probe, offset, os.RWF_NOWAIT):
                     return True  # shorter than recorded: the read in the thread finds out
         except OSError as error:
-            return error.errno != errno.EAGAIN  # a file system that can't tell counts as warm
+            # A file system that can't tell counts as warm; what can't be read is found out in the thread.
+            return error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
         return True
 
     def wait(self, offset: int, callback: Callback) -> None:
@@ -190,129 +200,14 @@ class Entry:
                 self._verified[chunk] = 1
                 self._unverified -= 1
                 self.all_verified = self._unverified == 0
-        elif not self.damaged:
-            self.damaged = True
-            self.all_verified = False
-            self._on_damage(self)
+        else:
+            self._spoil()
         for callback in [call for call, at in self._waiting.items() if at == chunk or self.damaged]:
             del self._waiting[callback]
             callback()
 
-
-class GrowingBody:
-    """A body that is being written: what is published of it may be sent.
-
-    Its fill (leader or follower) alone calls `publish`, `complete` and `fail`. Waiters run at the first
-    published byte and at the end at once, in between at most every 25 ms and only for 64 KiB more (or after
-    200 ms): a thousand waiters must not eat the cores.
-    """
-
-    source = "fill"
-
-    def __init__(self, head: Head, generation: int, file: OpenFile, now: float) -> None:
-        """`now` is on the monotonic clock."""
-        self.head = head
-        self.generation = generation
-        self.file = file
-        self.published = 0
-        self.failed = False
-        self.readers = 0
-        self._length: int | None = None
-        self._waiting: dict[Callback, int] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._woken_at = 0.0
-        self._woken_bytes = 0
-        self._began_at = self._published_at = now
-        self.on_leave: Callback | None = None
-        self._began_bytes = 0
-
-    @property
-    def fd(self) -> int:
-        return self.file.fd
-
-    def seconds_to(self, offset: int, now: float) -> float:
-        """How long the fill will take to reach `offset` at its present rate.
-
-        Where nothing has come for a while, the time of that silence is the best guess.
-        """
-        missing = offset - self.published
-        if missing <= 0:
-            return 0.0
-        gained = self.published - self._began_bytes
-        silent_seconds = now - self._published_at
-        return max(missing * (now - self._began_at) / gained if gained > 0 else 0.0, silent_seconds)
-
-    def age_seconds(self, now: float) -> float:
-        """How long it has been growing, as far as this process knows."""
-        return now - self._began_at
-
-    @property
-    def ended(self) -> bool:
-        return self.failed or self._length is not None
-
-    def end(self) -> int | None:
-        return self._length if self._length is not None else self.head.length
-
-    def view(self, offset: int, length: int) -> memoryview:
-        return memoryview(os.pread(self.file.fd, length, offset))
-
-    def available(self, offset: int, want: int) -> int:
-        if offset < self.published:
-            return min(want, self.published - offset)
-        return CUT if self.failed else 0
-
-    def wait(self, offset: int, callback: Callback) -> None:
-        self._waiting[callback] = offset
-
-    def forget(self, callback: Callback) -> None:
-        self._waiting.pop(callback, None)
-
-    def leave(self) -> None:
-        self.readers -= 1
-        if self.on_leave is not None:
-            self.on_leave()
-
-    def publish(self, size: int) -> None:
-        """The first `size` bytes are in the file."""
-        assert size >= self.published
-        if size == self.published:
-            return
-        first = self.published == 0
-        if first and size > _WAKE_BYTES:
-            self._began_bytes = size  # a part that was there before says nothing of the rate
-        self.published = size
-        self._published_at = time.monotonic()
-        if first or size == self.head.length:
-            self._wake()
-        elif self._waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
-
-    def complete(self, length: int) -> None:
-        """All is published, and right."""
-        assert self.published == length
-        self._length = length
-        self._wake()
-
-    def fail(self) -> None:
-        """The rest will never come: readers are cut when they have sent what there is."""
-        if not self.ended:
-            self.failed = True
-            self._wake()
-
-    def _tick(self) -> None:
-        self._timer = None
-        due = time.monotonic() - self._woken_at >= _WAKE_AT_LATEST_SECONDS
-        if due or self.published - self._woken_bytes >= _WAKE_BYTES:
-            self._wake()
-        elif self._waiting and self.published > self._woken_bytes:
-            self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
-
-    def _wake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._woken_at = time.monotonic()
-        self._woken_bytes = self.published
-        for callback in [c for c, at in self._waiting.items() if at < self.published or self.ended]:
-            self._waiting.pop(callback, None)
-            callback()
+    def _spoil(self) -> None:
+        if not self.damaged:
+            self.damaged = True
+            self.all_verified = False
+            self._on_damage(self)

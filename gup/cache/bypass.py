@@ -65,6 +65,9 @@ class BypassBody:
         """The client is gone or served: nobody else wants these bytes."""
         self._task.cancel()
 
+    def unreadable(self) -> None:
+        """Nothing: it never touches the disk."""
+
     def _free_before(self, offset: int) -> None:
         while self._pieces and self._base + len(self._pieces[0]) <= offset:
             gone = len(self._pieces.popleft())

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from gup.cache.body import Body, Entry, GrowingBody, read_whole
+from gup.cache.asking import PRIORITIES
+from gup.cache.body import Body, Entry, read_whole
 from gup.cache.bypass import BypassBody
-from gup.cache.fill import PRIORITIES, Leader, too_many_fills
+from gup.cache.fill import Leader
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
+from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
-from gup.cache.prior import is_fresh, load_sound, note_damage
+from gup.cache.prior import is_fresh, load_sound, note_damage, open_sound
 from gup.cache.record import Head, Record
 from gup.cache.slots import Slots
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
@@ -198,21 +200,25 @@ class Cache:
         return await self._entry(key)
 
     def _load(self, key: ContentKey) -> Entry | None:
-        record = load_sound(self._means, key)
-        file = self._means.store.open_body(record) if record is not None else None
-        if record is None or file is None:
+        opened = open_sound(self._means, key)
+        if opened is None:
             return None
+        record, file = opened
         return Entry(record, file, self._means.executor, self._damaged)
 
     def _damaged(self, entry: Entry) -> None:
         """A chunk is not what was stored: the entry goes, the next request fetches the body anew."""
-        note_damage(self._means, "body", entry.key, "a chunk does not agree with its sum")
+        note_damage(self._means, "body", entry.key, "a chunk can't be read or does not agree with its sum")
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
         self._spawn(self._remove(entry))
 
     async def _remove(self, entry: Entry) -> None:
-        removed = await self._in_thread(self._means.store.remove_body, entry.record)
+        try:
+            removed = await self._in_thread(self._means.store.remove_body, entry.record)
+        except OSError as error:
+            log.warning("%s is damaged and can't be removed: %s", entry.key.text, error)
+            return
         if removed:
             self._means.raise_store_epoch()
 
@@ -285,9 +291,8 @@ class Cache:
             raise
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
-            joined.readers += 1
-            joined.on_leave = self._waiter_left
-            return Opened(joined, result, key, route.kind)
+            result = result if joined.ring is None else Result.BYPASS
+            return Opened(joined.reader(self._waiter_left), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
             return await self._passed_through(key, route, variant, via)
@@ -302,7 +307,7 @@ class Cache:
         """What would wait too long for its place is refused before it costs a task or a look at the disk."""
         queue, priority = self._means.queue, PRIORITIES[route.kind]
         if queue.hopeless(priority) and not self._means.claims.taken(key.claim_offset):
-            raise too_many_fills(queue, priority)
+            raise queue.refusal(priority)
 
     def _refuse_circle(self, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""
@@ -380,9 +385,10 @@ class Cache:
 
         Decided as DESIGN says: further ahead than `fill.range_wait` at the present rate, at most two at once.
         """
-        body = opened.body
-        if not isinstance(body, GrowingBody) or body.end() is None:
+        reader = opened.body
+        if not isinstance(reader, Reader) or reader.end() is None:
             return None
+        body = reader.growing
         if not await self._is_far(body, start):
             return None
         place = self._range_bypass.try_take()

@@ -30,6 +30,10 @@ class ChunkSums:
                 completed.append(self._close())
         return completed
 
+    def so_far(self) -> tuple[int, ...]:
+        """The sums of all that was added; the last may be that of a chunk that is not whole yet."""
+        return (*self.done, self._open.intdigest()) if self._open_bytes else tuple(self.done)
+
     def finish(self) -> tuple[int, ...]:
         """All sums of the body, a last short chunk included."""
         if self._open_bytes:

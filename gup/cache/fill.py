@@ -1,7 +1,8 @@
 """The leader's way of a fill: from the claim to the commit, or to the reason why not; serves nobody itself.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.state holds the table). The
-caller holds the key's claim for as long as `Leader.run` runs.
+caller holds the key's claim for as long as `Leader.run` runs. Whatever the disk refuses, and wherever: all of
+it ends in one place, `_pass_on`.
 """
 
 import asyncio
@@ -11,42 +12,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.body import GrowingBody
+from gup.cache.asking import PRIORITIES, check_structure, download_of
+from gup.cache.claim import passing_offset
 from gup.cache.flight import Flight, Landing, Means
+from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
-from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
-from gup.cache.prior import Prior, drop_parts, examine, note_damage, validated_at
-from gup.cache.queue import FillQueue
+from gup.cache.part import PartWriter, Salvage
+from gup.cache.passing import NobodyReads, PassingWriter
+from gup.cache.prior import Prior, drop_parts, examine, give_up, note_damage, validated_at
 from gup.cache.record import Head, Record
+from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
-from gup.content.key import Kind
-from gup.errors import GupError, Problem
-from gup.upstream.bandwidth import Share
-from gup.upstream.connection import Ask
+from gup.errors import Problem
 from gup.upstream.download import Begun, BodyChanged, Download
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 
 log = logging.getLogger("gup.fill")
 
-PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
-"""Order in which fills get a slot: what is small and urgent before what is large."""
-_UNKNOWN_STEP_BYTES = 16 << 20
-"""Room is promised in steps of this size while a body's length is unknown."""
 _Result = TypeVar("_Result")
-
-
-class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
-    """The body can't be kept: too large, or the disk refuses."""
-
-
-def too_many_fills(queue: FillQueue, priority: int) -> Problem:
-    """Told to the clients of a fill that would not get its place in time."""
-    return Problem(
-        "overloaded",
-        "as much as the link to upstream can carry is being fetched, and more waits before this",
-        retry_after_seconds=queue.retry_seconds(priority),
-    )
 
 
 class Leader:
@@ -62,7 +46,12 @@ class Leader:
         self._head: Head | None = None
         """Of the part under way: what makes it worth going on with."""
         self._writer: PartWriter | None = None
-        self._promised = 0
+        self._download: Download | None = None
+        self._passing: PassingWriter | None = None
+        """Takes over from `_writer` when the disk refuses."""
+        self._body: GrowingBody | None = None
+        """What `_writer` writes, be it shown already or not."""
+        self._room = Room(means.space)
         self._began_at = means.clock()
 
     async def run(self) -> None:
@@ -75,15 +64,21 @@ class Leader:
             await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
         except Problem as problem:
             await self._fail(problem, 0.0)
-        except Unstorable as error:
-            await self._give_up_storing(str(error))
-        except OSError as error:
-            await self._give_up_storing(f"the cache directory refuses: {error.strerror or error}")
+        except NobodyReads:
+            self._flight.detach()
+            self._flight.land(Landing.UNSTORABLE)
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
+            passing = passing_offset(self._key.claim_offset)
+            if self._means.claims.held(passing):
+                self._means.claims.release(passing)
 
     async def _run(self) -> None:
-        prior = await self._in_thread(examine, self._means, self._key, self._flight.route.immutable)
+        prior: Prior | Landing | Failure
+        try:
+            prior = await self._on_disk(examine, self._means, self._key, self._flight.route.immutable)
+        except OSError as error:
+            prior = Prior(unstorable=refusal(error))
         if isinstance(prior, Landing):
             await self._end_body()
             self._flight.land(prior)
@@ -109,7 +104,7 @@ class Leader:
         queue = self._means.queue
         async with queue.held(priority, self._means.clock() - self._flight.since) as held:
             if not held:
-                raise too_many_fills(queue, priority)
+                raise queue.refusal(priority)
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)
@@ -137,64 +132,62 @@ class Leader:
     # --- fetching
 
     async def _fetch(self, prior: Prior) -> Problem | UpstreamFailure | None:
+        """Fetch and store, or, as soon as that can't be, fetch and pass on."""
         self._move(Phase.REQUESTED)
         self._flight.fetched = True
-        if prior.state is not None and prior.salvage is not None:
-            resumed = await self._resume(prior.state, prior.salvage)
-            if resumed is not None:
-                await self._stream(*resumed)
-                return None
-        download = self._download(None, prior.record)
         try:
-            remote = await download.begin()
-            if remote.status == 200:
-                body = await self._open_part(remote)
-        except BaseException:
-            download.close()
-            raise
-        if remote.status == 200:
-            await self._stream(download, body)
-        elif remote.status == 304 and prior.record is not None:
-            await self._validated(prior.record, remote)
-        else:
-            return absent(remote)
+            if prior.unstorable is not None:
+                return await self._pass_on(prior.unstorable, prior.record)
+            try:
+                return await self._store(prior)
+            except (Unstorable, OSError) as error:
+                return await self._pass_on(refusal(error), prior.record)
+        finally:
+            self._leave_upstream()
+
+    async def _store(self, prior: Prior) -> Problem | UpstreamFailure | None:
+        if prior.state is not None and prior.salvage is not None:
+            body = await self._resume(prior.state, prior.salvage)
+            if body is not None:
+                await self._stream(body)
+                return None
+        remote = await self._ask_upstream(None, prior.record).begin()
+        if remote.status != 200:
+            return await self._without_body(prior.record, remote)
+        await self._stream(await self._open_part(remote))
         return None
 
-    def _download(self, begun: Begun | None, record: Record | None) -> Download:
-        means, route = self._means, self._flight.route
-        variant, via = self._flight.variant, self._flight.via
-        upstreams, reserve = means.pool.chosen(variant, self._key.text, via, resuming=begun is not None)
-        if not upstreams:
-            raise Problem("no-upstream", f"no upstream has {variant}")
-        conditional = record is not None and begun is None
-        ask = Ask(
-            path=self._path,
-            purpose="index" if route.kind is Kind.INDEX else "fill",
-            stream=(means.streams.number(self._key), str(route.kind)),
-            if_none_match=record.upstream_etag if conditional and record else None,
-            if_modified_since=record.last_modified if conditional and record else None,
-            share=Share(PRIORITIES[route.kind]),
-            via=via,
-        )
-        return Download(
-            means.pool,
-            upstreams,
-            ask,
-            means.counters,
-            immutable=route.immutable,
-            reread=self._reread,
-            begun=begun,
-            reserve=reserve,
-            clock=means.clock,
-        )
+    async def _without_body(
+        self, record: Record | None, remote: RemoteHead
+    ) -> Problem | UpstreamFailure | None:
+        if remote.status == 304 and record is not None:
+            await self._validated(record, remote)
+            return None
+        return absent(remote)
+
+    def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
+        """A new download, to be begun; one that was under way is given up."""
+        self._leave_upstream()
+        self._download = download_of(self._means, self._flight, self._path, self._reread, begun, record)
+        return self._download
+
+    def _leave_upstream(self) -> None:
+        if self._download is not None:
+            self._download.close()
+            self._download = None
 
     async def _reread(self, offset: int, length: int) -> bytes:
-        assert self._writer is not None
-        return await self._writer.reread(offset, length)
+        """For Download, which compares. What can't be read must not pass for the disk refusing a write."""
+        writer = self._passing or self._writer
+        assert writer is not None
+        try:
+            return await writer.reread(offset, length)
+        except OSError as error:
+            raise rejected(f"what is here can't be compared: {error.strerror or error}") from error
 
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
-        await self._reserve(remote.length if remote.length is not None else _UNKNOWN_STEP_BYTES)
+        await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
         return await self._new_generation(head_of(self._key, remote))
 
     async def _new_generation(
@@ -205,6 +198,7 @@ class Leader:
         self._generation = int(means.wall_clock() * 1_000_000)
 
         def prepare() -> tuple[PartWriter, OpenFile]:
+            means.store.drop_part(self._key.id, self._generation)  # of a first try that the disk refused
             writer = PartWriter.create(
                 means.store, self._key.id, self._generation, means.executor, head.length, self._published
             )
@@ -212,8 +206,9 @@ class Leader:
                 writer.copy_from(old, salvage.verified, salvage.sums)
             return writer, OpenFile(means.store.part_path(self._key.id, self._generation))
 
-        self._writer, file = await self._in_thread(prepare)
-        return GrowingBody(head, self._generation, file, means.clock())
+        self._writer, file = await self._on_disk(prepare)
+        self._body = GrowingBody(head, self._generation, file, means.clock())
+        return self._body
 
     async def _show(self, body: GrowingBody) -> None:
         """STREAMING: the state for other processes, the body for this one.
@@ -222,7 +217,7 @@ class Leader:
         """
         self._move(Phase.STREAMING)
         self._head = body.head
-        await self._in_thread(self._means.store.save_state, self._state(head=body.head))
+        await self._on_disk(self._means.store.save_state, self._state(head=body.head))
         assert self._writer is not None
         self._flight.attach(body)
         body.publish(max(self._writer.written, body.published))
@@ -234,22 +229,21 @@ class Leader:
 
     # --- going on with a dead leader's part
 
-    async def _resume(self, state: FillState, salvage: Salvage) -> tuple[Download, GrowingBody] | None:
+    async def _resume(self, state: FillState, salvage: Salvage) -> GrowingBody | None:
         """Go on with a part; None when it turned out to be worth nothing (and is gone).
 
         Undamaged, the same generation goes on and its readers notice nothing. Where a chunk or the tail is
         bad, the good chunks go to a new generation and readers of the old one are cut.
         """
         assert state.head is not None
-        if state.head.length is not None:
-            await self._reserve(state.head.length)
-        else:
-            await self._reserve(salvage.size + _UNKNOWN_STEP_BYTES)
+        length = state.head.length
+        await self._room.reserve(length if length is not None else salvage.size + STEP_BYTES)
         self._head = state.head
         if salvage.whole:
             try:
                 return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
             except BodyChanged:
+                self._leave_upstream()
                 log.warning("the end of the part of %s is not what upstream has", self._key.text)
         note_damage(self._means, "part", self._key, f"good up to byte {salvage.verified} of {salvage.size}")
         if salvage.verified:
@@ -257,11 +251,13 @@ class Leader:
             try:
                 return await self._begin_again(state.head, body, replace(salvage, size=salvage.verified))
             except BodyChanged:
+                self._leave_upstream()
                 log.warning("upstream now has other bytes for %s: fetched anew", self._key.text)
         self._flight.detach()
         self._head = None
         await self._in_thread(drop_parts, self._means.store, self._key)
-        self._release(committed=False)
+        self._room.release(committed=False)
+        self._writer = self._body = None
         self._start_over()
         return None
 
@@ -282,24 +278,19 @@ class Leader:
             )
             return writer, OpenFile(means.store.part_path(self._key.id, self._generation))
 
-        self._writer, file = await self._in_thread(reopen)
+        self._writer, file = await self._on_disk(reopen)
         body = self._flight.body
-        if body is not None and body.generation == self._generation:
-            return body
-        return GrowingBody(head, self._generation, file, means.clock())
+        if body is None or body.generation != self._generation:
+            body = GrowingBody(head, self._generation, file, means.clock())
+        self._body = body
+        return body
 
-    async def _begin_again(
-        self, head: Head, body: GrowingBody, salvage: Salvage
-    ) -> tuple[Download, GrowingBody]:
+    async def _begin_again(self, head: Head, body: GrowingBody, salvage: Salvage) -> GrowingBody:
         """Ask for the rest; the body is shown when upstream has confirmed what of it was unsure."""
-        download = self._download(Begun(remote_of(head), salvage.size, salvage.verified), None)
-        try:
-            await download.begin()
-            await self._show(body)
-        except BaseException:
-            download.close()
-            raise
-        return download, body
+        begun = Begun(remote_of(head), salvage.size, salvage.verified)
+        await self._ask_upstream(begun, None).begin()
+        await self._show(body)
+        return body
 
     async def _keep_good_chunks(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
@@ -312,42 +303,24 @@ class Leader:
 
     # --- the body
 
-    async def _stream(self, download: Download, body: GrowingBody) -> None:
-        writer = self._writer
+    async def _stream(self, body: GrowingBody) -> None:
+        writer, download = self._writer, self._download
         assert writer is not None
-        try:
-            while piece := await download.read():
-                await self._keep_room(writer, len(piece))
-                await writer.add(piece)
-                if writer.written and self._flight.body is not body:
-                    await self._show(body)
-            await self._check_structure(writer)
-            await writer.write_withheld()
-            if self._flight.body is not body:
+        assert download is not None
+        while piece := await download.read():
+            writer.take(piece)
+            await self._room.keep(writer.received)
+            await self._room.twice(writer.write_sure)
+            if writer.written and self._flight.body is not body:
                 await self._show(body)
-        finally:
-            download.close()
-        body.complete(writer.written)
+        await check_structure(self._means, self._key.file, writer.received, writer.reread)
+        await self._room.twice(writer.write_withheld)
+        if self._flight.body is not body:
+            await self._show(body)
         assert download.head is not None
+        self._leave_upstream()
+        body.complete(writer.written)
         await self._commit(writer, download.head, body.head)
-
-    async def _keep_room(self, writer: PartWriter, amount: int) -> None:
-        if writer.received + amount > self._promised:
-            await self._reserve(_UNKNOWN_STEP_BYTES)
-
-    async def _check_structure(self, writer: PartWriter) -> None:
-        if not self._key.file.lower().endswith(".zip"):
-            return
-        start = max(0, writer.received - ZIP_TAIL_BYTES)
-        tail = await writer.reread(start, writer.received - start)
-        if not zip_end_is_right(tail):
-            self._means.counters.add("gup_upstream_wasted_bytes_total", writer.received, reason="rejected")
-            raise UpstreamFailure(
-                "rejected",
-                "upstream-bad-body",
-                f"what came as {self._key.file} does not end as a ZIP file does",
-                again=False,
-            )
 
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
         """Make the body durable: its readers have it whole by now and do not wait for that."""
@@ -360,9 +333,9 @@ class Leader:
         record = Record.of(self._key, route.kind, head, sums, now, mtime_ns)
         record = record.validated(validated_at(means, remote, route.immutable))
         state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
-        replaced = await self._in_thread(self._commit_now, state)
+        replaced = await self._on_disk(self._commit_now, state)
         self._move(Phase.COMMITTED)
-        self._release(committed=True)
+        self._room.release(committed=True)
         if replaced:
             means.raise_store_epoch()
         self._flight.land(Landing.COMMITTED)
@@ -399,8 +372,69 @@ class Leader:
             means.store.save(record.validated(at))
             means.store.drop_state(self._key.id)
 
-        await self._in_thread(save)
+        try:
+            await self._on_disk(save)
+        except OSError as error:  # asked again at the next request: what is stored is right all the same
+            log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)
+
+    # --- going on without the disk
+
+    async def _pass_on(self, why: str, record: Record | None) -> Problem | UpstreamFailure | None:
+        """UNSTORABLE: what upstream still sends goes to the readers from memory, at their pace.
+
+        Wherever the fill stood: 1. all is here, and only the commit was refused: nobody waits for that.
+        2. A body is arriving: its readers go on. 3. Nothing has arrived: it begins in memory.
+        """
+        await self._tell_unstorable(why)
+        if self._body is not None and self._writer is not None:
+            self._body.distrust(*self._writer.sums)
+        if self._body is not None and self._body.ended:
+            self._flight.land(Landing.UNSTORABLE)
+            return None
+        if not self._flight.wanted:
+            raise NobodyReads("nobody waits for it")
+        if self._download is None:
+            self._writer = self._body = None
+            remote = await self._ask_upstream(None, record).begin()
+            if remote.status != 200:
+                return await self._without_body(record, remote)
+        await self._stream_past()
+        return None
+
+    async def _stream_past(self) -> None:
+        means, flight, body, download = self._means, self._flight, self._body, self._download
+        assert download is not None
+        if body is None:
+            assert download.head is not None
+            body = GrowingBody(head_of(self._key, download.head), self._generation, None, means.clock())
+        passing = PassingWriter(body, self._writer, lambda: means.settings.listen.write_timeout, means.clock)
+        self._passing = passing
+        if flight.body is not body:
+            flight.attach(body)
+            await asyncio.sleep(0)  # all who waited become its readers before anything can be dropped
+        if self._writer is not None:
+            await passing.add(self._writer.held)
+        self._writer = None
+        while piece := await download.read():
+            await passing.add(piece)
+        await check_structure(means, self._key.file, passing.received, passing.reread)
+        await passing.write_withheld()
+        body.complete(passing.written)
+        flight.land(Landing.UNSTORABLE)
+
+    async def _tell_unstorable(self, why: str) -> None:
+        """Tell the others, with and without the disk's help, and forget what was stored of it."""
+        means, key = self._means, self._key
+        log.warning("%s is not stored: %s", key.text, why)
+        self._move(Phase.UNSTORABLE)
+        means.claims.try_claim(passing_offset(key.claim_offset))
+        failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
+        for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
+            log.warning("of %s something stays on the disk: %s", key.text, error)
+        self._room.release(committed=False)
+        means.counters.add("gup_fills_total", outcome="unstorable")
+        means.tell({"type": "unstorable", "key": key.text, "detail": why})
 
     # --- ends other than a commit
 
@@ -422,7 +456,7 @@ class Leader:
             await self._in_thread(self._save_end, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
-        self._release(committed=False)
+        self._room.release(committed=False)
         if problem.slug != "overloaded":
             problem = failure.problem(means.clock())
         self._flight.fail(problem, ttl_seconds)
@@ -432,22 +466,6 @@ class Leader:
         means.tell(
             {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
         )
-
-    async def _give_up_storing(self, detail: str) -> None:
-        """UNSTORABLE: it is passed through without being kept, for as long as an error stands."""
-        means = self._means
-        log.warning("%s is not stored: %s", self._key.text, detail)
-        self._move(Phase.UNSTORABLE)
-        failure = Failure("overloaded", detail, 30.0, means.clock() + 30.0)
-        state = self._state(failure=failure)
-        try:
-            await self._in_thread(self._save_end, state, True)
-        except OSError as error:
-            log.warning("the state of %s could not be kept: %s", self._key.text, error)
-        self._release(committed=False)
-        self._flight.detach()
-        self._flight.land(Landing.UNSTORABLE)
-        means.counters.add("gup_fills_total", outcome="unstorable")
 
     def _save_end(self, state: FillState, drop: bool) -> None:
         if drop:
@@ -473,19 +491,10 @@ class Leader:
         """What was streaming is given up: another generation begins where a first one would."""
         self._phase = Phase.REQUESTED
 
-    async def _reserve(self, amount: int) -> None:
-        space = self._means.space
-        if space.too_large(self._promised + amount):
-            raise Unstorable(f"it takes more than cache.max_size ({self._promised + amount} bytes)")
-        if not await space.reserve(amount):
-            raise Unstorable("no room could be made in the cache directory")
-        self._promised += amount
-
-    def _release(self, *, committed: bool) -> None:
-        if self._promised:
-            self._means.space.release(self._promised, committed=committed)
-            self._promised = 0
-
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._means.executor, work, *arguments)
+
+    async def _on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        """In a thread, and once more when the disk was full and something could be evicted."""
+        return await self._room.twice(lambda: self._in_thread(work, *arguments))

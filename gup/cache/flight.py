@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gup import config
-from gup.cache.body import GrowingBody
 from gup.cache.claim import Claims
+from gup.cache.growing import GrowingBody
 from gup.cache.queue import FillQueue
 from gup.cache.space import Space
 from gup.cache.store import Store
@@ -72,6 +72,12 @@ class Flight:
     fetched: bool = False
     """Whether this process asked an upstream for it."""
     _settled: asyncio.Event | None = None
+    _joining: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for it or reads it."""
+        return self._joining > 0 or (self.body is not None and bool(self.body.readers))
 
     @property
     def over(self) -> bool:
@@ -105,14 +111,21 @@ class Flight:
         self._settle()
 
     async def join(self) -> GrowingBody | Landing:
-        """Wait until there is something to read, or nothing will come. Problem when it failed."""
+        """Wait until there is something to read, or nothing will come. Problem when it failed.
+
+        UNSTORABLE too when it goes on from memory, and its beginning is gone already.
+        """
         if self.body is None and not self.over:
             self._settled = self._settled or asyncio.Event()
-            await self._settled.wait()
+            self._joining += 1
+            try:
+                await self._settled.wait()
+            finally:
+                self._joining -= 1
         if self.problem is not None:
             raise self.problem.again()
         if self.body is not None:
-            return self.body
+            return self.body if self.body.whole else Landing.UNSTORABLE
         assert self.landing is not None
         return self.landing
 

@@ -3,8 +3,9 @@
 import asyncio
 import os
 
-from gup.cache.body import GrowingBody
+from gup.cache.claim import passing_offset
 from gup.cache.flight import Flight, Landing, Means
+from gup.cache.growing import GrowingBody
 from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile
 
@@ -41,13 +42,16 @@ class Follower:
 
     def _pause(self) -> float:
         body = self._flight.body
-        if body is not None and body.readers == 0:
+        if body is not None and not body.readers:
             return _IDLE_POLL_SECONDS
         return _POLL_SECONDS if self._dull < _PATIENT_AFTER else 4 * _POLL_SECONDS
 
     def _look(self) -> bool:
         """One look; whether the flight is over."""
         self._dull += 1
+        if self._means.claims.taken(passing_offset(self._offset)):
+            self._land_unstorable()
+            return True
         state = self._changed_state()
         if state is not None:
             self._dull = 0
@@ -75,14 +79,20 @@ class Follower:
                 body.publish(state.record.length)
                 body.complete(state.record.length)
         elif state.phase is Phase.UNSTORABLE and self._stands(state):
-            self._flight.detach()
-            self._flight.land(Landing.UNSTORABLE)
+            self._land_unstorable()
             return True
         elif state.phase is Phase.FAILED and state.failure is not None and self._stands(state):
             now = self._means.clock()
             self._flight.fail(state.failure.problem(now), state.failure.until - now)
             return True
         return False
+
+    def _land_unstorable(self) -> None:
+        """The leader has the rest in its memory only: readers here are cut, and passed through when they ask
+        again. Each would need a request of its own upstream to go on, and there are places for four.
+        """
+        self._flight.detach()
+        self._flight.land(Landing.UNSTORABLE)
 
     def _stands(self, state: FillState) -> bool:
         return state.failure is not None and state.failure.stands(self._means.clock())

@@ -83,6 +83,9 @@ class PartWriter:
         self._on_published = on_published
         self._held = bytearray()
         """What was received and is not written: offsets from `written` on."""
+        self._in_file = 0
+        """How far the file goes: beyond `written` when a write was refused in its middle."""
+        self._unsaved_sums = bytearray()
 
     @classmethod
     def create(
@@ -121,9 +124,9 @@ class PartWriter:
         position = salvage.verified
         while position < salvage.size:
             piece = os.pread(file.fd, CHUNK_BYTES, position)
-            writer._note_sums(piece)
+            writer._save_sums(writer._sums.add(piece))
             position += len(piece)
-        writer.received = writer.written = salvage.size
+        writer.received = writer.written = writer._in_file = salvage.size
         return writer
 
     def copy_from(self, source: OpenFile, verified: int, sums: list[int]) -> None:
@@ -133,19 +136,37 @@ class PartWriter:
             position += os.copy_file_range(source.fd, self._file.fd, verified - position, position, position)
         good = sums[: verified // CHUNK_BYTES]
         self._sums = ChunkSums(list(good))
-        os.write(self._sums_file.fd, b"".join(value.to_bytes(8, "little") for value in good))
-        self.received = self.written = verified
+        self._save_sums(good)
+        self.received = self.written = self._in_file = verified
 
-    async def add(self, piece: bytes) -> None:
-        """Take the next bytes; writes all but what is withheld. OSError when the disk refuses."""
+    def take(self, piece: bytes) -> None:
+        """Take the next bytes into memory; `write_sure` is to follow."""
         self._held += piece
         self.received += len(piece)
+
+    async def write_sure(self) -> None:
+        """Write all but what is withheld. OSError when the disk refuses; it may be asked again."""
         last_sure = (self._length or self.received) - WITHHELD_BYTES
         await self._write(min(self.received, max(last_sure, self.written)) - self.written)
+
+    async def add(self, piece: bytes) -> None:
+        """Take and write."""
+        self.take(piece)
+        await self.write_sure()
 
     async def write_withheld(self) -> None:
         """Publish the end: the whole has been found right."""
         await self._write(len(self._held))
+
+    @property
+    def held(self) -> bytes:
+        """What was received and is not published."""
+        return bytes(self._held)
+
+    @property
+    def sums(self) -> tuple[int, tuple[int, ...]]:
+        """How much the file has, and the sums of that."""
+        return self._in_file, self._sums.so_far()
 
     async def settle(self) -> tuple[tuple[int, ...], int]:
         """Make it durable; the body's sums and the file's mtime (ns)."""
@@ -177,19 +198,23 @@ class PartWriter:
         self._on_published(self.written)
 
     def _write_now(self, piece: bytes) -> None:
-        view = memoryview(piece)
-        offset = self.written
-        while view:
-            done = os.pwrite(self._file.fd, view, offset)
-            offset += done
-            view = view[done:]
-        self._note_sums(piece)
+        """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
+        while rest := memoryview(piece)[self._in_file - self.written :]:
+            done = os.pwrite(self._file.fd, rest, self._in_file)
+            self._unsaved_sums += _packed(self._sums.add(rest[:done]))
+            self._in_file += done
+        self._save_sums([])
 
-    def _note_sums(self, piece: bytes) -> None:
-        completed = self._sums.add(piece)
-        if completed:
-            os.write(self._sums_file.fd, b"".join(value.to_bytes(8, "little") for value in completed))
+    def _save_sums(self, completed: list[int]) -> None:
+        self._unsaved_sums += _packed(completed)
+        while self._unsaved_sums:
+            done = os.write(self._sums_file.fd, self._unsaved_sums)
+            del self._unsaved_sums[:done]
 
     def _sync(self) -> tuple[tuple[int, ...], int]:
         os.fsync(self._file.fd)
         return self._sums.finish(), os.fstat(self._file.fd).st_mtime_ns
+
+
+def _packed(sums: list[int]) -> bytes:
+    return b"".join(value.to_bytes(8, "little") for value in sums)

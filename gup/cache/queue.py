@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from gup.cache.backlog import Backlog
 from gup.cache.slots import Slots
+from gup.errors import Problem
 from gup.upstream.turns import Turns, rank
 
 _BULK_PRIORITY = 2
@@ -93,6 +94,14 @@ class FillQueue:
         expected = self.expected_seconds(priority) or patience
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
         return min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS)
+
+    def refusal(self, priority: int) -> Problem:
+        """Told to the clients of a fill that would not get its place in time."""
+        return Problem(
+            "overloaded",
+            "as much as the link to upstream can carry is being fetched, and more waits before this",
+            retry_after_seconds=self.retry_seconds(priority),
+        )
 
     # --- waiting
 

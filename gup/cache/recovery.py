@@ -16,6 +16,7 @@ log = logging.getLogger("gup.recovery")
 
 _ORPHANED_SECONDS = 2.0
 """A fill without a leader for this long is taken over even if no client waits for it."""
+_LONGEST_ORPHANED_SECONDS = 300.0
 _TEMPORARY_SECONDS = 3600.0
 
 
@@ -48,27 +49,47 @@ class Recovery:
         self._take_over = take_over
         self._clock = clock
         self._orphans: dict[str, float] = {}
-        """When a streaming part was first seen without a leader, by id."""
+        """When a streaming part is to be taken over, by id."""
+        self._tries: dict[str, int] = {}
+        self._refused: set[str] = set()
+        """What the disk did not let be tidied: told once."""
 
     async def run(self) -> None:
         """Look at everything in `partial/` once."""
         parts = await asyncio.to_thread(self._store.parts, self._claims)
         orphans = [part for part in parts if not part.claimed]
-        self._orphans = {id_: at for id_, at in self._orphans.items() if any(p.id == id_ for p in orphans)}
+        here = {part.id for part in orphans}
+        self._orphans = {id_: at for id_, at in self._orphans.items() if id_ in here}
+        present = {part.id for part in parts}
+        self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in present}
+        self._refused &= present
         for part in orphans:
             state = part.state
             if state is not None and state.phase is Phase.STREAMING and part.generation and state.path:
                 await self._watch(part, state)
             else:
-                await self._tidy(part)
+                await self._tidy_or_tell(part)
         await asyncio.to_thread(self._drop_leftovers)
 
     async def _watch(self, part: Part, state: FillState) -> None:
-        seen = self._orphans.setdefault(part.id, self._clock())
-        if self._clock() - seen >= _ORPHANED_SECONDS:
+        """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
+        tries = self._tries.get(part.id, 0)
+        patience = min(_ORPHANED_SECONDS * 2**tries, _LONGEST_ORPHANED_SECONDS)
+        if self._clock() >= self._orphans.setdefault(part.id, self._clock() + patience):
             del self._orphans[part.id]
+            self._tries[part.id] = min(tries + 1, 16)
             log.info("nobody goes on with %s: taking it over", state.key.text)
             await self._take_over(route_of(state))
+
+    async def _tidy_or_tell(self, part: Part) -> None:
+        try:
+            await self._tidy(part)
+        except OSError as error:
+            if part.id not in self._refused:
+                log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
+            self._refused.add(part.id)
+        else:
+            self._refused.discard(part.id)
 
     async def _tidy(self, part: Part) -> None:
         """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
@@ -105,6 +126,6 @@ class Recovery:
         now = time.time()
         sums = [p for p in self._store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
         for path in (*self._store.partial.glob("*.tmp"), *sums):
-            with contextlib.suppress(FileNotFoundError):  # its writer has renamed it
+            with contextlib.suppress(OSError):  # its writer has renamed it, or the disk lets nothing go
                 if now - path.stat().st_mtime > _TEMPORARY_SECONDS:
                     path.unlink()

@@ -7,6 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 _PATIENCE_SECONDS = 5.0
+_SHORT_PATIENCE_SECONDS = 0.25
+"""For some time after none could be made: not every miss shall wait for what others waited for in vain."""
+_VAIN_SECONDS = 30.0
+_EVICTION_SECONDS = 2.0
+_MAKE_BYTES = 1 << 20
+"""How much is evicted for a disk that refuses though its figures promise room."""
 _POLL_SECONDS = 0.02
 _ASK_AGAIN_SECONDS = 0.1
 _SETTLE_SECONDS = 0.25
@@ -17,7 +23,8 @@ class Space:
     """Promises of room, kept over all workers.
 
     `used()` is what bodies and unclaimed parts take plus what every worker has promised; `promise` changes
-    this worker's share of the latter. `need` tells the controller how much is to be evicted.
+    this worker's share of the latter. `need` tells the controller how much is to be evicted; if its flag is
+    set, whatever the figures say. `evictions()` changes when something was.
     """
 
     def __init__(
@@ -28,7 +35,8 @@ class Space:
         min_free: Callable[[], int],
         used: Callable[[], int],
         promise: Callable[[int], None],
-        need: Callable[[int], None],
+        need: Callable[[int, bool], None],
+        evictions: Callable[[], int],
     ) -> None:
         self._folder = folder
         self._max_size = max_size
@@ -36,7 +44,9 @@ class Space:
         self._used = used
         self._promise = promise
         self._need = need
+        self._evictions = evictions
         self._settling = 0
+        self._in_vain_until = 0.0
 
     def too_large(self, amount_bytes: int) -> bool:
         """Whether a body of this size can never be stored."""
@@ -49,22 +59,43 @@ class Space:
         oversteps.
         """
         self._promise(amount_bytes)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + self._patience_seconds()
         ask_at = 0.0
         try:
             while (missing := self._missing(amount_bytes)) > 0:
                 now = time.monotonic()
                 if now >= deadline:
                     self._promise(-amount_bytes)
+                    self._in_vain_until = now + _VAIN_SECONDS
                     return False
                 if now >= ask_at:
-                    self._need(min(missing, amount_bytes))
+                    self._need(min(missing, amount_bytes), False)
                     ask_at = now + _ASK_AGAIN_SECONDS
                 await asyncio.sleep(_POLL_SECONDS)
         except BaseException:
             self._promise(-amount_bytes)
             raise
+        self._in_vain_until = 0.0
         return True
+
+    async def make_room(self) -> bool:
+        """Evict for a disk that is full though its figures told otherwise: a quota, inodes, another's files.
+
+        False when nothing was evicted in time.
+        """
+        before = self._evictions()
+        deadline = time.monotonic() + min(self._patience_seconds(), _EVICTION_SECONDS)
+        self._need(_MAKE_BYTES, True)
+        while self._evictions() == before:
+            if time.monotonic() >= deadline:
+                self._in_vain_until = deadline + _VAIN_SECONDS
+                return False
+            await asyncio.sleep(_POLL_SECONDS)
+        self._in_vain_until = 0.0
+        return True
+
+    def _patience_seconds(self) -> float:
+        return _SHORT_PATIENCE_SECONDS if time.monotonic() < self._in_vain_until else _PATIENCE_SECONDS
 
     def release(self, amount_bytes: int, *, committed: bool) -> None:
         """Take a promise back. A committed body counts on here until the controller has surely counted it."""

@@ -27,9 +27,11 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.STREAMING: frozenset({Phase.COMMITTED, Phase.FAILED, Phase.UNSTORABLE}),
     Phase.COMMITTED: frozenset(),
     Phase.FAILED: frozenset(),
-    Phase.UNSTORABLE: frozenset(),
+    Phase.UNSTORABLE: frozenset({Phase.FAILED}),
 }
-"""Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch."""
+"""Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch. UNSTORABLE: the body
+goes on to its readers from memory (gup.cache.passing), which may still break off.
+"""
 
 
 def may_move(before: Phase, after: Phase) -> bool:

@@ -124,7 +124,7 @@ class Store:
 
     def touch(self, key: ContentKey, used_at: float) -> None:
         """Note the last use (Unix seconds) where it outlives a lost index: the record file's times."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or on a disk that takes nothing now
             os.utime(self.record_path(key), (used_at, used_at))
 
     def remove(self, key: ContentKey) -> int:
@@ -162,7 +162,7 @@ class Store:
                 try:
                     key = ContentKey.parse("/".join((*parts, name)))
                     yield self._stored(key)
-                except (ValueError, FileNotFoundError):
+                except (ValueError, OSError):  # no name of ours, gone, or not to be read: nothing to serve
                     continue
 
     def _stored(self, key: ContentKey) -> Stored:
@@ -255,7 +255,7 @@ class Store:
             if (not is_part and id_ in seen) or len(id_) != 32:
                 continue
             seen.add(id_)
-            with contextlib.suppress(FileNotFoundError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 generation = int(rest.split(".")[0]) if is_part else 0
                 rows.append(self._part(path, id_, generation, claims))
         return rows
@@ -264,7 +264,7 @@ class Store:
         stat = path.stat()
         try:
             state = self.load_state(id_)
-        except ValueError:
+        except (ValueError, OSError):
             state = None
         size = stat.st_size if path.name.endswith(_PART_SUFFIX) else 0
         claimed = claims.taken(int(id_[:16], 16) >> 2) if claims else False
@@ -282,14 +282,16 @@ class Store:
     def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
         temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
         try:
-            with temporary.open("wb") as file:
-                file.write(text)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+            file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            rest = memoryview(text)
+            while rest:
+                rest = rest[os.write(file.fd, rest) :]
+            if durable:
+                os.fsync(file.fd)
             self._rename_into(temporary, path, durable=durable)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
 
     def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:

@@ -1,5 +1,6 @@
 """Numbers for streams, so that their bytes can be counted in words: one short list for all processes."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -32,7 +33,10 @@ class Streams:
         name = f"{key.version}/{key.language}/{key.stream}"
         number = self._numbers.get(name)
         if number is None:
-            number = self._numbers[name] = self._find(name)
+            try:
+                number = self._numbers[name] = self._find(name)
+            except OSError:  # a full disk: its bytes count as those of any other, until there is room
+                return MAX_STREAMS
             if len(self._numbers) > 10 * MAX_STREAMS:
                 self._numbers.clear()
         return number
@@ -46,7 +50,10 @@ class Streams:
                 return lines.index(name)
             if len(lines) >= MAX_STREAMS:
                 return MAX_STREAMS
-            os.write(fd, f"{name}\n".encode())
+            line, end = f"{name}\n".encode(), os.fstat(fd).st_size
+            if os.write(fd, line) < len(line):  # the disk became full: no half line may stay
+                os.ftruncate(fd, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return len(lines)
         finally:
             os.close(fd)

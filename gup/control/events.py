@@ -56,6 +56,16 @@ class Need:
     """A worker wants room now."""
 
     size_bytes: int
+    refused: bool = False
+    """Whether the disk refused a write: then something has to go whatever the figures say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unstorable:
+    """A body was not stored: too large, or the disk refuses."""
+
+    key: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ class UpstreamTrouble:
     detail: str
 
 
-Event = Committed | Used | ClientsSeen | Need | Failed | UpstreamTrouble
+Event = Committed | Used | ClientsSeen | Need | Unstorable | Failed | UpstreamTrouble
 
 
 def parse_event(datagram: bytes) -> Event:
@@ -119,7 +129,11 @@ def _clients(fields: Mapping[str, Any]) -> ClientsSeen:
 
 
 def _need(fields: Mapping[str, Any]) -> Need:
-    return Need(_amount(fields["bytes"]))
+    return Need(_amount(fields["bytes"]), fields.get("refused") is True)
+
+
+def _unstorable(fields: Mapping[str, Any]) -> Unstorable:
+    return Unstorable(ContentKey.parse(fields["key"]).text, str(fields["detail"])[:500])
 
 
 def _failed(fields: Mapping[str, Any]) -> Failed:
@@ -138,6 +152,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "used": _used,
     "clients": _clients,
     "need": _need,
+    "unstorable": _unstorable,
     "failed": _failed,
     "upstream": _upstream,
 }

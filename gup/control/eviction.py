@@ -23,7 +23,8 @@ class Limits:
     """What has to hold. A `max_unused_seconds`, `max_part_age_seconds` or `keep_revisions` of 0 is no limit.
 
     `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` can't be had and counts as
-    none, since evicting everything would not help either.
+    none, since evicting everything would not help either. `refused_bytes` are to go whatever `free_bytes` says:
+    the disk refused a write, for a quota or for want of inodes.
     """
 
     max_size_bytes: int
@@ -33,6 +34,7 @@ class Limits:
     keep_revisions: int
     max_part_age_seconds: float
     need_bytes: int = 0
+    refused_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def _make_room(plan: list[Eviction], candidates: list[Eviction], total: int, lim
     freed = sum(eviction.size_bytes for eviction in plan)
     need = limits.need_bytes if limits.need_bytes <= limits.max_size_bytes else 0
     too_big = total + need - limits.max_size_bytes - freed
-    too_little = limits.min_free_bytes + need - limits.free_bytes - freed
+    too_little = max(limits.min_free_bytes + need - limits.free_bytes, limits.refused_bytes) - freed
     for candidate in candidates:
         if too_big <= 0 and too_little <= 0:
             return

@@ -30,7 +30,13 @@ class Index:
     `complete` says whether the rows stand for all of the store; nothing is evicted before.
     """
 
-    def __init__(self, folder: Path, on_damage: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        on_damage: Callable[[], None],
+        on_written: Callable[[str | None], None] = lambda _refusal: None,
+    ) -> None:
+        """`on_written` is told after each try to write why the disk refused, None when it did not."""
         self.rows: dict[str, Row] = {}
         self.total_bytes = 0
         self.opened = False
@@ -38,6 +44,7 @@ class Index:
         self._held: dict[Stream, dict[str, int]] = {}
         self._deltas: Counter[Stream] = Counter()
         self._on_damage = on_damage
+        self._on_written = on_written
         self._file = IndexFile(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-index")
         self._dirty: set[str] = set()
@@ -133,7 +140,7 @@ class Index:
         except DamagedIndexError as error:
             await self._start_anew(str(error))
         except OSError as error:
-            _log.warning("the index can't be opened, it is kept in memory only: %s", error)
+            self._on_written(f"kept in memory only: {error}")
             await self._in_thread(self._file.close)
         return None
 
@@ -164,6 +171,7 @@ class Index:
             try:
                 await self._in_thread(write)
                 self._written_whole = whole
+                self._on_written(None)
             except DamagedIndexError as error:
                 await self._start_anew(str(error))
                 self._written_whole = False
@@ -174,7 +182,7 @@ class Index:
                 self._dirty_notes |= notes
                 if isinstance(error, asyncio.CancelledError):
                     raise
-                _log.warning("%s", error)
+                self._on_written(str(error))
 
     async def close(self) -> None:
         """Write what is due and end the thread."""

@@ -17,6 +17,8 @@ _FORMAT = 1
 _FORMAT_KEY = "about:format"
 _MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
 _UNLIMITED_BYTES = 1 << 62
+_REFUSALS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
+"""Errors that tell of the disk and not of the file."""
 
 
 class DamagedIndexError(Exception):
@@ -63,6 +65,10 @@ class IndexFile:
             return self._read()
         except (OSError, DamagedIndexError):
             raise
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in _REFUSALS:
+                raise OSError(f"the index can't be opened: {error}") from error
+            raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
         except Exception as error:  # whatever diskcache or sqlite make of damaged pages
             raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
 

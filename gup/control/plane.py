@@ -20,6 +20,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Unstorable,
     UpstreamTrouble,
     Used,
     parse_event,
@@ -28,6 +29,7 @@ from gup.control.events import (
 from gup.control.exposition import Figures
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.refusals import Refusals
 from gup.control.rows import Row, Stream, make_row
 from gup.control.space import Disk, Space
 from gup.control.status import fill_of, totals_of
@@ -56,7 +58,8 @@ class Plane:
         self.around = around
         self.settings: Settings = around.settings  # replaced by a reload only
         self.clock = clock
-        self.index = Index(around.store.index, self._index_damaged)
+        self.refusals = Refusals()
+        self.index = Index(around.store.index, self._index_damaged, self._index_written)
         self.space = Space(
             around.store,
             around.claims,
@@ -81,6 +84,12 @@ class Plane:
     def _index_damaged(self) -> None:
         self.around.counters.add("gup_integrity_failures_total", where="index")
 
+    def _index_written(self, refusal: str | None) -> None:
+        if refusal is None:
+            self.refusals.clear("index")
+        else:
+            self.refusals.tell("index", refusal, self.clock())
+
     # --- events
 
     def take_events(self) -> None:
@@ -104,7 +113,9 @@ class Plane:
             case ClientsSeen():
                 self.clients.see(event.addresses, self.clock())
             case Need():
-                self.space.need(event.size_bytes)
+                self.space.need(event.size_bytes, refused=event.refused)
+            case Unstorable():
+                self.refusals.tell("content", event.detail, self.clock())
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
@@ -113,6 +124,7 @@ class Plane:
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
 
     def _committed(self, event: Committed) -> None:
+        self.refusals.clear("content")
         now = self.clock()
         known = self.index.rows.get(event.key.text)
         if known is not None and known.pinned and event.replaced:
@@ -212,6 +224,12 @@ class Plane:
             "ready": not self.not_ready(),
             "totals": {"since_start": totals_of(around.since_start()), "since_install": totals_of(totals)},
             "cache": self._cache(disk),
+            "disk": {
+                "refusals": [
+                    {"what": what, "detail": refusal.detail, "since": refusal.since, "last": refusal.last}
+                    for what, refusal in self.refusals.rows.items()
+                ]
+            },
             "fills": [fill_of(part) for part in disk.parts if is_under_way(part)],
             "fill_waiters": totals.get("gup_fill_waiters", 0),
             "clients": {"connections": totals.get("gup_client_connections", 0)}

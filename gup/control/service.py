@@ -101,10 +101,15 @@ class Control:
         await self.plane.index.flush()
 
     async def _repin(self) -> None:
-        """Pin the new generations of pinned entries on disk too."""
+        """Pin the new generations of pinned entries on disk too; a refusal is tried at the next turn."""
         for key in list(self.plane.repin):
-            await asyncio.to_thread(self._around.store.set_pinned, ContentKey.parse(key), True)
+            try:
+                await asyncio.to_thread(self._around.store.set_pinned, ContentKey.parse(key), True)
+            except OSError as error:
+                self.plane.refusals.tell("pins", error.strerror or str(error), self.plane.clock())
+                return
             self.plane.repin.discard(key)
+        self.plane.refusals.clear("pins")
 
     async def _touch(self) -> None:
         """Write last uses where they outlive a lost index."""

@@ -79,6 +79,7 @@ class Space:
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
         self._need_bytes = 0
+        self._refused_bytes = 0
         self._stopped = False
         self._disk = Disk((), 0, 0)  # at the last look
 
@@ -92,9 +93,11 @@ class Space:
         if self._index.total_bytes + self._disk.parts_bytes > self.limits.max_size:
             self._urgent.set()
 
-    def need(self, size_bytes: int) -> None:
-        """A worker wants so much room now."""
+    def need(self, size_bytes: int, *, refused: bool = False) -> None:
+        """A worker wants so much room now; `refused`: the disk has none, whatever its figures say."""
         self._need_bytes += size_bytes
+        if refused:
+            self._refused_bytes = max(self._refused_bytes, size_bytes)
         self._due.set()
         self._urgent.set()
 
@@ -135,10 +138,11 @@ class Space:
             if self._stopped or not self._index.complete:
                 return []
             need, self._need_bytes = self._need_bytes, 0
+            refused, self._refused_bytes = self._refused_bytes, 0
             rows = list(self._index.rows.values())  # before the measuring, see Disk
             disk = await self.measure()
             need = max(need, self._promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes)
-            plan = await self._plan(rows, disk, need)
+            plan = await self._plan(rows, disk, need, refused)
             done: list[Eviction] = []
             for at in range(0, len(plan), _BATCH):
                 if self._stopped:
@@ -149,7 +153,9 @@ class Space:
             self._tell(disk)
             return done
 
-    async def _plan(self, rows: Sequence[Row], disk: Disk, need_bytes: int) -> list[Eviction]:
+    async def _plan(
+        self, rows: Sequence[Row], disk: Disk, need_bytes: int, refused_bytes: int
+    ) -> list[Eviction]:
         cache = self.limits
         limits = Limits(
             max_size_bytes=cache.max_size,
@@ -159,6 +165,7 @@ class Space:
             keep_revisions=cache.keep_revisions,
             max_part_age_seconds=cache.max_part_age,
             need_bytes=need_bytes,
+            refused_bytes=refused_bytes,
         )
         return await asyncio.to_thread(plan_evictions, rows, disk.parts, limits, self._clock())
 

@@ -135,7 +135,10 @@ class Assembly:
                 min_free=lambda: self.means.settings.cache.min_free,
                 used=self._used,
                 promise=self._promise,
-                need=lambda missing: self.tell({"type": "need", "bytes": missing}),
+                need=lambda missing, refused: self.tell(
+                    {"type": "need", "bytes": missing, "refused": refused}
+                ),
+                evictions=lambda: self.shared.page.store_epoch,
             ),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,

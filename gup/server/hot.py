@@ -42,8 +42,14 @@ class HotRow:
         """The body's bytes if they are few and in the page cache."""
         if self.length > SMALL_BYTES or self.entry.available(0, 1) == 0:
             return None
-        piece = os.pread(self.entry.fd, self.length, 0)
-        return piece if len(piece) == self.length else None
+        try:
+            piece = os.pread(self.entry.fd, self.length, 0)
+        except OSError:
+            piece = b""
+        if len(piece) != self.length:
+            self.entry.unreadable()
+            return None
+        return piece
 
 
 class HotTable:

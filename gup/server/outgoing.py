@@ -1,5 +1,6 @@
 """What of one answer is still to leave: literal bytes and spans of a body, in order; it never waits."""
 
+import errno
 import os
 import socket
 
@@ -11,6 +12,10 @@ WAIT = 0
 FINISHED = -1
 BROKEN = -2
 """The rest will never come: the connection is to be cut."""
+_DISK_ERRORS = frozenset(
+    {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
+)
+"""In what a read from a file can end, and a write to a socket never does."""
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -102,12 +107,22 @@ class Outgoing:
             self._chunk_left -= sent
             if self._chunk_left == 0:
                 self._literal = memoryview(b"\r\n")
-        return sent or BROKEN  # the file is shorter than it was: what is missing will never come
+        if not sent:  # unreadable, or shorter than it was: what is missing will never come
+            body.unreadable()
+            return BROKEN
+        return sent
 
     def _send(self, sock: socket.socket, body: Body, amount: int) -> int:
-        if body.fd >= 0:
-            return os.sendfile(sock.fileno(), body.fd, self.position, amount)
-        return sock.send(body.view(self.position, amount))
+        """How much was sent; 0 when the body's file can't be read."""
+        try:
+            if body.fd >= 0:
+                return os.sendfile(sock.fileno(), body.fd, self.position, amount)
+            piece = body.view(self.position, amount)
+            return sock.send(piece) if piece else 0
+        except OSError as error:
+            if error.errno in _DISK_ERRORS:
+                return 0
+            raise
 
     def _next_segment(self) -> bool:
         if not self._segments:

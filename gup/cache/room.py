@@ -1,0 +1,61 @@
+"""One fill's room on the disk: what it was promised, and a new try when the disk is full; writes nothing."""
+
+import errno
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from gup.cache.space import Space
+from gup.errors import GupError
+
+STEP_BYTES = 16 << 20
+"""Room is promised in steps of this size while a body's length is unknown."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_Result = TypeVar("_Result")
+
+
+class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
+    """The body can't be kept: it is too large, or no room could be made."""
+
+
+def refusal(error: Exception) -> str:
+    """What to tell of a disk that refused."""
+    if isinstance(error, OSError):
+        return f"the cache directory refuses: {error.strerror or error}"
+    return str(error)
+
+
+class Room:
+    """What one fill was promised. `promised` changes here alone."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._promised = 0
+
+    async def reserve(self, amount: int) -> None:
+        """Have room for so many bytes more; Unstorable when there is none."""
+        wanted = self._promised + amount
+        if self._space.too_large(wanted):
+            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)")
+        if not await self._space.reserve(amount):
+            raise Unstorable("no room could be made in the cache directory")
+        self._promised = wanted
+
+    async def keep(self, received: int) -> None:
+        """Have room for a body of which so much is here; for one of unknown length it grows by steps."""
+        while received > self._promised:
+            await self.reserve(STEP_BYTES)
+
+    def release(self, *, committed: bool) -> None:
+        """Give the promise back."""
+        if self._promised:
+            self._space.release(self._promised, committed=committed)
+            self._promised = 0
+
+    async def twice(self, work: Callable[[], Awaitable[_Result]]) -> _Result:
+        """Do `work`; when the disk is full, evict and do it once more. It must be fit to be repeated."""
+        try:
+            return await work()
+        except OSError as error:
+            if error.errno not in _FULL or not await self._space.make_room():
+                raise
+        return await work()
