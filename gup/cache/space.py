@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 2.0
+"""For eviction to show an effect; each further one is waited for as long again."""
 _SHORT_PATIENCE_SECONDS = 0.25
 """For some time after none could be made: not every miss shall wait for what others waited for in vain."""
 _VAIN_SECONDS = 30.0
-_EVICTION_SECONDS = 2.0
 _MAKE_BYTES = 1 << 20
 """How much is evicted for a disk that refuses though its figures promise room."""
 _POLL_SECONDS = 0.02
@@ -59,11 +59,14 @@ class Space:
         oversteps.
         """
         self._promise(amount_bytes)
-        deadline = time.monotonic() + self._patience_seconds()
+        patience = self._patience_seconds()
+        deadline, least = time.monotonic() + patience, 1 << 62
         ask_at = 0.0
         try:
             while (missing := self._missing(amount_bytes)) > 0:
                 now = time.monotonic()
+                if missing < least:
+                    least, deadline = missing, now + patience
                 if now >= deadline:
                     self._promise(-amount_bytes)
                     self._in_vain_until = now + _VAIN_SECONDS
@@ -84,7 +87,7 @@ class Space:
         False when nothing was evicted in time.
         """
         before = self._evictions()
-        deadline = time.monotonic() + min(self._patience_seconds(), _EVICTION_SECONDS)
+        deadline = time.monotonic() + self._patience_seconds()
         self._need(_MAKE_BYTES, True)
         while self._evictions() == before:
             if time.monotonic() >= deadline:

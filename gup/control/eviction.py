@@ -23,7 +23,7 @@ class Limits:
     """What has to hold. A `max_unused_seconds`, `max_part_age_seconds` or `keep_revisions` of 0 is no limit.
 
     `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` can't be had and counts as
-    none, since evicting everything would not help either. `refused_bytes` are to go whatever `free_bytes` says:
+    none, since evicting everything would not help either. `refused_bytes` go whatever `free_bytes` says:
     the disk refused a write, for a quota or for want of inodes.
     """
 

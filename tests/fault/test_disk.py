@@ -1,0 +1,369 @@
+"""The disk is full, read-only, broken or slow: hits go on, what can't be stored is delivered."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness.clients import Ended
+from harness.disks import small_disk
+from harness.faults import planned
+from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.service import Gup
+from harness.swarm import End, Swarm, body_digest
+from harness.trees import BIG, content_path, noise, zip_of
+from harness.waiting import until
+
+MB = 1 << 20
+BODY = zip_of("disk", 3 * MB)
+SETTINGS = {"cache": {"min_free": 0, "error_ttl": "100ms"}, "clients": {"allow": ["127.0.0.0/8"]}}
+KEPT = content_path("xdelta260601001_To_260602001.dax", revision="260602001")
+
+
+def file_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def bodies_of(gup: Gup, path: str) -> list[str]:
+    """The stored bodies of this file and revision."""
+    return [key for key in gup.bodies() if key.endswith("/".join(path.rsplit("/", 2)[1:]))]
+
+
+def right(gup: Gup, path: str, body: bytes) -> None:
+    answer = gup.get(path)
+    assert (answer.status, answer.complete, answer.body == body) == (200, True, True), (path, answer.status)
+
+
+def stored_soon(gup: Gup, path: str, body: bytes) -> None:
+    """Asked again and again: as soon as an error stands no more, it is stored."""
+
+    def ask_again() -> bool:
+        right(gup, path, body)
+        return bool(bodies_of(gup, path))
+
+    until(ask_again, f"{path} is stored")
+
+
+def keep_one(gup: Gup, upstream: ScriptedUpstream) -> bytes:
+    """A stored and pinned body, for hits."""
+    body = noise("kept", 300_000)
+    upstream.answer(KEPT, Answer(body, etag='"kept"'))
+    right(gup, KEPT, body)
+    gup.wait_stored(file_of(KEPT))
+    until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows it")
+    (key,) = gup.bodies()
+    assert (
+        gup.api(f"/api/v1/entries/{key.replace('{', '%7B').replace('}', '%7D')}/pin", method="PUT")[0] == 200
+    )
+    return body
+
+
+def refusing(tmp_path: Path) -> tuple[list[str], Callable[[str], Path], list[dict]]:
+    """Faults by name, each while its flag's file exists."""
+    part, sums, any_file = "partial/*.part", "partial/*.sums", "*"
+    changing = ["pwrite", "write", "rename", "unlink", "mkdir", "ftruncate", "utime"]
+    faults = {
+        "no room for the part": [("open", part, "ENOSPC")],
+        "no room at the first byte": [("pwrite", part, "ENOSPC")],
+        "quota in the middle": [("pwrite", part, "EDQUOT", 5)],
+        "error in the middle": [("pwrite", part, "EIO", 5)],
+        "no room for sums": [("write", sums, "ENOSPC")],
+        "no room for the state": [("open", "partial/*.state.tmp", "ENOSPC")],
+        "half a state": [
+            ("write", "partial/*.state.tmp", "short:7", 1, "nth"),
+            ("write", "partial/*.tmp", "ENOSPC"),
+        ],
+        "no room for the record": [("write", "partial/*.gup.tmp", "ENOSPC")],
+        "no sync": [("fsync", part, "EIO")],
+        "no rename": [("rename", "content/*/*/*/*/*", "EIO")],
+        "read-only": [
+            (changing, any_file, "EROFS"),
+            ("open", "partial/*.tmp", "EROFS"),
+            ("open", part, "EROFS"),
+            ("open", "run/streams", "EROFS"),
+        ],
+    }
+
+    def flag(name: str) -> Path:
+        return tmp_path / name.replace(" ", "-")
+
+    rules = [
+        {"call": call, "path": path, "do": do, "while": str(flag(name)), **_when(*at)}
+        for name, each in faults.items()
+        for call, path, do, *at in each
+    ]
+    return list(faults), flag, rules
+
+
+def _when(number: int | None = None, how: str = "from") -> dict[str, int]:
+    return {how: number} if number is not None else {}
+
+
+def test_whatever_write_is_refused_clients_get_their_bytes_and_hits_go_on(tmp_path):
+    names, flag, rules = refusing(tmp_path)
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(*rules)) as gup,
+    ):
+        kept = keep_one(gup, upstream)
+        pids = gup.pids
+        for number, name in enumerate(names, 1):
+            path = content_path("full.zip", revision=f"2608010{number:02}")
+            upstream.answer(path, Answer(BODY, etag='"x"'))
+            flag(name).touch()
+            right(gup, path, BODY)
+            right(gup, KEPT, kept)
+            until(lambda n=number: gup.metric("gup_fills_total", outcome="unstorable") >= n, name)
+            assert len(upstream.requests(path)) == 1, name
+            # a commit that got as far as its journal is not taken back
+            assert not bodies_of(gup, path) or name == "no room for the record", name
+            flag(name).unlink()
+            stored_soon(gup, path, BODY)
+            until(lambda: not gup.parts(), f"{name}: nothing is left in partial/")
+        assert gup.pids == pids, "nothing was restarted"
+        unfinished = 2  # "no room for the record" and "no rename" are finished from the journal
+        assert gup.metric("gup_fills_total", outcome="committed") == 1 + len(names) - unfinished
+
+
+def test_room_is_made_by_eviction_and_the_write_tried_again(tmp_path):
+    once = {
+        "call": "pwrite",
+        "path": "partial/*.part",
+        "do": "ENOSPC",
+        "nth": 4,
+        "while": str(tmp_path / "on"),
+    }
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(once)) as gup,
+    ):
+        old = content_path("xdelta260701001_To_260702001.dax", revision="260702001")
+        upstream.answer(old, Answer(noise("old", MB), etag='"old"'))
+        right(gup, old, noise("old", MB))
+        gup.wait_stored(file_of(old))
+        until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows it")
+        (tmp_path / "on").touch()
+        upstream.answer(BIG, Answer(BODY, etag='"x"', piece_seconds=0.001))
+        right(gup, BIG, BODY)
+        gup.wait_stored("full.zip")
+        metrics = gup.metrics()
+        assert metrics("gup_evictions_total", reason="free") == 1
+        assert metrics("gup_fills_total", outcome="unstorable") == 0
+        assert not gup.stored(file_of(old))
+
+
+def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(tmp_path):
+    with (
+        small_disk(tmp_path / "cache", "12m") as disk,
+        ScriptedUpstream() as upstream,
+        Gup(disk.root, [upstream.url], settings=SETTINGS, workers=2) as gup,
+    ):
+        kept = keep_one(gup, upstream)
+        pids = gup.pids
+        disk.fill()
+        upstream.answer(BIG, Answer(BODY, etag='"x"'))
+        for _ in range(3):
+            right(gup, BIG, BODY)
+            right(gup, KEPT, kept)
+        until(lambda: refusals(gup) >= {"content", "index"}, "the status tells of it")
+        assert gup.log.count("not written: index") == 1
+        assert gup.metric("gup_requests_total", result="bypass") == 3
+        gup.stop()
+        gup.start()
+        right(gup, KEPT, kept)
+        right(gup, BIG, BODY)
+        pids = gup.pids
+        disk.free()
+        stored_soon(gup, BIG, BODY)
+        until(lambda: not refusals(gup), "the status tells that it is over")
+        assert gup.pids == pids, "nothing was restarted"
+
+
+def refusals(gup: Gup) -> set[str]:
+    return {row["what"] for row in gup.status()["disk"]["refusals"]}
+
+
+def test_without_inodes_old_bodies_make_way(tmp_path):
+    with (
+        small_disk(tmp_path / "cache", "64m", inodes=400) as disk,
+        ScriptedUpstream() as upstream,
+        Gup(disk.root, [upstream.url], settings=SETTINGS, workers=1) as gup,
+    ):
+        for number in range(4):
+            path = content_path(f"xdelta26070{number}001_To_260801001.dax")
+            upstream.answer(path, Answer(noise(path, MB), etag='"old"'))
+            right(gup, path, noise(path, MB))
+            gup.wait_stored(file_of(path))
+        until(lambda: gup.metric("gup_cache_entries") == 4, "the controller knows them")
+        disk.take_inodes()
+        upstream.answer(BIG, Answer(BODY, etag='"x"'))
+        stored_soon(gup, BIG, BODY)
+        assert 1 <= gup.metric("gup_evictions_total", reason="free") <= 4
+
+
+@pytest.mark.parametrize("errno", ["ENOSPC", "EIO"])
+def test_attached_clients_go_on_when_the_disk_refuses_in_mid_body(tmp_path, errno):
+    on = tmp_path / "on"
+    rule = {"call": "pwrite", "path": "partial/*.part", "do": errno, "while": str(on)}
+    body, gate = zip_of("attached", 8 * MB), Gate()
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(rule)) as gup,
+        Swarm(gup.data) as swarm,
+    ):
+        upstream.answer(BIG, Answer(body, etag='"x"', gates=((2 * MB, gate),)))
+        clients = swarm.add(20, BIG)
+        slow = gup.connect()
+        slow.ask(BIG)
+        until(lambda: all(client.body_bytes > MB for client in clients), "all are attached")
+        on.touch()
+        gate.open()
+        head = slow.head()
+        slow.finish(head)
+        swarm.wait(20, clients)
+        assert {(c.end, c.status, c.digest) for c in clients} == {(End.COMPLETE, 200, body_digest(body))}
+        assert (head.complete, head.body == body) == (True, True)
+        assert {c.fields["etag"] for c in clients} == {head.etag}
+        assert len(upstream.requests(BIG)) == 1
+        assert gup.metric("gup_fill_waiters") == 0
+        slow.close()
+        on.unlink()
+        stored_soon(gup, BIG, body)
+        assert gup.get(BIG).etag == head.etag
+
+
+def test_readers_in_other_workers_are_cut_and_passed_through_when_they_ask_again(tmp_path):
+    on = tmp_path / "on"
+    rule = {"call": "pwrite", "path": "partial/*.part", "do": "EIO", "while": str(on)}
+    body, gate, later = zip_of("others", 8 * MB), Gate(), Gate()
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=2, env=planned(rule)) as gup,
+    ):
+        gates = ((2 * MB, gate), (3 * MB, later))
+        upstream.answer(BIG, Answer(body, etag='"x"', gates=gates), Answer(body, etag='"x"'))
+        one, two = gup.workers()
+        leaders, follower = gup.connect_to(one), gup.connect_to(two)
+        leaders.ask(BIG)
+        head = leaders.head()
+        follower.ask(BIG)
+        other = follower.head()
+        gate.wait_reached()
+        on.touch()
+        gate.open()
+        follower.finish(other)
+        assert (other.complete, other.reset) == (False, True)
+        assert body.startswith(other.body)
+        with gup.connect_to(two) as again:
+            answer = again.get(BIG)
+        assert (answer.status, answer.body == body, answer.etag) == (200, True, head.etag)
+        later.open()
+        leaders.finish(head)
+        assert (head.complete, head.body == body) == (True, True)
+        leaders.close()
+        follower.close()
+
+
+def test_a_broken_body_is_never_whole_when_it_is_passed_on_from_memory(tmp_path):
+    bad = noise("no zip", 2 * MB)
+    settings = {**SETTINGS, "cache": {**SETTINGS["cache"], "max_size": "1MB"}}
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=settings, workers=1) as gup,
+    ):
+        upstream.answer(BIG, Answer(bad, etag='"x"'))
+        with gup.connect() as client:
+            answer = client.get(BIG)
+        assert (answer.complete, answer.reset) == (False, True)
+        assert len(answer.body) <= len(bad) - 4096
+
+
+def test_too_large_a_body_is_shared_by_those_who_come_together(tmp_path):
+    body, gate = zip_of("too large", 6 * MB), Gate()
+    settings = {**SETTINGS, "cache": {**SETTINGS["cache"], "max_size": "1MB"}}
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=settings, workers=1) as gup,
+        Swarm(gup.data) as swarm,
+    ):
+        ends = Gate()
+        answers = (
+            Answer(body, etag='"x"', head_gate=gate),
+            Answer(body, etag='"x"', gates=((3 * MB, ends),)),
+        )
+        upstream.answer(BIG, *answers)
+        together = swarm.add(12, BIG)
+        until(lambda: gup.metric("gup_fill_waiters") == 12, "all wait")
+        gate.open()
+        swarm.wait(20, together)
+        assert {(c.end, c.digest) for c in together} == {(End.COMPLETE, body_digest(body))}
+        assert len(upstream.requests(BIG)) == 1
+        (first,) = swarm.add(1, BIG)
+        until(lambda: first.body_bytes > 2 * MB, "the next one is under way, its beginning gone")
+        late = swarm.add(8, BIG)
+        until(lambda: sum(c.end is not None for c in late) == 4, "four are refused")
+        refused = [c for c in late if c.end is not None]
+        assert {(c.status, "retry-after" in c.fields) for c in refused} == {(503, True)}
+        ends.open()
+        swarm.wait(20, [first, *late])
+        served = [c for c in (first, *late) if c not in refused]
+        assert {(c.end, c.digest) for c in served} == {(End.COMPLETE, body_digest(body))}
+        assert len(upstream.requests(BIG)) == 6
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "nth"),
+    [("pread", "full.zip", 1), ("pread", "full.zip", 3), ("sendfile", "full.zip", 1), ("fopen", ".*.gup", 1)],
+)
+def test_what_can_not_be_read_is_fetched_again(tmp_path, call, path, nth):
+    on = tmp_path / "on"
+    rule = {"call": call, "path": path, "do": "EIO", "while": str(on), "process": "worker", "nth": nth}
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(rule)) as gup,
+    ):
+        upstream.answer(BIG, Answer(BODY, etag='"x"'))
+        right(gup, BIG, BODY)
+        gup.wait_stored("full.zip")
+        if call == "fopen":
+            (worker,) = gup.workers()
+            gup.kill_worker(worker)
+            until(lambda: gup.workers() not in ([], [worker]), "its successor")
+        on.touch()
+        with gup.connect() as client, contextlib.suppress(Ended):
+            answer = client.get(BIG)
+            assert answer.body == BODY if answer.complete else answer.reset and BODY.startswith(answer.body)
+        until(lambda: gup.metric("gup_integrity_failures_total") >= 1, "the damage is counted")
+        right(gup, BIG, BODY)
+        assert len(upstream.requests(BIG)) == (1 if call == "fopen" else 2)  # a record is looked at twice
+        gup.wait_stored("full.zip")
+
+
+def test_a_slow_disk_holds_up_no_hit(tmp_path):
+    on = tmp_path / "on"
+    rules = [
+        {"call": call, "path": "partial/*", "do": "sleep:0.2", "while": str(on)}
+        for call in ("pwrite", "fsync")
+    ]
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(*rules)) as gup,
+        Swarm(gup.data) as swarm,
+    ):
+        kept = keep_one(gup, upstream)
+        upstream.answer(BIG, Answer(zip_of("slow", MB // 4), etag='"x"'))
+        on.touch()
+        (client,) = swarm.add(1, BIG)
+        upstream.wait_for_request(BIG)
+        slowest = 0.0
+        hits = 0
+        while client.end is None:
+            began = time.monotonic()
+            right(gup, KEPT, kept)
+            slowest, hits = max(slowest, time.monotonic() - began), hits + 1
+        assert (client.end, client.digest) == (End.COMPLETE, body_digest(zip_of("slow", MB // 4)))
+        assert hits > 20
+        assert slowest < 0.15
+        on.unlink()
+        gup.wait_stored("full.zip")
