@@ -6,13 +6,14 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
 from gup.cache.asking import PRIORITIES
 from gup.cache.body import Body, Entry, read_whole
 from gup.cache.bypass import BypassBody
+from gup.cache.failures import Failures
 from gup.cache.fill import Leader
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
@@ -63,33 +64,6 @@ class Opened:
     entry: Entry | None = None
 
 
-@dataclass(slots=True)
-class _Failures:
-    """Failures that still stand, remembered in this process so that they cost no look at the disk."""
-
-    clock: Callable[[], float]
-    rows: OrderedDict[ContentKey, tuple[float, Problem]] = field(default_factory=OrderedDict)
-
-    def get(self, key: ContentKey) -> Problem | None:
-        row = self.rows.get(key)
-        if row is None:
-            return None
-        left = row[0] - self.clock()
-        if left <= 0:
-            del self.rows[key]
-            return None
-        problem = row[1].again()
-        if problem.retry_after_seconds is not None:
-            problem.retry_after_seconds = max(left, 1.0)
-        return problem
-
-    def put(self, key: ContentKey, problem: Problem, ttl_seconds: float) -> None:
-        self.rows[key] = (self.clock() + ttl_seconds, problem)
-        self.rows.move_to_end(key)
-        while len(self.rows) > 10_000:
-            self.rows.popitem(last=False)
-
-
 class Cache:
     """Everything this process has open, and every fill it leads or follows.
 
@@ -103,7 +77,7 @@ class Cache:
         self._entries: OrderedDict[ContentKey, Entry] = OrderedDict()
         self._flights: dict[ContentKey, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failures = _Failures(means.clock)
+        self._failures = Failures(means.clock)
         self._epoch = means.store_epoch()
         self._bypass = bypass
         self._range_bypass = range_bypass

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from harness.trees import noise
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.cache.body import CUT
@@ -21,6 +21,7 @@ from gup.upstream.exchange import UpstreamFailure
 BODY = noise("ring", 4 << 20)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 50),
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30),
