@@ -1,8 +1,7 @@
 """The leader's way of a fill: from the claim to the commit, or to the reason why not; serves nobody itself.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.state holds the table). The
-caller holds the key's claim for as long as `Leader.run` runs. Whatever the disk refuses, and wherever: all of
-it ends in one place, `_pass_on`.
+caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses ends in `_pass_on`.
 """
 
 import asyncio
@@ -69,8 +68,7 @@ class Leader:
             self._flight.land(Landing.UNSTORABLE)
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
-            passing = passing_offset(self._key.claim_offset)
-            if self._means.claims.held(passing):
+            if self._means.claims.held(passing := passing_offset(self._key.claim_offset)):
                 self._means.claims.release(passing)
 
     async def _run(self) -> None:
@@ -137,11 +135,13 @@ class Leader:
         self._flight.fetched = True
         try:
             if prior.unstorable is not None:
-                return await self._pass_on(prior.unstorable, prior.record)
+                await self._turn_unstorable(prior.unstorable, told=prior.told)
+                return await self._pass_on(prior.record)
             try:
                 return await self._store(prior)
             except (Unstorable, OSError) as error:
-                return await self._pass_on(refusal(error), prior.record)
+                await self._turn_unstorable(refusal(error))
+                return await self._pass_on(prior.record)
         finally:
             self._leave_upstream()
 
@@ -236,8 +236,7 @@ class Leader:
         bad, the good chunks go to a new generation and readers of the old one are cut.
         """
         assert state.head is not None
-        length = state.head.length
-        await self._room.reserve(length if length is not None else salvage.size + STEP_BYTES)
+        await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
         self._head = state.head
         if salvage.whole:
             try:
@@ -380,13 +379,12 @@ class Leader:
 
     # --- going on without the disk
 
-    async def _pass_on(self, why: str, record: Record | None) -> Problem | UpstreamFailure | None:
+    async def _pass_on(self, record: Record | None) -> Problem | UpstreamFailure | None:
         """UNSTORABLE: what upstream still sends goes to the readers from memory, at their pace.
 
         Wherever the fill stood: 1. all is here, and only the commit was refused: nobody waits for that.
         2. A body is arriving: its readers go on. 3. Nothing has arrived: it begins in memory.
         """
-        await self._tell_unstorable(why)
         if self._body is not None and self._writer is not None:
             self._body.distrust(*self._writer.sums)
         if self._body is not None and self._body.ended:
@@ -423,17 +421,19 @@ class Leader:
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)
 
-    async def _tell_unstorable(self, why: str) -> None:
-        """Tell the others, with and without the disk's help, and forget what was stored of it."""
+    async def _turn_unstorable(self, why: str, *, told: bool = False) -> None:
+        """Unless it is `told` already: tell it, with and without the disk's help, and keep nothing of it."""
         means, key = self._means, self._key
-        log.warning("%s is not stored: %s", key.text, why)
         self._move(Phase.UNSTORABLE)
         means.claims.try_claim(passing_offset(key.claim_offset))
+        self._room.release(committed=False)
+        means.counters.add("gup_fills_total", outcome="unstorable")
+        if told:
+            return
+        log.warning("%s is not stored: %s", key.text, why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
-        self._room.release(committed=False)
-        means.counters.add("gup_fills_total", outcome="unstorable")
         means.tell({"type": "unstorable", "key": key.text, "detail": why})
 
     # --- ends other than a commit

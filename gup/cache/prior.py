@@ -25,7 +25,9 @@ class Prior:
     state: FillState | None = None
     salvage: Salvage | None = None
     unstorable: str | None = None
-    """Why it is not to be stored, when that was found out a moment ago."""
+    """Why it is not to be stored."""
+    told: bool = False
+    """Whether that stands in the state already, and is not to be told anew: it must come to an end."""
 
 
 def examine(means: Means, key: ContentKey, immutable: bool) -> Prior | Landing | Failure:
@@ -44,7 +46,7 @@ def examine(means: Means, key: ContentKey, immutable: bool) -> Prior | Landing |
         return Landing.COMMITTED
     if state is not None and state.failure is not None and state.failure.stands(means.clock()):
         if state.phase is Phase.UNSTORABLE:
-            return Prior(record, unstorable=state.failure.detail)
+            return Prior(record, unstorable=state.failure.detail, told=True)
         return state.failure
     return Prior(record, *_salvage(means.store, key, state))
 

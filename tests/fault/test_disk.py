@@ -119,11 +119,12 @@ def test_whatever_write_is_refused_clients_get_their_bytes_and_hits_go_on(tmp_pa
             # a commit that got as far as its journal is not taken back
             assert not bodies_of(gup, path) or name == "no room for the record", name
             flag(name).unlink()
+            if name == "no rename":  # the commit's journal is there: nobody needs to ask, nothing is fetched
+                until(lambda of=path: bodies_of(gup, of), name)
+                assert len(upstream.requests(path)) == 1
             stored_soon(gup, path, BODY)
             until(lambda: not gup.parts(), f"{name}: nothing is left in partial/")
         assert gup.pids == pids, "nothing was restarted"
-        unfinished = 2  # "no room for the record" and "no rename" are finished from the journal
-        assert gup.metric("gup_fills_total", outcome="committed") == 1 + len(names) - unfinished
 
 
 def test_room_is_made_by_eviction_and_the_write_tried_again(tmp_path):
