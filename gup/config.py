@@ -121,8 +121,13 @@ class Upstream(Section):
 class Fill(Section):
     """Fetching from upstream."""
 
-    max: Positive = row(8, "Fills that stream at once, over all workers.")
-    queue_timeout: Duration = row(30.0, "Time for a request to wait for its fill to begin.")
+    max: Positive = row(
+        8,
+        "Fills that stream at once, over all workers; beside fulls under way as many deltas and index files.",
+    )
+    queue_timeout: Duration = row(
+        30.0, "Time for a request to wait for its fill to begin; 503 at once if that would take longer."
+    )
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
 
 
