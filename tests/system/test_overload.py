@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,16 +77,16 @@ class Footprint:
             self.descriptors = max(self.descriptors, sum(p.num_fds() for p in self.processes))
 
 
-def probing(gup: Gup, seconds: float) -> subprocess.Popen:
+@contextmanager
+def probing(gup: Gup, seconds: float) -> Iterator[Callable[[], dict]]:
+    """Hits beside what the block does; the answer waits for their figures."""
     host, port = gup.data
     arguments = [sys.executable, "-m", "harness.probe", host, str(port), HIT, "100", str(seconds)]
-    return subprocess.Popen(arguments, cwd=HARNESS, stdout=subprocess.PIPE, text=True)
-
-
-def figures(probe: subprocess.Popen) -> dict:
-    output, _ = probe.communicate(timeout=600)
-    assert probe.returncode == 0
-    return json.loads(output)
+    with subprocess.Popen(arguments, cwd=HARNESS, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield lambda: json.loads(process.communicate(timeout=600)[0])
+        finally:
+            process.kill()
 
 
 @pytest.mark.alone
@@ -92,7 +94,16 @@ def figures(probe: subprocess.Popen) -> dict:
     ("clients", "files", "size", "rate", "patience", "seconds"),
     [
         pytest.param(600, 60, 60_000, 600_000, 1.0, 60, id="short"),
-        pytest.param(5000, 300, 400_000, 1_000_000, 30.0, 600, id="whole", marks=pytest.mark.long),
+        pytest.param(
+            5000,
+            300,
+            400_000,
+            1_000_000,
+            30.0,
+            600,
+            id="whole",
+            marks=[pytest.mark.long, pytest.mark.timeout(900)],
+        ),
     ],
 )
 def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, patience, seconds, capsys):
@@ -112,17 +123,18 @@ def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, pati
             upstream.answer(path, Answer(body, etag=f'"{path}"'))
         assert gup.get(HIT).status == 200
         gup.wait_stored(HIT.rpartition("/")[2])
-        quiet = figures(probing(gup, 3.0))
+        with probing(gup, 3.0) as figures:
+            quiet = figures()
         footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
         crowd = Crowd(swarm, patience)
         began = time.monotonic()
         for path in bodies:
             crowd.ask(path, clients // files)
-        probe = probing(gup, 0.8 * files * size / rate)
         asked = clients // files * files
-        crowd.run(asked, footprint.look, seconds)
-        took = time.monotonic() - began
-        busy = figures(probe)
+        with probing(gup, 0.8 * files * size / rate) as figures:
+            crowd.run(asked, footprint.look, seconds)
+            took = time.monotonic() - began
+            busy = figures()
 
         for client in crowd.got:
             assert client.digest == body_digest(bodies[client.target])
@@ -139,7 +151,7 @@ def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, pati
                 f"hits' p99 {quiet['p99']:.2f} ms alone, "
                 f"{busy['p99']:.2f} ms beside them\n"
             )
-        assert slowest <= patience + 1.0
+        assert slowest <= patience + 2.0
         assert took <= 1.5 * files * size / rate + 3 * patience
         assert footprint.descriptors <= 3 * asked
         assert footprint.resident_bytes <= 200_000_000
