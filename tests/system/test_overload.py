@@ -1,23 +1,17 @@
 """More is asked for than the link can carry: quick and honest refusals, and everybody gets it in the end."""
 
 import heapq
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import pytest
+from harness.probe import probing
 from harness.scripted import Answer, ScriptedUpstream
 from harness.service import Gup
 from harness.swarm import Client, End, Swarm, body_digest
 from harness.trees import content_path, noise
 
-HARNESS = Path(__file__).parent.parent
 HIT = content_path("xdelta260701001_To_260731001.dax")
 
 
@@ -77,18 +71,6 @@ class Footprint:
             self.descriptors = max(self.descriptors, sum(p.num_fds() for p in self.processes))
 
 
-@contextmanager
-def probing(gup: Gup, seconds: float) -> Iterator[Callable[[], dict]]:
-    """Hits beside what the block does; the answer waits for their figures."""
-    host, port = gup.data
-    arguments = [sys.executable, "-m", "harness.probe", host, str(port), HIT, "100", str(seconds)]
-    with subprocess.Popen(arguments, cwd=HARNESS, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield lambda: json.loads(process.communicate(timeout=600)[0])
-        finally:
-            process.kill()
-
-
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("clients", "files", "size", "rate", "patience", "seconds"),
@@ -106,7 +88,7 @@ def probing(gup: Gup, seconds: float) -> Iterator[Callable[[], dict]]:
         ),
     ],
 )
-def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, patience, seconds, capsys):
+def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, patience, seconds, figures):
     bodies = {content_path(f"xdelta2607{n:03}_To_260801001.dax"): noise(f"o{n}", size) for n in range(files)}
     settings = {
         "wan": {"rate": rate},
@@ -123,18 +105,18 @@ def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, pati
             upstream.answer(path, Answer(body, etag=f'"{path}"'))
         assert gup.get(HIT).status == 200
         gup.wait_stored(HIT.rpartition("/")[2])
-        with probing(gup, 3.0) as figures:
-            quiet = figures()
+        with probing(gup.data, HIT, 3.0) as answer:
+            quiet = answer()
         footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
         crowd = Crowd(swarm, patience)
         began = time.monotonic()
         for path in bodies:
             crowd.ask(path, clients // files)
         asked = clients // files * files
-        with probing(gup, 0.8 * files * size / rate) as figures:
+        with probing(gup.data, HIT, 0.8 * files * size / rate) as answer:
             crowd.run(asked, footprint.look, seconds)
             took = time.monotonic() - began
-            busy = figures()
+            busy = answer()
 
         for client in crowd.got:
             assert client.digest == body_digest(bodies[client.target])
@@ -142,15 +124,13 @@ def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, pati
             assert len(upstream.requests(path)) == 1, path
         assert crowd.refused, "the link could carry it all: nothing was tested"
         slowest = max(client.finished_at - client.asked_at for client in crowd.refused)
-        with capsys.disabled():
-            sys.stdout.write(
-                f"\n{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
-                f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
-                f"the slowest after {slowest:.2f} s; a worker at most "
-                f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
-                f"hits' p99 {quiet['p99']:.2f} ms alone, "
-                f"{busy['p99']:.2f} ms beside them\n"
-            )
+        figures(
+            f"{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
+            f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
+            f"the slowest after {slowest:.2f} s; a worker at most "
+            f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
+            f"hits' p99 {quiet['p99']:.2f} ms alone, {busy['p99']:.2f} ms beside them"
+        )
         assert slowest <= patience + 2.0
         assert took <= 1.5 * files * size / rate + 3 * patience
         assert footprint.descriptors <= 3 * asked
