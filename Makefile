@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types imports check clean
+.PHONY: demo test soak lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml gup/__init__.py
@@ -29,6 +29,11 @@ check: lint types imports
 test: check
 	$(BIN)/python -m pytest --numprocesses 3 -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
+
+MINUTES ?= 30
+SEED ?= 1
+soak: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

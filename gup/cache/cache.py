@@ -32,6 +32,8 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served what there is."""
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""
+_MOST_FILLS = 3
+"""For one request, when the entry is gone as soon as it is stored."""
 _DIFFICULT_FLIGHT = Problem("internal-error", "the fill ended in a way that was not foreseen")
 _CATALOG = Routes().route(CATALOG_PATH)
 _Result = TypeVar("_Result")
@@ -261,6 +263,16 @@ class Cache:
     # --- fills
 
     async def _filled(self, key: ContentKey, route: Route, variant: Variant, via: str | None) -> Opened:
+        """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
+        for _ in range(_MOST_FILLS):
+            opened = await self._filled_once(key, route, variant, via)
+            if opened is not None:
+                return opened
+        raise Problem("overloaded", "what was stored was gone at once, each time", retry_after_seconds=1.0)
+
+    async def _filled_once(
+        self, key: ContentKey, route: Route, variant: Variant, via: str | None
+    ) -> Opened | None:
         failure = self._failures.get(key)
         if failure is not None:
             raise failure
@@ -293,7 +305,7 @@ class Cache:
             return await self._passed_through(key, route, variant, via)
         entry = await self._present_entry(key)
         if entry is None:
-            raise Problem("internal-error", "the entry was gone at once", retry_after_seconds=1.0)
+            return None
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)

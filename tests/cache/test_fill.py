@@ -278,6 +278,36 @@ async def test_two_processes_asked_at_once_fetch_once(tmp_path, upstream):
     assert len(upstream.requests(FILE)) == 1
 
 
+async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
+    tmp_path, upstream, until, monkeypatch
+):
+    """Another process stores it between two looks of this one, and it is purged before the third."""
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        looked, present = two.cache._entry, two.cache._present_entry
+        left = [1]
+
+        async def stored_after_the_look(key):
+            found = await looked(key)
+            if found is None and left[0] and key.file == "full.dax":
+                await one.get(FILE)
+                await until(lambda: not one.cache.fills, "the fill ends")
+            return found
+
+        async def purged_before_the_look(key):
+            if left[0]:
+                left[0] -= 1
+                one.means.store.remove(key)
+                one.means.raise_store_epoch()
+                one.cache.close_removed()
+            return await present(key)
+
+        monkeypatch.setattr(two.cache, "_entry", stored_after_the_look)
+        monkeypatch.setattr(two.cache, "_present_entry", purged_before_the_look)
+        assert await two.get(FILE) == BODY
+    assert len(upstream.requests(FILE)) == 2
+
+
 async def test_a_failure_in_mid_body_keeps_the_part_for_the_next_try(tmp_path, upstream, until):
     upstream.answer(FILE, Answer(BODY, etag='"a"', close_at=2 * CHUNK_BYTES), Answer(b"", 503))
     async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as one:
