@@ -86,7 +86,8 @@ class Client:
                 connection.ask(asked.path, asked.headers, method=asked.method)
                 answer = connection.head()
                 if asked.leave_after_bytes is not None:
-                    connection.read(min(asked.leave_after_bytes, 100_000))
+                    length = int(answer.header("content-length") or 0)
+                    connection.read(min(asked.leave_after_bytes, length, 100_000))
                     self._findings.add("left")
                     return
                 connection.finish(answer, asked.method)
