@@ -69,6 +69,10 @@ class Flight:
     stands_seconds: float = 0.0
     fetched: bool = False
     """Whether this process asked an upstream for it."""
+    suspect: bool = False
+    """Whether the stored body may be damaged, so that being there does not end the flight."""
+    noted: bool = False
+    """Whether that damage is counted already."""
     _settled: asyncio.Event | None = None
 
     @property

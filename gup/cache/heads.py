@@ -12,7 +12,16 @@ from gup.upstream.exchange import RemoteHead, UpstreamFailure
 
 def make_etag(key: ContentKey, length: int, remote: RemoteHead) -> str:
     """Our strong ETag: of key, length and the first response's validators, or of chance if it has none."""
-    validator = remote.etag or remote.last_modified or secrets.token_hex(16)
+    validator = remote.etag or remote.last_modified
+    return _tag(key, length, validator) if validator else etag_of_chance(key, length)
+
+
+def etag_of_chance(key: ContentKey, length: int) -> str:
+    """A tag that no other body has: for one whose validators do not tell it from others."""
+    return _tag(key, length, secrets.token_hex(16))
+
+
+def _tag(key: ContentKey, length: int, validator: str) -> str:
     name = "\n".join((key.text, str(length), validator))
     return f'"{xxhash.xxh3_128_hexdigest(name.encode())}"'
 
