@@ -93,6 +93,9 @@ class Cache:
         """
         key = route.key(variant)
         for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
+            flight = self._flights.get(candidate)
+            if flight is not None and flight.suspect and flight.body is not None:
+                return await self._filled(candidate, route, variant, via)  # it could not be mended
             entry = await self._entries.get(candidate)
             if entry is None:
                 continue

@@ -171,7 +171,7 @@ class Leader:
         try:
             await Repair(self._means, self._flight, damage.record.path or self._path, share, damage).run()
         except NotTheSame as error:
-            log.warning("%s can't be mended and is fetched anew: %s", self._key.text, error)
+            log.warning("%s can't be mended and is fetched anew: %s", self._key.text, str(error))
             self._bytes_changed = True
             return False
         finally:

@@ -90,7 +90,7 @@ class Repair:
             try:
                 await self._fetch_from(upstream, part)
             except (UpstreamFailure, NotTheSame) as error:
-                log.warning("%s: not mended by %s: %s", self._record.key.text, upstream.name, error)
+                log.warning("%s: not mended by %s: %s", self._record.key.text, upstream.name, str(error))
                 problem = error if problem is None or isinstance(error, NotTheSame) else problem
             else:
                 return
