@@ -35,8 +35,6 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served what there is."""
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""
-_ENDING_SECONDS = 0.01
-"""Between two looks whether a flight that has landed is cleared away."""
 _DIFFICULT_FLIGHT = Problem("internal-error", "the fill ended in a way that was not foreseen")
 _CATALOG = Routes().route(CATALOG_PATH)
 _Result = TypeVar("_Result")
@@ -218,7 +216,12 @@ class Cache:
         For the controller: it has no client's request to know the route from. `counted`: the damage that
         made it ask is.
         """
-        return await self._mending.mend(key, counted=counted)
+        problem = await self._mending.mend(key, counted=counted)
+        flight = self._flights.get(key)
+        if problem is None and flight is not None:  # fetched anew: well when it is committed
+            await flight.ended.wait()
+            problem = flight.problem
+        return problem
 
     async def _look_through(
         self, key: ContentKey, route: Route, variant: Variant, counted: bool
@@ -228,7 +231,7 @@ class Cache:
             got = await flight.join()
             if isinstance(got, GrowingBody):
                 return got
-            await asyncio.sleep(_ENDING_SECONDS)
+            await flight.ended.wait()
         if flight is None:
             flight = self._flights[key] = Flight(key, route, variant, suspect=True, noted=counted)
             self._spawn(self._fly(flight))
@@ -320,7 +323,10 @@ class Cache:
                         self._means.claims.release(flight.key.claim_offset)
         finally:
             del self._flights[flight.key]
-            await self._landed(flight)
+            try:
+                await self._landed(flight)
+            finally:
+                flight.ended.set()
 
     async def _landed(self, flight: Flight) -> None:
         if not flight.over:  # cancelled at the service's end, or a mistake of ours

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from gup import config
@@ -73,6 +73,8 @@ class Flight:
     """Whether the stored body may be damaged, so that being there does not end the flight."""
     noted: bool = False
     """Whether that damage is counted already."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when all is over and another flight may begin."""
     _settled: asyncio.Event | None = None
 
     @property

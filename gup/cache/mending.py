@@ -29,13 +29,16 @@ def route_of_record(record: Record) -> Route:
         stream=key.stream,
         revision=key.revision,
         file=key.file,
-        upstream_path=record.path or _usual_path(key),
+        upstream_path=path_of_record(record),
         variant=key.variant,
     )
 
 
-def _usual_path(key: ContentKey) -> str:
-    """For records that do not tell: FIELD's layout, in which a file's name needs no escapes."""
+def path_of_record(record: Record) -> str:
+    """What upstream is asked for. Records that do not tell follow FIELD's layout, with no need of escapes."""
+    key = record.key
+    if record.path:
+        return record.path
     if key.stream == LIVEUPDATE_STREAM:
         return f"/{key.file}"
     folders = [part for part in (key.stream, key.revision) if part != ABSENT]

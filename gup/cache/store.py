@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.claim import Claims
 from gup.cache.record import Record
-from gup.cache.state import FillState
+from gup.cache.state import FillState, Phase
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 
@@ -187,6 +188,13 @@ class Store:
                 except (ValueError, FileNotFoundError):
                     continue
 
+    def stored(self, key: ContentKey) -> Stored | None:
+        """The body as a scan finds it; None when there is none."""
+        try:
+            return self._stored(key)
+        except OSError:
+            return None
+
     def _stored(self, key: ContentKey) -> Stored:
         stat = self.body_path(key).stat()
         record = self._load_or_none(key)
@@ -295,6 +303,31 @@ class Store:
             self.drop_part(part.id, part.generation)
         self.drop_state(part.id)
         return part.size_bytes
+
+    # --- putting right, while nobody uses the directory
+
+    def keep_as_part(self, record: Record, chunks: int, path: str) -> None:
+        """Take a body back into `partial/`, cut to its first `chunks`: whoever fetches it goes on there."""
+        id_, generation = record.key.id, time.time_ns() // 1000
+        for other in self.generations(id_):
+            self.drop_part(id_, other)
+        part = self.part_path(id_, generation)
+        self.body_path(record.key).rename(part)
+        self.sums_path(id_, generation).write_bytes(
+            b"".join(value.to_bytes(8, "little") for value in record.sums[:chunks])
+        )
+        os.truncate(part, chunks * CHUNK_BYTES)
+        self.save_state(
+            FillState(record.key, record.kind, generation, Phase.STREAMING, record.head, path=path)
+        )
+
+    def cut_part(self, id_: str, generation: int, size_bytes: int) -> None:
+        """Cut a part to what is right of it: whole chunks."""
+        os.truncate(self.sums_path(id_, generation), 8 * (size_bytes // CHUNK_BYTES))
+        os.truncate(self.part_path(id_, generation), size_bytes)
+
+    def drop_stray(self, path: Path) -> None:
+        _unlink(path)
 
     # --- files
 

@@ -56,6 +56,7 @@ class Controller:
                 config_ok=lambda: bool(self._page.words[CONFIG_OK]),
                 request_reload=self._request_reload,
                 recover=self._recovery.run,
+                mend=lambda key, counted: assembly.cache.mend(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
