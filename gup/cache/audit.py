@@ -178,9 +178,9 @@ def _wrong_with_part(store: Store, id_: str, generation: int) -> str:
     return "" if salvage.whole else f"right up to byte {salvage.verified} of {salvage.size} only"
 
 
-def check_stray(store: Store, path: Path) -> Finding | None:
-    """The finding for a stray name; None when it has gone."""
-    return _finding(store, "stray", path, "nobody's file") if os.path.lexists(path) else None
+def check_stray(store: Store, path: Path) -> list[Finding]:
+    """The finding for a stray name, if it is still there."""
+    return [_finding(store, "stray", path, "nobody's file")] if os.path.lexists(path) else []
 
 
 def _finding(

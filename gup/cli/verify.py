@@ -4,6 +4,8 @@
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,8 @@ from gup.cli.complaining import FAILED, complaining
 from gup.cli.options import AdminFlag, ConfigFlag, JsonFlag
 
 if TYPE_CHECKING:
+    from gup.cache.audit import Finding
+    from gup.cache.store import Store
     from gup.cli.admin import Admin
     from gup.config import Settings
 
@@ -24,7 +28,7 @@ def verify(
     *,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what is damaged; what can't be is fetched anew when asked for."),
+        typer.Option("--repair", help="Mend what is damaged, or drop it, so that it is fetched anew."),
     ] = False,
     cache_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Look here, while no service runs on it.")
@@ -99,7 +103,7 @@ def _here(directory: Path, *, repair: bool) -> dict[str, Any]:
 
 
 def _look(directory: Path, *, repair: bool) -> dict[str, Any]:
-    from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
+    from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents
     from gup.cache.state import Phase
     from gup.cache.store import Store
     from gup.control.index_file import check_index
@@ -110,57 +114,49 @@ def _look(directory: Path, *, repair: bool) -> dict[str, Any]:
             store.finish_commit(part.state)
     names = contents(store, grace_seconds=0.0)
     total = len(names.keys) + len(names.ids) + len(names.strays) + 1
-    found: list[dict[str, Any]] = []
-    checked = mended = 0
-
-    def note(findings: list[Finding]) -> None:
-        nonlocal checked, mended
-        for finding in findings:
-            why = _mended(lambda finding=finding: put_right(store, finding, alone=True)) if repair else ""
-            mended += repair and not why
-            found.append(_row(finding, mended=not why if repair else None, why=why))
-        checked += 1
-        _progress(checked, total, len(found))
-
-    for key in names.keys:
-        note(check_entry(store, key))
-    for id_ in names.ids:
-        note(check_part(store, id_))
-    for path in names.strays:
-        note([finding] if (finding := check_stray(store, path)) is not None else [])
-    if (why_damaged := check_index(store.index, repair=repair)) is not None:
-        finding = Finding("index", "index", why_damaged)
-        mended += repair
-        found.append(_row(finding, mended=True if repair else None, why=""))
+    rows: list[dict[str, Any]] = []
+    looks: list[Callable[[], list[Finding]]] = [
+        *(partial(check_entry, store, key) for key in names.keys),
+        *(partial(check_part, store, id_) for id_ in names.ids),
+        *(partial(check_stray, store, path) for path in names.strays),
+    ]
+    for number, look in enumerate(looks, 1):
+        rows += [_row(finding, _put_right(store, finding) if repair else None) for finding in look()]
+        _progress(number, total, len(rows))
+    if (why := check_index(store.index, repair=repair)) is not None:
+        rows.append(_row(Finding("index", "index", why), "" if repair else None))
     return {
         "running": False,
         "repair": repair,
         "failed": None,
-        "checked": checked + 1,
+        "checked": total,
         "total": total,
         "busy": 0,
-        "damaged": len(found),
-        "mended": mended,
-        "found": found,
+        "damaged": len(rows),
+        "mended": sum(row["mended"] is True for row in rows),
+        "found": rows,
     }
 
 
-def _mended(work: Any) -> str:
-    """Do it; why it could not be done."""
+def _put_right(store: "Store", finding: "Finding") -> str:
+    """Put it right; why that could not be."""
+    from gup.cache.audit import put_right
+
     try:
-        work()
+        put_right(store, finding, alone=True)
     except (OSError, ValueError) as error:
         return str(error)
     return ""
 
 
-def _row(finding: Any, *, mended: bool | None, why: str) -> dict[str, Any]:
+def _row(finding: "Finding", why: str | None) -> dict[str, Any]:
+    """A finding as the API shows it; `why` it could not be put right, None when that was not tried."""
     return {
         "where": finding.where,
         "path": finding.path,
         "key": finding.key.text if finding.key else None,
         "detail": finding.detail,
-        "mended": mended,
+        "mended": None if why is None else not why,
         "why_not": why or None,
     }
 

@@ -111,8 +111,7 @@ class Verification:
             await self._check_claimed(int(id_[:16], 16) >> 2, id_=id_)
             self._checked += 1
         for path in names.strays:
-            finding = await asyncio.to_thread(check_stray, self._store, path)
-            if finding is not None:
+            for finding in await asyncio.to_thread(check_stray, self._store, path):
                 self._note(finding, mended=await self._put_right(finding))
             self._checked += 1
 
