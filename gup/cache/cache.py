@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from gup.cache.body import Body, GrowingBody, read_whole
+from gup.cache.body import Body, GrowingBody
 from gup.cache.bypass import BypassBody
 from gup.cache.checked import CheckedBody, Holders
 from gup.cache.entries import Entries
@@ -22,9 +22,9 @@ from gup.cache.mending import Mending
 from gup.cache.prior import is_fresh, load_sound
 from gup.cache.record import Head
 from gup.cache.slots import Slots
-from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
+from gup.cache.spelling import spell
 from gup.content.key import ANY, ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
@@ -36,7 +36,6 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""
 _DIFFICULT_FLIGHT = Problem("internal-error", "the fill ended in a way that was not foreseen")
-_CATALOG = Routes().route(CATALOG_PATH)
 _Result = TypeVar("_Result")
 
 
@@ -77,8 +76,9 @@ class Cache:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = Failures(means.clock)
         self._holders = Holders()
-        self._entries = Entries(means, max_open, self._damaged)
+        self._entries = Entries(means, max_open)
         self._mending = Mending(means, self._entries, self._failures, self._look_through, self._spawn)
+        self._entries.on_damage = self._mending.damaged
         self._bypass = bypass
         self._range_bypass = range_bypass
 
@@ -160,9 +160,6 @@ class Cache:
         if remote.etag is None and remote.last_modified is None:
             head = replace(head, etag=None)  # it would be one of chance, and GET's another
         return head, Result.MISS, 0
-
-    def _damaged(self, entry: Entry) -> None:
-        self._mending.damaged(entry)
 
     # --- entries
 
@@ -337,28 +334,8 @@ class Cache:
             await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
-        """The path with the moniker as the manager's catalogue spells it, or in upper case without one.
-
-        An upstream's file system may tell upper from lower case; clients' spellings differ (FIELD).
-        """
-        if not route.stream.startswith("{"):
-            return None
-        listed = await self._catalog(variant)
-        if listed is None:
-            return respelled(route.upstream_path, route.stream)
-        row = listed.get(route.stream)
-        return respelled(route.upstream_path, row.moniker) if row is not None else None
-
-    async def _catalog(self, variant: Variant) -> Mapping[str, Listed] | None:
-        """The catalogue of the variant's manager; None when it has none or can't be asked."""
-        try:
-            opened = await self.open(_CATALOG, variant)
-        except Problem:
-            return None
-        try:
-            return parse_catalog(await read_whole(opened.body, MAX_CATALOG_BYTES))
-        finally:
-            opened.body.leave()
+        """See gup.cache.spelling."""
+        return await spell(self.open, route, variant)
 
     # --- bypass
 

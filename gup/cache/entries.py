@@ -19,10 +19,11 @@ _Result = TypeVar("_Result")
 class Entries:
     """Bounded; the least recently used is closed first. Changes here alone, on the loop."""
 
-    def __init__(self, means: Means, max_open: int, on_damage: Callable[[Entry], None]) -> None:
+    def __init__(self, means: Means, max_open: int) -> None:
+        self.on_damage: Callable[[Entry], None]
+        """Told of every damaged chunk that a reader comes to; set once, before any entry is opened."""
         self._means = means
         self._max_open = max_open
-        self._on_damage = on_damage
         self._rows: OrderedDict[ContentKey, Entry] = OrderedDict()
         self._epoch = means.store_epoch()
         self._mode = means.settings.cache.verify
@@ -69,7 +70,7 @@ class Entries:
 
     def _add(self, record: Record, file: OpenFile) -> Entry:
         trusting = self._mode == "scrub"
-        entry = Entry(record, file, self._means.executor, self._on_damage, trusting=trusting)
+        entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
         return self._rows.setdefault(record.key, entry)
 
     def used(self, entry: Entry) -> None:

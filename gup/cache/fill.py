@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from gup.cache.body import GrowingBody
 from gup.cache.flight import Flight, Landing, Means
-from gup.cache.heads import absent, etag_of_chance, head_of, remote_of
+from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
-from gup.cache.prior import Damage, Prior, drop_parts, examine, note_damage, validated_at
+from gup.cache.prior import Damage, Prior, drop_parts, examine, is_the_entry, note_damage, validated_at
 from gup.cache.record import Head, Record
 from gup.cache.repair import NotTheSame, Repair
 from gup.cache.state import Failure, FillState, Phase, may_move
@@ -76,7 +76,7 @@ class Leader:
             self._writer = None  # its descriptors close when no thread writes any more
 
     async def _run(self) -> None:
-        prior = await self._in_thread(self._examine)
+        prior = await self._in_thread(examine, self._means, self._flight)
         if isinstance(prior, Landing):
             await self._end_body()
             self._flight.land(prior)
@@ -95,12 +95,6 @@ class Leader:
                 absent = await self._in_a_slot(prior)
         if absent is not None:
             raise absent
-
-    def _examine(self) -> Prior | Landing | Failure:
-        flight = self._flight
-        return examine(
-            self._means, self._key, flight.route.immutable, suspect=flight.suspect, noted=flight.noted
-        )
 
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
         """Fetch when a slot is free. What is returned tells that upstream does not have it."""
@@ -123,18 +117,12 @@ class Leader:
         body = self._flight.body
         if body is None or body.ended:
             return
-        if await self._in_thread(self._is_the_entry, body):
+        if await self._in_thread(is_the_entry, self._means.store, self._key, body.fd):
             length = os.fstat(body.fd).st_size
             body.publish(length)
             body.complete(length)
         else:
             body.fail()
-
-    def _is_the_entry(self, body: GrowingBody) -> bool:
-        try:
-            return self._means.store.body_path(self._key).stat().st_ino == os.fstat(body.fd).st_ino
-        except OSError:
-            return False
 
     # --- fetching
 
@@ -215,13 +203,7 @@ class Leader:
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
         await self._reserve(remote.length if remote.length is not None else _UNKNOWN_STEP_BYTES)
-        return await self._new_generation(self._head_of(remote))
-
-    def _head_of(self, remote: RemoteHead) -> Head:
-        head = head_of(self._key, remote)
-        if self._bytes_changed and head.length is not None:
-            return replace(head, etag=etag_of_chance(self._key, head.length))
-        return head
+        return await self._new_generation(head_of(self._key, remote, changed=self._bytes_changed))
 
     async def _new_generation(
         self, head: Head, old: OpenFile | None = None, salvage: Salvage | None = None
@@ -380,7 +362,8 @@ class Leader:
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
-            head = self._head_of(replace(remote, length=writer.written))
+            remote = replace(remote, length=writer.written)
+            head = head_of(self._key, remote, changed=self._bytes_changed)
         now = means.wall_clock()
         route = self._flight.route
         record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)

@@ -26,11 +26,17 @@ def _tag(key: ContentKey, length: int, validator: str) -> str:
     return f'"{xxhash.xxh3_128_hexdigest(name.encode())}"'
 
 
-def head_of(key: ContentKey, remote: RemoteHead) -> Head:
-    """What clients are told of a body that `remote` announces."""
+def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> Head:
+    """What clients are told of a body that `remote` announces.
+
+    `changed`: other bytes were known under these validators, so they make no tag.
+    """
+    etag = None
+    if remote.length is not None:
+        etag = etag_of_chance(key, remote.length) if changed else make_etag(key, remote.length, remote)
     return Head(
         length=remote.length,
-        etag=make_etag(key, remote.length, remote) if remote.length is not None else None,
+        etag=etag,
         content_type=remote.content_type,
         last_modified=remote.last_modified,
         upstream=remote.upstream,

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from gup.cache.chunks import bad_chunks
-from gup.cache.flight import Landing, Means
+from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, survey
 from gup.cache.record import Record
 from gup.cache.state import Failure, FillState, Phase
@@ -39,15 +39,14 @@ class Prior:
     damage: Damage | None = None
 
 
-def examine(
-    means: Means, key: ContentKey, immutable: bool, *, suspect: bool = False, noted: bool = False
-) -> Prior | Landing | Failure:
+def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     """Look the key up again now that it is claimed.
 
     1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight; of a
-    `suspect` one every chunk is looked at before. 3. So does a failure that still stands. 4. Otherwise the
+    suspect one every chunk is looked at before. 3. So does a failure that still stands. 4. Otherwise the
     part worth going on with is kept, others go.
     """
+    key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
     state = _load_state(means, key)
     if state is not None and state.phase is Phase.COMMITTED:
         means.store.finish_commit(state)
@@ -55,7 +54,7 @@ def examine(
     record = _load_claimed(means, key)
     damage = None
     if record is not None and (suspect or means.store.open_body(record) is None):
-        damage = _compare(means, record, noted=noted)
+        damage = _compare(means, record, noted=flight.noted)
         if damage is not None:
             record = None
     if record is not None and (immutable or suspect or is_fresh(means, record)):
@@ -152,6 +151,14 @@ def load_sound(means: Means, key: ContentKey) -> Record | None:
     except ValueError:
         return None
     return record if record is not None and means.store.open_body(record) is not None else None
+
+
+def is_the_entry(store: Store, key: ContentKey, fd: int) -> bool:
+    """Whether the file that was followed as a part has become the body."""
+    try:
+        return store.body_path(key).stat().st_ino == os.fstat(fd).st_ino
+    except OSError:
+        return False
 
 
 def _load_state(means: Means, key: ContentKey) -> FillState | None:
