@@ -35,7 +35,12 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(assembly.store, assembly.means.claims, self._take_over)
+        self._recovery = Recovery(
+            assembly.store,
+            assembly.means.claims,
+            self._take_over,
+            on_damage=lambda: assembly.counters.add("gup_integrity_failures_total", where="state"),
+        )
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,

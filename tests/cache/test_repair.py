@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
+from harness.harm import flip
 from harness.scripted import Answer, Gate
 
 from gup.cache.cache import Result
@@ -28,18 +29,6 @@ async def filled(one, upstream, until, answer=GOOD) -> Path:
     await until(lambda: not one.cache.fills, "the fill ends")
     one.cache._entries.clear()
     return next((one.means.store.root / "content").rglob("full.dax"))
-
-
-def flip(path: Path, *offsets: int) -> None:
-    """Turn bits as a disk does: nothing tells of it."""
-    stat = path.stat()
-    with path.open("r+b") as file:
-        for offset in offsets:
-            file.seek(offset)
-            byte = file.read(1)[0]
-            file.seek(offset)
-            file.write(bytes([byte ^ 0x10]))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def repaired(one) -> int:
