@@ -111,15 +111,15 @@ class Cache:
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        if self._means.settings.cache.verify == "always":
-            return None
         entry = self._entries.known(route.key(variant)) or self._entries.known(route.key(Variant(ANY, ANY)))
-        if entry is None or not entry.all_verified:
+        if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
-        if not route.immutable and not is_fresh(self._means, entry.record):
+        opened = self._opened(entry, route, Result.HIT)
+        body = opened.body
+        if not (body.read_all() if isinstance(body, CheckedBody) else entry.all_verified):
             return None
         self._entries.used(entry)
-        return self._opened(entry, route, Result.HIT)
+        return opened
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._means.wall_clock() - entry.record.validated_at))

@@ -97,6 +97,11 @@ class CheckedBody:
                 self.forget(looked.set)
         return amount != CUT
 
+    def read_all(self) -> bool:
+        """Read all of a short body here and now; False when that is not to be had, and nothing is held."""
+        record = self._entry.record
+        return record.length <= _INLINE_BYTES and not self._entry.damaged and self._read_now(0, 0)
+
     # --- reading
 
     def _read_now(self, chunk: int, offset: int) -> bool:
