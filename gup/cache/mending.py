@@ -17,6 +17,9 @@ from gup.errors import Problem
 Fly = Callable[[ContentKey, Route, Variant, bool], Awaitable[GrowingBody | Landing]]
 """Has the stored body of a key looked through, and mended if it is damaged; True: the damage is counted."""
 
+_NO_ROOM = Problem(
+    "overloaded", "stored bytes are damaged, and there is no room to mend them", retry_after_seconds=10.0
+)
 _HOPELESS = Problem("internal-error", "stored bytes are damaged again each time they were mended")
 
 
@@ -85,10 +88,10 @@ class Mending:
         if record is None:
             return Problem("upstream-not-found", "there is no record of it")
         try:
-            await self._fly(key, route_of_record(record), self._variant(key), counted)
+            got = await self._fly(key, route_of_record(record), self._variant(key), counted)
         except Problem as problem:
             return problem
-        return None
+        return _NO_ROOM if got is Landing.UNSTORABLE else None
 
     def _begin(self, entry: Entry, *, counted: bool) -> None:
         failure = self._failures.get(entry.key)
@@ -113,7 +116,9 @@ class Mending:
             raise
         else:
             same = record is not None and (record.etag, record.sums) == (entry.record.etag, entry.record.sums)
-            if isinstance(got, GrowingBody) or not same or record is None or file is None:
+            if got is Landing.UNSTORABLE:
+                entry.not_mended(_NO_ROOM)
+            elif isinstance(got, GrowingBody) or not same or record is None or file is None:
                 self._entries.drop(entry)
                 entry.not_mended(None)
             else:

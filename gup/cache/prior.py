@@ -42,9 +42,9 @@ class Prior:
 def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     """Look the key up again now that it is claimed.
 
-    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight; of a
-    suspect one every chunk is looked at before. 3. So does a failure that still stands. 4. Otherwise the
-    part worth going on with is kept, others go.
+    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. So
+    does a failure that still stands. 4. Of a body that is suspect, or not as recorded, every chunk is looked
+    at: right after all, it ends the flight. 5. Otherwise the part worth going on with is kept, others go.
     """
     key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
     state = _load_state(means, key)
@@ -52,17 +52,20 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
         means.store.finish_commit(state)
         state = None
     record = _load_claimed(means, key)
-    damage = None
-    if record is not None and (suspect or means.store.open_body(record) is None):
-        damage = _compare(means, record, noted=flight.noted)
-        if damage is not None:
-            record = None
-    if record is not None and (immutable or suspect or is_fresh(means, record)):
+    sound = record is not None and not suspect and means.store.open_body(record) is not None
+    if record is not None and sound and (immutable or is_fresh(means, record)):
         return Landing.COMMITTED
     if state is not None and state.failure is not None and state.failure.stands(means.clock()):
         if state.phase is Phase.UNSTORABLE:
             return Landing.UNSTORABLE
         return state.failure
+    damage = None
+    if record is not None and not sound:
+        damage = _compare(means, record, noted=flight.noted)
+        if damage is not None:
+            record = None
+        elif immutable or suspect or is_fresh(means, record):
+            return Landing.COMMITTED
     if damage is not None and len(damage.bad) < len(damage.record.sums):
         return Prior(damage=damage)
     return Prior(record, *_salvage(means.store, key, state))

@@ -284,3 +284,22 @@ async def test_always_never_gives_a_descriptor_and_holds_little_for_many(tmp_pat
             item.body.leave()
         assert one.cache._holders.count == 0
         assert one.cache.open_now(route(FILE), Variant()) is None
+
+
+async def test_without_room_to_mend_it_is_an_honest_error_and_no_endless_trying(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        flip(body, 3 * CHUNK_BYTES)
+        cache = one.means.settings.cache.model_copy(update={"max_size": 1})
+        one.means.settings = one.means.settings.model_copy(update={"cache": cache})
+        one.means.space._max_size = lambda: 1
+        opened = await one.open(FILE)
+        with pytest.raises(Cut):
+            await read(opened.body)
+        for _ in range(3):
+            with pytest.raises(Problem) as problem:
+                await one.cache.make_sure(opened, 3 * CHUNK_BYTES)
+            assert (problem.value.slug, problem.value.status) == ("overloaded", 503)
+        assert len(upstream.requests(FILE)) == 1
+        assert found(one) == 1
+        assert body.exists()
