@@ -126,7 +126,7 @@ def check_index(folder: Path, *, repair: bool) -> str | None:
 
     `repair` removes a damaged one: it is made anew from the records.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not list(folder.iterdir()):
         return None
     file = IndexFile(folder)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.harm import flip
+from harness.harm import flip, only
 from harness.scripted import Answer, Gate
 
 from gup.cache.cache import Result
@@ -28,7 +28,7 @@ async def filled(one, upstream, until, answer=GOOD) -> Path:
     assert await one.get(FILE) == answer.body
     await until(lambda: not one.cache.fills, "the fill ends")
     one.cache._entries.clear()
-    return next((one.means.store.root / "content").rglob("full.dax"))
+    return only((one.means.store.root / "content").rglob("full.dax"))
 
 
 def repaired(one) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness.clients import assert_problem
-from harness.harm import flip, scribble
+from harness.harm import flip, only, scribble
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import BIG, content_path, zip_of
@@ -35,7 +35,7 @@ def stored(
         assert gup.get(BIG).body == BODY
         gup.wait_stored("full.zip")
         gup.stop()
-        yield gup, next((gup.cache_dir / "content").rglob("full.zip"))
+        yield gup, only((gup.cache_dir / "content").rglob("full.zip"))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_whatever_became_of_it_the_bytes_are_right(tmp_path, upstream):
 
 
 def _file(gup: Gup, path: str) -> Path:
-    return next((gup.cache_dir / "content").rglob(f"{path.split('/')[-2]}/full.zip"))
+    return only((gup.cache_dir / "content").rglob(f"{path.split('/')[-2]}/full.zip"))
 
 
 def test_without_upstream_what_is_sound_is_served_and_the_rest_is_an_honest_error(tmp_path, upstream):
@@ -224,7 +224,7 @@ def test_rot_in_fills_that_were_killed(tmp_path, upstream):
         ids = {json.loads(file.read_bytes())["key"]: file.stem for file in partial.glob("*.state")}
         for suffix, path in paths.items():
             id_ = next(id_ for key, id_ in ids.items() if path.split("/")[-2] in key)
-            flip(next(partial.glob(f"{id_}*.{suffix}")), harms[suffix])
+            flip(only(partial.glob(f"{id_}*.{suffix}")), harms[suffix])
         gup.start()
         for suffix, path in paths.items():
             answer = gup.get(path)
@@ -247,7 +247,7 @@ def test_a_reload_changes_the_mode_at_once(tmp_path, upstream):
         gup.wait_stored("full.zip")
         with gup.connect() as client:
             assert [client.get(BIG).body == BODY for _ in range(3)] == [True] * 3
-            flip(next((gup.cache_dir / "content").rglob("full.zip")), 0)
+            flip(only((gup.cache_dir / "content").rglob("full.zip")), 0)
             assert client.get(BIG).body != BODY, "what the scrub mode does not promise"
             settings["cache"]["verify"] = "always"
             gup.rewrite(settings)

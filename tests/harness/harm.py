@@ -1,7 +1,14 @@
 """Harm done to files as disks and people do it."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def only(paths: Iterable[Path]) -> Path:
+    """The one path that there is."""
+    (path,) = paths
+    return path
 
 
 def flip(path: Path, *offsets: int) -> None:
