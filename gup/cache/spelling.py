@@ -42,6 +42,9 @@ async def _catalog(open_: Open, variant: Variant) -> Mapping[str, Listed] | None
     except Problem:
         return None
     try:
-        return parse_catalog(await read_whole(opened.body, MAX_CATALOG_BYTES))
+        text = await read_whole(opened.body, MAX_CATALOG_BYTES)
+        if len(text) < min(opened.body.end() or 0, MAX_CATALOG_BYTES):
+            return None  # it broke off: what is missing may be what is asked for
+        return parse_catalog(text)
     finally:
         opened.body.leave()

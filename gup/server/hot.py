@@ -40,7 +40,7 @@ class HotRow:
 
     def small(self) -> bytes | None:
         """The body's bytes if they are few and in the page cache."""
-        if self.length > SMALL_BYTES or self.entry.available(0, 1) == 0:
+        if self.length > SMALL_BYTES or self.entry.available(0, 1) <= 0:
             return None
         piece = os.pread(self.entry.fd, self.length, 0)
         return piece if len(piece) == self.length else None
