@@ -120,6 +120,7 @@ class Scrubber:
                     self._pass.damaged,
                     self._pass.mended,
                 )
+            await asyncio.sleep(_IDLE_SECONDS)  # also where scrub_interval is 0
 
     def _due(self) -> bool:
         settings = self._settings()
