@@ -83,7 +83,16 @@ class Cache(Section):
     max_stale: Duration = row(
         parse_duration("7d"), "How long an index is served on while no upstream answers."
     )
-    verify: Literal["first_use"] = row("first_use", "When stored bytes are compared with their sums.")
+    verify: Literal["first_use", "always", "scrub"] = row(
+        "first_use",
+        "When stored bytes are compared with their sums; docs/reliability.md tells what each means.",
+    )
+    scrub_rate: Rate = row(
+        parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'
+    )
+    scrub_interval: Duration = row(
+        parse_duration("7d"), "Time between the beginnings of two passes over all bodies."
+    )
 
 
 class Upstream(Section):

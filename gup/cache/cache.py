@@ -3,25 +3,28 @@
 import asyncio
 import contextlib
 import logging
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from gup.cache.body import Body, Entry, GrowingBody, read_whole
+from gup.cache.body import Body, GrowingBody
 from gup.cache.bypass import BypassBody
+from gup.cache.checked import CheckedBody, Holders
+from gup.cache.entries import Entries
+from gup.cache.entry import Entry
+from gup.cache.failures import Failures
 from gup.cache.fill import PRIORITIES, Leader, too_many_fills
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.heads import head_of
-from gup.cache.prior import is_fresh, load_sound, note_damage
-from gup.cache.record import Head, Record
+from gup.cache.mending import Mending
+from gup.cache.prior import is_fresh, load_sound
+from gup.cache.record import Head
 from gup.cache.slots import Slots
-from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
+from gup.cache.spelling import spell
 from gup.content.key import ANY, ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
@@ -35,7 +38,6 @@ _RATE_KNOWN_SECONDS = 0.5
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
 _DIFFICULT_FLIGHT = Problem("internal-error", "the fill ended in a way that was not foreseen")
-_CATALOG = Routes().route(CATALOG_PATH)
 _Result = TypeVar("_Result")
 
 
@@ -63,48 +65,22 @@ class Opened:
     entry: Entry | None = None
 
 
-@dataclass(slots=True)
-class _Failures:
-    """Failures that still stand, remembered in this process so that they cost no look at the disk."""
-
-    clock: Callable[[], float]
-    rows: OrderedDict[ContentKey, tuple[float, Problem]] = field(default_factory=OrderedDict)
-
-    def get(self, key: ContentKey) -> Problem | None:
-        row = self.rows.get(key)
-        if row is None:
-            return None
-        left = row[0] - self.clock()
-        if left <= 0:
-            del self.rows[key]
-            return None
-        problem = row[1].again()
-        if problem.retry_after_seconds is not None:
-            problem.retry_after_seconds = max(left, 1.0)
-        return problem
-
-    def put(self, key: ContentKey, problem: Problem, ttl_seconds: float) -> None:
-        self.rows[key] = (self.clock() + ttl_seconds, problem)
-        self.rows.move_to_end(key)
-        while len(self.rows) > 10_000:
-            self.rows.popitem(last=False)
-
-
 class Cache:
     """Everything this process has open, and every fill it leads or follows.
 
-    `_entries` is in order of use; `_flights` holds a key from the first request that misses it to the end of
-    its fill. Both change in this class alone, on the loop.
+    `_flights` holds a key from the first request that misses it to the end of its fill. It changes in this
+    class alone, on the loop.
     """
 
     def __init__(self, means: Means, *, max_open: int, bypass: Slots, range_bypass: Slots) -> None:
         self._means = means
-        self._max_open = max_open
-        self._entries: OrderedDict[ContentKey, Entry] = OrderedDict()
         self._flights: dict[ContentKey, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failures = _Failures(means.clock)
-        self._epoch = means.store_epoch()
+        self._failures = Failures(means.clock)
+        self._holders = Holders()
+        self._entries = Entries(means, max_open)
+        self._mending = Mending(means, self._entries, self._failures, self._look_through, self._spawn)
+        self._entries.on_damage = self._mending.damaged
         self._bypass = bypass
         self._range_bypass = range_bypass
 
@@ -117,35 +93,49 @@ class Cache:
         """
         key = route.key(variant)
         for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
-            entry = await self._entry(candidate)
+            flight = self._flights.get(candidate)
+            if flight is not None and flight.suspect and flight.body is not None:
+                return await self._filled(candidate, route, variant, via)  # it could not be mended
+            entry = await self._entries.get(candidate)
             if entry is None:
                 continue
+            self._mending.retry(entry)
             if route.immutable or is_fresh(self._means, entry.record):
                 return self._opened(entry, route, Result.HIT)
             return await self._revalidated(entry, route, variant, via)
-        return await self._filled(key, route, variant, via)
+        try:
+            return await self._filled(key, route, variant, via)
+        except Problem:
+            entry = await self._entries.get_maimed(key)
+            if entry is None:
+                raise
+            return self._opened(entry, route, Result.HIT)
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        self._heed_epoch()
-        entry = self._entries.get(route.key(variant)) or self._entries.get(route.key(Variant(ANY, ANY)))
-        if entry is None or not entry.all_verified:
+        entry = self._entries.known(route.key(variant)) or self._entries.known(route.key(Variant(ANY, ANY)))
+        if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
-        if not route.immutable and not is_fresh(self._means, entry.record):
+        opened = self._opened(entry, route, Result.HIT)
+        body = opened.body
+        if not (body.read_all() if isinstance(body, CheckedBody) else entry.all_verified):
             return None
-        self._entries.move_to_end(entry.key)
-        return self._opened(entry, route, Result.HIT)
+        self._entries.used(entry)
+        return opened
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._means.wall_clock() - entry.record.validated_at))
-        return Opened(entry, result, entry.key, route.kind, age, entry=entry)
+        body: Body = entry
+        if self._means.settings.cache.verify == "always":
+            body = CheckedBody(entry, self._means.executor, self._holders)
+        return Opened(body, result, entry.key, route.kind, age, entry=entry)
 
     async def look(self, route: Route, variant: Variant, via: str | None = None) -> tuple[Head, Result, int]:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
         for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
-            entry = entry or await self._entry(candidate)
+            entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
             opened = self._opened(entry, route, Result.HIT)
             return entry.head, opened.result, opened.age_seconds
@@ -175,68 +165,83 @@ class Cache:
 
     # --- entries
 
-    async def _entry(self, key: ContentKey) -> Entry | None:
-        self._heed_epoch()
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = await self._in_thread(self._load, key)
-            if entry is None:
-                return None
-            entry = self._entries.setdefault(key, entry)
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_open:
-            self._entries.popitem(last=False)
-        if not await entry.verify_first():
-            return None
-        return entry
-
     async def _present_entry(self, key: ContentKey) -> Entry | None:
         """The entry as it is on disk now: the one that is open here may be of an older generation."""
-        entry = self._entries.get(key)
+        entry = self._entries.known(key)
         if entry is not None:
             record = await self._in_thread(load_sound, self._means, key)
             if record is not None:
-                self._adopt(entry, record)
-        return await self._entry(key)
+                self._entries.adopt(entry, record)
+        return await self._entries.get(key)
 
-    def _load(self, key: ContentKey) -> Entry | None:
-        record = load_sound(self._means, key)
-        file = self._means.store.open_body(record) if record is not None else None
-        if record is None or file is None:
-            return None
-        return Entry(record, file, self._means.executor, self._damaged)
-
-    def _damaged(self, entry: Entry) -> None:
-        """A chunk is not what was stored: the entry goes, the next request fetches the body anew."""
-        note_damage(self._means, "body", entry.key, "a chunk does not agree with its sum")
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
-        self._spawn(self._remove(entry))
-
-    async def _remove(self, entry: Entry) -> None:
-        removed = await self._in_thread(self._means.store.remove_body, entry.record)
-        if removed:
-            self._means.raise_store_epoch()
-
-    def _heed_epoch(self) -> None:
-        epoch = self._means.store_epoch()
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.close_removed()
-
-    def close_removed(self) -> list[Entry]:
+    def close_removed(self) -> None:
         """Close every entry whose file has no link left; call when the store's epoch was raised."""
-        gone = [entry for entry in self._entries.values() if os.fstat(entry.fd).st_nlink == 0]
-        for entry in gone:
-            del self._entries[entry.key]
-        return gone
+        self._entries.close_removed()
+
+    def look_over(self) -> None:
+        """Doubt every open entry whose file somebody else has changed; to be called once a second."""
+        for entry in self._entries.changed():
+            self._mending.suspect(entry)
+
+    async def make_sure(self, opened: Opened, offset: int) -> bool:
+        """Look at the chunk that an answer begins with, before its head is sent, and mend it if need be.
+
+        False when there is another body by now: open again. Problem when the chunk can't be had.
+        """
+        entry, body = opened.entry, opened.body
+        if entry is None or not isinstance(body, Entry | CheckedBody):
+            return True
+        sound = False
+        try:
+            async with asyncio.timeout(self._longest_wait()):
+                sound = await body.sound_at(offset)
+        except TimeoutError as error:
+            raise Problem(
+                "upstream-timeout", "stored bytes are damaged and not mended yet", retry_after_seconds=5.0
+            ) from error
+        finally:
+            if not sound:
+                body.leave()
+        if sound:
+            return True
+        if entry.problem is not None:
+            raise entry.problem.again()
+        self._entries.drop(entry)
+        return False
+
+    async def mend(self, key: ContentKey, *, counted: bool) -> Problem | None:
+        """Look at all of a stored body and mend what is damaged; why that could not be, None when it is well.
+
+        For the controller: it has no client's request to know the route from. `counted`: the damage that
+        made it ask is.
+        """
+        problem = await self._mending.mend(key, counted=counted)
+        flight = self._flights.get(key)
+        if problem is None and flight is not None:  # fetched anew: well when it is committed
+            await flight.ended.wait()
+            problem = flight.problem
+        return problem
+
+    async def _look_through(
+        self, key: ContentKey, route: Route, variant: Variant, counted: bool
+    ) -> GrowingBody | Landing:
+        """A flight that does not end because a body is there. One of another kind is waited for before."""
+        while (flight := self._flights.get(key)) is not None and not flight.suspect:
+            got = await flight.join()
+            if isinstance(got, GrowingBody):
+                return got
+            await flight.ended.wait()
+        if flight is None:
+            flight = self._flights[key] = Flight(key, route, variant, suspect=True, noted=counted)
+            self._spawn(self._fly(flight))
+        return await flight.join()
 
     # --- revalidation
 
     async def _revalidated(self, entry: Entry, route: Route, variant: Variant, via: str | None) -> Opened:
         """A stale index file: ask upstream once for the whole machine; serve it stale if nobody answers."""
         fresher = await self._in_thread(load_sound, self._means, entry.key)
-        if fresher is not None and self._adopt(entry, fresher) and is_fresh(self._means, fresher):
+        if fresher is not None and self._entries.adopt(entry, fresher) and is_fresh(self._means, fresher):
             return self._opened(entry, route, Result.HIT)
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
@@ -250,15 +255,6 @@ class Cache:
                     raise
                 return await self._filled(entry.key, route, variant, via)
             return self._opened(entry, route, Result.STALE)
-
-    def _adopt(self, entry: Entry, record: Record) -> bool:
-        """Take over what another process learned of the same body."""
-        if record.etag != entry.record.etag or record.body_mtime_ns != entry.record.body_mtime_ns:
-            if self._entries.get(entry.key) is entry:
-                del self._entries[entry.key]
-            return False
-        entry.record = record
-        return True
 
     # --- fills
 
@@ -343,7 +339,10 @@ class Cache:
                         self._means.claims.release(flight.key.claim_offset)
         finally:
             del self._flights[flight.key]
-            await self._landed(flight)
+            try:
+                await self._landed(flight)
+            finally:
+                flight.ended.set()
 
     async def _landed(self, flight: Flight) -> None:
         if not flight.over:  # cancelled at the service's end, or a mistake of ours
@@ -354,28 +353,8 @@ class Cache:
             await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
-        """The path with the moniker as the manager's catalogue spells it, or in upper case without one.
-
-        An upstream's file system may tell upper from lower case; clients' spellings differ (FIELD).
-        """
-        if not route.stream.startswith("{"):
-            return None
-        listed = await self._catalog(variant)
-        if listed is None:
-            return respelled(route.upstream_path, route.stream)
-        row = listed.get(route.stream)
-        return respelled(route.upstream_path, row.moniker) if row is not None else None
-
-    async def _catalog(self, variant: Variant) -> Mapping[str, Listed] | None:
-        """The catalogue of the variant's manager; None when it has none or can't be asked."""
-        try:
-            opened = await self.open(_CATALOG, variant)
-        except Problem:
-            return None
-        try:
-            return parse_catalog(await read_whole(opened.body, MAX_CATALOG_BYTES))
-        finally:
-            opened.body.leave()
+        """See gup.cache.spelling."""
+        return await spell(self.open, route, variant)
 
     # --- bypass
 

@@ -15,9 +15,10 @@ from gup.cache.body import GrowingBody
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
-from gup.cache.prior import Prior, drop_parts, examine, note_damage, validated_at
+from gup.cache.prior import Damage, Prior, drop_parts, examine, is_the_entry, note_damage, validated_at
 from gup.cache.queue import FillQueue
 from gup.cache.record import Head, Record
+from gup.cache.repair import NotTheSame, Repair
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
 from gup.content.key import Kind
@@ -63,6 +64,8 @@ class Leader:
         """Of the part under way: what makes it worth going on with."""
         self._writer: PartWriter | None = None
         self._promised = 0
+        self._bytes_changed = False
+        """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._began_at = means.clock()
 
     async def run(self) -> None:
@@ -83,7 +86,7 @@ class Leader:
             self._writer = None  # its descriptors close when no thread writes any more
 
     async def _run(self) -> None:
-        prior = await self._in_thread(examine, self._means, self._key, self._flight.route.immutable)
+        prior = await self._in_thread(examine, self._means, self._flight)
         if isinstance(prior, Landing):
             await self._end_body()
             self._flight.land(prior)
@@ -121,24 +124,20 @@ class Leader:
         body = self._flight.body
         if body is None or body.ended:
             return
-        if await self._in_thread(self._is_the_entry, body):
+        if await self._in_thread(is_the_entry, self._means.store, self._key, body.fd):
             length = os.fstat(body.fd).st_size
             body.publish(length)
             body.complete(length)
         else:
             body.fail()
 
-    def _is_the_entry(self, body: GrowingBody) -> bool:
-        try:
-            return self._means.store.body_path(self._key).stat().st_ino == os.fstat(body.fd).st_ino
-        except OSError:
-            return False
-
     # --- fetching
 
     async def _fetch(self, prior: Prior) -> Problem | UpstreamFailure | None:
         self._move(Phase.REQUESTED)
         self._flight.fetched = True
+        if prior.damage is not None and await self._mend(prior.damage):
+            return None
         if prior.state is not None and prior.salvage is not None:
             resumed = await self._resume(prior.state, prior.salvage)
             if resumed is not None:
@@ -159,6 +158,22 @@ class Leader:
         else:
             return absent(remote)
         return None
+
+    async def _mend(self, damage: Damage) -> bool:
+        """Whether the damaged body could be mended; it is left as it is when nobody can be asked."""
+        await self._reserve(damage.record.length)
+        share = Share(PRIORITIES[self._flight.route.kind])
+        try:
+            await Repair(self._means, self._flight, damage.record.path or self._path, share, damage).run()
+        except NotTheSame as error:
+            log.warning("%s can't be mended and is fetched anew: %s", self._key.text, str(error))
+            self._bytes_changed = True
+            return False
+        finally:
+            self._release(committed=False)
+        self._flight.land(Landing.COMMITTED)
+        self._means.counters.add("gup_fills_total", outcome="committed")
+        return True
 
     def _download(self, begun: Begun | None, record: Record | None) -> Download:
         means, route = self._means, self._flight.route
@@ -195,7 +210,7 @@ class Leader:
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
         await self._reserve(remote.length if remote.length is not None else _UNKNOWN_STEP_BYTES)
-        return await self._new_generation(head_of(self._key, remote))
+        return await self._new_generation(head_of(self._key, remote, changed=self._bytes_changed))
 
     async def _new_generation(
         self, head: Head, old: OpenFile | None = None, salvage: Salvage | None = None
@@ -354,10 +369,11 @@ class Leader:
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
-            head = head_of(self._key, replace(remote, length=writer.written))
+            remote = replace(remote, length=writer.written)
+            head = head_of(self._key, remote, changed=self._bytes_changed)
         now = means.wall_clock()
         route = self._flight.route
-        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns)
+        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
         record = record.validated(validated_at(means, remote, route.immutable))
         state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
         replaced = await self._in_thread(self._commit_now, state)

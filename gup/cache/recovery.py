@@ -34,7 +34,10 @@ def route_of(state: FillState) -> Route:
 
 
 class Recovery:
-    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it."""
+    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it.
+
+    `on_damage` counts a damaged state that is cleared away here.
+    """
 
     def __init__(
         self,
@@ -42,8 +45,10 @@ class Recovery:
         claims: Claims,
         take_over: Callable[[Route], Awaitable[None]],
         clock: Callable[[], float] = time.monotonic,
+        on_damage: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
+        self._on_damage = on_damage
         self._claims = claims
         self._take_over = take_over
         self._clock = clock
@@ -84,7 +89,9 @@ class Recovery:
         store = self._store
         try:
             state = store.load_state(part.id)
-        except ValueError:
+        except ValueError as error:
+            log.warning("a damaged state was dropped: %s: %s", part.id, error)
+            self._on_damage()
             state = None
         generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:

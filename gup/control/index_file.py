@@ -119,3 +119,22 @@ class IndexFile:
             tag_index=0,
             sqlite_mmap_size=0,  # a damaged or truncated file is an error to handle, not a SIGBUS
         )
+
+
+def check_index(folder: Path, *, repair: bool) -> str | None:
+    """What is wrong with the index of a service that does not run; None when nothing is.
+
+    `repair` removes a damaged one: it is made anew from the records.
+    """
+    if not folder.is_dir() or not list(folder.iterdir()):
+        return None
+    file = IndexFile(folder)
+    try:
+        file.load()
+    except (OSError, DamagedIndexError) as error:
+        if repair:
+            file.delete()
+        return f"it is damaged: {error}"
+    finally:
+        file.close()
+    return None

@@ -29,10 +29,12 @@ from gup.control.exposition import Figures
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.rows import Row, Stream, make_row
+from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
 from gup.control.status import fill_of, totals_of
 from gup.control.streams import Demand, newest_times
 from gup.control.surroundings import Surroundings
+from gup.control.verify import Verification
 
 _log = logging.getLogger("gup.control.plane")
 _FAILURES = 50
@@ -68,6 +70,8 @@ class Plane:
             promised_bytes=around.promised_bytes,
             clock=clock,
         )
+        self.verification = Verification(around, self.index)
+        self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
         self.demand = Demand()
         self.wan_meter = Meter()
@@ -226,6 +230,7 @@ class Plane:
                 wan_rate=around.wan_rate(),
                 wan_used=self.wan_meter.bytes_per_second(),
             ),
+            "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}

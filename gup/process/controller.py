@@ -35,7 +35,12 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(assembly.store, assembly.means.claims, self._take_over)
+        self._recovery = Recovery(
+            assembly.store,
+            assembly.means.claims,
+            self._take_over,
+            on_damage=lambda: assembly.counters.add("gup_integrity_failures_total", where="state"),
+        )
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -56,6 +61,7 @@ class Controller:
                 config_ok=lambda: bool(self._page.words[CONFIG_OK]),
                 request_reload=self._request_reload,
                 recover=self._recovery.run,
+                mend=lambda key, counted: assembly.cache.mend(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,

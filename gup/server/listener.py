@@ -83,6 +83,7 @@ class Listener:
         """New settings for what connects and times out from now on."""
         self.settings = settings
         self.handler.apply(settings)
+        self.hot.drop()
         self._admission.apply(settings)
         self._choose_pacing()
 

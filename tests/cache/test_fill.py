@@ -405,7 +405,7 @@ async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upst
         assert {opened.result for opened in again} <= {Result.REVALIDATED, Result.COLLAPSED, Result.HIT}
         assert [seen.status for seen in upstream.requests(index)] == [200, 304]
         upstream.answer(index, Answer(b"", 503))
-        record = one.cache._entries[again[0].key].record
+        record = again[0].entry.record
         await until(lambda: one.means.wall_clock() - record.validated_at > 0.1, "it is stale again")
         stale = await asyncio.gather(*(one.open(index) for _ in range(5)))
         assert {opened.result for opened in stale} == {Result.STALE}
