@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEED ?= 1
 
-.PHONY: demo test lint types imports check clean
+.PHONY: demo test fault lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml gup/__init__.py
@@ -27,8 +28,12 @@ imports: $(VENV)/.installed
 check: lint types imports
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 3 -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest --numprocesses 3 -m "not alone and not fault_long"
+	$(BIN)/python -m pytest -m "alone and not fault_long"
+
+# All faults, the long and the random ones too; another SEED makes other random ones.
+fault: $(VENV)/.installed
+	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 tests/fault
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

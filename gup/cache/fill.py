@@ -238,7 +238,7 @@ class Leader:
             await self._reserve(state.head.length)
         else:
             await self._reserve(salvage.size + _UNKNOWN_STEP_BYTES)
-        self._head = state.head
+        self._head, self._generation = state.head, state.generation
         if salvage.whole:
             try:
                 return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
@@ -261,7 +261,6 @@ class Leader:
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
         means, head = self._means, state.head
-        self._generation = state.generation
 
         def reopen() -> tuple[PartWriter, OpenFile]:
             writer = PartWriter.reopen(
@@ -409,7 +408,7 @@ class Leader:
         drop = drop or problem.slug == "upstream-bad-body"
         failure = Failure.of(problem, ttl_seconds, means.clock())
         self._move(Phase.FAILED)
-        head = self._flight.body.head if self._flight.body is not None and not drop else None
+        head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
             await self._in_thread(self._save_end, state, drop)

@@ -11,6 +11,7 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part, Store
 from gup.content.key import Kind
 from gup.content.routes import Route
+from gup.metrics import Counters
 
 log = logging.getLogger("gup.recovery")
 
@@ -40,11 +41,13 @@ class Recovery:
         self,
         store: Store,
         claims: Claims,
+        counters: Counters,
         take_over: Callable[[Route], Awaitable[None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._claims = claims
+        self._counters = counters
         self._take_over = take_over
         self._clock = clock
         self._orphans: dict[str, float] = {}
@@ -84,7 +87,9 @@ class Recovery:
         store = self._store
         try:
             state = store.load_state(part.id)
-        except ValueError:
+        except ValueError as error:
+            log.warning("damaged state of %s: %s", part.id, error)
+            self._counters.add("gup_integrity_failures_total", where="state")
             state = None
         generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:

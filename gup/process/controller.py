@@ -35,7 +35,7 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(assembly.store, assembly.means.claims, self._take_over)
+        self._recovery = Recovery(assembly.store, assembly.means.claims, assembly.counters, self._take_over)
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,

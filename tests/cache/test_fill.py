@@ -381,3 +381,17 @@ async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upst
         assert {opened.result for opened in stale} == {Result.STALE}
         assert await read(stale[0].body) == b"first"
         assert len(upstream.requests(index)) == 3
+
+
+async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_part(tmp_path, upstream, until):
+    """The next try, when upstream is there again, goes on where the dead leader was."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
+    upstream.answer(FILE, Answer(b"", 503))
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as next_one:
+        with pytest.raises(Problem):
+            await next_one.get(FILE)
+        upstream.answer(FILE, Answer(BODY, etag='"a"'))
+        key = route(FILE).key(Variant())
+        await until(lambda: next_one.cache._failures.get(key) is None, "the failure expires")
+        assert await next_one.get(FILE) == BODY
+    assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
