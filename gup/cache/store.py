@@ -17,6 +17,7 @@ from gup.cache.state import FillState
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 
+_RECORD_SUFFIX = ".gup"
 _PART_SUFFIX = ".part"
 _STATE_SUFFIX = ".state"
 _SUMS_SUFFIX = ".sums"
@@ -82,7 +83,7 @@ class Store:
         return self.content / key.path
 
     def record_path(self, key: ContentKey) -> Path:
-        return self.content / key.path.with_name(f".{key.file}.gup")
+        return self.content / key.path.with_name(f".{key.file}{_RECORD_SUFFIX}")
 
     def load(self, key: ContentKey) -> Record | None:
         """The key's record; None when there is none. ValueError when it is damaged."""
@@ -151,22 +152,34 @@ class Store:
         return True
 
     def scan(self) -> Iterator[Stored]:
-        """Every body under `content/`, with its record."""
+        """Every body under `content/`, with its record; and every record without one, as of 0 bytes."""
         for folder, _, names in os.walk(self.content):
             parts = Path(folder).relative_to(self.content).parts
             if len(parts) != 4:
                 continue
+            present = set(names)
             for name in names:
-                if name.startswith("."):
+                of_body = name[1:].removesuffix(_RECORD_SUFFIX)
+                if name.startswith(".") and (of_body in present or not name.endswith(_RECORD_SUFFIX)):
                     continue
                 try:
-                    key = ContentKey.parse("/".join((*parts, name)))
+                    key = ContentKey.parse("/".join((*parts, of_body if name.startswith(".") else name)))
                     yield self._stored(key)
                 except (ValueError, FileNotFoundError):
                     continue
 
+    def prune(self) -> None:
+        """Remove folders in which nothing is: a crash may come between a body and its folder."""
+        for folder, _, _ in os.walk(self.content, topdown=False):
+            if folder != str(self.content):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def _stored(self, key: ContentKey) -> Stored:
-        stat = self.body_path(key).stat()
+        try:
+            stat = self.body_path(key).stat()
+        except FileNotFoundError:
+            return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
         record = self._load_or_none(key)
         if record is None or (record.length, record.body_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             return Stored(key, None, stat.st_size, stat.st_mtime)

@@ -57,6 +57,7 @@ async def reconcile(index: Index, store: Store, claims: Claims, counters: Counte
     index.complete = True
     if found.put or found.gone:
         _log.info("the index took over %d entries and dropped %d", len(found.put), len(found.gone))
+    await asyncio.to_thread(store.prune)
     for orphan in found.orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:
             await _remove_orphan(orphan, store, claims, counters)
@@ -70,7 +71,9 @@ async def _remove_orphan(orphan: Stored, store: Store, claims: Claims, counters:
     try:
         if await asyncio.to_thread(_remove_if_still_orphan, orphan, store):
             counters.add("gup_integrity_failures_total", where="record")
-            _log.warning("removed a body without a usable record: %s", orphan.key.text)
+            _log.warning(
+                "removed a body without a usable record, or a record without its body: %s", orphan.key.text
+            )
     finally:
         claims.release(offset)
 
@@ -84,4 +87,6 @@ def _remove_if_still_orphan(orphan: Stored, store: Store) -> bool:
         return False
     if store.state_path(orphan.key.id).exists():
         return False
-    return store.remove(orphan.key) > 0
+    there = store.body_path(orphan.key).exists() or store.record_path(orphan.key).exists()
+    store.remove(orphan.key)
+    return there

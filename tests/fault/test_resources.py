@@ -1,6 +1,5 @@
 """Resources that run out and processes that fail: what is open goes on, and nothing needs a restart."""
 
-
 from harness.clients import RawConnection, assert_problem
 from harness.processes import only_descriptors
 from harness.scripted import Answer, Gate, ScriptedUpstream
