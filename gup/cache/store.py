@@ -306,7 +306,11 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:
-        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
+        """Rename, making the folder: one that `remove` prunes in the same moment is made again.
+
+        A folder that was made is durable only once those above it are (fsync(2)).
+        """
+        folders = [target.parent]
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -315,13 +319,10 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
-        if not durable:
-            return
-        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+                folders = [target.parent, *(up for up in target.parent.parents if self.root in up.parents)]
+        if durable:
+            for folder in folders:
+                _sync_folder(folder)
 
     def _prune(self, folder: Path) -> None:
         """Remove folders that became empty."""
@@ -331,3 +332,11 @@ class Store:
             except OSError:
                 return
             folder = folder.parent
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

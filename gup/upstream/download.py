@@ -133,8 +133,11 @@ class Download:
     def _note_progress(self, amount: int) -> None:
         if amount:
             self.received += amount
-            self._last_new_byte = self._clock()
-            self._fruitless[self._current().name] = 0
+            self._note_gain()
+
+    def _note_gain(self) -> None:
+        self._last_new_byte = self._clock()
+        self._fruitless[self._current().name] = 0
 
     # --- tries
 
@@ -231,6 +234,9 @@ class Download:
                 self._waste("mismatch", len(piece) - len(known))
                 raise BodyChanged(f"{answer.head.upstream} has other bytes than those received before")
             position += len(known)
+            if position > self._unsure_from:  # what was compared is not asked for again after another break
+                self._unsure_from = position
+                self._note_gain()
             self._ready = piece[len(known) :]
         self._unsure_from = _NEVER
         length = answer.head.length

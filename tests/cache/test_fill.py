@@ -395,3 +395,13 @@ async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_par
         await until(lambda: next_one.cache._failures.get(key) is None, "the failure expires")
         assert await next_one.get(FILE) == BODY
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
+
+
+async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_the_same(
+    tmp_path, upstream, until
+):
+    """What was compared and found right is not compared again after the next cut."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES - 10_000, until)
+    upstream.answer(FILE, Answer(BODY, etag='"a"', cut_after=400_000))
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY

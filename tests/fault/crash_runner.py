@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import aiohttp  # noqa: F401 - imported late otherwise, in each run
@@ -42,7 +42,7 @@ def key_of(path: str) -> ContentKey:
 
 
 async def get(worker: Worker, crash: Crash, path: str) -> None:
-    """As a client; `whole` when it has all, `committed` when its controller would have been told."""
+    """As a client; `whole` when it has all."""
     try:
         opened = await worker.open(path)
     except Problem as problem:
@@ -56,8 +56,6 @@ async def get(worker: Worker, crash: Crash, path: str) -> None:
     finally:
         opened.body.leave()
     await no_fills(worker)
-    if any(event["type"] == "committed" for event in worker.told):
-        crash.mark(f"committed {path}")
 
 
 def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> Recovery:
@@ -152,6 +150,12 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 async def run(scenario: str, root: Path, url: str, crash: Crash) -> None:
     async with working(root, [url], cache=SETTINGS.get(scenario, {})) as worker:
+
+        def tell(event: Mapping[str, object]) -> None:
+            if event["type"] == "committed":
+                crash.mark(f"committed {event['key']}")
+
+        worker.means.tell = tell
         install(crash)
         crash.mark("begun")
         await ACTIONS[scenario](worker, crash)

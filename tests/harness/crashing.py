@@ -154,18 +154,24 @@ def _wrap_opens(crash: Crash) -> None:
 
 
 def unsynced(lines: list[str]) -> list[str]:
-    """Files that were written and not made durable afterwards, under their last names: a power cut's prey."""
+    """Files that were written and not made durable afterwards, under their last names: a power cut's prey.
+
+    A rename may be tried twice, for want of its folder: the log tells what was begun.
+    """
     dirty: dict[str, None] = {}
+    moved: dict[str, str] = {}
     for line in lines:
         name, _, place = line.partition(" ")
         source, _, target = place.rpartition("\t")
         if name in ("write", "pwrite", "copy_file_range"):
             dirty[target] = None
         elif name in ("rename", "replace"):
-            dirty.pop(target, None)
+            if moved.get(target) != source:
+                dirty.pop(target, None)
             if source in dirty:
                 del dirty[source]
                 dirty[target] = None
+                moved[target] = source
         elif name in ("fsync", "fdatasync", "unlink"):
             dirty.pop(place, None)
     return list(dirty)
