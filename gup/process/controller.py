@@ -14,6 +14,7 @@ from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
 from gup.content.routes import Route
+from gup.control.ageing import AgeClock
 from gup.control.service import Control, Surroundings
 from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
@@ -60,7 +61,8 @@ class Controller:
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
-            )
+            ),
+            ages=AgeClock(),
         )
 
     async def run(self) -> None:

@@ -85,7 +85,7 @@ async def space_of(worker: Worker, max_size: int) -> tuple[Space, Index]:
             raise_store_epoch=means.raise_store_epoch,
             set_store_bytes=lambda _: None,
             promised_bytes=lambda: 0,
-            clock=time.time,
+            now=lambda _uses: time.time(),
         ),
         index,
     )
