@@ -405,3 +405,14 @@ async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_t
     upstream.answer(FILE, Answer(BODY, etag='"a"', cut_after=400_000))
     async with working(tmp_path, [upstream.url]) as next_one:
         assert await next_one.get(FILE) == BODY
+
+
+async def test_an_upstream_that_hangs_for_longer_than_give_up_is_no_reason_not_to_ask_another(
+    tmp_path, upstream
+):
+    upstream.answer(FILE, Answer(BODY, etag='"a"', stall_after=CHUNK_BYTES))
+    quick = {"read_timeout": "300ms", "give_up": "100ms"}
+    with ScriptedUpstream() as second:
+        second.answer(FILE, Answer(BODY, etag='"b"'))
+        async with working(tmp_path, [upstream.url, second.url], each=quick) as one:
+            assert await one.get(FILE) == BODY

@@ -1,6 +1,9 @@
 """Upstreams that break off, hang, die or come back as another: attached clients notice nothing or are cut."""
 
 import contextlib
+import os
+import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +19,12 @@ HALF = LENGTH // 2
 MEGABYTE = 1_000_000
 CLIENTS = 100
 CHUNK_BYTES = 1 << 20
+SEED = os.environ.get("GUP_TEST_SEED", "1")
 LONG = pytest.mark.fault_long
 OVERLAP_BYTES = 64 * 1024
 QUICK = {
     "connect_timeout": "500ms",
-    "read_timeout": "300ms",
+    "read_timeout": "3s",
     "give_up": "1s",
     "health_interval": "0s",
 }
@@ -36,14 +40,14 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(folder, upstreams: Sequence[ScriptedUpstream]) -> Iterator[Site]:
+def site(folder, upstreams: Sequence[ScriptedUpstream], **each: str) -> Iterator[Site]:
     """A service of two workers before these upstreams, the first preferred."""
     tables = [
-        {"name": f"u{number}", "url": upstream.url, "priority": number, **QUICK}
+        {"name": f"u{number}", "url": upstream.url, "priority": number, **QUICK, **each}
         for number, upstream in enumerate(upstreams)
     ]
     with (
-        Gup(folder / "cache", settings={"upstream": tables}) as gup,
+        Gup(folder / "cache", settings={"upstream": tables, "cache": {"error_ttl": "100ms"}}) as gup,
         Swarm(gup.data) as swarm,
     ):
         yield Site(gup, swarm)
@@ -65,11 +69,13 @@ def assert_cut_and_never_mixed(clients: list[Client], body: bytes, most_bytes: i
 
 
 @pytest.mark.parametrize(
-    "fault", [{"cut_after": MEGABYTE}, {"stall_after": 2 * MEGABYTE}], ids=["cut after every MB", "hangs"]
+    ("fault", "read_timeout"),
+    [({"cut_after": MEGABYTE}, "3s"), ({"stall_after": 2 * MEGABYTE}, "500ms")],
+    ids=["cut after every MB", "hangs"],
 )
-def test_a_hundred_clients_get_the_whole_body_however_often_upstream_fails(tmp_path, fault):
+def test_a_hundred_clients_get_the_whole_body_however_often_upstream_fails(tmp_path, fault, read_timeout):
     body = zip_of("faults", LENGTH)
-    with ScriptedUpstream() as upstream, site(tmp_path, [upstream]) as at:
+    with ScriptedUpstream() as upstream, site(tmp_path, [upstream], read_timeout=read_timeout) as at:
         upstream.answer(BIG, Answer(body, etag='"a"', **fault))
         clients = at.swarm.add(CLIENTS, BIG)
         at.swarm.wait(30)
@@ -180,3 +186,47 @@ def test_a_liar_alone_costs_neither_the_part_nor_the_truth(tmp_path):
 def _answered(gup: Gup) -> bytes:
     response = gup.get(BIG)
     return response.body if response.status == 200 else b""
+
+
+@LONG
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("round_", range(8))
+def test_any_mixture_of_faults_of_two_upstreams_with_the_same_bytes(tmp_path, round_):
+    """Random: every answer of either breaks off somewhere, hangs, is refused, or ignores the range."""
+    chance = random.Random(f"{SEED} {round_}")
+    body = zip_of("faults", LENGTH)
+
+    def fault(etag: str) -> Answer:
+        return chance.choice(
+            [
+                Answer(body, etag=etag, cut_after=chance.randrange(1, LENGTH)),
+                Answer(body, etag=etag, reset_at=chance.randrange(1, LENGTH)),
+                Answer(body, etag=etag, stall_after=chance.randrange(1, LENGTH)),
+                Answer(body, etag=etag, ranges=False, cut_after=chance.randrange(1, LENGTH)),
+                Answer(b"busy", 503),
+                Answer(body, etag=etag, reset_at=-1),
+            ]
+        )
+
+    with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream() as second,
+        site(tmp_path, [first, second], read_timeout="500ms") as at,
+    ):
+        first.answer(BIG, *(fault('"1"') for _ in range(12)), Answer(body, etag='"1"'))
+        second.answer(BIG, *(fault('"2"') for _ in range(12)), Answer(body, etag='"2"'))
+        right = 0
+        deadline = time.monotonic() + 45
+        while not right and time.monotonic() < deadline:
+            clients = at.swarm.add(20, BIG)
+            at.swarm.wait(40, clients)
+            for client in clients:
+                if client.status == 200:
+                    assert client.digest == body_digest(body[: client.body_bytes])
+                    assert (client.end is End.COMPLETE) is (client.body_bytes == LENGTH), client
+                    right += client.end is End.COMPLETE
+                else:
+                    assert (client.status, client.end) in ((502, End.COMPLETE), (504, End.COMPLETE)), client
+        assert right, "nobody ever got it, though both upstreams are right in the end"
+        at.gup.wait_stored("full.zip")
+        assert at.gup.get(BIG).body == body
