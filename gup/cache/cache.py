@@ -350,7 +350,8 @@ class Cache:
         elif flight.problem is not None:
             self._failures.put(flight.key, flight.problem, flight.stands_seconds)
         elif flight.landing in (Landing.COMMITTED, Landing.VALIDATED):
-            await self._present_entry(flight.key)
+            with contextlib.suppress(OSError):  # the next request tells
+                await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
         """See gup.cache.spelling."""

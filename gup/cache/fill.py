@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gup.cache.body import GrowingBody
+from gup.cache.commit import commit
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
@@ -22,7 +23,7 @@ from gup.cache.repair import NotTheSame, Repair
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
 from gup.content.key import Kind
-from gup.errors import GupError, Problem
+from gup.errors import GupError, Problem, exhausted, is_exhausted
 from gup.upstream.bandwidth import Share
 from gup.upstream.connection import Ask
 from gup.upstream.download import Begun, BodyChanged, Download
@@ -73,7 +74,8 @@ class Leader:
         try:
             await self._run()
         except UpstreamFailure as failure:
-            await self._fail(Problem(failure.slug, failure.detail), self._means.settings.cache.error_ttl)
+            stands = 0.0 if failure.slug == "overloaded" else self._means.settings.cache.error_ttl
+            await self._fail(Problem(failure.slug, failure.detail), stands)
         except BodyChanged as error:
             await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
         except Problem as problem:
@@ -81,6 +83,9 @@ class Leader:
         except Unstorable as error:
             await self._give_up_storing(str(error))
         except OSError as error:
+            if is_exhausted(error):
+                await self._fail(exhausted(error), 0.0)
+                return
             await self._give_up_storing(f"the cache directory refuses: {error.strerror or error}")
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
@@ -260,7 +265,7 @@ class Leader:
             await self._reserve(state.head.length)
         else:
             await self._reserve(salvage.size + _UNKNOWN_STEP_BYTES)
-        self._head = state.head
+        self._head, self._generation = state.head, state.generation
         if salvage.whole:
             try:
                 return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
@@ -283,7 +288,6 @@ class Leader:
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
         means, head = self._means, state.head
-        self._generation = state.generation
 
         def reopen() -> tuple[PartWriter, OpenFile]:
             writer = PartWriter.reopen(
@@ -376,7 +380,7 @@ class Leader:
         record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
         record = record.validated(validated_at(means, remote, route.immutable))
         state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
-        replaced = await self._in_thread(self._commit_now, state)
+        replaced = await self._in_thread(commit, means.store, state)
         self._move(Phase.COMMITTED)
         self._release(committed=True)
         if replaced:
@@ -400,11 +404,6 @@ class Leader:
             means.clock() - self._began_at,
             head.upstream,
         )
-
-    def _commit_now(self, state: FillState) -> bool:
-        replaced = self._means.store.body_path(self._key).exists()
-        self._means.store.commit(state)
-        return replaced
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -432,14 +431,14 @@ class Leader:
         drop = drop or problem.slug == "upstream-bad-body"
         failure = Failure.of(problem, ttl_seconds, means.clock())
         self._move(Phase.FAILED)
-        head = self._flight.body.head if self._flight.body is not None and not drop else None
+        head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
             await self._in_thread(self._save_end, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._release(committed=False)
-        if problem.slug != "overloaded":
+        if problem.retry_after_seconds is None:
             problem = failure.problem(means.clock())
         self._flight.fail(problem, ttl_seconds)
         if not absent:

@@ -11,6 +11,7 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part, Store
 from gup.content.key import Kind
 from gup.content.routes import Route
+from gup.metrics import Counters
 
 log = logging.getLogger("gup.recovery")
 
@@ -34,22 +35,19 @@ def route_of(state: FillState) -> Route:
 
 
 class Recovery:
-    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it.
-
-    `on_damage` counts a damaged state that is cleared away here.
-    """
+    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it."""
 
     def __init__(
         self,
         store: Store,
         claims: Claims,
+        counters: Counters,
         take_over: Callable[[Route], Awaitable[None]],
         clock: Callable[[], float] = time.monotonic,
-        on_damage: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
-        self._on_damage = on_damage
         self._claims = claims
+        self._counters = counters
         self._take_over = take_over
         self._clock = clock
         self._orphans: dict[str, float] = {}
@@ -90,8 +88,8 @@ class Recovery:
         try:
             state = store.load_state(part.id)
         except ValueError as error:
-            log.warning("a damaged state was dropped: %s: %s", part.id, error)
-            self._on_damage()
+            log.warning("damaged state of %s: %s", part.id, error)
+            self._counters.add("gup_integrity_failures_total", where="state")
             state = None
         generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:

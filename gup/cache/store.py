@@ -21,6 +21,7 @@ from gup.cache.state import FillState, Phase
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 
+_RECORD_SUFFIX = ".gup"
 _PART_SUFFIX = ".part"
 _STATE_SUFFIX = ".state"
 _SUMS_SUFFIX = ".sums"
@@ -88,7 +89,7 @@ class Store:
         return self.content / key.path
 
     def record_path(self, key: ContentKey) -> Path:
-        return self.content / key.path.with_name(f".{key.file}.gup")
+        return self.content / key.path.with_name(f".{key.file}{_RECORD_SUFFIX}")
 
     def load(self, key: ContentKey) -> Record | None:
         """The key's record; None when there is none. ValueError when it is damaged or can't be read."""
@@ -174,16 +175,18 @@ class Store:
         os.utime(path, ns=(time.time_ns(), record.body_mtime_ns))
 
     def scan(self) -> Iterator[Stored]:
-        """Every body under `content/`, with its record."""
+        """Every body under `content/`, with its record; and every record without one, as of 0 bytes."""
         for folder, _, names in os.walk(self.content):
             parts = Path(folder).relative_to(self.content).parts
             if len(parts) != 4:
                 continue
+            present = set(names)
             for name in names:
-                if name.startswith("."):
+                of_body = name[1:].removesuffix(_RECORD_SUFFIX)
+                if name.startswith(".") and (of_body in present or not name.endswith(_RECORD_SUFFIX)):
                     continue
                 try:
-                    key = ContentKey.parse("/".join((*parts, name)))
+                    key = ContentKey.parse("/".join((*parts, of_body if name.startswith(".") else name)))
                     yield self._stored(key)
                 except (ValueError, FileNotFoundError):
                     continue
@@ -195,8 +198,18 @@ class Store:
         except OSError:
             return None
 
+    def prune(self) -> None:
+        """Remove folders in which nothing is: a crash may come between a body and its folder."""
+        for folder, _, _ in os.walk(self.content, topdown=False):
+            if folder != str(self.content):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def _stored(self, key: ContentKey) -> Stored:
-        stat = self.body_path(key).stat()
+        try:
+            stat = self.body_path(key).stat()
+        except FileNotFoundError:
+            return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
         record = self._load_or_none(key)
         if record is None or (record.length, record.body_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             return Stored(key, None, stat.st_size, stat.st_mtime)
@@ -345,7 +358,11 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:
-        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
+        """Rename, making the folder: one that `remove` prunes in the same moment is made again.
+
+        A folder that was made is durable only once those above it are (fsync(2)).
+        """
+        folders = [target.parent]
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -354,17 +371,14 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
+                folders = [target.parent, *(up for up in target.parent.parents if self.root in up.parents)]
             except IsADirectoryError:  # no work of ours
                 if attempt == 4:
                     raise
                 _unlink(target)
-        if not durable:
-            return
-        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if durable:
+            for folder in folders:
+                _sync_folder(folder)
 
     def _prune(self, folder: Path) -> None:
         """Remove folders that became empty."""
@@ -398,3 +412,11 @@ def _unlink(path: Path) -> None:
         if not path.is_dir():
             raise
         shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

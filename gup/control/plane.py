@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Any
@@ -13,6 +13,7 @@ import gup
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.ageing import AgeClock
 from gup.control.clients import ClientsBook
 from gup.control.events import (
     ClientsSeen,
@@ -54,10 +55,13 @@ class PastFailure:
 class Plane:
     """What the controller knows. Changed by `take_events` and the API, both on the event loop."""
 
-    def __init__(self, around: Surroundings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, around: Surroundings, clock: Callable[[], float], ages: AgeClock | None = None
+    ) -> None:
         self.around = around
         self.settings: Settings = around.settings  # replaced by a reload only
         self.clock = clock
+        self._ages = ages
         self.index = Index(around.store.index, self._index_damaged)
         self.space = Space(
             around.store,
@@ -68,7 +72,7 @@ class Plane:
             raise_store_epoch=around.raise_store_epoch,
             set_store_bytes=around.set_store_bytes,
             promised_bytes=around.promised_bytes,
-            clock=clock,
+            now=self._age_now,
         )
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
@@ -81,6 +85,15 @@ class Plane:
         self.malformed_events = 0
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
+
+    def _believed(self) -> float:
+        """The time of a use: one that a wrong clock puts ahead would make all else look old."""
+        return self._ages() if self._ages is not None else self.clock()
+
+    def _age_now(self, uses: Iterable[float]) -> float:
+        if self._ages is not None:
+            self._ages.begin(uses)
+        return self._believed()
 
     def _index_damaged(self) -> None:
         self.around.counters.add("gup_integrity_failures_total", where="index")
@@ -117,7 +130,6 @@ class Plane:
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
 
     def _committed(self, event: Committed) -> None:
-        now = self.clock()
         known = self.index.rows.get(event.key.text)
         if known is not None and known.pinned and event.replaced:
             self.repin.add(event.key.text)  # the new generation's record knows of no pin
@@ -126,8 +138,8 @@ class Plane:
                 event.key,
                 event.kind,
                 event.length_bytes,
-                stored_at=now,
-                used_at=now,
+                stored_at=self.clock(),
+                used_at=self._believed(),
                 hits=known.hits if known else 0,
                 pinned=known.pinned if known else False,
                 sent_bytes=known.sent_bytes if known else 0,
@@ -138,7 +150,7 @@ class Plane:
 
     def _used(self, event: Used) -> None:
         """Uses of unknown keys (their commit's event was lost) are passed over."""
-        at = min(event.at, self.clock())  # a clock that ran ahead must not keep an entry for ever
+        at = min(event.at, self._believed())  # a clock that ran ahead must not keep an entry for ever
         for use in event.uses:
             row = self.index.rows.get(use.key)
             if row is None:

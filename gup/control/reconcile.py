@@ -65,6 +65,7 @@ async def reconcile(
     index.complete = True
     if found.put or found.gone:
         _log.info("the index took over %d entries and dropped %d", len(found.put), len(found.gone))
+    await asyncio.to_thread(store.prune)
     for orphan in found.orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:
             await _settle_orphan(orphan, index, store, claims, counters, mend)
@@ -74,7 +75,7 @@ async def _settle_orphan(
     orphan: Stored, index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend
 ) -> None:
     """Mend a body that has its record. One without, or that no upstream has any more, is removed."""
-    recorded = await asyncio.to_thread(_has_record, orphan.key, store)
+    recorded = orphan.size_bytes > 0 and await asyncio.to_thread(_has_record, orphan.key, store)
     if recorded:
         problem = await mend(orphan.key, False)
         if problem is None:
@@ -110,7 +111,9 @@ async def _remove_orphan(
         if await asyncio.to_thread(_remove_if_still_orphan, orphan, store):
             if not counted:
                 counters.add("gup_integrity_failures_total", where="record")
-            _log.warning("removed a body without a usable record: %s", orphan.key.text)
+            _log.warning(
+                "removed a body without a usable record, or a record without its body: %s", orphan.key.text
+            )
     finally:
         claims.release(offset)
 
@@ -124,4 +127,6 @@ def _remove_if_still_orphan(orphan: Stored, store: Store) -> bool:
         return False
     if store.state_path(orphan.key.id).exists():
         return False
-    return store.remove(orphan.key) > 0
+    there = store.body_path(orphan.key).exists() or store.record_path(orphan.key).exists()
+    store.remove(orphan.key)
+    return there

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.ageing import AgeClock
 from gup.control.app import make_app
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
@@ -36,8 +37,14 @@ class Control:
     The database opens and the store is scanned behind; until then `/readyz` says so and nothing is evicted.
     """
 
-    def __init__(self, surroundings: Surroundings, clock: Callable[[], float] = time.time) -> None:
-        self.plane = Plane(surroundings, clock)
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        clock: Callable[[], float] = time.time,
+        ages: AgeClock | None = None,
+    ) -> None:
+        """`ages` tells how old things are; by default that is what `clock` says."""
+        self.plane = Plane(surroundings, clock, ages)
         self._around = surroundings
         self._jobs = Jobs()
         self._runner: web.AppRunner | None = None

@@ -14,6 +14,7 @@ from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
 from gup.content.routes import Route
+from gup.control.ageing import AgeClock
 from gup.control.service import Control, Surroundings
 from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
@@ -35,12 +36,7 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(
-            assembly.store,
-            assembly.means.claims,
-            self._take_over,
-            on_damage=lambda: assembly.counters.add("gup_integrity_failures_total", where="state"),
-        )
+        self._recovery = Recovery(assembly.store, assembly.means.claims, assembly.counters, self._take_over)
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -66,7 +62,8 @@ class Controller:
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
-            )
+            ),
+            ages=AgeClock(),
         )
 
     async def run(self) -> None:

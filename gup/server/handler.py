@@ -13,7 +13,7 @@ from gup.cache.record import Head
 from gup.content.http_date import format_http_date
 from gup.content.key import Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
-from gup.errors import Problem
+from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
 from gup.server.downloads import Downloads, Turn
@@ -133,7 +133,9 @@ class Handler:
             reply = self._reply(asked, opened, began)
         except Problem as problem:
             return self.refusal(problem, request=request)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and is_exhausted(error):
+                return self.refusal(exhausted(error), request=request)
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
         if request.plain and opened.entry is not None and not self.draining:

@@ -411,3 +411,38 @@ async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upst
         assert {opened.result for opened in stale} == {Result.STALE}
         assert await read(stale[0].body) == b"first"
         assert len(upstream.requests(index)) == 3
+
+
+async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_part(tmp_path, upstream, until):
+    """The next try, when upstream is there again, goes on where the dead leader was."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
+    upstream.answer(FILE, Answer(b"", 503))
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as next_one:
+        with pytest.raises(Problem):
+            await next_one.get(FILE)
+        upstream.answer(FILE, Answer(BODY, etag='"a"'))
+        key = route(FILE).key(Variant())
+        await until(lambda: next_one.cache._failures.get(key) is None, "the failure expires")
+        assert await next_one.get(FILE) == BODY
+    assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
+
+
+async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_the_same(
+    tmp_path, upstream, until
+):
+    """What was compared and found right is not compared again after the next cut."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES - 10_000, until)
+    upstream.answer(FILE, Answer(BODY, etag='"a"', cut_after=400_000))
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+
+
+async def test_an_upstream_that_hangs_for_longer_than_give_up_is_no_reason_not_to_ask_another(
+    tmp_path, upstream
+):
+    upstream.answer(FILE, Answer(BODY, etag='"a"', stall_after=CHUNK_BYTES))
+    quick = {"read_timeout": "300ms", "give_up": "100ms"}
+    with ScriptedUpstream() as second:
+        second.answer(FILE, Answer(BODY, etag='"b"'))
+        async with working(tmp_path, [upstream.url, second.url], each=quick) as one:
+            assert await one.get(FILE) == BODY
