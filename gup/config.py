@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from gup.complaints import complaints
 from gup.errors import SettingsError
@@ -235,13 +243,14 @@ class Rules(Section):
     )
     language_sources: Words = row(
         ["GUP-Client-Language"],
-        "Where a client states its language, likewise; Accept-Language tells that of Windows, so it is not here.",
+        "Where a client states its language, likewise; Accept-Language may be added, but tells Windows' own.",
     )
     liveupdate: Url | None = row(
         None, "The LiveUpdate server that a refused client is shown; left out, an upstream's of that kind."
     )
     releases: dict[str, str] = row(
-        {}, 'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".'
+        {},
+        'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".',
     )
 
 

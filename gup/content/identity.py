@@ -32,6 +32,9 @@ class Client:
     notes: tuple[str, ...] = ()
 
 
+NOBODY = Client()
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A header, or the version of `product` in it (`PRODUCT/VERSION`, RFC 9110 section 10.1.5)."""
@@ -80,11 +83,11 @@ class Identities:
 
     def stated(self, version: str | None, language: str | None) -> Client:
         """The client that states these, wherever it does."""
-        fields = {"version": version, "language": language}
+        fields = {"client-version": version, "client-language": language}
         notes: list[str] = []
         return Client(
-            _first((Source("version"),), fields.get, self._releases.version, "version", notes),
-            _first((Source("language"),), fields.get, parse_language, "language", notes),
+            _first((Source("client-version"),), fields.get, self._releases.version, "version", notes),
+            _first((Source("client-language"),), fields.get, parse_language, "language", notes),
             tuple(notes),
         )
 

@@ -1,4 +1,4 @@
-"""Releases of the product: names and builds are one thing. Compares and orders them; knows no client, no rule.
+"""Releases of the product: names and builds are one thing. Compares and orders them; knows no rule.
 
 A build belongs to the newest release of its major and minor version whose first build is not above it.
 """
@@ -41,7 +41,7 @@ _IN_TEXT = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _MAX_DOTTED_UPDATE = 99
-"""In "14.3.2.1" the third number is a release update and the fourth a maintenance patch: no build is so low."""
+"""In "14.3.2.1" the third number is a release update, the fourth a maintenance patch: no build is so low."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -138,7 +138,7 @@ def mistakes(releases: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def find_release(text: str) -> str:
-    """The release in a product's name ("SEPC Virus Definitions Win32 12.1 RU6": "12.1 RU6"), "" without one."""
+    """The release that a product's name ends with ("Virus Definitions Win32 12.1 RU6"), "" without one."""
     found = _IN_TEXT.findall(text)
     return str(found[-1]) if found else ""
 
