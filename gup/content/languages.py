@@ -5,7 +5,6 @@ language and script are: a region changes words, not whether a person can read t
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ _ALL = frozenset(("symalllanguages", "alllanguages", "all languages"))
 _TAG = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*")
 _NO_LANGUAGE = frozenset(("und", "mul", "mis", "zxx"))
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_AS_SPACES = str.maketrans("()-_", "    ")
 _WORDS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 
@@ -72,22 +72,26 @@ def _by_tag(tag: str) -> str | None:
 
 
 def _by_name(text: str) -> str | None:
-    for name in _spellings(text):
-        try:
-            return _code(langcodes.find(name))
-        except LookupError:
-            continue
-    return None
-
-
-def _spellings(text: str) -> Iterator[str]:
-    """`text` as plain words. The last word first, for the library reads "Chinese Simplified" as "Chinese"."""
-    words = _CAMEL.sub(" ", text.translate(str.maketrans("()-_,", "     "))).split()
+    """A name's language. The library reads "Chinese Simplified" as "Chinese", so the words are turned round
+    too. Of two answers for one language the more exact is right; a name that reads only backwards is none.
+    """
+    words = _CAMEL.sub(" ", text.translate(_AS_SPACES)).split()
     name = " ".join(words)
-    if _WORDS.fullmatch(name) and (len(name) > 3 or not name.isascii()):  # short ones are codes, none valid
-        if len(words) > 1:
-            yield " ".join((words[-1], *words[:-1]))
-        yield name
+    if not _WORDS.fullmatch(name) or (len(name) <= 3 and name.isascii()):  # short ones are codes, none valid
+        return None
+    found, turned = _find(name), _find(" ".join((words[-1], *words[:-1])))
+    if found is None:
+        return None
+    if turned is not None and turned.language == found.language and len(str(turned)) > len(str(found)):
+        found = turned
+    return _code(found)
+
+
+def _find(name: str) -> langcodes.Language | None:
+    try:
+        return langcodes.find(name)
+    except LookupError:
+        return None
 
 
 def _code(language: langcodes.Language) -> str | None:
