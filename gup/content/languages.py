@@ -7,8 +7,10 @@ language and script are: a region changes words, not whether a person can read t
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import langcodes
+if TYPE_CHECKING:
+    import langcodes
 
 _MAX_LENGTH = 64
 _ALL = frozenset(("symalllanguages", "alllanguages", "all languages"))
@@ -64,6 +66,8 @@ def parse_language(text: str) -> Language | None:
 
 
 def _by_tag(tag: str) -> str | None:
+    import langcodes  # noqa: PLC0415 - 35 ms, and 4 MB with its names: for those who compare languages
+
     try:
         language = langcodes.get(tag)
     except ValueError:  # LanguageTagError among them
@@ -72,8 +76,8 @@ def _by_tag(tag: str) -> str | None:
 
 
 def _by_name(text: str) -> str | None:
-    """A name's language. The library reads "Chinese Simplified" as "Chinese", so the words are turned round
-    too. Of two answers for one language the more exact is right; a name that reads only backwards is none.
+    """A name's language. The library reads "Chinese Simplified" as "Chinese" and passes over what it does not
+    know behind a name, so the words are turned round too; where both mean one language, that is more exact.
     """
     words = _CAMEL.sub(" ", text.translate(_AS_SPACES)).split()
     name = " ".join(words)
@@ -82,19 +86,23 @@ def _by_name(text: str) -> str | None:
     found, turned = _find(name), _find(" ".join((words[-1], *words[:-1])))
     if found is None:
         return None
-    if turned is not None and turned.language == found.language and len(str(turned)) > len(str(found)):
+    if turned is not None and turned.language == found.language:
         found = turned
     return _code(found)
 
 
-def _find(name: str) -> langcodes.Language | None:
+def _find(name: str) -> "langcodes.Language | None":
+    import langcodes  # noqa: PLC0415 - see _by_tag
+
     try:
         return langcodes.find(name)
     except LookupError:
         return None
 
 
-def _code(language: langcodes.Language) -> str | None:
+def _code(language: "langcodes.Language") -> str | None:
+    import langcodes  # noqa: PLC0415 - see _by_tag
+
     if language.language in _NO_LANGUAGE or not language.language:
         return None
     full = langcodes.get(langcodes.standardize_tag(language.to_tag(), macro=True)).maximize()

@@ -18,7 +18,10 @@ class Rulebook:
     """Rules, upstreams and identities that belong together. Immutable: changed settings make a new one."""
 
     def __init__(self, settings: config.Settings) -> None:
-        """SettingsError names every setting that the rules can't be applied with."""
+        """SettingsError names every setting that the rules can't be applied with.
+
+        Reads the tables of languages, tens of milliseconds: not to be called on an event loop that serves.
+        """
         own = settings.rules
         self.types = StreamTypes(settings.catalog.types)
         problems = [f"rules.releases.{name}: {right}" for name, right in mistakes(own.releases)]
@@ -26,6 +29,8 @@ class Rulebook:
         problems += _mistakes(settings, self.types, self.releases)
         if problems:
             raise SettingsError(problems)
+        if own.mode != "off":
+            parse_language("French")  # its name, so that no request has to wait for the tables
         self.mode: Literal["enforce", "report", "off"] = own.mode
         supported = [language for text in own.supported_languages if (language := parse_language(text))]
         self.rules = Rules(own, self.types, self.releases, supported)

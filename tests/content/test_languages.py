@@ -80,6 +80,11 @@ def test_what_is_no_language_is_none(text):
     assert parse_language(text) is None
 
 
+def test_words_turned_round_never_make_it_another_language():
+    assert parse_language("Serbian Latin") == parse_language("Serbian")
+    assert parse_language("Latin") != parse_language("Serbian")
+
+
 def test_a_language_shows_as_it_was_written():
     assert str(parse_language("fr-CA")) == "fr-CA"
     assert parse_language("en-US") == ENGLISH
