@@ -103,10 +103,6 @@ class Releases:
         self.version = lru_cache(maxsize=1024)(self._version)
         """The version that a text names; None when it names none. Remembered: sites have few of them."""
 
-    @property
-    def table(self) -> Mapping[Release, Build]:
-        return self._first
-
     def _version(self, text: str) -> Version | None:
         text = text.strip()
         if len(text) > _MAX_LENGTH:
