@@ -183,8 +183,11 @@ class Clients(Section):
 CONTENT_TYPES: dict[str, list[str]] = {
     "client_patches": ["*client patch*", "*clientpatch*"],
     "virus_definitions": ["*virus definitions*"],
-    "ips_signatures": ["*ips signatures*", "*intrusion prevention*", "*network threat*"],
-    "behavior_analysis": ["*behavior analysis*", "*behaviour analysis*", "*sonar*", "*truscan*"],
+    "ips_signatures": ["*cids signatures*", "*ips signatures*", "*intrusion prevention*", "*network threat*"],
+    "behavior_analysis": [
+        *("*behavior and security heuristics*", "*behavior analysis*", "*behaviour analysis*"),
+        *("*sonar*", "*truscan*"),
+    ],
     "submission_control": ["*submission control*"],
 }
 """Types of content that are told apart without any setting; what fits none is of type "other"."""
