@@ -667,7 +667,7 @@ def test_version():
 def test_every_command_has_its_help():
     for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
                     "status", "reload", "cache list", "cache verify", "cache purge", "cache pin",
-                    "cache unpin"):  # fmt: skip
+                    "cache unpin", "rules explain"):  # fmt: skip
         result = run(*command.split(), "--help")
         assert result.exit_code == 0, command
         assert f"gup {command}" in result.stdout.replace("root", "gup")
