@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -171,6 +172,14 @@ def _aftermath(gup: Gup, all_contents: list[Content]) -> list[str]:
         wrong.append(str(error))
     if gup.stop(60) != 0:
         wrong.append(f"it ended with status {gup.process.returncode}")
+    verified = subprocess.run(
+        [*Gup.PROGRAM, "cache", "verify", "--cache-dir", str(gup.cache_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if verified.returncode != 0:
+        wrong.append(f"gup cache verify: {verified.stdout}{verified.stderr}")
     return wrong
 
 
