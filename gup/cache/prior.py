@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from gup.cache.commit import committed
 from gup.cache.flight import Landing, Means
 from gup.cache.part import Salvage, survey
 from gup.cache.record import Record
@@ -33,6 +34,8 @@ def examine(means: Means, key: ContentKey, immutable: bool) -> Prior | Landing |
     state = _load_state(means, key)
     if state is not None and state.phase is Phase.COMMITTED:
         means.store.finish_commit(state)
+        if state.record is not None:
+            means.tell(committed(state.record, replaced=False))  # its leader died before it could
         state = None
     record = load_sound(means, key)
     if record is not None and (immutable or is_fresh(means, record)):
