@@ -2,12 +2,24 @@
 
 import time
 
+from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
 from gup.errors import is_exhausted
 
 _TRIES = 50
 _PAUSE_SECONDS = 0.2
+
+
+def committed(record: Record, *, replaced: bool) -> dict[str, object]:
+    """The event that tells the controller of a new body."""
+    return {
+        "type": "committed",
+        "key": record.key.text,
+        "length": record.length,
+        "replaced": replaced,
+        "kind": str(record.kind),
+    }
 
 
 def commit(store: Store, state: FillState) -> bool:

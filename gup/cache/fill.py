@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gup.cache.body import GrowingBody
-from gup.cache.commit import commit
+from gup.cache.commit import commit, committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
@@ -388,15 +388,7 @@ class Leader:
         self._flight.land(Landing.COMMITTED)
         means.counters.add("gup_fills_total", outcome="committed")
         means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
-        means.tell(
-            {
-                "type": "committed",
-                "key": self._key.text,
-                "length": record.length,
-                "replaced": replaced,
-                "kind": str(record.kind),
-            }
-        )
+        means.tell(committed(record, replaced=replaced))
         log.info(
             "stored %s, %d bytes in %.2f s from %s",
             self._key.text,

@@ -34,7 +34,7 @@ class Means:
     executor: Executor
     settings: config.Settings
     tell: Callable[[Mapping[str, object]], None]
-    """Sends an event to the controller."""
+    """Sends an event to the controller; from any thread."""
     raise_store_epoch: Callable[[], None]
     store_epoch: Callable[[], int]
     spell: Callable[[Route, Variant], Awaitable[str | None]]

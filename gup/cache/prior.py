@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from gup.cache.chunks import bad_chunks
+from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, survey
 from gup.cache.record import Record
@@ -50,6 +51,8 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     state = _load_state(means, key)
     if state is not None and state.phase is Phase.COMMITTED:
         means.store.finish_commit(state)
+        if state.record is not None:
+            means.tell(committed(state.record, replaced=False))  # its leader died before it could
         state = None
     record = _load_claimed(means, key)
     sound = record is not None and not suspect and means.store.open_body(record) is not None

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from gup.cache.claim import Claims
+from gup.cache.commit import committed
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Part, Store
 from gup.content.key import Kind
@@ -43,12 +44,14 @@ class Recovery:
         claims: Claims,
         counters: Counters,
         take_over: Callable[[Route], Awaitable[None]],
+        tell: Callable[[Mapping[str, object]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._claims = claims
         self._counters = counters
         self._take_over = take_over
+        self._tell = tell
         self._clock = clock
         self._orphans: dict[str, float] = {}
         """When a streaming part was first seen without a leader, by id."""
@@ -94,6 +97,8 @@ class Recovery:
         generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:
             store.finish_commit(state)
+            if state.record is not None:
+                self._tell(committed(state.record, replaced=False))
             log.info("finished the commit of %s", state.key.text)
             return
         for generation in generations:

@@ -103,13 +103,16 @@ class Plane:
     def take_events(self) -> None:
         """Read the datagrams that wait and apply them; what is malformed is counted and passed over."""
         for datagram in receive(self.around.events):
-            try:
-                event = parse_event(datagram)
-            except ValueError as error:
-                self.malformed_events += 1
-                if self.malformed_events <= _MALFORMED_LOGGED:
-                    _log.warning("an event was passed over: %s", error)
-                continue
+            self.take_event(datagram)
+
+    def take_event(self, datagram: bytes) -> None:
+        try:
+            event = parse_event(datagram)
+        except ValueError as error:
+            self.malformed_events += 1
+            if self.malformed_events <= _MALFORMED_LOGGED:
+                _log.warning("an event was passed over: %s", error)
+        else:
             self._take(event)
 
     def _take(self, event: Event) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -36,7 +37,11 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(assembly.store, assembly.means.claims, assembly.counters, self._take_over)
+        self._loop = asyncio.get_running_loop()
+        assembly.means.tell = self._tell_itself
+        self._recovery = Recovery(
+            assembly.store, assembly.means.claims, assembly.counters, self._take_over, self._tell_itself
+        )
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -106,6 +111,10 @@ class Controller:
         with contextlib.suppress(Problem):  # kept as the fill's failure
             opened = await self._assembly.cache.open(route, route.variant)
             opened.body.leave()
+
+    def _tell_itself(self, event: Mapping[str, object]) -> None:
+        """The way of a worker's events leads here; what this process's own fills tell goes straight in."""
+        self._loop.call_soon_threadsafe(self._control.plane.take_event, json.dumps(event).encode())
 
     def _request_reload(self) -> None:
         self._parent.send({"reload": True})

@@ -66,7 +66,9 @@ def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> 
             return
         opened.body.leave()
 
-    return Recovery(worker.means.store, worker.means.claims, worker.means.counters, take_over, clock)
+    return Recovery(
+        worker.means.store, worker.means.claims, worker.means.counters, take_over, worker.means.tell, clock
+    )
 
 
 async def space_of(worker: Worker, max_size: int) -> tuple[Space, Index]:

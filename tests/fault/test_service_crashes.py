@@ -111,5 +111,7 @@ def test_the_service_dies_anywhere(tmp_path, round_):
                         key = chance.choice(sorted(gup.bodies()) or ["none"])
                         gup.api(f"/api/v1/entries/{key}", method="DELETE")
             gup.kill()
+            for flag in flags:
+                flag.touch()  # no more deaths
             gup.start()
             assert_well_after_start(gup, bodies)
