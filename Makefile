@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEED ?= 1
 
-.PHONY: demo test lint types imports check clean
+.PHONY: demo test fault soak lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml gup/__init__.py
@@ -29,6 +30,16 @@ check: lint types imports
 test: check
 	$(BIN)/python -m pytest --numprocesses 3 -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
+
+# All faults, the long and the random ones too; another SEED makes other random ones.
+fault: $(VENV)/.installed
+	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 -m "not alone" tests/fault
+	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m alone tests/fault
+
+# Everything at once against a model of what is right.
+MINUTES ?= 30
+soak: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from gup.complaints import complaints
 from gup.errors import SettingsError
@@ -83,7 +91,16 @@ class Cache(Section):
     max_stale: Duration = row(
         parse_duration("7d"), "How long an index is served on while no upstream answers."
     )
-    verify: Literal["first_use"] = row("first_use", "When stored bytes are compared with their sums.")
+    verify: Literal["first_use", "always", "scrub"] = row(
+        "first_use",
+        "When stored bytes are compared with their sums; docs/reliability.md tells what each means.",
+    )
+    scrub_rate: Rate = row(
+        parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'
+    )
+    scrub_interval: Duration = row(
+        parse_duration("7d"), "Time between the beginnings of two passes over all bodies."
+    )
 
 
 class Upstream(Section):
@@ -121,8 +138,13 @@ class Upstream(Section):
 class Fill(Section):
     """Fetching from upstream."""
 
-    max: Positive = row(8, "Fills that stream at once, over all workers.")
-    queue_timeout: Duration = row(30.0, "Time for a request to wait for its fill to begin.")
+    max: Positive = row(
+        8,
+        "Fills that stream at once, over all workers; beside fulls under way as many deltas and index files.",
+    )
+    queue_timeout: Duration = row(
+        30.0, "Time for a request to wait for its fill to begin; 503 at once if that would take longer."
+    )
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
 
 
@@ -172,6 +194,38 @@ class Clients(Section):
     )
 
 
+CONTENT_TYPES: dict[str, list[str]] = {
+    "client_patches": ["*client patch*", "*clientpatch*"],
+    "virus_definitions": ["*virus definitions*"],
+    "ips_signatures": ["*cids signatures*", "*ips signatures*", "*intrusion prevention*", "*network threat*"],
+    "behavior_analysis": [
+        *("*behavior and security heuristics*", "*behavior analysis*", "*behaviour analysis*"),
+        *("*sonar*", "*truscan*"),
+    ],
+    "submission_control": ["*submission control*"],
+}
+"""Types of content that are told apart without any setting; what fits none is of type "other"."""
+
+
+def _with_known_types(types: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The settings' own types are tried first; one that is named again is replaced."""
+    return types | {name: patterns for name, patterns in CONTENT_TYPES.items() if name not in types}
+
+
+class Catalog(Section):
+    """What streams are called, and which type of content each one is."""
+
+    file: Absolute | None = row(
+        None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
+    )
+    refresh: Duration = row(parse_duration("1h"), "Time between readings of the managers' catalogues.")
+    types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
+        CONTENT_TYPES,
+        "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "
+        "fits; these stand besides those named here, and an empty list takes one away.",
+    )
+
+
 class Rules(Section):
     """Delivery rules for client patches."""
 
@@ -181,14 +235,39 @@ class Rules(Section):
     version_match: Literal["release", "build"] = row(
         "release", "Whether equal versions means the same release or the same build."
     )
-    undeclared: Literal["serve", "refuse"] = row("serve", "What becomes of a client that states no version.")
+    undeclared: Literal["serve", "refuse"] = row(
+        "serve", "What becomes of a client that does not state the version or language that a rule asks for."
+    )
     unlisted: Literal["serve", "refuse"] = row(
         "serve", "What becomes of a moniker that the catalogue does not list."
     )
     download_client_patches: bool = row(True, "Whether client patches are served at all.")
-    content_types: Words = row([], "Content types served; empty is all.")
+    content_types: Words = row(
+        [], 'Content types served, of those in catalog.types and "other"; empty is all.'
+    )
     english_after_autoupgrade: bool = row(
-        False, "Whether a manager of another language may give English patches."
+        False, "Whether a manager of another language may give English patches to English clients."
+    )
+    supported_languages: Words = row(
+        [],
+        "Languages that there are installation packages in; a client in another one is told of AutoUpgrade "
+        "to English. Empty: it is told to find out.",
+    )
+    version_sources: Words = row(
+        ["GUP-Client-Version", "User-Agent: SEP"],
+        'Where a client states its version, the first that does: a header, or "HEADER: PRODUCT" for '
+        "PRODUCT/VERSION in it.",
+    )
+    language_sources: Words = row(
+        ["GUP-Client-Language"],
+        "Where a client states its language, likewise; Accept-Language may be added, but tells Windows' own.",
+    )
+    liveupdate: Url | None = row(
+        None, "The LiveUpdate server that a refused client is shown; left out, an upstream's of that kind."
+    )
+    releases: dict[str, str] = row(
+        {},
+        'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".',
     )
 
 
@@ -238,6 +317,7 @@ class Settings(Section):
     fill: Fill = Field(default_factory=Fill)
     wan: Wan = Field(default_factory=Wan)
     clients: Clients = Field(default_factory=Clients)
+    catalog: Catalog = Field(default_factory=Catalog)
     rules: Rules = Field(default_factory=Rules)
     log: Log = Field(default_factory=Log)
     workers: Workers = Field(default_factory=Workers)

@@ -1,5 +1,6 @@
 """The one family of errors, and the table of problems that a client can be told; never any I/O."""
 
+import errno
 from dataclasses import dataclass
 
 
@@ -98,3 +99,16 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
     @property
     def title(self) -> str:
         return PROBLEMS[self.slug].title
+
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether this process or machine has run out of descriptors or memory: says nothing of disk or peer."""
+    return error.errno in _EXHAUSTED
+
+
+def exhausted(error: OSError) -> Problem:
+    """What a client is told then."""
+    return Problem("overloaded", f"gup has run out: {error.strerror}", retry_after_seconds=1.0)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -92,3 +93,14 @@ def no_blocking_calls() -> Iterator[None]:
     """For async tests that ask for it: a blocking call of gup's own code on the loop raises BlockingError."""
     with blockbuster_ctx(scanned_modules=["gup"]):
         yield
+
+
+@pytest.fixture
+def figures(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Shows a line of what was measured, also when the test passes."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"\n{line}\n")
+
+    return show

@@ -546,6 +546,71 @@ def test_a_refusal_is_told_in_its_own_words(plane):
     assert result.stderr == f"gup: {plane.url}: There is no /api/v1/entries/no/such/key/at/all\n"
 
 
+# --- verify
+
+
+def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> dict:
+    row = {"where": "body", "path": "content/x", "key": "x", "detail": "1 of 4 chunks", "mended": mended}
+    return {
+        "running": running,
+        "repair": mended is not None,
+        "failed": None,
+        "checked": 7,
+        "total": 7,
+        "busy": 1,
+        "damaged": found,
+        "mended": found if mended else 0,
+        "found": [row | {"why_not": None if mended else "nobody there"}] * found,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found", "mended", "status", "line"),
+    [
+        ((), 0, None, 0, "7 looked at: 0 damaged, 1 left out because they were at work"),
+        ((), 1, None, 1, "body: content/x: 1 of 4 chunks\n"),
+        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (mended)\n"),
+        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT mended: nobody there)\n"),
+    ],
+)
+def test_verify_waits_for_the_service_and_tells_what_it_found(
+    plane, monkeypatch, arguments, found, mended, status, line
+):
+    monkeypatch.setattr("gup.cli.verify._POLL_SECONDS", 0.0)
+    asked = []
+
+    def answers(method, *_):
+        asked.append(method)
+        running = len(asked) < 4
+        return (
+            202 if method == "POST" else 200,
+            progress(running=running, found=0 if running else found, mended=mended),
+        )
+
+    plane.answers = answers
+    result = run("cache", "verify", "--admin", plane.url, *arguments)
+    assert (result.exit_code, line in result.stdout) == (status, True), result.output
+    assert asked == ["POST", "GET", "GET", "GET"]
+    assert plane.asked[0] == f"POST /api/v1/verify?repair={int(bool(arguments))}"
+
+
+def test_verify_here_refuses_what_is_no_cache_directory(tmp_path):
+    result = run("cache", "verify", "--cache-dir", tmp_path)
+    assert result.exit_code == 1
+    assert "is no cache directory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_goes_to_the_directory_of_the_settings_when_nobody_serves(tmp_path):
+    (tmp_path / "content").mkdir()
+    settings = tmp_path / "gup.toml"
+    settings.write_text(f'[cache]\ndirectory = "{tmp_path}"\n[listen]\nadmin_port = 1\n')
+    result = run("cache", "verify", "--config", settings, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["damaged"]) == (0, 0), result.output
+    asked = run("cache", "verify", "--config", settings, "--admin", "http://127.0.0.1:1")
+    assert "no control plane answers" in asked.stderr
+
+
 # --- words
 
 
@@ -601,7 +666,8 @@ def test_version():
 
 def test_every_command_has_its_help():
     for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
-                    "status", "reload", "cache list", "cache purge", "cache pin", "cache unpin"):  # fmt: skip
+                    "status", "reload", "cache list", "cache verify", "cache purge", "cache pin",
+                    "cache unpin", "rules explain"):  # fmt: skip
         result = run(*command.split(), "--help")
         assert result.exit_code == 0, command
         assert f"gup {command}" in result.stdout.replace("root", "gup")

@@ -3,28 +3,30 @@
 import asyncio
 import contextlib
 import logging
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
 from gup.cache.asking import PRIORITIES
-from gup.cache.body import Body, Entry, read_whole
+from gup.cache.body import Body
 from gup.cache.bypass import BypassBody
+from gup.cache.checked import CheckedBody, Holders
+from gup.cache.entries import Entries
+from gup.cache.entry import Entry
 from gup.cache.failures import Failures
 from gup.cache.fill import Leader
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
-from gup.cache.prior import is_fresh, load_sound, note_damage, open_sound
-from gup.cache.record import Head, Record
+from gup.cache.mending import Mending
+from gup.cache.prior import is_fresh, load_sound
+from gup.cache.record import Head
 from gup.cache.slots import Slots
-from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
+from gup.cache.spelling import spell
 from gup.content.key import ANY, ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
@@ -35,8 +37,8 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served what there is."""
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""
-_DIFFICULT_FLIGHT = Problem("internal-error", "the fill ended in a way that was not foreseen")
-_CATALOG = Routes().route(CATALOG_PATH)
+_MOST_FILLS = 3
+"""For one request, when the entry is gone as soon as it is stored."""
 _Result = TypeVar("_Result")
 
 
@@ -67,18 +69,19 @@ class Opened:
 class Cache:
     """Everything this process has open, and every fill it leads or follows.
 
-    `_entries` is in order of use; `_flights` holds a key from the first request that misses it to the end of
-    its fill. Both change in this class alone, on the loop.
+    `_flights` holds a key from the first request that misses it to the end of its fill. It changes in this
+    class alone, on the loop.
     """
 
     def __init__(self, means: Means, *, max_open: int, bypass: Slots, range_bypass: Slots) -> None:
         self._means = means
-        self._max_open = max_open
-        self._entries: OrderedDict[ContentKey, Entry] = OrderedDict()
         self._flights: dict[ContentKey, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = Failures(means.clock)
-        self._epoch = means.store_epoch()
+        self._holders = Holders()
+        self._entries = Entries(means, max_open)
+        self._mending = Mending(means, self._entries, self._failures, self._look_through, self._spawn)
+        self._entries.on_damage = self._mending.damaged
         self._bypass = bypass
         self._range_bypass = range_bypass
 
@@ -91,35 +94,49 @@ class Cache:
         """
         key = route.key(variant)
         for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
-            entry = await self._entry(candidate)
+            flight = self._flights.get(candidate)
+            if flight is not None and flight.suspect and flight.body is not None:
+                return await self._filled(candidate, route, variant, via)  # it could not be mended
+            entry = await self._entries.get(candidate)
             if entry is None:
                 continue
+            self._mending.retry(entry)
             if route.immutable or is_fresh(self._means, entry.record):
                 return self._opened(entry, route, Result.HIT)
             return await self._revalidated(entry, route, variant, via)
-        return await self._filled(key, route, variant, via)
+        try:
+            return await self._filled(key, route, variant, via)
+        except Problem:
+            entry = await self._entries.get_maimed(key)
+            if entry is None:
+                raise
+            return self._opened(entry, route, Result.HIT)
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        self._heed_epoch()
-        entry = self._entries.get(route.key(variant)) or self._entries.get(route.key(Variant(ANY, ANY)))
-        if entry is None or not entry.all_verified:
+        entry = self._entries.known(route.key(variant)) or self._entries.known(route.key(Variant(ANY, ANY)))
+        if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
-        if not route.immutable and not is_fresh(self._means, entry.record):
+        opened = self._opened(entry, route, Result.HIT)
+        body = opened.body
+        if not (body.read_all() if isinstance(body, CheckedBody) else entry.all_verified):
             return None
-        self._entries.move_to_end(entry.key)
-        return self._opened(entry, route, Result.HIT)
+        self._entries.used(entry)
+        return opened
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._means.wall_clock() - entry.record.validated_at))
-        return Opened(entry, result, entry.key, route.kind, age, entry=entry)
+        body: Body = entry
+        if self._means.settings.cache.verify == "always":
+            body = CheckedBody(entry, self._means.executor, self._holders)
+        return Opened(body, result, entry.key, route.kind, age, entry=entry)
 
     async def look(self, route: Route, variant: Variant, via: str | None = None) -> tuple[Head, Result, int]:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
         for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
-            entry = entry or await self._entry(candidate)
+            entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
             opened = self._opened(entry, route, Result.HIT)
             return entry.head, opened.result, opened.age_seconds
@@ -149,72 +166,85 @@ class Cache:
 
     # --- entries
 
-    async def _entry(self, key: ContentKey) -> Entry | None:
-        self._heed_epoch()
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = await self._in_thread(self._load, key)
-            if entry is None:
-                return None
-            entry = self._entries.setdefault(key, entry)
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_open:
-            self._entries.popitem(last=False)
-        if not await entry.verify_first():
-            return None
-        return entry
-
     async def _present_entry(self, key: ContentKey) -> Entry | None:
         """The entry as it is on disk now: the one that is open here may be of an older generation."""
-        entry = self._entries.get(key)
+        entry = self._entries.known(key)
         if entry is not None:
             record = await self._in_thread(load_sound, self._means, key)
             if record is not None:
-                self._adopt(entry, record)
-        return await self._entry(key)
+                self._entries.adopt(entry, record)
+        return await self._entries.get(key)
 
-    def _load(self, key: ContentKey) -> Entry | None:
-        opened = open_sound(self._means, key)
-        if opened is None:
-            return None
-        record, file = opened
-        return Entry(record, file, self._means.executor, self._damaged)
-
-    def _damaged(self, entry: Entry) -> None:
-        """A chunk is not what was stored: the entry goes, the next request fetches the body anew."""
-        note_damage(self._means, "body", entry.key, "a chunk can't be read or does not agree with its sum")
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
-        self._spawn(self._remove(entry))
-
-    async def _remove(self, entry: Entry) -> None:
-        try:
-            removed = await self._in_thread(self._means.store.remove_body, entry.record)
-        except OSError as error:
-            log.warning("%s is damaged and can't be removed: %s", entry.key.text, error)
-            return
-        if removed:
-            self._means.raise_store_epoch()
-
-    def _heed_epoch(self) -> None:
-        epoch = self._means.store_epoch()
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.close_removed()
-
-    def close_removed(self) -> list[Entry]:
+    def close_removed(self) -> None:
         """Close every entry whose file has no link left; call when the store's epoch was raised."""
-        gone = [entry for entry in self._entries.values() if os.fstat(entry.fd).st_nlink == 0]
-        for entry in gone:
-            del self._entries[entry.key]
-        return gone
+        self._entries.close_removed()
+
+    def look_over(self) -> None:
+        """Doubt every open entry whose file somebody else has changed; to be called once a second."""
+        for entry in self._entries.changed():
+            self._mending.suspect(entry)
+
+    async def make_sure(self, opened: Opened, offset: int) -> bool:
+        """Look at the chunk that an answer begins with, before its head is sent, and mend it if need be.
+
+        False when there is another body by now: open again. Problem when the chunk can't be had.
+        """
+        entry, body = opened.entry, opened.body
+        if entry is None or not isinstance(body, Entry | CheckedBody):
+            return True
+        sound = False
+        try:
+            async with asyncio.timeout(self._longest_wait()):
+                sound = await body.sound_at(offset)
+        except TimeoutError as error:
+            raise Problem(
+                "upstream-timeout", "stored bytes are damaged and not mended yet", retry_after_seconds=5.0
+            ) from error
+        finally:
+            if not sound:
+                body.leave()
+        if sound:
+            return True
+        if entry.problem is not None:
+            raise entry.problem.again()
+        self._entries.drop(entry)
+        return False
+
+    async def mend(self, key: ContentKey, *, counted: bool) -> Problem | None:
+        """Look at all of a stored body and mend what is damaged; why that could not be, None when it is well.
+
+        For the controller: it has no client's request to know the route from. `counted`: the damage that
+        made it ask is.
+        """
+        problem = await self._mending.mend(key, counted=counted)
+        flight = self._flights.get(key)
+        if problem is None and flight is not None:  # fetched anew: well when it is committed
+            await flight.ended.wait()
+            problem = flight.problem
+        return problem
+
+    async def _look_through(
+        self, key: ContentKey, route: Route, variant: Variant, counted: bool
+    ) -> GrowingBody | Landing:
+        """A flight that does not end because a body is there. One of another kind is waited for before."""
+        while (flight := self._flights.get(key)) is not None and not flight.suspect:
+            got = await flight.join()
+            if isinstance(got, GrowingBody):
+                return got
+            await flight.ended.wait()
+        if flight is None:
+            since = self._means.clock()
+            flight = Flight(key, route, variant, since=since, suspect=True, noted=counted)
+            self._flights[key] = flight
+            self._spawn(self._fly(flight))
+        return await flight.join()
 
     # --- revalidation
 
     async def _revalidated(self, entry: Entry, route: Route, variant: Variant, via: str | None) -> Opened:
         """A stale index file: ask upstream once for the whole machine; serve it stale if nobody answers."""
         fresher = await self._in_thread(load_sound, self._means, entry.key)
-        if fresher is not None and self._adopt(entry, fresher) and is_fresh(self._means, fresher):
+        if fresher is not None and self._entries.adopt(entry, fresher) and is_fresh(self._means, fresher):
             return self._opened(entry, route, Result.HIT)
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
@@ -229,18 +259,19 @@ class Cache:
                 return await self._filled(entry.key, route, variant, via)
             return self._opened(entry, route, Result.STALE)
 
-    def _adopt(self, entry: Entry, record: Record) -> bool:
-        """Take over what another process learned of the same body."""
-        if record.etag != entry.record.etag or record.body_mtime_ns != entry.record.body_mtime_ns:
-            if self._entries.get(entry.key) is entry:
-                del self._entries[entry.key]
-            return False
-        entry.record = record
-        return True
-
     # --- fills
 
     async def _filled(self, key: ContentKey, route: Route, variant: Variant, via: str | None) -> Opened:
+        """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
+        for _ in range(_MOST_FILLS):
+            opened = await self._filled_once(key, route, variant, via)
+            if opened is not None:
+                return opened
+        raise Problem("overloaded", "what was stored was gone at once, each time", retry_after_seconds=1.0)
+
+    async def _filled_once(
+        self, key: ContentKey, route: Route, variant: Variant, via: str | None
+    ) -> Opened | None:
         failure = self._failures.get(key)
         if failure is not None:
             raise failure
@@ -272,7 +303,7 @@ class Cache:
             return await self._passed_through(key, route, variant, via)
         entry = await self._present_entry(key)
         if entry is None:
-            raise Problem("internal-error", "the entry was gone at once", retry_after_seconds=1.0)
+            return None
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
@@ -310,39 +341,23 @@ class Cache:
                         self._means.claims.release(flight.key.claim_offset)
         finally:
             del self._flights[flight.key]
-            await self._landed(flight)
+            try:
+                await self._landed(flight)
+            finally:
+                flight.ended.set()
 
     async def _landed(self, flight: Flight) -> None:
         if not flight.over:  # cancelled at the service's end, or a mistake of ours
-            flight.fail(_DIFFICULT_FLIGHT, 0.0)
+            flight.fail(Problem("internal-error", "the fill ended in a way that was not foreseen"), 0.0)
         elif flight.problem is not None:
             self._failures.put(flight.key, flight.problem, flight.stands_seconds)
         elif flight.landing in (Landing.COMMITTED, Landing.VALIDATED):
-            await self._present_entry(flight.key)
+            with contextlib.suppress(OSError):  # the next request tells
+                await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
-        """The path with the moniker as the manager's catalogue spells it, or in upper case without one.
-
-        An upstream's file system may tell upper from lower case; clients' spellings differ (FIELD).
-        """
-        if not route.stream.startswith("{"):
-            return None
-        listed = await self._catalog(variant)
-        if listed is None:
-            return respelled(route.upstream_path, route.stream)
-        row = listed.get(route.stream)
-        return respelled(route.upstream_path, row.moniker) if row is not None else None
-
-    async def _catalog(self, variant: Variant) -> Mapping[str, Listed] | None:
-        """The catalogue of the variant's manager; None when it has none or can't be asked."""
-        try:
-            opened = await self.open(_CATALOG, variant)
-        except Problem:
-            return None
-        try:
-            return parse_catalog(await read_whole(opened.body, MAX_CATALOG_BYTES))
-        finally:
-            opened.body.leave()
+        """See gup.cache.spelling."""
+        return await spell(self.open, route, variant)
 
     # --- bypass
 
@@ -433,11 +448,10 @@ class Cache:
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail, retry_after_seconds=2.0) from failure
         for upstream in admitted:
-            stream = (self._means.streams.number(key), str(route.kind))
             ask = Ask(
                 path=route.upstream_path,
                 purpose="bypass",
-                stream=stream,
+                stream=(self._means.streams.number(key), str(route.kind)),
                 method=method,
                 via=via,
                 **span,  # type: ignore[arg-type]

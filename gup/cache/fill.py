@@ -13,17 +13,19 @@ from typing import TypeVar
 
 from gup.cache.asking import PRIORITIES, check_structure, download_of
 from gup.cache.claim import passing_offset
+from gup.cache.commit import commit, committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import PartWriter, Salvage
 from gup.cache.passing import NobodyReads, PassingWriter
-from gup.cache.prior import Prior, drop_parts, examine, give_up, note_damage, validated_at
+from gup.cache.prior import Prior, drop_parts, examine, give_up, is_the_entry, note_damage, validated_at
 from gup.cache.record import Head, Record
+from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
-from gup.errors import Problem
+from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 
@@ -51,6 +53,8 @@ class Leader:
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
         self._room = Room(means.space)
+        self._bytes_changed = False
+        """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._began_at = means.clock()
 
     async def run(self) -> None:
@@ -58,7 +62,8 @@ class Leader:
         try:
             await self._run()
         except UpstreamFailure as failure:
-            await self._fail(Problem(failure.slug, failure.detail), self._means.settings.cache.error_ttl)
+            stands = 0.0 if failure.slug == "overloaded" else self._means.settings.cache.error_ttl
+            await self._fail(Problem(failure.slug, failure.detail), stands)
         except BodyChanged as error:
             await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
         except Problem as problem:
@@ -66,6 +71,10 @@ class Leader:
         except NobodyReads:
             self._flight.detach()
             self._flight.land(Landing.UNSTORABLE)
+        except OSError as error:
+            if not is_exhausted(error):
+                raise
+            await self._fail(exhausted(error), 0.0)
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
             if self._means.claims.held(passing := passing_offset(self._key.claim_offset)):
@@ -74,7 +83,7 @@ class Leader:
     async def _run(self) -> None:
         prior: Prior | Landing | Failure
         try:
-            prior = await self._on_disk(examine, self._means, self._key, self._flight.route.immutable)
+            prior = await self._on_disk(examine, self._means, self._flight)
         except OSError as error:
             prior = Prior(unstorable=refusal(error))
         if isinstance(prior, Landing):
@@ -114,18 +123,12 @@ class Leader:
         body = self._flight.body
         if body is None or body.ended:
             return
-        if await self._in_thread(self._is_the_entry, body):
+        if await self._in_thread(is_the_entry, self._means.store, self._key, body.fd):
             length = os.fstat(body.fd).st_size
             body.publish(length)
             body.complete(length)
         else:
             body.fail()
-
-    def _is_the_entry(self, body: GrowingBody) -> bool:
-        try:
-            return self._means.store.body_path(self._key).stat().st_ino == os.fstat(body.fd).st_ino
-        except OSError:
-            return False
 
     # --- fetching
 
@@ -146,6 +149,10 @@ class Leader:
             self._leave_upstream()
 
     async def _store(self, prior: Prior) -> Problem | UpstreamFailure | None:
+        if prior.damage is not None:
+            if await mend(self._means, self._flight, self._path, self._room, prior.damage):
+                return None
+            self._bytes_changed = True
         if prior.state is not None and prior.salvage is not None:
             body = await self._resume(prior.state, prior.salvage)
             if body is not None:
@@ -188,7 +195,7 @@ class Leader:
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
         await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
-        return await self._new_generation(head_of(self._key, remote))
+        return await self._new_generation(head_of(self._key, remote, changed=self._bytes_changed))
 
     async def _new_generation(
         self, head: Head, old: OpenFile | None = None, salvage: Salvage | None = None
@@ -237,7 +244,7 @@ class Leader:
         """
         assert state.head is not None
         await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
-        self._head = state.head
+        self._head, self._generation = state.head, state.generation
         if salvage.whole:
             try:
                 return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
@@ -263,7 +270,6 @@ class Leader:
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
         means, head = self._means, state.head
-        self._generation = state.generation
 
         def reopen() -> tuple[PartWriter, OpenFile]:
             writer = PartWriter.reopen(
@@ -326,13 +332,14 @@ class Leader:
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
-            head = head_of(self._key, replace(remote, length=writer.written))
+            remote = replace(remote, length=writer.written)
+            head = head_of(self._key, remote, changed=self._bytes_changed)
         now = means.wall_clock()
         route = self._flight.route
-        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns)
+        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
         record = record.validated(validated_at(means, remote, route.immutable))
         state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
-        replaced = await self._on_disk(self._commit_now, state)
+        replaced = await self._on_disk(commit, means.store, state)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
         if replaced:
@@ -340,15 +347,7 @@ class Leader:
         self._flight.land(Landing.COMMITTED)
         means.counters.add("gup_fills_total", outcome="committed")
         means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
-        means.tell(
-            {
-                "type": "committed",
-                "key": self._key.text,
-                "length": record.length,
-                "replaced": replaced,
-                "kind": str(record.kind),
-            }
-        )
+        means.tell(committed(record, replaced=replaced))
         log.info(
             "stored %s, %d bytes in %.2f s from %s",
             self._key.text,
@@ -356,11 +355,6 @@ class Leader:
             means.clock() - self._began_at,
             head.upstream,
         )
-
-    def _commit_now(self, state: FillState) -> bool:
-        replaced = self._means.store.body_path(self._key).exists()
-        self._means.store.commit(state)
-        return replaced
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -390,8 +384,9 @@ class Leader:
         if self._body is not None and self._body.ended:
             self._flight.land(Landing.UNSTORABLE)
             return None
-        if not self._flight.wanted:
-            raise NobodyReads("nobody waits for it")
+        mending = self._flight.suspect and self._body is None
+        if mending or not self._flight.wanted:
+            raise NobodyReads("nobody waits for its bytes")
         if self._download is None:
             self._writer = self._body = None
             remote = await self._ask_upstream(None, record).begin()
@@ -405,7 +400,8 @@ class Leader:
         assert download is not None
         if body is None:
             assert download.head is not None
-            body = GrowingBody(head_of(self._key, download.head), self._generation, None, means.clock())
+            head = head_of(self._key, download.head, changed=self._bytes_changed)
+            body = GrowingBody(head, self._generation, None, means.clock())
         passing = PassingWriter(body, self._writer, lambda: means.settings.listen.write_timeout, means.clock)
         self._passing = passing
         if flight.body is not body:
@@ -450,14 +446,14 @@ class Leader:
         drop = drop or problem.slug == "upstream-bad-body"
         failure = Failure.of(problem, ttl_seconds, means.clock())
         self._move(Phase.FAILED)
-        head = self._flight.body.head if self._flight.body is not None and not drop else None
+        head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
             await self._in_thread(self._save_end, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
-        if problem.slug != "overloaded":
+        if problem.retry_after_seconds is None:
             problem = failure.problem(means.clock())
         self._flight.fail(problem, ttl_seconds)
         if not absent:

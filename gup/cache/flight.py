@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from gup import config
@@ -34,7 +34,7 @@ class Means:
     executor: Executor
     settings: config.Settings
     tell: Callable[[Mapping[str, object]], None]
-    """Sends an event to the controller."""
+    """Sends an event to the controller; from any thread."""
     raise_store_epoch: Callable[[], None]
     store_epoch: Callable[[], int]
     spell: Callable[[Route, Variant], Awaitable[str | None]]
@@ -71,6 +71,12 @@ class Flight:
     """When the first request for it came, by the clock: those who wait have one patience together."""
     fetched: bool = False
     """Whether this process asked an upstream for it."""
+    suspect: bool = False
+    """Whether the stored body may be damaged, so that being there does not end the flight."""
+    noted: bool = False
+    """Whether that damage is counted already."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when all is over and another flight may begin."""
     _settled: asyncio.Event | None = None
     _joining: int = 0
 

@@ -8,6 +8,7 @@ from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile
+from gup.errors import is_exhausted
 
 _POLL_SECONDS = 0.004
 _IDLE_POLL_SECONDS = 0.1
@@ -36,8 +37,13 @@ class Follower:
         while True:
             if self._means.claims.try_claim(self._offset):
                 return True
-            if self._look():
-                return False
+            try:
+                if self._look():
+                    return False
+            except OSError as error:
+                if not is_exhausted(error):
+                    raise
+                self._state_seen = None  # looked at again when there is a descriptor to do it with
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:

@@ -12,16 +12,31 @@ from gup.upstream.exchange import RemoteHead, UpstreamFailure
 
 def make_etag(key: ContentKey, length: int, remote: RemoteHead) -> str:
     """Our strong ETag: of key, length and the first response's validators, or of chance if it has none."""
-    validator = remote.etag or remote.last_modified or secrets.token_hex(16)
+    validator = remote.etag or remote.last_modified
+    return _tag(key, length, validator) if validator else etag_of_chance(key, length)
+
+
+def etag_of_chance(key: ContentKey, length: int) -> str:
+    """A tag that no other body has: for one whose validators do not tell it from others."""
+    return _tag(key, length, secrets.token_hex(16))
+
+
+def _tag(key: ContentKey, length: int, validator: str) -> str:
     name = "\n".join((key.text, str(length), validator))
     return f'"{xxhash.xxh3_128_hexdigest(name.encode())}"'
 
 
-def head_of(key: ContentKey, remote: RemoteHead) -> Head:
-    """What clients are told of a body that `remote` announces."""
+def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> Head:
+    """What clients are told of a body that `remote` announces.
+
+    `changed`: other bytes were known under these validators, so they make no tag.
+    """
+    etag = None
+    if remote.length is not None:
+        etag = etag_of_chance(key, remote.length) if changed else make_etag(key, remote.length, remote)
     return Head(
         length=remote.length,
-        etag=make_etag(key, remote.length, remote) if remote.length is not None else None,
+        etag=etag,
         content_type=remote.content_type,
         last_modified=remote.last_modified,
         upstream=remote.upstream,

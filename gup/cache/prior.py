@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gup.cache.flight import Landing, Means
+from gup.cache.chunks import bad_chunks
+from gup.cache.commit import committed
+from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, survey
 from gup.cache.record import Record
 from gup.cache.state import Failure, FillState, Phase
@@ -18,37 +21,103 @@ log = logging.getLogger("gup.fill")
 
 
 @dataclass(frozen=True, slots=True)
+class Damage:
+    """A body that is not what its record tells, with chunks of it that are: `bad` are the others."""
+
+    record: Record
+    file: OpenFile | None
+    bad: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Prior:
-    """What there is to go on with: a record to revalidate, a part to append to, or nothing."""
+    """What there is to go on with: a record to revalidate, a part to append to, or nothing.
+
+    `damage` is to be mended before anything else is tried.
+    """
 
     record: Record | None = None
     state: FillState | None = None
     salvage: Salvage | None = None
+    damage: Damage | None = None
     unstorable: str | None = None
     """Why it is not to be stored."""
     told: bool = False
     """Whether that stands in the state already, and is not to be told anew: it must come to an end."""
 
 
-def examine(means: Means, key: ContentKey, immutable: bool) -> Prior | Landing | Failure:
+def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     """Look the key up again now that it is claimed.
 
-    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight.
-    3. So does a failure that still stands; what can't be stored is not tried to be stored for as long.
-    4. Otherwise the part worth going on with is kept, others go.
+    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. So
+    does a failure that still stands; what can't be stored is not tried to be stored for as long. 4. Of a body
+    that is suspect, or not as recorded, every chunk is looked at: right after all, it ends the flight.
+    5. Otherwise the part worth going on with is kept, others go.
     """
+    key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
     state = _load_state(means, key)
     if state is not None and state.phase is Phase.COMMITTED:
         means.store.finish_commit(state)
+        if state.record is not None:
+            means.tell(committed(state.record, replaced=False))  # its leader died before it could
         state = None
-    record = load_sound(means, key)
-    if record is not None and (immutable or is_fresh(means, record)):
+    record = _load_claimed(means, key)
+    sound = record is not None and not suspect and means.store.open_body(record) is not None
+    if record is not None and sound and (immutable or is_fresh(means, record)):
         return Landing.COMMITTED
-    if state is not None and state.failure is not None and state.failure.stands(means.clock()):
-        if state.phase is Phase.UNSTORABLE:
-            return Prior(record, unstorable=state.failure.detail, told=True)
-        return state.failure
+    standing = _standing(means, flight, state, record if sound else None)
+    if standing is not None:
+        return standing
+    damage = None
+    if record is not None and not sound:
+        damage = _compare(means, record, noted=flight.noted)
+        if damage is not None:
+            record = None
+        elif immutable or suspect or is_fresh(means, record):
+            return Landing.COMMITTED
+    if damage is not None and len(damage.bad) < len(damage.record.sums):
+        return Prior(damage=damage)
     return Prior(record, *_salvage(means.store, key, state))
+
+
+def _standing(
+    means: Means, flight: Flight, state: FillState | None, record: Record | None
+) -> Prior | Landing | Failure | None:
+    """What an earlier fill's end still says of this one."""
+    if state is None or state.failure is None or not state.failure.stands(means.clock()):
+        return None
+    if state.phase is not Phase.UNSTORABLE:
+        return state.failure
+    if flight.suspect:  # it was to be mended: nobody reads it here
+        return Landing.UNSTORABLE
+    return Prior(record, unstorable=state.failure.detail, told=True)
+
+
+def _load_claimed(means: Means, key: ContentKey) -> Record | None:
+    """The record. A damaged one is counted, and removed: nothing can be done with it, nor with its body."""
+    try:
+        return means.store.load(key)
+    except ValueError as error:
+        note_damage(means, "record", key, str(error))
+        means.store.drop_record(key)
+        return None
+
+
+def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
+    """What is wrong with a body, None when all of it is right after all.
+
+    Another time alone is no damage: a backup that was restored looks so. `noted`: whoever found it has
+    counted it.
+    """
+    store, key = means.store, record.key
+    file = store.open_whatever(key)
+    bad = bad_chunks(file.fd, record) if file is not None else list(range(len(record.sums)))
+    if file is not None and not bad and os.fstat(file.fd).st_size == record.length:
+        store.set_time(store.body_path(key), record)
+        return None
+    if not noted:
+        note_damage(means, "body", key, f"{len(bad)} of {len(record.sums)} chunks are missing or wrong")
+    return Damage(record, file, bad)
 
 
 def _salvage(
@@ -57,12 +126,20 @@ def _salvage(
     kept = None
     for generation in store.generations(key.id):
         if state is not None and state.head is not None and generation == state.generation:
-            salvage = survey(store.part_path(key.id, generation), store.sums_path(key.id, generation))
-            if salvage.size:
+            salvage = _survey(store, key, generation)
+            if salvage is not None and salvage.size:
                 kept = salvage
                 continue
         store.drop_part(key.id, generation)
     return (state, kept) if kept is not None else (None, None)
+
+
+def _survey(store: Store, key: ContentKey, generation: int) -> Salvage | None:
+    try:
+        return survey(store.part_path(key.id, generation), store.sums_path(key.id, generation))
+    except OSError as error:
+        log.warning("the part of %s can't be read: %s", key.text, error)
+        return None
 
 
 def drop_parts(store: Store, key: ContentKey) -> None:
@@ -115,22 +192,23 @@ def validated_at(means: Means, remote: RemoteHead, immutable: bool) -> float:
 
 
 def load_sound(means: Means, key: ContentKey) -> Record | None:
-    """The record, if it is undamaged and its body is there. Damage is counted and is a miss."""
-    opened = open_sound(means, key)
-    return opened[0] if opened is not None else None
+    """The record, if it is undamaged and its body is there. Anything else is a miss.
 
-
-def open_sound(means: Means, key: ContentKey) -> tuple[Record, OpenFile] | None:
-    """The same with the body's file. What the disk can't read is damage too."""
-    where = "record"
+    What is wrong is found out, and counted, under the key's claim: here a commit may be under way.
+    """
     try:
         record = means.store.load(key)
-        where = "body"
-        file = means.store.open_body(record) if record is not None else None
-    except (ValueError, OSError) as error:
-        note_damage(means, where, key, str(error))
+    except ValueError:
         return None
-    return (record, file) if record is not None and file is not None else None
+    return record if record is not None and means.store.open_body(record) is not None else None
+
+
+def is_the_entry(store: Store, key: ContentKey, fd: int) -> bool:
+    """Whether the file that was followed as a part has become the body."""
+    try:
+        return store.body_path(key).stat().st_ino == os.fstat(fd).st_ino
+    except OSError:
+        return False
 
 
 def _load_state(means: Means, key: ContentKey) -> FillState | None:

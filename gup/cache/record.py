@@ -39,7 +39,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A committed body. Times are Unix seconds; `body_mtime_ns` ties the record to its body file."""
+    """A committed body. Times are Unix seconds; `body_mtime_ns` ties the record to its body file.
+
+    `path` is what upstream was asked for, "" in records of before it was kept.
+    """
 
     key: ContentKey
     kind: Kind
@@ -54,10 +57,18 @@ class Record:
     pinned: bool
     body_mtime_ns: int
     sums: tuple[int, ...]
+    path: str = ""
 
     @classmethod
     def of(
-        cls, key: ContentKey, kind: Kind, head: Head, sums: tuple[int, ...], now: float, mtime_ns: int
+        cls,
+        key: ContentKey,
+        kind: Kind,
+        head: Head,
+        sums: tuple[int, ...],
+        now: float,
+        mtime_ns: int,
+        path: str = "",
     ) -> "Record":
         """The record of a body that has just been written whole."""
         assert head.length is not None
@@ -76,6 +87,7 @@ class Record:
             pinned=False,
             body_mtime_ns=mtime_ns,
             sums=sums,
+            path=path,
         )
 
     @property
@@ -106,7 +118,8 @@ class Record:
         try:
             if fields["format"] != FORMAT:
                 raise ValueError(f"unknown format {fields['format']!r}")
-            values = {name: fields[name] for name in cls.__slots__}
+            values = {name: fields[name] for name in cls.__slots__ if name != "path"}
+            values["path"] = str(fields.get("path", ""))
             values["key"] = ContentKey.parse(fields["key"])
             values["kind"] = Kind(fields["kind"])
             values["sums"] = unpack_sums(fields["sums"])

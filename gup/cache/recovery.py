@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from gup.cache.claim import Claims
+from gup.cache.commit import committed
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Part, Store
 from gup.content.key import Kind
 from gup.content.routes import Route
+from gup.metrics import Counters
 
 log = logging.getLogger("gup.recovery")
 
@@ -41,12 +43,16 @@ class Recovery:
         self,
         store: Store,
         claims: Claims,
+        counters: Counters,
         take_over: Callable[[Route], Awaitable[None]],
+        tell: Callable[[Mapping[str, object]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._claims = claims
+        self._counters = counters
         self._take_over = take_over
+        self._tell = tell
         self._clock = clock
         self._orphans: dict[str, float] = {}
         """When a streaming part is to be taken over, by id."""
@@ -105,11 +111,15 @@ class Recovery:
         store = self._store
         try:
             state = store.load_state(part.id)
-        except ValueError:
+        except ValueError as error:
+            log.warning("damaged state of %s: %s", part.id, error)
+            self._counters.add("gup_integrity_failures_total", where="state")
             state = None
         generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:
             store.finish_commit(state)
+            if state.record is not None:
+                self._tell(committed(state.record, replaced=False))
             log.info("finished the commit of %s", state.key.text)
             return
         for generation in generations:

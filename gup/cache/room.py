@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from gup.cache.space import Space
-from gup.errors import GupError
+from gup.errors import GupError, is_exhausted
 
 STEP_BYTES = 16 << 20
 """Room is promised in steps of this size while a body's length is unknown."""
@@ -18,8 +18,10 @@ class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
 
 
 def refusal(error: Exception) -> str:
-    """What to tell of a disk that refused."""
+    """What to tell of a disk that refused. Raises what is no refusal: descriptors or memory ran out."""
     if isinstance(error, OSError):
+        if is_exhausted(error):
+            raise error
         return f"the cache directory refuses: {error.strerror or error}"
     return str(error)
 

@@ -5,22 +5,29 @@ or truncated: bodies arrive by rename and leave by unlink.
 """
 
 import contextlib
+import errno
 import os
+import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.claim import Claims
 from gup.cache.record import Record
-from gup.cache.state import FillState
+from gup.cache.state import FillState, Phase
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 
+_RECORD_SUFFIX = ".gup"
 _PART_SUFFIX = ".part"
 _STATE_SUFFIX = ".state"
 _SUMS_SUFFIX = ".sums"
 _TEMPORARY = ".tmp"
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+"""They tell of this process, not of the file that was to be opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +89,12 @@ class Store:
         return self.content / key.path
 
     def record_path(self, key: ContentKey) -> Path:
-        return self.content / key.path.with_name(f".{key.file}.gup")
+        return self.content / key.path.with_name(f".{key.file}{_RECORD_SUFFIX}")
 
     def load(self, key: ContentKey) -> Record | None:
-        """The key's record; None when there is none. ValueError when it is damaged."""
-        try:
-            text = self.record_path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        """The key's record; None when there is none. ValueError when it is damaged or can't be read."""
+        text = _read(self.record_path(key))
+        if text is None:
             return None
         record = Record.decode(text)
         if record.key != key:
@@ -97,14 +103,26 @@ class Store:
 
     def open_body(self, record: Record) -> OpenFile | None:
         """The record's body, or None when the file is missing or is not the body that was recorded."""
-        try:
-            file = OpenFile(self.body_path(record.key))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        file = self.open_whatever(record.key)
+        if file is None:
             return None
-        stat = os.fstat(file.fd)
-        if stat.st_size != record.length or stat.st_mtime_ns != record.body_mtime_ns:
+        found = os.fstat(file.fd)
+        if found.st_size != record.length or found.st_mtime_ns != record.body_mtime_ns:
             return None
         return file
+
+    def open_whatever(self, key: ContentKey) -> OpenFile | None:
+        """The file that stands for the key's body, whatever is in it; None when there is none to be read.
+
+        No link is followed, and nothing is waited for that is no file: gup puts neither there.
+        """
+        try:
+            file = OpenFile(self.body_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise
+            return None
+        return file if stat.S_ISREG(os.fstat(file.fd).st_mode) else None
 
     def save(self, record: Record) -> None:
         """Put the record in place, atomically and durably; OSError when the disk refuses."""
@@ -130,43 +148,68 @@ class Store:
     def remove(self, key: ContentKey) -> int:
         """Unlink the record, then the body; bytes freed, 0 when it was gone. Readers read on to the end."""
         path = self.body_path(key)
-        self.record_path(key).unlink(missing_ok=True)
+        _unlink(self.record_path(key))
         try:
-            size = path.stat().st_size
-            path.unlink()
+            size = path.lstat().st_size
         except (FileNotFoundError, NotADirectoryError):
             size = 0
+        _unlink(path)
         self._prune(path.parent)
         return size
 
-    def remove_body(self, record: Record) -> bool:
-        """Remove the entry if it still is the one that `record` describes; whether it was."""
-        try:
-            current = self.body_path(record.key).stat()
-        except OSError:
-            return False
-        if (current.st_size, current.st_mtime_ns) != (record.length, record.body_mtime_ns):
-            return False
-        self.remove(record.key)
-        return True
+    def drop_record(self, key: ContentKey) -> None:
+        """Remove a record that is of no use. The caller holds the claim."""
+        _unlink(self.record_path(key))
+
+    def mend(self, record: Record, generation: int) -> None:
+        """Put a part that holds the recorded bytes, and is durable, in the body's place.
+
+        It gets the recorded time, so the record is right before and after: one rename, no journal.
+        """
+        part = self.part_path(record.key.id, generation)
+        self.set_time(part, record)
+        self._rename_into(part, self.body_path(record.key))
+
+    def set_time(self, path: Path, record: Record) -> None:
+        """Give a file that has the recorded bytes the recorded time."""
+        os.utime(path, ns=(time.time_ns(), record.body_mtime_ns))
 
     def scan(self) -> Iterator[Stored]:
-        """Every body under `content/`, with its record."""
+        """Every body under `content/`, with its record; and every record without one, as of 0 bytes."""
         for folder, _, names in os.walk(self.content):
             parts = Path(folder).relative_to(self.content).parts
             if len(parts) != 4:
                 continue
+            present = set(names)
             for name in names:
-                if name.startswith("."):
+                of_body = name[1:].removesuffix(_RECORD_SUFFIX)
+                if name.startswith(".") and (of_body in present or not name.endswith(_RECORD_SUFFIX)):
                     continue
                 try:
-                    key = ContentKey.parse("/".join((*parts, name)))
+                    key = ContentKey.parse("/".join((*parts, of_body if name.startswith(".") else name)))
                     yield self._stored(key)
                 except (ValueError, OSError):  # no name of ours, gone, or not to be read: nothing to serve
                     continue
 
+    def stored(self, key: ContentKey) -> Stored | None:
+        """The body as a scan finds it; None when there is none."""
+        try:
+            return self._stored(key)
+        except OSError:
+            return None
+
+    def prune(self) -> None:
+        """Remove folders in which nothing is: a crash may come between a body and its folder."""
+        for folder, _, _ in os.walk(self.content, topdown=False):
+            if folder != str(self.content):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def _stored(self, key: ContentKey) -> Stored:
-        stat = self.body_path(key).stat()
+        try:
+            stat = self.body_path(key).stat()
+        except FileNotFoundError:
+            return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
         record = self._load_or_none(key)
         if record is None or (record.length, record.body_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             return Stored(key, None, stat.st_size, stat.st_mtime)
@@ -191,23 +234,20 @@ class Store:
         return self.partial / f"{id_}{_STATE_SUFFIX}"
 
     def load_state(self, id_: str) -> FillState | None:
-        """The state file; None when missing. ValueError when damaged."""
-        try:
-            text = self.state_path(id_).read_bytes()
-        except FileNotFoundError:
-            return None
-        return FillState.decode(text)
+        """The state file; None when missing. ValueError when it is damaged or can't be read."""
+        text = _read(self.state_path(id_))
+        return FillState.decode(text) if text is not None else None
 
     def save_state(self, state: FillState) -> None:
         """Put the state in place, atomically; durably when it is a commit's journal."""
         self._replace(self.state_path(state.key.id), state.encode(), durable=state.record is not None)
 
     def drop_state(self, id_: str) -> None:
-        self.state_path(id_).unlink(missing_ok=True)
+        _unlink(self.state_path(id_))
 
     def drop_part(self, id_: str, generation: int) -> None:
-        self.part_path(id_, generation).unlink(missing_ok=True)
-        self.sums_path(id_, generation).unlink(missing_ok=True)
+        _unlink(self.part_path(id_, generation))
+        _unlink(self.sums_path(id_, generation))
 
     def generations(self, id_: str) -> list[int]:
         """The generations of which there is a part, ascending."""
@@ -277,6 +317,31 @@ class Store:
         self.drop_state(part.id)
         return part.size_bytes
 
+    # --- putting right, while nobody uses the directory
+
+    def keep_as_part(self, record: Record, chunks: int, path: str) -> None:
+        """Take a body back into `partial/`, cut to its first `chunks`: whoever fetches it goes on there."""
+        id_, generation = record.key.id, time.time_ns() // 1000
+        for other in self.generations(id_):
+            self.drop_part(id_, other)
+        part = self.part_path(id_, generation)
+        self.body_path(record.key).rename(part)
+        self.sums_path(id_, generation).write_bytes(
+            b"".join(value.to_bytes(8, "little") for value in record.sums[:chunks])
+        )
+        os.truncate(part, chunks * CHUNK_BYTES)
+        self.save_state(
+            FillState(record.key, record.kind, generation, Phase.STREAMING, record.head, path=path)
+        )
+
+    def cut_part(self, id_: str, generation: int, size_bytes: int) -> None:
+        """Cut a part to what is right of it: whole chunks."""
+        os.truncate(self.sums_path(id_, generation), 8 * (size_bytes // CHUNK_BYTES))
+        os.truncate(self.part_path(id_, generation), size_bytes)
+
+    def drop_stray(self, path: Path) -> None:
+        _unlink(path)
+
     # --- files
 
     def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
@@ -295,7 +360,11 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:
-        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
+        """Rename, making the folder: one that `remove` prunes in the same moment is made again.
+
+        A folder that was made is durable only once those above it are (fsync(2)).
+        """
+        folders = [target.parent]
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -304,13 +373,14 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
-        if not durable:
-            return
-        fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+                folders = [target.parent, *(up for up in target.parent.parents if self.root in up.parents)]
+            except IsADirectoryError:  # no work of ours
+                if attempt == 4:
+                    raise
+                _unlink(target)
+        if durable:
+            for folder in folders:
+                _sync_folder(folder)
 
     def _prune(self, folder: Path) -> None:
         """Remove folders that became empty."""
@@ -320,3 +390,35 @@ class Store:
             except OSError:
                 return
             folder = folder.parent
+
+
+def _read(path: Path) -> bytes | None:
+    """The file's bytes, None when there is none. ValueError when it can't be read, whatever it is."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
+        raise ValueError(f"it can't be read: {error.strerror}") from error
+
+
+def _unlink(path: Path) -> None:
+    """Remove what is there under a name of ours, be it what it may."""
+    try:
+        path.unlink(missing_ok=True)
+    except NotADirectoryError:
+        return
+    except (IsADirectoryError, PermissionError):  # unlink(2) of a directory, as Linux and POSIX tell it
+        if not path.is_dir():
+            raise
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -20,6 +20,10 @@ class AdminError(GupError):
     """The control plane could not be asked, or refused; the text says why."""
 
 
+class NobodyThereError(AdminError):
+    """Nothing answers at that address."""
+
+
 def admin_url(settings: Settings) -> str:
     """Where a service with `settings` has its control plane, as seen from its own machine."""
     host = _WILDCARDS.get(settings.listen.admin_address, settings.listen.admin_address)
@@ -59,6 +63,14 @@ class Admin:
     def pin(self, key: str, *, pinned: bool) -> dict[str, Any]:
         return self._ask("PUT" if pinned else "DELETE", f"/api/v1/entries/{quote(key)}/pin")
 
+    def verification(self) -> dict[str, Any]:
+        """How far the last verification has come, and what it found."""
+        return self._ask("GET", "/api/v1/verify")
+
+    def verify(self, *, repair: bool) -> dict[str, Any]:
+        """Begin one."""
+        return self._ask("POST", f"/api/v1/verify?repair={int(repair)}")
+
     def reload(self) -> dict[str, Any]:
         return self._ask("POST", "/api/v1/reload")
 
@@ -72,7 +84,7 @@ class Admin:
                 raise AdminError(f"{self._url}: {_detail(error.read()) or error}") from error
         except (OSError, HTTPException, ValueError) as error:  # URLError among them; ValueError: no such URL
             reason = getattr(error, "reason", error)
-            raise AdminError(
+            raise NobodyThereError(
                 f"no control plane answers at {self._url} ({reason}); is gup running? --admin asks elsewhere"
             ) from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gup
-from gup.cli import flags, operate, settings
+from gup.cli import flags, operate, rules, settings
 from gup.cli.complaining import complaining
 from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, rate, size
 
@@ -46,9 +46,11 @@ def _gup(
 
 def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
     from gup.config import load, require_servable
+    from gup.content.rulebook import Rulebook
 
     loaded = load(config, flags=given)
     require_servable(loaded)
+    Rulebook(loaded)  # SettingsError when the rules can't be applied
     return loaded
 
 
@@ -169,5 +171,6 @@ def simulate_clients(
 app.add_typer(simulate, name="simulate")
 app.add_typer(settings.config, name="config")
 app.add_typer(operate.cache, name="cache")
+app.add_typer(rules.rules, name="rules")
 app.command("status")(operate.status)
 app.command("reload")(operate.reload)

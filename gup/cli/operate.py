@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gup.cli import verify
 from gup.cli.complaining import complaining
-from gup.cli.options import ConfigFlag, JsonFlag
+from gup.cli.options import AdminFlag, ConfigFlag, JsonFlag
 from gup.content.key import Kind
 
 if TYPE_CHECKING:
     from gup.cli.admin import Admin
 
-cache = typer.Typer(help="Look at and change what a running service keeps.", no_args_is_help=True)
+cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
 
-AdminFlag = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL", envvar="GUP_ADMIN", help="The control plane; without it, where the settings put it."
-    ),
-]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
 
 
@@ -87,6 +82,9 @@ def list_entries(
             if number == 0 and not json_output:
                 typer.echo(ENTRY_HEAD)
             typer.echo(json.dumps(entry, ensure_ascii=False) if json_output else entry_line(entry))
+
+
+cache.command("verify")(verify.verify)
 
 
 @cache.command("purge")

@@ -37,5 +37,11 @@ ConfigFlag = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
 ]
+AdminFlag = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", envvar="GUP_ADMIN", help="The control plane; without it, where the settings put it."
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SeedFlag = Annotated[int, typer.Option(help="Another number makes other content and other clients.")]

@@ -36,6 +36,8 @@ _EXAMPLES: dict[str, Any] = {
     "from": "07:30",
     "to": "18:00",
     "rate": 2_000_000,
+    "file": "/etc/gup/ContentInfo.txt",
+    "liveupdate": "http://liveupdate:7070",
 }
 """What the reference shows for a key without a default."""
 
@@ -101,7 +103,7 @@ def _type(field: FieldInfo) -> str:
     if get_origin(annotation) is list:
         return "list of texts"
     if get_origin(annotation) is dict:
-        return _PLAIN[dict]
+        return "table of lists" if get_origin(get_args(annotation)[1]) is list else _PLAIN[dict]
     plain = annotation if annotation in _PLAIN else str  # the rest are kinds of text, or None besides
     return "path" if "Path" in str(annotation) else _PLAIN[plain]
 

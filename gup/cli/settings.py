@@ -15,10 +15,12 @@ config = typer.Typer(help="Look at settings without starting anything.", no_args
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
     """Say whether `gup serve --config FILE` could start, or every mistake."""
     from gup.config import load
+    from gup.content.rulebook import Rulebook
     from gup.units import format_size
 
     with complaining():
         settings = load(file)
+        Rulebook(settings)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(

@@ -1,6 +1,7 @@
 """What one stored body is called: the content key, its variant and its kind; never any I/O."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -13,6 +14,9 @@ ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
 
 
+_DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
+
+
 class Kind(StrEnum):
     """What a file is; decides freshness, priority in the fill queue and labels."""
 
@@ -20,6 +24,20 @@ class Kind(StrEnum):
     DELTA = "delta"
     INDEX = "index"
     OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaStep:
+    """Which revision a delta takes a client from, and to which."""
+
+    from_revision: str
+    to_revision: str
+
+
+def delta_step(file: str) -> DeltaStep | None:
+    """What a delta's file name tells; None when it does not. The folder tells nothing sure (FIELD)."""
+    found = _DELTA.fullmatch(file)
+    return DeltaStep(found[1], found[2]) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,22 @@ async def evict(request: web.Request) -> web.Response:
     )
 
 
+async def verification(request: web.Request) -> web.Response:
+    """How far the last verification has come, and what it found."""
+    return _json(request.app[PLANE].verification.progress())
+
+
+async def verify(request: web.Request) -> web.Response:
+    """Begin to look at everything in the cache directory; `repair=1` mends what is damaged."""
+    verification = request.app[PLANE].verification
+    repair = request.query.get("repair", "0")
+    if repair not in ("0", "1"):
+        raise web.HTTPBadRequest(text="repair is 0 or 1")
+    if not verification.start(repair=repair == "1"):
+        raise web.HTTPConflict(text="a verification is under way")
+    return _json(verification.progress(), status=202)
+
+
 async def reload(request: web.Request) -> web.Response:
     """Ask for the settings to be read again; whether they took is in the status."""
     request.app[PLANE].around.request_reload()

@@ -39,6 +39,8 @@ def make_app(plane: Plane) -> web.Application:
             web.get(f"/api/v1/entries/{_KEY}", api.entry),
             web.delete(f"/api/v1/entries/{_KEY}", api.purge),
             web.post("/api/v1/evict", api.evict),
+            web.get("/api/v1/verify", api.verification),
+            web.post("/api/v1/verify", api.verify),
             web.post("/api/v1/reload", api.reload),
         ]
     )

@@ -16,9 +16,13 @@ import diskcache
 _FORMAT = 1
 _FORMAT_KEY = "about:format"
 _MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
+BUSY_SECONDS = 5.0
+"""How long another process' lock is waited for."""
 _UNLIMITED_BYTES = 1 << 62
-_REFUSALS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
-"""Errors that tell of the disk and not of the file."""
+_REFUSALS = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
+)
+"""Errors that tell of the disk, or of another process, and not of the file."""
 
 
 class DamagedIndexError(Exception):
@@ -65,6 +69,8 @@ class IndexFile:
             return self._read()
         except (OSError, DamagedIndexError):
             raise
+        except diskcache.Timeout as error:
+            raise OSError(f"the index can't be opened: {_cause(error)}") from error
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF in _REFUSALS:
                 raise OSError(f"the index can't be opened: {error}") from error
@@ -90,13 +96,15 @@ class IndexFile:
         try:
             if self._cache is None:
                 self._open()
-            with self._cache.transact(retry=True):
+            with self._cache.transact():  # a retry of diskcache's has no end, whatever the error
                 for key, value in values.items():
                     self._cache[key] = value
                 for key in gone:
-                    self._cache.delete(key, retry=True)
+                    self._cache.delete(key)
                 if whole:
                     self._cache[_FORMAT_KEY] = _FORMAT
+        except diskcache.Timeout as error:
+            raise OSError(f"the index can't be written: {_cause(error)}") from error
         except sqlite3.OperationalError as error:  # full, read-only, I/O error
             raise OSError(f"the index can't be written: {error}") from error
         except sqlite3.DatabaseError as error:
@@ -116,7 +124,7 @@ class IndexFile:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._cache = diskcache.Cache(
             str(self._folder),
-            timeout=5,
+            timeout=BUSY_SECONDS,
             disk=_TextDisk,
             eviction_policy="none",
             cull_limit=0,
@@ -125,3 +133,31 @@ class IndexFile:
             tag_index=0,
             sqlite_mmap_size=0,  # a damaged or truncated file is an error to handle, not a SIGBUS
         )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What SQLite told: diskcache makes a `Timeout` of any error at which it could not begin."""
+    while isinstance(error, diskcache.Timeout) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def check_index(folder: Path, *, repair: bool) -> str | None:
+    """What is wrong with the index of a service that does not run; None when nothing is.
+
+    `repair` removes a damaged one: it is made anew from the records.
+    """
+    if not folder.is_dir() or not list(folder.iterdir()):
+        return None
+    file = IndexFile(folder)
+    try:
+        file.load()
+    except OSError as error:
+        return str(error)
+    except DamagedIndexError as error:
+        if repair:
+            file.delete()
+        return f"it is damaged: {error}"
+    finally:
+        file.close()
+    return None

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Any
@@ -13,6 +13,7 @@ import gup
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.ageing import AgeClock
 from gup.control.clients import ClientsBook
 from gup.control.events import (
     ClientsSeen,
@@ -31,10 +32,12 @@ from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.refusals import Refusals
 from gup.control.rows import Row, Stream, make_row
+from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
 from gup.control.status import fill_of, totals_of
 from gup.control.streams import Demand, newest_times
 from gup.control.surroundings import Surroundings
+from gup.control.verify import Verification
 
 _log = logging.getLogger("gup.control.plane")
 _FAILURES = 50
@@ -54,10 +57,13 @@ class PastFailure:
 class Plane:
     """What the controller knows. Changed by `take_events` and the API, both on the event loop."""
 
-    def __init__(self, around: Surroundings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, around: Surroundings, clock: Callable[[], float], ages: AgeClock | None = None
+    ) -> None:
         self.around = around
         self.settings: Settings = around.settings  # replaced by a reload only
         self.clock = clock
+        self._ages = ages
         self.refusals = Refusals()
         self.index = Index(around.store.index, self._index_damaged, self._index_written)
         self.space = Space(
@@ -69,8 +75,10 @@ class Plane:
             raise_store_epoch=around.raise_store_epoch,
             set_store_bytes=around.set_store_bytes,
             promised_bytes=around.promised_bytes,
-            clock=clock,
+            now=self._age_now,
         )
+        self.verification = Verification(around, self.index)
+        self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
         self.demand = Demand()
         self.wan_meter = Meter()
@@ -80,6 +88,15 @@ class Plane:
         self.malformed_events = 0
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
+
+    def _believed(self) -> float:
+        """The time of a use: one that a wrong clock puts ahead would make all else look old."""
+        return self._ages() if self._ages is not None else self.clock()
+
+    def _age_now(self, uses: Iterable[float]) -> float:
+        if self._ages is not None:
+            self._ages.begin(uses)
+        return self._believed()
 
     def _index_damaged(self) -> None:
         self.around.counters.add("gup_integrity_failures_total", where="index")
@@ -95,13 +112,16 @@ class Plane:
     def take_events(self) -> None:
         """Read the datagrams that wait and apply them; what is malformed is counted and passed over."""
         for datagram in receive(self.around.events):
-            try:
-                event = parse_event(datagram)
-            except ValueError as error:
-                self.malformed_events += 1
-                if self.malformed_events <= _MALFORMED_LOGGED:
-                    _log.warning("an event was passed over: %s", error)
-                continue
+            self.take_event(datagram)
+
+    def take_event(self, datagram: bytes) -> None:
+        try:
+            event = parse_event(datagram)
+        except ValueError as error:
+            self.malformed_events += 1
+            if self.malformed_events <= _MALFORMED_LOGGED:
+                _log.warning("an event was passed over: %s", error)
+        else:
             self._take(event)
 
     def _take(self, event: Event) -> None:
@@ -125,7 +145,6 @@ class Plane:
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
-        now = self.clock()
         known = self.index.rows.get(event.key.text)
         if known is not None and known.pinned and event.replaced:
             self.repin.add(event.key.text)  # the new generation's record knows of no pin
@@ -134,8 +153,8 @@ class Plane:
                 event.key,
                 event.kind,
                 event.length_bytes,
-                stored_at=now,
-                used_at=now,
+                stored_at=self.clock(),
+                used_at=self._believed(),
                 hits=known.hits if known else 0,
                 pinned=known.pinned if known else False,
                 sent_bytes=known.sent_bytes if known else 0,
@@ -146,7 +165,7 @@ class Plane:
 
     def _used(self, event: Used) -> None:
         """Uses of unknown keys (their commit's event was lost) are passed over."""
-        at = min(event.at, self.clock())  # a clock that ran ahead must not keep an entry for ever
+        at = min(event.at, self._believed())  # a clock that ran ahead must not keep an entry for ever
         for use in event.uses:
             row = self.index.rows.get(use.key)
             if row is None:
@@ -244,6 +263,7 @@ class Plane:
                 wan_rate=around.wan_rate(),
                 wan_used=self.wan_meter.bytes_per_second(),
             ),
+            "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}

@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from gup.cache.claim import Claims
 from gup.cache.store import Store, Stored
+from gup.content.key import ContentKey
 from gup.control.index import Index
 from gup.control.rows import Row, row_of
+from gup.errors import Problem
 from gup.metrics import Counters
 
 _log = logging.getLogger("gup.control.reconcile")
@@ -43,7 +45,13 @@ def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
     return Differences(tuple(put), tuple(key for key in rows if key not in seen), tuple(orphans))
 
 
-async def reconcile(index: Index, store: Store, claims: Claims, counters: Counters, now: float) -> None:
+Mend = Callable[[ContentKey, bool], Awaitable[Problem | None]]
+"""See Surroundings."""
+
+
+async def reconcile(
+    index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend, now: float
+) -> None:
     """Scan the store and take over what differs, except for what changed during the scan."""
     known = dict(index.rows)
     with index.watch() as touched:
@@ -57,20 +65,55 @@ async def reconcile(index: Index, store: Store, claims: Claims, counters: Counte
     index.complete = True
     if found.put or found.gone:
         _log.info("the index took over %d entries and dropped %d", len(found.put), len(found.gone))
+    await asyncio.to_thread(store.prune)
     for orphan in found.orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:
-            await _remove_orphan(orphan, store, claims, counters)
+            await _settle_orphan(orphan, index, store, claims, counters, mend)
 
 
-async def _remove_orphan(orphan: Stored, store: Store, claims: Claims, counters: Counters) -> None:
+async def _settle_orphan(
+    orphan: Stored, index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend
+) -> None:
+    """Mend a body that has its record. One without, or that no upstream has any more, is removed."""
+    recorded = orphan.size_bytes > 0 and await asyncio.to_thread(_has_record, orphan.key, store)
+    if recorded:
+        problem = await mend(orphan.key, False)
+        if problem is None:
+            await index_again(orphan.key, index, store)
+            return
+        if problem.status not in (404, 410):
+            return  # what is sound of it can be served, and the rest be had later
+    await _remove_orphan(orphan, store, claims, counters, counted=recorded)
+
+
+async def index_again(key: ContentKey, index: Index, store: Store) -> None:
+    """Take an entry into the index that was mended: damaged, it had no place there."""
+    stored = await asyncio.to_thread(store.stored, key)
+    if stored is not None and stored.record is not None:
+        index.put(row_of(stored, index.rows.get(key.text)))
+
+
+def _has_record(key: ContentKey, store: Store) -> bool:
+    try:
+        return store.load(key) is not None
+    except ValueError:
+        return False
+
+
+async def _remove_orphan(
+    orphan: Stored, store: Store, claims: Claims, counters: Counters, *, counted: bool
+) -> None:
     """Remove a body that nobody can serve, unless a fill works on its key or an interrupted commit waits."""
     offset = orphan.key.claim_offset
     if not claims.try_claim(offset):
         return
     try:
         if await asyncio.to_thread(_remove_if_still_orphan, orphan, store):
-            counters.add("gup_integrity_failures_total", where="record")
-            _log.warning("removed a body without a usable record: %s", orphan.key.text)
+            if not counted:
+                counters.add("gup_integrity_failures_total", where="record")
+            _log.warning(
+                "removed a body without a usable record, or a record without its body: %s", orphan.key.text
+            )
     finally:
         claims.release(offset)
 
@@ -84,4 +127,6 @@ def _remove_if_still_orphan(orphan: Stored, store: Store) -> bool:
         return False
     if store.state_path(orphan.key.id).exists():
         return False
-    return store.remove(orphan.key) > 0
+    there = store.body_path(orphan.key).exists() or store.record_path(orphan.key).exists()
+    store.remove(orphan.key)
+    return there

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gup.cache.store import Stored
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey, Kind, delta_step
 
 _REVISION = re.compile(r"\d{9}")
-_DELTA = re.compile(r"xdelta\d{9}_To_(\d{9})\.dax", re.IGNORECASE)
 
 Stream = tuple[str, str, str]
 """Version, language and moniker: what revisions are compared within."""
@@ -49,9 +48,9 @@ class Row:
         A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
         name decides. Only nine-digit names can be compared.
         """
-        if self.kind is Kind.DELTA and (match := _DELTA.fullmatch(self.file)):
-            return match[1]
-        return self.revision if _REVISION.fullmatch(self.revision) else None
+        step = delta_step(self.file) if self.kind is Kind.DELTA else None
+        revision = step.to_revision if step else self.revision
+        return revision if _REVISION.fullmatch(revision) else None
 
     def used(self, count: int, sent_bytes: int, at: float) -> "Row":
         return replace(

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.ageing import AgeClock
 from gup.control.app import make_app
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
@@ -36,8 +37,14 @@ class Control:
     The database opens and the store is scanned behind; until then `/readyz` says so and nothing is evicted.
     """
 
-    def __init__(self, surroundings: Surroundings, clock: Callable[[], float] = time.time) -> None:
-        self.plane = Plane(surroundings, clock)
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        clock: Callable[[], float] = time.time,
+        ages: AgeClock | None = None,
+    ) -> None:
+        """`ages` tells how old things are; by default that is what `clock` says."""
+        self.plane = Plane(surroundings, clock, ages)
         self._around = surroundings
         self._jobs = Jobs()
         self._runner: web.AppRunner | None = None
@@ -60,6 +67,7 @@ class Control:
         """Open the index, then begin what depends on it."""
         await self.plane.index.open()
         self.plane.clients.restore(self.plane.index.note(_CLIENTS_NOTE))
+        self.plane.scrubber.restore()
         jobs, plane = self._jobs, self.plane
         # `keep` ends only by a mistake of ours; eviction must go on after it.
         jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
@@ -69,6 +77,7 @@ class Control:
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
         jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
+        jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -77,7 +86,9 @@ class Control:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.plane.space.stop()
+        await self.plane.verification.stop()
         await self._jobs.stop()
+        self.plane.scrubber.save()
         await self._repin()
         await self._touch()
         await self._note_clients()
@@ -93,7 +104,7 @@ class Control:
 
     async def _reconcile(self) -> None:
         around, plane = self._around, self.plane
-        await reconcile(plane.index, around.store, around.claims, around.counters, plane.clock())
+        await reconcile(plane.index, around.store, around.claims, around.counters, around.mend, plane.clock())
         plane.space.look_soon()
 
     async def _flush(self) -> None:

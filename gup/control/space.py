@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gup.cache.claim import Claims
@@ -64,8 +64,9 @@ class Space:
         raise_store_epoch: Callable[[], None],
         set_store_bytes: Callable[[int], None],
         promised_bytes: Callable[[], int],
-        clock: Callable[[], float],
+        now: Callable[[Iterable[float]], float],
     ) -> None:
+        """`now` gives the time by which things are too old, from all their last uses; Unix seconds."""
         self.limits = limits
         self._store = store
         self._claims = claims
@@ -74,7 +75,7 @@ class Space:
         self._raise_store_epoch = raise_store_epoch
         self._set_store_bytes = set_store_bytes
         self._promised_bytes = promised_bytes
-        self._clock = clock
+        self._now = now
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -167,7 +168,11 @@ class Space:
             need_bytes=need_bytes,
             refused_bytes=refused_bytes,
         )
-        return await asyncio.to_thread(plan_evictions, rows, disk.parts, limits, self._clock())
+
+        def plan() -> list[Eviction]:
+            return plan_evictions(rows, disk.parts, limits, self._now(row.used_at for row in rows))
+
+        return await asyncio.to_thread(plan)
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
         """Remove those that nobody fills at this moment: the key's claim is held meanwhile.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
+from gup.content.key import ContentKey
+from gup.errors import Problem
 from gup.metrics import Counters
 
 
@@ -19,8 +21,10 @@ class Surroundings:
     language from the catalogue. `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
     with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
     under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
-    `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `events`
-    is the receiving end of a datagram socket, `admin` a listening socket. Times are Unix seconds.
+    `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
+    looks at all of a stored body and fetches its damaged chunks anew; what it returns is why it could not.
+    Its second argument tells whether the damage is counted already. `events` is the receiving end of a
+    datagram socket, `admin` a listening socket. Times are Unix seconds.
     """
 
     settings: Settings
@@ -40,6 +44,7 @@ class Surroundings:
     config_ok: Callable[[], bool]
     request_reload: Callable[[], None]
     recover: Callable[[], Awaitable[None]]
+    mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
     events: socket.socket
     admin: socket.socket
     started_at: float

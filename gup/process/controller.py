@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
 from gup.content.routes import Route
+from gup.control.ageing import AgeClock
 from gup.control.service import Control, Surroundings
 from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
@@ -35,7 +37,11 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._recovery = Recovery(assembly.store, assembly.means.claims, self._take_over)
+        self._loop = asyncio.get_running_loop()
+        assembly.means.tell = self._tell_itself
+        self._recovery = Recovery(
+            assembly.store, assembly.means.claims, assembly.counters, self._take_over, self._tell_itself
+        )
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -56,11 +62,13 @@ class Controller:
                 config_ok=lambda: bool(self._page.words[CONFIG_OK]),
                 request_reload=self._request_reload,
                 recover=self._recovery.run,
+                mend=lambda key, counted: assembly.cache.mend(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
-            )
+            ),
+            ages=AgeClock(),
         )
 
     async def run(self) -> None:
@@ -103,6 +111,10 @@ class Controller:
         with contextlib.suppress(Problem):  # kept as the fill's failure
             opened = await self._assembly.cache.open(route, route.variant)
             opened.body.leave()
+
+    def _tell_itself(self, event: Mapping[str, object]) -> None:
+        """The way of a worker's events leads here; what this process's own fills tell goes straight in."""
+        self._loop.call_soon_threadsafe(self._control.plane.take_event, json.dumps(event).encode())
 
     def _request_reload(self) -> None:
         self._parent.send({"reload": True})

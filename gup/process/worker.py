@@ -93,6 +93,7 @@ class Worker:
     def _each_second(self, wall_now: float) -> None:
         self._assembly.shared.page.beat(self._assembly.block)
         self._listener.hot.refresh()
+        self._assembly.cache.look_over()
         self._tally.take_news(self._assembly.tell, wall_now)
 
     async def run(self) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gup import config
-from gup.cache.body import Body, Entry
+from gup.cache.body import Body
 from gup.cache.cache import Cache, Opened, Result
 from gup.cache.flight import Means
 from gup.cache.record import Head
 from gup.content.http_date import format_http_date
 from gup.content.key import Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
-from gup.errors import Problem
+from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
 from gup.server.downloads import Downloads, Turn
@@ -34,6 +34,8 @@ _STATUS_OF_RESULT = {
     Result.BYPASS: "gup; fwd=bypass",
 }
 """Values of Cache-Status (RFC 9211)."""
+_TRIES = 3
+"""Bodies that a request may find to be replaced before it has begun to read them."""
 _OUR_MISTAKE = Problem("internal-error", "a mistake of gup's own; its log tells more")
 _REFUSALS = frozenset(int(code) for code in CODES_OF_RESULT["refused"])
 
@@ -127,12 +129,13 @@ class Handler:
             asked = self._ask(request, head)
             if request.method == "HEAD":
                 return await self._answer_head(asked)
-            opened = await self._cache.open(asked.route, asked.variant, request.header("via"))
-            opened = await self._span_alone(asked, opened)
+            opened = await self._open(asked)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
             return self.refusal(problem, request=request)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and is_exhausted(error):
+                return self.refusal(exhausted(error), request=request)
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
         if request.plain and opened.entry is not None and not self.draining:
@@ -184,6 +187,18 @@ class Handler:
         if not variants:
             raise Problem("no-upstream", "no upstream is configured")
         return Asked(request, route, variants[0], head)
+
+    async def _open(self, asked: Asked) -> Opened:
+        """The body, with the bytes that its answer begins with at hand: until then an error can be told."""
+        for _ in range(_TRIES):
+            opened = await self._cache.open(asked.route, asked.variant, asked.request.header("via"))
+            if opened.entry is None:
+                return await self._span_alone(asked, opened)
+            planned = self._plan(asked.request, opened)
+            spans = [segment for segment in planned.segments if isinstance(segment, Span)]
+            if not spans or await self._cache.make_sure(opened, spans[0].start):
+                return opened
+        raise Problem("internal-error", "the stored body changes at every look", retry_after_seconds=1.0)
 
     async def _span_alone(self, asked: Asked, opened: Opened) -> Opened:
         """Swap a growing body for the span asked for, when the fill will not reach that soon."""
@@ -276,10 +291,12 @@ class Handler:
 
     # --- the hot lane
 
-    def _learn(self, asked: Asked, opened: Opened, epochs: tuple[int, int]) -> None:
+    def _learn(self, asked: Asked, opened: Opened, epochs: tuple[int, int, int]) -> None:
         """Make the same request's next answer ready."""
         entry, request = opened.entry, asked.request
-        if not isinstance(entry, Entry) or not entry.all_verified or opened.result is not Result.HIT:
+        if entry is None or opened.body is not entry:
+            return
+        if not entry.all_verified or opened.result is not Result.HIT:
             return
         if not request.keep_alive or request.minor_version != 1 or request.method != "GET":
             return

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gup.cache.body import Entry
+from gup.cache.entry import Entry
 from gup.server.response import HeadTemplate
 
 MAX_HEAD_BYTES = 2048
@@ -40,7 +40,7 @@ class HotRow:
 
     def small(self) -> bytes | None:
         """The body's bytes if they are few and in the page cache."""
-        if self.length > SMALL_BYTES or self.entry.available(0, 1) == 0:
+        if self.length > SMALL_BYTES or self.entry.available(0, 1) <= 0:
             return None
         try:
             piece = os.pread(self.entry.fd, self.length, 0)
@@ -68,6 +68,17 @@ class HotTable:
         self._store = store
         self._close_removed = close_removed
         self._seen = (policy(), store())
+        self._drops = 0
+
+    def drop(self) -> None:
+        """Forget everything: the settings that it was decided by are no longer those of this process.
+
+        The policy's epoch alone would not do: it rises when new settings are sent, so a decision by the old
+        ones may still be learned after it.
+        """
+        self._by_head.clear()
+        self._by_target.clear()
+        self._drops += 1
 
     def find(self, head: bytes, now: float) -> HotRow | None:
         """The row of a whole head."""
@@ -89,15 +100,15 @@ class HotTable:
         return True
 
     @property
-    def epochs(self) -> tuple[int, int]:
+    def epochs(self) -> tuple[int, int, int]:
         """Read before a decision; `learn` refuses it when they have changed since."""
-        return self._policy(), self._store()
+        return self._policy(), self._store(), self._drops
 
-    def learn(self, head: bytes | None, target: bytes, row: HotRow, epochs: tuple[int, int]) -> None:
+    def learn(self, head: bytes | None, target: bytes, row: HotRow, epochs: tuple[int, int, int]) -> None:
         """Remember a decision made while `epochs` were in force."""
         if epochs != self.epochs:
             return
-        if epochs != self._seen:
+        if epochs[:2] != self._seen:
             self.refresh()
         if head is not None and len(head) <= MAX_HEAD_BYTES:
             _insert(self._by_head, head, row)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import heapq
 import logging
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from gup import config
 from gup.content.http_date import format_http_date
+from gup.errors import is_exhausted
 from gup.server.admission import Admission
 from gup.server.connection import Connection
 from gup.server.downloads import Downloads
@@ -25,6 +25,8 @@ log = logging.getLogger("gup.listener")
 _ACCEPTS_A_TURN = 64
 _PAUSE_SECONDS = 0.1
 """After running out of descriptors: what is open gets time to end."""
+_QUIET_SECONDS = 60.0
+"""It is logged once, until it has not happened for so long."""
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
 _RESET = struct.pack("ii", 1, 0)
@@ -63,6 +65,7 @@ class Listener:
         self._choose_pacing()
         self._idle: list[Connection] = []
         self._none_idle_at = 0
+        self._quiet_until = 0.0
         self._connections: set[Connection] = set()
         self._on_second = on_second
         self._empty = asyncio.Event()
@@ -83,6 +86,7 @@ class Listener:
         """New settings for what connects and times out from now on."""
         self.settings = settings
         self.handler.apply(settings)
+        self.hot.drop()
         self._admission.apply(settings)
         self._choose_pacing()
 
@@ -102,9 +106,8 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.warning("no more connections can be accepted for now: %s", error.strerror)
-                    self._pause(listening)
+                if is_exhausted(error):
+                    self._pause(listening, error)
                     return
                 raise
             self._admit(sock, address[0])
@@ -136,7 +139,10 @@ class Listener:
                 return True
         return False
 
-    def _pause(self, listening: socket.socket) -> None:
+    def _pause(self, listening: socket.socket, why: OSError) -> None:
+        if self.now >= self._quiet_until:
+            log.warning("no more connections can be accepted for now: %s", why.strerror)
+        self._quiet_until = self.now + _QUIET_SECONDS
         self.loop.remove_reader(listening.fileno())
         self._make_room()
 

@@ -76,6 +76,7 @@ class Download:
         self._ready = b""  # read beyond an overlap, not yet handed out
         self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
         self._spent: set[str] = set()
+        self._asked: set[str] = set()  # since the last new byte
         self._last_upstream: str | None = begun.head.upstream if begun else None
         self._last_new_byte = clock()
 
@@ -133,8 +134,12 @@ class Download:
     def _note_progress(self, amount: int) -> None:
         if amount:
             self.received += amount
-            self._last_new_byte = self._clock()
-            self._fruitless[self._current().name] = 0
+            self._note_gain()
+
+    def _note_gain(self) -> None:
+        self._last_new_byte = self._clock()
+        self._asked.clear()
+        self._fruitless[self._current().name] = 0
 
     # --- tries
 
@@ -147,6 +152,7 @@ class Download:
             if self._last_upstream not in (None, upstream.name) and self.received:
                 self._resumed = "failover"
             self._last_upstream = upstream.name
+            self._asked.add(upstream.name)
             try:
                 return await self._try(upstream)
             except UpstreamFailure as failure:
@@ -169,12 +175,16 @@ class Download:
             self._spent.add(upstream.name)
         elif away and self._fruitless[upstream.name] >= TRIES:
             self._rotate(upstream)
-        silent_seconds = self._clock() - self._last_new_byte
-        if len(self._spent) == len(self._upstreams) or silent_seconds > upstream.settings.give_up:
+        silent = self._clock() - self._last_new_byte > upstream.settings.give_up and self._all_were_asked()
+        if len(self._spent) == len(self._upstreams) or silent:
             raise failure
         if self._choose() is upstream:
             tries = self._fruitless[upstream.name]
             await asyncio.sleep(min(_FIRST_BACKOFF_SECONDS * 2 ** (tries - 1), _LONGEST_BACKOFF_SECONDS))
+
+    def _all_were_asked(self) -> bool:
+        """Since the last new byte: that one hung for long is no reason not to ask the others, or it."""
+        return all(one.name in self._asked or one.name in self._spent for one in self._upstreams)
 
     def _call_reserve(self) -> None:
         if self.received and self._reserve:
@@ -231,6 +241,9 @@ class Download:
                 self._waste("mismatch", len(piece) - len(known))
                 raise BodyChanged(f"{answer.head.upstream} has other bytes than those received before")
             position += len(known)
+            if position > self._unsure_from:  # what was compared is not asked for again after another break
+                self._unsure_from = position
+                self._note_gain()
             self._ready = piece[len(known) :]
         self._unsure_from = _NEVER
         length = answer.head.length

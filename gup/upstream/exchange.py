@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from gup.errors import GupError
+from gup.errors import GupError, exhausted, is_exhausted
 
 if TYPE_CHECKING:
     import aiohttp
@@ -69,7 +69,20 @@ def node_names(via: str | None) -> list[str]:
 
 
 async def translated(step: Awaitable[_Result], name: str) -> _Result:
-    """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it."""
+    """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it.
+
+    Where we have no socket left to ask with, nothing is known of the upstream, and the failure says so.
+    """
+    try:
+        return await _translated(step, name)
+    except UpstreamFailure as failure:
+        cause = failure.__cause__
+        if isinstance(cause, OSError) and is_exhausted(cause):
+            raise UpstreamFailure("unreachable", "overloaded", exhausted(cause).detail, again=True) from cause
+        raise
+
+
+async def _translated(step: Awaitable[_Result], name: str) -> _Result:
     import aiohttp  # noqa: PLC0415 - its import takes longer than a worker may take to its first hit
 
     try:

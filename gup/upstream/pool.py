@@ -283,6 +283,8 @@ class Pool:
 def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:
     """What a failed request tells of the upstream's health; None: nothing."""
     status = failure.status
+    if failure.slug == "overloaded":
+        return None  # it is we that have run out of descriptors
     if status is None:
         # An answer that can't be content came from somebody: a captive portal, or one bad file.
         return None if failure.outcome == "rejected" else Sign.FAILED

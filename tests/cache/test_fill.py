@@ -278,6 +278,36 @@ async def test_two_processes_asked_at_once_fetch_once(tmp_path, upstream):
     assert len(upstream.requests(FILE)) == 1
 
 
+async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
+    tmp_path, upstream, until, monkeypatch
+):
+    """Another process stores it between two looks of this one, and it is purged before the third."""
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        looked, present = two.cache._entries.get, two.cache._present_entry
+        left = [1]
+
+        async def stored_after_the_look(key):
+            found = await looked(key)
+            if found is None and left[0] and key.file == "full.dax":
+                await one.get(FILE)
+                await until(lambda: not one.cache.fills, "the fill ends")
+            return found
+
+        async def purged_before_the_look(key):
+            if left[0]:
+                left[0] -= 1
+                one.means.store.remove(key)
+                one.means.raise_store_epoch()
+                one.cache.close_removed()
+            return await present(key)
+
+        monkeypatch.setattr(two.cache._entries, "get", stored_after_the_look)
+        monkeypatch.setattr(two.cache, "_present_entry", purged_before_the_look)
+        assert await two.get(FILE) == BODY
+    assert len(upstream.requests(FILE)) == 2
+
+
 async def test_a_failure_in_mid_body_keeps_the_part_for_the_next_try(tmp_path, upstream, until):
     upstream.answer(FILE, Answer(BODY, etag='"a"', close_at=2 * CHUNK_BYTES), Answer(b"", 503))
     async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as one:
@@ -375,9 +405,44 @@ async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upst
         assert {opened.result for opened in again} <= {Result.REVALIDATED, Result.COLLAPSED, Result.HIT}
         assert [seen.status for seen in upstream.requests(index)] == [200, 304]
         upstream.answer(index, Answer(b"", 503))
-        record = one.cache._entries[again[0].key].record
+        record = again[0].entry.record
         await until(lambda: one.means.wall_clock() - record.validated_at > 0.1, "it is stale again")
         stale = await asyncio.gather(*(one.open(index) for _ in range(5)))
         assert {opened.result for opened in stale} == {Result.STALE}
         assert await read(stale[0].body) == b"first"
         assert len(upstream.requests(index)) == 3
+
+
+async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_part(tmp_path, upstream, until):
+    """The next try, when upstream is there again, goes on where the dead leader was."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
+    upstream.answer(FILE, Answer(b"", 503))
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as next_one:
+        with pytest.raises(Problem):
+            await next_one.get(FILE)
+        upstream.answer(FILE, Answer(BODY, etag='"a"'))
+        key = route(FILE).key(Variant())
+        await until(lambda: next_one.cache._failures.get(key) is None, "the failure expires")
+        assert await next_one.get(FILE) == BODY
+    assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
+
+
+async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_the_same(
+    tmp_path, upstream, until
+):
+    """What was compared and found right is not compared again after the next cut."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES - 10_000, until)
+    upstream.answer(FILE, Answer(BODY, etag='"a"', cut_after=400_000))
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+
+
+async def test_an_upstream_that_hangs_for_longer_than_give_up_is_no_reason_not_to_ask_another(
+    tmp_path, upstream
+):
+    upstream.answer(FILE, Answer(BODY, etag='"a"', stall_after=CHUNK_BYTES))
+    quick = {"read_timeout": "300ms", "give_up": "100ms"}
+    with ScriptedUpstream() as second:
+        second.answer(FILE, Answer(BODY, etag='"b"'))
+        async with working(tmp_path, [upstream.url, second.url], each=quick) as one:
+            assert await one.get(FILE) == BODY

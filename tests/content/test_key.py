@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.key import ANY, ContentKey, Variant
+from gup.content.key import ANY, ContentKey, Variant, delta_step
 
 KEY = ContentKey("14.3 RU2", "de", "{07B590B3-9282-482F-BBAA-6D515D385869}", "190815061", "full.zip")
 
@@ -56,3 +56,18 @@ def test_unsafe_parts_are_no_key(part, place):
 def test_a_key_has_five_parts(text):
     with pytest.raises(ValueError, match="five parts"):
         ContentKey.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "step"),
+    [
+        ("xdelta190815061_To_190816061.dax", ("190815061", "190816061")),
+        ("XDELTA1_TO_2.DAX", ("1", "2")),
+        ("xdelta190815061.dax", None),
+        ("xdelta1_To_2.dax.tmp", None),
+        ("full.zip", None),
+    ],
+)
+def test_a_deltas_name_tells_from_where_to_where(file, step):
+    found = delta_step(file)
+    assert (found and (found.from_revision, found.to_revision)) == step

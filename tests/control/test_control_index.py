@@ -286,7 +286,7 @@ async def test_reconciling_takes_the_disk_over(world, opened):
     record = world.commit(body=b"12345", at=100.0)
     index, _ = await opened(world.store.index)
     index.put(row("lost"))
-    await reconcile(index, world.store, world.claims, world.counters, 200.0)
+    await reconcile(index, world.store, world.claims, world.counters, world.mend, 200.0)
     assert set(index.rows) == {record.key.text}
     assert index.rows[record.key.text].used_at == 100.0
     assert (index.complete, index.total_bytes) == (True, 5)
@@ -305,7 +305,7 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
         return iter(found)
 
     monkeypatch.setattr(type(world.store), "scan", lambda _self: slow_scan())
-    task = asyncio.create_task(reconcile(index, world.store, world.claims, world.counters, 200.0))
+    task = asyncio.create_task(reconcile(index, world.store, world.claims, world.counters, world.mend, 200.0))
     await asyncio.to_thread(scanned.wait, 10)
     index.discard(purged.key.text)
     index.put(row("fresh"))
@@ -319,10 +319,11 @@ async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world
     world.store.record_path(record.key).write_bytes(b"{damaged")
     index, _ = await opened(world.store.index)
     written = world.store.body_path(record.key).stat().st_mtime
-    await reconcile(index, world.store, world.claims, world.counters, written + 1)
+    await reconcile(index, world.store, world.claims, world.counters, world.mend, written + 1)
     assert world.store.body_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 0
-    await reconcile(index, world.store, world.claims, world.counters, written + ORPHAN_AGE_SECONDS + 1)
+    now = written + ORPHAN_AGE_SECONDS + 1
+    await reconcile(index, world.store, world.claims, world.counters, world.mend, now)
     assert not world.store.body_path(record.key).exists()
     assert not world.store.record_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 1
@@ -334,5 +335,41 @@ async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
     world.store.record_path(record.key).unlink()
     index, _ = await opened(world.store.index)
     assert world.claims.try_claim(record.key.claim_offset)
-    await reconcile(index, world.store, world.claims, world.counters, 1e10)
+    await reconcile(index, world.store, world.claims, world.counters, world.mend, 1e10)
     assert world.store.body_path(record.key).exists()
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    """Another process' lock: it stands for all that SQLite may say at a transaction's beginning."""
+    monkeypatch.setattr("gup.control.index_file.BUSY_SECONDS", 0.05)
+    other = sqlite3.connect(tmp_path / "cache.db", isolation_level=None)
+    yield lambda taken: other.execute("BEGIN IMMEDIATE" if taken else "ROLLBACK")
+    other.close()
+
+
+def test_a_refused_write_is_no_damage_and_is_not_tried_for_ever(tmp_path, lock):
+    file = IndexFile(tmp_path)
+    file.load()
+    file.write({"a": 1}, [], whole=True)
+    lock(True)
+    with pytest.raises(OSError, match="can't be written: database is locked"):
+        file.write({"b": 2}, ["a"], whole=True)
+    lock(False)
+    file.write({"b": 2}, ["a"], whole=True)
+    assert file.load() == {"b": 2}
+    file.close()
+
+
+def test_an_index_that_can_not_be_emptied_now_is_no_damage(tmp_path, lock, monkeypatch):
+    file, really = IndexFile(tmp_path), IndexFile._open
+
+    def open_(self):
+        really(self)
+        lock(True)
+
+    monkeypatch.setattr(IndexFile, "_open", open_)
+    with pytest.raises(OSError, match="can't be opened: database is locked"):
+        file.load()
+    lock(False)
+    file.close()

@@ -314,15 +314,24 @@ def test_too_large_a_body_is_shared_by_those_who_come_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "path", "nth"),
-    [("pread", "full.zip", 1), ("pread", "full.zip", 3), ("sendfile", "full.zip", 1), ("fopen", ".*.gup", 1)],
+    ("call", "path", "times", "asked"),
+    [
+        pytest.param("pread", "full.zip", 1, [], id="a body once"),
+        pytest.param("pread", "full.zip", 3, [f"bytes=0-{MB - 1}"], id="a body, and at the second look"),
+        pytest.param("sendfile", "full.zip", 1, [], id="a body while it is sent"),
+        pytest.param("fopen", ".*.gup", 2, [None], id="a record"),
+    ],
 )
-def test_what_can_not_be_read_is_fetched_again(tmp_path, call, path, nth):
+def test_what_can_not_be_read_is_damage(tmp_path, call, path, times, asked):
+    """`asked`: the ranges that are fetched again."""
     on = tmp_path / "on"
-    rule = {"call": call, "path": path, "do": "EIO", "while": str(on), "process": "worker", "nth": nth}
+    rules = [
+        {"call": call, "path": path, "do": "EIO", "while": str(on), "process": "worker", "nth": 1}
+        for _ in range(times)
+    ]
     with (
         ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(rule)) as gup,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(*rules)) as gup,
     ):
         upstream.answer(BIG, Answer(BODY, etag='"x"'))
         right(gup, BIG, BODY)
@@ -334,10 +343,11 @@ def test_what_can_not_be_read_is_fetched_again(tmp_path, call, path, nth):
         on.touch()
         with gup.connect() as client, contextlib.suppress(Ended):
             answer = client.get(BIG)
+            assert answer.complete == (call != "sendfile")
             assert answer.body == BODY if answer.complete else answer.reset and BODY.startswith(answer.body)
         until(lambda: gup.metric("gup_integrity_failures_total") >= 1, "the damage is counted")
         right(gup, BIG, BODY)
-        assert len(upstream.requests(BIG)) == (1 if call == "fopen" else 2)  # a record is looked at twice
+        assert [request.header("range") for request in upstream.requests(BIG)[1:]] == asked
         gup.wait_stored("full.zip")
 
 

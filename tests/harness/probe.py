@@ -7,8 +7,14 @@ milliseconds.
 
 import json
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PER_SECOND = 100
 
 
 def _receive_whole(sock: socket.socket) -> None:
@@ -48,6 +54,22 @@ def probe(host: str, port: int, path: str, per_second: float, seconds: float) ->
         "count": len(took),
         **{f"p{share}": 1000 * took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 90, 99)},
     }
+
+
+@contextmanager
+def probing(address: tuple[str, int], path: str, seconds: float) -> Iterator[Callable[[], dict[str, float]]]:
+    """A probe beside what the block does; the answer waits for its figures."""
+    arguments = [sys.executable, "-m", "harness.probe", address[0], str(address[1]), path]
+    with subprocess.Popen(
+        [*arguments, str(PER_SECOND), str(seconds)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield lambda: json.loads(process.communicate(timeout=600)[0])
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":

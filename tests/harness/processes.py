@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness.waiting import until
@@ -86,3 +88,17 @@ def open_files(pid: int) -> list[str]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found.append(str(link.readlink()))
     return found
+
+
+@contextlib.contextmanager
+def only_descriptors(pid: int, spare: int) -> Iterator[None]:
+    """Meanwhile the process can open `spare` descriptors more than it has, and no more."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    free = (number for number in range(hard) if number not in used)
+    most = next(number for place, number in enumerate(free) if place == spare)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))

@@ -70,6 +70,10 @@ class Answer:
     """A 206 starts that many bytes after what was asked."""
     range_body: bytes | None = None
     """A 206 takes its bytes from here instead (an upstream whose content changed under its validators)."""
+    cut_after: int | None = None
+    """The connection ends after so many body bytes of this answer, wherever in the body it began."""
+    stall_after: int | None = None
+    """After so many body bytes of this answer nothing more comes, until the upstream is stopped."""
     piece_seconds: float = 0.0
     """Pause after each piece of 16 KiB."""
 
@@ -226,7 +230,7 @@ class ScriptedUpstream:
             return answer
 
     def _send(self, connection: socket.socket, seen: Seen, answer: Answer) -> bool:
-        answer, start, stop = _choose(answer, seen)
+        answer, start, stop = _broken_off(*_choose(answer, seen))
         seen.status = answer.status
         if answer.head_gate:
             answer.head_gate._pass(lambda: self._stopping)
@@ -282,6 +286,15 @@ def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
     if answer.range_body is not None:
         answer = replace(answer, body=answer.range_body)
     return replace(answer, status=206), start, stop
+
+
+def _broken_off(answer: Answer, start: int, stop: int) -> tuple[Answer, int, int]:
+    """With the offsets in the body that `cut_after` and `stall_after` mean for this span of it."""
+    if answer.cut_after is not None and start + answer.cut_after < stop:
+        answer = replace(answer, close_at=start + answer.cut_after)
+    if answer.stall_after is not None and start + answer.stall_after < stop:
+        answer = replace(answer, gates=(*answer.gates, (start + answer.stall_after, Gate())))
+    return answer, start, stop
 
 
 def _unchanged(answer: Answer, seen: Seen) -> bool:

@@ -291,7 +291,8 @@ class Gup:
     def bodies(self) -> dict[str, int]:
         """Committed bodies with their sizes, by path below content/."""
         root = self.cache_dir / "content"
-        found = (path for path in root.rglob("*") if not path.name.startswith("."))
+        # not rglob: a folder that vanishes meanwhile would end it
+        found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names if name[0] != ".")
         return {str(path.relative_to(root)): size for path, size in _sizes(found)}
 
     def stored(self, file: str) -> bool:

@@ -133,6 +133,7 @@ def test_a_fill_that_nobody_waits_for_is_taken_over_too(tmp_path):
             gup.wait_stored("full.zip")
             gate.open()
             assert second.status == 206
+            gup.wait_metric(1, "gup_cache_entries")
             assert gup.get(BIG).body == body
             assert len(upstream.requests(BIG)) == 2
 

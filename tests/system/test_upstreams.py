@@ -20,7 +20,6 @@ from harness.clients import assert_problem
 from harness.processes import free_port
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup, toml
-from harness.swarm import End, Swarm, body_digest
 from harness.trees import BIG, DELTA, content_path, make_tree, noise, zip_of
 from harness.upstreams import Nginx
 from harness.waiting import until
@@ -32,53 +31,6 @@ QUICK = {"connect_timeout": "500ms", "read_timeout": "2s", "give_up": "10s"}
 
 def upstream_of(gup: Gup, name: str) -> dict:
     return next(row for row in gup.status()["upstreams"] if row["name"] == name)
-
-
-# --- failover with clients attached
-
-
-@pytest.mark.parametrize("other_bytes", [False, True], ids=["same bytes", "other bytes"])
-def test_an_upstream_that_dies_for_good_in_mid_body(tmp_path, other_bytes):
-    body, gate = zip_of("failover", LENGTH), Gate()
-    half = LENGTH // 2
-    second_body = zip_of("another file", LENGTH) if other_bytes else body
-    first, second = ScriptedUpstream(), ScriptedUpstream()
-    with contextlib.ExitStack() as stack:
-        stack.callback(first.stop)
-        stack.enter_context(second)
-        first.answer(BIG, Answer(body, etag='"1"', gates=((half, gate),), reset_at=half))
-        second.answer(BIG, Answer(second_body, etag='"2"'))
-        settings = {
-            "upstream": [
-                {"name": "first", "url": first.url, "priority": 0, **QUICK},
-                {"name": "second", "url": second.url, "priority": 1, **QUICK},
-            ]
-        }
-        gup = stack.enter_context(Gup(tmp_path / "cache", settings=settings))
-        swarm = stack.enter_context(Swarm(gup.data))
-        clients = swarm.add(50, BIG)
-        swarm.wait_for(lambda: all(c.body_bytes == half for c in clients), "all have the half", 15)
-        # the listener goes first, so that nobody gets through to it again
-        first._listener.close()
-        gate.open()
-        first.stop()
-        swarm.wait(30)
-        if other_bytes:
-            assert {client.end for client in clients} <= {End.CUT, End.RESET}
-            assert {client.digest for client in clients} <= {
-                body_digest(body[: c.body_bytes]) for c in clients
-            }
-            assert max(client.body_bytes for client in clients) <= half
-            assert not gup.stored("full.zip")
-            return
-        assert {(c.end, c.digest) for c in clients} == {(End.COMPLETE, body_digest(body))}
-        gup.wait_stored("full.zip")
-        (resumed,) = second.requests(BIG)
-        assert resumed.status == 206
-        assert resumed.body_bytes <= half + (1 << 20)
-        metrics = gup.metrics()
-        assert metrics("gup_fill_resumes_total", reason="failover") == 1
-        assert metrics("gup_upstream_received_bytes_total", upstream="first") == half
 
 
 # --- choice and health

@@ -1,0 +1,79 @@
+"""Chunks of committed bodies read and compared with their sums; blocks on the disk, mends nothing."""
+
+import errno
+import os
+from collections.abc import Iterator
+
+from gup.cache.checksum import CHUNK_BYTES, chunk_sum
+from gup.cache.record import Record
+
+_PROBE_STEP_BYTES = 128 * 1024
+
+
+def span_of(record: Record, chunk: int) -> tuple[int, int]:
+    """Offset and length of a chunk, in bytes."""
+    start = chunk * CHUNK_BYTES
+    return start, min(CHUNK_BYTES, record.length - start)
+
+
+def read_chunk(fd: int, record: Record, chunk: int) -> bytes | None:
+    """The chunk's bytes if they are those that were stored, else None: so is what can't be read at all."""
+    start, length = span_of(record, chunk)
+    try:
+        piece = os.pread(fd, length, start)
+    except OSError:
+        return None
+    return piece if is_sound(piece, record, chunk) else None
+
+
+def is_sound(piece: bytes | bytearray, record: Record, chunk: int) -> bool:
+    """Whether `piece` is the whole chunk that was stored."""
+    return len(piece) == span_of(record, chunk)[1] and chunk_sum(memoryview(piece)) == record.sums[chunk]
+
+
+def read_aside(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk is sound, looked at without keeping its pages: clients' own stay in the page cache.
+
+    Pages that were there before are compared as they are: they are what a client would be sent.
+    """
+    start, length = span_of(record, chunk)
+    known = in_page_cache(fd, start, length)
+    try:
+        os.posix_fadvise(fd, start, length, os.POSIX_FADV_RANDOM)  # no reading ahead into the next chunk
+        sound = read_chunk(fd, record, chunk) is not None
+        if not known:
+            os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        return False
+    return sound
+
+
+def bad_chunks(fd: int, record: Record) -> list[int]:
+    """Chunks that are not what was stored. Blocks for as long as reading the body takes."""
+    return [chunk for chunk in range(len(record.sums)) if read_chunk(fd, record, chunk) is None]
+
+
+def in_page_cache(fd: int, start: int, length: int) -> bool:
+    """Whether reading these bytes would not wait for the disk, by samples; never blocks."""
+    probe = [bytearray(1)]
+    try:
+        for offset in (*range(start, start + length, _PROBE_STEP_BYTES), start + length - 1):
+            if not os.preadv(fd, probe, offset, os.RWF_NOWAIT):
+                return True  # shorter than recorded: whoever reads it finds out
+    except OSError as error:
+        # A file system that can't tell counts as warm; what can't be read is found out in the thread.
+        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+    return True
+
+
+def runs(chunks: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours together: first and last chunk of each run of `chunks`, which ascend."""
+    first = last = -1
+    for chunk in chunks:
+        if chunk != last + 1 or first < 0:
+            if first >= 0:
+                yield first, last
+            first = chunk
+        last = chunk
+    if first >= 0:
+        yield first, last

@@ -1,0 +1,41 @@
+"""Publishes a whole part, and is patient where descriptors are short; decides no outcome."""
+
+import time
+
+from gup.cache.record import Record
+from gup.cache.state import FillState
+from gup.cache.store import Store
+from gup.errors import is_exhausted
+
+_TRIES = 50
+_PAUSE_SECONDS = 0.2
+
+
+def committed(record: Record, *, replaced: bool) -> dict[str, object]:
+    """The event that tells the controller of a new body."""
+    return {
+        "type": "committed",
+        "key": record.key.text,
+        "length": record.length,
+        "replaced": replaced,
+        "kind": str(record.kind),
+    }
+
+
+def commit(store: Store, state: FillState) -> bool:
+    """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
+
+    The body's readers have it by now and wait for nothing: rather than to fetch it again it is worth waiting
+    until there is a descriptor. Each try goes on where the last one ended.
+    """
+    assert state.record is not None
+    replaced = store.body_path(state.key).exists()
+    for tries_left in range(_TRIES, -1, -1):
+        try:
+            store.commit(state)
+            break
+        except OSError as error:
+            if not tries_left or not is_exhausted(error):
+                raise
+        time.sleep(_PAUSE_SECONDS)
+    return replaced

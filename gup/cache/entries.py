@@ -1,0 +1,132 @@
+"""The committed bodies that this process has open, in order of use; never mends them, never fetches."""
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+from gup.cache.entry import Entry
+from gup.cache.flight import Means
+from gup.cache.prior import load_sound
+from gup.cache.record import Record
+from gup.cache.store import OpenFile
+from gup.content.key import ContentKey
+
+_Result = TypeVar("_Result")
+
+
+class Entries:
+    """Bounded; the least recently used is closed first. Changes here alone, on the loop."""
+
+    def __init__(self, means: Means, max_open: int) -> None:
+        self.on_damage: Callable[[Entry], None]
+        """Told of every damaged chunk that a reader comes to; set once, before any entry is opened."""
+        self._means = means
+        self._max_open = max_open
+        self._rows: OrderedDict[ContentKey, Entry] = OrderedDict()
+        self._epoch = means.store_epoch()
+        self._mode = means.settings.cache.verify
+
+    def known(self, key: ContentKey) -> Entry | None:
+        """The entry if it is open."""
+        self._heed()
+        return self._rows.get(key)
+
+    async def get(self, key: ContentKey) -> Entry | None:
+        """The entry, opened if need be; None when its record or body is missing or not as recorded."""
+        entry = self.known(key)
+        if entry is None:
+            record, file = await self._in_thread(self.load, key)
+            if record is None or file is None:
+                return None
+            entry = self._add(record, file)
+        self.used(entry)
+        return entry
+
+    async def get_maimed(self, key: ContentKey) -> Entry | None:
+        """The entry with what is left of its body, for the chunks that are sound; None without any file."""
+        record, file = await self._in_thread(self.load_whatever, key)
+        if record is None or file is None:
+            return None
+        entry = self._add(record, file)
+        entry.noted = True
+        entry.doubt()
+        return entry
+
+    def load(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        """Record and body as they lie on disk; blocks."""
+        record = load_sound(self._means, key)
+        return record, self._means.store.open_body(record) if record is not None else None
+
+    def load_whatever(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        """The record, and the file that stands for the body, sound or not; blocks."""
+        store = self._means.store
+        try:
+            record = store.load(key)
+        except ValueError:
+            return None, None
+        return record, store.open_whatever(key)
+
+    def _add(self, record: Record, file: OpenFile) -> Entry:
+        trusting = self._mode == "scrub"
+        entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
+        return self._rows.setdefault(record.key, entry)
+
+    def used(self, entry: Entry) -> None:
+        if self._rows.get(entry.key) is entry:
+            self._rows.move_to_end(entry.key)
+        while len(self._rows) > self._max_open:
+            self._rows.popitem(last=False)
+
+    def drop(self, entry: Entry) -> None:
+        """Close it, as far as nobody reads it any more."""
+        if self._rows.get(entry.key) is entry:
+            del self._rows[entry.key]
+
+    def adopt(self, entry: Entry, record: Record) -> bool:
+        """Take over what another process learned of the same body."""
+        if record.etag != entry.record.etag or record.body_mtime_ns != entry.record.body_mtime_ns:
+            self.drop(entry)
+            return False
+        entry.record = record
+        return True
+
+    def clear(self) -> None:
+        self._rows.clear()
+
+    # --- what others did
+
+    def _heed(self) -> None:
+        mode = self._means.settings.cache.verify
+        if mode != self._mode:  # a reload: what was trusted may have to be verified now
+            self._mode = mode
+            self._rows.clear()
+        epoch = self._means.store_epoch()
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.close_removed()
+
+    def close_removed(self) -> None:
+        """Close every entry whose file has no link left; call when the store's epoch was raised."""
+        for entry in [entry for entry in self._rows.values() if os.fstat(entry.fd).st_nlink == 0]:
+            del self._rows[entry.key]
+
+    def changed(self) -> list[Entry]:
+        """Entries whose file is not as it was recorded though nobody replaced it: closed, and doubted.
+
+        gup never writes to a published file; 1 µs each.
+        """
+        found = []
+        for entry in list(self._rows.values()):
+            stat = os.fstat(entry.fd)
+            same = (stat.st_size, stat.st_mtime_ns) == (entry.record.length, entry.record.body_mtime_ns)
+            if not same and stat.st_nlink and not entry.noted:
+                self.drop(entry)
+                entry.doubt()
+                found.append(entry)
+        return found
+
+    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._means.executor, work, *arguments)

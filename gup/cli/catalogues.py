@@ -1,0 +1,73 @@
+"""Finds the catalogues that a service with given settings would go by, without one; decides nothing.
+
+From `catalog.file`; else from each manager; else the copy that the cache directory holds of it.
+"""
+
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+
+from gup import config
+from gup.cache.store import Store
+from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
+from gup.content.key import Variant
+from gup.content.routes import Routes
+from gup.errors import GupError
+
+
+class CatalogError(GupError):
+    """The catalogue that the settings name can't be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One upstream's catalogue, and where it was read; `rows` is None where there was none, `source` why."""
+
+    rows: Mapping[str, Listed] | None
+    source: str
+
+
+def find(settings: config.Settings, upstream: config.Upstream) -> Found:
+    """CatalogError when `catalog.file` is set and can't be read."""
+    named = settings.catalog.file
+    if named is not None:
+        try:
+            return Found(parse_catalog(named.read_bytes()[:MAX_CATALOG_BYTES]), str(named))
+        except OSError as error:
+            raise CatalogError(f"catalog.file: {named} can't be read: {error.strerror}") from error
+    if upstream.kind == "liveupdate":
+        return Found(None, "LiveUpdate has no catalogue")
+    url = upstream.url + CATALOG_PATH
+    try:
+        rows = parse_catalog(_fetch(url, upstream))
+        if rows:
+            return Found(rows, url)
+        reason = "what is there lists nothing"
+    except (OSError, HTTPException, ValueError) as error:  # URLError and TLS errors among them
+        reason = str(getattr(error, "reason", error))
+    return _stored(settings, upstream) or Found(None, f"{url} can't be read ({reason})")
+
+
+def _fetch(url: str, upstream: config.Upstream) -> bytes:
+    tls = ssl.create_default_context(cafile=upstream.ca_file)
+    if not upstream.verify_tls:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    proxies = {"http": upstream.proxy, "https": upstream.proxy} if upstream.proxy else {}
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=tls)
+    )
+    request = urllib.request.Request(url, headers=upstream.headers)  # noqa: S310 - settings: http or https
+    with opener.open(request, timeout=upstream.read_timeout) as response:
+        return bytes(response.read(MAX_CATALOG_BYTES))
+
+
+def _stored(settings: config.Settings, upstream: config.Upstream) -> Found | None:
+    key = Routes().route(CATALOG_PATH).key(Variant(upstream.version, upstream.language))
+    path = Store(settings.cache.directory).body_path(key)
+    try:
+        rows = parse_catalog(path.read_bytes()[:MAX_CATALOG_BYTES])
+    except OSError:
+        return None
+    return Found(rows, f"{path} (the manager does not answer)") if rows else None

@@ -1,0 +1,167 @@
+"""One look at everything in the cache directory, asked for by the operator; the service goes on meanwhile."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
+from gup.cache.store import Store
+from gup.content.key import ContentKey
+from gup.control.index import Index
+from gup.control.reconcile import index_again
+from gup.control.surroundings import Surroundings
+
+_log = logging.getLogger("gup.control.verify")
+_GRACE_SECONDS = 60.0
+"""A stray file younger than this may be one that is just being made."""
+_MOST_FINDINGS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A finding, and what became of it: `mended` None when that was not asked for."""
+
+    finding: Finding
+    mended: bool | None = None
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        finding = self.finding
+        return {
+            "where": finding.where,
+            "path": finding.path,
+            "key": finding.key.text if finding.key else None,
+            "detail": finding.detail,
+            "mended": self.mended,
+            "why_not": self.why or None,
+        }
+
+
+class Verification:
+    """At most one at a time. Its last result stays to be read until the next begins."""
+
+    def __init__(self, around: Surroundings, index: Index) -> None:
+        self._around = around
+        self._index = index
+        self._store: Store = around.store
+        self._claims = around.claims
+        self._task: asyncio.Task[None] | None = None
+        self._repair = False
+        self._found: list[Found] = []
+        self._damaged = self._mended = 0
+        self._checked = self._total = self._busy = 0
+        self._began_at: float | None = None
+        self._ended_at: float | None = None
+        self._failed = ""
+
+    def start(self, *, repair: bool) -> bool:
+        """Begin; False when one is under way."""
+        if self._task is not None and not self._task.done():
+            return False
+        self._repair = repair
+        self._found = []
+        self._damaged = self._mended = self._checked = self._total = self._busy = 0
+        self._began_at, self._ended_at, self._failed = time.time(), None, ""
+        self._task = asyncio.create_task(self._run(), name="control verify")
+        return True
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def progress(self) -> dict[str, Any]:
+        """Everything for `/api/v1/verify`."""
+        return {
+            "running": self._began_at is not None and self._ended_at is None,
+            "repair": self._repair,
+            "began_at": self._began_at,
+            "ended_at": self._ended_at,
+            "failed": self._failed or None,
+            "checked": self._checked,
+            "total": self._total,
+            "busy": self._busy,
+            "damaged": self._damaged,
+            "mended": self._mended,
+            "found": [found.to_json() for found in self._found],
+        }
+
+    async def _run(self) -> None:
+        try:
+            await self._look()
+        except asyncio.CancelledError:
+            self._failed = "the service stopped"
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever asked must be told
+            self._failed = str(error) or type(error).__name__
+            _log.exception("the verification ended early")
+        finally:
+            self._ended_at = time.time()
+
+    async def _look(self) -> None:
+        names = await asyncio.to_thread(contents, self._store, _GRACE_SECONDS)
+        self._total = len(names.keys) + len(names.ids) + len(names.strays)
+        for key in names.keys:
+            if await asyncio.to_thread(check_entry, self._store, key):
+                await self._check_claimed(key.claim_offset, key=key)
+            self._checked += 1
+        for id_ in names.ids:
+            await self._check_claimed(int(id_[:16], 16) >> 2, id_=id_)
+            self._checked += 1
+        for path in names.strays:
+            for finding in await asyncio.to_thread(check_stray, self._store, path):
+                self._note(finding, mended=await self._put_right(finding))
+            self._checked += 1
+
+    async def _check_claimed(self, offset: int, *, key: ContentKey | None = None, id_: str = "") -> None:
+        """Look again while nobody works on the key: a commit under way looks like damage."""
+        if not self._claims.try_claim(offset):
+            self._busy += 1
+            return
+        mends: list[Finding] = []
+        try:
+            work = (check_entry, self._store, key) if key is not None else (check_part, self._store, id_)
+            for finding in await asyncio.to_thread(*work):
+                if finding.where == "body" and self._repair:
+                    mends.append(finding)  # a fill, which takes the claim itself
+                else:
+                    self._note(finding, mended=await self._put_right(finding))
+        finally:
+            self._claims.release(offset)
+        for finding in mends:
+            await self._mend(finding)
+
+    async def _put_right(self, finding: Finding) -> bool | None:
+        """Drop what nobody can use, under the claim."""
+        if not self._repair:
+            return None
+        await asyncio.to_thread(put_right, self._store, finding, alone=False)
+        if finding.key is not None and finding.where == "record":
+            self._index.discard(finding.key.text)
+            self._around.raise_store_epoch()
+        return True
+
+    async def _mend(self, finding: Finding) -> None:
+        assert finding.key is not None
+        self._count(finding)
+        problem = await self._around.mend(finding.key, True)
+        if problem is None:
+            await index_again(finding.key, self._index, self._store)
+        self._keep(Found(finding, problem is None, problem.detail if problem is not None else ""))
+
+    def _note(self, finding: Finding, *, mended: bool | None) -> None:
+        self._count(finding)
+        self._keep(Found(finding, mended))
+
+    def _count(self, finding: Finding) -> None:
+        _log.warning("%s: %s", finding.path, finding.detail)
+        if finding.where != "stray":
+            self._around.counters.add("gup_integrity_failures_total", where=finding.where)
+
+    def _keep(self, found: Found) -> None:
+        self._damaged += 1
+        self._mended += bool(found.mended)
+        if len(self._found) < _MOST_FINDINGS:
+            self._found.append(found)

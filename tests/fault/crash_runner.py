@@ -1,0 +1,188 @@
+"""Runs one scenario of the store in a forked process of its own, as often as it is told: `main` reads lines.
+
+A line is JSON: `scenario`, `root`, `url`, `log`, `at` (the step to be killed before; 0: none) and `torn`. The
+answer is the wait status. Everything is imported once: a run costs the fork.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import aiohttp  # noqa: F401 - imported late otherwise, in each run
+from harness.caches import Cut, Worker, path_of, read, route, working
+from harness.crashing import Crash, install
+
+from gup.cache.recovery import Recovery
+from gup.config import Cache
+from gup.content.key import ContentKey, Variant
+from gup.control.index import Index
+from gup.control.reconcile import reconcile
+from gup.control.space import Space
+from gup.errors import Problem
+
+FULL = path_of("full.dax")
+ZIP = path_of("full.zip")
+INDEX = "/content/ContentInfo.txt"
+OLD = [path_of("full.dax", f"2601{day:02}001") for day in (1, 2, 3)]
+
+
+async def no_fills(worker: Worker) -> None:
+    """Until all have ended."""
+    while worker.cache.fills:  # noqa: ASYNC110 - there is no event for it
+        await asyncio.sleep(0.002)
+
+
+def key_of(path: str) -> ContentKey:
+    return route(path).key(Variant())
+
+
+async def get(worker: Worker, crash: Crash, path: str) -> None:
+    """As a client; `whole` when it has all."""
+    try:
+        opened = await worker.open(path)
+    except Problem as problem:
+        crash.mark(f"problem {problem.slug}")
+        return
+    try:
+        await read(opened.body)
+        crash.mark(f"whole {path}")
+    except Cut:
+        crash.mark(f"cut {path}")
+    finally:
+        opened.body.leave()
+    await no_fills(worker)
+
+
+def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> Recovery:
+    async def take_over(found) -> None:
+        try:
+            opened = await worker.cache.open(found, found.variant)
+        except Problem:
+            return
+        opened.body.leave()
+
+    return Recovery(
+        worker.means.store, worker.means.claims, worker.means.counters, take_over, worker.means.tell, clock
+    )
+
+
+async def space_of(worker: Worker, max_size: int) -> tuple[Space, Index]:
+    """The controller's eviction over what is in the store."""
+    means = worker.means
+    index = Index(means.store.index, lambda: None)
+    await reconcile(index, means.store, means.claims, means.counters, time.time())
+    limits = Cache(directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0)
+    return (
+        Space(
+            means.store,
+            means.claims,
+            means.counters,
+            index,
+            limits,
+            raise_store_epoch=means.raise_store_epoch,
+            set_store_bytes=lambda _: None,
+            promised_bytes=lambda: 0,
+            now=lambda _uses: time.time(),
+        ),
+        index,
+    )
+
+
+async def _recover(worker: Worker, crash: Crash) -> None:
+    ahead = 0.0
+    recovery = recovery_of(worker, lambda: time.monotonic() + ahead)
+    for _ in range(2):
+        await recovery.run()
+        ahead += 10.0
+    await no_fills(worker)
+    crash.mark("recovered")
+
+
+async def _evict(worker: Worker, crash: Crash) -> None:
+    space, _ = await space_of(worker, max_size=1_500_000)
+    crash.mark(f"evicted {len(await space.evict())}")
+
+
+async def _purge(worker: Worker, crash: Crash) -> None:
+    space, _ = await space_of(worker, max_size=1 << 40)
+    await space.purge(key_of(FULL))
+    crash.mark("purged")
+
+
+async def _pin(worker: Worker, crash: Crash) -> None:
+    await asyncio.to_thread(worker.means.store.set_pinned, key_of(FULL), True)
+    crash.mark("pinned")
+
+
+def _getting(path: str) -> Callable[[Worker, Crash], Awaitable[None]]:
+    return lambda worker, crash: get(worker, crash, path)
+
+
+ACTIONS: dict[str, Callable[[Worker, Crash], Awaitable[None]]] = {
+    "fill": _getting(FULL),
+    "fill of unknown length": _getting(FULL),
+    "replacement": _getting(INDEX),
+    "revalidation": _getting(INDEX),
+    "takeover": _getting(FULL),
+    "takeover with damage": _getting(FULL),
+    "takeover without upstream": _getting(FULL),
+    "absent": _getting(FULL),
+    "too large": _getting(FULL),
+    "rejected": _getting(ZIP),
+    "recovery of a commit": _recover,
+    "recovery of a fill": _recover,
+    "eviction": _evict,
+    "eviction of a part": _evict,
+    "purge": _purge,
+    "pin": _pin,
+}
+SETTINGS: dict[str, dict[str, object]] = {
+    "replacement": {"index_ttl": "0s"},
+    "revalidation": {"index_ttl": "0s"},
+    "absent": {"negative_ttl": "50ms"},
+    "too large": {"max_size": "1MB"},
+    "takeover without upstream": {"error_ttl": "50ms"},
+}
+
+
+async def run(scenario: str, root: Path, url: str, crash: Crash) -> None:
+    async with working(root, [url], cache=SETTINGS.get(scenario, {})) as worker:
+
+        def tell(event: Mapping[str, object]) -> None:
+            if event["type"] == "committed":
+                crash.mark(f"committed {event['key']}")
+
+        worker.means.tell = tell
+        install(crash)
+        crash.mark("begun")
+        await ACTIONS[scenario](worker, crash)
+        crash.mark("ended")
+
+
+def _child(order: dict) -> None:
+    crash = Crash(Path(order["root"]), Path(order["log"]), order["at"], torn=order["torn"])
+    asyncio.run(run(order["scenario"], Path(order["root"]), order["url"], crash))
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _child(order)
+                status = 0
+            except BaseException:  # noqa: BLE001 - the process ends here, whatever it was
+                traceback.print_exc()
+            os._exit(status)
+        print(os.waitpid(pid, 0)[1], flush=True)  # noqa: T201 - the answer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The whole service killed at some point and started again: what was committed is served, nothing stays."""
+
+import contextlib
+import os
+import random
+import time
+
+import pytest
+from harness.clients import Ended
+from harness.faults import planned
+from harness.invariants import violations
+from harness.scripted import Answer, ScriptedUpstream
+from harness.service import Gup
+from harness.trees import BIG, INDEX, content_path, noise, zip_of
+from harness.waiting import until
+
+SEED = os.environ.get("GUP_TEST_SEED", "1")
+LENGTH = 2_500_000
+CHANGES = ["fopen", "open", "pwrite", "write", "fsync", "rename", "unlink", "mkdir", "ftruncate"]
+POINTS = {
+    "before the head is known to others": ("rename", "partial/*.state", 1),
+    "in mid-body": ("pwrite", "partial/*.part", 12),
+    "before the body is durable": ("fsync", "partial/*.part", 1),
+    "before the commit's journal": ("rename", "partial/*.state", 2),
+    "before the body's rename": ("rename", "full.zip", 1),
+    "before the record": ("rename", ".full.zip.gup", 1),
+    "before the journal goes": ("unlink", "partial/*.state", 1),
+}
+
+
+def fetched(gup: Gup, path: str) -> bytes | None:
+    """The body, or None when the connection broke: a wrong byte in a whole answer never passes."""
+    try:
+        response = gup.get(path)
+    except (OSError, Ended):
+        return None
+    return response.body if response.status == 200 and response.complete else None
+
+
+def assert_well_after_start(gup: Gup, bodies: dict[str, bytes]) -> None:
+    """Served right, and nothing is left once the controller has looked."""
+    for path, body in bodies.items():
+        until(lambda path=path, body=body: fetched(gup, path) == body, f"{path} is served", 20)
+        gup.wait_stored(path.rpartition("/")[2])
+    until(lambda: gup.metric("gup_fills_in_progress") == 0, "no fill goes on")
+    until(lambda: gup.metric("gup_cache_entries") == len(bodies), "the controller knows them")
+    assert gup.stop() == 0
+    assert [found for found in violations(gup.cache_dir) if ".tmp" not in found] == []
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(name, marks=() if name in ("before the record", "in mid-body") else pytest.mark.long)
+        for name in POINTS
+    ],
+)
+def test_the_service_dies_in_a_fill(tmp_path, point):
+    call, pattern, nth = POINTS[point]
+    body, died = zip_of("service", LENGTH), tmp_path / "died"
+    fault = {"call": call, "path": pattern, "do": "kill-service", "nth": nth, "once": str(died)}
+    with ScriptedUpstream() as upstream:
+        upstream.answer(BIG, Answer(body, etag='"a"'))
+        with Gup(tmp_path / "cache", [upstream.url], env=planned(fault)) as gup:
+            assert fetched(gup, BIG) in (None, body)
+            until(died.exists, "it has died")
+            gup.kill()
+            gup.start()
+            assert_well_after_start(gup, {BIG: body})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("round_", range(12))
+def test_the_service_dies_anywhere(tmp_path, round_):
+    """Random: which process dies, at which of its changes, alone or with all others; then once more."""
+    chance = random.Random(f"{SEED} {round_}")
+    bodies = {
+        content_path("full.zip", revision=f"26080{n}001"): zip_of(f"any {n}", LENGTH) for n in range(1, 5)
+    }
+    bodies[INDEX] = noise("index", 5000)
+    with ScriptedUpstream() as upstream:
+        for path, body in bodies.items():
+            upstream.answer(path, Answer(body, etag='"a"', cut_after=chance.choice([None, 700_000])))
+        flags = [tmp_path / f"died{number}" for number in range(3)]
+        faults = [
+            {
+                "call": CHANGES,
+                "path": "*",
+                "do": chance.choice(["kill", "kill-after", "kill-service"]),
+                "nth": chance.randrange(20, 400),
+                "process": chance.choice(["worker", "worker", "controller"]),
+                "once": str(flag),
+            }
+            for flag in flags
+        ]
+        settings = {
+            "upstream": [{"url": upstream.url, "health_interval": "0s"}],
+            "cache": {"keep_revisions": 0, "error_ttl": "100ms", "index_ttl": "100ms"},
+        }
+        with Gup(tmp_path / "cache", settings=settings, env=planned(*faults)) as gup:
+            deadline = time.monotonic() + 15
+            while time.monotonic() < deadline and not all(flag.exists() for flag in flags):
+                for path, body in bodies.items():
+                    assert fetched(gup, path) in (None, body)
+                    if gup.process.poll() is not None:
+                        gup.kill()
+                        gup.start()
+                if chance.random() < 0.3:
+                    with contextlib.suppress(OSError, Ended):  # the controller may be the one that died
+                        key = chance.choice(sorted(gup.bodies()) or ["none"])
+                        gup.api(f"/api/v1/entries/{key}", method="DELETE")
+            gup.kill()
+            for flag in flags:
+                flag.touch()  # no more deaths
+            gup.start()
+            assert_well_after_start(gup, bodies)

@@ -1,0 +1,177 @@
+"""Records a process's changes to one folder, call by call, and kills it before the one that was asked for.
+
+`install` puts itself under `os`, `io.open` and `fcntl`: production code knows nothing of it and pays nothing.
+A step is one call that changes the folder or a lock on a file in it; step 1 is the first.
+"""
+
+import fcntl
+import io
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_WRITES = os.O_WRONLY | os.O_RDWR
+_real_readlink = os.readlink
+_real_write = os.write
+
+
+class Crash:
+    """The plan for one process, and its log: a line a step, written past everything that is wrapped.
+
+    `torn`: the fatal write is done by half. `group`: the parent process dies first, so that all end.
+    """
+
+    def __init__(self, root: Path, log: Path, at: int, *, torn: bool = False, group: bool = False) -> None:
+        self._root = os.path.realpath(root) + "/"
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._at = at
+        self._torn = torn
+        self._group = group
+        self._steps = 0
+        self._lock = threading.Lock()
+
+    def mark(self, text: str) -> None:
+        """Note an event of the scenario among the steps."""
+        _real_write(self._log, f"mark {text}\n".encode())
+
+    def step(
+        self, name: str, path: object, half: Callable[[], object] | None = None, source: object = None
+    ) -> None:
+        """One call is about to be made on `path` (a name or a descriptor), with what comes from `source`."""
+        place = self._place(path)
+        if place is None:
+            return
+        if source is not None:
+            place = f"{self._place(source)}\t{place}"
+        with self._lock:
+            self._steps += 1
+            if self._steps == self._at:
+                if self._torn and half is not None:
+                    half()
+                    _real_write(self._log, f"{name} {place}\n".encode())
+                if self._group:
+                    os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+            _real_write(self._log, f"{name} {place}\n".encode())
+
+    def _place(self, path: object) -> str | None:
+        try:
+            named = _real_readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)  # type: ignore[arg-type]
+        except OSError:
+            return None
+        named = os.path.abspath(named)  # noqa: PTH100 - Path.resolve would follow links, and be slow
+        return named.removeprefix(self._root) if named.startswith(self._root) else None
+
+
+class _Raw(io.FileIO):
+    """A file opened through `io.open`: its writes are steps."""
+
+    crash: Crash
+
+    def write(self, piece: Any) -> int | None:
+        half = memoryview(piece)[: len(piece) // 2]
+        self.crash.step("write", self.fileno(), lambda: _real_write(self.fileno(), half))
+        return super().write(piece)
+
+
+def install(crash: Crash) -> None:
+    """Wrap everything that changes files. For good: the process ends with it."""
+    for name in ("rename", "replace", "link"):
+        _wrap(crash, os, name, on=1)
+    for name in (
+        "unlink",
+        "remove",
+        "rmdir",
+        "mkdir",
+        "utime",
+        "truncate",
+        "ftruncate",
+        "fsync",
+        "fdatasync",
+    ):
+        _wrap(crash, os, name, on=0)
+    _wrap(crash, os, "copy_file_range", on=1)
+    _wrap_writes(crash)
+    _wrap_opens(crash)
+    real_fcntl = fcntl.fcntl
+
+    def fcntl_(fd: int, command: int, *rest: Any) -> Any:
+        if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW):
+            crash.step("lock", fd)
+        return real_fcntl(fd, command, *rest)
+
+    fcntl.fcntl = fcntl_
+
+
+def _wrap(crash: Crash, module: Any, name: str, on: int) -> None:
+    real = getattr(module, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        crash.step(name, arguments[on], source=arguments[0] if on else None)
+        return real(*arguments, **named)
+
+    setattr(module, name, wrapped)
+
+
+def _wrap_writes(crash: Crash) -> None:
+    real_pwrite = os.pwrite
+
+    def write(fd: int, piece: Any) -> int:
+        half = memoryview(piece)[: len(piece) // 2]
+        crash.step("write", fd, lambda: _real_write(fd, half))
+        return _real_write(fd, piece)
+
+    def pwrite(fd: int, piece: Any, offset: int) -> int:
+        half = memoryview(piece)[: len(piece) // 2]
+        crash.step("pwrite", fd, lambda: real_pwrite(fd, half, offset))
+        return real_pwrite(fd, piece, offset)
+
+    os.write, os.pwrite = write, pwrite
+
+
+def _wrap_opens(crash: Crash) -> None:
+    real_open, real_io_open = os.open, io.open
+
+    def open_(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if flags & os.O_CREAT and not os.path.exists(path):  # noqa: PTH110 - called with texts too
+            crash.step("create", path)
+        elif flags & os.O_TRUNC and flags & _WRITES:
+            crash.step("truncate", path)
+        return real_open(path, flags, mode, dir_fd=dir_fd)
+
+    def io_open(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if mode != "wb" or crash._place(file) is None:
+            return real_io_open(file, mode, *rest, **named)
+        crash.step("create", file)
+        raw = _Raw(file, mode)
+        raw.crash = crash
+        return io.BufferedWriter(raw)
+
+    os.open, io.open = open_, io_open
+
+
+def unsynced(lines: list[str]) -> list[str]:
+    """Files that were written and not made durable afterwards, under their last names: a power cut's prey.
+
+    A rename may be tried twice, for want of its folder: the log tells what was begun.
+    """
+    dirty: dict[str, None] = {}
+    moved: dict[str, str] = {}
+    for line in lines:
+        name, _, place = line.partition(" ")
+        source, _, target = place.rpartition("\t")
+        if name in ("write", "pwrite", "copy_file_range"):
+            dirty[target] = None
+        elif name in ("rename", "replace"):
+            if moved.get(target) != source:
+                dirty.pop(target, None)
+            if source in dirty:
+                del dirty[source]
+                dirty[target] = None
+                moved[target] = source
+        elif name in ("fsync", "fdatasync", "unlink"):
+            dirty.pop(place, None)
+    return list(dirty)

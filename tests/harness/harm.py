@@ -1,0 +1,28 @@
+"""Harm done to files as disks and people do it."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def only(paths: Iterable[Path]) -> Path:
+    """The one path that there is."""
+    (path,) = paths
+    return path
+
+
+def flip(path: Path, *offsets: int) -> None:
+    """Turn a bit at each offset, as a disk does: the file's times and size tell of nothing."""
+    stat = path.stat()
+    scribble(path, *offsets)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def scribble(path: Path, *offsets: int) -> None:
+    """Turn a bit at each offset, as a person with an editor does."""
+    with path.open("r+b") as file:
+        for offset in offsets:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x10]))
