@@ -354,7 +354,7 @@ def test_what_can_not_be_read_is_damage(tmp_path, call, path, times, asked):
 def test_a_slow_disk_holds_up_no_hit(tmp_path):
     on = tmp_path / "on"
     rules = [
-        {"call": call, "path": "partial/*", "do": "sleep:0.2", "while": str(on)}
+        {"call": call, "path": "partial/*", "do": "sleep:0.5", "while": str(on)}
         for call in ("pwrite", "fsync")
     ]
     with (
@@ -375,6 +375,6 @@ def test_a_slow_disk_holds_up_no_hit(tmp_path):
             slowest, hits = max(slowest, time.monotonic() - began), hits + 1
         assert (client.end, client.digest) == (End.COMPLETE, body_digest(zip_of("slow", MB // 4)))
         assert hits > 20
-        assert slowest < 0.15
+        assert slowest < 0.4
         on.unlink()
         gup.wait_stored("full.zip")
