@@ -14,12 +14,13 @@ from gup.cache.checked import CheckedBody, Holders
 from gup.cache.entries import Entries
 from gup.cache.entry import Entry
 from gup.cache.failures import Failures
-from gup.cache.fill import PRIORITIES, Leader, too_many_fills
+from gup.cache.fill import PRIORITIES, Leader
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.heads import head_of
 from gup.cache.mending import Mending
 from gup.cache.prior import is_fresh, load_sound
+from gup.cache.queue import too_many_fills
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.cache.spelling import spell

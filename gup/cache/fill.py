@@ -17,7 +17,7 @@ from gup.cache.flight import Flight, Landing, Means
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import ZIP_TAIL_BYTES, PartWriter, Salvage, zip_end_is_right
 from gup.cache.prior import Damage, Prior, drop_parts, examine, is_the_entry, note_damage, validated_at
-from gup.cache.queue import FillQueue
+from gup.cache.queue import too_many_fills
 from gup.cache.record import Head, Record
 from gup.cache.repair import NotTheSame, Repair
 from gup.cache.state import Failure, FillState, Phase, may_move
@@ -40,15 +40,6 @@ _Result = TypeVar("_Result")
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
     """The body can't be kept: too large, or the disk refuses."""
-
-
-def too_many_fills(queue: FillQueue, priority: int) -> Problem:
-    """Told to the clients of a fill that would not get its place in time."""
-    return Problem(
-        "overloaded",
-        "as much as the link to upstream can carry is being fetched, and more waits before this",
-        retry_after_seconds=queue.retry_seconds(priority),
-    )
 
 
 class Leader:

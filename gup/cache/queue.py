@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from gup.cache.backlog import Backlog
 from gup.cache.slots import Slots
+from gup.errors import Problem
 from gup.upstream.turns import Turns, rank
 
 _BULK_PRIORITY = 2
@@ -167,3 +168,12 @@ class FillQueue:
 def _class(priority: int) -> int:
     """0: urgent, 1: bulk."""
     return 0 if priority < _BULK_PRIORITY else 1
+
+
+def too_many_fills(queue: FillQueue, priority: int) -> Problem:
+    """Told to the clients of a fill that would not get its place in time."""
+    return Problem(
+        "overloaded",
+        "as much as the link to upstream can carry is being fetched, and more waits before this",
+        retry_after_seconds=queue.retry_seconds(priority),
+    )

@@ -284,7 +284,7 @@ async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
     """Another process stores it between two looks of this one, and it is purged before the third."""
     upstream.answer(FILE, Answer(BODY, etag='"a"'))
     async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
-        looked, present = two.cache._entry, two.cache._present_entry
+        looked, present = two.cache._entries.get, two.cache._present_entry
         left = [1]
 
         async def stored_after_the_look(key):
@@ -302,7 +302,7 @@ async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
                 one.cache.close_removed()
             return await present(key)
 
-        monkeypatch.setattr(two.cache, "_entry", stored_after_the_look)
+        monkeypatch.setattr(two.cache._entries, "get", stored_after_the_look)
         monkeypatch.setattr(two.cache, "_present_entry", purged_before_the_look)
         assert await two.get(FILE) == BODY
     assert len(upstream.requests(FILE)) == 2
