@@ -71,11 +71,16 @@ def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> 
     )
 
 
+async def unmended(_key: ContentKey, _counted: bool) -> Problem | None:
+    """What mending tells while there is no upstream."""
+    return Problem("no-upstream", "none is there")
+
+
 async def space_of(worker: Worker, max_size: int) -> tuple[Space, Index]:
     """The controller's eviction over what is in the store."""
     means = worker.means
     index = Index(means.store.index, lambda: None)
-    await reconcile(index, means.store, means.claims, means.counters, time.time())
+    await reconcile(index, means.store, means.claims, means.counters, unmended, time.time())
     limits = Cache(directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0)
     return (
         Space(

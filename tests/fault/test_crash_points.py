@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
+from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of, unmended
 from harness.caches import Cut, Worker, working
 from harness.crashing import unsynced
 from harness.invariants import bodies_of, violations
@@ -318,7 +318,7 @@ async def _settle(worker: Worker) -> None:
     ahead += A_WHILE_SECONDS
     await recovery.run()
     index = Index(store.index, lambda: None)
-    await reconcile(index, store, means.claims, means.counters, time.time() + A_WHILE_SECONDS)
+    await reconcile(index, store, means.claims, means.counters, unmended, time.time() + A_WHILE_SECONDS)
     assert set(index.rows) == set(bodies_of(store.root))
 
 

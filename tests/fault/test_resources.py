@@ -145,7 +145,7 @@ def test_a_process_that_hangs_is_replaced(tmp_path, role):
                 connection.ask(DELTA)
                 assert connection.response().body == SMALL
             if role == "controller":
-                assert time.monotonic() - began < 1.0
+                assert time.monotonic() - began < 10.0, "it waited for the watchdog"
             until(lambda: f"{hung}, is killed: it gave no sign of life" in gup.log, "it is noticed", 60)
             until(lambda: hung not in gup.children(), "it is gone")
             assert time.monotonic() - began < 35.0

@@ -27,6 +27,7 @@ def test_it_says_where_it_serves_within_a_second_or_two(service):
     assert running.stop() == 0
 
 
+@pytest.mark.alone
 def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(service):
     running = service()
     clients = [running.worker(slot) for slot in (0, 1)]

@@ -66,7 +66,7 @@ def assert_nothing_kept(gup: Gup) -> None:
 
 @pytest.mark.parametrize(("status", "slug"), [(404, "upstream-not-found"), (410, "upstream-gone")])
 def test_a_404_is_passed_on_and_kept_for_all_workers(tmp_path, status, slug):
-    with site(tmp_path, cache={"negative_ttl": "1500ms"}) as at:
+    with site(tmp_path, cache={"negative_ttl": "3s"}) as at:
         at.upstream.answer(MISSING, Answer(b"no", status))
         began = time.monotonic()
         responses, _ = asked_at_once(at.gup, MISSING, 40)
@@ -74,7 +74,7 @@ def test_a_404_is_passed_on_and_kept_for_all_workers(tmp_path, status, slug):
             assert_problem(response, status, slug)
         for _ in range(10):
             assert at.gup.get(MISSING).status == status
-        assert time.monotonic() - began < 1.5, "the machine was too slow for this test"
+        assert time.monotonic() - began < 3.0, "the machine was too slow for this test"
         assert len(at.upstream.requests(MISSING)) == 1
         until(
             lambda: at.gup.get(MISSING).status == status and len(at.upstream.requests(MISSING)) == 2,

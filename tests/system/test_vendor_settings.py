@@ -264,7 +264,7 @@ def test_a_reload_changes_how_many_may(tmp_path):
         began = time.monotonic()
         gup.api("/api/v1/reload", method="POST")
         until(lambda: downloads(gup)[1] == 0, "nobody waits", 5)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 3.0
         assert all(client.response().complete for client in clients)
         assert gup.status()["limits"]["downloads"]["limit"] is None
 
@@ -375,7 +375,7 @@ def test_a_new_rate_holds_for_new_connections(tmp_path):
             until(lambda: _is_paced(gup), "a new connection is paced", 5)
             began = time.monotonic()
             assert old.get(FULL).complete
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 2.0, "paced it takes 2.5 s"
 
 
 def _is_paced(gup: Gup) -> bool:
