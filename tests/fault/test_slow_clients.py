@@ -106,7 +106,7 @@ def _readable(sock: socket.socket) -> bool:
 @pytest.mark.parametrize(
     ("each", "seconds"),
     [
-        pytest.param(50, 4.0, id="short"),
+        pytest.param(50, 2.5, id="short"),
         pytest.param(500, 20.0, id="whole", marks=[pytest.mark.long, pytest.mark.timeout(300)]),
     ],
 )
@@ -128,7 +128,7 @@ def test_bad_clients_slow_nobody(tmp_path, each, seconds, figures):
             assert gup.get(path).status == 200
         until(lambda: len(gup.bodies()) == 2 and not gup.parts(), "both are stored")
         workers = [psutil.Process(pid) for pid in gup.workers()]
-        with probing(gup.data, HIT, 3.0) as answer:
+        with probing(gup.data, HIT, 1.5) as answer:
             quiet = answer()
         before = sum(worker.memory_info().rss for worker in workers)
         with Nuisances(gup.data) as bad:

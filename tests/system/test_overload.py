@@ -75,7 +75,7 @@ class Footprint:
 @pytest.mark.parametrize(
     ("clients", "files", "size", "rate", "patience", "seconds"),
     [
-        pytest.param(600, 60, 60_000, 600_000, 1.0, 60, id="short"),
+        pytest.param(400, 40, 60_000, 600_000, 1.0, 60, id="short"),
         pytest.param(
             5000,
             300,
@@ -105,7 +105,7 @@ def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, pati
             upstream.answer(path, Answer(body, etag=f'"{path}"'))
         assert gup.get(HIT).status == 200
         gup.wait_stored(HIT.rpartition("/")[2])
-        with probing(gup.data, HIT, 3.0) as answer:
+        with probing(gup.data, HIT, 1.5) as answer:
             quiet = answer()
         footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
         crowd = Crowd(swarm, patience)

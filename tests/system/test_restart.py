@@ -16,7 +16,7 @@ from harness.trees import BIG, DELTA, INDEX, content_path, make_tree, zip_of
 from harness.upstreams import Nginx
 from harness.waiting import until
 
-pytestmark = pytest.mark.alone
+ALONE = pytest.mark.alone
 
 LENGTH = 6_000_000
 OVERLAP_BYTES = 2 << 20
@@ -28,6 +28,7 @@ def new_worker(gup: Gup, before: set[int]) -> set[int]:
     return set(gup.workers()) - before
 
 
+@ALONE
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_with_the_upstream_gone_everything_cached_is_served(tmp_path, end):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
@@ -67,6 +68,7 @@ def _seconds_to_first_hit(gup: Gup, body: bytes) -> float:
     return took
 
 
+@ALONE
 def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(tmp_path):
     body, gate, last = zip_of("takeover", LENGTH), Gate(), Gate()
     half = LENGTH // 2
