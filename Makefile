@@ -28,7 +28,7 @@ imports: $(VENV)/.installed
 check: lint types imports
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 5 -m "not alone and not long"
+	$(BIN)/python -m pytest --numprocesses 4 -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
 
 # All faults, the long and the random ones too; another SEED makes other random ones.
