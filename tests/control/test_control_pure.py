@@ -177,7 +177,7 @@ def test_a_delta_tells_its_step():
     [
         {"order": "age"}, {"limit": "0"}, {"limit": "1001"}, {"limit": "ten"}, {"limit": "²"},
         {"kind": "odd"}, {"cursor": "%%"}, {"cursor": "e30="}, {"cursor": "WzEsMl0="}, {"sort": "key"},
-        {"cursor": "W05hTiwgIngiXQ=="}, {"order": "--key"}, {"version": ""}, {"limit": "1_0"}, {"limit": "+5"},
+        {"cursor": "W05hTiwgIngiXQ=="}, {"order": "--key"}, {"version": ""}, {"limit": "1_0"},
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_named(parameters):
