@@ -276,9 +276,17 @@ class Gup:
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
     def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
-        """Status and JSON of one call of the control plane; None for an empty body."""
-        answer = fetch(self.admin, path, method=method)
+        """Status and JSON of one call of the control plane; None for an empty body.
+
+        What changes something shows the token that commands on this machine show.
+        """
+        shown = {} if method == "GET" else {"Authorization": f"Bearer {self.token}"}
+        answer = fetch(self.admin, path, shown, method=method)
         return answer.status, json.loads(answer.body) if answer.body else None
+
+    @property
+    def token(self) -> str:
+        return (self.cache_dir / "run" / "admin-token").read_text().strip()
 
     def status(self) -> dict[str, Any]:
         code, found = self.api("/api/v1/status")
