@@ -556,7 +556,7 @@ def test_what_lacks_for_a_token_is_told(plane, tmp_path):
     told = run("reload", "--config", settings_file(tmp_path, plane)).stderr
     assert "Changing needs a token" in told
     assert f"'{tmp_path}/cache/run/admin-token' can't be read: No such file" in told
-    assert "(--token-file names a file with a token)" in run("reload", "--admin", plane.url).stderr
+    assert "(gup's commands: --token-file)" in run("reload", "--admin", plane.url).stderr
     missing = run("reload", "--admin", plane.url, "--token-file", tmp_path / "none")
     assert (missing.exit_code, "--token-file: " in missing.stderr) == (1, True)
 

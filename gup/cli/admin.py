@@ -146,8 +146,9 @@ class Admin:
         if response.status < 300:
             return response
         detail = _detail(response.read()) or f"HTTP Error {response.status}: {response.reason}"
-        lack = self._credentials.lack
-        raise AdminError(f"{self.url}: {detail}" + (f" ({lack})" if response.status == 401 and lack else ""))
+        if response.status == 401 and self._credentials.lack not in detail:
+            detail += f" ({self._credentials.lack})"
+        raise AdminError(f"{self.url}: {detail}")
 
     def _understood(self, body: bytes) -> dict[str, Any]:
         try:

@@ -73,7 +73,7 @@ def _token(where: Where, settings: "Settings | None") -> tuple[str, str]:
         except TokenError as error:
             raise AdminError(f"--token-file: {error}") from error
     if settings is None:
-        return "", "--token-file names a file with a token"
+        return "", "gup's commands: --token-file"
     lack = ""
     for file in (settings.listen.admin_token_file, local_path(settings.cache.directory / "run")):
         if file is None:
