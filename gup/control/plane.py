@@ -21,6 +21,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Unlisted,
     Unstorable,
     UpstreamTrouble,
     Used,
@@ -141,6 +142,8 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+            case Unlisted():
+                self.around.unlisted(event.moniker)
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
@@ -193,6 +196,9 @@ class Plane:
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
+        label = self.around.label_of(stream, "")
+        if label is not None:
+            return label.product, label.language
         return self.around.product_of(stream[2]) or (stream[2], stream[1])
 
     def not_ready(self) -> list[str]:
@@ -299,6 +305,7 @@ class Plane:
     def upstreams(self) -> list[dict[str, Any]]:
         """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
+        catalogues = self.around.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -317,6 +324,7 @@ class Plane:
                     "since": since or self.around.started_at,
                     "last_error": detail,
                     "last_error_at": at,
+                    "catalogue": catalogues.get(upstream.name),
                 }
             )
         return rows
