@@ -47,9 +47,11 @@ def _gup(
 def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
     from gup.config import load, require_servable
     from gup.content.rulebook import Rulebook
+    from gup.control.access import require_access
 
     loaded = load(config, flags=given)
     require_servable(loaded)
+    require_access(loaded.listen)
     Rulebook(loaded)  # SettingsError when the rules can't be applied
     return loaded
 
