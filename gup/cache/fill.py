@@ -348,13 +348,12 @@ class Leader:
         means.counters.add("gup_fills_total", outcome="committed")
         means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
         means.tell(committed(record, replaced=replaced))
-        log.info(
-            "stored %s, %d bytes in %.2f s from %s",
-            self._key.text,
-            record.length,
-            means.clock() - self._began_at,
-            head.upstream,
-        )
+        self._log_end("stored", bytes=record.length, upstream=head.upstream)
+
+    def _log_end(self, outcome: str, level: int = logging.INFO, **told: object) -> None:
+        """The fill's line in the log."""
+        seconds = round(self._means.clock() - self._began_at, 6)
+        log.log(level, "fill", extra={"outcome": outcome, "key": self._key.text, **told, "seconds": seconds})
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -370,6 +369,7 @@ class Leader:
         except OSError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)
+        self._log_end("validated")
 
     # --- going on without the disk
 
@@ -426,7 +426,7 @@ class Leader:
         means.counters.add("gup_fills_total", outcome="unstorable")
         if told:
             return
-        log.warning("%s is not stored: %s", key.text, why)
+        self._log_end("unstorable", logging.WARNING, detail=why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
@@ -458,7 +458,8 @@ class Leader:
         self._flight.fail(problem, ttl_seconds)
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
-            log.warning("fetching %s failed: %s", self._key.text, problem.detail)
+        level = logging.INFO if absent else logging.WARNING
+        self._log_end("failed", level, problem=problem.slug, detail=problem.detail)
         means.tell(
             {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
         )
