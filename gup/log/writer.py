@@ -18,16 +18,14 @@ _COMPLAIN_SECONDS = 60.0
 
 
 class WritingHandler(logging.Handler):
-    """One handler a process. `emit` puts a record in the queue, at most 8192, from any thread.
-
-    `dropped` is changed under the handler's lock, which `logging` holds in `emit`, and by the thread.
-    """
+    """One handler a process. `emit` puts a record in the queue, at most 8192, from any thread."""
 
     def __init__(self, destination: Destination) -> None:
         super().__init__()
         self._destination = destination
         self._queue: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._dropped = 0
+        self._counting = threading.Lock()  # not the handler's, which `logging` holds while it closes this
         self._complain_at = 0.0
         self._closed = False
         # no daemon's end may be awaited for ever: a destination can hang
@@ -37,7 +35,7 @@ class WritingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Never waits."""
         if self._queue.qsize() >= _MOST_RECORDS:
-            self._dropped += 1
+            self._drop(1)
             return
         try:
             record.msg, record.args = record.getMessage(), None  # as it is now: what it tells of may change
@@ -77,17 +75,17 @@ class WritingHandler(logging.Handler):
             if records:
                 self._destination.write(records)
         except OSError as error:
-            self._take_dropped(-lost - len(records) + bool(lost))
+            self._drop(lost + len(records) - bool(lost))
             self._complain(error)
 
-    def _take_dropped(self, less: int | None = None) -> int:
-        """How many were dropped, which are then told; or so many `less` that were."""
-        self.acquire()
-        try:
-            dropped = self._dropped
-            self._dropped = 0 if less is None else dropped - less
-        finally:
-            self.release()
+    def _drop(self, count: int) -> None:
+        with self._counting:
+            self._dropped += count
+
+    def _take_dropped(self) -> int:
+        """How many were dropped that were not told yet."""
+        with self._counting:
+            dropped, self._dropped = self._dropped, 0
         return dropped
 
     def _complain(self, error: OSError) -> None:
