@@ -1,4 +1,4 @@
-"""Which parts of bodies clients were sent so far: a body fetched in pieces is taken when all are there. No I/O."""
+"""Which parts of bodies clients were sent: one fetched in pieces is taken when all are there. No I/O."""
 
 from collections import OrderedDict
 
