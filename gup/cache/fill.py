@@ -441,7 +441,7 @@ class Leader:
         means.counters.add("gup_fills_total", outcome="unstorable")
         if told:
             return
-        log_end("unstorable", key, means.clock() - self._began_at, logging.WARNING, detail=why)
+        log_end("unstorable", key, means.clock() - self._began_at, detail=why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
@@ -473,12 +473,9 @@ class Leader:
         self._flight.fail(problem, ttl_seconds)
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
-        level = logging.INFO if absent else logging.WARNING
-        seconds = means.clock() - self._began_at
-        log_end("failed", self._key, seconds, level, problem=problem.slug, detail=problem.detail)
-        means.tell(
-            {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
-        )
+        seconds, slug = means.clock() - self._began_at, problem.slug
+        log_end("failed", self._key, seconds, problem=slug, detail=problem.detail)
+        means.tell({"type": "failed", "key": self._key.text, "problem": slug, "detail": problem.detail})
 
     # --- bookkeeping
 
