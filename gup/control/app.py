@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import content, front, health, openapi, status, upkeep
+from gup.control.api import clients, content, front, health, openapi, reports, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
 from gup.control.plane import Plane
@@ -21,6 +21,8 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    clients.routes,
+    reports.routes,
     upkeep.routes,
     openapi.routes,
 )

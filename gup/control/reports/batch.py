@@ -63,6 +63,18 @@ class Batch:
     def full(self) -> bool:
         return len(self.seen) + len(self.standings) >= MAX_PENDING
 
+    def absorb(self, newer: "Batch") -> None:
+        """Take in what came after this, which could not be written; as much as there is room for."""
+        for client, seen in newer.seen.items():
+            self.see(client, seen.seen_at, seen.version, seen.language)
+        for where, news in newer.standings.items():
+            if where not in self.standings and (self.full or where[0] not in self.seen):
+                continue
+            standing = self.standings.setdefault(where, Standing())
+            standing.ask(news.asked, news.asked_at, news.came_from)
+            for revision, at in news.took.items():
+                standing.take(revision, at, news.version_then)
+
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         """A client asked for something."""
         seen = self.seen.get(client)

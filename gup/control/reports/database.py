@@ -22,6 +22,10 @@ _MOST_PAGES = 1 << 18
 """Of 4 KiB: a gigabyte. What the file may grow to whatever is asked of it."""
 
 
+class BegunAnewError(OSError):
+    """The file was damaged, and was moved aside: the next transaction finds empty tables."""
+
+
 class Database:
     """The file at `path` with the tables of `schema`; opened when first used, and again after a damage."""
 
@@ -36,11 +40,9 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All that is done in it is kept, or nothing.
 
-        OSError when the disk refuses for now, or the file was damaged and has just been moved aside: then the
-        next transaction finds empty tables.
+        OSError when the disk refuses for now; BegunAnewError.
         """
-        try:
-            connection = self._connection or self._open()
+        with self.outside() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -49,9 +51,16 @@ class Database:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[sqlite3.Connection]:
+        """Outside of a transaction; OSError likewise."""
+        try:
+            yield self._connection or self._open()
         except sqlite3.Error as error:
-            self._judge(error)
-            raise OSError(f"{self._path.name}: {error}") from error
+            refused = self._refused(error)
+            kind = OSError if refused else BegunAnewError
+            raise kind(f"{self._path.name}: {error}") from error
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -82,18 +91,19 @@ class Database:
         elif form != self._form:
             raise sqlite3.DatabaseError(f"its form is {form}, not {self._form}")
 
-    def _judge(self, error: sqlite3.Error) -> None:
-        """Close after an error, and move the file aside when it is the file's own."""
+    def _refused(self, error: sqlite3.Error) -> bool:
+        """Close after an error. When it is the file's own, move that aside; else the disk refuses: True."""
         code = getattr(error, "sqlite_errorcode", None)
         self.close()
         if code is not None and code & 0xFF in _REFUSALS:
-            return
+            return True
         aside = self._path.with_name(self._path.name + ".damaged")
         for suffix in ("", "-wal", "-shm"):
             old = self._path.with_name(self._path.name + suffix)
             with contextlib.suppress(FileNotFoundError):
                 old.replace(aside.with_name(aside.name + suffix))
         _log.warning("%s is begun anew: %s; what there was lies in %s", self._path.name, error, aside)
+        return False
 
     def close(self) -> None:
         """Until it is used again."""
