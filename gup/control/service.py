@@ -10,6 +10,7 @@ from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.access import Access
 from gup.control.ageing import AgeClock
 from gup.control.app import make_app
 from gup.control.jobs import Jobs
@@ -51,20 +52,22 @@ class Control:
         self.plane = Plane(surroundings, clock, ages)
         self._around = surroundings
         self._jobs = Jobs()
+        self._access = Access()
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Answer requests, take events, and begin the jobs."""
+        await self._access.open(self.plane.settings.listen, self._around.store.run, self._around.admin)
         self._around.events.setblocking(False)
         asyncio.get_running_loop().add_reader(self._around.events, self.plane.take_events)
         self._runner = web.AppRunner(
-            make_app(self.plane),
+            make_app(self.plane, self._access),
             access_log=None,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         await self._runner.setup()
-        await web.SockSite(self._runner, self._around.admin).start()
+        await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
 
     async def _open(self) -> None:
@@ -106,6 +109,7 @@ class Control:
         """Take over reloaded settings; the address stays as it was bound."""
         self.plane.settings = settings
         self.plane.space.limits = settings.cache
+        await self._access.renew(settings.listen, self._around.store.run)
         self.plane.space.look_soon()
 
     # --- jobs

@@ -241,7 +241,8 @@ class Supervisor:
 
     def _status(self) -> str:
         listeners, count = self._premises.listeners, len(self._workers)
-        plane, control = sockets.url(listeners.data), sockets.url(listeners.admin)
+        tls = self._settings.listen.admin_cert_file is not None
+        plane, control = sockets.url(listeners.data), sockets.url(listeners.admin, tls=tls)
         workers = "1 worker" if count == 1 else f"{count} workers"
         return f"serving on {plane}, control plane on {control}, {workers}"
 

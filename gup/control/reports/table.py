@@ -36,7 +36,7 @@ _STREAM = ("product", "version", "language", "type", "moniker")
 def of_content(report: Mapping[str, Any]) -> Iterator[Line]:
     """A line a revision of a stream, then a line a client that lags."""
     yield (
-        *_STREAM,
+        *("line", *_STREAM),
         *("revision", "clients", "took", "first_taken_at", "last_taken_at"),
         *("address", "lag_revisions", "lag_seconds", "seen_at"),
     )
@@ -44,12 +44,31 @@ def of_content(report: Mapping[str, Any]) -> Iterator[Line]:
         of_stream = tuple(stream[name] for name in _STREAM)
         for row in stream["revisions"]:
             times = _time(row["first_taken_at"]), _time(row["last_taken_at"])
-            yield (*of_stream, row["revision"], row["clients"], row["took"], *times, None, None, None, None)
+            yield (
+                "revision",
+                *of_stream,
+                row["revision"],
+                row["clients"],
+                row["took"],
+                *times,
+                None,
+                None,
+                None,
+                None,
+            )
         for row in stream["lagging"]:
             lag = row["lag_revisions"], row["lag_seconds"]
             taken = _time(row["taken_at"])
             counts = (None, None, None, taken)
-            yield (*of_stream, row["revision"], *counts, row["address"], *lag, _time(row["seen_at"]))
+            yield (
+                "client",
+                *of_stream,
+                row["revision"],
+                *counts,
+                row["address"],
+                *lag,
+                _time(row["seen_at"]),
+            )
 
 
 _RESTART = ("address", "state", "version", "language", "version_then", "product", "moniker", "revision")
