@@ -15,6 +15,20 @@ _AHEAD_SECONDS = 2 * 86400.0
 StreamId = tuple[str, str, str]
 
 
+_TOGETHER_SECONDS = 3.0
+"""Workers tell once a second: of what a client took within so long nobody knows which came first."""
+
+
+def supersedes(revision: str, at: float, other: str, other_at: float) -> bool:
+    """Whether a client that took both, then and then, stands at `revision` since.
+
+    A machine that was set up anew takes an older one: then the last one taken counts.
+    """
+    if abs(at - other_at) <= _TOGETHER_SECONDS:
+        return revision > other
+    return at > other_at
+
+
 @dataclass(slots=True)
 class Seen:
     """A client's sightings since the last write. Texts are "" where nothing was stated."""
@@ -40,7 +54,7 @@ class Standing:
 
     def take(self, revision: str, at: float, version: str) -> None:
         self.took[revision] = at
-        if (at, revision) > (self.taken_at, self.revision):
+        if supersedes(revision, at, self.revision, self.taken_at):
             self.revision, self.taken_at, self.version_then = revision, at, version
 
     def ask(self, revision: str, at: float, came_from: str) -> None:

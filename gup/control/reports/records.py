@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from gup.control.reports.batch import Batch, Seen, Standing, StreamId
+from gup.control.reports.batch import Batch, Seen, Standing, StreamId, supersedes
 from gup.control.reports.database import Database
 
 _FORM = 1
@@ -137,7 +137,7 @@ def _write_standing(db: sqlite3.Connection, stream: int, client: int, news: Stan
 def merged(old: Standing, news: Standing, version_now: str) -> Standing:
     """The standing after the news. The same revision taken again tells nothing new of a restart."""
     revision, taken_at, version_then = old.revision, old.taken_at, old.version_then
-    if news.revision and news.revision != revision and news.taken_at >= taken_at:
+    if news.revision != revision and supersedes(news.revision, news.taken_at, revision, taken_at):
         revision, taken_at = news.revision, news.taken_at
         version_then = news.version_then or version_now or version_then
     came_from = news.came_from if news.asked_at >= old.asked_at and news.came_from else old.came_from
