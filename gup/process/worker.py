@@ -16,6 +16,7 @@ from gup.process.shared import worker_block
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
 from gup.server.downloads import Downloads, Machine
+from gup.server.gate import Gate
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
 from gup.server.listener import Listener
@@ -40,10 +41,21 @@ class Worker:
         downloads = Downloads(
             assembly.downloads, lambda: assembly.means.settings.clients, tally, self._machine(), loop
         )
+        gate = self._gate = Gate(
+            assembly.settings,
+            assembly.store.run,
+            assembly.counters,
+            assembly.executor,
+            lambda: page.policy_epoch,
+            assembly.tell,
+            hot.drop,
+            assembly.means.clock,
+        )
+        assembly.pool.lists = lambda name, stream: gate.choices.catalogues.listed(name, stream) is not None
         handler = Handler(
             assembly.means,
             assembly.cache,
-            assembly.routes,
+            gate,
             tally,
             hot,
             downloads,
@@ -111,6 +123,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
+        await self._gate.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:
