@@ -53,6 +53,7 @@ class Controller:
             lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
             self._page.raise_policy,
         )
+        assembly.pool.lists = self._catalogues.lists
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
