@@ -119,8 +119,8 @@ class Plane:
     def _index_written(self, refusal: str | None) -> None:
         self.refusals.note("index", refusal, self.clock())
 
-    def _reports_written(self, refusal: str | None) -> None:
-        self.refusals.note("reports", refusal, self.clock())
+    def _reports_written(self, what: str, refusal: str | None) -> None:
+        self.refusals.note(what, refusal, self.clock())
 
     # --- events
 
