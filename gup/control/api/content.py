@@ -7,11 +7,12 @@ from aiohttp import web
 from pydantic import Field
 
 from gup.content.key import Kind
+from gup.content.routes import LIVEUPDATE_STREAM
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe
 from gup.control.api.listing import Entry, Label, Labels, Listing, select, shown
 from gup.control.plane import Plane
-from gup.control.rows import Row, row_of
+from gup.control.rows import Row, Stream, row_of
 
 
 class Listed(Answer):
@@ -67,9 +68,17 @@ def labelling(plane: Plane) -> Label:
     known: dict[tuple[str, str, str], Labels] = {}
 
     def label(row: Row) -> Labels:
+        if row.stream == LIVEUPDATE_STREAM:  # each file's own name tells
+            return labels_of(row.stream_id, row.file)
         if row.stream_id not in known:
-            known[row.stream_id] = Labels(plane.label(row.stream_id)[0])
+            known[row.stream_id] = labels_of(row.stream_id, row.file)
         return known[row.stream_id]
+
+    def labels_of(stream: Stream, file: str) -> Labels:
+        found = plane.around.label_of(stream, file)
+        if found is None:
+            return Labels(plane.label(stream)[0])
+        return Labels(found.product, found.type, found.version or None, found.language)
 
     return label
 

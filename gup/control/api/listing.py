@@ -33,6 +33,8 @@ class Labels:
 
     product: str
     type: str | None = None
+    version: str | None = None
+    language: str | None = None
 
 
 Label = Callable[[Row], Labels]
@@ -73,6 +75,8 @@ class Entry(Answer):
     revision: str = Field(description="The folder's.")
     file: str
     product: str = Field(description="From the catalogue; the moniker when it is not listed.")
+    product_version: str | None = Field(description="That the product is made for, from the catalogue.")
+    product_language: str | None = Field(description="From the catalogue.")
     type: str | None = Field(description="Type of content, from the catalogue.")
     kind: Kind
     content_revision: str | None = Field(description="What it brings a client to, if the names tell.")
@@ -135,6 +139,8 @@ def shown(row: Row, labels: Labels) -> dict[str, Any]:
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return row.to_json() | {
         "product": labels.product,
+        "product_version": labels.version,
+        "product_language": labels.language,
         "type": labels.type,
         "content_revision": row.content_revision,
         "from_revision": step.from_revision if step else None,
