@@ -214,10 +214,16 @@ class Assembly:
 
     def tell(self, event: Mapping[str, object]) -> None:
         """Send an event to the controller; a lost one is counted, and healed when it looks at the store."""
+        if not self.offer(event):
+            self.counters.add("gup_events_lost_total")
+
+    def offer(self, event: Mapping[str, object]) -> bool:
+        """The same for what can wait; False: the controller's queue is full, or it is gone."""
         try:
             self._events.send(json.dumps(event, separators=(",", ":")).encode())
         except OSError:
-            self.counters.add("gup_events_lost_total")
+            return False
+        return True
 
     def apply(self, settings: config.Settings) -> None:
         """Reloaded settings: what can change while the process runs does."""

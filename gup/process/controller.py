@@ -81,6 +81,7 @@ class Controller:
                 installed_at=assembly.shared.installed_at,
                 label_of=self._catalogues.label,
                 catalogues=self._catalogues.shown,
+                catalogue_rows=lambda: self._catalogues.catalogues,
                 unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),
@@ -118,7 +119,7 @@ class Controller:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
             self._catalogues.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            log.configure_child(settings.log)
             self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
 
     # --- what the control plane asks of the process
@@ -166,7 +167,7 @@ def main() -> None:
     """Entry point of the controller process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
+    log.configure_child(settings.log)
     asyncio.run(_main(parent))
 
 

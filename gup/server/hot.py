@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gup.cache.entry import Entry
+from gup.content.declared import NOTHING, Stated
 from gup.server.response import HeadTemplate
 
 MAX_HEAD_BYTES = 2048
@@ -37,6 +38,8 @@ class HotRow:
     fresh_until: float
     validated_at: float
     used: bool = True
+    stated: Stated = NOTHING
+    """What the client states whose head the row is found by; a target alone tells nothing of it."""
 
     def small(self) -> bytes | None:
         """The body's bytes if they are few and in the page cache."""

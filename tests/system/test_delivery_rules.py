@@ -149,6 +149,21 @@ def test_a_refusal_tells_the_ways_out_and_binds_every_way_of_asking(site):
     assert metrics("gup_rule_refusals_total") == 8
     assert metrics("gup_requests_total", result="refused", code="403") == 8
     assert site.asked(path(PATCH)) == (1, 0)
+    query = f"moniker={PATCH[1:-1]}&client_version=14.3+RU1&client_language=fr"
+    status, explained = site.gup.api(f"/api/v1/rules/explain?{query}")
+    assert status == 200
+    assert (explained["allowed"], explained["served_from"], explained["mode"]) == (True, None, "enforce")
+    rules = {answer["upstream"]: answer["rule"] for answer in explained["decisions"]}
+    assert rules == {"fr": "version", "en": "version", "lu": None}
+    assert explained["decisions"][0]["catalogue"] == site.french.url + CATALOG
+    assert {k: told[k] for k in ("rule", "client", "fits", "remedies")} == {
+        k: explained["decisions"][0][k] for k in ("rule", "client", "fits", "remedies")
+    }
+    for wrong in ("moniker=x", "", f"{query}&upstream=nobody"):
+        assert site.gup.api(f"/api/v1/rules/explain?{wrong}")[0] == 400
+    _, one = site.gup.api(f"/api/v1/rules/explain?moniker={PATCH}&client_language=en&upstream=en")
+    assert [answer["upstream"] for answer in one["decisions"]] == ["en"]
+    assert one["served_from"] == "en"
     assert site.gup.log.count("refused by the rule version") <= 4, "once a worker for each sort of client"
 
 

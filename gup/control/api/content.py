@@ -6,13 +6,13 @@ from typing import Any, NoReturn
 from aiohttp import web
 from pydantic import Field
 
+from gup.content.catalogues import Label
 from gup.content.key import Kind
-from gup.content.routes import LIVEUPDATE_STREAM
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe
-from gup.control.api.listing import Entry, Label, Labels, Listing, select, shown
+from gup.control.api.listing import Entry, Labelling, Listing, select, shown
 from gup.control.plane import Plane
-from gup.control.rows import Row, Stream, row_of
+from gup.control.rows import Row, row_of
 
 
 class Listed(Answer):
@@ -63,22 +63,12 @@ class Pinned(Answer):
     pinned: bool
 
 
-def labelling(plane: Plane) -> Label:
-    """The labels of rows; each stream is looked up once."""
-    known: dict[tuple[str, str, str], Labels] = {}
+def labelling(plane: Plane) -> Labelling:
+    """What the catalogue calls the rows' streams at this moment."""
 
-    def label(row: Row) -> Labels:
-        if row.stream == LIVEUPDATE_STREAM:  # each file's own name tells
-            return labels_of(row.stream_id, row.file)
-        if row.stream_id not in known:
-            known[row.stream_id] = labels_of(row.stream_id, row.file)
-        return known[row.stream_id]
-
-    def labels_of(stream: Stream, file: str) -> Labels:
-        found = plane.around.label_of(stream, file)
-        if found is None:
-            return Labels(plane.label(stream)[0])
-        return Labels(found.product, found.type, found.version or None, found.language)
+    def label(row: Row) -> Label:
+        found = plane.around.label_of(row.stream_id, row.file)
+        return found if found is not None else Label(plane.label(row.stream_id)[0], "", "", "")
 
     return label
 
