@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gup import config
-from gup.content.key import Variant
+from gup.content.key import ANY, Variant
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
 
@@ -116,6 +116,15 @@ class Answer:
             closed()
 
 
+def _declared(settings: config.Upstream) -> dict[str, str]:
+    """Another gup has to be told which of its managers' content is meant: it chooses as for a client."""
+    if settings.kind != "gup":
+        return {}
+    own = {name.lower() for name in settings.headers}
+    stated = {"GUP-Client-Version": settings.version, "GUP-Client-Language": settings.language}
+    return {name: text for name, text in stated.items() if text != ANY and name.lower() not in own}
+
+
 class Upstream:
     """One upstream and its connections. Retired, it ends what is under way and closes then."""
 
@@ -129,7 +138,7 @@ class Upstream:
         self.node = ""
         """A gup's name in Via, once it has answered."""
         self._via = via
-        self._fixed = {"User-Agent": user_agent, **settings.headers}
+        self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
         self._session: aiohttp.ClientSession | None = None
 
     def url(self, path: str) -> str:
