@@ -2,6 +2,8 @@
 
 import time
 
+from gup.cache.ends import log_end
+from gup.cache.flight import Means
 from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
@@ -39,3 +41,13 @@ def commit(store: Store, state: FillState) -> bool:
                 raise
         time.sleep(_PAUSE_SECONDS)
     return replaced
+
+
+def tell_commit(means: Means, record: Record, *, replaced: bool, seconds: float, upstream: str) -> None:
+    """Tell everybody of a new body: other processes, the controller, metrics and the log."""
+    if replaced:
+        means.raise_store_epoch()
+    means.counters.add("gup_fills_total", outcome="committed")
+    means.counters.observe("gup_fill_duration_seconds", seconds)
+    means.tell(committed(record, replaced=replaced))
+    log_end("stored", record.key, seconds, bytes=record.length, upstream=upstream)

@@ -21,6 +21,8 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Taken,
+    Unlisted,
     Unstorable,
     UpstreamTrouble,
     Used,
@@ -28,13 +30,15 @@ from gup.control.events import (
     receive,
 )
 from gup.control.exposition import Figures
+from gup.control.fills import FillRates
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.refusals import Refusals
+from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
-from gup.control.status import fill_of, totals_of
+from gup.control.status import totals_of
 from gup.control.streams import Demand, newest_times
 from gup.control.surroundings import Surroundings
 from gup.control.verify import Verification
@@ -80,8 +84,19 @@ class Plane:
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
+        self.reports = Reports(
+            Around(
+                around,
+                lambda: self.settings,
+                clock,
+                self._believed,
+                self.index.newest_held,
+                self._reports_written,
+            )
+        )
         self.demand = Demand()
         self.wan_meter = Meter()
+        self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
@@ -102,10 +117,10 @@ class Plane:
         self.around.counters.add("gup_integrity_failures_total", where="index")
 
     def _index_written(self, refusal: str | None) -> None:
-        if refusal is None:
-            self.refusals.clear("index")
-        else:
-            self.refusals.tell("index", refusal, self.clock())
+        self.refusals.note("index", refusal, self.clock())
+
+    def _reports_written(self, refusal: str | None) -> None:
+        self.refusals.note("reports", refusal, self.clock())
 
     # --- events
 
@@ -130,8 +145,8 @@ class Plane:
                 self._committed(event)
             case Used():
                 self._used(event)
-            case ClientsSeen():
-                self.clients.see(event.addresses, self.clock())
+            case ClientsSeen() | Taken():
+                self._seen(event)
             case Need():
                 self.space.need(event.size_bytes, refused=event.refused)
             case Unstorable():
@@ -139,9 +154,20 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+            case Unlisted():
+                self.around.unlisted(event.moniker)
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
+
+    def _seen(self, event: ClientsSeen | Taken) -> None:
+        """Clients were there, and perhaps took something."""
+        if isinstance(event, Taken):
+            self.clients.see({take.client for take in event.takes}, self.clock())
+            self.reports.take(event)
+        else:
+            self.clients.see(event.addresses, self.clock())
+            self.reports.see(event.addresses)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
@@ -191,6 +217,9 @@ class Plane:
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
+        label = self.around.label_of(stream, "")
+        if label is not None:
+            return label.product, label.language
         return self.around.product_of(stream[2]) or (stream[2], stream[1])
 
     def not_ready(self) -> list[str]:
@@ -250,12 +279,12 @@ class Plane:
                     for what, refusal in self.refusals.rows.items()
                 ]
             },
-            "fills": [fill_of(part) for part in disk.parts if is_under_way(part)],
+            "fills": self._fills(disk),
             "fill_waiters": totals.get("gup_fill_waiters", 0),
             "clients": {"connections": totals.get("gup_client_connections", 0)}
             | {"seen": self.clients.counts(now)},
             "workers": [dict(worker) for worker in around.workers()],
-            "upstreams": self._upstreams(),
+            "upstreams": self.upstreams(),
             "wan_rate_bytes_per_second": around.wan_rate() or None,
             "limits": limits_of(
                 self.settings,
@@ -285,8 +314,20 @@ class Plane:
             "complete": self.index.complete,
         }
 
-    def _upstreams(self) -> list[dict[str, Any]]:
+    async def fills(self) -> dict[str, Any]:
+        """What is being fetched, for `/api/v1/fills`."""
+        waiters = self.around.totals().get("gup_fill_waiters", 0)
+        return {"fills": self._fills(await self.space.measure()), "waiters": waiters}
+
+    def _fills(self, disk: Disk) -> list[dict[str, Any]]:
+        parts = [part for part in disk.parts if is_under_way(part)]
+        self.fill_rates.see(parts)
+        return [self.fill_rates.row(part, self.label, self.clock()) for part in parts]
+
+    def upstreams(self) -> list[dict[str, Any]]:
+        """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
+        catalogues = self.around.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -305,6 +346,7 @@ class Plane:
                     "since": since or self.around.started_at,
                     "last_error": detail,
                     "last_error_at": at,
+                    "catalogue": catalogues.get(upstream.name),
                 }
             )
         return rows
