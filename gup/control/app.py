@@ -9,6 +9,7 @@ from aiohttp import web
 from gup.control.api import content, front, health, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
+from gup.control.history import routes as history
 from gup.control.plane import Plane
 from gup.errors import GupError
 
@@ -22,6 +23,7 @@ RESOURCES = (
     status.routes,
     content.routes,
     upkeep.routes,
+    history.routes,
 )
 """A line a resource."""
 
