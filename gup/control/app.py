@@ -6,10 +6,11 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import content, front, health, status, upkeep
+from gup.control.api import content, health, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
 from gup.control.history import routes as history
+from gup.control.page import routes as page
 from gup.control.plane import Plane
 from gup.errors import GupError
 
@@ -18,7 +19,6 @@ _MAX_REQUEST_BYTES = 64 * 1024
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 RESOURCES = (
-    front.routes,
     health.routes,
     status.routes,
     content.routes,
@@ -30,12 +30,12 @@ RESOURCES = (
 
 def make_app(plane: Plane) -> web.Application:
     """The application over `plane`."""
-    app = web.Application(
-        middlewares=[_security_headers, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES
-    )
+    app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[PLANE] = plane
     for resource in RESOURCES:
         app.add_routes(resource)
+    page.set_up(app)
+    app.on_response_prepare.append(_security_headers)
     return app
 
 
@@ -79,13 +79,11 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
         return problem(500, HTTPStatus(500).description)
 
 
-@web.middleware
-async def _security_headers(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    response = await handler(request)
+async def _security_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    """On every answer, just before its head leaves; those that stream too."""
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    response.headers.setdefault("Cache-Control", "no-store")

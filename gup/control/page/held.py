@@ -1,0 +1,95 @@
+"""What is cached, by product, version and language, with its revisions. Pure; never looks at the disk."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from heapq import nlargest
+
+from gup.content.key import Kind
+from gup.control.rows import Row, Stream
+
+MAX_STREAMS = 40
+MAX_REVISIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One revision's bodies together. `full_bytes` None: only deltas are here. Times are Unix seconds."""
+
+    name: str
+    full_bytes: int | None
+    deltas: int
+    size_bytes: int
+    hits: int
+    stored_at: float
+    used_at: float
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One stream: the newest of its revisions, and figures of all of them."""
+
+    product: str
+    version: str
+    language: str
+    revisions: tuple[Revision, ...]
+    more: int
+    entries: int
+    size_bytes: int
+    hits: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """The largest streams, and how many were left out."""
+
+    streams: tuple[Held, ...]
+    more: int
+
+
+def holdings(rows: Iterable[Row], label: Callable[[Stream], tuple[str, str]]) -> Holdings:
+    """The view of all rows; `label` gives a stream's product and language."""
+    streams: dict[Stream, list[Row]] = {}
+    for row in rows:
+        streams.setdefault(row.stream_id, []).append(row)
+    largest = nlargest(MAX_STREAMS, streams.items(), key=lambda item: _size(item[1]))
+    held = [_held(stream, rows_of, *label(stream)) for stream, rows_of in largest]
+    held.sort(key=lambda one: (one.product.casefold(), one.version, one.language))
+    return Holdings(tuple(held), len(streams) - len(held))
+
+
+def _size(rows: Iterable[Row]) -> int:
+    return sum(row.length_bytes for row in rows)
+
+
+def _held(stream: Stream, rows: list[Row], product: str, language: str) -> Held:
+    by_revision: dict[str, list[Row]] = {}
+    for row in rows:
+        by_revision.setdefault(row.content_revision or row.revision, []).append(row)
+    newest = sorted(by_revision, reverse=True)
+    return Held(
+        product,
+        stream[0],
+        language,
+        tuple(_revision(name, by_revision[name]) for name in newest[:MAX_REVISIONS]),
+        max(0, len(newest) - MAX_REVISIONS),
+        len(rows),
+        _size(rows),
+        sum(row.hits for row in rows),
+        sum(row.sent_bytes for row in rows),
+    )
+
+
+def _revision(name: str, rows: list[Row]) -> Revision:
+    fulls = [row.length_bytes for row in rows if row.kind is not Kind.DELTA]
+    return Revision(
+        name,
+        sum(fulls) if fulls else None,
+        sum(row.kind is Kind.DELTA for row in rows),
+        _size(rows),
+        sum(row.hits for row in rows),
+        max(row.stored_at for row in rows),
+        max(row.used_at for row in rows),
+        any(row.pinned for row in rows),
+    )
