@@ -13,13 +13,23 @@ from typing import TypeVar
 
 from gup.cache.asking import PRIORITIES, check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import commit, committed
+from gup.cache.commit import commit, tell_commit
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import PartWriter, Salvage
 from gup.cache.passing import NobodyReads, PassingWriter
-from gup.cache.prior import Prior, drop_parts, examine, give_up, is_the_entry, note_damage, validated_at
+from gup.cache.prior import (
+    Prior,
+    drop_parts,
+    examine,
+    give_up,
+    is_the_entry,
+    note_damage,
+    save_failure,
+    validated_at,
+)
+from gup.cache.queue import Place
 from gup.cache.record import Head, Record
 from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
@@ -52,6 +62,7 @@ class Leader:
         """Takes over from `_writer` when the disk refuses."""
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
+        self._place: Place | None = None
         self._room = Room(means.space)
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
@@ -110,8 +121,9 @@ class Leader:
         priority = PRIORITIES[self._flight.route.kind]
         queue = self._means.queue
         async with queue.held(priority, self._means.clock() - self._flight.since) as held:
-            if not held:
+            if held is None:
                 raise queue.refusal(priority)
+            self._place = held
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)
@@ -325,10 +337,21 @@ class Leader:
         assert download.head is not None
         self._leave_upstream()
         body.complete(writer.written)
-        await self._commit(writer, download.head, body.head)
+        await self._settle(writer, download.head, body.head)
+
+    async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
+        """Make the body durable: its readers have it whole by now, and the link is another fill's."""
+        commits = self._means.commits
+        commits.unsettled += 1
+        try:
+            if self._place is not None and not commits.far_behind:
+                self._place.leave()
+            async with commits.turn:
+                await self._commit(writer, remote, head)
+        finally:
+            commits.unsettled -= 1
 
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Make the body durable: its readers have it whole by now and do not wait for that."""
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
@@ -342,19 +365,9 @@ class Leader:
         replaced = await self._on_disk(commit, means.store, state)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
-        if replaced:
-            means.raise_store_epoch()
+        seconds = means.clock() - self._began_at
+        tell_commit(means, record, replaced=replaced, seconds=seconds, upstream=head.upstream)
         self._flight.land(Landing.COMMITTED)
-        means.counters.add("gup_fills_total", outcome="committed")
-        means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
-        means.tell(committed(record, replaced=replaced))
-        log.info(
-            "stored %s, %d bytes in %.2f s from %s",
-            self._key.text,
-            record.length,
-            means.clock() - self._began_at,
-            head.upstream,
-        )
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -449,7 +462,7 @@ class Leader:
         head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
-            await self._in_thread(self._save_end, state, drop)
+            await self._in_thread(save_failure, means.store, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
@@ -462,16 +475,6 @@ class Leader:
         means.tell(
             {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
         )
-
-    def _save_end(self, state: FillState, drop: bool) -> None:
-        if drop:
-            drop_parts(self._means.store, self._key)
-        if state.failure is not None and state.failure.ttl > 0:
-            self._means.store.save_state(state)
-        elif drop:
-            self._means.store.drop_state(self._key.id)
-        elif state.head is not None:
-            self._means.store.save_state(state)
 
     # --- bookkeeping
 

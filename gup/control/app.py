@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import content, health, status, upkeep
+from gup.control.api import content, health, openapi, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
 from gup.control.history import routes as history
@@ -24,6 +24,8 @@ RESOURCES = (
     content.routes,
     upkeep.routes,
     history.routes,
+    page.routes,
+    openapi.routes,
 )
 """A line a resource."""
 

@@ -20,6 +20,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Unlisted,
     Unstorable,
     UpstreamTrouble,
     Used,
@@ -27,6 +28,7 @@ from gup.control.events import (
     receive,
 )
 from gup.control.exposition import Figures
+from gup.control.fills import FillRates
 from gup.control.history.keeper import HistoryKeeper
 from gup.control.index import Index
 from gup.control.limits import limits_of, numbers
@@ -34,7 +36,7 @@ from gup.control.refusals import Refusals
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
-from gup.control.status import fill_of, totals_of
+from gup.control.status import totals_of
 from gup.control.streams import Demand, newest_times
 from gup.control.surroundings import Surroundings
 from gup.control.verify import Verification
@@ -89,6 +91,7 @@ class Plane:
             installed_at=around.installed_at,
             clock=clock,
         )
+        self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
@@ -146,6 +149,8 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+            case Unlisted():
+                self.around.unlisted(event.moniker)
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
@@ -198,6 +203,9 @@ class Plane:
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
+        label = self.around.label_of(stream, "")
+        if label is not None:
+            return label.product, label.language
         return self.around.product_of(stream[2]) or (stream[2], stream[1])
 
     def not_ready(self) -> list[str]:
@@ -256,12 +264,12 @@ class Plane:
                     for what, refusal in self.refusals.rows.items()
                 ]
             },
-            "fills": [fill_of(part) for part in disk.parts if is_under_way(part)],
+            "fills": self._fills(disk),
             "fill_waiters": totals.get("gup_fill_waiters", 0),
             "clients": {"connections": totals.get("gup_client_connections", 0)}
             | {"seen": self.clients.counts(now)},
             "workers": [dict(worker) for worker in around.workers()],
-            "upstreams": self._upstreams(),
+            "upstreams": self.upstreams(),
             "wan_rate_bytes_per_second": around.wan_rate() or None,
             "limits": limits_of(
                 self.settings,
@@ -291,8 +299,20 @@ class Plane:
             "complete": self.index.complete,
         }
 
-    def _upstreams(self) -> list[dict[str, Any]]:
+    async def fills(self) -> dict[str, Any]:
+        """What is being fetched, for `/api/v1/fills`."""
+        waiters = self.around.totals().get("gup_fill_waiters", 0)
+        return {"fills": self._fills(await self.space.measure()), "waiters": waiters}
+
+    def _fills(self, disk: Disk) -> list[dict[str, Any]]:
+        parts = [part for part in disk.parts if is_under_way(part)]
+        self.fill_rates.see(parts)
+        return [self.fill_rates.row(part, self.label, self.clock()) for part in parts]
+
+    def upstreams(self) -> list[dict[str, Any]]:
+        """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
+        catalogues = self.around.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -311,6 +331,7 @@ class Plane:
                     "since": since or self.around.started_at,
                     "last_error": detail,
                     "last_error_at": at,
+                    "catalogue": catalogues.get(upstream.name),
                 }
             )
         return rows

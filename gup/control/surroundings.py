@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
+from gup.content.catalogues import Label, Stream
 from gup.content.key import ContentKey
 from gup.errors import Problem
 from gup.metrics import Counters
@@ -18,7 +19,9 @@ class Surroundings:
     all blocks, by series name: counters, histogram words and gauges alike.
 
     `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
-    language from the catalogue. `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
+    language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
+    file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
+    `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
     with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
     under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
     `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
@@ -51,3 +54,8 @@ class Surroundings:
     installed_at: float
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
+    label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
+    catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
+    """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
+    unlisted: Callable[[str], None] = lambda _moniker: None
+    """To be told of monikers that were asked for and that no catalogue lists."""

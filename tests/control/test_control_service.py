@@ -121,10 +121,12 @@ async def test_status_tells_everything(world, browser):
         "entries": 1, "entries_bytes": 500, "parts": 1, "parts_bytes": 250, "size_bytes": 750,
         "limit_bytes": 1_000_000, "free_bytes": 0, "complete": True,
     }  # fmt: skip
-    assert told["fills"] == [
-        {"key": key.text, "id": key.id, "phase": str(Phase.STREAMING), "received_bytes": 250,
-         "length_bytes": 1000, "upstream": "manager"}
-    ]  # fmt: skip
+    (fill,) = told["fills"]
+    assert fill | {"began_at": 0, "bytes_per_second": 0, "remaining_seconds": 0} == {
+        "key": key.text, "id": key.id, "phase": str(Phase.STREAMING), "received_bytes": 250,
+        "length_bytes": 1000, "upstream": "manager", "product": world.MONIKER, "language": "French",
+        "kind": "full", "began_at": 0, "bytes_per_second": 0, "remaining_seconds": 0,
+    }  # fmt: skip
     (manager,) = told["upstreams"]
     assert (manager["name"], manager["up"], manager["url"]) == ("manager", True, "http://manager:8014")
     assert (manager["state"], manager["last_error"], manager["weight"]) == ("unknown", None, 1)

@@ -10,7 +10,8 @@ from gup.content.key import ContentKey
 from gup.control.plane import Plane
 
 PLANE: web.AppKey[Plane] = web.AppKey("plane", Plane)
-KEY = "{key:[^/]+/[^/]+/[^/]+/[^/]+/[^/]+}"
+_PARTS = ("version", "language", "stream", "revision", "file")
+KEY = "/".join(f"{{{part}:[^/]+}}" for part in _PARTS)
 """A content key in a route's path."""
 
 
@@ -28,6 +29,6 @@ def answer(fields: Any, status: int = 200) -> web.Response:
 def key_of(request: web.Request) -> ContentKey:
     """The key in the request's path; 400 when it is none."""
     try:
-        return ContentKey.parse(request.match_info["key"])
+        return ContentKey.parse("/".join(request.match_info[part] for part in _PARTS))
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error

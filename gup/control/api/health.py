@@ -3,14 +3,17 @@
 from aiohttp import web
 
 from gup.control.api.answers import PLANE, problem
+from gup.control.api.described import describe
 from gup.control.exposition import expose
 
 
+@describe(None, media=("text/plain",))
 async def healthz(_request: web.Request) -> web.Response:
     """The process lives and its loop turns."""
     return web.Response(text="ok\n")
 
 
+@describe(None, media=("text/plain",))
 async def readyz(request: web.Request) -> web.Response:
     """Content can be served; 503 says why not."""
     reasons = request.app[PLANE].not_ready()
@@ -19,6 +22,7 @@ async def readyz(request: web.Request) -> web.Response:
     return web.Response(text="ready\n")
 
 
+@describe(None, media=("text/plain", "application/openmetrics-text"))
 async def metrics(request: web.Request) -> web.Response:
     """The exposition, as text or OpenMetrics."""
     figures = await request.app[PLANE].figures()

@@ -8,15 +8,15 @@ from gup.content.key import Kind
 from gup.control.rows import Row, Stream
 
 MAX_STREAMS = 40
-MAX_REVISIONS = 5
+MAX_REVISIONS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One revision's bodies together. `full_bytes` None: only deltas are here. Times are Unix seconds."""
+    """One revision's bodies together; `wholes` are those that are no deltas. Times are Unix seconds."""
 
     name: str
-    full_bytes: int | None
+    wholes: int
     deltas: int
     size_bytes: int
     hits: int
@@ -39,6 +39,11 @@ class Held:
     hits: int
     sent_bytes: int
 
+    @property
+    def stored_at(self) -> float:
+        """When the newest revision's last body came."""
+        return self.revisions[0].stored_at
+
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
@@ -48,13 +53,13 @@ class Holdings:
     more: int
 
 
-def holdings(rows: Iterable[Row], label: Callable[[Stream], tuple[str, str]]) -> Holdings:
-    """The view of all rows; `label` gives a stream's product and language."""
+def holdings(rows: Iterable[Row], label: Callable[[Stream], tuple[str, str, str]]) -> Holdings:
+    """The view of all rows; `label` gives a stream's product, version and language."""
     streams: dict[Stream, list[Row]] = {}
     for row in rows:
         streams.setdefault(row.stream_id, []).append(row)
     largest = nlargest(MAX_STREAMS, streams.items(), key=lambda item: _size(item[1]))
-    held = [_held(stream, rows_of, *label(stream)) for stream, rows_of in largest]
+    held = [_held(*label(stream), rows_of) for stream, rows_of in largest]
     held.sort(key=lambda one: (one.product.casefold(), one.version, one.language))
     return Holdings(tuple(held), len(streams) - len(held))
 
@@ -63,14 +68,14 @@ def _size(rows: Iterable[Row]) -> int:
     return sum(row.length_bytes for row in rows)
 
 
-def _held(stream: Stream, rows: list[Row], product: str, language: str) -> Held:
+def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
     by_revision: dict[str, list[Row]] = {}
     for row in rows:
         by_revision.setdefault(row.content_revision or row.revision, []).append(row)
     newest = sorted(by_revision, reverse=True)
     return Held(
         product,
-        stream[0],
+        version,
         language,
         tuple(_revision(name, by_revision[name]) for name in newest[:MAX_REVISIONS]),
         max(0, len(newest) - MAX_REVISIONS),
@@ -82,10 +87,9 @@ def _held(stream: Stream, rows: list[Row], product: str, language: str) -> Held:
 
 
 def _revision(name: str, rows: list[Row]) -> Revision:
-    fulls = [row.length_bytes for row in rows if row.kind is not Kind.DELTA]
     return Revision(
         name,
-        sum(fulls) if fulls else None,
+        sum(row.kind is not Kind.DELTA for row in rows),
         sum(row.kind is Kind.DELTA for row in rows),
         _size(rows),
         sum(row.hits for row in rows),

@@ -39,7 +39,6 @@ def set_up(app: web.Application) -> None:
     """Give `app`, which has its plane, the page. Listeners are ended before the server waits for handlers."""
     app[PARTS] = PageParts(app)
     app.on_shutdown.append(_end)
-    app.add_routes(routes)
     if missing := app[PARTS].assets.missing:
         _log.warning("the page draws no charts: %s not installed; install gup again", ", ".join(missing))
 

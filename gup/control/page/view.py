@@ -12,6 +12,7 @@ from gup.control.history.record import HOUR, MINUTE, Point, added
 from gup.control.page.held import Holdings, holdings
 from gup.control.page.savings import savings
 from gup.control.plane import Plane
+from gup.control.rows import Stream
 
 _HELD_SECONDS = 5.0
 """So long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
@@ -59,9 +60,16 @@ class Viewer:
         async with self._holding:
             if self._held is None or time.monotonic() - self._held_at > _HELD_SECONDS:
                 rows = list(self._plane.index.rows.values())
-                self._held = await asyncio.to_thread(holdings, rows, self._plane.label)
+                self._held = await asyncio.to_thread(holdings, rows, self._label)
                 self._held_at = time.monotonic()
             return self._held
+
+    def _label(self, stream: Stream) -> tuple[str, str, str]:
+        """Product, version and language: the catalogue's words where it has any, else those of the key."""
+        product, language = self._plane.label(stream)
+        label = self._plane.around.label_of(stream, "")
+        version = label.version if label and stream[0] == "any" else stream[0]
+        return product, version, language
 
 
 def figures(view: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,10 +129,8 @@
       charts[name].setData(data);
       return;
     }
-    const box = () => ({ width: place.clientWidth, height: Math.max(120, place.clientHeight - 30) });
-    place.append(document.createElement("span")); // :empty hides it, and then it has no size
+    const box = () => ({ width: place.clientWidth, height: name === "days" ? 180 : matchMedia("(max-width: 40rem)").matches ? 170 : 220 });
     const chart = new uPlot({ ...options, ...box(), tzDate: (at) => (zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000)) }, data, place);
-    place.querySelector(":scope > span").remove();
     charts[name] = chart;
     new ResizeObserver(() => {
       const { width, height } = box();
