@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import nlargest
+from urllib.parse import unquote
 
-from gup.content.key import Kind
+from gup.content.key import ABSENT, Kind
 from gup.control.rows import Row, Stream
 
 MAX_STREAMS = 40
@@ -71,7 +72,7 @@ def _size(rows: Iterable[Row]) -> int:
 def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
     by_revision: dict[str, list[Row]] = {}
     for row in rows:
-        by_revision.setdefault(row.content_revision or row.revision, []).append(row)
+        by_revision.setdefault(row.content_revision or _name(row), []).append(row)
     newest = sorted(by_revision, reverse=True)
     return Held(
         product,
@@ -84,6 +85,11 @@ def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
         sum(row.hits for row in rows),
         sum(row.sent_bytes for row in rows),
     )
+
+
+def _name(row: Row) -> str:
+    """What tells bodies apart that have no revision: their file's name."""
+    return row.revision if row.revision != ABSENT else unquote(row.file)
 
 
 def _revision(name: str, rows: list[Row]) -> Revision:

@@ -69,7 +69,7 @@ class Viewer:
         product, language = self._plane.label(stream)
         label = self._plane.around.label_of(stream, "")
         version = label.version if label and stream[0] == "any" else stream[0]
-        return product, version, language
+        return product, version, "all languages" if language == "SymAllLanguages" else language
 
 
 def figures(view: Mapping[str, Any]) -> dict[str, Any]:

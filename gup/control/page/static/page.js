@@ -117,9 +117,20 @@
     const font = "12px system-ui, sans-serif";
     const times = clock(form);
     return [
-      { stroke, grid: { show: false }, ticks, font, space: 64, values: (_, splits) => splits.map(times) },
+      { stroke, grid: { show: false }, ticks, font, size: 28, space: 64, values: (_, splits) => splits.map(times) },
       { stroke, grid, ticks, font, size: 74, values: short(unit) },
     ];
+  }
+
+  // With no pointer over it, the legend tells the newest figures.
+  function showLast(chart) {
+    if (chart.cursor.idx === null || chart.cursor.idx === undefined) chart.setLegend({ idx: chart.data[0].length - 1 });
+  }
+
+  // A point between two gaps makes no line.
+  function alone(chart, series) {
+    const values = chart.data[series];
+    return values.flatMap((value, at) => (value !== null && (values[at - 1] ?? null) === null && (values[at + 1] ?? null) === null ? [at] : []));
   }
 
   function draw(name, options, data) {
@@ -127,11 +138,14 @@
     if (!window.uPlot || !place) return;
     if (charts[name]) {
       charts[name].setData(data);
+      showLast(charts[name]);
       return;
     }
     const box = () => ({ width: place.clientWidth, height: name === "days" ? 180 : matchMedia("(max-width: 40rem)").matches ? 170 : 220 });
     const chart = new uPlot({ ...options, ...box(), tzDate: (at) => (zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000)) }, data, place);
     charts[name] = chart;
+    chart.over.addEventListener("mouseleave", () => setTimeout(() => showLast(chart)));
+    showLast(chart);
     new ResizeObserver(() => {
       const { width, height } = box();
       if (width !== chart.width) chart.setSize({ width, height });
@@ -139,6 +153,7 @@
   }
 
   function lines(form) {
+    const dots = { show: true, size: 5, filter: alone };
     return {
       legend: { live: true },
       cursor: { y: false, drag: { x: false, y: false } },
@@ -146,8 +161,8 @@
       axes: axes(form, "/s"),
       series: [
         { label: "Time", value: (_, at) => (at === null ? "–" : clock("{HH}:{mm}")(at)) },
-        { label: "To clients", stroke: colour("--clients"), fill: colour("--clients-area"), width: 2, points: { show: false }, value: shown("/s") },
-        { label: "Over the WAN", stroke: colour("--wan"), fill: colour("--wan-area"), width: 2, points: { show: false }, value: shown("/s") },
+        { label: "To clients", stroke: colour("--clients"), fill: colour("--clients-area"), width: 2, points: dots, value: shown("/s") },
+        { label: "Over the WAN", stroke: colour("--wan"), fill: colour("--wan-area"), width: 2, points: dots, value: shown("/s") },
         { label: "WAN limit", stroke: colour("--limit"), width: 1.5, dash: [6, 4], points: { show: false }, value: shown("/s") },
       ],
     };
@@ -197,7 +212,7 @@
         x: { range: () => [last - 29.5 * 86400, last + 0.5 * 86400] },
         y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] },
       },
-      axes: [{ ...x, splits: () => Array.from({ length: 10 }, (_, at) => last - 86400 * 3 * at), values: (_, at) => at.map(text) }, y],
+      axes: [{ ...x, splits: (chart) => Array.from({ length: chart.width < 600 ? 4 : 10 }, (_, at) => last - 86400 * at * (chart.width < 600 ? 8 : 3)), values: (_, at) => at.map(text) }, y],
       series: [
         { label: "Day", value: (_, at) => (at === null ? "–" : text(at)) },
         { label: "To clients", stroke: colour("--clients"), fill: colour("--clients"), paths: bars, points: { show: false }, value: shown("") },
