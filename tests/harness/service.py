@@ -22,7 +22,7 @@ from harness.clients import RawConnection, Response, address_of, fetch
 from harness.processes import command_line, end, environment, marked, owners_of_connection
 from harness.waiting import until
 
-READY = re.compile(r"gup: serving on (http://\S+), control plane on (http://\S+), (\d+) workers?")
+READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
 START_TIMEOUT_SECONDS = 20.0
 REPOSITORY = Path(__file__).parents[2]
 
@@ -91,6 +91,7 @@ class Gup:
         workers: int = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        admin: str = "127.0.0.1:0",
         start: bool = True,
     ) -> None:
         self.cache_dir = cache_dir
@@ -113,7 +114,7 @@ class Gup:
         for url in upstreams:
             self.command += ["--upstream", url]
         self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
-        self.command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        self.command += ["--listen", "127.0.0.1:0", "--admin", admin]
         if start:
             self.start()
 
@@ -278,9 +279,17 @@ class Gup:
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
     def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
-        """Status and JSON of one call of the control plane; None for an empty body."""
-        answer = fetch(self.admin, path, method=method)
+        """Status and JSON of one call of the control plane; None for an empty body.
+
+        What changes something shows the token that commands on this machine show.
+        """
+        shown = {} if method == "GET" else {"Authorization": f"Bearer {self.token}"}
+        answer = fetch(self.admin, path, shown, method=method)
         return answer.status, json.loads(answer.body) if answer.body else None
+
+    @property
+    def token(self) -> str:
+        return (self.cache_dir / "run" / "admin-token").read_text().strip()
 
     def status(self) -> dict[str, Any]:
         code, found = self.api("/api/v1/status")
