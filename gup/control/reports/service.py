@@ -176,7 +176,7 @@ class Reports:
             self._ledger.database.close()
 
         await self._in_thread(close)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
 
     # --- what is asked
 
