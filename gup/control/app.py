@@ -7,7 +7,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import clients, content, health, openapi, reports, status, upkeep
+from gup.control.api import clients, content, health, openapi, reports, rules, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history
@@ -28,6 +28,7 @@ RESOURCES = (
     clients.routes,
     reports.routes,
     upkeep.routes,
+    rules.routes,
     history.routes,
     page.routes,
     openapi.routes,

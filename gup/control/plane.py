@@ -126,8 +126,8 @@ class Plane:
     def _index_written(self, refusal: str | None) -> None:
         self.refusals.note("index", refusal, self.clock())
 
-    def _reports_written(self, refusal: str | None) -> None:
-        self.refusals.note("reports", refusal, self.clock())
+    def _reports_written(self, what: str, refusal: str | None) -> None:
+        self.refusals.note(what, refusal, self.clock())
 
     # --- events
 
@@ -263,6 +263,7 @@ class Plane:
             storms=storms,
             config_ok=self.around.config_ok(),
             site=self.settings.site.name,
+            started_at=self.around.started_at,
         )
 
     async def status(self) -> dict[str, Any]:
