@@ -25,7 +25,8 @@ FIGURE = "const at = document.querySelector(arguments[0]); return at ? Number(at
 TEXT = "return document.body.innerText"
 FOCUS = """
 const at = document.activeElement, style = getComputedStyle(at);
-return [at === document.body ? "" : at.outerHTML.slice(0, 60), style.outlineStyle, parseFloat(style.outlineWidth)]
+const what = at === document.body ? "" : at.outerHTML.slice(0, 60);
+return [what, style.outlineStyle, parseFloat(style.outlineWidth)]
 """
 FAINT = """
 // Text whose colour has less contrast to its ground than 4.5 : 1 (WCAG 2.2, 1.4.3), with the ratio.
@@ -55,9 +56,10 @@ return [...document.querySelectorAll(".plot canvas")].map((canvas) => {
 })
 """
 NAMELESS = """
-return [...document.querySelectorAll("a, button, summary, progress, [tabindex='0'], table, section, figure, nav")]
-  .filter((at) => !(at.textContent || "").trim() && !at.getAttribute("aria-label") && !at.getAttribute("aria-labelledby"))
-  .map((at) => at.outerHTML.slice(0, 80))
+const used = "a, button, summary, progress, [tabindex='0'], table, section, figure, nav";
+const named = (at) => ["aria-label", "aria-labelledby"].some((name) => at.getAttribute(name));
+return [...document.querySelectorAll(used)]
+  .filter((at) => !at.textContent.trim() && !named(at)).map((at) => at.outerHTML.slice(0, 80))
 """
 
 
