@@ -7,7 +7,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import clients, content, front, health, openapi, reports, status, upkeep
+from gup.control.api import clients, content, front, health, openapi, reports, rules, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.plane import Plane
@@ -27,6 +27,7 @@ RESOURCES = (
     clients.routes,
     reports.routes,
     upkeep.routes,
+    rules.routes,
     openapi.routes,
 )
 """A line a resource."""

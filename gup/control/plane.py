@@ -256,6 +256,7 @@ class Plane:
             storms=storms,
             config_ok=self.around.config_ok(),
             site=self.settings.site.name,
+            started_at=self.around.started_at,
         )
 
     async def status(self) -> dict[str, Any]:

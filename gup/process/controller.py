@@ -53,6 +53,7 @@ class Controller:
             lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
             self._page.raise_policy,
         )
+        assembly.pool.lists = self._catalogues.lists
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -80,6 +81,7 @@ class Controller:
                 installed_at=assembly.shared.installed_at,
                 label_of=self._catalogues.label,
                 catalogues=self._catalogues.shown,
+                catalogue_rows=lambda: self._catalogues.catalogues,
                 unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),

@@ -18,7 +18,7 @@ def effective(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     late = [f"listen.{key}" for key in _LISTEN_KEYS if getattr(old.listen, key) != getattr(new.listen, key)]
     kept = {key: getattr(old.listen, key) for key in _LISTEN_KEYS}
     if (old.listen.admin_cert_file is None) != (new.listen.admin_cert_file is None):
-        late += _TLS_KEYS[:1]
+        late.append("listen.admin_cert_file")
         kept |= {key: getattr(old.listen, key) for key in _TLS_KEYS}
     if new.listen.admin_token_file is None and not ip_address(old.listen.admin_address).is_loopback:
         late.append("listen.admin_token_file")

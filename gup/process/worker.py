@@ -18,6 +18,7 @@ from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
 from gup.server.downloads import Downloads, Machine
+from gup.server.gate import Gate
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
 from gup.server.listener import Listener
@@ -45,10 +46,21 @@ class Worker:
         )
         names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
         self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
+        gate = self._gate = Gate(
+            assembly.settings,
+            assembly.store.run,
+            assembly.counters,
+            assembly.executor,
+            lambda: page.policy_epoch,
+            assembly.tell,
+            hot.drop,
+            assembly.means.clock,
+        )
+        assembly.pool.lists = lambda name, stream: gate.choices.catalogues.listed(name, stream) is not None
         handler = Handler(
             assembly.means,
             assembly.cache,
-            assembly.routes,
+            gate,
             tally,
             hot,
             downloads,
@@ -118,6 +130,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
+        await self._gate.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:

@@ -10,6 +10,7 @@ from gup.cache.body import Body
 from gup.cache.cache import Cache, Opened, Result
 from gup.cache.flight import Means
 from gup.cache.record import Head
+from gup.content.choice import Choice
 from gup.content.http_date import format_http_date
 from gup.content.key import Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
@@ -18,6 +19,7 @@ from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
 from gup.server.accounts import Account, Accounts, of_problem
 from gup.server.downloads import Downloads, Turn
+from gup.server.gate import Gate
 from gup.server.hot import HotRow, HotTable
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
@@ -35,6 +37,7 @@ _STATUS_OF_RESULT = {
     Result.BYPASS: "gup; fwd=bypass",
 }
 """Values of Cache-Status (RFC 9211)."""
+_STATUS_OF_HEAD_MISS = "gup; fwd=uri-miss"
 _TRIES = 3
 """Bodies that a request may find to be replaced before it has begun to read them."""
 _OUR_MISTAKE = Problem("internal-error", "a mistake of gup's own; its log tells more")
@@ -68,8 +71,14 @@ class Asked:
 
     request: Request
     route: Route
-    variant: Variant
+    """With the key that was chosen for this client."""
+    choice: Choice
     head: bytes
+
+    @property
+    def variant(self) -> Variant:
+        """Whose upstreams are asked."""
+        return self.choice.asked
 
 
 class Handler:
@@ -79,7 +88,7 @@ class Handler:
         self,
         means: Means,
         cache: Cache,
-        routes: Routes,
+        gate: Gate,
         tally: Tally,
         hot: HotTable,
         downloads: Downloads,
@@ -91,7 +100,8 @@ class Handler:
         self.draining = False
         self._means = means
         self._cache = cache
-        self._routes = routes
+        self._gate = gate
+        self._routes = _routes(means.settings)
         self._tally = tally
         self._hot = hot
         self._downloads = downloads
@@ -104,11 +114,15 @@ class Handler:
     def apply(self, settings: config.Settings) -> None:
         """Reloaded settings."""
         self._authorities = _authorities(settings)
+        self._routes = _routes(settings)
+        self._gate.apply(settings)
 
     # --- entry points
 
     def answer_now(self, request: Request, head: bytes) -> Reply | None:
         """The answer if it needs neither disk nor upstream; None: call `answer`."""
+        if not self._gate.ready:
+            return None
         began = self._means.clock()
         epochs = self._hot.epochs
         asked = None
@@ -117,6 +131,7 @@ class Handler:
             opened = self._cache.open_now(asked.route, asked.variant)
             if opened is None:
                 return None
+            self._gate.passed(asked.choice, asked.route)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
             return self.refusal(problem, request=request, asked=asked)
@@ -130,10 +145,12 @@ class Handler:
     async def answer(self, request: Request, head: bytes) -> Reply:
         """The answer, whatever it takes; never raises but when it is cancelled."""
         began = self._means.clock()
-        epochs = self._hot.epochs
         asked = None
         try:
+            await self._gate.until_ready()
+            epochs = self._hot.epochs
             asked = self._ask(request, head)
+            self._gate.passed(asked.choice, asked.route)
             if request.method == "HEAD":
                 return await self._answer_head(asked)
             opened = await self._open(asked)
@@ -195,10 +212,10 @@ class Handler:
                 f"{target.authority} is no upstream of this service; it is not an open proxy",
             )
         route = self._routes.route(target.path)
-        variants = self._means.pool.variants
-        if not variants:
+        if not self._means.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
-        return Asked(request, route, variants[0], head)
+        choice = self._gate.choose(request, route)
+        return Asked(request, choice.of(route), choice, head)
 
     async def _open(self, asked: Asked) -> Opened:
         """The body, with the bytes that its answer begins with at hand: until then an error can be told."""
@@ -304,7 +321,10 @@ class Handler:
         head, result, age_seconds = await self._cache.look(
             asked.route, asked.variant, asked.request.header("via")
         )
-        planned = plan(asked.request, _representation(head), self._served(result, age_seconds))
+        served = self._served(result, age_seconds)
+        if result is Result.MISS:
+            served = replace(served, cache_status=_STATUS_OF_HEAD_MISS)
+        planned = plan(asked.request, _representation(head), served)
         self._tally.request(result, planned.status)
         key = asked.route.key(asked.variant).text
         account = Account("HEAD", result, planned.status, key)
@@ -318,6 +338,8 @@ class Handler:
         if entry is None or opened.body is not entry:
             return
         if not entry.all_verified or opened.result is not Result.HIT:
+            return
+        if not asked.choice.decision.allowed:  # each one is counted
             return
         if not request.keep_alive or request.minor_version != 1 or request.method != "GET":
             return
@@ -347,7 +369,9 @@ class Handler:
             validated_at=record.validated_at,
             stated=self.accounts.declarations.of(request.headers),
         )
-        self._hot.learn(asked.head, request.target, row, epochs)
+        # Where it depends on the client, only these same bytes have the same answer.
+        target = request.target if asked.choice.for_everybody else None
+        self._hot.learn(asked.head, target, row, epochs)
 
 
 def of_body(request: Request, opened: Opened, planned: Plan) -> Account:
@@ -372,6 +396,11 @@ def _representation(head: Head) -> Representation:
 def _without_range(request: Request) -> Request:
     kept = tuple((name, value) for name, value in request.headers if name not in ("range", "if-range"))
     return replace(request, headers=kept)
+
+
+def _routes(settings: config.Settings) -> Routes:
+    """LiveUpdate's files at the root are served where there is an upstream to have them from."""
+    return Routes(liveupdate=any(upstream.kind == "liveupdate" for upstream in settings.upstream))
 
 
 def _authorities(settings: config.Settings) -> frozenset[str]:

@@ -107,15 +107,18 @@ class HotTable:
         """Read before a decision; `learn` refuses it when they have changed since."""
         return self._policy(), self._store(), self._drops
 
-    def learn(self, head: bytes | None, target: bytes, row: HotRow, epochs: tuple[int, int, int]) -> None:
-        """Remember a decision made while `epochs` were in force."""
+    def learn(
+        self, head: bytes | None, target: bytes | None, row: HotRow, epochs: tuple[int, int, int]
+    ) -> None:
+        """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
         if epochs != self.epochs:
             return
         if epochs[:2] != self._seen:
             self.refresh()
         if head is not None and len(head) <= MAX_HEAD_BYTES:
             _insert(self._by_head, head, row)
-        _insert(self._by_target, target, row)
+        if target is not None:
+            _insert(self._by_target, target, row)
 
     def refresh(self) -> None:
         """Take the epochs' changes in."""

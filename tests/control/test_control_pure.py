@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gup.content.catalogues import Label
 from gup.content.key import ContentKey, Kind
 from gup.control.api.described import operation_of
-from gup.control.api.listing import Labels, Listing, select, shown
+from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
 from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
@@ -141,7 +142,7 @@ def test_pages_together_are_the_whole_list_once(order):
 
 
 def labels(_):
-    return Labels("Virus Definitions")
+    return Label("Virus Definitions", "14.3.1", "English", "virus_definitions")
 
 
 def test_filters_choose():
@@ -156,6 +157,7 @@ def test_filters_choose():
     assert found(revision="260101001") == ["full.zip", delta]
     assert found(product="virus definitions") == found() == ["full.zip", delta]
     assert found(version="14.3 ru2", language="FRENCH", stream="{s}") == found()
+    assert found(version="14.3.1", language="en") == found(language="fr-CA") == found()
     for wanted in ({"language": "German"}, {"product": "{S}"}, {"revision": "26"}, {"version": "14"}):
         assert found(**wanted) == []
 
