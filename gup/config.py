@@ -30,6 +30,7 @@ from gup.fields import (
     Duration,
     Headers,
     Label,
+    LogDestination,
     Minute,
     Networks,
     Port,
@@ -287,12 +288,39 @@ class Rules(Section):
 
 
 class Log(Section):
-    """What is logged to standard error."""
+    """What is logged, and where to."""
 
-    level: Literal["debug", "info", "warning", "error"] = row("info", "The least level written.")
+    level: Literal["debug", "info", "warning", "error"] = row(
+        "info", "The least level written; lines of requests are decided by access alone."
+    )
     format: Literal["text", "json"] = row("text", "A line of text, or a JSON object.")
+    destination: LogDestination = row(
+        "stderr",
+        '"stderr", "stdout", "journald", or the absolute path of a file, which is opened anew when it was '
+        "renamed (logrotate).",
+    )
     access: Literal["off", "sampled", "all"] = row(
-        "sampled", "Which requests are logged: none, misses and few hits, all."
+        "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
+    )
+    access_sample: Positive = row(
+        100, "Of how many hits one is logged while access is sampled, in each worker: the first, and so on."
+    )
+
+
+class Reports(Section):
+    """What is kept of clients and of the bytes saved, for `gup report`."""
+
+    addresses: Literal["full", "hashed", "off"] = row(
+        "full",
+        "How clients are told apart in reports and in the log: by their addresses, by keyed hashes of them, "
+        "or not at all: then there are no records of clients.",
+    )
+    retention: Timeout = row(
+        parse_duration("90d"), "A client not seen for so long is forgotten, and who took what so long ago."
+    )
+    max_clients: Positive = row(100_000, "Clients remembered; beyond it those go that were longest not seen.")
+    ledger: Timeout = row(
+        parse_duration("400d"), "How long the savings of single days are kept; older ones are added up."
     )
 
 
@@ -335,6 +363,7 @@ class Settings(Section):
     catalog: Catalog = Field(default_factory=Catalog)
     rules: Rules = Field(default_factory=Rules)
     log: Log = Field(default_factory=Log)
+    reports: Reports = Field(default_factory=Reports)
     workers: Workers = Field(default_factory=Workers)
     site: Site = Field(default_factory=Site)
 

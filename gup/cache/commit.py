@@ -1,8 +1,8 @@
 """Publishes a whole part, and is patient where descriptors are short; decides no outcome."""
 
-import logging
 import time
 
+from gup.cache.ends import log_end
 from gup.cache.flight import Means
 from gup.cache.record import Record
 from gup.cache.state import FillState
@@ -11,8 +11,6 @@ from gup.errors import is_exhausted
 
 _TRIES = 50
 _PAUSE_SECONDS = 0.2
-
-log = logging.getLogger("gup.fill")
 
 
 def committed(record: Record, *, replaced: bool) -> dict[str, object]:
@@ -52,4 +50,4 @@ def tell_commit(means: Means, record: Record, *, replaced: bool, seconds: float,
     means.counters.add("gup_fills_total", outcome="committed")
     means.counters.observe("gup_fill_duration_seconds", seconds)
     means.tell(committed(record, replaced=replaced))
-    log.info("stored %s, %d bytes in %.2f s from %s", record.key.text, record.length, seconds, upstream)
+    log_end("stored", record.key, seconds, bytes=record.length, upstream=upstream)

@@ -87,6 +87,10 @@ class Admin:
         """Begin one."""
         return self.ask("POST", f"/api/v1/verify?repair={int(repair)}")
 
+    def report(self, name: str, **parameters: int) -> dict[str, Any]:
+        """One of the reports: content, clients, savings."""
+        return self.ask("GET", f"/api/v1/report/{name}?{urlencode(parameters)}")
+
     def reload(self) -> dict[str, Any]:
         return self.ask("POST", "/api/v1/reload")
 

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import content, front, health, openapi, status, upkeep
+from gup.control.api import clients, content, front, health, openapi, reports, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.plane import Plane
@@ -24,6 +24,8 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    clients.routes,
+    reports.routes,
     upkeep.routes,
     openapi.routes,
 )

@@ -88,6 +88,10 @@ class CatalogueKeeper:
             self._doubted = True
             self._wake.set()
 
+    def lists(self, upstream: str, moniker: str) -> bool:
+        """Whether an upstream's catalogue lists a moniker."""
+        return self.catalogues.listed(upstream, moniker) is not None
+
     def label(self, stream: Stream, file: str = "") -> Label | None:
         """What a stream is called now; see Catalogues.label."""
         return self.catalogues.label(stream, file)

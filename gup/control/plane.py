@@ -21,6 +21,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Taken,
     Unlisted,
     Unstorable,
     UpstreamTrouble,
@@ -33,6 +34,7 @@ from gup.control.fills import FillRates
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.refusals import Refusals
+from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
@@ -82,6 +84,16 @@ class Plane:
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
+        self.reports = Reports(
+            Around(
+                around,
+                lambda: self.settings,
+                clock,
+                self._believed,
+                self.index.newest_held,
+                self._reports_written,
+            )
+        )
         self.demand = Demand()
         self.wan_meter = Meter()
         self.fill_rates = FillRates()
@@ -105,10 +117,10 @@ class Plane:
         self.around.counters.add("gup_integrity_failures_total", where="index")
 
     def _index_written(self, refusal: str | None) -> None:
-        if refusal is None:
-            self.refusals.clear("index")
-        else:
-            self.refusals.tell("index", refusal, self.clock())
+        self.refusals.note("index", refusal, self.clock())
+
+    def _reports_written(self, refusal: str | None) -> None:
+        self.refusals.note("reports", refusal, self.clock())
 
     # --- events
 
@@ -133,8 +145,8 @@ class Plane:
                 self._committed(event)
             case Used():
                 self._used(event)
-            case ClientsSeen():
-                self.clients.see(event.addresses, self.clock())
+            case ClientsSeen() | Taken():
+                self._seen(event)
             case Need():
                 self.space.need(event.size_bytes, refused=event.refused)
             case Unstorable():
@@ -147,6 +159,15 @@ class Plane:
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
+
+    def _seen(self, event: ClientsSeen | Taken) -> None:
+        """Clients were there, and perhaps took something."""
+        if isinstance(event, Taken):
+            self.clients.see({take.client for take in event.takes}, self.clock())
+            self.reports.take(event)
+        else:
+            self.clients.see(event.addresses, self.clock())
+            self.reports.see(event.addresses)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")

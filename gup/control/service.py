@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from aiohttp import web
 
@@ -25,6 +26,9 @@ _METER_SECONDS = 1.0
 _TOUCH_SECONDS = 60.0
 _CLIENTS_SECONDS = 60.0
 _SPACE_SECONDS = 5.0
+_REPORTS_SECONDS = 2.0
+_LEDGER_SECONDS = 10.0
+_PRUNE_SECONDS = 3600.0
 _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
@@ -69,7 +73,7 @@ class Control:
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
         await self.plane.index.open()
-        self.plane.clients.restore(self.plane.index.note(_CLIENTS_NOTE))
+        await self._restore_clients()
         self.plane.scrubber.restore()
         jobs, plane = self._jobs, self.plane
         # `keep` ends only by a mistake of ours; eviction must go on after it.
@@ -79,6 +83,9 @@ class Control:
         jobs.every(_METER_SECONDS, "meter", self.plane.meter)
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
         jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
+        jobs.every(_REPORTS_SECONDS, "reports", plane.reports.flush)
+        jobs.every(_LEDGER_SECONDS, "ledger", plane.reports.tick)
+        jobs.every(_PRUNE_SECONDS, "prune", plane.reports.prune)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
 
@@ -95,6 +102,7 @@ class Control:
         await self._repin()
         await self._touch()
         await self._note_clients()
+        await self.plane.reports.stop()
         await self.plane.index.close()
 
     async def apply(self, settings: Settings) -> None:
@@ -139,4 +147,15 @@ class Control:
     async def _note_clients(self) -> None:
         if self.plane.index.opened and self.plane.clients.changed:
             self.plane.clients.changed = False
-            self.plane.index.set_note(_CLIENTS_NOTE, self.plane.clients.to_json())
+            rows = await self._nameable(self.plane.clients.to_json())
+            self.plane.index.set_note(_CLIENTS_NOTE, rows)
+
+    async def _restore_clients(self) -> None:
+        rows = self.plane.index.note(_CLIENTS_NOTE)
+        self.plane.clients.restore(await self._nameable(rows) if isinstance(rows, list) else rows)
+
+    async def _nameable(self, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Clients with their times, called as `reports.addresses` allows; none where it forbids that."""
+        well = [row for row in rows if len(row) == 2 and isinstance(row[0], str)]
+        names = await self.plane.reports.rename_all([row[0] for row in well])
+        return [(names[row[0]], row[1]) for row in well if row[0] in names]

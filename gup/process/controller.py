@@ -53,6 +53,7 @@ class Controller:
             lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
             self._page.raise_policy,
         )
+        assembly.pool.lists = self._catalogues.lists
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -117,7 +118,7 @@ class Controller:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
             self._catalogues.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            log.configure_child(settings.log)
             self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
 
     # --- what the control plane asks of the process
@@ -165,7 +166,7 @@ def main() -> None:
     """Entry point of the controller process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
+    log.configure_child(settings.log)
     asyncio.run(_main(parent))
 
 
