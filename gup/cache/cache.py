@@ -197,7 +197,7 @@ class Cache:
             return True
         sound = False
         try:
-            async with asyncio.timeout(self._longest_wait()):
+            async with asyncio.timeout(self._means.longest_wait_seconds):
                 sound = await body.sound_at(offset)
         except TimeoutError as error:
             raise Problem(
@@ -281,26 +281,16 @@ class Cache:
         self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
+        late = flight is not None and flight.complete
         if flight is None:
             self._refuse_hopeless(key, route)
             flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
             self._spawn(self._fly(flight))
-        self._means.counters.add("gup_fill_waiters", 1)
-        try:
-            async with asyncio.timeout(self._longest_wait()):
-                joined = await flight.join()
-        except TimeoutError as error:
-            self._waiter_left()
-            raise Problem(
-                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
-            ) from error
-        except BaseException:
-            self._waiter_left()
-            raise
+        joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
-            result = result if joined.ring is None else Result.BYPASS
-            return Opened(joined.reader(self._waiter_left), result, key, route.kind)
+            result = Result.HIT if late else result if joined.ring is None else Result.BYPASS
+            return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
             return await self._passed_through(key, route, variant, via)
@@ -310,6 +300,21 @@ class Cache:
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
+
+    async def _joined(self, flight: Flight) -> GrowingBody | Landing:
+        """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""
+        self._means.counters.add("gup_fill_waiters", 1)
+        try:
+            async with asyncio.timeout(self._means.longest_wait_seconds):
+                return await flight.join()
+        except TimeoutError as error:
+            self._waiter_left()
+            raise Problem(
+                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
+            ) from error
+        except BaseException:
+            self._waiter_left()
+            raise
 
     def _refuse_hopeless(self, key: ContentKey, route: Route) -> None:
         """What would wait too long for its place is refused before it costs a task or a look at the disk."""
@@ -327,11 +332,6 @@ class Cache:
 
     def _waiter_left(self) -> None:
         self._means.counters.add("gup_fill_waiters", -1)
-
-    def _longest_wait(self) -> float:
-        settings = self._means.settings
-        slowest = max((u.connect_timeout + u.read_timeout for u in settings.upstream), default=1.0)
-        return settings.fill.queue_timeout + 2 * slowest
 
     async def _fly(self, flight: Flight) -> None:
         """Lead the fill or follow its leader, whichever falls to this process, to the end."""

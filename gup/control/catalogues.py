@@ -2,8 +2,8 @@
 
 From `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after somebody
 asked for what none of them lists. By way of the store, so that clients and controller share one fetch; only
-in that last case upstream is asked itself, since the store's copy may be `cache.index_ttl` old. A catalogue
-that can't be had, or lists nothing, leaves the last good one.
+in that last case, and after a reload, upstream is asked itself, since the store's copy may be
+`cache.index_ttl` old. A catalogue that can't be had, or lists nothing, leaves the last good one.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class CatalogueKeeper:
         self._wake = asyncio.Event()
         self._asked_for: set[str] = set()
         self._doubted = False
-        """Whether what the store has may be too old: somebody asked for what it does not list."""
+        """Whether what the store has may be too old: somebody misses something in it."""
         self._failures = 0
         self._kept: dict[str, Kept] = read_kept(run)
         self.catalogues = self._assembled()
@@ -77,6 +77,7 @@ class CatalogueKeeper:
         """Reloaded settings: everything is read again."""
         self._settings = settings
         self.catalogues = self._assembled()
+        self._doubted = True
         self._wake.set()
 
     def unlisted(self, moniker: str) -> None:

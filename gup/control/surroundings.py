@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.catalogues import Label, Stream
+from gup.content.catalogues import Catalogues, Label, Stream
 from gup.content.key import ContentKey
 from gup.errors import Problem
 from gup.metrics import Counters
@@ -57,5 +57,7 @@ class Surroundings:
     label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
     catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
+    catalogue_rows: Callable[[], Catalogues] = Catalogues
+    """What the upstreams' catalogues list now."""
     unlisted: Callable[[str], None] = lambda _moniker: None
     """To be told of monikers that were asked for and that no catalogue lists."""

@@ -119,7 +119,7 @@ async def test_another_server_under_the_same_name_has_not_the_old_one_s_streams(
     keeper.apply(Settings.model_validate(changed))
     await keeper.read()
     assert keeper.product_of(MONIKER) is None
-    assert managers.asked[-1] == ("fr", "by way of the store", None)
+    assert managers.asked[-1] == ("fr", None, None), "past the store: who reloads wants what is there now"
     assert managers.published == 2
 
 
