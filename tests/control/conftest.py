@@ -151,7 +151,7 @@ class World:
             totals=self.totals,
             since_start=self.totals,
             stream_names=lambda: self.streams,
-            product_of=self.products.get,
+            product_of=lambda stream: self.products.get(stream[2]),
             raise_store_epoch=self.raise_epoch,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
