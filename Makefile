@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault soak lint types imports check clean
+.PHONY: demo test fault soak bench lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml gup/__init__.py
@@ -40,6 +40,13 @@ fault: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, and a machine that does nothing
+# else. PART is all, warm, herd, scale or cold. Results stay in build/bench.
+PART ?= all
+ROUNDS ?= 5
+bench: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
