@@ -326,7 +326,7 @@ class Connection:
     def _stopped(self, outgoing: Outgoing, why: int) -> None:
         """Nothing more leaves for now: the answer has ended, or its body has no more, or never will."""
         if why == FINISHED:
-            self._finish()
+            self.finish()
         elif why == BROKEN:
             self._cut()
         else:
@@ -365,7 +365,7 @@ class Connection:
     def _want_write(self, *, wanted: bool) -> None:
         self._watch(self._watched | WRITE if wanted else self._watched & ~WRITE)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """The answer has left: go on with the next request, or end."""
         close = self._close_after or self._listener.draining
         self._want_write(wanted=False)

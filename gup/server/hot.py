@@ -71,13 +71,14 @@ class HotRow:
     def _age(self, wall_now: float) -> int:
         return max(0, int(wall_now - self.validated_at))
 
-    def warm(self, now: float) -> bool:
-        """Whether all of a body of one chunk may leave without waiting for the disk; larger ones: False."""
+    def at_hand(self, start: int, stop: int, now: float) -> bool:
+        """Whether all of these bytes may leave without waiting for the disk."""
         if now < self._warm_until:
             return True
-        if self.length > CHUNK_BYTES or self.entry.available(0, 1) <= 0:
+        if self.entry.available(start, stop - start) < stop - start:
             return False
-        self._warm_until = now + _WARM_SECONDS
+        if self.length <= CHUNK_BYTES:
+            self._warm_until = now + _WARM_SECONDS
         return True
 
     def small(self) -> bytes | None:

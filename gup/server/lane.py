@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gup.server.listener import Listener
 
 _recognised = PLAIN_HEAD.fullmatch
+_NO_RANGE = [None] * 4
 
 
 class Lane:
@@ -49,17 +50,32 @@ class Lane:
         plain = _recognised(head)
         if plain is None:
             return False
-        target, first, last = plain.groups()
+        target, *positions = plain.groups()
         row = self._hot.find_target(target)
         if row is None:
             return False
-        if first is None:
+        if positions == _NO_RANGE:
             self.answer_whole(connection, row)
             return True
-        start, stop = int(first), min(int(last) + 1, row.length)
+        return self._answer_part(connection, row, *positions)
+
+    def _answer_part(
+        self,
+        connection: "Connection",
+        row: HotRow,
+        first: bytes | None,
+        last: bytes | None,
+        other_first: bytes | None,
+        other_last: bytes | None,
+    ) -> bool:
+        """One range that can be satisfied, before Host or after it; False for any other: it is parsed."""
+        if first is not None and other_first is not None:
+            return False
+        start, end = int(first or other_first or 0), int(last or other_last or 0)
+        stop = min(end + 1, row.length)
         if start >= stop:
             return False
-        self._answer_part(connection, row, start, stop)
+        self._when_due(connection, row, row.part_hit_at, start, stop)
         return True
 
     def answer_whole(self, connection: "Connection", row: HotRow) -> None:
@@ -93,9 +109,6 @@ class Lane:
             connection.begin(message[sent:body_at], (rest,), row.entry, row.sent_at, row.stream_at)
             connection.push()
 
-    def _answer_part(self, connection: "Connection", row: HotRow, start: int, stop: int) -> None:
-        self._when_due(connection, row, row.part_hit_at, start, stop)
-
     def _when_due(
         self, connection: "Connection", row: HotRow, counted_at: int, start: int, stop: int
     ) -> None:
@@ -124,13 +137,15 @@ class Lane:
         else:
             head = row.part_head(listener.date, listener.wall_now, start, stop)
         self._count_hit(connection, row, counted_at)
-        if not row.download and connection.pacer is None and row.warm(listener.now):
+        if connection.pacer is None and row.at_hand(start, stop, listener.now):
             try:
                 head, start = self._send_at_once(connection, row, head, start, stop)
             except OSError:
                 connection.close()
                 return
             if start == stop:
+                if row.download:
+                    connection.finish()  # gives its turn back
                 return
         connection.begin(head, (Span(start, stop),), row.entry, row.sent_at, row.stream_at)
         connection.push()

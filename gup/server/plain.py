@@ -21,14 +21,11 @@ _HOST = (
 _RANGE = rb"(?i:range):[ \t]*+bytes=([0-9]{1,18}+)-([0-9]{1,18}+)[ \t]*+\r\n"
 _OTHERS = rb"(?:" + _HARMLESS + rb"|" + _KEEP_ALIVE + rb"){0,30}+"
 
+_PERHAPS_RANGE = rb"(?:" + _RANGE + _OTHERS + rb")?+"
+
 PLAIN_HEAD = re.compile(
     rb"GET (/[\x21-\x7e]*+) HTTP/1\.1\r\n"
-    + _OTHERS
-    + _HOST
-    + _OTHERS
-    + rb"(?:"
-    + _RANGE
-    + _OTHERS
-    + rb")?+\r\n"
+    + (_OTHERS + _PERHAPS_RANGE + _HOST + _OTHERS + _PERHAPS_RANGE)
+    + rb"\r\n"
 )
-"""For `fullmatch`. Groups: the target, and the first and last position of the range, or None."""
+"""For `fullmatch`. Groups: the target, first and last of a range before Host, the same of one after it."""
