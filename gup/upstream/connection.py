@@ -95,6 +95,8 @@ class Answer:
         self._protocol = connection.protocol if connection is not None else None
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
+            self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
+            self._connection_end.add_done_callback(_note_end)
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
@@ -135,6 +137,12 @@ class Answer:
         closed, self._closed = self._closed, None
         if closed is not None:
             closed()
+
+
+def _note_end(end: asyncio.Future[None]) -> None:
+    """How a connection ended is of no interest once its answer was read: or asyncio complains in the log."""
+    if not end.cancelled():
+        end.exception()
 
 
 def _declared(settings: config.Upstream) -> dict[str, str]:
