@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 from gup.metrics import MAX_SHOWN, MAX_STREAMS
 
-Label = tuple[str, str]
+ProductLanguage = tuple[str, str]
 """Product and language."""
-OTHER: Label = ("other", "other")
+OTHER: ProductLanguage = ("other", "other")
 
 StreamNames = Sequence[tuple[str, str, str]]
-ProductOf = Callable[[str], Label | None]
+ProductOf = Callable[[str], ProductLanguage | None]
 
 
-def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label:
+def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> ProductLanguage:
     """Product and language of stream number `slot`: the catalogue's, else moniker and variant."""
     if slot >= min(len(names), MAX_STREAMS):
         return OTHER
@@ -20,12 +20,12 @@ def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label
     return product_of(stream) or (stream, language)
 
 
-def shown_labels(names: StreamNames, product_of: ProductOf) -> list[Label]:
+def shown_labels(names: StreamNames, product_of: ProductOf) -> list[ProductLanguage]:
     """What each slot is shown as: the first MAX_SHOWN products and languages apart, the rest as OTHER.
 
     Slots are given once and for good, so what is shown apart stays so while the catalogue does.
     """
-    shown: dict[Label, None] = {}
+    shown: dict[ProductLanguage, None] = {}
     labels = []
     for slot in range(MAX_STREAMS + 1):
         label = stream_labels(names, slot, product_of)
@@ -37,7 +37,9 @@ def shown_labels(names: StreamNames, product_of: ProductOf) -> list[Label]:
     return labels
 
 
-def first_shown(names: StreamNames, product_of: ProductOf, labels: Iterable[Label]) -> list[Label]:
+def first_shown(
+    names: StreamNames, product_of: ProductOf, labels: Iterable[ProductLanguage]
+) -> list[ProductLanguage]:
     """MAX_SHOWN of `labels` at most, in their order: those whose bytes are shown apart before others."""
     apart = set(shown_labels(names, product_of))
     return sorted(labels, key=lambda label: label not in apart)[:MAX_SHOWN]
