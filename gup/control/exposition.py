@@ -22,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
-from gup.control.shown import ProductLanguage, ProductOf, StreamNames, first_shown, shown_labels
+from gup.control.shown import Label, ProductOf, StreamNames, first_shown, shown_labels
 from gup.metrics import KINDS, MAX_SHOWN, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
 
 _NANOSECONDS = 1_000_000_000
@@ -151,7 +151,7 @@ def _streams(direction: Literal["sent", "received"]) -> Callable[[Figures], _Sam
     """
 
     def samples(figures: Figures) -> _Samples:
-        sums: dict[tuple[ProductLanguage, str], int] = {}
+        sums: dict[tuple[Label, str], int] = {}
         labels = shown_labels(figures.stream_names, figures.product_of)
         for slot, kind in product(range(MAX_STREAMS + 1), KINDS):
             ways = {way: figures.totals.get(stream_series(way, slot, kind), 0) for way in _DIRECTIONS}

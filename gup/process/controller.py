@@ -81,6 +81,7 @@ class Controller:
                 installed_at=assembly.shared.installed_at,
                 label_of=self._catalogues.label,
                 catalogues=self._catalogues.shown,
+                catalogue_rows=lambda: self._catalogues.catalogues,
                 unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),
