@@ -10,12 +10,13 @@ _HEAD = f"""\
 <!-- Written by `python -m gup.cli.reference` from the table in gup/metrics.py. Change it there. -->
 
 `GET /metrics` on the control plane shows them to Prometheus ([monitoring.md](monitoring.md)), as text or,
-when asked, as OpenMetrics. Units are bytes and seconds. Byte counters count bodies, without heads. Counters are
-exact after a crash of any process and survive restarts. They begin at 0 for every value that a label can have,
-but for those of streams, which appear when they have counted.
+when asked, as OpenMetrics. Units are bytes and seconds. Byte counters count bodies, without heads. Counters
+are exact after a crash of any process and survive restarts. They begin at 0 for every value that a label can
+have, but for those of streams, which appear when they have counted.
 
-`product` and `language` are what the catalogue calls a stream, else its moniker and its variant's language. The
-first {MAX_SHOWN} pairs are shown apart, the rest as `other`. No label holds an URL, a client or a revision.
+`product` and `language` are what the catalogue calls a stream, else its moniker and its variant's language.
+The first {MAX_SHOWN} pairs are shown apart, the rest as `other`. No label holds an URL, a client or a
+revision.
 
 Bandwidth saved is `gup_client_sent_bytes_total` minus `gup_upstream_received_bytes_total`.
 """
