@@ -5,6 +5,7 @@ import time
 from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
+from gup.content.key import ContentKey, Kind
 from gup.errors import is_exhausted
 
 _TRIES = 50
@@ -20,6 +21,11 @@ def committed(record: Record, *, replaced: bool) -> dict[str, object]:
         "replaced": replaced,
         "kind": str(record.kind),
     }
+
+
+def begun(key: ContentKey, kind: Kind, path: str) -> dict[str, object]:
+    """The event that tells the controller of a body that clients asked for and that has begun to arrive."""
+    return {"type": "begun", "key": key.text, "kind": str(kind), "path": path}
 
 
 def commit(store: Store, state: FillState) -> bool:

@@ -11,15 +11,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES, check_structure, download_of
+from gup.cache.ahead import Courtesy
+from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import commit, committed
+from gup.cache.commit import begun, commit, committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import PartWriter, Salvage
 from gup.cache.passing import NobodyReads, PassingWriter
-from gup.cache.prior import Prior, drop_parts, examine, give_up, is_the_entry, note_damage, validated_at
+from gup.cache.prior import (
+    Prior,
+    drop_parts,
+    examine,
+    give_up,
+    is_the_entry,
+    note_damage,
+    save_end,
+    validated_at,
+)
 from gup.cache.record import Head, Record
 from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
@@ -53,6 +63,7 @@ class Leader:
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
         self._room = Room(means.space)
+        self._courtesy = Courtesy(means, flight)
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._began_at = means.clock()
@@ -107,11 +118,9 @@ class Leader:
 
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
         """Fetch when a slot is free. What is returned tells that upstream does not have it."""
-        priority = PRIORITIES[self._flight.route.kind]
-        queue = self._means.queue
-        async with queue.held(priority, self._means.clock() - self._flight.since) as held:
+        async with self._courtesy.place() as held:
             if not held:
-                raise queue.refusal(priority)
+                raise self._means.queue.refusal(self._flight.share.priority)
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)
@@ -228,6 +237,8 @@ class Leader:
         assert self._writer is not None
         self._flight.attach(body)
         body.publish(max(self._writer.written, body.published))
+        if not self._flight.ahead:
+            self._means.tell(begun(self._key, self._flight.route.kind, self._path))
 
     def _published(self, size: int) -> None:
         body = self._flight.body
@@ -318,6 +329,7 @@ class Leader:
             await self._room.twice(writer.write_sure)
             if writer.written and self._flight.body is not body:
                 await self._show(body)
+            await self._courtesy.give_way()
         await check_structure(self._means, self._key.file, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         if self._flight.body is not body:
@@ -449,7 +461,7 @@ class Leader:
         head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
-            await self._in_thread(self._save_end, state, drop)
+            await self._in_thread(save_end, means.store, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
@@ -463,16 +475,6 @@ class Leader:
             {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
         )
 
-    def _save_end(self, state: FillState, drop: bool) -> None:
-        if drop:
-            drop_parts(self._means.store, self._key)
-        if state.failure is not None and state.failure.ttl > 0:
-            self._means.store.save_state(state)
-        elif drop:
-            self._means.store.drop_state(self._key.id)
-        elif state.head is not None:
-            self._means.store.save_state(state)
-
     # --- bookkeeping
 
     def _move(self, phase: Phase) -> None:
@@ -480,8 +482,9 @@ class Leader:
         self._phase = phase
 
     def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
-        route = self._flight.route
-        return FillState(self._key, route.kind, self._generation, self._phase, head, failure, path=self._path)
+        phase, path = self._phase, self._path
+        kind, ahead = self._flight.route.kind, self._flight.ahead
+        return FillState(self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead)
 
     def _start_over(self) -> None:
         """What was streaming is given up: another generation begins where a first one would."""
