@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 from gup.cache.claim import want_offset
 from gup.cache.flight import PRIORITIES, Flight, Landing, Means
+from gup.cache.queue import Place
 from gup.errors import Problem
 
 _LOOK_SECONDS = 0.02
@@ -43,10 +44,11 @@ class Courtesy:
         self._means = means
         self._flight = flight
         self._next_look = 0.0
+        self._place: Place | None = None
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[bool]:
-        """Hold a place to fill for the block; False when there is none in time.
+        """Hold a place to fill for the block, or until it is left; False when there is none in time.
 
         A fill ahead needs none: it streams only while nobody else does, and its caller begins few at once.
         """
@@ -62,7 +64,13 @@ class Courtesy:
             return
         waited_seconds = means.clock() - flight.since
         async with means.queue.held(PRIORITIES[flight.route.kind], waited_seconds) as held:
-            yield held
+            self._place = held
+            yield held is not None
+
+    def leave_place(self) -> None:
+        """The fill needs nothing more of the link."""
+        if self._place is not None:
+            self._place.leave()
 
     async def _watch(self) -> None:
         """Until another process's client wants the body: that process holds the lock beside the claim."""

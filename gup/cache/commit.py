@@ -1,7 +1,9 @@
 """Publishes a whole part, and is patient where descriptors are short; decides no outcome."""
 
+import logging
 import time
 
+from gup.cache.flight import Means
 from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
@@ -10,6 +12,8 @@ from gup.errors import is_exhausted
 
 _TRIES = 50
 _PAUSE_SECONDS = 0.2
+
+log = logging.getLogger("gup.fill")
 
 
 def committed(record: Record, *, replaced: bool) -> dict[str, object]:
@@ -45,3 +49,13 @@ def commit(store: Store, state: FillState) -> bool:
                 raise
         time.sleep(_PAUSE_SECONDS)
     return replaced
+
+
+def tell_commit(means: Means, record: Record, *, replaced: bool, seconds: float, upstream: str) -> None:
+    """Tell everybody of a new body: other processes, the controller, metrics and the log."""
+    if replaced:
+        means.raise_store_epoch()
+    means.counters.add("gup_fills_total", outcome="committed")
+    means.counters.observe("gup_fill_duration_seconds", seconds)
+    means.tell(committed(record, replaced=replaced))
+    log.info("stored %s, %d bytes in %.2f s from %s", record.key.text, record.length, seconds, upstream)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from gup.cache.ahead import Courtesy
 from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import begun, commit, committed
+from gup.cache.commit import begun, commit, tell_commit
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
@@ -27,7 +27,7 @@ from gup.cache.prior import (
     give_up,
     is_the_entry,
     note_damage,
-    save_end,
+    save_failure,
     validated_at,
 )
 from gup.cache.record import Head, Record
@@ -337,10 +337,21 @@ class Leader:
         assert download.head is not None
         self._leave_upstream()
         body.complete(writer.written)
-        await self._commit(writer, download.head, body.head)
+        await self._settle(writer, download.head, body.head)
+
+    async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
+        """Make the body durable: its readers have it whole by now, and the link is another fill's."""
+        commits = self._means.commits
+        commits.unsettled += 1
+        try:
+            if not commits.far_behind:
+                self._courtesy.leave_place()
+            async with commits.turn:
+                await self._commit(writer, remote, head)
+        finally:
+            commits.unsettled -= 1
 
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Make the body durable: its readers have it whole by now and do not wait for that."""
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
@@ -354,19 +365,9 @@ class Leader:
         replaced = await self._on_disk(commit, means.store, state)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
-        if replaced:
-            means.raise_store_epoch()
+        seconds = means.clock() - self._began_at
+        tell_commit(means, record, replaced=replaced, seconds=seconds, upstream=head.upstream)
         self._flight.land(Landing.COMMITTED)
-        means.counters.add("gup_fills_total", outcome="committed")
-        means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
-        means.tell(committed(record, replaced=replaced))
-        log.info(
-            "stored %s, %d bytes in %.2f s from %s",
-            self._key.text,
-            record.length,
-            means.clock() - self._began_at,
-            head.upstream,
-        )
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -461,7 +462,7 @@ class Leader:
         head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
-            await self._in_thread(save_end, means.store, state, drop)
+            await self._in_thread(save_failure, means.store, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)

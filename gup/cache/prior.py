@@ -173,8 +173,8 @@ def give_up(store: Store, state: FillState) -> list[OSError]:
     return refused
 
 
-def save_end(store: Store, state: FillState, drop: bool) -> None:
-    """Keep how a fill failed for as long as that stands, and its part for resuming unless it is to `drop`."""
+def save_failure(store: Store, state: FillState, drop: bool) -> None:
+    """Keep a failure as long as it stands, and the part for resuming unless it is to be dropped."""
     if drop:
         drop_parts(store, state.key)
     if state.failure is not None and state.failure.ttl > 0:

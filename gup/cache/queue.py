@@ -43,6 +43,21 @@ class _Waiter:
     first: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
 
 
+class Place:
+    """A place that is held. It may be left early, by a fill that needs nothing more of the link."""
+
+    __slots__ = ("_leave",)
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave: Callable[[], None] | None = leave
+
+    def leave(self) -> None:
+        """Give the place back, unless that was done."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+
+
 class FillQueue:
     """The fills of one process that wait, in order; `turns` and `backlog` are shared with the others."""
 
@@ -111,19 +126,26 @@ class FillQueue:
     # --- waiting
 
     @contextlib.asynccontextmanager
-    async def held(self, priority: int, waited_seconds: float) -> AsyncIterator[bool]:
-        """Hold a place for the block; False when there is none within what patience is left.
+    async def held(self, priority: int, waited_seconds: float) -> AsyncIterator[Place | None]:
+        """Hold a place for the block, or until it is left; None when there is none in what patience is left.
 
         `waited_seconds` is how long those who want this fill have waited already.
         """
-        place = await self._take(priority, self._patience_seconds() - waited_seconds)
+        number = await self._take(priority, self._patience_seconds() - waited_seconds)
+        if number is None:
+            yield None
+            return
         began = time.monotonic()
+
+        def leave() -> None:
+            self._classes[_class(priority)].give_back(number)
+            self._backlog.held(_class(priority), time.monotonic() - began)
+
+        place = Place(leave)
         try:
-            yield place is not None
+            yield place
         finally:
-            if place is not None:
-                self._classes[_class(priority)].give_back(place)
-                self._backlog.held(_class(priority), time.monotonic() - began)
+            place.leave()
 
     async def _take(self, priority: int, patience_seconds: float) -> int | None:
         if not self._waiting and self._turns.free() and (place := self._try(priority)) is not None:
