@@ -3,12 +3,12 @@
 import logging
 import time
 
-from gup.cache.flight import Means
+from gup.cache.flight import Flight, Means
 from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
-from gup.errors import is_exhausted
+from gup.errors import Problem, is_exhausted
 
 _TRIES = 50
 _PAUSE_SECONDS = 0.2
@@ -30,6 +30,14 @@ def committed(record: Record, *, replaced: bool) -> dict[str, object]:
 def begun(key: ContentKey, kind: Kind, path: str) -> dict[str, object]:
     """The event that tells the controller of a body that clients asked for and that has begun to arrive."""
     return {"type": "begun", "key": key.text, "kind": str(kind), "path": path}
+
+
+def tell_failure(means: Means, flight: Flight, problem: Problem) -> None:
+    """Tell the controller of what clients asked for and can't be had; it knows what it fetches ahead."""
+    if not flight.ahead:
+        means.tell(
+            {"type": "failed", "key": flight.key.text, "problem": problem.slug, "detail": problem.detail}
+        )
 
 
 def commit(store: Store, state: FillState) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from gup.cache.ahead import Courtesy
 from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import begun, commit, tell_commit
+from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
@@ -472,9 +472,7 @@ class Leader:
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
             log.warning("fetching %s failed: %s", self._key.text, problem.detail)
-        means.tell(
-            {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
-        )
+        tell_failure(means, self._flight, problem)
 
     # --- bookkeeping
 

@@ -120,8 +120,11 @@ class FillQueue:
 
     def idle(self) -> bool:
         """Whether no process has a fill that streams or waits."""
-        waits = any(self._backlog.waiting(priority) for priority in range(PRIORITIES))
-        return not waits and not any(slots.taken() for slots in self._classes)
+        return not self.waiting() and not any(slots.taken() for slots in self._classes)
+
+    def waiting(self) -> int:
+        """Fills that wait for their place, in all processes."""
+        return sum(self._backlog.waiting(priority) for priority in range(PRIORITIES))
 
     # --- waiting
 

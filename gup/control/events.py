@@ -45,6 +45,28 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What one worker was asked for and did not have whole, once a second: bodies that are still arriving."""
+
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a client asked for has begun to arrive; `path` is as upstream was asked for it."""
+
+    key: ContentKey
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class FullsTaken:
+    """Which addresses asked how often for which full: address, key, times."""
+
+    rows: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientsSeen:
     """Addresses of clients that asked for content."""
 
@@ -85,7 +107,9 @@ class UpstreamTrouble:
     detail: str
 
 
-Event = Committed | Used | ClientsSeen | Need | Unstorable | Failed | UpstreamTrouble
+Event = (
+    Committed | Used | Asked | Begun | FullsTaken | ClientsSeen | Need | Unstorable | Failed | UpstreamTrouble
+)
 
 
 def parse_event(datagram: bytes) -> Event:
@@ -124,6 +148,22 @@ def _use(key: Any, count: Any, sent_bytes: Any = 0) -> Use:
     return Use(ContentKey.parse(key).text, _amount(count), _amount(sent_bytes))
 
 
+def _asked(fields: Mapping[str, Any]) -> Asked:
+    return Asked(tuple(_use(*use) for use in fields["uses"]))
+
+
+def _begun(fields: Mapping[str, Any]) -> Begun:
+    return Begun(ContentKey.parse(fields["key"]), str(fields["path"])[:2000])
+
+
+def _fulls(fields: Mapping[str, Any]) -> FullsTaken:
+    return FullsTaken(tuple(_taken(*row) for row in fields["rows"]))
+
+
+def _taken(address: Any, key: Any, times: Any) -> tuple[str, str, int]:
+    return str(ipaddress.ip_address(address)), ContentKey.parse(key).text, _amount(times)
+
+
 def _clients(fields: Mapping[str, Any]) -> ClientsSeen:
     return ClientsSeen(tuple(str(ipaddress.ip_address(address)) for address in fields["addresses"]))
 
@@ -150,6 +190,9 @@ def _upstream(fields: Mapping[str, Any]) -> UpstreamTrouble:
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "committed": _committed,
     "used": _used,
+    "asked": _asked,
+    "begun": _begun,
+    "fulls": _fulls,
     "clients": _clients,
     "need": _need,
     "unstorable": _unstorable,

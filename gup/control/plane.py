@@ -16,10 +16,13 @@ from gup.content.key import ContentKey
 from gup.control.ageing import AgeClock
 from gup.control.clients import ClientsBook
 from gup.control.events import (
+    Asked,
+    Begun,
     ClientsSeen,
     Committed,
     Event,
     Failed,
+    FullsTaken,
     Need,
     Unstorable,
     UpstreamTrouble,
@@ -30,13 +33,15 @@ from gup.control.events import (
 from gup.control.exposition import Figures
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.prefetch import Prefetcher
 from gup.control.refusals import Refusals
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
 from gup.control.status import fill_of, totals_of
-from gup.control.streams import Demand, newest_times
+from gup.control.streams import newest_times
 from gup.control.surroundings import Surroundings
+from gup.control.traffic import Traffic
 from gup.control.verify import Verification
 
 _log = logging.getLogger("gup.control.plane")
@@ -80,7 +85,15 @@ class Plane:
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
-        self.demand = Demand()
+        self.prefetcher = Prefetcher(
+            settings=lambda: self.settings,
+            fetch=around.fetch_ahead,
+            idle=around.link_idle,
+            type_of=around.type_of,
+            holds=self.index.rows.__contains__,
+            clock=clock,
+        )
+        self.traffic = Traffic(self.prefetcher, self.index, clock)
         self.wan_meter = Meter()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
@@ -130,6 +143,8 @@ class Plane:
                 self._committed(event)
             case Used():
                 self._used(event)
+            case Asked() | Begun() | FullsTaken():
+                self.traffic.take(event)
             case ClientsSeen():
                 self.clients.see(event.addresses, self.clock())
             case Need():
@@ -139,6 +154,7 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+                self.traffic.missed(ContentKey.parse(event.key))
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = (self.clock(), event.detail)
@@ -172,7 +188,7 @@ class Plane:
                 continue
             self.index.put(row.used(use.count, use.sent_bytes, at))
             self.touches[use.key] = max(at, self.touches.get(use.key, 0.0))
-            self.demand.count(row, use.count, at)
+            self.traffic.sent(ContentKey.parse(use.key), use.count)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none."""
@@ -207,7 +223,8 @@ class Plane:
         disk = await self.space.measure()
         now = self.clock()
         storms: dict[tuple[str, str], bool] = {}
-        for stream, storm in self.demand.storms(now, self.index.has_deltas).items():
+        self.traffic.look()
+        for stream, storm in self.traffic.storms.flags().items():
             storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
         return Figures(
             totals=self.around.totals(),
@@ -223,7 +240,7 @@ class Plane:
             wan_bytes_per_second=self.around.wan_rate(),
             client_bytes_per_second=self.settings.clients.rate,
             limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.demand.newest(), self.label),
+            newest=newest_times(self.index.newest_held(), self.traffic.demand.newest(), self.label),
             storms=storms,
             config_ok=self.around.config_ok(),
             site=self.settings.site.name,

@@ -18,6 +18,10 @@ Stream = tuple[str, str, str]
 """Version, language and moniker: what revisions are compared within."""
 
 
+def stream_of(key: ContentKey) -> Stream:
+    return (key.version, key.language, key.stream)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """An entry as the index knows it. Times are Unix seconds."""

@@ -1,6 +1,7 @@
 """The control plane's life: starts its jobs and its server, applies reloads, ends all of it. No decisions."""
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from gup.control.ageing import AgeClock
 from gup.control.app import make_app
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
+from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.surroundings import Surroundings
 
@@ -28,6 +30,7 @@ _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
+_LOOK_OVER_SECONDS = 60.0
 _CLIENTS_NOTE = "clients"
 
 
@@ -68,6 +71,7 @@ class Control:
         await self.plane.index.open()
         self.plane.clients.restore(self.plane.index.note(_CLIENTS_NOTE))
         self.plane.scrubber.restore()
+        self.plane.prefetcher.restore(self.plane.index.note)
         jobs, plane = self._jobs, self.plane
         # `keep` ends only by a mistake of ours; eviction must go on after it.
         jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
@@ -78,6 +82,9 @@ class Control:
         jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
+        for lane in range(len(LANES)):
+            jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
+        jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -89,6 +96,7 @@ class Control:
         await self.plane.verification.stop()
         await self._jobs.stop()
         self.plane.scrubber.save()
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
         await self._repin()
         await self._touch()
         await self._note_clients()
@@ -107,8 +115,13 @@ class Control:
         await reconcile(plane.index, around.store, around.claims, around.counters, around.mend, plane.clock())
         plane.space.look_soon()
 
+    async def _look_over(self) -> None:
+        self.plane.prefetcher.look_over()
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
+
     async def _flush(self) -> None:
         await self._repin()
+        self.plane.prefetcher.save(self.plane.index.set_note)
         await self.plane.index.flush()
 
     async def _repin(self) -> None:

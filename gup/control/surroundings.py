@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Variant
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+
+Stream = tuple[str, str, str]
+
+
+async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
+    raise Problem("no-upstream", "nothing can be fetched here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +58,11 @@ class Surroundings:
     installed_at: float
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
+    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
+    """Cache.fetch_ahead."""
+    link_idle: Callable[[], bool] = lambda: True
+    """Whether no fill streams or waits in any process, but for those ahead."""
+    fills_waiting: Callable[[], int] = lambda: 0
+    """Fills that wait for their place, in all processes."""
+    type_of: Callable[[Stream], str | None] = lambda _stream: None
+    """The type of a stream's content, None while no catalogue lists it."""

@@ -67,6 +67,9 @@ class Controller:
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
+                fetch_ahead=assembly.cache.fetch_ahead,
+                link_idle=assembly.means.queue.idle,
+                fills_waiting=assembly.means.queue.waiting,
             ),
             ages=AgeClock(),
         )

@@ -267,6 +267,8 @@ class Connection:
         listener.tally.words[row.hit_at] += 1
         uses = listener.tally.uses
         uses[row.key_text] = uses.get(row.key_text, 0) + 1
+        if row.full:
+            listener.tally.took_full(self.peer, row.key_text)
         self.since = listener.now
         return row.template.render(listener.date, max(0, int(listener.wall_now - row.validated_at)))
 
@@ -297,6 +299,8 @@ class Connection:
         reply = self._reply
         assert reply is not None
         self._listener.handler.begin(reply)
+        if reply.full:
+            self._listener.tally.took_full(self.peer, reply.full)
         self._begin(
             reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
         )

@@ -57,6 +57,8 @@ class Reply:
     """Counted when the answer begins to leave, as `status`; None: it is counted already."""
     status: int = 0
     began: float = 0.0
+    full: str = ""
+    """The key's text when bytes of a full are sent: who takes it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,8 @@ class Handler:
             body = None
         if opened.entry is not None:
             self._tally.used(opened.key.text)
+        elif asked.route.immutable:
+            self._tally.asked(opened.key.text)
         slot = self._means.streams.number(opened.key)
         turn = self._turn(opened, planned)
         return Reply(
@@ -241,6 +245,7 @@ class Handler:
             opened.result,
             planned.status,
             began,
+            opened.key.text if opened.kind is Kind.FULL and body is not None else "",
         )
 
     def _turn(self, opened: Opened, planned: Plan) -> Turn | None:
@@ -324,6 +329,7 @@ class Handler:
             hit_at=self._tally.requests["hit", 200],
             fresh_until=self._means.clock() + left,
             validated_at=record.validated_at,
+            full=opened.kind is Kind.FULL,
         )
         self._hot.learn(asked.head, request.target, row, epochs)
 

@@ -36,6 +36,8 @@ class HotRow:
     """Word that counts hits."""
     fresh_until: float
     validated_at: float
+    full: bool = False
+    """Whether it is told who takes it."""
     used: bool = True
 
     def small(self) -> bytes | None:
