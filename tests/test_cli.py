@@ -383,15 +383,15 @@ def control_plane(method, url):
     match method, unquote(url.path):
         case "GET", "/api/v1/status":
             return 200, STATUS
-        case "GET", "/api/v1/entries":
+        case "GET", "/api/v1/content":
             start = int(query.get("cursor", "0"))
             end = start + int(query["limit"])
             return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
         case "POST", "/api/v1/reload":
             return 202, {"requested": True}
-        case "DELETE", "/api/v1/entries/any/any/{AB}/1/full1.zip":
+        case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
-        case "PUT" | "DELETE", "/api/v1/entries/any/any/{AB}/1/full1.zip/pin":
+        case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "pinned": method == "PUT"}
     return 404, {"status": 404, "title": "Not Found", "detail": f"There is no {unquote(url.path)}"}
 
@@ -536,14 +536,14 @@ def test_purge_pin_and_unpin(plane):
     assert run("cache", "purge", key, "--admin", plane.url).stdout == f"purged {key}: 1.5 MB\n"
     assert run("cache", "pin", key, "--admin", plane.url).stdout == f"pinned {key}\n"
     assert run("cache", "unpin", key, "--admin", plane.url).stdout == f"unpinned {key}\n"
-    target = "/api/v1/entries/any/any/%7BAB%7D/1/full1.zip"
+    target = "/api/v1/content/any/any/%7BAB%7D/1/full1.zip"
     assert plane.asked == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
 
 
 def test_a_refusal_is_told_in_its_own_words(plane):
     result = run("cache", "purge", "no/such/key/at/all", "--admin", plane.url)
     assert result.exit_code == 1
-    assert result.stderr == f"gup: {plane.url}: There is no /api/v1/entries/no/such/key/at/all\n"
+    assert result.stderr == f"gup: {plane.url}: There is no /api/v1/content/no/such/key/at/all\n"
 
 
 # --- verify

@@ -49,7 +49,7 @@ class Admin:
         left = limit or None
         while True:
             page = {"limit": str(min(left or _PAGE, _PAGE))} | ({"cursor": cursor} if cursor else {})
-            answer = self._ask("GET", "/api/v1/entries?" + urlencode({**filters, **page}))
+            answer = self._ask("GET", "/api/v1/content?" + urlencode({**filters, **page}))
             found = answer["entries"]
             yield from found
             left = left - len(found) if left is not None else None
@@ -58,10 +58,10 @@ class Admin:
                 return
 
     def purge(self, key: str) -> dict[str, Any]:
-        return self._ask("DELETE", f"/api/v1/entries/{quote(key)}")
+        return self._ask("DELETE", f"/api/v1/content/{quote(key)}")
 
     def pin(self, key: str, *, pinned: bool) -> dict[str, Any]:
-        return self._ask("PUT" if pinned else "DELETE", f"/api/v1/entries/{quote(key)}/pin")
+        return self._ask("PUT" if pinned else "DELETE", f"/api/v1/content/{quote(key)}/pin")
 
     def verification(self) -> dict[str, Any]:
         """How far the last verification has come, and what it found."""

@@ -6,7 +6,8 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control import api
+from gup.control.api import content, front, health, openapi, status, upkeep
+from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
 from gup.control.plane import Plane
 from gup.errors import GupError
@@ -14,7 +15,16 @@ from gup.errors import GupError
 _log = logging.getLogger("gup.control.app")
 _MAX_REQUEST_BYTES = 64 * 1024
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_KEY = "{key:[^/]+/[^/]+/[^/]+/[^/]+/[^/]+}"
+
+RESOURCES = (
+    front.routes,
+    health.routes,
+    status.routes,
+    content.routes,
+    upkeep.routes,
+    openapi.routes,
+)
+"""A line a resource."""
 
 
 def make_app(plane: Plane) -> web.Application:
@@ -22,28 +32,9 @@ def make_app(plane: Plane) -> web.Application:
     app = web.Application(
         middlewares=[_security_headers, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES
     )
-    app[api.PLANE] = plane
-    app.add_routes(
-        [
-            web.get("/", api.page),
-            web.get("/healthz", api.healthz),
-            web.get("/readyz", api.readyz),
-            web.get("/metrics", api.metrics),
-            web.get("/api/v1/status", api.status),
-            web.get("/api/v1/clients", api.clients),
-            web.get("/api/v1/entries", api.entries),
-            web.put(f"/api/v1/entries/{_KEY}/pin", api.pin),
-            web.post(f"/api/v1/entries/{_KEY}/pin", api.pin),
-            web.delete(f"/api/v1/entries/{_KEY}/pin", api.unpin),
-            web.post(f"/api/v1/entries/{_KEY}/unpin", api.unpin),
-            web.get(f"/api/v1/entries/{_KEY}", api.entry),
-            web.delete(f"/api/v1/entries/{_KEY}", api.purge),
-            web.post("/api/v1/evict", api.evict),
-            web.get("/api/v1/verify", api.verification),
-            web.post("/api/v1/verify", api.verify),
-            web.post("/api/v1/reload", api.reload),
-        ]
-    )
+    app[PLANE] = plane
+    for resource in RESOURCES:
+        app.add_routes(resource)
     return app
 
 
@@ -63,9 +54,9 @@ async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
         peer=_address(request, "peername"),
         local=_address(request, "sockname"),
     )
-    why = refusal(asked, request.app[api.PLANE].settings.listen.admin_address)
+    why = refusal(asked, request.app[PLANE].settings.listen.admin_address)
     if why is not None:
-        return api.problem(403, why)
+        return problem(403, why)
     return await handler(request)
 
 
@@ -75,16 +66,16 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
     try:
         return await handler(request)
     except web.HTTPException as error:
-        response = api.problem(error.status, error.text or "")
+        response = problem(error.status, error.text or "")
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except (GupError, OSError) as error:
         _log.warning("%s %s: %s", request.method, request.path, error)
-        return api.problem(503, str(error))
+        return problem(503, str(error))
     except Exception:  # noqa: BLE001 - our own mistake becomes a 500, logged
         _log.exception("%s %s failed", request.method, request.path)
-        return api.problem(500, HTTPStatus(500).description)
+        return problem(500, HTTPStatus(500).description)
 
 
 @web.middleware

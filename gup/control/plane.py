@@ -31,6 +31,7 @@ from gup.control.events import (
     receive,
 )
 from gup.control.exposition import Figures
+from gup.control.fills import FillRates
 from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.prefetch import Prefetcher
@@ -38,7 +39,7 @@ from gup.control.refusals import Refusals
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
-from gup.control.status import fill_of, totals_of
+from gup.control.status import totals_of
 from gup.control.streams import newest_times
 from gup.control.surroundings import Surroundings
 from gup.control.traffic import Traffic
@@ -95,6 +96,7 @@ class Plane:
         )
         self.traffic = Traffic(self.prefetcher, self.index, clock)
         self.wan_meter = Meter()
+        self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
@@ -266,12 +268,12 @@ class Plane:
                     for what, refusal in self.refusals.rows.items()
                 ]
             },
-            "fills": [fill_of(part) for part in disk.parts if is_under_way(part)],
+            "fills": self._fills(disk),
             "fill_waiters": totals.get("gup_fill_waiters", 0),
             "clients": {"connections": totals.get("gup_client_connections", 0)}
             | {"seen": self.clients.counts(now)},
             "workers": [dict(worker) for worker in around.workers()],
-            "upstreams": self._upstreams(),
+            "upstreams": self.upstreams(),
             "wan_rate_bytes_per_second": around.wan_rate() or None,
             "limits": limits_of(
                 self.settings,
@@ -301,7 +303,18 @@ class Plane:
             "complete": self.index.complete,
         }
 
-    def _upstreams(self) -> list[dict[str, Any]]:
+    async def fills(self) -> dict[str, Any]:
+        """What is being fetched, for `/api/v1/fills`."""
+        waiters = self.around.totals().get("gup_fill_waiters", 0)
+        return {"fills": self._fills(await self.space.measure()), "waiters": waiters}
+
+    def _fills(self, disk: Disk) -> list[dict[str, Any]]:
+        parts = [part for part in disk.parts if is_under_way(part)]
+        self.fill_rates.see(parts)
+        return [self.fill_rates.row(part, self.label, self.clock()) for part in parts]
+
+    def upstreams(self) -> list[dict[str, Any]]:
+        """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
         rows = []
         for upstream in self.settings.upstream:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
+from gup.control.api.described import operation_of
+from gup.control.api.listing import Labels, Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
-from gup.control.entries import Query, parse_query, select
 from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
 from gup.control.guard import Asked, refusal
 from gup.control.page import ago, render, size
@@ -126,8 +127,8 @@ def rows_of(count):
 def test_pages_together_are_the_whole_list_once(order):
     rows, seen, cursor = rows_of(53), [], None
     while True:
-        query = parse_query({"order": order, "limit": "10"} | ({"cursor": cursor} if cursor else {}))
-        found = select(rows, query)
+        query = Listing.model_validate({"order": order, "limit": "10", "cursor": cursor})
+        found = select(rows, query, labels)
         assert found.matching == 53
         seen += found.rows
         cursor = found.cursor
@@ -140,23 +141,48 @@ def test_pages_together_are_the_whole_list_once(order):
         assert lengths == sorted(lengths, reverse=order.startswith("-"))
 
 
+def labels(_):
+    return Labels("Virus Definitions")
+
+
 def test_filters_choose():
-    rows = [row(), row("x.dax", Kind.DELTA)]
-    assert [one.file for one in select(rows, parse_query({"kind": "delta"})).rows] == ["x.dax"]
-    assert select(rows, parse_query({"language": "German"})).rows == ()
-    assert select(rows, Query()).matching == 2
+    delta = "xdelta260101001_To_260102007.dax"
+    rows = [row(), row(delta, Kind.DELTA)]
+
+    def found(**wanted):
+        return [one.file for one in select(rows, Listing.model_validate(wanted), labels).rows]
+
+    assert found(kind="delta") == [delta]
+    assert found(revision="260102007") == [delta]
+    assert found(revision="260101001") == ["full.zip", delta]
+    assert found(product="virus definitions") == found() == ["full.zip", delta]
+    assert found(version="14.3 ru2", language="FRENCH", stream="{s}") == found()
+    for wanted in ({"language": "German"}, {"product": "{S}"}, {"revision": "26"}, {"version": "14"}):
+        assert found(**wanted) == []
+
+
+def test_a_delta_tells_its_step():
+    told = shown(row("xdelta260101001_To_260102007.dax", Kind.DELTA), labels(row()))
+    assert (told["from_revision"], told["to_revision"], told["content_revision"]) == (
+        "260101001",
+        "260102007",
+        "260102007",
+    )
+    assert (told["product"], told["revision"]) == ("Virus Definitions", "260101001")
+    assert shown(row(), labels(row()))["to_revision"] is None
 
 
 @pytest.mark.parametrize(
     "parameters",
     [
         {"order": "age"}, {"limit": "0"}, {"limit": "1001"}, {"limit": "ten"}, {"limit": "²"},
-        {"kind": "odd"},        {"cursor": "%%"}, {"cursor": "e30="}, {"sort": "key"},
+        {"kind": "odd"}, {"cursor": "%%"}, {"cursor": "e30="}, {"cursor": "WzEsMl0="}, {"sort": "key"},
+        {"cursor": "W05hTiwgIngiXQ=="}, {"order": "--key"}, {"version": ""}, {"limit": "1_0"},
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_named(parameters):
-    with pytest.raises(ValueError, match=r"limit|order|kind|cursor|parameter"):
-        parse_query(parameters)
+    with pytest.raises(ValueError, match=r"limit|order|kind|cursor|version|sort"):
+        select([], Listing.model_validate(parameters), labels)
 
 
 # --- who may ask
@@ -315,6 +341,8 @@ def test_every_request_of_the_application_is_documented():
     plane = SimpleNamespace()
     for route in make_app(plane).router.routes():
         path = route.resource.canonical
-        if route.method != "HEAD" and not path.endswith("/unpin"):
-            method = "PUT" if path.endswith("/pin") and route.method == "POST" else route.method
-            assert f"`{method} {path}`" in text, (route.method, path)
+        if route.method != "HEAD":
+            path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
+            assert f"`{route.method} {path}`" in text, (route.method, path)
+            described = operation_of(route.handler) is not None
+            assert described == path.startswith(("/api/", "/healthz", "/readyz", "/metrics")), path

@@ -54,7 +54,7 @@ def keep_one(gup: Gup, upstream: ScriptedUpstream) -> bytes:
     until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows it")
     (key,) = gup.bodies()
     assert (
-        gup.api(f"/api/v1/entries/{key.replace('{', '%7B').replace('}', '%7D')}/pin", method="PUT")[0] == 200
+        gup.api(f"/api/v1/content/{key.replace('{', '%7B').replace('}', '%7D')}/pin", method="PUT")[0] == 200
     )
     return body
 

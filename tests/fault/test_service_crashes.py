@@ -109,7 +109,7 @@ def test_the_service_dies_anywhere(tmp_path, round_):
                 if chance.random() < 0.3:
                     with contextlib.suppress(OSError, Ended):  # the controller may be the one that died
                         key = chance.choice(sorted(gup.bodies()) or ["none"])
-                        gup.api(f"/api/v1/entries/{key}", method="DELETE")
+                        gup.api(f"/api/v1/content/{key}", method="DELETE")
             gup.kill()
             for flag in flags:
                 flag.touch()  # no more deaths
