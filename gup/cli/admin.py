@@ -71,12 +71,25 @@ class Admin:
         """Begin one."""
         return self._ask("POST", f"/api/v1/verify?repair={int(repair)}")
 
+    def prefetch(self, path: str, version: str | None, language: str | None) -> dict[str, Any]:
+        """Have something fetched before anybody asks."""
+        order = {"path": path, "version": version, "language": language}
+        given = {name: value for name, value in order.items() if value is not None}
+        return self._ask("POST", "/api/v1/prefetch", given)
+
+    def prefetched(self) -> dict[str, Any]:
+        """What is fetched ahead, the latest first."""
+        return self._ask("GET", f"/api/v1/prefetch?limit={_PAGE}")
+
     def reload(self) -> dict[str, Any]:
         return self._ask("POST", "/api/v1/reload")
 
-    def _ask(self, method: str, target: str) -> dict[str, Any]:
+    def _ask(self, method: str, target: str, body: Mapping[str, str] | None = None) -> dict[str, Any]:
+        text = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self._url + target, method=method)  # noqa: S310 - checked: http
+            request = urllib.request.Request(self._url + target, text, method=method)  # noqa: S310 - checked: http
+            if text is not None:
+                request.add_header("Content-Type", "application/json")
             with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
                 return self._understood(response.read())
         except urllib.error.HTTPError as error:

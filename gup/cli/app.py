@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gup
-from gup.cli import flags, operate, rules, settings
+from gup.cli import flags, operate, prefetch, rules, settings
 from gup.cli.complaining import complaining
 from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, rate, size
 
@@ -174,3 +174,4 @@ app.add_typer(operate.cache, name="cache")
 app.add_typer(rules.rules, name="rules")
 app.command("status")(operate.status)
 app.command("reload")(operate.reload)
+app.command("prefetch")(prefetch.prefetch)

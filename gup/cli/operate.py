@@ -2,44 +2,23 @@
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gup.cli import verify
-from gup.cli.complaining import complaining
+from gup.cli.asking import asking
 from gup.cli.options import AdminFlag, ConfigFlag, JsonFlag
 from gup.content.key import Kind
-
-if TYPE_CHECKING:
-    from gup.cli.admin import Admin
 
 cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
 
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
 
 
-@contextmanager
-def _asking(url: str | None, config: ConfigFlag = None) -> Iterator["Admin"]:
-    """The control plane at `url`, else where the settings put it; its refusals become sentences."""
-    with complaining():
-        from gup.cli.admin import Admin, AdminError, admin_url
-
-        if url is None:
-            from gup.config import load
-
-            url = admin_url(load(config))
-        try:
-            yield Admin(url)
-        except KeyError as error:
-            raise AdminError(f"{url}: the answer has no {error}: that gup is of another version") from error
-
-
 def status(*, admin: AdminFlag = None, config: ConfigFlag = None, json_output: JsonFlag = False) -> None:
     """Show what a running service saved, keeps and does."""
-    with _asking(admin, config) as asked:
+    with asking(admin, config) as asked:
         answer = asked.status()
         if json_output:
             typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
@@ -52,7 +31,7 @@ def status(*, admin: AdminFlag = None, config: ConfigFlag = None, json_output: J
 
 def reload(*, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
     """Have a running service read its settings again."""
-    with _asking(admin, config) as asked:
+    with asking(admin, config) as asked:
         asked.reload()
     typer.echo("asked for; `gup status` and the service's log say whether the settings took")
 
@@ -74,7 +53,7 @@ def list_entries(
 ) -> None:
     """List entries."""
     named = {"version": version, "language": language, "stream": stream, "kind": kind, "order": order}
-    with _asking(admin, config) as asked:
+    with asking(admin, config) as asked:
         from gup.cli.words import ENTRY_HEAD, entry_line
 
         entries = asked.entries({name: str(value) for name, value in named.items() if value}, limit)
@@ -90,8 +69,8 @@ cache.command("verify")(verify.verify)
 @cache.command("purge")
 def purge(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
     """Remove entries; clients that are being sent one get the whole of it."""
-    with _asking(admin, config) as asked:
-        from gup.cli.words import bytes_in_words
+    with asking(admin, config) as asked:
+        from gup.units import bytes_in_words
 
         for key in keys:
             freed = asked.purge(key)["freed_bytes"]
@@ -101,7 +80,7 @@ def purge(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> 
 @cache.command("pin")
 def pin(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
     """Keep entries whatever the limits say."""
-    with _asking(admin, config) as asked:
+    with asking(admin, config) as asked:
         for key in keys:
             asked.pin(key, pinned=True)
             typer.echo(f"pinned {key}")
@@ -110,7 +89,7 @@ def pin(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> No
 @cache.command("unpin")
 def unpin(keys: Keys, *, admin: AdminFlag = None, config: ConfigFlag = None) -> None:
     """Let the limits apply to entries again."""
-    with _asking(admin, config) as asked:
+    with asking(admin, config) as asked:
         for key in keys:
             asked.pin(key, pinned=False)
             typer.echo(f"unpinned {key}")

@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import content, front, health, openapi, status, upkeep
+from gup.control.api import alarms, content, front, health, openapi, prefetch, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, refusal
 from gup.control.plane import Plane
@@ -22,6 +22,8 @@ RESOURCES = (
     status.routes,
     content.routes,
     upkeep.routes,
+    alarms.routes,
+    prefetch.routes,
     openapi.routes,
 )
 """A line a resource."""

@@ -14,6 +14,7 @@ from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.ageing import AgeClock
+from gup.control.alarm_board import AlarmBoard
 from gup.control.clients import ClientsBook
 from gup.control.events import (
     Asked,
@@ -95,6 +96,7 @@ class Plane:
             clock=clock,
         )
         self.traffic = Traffic(self.prefetcher, self.index, clock)
+        self.alarms = AlarmBoard()
         self.wan_meter = Meter()
         self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
@@ -284,6 +286,7 @@ class Plane:
             ),
             "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},
+            "alarms": self.alarms.standing(),
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
                 for past in self.failures

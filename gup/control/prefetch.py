@@ -17,7 +17,7 @@ from gup.content.stream_types import CLIENT_PATCHES, OTHER
 from gup.control.revisions import Announced, Revisions
 from gup.control.rows import Stream, stream_of
 from gup.control.wishes import MAX_PENDING, Outcome, Wish, Wishes
-from gup.errors import Problem
+from gup.errors import GupError, Problem
 
 _log = logging.getLogger("gup.control.prefetch")
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))
@@ -32,6 +32,10 @@ _WISHES_NOTE = "wishes"
 
 FetchAhead = Callable[[Route, Variant], Awaitable[bool]]
 """Cache.fetch_ahead."""
+
+
+class Busy(GupError):  # noqa: N818 - what is told, not our error
+    """Too much is to be fetched ahead already."""
 
 
 class Prefetcher:
@@ -131,7 +135,10 @@ class Prefetcher:
     # --- what an operator wants
 
     def order(self, path: str, version: str | None, language: str | None) -> list[Wish]:
-        """Fetch `path` ahead, for all variants that fit. ValueError says what is wrong with the order."""
+        """Fetch `path` ahead, for all variants that fit. ValueError says what is wrong with the order.
+
+        Busy when the list is full.
+        """
         variants = self._variants(version, language)
         try:
             target = parse_target(path.encode())
@@ -146,7 +153,7 @@ class Prefetcher:
             if wish is not None and wish.pending:
                 wish.by = "operator"
             elif not self._add(route, key, "operator"):
-                raise ValueError(f"{MAX_PENDING} are waiting already: try again later")
+                raise Busy(f"{MAX_PENDING} are waiting already: try again later")
         return [wish for key in keys if (wish := self.wishes.get(key)) is not None]
 
     def _variants(self, version: str | None, language: str | None) -> list[Variant]:
@@ -189,7 +196,7 @@ class Prefetcher:
                 except TimeoutError:
                     pass
                 continue
-            if not self._idle():
+            if not self._idle() and not self._holds(wish.key.text):
                 await asyncio.sleep(_IDLE_LOOK_SECONDS)
                 continue
             await self._one(wish)

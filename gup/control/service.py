@@ -17,6 +17,7 @@ from gup.control.plane import Plane
 from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.surroundings import Surroundings
+from gup.control.watch import Watch
 
 __all__ = ["Control", "Surroundings"]
 
@@ -31,6 +32,7 @@ _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
 _LOOK_OVER_SECONDS = 60.0
+_WATCH_SECONDS = 1.0
 _CLIENTS_NOTE = "clients"
 
 
@@ -84,6 +86,7 @@ class Control:
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
         for lane in range(len(LANES)):
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
+        jobs.every(_WATCH_SECONDS, "watch", Watch(plane).look)
         jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
 
     async def stop(self) -> None:

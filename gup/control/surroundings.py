@@ -64,5 +64,7 @@ class Surroundings:
     """Whether no fill streams or waits in any process, but for those ahead."""
     fills_waiting: Callable[[], int] = lambda: 0
     """Fills that wait for their place, in all processes."""
+    catalogue_problems: Callable[[], Mapping[str, str]] = dict
+    """What is wrong with an upstream's catalogue, of those with which something is."""
     type_of: Callable[[Stream], str | None] = lambda _stream: None
     """The type of a stream's content, None while no catalogue lists it."""
