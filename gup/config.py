@@ -237,7 +237,9 @@ class Catalog(Section):
     file: Absolute | None = row(
         None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
     )
-    refresh: Duration = row(parse_duration("1h"), "Time between readings of the managers' catalogues.")
+    refresh: Duration = row(
+        parse_duration("1h"), "Time between readings of the managers' catalogues; 0 reads none."
+    )
     types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
         CONTENT_TYPES,
         "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS
 
@@ -107,8 +108,25 @@ class UpstreamTrouble:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """A client asked for a moniker that no catalogue lists."""
+
+    moniker: str
+
+
 Event = (
-    Committed | Used | Asked | Begun | FullsTaken | ClientsSeen | Need | Unstorable | Failed | UpstreamTrouble
+    Committed
+    | Used
+    | Asked
+    | Begun
+    | FullsTaken
+    | ClientsSeen
+    | Need
+    | Unstorable
+    | Failed
+    | UpstreamTrouble
+    | Unlisted
 )
 
 
@@ -187,6 +205,13 @@ def _upstream(fields: Mapping[str, Any]) -> UpstreamTrouble:
     return UpstreamTrouble(str(fields["name"])[:64], str(fields.get("detail", ""))[:500])
 
 
+def _unlisted(fields: Mapping[str, Any]) -> Unlisted:
+    moniker = normal_moniker(str(fields["moniker"])[:64])
+    if moniker is None:
+        raise ValueError(f"not a moniker: {fields['moniker']!r:.80}")
+    return Unlisted(moniker)
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "committed": _committed,
     "used": _used,
@@ -198,6 +223,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "unstorable": _unstorable,
     "failed": _failed,
     "upstream": _upstream,
+    "unlisted": _unlisted,
 }
 
 

@@ -25,6 +25,7 @@ from gup.control.events import (
     Failed,
     FullsTaken,
     Need,
+    Unlisted,
     Unstorable,
     UpstreamTrouble,
     Used,
@@ -91,7 +92,7 @@ class Plane:
             settings=lambda: self.settings,
             fetch=around.fetch_ahead,
             idle=around.link_idle,
-            type_of=around.type_of,
+            type_of=self.type_of,
             holds=self.index.rows.__contains__,
             clock=clock,
         )
@@ -159,9 +160,14 @@ class Plane:
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
                 self.traffic.missed(ContentKey.parse(event.key))
+            case Unlisted():
+                self.around.unlisted(event.moniker)
             case UpstreamTrouble():
-                if any(upstream.name == event.name for upstream in self.settings.upstream):
-                    self.upstream_errors[event.name] = (self.clock(), event.detail)
+                self._troubled(event)
+
+    def _troubled(self, event: UpstreamTrouble) -> None:
+        if any(upstream.name == event.name for upstream in self.settings.upstream):
+            self.upstream_errors[event.name] = (self.clock(), event.detail)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
@@ -211,7 +217,15 @@ class Plane:
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
+        label = self.around.label_of(stream, "")
+        if label is not None:
+            return label.product, label.language
         return self.around.product_of(stream[2]) or (stream[2], stream[1])
+
+    def type_of(self, stream: Stream) -> str | None:
+        """The type of a stream's content; None while no catalogue lists it."""
+        label = self.around.label_of(stream, "")
+        return None if label is None else label.type
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
@@ -319,6 +333,7 @@ class Plane:
     def upstreams(self) -> list[dict[str, Any]]:
         """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
+        catalogues = self.around.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -337,6 +352,7 @@ class Plane:
                     "since": since or self.around.started_at,
                     "last_error": detail,
                     "last_error_at": at,
+                    "catalogue": catalogues.get(upstream.name),
                 }
             )
         return rows

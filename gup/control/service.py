@@ -31,7 +31,7 @@ _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
-_LOOK_OVER_SECONDS = 60.0
+_LOOK_OVER_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
 _CLIENTS_NOTE = "clients"
 
@@ -88,6 +88,7 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
         jobs.every(_WATCH_SECONDS, "watch", Watch(plane).look)
         jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
+        jobs.every(_CLIENTS_SECONDS, "revisions", self._note_all)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -120,6 +121,8 @@ class Control:
 
     async def _look_over(self) -> None:
         self.plane.prefetcher.look_over()
+
+    async def _note_all(self) -> None:
         self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
 
     async def _flush(self) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
+from gup.content.catalogues import Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
-
-Stream = tuple[str, str, str]
 
 
 async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
@@ -25,7 +24,9 @@ class Surroundings:
     all blocks, by series name: counters, histogram words and gauges alike.
 
     `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
-    language from the catalogue. `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
+    language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
+    file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
+    `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
     with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
     under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
     `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
@@ -64,7 +65,8 @@ class Surroundings:
     """Whether no fill streams or waits in any process, but for those ahead."""
     fills_waiting: Callable[[], int] = lambda: 0
     """Fills that wait for their place, in all processes."""
-    catalogue_problems: Callable[[], Mapping[str, str]] = dict
-    """What is wrong with an upstream's catalogue, of those with which something is."""
-    type_of: Callable[[Stream], str | None] = lambda _stream: None
-    """The type of a stream's content, None while no catalogue lists it."""
+    label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
+    catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
+    """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
+    unlisted: Callable[[str], None] = lambda _moniker: None
+    """To be told of monikers that were asked for and that no catalogue lists."""

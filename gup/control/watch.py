@@ -53,7 +53,7 @@ class Watch:
             config_ok=around.config_ok(),
             restarts_lately=grown["restarts"],
             missed=list(self._missed(now)),
-            catalogues=around.catalogue_problems(),
+            catalogues=dict(self._catalogues()),
             wan_limit=around.wan_rate(),
             wan_used=plane.wan_meter.bytes_per_second(),
             fills_waiting=around.fills_waiting(),
@@ -67,6 +67,11 @@ class Watch:
         for upstream in self._plane.settings.upstream:
             _, detail = self._plane.upstream_errors.get(upstream.name, (0.0, ""))
             yield UpstreamHealth(upstream.name, up.get(upstream.name, True), detail)
+
+    def _catalogues(self) -> Iterable[tuple[str, str]]:
+        for name, catalogue in self._plane.around.catalogues().items():
+            if catalogue["problem"]:
+                yield name, str(catalogue["problem"])
 
     def _missed(self, now: float) -> Iterable[Missed]:
         held = self._plane.index.newest_held()

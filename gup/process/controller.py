@@ -16,11 +16,13 @@ from gup.cache.streams import read_streams
 from gup.config import Settings
 from gup.content.routes import Route
 from gup.control.ageing import AgeClock
+from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
 from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
+from gup.upstream.catalogue import fetch_catalogue
 from gup.upstream.checks import Checks
 from gup.upstream.health import State
 
@@ -42,6 +44,12 @@ class Controller:
         self._recovery = Recovery(
             assembly.store, assembly.means.claims, assembly.counters, self._take_over, self._tell_itself
         )
+        self._catalogues = CatalogueKeeper(
+            assembly.store.run,
+            assembly.settings,
+            lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
+            self._page.raise_policy,
+        )
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -51,7 +59,7 @@ class Controller:
                 totals=assembly.shared.totals,
                 since_start=assembly.shared.since_start,
                 stream_names=lambda: read_streams(assembly.store.run / "streams"),
-                product_of=lambda _moniker: None,
+                product_of=self._catalogues.product_of,
                 raise_store_epoch=self._page.raise_store,
                 set_store_bytes=self._set_store_bytes,
                 promised_bytes=assembly.promised_bytes,
@@ -70,6 +78,9 @@ class Controller:
                 fetch_ahead=assembly.cache.fetch_ahead,
                 link_idle=assembly.means.queue.idle,
                 fills_waiting=assembly.means.queue.waiting,
+                label_of=self._catalogues.label,
+                catalogues=self._catalogues.shown,
+                unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),
         )
@@ -81,12 +92,14 @@ class Controller:
         self._parent.send({"ready": True})
         beating = loop.create_task(self._beat())
         checking = loop.create_task(Checks(self._assembly.pool).run())
+        reading = loop.create_task(self._catalogues.keep())
         told = loop.create_task(until_told(self._parent, self._told))
         stopped = loop.create_task(self._stopped.wait())
         await asyncio.wait((told, stopped), return_when=asyncio.FIRST_COMPLETED)
-        for task in (beating, checking, told, stopped):
+        tasks = (beating, checking, reading, told, stopped)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(beating, checking, told, stopped, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._control.stop()
         await self._assembly.close()
 
@@ -103,6 +116,7 @@ class Controller:
         elif "settings" in message:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
+            self._catalogues.apply(settings)
             log.configure(settings.log.level, settings.log.format)
             self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
 

@@ -98,7 +98,9 @@ class Gup:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._mark = uuid.uuid4().hex
         unlimited = {} if settings and "wan" in settings else {"GUP_WAN__RATE": "0"}
-        self._env = {**unlimited, "PYTHONPATH": str(REPOSITORY), **(env or {})}
+        # what upstream is asked for is counted: catalogues are read where a test is about them
+        unread = {} if settings and "catalog" in settings else {"GUP_CATALOG__REFRESH": "0"}
+        self._env = {**unlimited, **unread, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         self._runs = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.data: tuple[str, int] = ("", 0)
