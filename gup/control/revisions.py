@@ -20,19 +20,31 @@ MAX_REVISIONS = 64
 
 @dataclass(slots=True)
 class _Known:
-    """One stream. `seen` has the time of the last naming of each revision, the latest at the end."""
+    """One stream. `seen` has the time of the last naming of each revision, the latest at the end.
+
+    `asked` are those from which a client has asked for the delta to the newest one: nothing is left to be
+    done for them.
+    """
 
     newest: str = ""
     announced_at: float = 0.0
     moniker: str = ""
     folder: Folder | None = None
     seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    asked: set[str] = field(default_factory=set)
+
+    def name(self, named: Named, now: float) -> None:
+        if named.from_revision is not None:
+            self.see(named.from_revision, now)
+            if named.revision == self.newest:
+                self.asked.add(named.from_revision)
 
     def see(self, revision: str, now: float) -> None:
         self.seen[revision] = now
         self.seen.move_to_end(revision)
         while len(self.seen) > MAX_REVISIONS:
-            self.seen.popitem(last=False)
+            forgotten, _ = self.seen.popitem(last=False)
+            self.asked.discard(forgotten)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +84,12 @@ class Revisions:
         known.moniker = moniker or known.moniker
         known.folder = named.folder or known.folder
         news = named.revision not in known.seen
+        news = news or (named.from_revision is not None and named.from_revision not in known.seen)
         known.see(named.revision, now)
-        if named.from_revision is not None:
-            news = news or named.from_revision not in known.seen
-            known.see(named.from_revision, now)
         if named.revision > known.newest:
             known.newest, known.announced_at = named.revision, now
+            known.asked.clear()
+        known.name(named, now)
         self.changed = self.changed or news
         return news
 
@@ -85,7 +97,7 @@ class Revisions:
         """Upstream does not have what was asked for: that announces nothing, but tells where a client is."""
         if named.from_revision is not None and stream in self._streams:
             self.touched = True
-            self._known(stream).see(named.from_revision, now)
+            self._known(stream).name(named, now)
 
     def _known(self, stream: Stream) -> _Known:
         known = self._streams.setdefault(stream, _Known())
@@ -95,12 +107,15 @@ class Revisions:
         return known
 
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
-        """The stream's newest revision and, of the others named so lately, the `most` named last."""
+        """The stream's newest revision and, of the others named so lately, the `most` named last.
+
+        Those are left out whose delta a client has asked for already.
+        """
         known = self._streams[stream]
         lately = [
             revision
             for revision, at in reversed(known.seen.items())
-            if revision < known.newest and now - at <= within_seconds
+            if revision < known.newest and revision not in known.asked and now - at <= within_seconds
         ][:most]
         folder = known.folder or self._folder_of_others(stream)
         paths = [delta_path(known.moniker or stream[2], old, known.newest, folder) for old in lately]

@@ -240,10 +240,14 @@ def fetch(
     *,
     method: str = "GET",
     timeout_seconds: float = 15.0,
+    body: bytes = b"",
 ) -> Response:
     """One request on a connection of its own."""
+    length = {"Content-Length": str(len(body))} if body else {}
     with RawConnection(address, timeout_seconds) as connection:
-        return connection.get(target, {"Connection": "close", **(headers or {})}, method=method)
+        connection.ask(target, {"Connection": "close", **length, **(headers or {})}, method=method)
+        connection.send(body)
+        return connection.response(method)
 
 
 def assert_problem(response: Response, status: int, slug: str | None = None) -> dict[str, object]:

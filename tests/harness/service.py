@@ -277,9 +277,13 @@ class Gup:
         """Until the metric has this value."""
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
-    def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
-        """Status and JSON of one call of the control plane; None for an empty body."""
-        answer = fetch(self.admin, path, method=method)
+    def api(
+        self, path: str, *, method: str = "GET", given: Mapping[str, Any] | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON of one call of the control plane, `given` some JSON; None for an empty body."""
+        sent = json.dumps(given).encode() if given is not None else b""
+        headers = {"Content-Type": "application/json"} if sent else {}
+        answer = fetch(self.admin, path, headers, method=method, body=sent)
         return answer.status, json.loads(answer.body) if answer.body else None
 
     def status(self) -> dict[str, Any]:
