@@ -343,6 +343,14 @@ STATUS = {
         {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None},
     ],
     "reload": {"successful": False},
+    "alarms": [
+        {
+            "name": "no-upstream",
+            "severity": "critical",
+            "text": "no upstream answers",
+            "what_to_do": "Look at the WAN.",
+        }
+    ],
 }
 
 
@@ -425,6 +433,7 @@ def test_status_in_words(plane):
         "fill any/any/x/1/full.zip: 25 B of 100 B (25%)",
         "fill 0e: 1.5 kB",
         "the last reload FAILED: the settings before it are in force; the log says why",
+        "CRITICAL no-upstream: no upstream answers. Look at the WAN.",
     ]
 
 
@@ -645,6 +654,7 @@ def test_an_unlimited_wan_and_a_quiet_service():
         "fills": [],
         "ready": False,
         "reload": {"successful": True},
+        "alarms": [],
     }
     lines = list(status_lines(quiet))
     assert "WAN: unlimited" in lines

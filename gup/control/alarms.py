@@ -139,7 +139,9 @@ def storm_in_words(label: str, storm: Storm) -> str:
     """Who, how many, and what it costs."""
     shown = ", ".join(storm.addresses[:5])
     others = storm.clients - len(storm.addresses[:5])
-    who = f" ({shown}{f' and {others} more' if others > 0 else ''})" if shown else ""
+    who = f"{storm.clients} clients" if storm.clients else "clients"
+    if shown:
+        who += f" ({shown}{f' and {others} more' if others > 0 else ''})"
     cost = f"{bytes_in_words(storm.lan_bytes)} over the LAN, {bytes_in_words(storm.wan_bytes)} over the WAN"
     instead = (
         f"; as deltas of {bytes_in_words(storm.delta_bytes)} on average it would be "
@@ -148,7 +150,7 @@ def storm_in_words(label: str, storm: Storm) -> str:
         else ""
     )
     return (
-        f"{storm.clients} clients{who} asked for {storm.fulls} full packages of {label}, against "
+        f"{who} asked for {storm.fulls} full packages of {label}, against "
         f"{storm.deltas} deltas, within 20 minutes: {cost}{instead}"
     )
 

@@ -85,11 +85,11 @@ class Revisions:
         known.folder = named.folder or known.folder
         news = named.revision not in known.seen
         news = news or (named.from_revision is not None and named.from_revision not in known.seen)
-        known.see(named.revision, now)
         if named.revision > known.newest:
             known.newest, known.announced_at = named.revision, now
             known.asked.clear()
         known.name(named, now)
+        known.see(named.revision, now)  # last: that is where the client will be
         self.changed = self.changed or news
         return news
 

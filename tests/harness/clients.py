@@ -56,12 +56,19 @@ class RawConnection:
     """One client connection: send bytes as they are, read parsed responses."""
 
     def __init__(
-        self, address: tuple[str, int], timeout_seconds: float = 15.0, receive_buffer_bytes: int | None = None
+        self,
+        address: tuple[str, int],
+        timeout_seconds: float = 15.0,
+        receive_buffer_bytes: int | None = None,
+        source: str = "",
     ) -> None:
+        """`source` is the address that the other side sees, of this machine's."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             if receive_buffer_bytes is not None:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+            if source:
+                self._socket.bind((source, 0))
             self._socket.settimeout(timeout_seconds)
             self._socket.connect(address)
         except OSError:

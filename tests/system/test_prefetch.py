@@ -1,7 +1,11 @@
-"""Deltas fetched ahead through real processes: what the site's traffic tells, and what clients get of it."""
+"""Through real processes: deltas fetched ahead, content that an operator wants, storms of fulls, alarms."""
 
+import contextlib
+import re
 import time
 
+import pytest
+from harness.clients import RawConnection
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
 from harness.swarm import Swarm
@@ -153,7 +157,7 @@ def test_a_client_hurries_what_is_being_fetched_ahead(tmp_path):
     gate, blocking = Gate(), full(A)
     big = delta(A, B)
     with ScriptedUpstream() as upstream:
-        body = noise(big, 600_000)
+        body = noise(big, 2_000_000)
         upstream.answer(big, Answer(body, etag='"big"', piece_seconds=0.02))
         upstream.answer(blocking, Answer(zip_of("blocking", 300_000), etag='"f"', gates=((100_000, gate),)))
         with service(tmp_path, upstream) as gup, gup.connect() as client, gup.connect() as other:
@@ -172,7 +176,69 @@ def test_a_client_hurries_what_is_being_fetched_ahead(tmp_path):
             assert len(upstream.requests(big)) == 1
             gate.open()
             assert client.response().complete
-            assert wanted(gup) == {name(big): "stored"}
+            assert settled(gup, name(big)) == {name(big): "stored"}
+
+
+def alarms(gup: Gup) -> dict[str, dict]:
+    code, found = gup.api("/api/v1/alarms")
+    assert code == 200, found
+    return {alarm["name"]: alarm for alarm in found["alarms"]}
+
+
+def test_a_storm_tells_who_how_many_and_what_it_costs(tmp_path):
+    """Most clients ask while the full is still arriving; the last ones are hits, in the hot lane too."""
+    body, gate = zip_of("storm", 300_000), Gate()
+    with ScriptedUpstream() as upstream, contextlib.ExitStack() as stack:
+        publish(upstream, delta(A, B), size=2_000)
+        upstream.answer(full(B), Answer(body, etag='"f"', gates=((100_000, gate),)))
+        gup = stack.enter_context(service(tmp_path, upstream))
+        cache_status(gup, delta(A, B))
+        assert alarms(gup) == {}
+        clients = [
+            stack.enter_context(RawConnection(gup.data, source=f"127.0.0.{2 + number % 3}"))
+            for number in range(9)
+        ]
+        for client in clients:
+            client.ask(full(B))
+        gup.wait_metric(9, "gup_fill_waiters")
+        gate.open()
+        assert all(client.response().body == body for client in clients)
+        gup.wait_stored("full.zip")
+        for _ in range(6):
+            assert clients[0].get(full(B)).header("cache-status") == "gup; hit"
+        product = "SEPC Virus Definitions Win32 14.3 RU2"
+        gup.wait_metric(1, "gup_full_storm", product=product)
+        storm = until(lambda: alarms(gup).get("full-storm"), "the alarm has begun")
+        assert storm["severity"] == "warning"
+        until(lambda: "15 full packages" in alarms(gup)["full-storm"]["text"], "all are counted")
+        text = alarms(gup)["full-storm"]["text"]
+        assert text.startswith("3 clients (127.0.0.2, 127.0.0.3, 127.0.0.4) asked for 15 full packages of")
+        assert "against 1 deltas" in text
+        assert "4.5 MB over the LAN, 300 kB over the WAN; as deltas of 2.0 kB on average it would be" in text
+        assert "a storm of fulls: " in gup.log
+        assert "alarm full-storm: " in gup.log
+        assert [alarm["name"] for alarm in gup.status()["alarms"]] == ["full-storm"]
+
+
+def test_alarms_begin_and_end_with_their_causes(tmp_path):
+    with ScriptedUpstream() as upstream:
+        settings = {"upstream": [{"url": upstream.url, "health_interval": "1s", "connect_timeout": "1s"}]}
+        with Gup(tmp_path / "cache", settings={**settings, "fill": {"max": 8}}) as gup:
+            until(lambda: gup.status()["upstreams"][0]["state"] == "up", "the upstream is known to be up")
+            assert alarms(gup) == {}
+            gup.kill_worker(gup.workers()[0])
+            gup.rewrite({**settings, "fill": {"max": 0}})
+            until(lambda: {"workers-restarting", "reload-failed"} <= alarms(gup).keys(), "both have begun")
+            gup.rewrite({**settings, "fill": {"max": 8}})
+            until(lambda: "reload-failed" not in alarms(gup), "the settings are right again")
+            upstream.stop()
+            found = until(lambda: alarms(gup).get("no-upstream"), "nobody answers", 30)
+            assert found["severity"] == "critical"
+            assert found["what_to_do"].startswith("Look whether the WAN stands")
+            assert abs(found["since"] - time.time()) < 60
+            assert next(iter(alarms(gup))) == "no-upstream"
+            assert f"alarm no-upstream: {found['text']}" in gup.log
+            assert re.search("alarm reload-failed is over, after [0-9]+ s", gup.log)
 
 
 def stands_still(gup: Gup) -> int | None:
@@ -186,3 +252,24 @@ def stands_still(gup: Gup) -> int | None:
         if received() != before:
             return None
     return before or None
+
+
+@pytest.mark.alone
+def test_a_clients_miss_is_not_slowed_by_what_is_fetched_ahead(tmp_path, figures):
+    ahead, asked, body = full(A), full(B), zip_of("asked", 3_000_000)
+    with ScriptedUpstream() as upstream:
+        upstream.answer(ahead, Answer(noise("ahead", 60_000_000), etag='"a"'))
+        upstream.answer(asked, Answer(body, etag='"b"'))
+        with service(tmp_path, upstream, wan={"rate": "1MB/s"}) as gup:
+            assert gup.api("/api/v1/prefetch", method="POST", given={"path": ahead})[0] == 202
+            received = "gup_upstream_received_bytes_total"
+            until(lambda: gup.metric(received, purpose="prefetch") > 500_000, "it is under way")
+            began, before = time.monotonic(), gup.metric(received, purpose="prefetch")
+            assert gup.get(asked).body == body
+            took = time.monotonic() - began
+            meanwhile = gup.metric(received, purpose="prefetch") - before
+            figures(f"a miss at 1 MB/s: {len(body) / took / 1e6:.2f} MB/s; {meanwhile:.0f} B ahead meanwhile")
+            assert len(body) / took >= 0.8 * 1_000_000
+            until(
+                lambda: gup.metric(received, purpose="prefetch") > before + meanwhile + 200_000, "it goes on"
+            )
