@@ -25,7 +25,7 @@ from gup.cache.prior import is_fresh, load_sound
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.cache.spelling import spell
-from gup.content.key import ANY, ContentKey, Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
@@ -71,7 +71,7 @@ class Cache:
         `via` is the request's: a fill that it begins hands it on.
         """
         key = route.key(variant)
-        for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
+        for candidate in route.keys(variant):
             flight = self._flights.get(candidate)
             if flight is not None and flight.suspect and flight.body is not None:
                 return await self._filled(candidate, route, variant, via)  # it could not be mended
@@ -92,7 +92,10 @@ class Cache:
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        entry = self._entries.known(route.key(variant)) or self._entries.known(route.key(Variant(ANY, ANY)))
+        entry = self._entries.known(route.key(variant))
+        if entry is None:
+            others = (self._entries.known(key) for key in route.keys(variant)[1:])
+            entry = next((other for other in others if other is not None), None)
         if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
         opened = self._opened(entry, route, Result.HIT)
@@ -113,7 +116,7 @@ class Cache:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
-        for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
+        for candidate in route.keys(variant):
             entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
             opened = self._opened(entry, route, Result.HIT)
@@ -250,10 +253,9 @@ class Cache:
     async def _filled_once(
         self, key: ContentKey, route: Route, variant: Variant, via: str | None
     ) -> Opened | None:
-        failure = self._failures.get(key)
-        if failure is not None:
+        if (failure := self._failures.get(key)) is not None:
             raise failure
-        self._refuse_circle(variant, via)
+        self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
         if flight is None:
@@ -311,11 +313,11 @@ class Cache:
         if queue.hopeless(priority) and not self._means.claims.taken(key.claim_offset):
             raise queue.refusal(priority)
 
-    def _refuse_circle(self, variant: Variant, via: str | None) -> None:
+    def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""
         pool = self._means.pool
         try:
-            pool.off_the_way(pool.candidates(variant), via)
+            pool.off_the_way(pool.candidates(variant, key.text), via)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 
@@ -354,7 +356,8 @@ class Cache:
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
         """See gup.cache.spelling."""
-        return await spell(self.open, route, variant)
+        candidates = self._means.pool.candidates(variant, route.key(variant).text)
+        return await spell(self.open, route, candidates[0].variant if candidates else variant)
 
     # --- bypass
 

@@ -15,6 +15,7 @@ from gup.cache.ahead import Courtesy
 from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
+from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
@@ -383,6 +384,7 @@ class Leader:
         except OSError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)
+        log_end("validated", self._key, means.clock() - self._began_at)
 
     # --- going on without the disk
 
@@ -439,7 +441,7 @@ class Leader:
         means.counters.add("gup_fills_total", outcome="unstorable")
         if told:
             return
-        log.warning("%s is not stored: %s", key.text, why)
+        log_end("unstorable", key, means.clock() - self._began_at, detail=why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
@@ -471,8 +473,7 @@ class Leader:
         self._flight.fail(problem, ttl_seconds)
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
-            log.warning("fetching %s failed: %s", self._key.text, problem.detail)
-        tell_failure(means, self._flight, problem)
+        tell_failure(means, self._flight, problem, means.clock() - self._began_at)
 
     # --- bookkeeping
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.asking import asking
+from gup.cli.asking import Where, asking
 from gup.cli.complaining import FAILED
-from gup.cli.options import AdminFlag, ConfigFlag, JsonFlag
+from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 
 if TYPE_CHECKING:
     from gup.cli.admin import Admin
@@ -43,13 +43,15 @@ def prefetch(
     ] = False,
     admin: AdminFlag = None,
     config: ConfigFlag = None,
+    token_file: TokenFlag = None,
+    ca_file: CaFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Fetch content before anybody asks, and wait for it; status 0 when all is stored, 1 when not.
 
     It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends the waiting only.
     """
-    with asking(admin, config) as asked:
+    with asking(Where(admin, config, token_file, ca_file)) as asked:
         wanted = [row for path in paths for row in asked.prefetch(path, version, language)["wanted"]]
         if not no_wait:
             wanted = _wait(asked, wanted)

@@ -38,6 +38,10 @@ _EXAMPLES: dict[str, Any] = {
     "rate": 2_000_000,
     "file": "/etc/gup/ContentInfo.txt",
     "liveupdate": "http://liveupdate:7070",
+    "admin_token_file": "/etc/gup/admin-token",
+    "admin_read_token_file": "/etc/gup/read-token",
+    "admin_cert_file": "/etc/gup/admin-cert.pem",
+    "admin_key_file": "/etc/gup/admin-key.pem",
 }
 """What the reference shows for a key without a default."""
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from gup.units import bytes_in_words, format_rate, time_in_words
 
-__all__ = ["ENTRY_HEAD", "bytes_in_words", "entry_line", "status_lines", "time_in_words"]
-
 
 def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     """The control plane's status as lines. KeyError when it is that of another version."""
@@ -24,10 +22,6 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     rate = status["wan_rate_bytes_per_second"]
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     yield f"clients: {clients['connections']} connections"
-    for upstream in status["upstreams"]:
-        yield f"upstream {upstream['name']}: {'up' if upstream['up'] else 'DOWN'}"
-    for fill in status["fills"]:
-        yield f"fill {fill['key'] or fill['id']}: {_progress(fill['received_bytes'], fill['length_bytes'])}"
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the settings before it are in force; the log says why"
     for alarm in status["alarms"]:
@@ -51,13 +45,48 @@ def _progress(received: int, length: int | None) -> str:
     return f"{bytes_in_words(received)} of {bytes_in_words(length)} ({received / length:.0%})"
 
 
-ENTRY_HEAD = f"{'size':>9}  {'kind':<5}  {'hits':>7}  {'last used':<16}  {'':<6}  key"
+UPSTREAM_HEADS = ("upstream", "", "since", "last error")
 
 
-def entry_line(entry: Mapping[str, Any]) -> str:
-    """One entry, under ENTRY_HEAD. KeyError when it is that of another version."""
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["used_at"]))
+def upstream_row(upstream: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under UPSTREAM_HEADS. KeyError when it is that of another version."""
+    state = str(upstream["state"])
+    state = "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
+    return upstream["name"], state, moment(upstream["since"]), upstream["last_error"] or ""
+
+
+FILL_HEADS = ("fill", "from", "#here", "#a second", "#left")
+
+
+def fill_row(fill: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under FILL_HEADS. KeyError when it is that of another version."""
+    rate, left = fill["bytes_per_second"], fill["remaining_seconds"]
     return (
-        f"{bytes_in_words(entry['length_bytes']):>9}  {entry['kind']:<5}  {entry['hits']:>7}  {used}  "
-        f"{'pinned' if entry['pinned'] else '':<6}  {entry['key']}"
+        fill["key"] or fill["id"],
+        fill["upstream"] or "",
+        _progress(fill["received_bytes"], fill["length_bytes"]),
+        bytes_in_words(rate) if rate is not None else "",
+        time_in_words(left) if left is not None else "",
     )
+
+
+ENTRY_HEADS = ("product", "revision", "kind", "#size", "#hits", "last used", "", "key")
+
+
+def entry_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under ENTRY_HEADS. KeyError when it is that of another version."""
+    return (
+        entry["product"] if entry["product"] != entry["stream"] else "",
+        entry["content_revision"] or entry["revision"],
+        entry["kind"],
+        bytes_in_words(entry["length_bytes"]),
+        str(entry["hits"]),
+        moment(entry["used_at"]),
+        "pinned" if entry["pinned"] else "",
+        entry["key"],
+    )
+
+
+def moment(at: float) -> str:
+    """Unix time as a date and a time of day, on this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -44,9 +44,13 @@ class Catalogues:
         types: StreamTypes | None = None,
     ) -> None:
         """`rows` by the upstream's name; `upstreams` tell whose catalogue is asked for a variant's label."""
-        self._rows = {upstream.name: (rows or {}).get(upstream.name, {}) for upstream in upstreams}
+        self._rows = {u.name: (rows or {})[u.name] for u in upstreams if u.name in (rows or {})}
         self._variants = {u.name: Variant(u.version, u.language) for u in upstreams}
         self._types = types or StreamTypes(config.CONTENT_TYPES)
+
+    def known(self, upstream: str) -> bool:
+        """Whether the upstream's catalogue was ever read."""
+        return upstream in self._rows
 
     def listed(self, upstream: str, moniker: str) -> Listed | None:
         """The upstream's own row of a moniker (in upper case, with braces)."""

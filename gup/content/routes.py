@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
-from gup.content.key import ABSENT, ContentKey, Kind, Variant
+from gup.content.key import ABSENT, ANY, ContentKey, Kind, Variant
 from gup.errors import Problem
 
 MAX_SEGMENT_BYTES = 240
@@ -51,7 +51,8 @@ class Route:
     """What is asked for, before it is known for which variant.
 
     `upstream_path` is percent-encoded, the moniker as the client spelled it. `stream`, `revision` and `file`
-    are safe parts of a key. `variant` is set where the name itself states it.
+    are safe parts of a key. `variant` is set where the name itself states it, or where the body is stored
+    under another one than whom to ask; `elsewhere` are variants whose stored body would be as good.
     """
 
     kind: Kind
@@ -61,6 +62,13 @@ class Route:
     file: str
     upstream_path: str
     variant: Variant | None = None
+    elsewhere: tuple[Variant, ...] = (Variant(ANY, ANY),)
+
+    def keys(self, variant: Variant) -> tuple[ContentKey, ...]:
+        """All keys to look under: the one that a fill stores under first."""
+        parts = self.stream, self.revision, self.file
+        others = (ContentKey(other.version, other.language, *parts) for other in self.elsewhere)
+        return tuple(dict.fromkeys((self.key(variant), *others)))
 
     def key(self, variant: Variant) -> ContentKey:
         """The content key; a variant stated by the name wins over the one given."""

@@ -6,14 +6,28 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import alarms, content, front, health, openapi, prefetch, status, upkeep
+from gup.control.access import Access
+from gup.control.api import (
+    alarms,
+    clients,
+    content,
+    front,
+    health,
+    openapi,
+    prefetch,
+    reports,
+    status,
+    upkeep,
+)
 from gup.control.api.answers import PLANE, problem
-from gup.control.guard import Asked, refusal
+from gup.control.guard import Asked, is_near, refusal
 from gup.control.plane import Plane
+from gup.control.tokens import presented
 from gup.errors import GupError
 
 _log = logging.getLogger("gup.control.app")
 _MAX_REQUEST_BYTES = 64 * 1024
+ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 RESOURCES = (
@@ -21,6 +35,8 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    clients.routes,
+    reports.routes,
     upkeep.routes,
     alarms.routes,
     prefetch.routes,
@@ -29,12 +45,13 @@ RESOURCES = (
 """A line a resource."""
 
 
-def make_app(plane: Plane) -> web.Application:
-    """The application over `plane`."""
+def make_app(plane: Plane, access: Access | None = None) -> web.Application:
+    """The application over `plane`; without `access` nobody may change anything."""
     app = web.Application(
         middlewares=[_security_headers, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES
     )
     app[PLANE] = plane
+    app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
     return app
@@ -42,24 +59,38 @@ def make_app(plane: Plane) -> web.Application:
 
 def _address(request: web.Request, end: str) -> str | None:
     name = request.transport.get_extra_info(end) if request.transport else None
-    return str(name[0]) if isinstance(name, tuple) else None
+    if isinstance(name, tuple):
+        return str(name[0])
+    return "" if isinstance(name, str | bytes) else None  # the path of a socket in the file system
 
 
 @web.middleware
 async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    access = request.app[ACCESS]
+    shown, peer = presented(request.headers.get("Authorization")), _address(request, "peername")
     asked = Asked(
         method=request.method,
         path=request.path,
         host=request.headers.get("Host", ""),
         origin=request.headers.get("Origin"),
         fetch_site=request.headers.get("Sec-Fetch-Site"),
-        peer=_address(request, "peername"),
+        peer=peer,
         local=_address(request, "sockname"),
+        right=access.tokens.right(shown, near=is_near(peer)),
+        bearer=shown is not None and not shown.by_browser,
     )
-    why = refusal(asked, request.app[PLANE].settings.listen.admin_address)
-    if why is not None:
-        return problem(403, why)
-    return await handler(request)
+    refused = refusal(asked, access.door)
+    if refused is not None:
+        response = problem(refused.status, refused.detail)
+        for challenge in refused.challenges:
+            response.headers.add("WWW-Authenticate", challenge)
+        if asked.right is None:
+            access.note_wrong_token(peer)
+        return response
+    answered = await handler(request)
+    if asked.changes:
+        _log.info("%s %s for %s: %d", asked.method, asked.path, peer or "this machine", answered.status)
+    return answered
 
 
 @web.middleware

@@ -1,7 +1,9 @@
 """Keeps the catalogues up to date: when each is read, what is kept of it, who is told. Decides no rule.
 
 From `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after somebody
-asked for what none of them lists. A catalogue that can't be had, or lists nothing, leaves the last good one.
+asked for what none of them lists. By way of the store, so that clients and controller share one fetch; only
+in that last case upstream is asked itself, since the store's copy may be `cache.index_ttl` old. A catalogue
+that can't be had, or lists nothing, leaves the last good one.
 """
 
 import asyncio
@@ -18,12 +20,15 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, parse_catalog
 from gup.content.catalogues import Catalogues, Label, Stream
 from gup.content.key import ANY
 from gup.content.stream_types import StreamTypes
+from gup.errors import Problem
 from gup.upstream.catalogue import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
 _log = logging.getLogger("gup.control.catalogues")
 Fetch = Callable[[str, str | None, str | None], Awaitable[Fetched]]
 """Asks the upstream of a name, under the validators of what is kept; raises UpstreamFailure."""
+Look = Callable[[str], Awaitable[Fetched]]
+"""Reads the upstream's catalogue by way of the store, as clients do; raises Problem."""
 
 _FIRST_RETRY_SECONDS = 5.0
 _LEAST_GAP_SECONDS = 2.0
@@ -38,6 +43,7 @@ class CatalogueKeeper:
         self,
         run: Path,
         settings: config.Settings,
+        look: Look,
         fetch: Fetch,
         publish: Callable[[], None],
         *,
@@ -47,12 +53,15 @@ class CatalogueKeeper:
         """`run` is the store's folder of that name; `publish` has workers look at what is kept there."""
         self._run = run
         self._settings = settings
+        self._look = look
         self._fetch = fetch
         self._publish = publish
         self._wall_clock = wall_clock
         self._clock = clock
         self._wake = asyncio.Event()
         self._asked_for: set[str] = set()
+        self._doubted = False
+        """Whether what the store has may be too old: somebody asked for what it does not list."""
         self._failures = 0
         self._kept: dict[str, Kept] = read_kept(run)
         self.catalogues = self._assembled()
@@ -76,7 +85,12 @@ class CatalogueKeeper:
             return
         if self.catalogues.somewhere(moniker) is None:
             self._asked_for.add(moniker)
+            self._doubted = True
             self._wake.set()
+
+    def lists(self, upstream: str, moniker: str) -> bool:
+        """Whether an upstream's catalogue lists a moniker."""
+        return self.catalogues.listed(upstream, moniker) is not None
 
     def label(self, stream: Stream, file: str = "") -> Label | None:
         """What a stream is called now; see Catalogues.label."""
@@ -129,8 +143,9 @@ class CatalogueKeeper:
     async def read(self) -> None:
         """Read all catalogues once, keep what is new and tell of it."""
         settings = self._settings
+        doubted, self._doubted = self._doubted, False
         names = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
-        readings = [self._read(upstream) for upstream in names]
+        readings = [self._read(upstream, doubted=doubted) for upstream in names]
         kept = dict(zip((u.name for u in names), await asyncio.gather(*readings), strict=True))
         if settings is not self._settings:
             self._wake.set()  # they were changed meanwhile: what was read may be another's
@@ -139,7 +154,7 @@ class CatalogueKeeper:
         self._failures = min(self._failures + 1, 16) if failed else 0
         await self._take(kept)
 
-    async def _read(self, upstream: config.Upstream) -> Kept:
+    async def _read(self, upstream: config.Upstream, *, doubted: bool) -> Kept:
         settings = self._settings.catalog
         source = str(settings.file) if settings.file is not None else upstream.url + CATALOG_PATH
         old = self._kept.get(upstream.name)
@@ -148,8 +163,8 @@ class CatalogueKeeper:
         if settings.file is None and not settings.refresh:
             return replace(old, problem=None)
         try:
-            fetched = await self._fetched(upstream.name, old)
-        except UpstreamFailure as failure:
+            fetched = await self._fetched(upstream.name, old, doubted=doubted)
+        except (UpstreamFailure, Problem) as failure:
             return self._failed(old, failure.detail)
         except OSError as error:
             return self._failed(old, f"catalog.file: {source} can't be read: {error.strerror or error}")
@@ -162,10 +177,12 @@ class CatalogueKeeper:
             )
         return Kept(source, rows, self._wall_clock(), None, fetched.etag, fetched.last_modified)
 
-    async def _fetched(self, name: str, old: Kept) -> Fetched:
+    async def _fetched(self, name: str, old: Kept, *, doubted: bool) -> Fetched:
         file = self._settings.catalog.file
         if file is not None:
             return Fetched(await asyncio.to_thread(_read_file, file))
+        if not doubted:
+            return await self._look(name)
         known = old.rows is not None
         return await self._fetch(name, old.etag if known else None, old.last_modified if known else None)
 

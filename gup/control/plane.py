@@ -25,6 +25,7 @@ from gup.control.events import (
     Failed,
     FullsTaken,
     Need,
+    Taken,
     Unlisted,
     Unstorable,
     UpstreamTrouble,
@@ -38,6 +39,7 @@ from gup.control.index import Index
 from gup.control.limits import Meter, limits_of, numbers, received_bytes
 from gup.control.prefetch import Prefetcher
 from gup.control.refusals import Refusals
+from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
@@ -93,11 +95,22 @@ class Plane:
             fetch=around.fetch_ahead,
             idle=around.link_idle,
             type_of=self.type_of,
+            places=around.places,
             holds=self.index.rows.__contains__,
             clock=clock,
         )
         self.traffic = Traffic(self.prefetcher, self.index, clock)
         self.alarms = AlarmBoard()
+        self.reports = Reports(
+            Around(
+                around,
+                lambda: self.settings,
+                clock,
+                self._believed,
+                self.index.newest_held,
+                self._reports_written,
+            )
+        )
         self.wan_meter = Meter()
         self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
@@ -120,10 +133,10 @@ class Plane:
         self.around.counters.add("gup_integrity_failures_total", where="index")
 
     def _index_written(self, refusal: str | None) -> None:
-        if refusal is None:
-            self.refusals.clear("index")
-        else:
-            self.refusals.tell("index", refusal, self.clock())
+        self.refusals.note("index", refusal, self.clock())
+
+    def _reports_written(self, refusal: str | None) -> None:
+        self.refusals.note("reports", refusal, self.clock())
 
     # --- events
 
@@ -150,8 +163,8 @@ class Plane:
                 self._used(event)
             case Asked() | Begun() | FullsTaken():
                 self.traffic.take(event)
-            case ClientsSeen():
-                self.clients.see(event.addresses, self.clock())
+            case ClientsSeen() | Taken():
+                self._seen(event)
             case Need():
                 self.space.need(event.size_bytes, refused=event.refused)
             case Unstorable():
@@ -168,6 +181,15 @@ class Plane:
     def _troubled(self, event: UpstreamTrouble) -> None:
         if any(upstream.name == event.name for upstream in self.settings.upstream):
             self.upstream_errors[event.name] = (self.clock(), event.detail)
+
+    def _seen(self, event: ClientsSeen | Taken) -> None:
+        """Clients were there, and perhaps took something."""
+        if isinstance(event, Taken):
+            self.clients.see({take.client for take in event.takes}, self.clock())
+            self.reports.take(event)
+        else:
+            self.clients.see(event.addresses, self.clock())
+            self.reports.see(event.addresses)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")

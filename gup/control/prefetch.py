@@ -6,7 +6,7 @@ never the same twice. Two at once at most: one delta or index file, and one of a
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from gup import config
@@ -48,14 +48,19 @@ class Prefetcher:
         fetch: FetchAhead,
         idle: Callable[[], bool],
         type_of: Callable[[Stream], str | None],
+        places: Callable[[str], Sequence[tuple[Variant, Variant]]],
         holds: Callable[[str], bool],
         clock: Callable[[], float],
     ) -> None:
-        """`type_of` a stream is None while no catalogue lists it; `holds` tells whether a key is stored."""
+        """`type_of` a stream is None while no catalogue lists it; `holds` tells whether a key is stored.
+
+        `places` are whose a stream may be: the variant of their upstreams, and that of what is stored.
+        """
         self._settings = settings
         self._fetch = fetch
         self._idle = idle
         self._type_of = type_of
+        self._places = places
         self._holds = holds
         self._clock = clock
         self._news = [asyncio.Event() for _ in LANES]
@@ -139,7 +144,6 @@ class Prefetcher:
 
         Busy when the list is full.
         """
-        variants = self._variants(version, language)
         try:
             target = parse_target(path.encode())
             if target.authority is not None:
@@ -147,6 +151,7 @@ class Prefetcher:
             route = self._routes().route(target.path)
         except Problem as problem:
             raise ValueError(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
+        variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
         for key in keys:
             wish = self.wishes.get(key)
@@ -156,18 +161,17 @@ class Prefetcher:
                 raise Busy(f"{MAX_PENDING} are waiting already: try again later")
         return [wish for key in keys if (wish := self.wishes.get(key)) is not None]
 
-    def _variants(self, version: str | None, language: str | None) -> list[Variant]:
-        every = dict.fromkeys((u.version, u.language) for u in self._settings().upstream)
+    def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
+        """Under which a stream's content of the upstreams of this version and language is stored."""
+        every = self._places(stream)
         found = [
-            Variant(*own)
-            for own in every
-            if all(
-                wanted is None or wanted.casefold() == has.casefold()
-                for wanted, has in zip((version, language), own, strict=True)
-            )
+            stored
+            for own, stored in every
+            if (version is None or version.casefold() == own.version.casefold())
+            and (language is None or language.casefold() == own.language.casefold())
         ]
         if not found:
-            there_is = "; ".join(" and ".join(map(repr, own)) for own in every) or "none"
+            there_is = "; ".join(f"{own.version!r} and {own.language!r}" for own, _ in every) or "none"
             wanted = " and ".join(repr(part) for part in (version, language) if part is not None)
             raise ValueError(f"version, language: no upstream has {wanted}; there is {there_is}")
         return found

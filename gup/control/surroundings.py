@@ -61,6 +61,8 @@ class Surroundings:
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
     """Cache.fetch_ahead."""
+    places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
+    """Choices.places."""
     link_idle: Callable[[], bool] = lambda: True
     """Whether no fill streams or waits in any process, but for those ahead."""
     fills_waiting: Callable[[], int] = lambda: 0

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from gup.control.alarms import DAMAGE_SECONDS, LATELY_SECONDS, Missed, Snapshot, UpstreamHealth
 from gup.control.lately import Lately
 from gup.control.limits import sum_of
 from gup.control.plane import Plane
+from gup.control.storms import Storm
 
 _LATELY = {
     "restarts": ("gup_worker_restarts_total", LATELY_SECONDS),
@@ -47,9 +49,7 @@ class Watch:
             min_free_bytes=plane.settings.cache.min_free,
             recent_evicted_lately=self._evicted.see(plane.space.recent_evicted, clock),
             damage=grown["damage"],
-            storms=[
-                (" ".join(plane.label(storm.stream)), storm) for storm in plane.traffic.standing_storms()
-            ],
+            storms=list(self._storms()),
             config_ok=around.config_ok(),
             restarts_lately=grown["restarts"],
             missed=list(self._missed(now)),
@@ -67,6 +67,12 @@ class Watch:
         for upstream in self._plane.settings.upstream:
             _, detail = self._plane.upstream_errors.get(upstream.name, (0.0, ""))
             yield UpstreamHealth(upstream.name, up.get(upstream.name, True), detail)
+
+    def _storms(self) -> Iterable[tuple[str, Storm]]:
+        for storm in self._plane.traffic.standing_storms():
+            label = " ".join(self._plane.label(storm.stream))
+            nameless = self._plane.settings.reports.addresses == "off"
+            yield label, replace(storm, addresses=()) if nameless else storm
 
     def _catalogues(self) -> Iterable[tuple[str, str]]:
         for name, catalogue in self._plane.around.catalogues().items():

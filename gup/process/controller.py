@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from gup import log
+from gup.cache.catalogue_body import read_catalogue
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
+from gup.content.choice import Choices
+from gup.content.key import Variant
 from gup.content.routes import Route
+from gup.content.rulebook import Rulebook
 from gup.control.ageing import AgeClock
 from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
@@ -22,7 +26,7 @@ from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
-from gup.upstream.catalogue import fetch_catalogue
+from gup.upstream.catalogue import Fetched, fetch_catalogue
 from gup.upstream.checks import Checks
 from gup.upstream.health import State
 
@@ -47,9 +51,11 @@ class Controller:
         self._catalogues = CatalogueKeeper(
             assembly.store.run,
             assembly.settings,
+            self._look_up_catalogue,
             lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
             self._page.raise_policy,
         )
+        assembly.pool.lists = self._catalogues.lists
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -76,6 +82,7 @@ class Controller:
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
                 fetch_ahead=assembly.cache.fetch_ahead,
+                places=self._places,
                 link_idle=assembly.means.queue.idle,
                 fills_waiting=assembly.means.queue.waiting,
                 label_of=self._catalogues.label,
@@ -117,10 +124,19 @@ class Controller:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
             self._catalogues.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            log.configure_child(settings.log)
             self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
 
     # --- what the control plane asks of the process
+
+    async def _look_up_catalogue(self, name: str) -> Fetched:
+        variants = {u.name: Variant(u.version, u.language) for u in self._assembly.settings.upstream}
+        return await read_catalogue(self._assembly.cache.open, variants[name])
+
+    def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
+        settings = self._assembly.settings
+        choices = Choices(Rulebook(settings), self._catalogues.catalogues, settings.upstream)
+        return choices.places(stream)
 
     async def _take_over(self, route: Route) -> None:
         """Open the body as a client would; the fill goes on when this reader has left."""
@@ -161,7 +177,7 @@ def main() -> None:
     """Entry point of the controller process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
+    log.configure_child(settings.log)
     asyncio.run(_main(parent))
 
 

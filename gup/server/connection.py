@@ -9,19 +9,21 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable, Coroutine
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from gup.cache.body import Body
+from gup.content.declared import Stated
 from gup.errors import Problem
+from gup.server.accounts import Account
 from gup.server.downloads import Turn, stopping
 from gup.server.handler import Reply
 from gup.server.hot import MAX_HEAD_BYTES, HotRow
 from gup.server.outgoing import BROKEN, FINISHED, Outgoing
 from gup.server.pacing import Pacer
+from gup.server.phase import Phase, allowed_seconds
 from gup.server.ranges import Span
 from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
-from gup.server.request import find_head_end, parse_head, skip_leading_newlines, too_large
+from gup.server.request import Request, find_head_end, parse_head, skip_leading_newlines, too_large
 
 if TYPE_CHECKING:
     from gup.server.listener import Listener
@@ -29,20 +31,8 @@ if TYPE_CHECKING:
 _READ_BYTES = 64 * 1024
 _TURN_BYTES = 1 << 20
 """The most one connection sends before others have their turn."""
-_LINGER_SECONDS = 2.0
 _LINGER_BYTES = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
-
-
-class Phase(Enum):
-    """What a connection is doing."""
-
-    READING = "reading"
-    WAITING = "waiting"
-    QUEUED = "queued"
-    SENDING = "sending"
-    LINGERING = "lingering"
-    CLOSED = "closed"
 
 
 class Connection:
@@ -56,6 +46,9 @@ class Connection:
     """
 
     __slots__ = (
+        "_account",
+        "_asked",
+        "_began",
         "_body",
         "_close_after",
         "_eof",
@@ -93,6 +86,8 @@ class Connection:
         self._pacer = pacer
         self._paced: asyncio.TimerHandle | None = None
         self._lingered = 0
+        self._began = 0.0
+        self._asked: Request | None = None
         self._clear()
         listener.loop.add_reader(self.fd, self._readable)
 
@@ -104,6 +99,7 @@ class Connection:
         self._close_after = False
         self._waits = False
         self._turn: Turn | None = None
+        self._account: Account | None = None
 
     @property
     def idle(self) -> bool:
@@ -151,9 +147,10 @@ class Connection:
         """Bytes at a message start, or more of a head that had begun. The hot lane is the first look-up."""
         if not self._pending:
             if len(piece) <= MAX_HEAD_BYTES and piece.endswith(b"\r\n\r\n"):
-                row = self._listener.hot.find(piece, self._listener.loop.time())
+                now = self._listener.loop.time()
+                row = self._listener.hot.find(piece, now)
                 if row is not None and not self._listener.draining:
-                    self.send_hot(row)
+                    self.send_hot(row, row.stated, now)
                     return
             self.since = self._listener.now
         self._pending += piece
@@ -180,8 +177,7 @@ class Connection:
     def advance(self) -> None:
         """Answer the heads that have arrived, one after the other, as far as that needs no waiting."""
         while self.phase is Phase.READING and self._pending:
-            skipped = skip_leading_newlines(self._pending)
-            del self._pending[:skipped]
+            del self._pending[: skip_leading_newlines(self._pending)]
             end = find_head_end(self._pending)
             if end < 0:
                 if len(self._pending) > LONGEST_HEAD_BYTES:
@@ -198,30 +194,30 @@ class Connection:
 
     def _answer(self, head: bytes) -> None:
         listener = self._listener
+        self._began = now = listener.loop.time()
         try:
             request = parse_head(head)
         except Problem as problem:
             self.refuse(problem)
             return
         if request.plain and request.keep_alive and request.minor_version == 1 and not listener.draining:
-            row = listener.hot.find_target(request.target, listener.loop.time())
+            row = listener.hot.find_target(request.target, now)
             if row is not None and request.header("via") is None:
-                self.send_hot(row)
+                self.send_hot(row, listener.accounts.declarations.of(request.headers), now)
                 return
         reply = listener.handler.answer_now(request, head)
         if reply is not None:
             self.send(reply)
             return
         self.phase = Phase.WAITING
+        self._asked = request
         self._task = listener.loop.create_task(self._answer_later(listener.handler.answer(request, head)))
 
     async def _answer_later(self, answer: Coroutine[None, None, Reply]) -> None:
         try:
             reply = await answer
-        except asyncio.CancelledError:
+        finally:
             self._task = None
-            raise
-        self._task = None
         if self.phase is Phase.WAITING:
             self.send(reply)
             self.advance()
@@ -237,11 +233,11 @@ class Connection:
 
     # --- sending
 
-    def send_hot(self, row: HotRow) -> None:
+    def send_hot(self, row: HotRow, stated: Stated, began: float) -> None:
         """Send a ready-made answer, in this same callback as far as the socket takes it."""
         piece = row.small() if self._pacer is None else None
         if piece is None:
-            self._send_hot_span(row)
+            self._send_hot_span(row, stated, began)
             return
         head = self._hot_head(row)
         message = head + piece
@@ -253,13 +249,17 @@ class Connection:
             self.close()
             return
         body_sent = max(0, sent - len(head))
-        words = self._listener.tally.words
+        words, accounts = self._listener.tally.words, self._listener.accounts
         words[row.sent_at] += body_sent
         words[row.stream_at] += body_sent
         if sent == len(message):
+            accounts.takes.add((self.peer, row.key_text, stated))
+            if words[row.hit_at] % accounts.every == accounts.first:
+                accounts.hot(self.peer, row, stated, began)
             return
+        self._account = accounts.of_row(row, stated, began)
         self._begin(head[sent:], (Span(body_sent, row.length),), row.entry, row.sent_at, row.stream_at)
-        self._push()
+        self._push(body_sent)
 
     def _hot_head(self, row: HotRow) -> bytes:
         """The head of a ready-made answer, which is counted by this: it leaves now."""
@@ -272,12 +272,13 @@ class Connection:
         self.since = listener.now
         return row.template.render(listener.date, max(0, int(listener.wall_now - row.validated_at)))
 
-    def _send_hot_span(self, row: HotRow) -> None:
+    def _send_hot_span(self, row: HotRow, stated: Stated, began: float) -> None:
         """Send what is not a few bytes in memory; a download when its turn has come."""
 
         def go() -> None:
-            head, span = self._hot_head(row), Span(0, row.length)
-            self._begin(head, (span,), row.entry, row.sent_at, row.stream_at)
+            self._account = self._listener.accounts.of_row(row, stated, began)
+            span = Span(0, row.length)
+            self._begin(self._hot_head(row), (span,), row.entry, row.sent_at, row.stream_at)
             self._push()
 
         turn = None
@@ -293,14 +294,15 @@ class Connection:
         """Send an answer, when its turn has come; the connection reads on when it has left."""
         self._reply = reply
         self._body = reply.body
+        self._account = account = reply.account
+        if account is not None:
+            account.began = self._began
         self._when_due(reply.turn, self._send_reply)
 
     def _send_reply(self) -> None:
         reply = self._reply
         assert reply is not None
-        self._listener.handler.begin(reply)
-        if reply.full:
-            self._listener.tally.took_full(self.peer, reply.full)
+        self._listener.handler.begin(reply, self.peer)
         self._begin(
             reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
         )
@@ -340,14 +342,16 @@ class Connection:
         self.phase = Phase.SENDING
         self.since = self._listener.now
         self._body = body
-        words = self._listener.tally.words
-        self._outgoing = Outgoing(words, head, segments, body, sent_at, stream_at, chunked=chunked)
+        self._outgoing = Outgoing(
+            self._listener.tally.words, head, segments, body, sent_at, stream_at, chunked=chunked
+        )
 
-    def _push(self) -> None:
+    def _push(self, sent_before: int = 0) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
         budget = _TURN_BYTES if self._pacer is None else self._slice(self._pacer)
         outgoing = self._outgoing
         assert outgoing is not None
+        outgoing.sent_bytes += sent_before
         try:
             while budget > 0:
                 done = outgoing.push(self.sock, budget)
@@ -394,9 +398,7 @@ class Connection:
 
     def _woken(self) -> None:
         self._waits = False
-        if self.phase is Phase.SENDING:
-            self._push()
-            self.advance()
+        self._writable()
 
     def _writable(self) -> None:
         if self.phase is Phase.SENDING:
@@ -414,6 +416,7 @@ class Connection:
     def _finish(self) -> None:
         """The answer has left: go on with the next request, or end."""
         close = self._close_after or self._listener.draining
+        self._tell(complete=True)
         self._want_write(wanted=False)
         self._leave_body()
         self._clear()
@@ -426,6 +429,13 @@ class Connection:
             self._linger()
 
     # --- the end
+
+    def _tell(self, *, complete: bool) -> None:
+        """Say what became of the answer, once."""
+        account, self._account = self._account, None
+        if account is not None:
+            sent = self._outgoing.sent_bytes if self._outgoing is not None else 0
+            self._listener.accounts.end(self.peer, account, sent, complete=complete)
 
     def _leave_body(self) -> None:
         """Give back what the answer held: its turn, and its place among the body's readers."""
@@ -457,6 +467,7 @@ class Connection:
         if self.phase is Phase.CLOSED:
             return
         self.phase = Phase.CLOSED
+        self._tell(complete=False)
         self._want_write(wanted=False)
         self._stop_reading()
         self._leave_body()
@@ -464,20 +475,20 @@ class Connection:
             self._paced.cancel()
             self._paced = None
         if self._task is not None:
+            assert self._asked is not None
             self._task.cancel()
             self._task = None
+            self._listener.accounts.left(self.peer, self._asked, self._began)
         self.sock.close()
         self._listener.gone(self)
 
     def expired(self, now: float) -> bool:
         """Whether the client has used up its time; see Listener's sweep."""
-        settings = self._listener.settings.listen
-        age = now - self.since
-        if self.phase is Phase.READING:
-            return age > (settings.header_timeout if self._pending else settings.idle_timeout)
-        if self.phase is Phase.LINGERING:
-            return age > _LINGER_SECONDS
-        return self.stalled and age > settings.write_timeout + self._listener.pacing.grace_seconds
+        listen, grace = self._listener.settings.listen, self._listener.pacing.grace_seconds
+        allowed = allowed_seconds(
+            self.phase, listen, begun=bool(self._pending), stalled=self.stalled, grace_seconds=grace
+        )
+        return now - self.since > allowed
 
     def expire(self) -> None:
         """End because time is up: a begun head is told so, a begun answer is cut."""

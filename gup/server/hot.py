@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gup.cache.entry import Entry
+from gup.content.declared import NOTHING, Stated
 from gup.server.response import HeadTemplate
 
 MAX_HEAD_BYTES = 2048
@@ -39,6 +40,8 @@ class HotRow:
     full: bool = False
     """Whether it is told who takes it."""
     used: bool = True
+    stated: Stated = NOTHING
+    """What the client states whose head the row is found by; a target alone tells nothing of it."""
 
     def small(self) -> bytes | None:
         """The body's bytes if they are few and in the page cache."""
@@ -106,15 +109,18 @@ class HotTable:
         """Read before a decision; `learn` refuses it when they have changed since."""
         return self._policy(), self._store(), self._drops
 
-    def learn(self, head: bytes | None, target: bytes, row: HotRow, epochs: tuple[int, int, int]) -> None:
-        """Remember a decision made while `epochs` were in force."""
+    def learn(
+        self, head: bytes | None, target: bytes | None, row: HotRow, epochs: tuple[int, int, int]
+    ) -> None:
+        """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
         if epochs != self.epochs:
             return
         if epochs[:2] != self._seen:
             self.refresh()
         if head is not None and len(head) <= MAX_HEAD_BYTES:
             _insert(self._by_head, head, row)
-        _insert(self._by_target, target, row)
+        if target is not None:
+            _insert(self._by_target, target, row)
 
     def refresh(self) -> None:
         """Take the epochs' changes in."""

@@ -36,6 +36,7 @@ class Outgoing:
         "_words",
         "body",
         "position",
+        "sent_bytes",
     )
 
     def __init__(
@@ -51,6 +52,7 @@ class Outgoing:
     ) -> None:
         self.body = body
         self.position = 0
+        self.sent_bytes = 0
         self._words = words
         self._literal = memoryview(head)
         self._segments = segments
@@ -137,5 +139,6 @@ class Outgoing:
         return True
 
     def _count(self, sent: int) -> None:
+        self.sent_bytes += sent
         self._words[self._sent_at] += sent
         self._words[self._stream_at] += sent

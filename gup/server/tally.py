@@ -65,8 +65,13 @@ class Tally:
     def used(self, key_text: str) -> None:
         self.uses[key_text] = self.uses.get(key_text, 0) + 1
 
-    def take_news(self, tell: Callable[[Mapping[str, object]], None], now: float) -> None:
-        """Tell the controller which entries were used and which addresses asked since the last time."""
+    def take_news(
+        self, tell: Callable[[Mapping[str, object]], object], now: float, name: Callable[[str], str]
+    ) -> None:
+        """Tell the controller which entries were used and which clients asked since the last time.
+
+        `name` is what a client's address is called.
+        """
         uses, self.uses = self.uses, {}
         rows = list(uses.items())
         for at in range(0, len(rows), 200):
@@ -74,9 +79,9 @@ class Tally:
         asks, self.asks = list(self.asks.items()), {}
         for at in range(0, len(asks), 200):
             tell({"type": "asked", "uses": asks[at : at + 200]})
-        fulls, self.fulls = [(*who, times) for who, times in self.fulls.items()], {}
+        fulls, self.fulls = [(name(address), key, times) for (address, key), times in self.fulls.items()], {}
         for at in range(0, len(fulls), 200):
             tell({"type": "fulls", "rows": fulls[at : at + 200]})
-        clients, self.clients = list(self.clients), set()
+        clients, self.clients = list({name(address) for address in self.clients}), set()
         for at in range(0, len(clients), 1000):
             tell({"type": "clients", "addresses": clients[at : at + 1000]})

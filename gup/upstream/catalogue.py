@@ -1,7 +1,7 @@
 """Asks one upstream for its catalogue, conditionally; keeps and understands nothing of it.
 
-Straight from upstream, not through the store: by every upstream rather than by variant, under its own label
-of bytes, and not to be evicted. The controller alone asks, so it is one conditional request for the machine.
+Straight from upstream, past the store, whose copy may be `cache.index_ttl` old: for the moment when somebody
+asked for what no catalogue lists.
 """
 
 from dataclasses import dataclass

@@ -22,6 +22,7 @@ from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind
 from gup.control.service import Control, Surroundings
+from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 
@@ -191,6 +192,7 @@ class World:
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     store = Store(tmp_path / "cache")
     store.prepare()
+    await asyncio.to_thread(make_local_token, store.run)
     claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     settings = Settings.model_validate(
@@ -216,6 +218,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-async def browser() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
+    """Shows the token that commands on the same machine show."""
+    shown = {"Authorization": f"Bearer {local_path(world.store.run).read_text().strip()}"}
+    timeout = aiohttp.ClientTimeout(total=20)
+    async with aiohttp.ClientSession(timeout=timeout, headers=shown) as session:
         yield session

@@ -29,6 +29,9 @@ class Managers:
     asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     published: int = 0
 
+    async def look(self, name):
+        return await self.fetch(name, "by way of the store", None)
+
     async def fetch(self, name, etag, last_modified):
         self.asked.append((name, etag, last_modified))
         answer = self.answers.get(
@@ -43,7 +46,7 @@ class Managers:
 
     def keeper(self, catalog=None, names=("fr",)):
         return CatalogueKeeper(
-            self.run, settings(catalog, names), self.fetch, self.publish, wall_clock=lambda: 7.0
+            self.run, settings(catalog, names), self.look, self.fetch, self.publish, wall_clock=lambda: 7.0
         )
 
 
@@ -74,7 +77,10 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
         await keeper.read()
         assert keeper.product_of(MONIKER) is not None
         assert keeper.shown()["fr"]["problem"]
-    assert managers.asked == [("fr", None, None)] + [("fr", '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")] * 3
+    assert managers.asked == [("fr", "by way of the store", None)] * 4
+    keeper.unlisted(OTHER)
+    await keeper.read()
+    assert managers.asked[4:] == [("fr", '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")]
     assert managers.published == 1, "nothing has changed for the workers"
     again = managers.keeper()
     assert again.product_of(MONIKER) is not None, "before anybody was asked"
@@ -113,7 +119,7 @@ async def test_another_server_under_the_same_name_has_not_the_old_one_s_streams(
     keeper.apply(Settings.model_validate(changed))
     await keeper.read()
     assert keeper.product_of(MONIKER) is None
-    assert managers.asked[-1] == ("fr", None, None)
+    assert managers.asked[-1] == ("fr", "by way of the store", None)
     assert managers.published == 2
 
 

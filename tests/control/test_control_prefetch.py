@@ -33,6 +33,7 @@ class Site:
     settings: Settings
     type: str | None = "virus_definitions"
     idle: bool = True
+    for_all: bool = False
     now: float = 1000.0
     held: set[str] = field(default_factory=set)
     ends: dict[str, bool | Problem] = field(default_factory=dict)
@@ -46,12 +47,18 @@ class Site:
             fetch=self.fetch,
             idle=lambda: self.idle,
             type_of=self.type_of,
+            places=self.places,
             holds=self.held.__contains__,
             clock=lambda: self.now,
         )
 
     def type_of(self, _stream: Stream) -> str | None:
         return self.type
+
+    def places(self, _stream: str) -> list[tuple[Variant, Variant]]:
+        """Content that is for all languages of a version is stored under that."""
+        own = [Variant(u.version, u.language) for u in self.settings.upstream]
+        return [(one, Variant(one.version, "any") if self.for_all else one) for one in own]
 
     async def fetch(self, route: Route, variant: Variant) -> bool:
         self.fetched.append((route.file, variant))
@@ -234,6 +241,11 @@ async def test_an_order_is_for_each_variant_that_fits(site):
     assert [w.key.language for w in site.prefetcher.order(target, None, None)] == ["French", "English"]
     assert [w.key.language for w in site.prefetcher.order(target, None, "french")] == ["French"]
     assert [w.key.language for w in site.prefetcher.order(target, "14.3 RU3", None)] == ["English"]
+    site.for_all = True
+    assert [w.key.variant for w in site.prefetcher.order(target, None, None)] == [
+        Variant("14.3 RU2", "any"),
+        Variant("14.3 RU3", "any"),
+    ]
     with pytest.raises(ValueError, match=r"no upstream has '14.3 RU3' and 'French'; there is '14.3 RU2' and"):
         site.prefetcher.order(target, "14.3 RU3", "French")
 
