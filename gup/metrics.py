@@ -29,8 +29,14 @@ WASTED = ("overlap", "mismatch", "aborted", "rejected")
 RESUME_REASONS = ("cut", "timeout", "failover", "takeover")
 MAX_STREAMS = 50
 """Streams (variant and moniker) counted apart; the rest share the slot after the last."""
+MAX_SHOWN = 24
+"""Products and languages with series of their own in an exposition; the rest are shown as one.
 
-TTFB_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+Each takes up to nine series (full, delta and index both ways, newest held and requested, storm): with two
+upstreams this keeps a site below 500, whatever its clients ask for.
+"""
+
+TTFB_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
 FILL_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 14400.0)
 _NANOSECONDS = 1_000_000_000
 
@@ -62,6 +68,7 @@ def _gauge(name: str, help_: str, *, stored: bool = False) -> Metric:
 
 
 _RESULTS = tuple(CODES_OF_RESULT)
+_WITH_CONTENT = tuple(result for result, codes in CODES_OF_RESULT.items() if codes is _SERVED)
 
 METRICS: tuple[Metric, ...] = (
     _counter("gup_requests_total", "Requests answered.", ("result", _RESULTS), ("code", ())),
@@ -85,8 +92,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "gup_time_to_first_byte_seconds",
         "histogram",
-        "From a request's head to the first byte of its answer, hot hits left out.",
-        labels=(("result", _RESULTS),),
+        "From a request's head to the first byte of content, hot hits left out.",
+        labels=(("result", _WITH_CONTENT),),
         buckets=TTFB_BUCKETS,
     ),
     _gauge("gup_fills_in_progress", "Fills under way.", stored=True),
@@ -149,6 +156,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision."),
     _gauge("gup_full_storm", "Whether clients ask for fulls where deltas exist."),
     _gauge("gup_config_last_reload_successful", "Whether the last reload took."),
+    _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python."),
     _gauge("gup_site_info", "Name of the site."),
 )

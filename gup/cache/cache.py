@@ -92,10 +92,7 @@ class Cache:
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        entry = self._entries.known(route.key(variant))
-        if entry is None:
-            others = (self._entries.known(key) for key in route.keys(variant)[1:])
-            entry = next((other for other in others if other is not None), None)
+        entry = next(filter(None, map(self._entries.known, route.keys(variant))), None)
         if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
         opened = self._opened(entry, route, Result.HIT)
@@ -175,7 +172,7 @@ class Cache:
             return True
         sound = False
         try:
-            async with asyncio.timeout(self._longest_wait()):
+            async with asyncio.timeout(self._means.longest_wait_seconds):
                 sound = await body.sound_at(offset)
         except TimeoutError as error:
             raise Problem(
@@ -258,27 +255,17 @@ class Cache:
         self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
+        late = flight is not None and flight.complete
         if flight is None:
             self._refuse_hopeless(key, route)
             flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
             self._spawn(self._fly(flight))
         hurry(self._means, flight)
-        self._means.counters.add("gup_fill_waiters", 1)
-        try:
-            async with asyncio.timeout(self._longest_wait()):
-                joined = await flight.join()
-        except TimeoutError as error:
-            self._waiter_left()
-            raise Problem(
-                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
-            ) from error
-        except BaseException:
-            self._waiter_left()
-            raise
+        joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
-            result = result if joined.ring is None else Result.BYPASS
-            return Opened(joined.reader(self._waiter_left), result, key, route.kind)
+            result = Result.HIT if late else result if joined.ring is None else Result.BYPASS
+            return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
             return await self._passed_through(key, route, variant, via)
@@ -307,6 +294,21 @@ class Cache:
             self._spawn(self._fly(flight))
         return await outcome(flight)
 
+    async def _joined(self, flight: Flight) -> GrowingBody | Landing:
+        """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""
+        self._means.counters.add("gup_fill_waiters", 1)
+        try:
+            async with asyncio.timeout(self._means.longest_wait_seconds):
+                return await flight.join()
+        except TimeoutError as error:
+            self._waiter_left()
+            raise Problem(
+                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
+            ) from error
+        except BaseException:
+            self._waiter_left()
+            raise
+
     def _refuse_hopeless(self, key: ContentKey, route: Route) -> None:
         """What would wait too long for its place is refused before it costs a task or a look at the disk."""
         queue, priority = self._means.queue, PRIORITIES[route.kind]
@@ -315,19 +317,13 @@ class Cache:
 
     def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""
-        pool = self._means.pool
         try:
-            pool.off_the_way(pool.candidates(variant, key.text), via)
+            self._means.pool.off_the_way(self._means.pool.candidates(variant, key.text), via)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 
     def _waiter_left(self) -> None:
         self._means.counters.add("gup_fill_waiters", -1)
-
-    def _longest_wait(self) -> float:
-        settings = self._means.settings
-        slowest = max((u.connect_timeout + u.read_timeout for u in settings.upstream), default=1.0)
-        return settings.fill.queue_timeout + 2 * slowest
 
     async def _fly(self, flight: Flight) -> None:
         """Lead the fill or follow its leader, whichever falls to this process, to the end."""

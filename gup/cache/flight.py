@@ -50,6 +50,12 @@ class Means:
     clock: Callable[[], float]
     commits: Commits = field(default_factory=Commits)
 
+    @property
+    def longest_wait_seconds(self) -> float:
+        """For the first byte of a fill: after its place in the queue, one upstream that does not answer."""
+        slowest = max((u.connect_timeout + u.read_timeout for u in self.settings.upstream), default=1.0)
+        return self.settings.fill.queue_timeout + 2 * slowest
+
 
 class Landing(Enum):
     """How a flight ended when there is no growing body to read."""
@@ -103,6 +109,11 @@ class Flight:
     @property
     def over(self) -> bool:
         return self.landing is not None or self.problem is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it can be sent: what is left of the fill is its commit, which nobody awaits."""
+        return self.body is not None and self.body.complete_in_file
 
     def attach(self, body: GrowingBody) -> None:
         """From now on this is the body to read; readers of another one are cut."""

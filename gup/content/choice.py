@@ -180,14 +180,18 @@ class Choices:
     # --- by client
 
     def _decide(self, stream: str, client: Client) -> Choice:
-        """The place that fits best: one that may serve the client, by language, by version, by priority."""
+        """The place that fits best: one that may serve the client, by language, by version, by priority.
+
+        Where none may, the one whose refusal tells most: of the client's language, else of its version.
+        """
         ranked = []
         for at, option in enumerate(self._options_of(stream)):
             decision = self._standing(stream, option)
             if decision is None:
                 decision = self.book.rules.decide(option.listed, option.place.origin, client)
-            rank = (not decision.allowed, *_distance(option.place.origin, client), at)
-            ranked.append((rank, option, decision))
+            language, version = _distance(option.place.origin, client)
+            nearness = (language, version) if decision.allowed else (min(language, 1), version, language)
+            ranked.append(((not decision.allowed, *nearness, at), option, decision))
         _, option, decision = min(ranked, key=lambda row: row[0])
         return self._made(stream, option, decision, for_everybody=False)
 

@@ -2,8 +2,8 @@
 
 From `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after somebody
 asked for what none of them lists. By way of the store, so that clients and controller share one fetch; only
-in that last case upstream is asked itself, since the store's copy may be `cache.index_ttl` old. A catalogue
-that can't be had, or lists nothing, leaves the last good one.
+in that last case, and after a reload, upstream is asked itself, since the store's copy may be
+`cache.index_ttl` old. A catalogue that can't be had, or lists nothing, leaves the last good one.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from gup import config
 from gup.cache.catalogue_file import Kept, read_kept, write_kept
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, parse_catalog
 from gup.content.catalogues import Catalogues, Label, Stream
-from gup.content.key import ANY
 from gup.content.stream_types import StreamTypes
 from gup.errors import Problem
 from gup.upstream.catalogue import Fetched
@@ -61,7 +60,7 @@ class CatalogueKeeper:
         self._wake = asyncio.Event()
         self._asked_for: set[str] = set()
         self._doubted = False
-        """Whether what the store has may be too old: somebody asked for what it does not list."""
+        """Whether what the store has may be too old: somebody misses something in it."""
         self._failures = 0
         self._kept: dict[str, Kept] = read_kept(run)
         self.catalogues = self._assembled()
@@ -77,6 +76,7 @@ class CatalogueKeeper:
         """Reloaded settings: everything is read again."""
         self._settings = settings
         self.catalogues = self._assembled()
+        self._doubted = True
         self._wake.set()
 
     def unlisted(self, moniker: str) -> None:
@@ -96,9 +96,9 @@ class CatalogueKeeper:
         """What a stream is called now; see Catalogues.label."""
         return self.catalogues.label(stream, file)
 
-    def product_of(self, moniker: str) -> tuple[str, str] | None:
-        """A moniker's product and language, whatever the variant."""
-        label = self.catalogues.label((ANY, ANY, moniker))
+    def product_of(self, stream: Stream) -> tuple[str, str] | None:
+        """A stream's product and language."""
+        label = self.catalogues.label(stream)
         return None if label is None else (label.product, label.language)
 
     def shown(self) -> Mapping[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ _WINDOW_SECONDS = 5.0
 
 
 class Meter:
-    """How fast bytes come from upstream, over the last seconds. Told of the total once a second."""
+    """How fast bytes move, over the last seconds. Told of the total once a second."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -32,11 +32,6 @@ class Meter:
 def sum_of(totals: Mapping[str, int], metric: str) -> int:
     """Over all series of a metric."""
     return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
-
-
-def received_bytes(totals: Mapping[str, int]) -> int:
-    """All body bytes from all upstreams."""
-    return sum_of(totals, "gup_upstream_received_bytes_total")
 
 
 def numbers(settings: Settings) -> dict[str, int]:

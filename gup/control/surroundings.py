@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.catalogues import Label, Stream
+from gup.content.catalogues import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
@@ -23,7 +23,7 @@ class Surroundings:
     """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
     all blocks, by series name: counters, histogram words and gauges alike.
 
-    `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
+    `stream_names` has version, language and moniker of each slot; `product_of` a stream's product and
     language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
     file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
     `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
@@ -42,7 +42,7 @@ class Surroundings:
     totals: Callable[[], Mapping[str, int]]
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
-    product_of: Callable[[str], tuple[str, str] | None]
+    product_of: Callable[[Stream], tuple[str, str] | None]
     raise_store_epoch: Callable[[], None]
     set_store_bytes: Callable[[int], None]
     promised_bytes: Callable[[], int]
@@ -70,5 +70,7 @@ class Surroundings:
     label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
     catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
+    catalogue_rows: Callable[[], Catalogues] = Catalogues
+    """What the upstreams' catalogues list now."""
     unlisted: Callable[[str], None] = lambda _moniker: None
     """To be told of monikers that were asked for and that no catalogue lists."""

@@ -55,7 +55,7 @@ class Watch:
             missed=list(self._missed(now)),
             catalogues=dict(self._catalogues()),
             wan_limit=around.wan_rate(),
-            wan_used=plane.wan_meter.bytes_per_second(),
+            wan_used=plane.history.wan.bytes_per_second(),
             fills_waiting=around.fills_waiting(),
             clients_week=plane.clients.counts(now)["7d"],
             client_last_seen=newest_seen[0][1] if newest_seen else None,

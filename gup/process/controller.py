@@ -87,6 +87,7 @@ class Controller:
                 fills_waiting=assembly.means.queue.waiting,
                 label_of=self._catalogues.label,
                 catalogues=self._catalogues.shown,
+                catalogue_rows=lambda: self._catalogues.catalogues,
                 unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),

@@ -23,7 +23,7 @@ from gup.server.pacing import Pacer
 from gup.server.phase import Phase, allowed_seconds
 from gup.server.ranges import Span
 from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
-from gup.server.request import Request, find_head_end, parse_head, skip_leading_newlines, too_large
+from gup.server.request import Request, check_begun, find_head_end, parse_head, skip_leading_newlines
 
 if TYPE_CHECKING:
     from gup.server.listener import Listener
@@ -180,8 +180,7 @@ class Connection:
             del self._pending[: skip_leading_newlines(self._pending)]
             end = find_head_end(self._pending)
             if end < 0:
-                if len(self._pending) > LONGEST_HEAD_BYTES:
-                    self.refuse(too_large(self._pending))
+                self._check_begun()
                 break
             head = bytes(self._pending[:end])
             del self._pending[:end]
@@ -191,6 +190,13 @@ class Connection:
                 self.close()
             else:
                 self._go_on_reading()
+
+    def _check_begun(self) -> None:
+        """Refuse at once what has no end yet and never can be a head."""
+        try:
+            check_begun(self._pending)
+        except Problem as problem:
+            self.refuse(problem)
 
     def _answer(self, head: bytes) -> None:
         listener = self._listener

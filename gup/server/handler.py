@@ -37,6 +37,7 @@ _STATUS_OF_RESULT = {
     Result.BYPASS: "gup; fwd=bypass",
 }
 """Values of Cache-Status (RFC 9211)."""
+_STATUS_OF_HEAD_MISS = "gup; fwd=uri-miss"
 _TRIES = 3
 """Bodies that a request may find to be replaced before it has begun to read them."""
 _OUR_MISTAKE = Problem("internal-error", "a mistake of gup's own; its log tells more")
@@ -329,7 +330,10 @@ class Handler:
         head, result, age_seconds = await self._cache.look(
             asked.route, asked.variant, asked.request.header("via")
         )
-        planned = plan(asked.request, _representation(head), self._served(result, age_seconds))
+        served = self._served(result, age_seconds)
+        if result is Result.MISS:
+            served = replace(served, cache_status=_STATUS_OF_HEAD_MISS)
+        planned = plan(asked.request, _representation(head), served)
         self._tally.request(result, planned.status)
         key = asked.route.key(asked.variant).text
         account = Account("HEAD", result, planned.status, key)

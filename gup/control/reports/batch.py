@@ -9,6 +9,8 @@ from gup.control.rows import content_revision
 from gup.control.streams import revision_time
 
 MAX_PENDING = 100_000
+_FIRST_DATE = 946_684_800.0
+"""The beginning of the century that revisions have two digits of the year of."""
 _AHEAD_SECONDS = 2 * 86400.0
 """A revision's date may be so far ahead: time zones, and clocks. One further ahead is not believed."""
 
@@ -54,7 +56,7 @@ class Standing:
 
     def take(self, revision: str, at: float, version: str) -> None:
         self.took[revision] = at
-        if supersedes(revision, at, self.revision, self.taken_at):
+        if revision != self.revision and supersedes(revision, at, self.revision, self.taken_at):
             self.revision, self.taken_at, self.version_then = revision, at, version
 
     def ask(self, revision: str, at: float, came_from: str) -> None:
@@ -108,7 +110,7 @@ class Batch:
             whole = pieces.add(take.client, take.key.text, *take.part)
         revision = content_revision(kind_of(take), take.key.revision, take.key.file)
         date = revision_time(revision) if revision else None
-        if revision is None or date is None or date > at + _AHEAD_SECONDS:
+        if revision is None or date is None or not _FIRST_DATE <= date <= at + _AHEAD_SECONDS:
             return
         where = (take.client, (take.key.version, take.key.language, take.key.stream))
         standing = self.standings.get(where)

@@ -16,13 +16,13 @@ from gup.content.catalogues import Label
 from gup.content.releases import Releases
 from gup.content.stream_types import CLIENT_PATCHES
 from gup.control.events import Taken
-from gup.control.exposition import stream_labels
 from gup.control.reports import content, queries, restarts, savings
 from gup.control.reports.batch import Batch, StreamId
 from gup.control.reports.database import BegunAnewError
 from gup.control.reports.ledger import EARLIER, Days, Ledger, Reading, counted
 from gup.control.reports.pieces import Pieces
 from gup.control.reports.records import Records
+from gup.control.shown import stream_labels
 from gup.control.surroundings import Surroundings
 from gup.upstream.schedule import site_time
 
@@ -35,8 +35,8 @@ _OFF = "reports.addresses is off: no client is remembered"
 class Around:
     """What reports are given by the plane: settings in force, clocks, and what is held in the store.
 
-    `believed` is the time by which things grow old. `on_refusal` is told why the disk took nothing, and None
-    when it does again.
+    `believed` is the time by which things grow old. `on_refusal` is told of what the disk took nothing,
+    and why; None: it took it.
     """
 
     process: Surroundings
@@ -44,7 +44,7 @@ class Around:
     clock: Callable[[], float]
     believed: Callable[[], float]
     held: Callable[[], Mapping[StreamId, str]]
-    on_refusal: Callable[[str | None], None]
+    on_refusal: Callable[[str, str | None], None]
 
 
 class Reports:
@@ -102,32 +102,34 @@ class Reports:
         except OSError as error:
             batch.absorb(self._batch)
             self._batch = batch
-            self._around.on_refusal(str(error))
+            self._around.on_refusal("reports", str(error))
         else:
-            self._around.on_refusal(None)
+            self._around.on_refusal("reports", None)
 
     async def tick(self) -> None:
         """Write what the counters have counted."""
-        reading = self._reading()
+        read = self._reading()
         try:
-            await self._in_thread(lambda: self._ledger.update(reading))
+            await self._in_thread(lambda: self._ledger.update(read()))
         except OSError as error:
-            self._around.on_refusal(str(error))
+            self._around.on_refusal("savings", str(error))
+        else:
+            self._around.on_refusal("savings", None)
 
     async def prune(self) -> None:
         """Forget what is older than the settings say."""
-        own, now = self._around.settings().reports, self._around.believed()
-        oldest = site_time(self._around.settings(), now) - timedelta(seconds=own.ledger)
-        day = oldest.date().isoformat()
+        settings, now = self._around.settings(), self._around.believed()
+        own = settings.reports
 
         def forget() -> None:
             self._records.prune(now, own.retention, own.max_clients)
-            self._ledger.prune(day)
+            oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
+            self._ledger.prune(oldest.date().isoformat())
 
         try:
             await self._in_thread(forget)
         except OSError as error:
-            self._around.on_refusal(str(error))
+            self._around.on_refusal("reports", str(error))
 
     async def _call_clients_right(self) -> None:
         """After a start or a reload: no client may be called by more than the settings allow."""
@@ -135,8 +137,10 @@ class Reports:
         if mode == self._called:
             return
         names = await self._named()
+        by_old_names, self._batch = self._batch, Batch()  # what comes from now on is called right
 
         def rename() -> None:
+            self._records.write(by_old_names)
             if mode == "off":
                 self._records.forget_all()
             elif mode == "hashed":
@@ -145,11 +149,13 @@ class Reports:
         try:
             await self._in_thread(rename)
         except OSError as error:
-            self._around.on_refusal(str(error))
+            self._around.on_refusal("reports", str(error))
+            if mode == "full":
+                by_old_names.absorb(self._batch)
+                self._batch = by_old_names
             return
         self._called = mode
-        if mode != "full":
-            self._batch, self._pieces = Batch(), Pieces()
+        self._around.on_refusal("reports", None)
 
     async def _named(self) -> Names:
         if self._names is None:
@@ -176,7 +182,7 @@ class Reports:
             self._ledger.database.close()
 
         await self._in_thread(close)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
 
     # --- what is asked
 
@@ -230,8 +236,8 @@ class Reports:
 
     async def savings(self) -> tuple[str, Days]:
         """Today, and what each day counted, the oldest first: together the counters as they are now."""
-        reading = self._reading()
         await self.tick()
+        reading = await self._in_thread(self._reading())
         try:
             days = await self._in_thread(self._ledger.days)
             rest_on = reading.today
@@ -258,11 +264,12 @@ class Reports:
     def _label(self, stream: StreamId) -> Label | None:
         return self._around.process.label_of(stream, "")
 
-    def _reading(self) -> Reading:
+    def _reading(self) -> Callable[[], Reading]:
+        """The counters as they are now; to be called in a thread: a time zone is read from its file."""
         settings, process = self._around.settings(), self._around.process
-        now, installed = self._around.clock(), process.installed_at
-        return Reading(
-            process.totals(),
+        now, installed, totals = self._around.clock(), process.installed_at, process.totals()
+        return lambda: Reading(
+            totals,
             installed,
             site_time(settings, installed).date().isoformat(),
             site_time(settings, now).date().isoformat(),
