@@ -9,6 +9,7 @@ import typer
 from gup.cli.asking import Where, asking
 from gup.cli.complaining import FAILED
 from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
+from gup.cli.tables import printable
 
 if TYPE_CHECKING:
     from gup.cli.admin import Admin
@@ -60,7 +61,7 @@ def prefetch(
     else:
         for row in wanted:
             detail = f" ({row['detail']})" if row["detail"] else ""
-            typer.echo(f"{row['key']}: {_WORDS.get(row['outcome'], row['outcome'])}{detail}")
+            typer.echo(printable(f"{row['key']}: {_WORDS.get(row['outcome'], row['outcome'])}{detail}"))
     if not all(row["outcome"] in _GOOD for row in wanted):
         raise typer.Exit(FAILED)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gup.cli.tables import printable
 from gup.units import bytes_in_words, format_rate, time_in_words
 
 
@@ -25,7 +26,9 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the settings before it are in force; the log says why"
     for alarm in status["alarms"]:
-        yield f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
+        yield printable(
+            f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
+        )
 
 
 def _totals(totals: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Through real processes: deltas fetched ahead, content that an operator wants, storms of fulls, alarms."""
 
 import contextlib
+import json
 import re
+import subprocess
 import time
 
 import pytest
@@ -177,6 +179,41 @@ def test_a_client_hurries_what_is_being_fetched_ahead(tmp_path):
             gate.open()
             assert client.response().complete
             assert settled(gup, name(big)) == {name(big): "stored"}
+
+
+def ordered(gup: Gup, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`gup prefetch`, as an operator calls it on the service's machine."""
+    command = [*Gup.PROGRAM, "prefetch", *arguments, "--admin", f"{gup.admin[0]}:{gup.admin[1]}"]
+    token = ["--token-file", str(gup.cache_dir / "run" / "admin-token")]
+    return subprocess.run(
+        [*command, *token], capture_output=True, text=True, timeout=60, check=False, cwd=gup.folder
+    )
+
+
+def test_an_operator_has_files_fetched_before_the_morning(tmp_path):
+    with ScriptedUpstream() as upstream:
+        publish(upstream, delta(A, B), delta(A, B, PATCHES))
+        with service(tmp_path, upstream, prefetch={"enabled": False}) as gup:
+            paths = delta(A, B), delta(A, B, PATCHES)
+            done = ordered(gup, *paths)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert [line.split(": ")[1] for line in done.stdout.splitlines()] == ["fetched and stored"] * 2
+            assert [cache_status(gup, path) for path in paths] == ["gup; hit"] * 2
+            again = ordered(gup, delta(A, B), delta(A, C), "--json")
+            assert again.returncode == 1
+            rows = json.loads(again.stdout)["wanted"]
+            assert [row["outcome"] for row in rows] == ["present", "absent"]
+            assert ordered(gup, delta(A, B), "--no-wait").returncode == 0
+            for arguments, told in (
+                (("/etc/passwd",), "can't be fetched: This path is none of the content"),
+                ((delta(A, B), "--language", "French"), "no upstream has 'French'; there is 'any' and 'any'"),
+            ):
+                refused = ordered(gup, *arguments)
+                assert refused.returncode == 1
+                assert told in refused.stderr, refused.stderr
+            code, found = gup.api("/api/v1/prefetch", method="POST", given={"file": "x"})
+            assert (code, "path" in found["detail"]) == (400, True), found
+            assert [len(upstream.requests(path)) for path in paths] == [1, 1]
 
 
 def alarms(gup: Gup) -> dict[str, dict]:
