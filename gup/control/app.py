@@ -7,7 +7,18 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import clients, content, health, openapi, reports, rules, status, upkeep
+from gup.control.api import (
+    alarms,
+    clients,
+    content,
+    health,
+    openapi,
+    prefetch,
+    reports,
+    rules,
+    status,
+    upkeep,
+)
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history
@@ -28,6 +39,8 @@ RESOURCES = (
     clients.routes,
     reports.routes,
     upkeep.routes,
+    alarms.routes,
+    prefetch.routes,
     rules.routes,
     history.routes,
     page.routes,

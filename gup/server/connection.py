@@ -259,9 +259,7 @@ class Connection:
     def _send_reply(self) -> None:
         reply = self._reply
         assert reply is not None
-        self._listener.handler.begin(reply)
-        if reply.account is not None:
-            reply.account.first_byte = self._listener.accounts.clock()
+        self._listener.handler.begin(reply, self.peer)
         self.begin(
             reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
         )

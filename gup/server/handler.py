@@ -62,6 +62,8 @@ class Reply:
     began: float = 0.0
     account: Account | None = None
     """What is told of it when it has left."""
+    full: str = ""
+    """The key's text when bytes of a full are sent: who takes it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,8 @@ class Handler:
             body = None
         if opened.entry is not None:
             self._tally.used(opened.key.text)
+        elif asked.route.immutable:
+            self._tally.asked(opened.key.text)
         slot = self._means.streams.number(opened.key)
         turn = self._turn(opened, planned)
         return Reply(
@@ -268,6 +272,7 @@ class Handler:
             planned.status,
             began,
             self._stated(of_body(asked.request, opened, planned), asked.request),
+            opened.key.text if opened.kind is Kind.FULL and body is not None else "",
         )
 
     def _stated(self, account: Account, request: Request | None) -> Account:
@@ -288,8 +293,12 @@ class Handler:
             opened.body.leave()
             raise
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: Reply, peer: str) -> None:
         """An answer begins to leave: count it."""
+        if reply.full:
+            self._tally.took_full(peer, reply.full)
+        if reply.account is not None:
+            reply.account.first_byte = self.accounts.clock()
         if reply.result is not None:
             self._tally.request(reply.result, reply.status)
             self._means.counters.observe(
@@ -363,6 +372,7 @@ class Handler:
             fresh_until=None if asked.route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,
             stated=self.accounts.declarations.of(request.headers),
+            full=opened.kind is Kind.FULL,
         )
         # Where it depends on the client, only these same bytes have the same answer.
         target = request.target if asked.choice.for_everybody else None

@@ -223,6 +223,8 @@ class Lane:
         self._words[at] += 1
         uses = listener.tally.uses
         uses[row.key_text] = uses.get(row.key_text, 0) + 1
+        if row.full:
+            listener.tally.took_full(connection.peer, row.key_text)
         connection.since = listener.now
 
 

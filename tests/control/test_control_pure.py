@@ -16,7 +16,7 @@ from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, 
 from gup.control.page import ago, render, size
 from gup.control.rows import make_row
 from gup.control.status import totals_of
-from gup.control.streams import STORM_WINDOW_SECONDS, Demand, newest_times, revision_time
+from gup.control.streams import newest_times, revision_time
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"
 
@@ -220,19 +220,6 @@ def test_newest_content_takes_the_latest_of_a_product():
     held = {("v1", "l", "{A}"): "260101001", ("v2", "l", "{A}"): "260103002", ("v", "l", "{B}"): "269999999"}
     times = newest_times(held, {}, lambda stream: (stream[2], stream[1]))
     assert times == {("{A}", "l", "held"): revision_time("260103002")}
-
-
-def test_a_storm_is_fulls_asked_for_where_deltas_are():
-    demand, stream = Demand(), row().stream_id
-    demand.count(row(), 10, 0.0)
-    assert demand.storms(1.0, lambda _: False) == {stream: False}
-    assert demand.storms(1.0, lambda _: True) == {stream: True}
-    demand.count(row("xdelta250101001_To_260101002.dax", Kind.DELTA), 10, 2.0)
-    assert demand.storms(3.0, lambda _: True) == {stream: False}
-    assert demand.newest() == {stream: "260101002"}
-    demand.count(row(), 5, 4.0)
-    assert demand.storms(STORM_WINDOW_SECONDS, lambda _: True) == {stream: True}
-    assert demand.storms(2 * STORM_WINDOW_SECONDS, lambda _: True) == {stream: False}
 
 
 # --- the page
