@@ -224,10 +224,7 @@ class Plane:
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
-        label = self.around.label_of(stream, "")
-        if label is not None:
-            return label.product, label.language
-        return self.around.product_of(stream[2]) or (stream[2], stream[1])
+        return self.around.product_of(stream) or (stream[2], stream[1])
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""

@@ -98,7 +98,7 @@ class Answer:
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
-        """The connection has gone. After bytes that are no HTTP aiohttp tells no reader, who would wait on."""
+        """The connection has gone. After bytes that are no HTTP aiohttp tells no reader: it would wait on."""
         content = self._response.content
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
