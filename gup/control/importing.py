@@ -10,25 +10,13 @@ from typing import IO, Any, TypeVar, cast
 
 from gup.cache.importing import Custody, Import, Imported
 from gup.cache.record import Record
-from gup.config import Cache
 from gup.control.plane import Plane
 from gup.control.reconcile import index_again
-from gup.units import format_size
+from gup.control.room import no_room
 
 _PIECES = 8
 _TURN_SECONDS = 1.0
 _T = TypeVar("_T")
-
-
-def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
-    """Why so much more can't be taken, "" when it can: an import makes no room for itself."""
-    if held_bytes + length_bytes > limits.max_size:
-        return (
-            f"cache.max_size ({format_size(limits.max_size)}) would be exceeded, and an import evicts nothing"
-        )
-    if free_bytes - length_bytes < limits.min_free:
-        return f"the disk would have less than cache.min_free ({format_size(limits.min_free)}) left"
-    return ""
 
 
 class Upload:
