@@ -7,6 +7,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
+<<<<<<< HEAD
 from gup.control.api import (
     alarms,
     clients,
@@ -19,6 +20,9 @@ from gup.control.api import (
     status,
     upkeep,
 )
+=======
+from gup.control.api import archives, clients, content, health, openapi, reports, rules, status, upkeep
+>>>>>>> api
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history
@@ -36,6 +40,7 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    archives.routes,
     clients.routes,
     reports.routes,
     upkeep.routes,
@@ -56,6 +61,7 @@ def make_app(plane: Plane, access: Access | None = None) -> web.Application:
     app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
+    archives.set_up(app)
     page.set_up(app)
     app.on_response_prepare.append(_security_headers)
     return app

@@ -13,7 +13,6 @@ from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
 from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
-from gup.control.page import ago, render, size
 from gup.control.rows import make_row
 from gup.control.status import totals_of
 from gup.control.streams import newest_times, revision_time
@@ -222,6 +221,7 @@ def test_newest_content_takes_the_latest_of_a_product():
     assert times == {("{A}", "l", "held"): revision_time("260103002")}
 
 
+<<<<<<< HEAD
 # --- the page
 
 
@@ -275,6 +275,22 @@ def test_nothing_from_outside_becomes_markup():
     assert text.count("<script") == 1
     assert "&lt;script&gt;" in text
     assert "the last reload was refused" in text
+=======
+def test_a_storm_is_fulls_asked_for_where_deltas_are():
+    demand, stream = Demand(), row().stream_id
+    demand.count(row(), 10, 0.0)
+    assert demand.storms(1.0, lambda _: False) == {stream: False}
+    assert demand.storms(1.0, lambda _: True) == {stream: True}
+    demand.count(row("xdelta250101001_To_260101002.dax", Kind.DELTA), 10, 2.0)
+    assert demand.storms(3.0, lambda _: True) == {stream: False}
+    assert demand.newest() == {stream: "260101002"}
+    demand.count(row(), 5, 4.0)
+    assert demand.storms(STORM_WINDOW_SECONDS, lambda _: True) == {stream: True}
+    assert demand.storms(2 * STORM_WINDOW_SECONDS, lambda _: True) == {stream: False}
+
+
+# --- the API
+>>>>>>> api
 
 
 def test_every_request_of_the_application_is_documented():
