@@ -16,13 +16,13 @@ from gup.content.catalogues import Label
 from gup.content.releases import Releases
 from gup.content.stream_types import CLIENT_PATCHES
 from gup.control.events import Taken
-from gup.control.exposition import stream_labels
 from gup.control.reports import content, queries, restarts, savings
 from gup.control.reports.batch import Batch, StreamId
 from gup.control.reports.database import BegunAnewError
 from gup.control.reports.ledger import EARLIER, Days, Ledger, Reading, counted
 from gup.control.reports.pieces import Pieces
 from gup.control.reports.records import Records
+from gup.control.shown import stream_labels
 from gup.control.surroundings import Surroundings
 from gup.upstream.schedule import site_time
 
