@@ -7,7 +7,7 @@ SEED ?= 1
 .PHONY: demo test fault soak dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: pyproject.toml gup/__init__.py
+$(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

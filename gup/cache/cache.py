@@ -114,10 +114,7 @@ class Cache:
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        entry = self._entries.known(route.key(variant))
-        if entry is None:
-            others = (self._entries.known(key) for key in route.keys(variant)[1:])
-            entry = next((other for other in others if other is not None), None)
+        entry = next(filter(None, map(self._entries.known, route.keys(variant))), None)
         if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
         opened = self._opened(entry, route, Result.HIT)
@@ -324,9 +321,8 @@ class Cache:
 
     def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""
-        pool = self._means.pool
         try:
-            pool.off_the_way(pool.candidates(variant, key.text), via)
+            self._means.pool.off_the_way(self._means.pool.candidates(variant, key.text), via)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 

@@ -4,6 +4,7 @@ Two paths never share a key, except where the same moniker is only spelled diffe
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
@@ -64,11 +65,13 @@ class Route:
     variant: Variant | None = None
     elsewhere: tuple[Variant, ...] = (Variant(ANY, ANY),)
 
-    def keys(self, variant: Variant) -> tuple[ContentKey, ...]:
+    def keys(self, variant: Variant) -> Iterator[ContentKey]:
         """All keys to look under: the one that a fill stores under first."""
-        parts = self.stream, self.revision, self.file
-        others = (ContentKey(other.version, other.language, *parts) for other in self.elsewhere)
-        return tuple(dict.fromkeys((self.key(variant), *others)))
+        key = self.key(variant)
+        yield key
+        for other in self.elsewhere:
+            if other != key.variant:
+                yield ContentKey(other.version, other.language, self.stream, self.revision, self.file)
 
     def key(self, variant: Variant) -> ContentKey:
         """The content key; a variant stated by the name wins over the one given."""

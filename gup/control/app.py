@@ -7,9 +7,11 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import clients, content, front, health, openapi, reports, rules, status, upkeep
+from gup.control.api import clients, content, health, openapi, reports, rules, status, upkeep
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
+from gup.control.history import routes as history
+from gup.control.page import routes as page
 from gup.control.plane import Plane
 from gup.control.tokens import presented
 from gup.errors import GupError
@@ -20,7 +22,6 @@ ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 RESOURCES = (
-    front.routes,
     health.routes,
     status.routes,
     content.routes,
@@ -28,6 +29,8 @@ RESOURCES = (
     reports.routes,
     upkeep.routes,
     rules.routes,
+    history.routes,
+    page.routes,
     openapi.routes,
 )
 """A line a resource."""
@@ -35,13 +38,13 @@ RESOURCES = (
 
 def make_app(plane: Plane, access: Access | None = None) -> web.Application:
     """The application over `plane`; without `access` nobody may change anything."""
-    app = web.Application(
-        middlewares=[_security_headers, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES
-    )
+    app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[PLANE] = plane
     app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
+    page.set_up(app)
+    app.on_response_prepare.append(_security_headers)
     return app
 
 
@@ -99,13 +102,11 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
         return problem(500, HTTPStatus(500).description)
 
 
-@web.middleware
-async def _security_headers(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    response = await handler(request)
+async def _security_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    """On every answer, just before its head leaves; those that stream too."""
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    response.headers.setdefault("Cache-Control", "no-store")

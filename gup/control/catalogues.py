@@ -18,7 +18,6 @@ from gup import config
 from gup.cache.catalogue_file import Kept, read_kept, write_kept
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, parse_catalog
 from gup.content.catalogues import Catalogues, Label, Stream
-from gup.content.key import ANY
 from gup.content.stream_types import StreamTypes
 from gup.errors import Problem
 from gup.upstream.catalogue import Fetched
@@ -97,9 +96,9 @@ class CatalogueKeeper:
         """What a stream is called now; see Catalogues.label."""
         return self.catalogues.label(stream, file)
 
-    def product_of(self, moniker: str) -> tuple[str, str] | None:
-        """A moniker's product and language, whatever the variant."""
-        label = self.catalogues.label((ANY, ANY, moniker))
+    def product_of(self, stream: Stream) -> tuple[str, str] | None:
+        """A stream's product and language."""
+        label = self.catalogues.label(stream)
         return None if label is None else (label.product, label.language)
 
     def shown(self) -> Mapping[str, dict[str, Any]]:

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from gup.config import Settings
-from gup.control.exposition import parse_series
 
 _WINDOW_SECONDS = 5.0
 
 
 class Meter:
-    """How fast bytes come from upstream, over the last seconds. Told of the total once a second."""
+    """How fast bytes move, over the last seconds. Told of the total once a second."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -28,15 +27,6 @@ class Meter:
             return 0
         (then, before), (now, after) = self._seen[0], self._seen[-1]
         return max(0, round((after - before) / (now - then))) if now > then else 0
-
-
-def received_bytes(totals: Mapping[str, int]) -> int:
-    """All body bytes from all upstreams."""
-    return sum(
-        count
-        for name, count in totals.items()
-        if parse_series(name)[0] == "gup_upstream_received_bytes_total"
-    )
 
 
 def numbers(settings: Settings) -> dict[str, int]:

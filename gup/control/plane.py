@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -31,8 +30,9 @@ from gup.control.events import (
 )
 from gup.control.exposition import Figures
 from gup.control.fills import FillRates
+from gup.control.history.keeper import HistoryKeeper
 from gup.control.index import Index
-from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.limits import limits_of, numbers
 from gup.control.refusals import Refusals
 from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
@@ -95,7 +95,14 @@ class Plane:
             )
         )
         self.demand = Demand()
-        self.wan_meter = Meter()
+        self.history = HistoryKeeper(
+            around.store.run,
+            self.refusals,
+            totals=around.totals,
+            since_start=around.since_start,
+            installed_at=around.installed_at,
+            clock=clock,
+        )
         self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
@@ -210,17 +217,14 @@ class Plane:
         return True
 
     async def meter(self) -> None:
-        """See how fast bytes come; to be called once a second."""
-        self.wan_meter.see(received_bytes(self.around.totals()), time.monotonic())
+        """See what was moved since the last look; to be called once a second."""
+        self.history.look(wan_limit=self.around.wan_rate(), entries_bytes=self.index.total_bytes)
 
     # --- what is shown
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
-        label = self.around.label_of(stream, "")
-        if label is not None:
-            return label.product, label.language
-        return self.around.product_of(stream[2]) or (stream[2], stream[1])
+        return self.around.product_of(stream) or (stream[2], stream[1])
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
@@ -291,7 +295,7 @@ class Plane:
                 totals,
                 size_bytes=disk.size_bytes,
                 wan_rate=around.wan_rate(),
-                wan_used=self.wan_meter.bytes_per_second(),
+                wan_used=self.history.wan.bytes_per_second(),
             ),
             "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},

@@ -13,6 +13,7 @@ from gup.content.key import ContentKey
 from gup.control.access import Access
 from gup.control.ageing import AgeClock
 from gup.control.app import make_app
+from gup.control.history.keeper import WRITE_SECONDS
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
 from gup.control.reconcile import reconcile
@@ -69,6 +70,12 @@ class Control:
         await self._runner.setup()
         await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
+        self._jobs.start("history", self._open_history())
+
+    async def _open_history(self) -> None:
+        await self.plane.history.open()
+        self._jobs.every(_METER_SECONDS, "meter", self.plane.meter)
+        self._jobs.every(WRITE_SECONDS, "history", self.plane.history.write)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
@@ -102,6 +109,8 @@ class Control:
         await self._repin()
         await self._touch()
         await self._note_clients()
+        await self.plane.meter()
+        await self.plane.history.close()
         await self.plane.reports.stop()
         await self.plane.index.close()
 

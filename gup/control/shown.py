@@ -9,7 +9,8 @@ Label = tuple[str, str]
 OTHER: Label = ("other", "other")
 
 StreamNames = Sequence[tuple[str, str, str]]
-ProductOf = Callable[[str], Label | None]
+ProductOf = Callable[[tuple[str, str, str]], Label | None]
+"""What the catalogue calls a stream (version, language, moniker), None where it is not listed."""
 
 
 def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label:
@@ -17,7 +18,7 @@ def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label
     if slot >= min(len(names), MAX_STREAMS):
         return OTHER
     _, language, stream = names[slot]
-    return product_of(stream) or (stream, language)
+    return product_of(names[slot]) or (stream, language)
 
 
 def shown_labels(names: StreamNames, product_of: ProductOf) -> list[Label]:

@@ -18,7 +18,7 @@ class Surroundings:
     """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
     all blocks, by series name: counters, histogram words and gauges alike.
 
-    `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
+    `stream_names` has version, language and moniker of each slot; `product_of` a stream's product and
     language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
     file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
     `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
@@ -37,7 +37,7 @@ class Surroundings:
     totals: Callable[[], Mapping[str, int]]
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
-    product_of: Callable[[str], tuple[str, str] | None]
+    product_of: Callable[[Stream], tuple[str, str] | None]
     raise_store_epoch: Callable[[], None]
     set_store_bytes: Callable[[int], None]
     promised_bytes: Callable[[], int]

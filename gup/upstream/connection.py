@@ -98,7 +98,7 @@ class Answer:
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
-        """The connection has gone. After bytes that are not HTTP aiohttp tells no reader, who would wait on."""
+        """The connection has gone. After bytes that are no HTTP aiohttp tells no reader: it would wait on."""
         content = self._response.content
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
@@ -122,7 +122,7 @@ class Answer:
         return piece
 
     def _check_end(self) -> None:
-        """UpstreamFailure when more came with the end of the body than was announced: which of it is right?"""
+        """UpstreamFailure when more came with the end of the body than was announced: which is right?"""
         if self._protocol is not None and is_broken_http(self._protocol.exception()):
             raise rejected(f"{self.head.upstream} sent more than it announced")
 

@@ -60,6 +60,7 @@ class World:
     sender: socket.socket
     receiver: socket.socket
     now: float = 2_000_000.0
+    installed_at: float = 2_000_000.0 - 86400
     epochs: int = 0
     store_bytes: list[int] = field(default_factory=list)
     workers: list[dict[str, object]] = field(
@@ -150,7 +151,7 @@ class World:
             totals=self.totals,
             since_start=self.totals,
             stream_names=lambda: self.streams,
-            product_of=self.products.get,
+            product_of=lambda stream: self.products.get(stream[2]),
             raise_store_epoch=self.raise_epoch,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
@@ -164,7 +165,7 @@ class World:
             events=self.receiver,
             admin=admin,
             started_at=self.now - 3600,
-            installed_at=self.now - 86400,
+            installed_at=self.installed_at,
         )
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 LINE = (
     b"{535CB6A4-441F-4e8a-A897-804CD859100E}: SEPC Virus Definitions Win32 12.1 RU6 - X - SymAllLanguages\r\n"
 )
+STREAM = ("any", "any", MONIKER)
 OTHER = "{07B590B3-9282-482F-BBAA-6D515D385869}"
 
 
@@ -65,7 +66,7 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     managers.answers["fr"] = Fetched(LINE, '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")
     keeper = managers.keeper()
     await keeper.read()
-    assert keeper.product_of(MONIKER) == ("SEPC Virus Definitions Win32 12.1 RU6", "SymAllLanguages")
+    assert keeper.product_of(STREAM) == ("SEPC Virus Definitions Win32 12.1 RU6", "SymAllLanguages")
     assert keeper.label(("any", "any", MONIKER)).type == "virus_definitions"
     assert managers.published == 1
     for worse in (
@@ -75,7 +76,7 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     ):
         managers.answers["fr"] = worse
         await keeper.read()
-        assert keeper.product_of(MONIKER) is not None
+        assert keeper.product_of(STREAM) is not None
         assert keeper.shown()["fr"]["problem"]
     assert managers.asked == [("fr", "by way of the store", None)] * 4
     keeper.unlisted(OTHER)
@@ -83,7 +84,7 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     assert managers.asked[4:] == [("fr", '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")]
     assert managers.published == 1, "nothing has changed for the workers"
     again = managers.keeper()
-    assert again.product_of(MONIKER) is not None, "before anybody was asked"
+    assert again.product_of(STREAM) is not None, "before anybody was asked"
     managers.answers["fr"] = Fetched(None, '"1"', None)
     await again.read()
     assert again.shown()["fr"] == {
@@ -118,7 +119,7 @@ async def test_another_server_under_the_same_name_has_not_the_old_one_s_streams(
     changed["upstream"][0]["url"] = "http://new:8014"
     keeper.apply(Settings.model_validate(changed))
     await keeper.read()
-    assert keeper.product_of(MONIKER) is None
+    assert keeper.product_of(STREAM) is None
     assert managers.asked[-1] == ("fr", None, None), "past the store: who reloads wants what is there now"
     assert managers.published == 2
 
@@ -131,7 +132,7 @@ async def test_a_file_stands_for_all_managers_and_nobody_is_asked(managers, tmp_
     assert keeper.catalogues.listed("en", MONIKER) == keeper.catalogues.listed("fr", MONIKER)
     file.unlink()
     await keeper.read()
-    assert keeper.product_of(MONIKER) is not None
+    assert keeper.product_of(STREAM) is not None
     assert "can't be read: No such file" in keeper.shown()["fr"]["problem"]
     assert not managers.asked
 

@@ -98,8 +98,8 @@ def test_streams_are_named_by_the_catalogue_and_added_up():
     counters.add_stream("sent", 2, "other", 5)
     counters.add_stream("sent", MAX_STREAMS, "index", 7)
     names = [("14.3 RU2", "French", MONIKER), ("14.3 RU1", "French", MONIKER), ("any", "de", "{X}")]
-    product_of = {MONIKER: ("SEPC Virus Definitions", "SymAllLanguages")}.get
-    found = samples(figures(counters, stream_names=names, product_of=product_of))
+    products = {MONIKER: ("SEPC Virus Definitions", "SymAllLanguages")}
+    found = samples(figures(counters, stream_names=names, product_of=lambda of: products.get(of[2])))
 
     def sent(product, language, kind, direction="sent"):
         labels = {"product": product, "language": language, "kind": kind}
