@@ -264,7 +264,7 @@ class Connection:
                 accounts.hot(self.peer, row, stated, began)
             return
         self._account = accounts.of_row(row, stated, began)
-        self._begin(head[sent:], (Span(body_sent, row.length),), row.entry, row.sent_at, row.stream_at)
+        self._begin_row(row, head[sent:], body_sent)
         self._push(body_sent)
 
     def _hot_head(self, row: HotRow) -> bytes:
@@ -281,8 +281,7 @@ class Connection:
 
         def go() -> None:
             self._account = self._listener.accounts.of_row(row, stated, began)
-            span = Span(0, row.length)
-            self._begin(self._hot_head(row), (span,), row.entry, row.sent_at, row.stream_at)
+            self._begin_row(row, self._hot_head(row))
             self._push()
 
         turn = None
@@ -309,9 +308,7 @@ class Connection:
         self._listener.handler.begin(reply)
         if reply.account is not None:
             reply.account.first_byte = self._listener.accounts.clock()
-        self._begin(
-            reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
-        )
+        self._begin(reply.outgoing(self._listener.tally.words))
         self._close_after = reply.close
         self._push()
 
@@ -335,22 +332,15 @@ class Connection:
         self._clear()
         self.refuse(stopping())
 
-    def _begin(
-        self,
-        head: bytes,
-        segments: tuple[bytes | Span, ...],
-        body: Body | None,
-        sent_at: int,
-        stream_at: int,
-        *,
-        chunked: bool = False,
-    ) -> None:
+    def _begin(self, outgoing: Outgoing) -> None:
         self.phase = Phase.SENDING
         self.since = self._listener.now
-        self._body = body
-        self._outgoing = Outgoing(
-            self._listener.tally.words, head, segments, body, sent_at, stream_at, chunked=chunked
-        )
+        self._body = outgoing.body
+        self._outgoing = outgoing
+
+    def _begin_row(self, row: HotRow, head: bytes, start: int = 0) -> None:
+        words, spans = self._listener.tally.words, (Span(start, row.length),)
+        self._begin(Outgoing(words, head, spans, row.entry, row.sent_at, row.stream_at))
 
     def _push(self, sent_before: int = 0) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
