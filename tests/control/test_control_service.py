@@ -320,7 +320,6 @@ async def test_hits_and_clients_survive_a_restart(world, browser):
         assert told["hits"] == 5
         _, seen = await get(browser, world, "/api/v1/clients")
         assert seen["seen"] == {"1h": 2, "1d": 2, "7d": 2}
-        assert {one["address"] for one in seen["clients"]} == {"10.0.0.1", "10.0.0.2"}
 
 
 async def test_a_damaged_index_is_rebuilt_in_the_background(world):
