@@ -11,15 +11,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES, check_structure, download_of
+from gup.cache.ahead import Courtesy
+from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import commit, committed
+from gup.cache.commit import begun, commit, tell_commit, tell_failure
+from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import PartWriter, Salvage
 from gup.cache.passing import NobodyReads, PassingWriter
-from gup.cache.prior import Prior, drop_parts, examine, give_up, is_the_entry, note_damage, validated_at
+from gup.cache.prior import (
+    Prior,
+    drop_parts,
+    examine,
+    give_up,
+    is_the_entry,
+    note_damage,
+    save_failure,
+    validated_at,
+)
 from gup.cache.record import Head, Record
 from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
@@ -53,6 +64,7 @@ class Leader:
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
         self._room = Room(means.space)
+        self._courtesy = Courtesy(means, flight)
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._began_at = means.clock()
@@ -107,11 +119,9 @@ class Leader:
 
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
         """Fetch when a slot is free. What is returned tells that upstream does not have it."""
-        priority = PRIORITIES[self._flight.route.kind]
-        queue = self._means.queue
-        async with queue.held(priority, self._means.clock() - self._flight.since) as held:
+        async with self._courtesy.place() as held:
             if not held:
-                raise queue.refusal(priority)
+                raise self._means.queue.refusal(self._flight.share.priority)
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)
@@ -228,6 +238,8 @@ class Leader:
         assert self._writer is not None
         self._flight.attach(body)
         body.publish(max(self._writer.written, body.published))
+        if not self._flight.ahead:
+            self._means.tell(begun(self._key, self._flight.route.kind, self._path))
 
     def _published(self, size: int) -> None:
         body = self._flight.body
@@ -318,6 +330,7 @@ class Leader:
             await self._room.twice(writer.write_sure)
             if writer.written and self._flight.body is not body:
                 await self._show(body)
+            await self._courtesy.give_way()
         await check_structure(self._means, self._key.file, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         if self._flight.body is not body:
@@ -325,10 +338,21 @@ class Leader:
         assert download.head is not None
         self._leave_upstream()
         body.complete(writer.written)
-        await self._commit(writer, download.head, body.head)
+        await self._settle(writer, download.head, body.head)
+
+    async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
+        """Make the body durable: its readers have it whole by now, and the link is another fill's."""
+        commits = self._means.commits
+        commits.unsettled += 1
+        try:
+            if not commits.far_behind:
+                self._courtesy.leave_place()
+            async with commits.turn:
+                await self._commit(writer, remote, head)
+        finally:
+            commits.unsettled -= 1
 
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Make the body durable: its readers have it whole by now and do not wait for that."""
         means = self._means
         sums, mtime_ns = await writer.settle()
         if head.length is None:
@@ -342,19 +366,9 @@ class Leader:
         replaced = await self._on_disk(commit, means.store, state)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
-        if replaced:
-            means.raise_store_epoch()
+        seconds = means.clock() - self._began_at
+        tell_commit(means, record, replaced=replaced, seconds=seconds, upstream=head.upstream)
         self._flight.land(Landing.COMMITTED)
-        means.counters.add("gup_fills_total", outcome="committed")
-        means.counters.observe("gup_fill_duration_seconds", means.clock() - self._began_at)
-        means.tell(committed(record, replaced=replaced))
-        log.info(
-            "stored %s, %d bytes in %.2f s from %s",
-            self._key.text,
-            record.length,
-            means.clock() - self._began_at,
-            head.upstream,
-        )
 
     async def _validated(self, record: Record, remote: RemoteHead) -> None:
         """Upstream says that the stored index file is still right."""
@@ -370,6 +384,7 @@ class Leader:
         except OSError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)
+        log_end("validated", self._key, means.clock() - self._began_at)
 
     # --- going on without the disk
 
@@ -426,7 +441,7 @@ class Leader:
         means.counters.add("gup_fills_total", outcome="unstorable")
         if told:
             return
-        log.warning("%s is not stored: %s", key.text, why)
+        log_end("unstorable", key, means.clock() - self._began_at, detail=why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
@@ -449,7 +464,7 @@ class Leader:
         head = None if drop else self._head
         state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
         try:
-            await self._in_thread(self._save_end, state, drop)
+            await self._in_thread(save_failure, means.store, state, drop)
         except OSError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
@@ -458,20 +473,7 @@ class Leader:
         self._flight.fail(problem, ttl_seconds)
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
-            log.warning("fetching %s failed: %s", self._key.text, problem.detail)
-        means.tell(
-            {"type": "failed", "key": self._key.text, "problem": problem.slug, "detail": problem.detail}
-        )
-
-    def _save_end(self, state: FillState, drop: bool) -> None:
-        if drop:
-            drop_parts(self._means.store, self._key)
-        if state.failure is not None and state.failure.ttl > 0:
-            self._means.store.save_state(state)
-        elif drop:
-            self._means.store.drop_state(self._key.id)
-        elif state.head is not None:
-            self._means.store.save_state(state)
+        tell_failure(means, self._flight, problem, means.clock() - self._began_at)
 
     # --- bookkeeping
 
@@ -480,8 +482,9 @@ class Leader:
         self._phase = phase
 
     def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
-        route = self._flight.route
-        return FillState(self._key, route.kind, self._generation, self._phase, head, failure, path=self._path)
+        phase, path = self._phase, self._path
+        kind, ahead = self._flight.route.kind, self._flight.ahead
+        return FillState(self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead)
 
     def _start_over(self) -> None:
         """What was streaming is given up: another generation begins where a first one would."""

@@ -173,6 +173,18 @@ def give_up(store: Store, state: FillState) -> list[OSError]:
     return refused
 
 
+def save_failure(store: Store, state: FillState, drop: bool) -> None:
+    """Keep a failure as long as it stands, and the part for resuming unless it is to be dropped."""
+    if drop:
+        drop_parts(store, state.key)
+    if state.failure is not None and state.failure.ttl > 0:
+        store.save_state(state)
+    elif drop:
+        store.drop_state(state.key.id)
+    elif state.head is not None:
+        store.save_state(state)
+
+
 def is_fresh(means: Means, record: Record) -> bool:
     """Whether an index file needs no question upstream yet; a clock set back makes it stale."""
     age = means.wall_clock() - record.validated_at

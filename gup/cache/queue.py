@@ -17,7 +17,7 @@ from bisect import insort
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from gup.cache.backlog import Backlog
+from gup.cache.backlog import PRIORITIES, Backlog
 from gup.cache.slots import Slots
 from gup.errors import Problem
 from gup.upstream.turns import Turns, rank
@@ -41,6 +41,21 @@ class _Waiter:
     number: int
     since_ns: int = field(compare=False, default_factory=time.monotonic_ns)
     first: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
+
+
+class Place:
+    """A place that is held. It may be left early, by a fill that needs nothing more of the link."""
+
+    __slots__ = ("_leave",)
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave: Callable[[], None] | None = leave
+
+    def leave(self) -> None:
+        """Give the place back, unless that was done."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
 
 class FillQueue:
@@ -103,22 +118,37 @@ class FillQueue:
             retry_after_seconds=self.retry_seconds(priority),
         )
 
+    def idle(self) -> bool:
+        """Whether no process has a fill that streams or waits."""
+        return not self.waiting() and not any(slots.taken() for slots in self._classes)
+
+    def waiting(self) -> int:
+        """Fills that wait for their place, in all processes."""
+        return sum(self._backlog.waiting(priority) for priority in range(PRIORITIES))
+
     # --- waiting
 
     @contextlib.asynccontextmanager
-    async def held(self, priority: int, waited_seconds: float) -> AsyncIterator[bool]:
-        """Hold a place for the block; False when there is none within what patience is left.
+    async def held(self, priority: int, waited_seconds: float) -> AsyncIterator[Place | None]:
+        """Hold a place for the block, or until it is left; None when there is none in what patience is left.
 
         `waited_seconds` is how long those who want this fill have waited already.
         """
-        place = await self._take(priority, self._patience_seconds() - waited_seconds)
+        number = await self._take(priority, self._patience_seconds() - waited_seconds)
+        if number is None:
+            yield None
+            return
         began = time.monotonic()
+
+        def leave() -> None:
+            self._classes[_class(priority)].give_back(number)
+            self._backlog.held(_class(priority), time.monotonic() - began)
+
+        place = Place(leave)
         try:
-            yield place is not None
+            yield place
         finally:
-            if place is not None:
-                self._classes[_class(priority)].give_back(place)
-                self._backlog.held(_class(priority), time.monotonic() - began)
+            place.leave()
 
     async def _take(self, priority: int, patience_seconds: float) -> int | None:
         if not self._waiting and self._turns.free() and (place := self._try(priority)) is not None:

@@ -6,16 +6,21 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
+from operator import itemgetter
 
 from gup import log
+from gup.addresses import Names, read_key
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
 from gup.process.child import Parent
-from gup.process.page import DOWNLOAD_WAITING_SINCE
+from gup.process.page import DOWNLOAD_WAITING_SINCE, POLICY_EPOCH, STORE_EPOCH
 from gup.process.shared import worker_block
+from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
 from gup.server.downloads import Downloads, Machine
+from gup.server.gate import Gate
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
 from gup.server.listener import Listener
@@ -33,22 +38,38 @@ class Worker:
         self._assembly = assembly = Assembly(parent)
         self._drained = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._drained_soon = False
         page = assembly.shared.page
         tally = Tally(assembly.counters)
-        hot = HotTable(lambda: page.policy_epoch, lambda: page.store_epoch, assembly.cache.close_removed)
+        epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), page.words)  # no frame: asked for each hit
+        hot = HotTable(epochs, assembly.cache.close_removed)
         loop = asyncio.get_running_loop()
         downloads = Downloads(
             assembly.downloads, lambda: assembly.means.settings.clients, tally, self._machine(), loop
         )
+        names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
+        self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
+        gate = self._gate = Gate(
+            assembly.settings,
+            assembly.store.run,
+            assembly.counters,
+            assembly.executor,
+            lambda: page.policy_epoch,
+            assembly.tell,
+            hot.drop,
+            assembly.means.clock,
+        )
+        assembly.pool.lists = lambda name, stream: gate.choices.catalogues.listed(name, stream) is not None
         handler = Handler(
             assembly.means,
             assembly.cache,
-            assembly.routes,
+            gate,
             tally,
             hot,
             downloads,
             node=node_name(assembly.settings),
             wall_clock=assembly.means.wall_clock,
+            accounts=self._accounts,
         )
         self._tally = tally
         self._addresses = Addresses(
@@ -93,8 +114,10 @@ class Worker:
     def _each_second(self, wall_now: float) -> None:
         self._assembly.shared.page.beat(self._assembly.block)
         self._listener.hot.refresh()
+        self._listener.hot.forget_ready()
         self._assembly.cache.look_over()
-        self._tally.take_news(self._assembly.tell, wall_now)
+        self._accounts.each_second(self._assembly.offer, wall_now, all_of_it=self._drained_soon)
+        self._tally.take_news(self._assembly.tell, wall_now, self._accounts.names.of)
 
     async def run(self) -> None:
         """Serve until drained, or until the supervisor is gone."""
@@ -111,6 +134,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
+        await self._gate.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:
@@ -126,10 +150,11 @@ class Worker:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
             self._listener.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            log.configure_child(settings.log)
 
     async def _drain(self) -> None:
         await self._listener.drain(self._assembly.settings.listen.drain_timeout)
+        self._drained_soon = True
         self._each_second(self._assembly.means.wall_clock())
         self._parent.send({"drained": True})
         self._drained.set()
@@ -143,7 +168,7 @@ def main() -> None:
     """Entry point of a worker process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
+    log.configure_child(settings.log)
     asyncio.run(_main(parent))
 
 

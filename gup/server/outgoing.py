@@ -35,7 +35,9 @@ class Outgoing:
         "_stream_at",
         "_words",
         "body",
+        "full",
         "position",
+        "sent_bytes",
     )
 
     def __init__(
@@ -51,6 +53,9 @@ class Outgoing:
     ) -> None:
         self.body = body
         self.position = 0
+        self.sent_bytes = 0
+        self.full = False
+        """Whether the socket took less of the body than it was offered: asking again at once is in vain."""
         self._words = words
         self._literal = memoryview(head)
         self._segments = segments
@@ -101,6 +106,7 @@ class Outgoing:
                 return done
             available = min(available, self._chunk_left)
         sent = self._send(sock, body, available)
+        self.full = sent < available
         self._count(sent)
         self.position += sent
         if self._chunked:
@@ -137,5 +143,6 @@ class Outgoing:
         return True
 
     def _count(self, sent: int) -> None:
+        self.sent_bytes += sent
         self._words[self._sent_at] += sent
         self._words[self._stream_at] += sent

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gup import config
-from gup.content.key import Variant
+from gup.content.key import ANY, Variant
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, is_broken_http, rejected, translated
 
@@ -95,6 +95,8 @@ class Answer:
         self._protocol = connection.protocol if connection is not None else None
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
+            self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
+            self._connection_end.add_done_callback(_note_end)
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
@@ -137,6 +139,21 @@ class Answer:
             closed()
 
 
+def _note_end(end: asyncio.Future[None]) -> None:
+    """How a connection ended is of no interest once its answer was read: or asyncio complains in the log."""
+    if not end.cancelled():
+        end.exception()
+
+
+def _declared(settings: config.Upstream) -> dict[str, str]:
+    """Another gup has to be told which of its managers' content is meant: it chooses as for a client."""
+    if settings.kind != "gup":
+        return {}
+    own = {name.lower() for name in settings.headers}
+    stated = {"GUP-Client-Version": settings.version, "GUP-Client-Language": settings.language}
+    return {name: text for name, text in stated.items() if text != ANY and name.lower() not in own}
+
+
 class Upstream:
     """One upstream and its connections. Retired, it ends what is under way and closes then."""
 
@@ -150,7 +167,7 @@ class Upstream:
         self.node = ""
         """A gup's name in Via, once it has answered."""
         self._via = via
-        self._fixed = {"User-Agent": user_agent, **settings.headers}
+        self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
         self._session: aiohttp.ClientSession | None = None
 
     def url(self, path: str) -> str:

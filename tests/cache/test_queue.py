@@ -47,7 +47,7 @@ class Site:
 
         async def wait():
             async with self.queues[process].held(priority, waited) as held:
-                self.order.append((priority, held))
+                self.order.append((priority, held is not None))
 
         task = asyncio.create_task(wait())
         before = self.waiting()
@@ -94,6 +94,16 @@ async def test_bulk_takes_only_what_urgent_leaves(site):
         site.patience = 0.02
         async with site.queues[1].held(FULL, 0.0) as held:
             assert not held
+
+
+async def test_a_place_that_is_left_early_is_free_and_given_back_once(site):
+    site.most = 1
+    async with site.queues[0].held(FULL, 0.0) as first:
+        first.leave()
+        async with site.queues[1].held(FULL, 0.0) as second:
+            assert second is not None
+            first.leave()
+            assert site.queues[0]._classes[1].taken() == 1
 
 
 @pytest.mark.parametrize("process", [0, 1])

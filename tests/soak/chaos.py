@@ -103,7 +103,7 @@ class Chaos:
     def _purge(self, content: Content) -> None:
         for key in self._keys(content):
             with suppress(OSError):
-                self._gup.api(f"/api/v1/entries/{quote(key)}", method="DELETE")
+                self._gup.api(f"/api/v1/content/{quote(key)}", method="DELETE")
 
     def _keys(self, content: Content) -> list[str]:
         """Its path below content/ is its key, wherever the route put it."""
@@ -120,7 +120,7 @@ class Chaos:
         for key in self._keys(self._chance.choice(self._contents)):
             with suppress(OSError):
                 self._gup.api(
-                    f"/api/v1/entries/{quote(key)}/pin", method=self._chance.choice(["PUT", "DELETE"])
+                    f"/api/v1/content/{quote(key)}/pin", method=self._chance.choice(["PUT", "DELETE"])
                 )
 
     def limits(self) -> None:

@@ -29,12 +29,12 @@ def key_of(gup: Gup, file: str) -> str:
 
 
 def pin(gup: Gup, key: str, *, method: str = "PUT") -> None:
-    status, answer = gup.api(f"/api/v1/entries/{quote(key)}/pin", method=method)
+    status, answer = gup.api(f"/api/v1/content/{quote(key)}/pin", method=method)
     assert status in (200, 204), answer
 
 
 def purge(gup: Gup, key: str) -> None:
-    status, answer = gup.api(f"/api/v1/entries/{quote(key)}", method="DELETE")
+    status, answer = gup.api(f"/api/v1/content/{quote(key)}", method="DELETE")
     assert status in (200, 204), answer
 
 
@@ -102,7 +102,7 @@ def test_the_least_recently_used_goes_first(tmp_path):
 
 
 def _used_at(gup: Gup, path: str) -> float:
-    status, answer = gup.api("/api/v1/entries?limit=100")
+    status, answer = gup.api("/api/v1/content?limit=100")
     assert status == 200
     return sum(float(e["used_at"]) for e in answer["entries"] if e["key"].endswith(name_of(path)))
 

@@ -17,6 +17,7 @@ from     act at the n-th matching call in this process and at every later one
 while    act (and count) only while this file exists
 once     this file is made, with the process' id in it, when the rule acts; it never acts where it exists:
          "kill" then strikes one process of all, and a test can wait for the file
+offset   of a pread or preadv: match only where it begins at this byte of the file
 process  "worker", "controller" or "supervisor": only there
 log      a line "pid call path [path]" is appended to this file for each matching call
 
@@ -86,14 +87,17 @@ class _Rule:
         self.nth, self.first = told.get("nth"), told.get("from")
         self.flag, self.once, self.log = told.get("while"), told.get("once"), told.get("log")
         self.here = told.get("process", _ROLE) == _ROLE
+        self.offset = told.get("offset")
         self.seen = 0
 
     def concerns(self, call: str) -> bool:
         return self.here and ("*" in self.calls or call in self.calls)
 
-    def acts(self, call: str, paths: list[str]) -> bool:
+    def acts(self, call: str, paths: list[str], offset: Any) -> bool:
         """Whether the rule acts at this call; counts and logs it when it matches."""
         if not any(PurePath(path).match(self.path) for path in paths if path):
+            return False
+        if self.offset is not None and self.offset != offset:
             return False
         if self.flag is not None and not _exists(self.flag):
             return False
@@ -157,7 +161,7 @@ def _wrapped(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         paths = [_path_of(args[at]) for at in where if at < len(args)]
         for rule in rules:
-            if rule.acts(call, paths):
+            if rule.acts(call, paths, args[2] if len(args) > 2 else None):
                 return _strike(rule.do, original, paths, args, kwargs)
         return original(*args, **kwargs)
 
