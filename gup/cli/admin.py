@@ -92,6 +92,16 @@ class Admin:
         """One of the reports: content, clients, savings."""
         return self.ask("GET", f"/api/v1/report/{name}?{urlencode(parameters)}")
 
+    def prefetch(self, path: str, version: str | None, language: str | None) -> dict[str, Any]:
+        """Have something fetched before anybody asks."""
+        order = {"path": path, "version": version, "language": language}
+        given = {name: value for name, value in order.items() if value is not None}
+        return self.ask("POST", "/api/v1/prefetch", given)
+
+    def prefetched(self) -> dict[str, Any]:
+        """What is fetched ahead, the latest first."""
+        return self.ask("GET", f"/api/v1/prefetch?limit={_PAGE}")
+
     def reload(self) -> dict[str, Any]:
         return self.ask("POST", "/api/v1/reload")
 

@@ -114,7 +114,7 @@ def purge(
 ) -> None:
     """Remove entries; clients that are being sent one get the whole of it."""
     with asking(Where(admin, config, token_file, ca_file)) as asked:
-        from gup.cli.words import bytes_in_words
+        from gup.units import bytes_in_words
 
         for key in keys:
             answer = asked.purge(key)

@@ -7,7 +7,22 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
+<<<<<<< HEAD
+from gup.control.api import (
+    alarms,
+    clients,
+    content,
+    health,
+    openapi,
+    prefetch,
+    reports,
+    rules,
+    status,
+    upkeep,
+)
+=======
 from gup.control.api import archives, clients, content, health, openapi, reports, rules, status, upkeep
+>>>>>>> api
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history
@@ -29,6 +44,8 @@ RESOURCES = (
     clients.routes,
     reports.routes,
     upkeep.routes,
+    alarms.routes,
+    prefetch.routes,
     rules.routes,
     history.routes,
     page.routes,
