@@ -7,9 +7,9 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-<<<<<<< HEAD
 from gup.control.api import (
     alarms,
+    archives,
     clients,
     content,
     health,
@@ -20,9 +20,6 @@ from gup.control.api import (
     status,
     upkeep,
 )
-=======
-from gup.control.api import archives, clients, content, health, openapi, reports, rules, status, upkeep
->>>>>>> api
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history

@@ -20,6 +20,7 @@ from gup.server.accounts import Account, Accounts, of_problem
 from gup.server.downloads import Downloads, Turn
 from gup.server.gate import Gate
 from gup.server.hot import HotRow, HotTable
+from gup.server.outgoing import Outgoing
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
 from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
@@ -64,6 +65,11 @@ class Reply:
     """What is told of it when it has left."""
     full: str = ""
     """The key's text when bytes of a full are sent: who takes it is told."""
+
+    def outgoing(self, words: "memoryview[int]") -> Outgoing:
+        """The answer on its way; counts its body bytes in two of `words`."""
+        places = self.sent_at, self.stream_at
+        return Outgoing(words, self.head, self.segments, self.body, *places, chunked=self.chunked)
 
 
 @dataclass(frozen=True, slots=True)
