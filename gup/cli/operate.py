@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gup.cli import verify
+from gup.cli import archives, verify
 from gup.cli.asking import Where, asking
 from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 from gup.cli.tables import show_table
@@ -98,6 +98,8 @@ def list_entries(  # noqa: PLR0913 - each filter is a flag
 
 
 cache.command("verify")(verify.verify)
+cache.command("export")(archives.export)
+cache.command("import")(archives.import_)
 
 
 @cache.command("purge")

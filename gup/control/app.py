@@ -9,6 +9,7 @@ from aiohttp import web
 from gup.control.access import Access
 from gup.control.api import (
     alarms,
+    archives,
     clients,
     content,
     health,
@@ -36,6 +37,7 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    archives.routes,
     clients.routes,
     reports.routes,
     upkeep.routes,
@@ -56,6 +58,7 @@ def make_app(plane: Plane, access: Access | None = None) -> web.Application:
     app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
+    archives.set_up(app)
     page.set_up(app)
     app.on_response_prepare.append(_security_headers)
     return app
