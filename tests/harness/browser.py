@@ -80,7 +80,12 @@ class Browser:
     def picture(self, file: Path, *, height: int | None = None) -> None:
         """The page as PNG, from its top, whole or so many pixels of it."""
         width = self.run("return innerWidth")
-        clip = {"x": 0, "y": 0, "width": width, "height": height or self.run("return document.body.scrollHeight")}
+        clip = {
+            "x": 0,
+            "y": 0,
+            "width": width,
+            "height": height or self.run("return document.body.scrollHeight"),
+        }
         shot = self._tell(
             "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip={**clip, "scale": 1}
         )

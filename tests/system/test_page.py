@@ -72,7 +72,9 @@ def site(tmp_path):
         upstream.answer(HOSTILE, Answer(noise("hostile", 50_000)))
         upstream.answer(SLOW, Answer(noise("slow", 400_000), gates=((200_000, gate),)))
         settings = {
-            "upstream": [{"name": "head office", "url": upstream.url, "give_up": "60s", "read_timeout": "50s"}],
+            "upstream": [
+                {"name": "head office", "url": upstream.url, "give_up": "60s", "read_timeout": "50s"}
+            ],
             "wan": {"rate": "900kB/s"},
             "site": {"name": "branch-7", "time_zone": "Pacific/Auckland"},
         }
@@ -139,14 +141,18 @@ def check_hostile_names(page):
     assert "<svg onload=window.hit=1>.dax" in text
     assert "<script>window.hit=1</script>" in text
     assert page.run("return window.hit") is None
-    assert page.run("return document.querySelectorAll('main img, main script, main [onclick], b').length") == 0
+    assert (
+        page.run("return document.querySelectorAll('main img, main script, main [onclick], b').length") == 0
+    )
 
 
 def check_live(gup, page):
     """New figures come by themselves, and what the user did to the page stays."""
     until(lambda: page.run("return document.getElementById('live').textContent") == "live", "it is live")
     page.run("window.mark = 1; document.querySelector('#hour-table').open = true")
-    page.run("document.querySelector('.stream').open = true; document.querySelector('.stream summary').focus()")
+    page.run(
+        "document.querySelector('.stream').open = true; document.querySelector('.stream summary').focus()"
+    )
     before = figure(page, "#saved-install .sent")
     for _ in range(3):
         assert len(gup.get(FULL).body) == 600_000
@@ -191,7 +197,10 @@ def check_keyboard(page):
     usable = page.run("return document.querySelectorAll('a, summary').length")
     assert len(reached) >= usable, reached
     assert page.run(NAMELESS) == []
-    assert page.run("return ['header', 'main', 'footer', 'h1'].map((x) => document.querySelectorAll(x).length)") == [1] * 4
+    assert (
+        page.run("return ['header', 'main', 'footer', 'h1'].map((x) => document.querySelectorAll(x).length)")
+        == [1] * 4
+    )
     assert page.run("return document.querySelectorAll('th:not([scope])').length") == 0
     assert page.run("return document.documentElement.lang") == "en"
 
@@ -201,7 +210,11 @@ def check_manners(gup, page):
     asked = page.requests()
     assert len(asked) > 8
     assert [url for url in asked if not url.startswith(site_url(gup))] == []
-    assert {url.partition("?")[0].rpartition("/")[2] for url in asked} >= {"uPlot.iife.min.js", "events", "history"}
+    assert {url.partition("?")[0].rpartition("/")[2] for url in asked} >= {
+        "uPlot.iife.min.js",
+        "events",
+        "history",
+    }
     assert page.complaints() == []
 
 
