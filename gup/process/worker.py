@@ -17,8 +17,8 @@ from gup.process.shared import worker_block
 from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
+from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Machine
-from gup.server.gate import Gate
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
 from gup.server.listener import Listener
@@ -46,7 +46,7 @@ class Worker:
         )
         names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
         self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
-        gate = self._gate = Gate(
+        deliveries = self._deliveries = Deliveries(
             assembly.settings,
             assembly.store.run,
             assembly.counters,
@@ -56,11 +56,11 @@ class Worker:
             hot.drop,
             assembly.means.clock,
         )
-        assembly.pool.lists = lambda name, stream: gate.choices.catalogues.listed(name, stream) is not None
+        assembly.pool.lists = deliveries.lists
         handler = Handler(
             assembly.means,
             assembly.cache,
-            gate,
+            deliveries,
             tally,
             hot,
             downloads,
@@ -130,7 +130,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
-        await self._gate.close()
+        await self._deliveries.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Which manager's content a client gets, and where it is stored: tables, and what holds whatever is stated."""
+"""Which manager's content a client gets and where it is stored: tables, and what always holds."""
 
 import pytest
 from hypothesis import given, settings
