@@ -1,7 +1,6 @@
 """From a parsed request to its answer: route, cache, and the one place that makes a problem a response."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from gup.server.downloads import Downloads, Turn
 from gup.server.hot import HotRow, HotTable
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
-from gup.server.response import HeadTemplate, Plan, Representation, Served, plan
+from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
 from gup.server.tally import LARGE_BODY_BYTES, Tally
 
 log = logging.getLogger("gup.request")
@@ -138,8 +137,7 @@ class Handler:
         except Exception:
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
-        if request.plain and not self.draining:
-            self._learn(asked, opened, epochs)
+        self._learn(asked, opened, epochs)
         return reply
 
     async def answer(self, request: Request, head: bytes) -> Reply:
@@ -162,8 +160,7 @@ class Handler:
                 return self.refusal(exhausted(error), request=request)
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
-        if request.plain and opened.entry is not None and not self.draining:
-            self._learn(asked, opened, epochs)
+        self._learn(asked, opened, epochs)
         return reply
 
     def refusal(
@@ -333,9 +330,11 @@ class Handler:
     # --- the hot lane
 
     def _learn(self, asked: Asked, opened: Opened, epochs: tuple[int, int, int]) -> None:
-        """Make the same request's next answer ready."""
+        """Make the next answer to the same head ready, and to all that ask plainly for the same target."""
         entry, request = opened.entry, asked.request
-        if entry is None or opened.body is not entry:
+        if entry is None or opened.body is not entry or self.draining:
+            return
+        if not request.plain and self._hot.find_target(request.target) is not None:
             return
         if not entry.all_verified or opened.result is not Result.HIT:
             return
@@ -347,31 +346,27 @@ class Handler:
             return
         record = entry.record
         age = self._wall_clock() - record.validated_at
-        left = math.inf if asked.route.immutable else self._means.settings.cache.index_ttl - age
-        template = HeadTemplate(
-            _representation(entry.head),
-            self._via,
-            _STATUS_OF_RESULT[Result.HIT],
-            keep_alive=True,
-            minor_version=1,
-        )
+        left = self._means.settings.cache.index_ttl - age
+        representation, status = _representation(entry.head), _STATUS_OF_RESULT[Result.HIT]
         slot = self._means.streams.number(opened.key)
         row = HotRow(
             entry=entry,
-            template=template,
+            template=HeadTemplate(representation, self._via, status, keep_alive=True, minor_version=1),
+            part_template=PartTemplate(representation, self._via, status),
             length=record.length,
             download=is_download(opened.kind, record.length),
             key_text=opened.key.text,
             sent_at=self._tally.sent["cache"],
             stream_at=self._tally.stream[slot, str(opened.kind)],
             hit_at=self._tally.requests["hit", 200],
-            fresh_until=self._means.clock() + left,
+            part_hit_at=self._tally.requests["hit", 206],
+            fresh_until=None if asked.route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,
             stated=self.accounts.declarations.of(request.headers),
         )
         # Where it depends on the client, only these same bytes have the same answer.
         target = request.target if asked.choice.for_everybody else None
-        self._hot.learn(asked.head, target, row, epochs)
+        self._hot.learn(asked.head if request.plain else None, target, row, epochs)
 
 
 def of_body(request: Request, opened: Opened, planned: Plan) -> Account:

@@ -125,8 +125,10 @@ def test_where_it_is_stored_and_where_it_is_looked_for():
 def test_a_manager_whose_catalogue_is_not_known_may_have_everything():
     found = choices(without=["en"])
     choice = choose(found, PATCH, "14.3 RU3", "English")
-    assert (choice.upstream, choice.decision.rule, choice.unlisted) == ("en", None, True)
+    assert (choice.upstream, choice.decision.rule, choice.decision.type) == ("en", None, "client_patches")
     assert choose(found, PATCH, "14.3 RU2", "fr").upstream == "fr"
+    refused = choose(found, PATCH, "14.3 RU3", "fr")
+    assert (refused.upstream, refused.decision.rule) == ("fr", "version"), "nor does it pass as unknown"
     assert choose(choices(["fr", "plain"], without=["fr"]), UNKNOWN, "", "fr").upstream == "fr"
 
 

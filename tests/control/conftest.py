@@ -60,6 +60,7 @@ class World:
     sender: socket.socket
     receiver: socket.socket
     now: float = 2_000_000.0
+    installed_at: float = 2_000_000.0 - 86400
     epochs: int = 0
     store_bytes: list[int] = field(default_factory=list)
     workers: list[dict[str, object]] = field(
@@ -164,7 +165,7 @@ class World:
             events=self.receiver,
             admin=admin,
             started_at=self.now - 3600,
-            installed_at=self.now - 86400,
+            installed_at=self.installed_at,
         )
 
     @asynccontextmanager

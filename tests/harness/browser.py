@@ -14,6 +14,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+_INSIDE = ("chrome://", "data:")
 _FLAGS = (
     "--headless",
     "--no-sandbox",  # the tests may run as root
@@ -65,17 +66,15 @@ class Browser:
         self._tell("Emulation.setScriptExecutionDisabled", value=not allowed)
 
     def requests(self) -> list[str]:
-        """URLs that the page asked for."""
+        """URLs that were asked for, but for what never leaves the browser."""
         events = [json.loads(row["message"])["message"] for row in self.driver.get_log("performance")]
-        return [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [url for params in sent if not (url := params["request"]["url"]).startswith(_INSIDE)]
 
     def complaints(self) -> list[str]:
         """What stands in the console: errors, and what the page's policy kept it from."""
-        return [row["message"] for row in self.driver.get_log("browser")]
+        rows = self.driver.get_log("browser")
+        return [row["message"] for row in rows if row["source"] != "rendering"]  # advice to who reads pixels
 
     def picture(self, file: Path, *, height: int | None = None) -> None:
         """The page as PNG, from its top, whole or so many pixels of it."""

@@ -96,6 +96,15 @@ class Worker(Answer):
     ready: bool
 
 
+class CatalogueState(Answer):
+    """What was read of an upstream's catalogue."""
+
+    source: str | None
+    streams: int | None
+    read_at: float | None
+    problem: str | None
+
+
 class Upstream(Answer):
     """An upstream and its health."""
 
@@ -111,6 +120,7 @@ class Upstream(Answer):
     since: float
     last_error: str | None
     last_error_at: float | None
+    catalogue: CatalogueState | None
 
 
 class Limit(Answer):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 
 from gup.control.page import words
 
@@ -19,6 +19,7 @@ FRAGMENTS = (
     "fills",
     "upstreams",
     "held",
+    "clients",
     "service",
 )
 """The parts of the page that change, each by its template; the element with this id holds it."""
@@ -29,12 +30,16 @@ CONTENT_SECURITY_POLICY = (
 """What the page may do: use its own files, and ask its own server."""
 
 
+_FOLDER = Path(__file__).parent / "templates"
+
+
 class Renderer:
-    """The templates, read once."""
+    """The templates, read and compiled once: by the constructor, which blocks."""
 
     def __init__(self) -> None:
+        texts = {path.name: path.read_text(encoding="utf-8") for path in _FOLDER.glob("*.html")}
         self._templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            loader=DictLoader(texts),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
@@ -50,6 +55,8 @@ class Renderer:
             "iso": words.iso,
             "clock": words.clock,
         }
+        for name in texts:
+            self._templates.get_template(name)
 
     def fragments(self, view: Mapping[str, Any]) -> dict[str, str]:
         """The parts that change, by name."""

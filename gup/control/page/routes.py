@@ -19,12 +19,12 @@ _RETRY_SECONDS = 10
 
 
 class PageParts:
-    """What the handlers share; made with the application, ended with it."""
+    """What the handlers share; made when the application starts, ended with it."""
 
-    def __init__(self, app: web.Application) -> None:
-        self.assets = Assets()
-        self.renderer = Renderer()
-        self.viewer = Viewer(app[PLANE])
+    def __init__(self, viewer: Viewer, assets: Assets, renderer: Renderer) -> None:
+        self.viewer = viewer
+        self.assets = assets
+        self.renderer = renderer
         self.broadcast = Broadcast(self._look)
 
     async def _look(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -36,11 +36,17 @@ PARTS: web.AppKey[PageParts] = web.AppKey("page", PageParts)
 
 
 def set_up(app: web.Application) -> None:
-    """Give `app`, which has its plane, the page. Listeners are ended before the server waits for handlers."""
-    app[PARTS] = PageParts(app)
+    """Give `app` the page's parts. Listeners are ended before the server waits for handlers."""
+    app.on_startup.append(_begin)
     app.on_shutdown.append(_end)
-    if missing := app[PARTS].assets.missing:
-        _log.warning("the page draws no charts: %s not installed; install gup again", ", ".join(missing))
+
+
+async def _begin(app: web.Application) -> None:
+    assets, renderer = await asyncio.to_thread(lambda: (Assets(), Renderer()))
+    app[PARTS] = PageParts(Viewer(app[PLANE]), assets, renderer)
+    if assets.missing:
+        missing = ", ".join(assets.missing)
+        _log.warning("the page draws no charts: %s not installed; install gup again", missing)
 
 
 async def _end(app: web.Application) -> None:

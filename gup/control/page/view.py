@@ -2,23 +2,46 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import tzinfo
-from typing import Any
+from typing import Any, Generic, TypeVar
 from zoneinfo import ZoneInfo
 
+from gup.control.api.reports import ledger
 from gup.control.history.figures import RECEIVED, SENT
 from gup.control.history.record import HOUR, MINUTE, Point, added
 from gup.control.page.held import Holdings, holdings
-from gup.control.page.savings import savings
+from gup.control.page.words import clock
 from gup.control.plane import Plane
+from gup.control.reports.savings import within
 from gup.control.rows import Stream
+
+_T = TypeVar("_T")
 
 _HELD_SECONDS = 5.0
 """So long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
+_LEDGER_SECONDS = 2.0
+_CLIENTS_SECONDS = 10.0
+_DAYS = 30
 _FAILURES_SHOWN = 10
 _CHARTS = {"hour": 5 * MINUTE, "day": HOUR}
 """Spans that are drawn, and the length of the rows of the tables behind the charts."""
+
+
+class Kept(Generic[_T]):
+    """What `find` found, for so many seconds; those who ask meanwhile wait for the same finding."""
+
+    def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
+        self._seconds = seconds
+        self._find = find
+        self._found: tuple[float, _T] | None = None
+        self._finding = asyncio.Lock()
+
+    async def value(self) -> _T:
+        async with self._finding:
+            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
+                self._found = time.monotonic(), await self._find()
+            return self._found[1]
 
 
 class Viewer:
@@ -26,43 +49,39 @@ class Viewer:
 
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
-        self._held: Holdings | None = None
-        self._held_at = 0.0
-        self._holding = asyncio.Lock()
+        self._held = Kept(_HELD_SECONDS, self._holdings)
+        self._ledger = Kept(_LEDGER_SECONDS, lambda: ledger(plane, _DAYS))
+        self._content = Kept(_CLIENTS_SECONDS, plane.reports.content)
+        self._restarts = Kept(_CLIENTS_SECONDS, plane.reports.restarts)
 
     async def view(self) -> dict[str, Any]:
         """All that is shown, by the names that the templates use."""
         plane = self._plane
         await plane.meter()
         status = await plane.status()
-        held = await self._holdings()
-        now = plane.clock()
-        zone = _zone(plane)
-        totals = status["totals"]["since_install"]
+        now, zone = plane.clock(), _zone(plane)
         history = plane.history.history
         return {
             "now": now,
             "zone": zone,
             "status": status,
             "not_ready": plane.not_ready(),
-            "saved": savings(history, totals, now, zone),
+            "saved": _within_a_month(await self._ledger.value(), clock(now, zone, "%Y-%m-%d")),
             "rates": {
                 "clients": plane.history.clients.bytes_per_second(),
                 "wan": plane.history.wan.bytes_per_second(),
                 "wan_limit": status["wan_rate_bytes_per_second"],
             },
             "charts": {span: _chart(history.series(span, now), step) for span, step in _CHARTS.items()},
-            "held": held,
+            "held": await self._held.value(),
+            "taken": await self._content.value(),
+            "restarts": await self._restarts.value(),
             "failures": status["failures"][:_FAILURES_SHOWN],
         }
 
     async def _holdings(self) -> Holdings:
-        async with self._holding:
-            if self._held is None or time.monotonic() - self._held_at > _HELD_SECONDS:
-                rows = list(self._plane.index.rows.values())
-                self._held = await asyncio.to_thread(holdings, rows, self._label)
-                self._held_at = time.monotonic()
-            return self._held
+        rows = list(self._plane.index.rows.values())
+        return await asyncio.to_thread(holdings, rows, self._label)
 
     def _label(self, stream: Stream) -> tuple[str, str, str]:
         """Product, version and language: the catalogue's words where it has any, else those of the key."""
@@ -85,9 +104,9 @@ def figures(view: Mapping[str, Any]) -> dict[str, Any]:
         "fills": len(status["fills"]),
         "fill_waiters": status["fill_waiters"],
         "cache_size_bytes": status["cache"]["size_bytes"],
-        "saved_today_bytes": saved.today.saved_bytes,
-        "saved_last_30_days_bytes": saved.last_30_days.saved_bytes,
-        "saved_since_install_bytes": saved.since_install.saved_bytes,
+        "saved_today_bytes": saved["today"]["saved_bytes"],
+        "saved_last_30_days_bytes": saved["last_30_days"]["saved_bytes"],
+        "saved_since_install_bytes": saved["since_install"]["saved_bytes"],
     }
 
 
@@ -95,6 +114,12 @@ def _zone(plane: Plane) -> tzinfo | None:
     """The site's; None is the machine's own."""
     name = plane.settings.site.time_zone
     return ZoneInfo(name) if name else None
+
+
+def _within_a_month(saved: dict[str, Any], today: str) -> dict[str, Any]:
+    """The savings with the days of the last thirty only, those on which anything was counted."""
+    days = [day for day in saved["days"] if day["day"] is not None and within(day["day"], today, _DAYS)]
+    return saved | {"days": days}
 
 
 def _chart(points: Iterable[Point], step: int) -> dict[str, Any]:
