@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gup import config
 from gup.content.key import ANY, Variant
 from gup.upstream.bandwidth import Share, Wan
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, is_broken_http, rejected, translated
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
 
 if TYPE_CHECKING:
     import aiohttp
@@ -92,8 +92,8 @@ class Answer:
         self._broke = broke
         self._closed: Callable[[], None] | None = closed
         connection = response.connection
-        self._protocol = connection.protocol if connection is not None else None
-        self._connection_end = self._protocol.closed if self._protocol is not None else None
+        protocol = connection.protocol if connection is not None else None
+        self._connection_end = protocol.closed if protocol is not None else None
         if self._connection_end is not None:
             self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
             self._connection_end.add_done_callback(_note_end)
@@ -115,18 +115,11 @@ class Answer:
         except UpstreamFailure as failure:
             self._broke(failure)
             raise
-        if not piece:
-            self._check_end()
         try:
             await self._wan.pay(len(piece), self._share)
         finally:
             self._count(len(piece))
         return piece
-
-    def _check_end(self) -> None:
-        """UpstreamFailure when more came with the body's end than was announced: which of it is right?"""
-        if self._protocol is not None and is_broken_http(self._protocol.exception()):
-            raise rejected(f"{self.head.upstream} sent more than it announced")
 
     def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""

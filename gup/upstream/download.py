@@ -173,8 +173,8 @@ class Download:
         away = failure.outcome in ("unreachable", "timeout") and self.received > 0
         if not away and (not failure.again or self._fruitless[upstream.name] >= TRIES):
             self._spent.add(upstream.name)
-        elif away and self._fruitless[upstream.name] >= TRIES:
-            self._rotate(upstream)
+        elif away and (failure.outcome == "timeout" or self._fruitless[upstream.name] >= TRIES):
+            self._rotate(upstream)  # one that hung costs its read_timeout at each try: another may not
         silent = self._clock() - self._last_new_byte > upstream.settings.give_up and self._all_were_asked()
         if len(self._spent) == len(self._upstreams) or silent:
             raise failure

@@ -129,13 +129,6 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         ) from error
 
 
-def is_broken_http(error: BaseException | None) -> bool:
-    """Whether what came over a connection was no HTTP."""
-    import aiohttp  # noqa: PLC0415 - see _translated
-
-    return isinstance(error, aiohttp.http.HttpProcessingError)
-
-
 def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
     """What is wrong with the certificate, or with TLS."""
     cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
