@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault soak dashboards lint types imports check clean
+.PHONY: demo test fault soak bench dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
@@ -44,6 +44,13 @@ soak: $(VENV)/.installed
 # Grafana's JSON from the code that describes it.
 dashboards: $(VENV)/.installed
 	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
+
+# Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, and a machine that does nothing
+# else. PART is all, warm, herd, scale or cold. Results stay in build/bench.
+PART ?= all
+ROUNDS ?= 5
+bench: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from gup.cli.metrics_page import metrics_page
 from gup.complaints import SECRET_KEYS, mask_password, model_of
 from gup.config import Settings
 from gup.layers import DELIMITER, PREFIX
@@ -222,9 +223,10 @@ def _masked(key: str, value: Any) -> Any:
 
 
 def write_all(root: Path) -> None:
-    """Write both files below `root`."""
+    """Write the three files below `root`."""
     (root / "config" / "gup.toml").write_text(reference_toml(), encoding="utf-8")
     (root / "docs" / "settings.md").write_text(reference_page(), encoding="utf-8")
+    (root / "docs" / "metrics.md").write_text(metrics_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

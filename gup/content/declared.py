@@ -1,5 +1,6 @@
 """What a client states of itself, as text: for the log and for reports. Compares nothing, refuses nothing."""
 
+import re
 from dataclasses import dataclass
 
 from gup.config import Rules
@@ -31,13 +32,24 @@ class Declarations:
         self._languages = _sources(rules.language_sources)
         self._wanted = frozenset(source.header.lower() for source in (*self._versions, *self._languages))
         self._is_version = Releases().version
+        names = b"|".join(re.escape(name.encode("latin-1")) for name in sorted(self._wanted))
+        self._line = re.compile(rb"\n(" + (names or rb"(?!)") + rb"):[ \t]*+([^\r\n]*)", re.IGNORECASE)
         self._known: dict[Headers, Stated] = {}
         self._stated: dict[tuple[str, str], Stated] = {("", ""): NOTHING}
 
     def of(self, headers: Headers) -> Stated:
         """What a request's headers state; names are in lower case."""
         wanted = self._wanted
-        found = tuple([field for field in headers if field[0] in wanted])
+        return self._look_up(tuple([field for field in headers if field[0] in wanted]))
+
+    def of_head(self, head: bytes) -> Stated:
+        """The same of a whole head that is known to be well formed (gup.server.plain): needs no parser."""
+        lines = self._line.findall(head)
+        return self._look_up(
+            tuple([(name.lower().decode(), value.strip(b" \t").decode("latin-1")) for name, value in lines])
+        )
+
+    def _look_up(self, found: Headers) -> Stated:
         if not found:
             return NOTHING
         stated = self._known.get(found)

@@ -6,13 +6,15 @@ import logging
 import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
+from operator import itemgetter
 
 from gup import log
 from gup.addresses import Names, read_key
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
 from gup.process.child import Parent
-from gup.process.page import DOWNLOAD_WAITING_SINCE
+from gup.process.page import DOWNLOAD_WAITING_SINCE, POLICY_EPOCH, STORE_EPOCH
 from gup.process.shared import worker_block
 from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
@@ -39,7 +41,8 @@ class Worker:
         self._drained_soon = False
         page = assembly.shared.page
         tally = Tally(assembly.counters)
-        hot = HotTable(lambda: page.policy_epoch, lambda: page.store_epoch, assembly.cache.close_removed)
+        epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), page.words)  # no frame: asked for each hit
+        hot = HotTable(epochs, assembly.cache.close_removed)
         loop = asyncio.get_running_loop()
         downloads = Downloads(
             assembly.downloads, lambda: assembly.means.settings.clients, tally, self._machine(), loop
@@ -111,6 +114,7 @@ class Worker:
     def _each_second(self, wall_now: float) -> None:
         self._assembly.shared.page.beat(self._assembly.block)
         self._listener.hot.refresh()
+        self._listener.hot.forget_ready()
         self._assembly.cache.look_over()
         self._accounts.each_second(self._assembly.offer, wall_now, all_of_it=self._drained_soon)
         self._tally.take_news(self._assembly.tell, wall_now, self._accounts.names.of)

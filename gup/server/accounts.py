@@ -10,6 +10,7 @@ from gup.addresses import Names
 from gup.content.declared import NOTHING, Declarations, Stated
 from gup.log import ACCESS
 from gup.server.hot import HotRow
+from gup.server.ranges import Span
 from gup.server.request import Request
 from gup.server.tally import Tally
 
@@ -25,7 +26,9 @@ _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
 
 Tell = Callable[[Mapping[str, object]], bool]
-_Taken = tuple[str, str, Stated]
+Teller = Stated | bytes
+"""What a client states, or the head that it stands in: that is read when somebody wants to know."""
+_Taken = tuple[str, str, Teller]
 
 
 @dataclass(slots=True)
@@ -93,23 +96,29 @@ class Accounts:
 
     # --- one answer
 
-    def of_row(self, row: HotRow, stated: Stated, began: float) -> Account:
+    def of_row(self, row: HotRow, status: int, span: Span, teller: Teller, began: float) -> Account:
         """The account of a ready-made answer, which begins to leave."""
+        stated = self.declarations.of_head(teller) if isinstance(teller, bytes) else teller
         return Account(
             "GET",
             "hit",
-            200,
+            status,
             row.key_text,
             stated=stated,
-            stop=row.length,
+            start=span.start,
+            stop=span.stop,
             length=row.length,
             began=began,
             first_byte=self.clock(),
         )
 
-    def hot(self, peer: str, row: HotRow, stated: Stated, began: float) -> None:
+    def part_taken(self, peer: str, row: HotRow, span: Span, teller: Teller) -> None:
+        """Note a range that has left at once."""
+        self._news.pieces.append(((peer, row.key_text, teller), (span.start, span.stop, row.length)))
+
+    def log_hot(self, peer: str, account: Account) -> None:
         """Log a ready-made answer that has left at once."""
-        self._line(peer, self.of_row(row, stated, began), row.length, complete=True)
+        self._line(peer, account, account.stop - account.start, complete=True)
 
     def end(self, peer: str, account: Account, sent: int, *, complete: bool) -> None:
         """The last of an answer has left, or never will."""
@@ -206,7 +215,8 @@ class Accounts:
             del rows[: len(rows) - _MOST_WAITING]
 
     def _row(self, taken: _Taken, what: object) -> list[object]:
-        peer, key, stated = taken
+        peer, key, teller = taken
+        stated = self.declarations.of_head(teller) if isinstance(teller, bytes) else teller
         return [self.names.of(peer), key, stated.version, stated.language, what]
 
 

@@ -1,6 +1,6 @@
 """One client's connection: reads heads, sends answers as the socket takes them; knows nothing of content.
 
-Non-blocking sockets on `loop.add_reader` and `add_writer`: no transport, and a task only while an answer has
+Non-blocking sockets, watched by the worker's poller: no transport, and a task only while an answer has
 to be waited for.
 """
 
@@ -12,27 +12,29 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from gup.cache.body import Body
-from gup.content.declared import Stated
 from gup.errors import Problem
 from gup.server.accounts import Account
 from gup.server.downloads import Turn, stopping
 from gup.server.handler import Reply
-from gup.server.hot import MAX_HEAD_BYTES, HotRow
 from gup.server.outgoing import BROKEN, FINISHED, Outgoing
 from gup.server.pacing import Pacer
 from gup.server.phase import Phase, allowed_seconds
-from gup.server.ranges import Span
+from gup.server.poller import READ, WRITE
 from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
 from gup.server.request import Request, check_begun, find_head_end, parse_head, skip_leading_newlines
 
 if TYPE_CHECKING:
     from gup.server.listener import Listener
 
-_READ_BYTES = 64 * 1024
+_READ_BYTES = 4096
+"""Heads are short, and memory for more would be taken at every read."""
 _TURN_BYTES = 1 << 20
 """The most one connection sends before others have their turn."""
 _LINGER_BYTES = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
+
+
+_READING = Phase.READING
 
 
 class Connection:
@@ -46,7 +48,6 @@ class Connection:
     """
 
     __slots__ = (
-        "_account",
         "_asked",
         "_began",
         "_body",
@@ -56,15 +57,15 @@ class Connection:
         "_listener",
         "_outgoing",
         "_paced",
-        "_pacer",
         "_pending",
-        "_reading",
         "_reply",
         "_task",
         "_turn",
         "_waits",
-        "_writing",
+        "_watched",
+        "account",
         "fd",
+        "pacer",
         "peer",
         "phase",
         "since",
@@ -80,16 +81,15 @@ class Connection:
         self.since = listener.now
         self._pending = bytearray()
         self._eof = False
-        self._writing = False
-        self._reading = True
+        self._watched = 0
         self._task: asyncio.Task[None] | None = None
-        self._pacer = pacer
+        self.pacer = pacer
         self._paced: asyncio.TimerHandle | None = None
         self._lingered = 0
         self._began = 0.0
         self._asked: Request | None = None
         self._clear()
-        listener.loop.add_reader(self.fd, self._readable)
+        self._watch(READ)
 
     def _clear(self) -> None:
         """Forget the answer that was sent last."""
@@ -99,7 +99,7 @@ class Connection:
         self._close_after = False
         self._waits = False
         self._turn: Turn | None = None
-        self._account: Account | None = None
+        self.account: Account | None = None
 
     @property
     def idle(self) -> bool:
@@ -113,7 +113,7 @@ class Connection:
     @property
     def stalled(self) -> bool:
         """Whether the client does not take what is offered to it."""
-        return self.phase is Phase.SENDING and self._writing
+        return self.phase is Phase.SENDING and bool(self._watched & WRITE)
 
     @property
     def queued(self) -> bool:
@@ -121,6 +121,13 @@ class Connection:
         return self.phase is Phase.QUEUED
 
     # --- reading
+
+    def on_ready(self, events: int) -> None:
+        """The socket is ready. Errors and hang-ups are told by trying what was wanted of it."""
+        if events & ~WRITE and self._watched & READ:
+            self._readable()
+        if events & ~READ and self._watched & WRITE:
+            self._writable()
 
     def _readable(self) -> None:
         try:
@@ -132,7 +139,7 @@ class Connection:
             return
         if not piece:
             self._ended()
-        elif self.phase is Phase.READING:
+        elif self.phase is _READING:
             self._arrived(piece)
         elif self.phase is Phase.LINGERING:
             self._lingered += len(piece)
@@ -146,12 +153,8 @@ class Connection:
     def _arrived(self, piece: bytes) -> None:
         """Bytes at a message start, or more of a head that had begun. The hot lane is the first look-up."""
         if not self._pending:
-            if len(piece) <= MAX_HEAD_BYTES and piece.endswith(b"\r\n\r\n"):
-                now = self._listener.loop.time()
-                row = self._listener.hot.find(piece, now)
-                if row is not None and not self._listener.draining:
-                    self.send_hot(row, row.stated, now)
-                    return
+            if self._listener.lane.answer(self, piece):
+                return
             self.since = self._listener.now
         self._pending += piece
         self.advance()
@@ -165,14 +168,16 @@ class Connection:
             self._stop_reading()
 
     def _stop_reading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._listener.loop.remove_reader(self.fd)
+        self._watch(self._watched & ~READ)
 
     def _go_on_reading(self) -> None:
-        if not self._reading and not self._eof:
-            self._reading = True
-            self._listener.loop.add_reader(self.fd, self._readable)
+        if not self._eof:
+            self._watch(self._watched | READ)
+
+    def _watch(self, events: int) -> None:
+        if events != self._watched:
+            self._listener.poller.watch(self.fd, self, self._watched, events)
+            self._watched = events
 
     def advance(self) -> None:
         """Answer the heads that have arrived, one after the other, as far as that needs no waiting."""
@@ -200,16 +205,18 @@ class Connection:
 
     def _answer(self, head: bytes) -> None:
         listener = self._listener
-        self._began = now = listener.loop.time()
+        if listener.lane.answer(self, head):
+            return
+        self._began = listener.loop.time()
         try:
             request = parse_head(head)
         except Problem as problem:
             self.refuse(problem)
             return
-        if request.plain and request.keep_alive and request.minor_version == 1 and not listener.draining:
-            row = listener.hot.find_target(request.target, now)
+        if request.plain and request.keep_alive and request.minor_version == 1:
+            row = listener.hot.find_target(request.target)
             if row is not None and request.header("via") is None:
-                self.send_hot(row, listener.accounts.declarations.of(request.headers), now)
+                listener.lane.answer_whole(self, row, listener.accounts.declarations.of(request.headers))
                 return
         reply = listener.handler.answer_now(request, head)
         if reply is not None:
@@ -239,80 +246,24 @@ class Connection:
 
     # --- sending
 
-    def send_hot(self, row: HotRow, stated: Stated, began: float) -> None:
-        """Send a ready-made answer, in this same callback as far as the socket takes it."""
-        piece = row.small() if self._pacer is None else None
-        if piece is None:
-            self._send_hot_span(row, stated, began)
-            return
-        head = self._hot_head(row)
-        message = head + piece
-        try:
-            sent = self.sock.send(message)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
-            self.close()
-            return
-        body_sent = max(0, sent - len(head))
-        words, accounts = self._listener.tally.words, self._listener.accounts
-        words[row.sent_at] += body_sent
-        words[row.stream_at] += body_sent
-        if sent == len(message):
-            accounts.takes.add((self.peer, row.key_text, stated))
-            if words[row.hit_at] % accounts.every == accounts.first:
-                accounts.hot(self.peer, row, stated, began)
-            return
-        self._account = accounts.of_row(row, stated, began)
-        self._begin_row(row, head[sent:], body_sent)
-        self._push(body_sent)
-
-    def _hot_head(self, row: HotRow) -> bytes:
-        """The head of a ready-made answer, which is counted by this: it leaves now."""
-        listener = self._listener
-        listener.tally.words[row.hit_at] += 1
-        uses = listener.tally.uses
-        uses[row.key_text] = uses.get(row.key_text, 0) + 1
-        self.since = listener.now
-        return row.template.render(listener.date, max(0, int(listener.wall_now - row.validated_at)))
-
-    def _send_hot_span(self, row: HotRow, stated: Stated, began: float) -> None:
-        """Send what is not a few bytes in memory; a download when its turn has come."""
-
-        def go() -> None:
-            self._account = self._listener.accounts.of_row(row, stated, began)
-            self._begin_row(row, self._hot_head(row))
-            self._push()
-
-        turn = None
-        if row.download:
-            try:
-                turn = self._listener.downloads.ask()
-            except Problem as problem:
-                self.send(self._listener.handler.refusal(problem, keep_alive=True))
-                return
-        self._when_due(turn, go)
-
     def send(self, reply: Reply) -> None:
         """Send an answer, when its turn has come; the connection reads on when it has left."""
         self._reply = reply
         self._body = reply.body
-        self._account = account = reply.account
+        self.account = account = reply.account
         if account is not None:
             account.began = self._began
-        self._when_due(reply.turn, self._send_reply)
+        self.when_due(reply.turn, self._send_reply)
 
     def _send_reply(self) -> None:
         reply = self._reply
         assert reply is not None
-        self._listener.handler.begin(reply)
-        if reply.account is not None:
-            reply.account.first_byte = self._listener.accounts.clock()
-        self._begin(reply.outgoing(self._listener.tally.words))
+        self._listener.handler.begin(reply, self.peer)
+        self.begin(reply.outgoing(self._listener.tally.words))
         self._close_after = reply.close
-        self._push()
+        self.push()
 
-    def _when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
+    def when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
         """Call `go` now, or when the download's turn comes."""
         self._turn = turn
         if turn is None or turn.come:
@@ -332,19 +283,16 @@ class Connection:
         self._clear()
         self.refuse(stopping())
 
-    def _begin(self, outgoing: Outgoing) -> None:
+    def begin(self, outgoing: Outgoing) -> None:
+        """An answer is to leave; `push` sends it."""
         self.phase = Phase.SENDING
         self.since = self._listener.now
         self._body = outgoing.body
         self._outgoing = outgoing
 
-    def _begin_row(self, row: HotRow, head: bytes, start: int = 0) -> None:
-        words, spans = self._listener.tally.words, (Span(start, row.length),)
-        self._begin(Outgoing(words, head, spans, row.entry, row.sent_at, row.stream_at))
-
-    def _push(self, sent_before: int = 0) -> None:
+    def push(self, sent_before: int = 0) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
-        budget = _TURN_BYTES if self._pacer is None else self._slice(self._pacer)
+        budget = _TURN_BYTES if self.pacer is None else self._slice(self.pacer)
         outgoing = self._outgoing
         assert outgoing is not None
         outgoing.sent_bytes += sent_before
@@ -356,8 +304,10 @@ class Connection:
                     return
                 budget -= done
                 self.since = self._listener.now
-                if self._pacer is not None:
-                    self._pacer.took(done, self._listener.loop.time())
+                if self.pacer is not None:
+                    self.pacer.took(done, self._listener.loop.time())
+                if outgoing.full:
+                    break
             self._go_on_writing()
         except (BlockingIOError, InterruptedError):
             self._want_write(wanted=True)
@@ -367,7 +317,7 @@ class Connection:
     def _stopped(self, outgoing: Outgoing, why: int) -> None:
         """Nothing more leaves for now: the answer has ended, or its body has no more, or never will."""
         if why == FINISHED:
-            self._finish()
+            self.finish()
         elif why == BROKEN:
             self._cut()
         else:
@@ -383,7 +333,7 @@ class Connection:
     def _go_on_writing(self) -> None:
         """When the socket takes more; or, paced by ourselves, when what has left is paid for."""
         loop = self._listener.loop
-        delay = self._pacer.delay_seconds(loop.time()) if self._pacer is not None else 0.0
+        delay = self.pacer.delay_seconds(loop.time()) if self.pacer is not None else 0.0
         if delay and self._paced is None:
             self._paced = loop.call_later(delay, self._paid)
         self._want_write(wanted=not delay)
@@ -398,18 +348,13 @@ class Connection:
 
     def _writable(self) -> None:
         if self.phase is Phase.SENDING:
-            self._push()
+            self.push()
             self.advance()
 
     def _want_write(self, *, wanted: bool) -> None:
-        if wanted and not self._writing:
-            self._writing = True
-            self._listener.loop.add_writer(self.fd, self._writable)
-        elif not wanted and self._writing:
-            self._writing = False
-            self._listener.loop.remove_writer(self.fd)
+        self._watch(self._watched | WRITE if wanted else self._watched & ~WRITE)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """The answer has left: go on with the next request, or end."""
         close = self._close_after or self._listener.draining
         self._tell(complete=True)
@@ -428,7 +373,7 @@ class Connection:
 
     def _tell(self, *, complete: bool) -> None:
         """Say what became of the answer, once."""
-        account, self._account = self._account, None
+        account, self.account = self.account, None
         if account is not None:
             sent = self._outgoing.sent_bytes if self._outgoing is not None else 0
             self._listener.accounts.end(self.peer, account, sent, complete=complete)
@@ -464,8 +409,7 @@ class Connection:
             return
         self.phase = Phase.CLOSED
         self._tell(complete=False)
-        self._want_write(wanted=False)
-        self._stop_reading()
+        self._watch(0)
         self._leave_body()
         if self._paced is not None:
             self._paced.cancel()

@@ -1,7 +1,6 @@
 """From a parsed request to its answer: route, cache, and the one place that makes a problem a response."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,7 +23,7 @@ from gup.server.hot import HotRow, HotTable
 from gup.server.outgoing import Outgoing
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
-from gup.server.response import HeadTemplate, Plan, Representation, Served, plan
+from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
 from gup.server.tally import LARGE_BODY_BYTES, Tally
 
 log = logging.getLogger("gup.request")
@@ -64,6 +63,8 @@ class Reply:
     began: float = 0.0
     account: Account | None = None
     """What is told of it when it has left."""
+    full: str = ""
+    """The key's text when bytes of a full are sent: who takes it is told."""
 
     def outgoing(self, words: "memoryview[int]") -> Outgoing:
         """The answer on its way; counts its body bytes in two of `words`."""
@@ -144,8 +145,7 @@ class Handler:
         except Exception:
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
-        if request.plain and not self.draining:
-            self._learn(asked, opened, epochs)
+        self._learn(asked, opened, epochs)
         return reply
 
     async def answer(self, request: Request, head: bytes) -> Reply:
@@ -168,8 +168,7 @@ class Handler:
                 return self.refusal(exhausted(error), request=request)
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
-        if request.plain and opened.entry is not None and not self.draining:
-            self._learn(asked, opened, epochs)
+        self._learn(asked, opened, epochs)
         return reply
 
     def refusal(
@@ -262,6 +261,8 @@ class Handler:
             body = None
         if opened.entry is not None:
             self._tally.used(opened.key.text)
+        elif asked.route.immutable:
+            self._tally.asked(opened.key.text)
         slot = self._means.streams.number(opened.key)
         turn = self._turn(opened, planned)
         return Reply(
@@ -277,6 +278,7 @@ class Handler:
             planned.status,
             began,
             self._stated(of_body(asked.request, opened, planned), asked.request),
+            opened.key.text if opened.kind is Kind.FULL and body is not None else "",
         )
 
     def _stated(self, account: Account, request: Request | None) -> Account:
@@ -297,8 +299,12 @@ class Handler:
             opened.body.leave()
             raise
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: Reply, peer: str) -> None:
         """An answer begins to leave: count it."""
+        if reply.full:
+            self._tally.took_full(peer, reply.full)
+        if reply.account is not None:
+            reply.account.first_byte = self.accounts.clock()
         if reply.result is not None:
             self._tally.request(reply.result, reply.status)
             self._means.counters.observe(
@@ -339,9 +345,11 @@ class Handler:
     # --- the hot lane
 
     def _learn(self, asked: Asked, opened: Opened, epochs: tuple[int, int, int]) -> None:
-        """Make the same request's next answer ready."""
+        """Make the next answer to the same head ready, and to all that ask plainly for the same target."""
         entry, request = opened.entry, asked.request
-        if entry is None or opened.body is not entry:
+        if entry is None or opened.body is not entry or self.draining:
+            return
+        if not request.plain and self._hot.find_target(request.target) is not None:
             return
         if not entry.all_verified or opened.result is not Result.HIT:
             return
@@ -353,31 +361,28 @@ class Handler:
             return
         record = entry.record
         age = self._wall_clock() - record.validated_at
-        left = math.inf if asked.route.immutable else self._means.settings.cache.index_ttl - age
-        template = HeadTemplate(
-            _representation(entry.head),
-            self._via,
-            _STATUS_OF_RESULT[Result.HIT],
-            keep_alive=True,
-            minor_version=1,
-        )
+        left = self._means.settings.cache.index_ttl - age
+        representation, status = _representation(entry.head), _STATUS_OF_RESULT[Result.HIT]
         slot = self._means.streams.number(opened.key)
         row = HotRow(
             entry=entry,
-            template=template,
+            template=HeadTemplate(representation, self._via, status, keep_alive=True, minor_version=1),
+            part_template=PartTemplate(representation, self._via, status),
             length=record.length,
             download=is_download(opened.kind, record.length),
             key_text=opened.key.text,
             sent_at=self._tally.sent["cache"],
             stream_at=self._tally.stream[slot, str(opened.kind)],
             hit_at=self._tally.requests["hit", 200],
-            fresh_until=self._means.clock() + left,
+            part_hit_at=self._tally.requests["hit", 206],
+            fresh_until=None if asked.route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,
             stated=self.accounts.declarations.of(request.headers),
+            full=opened.kind is Kind.FULL,
         )
         # Where it depends on the client, only these same bytes have the same answer.
         target = request.target if asked.choice.for_everybody else None
-        self._hot.learn(asked.head, target, row, epochs)
+        self._hot.learn(asked.head if request.plain else None, target, row, epochs)
 
 
 def of_body(request: Request, opened: Opened, planned: Plan) -> Account:

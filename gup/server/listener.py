@@ -17,7 +17,9 @@ from gup.server.connection import Connection
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
+from gup.server.lane import Lane
 from gup.server.pacing import Pacing, kernel_paces
+from gup.server.poller import Poller
 from gup.server.tally import Tally
 
 log = logging.getLogger("gup.listener")
@@ -55,8 +57,10 @@ class Listener:
         self.loop = loop
         self.settings = settings
         self.handler = handler
-        self.hot = hot
         self.tally = tally
+        self.lane = Lane(hot, self)
+        self.poller = Poller(loop)
+        self.hot = hot
         self.downloads = downloads
         self.accounts = handler.accounts
         self.draining = False
@@ -186,6 +190,7 @@ class Listener:
     async def drain(self, timeout_seconds: float) -> None:
         """Stop accepting, let answers under way end, then close what is left."""
         self.draining = self.handler.draining = True
+        self.hot.drop()  # nothing is learned any more: every answer from now on ends its connection
         for listening in self._sockets:
             self.loop.remove_reader(listening.fileno())
             listening.close()
@@ -203,5 +208,6 @@ class Listener:
             connection.expire()
             connection.close()
         self.downloads.close()
+        self.poller.close()
         if self._timer is not None:
             self._timer.cancel()

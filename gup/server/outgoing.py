@@ -35,6 +35,7 @@ class Outgoing:
         "_stream_at",
         "_words",
         "body",
+        "full",
         "position",
         "sent_bytes",
     )
@@ -53,6 +54,8 @@ class Outgoing:
         self.body = body
         self.position = 0
         self.sent_bytes = 0
+        self.full = False
+        """Whether the socket took less of the body than it was offered: asking again at once is in vain."""
         self._words = words
         self._literal = memoryview(head)
         self._segments = segments
@@ -103,6 +106,7 @@ class Outgoing:
                 return done
             available = min(available, self._chunk_left)
         sent = self._send(sock, body, available)
+        self.full = sent < available
         self._count(sent)
         self.position += sent
         if self._chunked:

@@ -82,6 +82,39 @@ class HeadTemplate:
         return b"%b%b%b%d%b" % (self._prefix, date, self._middle, age, self._suffix)
 
 
+class PartTemplate:
+    """The 206 head for one range of such a body to HTTP/1.1 on a connection that stays."""
+
+    __slots__ = ("_length", "_prefix", "_suffix", "_type")
+
+    def __init__(self, representation: Representation, via: str, cache_status: str) -> None:
+        assert representation.length is not None
+        self._length = representation.length
+        self._prefix = status_line(206) + b"Date: "
+        self._type = field_lines([("Content-Type", representation.content_type)])
+        fields = [
+            *_validators(representation),
+            ("Accept-Ranges", "bytes"),
+            ("Via", via),
+            ("Cache-Status", cache_status),
+        ]
+        self._suffix = b"\r\n" + field_lines(fields) + b"\r\n"
+
+    def render(self, date: bytes, age: int, start: int, stop: int) -> bytes:
+        """The head for the bytes from `start` up to, not including, `stop`."""
+        return b"%b%b\r\nAge: %d\r\n%bContent-Length: %d\r\nContent-Range: bytes %d-%d/%d%b" % (
+            self._prefix,
+            date,
+            age,
+            self._type,
+            stop - start,
+            start,
+            stop - 1,
+            self._length,
+            self._suffix,
+        )
+
+
 def plan(request: Request, representation: Representation, served: Served) -> Plan:
     """The response to a GET or HEAD: conditions first (RFC 9110 section 13.2.1), ranges after them.
 

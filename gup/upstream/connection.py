@@ -95,10 +95,12 @@ class Answer:
         self._protocol = connection.protocol if connection is not None else None
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
+            self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
+            self._connection_end.add_done_callback(_note_end)
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
-        """The connection has gone. After bytes that are no HTTP aiohttp tells no reader: it would wait on."""
+        """The connection has gone. After what is no HTTP aiohttp tells no reader, who would wait on."""
         content = self._response.content
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
@@ -122,7 +124,7 @@ class Answer:
         return piece
 
     def _check_end(self) -> None:
-        """UpstreamFailure when more came with the end of the body than was announced: which is right?"""
+        """UpstreamFailure when more came with the body's end than was announced: which of it is right?"""
         if self._protocol is not None and is_broken_http(self._protocol.exception()):
             raise rejected(f"{self.head.upstream} sent more than it announced")
 
@@ -135,6 +137,12 @@ class Answer:
         closed, self._closed = self._closed, None
         if closed is not None:
             closed()
+
+
+def _note_end(end: asyncio.Future[None]) -> None:
+    """How a connection ended is of no interest once its answer was read: or asyncio complains in the log."""
+    if not end.cancelled():
+        end.exception()
 
 
 def _declared(settings: config.Upstream) -> dict[str, str]:

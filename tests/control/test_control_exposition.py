@@ -143,6 +143,24 @@ def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_500_series():
     assert found[storm] == 1, "a storm is shown, however many streams there are"
 
 
+def test_series_have_the_labels_and_the_values_that_their_rows_give():
+    counters = Counters.private(UPSTREAMS)
+    counters.add_stream("sent", 0, "full", 1)
+    shown = figures(
+        counters,
+        newest={("SEPC Virus Definitions", "any", "held"): 1.0},
+        storms={("SEPC Virus Definitions", "any"): True},
+        limits={"fills": 8},
+    )
+    families = {family.name: family for family in parse_text(expose(shown, "")[0].decode())}
+    for metric in METRICS:
+        promised = dict(metric.labels) | ({"upstream": tuple(UPSTREAMS)} if metric.upstream else {})
+        for sample in families[metric.name.removesuffix("_total")].samples:
+            assert set(sample.labels) - {"le"} == set(promised), sample
+            for label, values in promised.items():
+                assert not values or sample.labels[label] in values, sample
+
+
 def test_what_is_shown_apart_is_the_first_and_stays_so():
     names = [("v", "any", f"{{{slot}}}") for slot in range(MAX_STREAMS)]
     for known in range(MAX_STREAMS + 1):

@@ -25,7 +25,7 @@ def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not()
     fires, rests = set(), set()
     for file in TESTS:
         for case in load(file)["tests"]:
-            for asked in case["alert_rule_test"]:
+            for asked in case.get("alert_rule_test", []):
                 (fires if asked["exp_alerts"] else rests).add(asked["alertname"])
                 sites = re.findall(r'site="(\w+)"', str(case["input_series"]))
                 named = {alert["exp_labels"].get("site") for alert in asked["exp_alerts"]}

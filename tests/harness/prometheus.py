@@ -1,11 +1,14 @@
-"""A real Prometheus with the configuration of deploy/, scraping every second; asked over its own API."""
+"""A real Prometheus with the configuration of deploy/, scraping every 2 s; asked over its own API."""
 
 import json
 import shutil
 import subprocess
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +19,7 @@ from harness.processes import end, environment, free_port
 from harness.waiting import until
 
 START_TIMEOUT_SECONDS = 30.0
+SETTLE_SECONDS = 40.0
 
 
 class Prometheus:
@@ -26,7 +30,7 @@ class Prometheus:
         self._mark = uuid.uuid4().hex
         shutil.copytree(DEPLOY / "prometheus", folder)
         config = yaml.safe_load((folder / "prometheus.yml").read_text())
-        config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config["global"] |= {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s"}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         rows = [
             {"targets": [f"{host}:{port}"], "labels": {"site": site}}
@@ -87,6 +91,17 @@ class Prometheus:
         data = self._get("query_range", query=expr, start=begin, end=finish, step=1)
         found: list[dict[str, Any]] = data["result"]
         return found
+
+    def label_values(self, label: str, metric: str) -> list[str]:
+        found: list[str] = self._get(f"label/{label}/values", **{"match[]": metric})
+        return found
+
+    def settled(self, problems: Callable[[], Iterable[str]]) -> None:
+        """Until nothing is wrong any more: a scrape may be late, and then its target counts as down."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while wrong := list(problems()):
+            assert time.monotonic() < deadline, "\n".join(wrong)
+            time.sleep(0.5)
 
     def rules(self) -> list[dict[str, Any]]:
         """Each rule with its health and last error, as the evaluation went."""

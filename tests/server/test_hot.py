@@ -16,7 +16,7 @@ class Row:
         all_verified = True
         fd = 0
 
-    fresh_until = float("inf")
+    fresh_until = None
     used = True
 
 
@@ -27,7 +27,7 @@ def epochs():
 
 @pytest.fixture
 def table(epochs):
-    return HotTable(lambda: epochs["policy"], lambda: epochs["store"], lambda: None)
+    return HotTable(lambda: (epochs["policy"], epochs["store"]), lambda: None)
 
 
 def test_a_decision_made_before_the_settings_came_is_not_learned_after(table):
@@ -35,31 +35,31 @@ def test_a_decision_made_before_the_settings_came_is_not_learned_after(table):
     before = table.epochs
     table.drop()
     table.learn(b"head", b"/x", Row(), before)
-    assert table.find_target(b"/x", 0.0) is None
+    assert table.find_target(b"/x") is None
     table.learn(b"head", b"/x", Row(), table.epochs)
-    assert table.find_target(b"/x", 0.0) is not None
-    assert table.find(b"head", 0.0) is not None
+    assert table.find_target(b"/x") is not None
+    assert table.find(b"head") is not None
 
 
 def test_new_settings_drop_what_was_learned_under_the_new_epoch_by_the_old_ones(table, epochs):
     epochs["policy"] += 1
     table.learn(b"head", b"/x", Row(), table.epochs)
-    assert table.find(b"head", 0.0) is not None
+    assert table.find(b"head") is not None
     table.drop()
-    assert table.find(b"head", 0.0) is None
+    assert table.find(b"head") is None
 
 
 def test_the_policys_epoch_drops_the_table_by_itself(table, epochs):
     table.learn(None, b"/x", Row(), table.epochs)
     epochs["policy"] += 1
-    assert table.find_target(b"/x", 0.0) is None
+    assert table.find_target(b"/x") is None
 
 
 def test_an_entry_that_is_doubted_is_not_answered_hot(table):
     row = Row()
     row.entry = type("entry", (), {"all_verified": False, "fd": 0})
     table.learn(None, b"/x", row, table.epochs)
-    assert table.find_target(b"/x", 0.0) is None
+    assert table.find_target(b"/x") is None
 
 
 @pytest.mark.parametrize("read", [OSError(errno.EIO, "broken"), b"short"])

@@ -267,12 +267,13 @@ def _health(made: board.Dashboard) -> None:
             {"alertname": "Alert", "severity": "Severity", "alertstate": "State", "product": "Product"},
             [
                 Column(
-                    "Count",
-                    "sum by (alertname, severity, alertstate, product) "
-                    '(ALERTS{alertname=~"Gup.+", site="$site"})',
+                    "Weight",
+                    "sum by (alertname, severity, alertstate, product) ("
+                    '10 * ALERTS{alertname=~"Gup.+", site="$site", severity="critical"}'
+                    ' or ALERTS{alertname=~"Gup.+", site="$site", severity="warning"})',
                 )
             ],
-            worst="Severity",
+            worst="Weight",
             at_most=50,
         )
     )

@@ -1,0 +1,3 @@
+-- A connection for each request.
+dofile("report.lua")
+wrk.headers["Connection"] = "close"

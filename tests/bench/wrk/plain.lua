@@ -1,0 +1,2 @@
+-- The same request each time, with the fewest fields.
+dofile("report.lua")
