@@ -16,7 +16,7 @@ from gup.content.catalogues import Label
 from gup.control.reports.database import Database
 from gup.control.reports.ledger import METRICS
 from gup.control.reports.pieces import Pieces, merged
-from gup.metrics import BY_NAME
+from gup.metrics import BY_NAME, STREAM_WASTED
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 PATCHES = "{11111111-2222-3333-4444-555555555555}"
@@ -220,7 +220,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
     site.now += DAY
     async with site.running():
         add("gup_client_sent_bytes_total", 7, source="cache")
-        add("gup_upstream_wasted_bytes_total", 5, reason="overlap")
+        site.counters.waste("overlap", (0, "full"), 5)
         add("gup_upstream_received_bytes_total", 100, upstream="manager", purpose="prefetch")
         second = await get(browser, site, "/report/savings")
         only_one = await get(browser, site, "/savings?days=1")
@@ -236,6 +236,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
             "sent_bytes": 1000,
             "received_bytes": 300,
             "saved_bytes": 700,
+            "wasted_bytes": 0,
         }
     ]
     assert [day["day"] for day in second["days"]] == ["2026-08-02", "2026-08-01"]
@@ -247,6 +248,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
     assert [day["day"] for day in only_one["days"]] == ["2026-08-02"]
     assert only_one["since_install"] == second["since_install"]
     assert sum(int(row["wasted_overlap_bytes"]) for row in table) == 5
+    assert sum(int(row["wasted_bytes"]) for row in table) == 5
     assert sum(int(row["sent_bytes"]) for row in table) == 1000  # of streams: the rest was counted for none
 
 
@@ -465,4 +467,4 @@ def test_pieces_are_forgotten_when_there_are_too_many():
 
 def test_every_counter_of_bytes_over_the_links_is_in_the_ledger():
     links = {name for name in BY_NAME if re.search("(sent|received|wasted)_bytes_total$", name)}
-    assert links == set(METRICS)
+    assert links | {STREAM_WASTED.name} == set(METRICS)

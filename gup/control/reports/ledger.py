@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.control.reports.database import Database
+from gup.metrics import STREAM_WASTED
 
 _FORM = 1
 _SCHEMA = """
@@ -23,6 +24,7 @@ METRICS = (
     "gup_upstream_wasted_bytes_total",
     "gup_stream_sent_bytes_total",
     "gup_stream_received_bytes_total",
+    STREAM_WASTED.name,
 )
 EARLIER = ""
 """The day of all that was counted before single days were kept, or longer ago than they are."""
