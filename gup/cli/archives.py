@@ -131,7 +131,7 @@ def _read_here(directory: Path, filters: dict[str, str]) -> Iterator[bytes]:
 
 
 def _show_export(file: Path, told: dict[str, Any]) -> None:
-    from gup.cli.words import bytes_in_words
+    from gup.units import bytes_in_words
 
     for row in told["left_out"]:
         typer.echo(f"left out: {row['key']}: {row['why']}")
@@ -249,7 +249,7 @@ def _settings(config: Path | None) -> "Settings":
 
 
 def _show_import(done: dict[str, Any]) -> None:
-    from gup.cli.words import bytes_in_words
+    from gup.units import bytes_in_words
 
     show_table(("refused", "why"), [(row["name"], row["why"]) for row in done["refused"]])
     if done["problem"]:

@@ -145,7 +145,7 @@
     const chart = new uPlot({ ...options, ...box(), tzDate: (at) => (zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000)) }, data, place);
     charts[name] = chart;
     chart.over.addEventListener("mouseleave", () => setTimeout(() => showLast(chart)));
-    showLast(chart);
+    setTimeout(() => showLast(chart)); // after the chart's own first turn
     new ResizeObserver(() => {
       const { width, height } = box();
       if (width !== chart.width) chart.setSize({ width, height });
