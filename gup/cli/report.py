@@ -12,7 +12,7 @@ from gup.cli.asking import Where, asking
 from gup.cli.complaining import UNUSABLE
 from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 from gup.cli.tables import printable, show_table
-from gup.cli.words import bytes_in_words, time_in_words
+from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True)
 

@@ -4,13 +4,12 @@ import json
 import signal
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from harness.processes import environment
+from harness.commands import command
 from harness.scripted import ScriptedUpstream
 from harness.service import Gup
 from harness.waiting import until
@@ -23,14 +22,6 @@ def certificate(folder: Path, name: str) -> None:
          "-keyout", folder / "key.pem", "-out", folder / "cert.pem", "-days", "2", "-subj", f"/CN={name}",
          "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-
-
-def command(*arguments: object, **env: str) -> "subprocess.CompletedProcess[str]":
-    """One of gup's commands, run as an administrator runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "gup", *map(str, arguments)],
-        env=environment("admin-access", env), capture_output=True, text=True, timeout=40, check=False,
     )  # fmt: skip
 
 
