@@ -1,4 +1,4 @@
-"""The pictures in docs/images: a real gup, a month of a site played with its clock put ahead, a real Chromium."""
+"""The pictures in docs/images: a real gup, a month played with its clock put ahead, a real Chromium."""
 
 import argparse
 import http.client
@@ -24,7 +24,11 @@ STREAMS = (
     ("{535CB6A4-441F-4E8A-A897-804CD859100E}", "SEPC Virus Definitions Win32 14.3 RU2", "SymAllLanguages"),
     ("{07B590B3-9282-482F-BBAA-6D515D385869}", "SEPC Virus Definitions Win64 14.3 RU2", "SymAllLanguages"),
     ("{B6DC6C8F-46FA-40C7-A806-B669BE1D2D19}", "SEPC Submission Control Data 14.3 RU2", "SymAllLanguages"),
-    ("{D6AEBC07-D833-485F-9723-6C908D37F806}", "SEPC Behavior And Security Heuristics 14.3", "SymAllLanguages"),
+    (
+        "{D6AEBC07-D833-485F-9723-6C908D37F806}",
+        "SEPC Behavior And Security Heuristics 14.3",
+        "SymAllLanguages",
+    ),
     ("{55DE35DC-862A-44C9-8A2B-3EF451665D0A}", "SEPC Network Threat Signatures 14.3 RU2", "SymAllLanguages"),
     ("{925C2CD4-B1C7-572B-8318-5F0C51759FAC}", "SEPC Client Patch Win64 14.3 RU2", "French"),
 )
@@ -134,7 +138,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gup-pictures-") as folder, ScriptedUpstream() as upstream:
         clock = WallClock(Path(folder, "clock"))
         clock.set(-30 * DAY)
-        lines = [f"{moniker}: {product} - Defs.CurDefs - {language}" for moniker, product, language in STREAMS]
+        lines = [
+            f"{moniker}: {product} - Defs.CurDefs - {language}" for moniker, product, language in STREAMS
+        ]
         upstream.answer("/content/ContentInfo.txt", Answer("\r\n".join(lines).encode()))
         settings = {
             "upstream": [{"name": "head-office", "url": upstream.url}],
