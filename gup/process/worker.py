@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
 
+import uvloop
+
 from gup import log
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
@@ -148,7 +150,8 @@ def main() -> None:
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
     log.configure(settings.log.level, settings.log.format)
-    asyncio.run(_main(parent))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_main(parent))
 
 
 if __name__ == "__main__":

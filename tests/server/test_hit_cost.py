@@ -163,8 +163,8 @@ def counted(function, calls):
     return call
 
 
-# System calls, and functions of gup that are entered, at most two more than today. What leaves at once needs no epoll_ctl and no look at
-# the file; a body of few bytes is read once a second.
+# System calls, and functions of gup that are entered, at most two more than today. What leaves at once needs
+# no epoll_ctl and no look at the file; a body of few bytes is read once a second.
 COSTS = [
     pytest.param(4096, lambda _: ask(), {"recv": 1, "send": 1}, 12, id="the same head"),
     pytest.param(4096, ask, {"recv": 1, "send": 1}, 13, id="heads that differ"),
