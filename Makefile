@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault soak bench lint types imports check clean
+.PHONY: demo test fault soak bench dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: pyproject.toml gup/__init__.py
+$(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
@@ -40,6 +40,10 @@ fault: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# Grafana's JSON from the code that describes it.
+dashboards: $(VENV)/.installed
+	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
 
 # Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, and a machine that does nothing
 # else. PART is all, warm, herd, scale or cold. Results stay in build/bench.

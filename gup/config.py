@@ -6,6 +6,7 @@ Sizes are bytes, rates bytes per second (0 = unlimited), durations seconds once 
 import os
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -29,6 +30,7 @@ from gup.fields import (
     Duration,
     Headers,
     Label,
+    LogDestination,
     Minute,
     Networks,
     Port,
@@ -68,6 +70,18 @@ class Listen(Section):
     port: Port = row(2967, "Port of the data plane; 0 takes a free one.")
     admin_address: Address = row("127.0.0.1", "Address of the control plane.")
     admin_port: Port = row(2968, "Port of the control plane; 0 takes a free one.")
+    admin_token_file: Absolute | None = row(
+        None,
+        "A file with the token that those who look and change things show; "
+        "beyond loopback there must be one. Read again on reload.",
+    )
+    admin_read_token_file: Absolute | None = row(
+        None, "A file with another token, for those who only look, such as Prometheus. Read again on reload."
+    )
+    admin_cert_file: Absolute | None = row(
+        None, "The control plane's certificate with its chain (PEM): it speaks TLS. Read again on reload."
+    )
+    admin_key_file: Absolute | None = row(None, "The certificate's key (PEM, without a password).")
     backlog: Positive = row(4096, "Connections that the kernel queues for each worker.")
     max_connections: Positive = row(20000, "Client connections of all workers; more are closed at once.")
     header_timeout: Timeout = row(15.0, "Time for a request's head to arrive whole.")
@@ -148,6 +162,25 @@ class Fill(Section):
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
 
 
+class Prefetch(Section):
+    """What is fetched before anybody asks, while no client's fill needs the link."""
+
+    enabled: bool = row(
+        True,
+        "Whether, when clients begin to ask for a new revision, the deltas to it from the other revisions "
+        "seen at this site are fetched; client patches never are.",
+    )
+    max: Annotated[Count, Field(le=16)] = row(
+        8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
+    )
+    seen_within: Duration = row(
+        parse_duration("7d"), "A revision that no client named for so long is not fetched from."
+    )
+    unlisted: Literal["skip", "fetch"] = row(
+        "skip", "What becomes of streams that no catalogue lists: they might be client patches."
+    )
+
+
 class WanSchedule(Section):
     """Another WAN rate at certain hours of the site; of several such tables the first that holds decides."""
 
@@ -218,7 +251,9 @@ class Catalog(Section):
     file: Absolute | None = row(
         None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
     )
-    refresh: Duration = row(parse_duration("1h"), "Time between readings of the managers' catalogues.")
+    refresh: Duration = row(
+        parse_duration("1h"), "Time between readings of the managers' catalogues; 0 reads none."
+    )
     types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
         CONTENT_TYPES,
         "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "
@@ -272,12 +307,39 @@ class Rules(Section):
 
 
 class Log(Section):
-    """What is logged to standard error."""
+    """What is logged, and where to."""
 
-    level: Literal["debug", "info", "warning", "error"] = row("info", "The least level written.")
+    level: Literal["debug", "info", "warning", "error"] = row(
+        "info", "The least level written; lines of requests are decided by access alone."
+    )
     format: Literal["text", "json"] = row("text", "A line of text, or a JSON object.")
+    destination: LogDestination = row(
+        "stderr",
+        '"stderr", "stdout", "journald", or the absolute path of a file, which is opened anew when it was '
+        "renamed (logrotate).",
+    )
     access: Literal["off", "sampled", "all"] = row(
-        "sampled", "Which requests are logged: none, misses and few hits, all."
+        "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
+    )
+    access_sample: Positive = row(
+        100, "Of how many hits one is logged while access is sampled, in each worker: the first, and so on."
+    )
+
+
+class Reports(Section):
+    """What is kept of clients and of the bytes saved, for `gup report`."""
+
+    addresses: Literal["full", "hashed", "off"] = row(
+        "full",
+        "How clients are told apart in reports and in the log: by their addresses, by keyed hashes of them, "
+        "or not at all: then there are no records of clients.",
+    )
+    retention: Timeout = row(
+        parse_duration("90d"), "A client not seen for so long is forgotten, and who took what so long ago."
+    )
+    max_clients: Positive = row(100_000, "Clients remembered; beyond it those go that were longest not seen.")
+    ledger: Timeout = row(
+        parse_duration("400d"), "How long the savings of single days are kept; older ones are added up."
     )
 
 
@@ -315,11 +377,13 @@ class Settings(Section):
     cache: Cache = Field(default_factory=Cache)
     upstream: Annotated[list[Upstream], BeforeValidator(_one_upstream)] = Field(default_factory=list)
     fill: Fill = Field(default_factory=Fill)
+    prefetch: Prefetch = Field(default_factory=Prefetch)
     wan: Wan = Field(default_factory=Wan)
     clients: Clients = Field(default_factory=Clients)
     catalog: Catalog = Field(default_factory=Catalog)
     rules: Rules = Field(default_factory=Rules)
     log: Log = Field(default_factory=Log)
+    reports: Reports = Field(default_factory=Reports)
     workers: Workers = Field(default_factory=Workers)
     site: Site = Field(default_factory=Site)
 
@@ -339,9 +403,24 @@ class Settings(Section):
         addresses = {listen.address, listen.admin_address}
         if listen.port == listen.admin_port != 0 and (len(addresses) == 1 or addresses & {"0.0.0.0", "::"}):  # noqa: S104
             problems.append(f"listen.admin_port: {listen.admin_port} is listen.port too; they must differ")
+        problems += _unguarded(listen)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _unguarded(listen: Listen) -> list[str]:
+    problems = []
+    if listen.admin_token_file is None and not ip_address(listen.admin_address).is_loopback:
+        problems.append(
+            f"listen.admin_address: {listen.admin_address} can be reached by others, so every request needs "
+            "a token: listen.admin_token_file must name a file with one, such as made by "
+            "openssl rand -hex 32; or let it be 127.0.0.1"
+        )
+    if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
+        missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
+        problems.append(f"listen.{missing}: missing; certificate and key go together")
+    return problems
 
 
 def load(

@@ -115,6 +115,14 @@ def _site_name(value: str) -> str:
     return value
 
 
+def _log_destination(value: str) -> str:
+    name, colon, path = value.partition(":")
+    named = name == "journald" and (path.startswith("/") or not colon)
+    if not (named or value in ("stderr", "stdout") or value.startswith("/")) or "\0" in value:
+        raise ValueError('must be "stderr", "stdout", "journald" or the absolute path of a file')
+    return value
+
+
 def _time_zone(value: str) -> str:
     if value and value not in available_timezones():
         raise ValueError('must be a time zone that this machine knows, such as "Europe/Paris"')
@@ -150,6 +158,7 @@ Proxy = Annotated[str, AfterValidator(_proxy)]
 Variant = Annotated[str, AfterValidator(_variant)]
 Label = Annotated[str, AfterValidator(_label)]
 SiteName = Annotated[str, AfterValidator(_site_name)]
+LogDestination = Annotated[str, AfterValidator(_log_destination)]
 TimeZone = Annotated[str, AfterValidator(_time_zone)]
 Headers = Annotated[dict[str, str], AfterValidator(_headers)]
 Networks = Annotated[list[Network], BeforeValidator(_split)]

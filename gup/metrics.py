@@ -29,8 +29,14 @@ WASTED = ("overlap", "mismatch", "aborted", "rejected")
 RESUME_REASONS = ("cut", "timeout", "failover", "takeover")
 MAX_STREAMS = 50
 """Streams (variant and moniker) counted apart; the rest share the slot after the last."""
+MAX_SHOWN = 24
+"""Products and languages with series of their own in an exposition; the rest are shown as one.
 
-TTFB_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+Each takes up to nine series (full, delta and index both ways, newest held and requested, storm): with two
+upstreams this keeps a site below 500, whatever its clients ask for.
+"""
+
+TTFB_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
 FILL_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 14400.0)
 _NANOSECONDS = 1_000_000_000
 
@@ -39,7 +45,8 @@ _NANOSECONDS = 1_000_000_000
 class Metric:
     """One row of METRICS.
 
-    `labels` are the labels with their values; `upstream` adds that label with the configured names.
+    `labels` are the labels with their values, without these where they are not known before; `upstream` adds
+    that label with the configured names.
     `stored` figures live in the blocks (one word a series, histograms one a bucket and one for the sum);
     the others the controller works out when it is asked.
     """
@@ -57,11 +64,20 @@ def _counter(name: str, help_: str, *labels: tuple[str, tuple[str, ...]], upstre
     return Metric(name, "counter", help_, labels, upstream)
 
 
-def _gauge(name: str, help_: str, *, stored: bool = False) -> Metric:
-    return Metric(name, "gauge", help_, stored=stored)
+def _gauge(
+    name: str,
+    help_: str,
+    *labels: tuple[str, tuple[str, ...]],
+    stored: bool = False,
+    upstream: bool = False,
+) -> Metric:
+    return Metric(name, "gauge", help_, labels, upstream, stored=stored)
 
 
 _RESULTS = tuple(CODES_OF_RESULT)
+_WITH_CONTENT = tuple(result for result, codes in CODES_OF_RESULT.items() if codes is _SERVED)
+_LABELS_OF_STREAM: tuple[tuple[str, tuple[str, ...]], ...] = (("product", ()), ("language", ()))
+_OF_STREAM = (*_LABELS_OF_STREAM, ("kind", KINDS))
 
 METRICS: tuple[Metric, ...] = (
     _counter("gup_requests_total", "Requests answered.", ("result", _RESULTS), ("code", ())),
@@ -85,8 +101,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "gup_time_to_first_byte_seconds",
         "histogram",
-        "From a request's head to the first byte of its answer, hot hits left out.",
-        labels=(("result", _RESULTS),),
+        "From a request's head to the first byte of content, hot hits left out.",
+        labels=(("result", _WITH_CONTENT),),
         buckets=TTFB_BUCKETS,
     ),
     _gauge("gup_fills_in_progress", "Fills under way.", stored=True),
@@ -136,21 +152,41 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
-    Metric("gup_stream_sent_bytes_total", "counter", "Body bytes sent, by stream.", stored=False),
-    Metric("gup_stream_received_bytes_total", "counter", "Body bytes received, by stream.", stored=False),
-    _gauge("gup_clients_seen", "Client addresses seen."),
+    Metric("gup_stream_sent_bytes_total", "counter", "Body bytes sent, by stream.", _OF_STREAM, stored=False),
+    Metric(
+        "gup_stream_received_bytes_total",
+        "counter",
+        "Body bytes received, by stream.",
+        _OF_STREAM,
+        stored=False,
+    ),
+    _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
     _gauge("gup_cache_entries", "Entries in the store."),
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),
     _gauge("gup_disk_free_bytes", "Free on the cache's file system."),
-    _gauge("gup_upstream_up", "Whether content is asked of the upstream; 0 while it is down."),
-    _gauge("gup_bandwidth_limit_bytes_per_second", "Limit in force; absent when unlimited."),
-    _gauge("gup_allowed_at_once", "How many may be at once; absent when unlimited."),
-    _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision."),
-    _gauge("gup_full_storm", "Whether clients ask for fulls where deltas exist."),
+    _gauge("gup_upstream_up", "Whether content is asked of the upstream; 0 while it is down.", upstream=True),
+    _gauge(
+        "gup_bandwidth_limit_bytes_per_second",
+        "Limit in force; absent when unlimited.",
+        ("direction", ("upstream", "client")),
+    ),
+    _gauge(
+        "gup_allowed_at_once",
+        "How many may be at once; absent when unlimited.",
+        ("of", ("connections", "connections_per_address", "downloads", "fills", "queue")),
+    ),
+    _gauge(
+        "gup_newest_content_timestamp_seconds",
+        "Date of the newest revision.",
+        *_LABELS_OF_STREAM,
+        ("where", ("held", "requested")),
+    ),
+    _gauge("gup_full_storm", "Whether clients ask for fulls where deltas exist.", *_LABELS_OF_STREAM),
     _gauge("gup_config_last_reload_successful", "Whether the last reload took."),
-    _gauge("gup_build_info", "Version of gup and of Python."),
-    _gauge("gup_site_info", "Name of the site."),
+    _gauge("gup_start_time_seconds", "When the service was started."),
+    _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
+    _gauge("gup_site_info", "Name of the site.", ("site", ())),
 )
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}

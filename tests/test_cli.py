@@ -16,14 +16,15 @@ import gup
 from gup.cli.admin import Admin, AdminError, admin_url
 from gup.cli.app import app
 from gup.cli.flags import host_port, serve_flags
-from gup.cli.words import bytes_in_words, entry_line, status_lines, time_in_words
+from gup.cli.tables import printable
+from gup.cli.words import bytes_in_words, status_lines, time_in_words
 from gup.config import Settings, load
 from gup.errors import GupError, SettingsError
 
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
-    for name in ("GUP_CONFIG", "GUP_ADMIN"):
+    for name in ("GUP_CONFIG", "GUP_ADMIN", "GUP_TOKEN_FILE", "GUP_CA_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -337,18 +338,35 @@ STATUS = {
     "cache": {"entries": 12, "size_bytes": 3 * 10**9, "limit_bytes": 2 * 10**10, "free_bytes": 10**11},
     "wan_rate_bytes_per_second": 8_000_000,
     "clients": {"connections": 42},
-    "upstreams": [{"name": "hq", "up": True}, {"name": "spare", "up": False}],
+    "upstreams": [
+        {"name": "hq", "up": True, "state": "unknown", "since": 0.0, "last_error": None},
+        {"name": "spare", "up": False, "state": "down", "since": 0.0, "last_error": "refused \x1b[2J"},
+    ],
     "fills": [
-        {"key": "any/any/x/1/full.zip", "id": "0f", "received_bytes": 25, "length_bytes": 100},
-        {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None},
+        {"key": "any/any/x/1/full.zip", "id": "0f", "received_bytes": 25, "length_bytes": 100}
+        | {"upstream": "hq", "bytes_per_second": 5.0, "remaining_seconds": 15.0},
+        {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None}
+        | {"upstream": None, "bytes_per_second": None, "remaining_seconds": None},
     ],
     "reload": {"successful": False},
+    "alarms": [
+        {
+            "name": "no-upstream",
+            "severity": "critical",
+            "text": "no upstream answers \x1b[2J",
+            "what_to_do": "Look at the WAN.",
+        }
+    ],
 }
 
 
 def entry(number, *, pinned=False):
     return {
         "key": f"any/any/{{AB}}/1/full{number}.zip",
+        "product": "{AB}" if number else "Virus [bold] Definitions",
+        "stream": "{AB}",
+        "revision": "1",
+        "content_revision": None,
         "length_bytes": 1_500_000,
         "kind": "full",
         "hits": number,
@@ -362,6 +380,7 @@ class _ControlPlane(BaseHTTPRequestHandler):
 
     def _answer(self):
         self.server.asked.append(f"{self.command} {self.path}")
+        self.server.shown.append(self.headers.get("Authorization"))
         status, body = self.server.answers(self.command, urlsplit(self.path))
         text = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
@@ -400,7 +419,7 @@ def control_plane(method, url):
 def plane():
     server = ThreadingHTTPServer(("127.0.0.1", 0), _ControlPlane)
     server.daemon_threads = False
-    server.asked, server.answers = [], control_plane
+    server.asked, server.shown, server.answers = [], [], control_plane
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -413,19 +432,27 @@ def plane():
 def test_status_in_words(plane):
     result = run("status", "--admin", plane.url)
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines() == [
+    lines = result.stdout.splitlines()
+    assert lines[:8] == [
         "gup 0.1.0 at lyon: ready, up 3 h 5 min",
         "since install: 1.0 TB to clients, 5.0 GB over the WAN, 995 GB saved (99.5%), 98.8% hits",
         "since start: 0 B to clients, 0 B over the WAN, 0 B saved",
         "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
         "WAN: 8MB/s",
         "clients: 42 connections",
-        "upstream hq: up",
-        "upstream spare: DOWN",
-        "fill any/any/x/1/full.zip: 25 B of 100 B (25%)",
-        "fill 0e: 1.5 kB",
         "the last reload FAILED: the settings before it are in force; the log says why",
+        "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
     ]
+    assert [line.split()[:2] for line in lines[8:11]] == [
+        ["upstream", "since"],
+        ["hq", "up"],
+        ["spare", "DOWN"],
+    ]
+    assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
+    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
+    assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
+    assert lines[13].split() == ["0e", "1.5", "kB"]
 
 
 def test_status_as_json(plane):
@@ -434,7 +461,12 @@ def test_status_as_json(plane):
 
 def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch):
     file = tmp_path / "gup.toml"
-    file.write_text(f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.server_port}\n')
+    token = tmp_path / "token"
+    token.write_text("a-token-of-some-length")
+    file.write_text(
+        f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.server_port}\n'
+        f'admin_token_file = "{token}"\n'
+    )
     assert run("status", "--config", file).exit_code == 0
     monkeypatch.setenv("GUP_ADMIN", plane.url)
     assert run("status").exit_code == 0
@@ -446,7 +478,10 @@ def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch
     [("0.0.0.0", "http://127.0.0.1:2968"), ("::", "http://[::1]:2968"), ("10.0.0.1", "http://10.0.0.1:2968")],
 )
 def test_where_the_control_plane_is(address, url):
-    assert admin_url(Settings.model_validate({"listen": {"admin_address": address}})) == url
+    listen = {"admin_address": address, "admin_token_file": "/etc/gup/token"}
+    assert admin_url(Settings.model_validate({"listen": listen})) == url
+    listen |= {"admin_cert_file": "/etc/gup/cert.pem", "admin_key_file": "/etc/gup/key.pem"}
+    assert admin_url(Settings.model_validate({"listen": listen})) == url.replace("http:", "https:")
 
 
 def test_a_web_proxy_of_the_environment_has_no_part_in_it(plane, monkeypatch):
@@ -493,17 +528,59 @@ def test_reload_asks_for_it(plane):
     result = run("reload", "--admin", plane.url)
     assert result.exit_code == 0
     assert plane.asked == ["POST /api/v1/reload"]
+    assert json.loads(run("reload", "--admin", plane.url, "--json").stdout) == {"requested": True}
+
+
+# --- tokens
+
+
+def settings_file(tmp_path, plane, token_file=None):
+    file = tmp_path / "gup.toml"
+    named = f'admin_token_file = "{token_file}"\n' if token_file else ""
+    file.write_text(
+        f'[listen]\nadmin_port = {plane.server_port}\n{named}[cache]\ndirectory = "{tmp_path}/cache"\n'
+    )
+    return file
+
+
+def test_the_token_is_that_of_the_flag_else_of_the_settings_else_the_one_left_in_run(plane, tmp_path):
+    (tmp_path / "cache" / "run").mkdir(parents=True)
+    (tmp_path / "cache" / "run" / "admin-token").write_text("local-token\n")
+    for name in ("named", "given"):
+        (tmp_path / name).write_text(f"{name}-token\n")
+    plain, named = settings_file(tmp_path, plane), tmp_path / "named"
+    assert run("reload", "--config", plain).exit_code == 0
+    settings_file(tmp_path, plane, named)
+    assert run("reload", "--config", plain).exit_code == 0
+    assert run("reload", "--config", plain, "--token-file", tmp_path / "given").exit_code == 0
+    assert run("reload", "--admin", plane.url, "--token-file", tmp_path / "given").exit_code == 0
+    assert run("reload", "--admin", plane.url).exit_code == 0
+    assert plane.shown == [
+        *("Bearer local-token", "Bearer named-token", "Bearer given-token", "Bearer given-token", None)
+    ]
+
+
+def test_what_lacks_for_a_token_is_told(plane, tmp_path):
+    plane.answers = lambda *_: (401, {"detail": "Changing needs a token"})
+    told = run("reload", "--config", settings_file(tmp_path, plane)).stderr
+    assert "Changing needs a token" in told
+    assert f"'{tmp_path}/cache/run/admin-token' can't be read: No such file" in told
+    assert "(gup's commands: --token-file)" in run("reload", "--admin", plane.url).stderr
+    missing = run("reload", "--admin", plane.url, "--token-file", tmp_path / "none")
+    assert (missing.exit_code, "--token-file: " in missing.stderr) == (1, True)
 
 
 def test_cache_list_shows_rows(plane):
     result = run("cache", "list", "--admin", plane.url, "--limit", 2)
     assert result.exit_code == 0, result.output
     head, first, second = result.stdout.splitlines()
-    assert head.split() == ["size", "kind", "hits", "last", "used", "key"]
-    assert first.startswith("   1.5 MB  full ")
-    assert first.endswith("any/any/{AB}/1/full0.zip")
+    assert head.split() == ["product", "revision", "kind", "size", "hits", "last", "used", "key"]
+    assert first.startswith("Virus [bold] Definitions  1 ")
+    assert "  full  1.5 MB  " in first
+    assert first.rstrip().endswith("any/any/{AB}/1/full0.zip")
     assert "pinned" not in first
     assert " pinned " in second
+    assert first.index("any/any") == second.index("any/any") == head.index("key")
 
 
 def test_cache_list_follows_the_pages(plane):
@@ -519,13 +596,15 @@ def test_cache_list_follows_the_pages(plane):
 def test_cache_list_passes_its_filters_on(plane):
     run(
         *("cache", "list", "--admin", plane.url, "--version", "14.3", "--language", "fr", "--stream", "{AB}"),
-        *("--kind", "delta", "--order", "-used"),
+        *("--kind", "delta", "--order", "-used", "--product", "Virus", "--revision", "1"),
     )
     assert parse_qs(urlsplit(plane.asked[0].split()[1]).query) == {
         "version": ["14.3"],
         "language": ["fr"],
         "stream": ["{AB}"],
         "kind": ["delta"],
+        "product": ["Virus"],
+        "revision": ["1"],
         "order": ["-used"],
         "limit": ["100"],
     }
@@ -645,15 +724,16 @@ def test_an_unlimited_wan_and_a_quiet_service():
         "fills": [],
         "ready": False,
         "reload": {"successful": True},
+        "alarms": [],
     }
     lines = list(status_lines(quiet))
     assert "WAN: unlimited" in lines
     assert "not ready" in lines[0]
-    assert not any("FAILED" in line or "fill" in line for line in lines)
+    assert not any("FAILED" in line for line in lines)
 
 
-def test_a_row_lines_up_with_its_head():
-    assert entry_line(entry(3)).index("any/any") == entry_line(entry(3, pinned=True)).index("any/any")
+def test_nothing_from_outside_steers_the_terminal():
+    assert printable("a\x1b[2Jb\r\n\u202ec") == "a\ufffd[2Jb\ufffd\ufffd\ufffdc"
 
 
 # --- the command itself

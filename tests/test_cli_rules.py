@@ -9,9 +9,11 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
+from gup.cache.catalogue_file import Kept, write_kept
 from gup.cli.app import app
 from gup.cli.catalogues import find
 from gup.config import Settings
+from gup.content.catalog import parse_catalog
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -131,9 +133,10 @@ def test_without_a_catalogue_nothing_is_known_to_be_bound(tmp_path, manager):
 
 
 def test_the_copy_in_the_cache_stands_in_for_a_manager_that_is_away(tmp_path):
-    copy = tmp_path / "content" / "14.3 RU2" / "any" / "_" / "_" / "ContentInfo.txt"
+    copy = tmp_path / "run" / "catalogs.json"
     copy.parent.mkdir(parents=True)
-    copy.write_bytes(CATALOGUE)
+    url = "http://127.0.0.1:9/content/ContentInfo.txt"
+    write_kept(copy.parent, {"127.0.0.1:9": Kept(url, parse_catalog(CATALOGUE))})
     file = settings_file(
         tmp_path,
         f'[cache]\ndirectory = "{tmp_path}"\n' + upstream("http://127.0.0.1:9", 'version = "14.3 RU2"'),
@@ -141,7 +144,7 @@ def test_the_copy_in_the_cache_stands_in_for_a_manager_that_is_away(tmp_path):
     (decision,) = explained(file, "--moniker", PATCH, "--client-version", "14.3 RU1")["decisions"]
     assert decision["rule"] == "version"
     assert decision["catalogue"] == f"{copy} (the manager does not answer)"
-    copy.write_bytes(b"")
+    write_kept(copy.parent, {"127.0.0.1:9": Kept("http://other/", parse_catalog(CATALOGUE))})
     (decision,) = explained(file, "--moniker", PATCH, "--client-version", "14.3 RU1")["decisions"]
     assert decision["allowed"]
     assert "Connection refused" in decision["catalogue"]

@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES
+from gup.cache.ahead import hurry, outcome
 from gup.cache.body import Body
 from gup.cache.bypass import BypassBody
 from gup.cache.checked import CheckedBody, Holders
@@ -16,20 +15,23 @@ from gup.cache.entries import Entries
 from gup.cache.entry import Entry
 from gup.cache.failures import Failures
 from gup.cache.fill import Leader
-from gup.cache.flight import Flight, Landing, Means
+from gup.cache.flight import PRIORITIES, Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
 from gup.cache.mending import Mending
+from gup.cache.opened import Opened, Result
 from gup.cache.prior import is_fresh, load_sound
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.cache.spelling import spell
-from gup.content.key import ANY, ContentKey, Kind, Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
+
+__all__ = ["Cache", "Opened", "Result"]
 
 log = logging.getLogger("gup.cache")
 
@@ -40,30 +42,6 @@ _RATE_KNOWN_SECONDS = 0.5
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
 _Result = TypeVar("_Result")
-
-
-class Result(StrEnum):
-    """How a request came to its body: label `result` of the metrics."""
-
-    HIT = "hit"
-    MISS = "miss"
-    COLLAPSED = "collapsed"
-    REVALIDATED = "revalidated"
-    STALE = "stale"
-    BYPASS = "bypass"
-
-
-@dataclass(slots=True)
-class Opened:
-    """A body to read, and how the request came to it. `ranges`: whether spans of it may be served."""
-
-    body: Body
-    result: Result
-    key: ContentKey
-    kind: Kind
-    age_seconds: int = 0
-    ranges: bool = True
-    entry: Entry | None = None
 
 
 class Cache:
@@ -93,7 +71,7 @@ class Cache:
         `via` is the request's: a fill that it begins hands it on.
         """
         key = route.key(variant)
-        for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
+        for candidate in route.keys(variant):
             flight = self._flights.get(candidate)
             if flight is not None and flight.suspect and flight.body is not None:
                 return await self._filled(candidate, route, variant, via)  # it could not be mended
@@ -114,7 +92,7 @@ class Cache:
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
         """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
-        entry = self._entries.known(route.key(variant)) or self._entries.known(route.key(Variant(ANY, ANY)))
+        entry = next(filter(None, map(self._entries.known, route.keys(variant))), None)
         if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
         opened = self._opened(entry, route, Result.HIT)
@@ -135,7 +113,7 @@ class Cache:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
-        for candidate in dict.fromkeys((key, route.key(Variant(ANY, ANY)))):
+        for candidate in route.keys(variant):
             entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
             opened = self._opened(entry, route, Result.HIT)
@@ -194,7 +172,7 @@ class Cache:
             return True
         sound = False
         try:
-            async with asyncio.timeout(self._longest_wait()):
+            async with asyncio.timeout(self._means.longest_wait_seconds):
                 sound = await body.sound_at(offset)
         except TimeoutError as error:
             raise Problem(
@@ -272,32 +250,22 @@ class Cache:
     async def _filled_once(
         self, key: ContentKey, route: Route, variant: Variant, via: str | None
     ) -> Opened | None:
-        failure = self._failures.get(key)
-        if failure is not None:
+        if (failure := self._failures.get(key)) is not None:
             raise failure
-        self._refuse_circle(variant, via)
+        self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
+        late = flight is not None and flight.complete
         if flight is None:
             self._refuse_hopeless(key, route)
             flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
             self._spawn(self._fly(flight))
-        self._means.counters.add("gup_fill_waiters", 1)
-        try:
-            async with asyncio.timeout(self._longest_wait()):
-                joined = await flight.join()
-        except TimeoutError as error:
-            self._waiter_left()
-            raise Problem(
-                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
-            ) from error
-        except BaseException:
-            self._waiter_left()
-            raise
+        hurry(self._means, flight)
+        joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
-            result = result if joined.ring is None else Result.BYPASS
-            return Opened(joined.reader(self._waiter_left), result, key, route.kind)
+            result = Result.HIT if late else result if joined.ring is None else Result.BYPASS
+            return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
             return await self._passed_through(key, route, variant, via)
@@ -308,27 +276,54 @@ class Cache:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
 
+    async def fetch_ahead(self, route: Route, variant: Variant) -> bool:
+        """Have a body in the store before anybody asks for it; whether it had to be fetched.
+
+        Returns when its fill has ended. Problem when it can't be had, or can't be stored.
+        """
+        key = route.key(variant)
+        entry = await self._entries.get(key)
+        if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
+            return False
+        if (failure := self._failures.get(key)) is not None:
+            raise failure
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = Flight(key, route, variant, since=self._means.clock(), ahead=True)
+            self._flights[key] = flight
+            self._spawn(self._fly(flight))
+        return await outcome(flight)
+
+    async def _joined(self, flight: Flight) -> GrowingBody | Landing:
+        """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""
+        self._means.counters.add("gup_fill_waiters", 1)
+        try:
+            async with asyncio.timeout(self._means.longest_wait_seconds):
+                return await flight.join()
+        except TimeoutError as error:
+            self._waiter_left()
+            raise Problem(
+                "upstream-timeout", "no upstream has begun to answer yet", retry_after_seconds=5.0
+            ) from error
+        except BaseException:
+            self._waiter_left()
+            raise
+
     def _refuse_hopeless(self, key: ContentKey, route: Route) -> None:
         """What would wait too long for its place is refused before it costs a task or a look at the disk."""
         queue, priority = self._means.queue, PRIORITIES[route.kind]
         if queue.hopeless(priority) and not self._means.claims.taken(key.claim_offset):
             raise queue.refusal(priority)
 
-    def _refuse_circle(self, variant: Variant, via: str | None) -> None:
+    def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill."""
-        pool = self._means.pool
         try:
-            pool.off_the_way(pool.candidates(variant), via)
+            self._means.pool.off_the_way(self._means.pool.candidates(variant, key.text), via)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 
     def _waiter_left(self) -> None:
         self._means.counters.add("gup_fill_waiters", -1)
-
-    def _longest_wait(self) -> float:
-        settings = self._means.settings
-        slowest = max((u.connect_timeout + u.read_timeout for u in settings.upstream), default=1.0)
-        return settings.fill.queue_timeout + 2 * slowest
 
     async def _fly(self, flight: Flight) -> None:
         """Lead the fill or follow its leader, whichever falls to this process, to the end."""
@@ -357,7 +352,8 @@ class Cache:
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
         """See gup.cache.spelling."""
-        return await spell(self.open, route, variant)
+        candidates = self._means.pool.candidates(variant, route.key(variant).text)
+        return await spell(self.open, route, candidates[0].variant if candidates else variant)
 
     # --- bypass
 

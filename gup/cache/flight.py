@@ -14,11 +14,17 @@ from gup.cache.settling import Commits
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.content.key import ContentKey, Variant
+from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+from gup.upstream.bandwidth import Share
 from gup.upstream.pool import Pool
+
+PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
+"""Order in which fills get a place, and bytes of the WAN: what is small and urgent before what is large."""
+AHEAD_PRIORITY = 3
+"""Of what nobody has asked for yet."""
 
 
 @dataclass(slots=True)
@@ -43,6 +49,12 @@ class Means:
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
     commits: Commits = field(default_factory=Commits)
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """For the first byte of a fill: after its place in the queue, one upstream that does not answer."""
+        slowest = max((u.connect_timeout + u.read_timeout for u in self.settings.upstream), default=1.0)
+        return self.settings.fill.queue_timeout + 2 * slowest
 
 
 class Landing(Enum):
@@ -77,10 +89,17 @@ class Flight:
     """Whether the stored body may be damaged, so that being there does not end the flight."""
     noted: bool = False
     """Whether that damage is counted already."""
+    ahead: bool = False
+    """Whether nobody has asked for it: see gup.cache.ahead, which alone changes it."""
+    share: Share = field(init=False)
+    """What its bytes of the WAN are reckoned to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another flight may begin."""
     _settled: asyncio.Event | None = None
     _joining: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = Share(AHEAD_PRIORITY if self.ahead else PRIORITIES[self.route.kind])
 
     @property
     def wanted(self) -> bool:
@@ -90,6 +109,11 @@ class Flight:
     @property
     def over(self) -> bool:
         return self.landing is not None or self.problem is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it can be sent: what is left of the fill is its commit, which nobody awaits."""
+        return self.body is not None and self.body.complete_in_file
 
     def attach(self, body: GrowingBody) -> None:
         """From now on this is the body to read; readers of another one are cut."""

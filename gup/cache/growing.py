@@ -10,6 +10,7 @@ import time
 
 from gup.cache.body import CUT, Callback
 from gup.cache.checksum import CHUNK_BYTES, chunk_sum
+from gup.cache.pace import Pace
 from gup.cache.record import Head
 from gup.cache.ring import Ring
 from gup.cache.store import OpenFile
@@ -22,11 +23,12 @@ _WAKE_AT_LATEST_SECONDS = 0.2
 class Reader:
     """A growing body as one connection reads it (a Body). Where it stands decides what a ring must keep."""
 
-    __slots__ = ("_body", "_on_leave", "begun", "left_behind", "position")
+    __slots__ = ("_body", "_late", "_on_leave", "begun", "left_behind", "position")
 
-    def __init__(self, body: "GrowingBody", on_leave: Callback | None) -> None:
+    def __init__(self, body: "GrowingBody", on_leave: Callback | None, *, late: bool) -> None:
         self._body = body
         self._on_leave = on_leave
+        self._late = late
         self.position = 0
         self.begun = False
         """Whether it has asked for bytes: one whose turn to download has not come keeps nobody waiting."""
@@ -48,7 +50,8 @@ class Reader:
 
     @property
     def source(self) -> str:
-        return self._body.source
+        """See Body."""
+        return "cache" if self._late else self._body.source
 
     @property
     def fd(self) -> int:
@@ -111,14 +114,13 @@ class GrowingBody:
         self._timer: asyncio.TimerHandle | None = None
         self._woken_at = 0.0
         self._woken_bytes = 0
-        self._began_at = self._published_at = now
-        self._began_bytes = 0
+        self._pace = Pace(now)
 
     # --- reading
 
-    def reader(self, on_leave: Callback | None = None) -> Reader:
-        """One reader more; it calls `leave` when it is done."""
-        reader = Reader(self, on_leave)
+    def reader(self, on_leave: Callback | None = None, *, late: bool = False) -> Reader:
+        """One reader more; it calls `leave` when it is done. `late`: it came when all was there."""
+        reader = Reader(self, on_leave, late=late)
         self.readers.append(reader)
         return reader
 
@@ -141,20 +143,17 @@ class GrowingBody:
         return self.file.fd
 
     def seconds_to(self, offset: int, now: float) -> float:
-        """How long the fill will take to reach `offset` at its present rate.
-
-        Where nothing has come for a while, the time of that silence is the best guess.
-        """
-        missing = offset - self.published
-        if missing <= 0:
-            return 0.0
-        gained = self.published - self._began_bytes
-        silent_seconds = now - self._published_at
-        return max(missing * (now - self._began_at) / gained if gained > 0 else 0.0, silent_seconds)
+        """How long the fill will take to reach `offset` at its present rate."""
+        return self._pace.seconds_for(offset - self.published, self.published, now)
 
     def age_seconds(self, now: float) -> float:
         """How long it has been growing, as far as this process knows."""
-        return now - self._began_at
+        return now - self._pace.began_at
+
+    @property
+    def complete_in_file(self) -> bool:
+        """Whether the file has all of it, committed or not."""
+        return self._length is not None and self.ring is None
 
     @property
     def ended(self) -> bool:
@@ -228,11 +227,12 @@ class GrowingBody:
         assert size >= self.published
         if size == self.published:
             return
-        first = self.published == 0
+        first, now = self.published == 0, time.monotonic()
         if first and size > _WAKE_BYTES:
-            self._began_bytes = size  # a part that was there before says nothing of the rate
+            self._pace.begin_with(size, now)
+        else:
+            self._pace.came(size, now)
         self.published = size
-        self._published_at = time.monotonic()
         if first or size == self.head.length:
             self.wake()
         elif self._waiting and self._timer is None:

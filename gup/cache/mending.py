@@ -89,7 +89,7 @@ class Mending:
         if record is None:
             return Problem("upstream-not-found", "there is no record of it")
         try:
-            got = await self._fly(key, route_of_record(record), self._variant(key), counted)
+            got = await self._fly(key, route_of_record(record), key.variant, counted)
         except Problem as problem:
             return problem
         return _NO_ROOM if got is Landing.UNSTORABLE else None
@@ -106,7 +106,7 @@ class Mending:
     async def _mend(self, entry: Entry, *, counted: bool) -> None:
         route = route_of_record(entry.record)
         try:
-            got = await self._fly(entry.key, route, self._variant(entry.key), counted)
+            got = await self._fly(entry.key, route, entry.key.variant, counted)
             record, file = await asyncio.get_running_loop().run_in_executor(
                 self._means.executor, self._entries.load, entry.key
             )
@@ -124,8 +124,3 @@ class Mending:
                 entry.not_mended(None)
             else:
                 entry.mended(record, file)
-
-    def _variant(self, key: ContentKey) -> Variant:
-        """The variant of upstreams that have it: a name may state another (LiveUpdate), or none."""
-        variants = self._means.pool.variants
-        return key.variant if key.variant in variants or not variants else variants[0]

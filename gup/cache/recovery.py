@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 
 from gup.cache.claim import Claims
 from gup.cache.commit import committed
@@ -20,6 +21,7 @@ _ORPHANED_SECONDS = 2.0
 """A fill without a leader for this long is taken over even if no client waits for it."""
 _LONGEST_ORPHANED_SECONDS = 300.0
 _TEMPORARY_SECONDS = 3600.0
+"""Where a temporary file's name does not tell that its writer is dead."""
 
 
 def route_of(state: FillState) -> Route:
@@ -72,7 +74,8 @@ class Recovery:
         for part in orphans:
             state = part.state
             if state is not None and state.phase is Phase.STREAMING and part.generation and state.path:
-                await self._watch(part, state)
+                if not state.ahead:
+                    await self._watch(part, state)
             else:
                 await self._tidy_or_tell(part)
         await asyncio.to_thread(self._drop_leftovers)
@@ -137,5 +140,11 @@ class Recovery:
         sums = [p for p in self._store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
         for path in (*self._store.partial.glob("*.tmp"), *sums):
             with contextlib.suppress(OSError):  # its writer has renamed it, or the disk lets nothing go
-                if now - path.stat().st_mtime > _TEMPORARY_SECONDS:
+                if writer_is_dead(path) or now - path.stat().st_mtime > _TEMPORARY_SECONDS:
                     path.unlink()
+
+
+def writer_is_dead(path: Path) -> bool:
+    """Whether a temporary file's name begins with the number of a process that is no more."""
+    pid, _, rest = path.name.partition(".")
+    return rest.endswith(".tmp") and pid.isdecimal() and int(pid) > 0 and not Path("/proc", pid).exists()

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES
 from gup.cache.chunks import is_sound, read_chunk, runs, span_of
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.prior import Damage
@@ -18,7 +17,6 @@ from gup.cache.room import Room
 from gup.cache.store import OpenFile
 from gup.content.key import Kind
 from gup.errors import GupError, Problem
-from gup.upstream.bandwidth import Share
 from gup.upstream.connection import Answer, Ask, Upstream
 from gup.upstream.download import TRIES
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
@@ -59,7 +57,7 @@ class Repair:
         self._means = means
         self._flight = flight
         self._path = path
-        self._share = Share(PRIORITIES[flight.route.kind])
+        self._share = flight.share
         self._damage = damage
         self._record: Record = damage.record
         self._missing: list[int] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gup
-from gup.cli import flags, operate, rules, settings
+from gup.cli import flags, operate, prefetch, report, rules, settings
 from gup.cli.complaining import complaining
 from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, rate, size
 
@@ -47,9 +47,11 @@ def _gup(
 def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
     from gup.config import load, require_servable
     from gup.content.rulebook import Rulebook
+    from gup.control.access import require_access
 
     loaded = load(config, flags=given)
     require_servable(loaded)
+    require_access(loaded.listen)
     Rulebook(loaded)  # SettingsError when the rules can't be applied
     return loaded
 
@@ -172,5 +174,7 @@ app.add_typer(simulate, name="simulate")
 app.add_typer(settings.config, name="config")
 app.add_typer(operate.cache, name="cache")
 app.add_typer(rules.rules, name="rules")
+app.add_typer(report.report, name="report")
 app.command("status")(operate.status)
 app.command("reload")(operate.reload)
+app.command("prefetch")(prefetch.prefetch)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 
 from gup import config
+from gup.cache.catalogue_file import FILE, read_kept
 from gup.cache.store import Store
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
-from gup.content.key import Variant
-from gup.content.routes import Routes
 from gup.errors import GupError
 
 
@@ -64,10 +63,8 @@ def _fetch(url: str, upstream: config.Upstream) -> bytes:
 
 
 def _stored(settings: config.Settings, upstream: config.Upstream) -> Found | None:
-    key = Routes().route(CATALOG_PATH).key(Variant(upstream.version, upstream.language))
-    path = Store(settings.cache.directory).body_path(key)
-    try:
-        rows = parse_catalog(path.read_bytes()[:MAX_CATALOG_BYTES])
-    except OSError:
+    run = Store(settings.cache.directory).run
+    kept = read_kept(run).get(upstream.name)
+    if kept is None or kept.rows is None or kept.source != upstream.url + CATALOG_PATH:
         return None
-    return Found(rows, f"{path} (the manager does not answer)") if rows else None
+    return Found(kept.rows, f"{run / FILE} (the manager does not answer)")

@@ -43,5 +43,19 @@ AdminFlag = Annotated[
         metavar="URL", envvar="GUP_ADMIN", help="The control plane; without it, where the settings put it."
     ),
 ]
+TokenFlag = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="GUP_TOKEN_FILE",
+        help="A file with a token; without it, what the settings name, or what the service left in run/.",
+    ),
+]
+CaFlag = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", envvar="GUP_CA_FILE", help="Certificates (PEM) to trust for an https:// URL."
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SeedFlag = Annotated[int, typer.Option(help="Another number makes other content and other clients.")]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from gup.cli.metrics_page import metrics_page
 from gup.complaints import SECRET_KEYS, mask_password, model_of
 from gup.config import Settings
 from gup.layers import DELIMITER, PREFIX
@@ -38,6 +39,10 @@ _EXAMPLES: dict[str, Any] = {
     "rate": 2_000_000,
     "file": "/etc/gup/ContentInfo.txt",
     "liveupdate": "http://liveupdate:7070",
+    "admin_token_file": "/etc/gup/admin-token",
+    "admin_read_token_file": "/etc/gup/read-token",
+    "admin_cert_file": "/etc/gup/admin-cert.pem",
+    "admin_key_file": "/etc/gup/admin-key.pem",
 }
 """What the reference shows for a key without a default."""
 
@@ -218,9 +223,10 @@ def _masked(key: str, value: Any) -> Any:
 
 
 def write_all(root: Path) -> None:
-    """Write both files below `root`."""
+    """Write the three files below `root`."""
     (root / "config" / "gup.toml").write_text(reference_toml(), encoding="utf-8")
     (root / "docs" / "settings.md").write_text(reference_page(), encoding="utf-8")
+    (root / "docs" / "metrics.md").write_text(metrics_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def explain(
     """Say for each upstream whether the client may have the stream from it, and why."""
     from gup.cli.flags import serve_flags
     from gup.config import load, require_servable
+    from gup.content.explanation import explained
 
     with complaining():
         given = serve_flags(upstream=upstream or [], listen=None, admin=None, cache_dir=None, workers=None)
@@ -46,7 +47,7 @@ def explain(
     if json_output:
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
         return
-    for line in _lines(told):
+    for line in explained(told):
         typer.echo(line)
 
 
@@ -55,7 +56,8 @@ def _explain(
 ) -> dict[str, Any]:
     from gup.cli.catalogues import find
     from gup.content.catalog import normal_moniker
-    from gup.content.refusal import document
+    from gup.content.catalogues import Catalogues
+    from gup.content.explanation import explain as explanation
     from gup.content.rulebook import Rulebook
     from gup.errors import SettingsError
 
@@ -64,41 +66,8 @@ def _explain(
         raise SettingsError([f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without"])
     book = Rulebook(settings)
     client = book.identities.stated(client_version, client_language)
-    answers = []
-    for upstream in settings.upstream:
-        catalogue = find(settings, upstream)
-        listed = (catalogue.rows or {}).get(stream)
-        decision = book.rules.decide(listed, book.origins[upstream.name], client)
-        answers.append(
-            {
-                "upstream": upstream.name,
-                "catalogue": catalogue.source,
-                "product": None if listed is None else listed.product,
-                "product_language": None if listed is None else listed.language or None,
-                "refused": book.refuses(decision),
-                **document(decision, book.liveupdate_url),
-            }
-        )
-    return {
-        "moniker": stream,
-        "mode": book.mode,
-        "allowed": any(answer["allowed"] for answer in answers),
-        "decisions": answers,
-        "client_notes": list(client.notes),
-    }
-
-
-def _lines(told: dict[str, Any]) -> list[str]:
-    from gup.content.refusal import lines
-
-    out = [f"{told['moniker']}: {'allowed' if told['allowed'] else 'refused'}"]
-    if told["mode"] != "enforce":
-        out[0] += f' (rules.mode is "{told["mode"]}": nothing is refused)'
-    out += [f"note: {note}" for note in told["client_notes"]]
-    for answer in told["decisions"]:
-        out += ["", f"from {answer['upstream']}"]
-        out.append(f"  product: {answer['product'] or 'not listed'} (catalogue: {answer['catalogue']})")
-        out += [
-            f"  {line}" for line in lines(answer) if line.removeprefix("note: ") not in told["client_notes"]
-        ]
-    return out
+    found = {upstream.name: find(settings, upstream) for upstream in settings.upstream}
+    rows = {name: one.rows for name, one in found.items() if one.rows is not None}
+    sources = {name: one.source for name, one in found.items()}
+    catalogues = Catalogues(rows, settings.upstream, book.types)
+    return explanation(book, catalogues, settings.upstream, sources, stream, client)

@@ -16,11 +16,13 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The setting
     """Say whether `gup serve --config FILE` could start, or every mistake."""
     from gup.config import load
     from gup.content.rulebook import Rulebook
+    from gup.control.access import require_access
     from gup.units import format_size
 
     with complaining():
         settings = load(file)
         Rulebook(settings)
+        require_access(settings.listen)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(

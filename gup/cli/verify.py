@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gup.cli.asking import Where, admin_at
 from gup.cli.complaining import FAILED, complaining
-from gup.cli.options import AdminFlag, ConfigFlag, JsonFlag
+from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 
 if TYPE_CHECKING:
     from gup.cache.audit import Finding
     from gup.cache.store import Store
     from gup.cli.admin import Admin
-    from gup.config import Settings
 
 _POLL_SECONDS = 0.2
 _SHOWN_EACH_SECONDS = 1.0
@@ -35,6 +35,8 @@ def verify(
     ] = None,
     admin: AdminFlag = None,
     config: ConfigFlag = None,
+    token_file: TokenFlag = None,
+    ca_file: CaFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Compare everything stored with its sums; status 0 when all is right (or mended), 1 when not.
@@ -42,7 +44,8 @@ def verify(
     A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
     """
     with complaining():
-        result = _result(repair=repair, cache_dir=cache_dir, admin=admin, config=config)
+        where = Where(admin, config, token_file, ca_file)
+        result = _result(where, repair=repair, cache_dir=cache_dir)
     if json_output:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
@@ -51,26 +54,18 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-def _result(
-    *, repair: bool, cache_dir: Path | None, admin: str | None, config: Path | None
-) -> dict[str, Any]:
-    from gup.cli.admin import Admin, NobodyThereError, admin_url
+def _result(where: Where, *, repair: bool, cache_dir: Path | None) -> dict[str, Any]:
+    from gup.cli.admin import NobodyThereError
+    from gup.config import load
 
     if cache_dir is not None:
         return _here(cache_dir.absolute(), repair=repair)
-    settings = _settings(config)
     try:
-        return _by_service(Admin(admin or admin_url(settings)), repair=repair)
+        return _by_service(admin_at(where), repair=repair)
     except NobodyThereError:
-        if admin is not None:
+        if where.url is not None:
             raise
-        return _here(settings.cache.directory, repair=repair)
-
-
-def _settings(config: Path | None) -> "Settings":
-    from gup.config import load
-
-    return load(config)
+        return _here(load(where.config).cache.directory, repair=repair)
 
 
 def _by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:

@@ -4,27 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gup.units import format_rate
-
-
-def bytes_in_words(count_bytes: float) -> str:
-    """About how much, such as "1.2 GB"; powers of 1000."""
-    amount, unit = float(count_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if abs(amount) < 999.5:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f} {unit}"
-
-
-def time_in_words(seconds: float) -> str:
-    """About how long, such as "3 h 5 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    shown = [f"{count} {unit}" for count, unit in parts if count][:2]
-    return " ".join(shown) or "0 s"
+from gup.cli.tables import printable
+from gup.units import bytes_in_words, format_rate, time_in_words
 
 
 def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
@@ -42,12 +23,12 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     rate = status["wan_rate_bytes_per_second"]
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     yield f"clients: {clients['connections']} connections"
-    for upstream in status["upstreams"]:
-        yield f"upstream {upstream['name']}: {'up' if upstream['up'] else 'DOWN'}"
-    for fill in status["fills"]:
-        yield f"fill {fill['key'] or fill['id']}: {_progress(fill['received_bytes'], fill['length_bytes'])}"
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the settings before it are in force; the log says why"
+    for alarm in status["alarms"]:
+        yield printable(
+            f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
+        )
 
 
 def _totals(totals: Mapping[str, Any]) -> str:
@@ -67,13 +48,48 @@ def _progress(received: int, length: int | None) -> str:
     return f"{bytes_in_words(received)} of {bytes_in_words(length)} ({received / length:.0%})"
 
 
-ENTRY_HEAD = f"{'size':>9}  {'kind':<5}  {'hits':>7}  {'last used':<16}  {'':<6}  key"
+UPSTREAM_HEADS = ("upstream", "", "since", "last error")
 
 
-def entry_line(entry: Mapping[str, Any]) -> str:
-    """One entry, under ENTRY_HEAD. KeyError when it is that of another version."""
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["used_at"]))
+def upstream_row(upstream: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under UPSTREAM_HEADS. KeyError when it is that of another version."""
+    state = str(upstream["state"])
+    state = "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
+    return upstream["name"], state, moment(upstream["since"]), upstream["last_error"] or ""
+
+
+FILL_HEADS = ("fill", "from", "#here", "#a second", "#left")
+
+
+def fill_row(fill: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under FILL_HEADS. KeyError when it is that of another version."""
+    rate, left = fill["bytes_per_second"], fill["remaining_seconds"]
     return (
-        f"{bytes_in_words(entry['length_bytes']):>9}  {entry['kind']:<5}  {entry['hits']:>7}  {used}  "
-        f"{'pinned' if entry['pinned'] else '':<6}  {entry['key']}"
+        fill["key"] or fill["id"],
+        fill["upstream"] or "",
+        _progress(fill["received_bytes"], fill["length_bytes"]),
+        bytes_in_words(rate) if rate is not None else "",
+        time_in_words(left) if left is not None else "",
     )
+
+
+ENTRY_HEADS = ("product", "revision", "kind", "#size", "#hits", "last used", "", "key")
+
+
+def entry_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Under ENTRY_HEADS. KeyError when it is that of another version."""
+    return (
+        entry["product"] if entry["product"] != entry["stream"] else "",
+        entry["content_revision"] or entry["revision"],
+        entry["kind"],
+        bytes_in_words(entry["length_bytes"]),
+        str(entry["hits"]),
+        moment(entry["used_at"]),
+        "pinned" if entry["pinned"] else "",
+        entry["key"],
+    )
+
+
+def moment(at: float) -> str:
+    """Unix time as a date and a time of day, on this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

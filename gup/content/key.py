@@ -10,6 +10,9 @@ from pathlib import PurePosixPath
 ANY = "any"
 """Version or language of content that is the same for everybody."""
 
+EVERY = "*"
+"""Version or language of upstreams that may be asked for what is the same at all of them; in no key."""
+
 ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
 
@@ -46,6 +49,19 @@ class Variant:
 
     version: str = ANY
     language: str = ANY
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it stands for several: whom to ask, never where a body is stored."""
+        return EVERY in (self.version, self.language)
+
+    def covers(self, other: "Variant") -> bool:
+        return self.version in (EVERY, other.version) and self.language in (EVERY, other.language)
+
+    def widened(self) -> "Variant":
+        """The variant with EVERY for ANY."""
+        parts = (EVERY if part == ANY else part for part in (self.version, self.language))
+        return Variant(*parts)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ Two paths never share a key, except where the same moniker is only spelled diffe
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
-from gup.content.key import ABSENT, ContentKey, Kind, Variant
+from gup.content.key import ABSENT, ANY, ContentKey, Kind, Variant
 from gup.errors import Problem
 
 MAX_SEGMENT_BYTES = 240
@@ -51,7 +52,8 @@ class Route:
     """What is asked for, before it is known for which variant.
 
     `upstream_path` is percent-encoded, the moniker as the client spelled it. `stream`, `revision` and `file`
-    are safe parts of a key. `variant` is set where the name itself states it.
+    are safe parts of a key. `variant` is set where the name itself states it, or where the body is stored
+    under another one than whom to ask; `elsewhere` are variants whose stored body would be as good.
     """
 
     kind: Kind
@@ -61,6 +63,15 @@ class Route:
     file: str
     upstream_path: str
     variant: Variant | None = None
+    elsewhere: tuple[Variant, ...] = (Variant(ANY, ANY),)
+
+    def keys(self, variant: Variant) -> Iterator[ContentKey]:
+        """All keys to look under: the one that a fill stores under first."""
+        key = self.key(variant)
+        yield key
+        for other in self.elsewhere:
+            if other != key.variant:
+                yield ContentKey(other.version, other.language, self.stream, self.revision, self.file)
 
     def key(self, variant: Variant) -> ContentKey:
         """The content key; a variant stated by the name wins over the one given."""

@@ -6,58 +6,98 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import content, front, health, openapi, status, upkeep
+from gup.control.access import Access
+from gup.control.api import (
+    alarms,
+    archives,
+    clients,
+    content,
+    health,
+    openapi,
+    prefetch,
+    reports,
+    rules,
+    status,
+    upkeep,
+)
 from gup.control.api.answers import PLANE, problem
-from gup.control.guard import Asked, refusal
+from gup.control.guard import Asked, is_near, refusal
+from gup.control.history import routes as history
+from gup.control.page import routes as page
 from gup.control.plane import Plane
+from gup.control.tokens import presented
 from gup.errors import GupError
 
 _log = logging.getLogger("gup.control.app")
 _MAX_REQUEST_BYTES = 64 * 1024
+ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 RESOURCES = (
-    front.routes,
     health.routes,
     status.routes,
     content.routes,
+    archives.routes,
+    clients.routes,
+    reports.routes,
     upkeep.routes,
+    alarms.routes,
+    prefetch.routes,
+    rules.routes,
+    history.routes,
+    page.routes,
     openapi.routes,
 )
 """A line a resource."""
 
 
-def make_app(plane: Plane) -> web.Application:
-    """The application over `plane`."""
-    app = web.Application(
-        middlewares=[_security_headers, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES
-    )
+def make_app(plane: Plane, access: Access | None = None) -> web.Application:
+    """The application over `plane`; without `access` nobody may change anything."""
+    app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[PLANE] = plane
+    app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
+    archives.set_up(app)
+    page.set_up(app)
+    app.on_response_prepare.append(_security_headers)
     return app
 
 
 def _address(request: web.Request, end: str) -> str | None:
     name = request.transport.get_extra_info(end) if request.transport else None
-    return str(name[0]) if isinstance(name, tuple) else None
+    if isinstance(name, tuple):
+        return str(name[0])
+    return "" if isinstance(name, str | bytes) else None  # the path of a socket in the file system
 
 
 @web.middleware
 async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    access = request.app[ACCESS]
+    shown, peer = presented(request.headers.get("Authorization")), _address(request, "peername")
     asked = Asked(
         method=request.method,
         path=request.path,
         host=request.headers.get("Host", ""),
         origin=request.headers.get("Origin"),
         fetch_site=request.headers.get("Sec-Fetch-Site"),
-        peer=_address(request, "peername"),
+        peer=peer,
         local=_address(request, "sockname"),
+        right=access.tokens.right(shown, near=is_near(peer)),
+        bearer=shown is not None and not shown.by_browser,
     )
-    why = refusal(asked, request.app[PLANE].settings.listen.admin_address)
-    if why is not None:
-        return problem(403, why)
-    return await handler(request)
+    refused = refusal(asked, access.door)
+    if refused is not None:
+        response = problem(refused.status, refused.detail)
+        for challenge in refused.challenges:
+            response.headers.add("WWW-Authenticate", challenge)
+        if asked.right is None:
+            access.note_wrong_token(peer)
+        return response
+    answered = await handler(request)
+    if asked.changes:
+        _log.info("%s %s for %s: %d", asked.method, asked.path, peer or "this machine", answered.status)
+    return answered
 
 
 @web.middleware
@@ -78,13 +118,11 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
         return problem(500, HTTPStatus(500).description)
 
 
-@web.middleware
-async def _security_headers(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    response = await handler(request)
+async def _security_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    """On every answer, just before its head leaves; those that stream too."""
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    response.headers.setdefault("Cache-Control", "no-store")

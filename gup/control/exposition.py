@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from prometheus_client import CollectorRegistry
@@ -21,15 +22,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
-from gup.metrics import KINDS, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
+from gup.control.shown import Label, ProductOf, StreamNames, first_shown, shown_labels
+from gup.metrics import KINDS, MAX_SHOWN, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
 
 _NANOSECONDS = 1_000_000_000
 _LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 _DIRECTIONS: tuple[Literal["sent", "received"], ...] = ("sent", "received")
-_OTHER = ("other", "other")
-
-StreamNames = Sequence[tuple[str, str, str]]
-ProductOf = Callable[[str], tuple[str, str] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +55,13 @@ class Figures:
     storms: Mapping[tuple[str, str], bool] = field(default_factory=dict)
     config_ok: bool = True
     site: str = ""
+    started_at: float = 0.0
 
 
 def parse_series(name: str) -> tuple[str, dict[str, str]]:
     """The metric and the labels in a series' name, as gup.metrics.series spells it."""
     base, _, labels = name.partition("{")
     return base, dict(_LABEL.findall(labels))
-
-
-def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> tuple[str, str]:
-    """Product and language of stream number `slot`: the catalogue's, else moniker and variant."""
-    if slot >= min(len(names), MAX_STREAMS):
-        return _OTHER
-    _, language, stream = names[slot]
-    return product_of(stream) or (stream, language)
 
 
 def expose(figures: Figures, accept: str) -> tuple[bytes, str]:
@@ -154,27 +145,21 @@ _Samples = Iterable[tuple[Mapping[str, str], float]]
 
 
 def _streams(direction: Literal["sent", "received"]) -> Callable[[Figures], _Samples]:
-    """Bytes by product, language and kind, for the streams that have counted anything."""
+    """Bytes by product, language and kind, for what was counted at all.
+
+    Both directions appear together, so that a difference can be taken from the first byte on.
+    """
 
     def samples(figures: Figures) -> _Samples:
-        sums: dict[tuple[str, str], dict[str, int]] = {}
-        for slot in range(MAX_STREAMS + 1):
-            # Both directions appear together, so that a difference can be taken from the first byte on.
-            counted = any(
-                figures.totals.get(stream_series(either, slot, kind))
-                for either in _DIRECTIONS
-                for kind in KINDS
-            )
-            if not counted:
-                continue
-            of_kind = sums.setdefault(
-                stream_labels(figures.stream_names, slot, figures.product_of), dict.fromkeys(KINDS, 0)
-            )
-            for kind in KINDS:
-                of_kind[kind] += figures.totals.get(stream_series(direction, slot, kind), 0)
-        for (product, language), of_kind in sums.items():
-            for kind, value in of_kind.items():
-                yield {"product": product, "language": language, "kind": kind}, value
+        sums: dict[tuple[Label, str], int] = {}
+        labels = shown_labels(figures.stream_names, figures.product_of)
+        for slot, kind in product(range(MAX_STREAMS + 1), KINDS):
+            ways = {way: figures.totals.get(stream_series(way, slot, kind), 0) for way in _DIRECTIONS}
+            if any(ways.values()):
+                row = (labels[slot], kind)
+                sums[row] = sums.get(row, 0) + ways[direction]
+        for ((name, language), kind), value in sums.items():
+            yield {"product": name, "language": language, "kind": kind}, value
 
     return samples
 
@@ -189,13 +174,21 @@ def _limits(figures: Figures) -> _Samples:
 
 
 def _newest(figures: Figures) -> _Samples:
-    for (product, language, where), at in figures.newest.items():
-        yield {"product": product, "language": language, "where": where}, at
+    known = {(name, language): at for (name, language, _), at in figures.newest.items()}
+    for name, language in first_shown(figures.stream_names, figures.product_of, known):
+        for where in ("held", "requested"):
+            at = figures.newest.get((name, language, where))
+            if at is not None:
+                yield {"product": name, "language": language, "where": where}, at
 
 
 def _storms(figures: Figures) -> _Samples:
-    for (product, language), storm in figures.storms.items():
-        yield {"product": product, "language": language}, storm
+    """Those that there are first, so that the limit hides none of them without need."""
+    under_way = [label for label, storm in figures.storms.items() if storm]
+    calm = [label for label, storm in figures.storms.items() if not storm]
+    shown = first_shown(figures.stream_names, figures.product_of, calm)
+    for name, language in [*under_way, *shown][:MAX_SHOWN]:
+        yield {"product": name, "language": language}, figures.storms[name, language]
 
 
 _ROWS: Mapping[str, Callable[[Figures], _Samples]] = {
@@ -212,6 +205,7 @@ _ROWS: Mapping[str, Callable[[Figures], _Samples]] = {
     "gup_newest_content_timestamp_seconds": _newest,
     "gup_full_storm": _storms,
     "gup_config_last_reload_successful": lambda f: [({}, f.config_ok)],
+    "gup_start_time_seconds": lambda f: [({}, f.started_at)],
     "gup_build_info": lambda _: [({"version": gup.__version__, "python": platform.python_version()}, 1)],
     "gup_site_info": lambda f: [({"site": f.site}, 1)],
 }

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from gup.config import Settings
-from gup.control.exposition import parse_series
 
 _WINDOW_SECONDS = 5.0
 
 
 class Meter:
-    """How fast bytes come from upstream, over the last seconds. Told of the total once a second."""
+    """How fast bytes move, over the last seconds. Told of the total once a second."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -30,13 +29,9 @@ class Meter:
         return max(0, round((after - before) / (now - then))) if now > then else 0
 
 
-def received_bytes(totals: Mapping[str, int]) -> int:
-    """All body bytes from all upstreams."""
-    return sum(
-        count
-        for name, count in totals.items()
-        if parse_series(name)[0] == "gup_upstream_received_bytes_total"
-    )
+def sum_of(totals: Mapping[str, int], metric: str) -> int:
+    """Over all series of a metric."""
+    return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
 
 
 def numbers(settings: Settings) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,13 +13,19 @@ from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.ageing import AgeClock
+from gup.control.alarm_board import AlarmBoard
 from gup.control.clients import ClientsBook
 from gup.control.events import (
+    Asked,
+    Begun,
     ClientsSeen,
     Committed,
     Event,
     Failed,
+    FullsTaken,
     Need,
+    Taken,
+    Unlisted,
     Unstorable,
     UpstreamTrouble,
     Used,
@@ -29,15 +34,19 @@ from gup.control.events import (
 )
 from gup.control.exposition import Figures
 from gup.control.fills import FillRates
+from gup.control.history.keeper import HistoryKeeper
 from gup.control.index import Index
-from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.limits import limits_of, numbers
+from gup.control.prefetch import Prefetcher
 from gup.control.refusals import Refusals
+from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
 from gup.control.status import totals_of
-from gup.control.streams import Demand, newest_times
+from gup.control.streams import newest_times
 from gup.control.surroundings import Surroundings
+from gup.control.traffic import Traffic
 from gup.control.verify import Verification
 
 _log = logging.getLogger("gup.control.plane")
@@ -81,8 +90,35 @@ class Plane:
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
-        self.demand = Demand()
-        self.wan_meter = Meter()
+        self.prefetcher = Prefetcher(
+            settings=lambda: self.settings,
+            fetch=around.fetch_ahead,
+            idle=around.link_idle,
+            type_of=self.type_of,
+            places=around.places,
+            holds=self.index.rows.__contains__,
+            clock=clock,
+        )
+        self.traffic = Traffic(self.prefetcher, self.index, clock)
+        self.alarms = AlarmBoard()
+        self.reports = Reports(
+            Around(
+                around,
+                lambda: self.settings,
+                clock,
+                self._believed,
+                self.index.newest_held,
+                self._reports_written,
+            )
+        )
+        self.history = HistoryKeeper(
+            around.store.run,
+            self.refusals,
+            totals=around.totals,
+            since_start=around.since_start,
+            installed_at=around.installed_at,
+            clock=clock,
+        )
         self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
         self.upstream_errors: dict[str, tuple[float, str]] = {}
@@ -104,10 +140,10 @@ class Plane:
         self.around.counters.add("gup_integrity_failures_total", where="index")
 
     def _index_written(self, refusal: str | None) -> None:
-        if refusal is None:
-            self.refusals.clear("index")
-        else:
-            self.refusals.tell("index", refusal, self.clock())
+        self.refusals.note("index", refusal, self.clock())
+
+    def _reports_written(self, what: str, refusal: str | None) -> None:
+        self.refusals.note(what, refusal, self.clock())
 
     # --- events
 
@@ -132,8 +168,10 @@ class Plane:
                 self._committed(event)
             case Used():
                 self._used(event)
-            case ClientsSeen():
-                self.clients.see(event.addresses, self.clock())
+            case Asked() | Begun() | FullsTaken():
+                self.traffic.take(event)
+            case ClientsSeen() | Taken():
+                self._seen(event)
             case Need():
                 self.space.need(event.size_bytes, refused=event.refused)
             case Unstorable():
@@ -141,9 +179,24 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+                self.traffic.missed(ContentKey.parse(event.key))
+            case Unlisted():
+                self.around.unlisted(event.moniker)
             case UpstreamTrouble():
-                if any(upstream.name == event.name for upstream in self.settings.upstream):
-                    self.upstream_errors[event.name] = (self.clock(), event.detail)
+                self._troubled(event)
+
+    def _troubled(self, event: UpstreamTrouble) -> None:
+        if any(upstream.name == event.name for upstream in self.settings.upstream):
+            self.upstream_errors[event.name] = (self.clock(), event.detail)
+
+    def _seen(self, event: ClientsSeen | Taken) -> None:
+        """Clients were there, and perhaps took something."""
+        if isinstance(event, Taken):
+            self.clients.see({take.client for take in event.takes}, self.clock())
+            self.reports.take(event)
+        else:
+            self.clients.see(event.addresses, self.clock())
+            self.reports.see(event.addresses)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
@@ -174,7 +227,7 @@ class Plane:
                 continue
             self.index.put(row.used(use.count, use.sent_bytes, at))
             self.touches[use.key] = max(at, self.touches.get(use.key, 0.0))
-            self.demand.count(row, use.count, at)
+            self.traffic.sent(ContentKey.parse(use.key), use.count)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none."""
@@ -186,14 +239,19 @@ class Plane:
         return True
 
     async def meter(self) -> None:
-        """See how fast bytes come; to be called once a second."""
-        self.wan_meter.see(received_bytes(self.around.totals()), time.monotonic())
+        """See what was moved since the last look; to be called once a second."""
+        self.history.look(wan_limit=self.around.wan_rate(), entries_bytes=self.index.total_bytes)
 
     # --- what is shown
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
-        return self.around.product_of(stream[2]) or (stream[2], stream[1])
+        return self.around.product_of(stream) or (stream[2], stream[1])
+
+    def type_of(self, stream: Stream) -> str | None:
+        """The type of a stream's content; None while no catalogue lists it."""
+        label = self.around.label_of(stream, "")
+        return None if label is None else label.type
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
@@ -209,7 +267,8 @@ class Plane:
         disk = await self.space.measure()
         now = self.clock()
         storms: dict[tuple[str, str], bool] = {}
-        for stream, storm in self.demand.storms(now, self.index.has_deltas).items():
+        self.traffic.look()
+        for stream, storm in self.traffic.storms.flags().items():
             storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
         return Figures(
             totals=self.around.totals(),
@@ -225,10 +284,11 @@ class Plane:
             wan_bytes_per_second=self.around.wan_rate(),
             client_bytes_per_second=self.settings.clients.rate,
             limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.demand.newest(), self.label),
+            newest=newest_times(self.index.newest_held(), self.traffic.demand.newest(), self.label),
             storms=storms,
             config_ok=self.around.config_ok(),
             site=self.settings.site.name,
+            started_at=self.around.started_at,
         )
 
     async def status(self) -> dict[str, Any]:
@@ -263,10 +323,11 @@ class Plane:
                 totals,
                 size_bytes=disk.size_bytes,
                 wan_rate=around.wan_rate(),
-                wan_used=self.wan_meter.bytes_per_second(),
+                wan_used=self.history.wan.bytes_per_second(),
             ),
             "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},
+            "alarms": self.alarms.standing(),
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
                 for past in self.failures
@@ -299,6 +360,7 @@ class Plane:
     def upstreams(self) -> list[dict[str, Any]]:
         """All upstreams with their health."""
         up, states = self.around.upstreams_up(), self.around.upstream_states()
+        catalogues = self.around.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -317,6 +379,7 @@ class Plane:
                     "since": since or self.around.started_at,
                     "last_error": detail,
                     "last_error_at": at,
+                    "catalogue": catalogues.get(upstream.name),
                 }
             )
         return rows

@@ -21,6 +21,13 @@ class Refusals:
     def __init__(self) -> None:
         self.rows: dict[str, Refusal] = {}
 
+    def note(self, what: str, refusal: str | None, now: float) -> None:
+        """What came of a try: None is that it was written."""
+        if refusal is None:
+            self.clear(what)
+        else:
+            self.tell(what, refusal, now)
+
     def tell(self, what: str, detail: str, now: float) -> None:
         """It was refused again, or for the first time."""
         known = self.rows.get(what)

@@ -18,6 +18,21 @@ Stream = tuple[str, str, str]
 """Version, language and moniker: what revisions are compared within."""
 
 
+def stream_of(key: ContentKey) -> Stream:
+    return (key.version, key.language, key.stream)
+
+
+def content_revision(kind: Kind, revision: str, file: str) -> str | None:
+    """The revision that a body brings a client to; None when the names do not tell.
+
+    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
+    name decides. Only nine-digit names can be compared.
+    """
+    step = delta_step(file) if kind is Kind.DELTA else None
+    found = step.to_revision if step else revision
+    return found if _REVISION.fullmatch(found) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """An entry as the index knows it. Times are Unix seconds."""
@@ -43,14 +58,8 @@ class Row:
 
     @property
     def content_revision(self) -> str | None:
-        """The revision that the body brings a client to; None when the names do not tell.
-
-        A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
-        name decides. Only nine-digit names can be compared.
-        """
-        step = delta_step(self.file) if self.kind is Kind.DELTA else None
-        revision = step.to_revision if step else self.revision
-        return revision if _REVISION.fullmatch(revision) else None
+        """The revision that the body brings a client to; None when the names do not tell."""
+        return content_revision(self.kind, self.revision, self.file)
 
     def used(self, count: int, sent_bytes: int, at: float) -> "Row":
         return replace(

@@ -1,20 +1,26 @@
 """The control plane's life: starts its jobs and its server, applies reloads, ends all of it. No decisions."""
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
+from gup.control.access import Access
 from gup.control.ageing import AgeClock
 from gup.control.app import make_app
+from gup.control.history.keeper import WRITE_SECONDS
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
+from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.surroundings import Surroundings
+from gup.control.watch import Watch
 
 __all__ = ["Control", "Surroundings"]
 
@@ -24,10 +30,15 @@ _METER_SECONDS = 1.0
 _TOUCH_SECONDS = 60.0
 _CLIENTS_SECONDS = 60.0
 _SPACE_SECONDS = 5.0
+_REPORTS_SECONDS = 2.0
+_LEDGER_SECONDS = 10.0
+_PRUNE_SECONDS = 3600.0
 _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
+_LOOK_OVER_SECONDS = 5.0
+_WATCH_SECONDS = 1.0
 _CLIENTS_NOTE = "clients"
 
 
@@ -47,27 +58,36 @@ class Control:
         self.plane = Plane(surroundings, clock, ages)
         self._around = surroundings
         self._jobs = Jobs()
+        self._access = Access()
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Answer requests, take events, and begin the jobs."""
+        await self._access.open(self.plane.settings.listen, self._around.store.run, self._around.admin)
         self._around.events.setblocking(False)
         asyncio.get_running_loop().add_reader(self._around.events, self.plane.take_events)
         self._runner = web.AppRunner(
-            make_app(self.plane),
+            make_app(self.plane, self._access),
             access_log=None,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         await self._runner.setup()
-        await web.SockSite(self._runner, self._around.admin).start()
+        await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
+        self._jobs.start("history", self._open_history())
+
+    async def _open_history(self) -> None:
+        await self.plane.history.open()
+        self._jobs.every(_METER_SECONDS, "meter", self.plane.meter)
+        self._jobs.every(WRITE_SECONDS, "history", self.plane.history.write)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
         await self.plane.index.open()
-        self.plane.clients.restore(self.plane.index.note(_CLIENTS_NOTE))
+        await self._restore_clients()
         self.plane.scrubber.restore()
+        self.plane.prefetcher.restore(self.plane.index.note)
         jobs, plane = self._jobs, self.plane
         # `keep` ends only by a mistake of ours; eviction must go on after it.
         jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
@@ -76,8 +96,16 @@ class Control:
         jobs.every(_METER_SECONDS, "meter", self.plane.meter)
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
         jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
+        jobs.every(_REPORTS_SECONDS, "reports", plane.reports.flush)
+        jobs.every(_LEDGER_SECONDS, "ledger", plane.reports.tick)
+        jobs.every(_PRUNE_SECONDS, "prune", plane.reports.prune)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
+        for lane in range(len(LANES)):
+            jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
+        jobs.every(_WATCH_SECONDS, "watch", Watch(plane).look)
+        jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
+        jobs.every(_CLIENTS_SECONDS, "revisions", self._note_all)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -89,15 +117,20 @@ class Control:
         await self.plane.verification.stop()
         await self._jobs.stop()
         self.plane.scrubber.save()
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
         await self._repin()
         await self._touch()
         await self._note_clients()
+        await self.plane.meter()
+        await self.plane.history.close()
+        await self.plane.reports.stop()
         await self.plane.index.close()
 
     async def apply(self, settings: Settings) -> None:
         """Take over reloaded settings; the address stays as it was bound."""
         self.plane.settings = settings
         self.plane.space.limits = settings.cache
+        await self._access.renew(settings.listen, self._around.store.run)
         self.plane.space.look_soon()
 
     # --- jobs
@@ -107,8 +140,15 @@ class Control:
         await reconcile(plane.index, around.store, around.claims, around.counters, around.mend, plane.clock())
         plane.space.look_soon()
 
+    async def _look_over(self) -> None:
+        self.plane.prefetcher.look_over()
+
+    async def _note_all(self) -> None:
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
+
     async def _flush(self) -> None:
         await self._repin()
+        self.plane.prefetcher.save(self.plane.index.set_note)
         await self.plane.index.flush()
 
     async def _repin(self) -> None:
@@ -135,4 +175,15 @@ class Control:
     async def _note_clients(self) -> None:
         if self.plane.index.opened and self.plane.clients.changed:
             self.plane.clients.changed = False
-            self.plane.index.set_note(_CLIENTS_NOTE, self.plane.clients.to_json())
+            rows = await self._nameable(self.plane.clients.to_json())
+            self.plane.index.set_note(_CLIENTS_NOTE, rows)
+
+    async def _restore_clients(self) -> None:
+        rows = self.plane.index.note(_CLIENTS_NOTE)
+        self.plane.clients.restore(await self._nameable(rows) if isinstance(rows, list) else rows)
+
+    async def _nameable(self, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Clients with their times, called as `reports.addresses` allows; none where it forbids that."""
+        well = [row for row in rows if len(row) == 2 and isinstance(row[0], str)]
+        names = await self.plane.reports.rename_all([row[0] for row in well])
+        return [(names[row[0]], row[1]) for row in well if row[0] in names]

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.key import ContentKey
+from gup.content.catalogues import Catalogues, Label, Stream
+from gup.content.key import ContentKey, Variant
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+
+
+async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
+    raise Problem("no-upstream", "nothing can be fetched here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +23,10 @@ class Surroundings:
     """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
     all blocks, by series name: counters, histogram words and gauges alike.
 
-    `stream_names` has version, language and moniker of each slot; `product_of` a moniker's product and
-    language from the catalogue. `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
+    `stream_names` has version, language and moniker of each slot; `product_of` a stream's product and
+    language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
+    file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
+    `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
     with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
     under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
     `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
@@ -34,7 +42,7 @@ class Surroundings:
     totals: Callable[[], Mapping[str, int]]
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
-    product_of: Callable[[str], tuple[str, str] | None]
+    product_of: Callable[[Stream], tuple[str, str] | None]
     raise_store_epoch: Callable[[], None]
     set_store_bytes: Callable[[int], None]
     promised_bytes: Callable[[], int]
@@ -51,3 +59,18 @@ class Surroundings:
     installed_at: float
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
+    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
+    """Cache.fetch_ahead."""
+    places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
+    """Choices.places."""
+    link_idle: Callable[[], bool] = lambda: True
+    """Whether no fill streams or waits in any process, but for those ahead."""
+    fills_waiting: Callable[[], int] = lambda: 0
+    """Fills that wait for their place, in all processes."""
+    label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
+    catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
+    """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
+    catalogue_rows: Callable[[], Catalogues] = Catalogues
+    """What the upstreams' catalogues list now."""
+    unlisted: Callable[[str], None] = lambda _moniker: None
+    """To be told of monikers that were asked for and that no catalogue lists."""

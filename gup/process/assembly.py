@@ -20,7 +20,6 @@ from gup.cache.slots import Slots
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.content.routes import Routes
 from gup.metrics import Counters
 from gup.process.child import Parent
 from gup.process.page import SPARE, SPARE_WORDS, STORE_BYTES
@@ -85,7 +84,6 @@ class Assembly:
         self.shared = SharedFile.attach(parent.assignment.shared_fd)
         self.counters: Counters = self.shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
-        self.routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self.settings.upstream))
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
         self.words = self.shared.page.words
         assert self.block < MOST_BLOCKS
@@ -216,10 +214,16 @@ class Assembly:
 
     def tell(self, event: Mapping[str, object]) -> None:
         """Send an event to the controller; a lost one is counted, and healed when it looks at the store."""
+        if not self.offer(event):
+            self.counters.add("gup_events_lost_total")
+
+    def offer(self, event: Mapping[str, object]) -> bool:
+        """The same for what can wait; False: the controller's queue is full, or it is gone."""
         try:
             self._events.send(json.dumps(event, separators=(",", ":")).encode())
         except OSError:
-            self.counters.add("gup_events_lost_total")
+            return False
+        return True
 
     def apply(self, settings: config.Settings) -> None:
         """Reloaded settings: what can change while the process runs does."""

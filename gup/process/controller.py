@@ -11,16 +11,22 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from gup import log
+from gup.cache.catalogue_body import read_catalogue
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
+from gup.content.choice import Choices
+from gup.content.key import Variant
 from gup.content.routes import Route
+from gup.content.rulebook import Rulebook
 from gup.control.ageing import AgeClock
+from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
 from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
+from gup.upstream.catalogue import Fetched, fetch_catalogue
 from gup.upstream.checks import Checks
 from gup.upstream.health import State
 
@@ -42,6 +48,14 @@ class Controller:
         self._recovery = Recovery(
             assembly.store, assembly.means.claims, assembly.counters, self._take_over, self._tell_itself
         )
+        self._catalogues = CatalogueKeeper(
+            assembly.store.run,
+            assembly.settings,
+            self._look_up_catalogue,
+            lambda name, etag, modified: fetch_catalogue(assembly.pool, name, etag, modified),
+            self._page.raise_policy,
+        )
+        assembly.pool.lists = self._catalogues.lists
         self._control = Control(
             Surroundings(
                 settings=assembly.settings,
@@ -51,7 +65,7 @@ class Controller:
                 totals=assembly.shared.totals,
                 since_start=assembly.shared.since_start,
                 stream_names=lambda: read_streams(assembly.store.run / "streams"),
-                product_of=lambda _moniker: None,
+                product_of=self._catalogues.product_of,
                 raise_store_epoch=self._page.raise_store,
                 set_store_bytes=self._set_store_bytes,
                 promised_bytes=assembly.promised_bytes,
@@ -67,6 +81,14 @@ class Controller:
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
+                fetch_ahead=assembly.cache.fetch_ahead,
+                places=self._places,
+                link_idle=assembly.means.queue.idle,
+                fills_waiting=assembly.means.queue.waiting,
+                label_of=self._catalogues.label,
+                catalogues=self._catalogues.shown,
+                catalogue_rows=lambda: self._catalogues.catalogues,
+                unlisted=self._catalogues.unlisted,
             ),
             ages=AgeClock(),
         )
@@ -78,12 +100,14 @@ class Controller:
         self._parent.send({"ready": True})
         beating = loop.create_task(self._beat())
         checking = loop.create_task(Checks(self._assembly.pool).run())
+        reading = loop.create_task(self._catalogues.keep())
         told = loop.create_task(until_told(self._parent, self._told))
         stopped = loop.create_task(self._stopped.wait())
         await asyncio.wait((told, stopped), return_when=asyncio.FIRST_COMPLETED)
-        for task in (beating, checking, told, stopped):
+        tasks = (beating, checking, reading, told, stopped)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(beating, checking, told, stopped, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._control.stop()
         await self._assembly.close()
 
@@ -100,10 +124,20 @@ class Controller:
         elif "settings" in message:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            self._catalogues.apply(settings)
+            log.configure_child(settings.log)
             self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
 
     # --- what the control plane asks of the process
+
+    async def _look_up_catalogue(self, name: str) -> Fetched:
+        variants = {u.name: Variant(u.version, u.language) for u in self._assembly.settings.upstream}
+        return await read_catalogue(self._assembly.cache.open, variants[name])
+
+    def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
+        settings = self._assembly.settings
+        choices = Choices(Rulebook(settings), self._catalogues.catalogues, settings.upstream)
+        return choices.places(stream)
 
     async def _take_over(self, route: Route) -> None:
         """Open the body as a client would; the fill goes on when this reader has left."""
@@ -144,7 +178,7 @@ def main() -> None:
     """Entry point of the controller process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
+    log.configure_child(settings.log)
     asyncio.run(_main(parent))
 
 

@@ -5,12 +5,15 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from gup.cache.store import Store
 from gup.config import Settings
+from gup.control.tokens import local_path, make_local_token
+from gup.errors import GupError
 from gup.process import sockets
 from gup.process.instance import Instance
 from gup.process.notify import VARIABLES, Notifier, passed_sockets
@@ -43,6 +46,8 @@ def open_premises(settings: Settings, environment: Mapping[str, str], stack: Exi
     passed = passed_sockets(environment, os.getpid())
     listeners = sockets.open_listeners(settings.listen, settings.worker_count, passed)
     stack.callback(listeners.close)
+    _require_token(listeners.admin, settings)
+    _make_local_token(store)
     names = [upstream.name for upstream in settings.upstream]
     shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
     stack.callback(shared.close)
@@ -55,6 +60,25 @@ def open_premises(settings: Settings, environment: Mapping[str, str], stack: Exi
     notifier = Notifier.from_environment(environment, os.getpid())
     kept = {name: value for name, value in environment.items() if name not in VARIABLES}
     return Premises(instance, shared, listeners, (ours, theirs), notifier, kept)
+
+
+def _require_token(admin: Sequence[socket.socket], settings: Settings) -> None:
+    """Sockets that systemd passed may be bound elsewhere than the settings say."""
+    for sock in admin:
+        if sock.family == socket.AF_UNIX or ip_address(sock.getsockname()[0].split("%")[0]).is_loopback:
+            continue
+        if settings.listen.admin_token_file is None:
+            raise GupError(
+                f"the control plane's socket at {sock.getsockname()[0]} can be reached by others, so every "
+                "request needs a token: listen.admin_token_file must name a file with one"
+            )
+
+
+def _make_local_token(store: Store) -> None:
+    try:
+        make_local_token(store.run)
+    except OSError as error:  # a full disk must not stop the service
+        _LOG.warning("no token for commands on this machine: %s: %s", local_path(store.run), error.strerror)
 
 
 def raise_descriptor_limit() -> None:

@@ -56,13 +56,14 @@ def open_listeners(listen: Listen, workers: int, passed: PassedSockets) -> Liste
     return Listeners(tuple(opened[:data]), tuple(opened[data:]), shared=bool(passed.data))
 
 
-def url(sockets: Sequence[socket.socket]) -> str:
+def url(sockets: Sequence[socket.socket], *, tls: bool = False) -> str:
     """`http://H:P` of the first socket."""
+    scheme = "https" if tls else "http"
     sock = sockets[0]
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _bind(host: str, port: int, backlog: int, count: int) -> list[socket.socket]:

@@ -57,9 +57,10 @@ def serve(
     `reload` reads the settings again (SettingsError: they can't be used). `environment` is the process's own
     by default; tests give others, and other commands for the children.
     """
-    log.configure(settings.log.level, settings.log.format)
+    log.configure(settings.log)
     raise_descriptor_limit()
     with ExitStack() as stack:
+        stack.callback(log.close)
         try:
             premises = open_premises(settings, os.environ if environment is None else environment, stack)
         except GupError as error:
@@ -240,7 +241,8 @@ class Supervisor:
 
     def _status(self) -> str:
         listeners, count = self._premises.listeners, len(self._workers)
-        plane, control = sockets.url(listeners.data), sockets.url(listeners.admin)
+        tls = self._settings.listen.admin_cert_file is not None
+        plane, control = sockets.url(listeners.data), sockets.url(listeners.admin, tls=tls)
         workers = "1 worker" if count == 1 else f"{count} workers"
         return f"serving on {plane}, control plane on {control}, {workers}"
 
@@ -307,10 +309,11 @@ class Supervisor:
         return answer
 
     def _apply(self, new: Settings) -> None:
-        self._settings, late = effective(self._settings, new)
+        settings, late = effective(self._settings, new)
+        log.configure(settings.log)  # which may refuse
+        self._settings = settings
         for key in late:
             _LOG.warning("%s: takes effect at the next start", key)
-        log.configure(self._settings.log.level, self._settings.log.format)
         self._tell(self._seats, {"settings": dump(self._settings)})
         self._premises.shared.page.raise_policy()
         _LOG.info("settings reloaded")

@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
 
-import uvloop
-
 from gup import log
+from gup.addresses import Names, read_key
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
 from gup.process.child import Parent
 from gup.process.page import DOWNLOAD_WAITING_SINCE, POLICY_EPOCH, STORE_EPOCH
 from gup.process.shared import worker_block
+from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
+from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Machine
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
@@ -37,6 +38,7 @@ class Worker:
         self._assembly = assembly = Assembly(parent)
         self._drained = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._drained_soon = False
         page = assembly.shared.page
         tally = Tally(assembly.counters)
         epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), page.words)  # no frame: asked for each hit
@@ -45,15 +47,29 @@ class Worker:
         downloads = Downloads(
             assembly.downloads, lambda: assembly.means.settings.clients, tally, self._machine(), loop
         )
+        names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
+        self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
+        deliveries = self._deliveries = Deliveries(
+            assembly.settings,
+            assembly.store.run,
+            assembly.counters,
+            assembly.executor,
+            lambda: page.policy_epoch,
+            assembly.tell,
+            hot.drop,
+            assembly.means.clock,
+        )
+        assembly.pool.lists = deliveries.lists
         handler = Handler(
             assembly.means,
             assembly.cache,
-            assembly.routes,
+            deliveries,
             tally,
             hot,
             downloads,
             node=node_name(assembly.settings),
             wall_clock=assembly.means.wall_clock,
+            accounts=self._accounts,
         )
         self._tally = tally
         self._addresses = Addresses(
@@ -100,7 +116,8 @@ class Worker:
         self._listener.hot.refresh()
         self._listener.hot.forget_ready()
         self._assembly.cache.look_over()
-        self._tally.take_news(self._assembly.tell, wall_now)
+        self._accounts.each_second(self._assembly.offer, wall_now, all_of_it=self._drained_soon)
+        self._tally.take_news(self._assembly.tell, wall_now, self._accounts.names.of)
 
     async def run(self) -> None:
         """Serve until drained, or until the supervisor is gone."""
@@ -117,6 +134,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
+        await self._deliveries.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:
@@ -132,10 +150,11 @@ class Worker:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
             self._listener.apply(settings)
-            log.configure(settings.log.level, settings.log.format)
+            log.configure_child(settings.log)
 
     async def _drain(self) -> None:
         await self._listener.drain(self._assembly.settings.listen.drain_timeout)
+        self._drained_soon = True
         self._each_second(self._assembly.means.wall_clock())
         self._parent.send({"drained": True})
         self._drained.set()
@@ -149,9 +168,8 @@ def main() -> None:
     """Entry point of a worker process; `gup serve` starts it."""
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
-    log.configure(settings.log.level, settings.log.format)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_main(parent))
+    log.configure_child(settings.log)
+    asyncio.run(_main(parent))
 
 
 if __name__ == "__main__":

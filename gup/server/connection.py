@@ -9,19 +9,19 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable, Coroutine
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from gup.cache.body import Body
 from gup.errors import Problem
+from gup.server.accounts import Account
 from gup.server.downloads import Turn, stopping
 from gup.server.handler import Reply
 from gup.server.outgoing import BROKEN, FINISHED, Outgoing
 from gup.server.pacing import Pacer
+from gup.server.phase import Phase, allowed_seconds
 from gup.server.poller import READ, WRITE
-from gup.server.ranges import Span
 from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
-from gup.server.request import find_head_end, parse_head, skip_leading_newlines, too_large
+from gup.server.request import Request, check_begun, find_head_end, parse_head, skip_leading_newlines
 
 if TYPE_CHECKING:
     from gup.server.listener import Listener
@@ -30,20 +30,8 @@ _READ_BYTES = 4096
 """Heads are short, and memory for more would be taken at every read."""
 _TURN_BYTES = 1 << 20
 """The most one connection sends before others have their turn."""
-_LINGER_SECONDS = 2.0
 _LINGER_BYTES = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
-
-
-class Phase(Enum):
-    """What a connection is doing."""
-
-    READING = "reading"
-    WAITING = "waiting"
-    QUEUED = "queued"
-    SENDING = "sending"
-    LINGERING = "lingering"
-    CLOSED = "closed"
 
 
 _READING = Phase.READING
@@ -60,6 +48,8 @@ class Connection:
     """
 
     __slots__ = (
+        "_asked",
+        "_began",
         "_body",
         "_close_after",
         "_eof",
@@ -73,6 +63,7 @@ class Connection:
         "_turn",
         "_waits",
         "_watched",
+        "account",
         "fd",
         "pacer",
         "peer",
@@ -95,6 +86,8 @@ class Connection:
         self.pacer = pacer
         self._paced: asyncio.TimerHandle | None = None
         self._lingered = 0
+        self._began = 0.0
+        self._asked: Request | None = None
         self._clear()
         self._watch(READ)
 
@@ -106,6 +99,7 @@ class Connection:
         self._close_after = False
         self._waits = False
         self._turn: Turn | None = None
+        self.account: Account | None = None
 
     @property
     def idle(self) -> bool:
@@ -188,12 +182,10 @@ class Connection:
     def advance(self) -> None:
         """Answer the heads that have arrived, one after the other, as far as that needs no waiting."""
         while self.phase is Phase.READING and self._pending:
-            skipped = skip_leading_newlines(self._pending)
-            del self._pending[:skipped]
+            del self._pending[: skip_leading_newlines(self._pending)]
             end = find_head_end(self._pending)
             if end < 0:
-                if len(self._pending) > LONGEST_HEAD_BYTES:
-                    self.refuse(too_large(self._pending))
+                self._check_begun()
                 break
             head = bytes(self._pending[:end])
             del self._pending[:end]
@@ -204,10 +196,18 @@ class Connection:
             else:
                 self._go_on_reading()
 
+    def _check_begun(self) -> None:
+        """Refuse at once what has no end yet and never can be a head."""
+        try:
+            check_begun(self._pending)
+        except Problem as problem:
+            self.refuse(problem)
+
     def _answer(self, head: bytes) -> None:
         listener = self._listener
         if listener.lane.answer(self, head):
             return
+        self._began = listener.loop.time()
         try:
             request = parse_head(head)
         except Problem as problem:
@@ -216,22 +216,21 @@ class Connection:
         if request.plain and request.keep_alive and request.minor_version == 1:
             row = listener.hot.find_target(request.target)
             if row is not None and request.header("via") is None:
-                listener.lane.answer_whole(self, row)
+                listener.lane.answer_whole(self, row, listener.accounts.declarations.of(request.headers))
                 return
         reply = listener.handler.answer_now(request, head)
         if reply is not None:
             self.send(reply)
             return
         self.phase = Phase.WAITING
+        self._asked = request
         self._task = listener.loop.create_task(self._answer_later(listener.handler.answer(request, head)))
 
     async def _answer_later(self, answer: Coroutine[None, None, Reply]) -> None:
         try:
             reply = await answer
-        except asyncio.CancelledError:
+        finally:
             self._task = None
-            raise
-        self._task = None
         if self.phase is Phase.WAITING:
             self.send(reply)
             self.advance()
@@ -251,15 +250,16 @@ class Connection:
         """Send an answer, when its turn has come; the connection reads on when it has left."""
         self._reply = reply
         self._body = reply.body
+        self.account = account = reply.account
+        if account is not None:
+            account.began = self._began
         self.when_due(reply.turn, self._send_reply)
 
     def _send_reply(self) -> None:
         reply = self._reply
         assert reply is not None
-        self._listener.handler.begin(reply)
-        self.begin(
-            reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
-        )
+        self._listener.handler.begin(reply, self.peer)
+        self.begin(reply.outgoing(self._listener.tally.words))
         self._close_after = reply.close
         self.push()
 
@@ -283,28 +283,19 @@ class Connection:
         self._clear()
         self.refuse(stopping())
 
-    def begin(
-        self,
-        head: bytes,
-        segments: tuple[bytes | Span, ...],
-        body: Body | None,
-        sent_at: int,
-        stream_at: int,
-        *,
-        chunked: bool = False,
-    ) -> None:
-        """An answer is to leave: `head`, then `segments`. `push` sends it."""
+    def begin(self, outgoing: Outgoing) -> None:
+        """An answer is to leave; `push` sends it."""
         self.phase = Phase.SENDING
         self.since = self._listener.now
-        self._body = body
-        words = self._listener.tally.words
-        self._outgoing = Outgoing(words, head, segments, body, sent_at, stream_at, chunked=chunked)
+        self._body = outgoing.body
+        self._outgoing = outgoing
 
-    def push(self) -> None:
+    def push(self, sent_before: int = 0) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
         budget = _TURN_BYTES if self.pacer is None else self._slice(self.pacer)
         outgoing = self._outgoing
         assert outgoing is not None
+        outgoing.sent_bytes += sent_before
         try:
             while budget > 0:
                 done = outgoing.push(self.sock, budget)
@@ -353,9 +344,7 @@ class Connection:
 
     def _woken(self) -> None:
         self._waits = False
-        if self.phase is Phase.SENDING:
-            self.push()
-            self.advance()
+        self._writable()
 
     def _writable(self) -> None:
         if self.phase is Phase.SENDING:
@@ -368,6 +357,7 @@ class Connection:
     def finish(self) -> None:
         """The answer has left: go on with the next request, or end."""
         close = self._close_after or self._listener.draining
+        self._tell(complete=True)
         self._want_write(wanted=False)
         self._leave_body()
         self._clear()
@@ -380,6 +370,13 @@ class Connection:
             self._linger()
 
     # --- the end
+
+    def _tell(self, *, complete: bool) -> None:
+        """Say what became of the answer, once."""
+        account, self.account = self.account, None
+        if account is not None:
+            sent = self._outgoing.sent_bytes if self._outgoing is not None else 0
+            self._listener.accounts.end(self.peer, account, sent, complete=complete)
 
     def _leave_body(self) -> None:
         """Give back what the answer held: its turn, and its place among the body's readers."""
@@ -411,26 +408,27 @@ class Connection:
         if self.phase is Phase.CLOSED:
             return
         self.phase = Phase.CLOSED
+        self._tell(complete=False)
         self._watch(0)
         self._leave_body()
         if self._paced is not None:
             self._paced.cancel()
             self._paced = None
         if self._task is not None:
+            assert self._asked is not None
             self._task.cancel()
             self._task = None
+            self._listener.accounts.left(self.peer, self._asked, self._began)
         self.sock.close()
         self._listener.gone(self)
 
     def expired(self, now: float) -> bool:
         """Whether the client has used up its time; see Listener's sweep."""
-        settings = self._listener.settings.listen
-        age = now - self.since
-        if self.phase is Phase.READING:
-            return age > (settings.header_timeout if self._pending else settings.idle_timeout)
-        if self.phase is Phase.LINGERING:
-            return age > _LINGER_SECONDS
-        return self.stalled and age > settings.write_timeout + self._listener.pacing.grace_seconds
+        listen, grace = self._listener.settings.listen, self._listener.pacing.grace_seconds
+        allowed = allowed_seconds(
+            self.phase, listen, begun=bool(self._pending), stalled=self.stalled, grace_seconds=grace
+        )
+        return now - self.since > allowed
 
     def expire(self) -> None:
         """End because time is up: a begun head is told so, a begun answer is cut."""

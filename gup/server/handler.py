@@ -9,14 +9,18 @@ from gup.cache.body import Body
 from gup.cache.cache import Cache, Opened, Result
 from gup.cache.flight import Means
 from gup.cache.record import Head
+from gup.content.choice import Choice
 from gup.content.http_date import format_http_date
 from gup.content.key import Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
+from gup.server.accounts import Account, Accounts, of_problem
+from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Turn
 from gup.server.hot import HotRow, HotTable
+from gup.server.outgoing import Outgoing
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
 from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
@@ -33,6 +37,7 @@ _STATUS_OF_RESULT = {
     Result.BYPASS: "gup; fwd=bypass",
 }
 """Values of Cache-Status (RFC 9211)."""
+_STATUS_OF_HEAD_MISS = "gup; fwd=uri-miss"
 _TRIES = 3
 """Bodies that a request may find to be replaced before it has begun to read them."""
 _OUR_MISTAKE = Problem("internal-error", "a mistake of gup's own; its log tells more")
@@ -56,6 +61,15 @@ class Reply:
     """Counted when the answer begins to leave, as `status`; None: it is counted already."""
     status: int = 0
     began: float = 0.0
+    account: Account | None = None
+    """What is told of it when it has left."""
+    full: str = ""
+    """The key's text when bytes of a full are sent: who takes it is told."""
+
+    def outgoing(self, words: "memoryview[int]") -> Outgoing:
+        """The answer on its way; counts its body bytes in two of `words`."""
+        places = self.sent_at, self.stream_at
+        return Outgoing(words, self.head, self.segments, self.body, *places, chunked=self.chunked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +78,14 @@ class Asked:
 
     request: Request
     route: Route
-    variant: Variant
+    """With the key that was chosen for this client."""
+    choice: Choice
     head: bytes
+
+    @property
+    def variant(self) -> Variant:
+        """Whose upstreams are asked."""
+        return self.choice.asked
 
 
 class Handler:
@@ -75,44 +95,53 @@ class Handler:
         self,
         means: Means,
         cache: Cache,
-        routes: Routes,
+        deliveries: Deliveries,
         tally: Tally,
         hot: HotTable,
         downloads: Downloads,
         *,
         node: str,
         wall_clock: Callable[[], float],
+        accounts: Accounts,
     ) -> None:
         self.draining = False
         self._means = means
         self._cache = cache
-        self._routes = routes
+        self._deliveries = deliveries
+        self._routes = _routes(means.settings)
         self._tally = tally
         self._hot = hot
         self._downloads = downloads
         self._node = node
         self._via = f"1.1 {node} (gup)"
         self._wall_clock = wall_clock
+        self.accounts = accounts
         self._authorities = _authorities(means.settings)
 
     def apply(self, settings: config.Settings) -> None:
         """Reloaded settings."""
         self._authorities = _authorities(settings)
+        self._routes = _routes(settings)
+        self._deliveries.apply(settings)
 
     # --- entry points
 
     def answer_now(self, request: Request, head: bytes) -> Reply | None:
         """The answer if it needs neither disk nor upstream; None: call `answer`."""
+        if not self._deliveries.ready:
+            return None
         began = self._means.clock()
         epochs = self._hot.epochs
+        asked = None
         try:
             asked = self._ask(request, head)
             opened = self._cache.open_now(asked.route, asked.variant)
             if opened is None:
                 return None
+            self._deliveries.passed(asked.choice, asked.route)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
-            return self.refusal(problem, request=request)
+            return self.refusal(problem, request=request, asked=asked)
         except Exception:
             log.exception("a request failed: %r", head[:200])
             return self.refusal(_OUR_MISTAKE.again(), request=request, close=True)
@@ -122,15 +151,18 @@ class Handler:
     async def answer(self, request: Request, head: bytes) -> Reply:
         """The answer, whatever it takes; never raises but when it is cancelled."""
         began = self._means.clock()
-        epochs = self._hot.epochs
+        asked = None
         try:
+            await self._deliveries.until_ready()
+            epochs = self._hot.epochs
             asked = self._ask(request, head)
+            self._deliveries.passed(asked.choice, asked.route)
             if request.method == "HEAD":
                 return await self._answer_head(asked)
             opened = await self._open(asked)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
-            return self.refusal(problem, request=request)
+            return self.refusal(problem, request=request, asked=asked)
         except Exception as error:
             if isinstance(error, OSError) and is_exhausted(error):
                 return self.refusal(exhausted(error), request=request)
@@ -144,16 +176,19 @@ class Handler:
         problem: Problem,
         *,
         request: Request | None = None,
+        asked: Asked | None = None,
         keep_alive: bool = False,
         close: bool = False,
     ) -> Reply:
         """The response that tells a problem: the only place where one is translated.
 
-        `keep_alive` is what the client asked for where there is no parsed `request` to tell.
+        `asked` is what of the request was understood. `keep_alive` is what the client asked for where there
+        is no parsed `request` to tell.
         """
         status = problem.status
         upstream = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
-        self._tally.request("error" if upstream or status not in _REFUSALS else "refused", status)
+        result = "error" if upstream or status not in _REFUSALS else "refused"
+        self._tally.request(result, status)
         close = close or closes(problem.slug) or self.draining
         keep = (request.keep_alive if request is not None else keep_alive) and not close
         text = problems.render(
@@ -164,7 +199,9 @@ class Handler:
             head_only=request is not None and request.method == "HEAD",
             keep_alive=keep,
         )
-        return Reply(text, close=not keep)
+        key = asked.route.key(asked.variant).text if asked is not None else None
+        account = of_problem(request, problem.slug, result, status, key)
+        return Reply(text, close=not keep, account=self._stated(account, request))
 
     # --- what is asked
 
@@ -180,10 +217,10 @@ class Handler:
                 f"{target.authority} is no upstream of this service; it is not an open proxy",
             )
         route = self._routes.route(target.path)
-        variants = self._means.pool.variants
-        if not variants:
+        if not self._means.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
-        return Asked(request, route, variants[0], head)
+        choice = self._deliveries.choose(request, route)
+        return Asked(request, choice.of(route), choice, head)
 
     async def _open(self, asked: Asked) -> Opened:
         """The body, with the bytes that its answer begins with at hand: until then an error can be told."""
@@ -224,6 +261,8 @@ class Handler:
             body = None
         if opened.entry is not None:
             self._tally.used(opened.key.text)
+        elif asked.route.immutable:
+            self._tally.asked(opened.key.text)
         slot = self._means.streams.number(opened.key)
         turn = self._turn(opened, planned)
         return Reply(
@@ -238,7 +277,15 @@ class Handler:
             opened.result,
             planned.status,
             began,
+            self._stated(of_body(asked.request, opened, planned), asked.request),
+            opened.key.text if opened.kind is Kind.FULL and body is not None else "",
         )
+
+    def _stated(self, account: Account, request: Request | None) -> Account:
+        """The account with what the client states of itself."""
+        if request is not None:
+            account.stated = self.accounts.declarations.of(request.headers)
+        return account
 
     def _turn(self, opened: Opened, planned: Plan) -> Turn | None:
         """The turn that an answer needs whose body is a download. Problem when too many wait for theirs."""
@@ -252,8 +299,12 @@ class Handler:
             opened.body.leave()
             raise
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: Reply, peer: str) -> None:
         """An answer begins to leave: count it."""
+        if reply.full:
+            self._tally.took_full(peer, reply.full)
+        if reply.account is not None:
+            reply.account.first_byte = self.accounts.clock()
         if reply.result is not None:
             self._tally.request(reply.result, reply.status)
             self._means.counters.observe(
@@ -282,9 +333,14 @@ class Handler:
         head, result, age_seconds = await self._cache.look(
             asked.route, asked.variant, asked.request.header("via")
         )
-        planned = plan(asked.request, _representation(head), self._served(result, age_seconds))
+        served = self._served(result, age_seconds)
+        if result is Result.MISS:
+            served = replace(served, cache_status=_STATUS_OF_HEAD_MISS)
+        planned = plan(asked.request, _representation(head), served)
         self._tally.request(result, planned.status)
-        return Reply(planned.head, close=planned.close)
+        key = asked.route.key(asked.variant).text
+        account = Account("HEAD", result, planned.status, key)
+        return Reply(planned.head, close=planned.close, account=self._stated(account, asked.request))
 
     # --- the hot lane
 
@@ -296,6 +352,8 @@ class Handler:
         if not request.plain and self._hot.find_target(request.target) is not None:
             return
         if not entry.all_verified or opened.result is not Result.HIT:
+            return
+        if not asked.choice.decision.allowed:  # each one is counted
             return
         if not request.keep_alive or request.minor_version != 1 or request.method != "GET":
             return
@@ -319,8 +377,22 @@ class Handler:
             part_hit_at=self._tally.requests["hit", 206],
             fresh_until=None if asked.route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,
+            stated=self.accounts.declarations.of(request.headers),
+            full=opened.kind is Kind.FULL,
         )
-        self._hot.learn(asked.head if request.plain else None, request.target, row, epochs)
+        # Where it depends on the client, only these same bytes have the same answer.
+        target = request.target if asked.choice.for_everybody else None
+        self._hot.learn(asked.head if request.plain else None, target, row, epochs)
+
+
+def of_body(request: Request, opened: Opened, planned: Plan) -> Account:
+    """The account of an answer with content: which part of the body it is, one span of it at most."""
+    account = Account(request.method, opened.result, planned.status, opened.key.text)
+    spans = [segment for segment in planned.segments if isinstance(segment, Span)]
+    if len(spans) == 1:
+        account.start, account.stop = spans[0].start, spans[0].stop
+        account.length = opened.body.end()
+    return account
 
 
 def is_download(kind: Kind, length: int | None) -> bool:
@@ -335,6 +407,11 @@ def _representation(head: Head) -> Representation:
 def _without_range(request: Request) -> Request:
     kept = tuple((name, value) for name, value in request.headers if name not in ("range", "if-range"))
     return replace(request, headers=kept)
+
+
+def _routes(settings: config.Settings) -> Routes:
+    """LiveUpdate's files at the root are served where there is an upstream to have them from."""
+    return Routes(liveupdate=any(upstream.kind == "liveupdate" for upstream in settings.upstream))
 
 
 def _authorities(settings: config.Settings) -> frozenset[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.entry import Entry
+from gup.content.declared import NOTHING, Stated
 from gup.server.response import HeadTemplate, PartTemplate
 
 MAX_HEAD_BYTES = 2048
@@ -49,7 +50,11 @@ class HotRow:
     fresh_until: float | None
     """None: for ever."""
     validated_at: float
+    full: bool = False
+    """Whether it is told who takes it."""
     used: bool = True
+    stated: Stated = NOTHING
+    """What the client states whose head the row is found by; a target alone tells nothing of it."""
     ready: bytes | None = None
     """Head and body together, right while `ready_of` is the date."""
     ready_of: bytes | None = None
@@ -149,15 +154,18 @@ class HotTable:
         """Read before a decision; `learn` refuses it when they have changed since."""
         return (*self._shared(), self._drops)
 
-    def learn(self, head: bytes | None, target: bytes, row: HotRow, epochs: tuple[int, int, int]) -> None:
-        """Remember a decision made while `epochs` were in force."""
+    def learn(
+        self, head: bytes | None, target: bytes | None, row: HotRow, epochs: tuple[int, int, int]
+    ) -> None:
+        """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
         if epochs != self.epochs:
             return
         if epochs[:2] != self._seen:
             self.refresh()
         if head is not None and len(head) <= MAX_HEAD_BYTES:
             _insert(self._by_head, head, row)
-        _insert(self._by_target, target, row)
+        if target is not None:
+            _insert(self._by_target, target, row)
 
     def refresh(self) -> None:
         """Take the epochs' changes in."""

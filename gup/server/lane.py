@@ -21,7 +21,9 @@ import socket
 from typing import TYPE_CHECKING
 
 from gup.errors import Problem
+from gup.server.accounts import Teller
 from gup.server.hot import HotRow, HotTable
+from gup.server.outgoing import Outgoing
 from gup.server.plain import PLAIN_HEAD
 from gup.server.ranges import Span
 
@@ -45,7 +47,7 @@ class Lane:
         """Answer a whole head, or bytes that may be one; False: nothing was done."""
         row = self._hot.find(head)
         if row is not None:
-            self.answer_whole(connection, row)
+            self.answer_whole(connection, row, row.stated)
             return True
         plain = _recognised(head)
         if plain is None:
@@ -55,31 +57,16 @@ class Lane:
         if row is None:
             return False
         if positions == _NO_RANGE:
-            self.answer_whole(connection, row)
+            self.answer_whole(connection, row, head)
             return True
-        return self._answer_part(connection, row, *positions)
-
-    def _answer_part(
-        self,
-        connection: "Connection",
-        row: HotRow,
-        first: bytes | None,
-        last: bytes | None,
-        other_first: bytes | None,
-        other_last: bytes | None,
-    ) -> bool:
-        """One range that can be satisfied, before Host or after it; False for any other: it is parsed."""
-        if first is not None and other_first is not None:
+        span = _span(row, *positions)
+        if span is None:
             return False
-        start, end = int(first or other_first or 0), int(last or other_last or 0)
-        stop = min(end + 1, row.length)
-        if start >= stop:
-            return False
-        self._when_due(connection, row, row.part_hit_at, start, stop)
+        self._when_due(connection, row, 206, span, head)
         return True
 
-    def answer_whole(self, connection: "Connection", row: HotRow) -> None:
-        """Head and body."""
+    def answer_whole(self, connection: "Connection", row: HotRow, teller: Teller) -> None:
+        """Head and body. `teller` tells whom it is for, in reports and log."""
         listener = self._listener
         date = listener.date
         if connection.pacer is None:
@@ -87,11 +74,14 @@ class Lane:
             if row.ready_of is not date:
                 message = self._hot.make_ready(row, date, listener.wall_now)
             if message is not None:
-                self._send_ready(connection, row, message)
+                self._send_ready(connection, row, message, teller)
                 return
-        self._when_due(connection, row, row.hit_at, 0, row.length)
+        self._when_due(connection, row, 200, Span(0, row.length), teller)
 
-    def _send_ready(self, connection: "Connection", row: HotRow, message: bytes) -> None:
+    def _send_ready(self, connection: "Connection", row: HotRow, message: bytes, teller: Teller) -> None:
+        words, accounts = self._words, self._listener.accounts
+        logged = (words[row.hit_at] + 1) % accounts.every == accounts.first
+        began = accounts.clock() if logged else 0.0
         try:
             sent = connection.sock.send(message)
         except (BlockingIOError, InterruptedError):
@@ -102,25 +92,55 @@ class Lane:
         self._count_hit(connection, row, row.hit_at)
         body_at = len(message) - row.length
         body_sent = max(0, sent - body_at)
-        self._words[row.sent_at] += body_sent
-        self._words[row.stream_at] += body_sent
-        if sent < len(message):
-            rest = Span(body_sent, row.length)
-            connection.begin(message[sent:body_at], (rest,), row.entry, row.sent_at, row.stream_at)
-            connection.push()
+        words[row.sent_at] += body_sent
+        words[row.stream_at] += body_sent
+        if sent == len(message):
+            accounts.takes.add((connection.peer, row.key_text, teller))
+            if logged:
+                span = Span(0, row.length)
+                accounts.log_hot(connection.peer, accounts.of_row(row, 200, span, teller, began))
+            return
+        self._go_on(
+            connection,
+            row,
+            200,
+            message[sent:body_at],
+            Span(0, row.length),
+            body_sent,
+            teller,
+            accounts.clock(),
+        )
+
+    def _go_on(
+        self,
+        connection: "Connection",
+        row: HotRow,
+        status: int,
+        head: bytes,
+        span: Span,
+        sent: int,
+        teller: Teller,
+        began: float,
+    ) -> None:
+        """Leave the rest, of which the socket took `sent` bytes at once, to the connection."""
+        connection.account = self._listener.accounts.of_row(row, status, span, teller, began)
+        rest = Span(span.start + sent, span.stop)
+        connection.begin(Outgoing(self._words, head, (rest,), row.entry, row.sent_at, row.stream_at))
+        connection.push(sent)
 
     def _when_due(
-        self, connection: "Connection", row: HotRow, counted_at: int, start: int, stop: int
+        self, connection: "Connection", row: HotRow, status: int, span: Span, teller: Teller
     ) -> None:
-        """Send bytes `start` to `stop` now, or, of a download, when its turn comes."""
+        """Send the span now, or, of a download, when its turn comes."""
+        listener = self._listener
+        began = listener.accounts.clock()
         if not row.download:
-            self._send_span(connection, row, counted_at, start, stop)
+            self._send_span(connection, row, status, span, teller, began)
             return
 
         def go() -> None:
-            self._send_span(connection, row, counted_at, start, stop)
+            self._send_span(connection, row, status, span, teller, began)
 
-        listener = self._listener
         try:
             turn = listener.downloads.ask()
         except Problem as problem:
@@ -129,48 +149,96 @@ class Lane:
         connection.when_due(turn, go)
 
     def _send_span(
-        self, connection: "Connection", row: HotRow, counted_at: int, start: int, stop: int
+        self,
+        connection: "Connection",
+        row: HotRow,
+        status: int,
+        span: Span,
+        teller: Teller,
+        began: float,
     ) -> None:
         listener = self._listener
-        if counted_at == row.hit_at:
-            head = row.head(listener.date, listener.wall_now)
+        if status == 200:
+            head, counted_at = row.head(listener.date, listener.wall_now), row.hit_at
         else:
-            head = row.part_head(listener.date, listener.wall_now, start, stop)
+            head = row.part_head(listener.date, listener.wall_now, span.start, span.stop)
+            counted_at = row.part_hit_at
         self._count_hit(connection, row, counted_at)
-        if connection.pacer is None and row.at_hand(start, stop, listener.now):
+        sent = 0
+        if connection.pacer is None and row.at_hand(span.start, span.stop, listener.now):
             try:
-                head, start = self._send_at_once(connection, row, head, start, stop)
+                head, sent = self._send_at_once(connection, row, head, span)
             except OSError:
                 connection.close()
                 return
-            if start == stop:
-                if row.download:
-                    connection.finish()  # gives its turn back
+            if sent == span.stop - span.start:
+                self._has_left(connection, row, status, counted_at, span, teller, began)
                 return
-        connection.begin(head, (Span(start, stop),), row.entry, row.sent_at, row.stream_at)
-        connection.push()
+        self._go_on(connection, row, status, head, span, sent, teller, began)
+
+    def _has_left(
+        self,
+        connection: "Connection",
+        row: HotRow,
+        status: int,
+        counted_at: int,
+        span: Span,
+        teller: Teller,
+        began: float,
+    ) -> None:
+        """All of it has left at once."""
+        accounts = self._listener.accounts
+        if status == 200:
+            accounts.takes.add((connection.peer, row.key_text, teller))
+        else:
+            accounts.part_taken(connection.peer, row, span, teller)
+        if self._words[counted_at] % accounts.every == accounts.first:
+            account = accounts.of_row(row, status, span, teller, began)
+            accounts.log_hot(connection.peer, account)
+        if row.download:
+            connection.finish()  # gives its turn back
 
     def _send_at_once(
-        self, connection: "Connection", row: HotRow, head: bytes, start: int, stop: int
+        self, connection: "Connection", row: HotRow, head: bytes, span: Span
     ) -> tuple[bytes, int]:
-        """What of head and span the socket does not take at once. OSError: the client is gone."""
+        """What of the head the socket does not take at once, and how much of the span it does.
+
+        OSError: the client is gone.
+        """
         try:
             sent = connection.sock.send(head, socket.MSG_MORE)
         except (BlockingIOError, InterruptedError):
-            return head, start
+            return head, 0
         if sent < len(head):
-            return head[sent:], start
+            return head[sent:], 0
         try:
-            sent = os.sendfile(connection.fd, row.entry.fd, start, stop - start)
+            sent = os.sendfile(connection.fd, row.entry.fd, span.start, span.stop - span.start)
         except OSError:  # the socket is full, or the disk fails: the next try, in `push`, tells
             sent = 0
         self._words[row.sent_at] += sent
         self._words[row.stream_at] += sent
-        return b"", start + sent
+        return b"", sent
 
     def _count_hit(self, connection: "Connection", row: HotRow, at: int) -> None:
         listener = self._listener
         self._words[at] += 1
         uses = listener.tally.uses
         uses[row.key_text] = uses.get(row.key_text, 0) + 1
+        if row.full:
+            listener.tally.took_full(connection.peer, row.key_text)
         connection.since = listener.now
+
+
+def _span(
+    row: HotRow,
+    first: bytes | None,
+    last: bytes | None,
+    other_first: bytes | None,
+    other_last: bytes | None,
+) -> Span | None:
+    """One range that can be satisfied, before Host or after it; None for any other: it is parsed."""
+    if first is not None and other_first is not None:
+        return None
+    start, end = int(first or other_first or 0), int(last or other_last or 0)
+    stop = min(end + 1, row.length)
+    return Span(start, stop) if start < stop else None

@@ -62,6 +62,7 @@ class Listener:
         self.poller = Poller(loop)
         self.hot = hot
         self.downloads = downloads
+        self.accounts = handler.accounts
         self.draining = False
         self._sockets = list(sockets)
         self._admission = admission
@@ -90,6 +91,7 @@ class Listener:
         """New settings for what connects and times out from now on."""
         self.settings = settings
         self.handler.apply(settings)
+        self.accounts.apply(settings)
         self.hot.drop()
         self._admission.apply(settings)
         self._choose_pacing()

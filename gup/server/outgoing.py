@@ -37,6 +37,7 @@ class Outgoing:
         "body",
         "full",
         "position",
+        "sent_bytes",
     )
 
     def __init__(
@@ -52,6 +53,7 @@ class Outgoing:
     ) -> None:
         self.body = body
         self.position = 0
+        self.sent_bytes = 0
         self.full = False
         """Whether the socket took less of the body than it was offered: asking again at once is in vain."""
         self._words = words
@@ -141,5 +143,6 @@ class Outgoing:
         return True
 
     def _count(self, sent: int) -> None:
+        self.sent_bytes += sent
         self._words[self._sent_at] += sent
         self._words[self._stream_at] += sent

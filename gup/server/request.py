@@ -16,6 +16,7 @@ MAX_TARGET_BYTES = 8192
 MAX_HEADERS = 100
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of methods that anybody has registered
 _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
 _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
@@ -104,6 +105,22 @@ def too_large(buffer: bytes | bytearray) -> Problem:
     return Problem("head-too-large", f"A request head may have {MAX_HEAD_BYTES} bytes.")
 
 
+def check_begun(buffer: bytes | bytearray) -> None:
+    """Problem when no bytes that may follow can make `buffer` a head: why let its sender wait for that?
+
+    A line ended by LF alone, a TLS hello and HTTP/0.9 would otherwise look like a head that is still coming.
+    """
+    if len(buffer) > MAX_HEAD_BYTES:
+        raise too_large(buffer)
+    ends = buffer.count(b"\r\n")
+    if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
+        raise Problem("bad-request", "A line of a head ends with CRLF; a CR or LF stands alone here.")
+    if not _BEGINNING.match(buffer):
+        raise Problem("bad-request", "This is not HTTP; and TLS is not spoken here.")
+    if ends:
+        _check_line(buffer)
+
+
 def parse_head(head: bytes) -> Request:
     """The request of one whole head, from its first letter to its CRLFCRLF.
 
@@ -152,6 +169,15 @@ class _Fields:
 def _check_grammar(head: bytes) -> None:
     if len(head) > MAX_HEAD_BYTES:
         raise too_large(head)
+    fields_at = _check_line(head)
+    if not _FIELD_LINES.fullmatch(head, fields_at):
+        raise Problem("bad-request", "A header field is malformed.")
+    if head.count(b"\r\n", fields_at) - 1 > MAX_HEADERS:
+        raise Problem("head-too-large", f"A request may have {MAX_HEADERS} header fields.")
+
+
+def _check_line(head: bytes | bytearray) -> int:
+    """Problem unless the request line, which is whole, is one; where it ends."""
     line = _REQUEST_LINE.match(head)
     if not line:
         raise Problem("bad-request", "The request line is malformed.")
@@ -159,10 +185,7 @@ def _check_grammar(head: bytes) -> None:
         raise _uri_too_long()
     if line[2] not in (b"1.0", b"1.1"):
         raise Problem("http-version", f"HTTP/{line[2].decode()} is not spoken here.")
-    if not _FIELD_LINES.fullmatch(head, line.end()):
-        raise Problem("bad-request", "A header field is malformed.")
-    if head.count(b"\r\n", line.end()) - 1 > MAX_HEADERS:
-        raise Problem("head-too-large", f"A request may have {MAX_HEADERS} header fields.")
+    return line.end()
 
 
 def _check_framing(method: str, headers: tuple[tuple[str, str], ...]) -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from gup.upstream.turns import Turns, rank
 
-_BURST_NS = 20_000_000
-"""Credit for time not used: covers a sleep that wakes late, and no more."""
+_BURST_NS = 100_000_000
+"""Credit for time not used: covers a busy machine's late wakes, and is 1 % of any ten seconds."""
 _SLICE_SECONDS = 0.02
 """Bytes are paid for in slices of so much of the rate: an urgent one waits for no more than that."""
 _LEAST_SLICE_BYTES = 2048
 _MOST_SLICE_BYTES = 256 * 1024
-_OVERDUE_NS = 50_000_000
+_OVERDUE_NS = _BURST_NS + 30_000_000
 """A process whose turn it is and that does not come is passed over, so that the link never idles."""
 _SHORTEST_SLEEP_SECONDS = 0.001
 _FLOCK = struct.Struct("hhqqi4x")
@@ -108,6 +108,14 @@ class Wan:
         finally:
             self._waiting.remove(me)
             self._first_changed()
+
+    def sort_anew(self, share: Share) -> None:
+        """To be called when the share's priority was changed: what of it waits takes its new place."""
+        for waiter in self._waiting:
+            if waiter.share is share:
+                waiter.rank = rank(share.priority, share.tag)
+        self._waiting.sort()
+        self._first_changed()
 
     def _first_changed(self) -> None:
         self._turns.ask(self._waiting[0].rank if self._waiting else None)

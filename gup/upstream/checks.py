@@ -1,7 +1,8 @@
 """Active health checks: asks each upstream for a head now and then; one process alone does this, for all.
 
-A check costs a request without a body. A manager is asked for its index file; another gup for what it refuses
-by itself, since its index file would have it ask upstream, and a gup whose upstream is gone still serves.
+A check costs a request without a body. Managers and LiveUpdate are asked for an index file; another gup for
+what it refuses by itself, since an index file would have it ask upstream, and a gup whose upstream is gone
+still serves.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from gup.content.catalog import CATALOG_PATH
 from gup.upstream.connection import Ask, Upstream
 from gup.upstream.exchange import UpstreamFailure
 from gup.upstream.health import FIRST_BACKOFF_SECONDS, Health, State, backoff_seconds
@@ -16,12 +18,12 @@ from gup.upstream.pool import Pool
 
 _LOG = logging.getLogger("gup.upstream")
 _TICK_SECONDS = 0.2
-_INDEX_PATH = "/content/ContentInfo.txt"
+_PATHS = {"manager": CATALOG_PATH, "liveupdate": "/minitri.flg", "gup": "/"}
 
 
 def check_path(kind: str) -> str:
     """What is asked for."""
-    return "/" if kind == "gup" else _INDEX_PATH
+    return _PATHS[kind]
 
 
 def wait_seconds(name: str, health: Health, interval_seconds: float) -> float:

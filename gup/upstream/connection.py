@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gup import config
-from gup.content.key import Variant
+from gup.content.key import ANY, Variant
 from gup.upstream.bandwidth import Share, Wan
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, is_broken_http, rejected, translated
 
 if TYPE_CHECKING:
     import aiohttp
@@ -91,6 +91,19 @@ class Answer:
         self._share = share
         self._broke = broke
         self._closed: Callable[[], None] | None = closed
+        connection = response.connection
+        self._protocol = connection.protocol if connection is not None else None
+        self._connection_end = self._protocol.closed if self._protocol is not None else None
+        if self._connection_end is not None:
+            self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
+            self._connection_end.add_done_callback(_note_end)
+            self._connection_end.add_done_callback(self._lost)
+
+    def _lost(self, _end: object) -> None:
+        """The connection has gone. After what is no HTTP aiohttp tells no reader, who would wait on."""
+        content = self._response.content
+        if content.exception() is None and not content.is_eof():
+            content.set_exception(ConnectionResetError("the connection ended in mid-body"))
 
     async def read(self) -> bytes:
         """The next piece, paid for; empty at the end. UpstreamFailure when it breaks off."""
@@ -102,18 +115,43 @@ class Answer:
         except UpstreamFailure as failure:
             self._broke(failure)
             raise
+        if not piece:
+            self._check_end()
         try:
             await self._wan.pay(len(piece), self._share)
         finally:
             self._count(len(piece))
         return piece
 
+    def _check_end(self) -> None:
+        """UpstreamFailure when more came with the body's end than was announced: which of it is right?"""
+        if self._protocol is not None and is_broken_http(self._protocol.exception()):
+            raise rejected(f"{self.head.upstream} sent more than it announced")
+
     def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""
+        if self._connection_end is not None:  # the connection may live on
+            self._connection_end.remove_done_callback(self._lost)
+            self._connection_end = None
         self._response.close() if not self._response.content.at_eof() else self._response.release()
         closed, self._closed = self._closed, None
         if closed is not None:
             closed()
+
+
+def _note_end(end: asyncio.Future[None]) -> None:
+    """How a connection ended is of no interest once its answer was read: or asyncio complains in the log."""
+    if not end.cancelled():
+        end.exception()
+
+
+def _declared(settings: config.Upstream) -> dict[str, str]:
+    """Another gup has to be told which of its managers' content is meant: it chooses as for a client."""
+    if settings.kind != "gup":
+        return {}
+    own = {name.lower() for name in settings.headers}
+    stated = {"GUP-Client-Version": settings.version, "GUP-Client-Language": settings.language}
+    return {name: text for name, text in stated.items() if text != ANY and name.lower() not in own}
 
 
 class Upstream:
@@ -129,7 +167,7 @@ class Upstream:
         self.node = ""
         """A gup's name in Via, once it has answered."""
         self._via = via
-        self._fixed = {"User-Agent": user_agent, **settings.headers}
+        self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
         self._session: aiohttp.ClientSession | None = None
 
     def url(self, path: str) -> str:

@@ -122,10 +122,18 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         raise UpstreamFailure(
             "error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True
         ) from error
-    except (aiohttp.ClientError, ConnectionError, OSError, asyncio.IncompleteReadError) as error:
+    except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError, RuntimeError) as error:
+        # RuntimeError is what aiohttp raises when its connection has gone and nobody has told the reader.
         raise UpstreamFailure(
             "error", "upstream-error", f"{name} broke off: {error or type(error).__name__}", again=True
         ) from error
+
+
+def is_broken_http(error: BaseException | None) -> bool:
+    """Whether what came over a connection was no HTTP."""
+    import aiohttp  # noqa: PLC0415 - see _translated
+
+    return isinstance(error, aiohttp.http.HttpProcessingError)
 
 
 def _tls_reason(error: "aiohttp.ClientSSLError") -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gup import config
 from gup.content.key import Variant
+from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
 from gup.upstream.connection import Answer, Ask, Upstream
@@ -54,6 +55,8 @@ class Pool:
         self._last_detail = ""
         self._retired: list[Upstream] = []
         self._closing: set[asyncio.Task[None]] = set()
+        self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
+        """Whether an upstream's catalogue lists a stream; set by whoever reads catalogues."""
         self.apply(upstreams)
 
     def apply(self, upstreams: Sequence[config.Upstream]) -> None:
@@ -77,15 +80,28 @@ class Pool:
 
     # --- choice
 
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """The variants that there are upstreams for, the most wanted first."""
-        return tuple(dict.fromkeys(upstream.variant for upstream in self.upstreams))
-
     def candidates(self, variant: Variant, key: str = "") -> list[Upstream]:
-        """Upstreams of `variant`, the one to ask first at the head, those that are down at the end."""
-        fitting = [upstream for upstream in self.upstreams if upstream.variant == variant]
+        """Upstreams of `variant`, the one to ask first at the head, those that are down at the end.
+
+        A wide variant's are all that it covers, of these only such as list the stream if any does. So are
+        those of a key that is for all and that no upstream is set for: a fill that goes on after its leader,
+        or a repair, knows the key alone. LiveUpdate's files are at LiveUpdate, of whatever variant.
+        """
+        stream = _stream_of(key)
+        if stream == LIVEUPDATE_STREAM:
+            fitting = [upstream for upstream in self.upstreams if upstream.settings.kind == "liveupdate"]
+        else:
+            fitting = self._of_variant(variant, stream)
         return sorted(fitting, key=lambda upstream: self._rank(upstream, key))
+
+    def _of_variant(self, variant: Variant, stream: str) -> list[Upstream]:
+        managers = [upstream for upstream in self.upstreams if upstream.settings.kind != "liveupdate"]
+        found = [upstream for upstream in managers if variant.covers(upstream.variant)]
+        wide = variant if variant.is_wide else variant.widened()
+        if wide.is_wide and (variant.is_wide or not found):
+            found = [upstream for upstream in managers if wide.covers(upstream.variant)]
+            found = [upstream for upstream in found if self.lists(upstream.name, stream)] or found
+        return found
 
     def _rank(self, upstream: Upstream, key: str) -> tuple[int, int, float]:
         settings = upstream.settings
@@ -278,6 +294,12 @@ class Pool:
         for upstream in (*self.upstreams, *self._retired):
             await upstream.close()
         await asyncio.gather(*self._closing)
+
+
+def _stream_of(key: str) -> str:
+    """The stream in a content key's text."""
+    parts = key.split("/")
+    return parts[2] if len(parts) > 2 else ""
 
 
 def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:

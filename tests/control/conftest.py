@@ -22,6 +22,7 @@ from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind
 from gup.control.service import Control, Surroundings
+from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 
@@ -59,6 +60,7 @@ class World:
     sender: socket.socket
     receiver: socket.socket
     now: float = 2_000_000.0
+    installed_at: float = 2_000_000.0 - 86400
     epochs: int = 0
     store_bytes: list[int] = field(default_factory=list)
     workers: list[dict[str, object]] = field(
@@ -149,7 +151,7 @@ class World:
             totals=self.totals,
             since_start=self.totals,
             stream_names=lambda: self.streams,
-            product_of=self.products.get,
+            product_of=lambda stream: self.products.get(stream[2]),
             raise_store_epoch=self.raise_epoch,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
@@ -163,7 +165,7 @@ class World:
             events=self.receiver,
             admin=admin,
             started_at=self.now - 3600,
-            installed_at=self.now - 86400,
+            installed_at=self.installed_at,
         )
 
     @asynccontextmanager
@@ -191,6 +193,7 @@ class World:
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     store = Store(tmp_path / "cache")
     store.prepare()
+    await asyncio.to_thread(make_local_token, store.run)
     claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     settings = Settings.model_validate(
@@ -216,6 +219,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-async def browser() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
+    """Shows the token that commands on the same machine show."""
+    shown = {"Authorization": f"Bearer {local_path(world.store.run).read_text().strip()}"}
+    timeout = aiohttp.ClientTimeout(total=20)
+    async with aiohttp.ClientSession(timeout=timeout, headers=shown) as session:
         yield session

@@ -2,8 +2,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from gup.control.exposition import Figures, expose, parse_series, stream_labels
-from gup.metrics import CODES_OF_RESULT, MAX_STREAMS, METRICS, Counters, layout, series
+from gup.control.exposition import Figures, expose, parse_series
+from gup.control.shown import OTHER, first_shown, shown_labels, stream_labels
+from gup.metrics import CODES_OF_RESULT, MAX_SHOWN, MAX_STREAMS, METRICS, Counters, layout, series
 
 UPSTREAMS = ["manager"]
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -83,7 +84,7 @@ def test_histograms_are_cumulative_and_their_sums_are_seconds():
     def bucket(edge):
         return found[series("gup_time_to_first_byte_seconds_bucket", {"result": "miss", "le": edge})]
 
-    assert (bucket("0.001"), bucket("0.0025"), bucket("10"), bucket("30"), bucket("+Inf")) == (0, 2, 3, 3, 4)
+    assert (bucket("0.001"), bucket("0.005"), bucket("10"), bucket("30"), bucket("+Inf")) == (0, 2, 3, 3, 4)
     assert found['gup_time_to_first_byte_seconds_count{result="miss"}'] == 4
     assert found['gup_time_to_first_byte_seconds_sum{result="miss"}'] == pytest.approx(106.004)
     assert found["gup_fill_duration_seconds_count"] == 0
@@ -97,8 +98,8 @@ def test_streams_are_named_by_the_catalogue_and_added_up():
     counters.add_stream("sent", 2, "other", 5)
     counters.add_stream("sent", MAX_STREAMS, "index", 7)
     names = [("14.3 RU2", "French", MONIKER), ("14.3 RU1", "French", MONIKER), ("any", "de", "{X}")]
-    product_of = {MONIKER: ("SEPC Virus Definitions", "SymAllLanguages")}.get
-    found = samples(figures(counters, stream_names=names, product_of=product_of))
+    products = {MONIKER: ("SEPC Virus Definitions", "SymAllLanguages")}
+    found = samples(figures(counters, stream_names=names, product_of=lambda of: products.get(of[2])))
 
     def sent(product, language, kind, direction="sent"):
         labels = {"product": product, "language": language, "kind": kind}
@@ -106,14 +107,76 @@ def test_streams_are_named_by_the_catalogue_and_added_up():
 
     assert sent("SEPC Virus Definitions", "SymAllLanguages", "full") == 120
     assert sent("SEPC Virus Definitions", "SymAllLanguages", "delta", "received") == 3
-    assert sent("SEPC Virus Definitions", "SymAllLanguages", "index") == 0
+    assert sent("SEPC Virus Definitions", "SymAllLanguages", "delta") == 0
     assert sent("{X}", "de", "other") == 5
     assert sent("other", "other", "index") == 7
-    assert sum(name.startswith("gup_stream_sent") for name in found) == 12
+    assert sum(name.startswith("gup_stream_sent") for name in found) == 4
 
 
 def test_a_slot_without_a_name_is_other():
     assert stream_labels([], 3, lambda _: None) == ("other", "other")
+
+
+def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_500_series():
+    upstreams = ["manager", "spare"]
+    words = dict.fromkeys(layout(upstreams), 1)
+    names = [("14.3 RU2", "any", f"{{{slot:08X}}}") for slot in range(MAX_STREAMS)]
+    labels = [(moniker, "any") for *_, moniker in names]
+    for slot in range(MAX_STREAMS):  # what there is of a moniker: no other kind (routes)
+        for way in ("sent", "received"):
+            words[series(f"gup_stream_{way}_bytes_total", {"slot": str(slot), "kind": "other"})] = 0
+    shown = figures(
+        totals=words,
+        upstreams=upstreams,
+        stream_names=names,
+        upstreams_up=dict.fromkeys(upstreams, True),
+        newest={(*label, where): 1.0 for label in labels for where in ("held", "requested")},
+        storms=dict.fromkeys(labels, False) | {labels[-1]: True},
+        client_bytes_per_second=1,
+        limits=dict.fromkeys(["connections", "connections_per_address", "downloads", "fills", "queue"], 1),
+    )
+    found = samples(shown)
+    assert len(found) <= 500
+    sent = [value for name, value in found.items() if name.startswith("gup_stream_sent_bytes_total")]
+    assert sum(sent) == 3 * MAX_STREAMS + 4, "what is not shown apart is shown as other"
+    storm = series("gup_full_storm", {"product": labels[-1][0], "language": "any"})
+    assert found[storm] == 1, "a storm is shown, however many streams there are"
+
+
+def test_series_have_the_labels_and_the_values_that_their_rows_give():
+    counters = Counters.private(UPSTREAMS)
+    counters.add_stream("sent", 0, "full", 1)
+    shown = figures(
+        counters,
+        newest={("SEPC Virus Definitions", "any", "held"): 1.0},
+        storms={("SEPC Virus Definitions", "any"): True},
+        limits={"fills": 8},
+    )
+    families = {family.name: family for family in parse_text(expose(shown, "")[0].decode())}
+    for metric in METRICS:
+        promised = dict(metric.labels) | ({"upstream": tuple(UPSTREAMS)} if metric.upstream else {})
+        for sample in families[metric.name.removesuffix("_total")].samples:
+            assert set(sample.labels) - {"le"} == set(promised), sample
+            for label, values in promised.items():
+                assert not values or sample.labels[label] in values, sample
+
+
+def test_what_is_shown_apart_is_the_first_and_stays_so():
+    names = [("v", "any", f"{{{slot}}}") for slot in range(MAX_STREAMS)]
+    for known in range(MAX_STREAMS + 1):
+        labels = shown_labels(names[:known], lambda _: None)
+        apart = min(known, MAX_SHOWN)
+        assert labels[:apart] == [(f"{{{slot}}}", "any") for slot in range(apart)]
+        assert set(labels[apart:]) == {OTHER}
+    shown = first_shown(names, lambda _: None, [("{49}", "any"), ("{1}", "any"), ("{0}", "any")])
+    assert shown == [("{1}", "any"), ("{0}", "any"), ("{49}", "any")]
+
+
+def test_streams_of_one_product_take_one_place():
+    names = [("v", "any", f"{{{slot}}}") for slot in range(MAX_STREAMS)]
+    labels = shown_labels(names, lambda _: ("definitions", "any"))
+    assert set(labels) == {("definitions", "any"), OTHER}
+    assert labels.count(OTHER) == 1
 
 
 def test_an_unlimited_rate_is_absent_and_a_limit_is_shown():

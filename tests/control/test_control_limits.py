@@ -1,7 +1,7 @@
 """Limits as they are shown."""
 
 from gup.config import Settings
-from gup.control.limits import Meter, limits_of, numbers, received_bytes
+from gup.control.limits import Meter, limits_of, numbers
 
 
 def test_what_is_not_limited_is_not_among_the_numbers():
@@ -43,9 +43,3 @@ def test_a_total_that_falls_is_no_negative_rate():
     meter.see(500, 0.0)
     meter.see(0, 1.0)
     assert meter.bytes_per_second() == 0
-
-
-def test_all_upstreams_and_purposes_are_received_bytes():
-    name = 'gup_upstream_received_bytes_total{purpose="%s",upstream="%s"}'
-    totals = {name % ("fill", "a"): 5, name % ("index", "b"): 6, "gup_fill_waiters": 100}
-    assert received_bytes(totals) == 11

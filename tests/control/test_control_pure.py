@@ -6,17 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gup.content.catalogues import Label
 from gup.content.key import ContentKey, Kind
 from gup.control.api.described import operation_of
-from gup.control.api.listing import Labels, Listing, select, shown
+from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
 from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
-from gup.control.guard import Asked, refusal
-from gup.control.page import ago, render, size
 from gup.control.rows import make_row
 from gup.control.status import totals_of
-from gup.control.streams import STORM_WINDOW_SECONDS, Demand, newest_times, revision_time
+from gup.control.streams import newest_times, revision_time
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"
 
@@ -142,7 +141,7 @@ def test_pages_together_are_the_whole_list_once(order):
 
 
 def labels(_):
-    return Labels("Virus Definitions")
+    return Label("Virus Definitions", "14.3.1", "English", "virus_definitions")
 
 
 def test_filters_choose():
@@ -157,6 +156,7 @@ def test_filters_choose():
     assert found(revision="260101001") == ["full.zip", delta]
     assert found(product="virus definitions") == found() == ["full.zip", delta]
     assert found(version="14.3 ru2", language="FRENCH", stream="{s}") == found()
+    assert found(version="14.3.1", language="en") == found(language="fr-CA") == found()
     for wanted in ({"language": "German"}, {"product": "{S}"}, {"revision": "26"}, {"version": "14"}):
         assert found(**wanted) == []
 
@@ -183,53 +183,6 @@ def test_a_delta_tells_its_step():
 def test_wrong_parameters_are_named(parameters):
     with pytest.raises(ValueError, match=r"limit|order|kind|cursor|version|sort"):
         select([], Listing.model_validate(parameters), labels)
-
-
-# --- who may ask
-
-
-def ask(
-    method="GET", path="/api/v1/status", host="127.0.0.1:2968", peer="127.0.0.1", local="127.0.0.1", **more
-):
-    return Asked(method, path, host, more.get("origin"), more.get("fetch_site"), peer, local)
-
-
-@pytest.mark.parametrize(
-    ("asked", "admin", "allowed"),
-    [
-        (ask(), "127.0.0.1", True),
-        (ask(host="localhost:2968"), "127.0.0.1", True),
-        (ask(host="LOCALHOST"), "127.0.0.1", True),
-        (ask(host="[::1]:2968"), "::1", True),
-        (ask(host="evil.example:2968"), "127.0.0.1", False),
-        (ask(host="localhost.evil.example"), "127.0.0.1", False),
-        (ask(host="127.0.0.1.evil.example"), "127.0.0.1", False),
-        (ask(host="127.0.0.1@evil.example"), "127.0.0.1", False),
-        (ask(host="localhost:x"), "127.0.0.1", False),
-        (ask(host=""), "127.0.0.1", False),
-        (ask(host="[::1"), "127.0.0.1", False),
-        (ask(path="/metrics", host="evil.example"), "127.0.0.1", False),
-        (ask(path="/metrics", host="gup.site.example", peer="10.0.0.9"), "0.0.0.0", True),
-        (ask(path="/", host="gup.site.example", peer="10.0.0.9"), "0.0.0.0", False),
-        (ask(path="/", host="10.0.0.5:2968", peer="10.0.0.9", local="10.0.0.5"), "0.0.0.0", True),
-        (ask("DELETE"), "127.0.0.1", True),
-        (ask("DELETE", peer="::ffff:127.0.0.1"), "127.0.0.1", True),
-        (ask("DELETE", peer="10.0.0.9"), "127.0.0.1", False),
-        (ask("DELETE", peer=None), "127.0.0.1", False),
-        (ask("POST", host="10.0.0.5", peer="10.0.0.9", local="10.0.0.5"), "10.0.0.5", True),
-        (ask("POST", host="evil.example", peer="10.0.0.9", local="10.0.0.5"), "10.0.0.5", False),
-        (ask("POST", path="/metrics", host="evil.example"), "0.0.0.0", False),
-        (ask("POST", origin="http://127.0.0.1:2968"), "127.0.0.1", True),
-        (ask("POST", origin="http://127.0.0.1:9999"), "127.0.0.1", False),
-        (ask("POST", origin="https://evil.example"), "127.0.0.1", False),
-        (ask("POST", origin="null"), "127.0.0.1", False),
-        (ask("POST", fetch_site="cross-site"), "127.0.0.1", False),
-        (ask("POST", fetch_site="same-site"), "127.0.0.1", False),
-        (ask("POST", fetch_site="same-origin"), "127.0.0.1", True),
-    ],
-)
-def test_who_may_ask(asked, admin, allowed):
-    assert (refusal(asked, admin) is None) == allowed
 
 
 # --- figures
@@ -268,72 +221,7 @@ def test_newest_content_takes_the_latest_of_a_product():
     assert times == {("{A}", "l", "held"): revision_time("260103002")}
 
 
-def test_a_storm_is_fulls_asked_for_where_deltas_are():
-    demand, stream = Demand(), row().stream_id
-    demand.count(row(), 10, 0.0)
-    assert demand.storms(1.0, lambda _: False) == {stream: False}
-    assert demand.storms(1.0, lambda _: True) == {stream: True}
-    demand.count(row("xdelta250101001_To_260101002.dax", Kind.DELTA), 10, 2.0)
-    assert demand.storms(3.0, lambda _: True) == {stream: False}
-    assert demand.newest() == {stream: "260101002"}
-    demand.count(row(), 5, 4.0)
-    assert demand.storms(STORM_WINDOW_SECONDS, lambda _: True) == {stream: True}
-    assert demand.storms(2 * STORM_WINDOW_SECONDS, lambda _: True) == {stream: False}
-
-
-# --- the page
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (-2_500_000, "-2.5 MB"),
-        (123e9, "123 GB"),
-        (5e15, "5000.0 TB"),
-    ],
-)
-def test_sizes_for_people(count, text):
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-5, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (9e5, "10 d")]
-)
-def test_spans_for_people(seconds, text):
-    assert ago(seconds) == text
-
-
-def status(**more):
-    return {
-        "site": "b", "version": "1", "ready": True, "uptime_seconds": 5.0, "reload": {"successful": False},
-        "totals": {name: totals_of({}) for name in ("since_start", "since_install")},
-        "cache": {"size_bytes": 1, "limit_bytes": 2, "entries": 3, "free_bytes": 4},
-        "clients": {"seen": {"1d": 0}, "connections": 0}, "wan_rate_bytes_per_second": None,
-        "fills": [], "upstreams": [], "workers": [], "failures": [],
-    } | more  # fmt: skip
-
-
-def test_nothing_from_outside_becomes_markup():
-    nasty = "<script>alert(1)</script>"
-    text = render(
-        status(
-            site=nasty,
-            fills=[{"key": nasty, "id": "", "upstream": nasty, "length_bytes": 9, "received_bytes": 3}],
-            upstreams=[{"name": nasty, "url": nasty, "up": False}],
-            workers=[{"slot": nasty, "pid": nasty, "up_since": None, "ready": False}],
-            failures=[{"at": 0.0, "key": nasty, "problem": nasty, "detail": nasty}],
-        ),
-        [{"key": nasty, "kind": nasty, "length_bytes": 1, "hits": 1, "stored_at": 0.0, "pinned": True}],
-        10.0,
-        "n0nce",
-    )
-    assert nasty not in text
-    assert text.count("<script") == 1
-    assert "&lt;script&gt;" in text
-    assert "the last reload was refused" in text
+# --- the API
 
 
 def test_every_request_of_the_application_is_documented():
@@ -341,8 +229,8 @@ def test_every_request_of_the_application_is_documented():
     plane = SimpleNamespace()
     for route in make_app(plane).router.routes():
         path = route.resource.canonical
-        if route.method != "HEAD":
+        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
             path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
-            assert f"`{route.method} {path}`" in text, (route.method, path)
+            assert f"`{route.method} {path}`" in text.replace("?", "`"), (route.method, path)
             described = operation_of(route.handler) is not None
             assert described == path.startswith(("/api/", "/healthz", "/readyz", "/metrics")), path

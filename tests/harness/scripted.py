@@ -74,6 +74,8 @@ class Answer:
     """The connection ends after so many body bytes of this answer, wherever in the body it began."""
     stall_after: int | None = None
     """After so many body bytes of this answer nothing more comes, until the upstream is stopped."""
+    garbage_at: int | None = None
+    """Of a chunked body: bytes that are no chunk, after which the connection stays open."""
     piece_seconds: float = 0.0
     """Pause after each piece of 16 KiB."""
 
@@ -246,6 +248,9 @@ class ScriptedUpstream:
             seen.body_bytes += len(piece)
             if answer.piece_seconds:
                 time.sleep(answer.piece_seconds)
+        if answer.garbage_at is not None:
+            connection.sendall(b"no chunk\r\n")
+            return True
         if answer.reset_at is not None and answer.reset_at <= stop:
             _reset(connection)
             return False
@@ -338,7 +343,7 @@ def _head(answer: Answer, start: int, stop: int) -> bytes:
 
 def _pieces(answer: Answer, start: int, stop: int, stopping: Callable[[], bool]) -> Iterator[bytes]:
     """The body's span in small pieces that end at gates and cuts; waits at the gates."""
-    cut = min(x for x in (answer.reset_at, answer.close_at, stop) if x is not None)
+    cut = min(x for x in (answer.reset_at, answer.close_at, answer.garbage_at, stop) if x is not None)
     gates = dict(_gates(answer.gates, start))
     marks = sorted({offset for offset in gates if offset < stop} | {cut})
     at = start

@@ -22,7 +22,7 @@ from harness.clients import RawConnection, Response, address_of, fetch
 from harness.processes import command_line, end, environment, marked, owners_of_connection
 from harness.waiting import until
 
-READY = re.compile(r"gup: serving on (http://\S+), control plane on (http://\S+), (\d+) workers?")
+READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
 START_TIMEOUT_SECONDS = 20.0
 REPOSITORY = Path(__file__).parents[2]
 
@@ -91,6 +91,7 @@ class Gup:
         workers: int = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        admin: str = "127.0.0.1:0",
         start: bool = True,
     ) -> None:
         self.cache_dir = cache_dir
@@ -98,7 +99,9 @@ class Gup:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._mark = uuid.uuid4().hex
         unlimited = {} if settings and "wan" in settings else {"GUP_WAN__RATE": "0"}
-        self._env = {**unlimited, "PYTHONPATH": str(REPOSITORY), **(env or {})}
+        # what upstream is asked for is counted: catalogues are read where a test is about them
+        unread = {} if settings and "catalog" in settings else {"GUP_CATALOG__REFRESH": "0"}
+        self._env = {**unlimited, **unread, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         self._runs = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.data: tuple[str, int] = ("", 0)
@@ -111,7 +114,7 @@ class Gup:
         for url in upstreams:
             self.command += ["--upstream", url]
         self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
-        self.command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        self.command += ["--listen", "127.0.0.1:0", "--admin", admin]
         if start:
             self.start()
 
@@ -275,10 +278,23 @@ class Gup:
         """Until the metric has this value."""
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
-    def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
-        """Status and JSON of one call of the control plane; None for an empty body."""
-        answer = fetch(self.admin, path, method=method)
+    def api(
+        self, path: str, *, method: str = "GET", given: Mapping[str, Any] | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON of one call of the control plane, `given` some JSON; None for an empty body.
+
+        What changes something shows the token that commands on this machine show.
+        """
+        shown = {} if method == "GET" else {"Authorization": f"Bearer {self.token}"}
+        sent = json.dumps(given).encode() if given is not None else b""
+        if sent:
+            shown["Content-Type"] = "application/json"
+        answer = fetch(self.admin, path, shown, method=method, body=sent)
         return answer.status, json.loads(answer.body) if answer.body else None
+
+    @property
+    def token(self) -> str:
+        return (self.cache_dir / "run" / "admin-token").read_text().strip()
 
     def status(self) -> dict[str, Any]:
         code, found = self.api("/api/v1/status")

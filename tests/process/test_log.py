@@ -1,43 +1,68 @@
-"""The log's two formats."""
+"""The log: its two formats, and where it goes."""
 
 import io
 import json
 import logging
+import os
 import re
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
+from harness.waiting import until
 
 from gup import log
+from gup.config import Log
+from gup.errors import SettingsError
+from gup.log.writer import WritingHandler
 
 
-@pytest.fixture
-def stream():
+@pytest.fixture(autouse=True)
+def as_before():
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    yield io.StringIO()
+    yield
+    log.close()
     root.setLevel(level)
     root.handlers[:] = handlers
 
 
+@pytest.fixture
+def stream():
+    return io.StringIO()
+
+
+def configure(level="info", form="text", destination="stderr", stream=None):
+    log.configure(Log(level=level, format=form, destination=str(destination)), stream)
+
+
+def written(stream):
+    """All of it: the log's thread has ended."""
+    log.close()
+    return stream.getvalue()
+
+
 def test_text_is_one_line_with_time_level_logger_and_extras(stream):
-    log.configure("info", "text", stream)
+    configure(stream=stream)
     logging.getLogger("gup.test").info("worker %d ended", 3, extra={"signal": "SIGKILL"})
     pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info gup\.test\[\d+\]: worker 3 ended signal=SIGKILL\n"
-    assert re.fullmatch(pattern, stream.getvalue())
+    assert re.fullmatch(pattern, written(stream))
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_a_client_sent_cannot_begin_a_line(stream, form):
-    log.configure("info", form, stream)
+    configure(form=form, stream=stream)
     logging.getLogger().warning("path %s", "/a\r\nfake\x1b[31m\x85\u2028", extra={"agent": "x\ny"})
-    assert len(stream.getvalue().splitlines()) == 1
-    assert "\x1b" not in stream.getvalue()
+    assert len(written(stream).splitlines()) == 1
+    assert "\x1b" not in written(stream)
 
 
 def test_json_is_one_object_a_line(stream):
-    log.configure("info", "json", stream)
+    configure(form="json", stream=stream)
     logging.getLogger("gup.test").info("ready", extra={"slot": 2, "message_": object})
-    fields = json.loads(stream.getvalue())
+    fields = json.loads(written(stream))
     assert (fields["level"], fields["logger"], fields["message"], fields["slot"]) == (
         "info",
         "gup.test",
@@ -48,23 +73,178 @@ def test_json_is_one_object_a_line(stream):
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_an_exception_is_written_with_its_traceback(stream, form):
-    log.configure("info", form, stream)
+    configure(form=form, stream=stream)
     try:
         raise ValueError("wrong\nhere")  # noqa: TRY301 - to have a traceback
     except ValueError:
         logging.getLogger().exception("failed")
-    text = stream.getvalue()
+    text = written(stream)
     assert "ValueError: wrong" in text
     assert "Traceback" in text
     assert all(line.startswith(("    ", "20", "{")) for line in text.splitlines())
 
 
 def test_the_level_holds_and_configuring_again_replaces(stream):
-    log.configure("debug", "text", stream)
+    configure("debug", stream=stream)
     again = io.StringIO()
-    log.configure("warning", "text", again)
+    configure("warning", stream=again)
     logging.getLogger().info("not this")
     logging.getLogger().warning("this")
+    text = written(again)
     assert stream.getvalue() == ""
-    assert again.getvalue().count("\n") == 1
-    assert "this" in again.getvalue()
+    assert text.count("\n") == 1
+    assert "this" in text
+
+
+# --- destinations
+
+
+def put(count, text="line"):
+    for number in range(count):
+        logging.getLogger("gup.test").info("%s %d", text, number)
+
+
+def test_a_renamed_file_is_left_and_a_new_one_begun(tmp_path):
+    path = tmp_path / "gup.log"
+    configure(destination=path)
+    put(1, "before")
+    until(lambda: "before 0" in path.read_text(), "the first line")
+    path.rename(tmp_path / "old")
+    put(1, "after")
+    until(lambda: path.exists() and "after 0" in path.read_text(), "a new file")
+    path.unlink()
+    path.touch()  # as logrotate's "create" does
+    put(1, "third")
+    until(lambda: "third 0" in path.read_text(), "the file that was put there")
+    log.close()
+    assert "after" not in (tmp_path / "old").read_text()
+
+
+def test_a_file_that_was_truncated_begins_at_its_start(tmp_path):
+    path = tmp_path / "gup.log"
+    configure(destination=path)
+    put(100)
+    until(lambda: "line 99" in path.read_text(), "all lines")
+    os.truncate(path, 0)  # as logrotate's "copytruncate" does
+    put(1, "new")
+    log.close()
+    assert path.read_bytes().startswith(b"2")
+    assert path.read_text().count("\n") == 1
+
+
+def test_lines_of_several_processes_stay_whole(tmp_path):
+    path = tmp_path / "gup.log"
+    program = (
+        "import logging; from gup import log; from gup.config import Log\n"
+        f"log.configure(Log(destination={str(path)!r}, format='json'))\n"
+        "for n in range(2000): logging.getLogger('gup.test').info('%d %s', n, 'x' * (n % 3000))\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    assert [process.wait(30) for process in running] == [0, 0, 0]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == 6000
+    assert len({line["pid"] for line in found}) == 3
+
+
+def test_the_journal_gets_a_field_for_each_part(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        journal.settimeout(10)
+        configure(destination=f"journald:{tmp_path / 'journal'}")
+        logging.getLogger("gup.test").warning(
+            "it is %s", "odd\nPRIORITY=0", extra={"key": "a b", "none": None}
+        )
+        fields = journal.recv(1 << 16)
+        long = "y" * 1_000_000
+        logging.getLogger("gup.test").info(long)
+        _, fds, _, _ = socket.recv_fds(journal, 10, 1)
+        log.close()
+    message = b"it is odd\nPRIORITY=0 key=a b"
+    assert b"MESSAGE\n" + len(message).to_bytes(8, "little") + message + b"\n" in fields
+    assert b"\nGUP_KEY=a b\n" in fields
+    assert b"GUP_NONE" not in fields
+    assert fields.replace(message, b"").count(b"PRIORITY=") == 1
+    assert b"PRIORITY=4\n" in fields
+    assert b"MESSAGE=" + long.encode() in os.pread(fds[0], 1 << 21, 0)
+    os.close(fds[0])
+
+
+@pytest.mark.parametrize(
+    ("destination", "why"),
+    [
+        ("{}/none/gup.log", "No such file or directory"),
+        ("{}", "Is a directory"),
+        ("journald:{}/none", "No such file or directory"),
+        ("{}/pipe", "No such device or address"),  # that nobody reads
+    ],
+)
+def test_what_cannot_be_written_to_is_refused_and_the_log_before_stays(tmp_path, stream, destination, why):
+    os.mkfifo(tmp_path / "pipe")
+    configure(stream=stream)
+    with pytest.raises(SettingsError, match=f"log.destination: .*can't be written to: {why}"):
+        configure(destination=destination.format(tmp_path))
+    log.configure_child(Log(destination=destination.format(tmp_path)))
+    text = written(stream)
+    assert why in text
+
+
+@pytest.mark.parametrize("destination", ["gup.log", "journal", "", "syslog", "journald:relative", "stderr:x"])
+def test_a_destination_is_one_of_four(destination):
+    with pytest.raises(ValueError, match="the absolute path of a file"):
+        Log(destination=destination)
+
+
+class Stuck:
+    """Takes nothing until it may."""
+
+    def __init__(self):
+        self.may = threading.Event()
+        self.took = []
+        self.error = None
+
+    def write(self, records):
+        self.may.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.took += [record.getMessage() for record in records]
+
+    def close(self):
+        pass
+
+
+def test_nobody_waits_for_a_destination_that_hangs():
+    stuck = Stuck()
+    handler = WritingHandler(stuck)
+    for number in range(10_000):
+        handler.handle(logging.makeLogRecord({"msg": "%d", "args": (number,)}))  # returns, or this test hangs
+    stuck.may.set()
+    handler.close()
+    told = [text for text in stuck.took if "were dropped" in text]
+    lines = [int(text) for text in stuck.took if text.isdecimal()]
+    assert lines == list(range(len(lines)))
+    assert sum(int(text.split()[0]) for text in told) == 10_000 - len(lines) > 0
+
+
+def test_what_could_not_be_written_is_told_when_it_can(capfd):
+    stuck = Stuck()
+    stuck.error = OSError(28, "No space left on device")
+    stuck.may.set()
+    handler = WritingHandler(stuck)
+    handler.handle(logging.makeLogRecord({"msg": "lost"}))
+    until(lambda: "No space left on device" in capfd.readouterr().err, "standard error tells why")
+    stuck.error = None
+    handler.handle(logging.makeLogRecord({"msg": "written"}))
+    handler.close()
+    assert stuck.took[0] == "written"
+    assert stuck.took[1].startswith("1 lines of the log were dropped")
+
+
+def test_a_line_with_wrong_arguments_ends_nothing(capfd):
+    stuck = Stuck()
+    stuck.may.set()
+    handler = WritingHandler(stuck)
+    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    handler.handle(logging.makeLogRecord({"msg": "right"}))
+    handler.close()
+    assert stuck.took == ["right"]
+    assert "no number" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from gup.server.request import (
     MAX_HEADERS,
     MAX_TARGET_BYTES,
     Request,
+    check_begun,
     check_method,
     closes,
     find_head_end,
@@ -299,6 +300,31 @@ def test_a_head_may_be_as_large_as_the_limit():
 )
 def test_a_head_that_does_not_end_says_which_part_is_too_large(buffer, slug):
     assert too_large(buffer).slug == slug
+    assert problem_of(check_begun, buffer).slug == slug
+
+
+@pytest.mark.parametrize(
+    ("buffer", "slug"),
+    [
+        (b"GET / HTTP/1.1\nHost: gup\n\n", "bad-request"),
+        (b"GET / HTTP/1.1\r\nHost: gup\n\n", "bad-request"),
+        (b"GET / HTTP/1.1\rHost: gup\r\r", "bad-request"),
+        (b"\n\nGET / HTTP/1.1", "bad-request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "bad-request"),
+        (b"GET /content/x\r\n", "bad-request"),
+        (b"PRI * HTTP/2.0\r\n", "http-version"),
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n", "uri-too-long"),
+    ],
+)
+def test_what_can_never_become_a_head_is_not_waited_for(buffer, slug):
+    assert problem_of(check_begun, bytearray(buffer)).slug == slug
+
+
+def test_a_head_that_is_still_coming_is_waited_for():
+    head = get(b"X: a", b"Range: bytes=0-1", line=b"DELETE http://a/content/b?c HTTP/1.0")
+    for length in range(len(head)):
+        check_begun(head[:length])
+    check_begun(b"\r")
 
 
 # --- methods

@@ -203,8 +203,10 @@ BAD_TAILS: dict[str, Answer] = {
     "short by one": Answer(SHORT, announced=LENGTH, close_at=LENGTH - 1),
     "reset": Answer(SHORT, reset_at=LENGTH // 2),
     "cut chunks": Answer(SHORT, chunked=True, close_at=LENGTH // 2),
+    "no chunks": Answer(SHORT, chunked=True, garbage_at=LENGTH // 2),
     "cut without length": Answer(SHORT, framed=False, close_at=LENGTH // 2),
     "longer than announced": Answer(SHORT, announced=LENGTH - 1000),
+    "all right but for more than announced": Answer(zip_of("small", 10_000) + b"x" * 1000, announced=10_000),
     "no zip": Answer(noise("no zip", LENGTH)),
     "zip with a tail": Answer(SHORT[:-22] + b"x" * 22),
 }
@@ -231,6 +233,7 @@ def test_a_body_that_ends_wrong_is_never_a_complete_200(tmp_path):
         for name, path in paths.items():
             assert at.gup.get(path).status in (502, 504), name
             assert path.split("/")[3] in at.gup.log, name
+        assert "Traceback" not in at.gup.log
 
 
 def _fields(answer: Answer) -> dict[str, object]:

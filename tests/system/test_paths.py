@@ -249,6 +249,17 @@ def test_bad_request_lines(site, line, status):
         assert client.rest() == b""
 
 
+@pytest.mark.parametrize(
+    "begun", [f"GET {DELTA} HTTP/1.1\nHost: gup\n\n", "\x16\x03\x01\x02\0\x01\0\x01\xfc"]
+)
+def test_what_has_no_end_and_is_no_head_is_refused_at_once(site, begun):
+    """A client that ends lines with LF, or speaks TLS, waits for an answer: it would never send more."""
+    with site.gup.connect() as client:
+        client.send(begun.encode("latin-1"))
+        assert_problem(client.response(), 400, "bad-request")
+        assert client.rest() == b""
+
+
 def test_a_request_that_passed_here_before_is_a_loop(site):
     via = get_raw(site, DELTA).header("via")
     assert via is not None

@@ -353,6 +353,7 @@ def test_head_on_a_miss_asks_with_head_and_starts_no_fill(tmp_path, path):
             response = gup.get(path, method="HEAD")
             assert response.status == 200
             assert response.header("content-length") == "2000"
+            assert response.header("cache-status") == "gup; fwd=uri-miss"  # nothing is stored
             assert gup.get("/content/none.txt", method="HEAD").status == 404
             assert upstream.requests(path) == []
             assert len(upstream.requests(path, method="HEAD")) == 1

@@ -6,10 +6,11 @@ from typing import Any, NoReturn
 from aiohttp import web
 from pydantic import Field
 
+from gup.content.catalogues import Label
 from gup.content.key import Kind
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe
-from gup.control.api.listing import Entry, Label, Labels, Listing, select, shown
+from gup.control.api.listing import Entry, Labelling, Listing, select, shown
 from gup.control.plane import Plane
 from gup.control.rows import Row, row_of
 
@@ -62,14 +63,12 @@ class Pinned(Answer):
     pinned: bool
 
 
-def labelling(plane: Plane) -> Label:
-    """The labels of rows; each stream is looked up once."""
-    known: dict[tuple[str, str, str], Labels] = {}
+def labelling(plane: Plane) -> Labelling:
+    """What the catalogue calls the rows' streams at this moment."""
 
-    def label(row: Row) -> Labels:
-        if row.stream_id not in known:
-            known[row.stream_id] = Labels(plane.label(row.stream_id)[0])
-        return known[row.stream_id]
+    def label(row: Row) -> Label:
+        found = plane.around.label_of(row.stream_id, row.file)
+        return found if found is not None else Label(plane.label(row.stream_id)[0], "", "", "")
 
     return label
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gup.content.catalogues import Label
 from gup.content.key import Kind, delta_step
+from gup.content.languages import parse_language
 from gup.control.api.described import Answer, Number, Parameters
 from gup.control.rows import Row
 
@@ -27,23 +29,22 @@ _Order = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What a stream is called in the catalogue, for people; the moniker where it is not listed."""
-
-    product: str
-    type: str | None = None
-
-
-Label = Callable[[Row], Labels]
+Labelling = Callable[[Row], Label]
+"""What the catalogue calls a row's stream; the moniker, and the type "", where it is not listed."""
 
 
 class Listing(Parameters):
     """What to list. Text is compared without regard to capitals."""
 
     product: str | None = Field(None, min_length=1, description="Only of this product, as rows show it.")
-    version: str | None = Field(None, min_length=1, description="Only of this version.")
-    language: str | None = Field(None, min_length=1, description="Only of this language.")
+    version: str | None = Field(
+        None, min_length=1, description="Only of this version: the key's or the product's."
+    )
+    language: str | None = Field(
+        None,
+        min_length=1,
+        description="Only of this language, however it is written: the key's or the product's.",
+    )
     stream: str | None = Field(None, min_length=1, description="Only of this moniker.")
     revision: str | None = Field(
         None,
@@ -73,6 +74,8 @@ class Entry(Answer):
     revision: str = Field(description="The folder's.")
     file: str
     product: str = Field(description="From the catalogue; the moniker when it is not listed.")
+    product_version: str | None = Field(description="From the catalogue: what the product is made for.")
+    product_language: str | None = Field(description="From the catalogue.")
     type: str | None = Field(description="Type of content, from the catalogue.")
     kind: Kind
     content_revision: str | None = Field(description="What it brings a client to, if the names tell.")
@@ -96,14 +99,14 @@ class Page:
     cursor: str | None
 
 
-def select(rows: Iterable[Row], query: Listing, label: Label) -> Page:
+def select(rows: Iterable[Row], query: Listing, label: Labelling) -> Page:
     """The page that `query` asks for. Ties are broken by key, so no row is left out between pages.
 
     ValueError when its cursor is none of a listing's.
     """
     value, descending, after = _ORDERS[query.order.removeprefix("-")], query.order[0] == "-", query.place
-    matching = [row for row in rows if _fits(row, query, label)]
-    ordered = sorted(matching, key=lambda row: (value(row), row.key), reverse=descending)
+    found = matching(rows, query, label)
+    ordered = sorted(found, key=lambda row: (value(row), row.key), reverse=descending)
 
     def is_after(row: Row) -> bool:
         place = (value(row), row.key)
@@ -112,30 +115,51 @@ def select(rows: Iterable[Row], query: Listing, label: Label) -> Page:
     rest = [row for row in ordered if is_after(row)]
     page = rest[: query.limit]
     cursor = _cursor((value(page[-1]), page[-1].key)) if len(rest) > len(page) else None
-    return Page(tuple(page), len(matching), cursor)
+    return Page(tuple(page), len(found), cursor)
 
 
-def _fits(row: Row, query: Listing, label: Label) -> bool:
+def matching(rows: Iterable[Row], query: Listing, label: Labelling) -> list[Row]:
+    """All rows that the query's filters let through."""
+    return [row for row in rows if _fits(row, query, label)]
+
+
+def _fits(row: Row, query: Listing, label: Labelling) -> bool:
     if query.kind is not None and row.kind is not query.kind:
         return False
-    plain = ((query.version, row.version), (query.language, row.language), (query.stream, row.stream))
-    if not all(wanted is None or _same(wanted, found) for wanted, found in plain):
+    if query.stream is not None and not _same(query.stream, row.stream):
         return False
     if query.revision is not None and query.revision not in (row.revision, row.content_revision):
         return False
-    return query.product is None or _same(query.product, label(row).product)
+    if query.product is None and query.version is None and query.language is None:
+        return True
+    called = label(row)
+    return (
+        (query.product is None or _same(query.product, called.product))
+        and (query.version is None or _same(query.version, row.version, called.version))
+        and (query.language is None or _speaks(query.language, row.language, called.language))
+    )
 
 
-def _same(wanted: str, found: str) -> bool:
-    return wanted == found or wanted.casefold() == found.casefold()
+def _same(wanted: str, *found: str) -> bool:
+    return wanted.casefold() in map(str.casefold, found)
 
 
-def shown(row: Row, labels: Labels) -> dict[str, Any]:
+def _speaks(wanted: str, *found: str) -> bool:
+    """Whether one of them is the language, which may be written in other ways: French, fr, fr-CA."""
+    if _same(wanted, *found):
+        return True
+    language = parse_language(wanted)
+    return language is not None and language in map(parse_language, found)
+
+
+def shown(row: Row, label: Label) -> dict[str, Any]:
     """A row as the API shows it."""
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return row.to_json() | {
-        "product": labels.product,
-        "type": labels.type,
+        "product": label.product,
+        "product_version": label.version or None,
+        "product_language": label.language or None,
+        "type": label.type or None,
         "content_revision": row.content_revision,
         "from_revision": step.from_revision if step else None,
         "to_revision": step.to_revision if step else None,

@@ -1,5 +1,7 @@
 """The shape of `/api/v1/status` and its parts, for the description. Holds no figures."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from gup.control.api.described import Answer
@@ -96,6 +98,15 @@ class Worker(Answer):
     ready: bool
 
 
+class CatalogueState(Answer):
+    """What was read of an upstream's catalogue."""
+
+    source: str | None
+    streams: int | None
+    read_at: float | None
+    problem: str | None
+
+
 class Upstream(Answer):
     """An upstream and its health."""
 
@@ -111,6 +122,7 @@ class Upstream(Answer):
     since: float
     last_error: str | None
     last_error_at: float | None
+    catalogue: CatalogueState | None
 
 
 class Limit(Answer):
@@ -161,6 +173,17 @@ class ReloadState(Answer):
     successful: bool
 
 
+class Alarm(Answer):
+    """Something that an operator should look at."""
+
+    name: str
+    severity: Literal["warning", "critical"]
+    since: float
+    subject: str = Field(description="What it is about; empty for the service itself.")
+    text: str
+    what_to_do: str
+
+
 class PastFailure(Answer):
     """A fill that failed."""
 
@@ -191,5 +214,6 @@ class Status(Answer):
     limits: Limits
     scrub: Scrub
     reload: ReloadState
+    alarms: list[Alarm]
     failures: list[PastFailure]
     malformed_events: int

@@ -3,15 +3,12 @@
 from typing import Any
 
 from aiohttp import web
-from pydantic import Field
 
 from gup.complaints import SECRET_KEYS, mask_password
 from gup.config import Settings
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, describe
-from gup.control.api.shapes import Fill, Seen, Status, Upstream
-
-_CLIENTS_SHOWN = 1000
+from gup.control.api.shapes import Fill, Status, Upstream
 
 
 class Fills(Answer):
@@ -25,21 +22,6 @@ class Upstreams(Answer):
     """All upstreams."""
 
     upstreams: list[Upstream]
-
-
-class Client(Answer):
-    """An address that asked for content."""
-
-    address: str
-    seen_at: float
-
-
-class Clients(Answer):
-    """The clients seen."""
-
-    seen: Seen
-    known: int = Field(description="Addresses remembered.")
-    clients: list[Client] = Field(description="Those seen last, newest first.")
 
 
 @describe(Status)
@@ -66,20 +48,6 @@ async def config(request: web.Request) -> web.Response:
     return answer(masked(request.app[PLANE].settings))
 
 
-@describe(Clients)
-async def clients(request: web.Request) -> web.Response:
-    """How many clients were seen, and the last of them."""
-    plane = request.app[PLANE]
-    newest = plane.clients.newest(_CLIENTS_SHOWN)
-    return answer(
-        {
-            "seen": plane.clients.counts(plane.clock()),
-            "known": len(plane.clients),
-            "clients": [{"address": address, "seen_at": at} for address, at in newest],
-        }
-    )
-
-
 def masked(settings: Settings) -> dict[str, Any]:
     """All settings as they are named in the file, without what is secret in them."""
     fields = settings.model_dump(mode="json", by_alias=True)
@@ -96,5 +64,4 @@ routes = [
     web.get("/api/v1/fills", fills),
     web.get("/api/v1/upstreams", upstreams),
     web.get("/api/v1/config", config),
-    web.get("/api/v1/clients", clients),
 ]

@@ -1,10 +1,10 @@
-"""The log: lines of text or JSON on standard error; decides nothing about what is worth a line."""
+"""How a record of the log reads: a line of text, or a JSON object. Writes nothing."""
 
 import json
 import logging
-import sys
+import re
 import time
-from typing import Any, Literal, TextIO
+from typing import Any
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What every record has; whatever else it has was given by `extra=`."""
@@ -22,8 +22,20 @@ def _time(record: logging.LogRecord) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
 
 
-def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _PLAIN}
+_BARE = re.compile(r'[^\s"=]+')
+
+
+def extras(record: logging.LogRecord) -> dict[str, Any]:
+    """What `extra=` gave; nothing that is None."""
+    given = vars(record).items()
+    return {name: value for name, value in given if name not in _PLAIN and value is not None}
+
+
+def _shown(value: object) -> str:
+    """One value in a line of text: quoted when it would not be one word."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 class TextFormatter(logging.Formatter):
@@ -34,8 +46,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         head = f"{_time(record)} {record.levelname.lower()} {record.name}[{record.process}]: "
-        extras = "".join(f" {name}={value}" for name, value in _extras(record).items())
-        line = head + (record.getMessage() + extras).translate(_ESCAPES)
+        more = "".join(f" {name}={_shown(value)}" for name, value in extras(record).items())
+        line = head + (record.getMessage() + more).translate(_ESCAPES)
         if record.exc_info:
             trace = self.formatException(record.exc_info)
             line += "".join("\n    " + row.translate(_ESCAPES) for row in trace.splitlines())
@@ -55,23 +67,4 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_extras(record) | fields, default=str)
-
-
-class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, so that `configure` finds the one it put up before."""
-
-
-def configure(
-    level: Literal["debug", "info", "warning", "error"],
-    format_: Literal["text", "json"],
-    stream: TextIO | None = None,
-) -> None:
-    """Send records of at least `level` to `stream` (default: standard error); again after a reload."""
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
-        root.removeHandler(handler)
-    handler = _Handler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
-    root.addHandler(handler)
-    root.setLevel(level.upper())
+        return json.dumps(fields | {n: v for n, v in extras(record).items() if n not in fields}, default=str)

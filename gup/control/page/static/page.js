@@ -1,0 +1,243 @@
+// Puts fresh fragments in the place of old ones and draws the charts. Renders no figure itself, asks no other host.
+"use strict";
+(() => {
+  const RETRY_MS = 10_000;
+  const CHART_MS = { hour: 10_000, day: 60_000 };
+  const zone = document.body.dataset.zone || undefined;
+
+  // --- fragments: the old tree takes over what differs, so focus, selection and open tables stay
+
+  function morph(old, fresh) {
+    if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) {
+      old.replaceWith(fresh.cloneNode(true));
+      return;
+    }
+    if (old.nodeType !== Node.ELEMENT_NODE) {
+      if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
+      return;
+    }
+    for (const { name, value } of [...fresh.attributes]) {
+      if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    }
+    for (const { name } of [...old.attributes]) {
+      if (!fresh.hasAttribute(name) && !(old.nodeName === "DETAILS" && name === "open")) old.removeAttribute(name);
+    }
+    morphChildren(old, fresh);
+  }
+
+  function morphChildren(old, fresh) {
+    const before = [...old.childNodes];
+    [...fresh.childNodes].forEach((child, at) => {
+      if (at < before.length) morph(before[at], child);
+      else old.append(child.cloneNode(true));
+    });
+    before.slice(fresh.childNodes.length).forEach((child) => child.remove());
+  }
+
+  function put({ id, html }) {
+    const place = document.getElementById(id);
+    if (!place) return;
+    const template = document.createElement("template");
+    template.innerHTML = html;
+    morphChildren(place, template.content);
+    if (id === "head") showLive();
+    if (id === "days") drawDays();
+  }
+
+  // --- events
+
+  let source = null;
+  let retry = 0;
+  let lost = "waiting";
+
+  function showLive() {
+    const live = document.getElementById("live");
+    if (!live) return;
+    live.hidden = lost === "waiting";
+    live.classList.toggle("old", lost !== "");
+    live.textContent = lost === "" ? "live" : lost;
+  }
+
+  function lose() {
+    if (lost === "" || lost === "waiting") lost = `no answer since ${clock("{HH}:{mm}:{ss}")(Date.now() / 1000)}; these figures are old`;
+    showLive();
+  }
+
+  function listen() {
+    clearTimeout(retry);
+    if (source || document.hidden) return;
+    source = new EventSource("/api/v1/events");
+    source.addEventListener("hello", (event) => {
+      if (JSON.parse(event.data).edition !== document.body.dataset.edition) location.reload();
+    });
+    source.addEventListener("figures", () => {
+      lost = "";
+      showLive();
+    });
+    source.addEventListener("fragment", (event) => put(JSON.parse(event.data)));
+    source.onerror = () => {
+      lose();
+      if (source.readyState === EventSource.CLOSED) {
+        hush();
+        retry = setTimeout(listen, RETRY_MS);
+      }
+    };
+  }
+
+  function hush() {
+    clearTimeout(retry);
+    if (source) source.close();
+    source = null;
+  }
+
+  // --- charts
+
+  const charts = {};
+  const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const clock = (form) => {
+    const format = window.uPlot ? uPlot.fmtDate(form) : () => new Date().toTimeString().slice(0, 8);
+    return (at) => format(window.uPlot && zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000));
+  };
+
+  function size(bytes) {
+    for (const unit of ["B", "kB", "MB", "GB"]) {
+      if (Math.abs(bytes) < 999.5) return `${unit === "B" || bytes >= 100 ? bytes.toFixed(0) : bytes.toFixed(1)} ${unit}`;
+      bytes /= 1000;
+    }
+    return `${bytes.toFixed(1)} TB`;
+  }
+
+  const short = (unit) => (_, values) => values.map((value) => (value === null ? "" : size(value).replace(".0 ", " ") + unit));
+  const shown = (unit) => (_, value) => (value === null || value === undefined ? "–" : size(value) + unit);
+
+  function axes(form, unit) {
+    const stroke = colour("--dim");
+    const grid = { stroke: colour("--grid"), width: 1 };
+    const ticks = { show: false };
+    const font = "12px system-ui, sans-serif";
+    const times = clock(form);
+    return [
+      { stroke, grid: { show: false }, ticks, font, size: 28, space: 64, values: (_, splits) => splits.map(times) },
+      { stroke, grid, ticks, font, size: 74, values: short(unit) },
+    ];
+  }
+
+  // With no pointer over it, the legend tells the newest figures.
+  function showLast(chart) {
+    if (chart.cursor.idx === null || chart.cursor.idx === undefined) chart.setLegend({ idx: chart.data[0].length - 1 });
+  }
+
+  // A point between two gaps makes no line.
+  function alone(chart, series) {
+    const values = chart.data[series];
+    return values.flatMap((value, at) => (value !== null && (values[at - 1] ?? null) === null && (values[at + 1] ?? null) === null ? [at] : []));
+  }
+
+  function draw(name, options, data) {
+    const place = document.querySelector(`[data-chart="${name}"]`);
+    if (!window.uPlot || !place) return;
+    if (charts[name]) {
+      charts[name].setData(data);
+      showLast(charts[name]);
+      return;
+    }
+    const box = () => ({ width: place.clientWidth, height: name === "days" ? 180 : matchMedia("(max-width: 40rem)").matches ? 170 : 220 });
+    const chart = new uPlot({ ...options, ...box(), tzDate: (at) => (zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000)) }, data, place);
+    charts[name] = chart;
+    chart.over.addEventListener("mouseleave", () => setTimeout(() => showLast(chart)));
+    setTimeout(() => showLast(chart)); // after the chart's own first turn
+    new ResizeObserver(() => {
+      const { width, height } = box();
+      if (width !== chart.width) chart.setSize({ width, height });
+    }).observe(place);
+  }
+
+  function lines(form) {
+    const dots = { show: true, size: 5, filter: alone };
+    return {
+      legend: { live: true },
+      cursor: { y: false, drag: { x: false, y: false } },
+      scales: { y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] } },
+      axes: axes(form, "/s"),
+      series: [
+        { label: "Time", value: (_, at) => (at === null ? "–" : clock("{HH}:{mm}")(at)) },
+        { label: "To clients", stroke: colour("--clients"), fill: colour("--clients-area"), width: 2, points: dots, value: shown("/s") },
+        { label: "Over the WAN", stroke: colour("--wan"), fill: colour("--wan-area"), width: 2, points: dots, value: shown("/s") },
+        { label: "WAN limit", stroke: colour("--limit"), width: 1.5, dash: [6, 4], points: { show: false }, value: shown("/s") },
+      ],
+    };
+  }
+
+  // A row for each step of the span: where nothing ran, nothing is drawn. The last one is still growing.
+  function columns({ points, step_seconds: step, since, until }) {
+    const known = new Map(points.map((point) => [point.at, point]));
+    const first = Math.ceil(since / step) * step;
+    const columnsOf = [[], [], [], []];
+    for (let at = first; at <= until; at += step) {
+      const point = known.get(at);
+      const seconds = point ? Math.max(1, point.covered_seconds) : 1;
+      columnsOf[0].push(at);
+      columnsOf[1].push(point ? point.client_sent_bytes / seconds : null);
+      columnsOf[2].push(point ? point.upstream_received_bytes / seconds : null);
+      columnsOf[3].push(point ? point.wan_limit_bytes_per_second : null);
+    }
+    return columnsOf;
+  }
+
+  async function drawSpan(name) {
+    if (document.hidden) return;
+    try {
+      const answer = await fetch(`/api/v1/history?span=${name}`, { cache: "no-store" });
+      if (answer.ok) draw(name, lines("{HH}:{mm}"), columns(await answer.json()));
+    } catch {
+      lose();
+    }
+  }
+
+  // From the table behind the chart: there is one set of figures.
+  function drawDays() {
+    const rows = [...document.querySelectorAll("#days tr[data-day]")].reverse();
+    const value = (row, cell) => Number(row.querySelector(`.${cell} data`).value);
+    const days = rows.map((row) => Date.parse(`${row.dataset.day}T12:00:00Z`) / 1000);
+    if (!days.length || !window.uPlot) return;
+    const label = uPlot.fmtDate("{D} {MMM}");
+    const text = (at) => label(uPlot.tzDate(new Date(at * 1000), "UTC"));
+    const last = days[days.length - 1];
+    const [x, y] = axes("{D} {MMM}", "");
+    const bars = uPlot.paths.bars({ size: [0.7, 36], radius: 0.15 });
+    draw("days", {
+      legend: { live: true },
+      cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
+      scales: {
+        x: { range: () => [last - 29.5 * 86400, last + 0.5 * 86400] },
+        y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] },
+      },
+      axes: [{ ...x, splits: (chart) => Array.from({ length: chart.width < 600 ? 4 : 10 }, (_, at) => last - 86400 * at * (chart.width < 600 ? 8 : 3)), values: (_, at) => at.map(text) }, y],
+      series: [
+        { label: "Day", value: (_, at) => (at === null ? "–" : text(at)) },
+        { label: "To clients", stroke: colour("--clients"), fill: colour("--clients"), paths: bars, points: { show: false }, value: shown("") },
+        { label: "Over the WAN", stroke: colour("--wan"), fill: colour("--wan"), paths: bars, points: { show: false }, value: shown("") },
+      ],
+    }, [days, rows.map((row) => value(row, "sent")), rows.map((row) => value(row, "received"))]);
+  }
+
+  function drawAll() {
+    Object.keys(CHART_MS).forEach(drawSpan);
+    drawDays();
+  }
+
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      hush();
+    } else {
+      listen();
+      drawAll();
+    }
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    Object.values(charts).forEach((chart) => chart.redraw(false));
+  });
+  listen();
+  drawAll();
+  Object.entries(CHART_MS).forEach(([name, ms]) => setInterval(() => drawSpan(name), ms));
+})();

@@ -1,0 +1,52 @@
+"""Figures as people read them: sizes, rates, spans of time. Pure."""
+
+from datetime import UTC, datetime, tzinfo
+
+_UNITS = ("B", "kB", "MB", "GB")
+
+
+def size(count: float) -> str:
+    """Bytes in steps of a thousand: `1.5 GB`."""
+    amount = float(count)
+    for unit in _UNITS:
+        if abs(amount) < 999.5:
+            text = f"{amount:.0f}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f}"
+            return f"{text}\N{NO-BREAK SPACE}{unit}".replace("-", "\N{MINUS SIGN}")
+        amount /= 1000
+    return f"{amount:,.1f}\N{NO-BREAK SPACE}TB".replace("-", "\N{MINUS SIGN}")
+
+
+def rate(bytes_per_second: float) -> str:
+    """`1.5 MB/s`."""
+    return f"{size(bytes_per_second)}/s"
+
+
+def span(seconds: float) -> str:
+    """A span of time in its largest unit: `3 h`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}\N{NO-BREAK SPACE}{unit}"
+    return f"{max(seconds, 0):.0f}\N{NO-BREAK SPACE}s"
+
+
+def number(count: float) -> str:
+    """`12,345`."""
+    return f"{count:,.0f}"
+
+
+def percent(part: float) -> str:
+    """A share of one as `93 %`; next to all and next to nothing keep a decimal."""
+    hundredth = 100 * part
+    decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
+    shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
+    return f"{shown:.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def iso(at: float) -> str:
+    """A moment for `<time datetime>`."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def clock(at: float, zone: tzinfo | None, form: str = "%Y-%m-%d %H:%M") -> str:
+    """A moment on the site's clocks."""
+    return datetime.fromtimestamp(at, zone).strftime(form)

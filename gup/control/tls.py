@@ -1,0 +1,62 @@
+"""TLS of the control plane: certificate and key from files, renewed without a restart. Owns no socket."""
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class CertificateError(ValueError):
+    """Files that can't be used; the text says which, and why."""
+
+
+def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
+    """A server's context; CertificateError when the files can't be read or do not belong together."""
+    for file in (cert_file, key_file):
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise CertificateError(f"{str(file)!r} can't be read: {error.strerror}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise CertificateError(_reason(error, cert_file, key_file)) from error
+    return context
+
+
+class _EncryptedKeyError(ValueError):
+    """Whoever encrypts the key would have to be asked at each start."""
+
+
+def _no_password() -> str:
+    raise _EncryptedKeyError
+
+
+def _reason(error: Exception, cert_file: Path, key_file: Path) -> str:
+    reason = getattr(error, "reason", None) or str(error)
+    if isinstance(error, _EncryptedKeyError):
+        return f"{str(key_file)!r} is encrypted; gup can ask nobody for its password"
+    if reason == "KEY_VALUES_MISMATCH":
+        return f"{str(key_file)!r} is not the key of the certificate in {str(cert_file)!r}"
+    return f"{str(cert_file)!r} and {str(key_file)!r} must be a certificate with chain, and its key, in PEM"
+
+
+class Renewable:
+    """A context for a listening socket, whose certificate can be changed: for connections that come later."""
+
+    def __init__(self, first: ssl.SSLContext) -> None:
+        self.context = first
+        self._current = first
+        first.sni_callback = self._choose
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        self._current = context
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+
+def key_doubts(key_file: Path) -> Iterator[str]:
+    """What makes the key less safe than it could be, as sentences."""
+    if key_file.stat().st_mode & 0o004:
+        yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"

@@ -1,0 +1,49 @@
+"""What the unit and the image take away, taken away from a real gup: it fetches, stores and serves on."""
+
+import re
+import sys
+from pathlib import Path
+
+from harness.deployed import DEPLOY, load, program
+from harness.service import Gup
+from harness.trees import DELTA, make_tree
+from harness.upstreams import Nginx
+
+# As ProtectSystem=strict with StateDirectory=, and `read_only` with a volume: the first word stays writable.
+CONFINE = """
+set -e
+mount --make-rprivate /
+mount --bind "$1" "$1"
+mount -o remount,bind,ro /
+shift
+exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
+"""
+
+
+def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    unshare = [program("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
+
+    class Confined(Gup):
+        PROGRAM = (*unshare, sys.executable, "-B", "-m", "gup")
+
+    tree = make_tree(tmp_path / "tree", 100_000)
+    with Nginx(tree, tmp_path / "nginx") as upstream, Confined(cache, [upstream.url]) as gup:
+        for pid in gup.pids:
+            seen = Path(f"/proc/{pid}")
+            assert re.search(r" / / ro[ ,]", (seen / "mountinfo").read_text())
+            assert re.search(r"^CapBnd:\t0+$", (seen / "status").read_text(), re.MULTILINE)
+        for _ in range(2):
+            assert gup.get(DELTA).body == tree.body(DELTA)
+        gup.wait_stored(DELTA.rpartition("/")[2])
+        assert gup.stop() == 0
+        assert "Read-only file system" not in gup.log
+
+
+def test_the_unit_and_the_compose_file_confine_so():
+    unit = (DEPLOY / "systemd" / "gup.service").read_text()
+    for line in ("ProtectSystem=strict", "CapabilityBoundingSet=", "NoNewPrivileges=yes"):
+        assert f"\n{line}\n" in unit
+    service = load(DEPLOY / "container" / "compose.yml")["services"]["gup"]
+    assert (service["read_only"], service["cap_drop"], service["user"]) == (True, ["ALL"], "10001:10001")

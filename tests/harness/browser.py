@@ -1,0 +1,116 @@
+"""A real Chromium, headless, that reaches loopback only; driven by selenium, watched by its own log."""
+
+import base64
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+_INSIDE = ("chrome://", "data:")
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",  # the tests may run as root
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-proxy-server",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+)
+
+
+class Browser:
+    """One window. What it asked for and complained of is read once: each call tells what is new."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """The value of a function's body in the page."""
+        return self.driver.execute_script(script, *arguments)
+
+    def look(self, *, width: int = 1280, height: int = 900, theme: str = "light", motion: str = "") -> None:
+        """Another window and other wishes of its user."""
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        features.append({"name": "prefers-reduced-motion", "value": motion})
+        self._tell("Emulation.setEmulatedMedia", features=features)
+        self._tell(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+
+    def press_tab(self) -> None:
+        self.driver.switch_to.active_element.send_keys(Keys.TAB)
+
+    def allow_scripts(self, *, allowed: bool) -> None:
+        self._tell("Emulation.setScriptExecutionDisabled", value=not allowed)
+
+    def requests(self) -> list[str]:
+        """URLs that were asked for, but for what never leaves the browser."""
+        events = [json.loads(row["message"])["message"] for row in self.driver.get_log("performance")]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [url for params in sent if not (url := params["request"]["url"]).startswith(_INSIDE)]
+
+    def complaints(self) -> list[str]:
+        """What stands in the console: errors, and what the page's policy kept it from."""
+        rows = self.driver.get_log("browser")
+        return [row["message"] for row in rows if row["source"] != "rendering"]  # advice to who reads pixels
+
+    def picture(self, file: Path, *, height: int | None = None) -> None:
+        """The page as PNG, from its top, whole or so many pixels of it."""
+        width = self.run("return innerWidth")
+        clip = {
+            "x": 0,
+            "y": 0,
+            "width": width,
+            "height": height or self.run("return document.body.scrollHeight"),
+        }
+        shot = self._tell(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip={**clip, "scale": 1}
+        )
+        file.write_bytes(base64.b64decode(shot["data"]))
+
+    def _tell(self, command: str, **parameters: object) -> dict[str, Any]:
+        found: dict[str, Any] = self.driver.execute_cdp_cmd(command, parameters)
+        return found
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """A new browser with nothing in it; ended with the block."""
+    missing = [program for program in (CHROMIUM, DRIVER) if not Path(program).exists()]
+    assert not missing, f"{missing} missing: install Debian's chromium and chromium-driver"
+    options = Options()
+    options.binary_location = CHROMIUM
+    for flag in _FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory(prefix="gup-chromium-", ignore_cleanup_errors=True) as profile:
+        options.add_argument(f"--user-data-dir={profile}")
+        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        try:
+            driver.set_page_load_timeout(30)
+            driver.set_script_timeout(15)
+            yield Browser(driver)
+        finally:
+            driver.quit()

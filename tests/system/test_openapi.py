@@ -1,0 +1,117 @@
+"""The API's description against a real service with content: generated requests, right and wrong ones."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.service import Gup
+from harness.trees import CONTENT_INFO, DELTA, INDEX, content_path, noise, zip_of
+from harness.waiting import until
+from hypothesis import HealthCheck, Phase, given, settings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import schemathesis
+    from schemathesis.generation import GenerationMode
+
+schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
+EXAMPLES = 12
+OPAQUE = {"cursor", "upstream", "moniker"}
+FREE = ("/api/v1/import", "/api/v1/prefetch")
+"""No schema tells which cursors were given out, which names there are, what an archive or a path is."""
+ENDLESS = ("/api/v1/events",)
+"""Answers that never end."""
+
+
+@pytest.fixture(scope="module")
+def gup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gup]:
+    """A service with a few entries, and one that is being fetched for as long as the tests run."""
+    full, slow, gate = content_path("full.zip"), content_path("slow.zip"), Gate()
+    with ScriptedUpstream() as upstream:
+        upstream.answer(INDEX, Answer(CONTENT_INFO))
+        upstream.answer(full, Answer(zip_of("full", 20_000), etag='"full"'))
+        upstream.answer(DELTA, Answer(noise("delta", 5000), etag='"delta"'))
+        upstream.answer(slow, Answer(zip_of("slow", 300_000), gates=((100_000, gate),)))
+        folder = tmp_path_factory.mktemp("openapi")
+        with Gup(folder / "cache", [upstream.url], workers=1) as service, service.connect() as client:
+            for path in (full, DELTA):
+                assert service.get(path).status == 200
+            client.send(f"GET {quote(slow)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            until(lambda: service.metric("gup_cache_entries") >= 2, "the entries are known")
+            until(lambda: service.status()["fills"], "one is being fetched")
+            yield service
+            gate.open()
+
+
+def strict(node: Any) -> Any:
+    """The same description, but answers may hold nothing that it does not name."""
+    if isinstance(node, dict):
+        changed = {name: strict(value) for name, value in node.items()}
+        if node.get("type") == "object" and "properties" in node:
+            changed.setdefault("additionalProperties", False)
+        return changed
+    return [strict(item) for item in node] if isinstance(node, list) else node
+
+
+@pytest.fixture(scope="module")
+def schema(gup: Gup) -> Any:
+    status, document = gup.api("/api/v1/openapi.json")
+    assert status == 200
+    loaded = schemathesis.openapi.from_dict(strict(document))
+    loaded.config.update(base_url=f"http://{gup.admin[0]}:{gup.admin[1]}", headers={})
+    loaded.config.generation.update(modes=list(GenerationMode))
+    return loaded
+
+
+def test_every_request_is_answered_as_described(gup: Gup, schema: Any) -> None:
+    asked = 0
+    acceptance = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if operation.path in ENDLESS:
+            continue
+
+        @settings(
+            max_examples=EXAMPLES,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            nonlocal asked
+            asked += 1
+            unknown = [acceptance] if OPAQUE & set(case.query or {}) or case.path in FREE else []
+            case.call_and_validate(headers={"Authorization": f"Bearer {gup.token}"}, excluded_checks=unknown)
+
+        ask()
+    assert asked > 100
+
+
+def test_an_entry_is_shown_pinned_and_purged_as_described(gup: Gup, schema: Any) -> None:
+    """Generated names hit no entry; these do."""
+    path = "/api/v1/content/{version}/{language}/{stream}/{revision}/{file}"
+    (key,) = (key for key in gup.bodies() if key.endswith("full.zip"))
+    parts = dict(zip(("version", "language", "stream", "revision", "file"), key.split("/"), strict=True))
+    for at, method in ((path, "GET"), (f"{path}/pin", "PUT"), (f"{path}/pin", "DELETE"), (path, "DELETE")):
+        case = schema[at][method].Case(path_parameters=parts)
+        answer = case.call_and_validate(headers={"Authorization": f"Bearer {gup.token}"})
+        assert answer.status_code == 200, (method, at)
+
+
+def test_what_is_not_allowed_gets_a_clear_problem(gup: Gup) -> None:
+    for target, words in {
+        "/api/v1/content?limit=0": "limit: '0' is not right: must be greater than or equal to 1",
+        "/api/v1/content?kind=odd": "kind: 'odd' is not right: must be 'full', 'delta', 'index' or 'other'",
+        "/api/v1/content?langauge=fr": "langauge: unknown parameter; did you mean language?",
+        "/api/v1/content?limit=1&limit=2": "the parameter limit stands twice",
+        "/api/v1/status?x=1": "this request takes no parameter, and 'x' was given",
+        "/api/v1/content/a/b/c/d/..": "not a content key",
+    }.items():
+        status, told = gup.api(target)
+        assert (status, words in told["detail"]) == (400, True), (target, told)
