@@ -162,6 +162,25 @@ class Fill(Section):
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
 
 
+class Prefetch(Section):
+    """What is fetched before anybody asks, while no client's fill needs the link."""
+
+    enabled: bool = row(
+        True,
+        "Whether, when clients begin to ask for a new revision, the deltas to it from the other revisions "
+        "seen at this site are fetched; client patches never are.",
+    )
+    max: Annotated[Count, Field(le=16)] = row(
+        8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
+    )
+    seen_within: Duration = row(
+        parse_duration("7d"), "A revision that no client named for so long is not fetched from."
+    )
+    unlisted: Literal["skip", "fetch"] = row(
+        "skip", "What becomes of streams that no catalogue lists: they might be client patches."
+    )
+
+
 class WanSchedule(Section):
     """Another WAN rate at certain hours of the site; of several such tables the first that holds decides."""
 
@@ -358,6 +377,7 @@ class Settings(Section):
     cache: Cache = Field(default_factory=Cache)
     upstream: Annotated[list[Upstream], BeforeValidator(_one_upstream)] = Field(default_factory=list)
     fill: Fill = Field(default_factory=Fill)
+    prefetch: Prefetch = Field(default_factory=Prefetch)
     wan: Wan = Field(default_factory=Wan)
     clients: Clients = Field(default_factory=Clients)
     catalog: Catalog = Field(default_factory=Catalog)

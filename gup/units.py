@@ -84,3 +84,23 @@ def format_duration(seconds: float) -> str:
         if milliseconds % unit_ms == 0 and (milliseconds >= 2 * unit_ms or name == "s"):
             return f"{milliseconds // unit_ms}{name}"
     return f"{milliseconds}ms"
+
+
+def bytes_in_words(count_bytes: float) -> str:
+    """About how much, such as "1.2 GB"; powers of 1000."""
+    amount, unit = float(count_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if abs(amount) < 999.5:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f} {unit}"
+
+
+def time_in_words(seconds: float) -> str:
+    """About how long, such as "3 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    shown = [f"{count} {unit}" for count, unit in parts if count][:2]
+    return " ".join(shown) or "0 s"

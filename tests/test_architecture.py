@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gup.config import Settings
 from gup.errors import PROBLEMS
-from gup.metrics import BY_NAME, CODES_OF_RESULT
+from gup.metrics import BY_NAME, CODES_OF_RESULT, STREAM_WASTED
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "gup").rglob("*.py"))
@@ -23,6 +23,7 @@ READS_ENVIRONMENT = {
 """The modules besides the command line that may look at the environment."""
 
 METRIC_NAMES = {f"{metric}{part}" for metric in BY_NAME for part in ("", "_bucket", "_sum", "_count")}
+METRIC_NAMES.add(STREAM_WASTED.name)
 
 
 def name(path):
@@ -145,8 +146,9 @@ def test_every_status_of_a_problem_is_a_code_that_can_be_counted():
 
 
 def test_dependencies_have_their_reasons():
-    project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
-    run, develop = text(ROOT / "docs" / "dependencies.md").split("## To develop")
+    configured = tomllib.loads(text(ROOT / "pyproject.toml"))
+    project, build = configured["project"], configured["build-system"]["requires"]
+    run, to_build, develop = re.split(r"## To (?:build|develop)", text(ROOT / "docs" / "dependencies.md"))
 
     def packages(requirements):
         return [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in requirements]
@@ -155,6 +157,7 @@ def test_dependencies_have_their_reasons():
         return re.findall(r"^\| `([^`]+)` \| \S.+ \|$", page, re.MULTILINE)
 
     assert explained(run) == packages(project["dependencies"])
+    assert explained(to_build) == packages(build)
     assert explained(develop) == packages(project["optional-dependencies"]["dev"])
 
 

@@ -349,6 +349,14 @@ STATUS = {
         | {"upstream": None, "bytes_per_second": None, "remaining_seconds": None},
     ],
     "reload": {"successful": False},
+    "alarms": [
+        {
+            "name": "no-upstream",
+            "severity": "critical",
+            "text": "no upstream answers \x1b[2J",
+            "what_to_do": "Look at the WAN.",
+        }
+    ],
 }
 
 
@@ -425,7 +433,7 @@ def test_status_in_words(plane):
     result = run("status", "--admin", plane.url)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "gup 0.1.0 at lyon: ready, up 3 h 5 min",
         "since install: 1.0 TB to clients, 5.0 GB over the WAN, 995 GB saved (99.5%), 98.8% hits",
         "since start: 0 B to clients, 0 B over the WAN, 0 B saved",
@@ -433,17 +441,18 @@ def test_status_in_words(plane):
         "WAN: 8MB/s",
         "clients: 42 connections",
         "the last reload FAILED: the settings before it are in force; the log says why",
+        "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
     ]
-    assert [line.split()[:2] for line in lines[7:10]] == [
+    assert [line.split()[:2] for line in lines[8:11]] == [
         ["upstream", "since"],
         ["hq", "up"],
         ["spare", "DOWN"],
     ]
-    assert lines[9].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
-    assert lines[10].split() == ["fill", "from", "here", "a", "second", "left"]
-    assert lines[11].split("  ")[0] == "any/any/x/1/full.zip"
-    assert lines[11].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
-    assert lines[12].split() == ["0e", "1.5", "kB"]
+    assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
+    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
+    assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
+    assert lines[13].split() == ["0e", "1.5", "kB"]
 
 
 def test_status_as_json(plane):
@@ -715,6 +724,7 @@ def test_an_unlimited_wan_and_a_quiet_service():
         "fills": [],
         "ready": False,
         "reload": {"successful": True},
+        "alarms": [],
     }
     lines = list(status_lines(quiet))
     assert "WAN: unlimited" in lines
@@ -737,7 +747,8 @@ def test_version():
 def test_every_command_has_its_help():
     for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
                     "status", "reload", "cache list", "cache verify", "cache purge", "cache pin",
-                    "cache unpin", "rules explain"):  # fmt: skip
+                    "cache unpin", "cache export", "cache import", "rules explain", "prefetch",
+                    "report content", "report clients", "report savings"):  # fmt: skip
         result = run(*command.split(), "--help")
         assert result.exit_code == 0, command
         assert f"gup {command}" in result.stdout.replace("root", "gup")

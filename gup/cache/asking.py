@@ -7,13 +7,10 @@ from gup.cache.part import ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.record import Record
 from gup.content.key import Kind
 from gup.errors import Problem
-from gup.upstream.bandwidth import Share
 from gup.upstream.connection import Ask
 from gup.upstream.download import Begun, Download
 from gup.upstream.exchange import UpstreamFailure
 
-PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
-"""Order in which fills get a slot: what is small and urgent before what is large."""
 Reread = Callable[[int, int], Awaitable[bytes]]
 """Gives back so many bytes from an offset on that were received before."""
 
@@ -29,11 +26,11 @@ def download_of(
     conditional = record is not None and begun is None
     ask = Ask(
         path=path,
-        purpose="index" if route.kind is Kind.INDEX else "fill",
-        stream=(means.streams.number(flight.key), str(route.kind)),
+        purpose=_purpose(flight),
+        stream=counted_as(means, flight),
         if_none_match=record.upstream_etag if conditional and record else None,
         if_modified_since=record.last_modified if conditional and record else None,
-        share=Share(PRIORITIES[route.kind]),
+        share=flight.share,
         via=via,
     )
     return Download(
@@ -49,13 +46,26 @@ def download_of(
     )
 
 
-async def check_structure(means: Means, file: str, received: int, reread: Reread) -> None:
+def _purpose(flight: Flight) -> str:
+    """What the bytes are counted under: what began ahead stays so when somebody asks for it meanwhile."""
+    if flight.ahead:
+        return "prefetch"
+    return "index" if flight.route.kind is Kind.INDEX else "fill"
+
+
+def counted_as(means: Means, flight: Flight) -> tuple[int, str]:
+    """Number of the stream and kind that a flight's bytes are counted under."""
+    return means.streams.number(flight.key), str(flight.route.kind)
+
+
+async def check_structure(means: Means, flight: Flight, received: int, reread: Reread) -> None:
     """UpstreamFailure when a whole body of `received` bytes can't be what its name says."""
+    file = flight.key.file
     if not file.lower().endswith(".zip"):
         return
     start = max(0, received - ZIP_TAIL_BYTES)
     if not zip_end_is_right(await reread(start, received - start)):
-        means.counters.add("gup_upstream_wasted_bytes_total", received, reason="rejected")
+        means.counters.waste("rejected", counted_as(means, flight), received)
         raise UpstreamFailure(
             "rejected",
             "upstream-bad-body",

@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES
+from gup.cache.ahead import hurry, outcome
 from gup.cache.body import Body
 from gup.cache.bypass import BypassBody
 from gup.cache.checked import CheckedBody, Holders
@@ -16,20 +15,23 @@ from gup.cache.entries import Entries
 from gup.cache.entry import Entry
 from gup.cache.failures import Failures
 from gup.cache.fill import Leader
-from gup.cache.flight import Flight, Landing, Means
+from gup.cache.flight import PRIORITIES, Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
 from gup.cache.mending import Mending
+from gup.cache.opened import Opened, Result
 from gup.cache.prior import is_fresh, load_sound
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.cache.spelling import spell
-from gup.content.key import ContentKey, Kind, Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
+
+__all__ = ["Cache", "Opened", "Result"]
 
 log = logging.getLogger("gup.cache")
 
@@ -40,30 +42,6 @@ _RATE_KNOWN_SECONDS = 0.5
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
 _Result = TypeVar("_Result")
-
-
-class Result(StrEnum):
-    """How a request came to its body: label `result` of the metrics."""
-
-    HIT = "hit"
-    MISS = "miss"
-    COLLAPSED = "collapsed"
-    REVALIDATED = "revalidated"
-    STALE = "stale"
-    BYPASS = "bypass"
-
-
-@dataclass(slots=True)
-class Opened:
-    """A body to read, and how the request came to it. `ranges`: whether spans of it may be served."""
-
-    body: Body
-    result: Result
-    key: ContentKey
-    kind: Kind
-    age_seconds: int = 0
-    ranges: bool = True
-    entry: Entry | None = None
 
 
 class Cache:
@@ -272,8 +250,7 @@ class Cache:
     async def _filled_once(
         self, key: ContentKey, route: Route, variant: Variant, via: str | None
     ) -> Opened | None:
-        failure = self._failures.get(key)
-        if failure is not None:
+        if (failure := self._failures.get(key)) is not None:
             raise failure
         self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
@@ -283,6 +260,7 @@ class Cache:
             self._refuse_hopeless(key, route)
             flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
             self._spawn(self._fly(flight))
+        hurry(self._means, flight)
         joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
@@ -297,6 +275,24 @@ class Cache:
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
+
+    async def fetch_ahead(self, route: Route, variant: Variant) -> bool:
+        """Have a body in the store before anybody asks for it; whether it had to be fetched.
+
+        Returns when its fill has ended. Problem when it can't be had, or can't be stored.
+        """
+        key = route.key(variant)
+        entry = await self._entries.get(key)
+        if entry is not None and (route.immutable or is_fresh(self._means, entry.record)):
+            return False
+        if (failure := self._failures.get(key)) is not None:
+            raise failure
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = Flight(key, route, variant, since=self._means.clock(), ahead=True)
+            self._flights[key] = flight
+            self._spawn(self._fly(flight))
+        return await outcome(flight)
 
     async def _joined(self, flight: Flight) -> GrowingBody | Landing:
         """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""

@@ -19,6 +19,14 @@ def passing_offset(claim_offset: int) -> int:
     return claim_offset | _PASSING
 
 
+def want_offset(key_id: str) -> int:
+    """The lock that is held while clients wait for a body whose fill another process leads.
+
+    `key_id` is the key's 32 digits, whose other half makes the claim's offset.
+    """
+    return passing_offset(int(key_id[16:], 16) >> 2)
+
+
 def _lock(fd: int, kind: int, offset: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0))
 

@@ -3,11 +3,12 @@
 import time
 
 from gup.cache.ends import log_end
-from gup.cache.flight import Means
+from gup.cache.flight import Flight, Means
 from gup.cache.record import Record
 from gup.cache.state import FillState
 from gup.cache.store import Store
-from gup.errors import is_exhausted
+from gup.content.key import ContentKey, Kind
+from gup.errors import Problem, is_exhausted
 
 _TRIES = 50
 _PAUSE_SECONDS = 0.2
@@ -22,6 +23,20 @@ def committed(record: Record, *, replaced: bool) -> dict[str, object]:
         "replaced": replaced,
         "kind": str(record.kind),
     }
+
+
+def begun(key: ContentKey, kind: Kind, path: str) -> dict[str, object]:
+    """The event that tells the controller of a body that clients asked for and that has begun to arrive."""
+    return {"type": "begun", "key": key.text, "kind": str(kind), "path": path}
+
+
+def tell_failure(means: Means, flight: Flight, problem: Problem, seconds: float) -> None:
+    """Tell the log, and the controller of what clients asked for: it knows what it fetches ahead."""
+    log_end("failed", flight.key, seconds, problem=problem.slug, detail=problem.detail)
+    if not flight.ahead:
+        means.tell(
+            {"type": "failed", "key": flight.key.text, "problem": problem.slug, "detail": problem.detail}
+        )
 
 
 def commit(store: Store, state: FillState) -> bool:

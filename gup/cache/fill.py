@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.asking import PRIORITIES, check_structure, download_of
+from gup.cache.ahead import Courtesy
+from gup.cache.asking import check_structure, download_of
 from gup.cache.claim import passing_offset
-from gup.cache.commit import commit, tell_commit
+from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
@@ -30,7 +31,6 @@ from gup.cache.prior import (
     save_failure,
     validated_at,
 )
-from gup.cache.queue import Place
 from gup.cache.record import Head, Record
 from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
@@ -63,8 +63,8 @@ class Leader:
         """Takes over from `_writer` when the disk refuses."""
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
-        self._place: Place | None = None
         self._room = Room(means.space)
+        self._courtesy = Courtesy(means, flight)
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._began_at = means.clock()
@@ -119,12 +119,9 @@ class Leader:
 
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
         """Fetch when a slot is free. What is returned tells that upstream does not have it."""
-        priority = PRIORITIES[self._flight.route.kind]
-        queue = self._means.queue
-        async with queue.held(priority, self._means.clock() - self._flight.since) as held:
-            if held is None:
-                raise queue.refusal(priority)
-            self._place = held
+        async with self._courtesy.place() as held:
+            if not held:
+                raise self._means.queue.refusal(self._flight.share.priority)
             self._means.counters.add("gup_fills_in_progress", 1)
             try:
                 return await self._fetch(prior)
@@ -241,6 +238,8 @@ class Leader:
         assert self._writer is not None
         self._flight.attach(body)
         body.publish(max(self._writer.written, body.published))
+        if not self._flight.ahead:
+            self._means.tell(begun(self._key, self._flight.route.kind, self._path))
 
     def _published(self, size: int) -> None:
         body = self._flight.body
@@ -331,7 +330,8 @@ class Leader:
             await self._room.twice(writer.write_sure)
             if writer.written and self._flight.body is not body:
                 await self._show(body)
-        await check_structure(self._means, self._key.file, writer.received, writer.reread)
+            await self._courtesy.give_way()
+        await check_structure(self._means, self._flight, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         if self._flight.body is not body:
             await self._show(body)
@@ -345,8 +345,8 @@ class Leader:
         commits = self._means.commits
         commits.unsettled += 1
         try:
-            if self._place is not None and not commits.far_behind:
-                self._place.leave()
+            if not commits.far_behind:
+                self._courtesy.leave_place()
             async with commits.turn:
                 await self._commit(writer, remote, head)
         finally:
@@ -427,7 +427,7 @@ class Leader:
         self._writer = None
         while piece := await download.read():
             await passing.add(piece)
-        await check_structure(means, self._key.file, passing.received, passing.reread)
+        await check_structure(means, flight, passing.received, passing.reread)
         await passing.write_withheld()
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)
@@ -473,9 +473,7 @@ class Leader:
         self._flight.fail(problem, ttl_seconds)
         if not absent:
             means.counters.add("gup_fills_total", outcome="failed")
-        seconds, slug = means.clock() - self._began_at, problem.slug
-        log_end("failed", self._key, seconds, problem=slug, detail=problem.detail)
-        means.tell({"type": "failed", "key": self._key.text, "problem": slug, "detail": problem.detail})
+        tell_failure(means, self._flight, problem, means.clock() - self._began_at)
 
     # --- bookkeeping
 
@@ -484,8 +482,9 @@ class Leader:
         self._phase = phase
 
     def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
-        route = self._flight.route
-        return FillState(self._key, route.kind, self._generation, self._phase, head, failure, path=self._path)
+        phase, path = self._phase, self._path
+        kind, ahead = self._flight.route.kind, self._flight.ahead
+        return FillState(self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead)
 
     def _start_over(self) -> None:
         """What was streaming is given up: another generation begins where a first one would."""

@@ -14,11 +14,17 @@ from gup.cache.settling import Commits
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.content.key import ContentKey, Variant
+from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+from gup.upstream.bandwidth import Share
 from gup.upstream.pool import Pool
+
+PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
+"""Order in which fills get a place, and bytes of the WAN: what is small and urgent before what is large."""
+AHEAD_PRIORITY = 3
+"""Of what nobody has asked for yet."""
 
 
 @dataclass(slots=True)
@@ -83,10 +89,17 @@ class Flight:
     """Whether the stored body may be damaged, so that being there does not end the flight."""
     noted: bool = False
     """Whether that damage is counted already."""
+    ahead: bool = False
+    """Whether nobody has asked for it: see gup.cache.ahead, which alone changes it."""
+    share: Share = field(init=False)
+    """What its bytes of the WAN are reckoned to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another flight may begin."""
     _settled: asyncio.Event | None = None
     _joining: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = Share(AHEAD_PRIORITY if self.ahead else PRIORITIES[self.route.kind])
 
     @property
     def wanted(self) -> bool:

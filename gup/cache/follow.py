@@ -3,6 +3,7 @@
 import asyncio
 import os
 
+from gup.cache.ahead import Want
 from gup.cache.claim import passing_offset
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
@@ -30,13 +31,21 @@ class Follower:
         self._state_path = means.store.state_path(flight.key.id)
         self._state_seen: tuple[int, int] | None = None
         self._offset = flight.key.claim_offset
+        self._want = Want(means, flight)
         self._dull = 0
 
     async def run(self) -> bool:
         """Follow until the flight is over (False) or the claim is free and is now ours (True)."""
+        try:
+            return await self._run()
+        finally:
+            self._want.drop()
+
+    async def _run(self) -> bool:
         while True:
             if self._means.claims.try_claim(self._offset):
                 return True
+            self._want.tell()
             try:
                 if self._look():
                     return False

@@ -17,7 +17,7 @@ from bisect import insort
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from gup.cache.backlog import Backlog
+from gup.cache.backlog import PRIORITIES, Backlog
 from gup.cache.slots import Slots
 from gup.errors import Problem
 from gup.upstream.turns import Turns, rank
@@ -117,6 +117,14 @@ class FillQueue:
             "as much as the link to upstream can carry is being fetched, and more waits before this",
             retry_after_seconds=self.retry_seconds(priority),
         )
+
+    def idle(self) -> bool:
+        """Whether no process has a fill that streams or waits."""
+        return not self.waiting() and not any(slots.taken() for slots in self._classes)
+
+    def waiting(self) -> int:
+        """Fills that wait for their place, in all processes."""
+        return sum(self._backlog.waiting(priority) for priority in range(PRIORITIES))
 
     # --- waiting
 

@@ -74,7 +74,8 @@ class Recovery:
         for part in orphans:
             state = part.state
             if state is not None and state.phase is Phase.STREAMING and part.generation and state.path:
-                await self._watch(part, state)
+                if not state.ahead:
+                    await self._watch(part, state)
             else:
                 await self._tidy_or_tell(part)
         await asyncio.to_thread(self._drop_leftovers)

@@ -77,6 +77,8 @@ class FillState:
     record: Record | None = None
     path: str = ""
     """What upstream is asked for: lets anybody take the fill over."""
+    ahead: bool = False
+    """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
 
     def encode(self) -> bytes:
         failure = self.failure
@@ -91,6 +93,7 @@ class FillState:
                 "failure": {name: getattr(failure, name) for name in Failure.__slots__} if failure else None,
                 "record": self.record.to_json() if self.record else None,
                 "path": self.path,
+                "ahead": self.ahead,
             }
         )
 
@@ -116,4 +119,5 @@ class FillState:
             failure=Failure(**fields["failure"]) if fields["failure"] else None,
             record=Record.from_json(fields["record"]) if fields["record"] else None,
             path=str(fields["path"]),
+            ahead=fields.get("ahead") is True,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
 from gup.config import Settings
@@ -14,6 +14,7 @@ from gup.errors import GupError
 
 _TIMEOUT_SECONDS = 10.0
 _PAGE = 1000
+_BLOCK_BYTES = 256 * 1024
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a service on all addresses is asked
 
 
@@ -91,6 +92,16 @@ class Admin:
         """One of the reports: content, clients, savings."""
         return self.ask("GET", f"/api/v1/report/{name}?{urlencode(parameters)}")
 
+    def prefetch(self, path: str, version: str | None, language: str | None) -> dict[str, Any]:
+        """Have something fetched before anybody asks."""
+        order = {"path": path, "version": version, "language": language}
+        given = {name: value for name, value in order.items() if value is not None}
+        return self.ask("POST", "/api/v1/prefetch", given)
+
+    def prefetched(self) -> dict[str, Any]:
+        """What is fetched ahead, the latest first."""
+        return self.ask("GET", f"/api/v1/prefetch?limit={_PAGE}")
+
     def reload(self) -> dict[str, Any]:
         return self.ask("POST", "/api/v1/reload")
 
@@ -102,29 +113,61 @@ class Admin:
         ) as answer:
             return self._understood(answer.read())
 
+    def send(self, target: str, body: IO[bytes], media: str, patience_seconds: float) -> dict[str, Any]:
+        """A file, piece by piece, and the JSON that answers it."""
+        headers = {"Content-Type": media}
+        with self.opened("POST", target, body, headers, patience_seconds=patience_seconds) as answer:
+            return self._understood(answer.read())
+
     def opened(
-        self, method: str, target: str, body: Any = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        target: str,
+        body: bytes | IO[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        patience_seconds: float = _TIMEOUT_SECONDS,
     ) -> "_Answer":
-        """One request, and its good answer as it comes. `body` is bytes, or an iterable of them."""
+        """One request, and its good answer as it comes."""
+        token = self._credentials.token
+        shown = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
+        connection, prefix = self._connected()
+        try:
+            connection.sock.settimeout(patience_seconds)
+            try:
+                connection.request(method, prefix + target, body, shown)
+            except (BrokenPipeError, ConnectionResetError):
+                if body is None:
+                    raise  # else it has seen enough of the body to refuse it, and has said why
+            return _Answer(connection, self._good(connection.getresponse()))
+        except (OSError, HTTPException) as error:
+            connection.close()
+            hint = "; does it speak TLS (https://)?" if self.url.startswith("http:") else ""
+            words = f"{self.url}: the connection broke off ({error or type(error).__name__}){hint}"
+            raise AdminError(words) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def _connected(self) -> tuple[HTTPConnection, str]:
+        """A connection that stands, and the path before every request's."""
         try:
             connection, prefix = self._connection()
             try:
-                shown = (
-                    {"Authorization": f"Bearer {self._credentials.token}"} if self._credentials.token else {}
-                )
-                connection.request(method, prefix + target, body, {**(headers or {}), **shown})
-                return _Answer(connection, self._good(connection.getresponse()))
+                connection.connect()
             except BaseException:
                 connection.close()
                 raise
         except (OSError, HTTPException, ValueError) as error:  # ValueError: no such URL
             raise self._unanswered(error) from error
+        return connection, prefix
 
     def _connection(self) -> tuple[HTTPConnection, str]:
         parts = urlsplit(self.url)
         host, port = parts.hostname or "", parts.port
         if parts.scheme == "http":
-            return HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS), parts.path
+            plain = HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS, blocksize=_BLOCK_BYTES)
+            return plain, parts.path
         pinned = self._credentials.pinned
         if pinned is not None:
             return _Pinned(host, port, pinned), parts.path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gup
-from gup.cli import flags, operate, report, rules, settings
+from gup.cli import flags, operate, prefetch, report, rules, settings
 from gup.cli.complaining import complaining
 from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, rate, size
 
@@ -177,3 +177,4 @@ app.add_typer(rules.rules, name="rules")
 app.add_typer(report.report, name="report")
 app.command("status")(operate.status)
 app.command("reload")(operate.reload)
+app.command("prefetch")(prefetch.prefetch)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gup.cli import verify
+from gup.cli import archives, verify
 from gup.cli.asking import Where, asking
 from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 from gup.cli.tables import show_table
@@ -98,6 +98,8 @@ def list_entries(  # noqa: PLR0913 - each filter is a flag
 
 
 cache.command("verify")(verify.verify)
+cache.command("export")(archives.export)
+cache.command("import")(archives.import_)
 
 
 @cache.command("purge")
@@ -112,7 +114,7 @@ def purge(
 ) -> None:
     """Remove entries; clients that are being sent one get the whole of it."""
     with asking(Where(admin, config, token_file, ca_file)) as asked:
-        from gup.cli.words import bytes_in_words
+        from gup.units import bytes_in_words
 
         for key in keys:
             answer = asked.purge(key)

@@ -12,7 +12,7 @@ from gup.cli.asking import Where, asking
 from gup.cli.complaining import UNUSABLE
 from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
 from gup.cli.tables import printable, show_table
-from gup.cli.words import bytes_in_words, time_in_words
+from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True)
 
@@ -211,12 +211,12 @@ def _savings(answer: Report) -> None:
     days = answer["days"]
     show_table(("day", *heads), [(day["day"] or "earlier", *_figures(day)) for day in days], title="By day")
     show_table(
-        ("day", "product", "language", "kind", "#to clients", "#over the WAN", "#saved"),
+        ("day", "product", "language", "kind", "#to clients", "#over the WAN", "#saved", "#wasted"),
         [
             (
                 day["day"] or "earlier",
                 *(row[name] for name in ("product", "language", "kind")),
-                *(bytes_in_words(row[name]) for name in ("sent_bytes", "received_bytes", "saved_bytes")),
+                *(bytes_in_words(row[f"{name}_bytes"]) for name in ("sent", "received", "saved", "wasted")),
             )
             for day in days
             for row in day["streams"]

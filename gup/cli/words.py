@@ -4,27 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gup.units import format_rate
-
-
-def bytes_in_words(count_bytes: float) -> str:
-    """About how much, such as "1.2 GB"; powers of 1000."""
-    amount, unit = float(count_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if abs(amount) < 999.5:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f} {unit}"
-
-
-def time_in_words(seconds: float) -> str:
-    """About how long, such as "3 h 5 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    shown = [f"{count} {unit}" for count, unit in parts if count][:2]
-    return " ".join(shown) or "0 s"
+from gup.cli.tables import printable
+from gup.units import bytes_in_words, format_rate, time_in_words
 
 
 def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
@@ -44,6 +25,10 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield f"clients: {clients['connections']} connections"
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the settings before it are in force; the log says why"
+    for alarm in status["alarms"]:
+        yield printable(
+            f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
+        )
 
 
 def _totals(totals: Mapping[str, Any]) -> str:

@@ -127,6 +127,13 @@ class Choices:
             _remember(self._by_client, stated, known)
         return known
 
+    def places(self, stream: str) -> list[tuple[Variant, Variant]]:
+        """Of each place that may have a stream its variant, and the one that its content is stored under."""
+        if stream == LIVEUPDATE_STREAM:
+            return [(_ALL, _ALL)]
+        found = [option.place.variant for option in self._options_of(stream)]
+        return [(variant, self._where(stream, variant)[1]) for variant in found]
+
     # --- for everybody
 
     def _for_everybody(self, stream: str) -> Choice | None:

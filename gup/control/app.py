@@ -7,7 +7,19 @@ from http import HTTPStatus
 from aiohttp import web
 
 from gup.control.access import Access
-from gup.control.api import clients, content, health, openapi, reports, rules, status, upkeep
+from gup.control.api import (
+    alarms,
+    archives,
+    clients,
+    content,
+    health,
+    openapi,
+    prefetch,
+    reports,
+    rules,
+    status,
+    upkeep,
+)
 from gup.control.api.answers import PLANE, problem
 from gup.control.guard import Asked, is_near, refusal
 from gup.control.history import routes as history
@@ -25,9 +37,12 @@ RESOURCES = (
     health.routes,
     status.routes,
     content.routes,
+    archives.routes,
     clients.routes,
     reports.routes,
     upkeep.routes,
+    alarms.routes,
+    prefetch.routes,
     rules.routes,
     history.routes,
     page.routes,
@@ -43,6 +58,7 @@ def make_app(plane: Plane, access: Access | None = None) -> web.Application:
     app[ACCESS] = access or Access()
     for resource in RESOURCES:
         app.add_routes(resource)
+    archives.set_up(app)
     page.set_up(app)
     app.on_response_prepare.append(_security_headers)
     return app

@@ -47,6 +47,28 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What one worker was asked for and did not have whole, once a second: bodies that are still arriving."""
+
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a client asked for has begun to arrive; `path` is as upstream was asked for it."""
+
+    key: ContentKey
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class FullsTaken:
+    """Which clients (addresses, or hashes of them) asked how often for which full: client, key, times."""
+
+    rows: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientsSeen:
     """Clients that asked for something: addresses, or hashes of them."""
 
@@ -118,7 +140,20 @@ class Unlisted:
     moniker: str
 
 
-Event = Committed | Used | ClientsSeen | Taken | Need | Unstorable | Failed | UpstreamTrouble | Unlisted
+Event = (
+    Committed
+    | Used
+    | Asked
+    | Begun
+    | FullsTaken
+    | ClientsSeen
+    | Taken
+    | Need
+    | Unstorable
+    | Failed
+    | UpstreamTrouble
+    | Unlisted
+)
 
 
 def parse_event(datagram: bytes) -> Event:
@@ -167,6 +202,22 @@ def _used(fields: Mapping[str, Any]) -> Used:
 
 def _use(key: Any, count: Any, sent_bytes: Any = 0) -> Use:
     return Use(ContentKey.parse(key).text, _amount(count), _amount(sent_bytes))
+
+
+def _asked(fields: Mapping[str, Any]) -> Asked:
+    return Asked(tuple(_use(*use) for use in fields["uses"]))
+
+
+def _begun(fields: Mapping[str, Any]) -> Begun:
+    return Begun(ContentKey.parse(fields["key"]), str(fields["path"])[:2000])
+
+
+def _fulls(fields: Mapping[str, Any]) -> FullsTaken:
+    return FullsTaken(tuple(_full(*row) for row in fields["rows"]))
+
+
+def _full(client: Any, key: Any, times: Any) -> tuple[str, str, int]:
+    return _name(client), ContentKey.parse(key).text, _amount(times)
 
 
 def _clients(fields: Mapping[str, Any]) -> ClientsSeen:
@@ -219,6 +270,9 @@ def _unlisted(fields: Mapping[str, Any]) -> Unlisted:
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "committed": _committed,
     "used": _used,
+    "asked": _asked,
+    "begun": _begun,
+    "fulls": _fulls,
     "clients": _clients,
     "taken": _taken,
     "need": _need,

@@ -29,6 +29,11 @@ class Meter:
         return max(0, round((after - before) / (now - then))) if now > then else 0
 
 
+def sum_of(totals: Mapping[str, int], metric: str) -> int:
+    """Over all series of a metric."""
+    return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
+
+
 def numbers(settings: Settings) -> dict[str, int]:
     """The limits that are numbers of something; those that are not in force are absent."""
     every = {

@@ -13,12 +13,16 @@ from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.ageing import AgeClock
+from gup.control.alarm_board import AlarmBoard
 from gup.control.clients import ClientsBook
 from gup.control.events import (
+    Asked,
+    Begun,
     ClientsSeen,
     Committed,
     Event,
     Failed,
+    FullsTaken,
     Need,
     Taken,
     Unlisted,
@@ -33,14 +37,16 @@ from gup.control.fills import FillRates
 from gup.control.history.keeper import HistoryKeeper
 from gup.control.index import Index
 from gup.control.limits import limits_of, numbers
+from gup.control.prefetch import Prefetcher
 from gup.control.refusals import Refusals
 from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
 from gup.control.space import Disk, Space
 from gup.control.status import totals_of
-from gup.control.streams import Demand, newest_times
+from gup.control.streams import newest_times
 from gup.control.surroundings import Surroundings
+from gup.control.traffic import Traffic
 from gup.control.verify import Verification
 
 _log = logging.getLogger("gup.control.plane")
@@ -84,6 +90,17 @@ class Plane:
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientsBook()
+        self.prefetcher = Prefetcher(
+            settings=lambda: self.settings,
+            fetch=around.fetch_ahead,
+            idle=around.link_idle,
+            type_of=self.type_of,
+            places=around.places,
+            holds=self.index.rows.__contains__,
+            clock=clock,
+        )
+        self.traffic = Traffic(self.prefetcher, self.index, clock)
+        self.alarms = AlarmBoard()
         self.reports = Reports(
             Around(
                 around,
@@ -94,7 +111,6 @@ class Plane:
                 self._reports_written,
             )
         )
-        self.demand = Demand()
         self.history = HistoryKeeper(
             around.store.run,
             self.refusals,
@@ -152,6 +168,8 @@ class Plane:
                 self._committed(event)
             case Used():
                 self._used(event)
+            case Asked() | Begun() | FullsTaken():
+                self.traffic.take(event)
             case ClientsSeen() | Taken():
                 self._seen(event)
             case Need():
@@ -161,11 +179,15 @@ class Plane:
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
+                self.traffic.missed(ContentKey.parse(event.key))
             case Unlisted():
                 self.around.unlisted(event.moniker)
             case UpstreamTrouble():
-                if any(upstream.name == event.name for upstream in self.settings.upstream):
-                    self.upstream_errors[event.name] = (self.clock(), event.detail)
+                self._troubled(event)
+
+    def _troubled(self, event: UpstreamTrouble) -> None:
+        if any(upstream.name == event.name for upstream in self.settings.upstream):
+            self.upstream_errors[event.name] = (self.clock(), event.detail)
 
     def _seen(self, event: ClientsSeen | Taken) -> None:
         """Clients were there, and perhaps took something."""
@@ -205,7 +227,7 @@ class Plane:
                 continue
             self.index.put(row.used(use.count, use.sent_bytes, at))
             self.touches[use.key] = max(at, self.touches.get(use.key, 0.0))
-            self.demand.count(row, use.count, at)
+            self.traffic.sent(ContentKey.parse(use.key), use.count)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none."""
@@ -226,6 +248,11 @@ class Plane:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
         return self.around.product_of(stream) or (stream[2], stream[1])
 
+    def type_of(self, stream: Stream) -> str | None:
+        """The type of a stream's content; None while no catalogue lists it."""
+        label = self.around.label_of(stream, "")
+        return None if label is None else label.type
+
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
         reasons = []
@@ -240,7 +267,8 @@ class Plane:
         disk = await self.space.measure()
         now = self.clock()
         storms: dict[tuple[str, str], bool] = {}
-        for stream, storm in self.demand.storms(now, self.index.has_deltas).items():
+        self.traffic.look()
+        for stream, storm in self.traffic.storms.flags().items():
             storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
         return Figures(
             totals=self.around.totals(),
@@ -256,7 +284,7 @@ class Plane:
             wan_bytes_per_second=self.around.wan_rate(),
             client_bytes_per_second=self.settings.clients.rate,
             limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.demand.newest(), self.label),
+            newest=newest_times(self.index.newest_held(), self.traffic.demand.newest(), self.label),
             storms=storms,
             config_ok=self.around.config_ok(),
             site=self.settings.site.name,
@@ -299,6 +327,7 @@ class Plane:
             ),
             "scrub": self.scrubber.progress(),
             "reload": {"successful": around.config_ok()},
+            "alarms": self.alarms.standing(),
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
                 for past in self.failures

@@ -18,6 +18,10 @@ Stream = tuple[str, str, str]
 """Version, language and moniker: what revisions are compared within."""
 
 
+def stream_of(key: ContentKey) -> Stream:
+    return (key.version, key.language, key.stream)
+
+
 def content_revision(kind: Kind, revision: str, file: str) -> str | None:
     """The revision that a body brings a client to; None when the names do not tell.
 

@@ -1,6 +1,7 @@
 """The control plane's life: starts its jobs and its server, applies reloads, ends all of it. No decisions."""
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,10 @@ from gup.control.app import make_app
 from gup.control.history.keeper import WRITE_SECONDS
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
+from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.surroundings import Surroundings
+from gup.control.watch import Watch
 
 __all__ = ["Control", "Surroundings"]
 
@@ -34,6 +37,8 @@ _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
 _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
+_LOOK_OVER_SECONDS = 5.0
+_WATCH_SECONDS = 1.0
 _CLIENTS_NOTE = "clients"
 
 
@@ -82,6 +87,7 @@ class Control:
         await self.plane.index.open()
         await self._restore_clients()
         self.plane.scrubber.restore()
+        self.plane.prefetcher.restore(self.plane.index.note)
         jobs, plane = self._jobs, self.plane
         # `keep` ends only by a mistake of ours; eviction must go on after it.
         jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
@@ -95,6 +101,11 @@ class Control:
         jobs.every(_PRUNE_SECONDS, "prune", plane.reports.prune)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
+        for lane in range(len(LANES)):
+            jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
+        jobs.every(_WATCH_SECONDS, "watch", Watch(plane).look)
+        jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
+        jobs.every(_CLIENTS_SECONDS, "revisions", self._note_all)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -106,6 +117,7 @@ class Control:
         await self.plane.verification.stop()
         await self._jobs.stop()
         self.plane.scrubber.save()
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
         await self._repin()
         await self._touch()
         await self._note_clients()
@@ -128,8 +140,15 @@ class Control:
         await reconcile(plane.index, around.store, around.claims, around.counters, around.mend, plane.clock())
         plane.space.look_soon()
 
+    async def _look_over(self) -> None:
+        self.plane.prefetcher.look_over()
+
+    async def _note_all(self) -> None:
+        self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
+
     async def _flush(self) -> None:
         await self._repin()
+        self.plane.prefetcher.save(self.plane.index.set_note)
         await self.plane.index.flush()
 
     async def _repin(self) -> None:

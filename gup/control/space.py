@@ -19,6 +19,7 @@ from gup.metrics import Counters
 _log = logging.getLogger("gup.control.space")
 _BATCH = 64
 _REST_SECONDS = 0.05
+_RECENT_SECONDS = 86400.0
 _REST_FACTOR = 20
 """After a plan nobody waits for, so many times its duration pass: with 1e5 entries one takes some 0.3 s."""
 
@@ -83,6 +84,8 @@ class Space:
         self._refused_bytes = 0
         self._stopped = False
         self._disk = Disk((), 0, 0)  # at the last look
+        self.recent_evicted = 0
+        """Entries evicted for space, since the start, that somebody had used within a day."""
 
     # --- being asked
 
@@ -190,6 +193,7 @@ class Space:
                 self._claims.release(_offset(eviction))
         for eviction in done:
             if eviction.part is None:
+                self._note_recent(eviction)
                 self._index.discard(eviction.key)
             self._counters.add("gup_evictions_total", reason=eviction.reason)
             self._counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
@@ -197,6 +201,11 @@ class Space:
             self._raise_store_epoch()
             _log.info("evicted %d, %d bytes", len(done), sum(eviction.size_bytes for eviction in done))
         return done
+
+    def _note_recent(self, eviction: Eviction) -> None:
+        row = self._index.rows.get(eviction.key)
+        if row is not None and row.hits and eviction.reason in ("size", "free"):
+            self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
 
     def _remove_all(self, plan: Sequence[Eviction]) -> list[Eviction]:
         done: list[Eviction] = []

@@ -1,4 +1,4 @@
-"""What the streams (variant and moniker) tell an operator: newest revisions, storms of fulls. No I/O."""
+"""What the streams (variant and moniker) tell an operator: newest revisions, had or missed. No I/O."""
 
 import calendar
 import time
@@ -6,13 +6,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from gup.content.key import Kind
-from gup.control.rows import Row, Stream
+from gup.control.rows import Stream
 from gup.metrics import MAX_STREAMS
 
-STORM_WINDOW_SECONDS = 600.0
-STORM_FULLS = 10
-"""So many fulls of one stream in a window, and more than deltas, are a storm if a delta is there."""
+_UNMET_SECONDS = 1800.0
+"""A revision that nobody asked for in so long is not missed any more."""
+_MAX_UNMET = 8
 
 
 def revision_time(revision: str) -> float | None:
@@ -23,22 +22,21 @@ def revision_time(revision: str) -> float | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Unmet:
+    """A revision that clients ask for and that no upstream gives. Unix seconds."""
+
+    revision: str
+    first: float
+    last: float
+
+
 @dataclass(slots=True)
 class _Demand:
-    """What was asked of one stream: the newest revision, and uses by kind in this window and the last."""
+    """What was asked of one stream: the newest revision that was had, and those that were not."""
 
     newest: str = ""
-    window: int = 0
-    now: dict[Kind, int] = field(default_factory=dict)
-    before: dict[Kind, int] = field(default_factory=dict)
-
-    def turn(self, window: int) -> None:
-        if window != self.window:
-            self.before = self.now if window == self.window + 1 else {}
-            self.now, self.window = {}, window
-
-    def uses(self, kind: Kind) -> int:
-        return self.now.get(kind, 0) + self.before.get(kind, 0)
+    unmet: OrderedDict[str, Unmet] = field(default_factory=OrderedDict)
 
 
 class Demand:
@@ -47,30 +45,40 @@ class Demand:
     def __init__(self) -> None:
         self._streams: OrderedDict[Stream, _Demand] = OrderedDict()
 
-    def count(self, row: Row, uses: int, now: float) -> None:
-        """Clients asked `uses` times for the row's body."""
-        revision = row.content_revision
-        if revision is None:
-            return
-        demand = self._streams.setdefault(row.stream_id, _Demand())
-        self._streams.move_to_end(row.stream_id)
+    def _demand(self, stream: Stream) -> _Demand:
+        demand = self._streams.setdefault(stream, _Demand())
+        self._streams.move_to_end(stream)
         while len(self._streams) > MAX_STREAMS:
             self._streams.popitem(last=False)
-        demand.turn(int(now // STORM_WINDOW_SECONDS))
+        return demand
+
+    def met(self, stream: Stream, revision: str) -> None:
+        """Clients are sent what brings them to this revision."""
+        demand = self._demand(stream)
         demand.newest = max(demand.newest, revision)
-        demand.now[row.kind] = demand.now.get(row.kind, 0) + uses
+        demand.unmet.pop(revision, None)
+
+    def unmet(self, stream: Stream, revision: str, now: float) -> None:
+        """What a client asked for could not be had."""
+        unmet = self._demand(stream).unmet
+        before = unmet.get(revision)
+        known = before is not None and now - before.last <= _UNMET_SECONDS
+        unmet[revision] = Unmet(revision, before.first if before is not None and known else now, now)
+        unmet.move_to_end(revision)
+        while len(unmet) > _MAX_UNMET:
+            unmet.popitem(last=False)
 
     def newest(self) -> dict[Stream, str]:
         """The newest revision asked for of each stream."""
-        return {stream: demand.newest for stream, demand in self._streams.items()}
+        return {stream: demand.newest for stream, demand in self._streams.items() if demand.newest}
 
-    def storms(self, now: float, has_deltas: Callable[[Stream], bool]) -> dict[Stream, bool]:
-        """Whether clients ask for fulls of a stream where deltas exist."""
+    def missed(self, now: float) -> dict[Stream, Unmet]:
+        """Of each stream the newest revision that is asked for lately and could not be had."""
         found = {}
         for stream, demand in self._streams.items():
-            demand.turn(int(now // STORM_WINDOW_SECONDS))
-            fulls = demand.uses(Kind.FULL)
-            found[stream] = fulls >= STORM_FULLS and fulls > demand.uses(Kind.DELTA) and has_deltas(stream)
+            lately = [one for one in demand.unmet.values() if now - one.last <= _UNMET_SECONDS]
+            if lately:
+                found[stream] = max(lately, key=lambda one: one.revision)
         return found
 
 

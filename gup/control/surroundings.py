@@ -8,9 +8,14 @@ from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.catalogues import Catalogues, Label, Stream
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Variant
+from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+
+
+async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
+    raise Problem("no-upstream", "nothing can be fetched here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,14 @@ class Surroundings:
     installed_at: float
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
+    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
+    """Cache.fetch_ahead."""
+    places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
+    """Choices.places."""
+    link_idle: Callable[[], bool] = lambda: True
+    """Whether no fill streams or waits in any process, but for those ahead."""
+    fills_waiting: Callable[[], int] = lambda: 0
+    """Fills that wait for their place, in all processes."""
     label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
     catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""

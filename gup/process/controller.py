@@ -15,8 +15,10 @@ from gup.cache.catalogue_body import read_catalogue
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
+from gup.content.choice import Choices
 from gup.content.key import Variant
 from gup.content.routes import Route
+from gup.content.rulebook import Rulebook
 from gup.control.ageing import AgeClock
 from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
@@ -79,6 +81,10 @@ class Controller:
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
+                fetch_ahead=assembly.cache.fetch_ahead,
+                places=self._places,
+                link_idle=assembly.means.queue.idle,
+                fills_waiting=assembly.means.queue.waiting,
                 label_of=self._catalogues.label,
                 catalogues=self._catalogues.shown,
                 catalogue_rows=lambda: self._catalogues.catalogues,
@@ -127,6 +133,11 @@ class Controller:
     async def _look_up_catalogue(self, name: str) -> Fetched:
         variants = {u.name: Variant(u.version, u.language) for u in self._assembly.settings.upstream}
         return await read_catalogue(self._assembly.cache.open, variants[name])
+
+    def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
+        settings = self._assembly.settings
+        choices = Choices(Rulebook(settings), self._catalogues.catalogues, settings.upstream)
+        return choices.places(stream)
 
     async def _take_over(self, route: Route) -> None:
         """Open the body as a client would; the fill goes on when this reader has left."""

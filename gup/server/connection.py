@@ -20,7 +20,6 @@ from gup.server.outgoing import BROKEN, FINISHED, Outgoing
 from gup.server.pacing import Pacer
 from gup.server.phase import Phase, allowed_seconds
 from gup.server.poller import READ, WRITE
-from gup.server.ranges import Span
 from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
 from gup.server.request import Request, check_begun, find_head_end, parse_head, skip_leading_newlines
 
@@ -259,12 +258,8 @@ class Connection:
     def _send_reply(self) -> None:
         reply = self._reply
         assert reply is not None
-        self._listener.handler.begin(reply)
-        if reply.account is not None:
-            reply.account.first_byte = self._listener.accounts.clock()
-        self.begin(
-            reply.head, reply.segments, reply.body, reply.sent_at, reply.stream_at, chunked=reply.chunked
-        )
+        self._listener.handler.begin(reply, self.peer)
+        self.begin(reply.outgoing(self._listener.tally.words))
         self._close_after = reply.close
         self.push()
 
@@ -288,23 +283,12 @@ class Connection:
         self._clear()
         self.refuse(stopping())
 
-    def begin(
-        self,
-        head: bytes,
-        segments: tuple[bytes | Span, ...],
-        body: Body | None,
-        sent_at: int,
-        stream_at: int,
-        *,
-        chunked: bool = False,
-    ) -> None:
-        """An answer is to leave: `head`, then `segments`. `push` sends it."""
+    def begin(self, outgoing: Outgoing) -> None:
+        """An answer is to leave; `push` sends it."""
         self.phase = Phase.SENDING
         self.since = self._listener.now
-        self._body = body
-        self._outgoing = Outgoing(
-            self._listener.tally.words, head, segments, body, sent_at, stream_at, chunked=chunked
-        )
+        self._body = outgoing.body
+        self._outgoing = outgoing
 
     def push(self, sent_before: int = 0) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""

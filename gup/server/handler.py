@@ -20,6 +20,7 @@ from gup.server.accounts import Account, Accounts, of_problem
 from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Turn
 from gup.server.hot import HotRow, HotTable
+from gup.server.outgoing import Outgoing
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
 from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
@@ -62,6 +63,13 @@ class Reply:
     began: float = 0.0
     account: Account | None = None
     """What is told of it when it has left."""
+    full: str = ""
+    """The key's text when bytes of a full are sent: who takes it is told."""
+
+    def outgoing(self, words: "memoryview[int]") -> Outgoing:
+        """The answer on its way; counts its body bytes in two of `words`."""
+        places = self.sent_at, self.stream_at
+        return Outgoing(words, self.head, self.segments, self.body, *places, chunked=self.chunked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +261,8 @@ class Handler:
             body = None
         if opened.entry is not None:
             self._tally.used(opened.key.text)
+        elif asked.route.immutable:
+            self._tally.asked(opened.key.text)
         slot = self._means.streams.number(opened.key)
         turn = self._turn(opened, planned)
         return Reply(
@@ -268,6 +278,7 @@ class Handler:
             planned.status,
             began,
             self._stated(of_body(asked.request, opened, planned), asked.request),
+            opened.key.text if opened.kind is Kind.FULL and body is not None else "",
         )
 
     def _stated(self, account: Account, request: Request | None) -> Account:
@@ -288,8 +299,12 @@ class Handler:
             opened.body.leave()
             raise
 
-    def begin(self, reply: Reply) -> None:
+    def begin(self, reply: Reply, peer: str) -> None:
         """An answer begins to leave: count it."""
+        if reply.full:
+            self._tally.took_full(peer, reply.full)
+        if reply.account is not None:
+            reply.account.first_byte = self.accounts.clock()
         if reply.result is not None:
             self._tally.request(reply.result, reply.status)
             self._means.counters.observe(
@@ -363,6 +378,7 @@ class Handler:
             fresh_until=None if asked.route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,
             stated=self.accounts.declarations.of(request.headers),
+            full=opened.kind is Kind.FULL,
         )
         # Where it depends on the client, only these same bytes have the same answer.
         target = request.target if asked.choice.for_everybody else None

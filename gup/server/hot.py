@@ -50,6 +50,8 @@ class HotRow:
     fresh_until: float | None
     """None: for ever."""
     validated_at: float
+    full: bool = False
+    """Whether it is told who takes it."""
     used: bool = True
     stated: Stated = NOTHING
     """What the client states whose head the row is found by; a target alone tells nothing of it."""

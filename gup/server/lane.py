@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from gup.errors import Problem
 from gup.server.accounts import Teller
 from gup.server.hot import HotRow, HotTable
+from gup.server.outgoing import Outgoing
 from gup.server.plain import PLAIN_HEAD
 from gup.server.ranges import Span
 
@@ -124,7 +125,7 @@ class Lane:
         """Leave the rest, of which the socket took `sent` bytes at once, to the connection."""
         connection.account = self._listener.accounts.of_row(row, status, span, teller, began)
         rest = Span(span.start + sent, span.stop)
-        connection.begin(head, (rest,), row.entry, row.sent_at, row.stream_at)
+        connection.begin(Outgoing(self._words, head, (rest,), row.entry, row.sent_at, row.stream_at))
         connection.push(sent)
 
     def _when_due(
@@ -223,6 +224,8 @@ class Lane:
         self._words[at] += 1
         uses = listener.tally.uses
         uses[row.key_text] = uses.get(row.key_text, 0) + 1
+        if row.full:
+            listener.tally.took_full(connection.peer, row.key_text)
         connection.since = listener.now
 
 

@@ -7,11 +7,15 @@ from gup.metrics import CODES_OF_RESULT, KINDS, MAX_STREAMS, SOURCES, Counters, 
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies over this size are downloads, but for index files: they take a slot and are counted in progress."""
 
+_MOST_TAKERS = 5000
+"""Addresses and keys told in a second; there may be more."""
+
 
 class Tally:
     """Positions of the data plane's words, worked out once: counting is one addition.
 
-    `uses` and `clients` gather what the controller is told once a second; `take_news` empties them.
+    `uses`, `asks`, `fulls` and `clients` gather what the controller is told once a second; `take_news`
+    empties them.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -38,6 +42,8 @@ class Tally:
         self.refused_limit = position("gup_connections_refused_total", reason="limit")
         self.refused_address = position("gup_connections_refused_total", reason="address")
         self.uses: dict[str, int] = {}
+        self.asks: dict[str, int] = {}
+        self.fulls: dict[tuple[str, str], int] = {}
         self.clients: set[str] = set()
 
     def request(self, result: str, status: int) -> None:
@@ -45,6 +51,16 @@ class Tally:
         at = self.requests.get((result, status))
         assert at is not None, f"no series for result {result} with code {status}"
         self.words[at] += 1
+
+    def asked(self, key_text: str) -> None:
+        """As `used`, of a body that is not here whole yet."""
+        self.asks[key_text] = self.asks.get(key_text, 0) + 1
+
+    def took_full(self, address: str, key_text: str) -> None:
+        """Whose request for a full it was: the controller tells the operator who makes a storm."""
+        who = (address, key_text)
+        if who in self.fulls or len(self.fulls) < _MOST_TAKERS:
+            self.fulls[who] = self.fulls.get(who, 0) + 1
 
     def used(self, key_text: str) -> None:
         self.uses[key_text] = self.uses.get(key_text, 0) + 1
@@ -60,6 +76,12 @@ class Tally:
         rows = list(uses.items())
         for at in range(0, len(rows), 200):
             tell({"type": "used", "uses": rows[at : at + 200], "at": now})
+        asks, self.asks = list(self.asks.items()), {}
+        for at in range(0, len(asks), 200):
+            tell({"type": "asked", "uses": asks[at : at + 200]})
+        fulls, self.fulls = [(name(address), key, times) for (address, key), times in self.fulls.items()], {}
+        for at in range(0, len(fulls), 200):
+            tell({"type": "fulls", "rows": fulls[at : at + 200]})
         clients, self.clients = list({name(address) for address in self.clients}), set()
         for at in range(0, len(clients), 1000):
             tell({"type": "clients", "addresses": clients[at : at + 1000]})

@@ -109,6 +109,14 @@ class Wan:
             self._waiting.remove(me)
             self._first_changed()
 
+    def sort_anew(self, share: Share) -> None:
+        """To be called when the share's priority was changed: what of it waits takes its new place."""
+        for waiter in self._waiting:
+            if waiter.share is share:
+                waiter.rank = rank(share.priority, share.tag)
+        self._waiting.sort()
+        self._first_changed()
+
     def _first_changed(self) -> None:
         self._turns.ask(self._waiting[0].rank if self._waiting else None)
         if self._waiting:

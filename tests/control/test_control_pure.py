@@ -13,10 +13,9 @@ from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
 from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
-from gup.control.page import ago, render, size
 from gup.control.rows import make_row
 from gup.control.status import totals_of
-from gup.control.streams import STORM_WINDOW_SECONDS, Demand, newest_times, revision_time
+from gup.control.streams import newest_times, revision_time
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"
 
@@ -222,72 +221,7 @@ def test_newest_content_takes_the_latest_of_a_product():
     assert times == {("{A}", "l", "held"): revision_time("260103002")}
 
 
-def test_a_storm_is_fulls_asked_for_where_deltas_are():
-    demand, stream = Demand(), row().stream_id
-    demand.count(row(), 10, 0.0)
-    assert demand.storms(1.0, lambda _: False) == {stream: False}
-    assert demand.storms(1.0, lambda _: True) == {stream: True}
-    demand.count(row("xdelta250101001_To_260101002.dax", Kind.DELTA), 10, 2.0)
-    assert demand.storms(3.0, lambda _: True) == {stream: False}
-    assert demand.newest() == {stream: "260101002"}
-    demand.count(row(), 5, 4.0)
-    assert demand.storms(STORM_WINDOW_SECONDS, lambda _: True) == {stream: True}
-    assert demand.storms(2 * STORM_WINDOW_SECONDS, lambda _: True) == {stream: False}
-
-
-# --- the page
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (-2_500_000, "-2.5 MB"),
-        (123e9, "123 GB"),
-        (5e15, "5000.0 TB"),
-    ],
-)
-def test_sizes_for_people(count, text):
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-5, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (9e5, "10 d")]
-)
-def test_spans_for_people(seconds, text):
-    assert ago(seconds) == text
-
-
-def status(**more):
-    return {
-        "site": "b", "version": "1", "ready": True, "uptime_seconds": 5.0, "reload": {"successful": False},
-        "totals": {name: totals_of({}) for name in ("since_start", "since_install")},
-        "cache": {"size_bytes": 1, "limit_bytes": 2, "entries": 3, "free_bytes": 4},
-        "clients": {"seen": {"1d": 0}, "connections": 0}, "wan_rate_bytes_per_second": None,
-        "fills": [], "upstreams": [], "workers": [], "failures": [],
-    } | more  # fmt: skip
-
-
-def test_nothing_from_outside_becomes_markup():
-    nasty = "<script>alert(1)</script>"
-    text = render(
-        status(
-            site=nasty,
-            fills=[{"key": nasty, "id": "", "upstream": nasty, "length_bytes": 9, "received_bytes": 3}],
-            upstreams=[{"name": nasty, "url": nasty, "up": False}],
-            workers=[{"slot": nasty, "pid": nasty, "up_since": None, "ready": False}],
-            failures=[{"at": 0.0, "key": nasty, "problem": nasty, "detail": nasty}],
-        ),
-        [{"key": nasty, "kind": nasty, "length_bytes": 1, "hits": 1, "stored_at": 0.0, "pinned": True}],
-        10.0,
-        "n0nce",
-    )
-    assert nasty not in text
-    assert text.count("<script") == 1
-    assert "&lt;script&gt;" in text
-    assert "the last reload was refused" in text
+# --- the API
 
 
 def test_every_request_of_the_application_is_documented():
@@ -295,8 +229,8 @@ def test_every_request_of_the_application_is_documented():
     plane = SimpleNamespace()
     for route in make_app(plane).router.routes():
         path = route.resource.canonical
-        if route.method != "HEAD":
+        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
             path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
-            assert f"`{route.method} {path}`" in text, (route.method, path)
+            assert f"`{route.method} {path}`" in text.replace("?", "`"), (route.method, path)
             described = operation_of(route.handler) is not None
             assert described == path.startswith(("/api/", "/healthz", "/readyz", "/metrics")), path

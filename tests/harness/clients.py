@@ -56,12 +56,19 @@ class RawConnection:
     """One client connection: send bytes as they are, read parsed responses."""
 
     def __init__(
-        self, address: tuple[str, int], timeout_seconds: float = 15.0, receive_buffer_bytes: int | None = None
+        self,
+        address: tuple[str, int],
+        timeout_seconds: float = 15.0,
+        receive_buffer_bytes: int | None = None,
+        source: str = "",
     ) -> None:
+        """`source` is the address that the other side sees, of this machine's."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             if receive_buffer_bytes is not None:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+            if source:
+                self._socket.bind((source, 0))
             self._socket.settimeout(timeout_seconds)
             self._socket.connect(address)
         except OSError:
@@ -240,10 +247,14 @@ def fetch(
     *,
     method: str = "GET",
     timeout_seconds: float = 15.0,
+    body: bytes = b"",
 ) -> Response:
     """One request on a connection of its own."""
+    length = {"Content-Length": str(len(body))} if body else {}
     with RawConnection(address, timeout_seconds) as connection:
-        return connection.get(target, {"Connection": "close", **(headers or {})}, method=method)
+        connection.ask(target, {"Connection": "close", **length, **(headers or {})}, method=method)
+        connection.send(body)
+        return connection.response(method)
 
 
 def assert_problem(response: Response, status: int, slug: str | None = None) -> dict[str, object]:

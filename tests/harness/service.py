@@ -278,13 +278,18 @@ class Gup:
         """Until the metric has this value."""
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
-    def api(self, path: str, *, method: str = "GET") -> tuple[int, Any]:
-        """Status and JSON of one call of the control plane; None for an empty body.
+    def api(
+        self, path: str, *, method: str = "GET", given: Mapping[str, Any] | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON of one call of the control plane, `given` some JSON; None for an empty body.
 
         What changes something shows the token that commands on this machine show.
         """
         shown = {} if method == "GET" else {"Authorization": f"Bearer {self.token}"}
-        answer = fetch(self.admin, path, shown, method=method)
+        sent = json.dumps(given).encode() if given is not None else b""
+        if sent:
+            shown["Content-Type"] = "application/json"
+        answer = fetch(self.admin, path, shown, method=method, body=sent)
         return answer.status, json.loads(answer.body) if answer.body else None
 
     @property

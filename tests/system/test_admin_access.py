@@ -4,13 +4,12 @@ import json
 import signal
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from harness.processes import environment
+from harness.commands import command, started
 from harness.scripted import ScriptedUpstream
 from harness.service import Gup
 from harness.waiting import until
@@ -23,14 +22,6 @@ def certificate(folder: Path, name: str) -> None:
          "-keyout", folder / "key.pem", "-out", folder / "cert.pem", "-days", "2", "-subj", f"/CN={name}",
          "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-
-
-def command(*arguments: object, **env: str) -> "subprocess.CompletedProcess[str]":
-    """One of gup's commands, run as an administrator runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "gup", *map(str, arguments)],
-        env=environment("admin-access", env), capture_output=True, text=True, timeout=40, check=False,
     )  # fmt: skip
 
 
@@ -160,7 +151,7 @@ def test_without_a_token_nothing_starts_beyond_loopback(tmp_path, files, words):
     settings = tmp_path / "gup.toml"
     settings.write_text("[listen]\n" + files.format(folder=tmp_path))
     flags = ("--upstream", "http://127.0.0.1:9", "--cache-dir", tmp_path / "cache", "--listen", "127.0.0.1:0")
-    refused = command("serve", "--config", settings, *flags, "--admin", "0.0.0.0:0")
+    refused = started("serve", "--config", settings, *flags, "--admin", "0.0.0.0:0")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert words.format(folder=tmp_path) in refused.stderr
     assert not (tmp_path / "cache").exists()

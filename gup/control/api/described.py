@@ -44,6 +44,7 @@ class Operation:
     query: type[Parameters]
     body: type[Parameters] | None
     media: tuple[str, ...]
+    takes: str
     problems: tuple[int, ...]
 
 
@@ -54,12 +55,14 @@ def describe(
     query: type[Parameters] = Parameters,
     body: type[Parameters] | None = None,
     media: tuple[str, ...] = (JSON,),
+    takes: str = "",
     problems: tuple[int, ...] = (),
 ) -> Callable[[Handler], Handler]:
     """Around a handler, whose docstring's first line is the summary.
 
     Parameters other than those of `query`, and values that it does not allow, get 400 before the handler is
-    called; it reads them by `asked`. Likewise for `body`, read by `given`.
+    called; it reads them by `asked`. Likewise for `body`, read by `given`. `takes` is the type of a body that
+    the handler reads itself.
     """
 
     def decorate(handler: Handler) -> Handler:
@@ -71,7 +74,7 @@ def describe(
             return await handler(request)
 
         summary = (handler.__doc__ or "").splitlines()[0].strip()
-        operation = Operation(summary, status, answer, query, body, media, problems)
+        operation = Operation(summary, status, answer, query, body, media, takes, problems)
         checked.__dict__[_OPERATION] = operation
         return checked
 

@@ -105,8 +105,8 @@ def select(rows: Iterable[Row], query: Listing, label: Labelling) -> Page:
     ValueError when its cursor is none of a listing's.
     """
     value, descending, after = _ORDERS[query.order.removeprefix("-")], query.order[0] == "-", query.place
-    matching = [row for row in rows if _fits(row, query, label)]
-    ordered = sorted(matching, key=lambda row: (value(row), row.key), reverse=descending)
+    found = matching(rows, query, label)
+    ordered = sorted(found, key=lambda row: (value(row), row.key), reverse=descending)
 
     def is_after(row: Row) -> bool:
         place = (value(row), row.key)
@@ -115,7 +115,12 @@ def select(rows: Iterable[Row], query: Listing, label: Labelling) -> Page:
     rest = [row for row in ordered if is_after(row)]
     page = rest[: query.limit]
     cursor = _cursor((value(page[-1]), page[-1].key)) if len(rest) > len(page) else None
-    return Page(tuple(page), len(matching), cursor)
+    return Page(tuple(page), len(found), cursor)
+
+
+def matching(rows: Iterable[Row], query: Listing, label: Labelling) -> list[Row]:
+    """All rows that the query's filters let through."""
+    return [row for row in rows if _fits(row, query, label)]
 
 
 def _fits(row: Row, query: Listing, label: Labelling) -> bool:

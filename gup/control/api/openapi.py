@@ -151,6 +151,9 @@ def _operation(path: str, method: str, operation: Operation, schemas: _Schemas) 
     if operation.body is not None:
         content = {JSON: {"schema": schemas.ref(operation.body)}}
         described["requestBody"] = {"required": True, "content": content}
+    if operation.takes:
+        content = {operation.takes: {"schema": {"type": "string", "format": "binary"}}}
+        described["requestBody"] = {"required": True, "content": content}
     return described
 
 

@@ -1,5 +1,7 @@
 """The shape of `/api/v1/status` and its parts, for the description. Holds no figures."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from gup.control.api.described import Answer
@@ -171,6 +173,17 @@ class ReloadState(Answer):
     successful: bool
 
 
+class Alarm(Answer):
+    """Something that an operator should look at."""
+
+    name: str
+    severity: Literal["warning", "critical"]
+    since: float
+    subject: str = Field(description="What it is about; empty for the service itself.")
+    text: str
+    what_to_do: str
+
+
 class PastFailure(Answer):
     """A fill that failed."""
 
@@ -201,5 +214,6 @@ class Status(Answer):
     limits: Limits
     scrub: Scrub
     reload: ReloadState
+    alarms: list[Alarm]
     failures: list[PastFailure]
     malformed_events: int

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from gup.control.api.answers import PLANE, problem
+from gup.control.api.described import describe
 from gup.control.page.assets import Assets
 from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
 from gup.control.page.render import CONTENT_SECURITY_POLICY, Renderer
@@ -76,6 +77,7 @@ async def asset(request: web.Request) -> web.Response:
     return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=headers)
 
 
+@describe(None, media=("text/event-stream",))
 async def events(request: web.Request) -> web.StreamResponse:
     """Server-sent events: `hello`, then `figures` each second and each `fragment` that changes."""
     parts = request.app[PARTS]

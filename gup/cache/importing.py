@@ -1,0 +1,209 @@
+"""Takes an archive's entries into the store: compared, under their claims, nothing overwritten; fetches none.
+
+Blocks on the disk and on whoever gives the archive.
+"""
+
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from gup.cache.archive import (
+    FIRST,
+    FOLDER,
+    FORMAT,
+    LAST,
+    PIECE_BYTES,
+    ArchiveError,
+    content_of,
+    record_name,
+)
+from gup.cache.checksum import CHUNK_BYTES, ChunkSums
+from gup.cache.record import Record
+from gup.cache.state import FillState, Phase
+from gup.cache.store import OpenFile, Store
+from gup.content.key import ContentKey
+
+_NOT_OURS = "it is no archive made by gup cache export"
+
+
+@dataclass(frozen=True, slots=True)
+class Custody:
+    """What an import needs of whoever owns the store, called from its thread.
+
+    `claim` takes a key's claim by its offset, `release` gives it back. `room` says why a body of so many
+    bytes can't be taken, "" when it can. `taken` is told of each entry that is there now.
+    """
+
+    claim: Callable[[int], bool]
+    release: Callable[[int], None]
+    room: Callable[[int], str]
+    taken: Callable[[Record], None]
+
+
+@dataclass(slots=True)
+class Imported:
+    """What became of an archive. Changed by its import only.
+
+    `complete` says whether the archive was read to its last member; `problem` why not.
+    """
+
+    imported: int = 0
+    imported_bytes: int = 0
+    present: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+    complete: bool = False
+    problem: str | None = None
+
+
+class _NotTakenError(Exception):
+    """Why an entry was not taken."""
+
+
+class Import:
+    """One archive on its way into a store."""
+
+    def __init__(self, store: Store, custody: Custody, now: float) -> None:
+        self._store = store
+        self._custody = custody
+        self._now = now
+        self._record: Record | None = None
+        """The record whose body comes next."""
+        self._done = Imported()
+
+    def take(self, stream: IO[bytes]) -> Imported:
+        """Take all that can be taken. ArchiveError, before anything is, when `stream` is no archive."""
+        done, begun = self._done, False
+        try:
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=PIECE_BYTES) as archive:
+                for member in archive:
+                    if not begun:
+                        _require_ours(archive, member)
+                        begun = True
+                    elif member.name == LAST:
+                        done.complete = True
+                        break
+                    else:
+                        self._member(archive, member)
+        except (tarfile.TarError, EOFError) as error:
+            if not begun:
+                raise ArchiveError(_NOT_OURS) from error
+            done.problem = f"the archive can't be read on: {error}"
+        if not begun:
+            raise ArchiveError(_NOT_OURS)
+        if not done.complete and done.problem is None:
+            done.problem = "the archive ends before its last member: it was cut off"
+        return done
+
+    def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        record, self._record = self._record, None
+        name = member.name.removeprefix(FOLDER)
+        why = ""
+        try:
+            if not member.isreg() or name == member.name:
+                why = "neither a record nor a body"
+            elif name.rpartition("/")[2].startswith("."):
+                self._record = _record(archive, member)
+            elif record is None or name != record.key.text:
+                why = "a body without its record before it"
+            else:
+                self._body(archive, member, record)
+        except _NotTakenError as error:
+            why = str(error)
+        except OSError as error:
+            why = f"it can't be written: {error.strerror or error}"
+        if why:
+            self._done.refused.append({"name": name, "why": why})
+
+    def _body(self, archive: tarfile.TarFile, member: tarfile.TarInfo, record: Record) -> None:
+        store, key = self._store, record.key
+        if _is_there(store, key):
+            self._done.present += 1
+            return
+        if member.size != record.length:
+            raise _NotTakenError(f"{member.size} bytes long instead of {record.length}")
+        if why := self._custody.room(record.length):
+            raise _NotTakenError(why)
+        temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
+        content = archive.extractfile(member)
+        assert content is not None
+        try:
+            if not _copied(content, temporary, record):
+                raise _NotTakenError("damaged: its bytes are not those that were recorded")
+            taken = self._publish(temporary, record)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if taken is None:
+            self._done.present += 1
+        else:
+            self._done.imported += 1
+            self._done.imported_bytes += record.length
+            self._custody.taken(taken)
+
+    def _publish(self, temporary: Path, record: Record) -> Record | None:
+        """Put the body in its place under its claim; None when one has come there meanwhile."""
+        offset = record.key.claim_offset
+        if not self._custody.claim(offset):
+            raise _NotTakenError("it is being fetched at this moment")
+        try:
+            if _is_there(self._store, record.key):
+                return None
+            return _commit(temporary, record, self._store, self._now)
+        finally:
+            self._custody.release(offset)
+
+
+def _require_ours(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    try:
+        found = json.loads(content_of(archive, member))["format"] if member.name == FIRST else None
+    except (ValueError, KeyError, TypeError, ArchiveError) as error:
+        raise ArchiveError(_NOT_OURS) from error
+    if found is None:
+        raise ArchiveError(_NOT_OURS)
+    if found != FORMAT:
+        raise ArchiveError(f"it is an archive of format {found!r}; this gup reads format {FORMAT}")
+
+
+def _record(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
+    try:
+        record = Record.decode(content_of(archive, member))
+    except (ValueError, ArchiveError) as error:
+        raise _NotTakenError(f"a damaged record: {error}") from error
+    if member.name != record_name(record.key):
+        raise _NotTakenError("a record under another entry's name")
+    return record
+
+
+def _is_there(store: Store, key: ContentKey) -> bool:
+    """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""
+    return os.path.lexists(store.body_path(key)) or os.path.lexists(store.record_path(key))
+
+
+def _copied(content: IO[bytes], path: Path, record: Record) -> bool:
+    """Write the body to `path`, durably; False when a chunk of it is not what was recorded."""
+    sums, file = ChunkSums(), OpenFile(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    for wanted in record.sums:
+        piece = content.read(CHUNK_BYTES)
+        if sums.add(piece) not in ([], [wanted]):
+            return False
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[os.write(file.fd, rest) :]
+    os.fsync(file.fd)
+    return sums.finish() == record.sums
+
+
+def _commit(temporary: Path, record: Record, store: Store, now: float) -> Record:
+    """Publish the body as a fill does. What lay unfinished of the key is of no use any more."""
+    key, generation = record.key, int(now * 1_000_000)
+    for other in store.generations(key.id):
+        store.drop_part(key.id, other)
+    part = store.part_path(key.id, generation)
+    temporary.rename(part)
+    taken = replace(record, pinned=False, body_mtime_ns=part.stat().st_mtime_ns)
+    store.commit(FillState(key, record.kind, generation, Phase.COMMITTED, record.head, None, taken))
+    return taken

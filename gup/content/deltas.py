@@ -1,0 +1,64 @@
+"""How clients name deltas: which revisions a key names, and where a delta lies. Pure.
+
+FIELD: the folder of a delta is the old revision in one source and the new one in another. So the folder is
+taken from the traffic, and what a delta leads from and to is read from its file name alone.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gup.content.key import ContentKey, DeltaStep, Kind, delta_step
+
+_REVISION = re.compile(r"[0-9]{9}")
+_FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
+
+
+class Folder(StrEnum):
+    """Which of its two revisions a delta lies under."""
+
+    FROM = "from"
+    TO = "to"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a name tells. `from_revision` and `folder` are a delta's; the latter None for another folder."""
+
+    kind: Kind
+    revision: str
+    from_revision: str | None = None
+    folder: Folder | None = None
+
+
+def named(key: ContentKey) -> Named | None:
+    """The revision that a body brings a client to, and a delta's other one; None for all other content.
+
+    Only nine digits can be compared (FIELD: YYMMDDrrr).
+    """
+    step = delta_step(key.file)
+    if step is not None:
+        if not (_REVISION.fullmatch(step.from_revision) and _REVISION.fullmatch(step.to_revision)):
+            return None
+        return Named(Kind.DELTA, step.to_revision, step.from_revision, _folder(key.revision, step))
+    if _FULL.fullmatch(key.file) and _REVISION.fullmatch(key.revision):
+        return Named(Kind.FULL, key.revision)
+    return None
+
+
+def _folder(revision: str, step: DeltaStep) -> Folder | None:
+    if revision == step.from_revision:
+        return Folder.FROM
+    return Folder.TO if revision == step.to_revision else None
+
+
+def spelled_moniker(upstream_path: str) -> str:
+    """The moniker of a content path as the client spelled it, percent-encoded; "" when there is none."""
+    parts = upstream_path.split("/")
+    return parts[2] if len(parts) == 5 and parts[1] == "content" else ""
+
+
+def delta_path(moniker: str, from_revision: str, to_revision: str, folder: Folder) -> str:
+    """Where the delta lies, with the moniker as it is given."""
+    under = from_revision if folder is Folder.FROM else to_revision
+    return f"/content/{moniker}/{under}/xdelta{from_revision}_To_{to_revision}.dax"

@@ -1,0 +1,299 @@
+"""What an operator must know: a table of alarms, each a pure look at a snapshot. Remembers nothing."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gup.control.storms import Storm
+from gup.units import bytes_in_words, time_in_words
+
+Severity = Literal["warning", "critical"]
+
+LATELY_SECONDS = 600.0
+"""What counts of events count over, but for damage."""
+DAMAGE_SECONDS = 3600.0
+NEAR_LIMIT = 0.95
+"""Of a rate or a size that it is near to."""
+RECENT_USE_SECONDS = 86400.0
+"""Content used in so long is missed when it is evicted for space."""
+MISSED_SECONDS = 300.0
+"""A revision that clients ask for in vain for so long is overdue."""
+SILENT_SECONDS = 86400.0
+REGULARS = 3
+"""So many clients of a week make it strange that none comes for a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamHealth:
+    """One upstream, as requests and checks found it."""
+
+    name: str
+    up: bool
+    last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A revision that clients ask for and that could not be had, and the newest one that is held."""
+
+    stream: str
+    revision: str
+    held: str | None
+    first: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The plane at one moment. Counts named `lately` are of LATELY_SECONDS, `damage` of DAMAGE_SECONDS."""
+
+    now: float
+    upstreams: Sequence[UpstreamHealth] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    size_bytes: int = 0
+    limit_bytes: int = 1
+    free_bytes: int = 1
+    min_free_bytes: int = 0
+    recent_evicted_lately: int = 0
+    """Entries evicted for space that somebody had used within RECENT_USE_SECONDS."""
+    damage: int = 0
+    storms: Sequence[tuple[str, Storm]] = ()
+    """With what their streams are called."""
+    config_ok: bool = True
+    restarts_lately: int = 0
+    missed: Sequence[Missed] = ()
+    catalogues: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with the catalogue of an upstream."""
+    wan_limit: int = 0
+    wan_used: int = 0
+    fills_waiting: int = 0
+    clients_week: int = 0
+    client_last_seen: float | None = None
+    lost_events_lately: int = 0
+
+
+Finding = tuple[str, str]
+"""What it is about ("" for the service itself), and the alarm in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmType:
+    """One row of ALARMS. It begins when it was found for `after_seconds`, and ends when it was not found for
+    `calm_seconds`: nothing flaps.
+    """
+
+    name: str
+    severity: Severity
+    find: Callable[[Snapshot], Iterator[Finding]]
+    what_to_do: str
+    after_seconds: float = 0.0
+    calm_seconds: float = 15.0
+
+
+def _upstream_down(now: Snapshot) -> Iterator[Finding]:
+    if any(upstream.up for upstream in now.upstreams):
+        for upstream in now.upstreams:
+            if not upstream.up:
+                yield upstream.name, f"{upstream.name} is down; others are asked{_because(upstream)}"
+
+
+def _no_upstream(now: Snapshot) -> Iterator[Finding]:
+    if now.upstreams and not any(upstream.up for upstream in now.upstreams):
+        names = ", ".join(upstream.name for upstream in now.upstreams)
+        why = next((_because(u) for u in now.upstreams if u.last_error), "")
+        yield "", f"no upstream answers ({names}): only what is stored can be served{why}"
+
+
+def _because(upstream: UpstreamHealth) -> str:
+    return f" ({upstream.last_error})" if upstream.last_error else ""
+
+
+def _disk_refuses(now: Snapshot) -> Iterator[Finding]:
+    for what, detail in now.refusals.items():
+        yield what, f"the disk takes no {what}: {detail}"
+
+
+def _disk_short(now: Snapshot) -> Iterator[Finding]:
+    if now.free_bytes < now.min_free_bytes:
+        free, least = bytes_in_words(now.free_bytes), bytes_in_words(now.min_free_bytes)
+        yield "", f"{free} are free on the cache's disk, less than the {least} of cache.min_free"
+
+
+def _cache_short(now: Snapshot) -> Iterator[Finding]:
+    if now.recent_evicted_lately and now.size_bytes >= NEAR_LIMIT * now.limit_bytes:
+        full, gone = bytes_in_words(now.limit_bytes), now.recent_evicted_lately
+        yield "", f"the cache is full ({full}), and {gone} entries that were used within a day had to go"
+
+
+def _damage(now: Snapshot) -> Iterator[Finding]:
+    if now.damage:
+        yield "", f"damage was found in the store {now.damage} times within the last hour"
+
+
+def _full_storm(now: Snapshot) -> Iterator[Finding]:
+    for label, storm in now.storms:
+        yield "/".join(storm.stream), storm_in_words(label, storm)
+
+
+def storm_in_words(label: str, storm: Storm) -> str:
+    """Who, how many, and what it costs."""
+    shown = ", ".join(storm.addresses[:5])
+    others = storm.clients - len(storm.addresses[:5])
+    who = f"{storm.clients} clients" if storm.clients else "clients"
+    if shown:
+        who += f" ({shown}{f' and {others} more' if others > 0 else ''})"
+    cost = f"{bytes_in_words(storm.lan_bytes)} over the LAN, {bytes_in_words(storm.wan_bytes)} over the WAN"
+    instead = (
+        f"; as deltas of {bytes_in_words(storm.delta_bytes)} on average it would be "
+        f"{bytes_in_words(storm.fulls * storm.delta_bytes)} over the LAN"
+        if storm.delta_bytes
+        else ""
+    )
+    return (
+        f"{who} asked for {storm.fulls} full packages of {label}, against "
+        f"{storm.deltas} deltas, within 20 minutes: {cost}{instead}"
+    )
+
+
+def _reload_failed(now: Snapshot) -> Iterator[Finding]:
+    if not now.config_ok:
+        yield "", "the settings could not be read again: those before are in force"
+
+
+def _restarts(now: Snapshot) -> Iterator[Finding]:
+    if now.restarts_lately:
+        yield "", f"worker processes died {now.restarts_lately} times within 10 minutes and were replaced"
+
+
+def _stale_stream(now: Snapshot) -> Iterator[Finding]:
+    for missed in now.missed:
+        if missed.last - missed.first >= MISSED_SECONDS and (missed.held or "") < missed.revision:
+            since = time_in_words(now.now - missed.first)
+            held = f"the newest here is {missed.held}" if missed.held else "nothing newer is here"
+            yield (
+                missed.stream,
+                f"clients have asked for {missed.revision} of {missed.stream} for {since} in vain; {held}",
+            )
+
+
+def _stale_catalogue(now: Snapshot) -> Iterator[Finding]:
+    for name, problem in now.catalogues.items():
+        yield name, f"the catalogue of {name} can't be read: {problem}"
+
+
+def _wan_full(now: Snapshot) -> Iterator[Finding]:
+    if now.wan_limit and now.fills_waiting and now.wan_used >= NEAR_LIMIT * now.wan_limit:
+        rate = f"{bytes_in_words(now.wan_limit)}/s"
+        yield "", f"the WAN is full ({rate}), and {now.fills_waiting} fills wait for their turn"
+
+
+def _silent(now: Snapshot) -> Iterator[Finding]:
+    last = now.client_last_seen
+    if now.clients_week >= REGULARS and last is not None and now.now - last >= SILENT_SECONDS:
+        ago = time_in_words(now.now - last)
+        yield "", f"no client has asked for {ago}, where {now.clients_week} did within the last week"
+
+
+def _events_lost(now: Snapshot) -> Iterator[Finding]:
+    if now.lost_events_lately:
+        lost = now.lost_events_lately
+        yield "", f"{lost} messages from workers were lost within 10 minutes: figures of use are too low"
+
+
+ALARMS: tuple[AlarmType, ...] = (
+    AlarmType(
+        "no-upstream",
+        "critical",
+        _no_upstream,
+        "Look whether the WAN stands and the management server runs: curl it from this machine.",
+    ),
+    AlarmType(
+        "upstream-down",
+        "warning",
+        _upstream_down,
+        "Look at that server and the way to it; take it out of the settings if it is gone for good.",
+    ),
+    AlarmType(
+        "disk-refuses",
+        "critical",
+        _disk_refuses,
+        "Look at the disk of cache.directory: full, read-only, out of inodes, over a quota, or broken.",
+    ),
+    AlarmType(
+        "disk-short",
+        "warning",
+        _disk_short,
+        "Something else fills the disk: make room, or lower cache.max_size or cache.min_free.",
+        after_seconds=30.0,
+    ),
+    AlarmType(
+        "cache-short",
+        "warning",
+        _cache_short,
+        "Raise cache.max_size, or lower cache.keep_revisions or cache.max_unused.",
+        calm_seconds=60.0,
+    ),
+    AlarmType(
+        "damage",
+        "warning",
+        _damage,
+        "It was mended where an upstream has the content; `gup cache verify` looks at everything. If it goes "
+        "on, look at the disk and its cable (smartctl, dmesg).",
+    ),
+    AlarmType(
+        "full-storm",
+        "warning",
+        _full_storm,
+        "Look why these clients do not take deltas: away for long, a damaged installation, deltas that the "
+        "management server does not keep for long enough, or 0-byte deltas there.",
+        calm_seconds=60.0,
+    ),
+    AlarmType(
+        "reload-failed",
+        "warning",
+        _reload_failed,
+        "`gup config check` tells what is wrong in the settings; put it right and `gup reload`.",
+        calm_seconds=0.0,
+    ),
+    AlarmType(
+        "workers-restarting",
+        "warning",
+        _restarts,
+        "Look into the log for why they ended; if nobody killed them, report it with the log.",
+    ),
+    AlarmType(
+        "stale-stream",
+        "warning",
+        _stale_stream,
+        "Look whether the management server has that revision, and has finished publishing it.",
+    ),
+    AlarmType(
+        "stale-catalogue",
+        "warning",
+        _stale_catalogue,
+        "Look whether the management server has /content/ContentInfo.txt, or name a copy in catalog.file.",
+        after_seconds=60.0,
+    ),
+    AlarmType(
+        "wan-full",
+        "warning",
+        _wan_full,
+        "Raise wan.rate if the link carries more; `gup status` tells what is being fetched.",
+        after_seconds=60.0,
+        calm_seconds=30.0,
+    ),
+    AlarmType(
+        "clients-silent",
+        "warning",
+        _silent,
+        "Over a holiday that is right. Else look whether clients reach this machine's port, and whether "
+        "their policy still names it.",
+    ),
+    AlarmType(
+        "events-lost",
+        "warning",
+        _events_lost,
+        "The machine is too busy; look what else runs on it. The figures are put right within ten minutes.",
+    ),
+)
+"""One row an alarm. Those that are worse come first."""

@@ -1,0 +1,103 @@
+"""An archive sent to the running service: from the connection to the thread that takes its entries."""
+
+import asyncio
+import os
+import queue
+import tarfile
+import threading
+from collections.abc import AsyncIterator, Coroutine
+from typing import IO, Any, TypeVar, cast
+
+from gup.cache.importing import Custody, Import, Imported
+from gup.cache.record import Record
+from gup.control.plane import Plane
+from gup.control.reconcile import index_again
+from gup.control.room import no_room
+
+_PIECES = 8
+_TURN_SECONDS = 1.0
+_T = TypeVar("_T")
+
+
+class Upload:
+    """Pieces on their way from the event loop to a thread that reads them as a file; a few at most."""
+
+    def __init__(self) -> None:
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._closed = threading.Event()
+
+    def put(self, piece: bytes | None) -> None:
+        """Give a piece, or None when there will be no more for a reason of the sender's; waits for room."""
+        while not self._closed.is_set():
+            try:
+                self._pieces.put(piece, timeout=_TURN_SECONDS)
+            except queue.Full:
+                continue
+            return
+
+    def read(self, _size: int = -1) -> bytes:
+        """The next piece, b"" at the end; for the thread."""
+        piece = self._pieces.get()
+        if piece is None:
+            raise tarfile.ReadError("the connection broke off")
+        if not piece:
+            self._pieces.put(piece)
+        return piece
+
+    def close(self) -> None:
+        """The reader wants no more."""
+        self._closed.set()
+
+
+async def import_archive(plane: Plane, pieces: AsyncIterator[bytes]) -> Imported:
+    """Take what the archive holds; ArchiveError when it is none."""
+    upload = Upload()
+    taking = asyncio.create_task(asyncio.to_thread(_take, plane, upload, asyncio.get_running_loop()))
+    try:
+        async for piece in pieces:
+            if piece:
+                await asyncio.to_thread(upload.put, piece)
+            if taking.done():
+                break
+        await asyncio.to_thread(upload.put, b"")
+    except (asyncio.CancelledError, OSError):  # the sender has gone, or the service stops
+        await asyncio.shield(asyncio.to_thread(upload.put, None))
+        await asyncio.gather(asyncio.shield(taking), return_exceptions=True)
+        raise
+    return await taking
+
+
+def _take(plane: Plane, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
+    """In a thread. Claims and the index belong to the loop."""
+
+    def on_loop(work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    async def claim(offset: int) -> bool:
+        return plane.around.claims.try_claim(offset)
+
+    async def release(offset: int) -> None:
+        plane.around.claims.release(offset)
+
+    async def held() -> int:
+        return plane.index.total_bytes + plane.around.promised_bytes()
+
+    async def taken(record: Record) -> None:
+        await index_again(record.key, plane.index, plane.around.store)
+        plane.space.look_soon()
+
+    def room(length_bytes: int) -> str:
+        figures = os.statvfs(plane.around.store.root)
+        free_bytes = figures.f_bavail * figures.f_frsize
+        return no_room(length_bytes, on_loop(held()), free_bytes, plane.settings.cache)
+
+    custody = Custody(
+        claim=lambda offset: on_loop(claim(offset)),
+        release=lambda offset: on_loop(release(offset)),
+        room=room,
+        taken=lambda record: on_loop(taken(record)),
+    )
+    try:
+        return Import(plane.around.store, custody, plane.clock()).take(cast(IO[bytes], upload))
+    finally:
+        upload.close()

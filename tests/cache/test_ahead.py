@@ -1,0 +1,121 @@
+"""Fills that nobody waits for: they hold no place, give way, and are hurried when somebody asks."""
+
+import asyncio
+
+import pytest
+from harness.caches import path_of, read, route, working
+from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.trees import noise
+
+from gup.cache.opened import Result
+from gup.content.key import Variant
+from gup.errors import Problem
+from gup.upstream.bandwidth import Share
+
+AHEAD, CLIENTS = path_of("xdelta260801001_To_260802001.dax"), path_of("full.dax")
+BODY = noise("ahead", 1_000_000)
+RECEIVED = "gup_upstream_received_bytes_total"
+
+
+async def until(found, what: str) -> None:
+    try:
+        async with asyncio.timeout(10):
+            while not found():  # noqa: ASYNC110 - what is waited for happens in another thread
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"not in time: {what}") from None
+
+
+@pytest.fixture
+def upstream():
+    with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+async def test_what_was_fetched_ahead_is_a_hit_and_is_not_fetched_again(tmp_path, upstream):
+    upstream.answer(AHEAD, Answer(BODY))
+    async with working(tmp_path, [upstream.url]) as worker:
+        assert await worker.cache.fetch_ahead(route(AHEAD), Variant())
+        assert not await worker.cache.fetch_ahead(route(AHEAD), Variant())
+        opened = await worker.open(AHEAD)
+        assert opened.result is Result.HIT
+        assert await read(opened.body) == BODY
+        opened.body.leave()
+        assert worker.counted(RECEIVED, upstream="u0", purpose="prefetch") == len(BODY)
+        assert worker.counted(RECEIVED, upstream="u0", purpose="fill") == 0
+        assert [event["type"] for event in worker.told if event["type"] != "used"] == ["committed"]
+    assert len(upstream.requests(AHEAD)) == 1
+
+
+async def test_what_can_not_be_had_raises_and_is_no_failure_of_clients(tmp_path, upstream):
+    async with working(tmp_path, [upstream.url]) as worker:
+        with pytest.raises(Problem) as caught:
+            await worker.cache.fetch_ahead(route(AHEAD), Variant())
+        assert caught.value.status == 404
+        with pytest.raises(Problem):  # the client's answer is there already
+            await worker.open(AHEAD)
+        assert [event for event in worker.told if event["key"].endswith(".dax")] == []
+    assert len(upstream.requests(AHEAD)) == 1
+
+
+async def test_it_takes_nobodys_place_and_stands_still_while_others_fill(tmp_path, upstream):
+    first, blocking = Gate(), Gate()
+    upstream.answer(AHEAD, Answer(BODY, gates=((200_000, first),)))
+    upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
+    async with working(tmp_path, [upstream.url], fill={"max": 1}) as worker:
+        ahead = asyncio.create_task(worker.cache.fetch_ahead(route(AHEAD), Variant()))
+        await until(lambda: first.is_reached, "it is under way")
+        client = await worker.open(CLIENTS)  # there is one place, and it is free
+        await until(lambda: blocking.is_reached, "the client's fill is under way")
+        await asyncio.sleep(0.1)  # its last look at the others is older than the time between two
+        first.open()
+        await asyncio.sleep(0.3)
+        assert worker.counted(RECEIVED, upstream="u0", purpose="prefetch") < len(BODY)
+        assert not ahead.done()
+        blocking.open()
+        assert len(await read(client.body)) == 300_000
+        client.body.leave()
+        assert await ahead
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same process", "another process"])
+async def test_a_client_that_asks_hurries_it(tmp_path, upstream, elsewhere):
+    first, blocking = Gate(), Gate()
+    upstream.answer(AHEAD, Answer(BODY, gates=((200_000, first),)))
+    upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
+    async with working(tmp_path, [upstream.url]) as controller, working(tmp_path, [upstream.url]) as worker:
+        ahead = asyncio.create_task(controller.cache.fetch_ahead(route(AHEAD), Variant()))
+        await until(lambda: first.is_reached, "it is under way")
+        client = await worker.open(CLIENTS)
+        await until(lambda: blocking.is_reached, "a client's fill is under way")
+        first.open()
+        asker = worker if elsewhere else controller
+        wanted = await asker.open(AHEAD)
+        assert wanted.result is Result.COLLAPSED
+        assert await read(wanted.body) == BODY  # while the other still stands
+        wanted.body.leave()
+        assert await ahead
+        blocking.open()
+        assert len(await read(client.body)) == 300_000
+        client.body.leave()
+    assert len(upstream.requests(AHEAD)) == 1
+
+
+async def test_what_waits_for_the_wan_takes_the_place_of_its_new_priority(tmp_path, upstream):
+    async with working(tmp_path, [upstream.url]) as worker:
+        wan = worker.means.pool.wan
+        wan._rate = lambda: 100_000
+        order: list[str] = []
+
+        async def pay(name: str, share: Share) -> None:
+            await wan.pay(2000, share)
+            order.append(name)
+
+        ahead = Share(3)
+        tasks = [asyncio.create_task(pay(f"full {number}", Share(2))) for number in range(20)]
+        tasks.append(asyncio.create_task(pay("ahead", ahead)))
+        await until(lambda: len(order) >= 2, "some have paid")
+        ahead.priority = 0
+        wan.sort_anew(ahead)
+        await asyncio.gather(*tasks)
+        assert order.index("ahead") < 10

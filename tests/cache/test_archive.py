@@ -1,0 +1,251 @@
+"""Archives of entries: out of one store and into another, whole, damaged, cut off, and made by others."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gup.cache.archive import FIRST, LAST, ArchiveError, summary, written
+from gup.cache.audit import check_entry, contents
+from gup.cache.checksum import ChunkSums
+from gup.cache.importing import Custody, Import, Imported
+from gup.cache.record import Head, Record
+from gup.cache.state import FillState, Phase
+from gup.cache.store import Store
+from gup.content.key import ContentKey, Kind
+
+NOW = 2_000_000.0
+
+
+def key(file="full.zip", revision="260101001"):
+    return ContentKey("14.3 RU2", "Français", "{535CB6A4-441F-4E8A-A897-804CD859100E}", revision, file)
+
+
+def store_at(folder: Path) -> Store:
+    store = Store(folder)
+    store.prepare()
+    return store
+
+
+def commit(store, name, body, *, pinned=False):
+    part = store.part_path(name.id, 1)
+    part.write_bytes(body)
+    sums = ChunkSums()
+    sums.add(body)
+    head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
+    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, "/content/x")
+    store.commit(FillState(name, Kind.FULL, 1, Phase.COMMITTED, head, None, record.with_pin(pinned)))
+    return record
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A store with a body of several chunks, a small one that is pinned, and one with a long name."""
+    store = store_at(tmp_path / "source")
+    for name, body, pinned in (
+        (key(), bytes(range(256)) * 10_000, False),
+        (key("xdelta260101001_To_260102001.dax"), b"delta" * 100, True),
+        (key("n" * 180 + ".zip", "260102001"), b"x" * 512, False),
+    ):
+        commit(store, name, body, pinned=pinned)
+    return store
+
+
+def keys_of(store):
+    return contents(store, 0.0).keys
+
+
+def archive(store, keys=None) -> bytes:
+    return b"".join(written(store, keys if keys is not None else keys_of(store), "lyon", NOW))
+
+
+class Owner:
+    """Whoever owns the store that is imported to."""
+
+    def __init__(self):
+        self.claimed, self.taken, self.busy, self.why = [], [], set(), ""
+
+    def custody(self):
+        return Custody(self._claim, self.claimed.remove, lambda _length: self.why, self.taken.append)
+
+    def _claim(self, offset):
+        if offset in self.busy:
+            return False
+        self.claimed.append(offset)
+        return True
+
+
+def take(text: bytes, store: Store, owner: Owner | None = None) -> Imported:
+    owner = owner or Owner()
+    done = Import(store, owner.custody(), NOW).take(io.BytesIO(text))
+    assert owner.claimed == []
+    assert len(owner.taken) == done.imported
+    assert list(store.partial.glob("*")) == []
+    return done
+
+
+def test_every_entry_arrives_whole_with_its_record_and_without_its_pin(source, tmp_path):
+    target = store_at(tmp_path / "target")
+    done = take(archive(source), target)
+    assert (done.imported, done.present, done.refused, done.complete) == (3, 0, [], True)
+    assert done.imported_bytes == 2_560_000 + 500 + 512
+    for name in keys_of(source):
+        ours, theirs = target.load(name), source.load(name)
+        assert check_entry(target, name) == []
+        assert target.body_path(name).read_bytes() == source.body_path(name).read_bytes()
+        assert (ours.etag, ours.sums, ours.stored_at, ours.pinned) == (
+            theirs.etag,
+            theirs.sums,
+            theirs.stored_at,
+            False,
+        )
+
+
+def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):
+    file = tmp_path / "a.tar"
+    file.write_bytes(archive(source))
+    with tarfile.open(file) as found:
+        names = found.getnames()
+        assert json.load(found.extractfile(FIRST))["site"] == "lyon"
+    assert (names[0], names[-1], len(names)) == (FIRST, LAST, 8)
+    assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": []}
+    file.write_bytes(file.read_bytes()[:-2048])
+    with pytest.raises(ArchiveError, match="broke off"):
+        summary(file)
+
+
+def test_what_is_damaged_or_gone_is_left_out_and_named(source, tmp_path):
+    body = source.body_path(key())
+    with body.open("r+b") as damaged:
+        damaged.seek(1_500_000)
+        damaged.write(b"?")
+    source.set_time(body, source.load(key()))
+    text = archive(source, [*keys_of(source), key("gone.zip")])
+    (tmp_path / "a.tar").write_bytes(text)
+    left_out = summary(tmp_path / "a.tar")["left_out"]
+    assert {(row["key"], row["why"]) for row in left_out} == {
+        (key().text, "the body is damaged"),
+        (key("gone.zip").text, "there is no such entry"),
+    }
+    assert take(text, store_at(tmp_path / "target")).imported == 2
+
+
+def test_nothing_is_overwritten_sound_or_not(source, tmp_path):
+    target = store_at(tmp_path / "target")
+    commit(target, key(), b"another body")
+    broken = key("xdelta260101001_To_260102001.dax")
+    target.record_path(broken).parent.mkdir(parents=True, exist_ok=True)
+    target.record_path(broken).write_text("no record")
+    done = take(archive(source), target)
+    assert (done.imported, done.present, done.refused) == (1, 2, [])
+    assert target.body_path(key()).read_bytes() == b"another body"
+    assert target.record_path(broken).read_text() == "no record"
+    assert take(archive(source), target).present == 3
+
+
+def test_without_room_or_while_it_is_fetched_an_entry_is_refused(source, tmp_path):
+    target, owner = store_at(tmp_path / "target"), Owner()
+    owner.busy.add(key().claim_offset)
+    done = take(archive(source), target, owner)
+    assert (done.imported, done.refused) == (
+        2,
+        [{"name": key().text, "why": "it is being fetched at this moment"}],
+    )
+    owner.busy, owner.why, owner.taken = set(), "no room", []
+    assert take(archive(source), target, owner).refused == [{"name": key().text, "why": "no room"}]
+
+
+def test_an_unfinished_part_gives_way(source, tmp_path):
+    target = store_at(tmp_path / "target")
+    target.part_path(key().id, 7).write_bytes(b"half")
+    target.save_state(FillState(key(), Kind.FULL, 7, Phase.STREAMING, source.load(key()).head))
+    assert take(archive(source), target).imported == 3
+
+
+def members(text):
+    with tarfile.open(fileobj=io.BytesIO(text)) as found:
+        return [(member, found.extractfile(member).read()) for member in found]
+
+
+def tar_of(rows):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as made:
+        for member, content in rows:
+            member.size = len(content)
+            made.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def renamed(member, name):
+    changed = tarfile.TarInfo(name)
+    changed.size = member.size
+    return changed
+
+
+def test_what_does_not_fit_its_record_is_refused_and_the_rest_taken(source, tmp_path):
+    first, *rest = members(archive(source, [key()]))
+    record, body = rest[:2]
+    changed = bytearray(body[1])
+    changed[2_000_000] ^= 1
+    other = "content/" + key("other.zip").text
+    cases = {
+        "damaged: its bytes": [record, (body[0], bytes(changed))],
+        "bytes long instead of": [record, (body[0], body[1][:-1])],
+        "without its record": [body],
+        "another entry's name": [(renamed(record[0], "content/a/b/c/d/.e.gup"), record[1])],
+        "a damaged record": [(record[0], record[1].replace(b"manager", b"manafer"))],
+        "a body without its record before it": [record, (renamed(body[0], other), body[1])],
+        "neither a record nor a body": [(renamed(body[0], "content/../../etc/x"[8:]), body[1])],
+    }
+    for number, (words, rows) in enumerate(cases.items()):
+        target = store_at(tmp_path / str(number))
+        done = take(tar_of([first, *rows, rest[-1]]), target)
+        assert any(words in row["why"] for row in done.refused), (words, done.refused)
+        assert (done.imported, done.complete) == (0, True)
+        assert contents(target, 0.0).keys == []
+
+
+def test_links_and_folders_are_refused(source, tmp_path):
+    first, *_ = members(archive(source, []))
+    link = tarfile.TarInfo("content/a/b/c/d/e")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    done = take(tar_of([first, (link, b"")]), store_at(tmp_path / "target"))
+    assert done.refused == [{"name": "a/b/c/d/e", "why": "neither a record nor a body"}]
+    assert (done.complete, "cut off" in done.problem) == (False, True)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1), st.booleans())
+def test_an_archive_that_is_cut_off_or_spoilt_gives_whole_entries_only(source, tmp_path_factory, at, cut):
+    text = archive(source)
+    place = int(at * (len(text) - 1))
+    spoilt = text[:place] if cut else text[:place] + bytes([text[place] ^ 0x55]) + text[place + 1 :]
+    target = store_at(tmp_path_factory.mktemp("target"))
+    try:
+        done = take(spoilt, target)
+    except ArchiveError:
+        assert keys_of(target) == []
+        return
+    assert len(keys_of(target)) == done.imported
+    assert all(check_entry(target, name) == [] for name in keys_of(target))
+    assert done.complete or done.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "no archive made by gup cache export"),
+        (b"\0" * 2000, "no archive"),
+        (b"PK\3\4" * 500, "no archive"),
+        (tar_of([(tarfile.TarInfo("a"), b"b")]), "no archive"),
+        (tar_of([(tarfile.TarInfo(FIRST), b'{"format": 9}')]), "format 9; this gup reads format 1"),
+        (tar_of([(tarfile.TarInfo(FIRST), b"[]")]), "no archive"),
+    ],
+)
+def test_what_is_no_archive_of_ours_is_told(tmp_path, text, words):
+    with pytest.raises(ArchiveError, match=words):
+        take(text, store_at(tmp_path / "target"))

@@ -1,0 +1,105 @@
+"""A site is seeded from another one's archive: by running services and by stopped ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness.commands import command
+from harness.scripted import Answer, ScriptedUpstream
+from harness.service import Gup
+from harness.trees import DELTA, content_path, noise, zip_of
+from harness.waiting import until
+
+FULL = content_path("full.zip")
+BODIES = {FULL: zip_of("full", 3_000_000), DELTA: noise("delta", 70_000)}
+NOBODY = "http://127.0.0.1:9"
+
+
+def settings_of(gup: Gup, file: Path) -> Path:
+    file.write_text(f'[listen]\nadmin_port = {gup.admin[1]}\n[cache]\ndirectory = "{gup.cache_dir}"\n')
+    return file
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `site.tar`, which a service with both bodies wrote, and its cache directory `first`."""
+    tmp_path = tmp_path_factory.mktemp("site")
+    archive = tmp_path / "site.tar"
+    with ScriptedUpstream() as upstream:
+        for path, body in BODIES.items():
+            upstream.answer(path, Answer(body, etag='"x"'))
+        with Gup(tmp_path / "first", [upstream.url], workers=1) as gup:
+            for path, body in BODIES.items():
+                assert gup.get(path).body == body
+            until(lambda: gup.metric("gup_cache_entries") >= 2, "the entries are known")
+            settings = settings_of(gup, tmp_path / "first.toml")
+            done = command("cache", "export", archive, "--config", settings, "--json")
+            assert (done.returncode, json.loads(done.stdout)["left_out"]) == (0, []), done
+            again = command("cache", "export", archive, "--config", settings)
+            assert (again.returncode, "overwrites nothing" in again.stderr) == (1, True), again
+            part = command("cache", "export", tmp_path / "part.tar", "--config", settings, "--kind", "delta")
+            assert "1 entries, 70.0 kB" in part.stdout, part
+            gup.stop()
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["part.tar", "site.tar"]
+    return tmp_path
+
+
+def test_a_running_site_is_seeded_without_an_upstream(site, tmp_path):
+    archive = site / "site.tar"
+    damaged = tmp_path / "damaged.tar"
+    text = bytearray(archive.read_bytes())
+    text[text.index(BODIES[DELTA][:1000]) + 500] ^= 1
+    damaged.write_bytes(text)
+    (tmp_path / "cut.tar").write_bytes(archive.read_bytes()[:2_000_000])
+    with Gup(tmp_path / "second", [NOBODY], workers=1) as gup:
+        until(lambda: gup.status()["cache"]["complete"], "the index is complete")
+        settings = settings_of(gup, tmp_path / "second.toml")
+        token = {"GUP_TOKEN_FILE": str(gup.cache_dir / "run" / "admin-token")}
+        url = f"http://127.0.0.1:{gup.admin[1]}"
+
+        refused = command("cache", "import", archive, "--admin", url)
+        assert (refused.returncode, "needs Authorization" in refused.stderr) == (1, True), refused
+        odd = command("cache", "import", tmp_path / "second.toml", "--admin", url, **token)
+        assert (odd.returncode, "it is no archive made by gup" in odd.stderr) == (1, True), odd
+        here = command("cache", "import", archive, "--cache-dir", gup.cache_dir)
+        assert (here.returncode, str(gup.process.pid) in here.stderr) == (1, True), here
+
+        cut = command("cache", "import", tmp_path / "cut.tar", "--admin", url, "--json", **token)
+        assert (cut.returncode, json.loads(cut.stdout)["complete"]) == (1, False), cut
+        half = command("cache", "import", damaged, "--config", settings)
+        assert (half.returncode, "damaged: its bytes" in half.stdout) == (1, True), half
+        assert gup.metric("gup_cache_entries") >= 1
+        assert gup.get(FULL).body == BODIES[FULL]
+
+        whole = command("cache", "import", archive, "--config", settings, "--json")
+        assert whole.returncode == 0, whole
+        told = json.loads(whole.stdout)
+        assert (told["imported"], told["refused"]) == (1, [])
+        assert told["present"] >= 1
+        answer = gup.get(DELTA)
+        assert (answer.body, answer.header("cache-status")) == (BODIES[DELTA], "gup; hit")
+        assert command("cache", "verify", "--config", settings).returncode == 0
+        assert gup.metric("gup_upstream_received_bytes_total") == 0
+        assert gup.parts() == {}
+
+
+def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
+    archive = tmp_path / "stopped.tar"
+    done = command("cache", "export", archive, "--cache-dir", site / "first", "--json")
+    assert done.returncode == 0, done
+    entries = json.loads(done.stdout)["entries"]
+    target = tmp_path / "third"
+    missing = command("cache", "import", archive, "--cache-dir", target)
+    assert (missing.returncode, "is no cache directory" in missing.stderr) == (1, True), missing
+    (target / "content").mkdir(parents=True)
+    told = json.loads(command("cache", "import", archive, "--cache-dir", target, "--json").stdout)
+    assert (told["imported"], told["refused"], told["complete"]) == (entries, [], True)
+    small = command("cache", "import", archive, "--cache-dir", site / "first", GUP_CACHE__MAX_SIZE="1MB")
+    assert f"{entries} were here already" in small.stdout
+    (tmp_path / "fourth" / "content").mkdir(parents=True)
+    small = command("cache", "import", archive, "--cache-dir", tmp_path / "fourth", GUP_CACHE__MAX_SIZE="1MB")
+    assert (small.returncode, "cache.max_size (1MB) would be exceeded" in small.stdout) == (1, True), small
+    with Gup(target, [NOBODY], workers=1) as gup:
+        assert {path: gup.get(path).body == body for path, body in BODIES.items()} == dict.fromkeys(
+            BODIES, True
+        )
