@@ -31,10 +31,13 @@ def explain(
         _answer(book, catalogues, upstream.name, sources.get(upstream.name, "not read yet"), moniker, client)
         for upstream in upstreams
     ]
+    # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
+    kinds = {upstream.name: upstream.kind for upstream in upstreams}
+    managers = [answer for answer in answers if kinds[answer["upstream"]] != "liveupdate"]
     return {
         "moniker": moniker,
         "mode": book.mode,
-        "allowed": any(answer["allowed"] for answer in answers),
+        "allowed": any(answer["allowed"] for answer in managers or answers),
         "served_from": None if choice is None or choice.refused else choice.upstream,
         "decisions": answers,
         "client_notes": list(client.notes),

@@ -152,7 +152,7 @@ def test_a_refusal_tells_the_ways_out_and_binds_every_way_of_asking(site):
     query = f"moniker={PATCH[1:-1]}&client_version=14.3+RU1&client_language=fr"
     status, explained = site.gup.api(f"/api/v1/rules/explain?{query}")
     assert status == 200
-    assert (explained["allowed"], explained["served_from"], explained["mode"]) == (True, None, "enforce")
+    assert (explained["allowed"], explained["served_from"], explained["mode"]) == (False, None, "enforce")
     rules = {answer["upstream"]: answer["rule"] for answer in explained["decisions"]}
     assert rules == {"fr": "version", "en": "version", "lu": None}
     assert explained["decisions"][0]["catalogue"] == site.french.url + CATALOG

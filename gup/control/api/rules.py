@@ -61,7 +61,7 @@ class Explanation(Answer):
 
     moniker: str
     mode: str = Field(description="enforce, report or off.")
-    allowed: bool = Field(description="At any of them.")
+    allowed: bool = Field(description="At any of them that has content under /content/.")
     served_from: str | None = Field(description="The upstream that the client would be served from.")
     decisions: list[Decided]
     client_notes: list[str] = Field(description="What is stated and can't be read.")
