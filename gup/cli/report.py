@@ -167,7 +167,7 @@ def _lagging(row: Report) -> None:
         title=_titled(row),
     )
     if more > 0:
-        typer.echo(f"and {more} more; --csv and --json list 1000 of each stream")
+        typer.echo(f"and {more} more; --csv and --json list 1000 of a stream")
 
 
 def _clients(answer: Report) -> None:

@@ -13,6 +13,9 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY, Gup
 from harness.trees import zip_of
 from harness.waiting import until
+from typer.testing import CliRunner
+
+from gup.cli.app import app
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 PATCHES = "{0C2A4E6D-1111-4222-8333-444455556666}"
@@ -255,3 +258,24 @@ def test_a_log_that_nobody_reads_holds_nobody_up(upstream, tmp_path):
         until(all_read, "every line has come")
         assert {json.loads(line)["status"] for line in text.splitlines() if b'"gup.access"' in line} == {200}
         assert gup.stop() == 0
+
+
+def test_a_report_has_one_form_at_a_time():
+    result = CliRunner().invoke(app, ["report", "savings", "--csv", "--json"])
+    assert result.exit_code == 2
+    assert "--csv and --json: one of them" in result.output
+
+
+def test_a_log_that_cannot_be_opened_stops_the_start_and_a_reload_is_refused(upstream, tmp_path):
+    settings = {"log": {"destination": str(tmp_path / "none" / "gup.log")}}
+    with Gup(tmp_path / "cache", [upstream.url], workers=1, settings=settings, start=False) as gup:
+        gup.launch()
+        assert gup.wait() == 2
+        assert "log.destination: " in gup.log
+        assert "can't be written to: No such file or directory" in gup.log
+    good = {"log": {"destination": "stderr"}}
+    with Gup(tmp_path / "other", [upstream.url], workers=1, settings=good) as gup:
+        gup.rewrite(settings)
+        until(lambda: "settings not reloaded: log.destination: " in gup.log, "the reload is refused")
+        gup.wait_metric(0, "gup_config_last_reload_successful")
+        assert gup.get(DELTA).status == 200

@@ -90,7 +90,9 @@ class StreamContent(Answer):
     lag_revisions: int = Field(description="Known revisions newer than the newest held.")
     lag_seconds: float | None
     revisions: list[RevisionCount]
-    lagging: list[Lagging] = Field(description="Those furthest behind first, 1000 at most.")
+    lagging: list[Lagging] = Field(
+        description="Those furthest behind first; 1000 at most, and 10,000 of all streams."
+    )
 
 
 class Content(Head):

@@ -28,6 +28,8 @@ from gup.upstream.schedule import site_time
 
 _T = TypeVar("_T")
 LAGGING_SHOWN = 1000
+"""Of one stream."""
+_LAGGING_IN_ALL = 10_000
 _OFF = "reports.addresses is off: no client is remembered"
 
 
@@ -193,11 +195,13 @@ class Reports:
 
         def look() -> list[tuple[content.StreamReport, int, list[queries.ClientState]]]:
             states, counts = queries.stream_states(self._records), queries.revision_counts(self._records)
-            reports = content.gather(states, counts, held)
-            return [
-                (report, *queries.lagging(self._records, report.stream, report.newest, LAGGING_SHOWN))
-                for report in reports
-            ]
+            found, left = [], _LAGGING_IN_ALL
+            for report in content.gather(states, counts, held):
+                most = min(left, LAGGING_SHOWN)
+                behind, clients = queries.lagging(self._records, report.stream, report.newest, most)
+                found.append((report, behind, clients))
+                left -= len(clients)
+            return found
 
         rows = [
             content.shown(report, behind, lagging, self._label)
