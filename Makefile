@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault soak bench dashboards lint types imports check clean
+.PHONY: demo test fault soak pictures bench dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
@@ -51,6 +51,10 @@ PART ?= all
 ROUNDS ?= 5
 bench: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS)
+
+# The page's pictures in docs/images, from a real run: two minutes.
+pictures: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m pictures.run
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

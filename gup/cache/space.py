@@ -56,8 +56,10 @@ class Space:
         """Promise room, evicting if need be; False when there is none in time.
 
         The promise comes first: whoever makes room sees it, and of two that want the last room none
-        oversteps.
+        oversteps. Nothing is evicted for what would not fit into the room of all that is stored.
         """
+        if self._hopeless(amount_bytes):
+            return False
         self._promise(amount_bytes)
         patience = self._patience_seconds()
         deadline, least = time.monotonic() + patience, 1 << 62
@@ -110,7 +112,15 @@ class Space:
     def _settle(self, amount_bytes: int) -> None:
         self._settling -= amount_bytes
 
+    def _hopeless(self, amount_bytes: int) -> bool:
+        """Whether the disk has too little room even without anything stored."""
+        stored = self._used()  # 0 as long as it is not known
+        return 0 < stored < self._short_on_disk(amount_bytes)
+
     def _missing(self, amount_bytes: int) -> int:
         over = self._used() + self._settling - self._max_size()
+        return max(over, self._short_on_disk(amount_bytes))
+
+    def _short_on_disk(self, amount_bytes: int) -> int:
         disk = os.statvfs(self._folder)
-        return max(over, self._min_free() + amount_bytes - disk.f_bavail * disk.f_frsize)
+        return self._min_free() + amount_bytes - disk.f_bavail * disk.f_frsize

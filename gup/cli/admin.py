@@ -142,9 +142,9 @@ class Admin:
             return _Answer(connection, self._good(connection.getresponse()))
         except (OSError, HTTPException) as error:
             connection.close()
-            raise AdminError(
-                f"{self.url}: the connection broke off ({error or type(error).__name__})"
-            ) from error
+            hint = "; does it speak TLS (https://)?" if self.url.startswith("http:") else ""
+            words = f"{self.url}: the connection broke off ({error or type(error).__name__}){hint}"
+            raise AdminError(words) from error
         except BaseException:
             connection.close()
             raise

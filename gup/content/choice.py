@@ -159,23 +159,24 @@ class Choices:
         return self.catalogues.type_of(stream) == CLIENT_PATCHES
 
     def _options_of(self, stream: str) -> tuple[_Option, ...]:
-        """The places that list a stream, and those whose catalogue is not known; all when none does."""
+        """The places that have a stream, as far as catalogues tell; all when none does."""
         found = self._options.get(stream)
         if found is None:
             every = tuple(_Option(place, self._listed(place, stream)) for place in self._places)
-            if any(option.listed is not None for option in every):
-                found = tuple(o for o in every if o.listed is not None or not self._known(o.place))
-            else:
-                found = every
+            found = tuple(option for option in every if option.listed is not None) or every
             _remember(self._options, stream, found)
         return found
 
     def _listed(self, place: _Place, stream: str) -> Listed | None:
+        """How a place lists a stream. Where its catalogue is not known it may have what others list, and what
+        that is they tell: a client patch passes nowhere as something unknown.
+        """
         rows = (self.catalogues.listed(name, stream) for name in place.names)
-        return next((row for row in rows if row is not None), None)
-
-    def _known(self, place: _Place) -> bool:
-        return any(self.catalogues.known(name) for name in place.names)
+        own = next((row for row in rows if row is not None), None)
+        others = self.catalogues.somewhere(stream)
+        if own is not None or others is None or any(map(self.catalogues.known, place.names)):
+            return own
+        return Listed(others.moniker, others.product, "")
 
     # --- by client
 

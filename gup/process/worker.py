@@ -19,8 +19,8 @@ from gup.process.shared import worker_block
 from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
+from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Machine
-from gup.server.gate import Gate
 from gup.server.handler import Handler
 from gup.server.hot import HotTable
 from gup.server.listener import Listener
@@ -49,7 +49,7 @@ class Worker:
         )
         names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
         self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
-        gate = self._gate = Gate(
+        deliveries = self._deliveries = Deliveries(
             assembly.settings,
             assembly.store.run,
             assembly.counters,
@@ -59,11 +59,11 @@ class Worker:
             hot.drop,
             assembly.means.clock,
         )
-        assembly.pool.lists = lambda name, stream: gate.choices.catalogues.listed(name, stream) is not None
+        assembly.pool.lists = deliveries.lists
         handler = Handler(
             assembly.means,
             assembly.cache,
-            gate,
+            deliveries,
             tally,
             hot,
             downloads,
@@ -134,7 +134,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
-        await self._gate.close()
+        await self._deliveries.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:

@@ -17,8 +17,8 @@ from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
 from gup.server.accounts import Account, Accounts, of_problem
+from gup.server.deliveries import Deliveries
 from gup.server.downloads import Downloads, Turn
-from gup.server.gate import Gate
 from gup.server.hot import HotRow, HotTable
 from gup.server.outgoing import Outgoing
 from gup.server.ranges import Span
@@ -95,7 +95,7 @@ class Handler:
         self,
         means: Means,
         cache: Cache,
-        gate: Gate,
+        deliveries: Deliveries,
         tally: Tally,
         hot: HotTable,
         downloads: Downloads,
@@ -107,7 +107,7 @@ class Handler:
         self.draining = False
         self._means = means
         self._cache = cache
-        self._gate = gate
+        self._deliveries = deliveries
         self._routes = _routes(means.settings)
         self._tally = tally
         self._hot = hot
@@ -122,13 +122,13 @@ class Handler:
         """Reloaded settings."""
         self._authorities = _authorities(settings)
         self._routes = _routes(settings)
-        self._gate.apply(settings)
+        self._deliveries.apply(settings)
 
     # --- entry points
 
     def answer_now(self, request: Request, head: bytes) -> Reply | None:
         """The answer if it needs neither disk nor upstream; None: call `answer`."""
-        if not self._gate.ready:
+        if not self._deliveries.ready:
             return None
         began = self._means.clock()
         epochs = self._hot.epochs
@@ -138,7 +138,7 @@ class Handler:
             opened = self._cache.open_now(asked.route, asked.variant)
             if opened is None:
                 return None
-            self._gate.passed(asked.choice, asked.route)
+            self._deliveries.passed(asked.choice, asked.route)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
             return self.refusal(problem, request=request, asked=asked)
@@ -153,10 +153,10 @@ class Handler:
         began = self._means.clock()
         asked = None
         try:
-            await self._gate.until_ready()
+            await self._deliveries.until_ready()
             epochs = self._hot.epochs
             asked = self._ask(request, head)
-            self._gate.passed(asked.choice, asked.route)
+            self._deliveries.passed(asked.choice, asked.route)
             if request.method == "HEAD":
                 return await self._answer_head(asked)
             opened = await self._open(asked)
@@ -219,7 +219,7 @@ class Handler:
         route = self._routes.route(target.path)
         if not self._means.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
-        choice = self._gate.choose(request, route)
+        choice = self._deliveries.choose(request, route)
         return Asked(request, choice.of(route), choice, head)
 
     async def _open(self, asked: Asked) -> Opened:

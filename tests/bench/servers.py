@@ -159,6 +159,10 @@ class VarnishCache(_Process):
         super().__init__(VARNISH, port, command)
 
 
+_ONE_ADDRESS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0"}
+"""All load comes from one."""
+
+
 class GupCache:
     """`gup serve` at its defaults: a worker a core, metrics counted, no rate on the WAN."""
 
@@ -168,7 +172,10 @@ class GupCache:
         self, folder: Path, upstream_port: int, *, env: dict[str, str] | None = None, name: str = "gup"
     ) -> None:
         self.service = Gup(
-            folder / name, [f"http://127.0.0.1:{upstream_port}"], workers=CORES, env={**(env or {})}
+            folder / name,
+            [f"http://127.0.0.1:{upstream_port}"],
+            workers=CORES,
+            env={**_ONE_ADDRESS, **(env or {})},
         )
         self.port = self.service.data[1]
 

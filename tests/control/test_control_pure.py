@@ -229,8 +229,8 @@ def test_every_request_of_the_application_is_documented():
     plane = SimpleNamespace()
     for route in make_app(plane).router.routes():
         path = route.resource.canonical
-        if route.method != "HEAD":
+        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
             path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
-            assert f"`{route.method} {path}`" in text, (route.method, path)
+            assert f"`{route.method} {path}`" in text.replace("?", "`"), (route.method, path)
             described = operation_of(route.handler) is not None
             assert described == path.startswith(("/api/", "/healthz", "/readyz", "/metrics")), path

@@ -181,6 +181,28 @@ def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(tmp_pat
         assert gup.pids == pids, "nothing was restarted"
 
 
+def test_what_can_not_fit_evicts_nothing(tmp_path):
+    """Room for it would not be there if all that is stored had gone: hits of that go on."""
+    delta = content_path("xdelta260701001_To_260801001.dax")
+    with (
+        small_disk(tmp_path / "cache", "12m") as disk,
+        ScriptedUpstream() as upstream,
+        Gup(disk.root, [upstream.url], settings=SETTINGS, workers=1) as gup,
+    ):
+        upstream.answer(delta, Answer(noise("delta", 300_000), etag='"delta"'))
+        right(gup, delta, noise("delta", 300_000))
+        until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows it")
+        upstream.answer(BIG, Answer(zip_of("large", 16 * MB), etag='"x"'))
+        right(gup, BIG, zip_of("large", 16 * MB))
+        disk.fill()
+        small = content_path("full.zip", revision="260601001")
+        upstream.answer(small, Answer(BODY, etag='"y"'))
+        right(gup, small, BODY)
+        right(gup, delta, noise("delta", 300_000))
+        assert gup.metric("gup_evictions_total") == 0
+        assert len(upstream.requests(delta)) == 1
+
+
 def refusals(gup: Gup) -> set[str]:
     return {row["what"] for row in gup.status()["disk"]["refusals"]}
 

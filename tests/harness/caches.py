@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -84,16 +84,23 @@ async def read(body: Body, start: int = 0, stop: int | None = None) -> bytes:
 
 
 @asynccontextmanager
-async def working(root: Path, upstreams: list[str], **sections: dict) -> AsyncIterator[Worker]:
+async def working(
+    root: Path, upstreams: list[str], *, tables: Sequence[dict] = (), **sections: dict
+) -> AsyncIterator[Worker]:
+    """`tables` are settings of single upstreams, in the order of `upstreams`."""
+    own = dict(enumerate(tables))
     settings = Settings.model_validate(
         {
             "cache": {"directory": str(root), "min_free": 0, **sections.get("cache", {})},
             "upstream": [
                 {"url": url, "name": f"u{number}", "priority": number, **sections.get("each", {})}
+                | own.get(number, {})
                 for number, url in enumerate(upstreams)
             ],
             "wan": {"rate": "0"},
             "fill": sections.get("fill", {}),
+            "catalog": sections.get("catalog", {}),
+            "rules": sections.get("rules", {}),
         }
     )
     store = Store(root)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from harness.clients import Response
-from harness.scripted import Answer, ScriptedUpstream
+from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import noise, zip_of
 from harness.waiting import until
@@ -224,3 +224,28 @@ def test_liveupdate_has_its_own_space_and_serves_every_client(site):
     assert code == 200
     named = {row["file"]: (row["product"], row["version"], row["language"]) for row in found["entries"]}
     assert named[INDEX] == ("SEPC Virus Definitions Win64", "14.3 RU2", "SymAllLanguages")
+
+
+def test_what_is_for_all_languages_comes_from_any_manager_and_goes_on_without_its_leader(site):
+    gup, gate = site.gup, Gate()
+    content = body(VIRUS, "all")
+    for upstream in (site.french, site.english):
+        upstream.answer(path(VIRUS), Answer(content, etag='"all"', gates=((12_000, gate),)))
+    with gup.connect() as client:
+        client.ask(path(VIRUS), ENGLISH)
+        gate.wait_reached()
+        until(gup.parts, "the fill is under way")
+        gup.kill_worker(gup.worker_of(client))
+    gate.open()
+    gup.wait_stored("full.zip", 30)  # nobody asks: the controller goes on, whom no rule binds
+    assert f"any/any/{VIRUS}/{REVISION}/full.zip" in gup.bodies()
+    stored = gup.cache_dir / "content" / "any" / "any" / VIRUS / REVISION / "full.zip"
+    stored.write_bytes(b"x" * len(content))
+    assert gup.api("/api/v1/verify?repair=1", method="POST")[0] == 202
+    until(lambda: gup.api("/api/v1/verify")[1]["ended_at"], "all is verified")
+    assert stored.read_bytes() == content, "mended, with no variant of its own to ask"
+    delta = path(VIRUS, "xdelta260701001_To_260801001.dax")
+    site.english.answer(delta, Answer(noise("delta", 900), etag='"d"'))
+    site.french.stop()
+    assert site.get(delta, FRENCH).body == noise("delta", 900), "the French manager is down"
+    assert site.get(path(TEXTS), FRENCH).status == 502, "and only it has French texts"

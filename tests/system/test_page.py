@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 from urllib.parse import quote
 
 import pytest
@@ -73,10 +74,9 @@ def site(tmp_path):
         upstream.answer(FULL, Answer(zip_of("full", 600_000)))
         upstream.answer(HOSTILE, Answer(noise("hostile", 50_000)))
         upstream.answer(SLOW, Answer(noise("slow", 400_000), gates=((200_000, gate),)))
+        office = {"name": "head office", "url": upstream.url, "health_interval": "0s"}
         settings = {
-            "upstream": [
-                {"name": "head office", "url": upstream.url, "give_up": "60s", "read_timeout": "50s"}
-            ],
+            "upstream": [office | {"give_up": "60s", "read_timeout": "50s"}],
             "wan": {"rate": "900kB/s"},
             "listen": {"drain_timeout": "1s"},
             "catalog": {"refresh": "1h"},
@@ -108,6 +108,7 @@ def test_the_page(site):
         check_live(site, page)
         check_looks(page)
         check_keyboard(page)
+        check_alarms(site, page)
         check_manners(site, page)
         check_without_script(site, page)
         check_service_gone(site, page)
@@ -122,6 +123,10 @@ def check_figures(gup, page):
     status = gup.status()
     totals = status["totals"]["since_install"]
     assert totals["client_sent_bytes"] >= 1_250_000
+    until(
+        lambda: figure(page, "#saved-install .sent") == totals["client_sent_bytes"],
+        "the page has come so far",
+    )
     assert figure(page, "#saved-install .big") == totals["saved_bytes"]
     assert figure(page, "#saved-install .sent") == totals["client_sent_bytes"]
     assert figure(page, "#saved-install .received") == totals["upstream_received_bytes"]
@@ -209,6 +214,28 @@ def check_keyboard(page):
     assert page.run("return document.documentElement.lang") == "en"
 
 
+def check_alarms(gup, page):
+    """What is wrong stands on top in the API's words, with what to do, and goes away by itself."""
+    good = (gup.folder / "gup.toml").read_text()
+    (gup.folder / "gup.toml").write_text(good + "[nonsense]\n")
+    gup.signal(signal.SIGHUP)
+    (alarm,) = until(lambda: standing(gup, "reload-failed"), "the reload is refused")
+    text = "return document.getElementById('alarms').innerText"
+    until(lambda: alarm["text"] in page.run(text), "the page tells of the alarm")
+    assert alarm["what_to_do"] in page.run(text)
+    assert page.run("return document.getElementById('alarms').getAttribute('role')") == "status"
+    for theme in ("light", "dark"):
+        page.look(theme=theme)
+        assert page.run(FAINT) == [], theme
+    (gup.folder / "gup.toml").write_text(good)
+    gup.signal(signal.SIGHUP)
+    until(lambda: alarm["text"] not in page.run(text), "all is well again")
+
+
+def standing(gup, name):
+    return [alarm for alarm in gup.api("/api/v1/alarms")[1]["alarms"] if alarm["name"] == name]
+
+
 def check_manners(gup, page):
     """It asked this service only, and its policy had nothing to keep it from."""
     asked = page.requests()
@@ -223,11 +250,14 @@ def check_manners(gup, page):
 
 
 def check_without_script(gup, page):
-    page.allow_scripts(allowed=False)
-    page.open(site_url(gup))
-    page.allow_scripts(allowed=True)  # so that the test can look; the page's own have not run
-    totals = gup.status()["totals"]["since_install"]
-    assert figure(page, "#saved-install .big") == totals["saved_bytes"]
+    def figures_are_there():
+        page.allow_scripts(allowed=False)
+        page.open(site_url(gup))
+        page.allow_scripts(allowed=True)  # so that the test can look; the page's own have not run
+        saved = gup.status()["totals"]["since_install"]["saved_bytes"]
+        return figure(page, "#saved-install .big") == saved
+
+    until(figures_are_there, "the figures of the moment at which it was loaded")
     assert page.run("return document.querySelectorAll('.plot canvas').length") == 0
     assert page.run("return document.getElementById('live').hidden")
     assert page.run("return document.querySelectorAll('#hour tbody tr').length") >= 1

@@ -53,6 +53,49 @@ async def test_priority_goes_before_weight(pool_of):
             assert names(pool.candidates(ANY, f"key {number}")) == ["a", "b"]
 
 
+async def test_a_wide_variant_asks_those_that_list_the_stream_and_liveupdate_has_its_own(pool_of):
+    stream, other = "{535CB6A4-441F-4E8A-A897-804CD859100E}", "{07B590B3-9282-482F-BBAA-6D515D385869}"
+    french = {"version": "14.3 RU2", "language": "French"}
+    async with pool_of(
+        table("fr", **french),
+        table("en", version="14.3 RU3", language="English"),
+        table("de", version="14.3 RU2", language="German"),
+        table("lu", kind="liveupdate"),
+    ) as pool:
+        pool.lists = lambda name, moniker: moniker == stream and name != "de"
+
+        def asked(variant, of=stream):
+            return set(names(pool.candidates(variant, f"any/any/{of}/260801001/full.zip")))
+
+        assert asked(Variant("*", "*")) == {"fr", "en"}
+        assert asked(Variant("*", "*"), other) == {"fr", "en", "de"}, "nobody lists it: anybody may have it"
+        assert asked(Variant("14.3 RU2", "*")) == {"fr"}
+        assert asked(Variant("14.3 RU2", "*"), other) == {"fr", "de"}
+        assert asked(Variant(**french)) == {"fr"}
+        assert asked(ANY) == {"fr", "en"}, "a key alone: a fill that goes on, or a repair"
+        assert asked(Variant("14.3 RU2", "any")) == {"fr"}
+        assert asked(Variant("14.3 RU1", "French")) == set(), "never another's"
+        assert asked(Variant("any", "French")) == {"fr"}
+        assert asked(Variant("14.3 RU2", "French"), "liveupdate") == {"lu"}
+        assert asked(ANY, "liveupdate") == {"lu"}
+    async with pool_of(table("plain"), table("fr", **french)) as pool:
+        assert names(pool.candidates(ANY, f"any/any/{stream}/260801001/full.zip")) == ["plain"]
+
+
+async def test_another_gup_is_told_whose_content_is_meant(pool_of):
+    own = {"headers": {"gup-client-version": "14.3 RU9"}}
+    async with pool_of(
+        table("gup", kind="gup", version="14.3 RU2", language="French"),
+        table("own", kind="gup", version="14.3 RU2", **own),
+        table("manager", version="14.3 RU2", language="French"),
+    ) as pool:
+        sent = {u.name: u.headers(Ask(path=PATH, purpose="fill")) for u in pool.upstreams}
+    assert sent["gup"]["GUP-Client-Version"] == "14.3 RU2"
+    assert sent["gup"]["GUP-Client-Language"] == "French"
+    assert sent["own"]["gup-client-version"] == "14.3 RU9"
+    assert "GUP-Client-Version" not in sent["own"].keys() | sent["manager"].keys()
+
+
 async def test_a_key_prefers_the_same_upstream_in_every_process(pool_of):
     tables = [table("a"), table("b"), table("c", weight=2)]
     async with pool_of(*tables) as one, pool_of(*reversed(tables)) as two:

@@ -17,7 +17,10 @@ from gup.control.importing import import_archive
 
 _log = logging.getLogger("gup.control.archives")
 TAR = "application/x-tar"
+_EXPORTS_AT_ONCE = 2
+"""Each reads bodies twice, with the threads that all jobs share."""
 _IMPORTING: web.AppKey[asyncio.Lock] = web.AppKey("importing", asyncio.Lock)
+_EXPORTING: web.AppKey[asyncio.Semaphore] = web.AppKey("exporting", asyncio.Semaphore)
 
 
 class Export(Parameters):
@@ -49,14 +52,22 @@ class ImportDone(Answer):
     problem: str | None = Field(description="Why it was not.")
 
 
-@describe(None, query=Export, media=(TAR,))
+@describe(None, query=Export, media=(TAR,), problems=(409,))
 async def export(request: web.Request) -> web.StreamResponse:
     """Entries with their records as a tar archive, each compared with its sums before it is sent."""
+    exporting = request.app[_EXPORTING]
+    if exporting.locked():
+        raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are under way; try again when one has ended")
+    async with exporting:
+        return await _sent(request, asked(request, Export))
+
+
+async def _sent(request: web.Request, chosen: Export) -> web.StreamResponse:
     plane = request.app[PLANE]
-    query = Listing.model_validate(asked(request, Export).model_dump())
     rows = list(plane.index.rows.values())
-    chosen = await asyncio.to_thread(matching, rows, query, labelling(plane))
-    keys = [ContentKey.parse(row.key) for row in sorted(chosen, key=lambda row: row.key)]
+    query = Listing.model_validate(chosen.model_dump())
+    found = await asyncio.to_thread(matching, rows, query, labelling(plane))
+    keys = [ContentKey.parse(row.key) for row in sorted(found, key=lambda row: row.key)]
     pieces = written(plane.around.store, keys, plane.settings.site.name, plane.clock())
     response = web.StreamResponse(headers={"Content-Type": TAR})
     response.enable_chunked_encoding()
@@ -90,9 +101,10 @@ async def import_(request: web.Request) -> web.Response:
 def set_up(app: web.Application) -> None:
     """What the handlers share."""
     app[_IMPORTING] = asyncio.Lock()
+    app[_EXPORTING] = asyncio.Semaphore(_EXPORTS_AT_ONCE)
 
 
 routes = [
-    web.get("/api/v1/export", export),
+    web.get("/api/v1/export", export, allow_head=False),
     web.post("/api/v1/import", import_),
 ]

@@ -3,6 +3,7 @@
 (() => {
   const RETRY_MS = 10_000;
   const CHART_MS = { hour: 10_000, day: 60_000 };
+  const BUCKET_SECONDS = { hour: 60, day: 300 };
   const zone = document.body.dataset.zone || undefined;
 
   // --- fragments: the old tree takes over what differs, so focus, selection and open tables stay
@@ -158,6 +159,7 @@
       legend: { live: true },
       cursor: { y: false, drag: { x: false, y: false } },
       scales: { y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] } },
+      padding: [6, 12, 0, 0],
       axes: axes(form, "/s"),
       series: [
         { label: "Time", value: (_, at) => (at === null ? "–" : clock("{HH}:{mm}")(at)) },
@@ -168,27 +170,32 @@
     };
   }
 
-  // A row for each step of the span: where nothing ran, nothing is drawn. The last one is still growing.
-  function columns({ points, step_seconds: step, since, until }) {
-    const known = new Map(points.map((point) => [point.at, point]));
-    const first = Math.ceil(since / step) * step;
-    const columnsOf = [[], [], [], []];
-    for (let at = first; at <= until; at += step) {
-      const point = known.get(at);
-      const seconds = point ? Math.max(1, point.covered_seconds) : 1;
-      columnsOf[0].push(at);
-      columnsOf[1].push(point ? point.client_sent_bytes / seconds : null);
-      columnsOf[2].push(point ? point.upstream_received_bytes / seconds : null);
-      columnsOf[3].push(point ? point.wan_limit_bytes_per_second : null);
+  // Rates for each bucket of the span: where nothing ran, nothing is drawn. The last one is still growing.
+  function columns({ points, since, until }, bucket) {
+    const sums = new Map();
+    for (const point of points) {
+      const at = Math.floor(point.at / bucket) * bucket;
+      const sum = sums.get(at) || { seconds: 0, sent: 0, received: 0 };
+      sum.seconds += point.covered_seconds;
+      sum.sent += point.client_sent_bytes;
+      sum.received += point.upstream_received_bytes;
+      sum.limit = point.wan_limit_bytes_per_second;
+      sums.set(at, sum);
     }
-    return columnsOf;
+    const rows = [];
+    for (let at = Math.ceil(since / bucket) * bucket; at <= until; at += bucket) {
+      const { seconds, sent, received, limit = null } = sums.get(at) || { sent: null, received: null };
+      const rate = (bytes) => (bytes === null ? null : bytes / Math.max(1, seconds));
+      rows.push([at, rate(sent), rate(received), limit]);
+    }
+    return [0, 1, 2, 3].map((column) => rows.map((row) => row[column]));
   }
 
   async function drawSpan(name) {
     if (document.hidden) return;
     try {
       const answer = await fetch(`/api/v1/history?span=${name}`, { cache: "no-store" });
-      if (answer.ok) draw(name, lines("{HH}:{mm}"), columns(await answer.json()));
+      if (answer.ok) draw(name, lines("{HH}:{mm}"), columns(await answer.json(), BUCKET_SECONDS[name]));
     } catch {
       lose();
     }

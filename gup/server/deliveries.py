@@ -1,4 +1,4 @@
-"""One worker's gate: whose content a request gets and whether it may, by the rules in force. Fetches nothing.
+"""Whose content each request of one worker gets, and whether it may, by the rules in force; fetches nothing.
 
 Decisions hold for one set of settings and catalogues. Both are told of by the policy epoch: whoever comes
 after it was raised is decided by the new ones, which are read in a thread first.
@@ -31,7 +31,7 @@ _LOOK_SECONDS = 0.02
 _MOST_TOLD = 1000
 
 
-class Gate:
+class Deliveries:
     """`choices` are replaced, never changed, by `_load` alone. `on_change` is called when they were."""
 
     def __init__(
@@ -119,6 +119,10 @@ class Gate:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
+
+    def lists(self, upstream: str, moniker: str) -> bool:
+        """Whether an upstream's catalogue lists a moniker."""
+        return self.choices.catalogues.listed(upstream, moniker) is not None
 
     # --- deciding
 

@@ -1,0 +1,167 @@
+"""The herd: many clients ask at once for what nobody has yet, over a link of 10 MB/s with 40 ms latency."""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness.trees import Tree, content_path
+from harness.upstreams import Nginx
+from harness.waiting import until
+
+from bench import crowd
+from bench.link import Passed, Wan
+from bench.measure import cpu_seconds, machine_busy_seconds, median, percentile
+from bench.rig import put
+from bench.servers import GupCache, NginxCache, Server, VarnishCache
+from bench.table import Table, verdict
+
+PER_SECOND = 10_000_000
+LATENCY_SECONDS = 0.04
+ONE_FILE_BYTES = 20_000_000
+ONE_FILE_CLIENTS = 1000
+FILES = 20
+FILE_BYTES = 2_000_000
+FILES_CLIENTS = 200
+PATIENCE_SECONDS = 40.0
+
+_ABOUT_ONE_FILE = (
+    "First bytes count from the first byte that left the link; ideal is {:.2f} s, size over rate and the "
+    "latency. All clients together take 20 GB: the loopback interface alone keeps the cores busy."
+)
+_numbers = itertools.count()
+
+
+@contextmanager
+def _site(folder: Path, make: Callable[[Path, int], Server]) -> Iterator[tuple[Tree, Nginx, Wan, Server]]:
+    """An upstream, the link, and one cache that has nothing."""
+    tree = Tree(folder / "tree")
+    tree.root.mkdir(parents=True)
+    with (
+        Nginx(tree, folder / "upstream", extra="keepalive_requests 1000000;") as upstream,
+        Wan(upstream.port, PER_SECOND, LATENCY_SECONDS) as wan,
+    ):
+        server = make(folder, wan.port)
+        try:
+            yield tree, upstream, wan, server
+        finally:
+            server.stop()
+
+
+MAKERS: dict[str, Callable[[Path, int], Server]] = {
+    "gup": GupCache,
+    "nginx": lambda folder, port: NginxCache(folder, port, nopush=False),
+    "Varnish": VarnishCache,
+}
+
+
+def _measure(
+    site: tuple[Tree, Nginx, Wan, Server], files: int, file_bytes: int, clients: int
+) -> tuple[crowd.Outcome, Passed, float, float, float]:
+    """One herd on new files; what upstream sent of them, the server's CPU and the machine's busy share."""
+    tree, upstream, wan, server = site
+    number = next(_numbers)
+    paths = [
+        put(tree, content_path(f"xdelta{number:04d}{at:05d}_To_260801001.dax"), file_bytes)
+        for at in range(files)
+    ]
+    wan.look()
+    before, busy = cpu_seconds(server.pids()), machine_busy_seconds()
+    outcome = crowd.run(server.port, [paths[at % files] for at in range(clients)], PATIENCE_SECONDS)
+    spent, busy_now = cpu_seconds(server.pids()) - before, machine_busy_seconds()
+    until(lambda: all(upstream.requests(path) for path in paths), "the upstream's log is written")
+    sent = sum(upstream.body_bytes(path) for path in paths)
+    share = (busy_now[0] - busy[0]) / max(1e-9, busy_now[1] - busy[1])
+    return outcome, wan.look(), sent / (files * file_bytes), spent, share
+
+
+def one_file(folder: Path, rounds: int) -> Table:
+    """A thousand clients, one file."""
+    ideal = ONE_FILE_BYTES / PER_SECOND + LATENCY_SECONDS
+    table = Table(
+        f"The herd: {ONE_FILE_CLIENTS} clients, one file of 20 MB, upstream 10 MB/s with 40 ms",
+        [
+            "server",
+            "upstream bytes / body",
+            "first byte, median",
+            "first byte, last client",
+            "last client done",
+            "done / ideal",
+            "server CPU",
+            "clients' CPU",
+            "cores busy",
+        ],
+        notes=[_ABOUT_ONE_FILE.format(ideal)],
+    )
+    for name, make in MAKERS.items():
+        rows = []
+        with _site(folder / f"one-{name}", make) as site:
+            for _ in range(rounds):
+                outcome, passed, share, spent, busy = _measure(site, 1, ONE_FILE_BYTES, ONE_FILE_CLIENTS)
+                firsts = [t.asked_at + t.first_byte_seconds - passed.first_at for t in outcome.transfers]
+                began = min(t.asked_at for t in outcome.transfers)
+                done = max(t.asked_at + t.done_seconds - began for t in outcome.transfers)
+                whole = all(t.body_bytes == ONE_FILE_BYTES and t.status == 200 for t in outcome.transfers)
+                rows.append(
+                    (share, median(firsts), max(firsts), done, spent, outcome.cpu_seconds, busy, whole)
+                )
+                sys.stdout.write(f"{name} {rows[-1]}\n")
+        share, first, last, done, spent, own, busy = (median([row[at] for row in rows]) for at in range(7))
+        ours = name == "gup"
+        table.add(
+            name,
+            f"{share:.3f}" if not ours or share == 1 else f"{share:.3f} **missed**",
+            verdict(first * 1e3, 50, most=True) + " ms" if ours else f"{first * 1e3:.1f} ms",
+            verdict(last * 1e3, 150, most=True) + " ms" if ours else f"{last * 1e3:.1f} ms",
+            f"{done:.2f} s" if all(row[7] for row in rows) else "**not all**",
+            verdict(done / ideal, 1.05, most=True) if ours else f"{done / ideal:.2f}",
+            f"{spent:.2f} s",
+            f"{own:.2f} s",
+            f"{100 * busy:.0f} %",
+        )
+    return table
+
+
+def many_files(folder: Path, rounds: int) -> Table:
+    """200 clients over 20 files."""
+    table = Table(
+        f"{FILES_CLIENTS} clients over {FILES} files of 2 MB at once, the same link",
+        [
+            "server",
+            "upstream bytes / body",
+            "link full until its last byte",
+            "last client done",
+            "server CPU",
+        ],
+        notes=[
+            "Full: what passed, over the rate times the time from the first to the last byte on the link."
+        ],
+    )
+    for name, make in MAKERS.items():
+        rows = []
+        with _site(folder / f"many-{name}", make) as site:
+            for _ in range(rounds):
+                outcome, passed, share, spent, _busy = _measure(site, FILES, FILE_BYTES, FILES_CLIENTS)
+                taken = passed.last_at - passed.first_at
+                full = passed.passed_bytes / PER_SECOND / max(taken, 1e-9)
+                done = percentile([t.done_seconds for t in outcome.transfers], 1.0)
+                whole = all(t.body_bytes == FILE_BYTES and t.status == 200 for t in outcome.transfers)
+                rows.append((share, full, done, spent, whole))
+                sys.stdout.write(f"{name} {rows[-1]}\n")
+        share, full, done, spent = (median([row[at] for row in rows]) for at in range(4))
+        table.add(
+            name,
+            f"{share:.3f}" if name != "gup" or share == 1 else f"{share:.3f} **missed**",
+            verdict(100 * full, 97) + " %" if name == "gup" else f"{100 * full:.1f} %",
+            f"{done:.2f} s" if all(row[4] for row in rows) else "**not all**",
+            f"{spent:.2f} s",
+        )
+    return table
+
+
+def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
+    del seconds
+    rounds = min(rounds, 3)
+    made = {"one": one_file, "many": many_files}
+    return [make(folder, rounds) for name, make in made.items() if only in name]

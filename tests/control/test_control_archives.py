@@ -1,0 +1,120 @@
+"""Archives over the API: sent out, taken in, broken off; and what the index knows of them afterwards."""
+
+import asyncio
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from gup.cache.archive import summary
+from gup.config import Settings
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_call():
+    with blockbuster_ctx("gup.control"):
+        yield
+
+
+async def exported(browser, world, query=""):
+    async with browser.get(f"{world.url}/api/v1/export{query}") as answer:
+        assert (answer.status, answer.content_type) == (200, "application/x-tar")
+        return await answer.read()
+
+
+async def imported(browser, world, text):
+    async with browser.post(world.url + "/api/v1/import", data=text) as answer:
+        return answer.status, await answer.json(content_type=None)
+
+
+async def purge_all(browser, world, control):
+    for key in list(control.plane.index.rows):
+        async with browser.delete(f"{world.url}/api/v1/content/{key}") as answer:
+            assert answer.status == 200
+    assert control.plane.index.rows == {}
+
+
+async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
+    first = world.commit(world.key("260101001"), b"a" * 300_000)
+    second = world.commit(world.key("260101002"), b"b" * 1000)
+    async with world.running() as control:
+        text = await exported(browser, world)
+        (tmp_path / "part.tar").write_bytes(await exported(browser, world, "?revision=260101002"))
+        assert summary(tmp_path / "part.tar") == {"entries": 1, "bytes": 1000, "left_out": []}
+        await purge_all(browser, world, control)
+        status, told = await imported(browser, world, text)
+        assert (status, told["imported"], told["imported_bytes"]) == (200, 2, 301_000)
+        assert (told["refused"], told["complete"], told["problem"]) == ([], True, None)
+        assert set(control.plane.index.rows) == {first.key.text, second.key.text}
+        assert control.plane.index.total_bytes == 301_000
+        again = await imported(browser, world, text)
+        assert (again[1]["imported"], again[1]["present"]) == (0, 2)
+        assert (await imported(browser, world, b"no archive"))[0] == 400
+        async with browser.head(world.url + "/api/v1/export") as answer:
+            assert answer.status == 405
+    assert not world.claims.held(first.key.claim_offset)
+
+
+async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
+    world.commit(world.key("260101001"), b"a" * 600_000)
+    held = world.commit(world.key("260101002"), b"b" * 1000)
+    async with world.running() as control:
+        text = await exported(browser, world)
+        await purge_all(browser, world, control)
+        assert world.worker_claims.try_claim(held.key.claim_offset)
+        limited = world.settings.cache.model_copy(update={"max_size": 500_000})
+        await control.apply(Settings.model_copy(world.settings, update={"cache": limited}))
+        _, told = await imported(browser, world, text)
+        assert {row["why"].split(" (")[0].split(",")[0] for row in told["refused"]} == {
+            "cache.max_size",
+            "it is being fetched at this moment",
+        }
+        assert (told["imported"], control.plane.index.rows) == (0, {})
+        world.worker_claims.release(held.key.claim_offset)
+
+
+async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, browser):
+    world.commit(world.key("260101001"), b"a" * 1000)
+    world.commit(world.key("260101002"), b"b" * 900_000)
+    async with world.running() as control:
+        text = await exported(browser, world)
+        await purge_all(browser, world, control)
+        begun = asyncio.Event()
+
+        async def pieces():
+            yield text[:100_000]
+            begun.set()
+            await asyncio.Event().wait()
+
+        sending = asyncio.create_task(imported(browser, world, pieces()))
+        await begun.wait()
+        await world.until(lambda: len(control.plane.index.rows) == 1)
+        assert (await imported(browser, world, text))[0] == 409
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+        async def taken() -> bool:
+            return (await imported(browser, world, text))[0] == 200
+
+        for _ in range(200):
+            if await taken():
+                break
+            await asyncio.sleep(0.02)
+        assert len(control.plane.index.rows) == 2
+        assert list(world.store.partial.glob("*.tmp")) == []
+
+
+async def test_the_control_plane_stops_while_an_archive_is_coming(world, browser):
+    world.commit(world.key("260101001"), b"a" * 1000)
+    begun = asyncio.Event()
+    async with world.running():
+        text = await exported(browser, world)
+
+        async def pieces():
+            yield text[:700]
+            begun.set()
+            await asyncio.Event().wait()
+
+        sending = asyncio.create_task(imported(browser, world, pieces()))
+        await begun.wait()
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)

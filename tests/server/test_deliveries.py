@@ -1,0 +1,213 @@
+"""What the rules cost: which lane asks them how often, counted in a whole data plane on one loop."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+from harness.caches import Worker, working
+from harness.scripted import Answer, ScriptedUpstream
+from harness.trees import zip_of
+
+from gup.addresses import Names
+from gup.cache.catalogue_file import Kept, write_kept
+from gup.cache.claim import Claims
+from gup.cache.slots import Slots
+from gup.content.catalog import parse_catalog
+from gup.content.choice import Choices
+from gup.content.identity import Identities
+from gup.content.rules import Rules
+from gup.server.accounts import Accounts
+from gup.server.addresses import Addresses
+from gup.server.admission import Admission
+from gup.server.deliveries import Deliveries
+from gup.server.downloads import Downloads, Machine
+from gup.server.handler import Handler
+from gup.server.hot import HotTable
+from gup.server.listener import Listener
+from gup.server.tally import Tally
+
+PATCH = "{11111111-1111-1111-1111-111111111111}"
+VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
+FRENCH = {"GUP-Client-Version": "14.3 RU2", "GUP-Client-Language": "French"}
+ENGLISH = {"GUP-Client-Version": "14.3 RU3", "GUP-Client-Language": "English"}
+TABLES = [
+    {"version": "14.3 RU2", "language": "French"},
+    {"version": "14.3 RU3", "language": "English"},
+]
+ASKED = ((Choices, "choose"), (Choices, "choose_for"), (Rules, "decide"), (Identities, "read"))
+
+
+def path(moniker: str) -> str:
+    return f"/content/{moniker}/260801001/full.zip"
+
+
+def body(moniker: str, language: str) -> bytes:
+    return zip_of(f"{moniker} {language}", 2000)
+
+
+@dataclass
+class Plane:
+    """A data plane, who asks it, and how often the rules were asked since the count was last cleared."""
+
+    worker: Worker
+    deliveries: Deliveries
+    address: tuple[str, int]
+    calls: Counter
+    policy: list[int]
+
+    async def warm(self, moniker: str, headers: dict[str, str]) -> None:
+        """Ask until nobody has to think about it."""
+        async with asyncio.timeout(20):
+            self.calls["choose"] = 1
+            while self.calls:
+                self.calls.clear()
+                await self.get(moniker, headers)
+
+    async def get(
+        self, moniker: str, headers: dict[str, str], times: int = 1, *, differ: bool = False
+    ) -> set[bytes]:
+        """The bodies that so many requests got; with `differ` no two heads are the same."""
+        reader, writer = await asyncio.open_connection(*self.address)
+        got = set()
+        for number in range(times):
+            more = headers | ({"User-Agent": f"client {number} {time.monotonic_ns()}"} if differ else {})
+            lines = [f"GET {path(moniker)} HTTP/1.1", "Host: gup", *(f"{n}: {t}" for n, t in more.items())]
+            writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(head.split("content-length: ")[1].split("\r\n")[0])
+            got.add(await reader.readexactly(length))
+        writer.close()
+        await writer.wait_closed()
+        return got
+
+
+@pytest.fixture
+async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
+    calls: Counter = Counter()
+    for owner, name in ASKED:
+        real = getattr(owner, name)
+
+        def counted(*arguments, real=real, name=name):
+            calls[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+    with ScriptedUpstream() as french, ScriptedUpstream() as english:
+        for upstream, language in ((french, "French"), (english, "English")):
+            upstream.answer(path(PATCH), Answer(body(PATCH, language), etag=f'"{language}"'))
+            upstream.answer(path(VIRUS), Answer(body(VIRUS, "all"), etag='"all"'))
+        urls = [french.url, english.url]
+        async with (
+            working(tmp_path, urls, tables=TABLES, catalog={"refresh": "0"}) as worker,
+            serving(worker, calls) as made,
+        ):
+            yield made
+
+
+@contextlib.asynccontextmanager
+async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
+    means, loop, policy = worker.means, asyncio.get_running_loop(), [0]
+    catalogue(means.store.run)
+    tally = Tally(means.counters)
+    hot = HotTable(lambda: (policy[0], means.store_epoch()), worker.cache.close_removed)
+    deliveries = Deliveries(
+        means.settings,
+        means.store.run,
+        means.counters,
+        means.executor,
+        lambda: policy[0],
+        means.tell,
+        hot.drop,
+        means.clock,
+    )
+    means.pool.lists = deliveries.lists
+    places = Claims(means.store.run / "downloads")
+    machine = Machine(lambda: 0, lambda: 0, lambda: 0, [0], 0, lambda _since: None)
+    downloads = Downloads(Slots(places, 0, lambda: 0), lambda: means.settings.clients, tally, machine, loop)
+    handler = Handler(
+        means,
+        worker.cache,
+        deliveries,
+        tally,
+        hot,
+        downloads,
+        node="test",
+        wall_clock=means.wall_clock,
+        accounts=Accounts(means.settings, tally, Names("full", b"0" * 16), means.clock),
+    )
+    addresses = Addresses(means.store.run / "addresses", 0, 1)
+    admission = Admission(means.settings, tally, addresses, lambda: 1, most_here=100)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listener = Listener(
+        loop,
+        [listening],
+        means.settings,
+        handler,
+        hot,
+        tally,
+        downloads,
+        admission,
+        on_second=lambda _now: None,
+    )
+    address = listening.getsockname()
+    listener.start()
+    try:
+        yield Plane(worker, deliveries, address, calls, policy)
+    finally:
+        await listener.drain(1.0)
+        await deliveries.close()
+        addresses.close()
+        places.close()
+
+
+def catalogue(run) -> None:
+    kept = {}
+    for number, table in enumerate(TABLES):
+        lines = (
+            f"{PATCH}: SEP Client Patch Win64 {table['version']} - Patch - {table['language']}\n"
+            f"{VIRUS}: SEPC Virus Definitions Win32 12.1 RU6 - X - SymAllLanguages\n"
+        )
+        kept[f"u{number}"] = Kept("a test", parse_catalog(lines.encode()))
+    write_kept(run, kept)
+
+
+async def test_the_hot_lane_never_asks_the_rules(plane):
+    """Where no rule applies neither lane asks; where one does, the same bytes ask no second time."""
+    for headers in ({}, FRENCH, ENGLISH):
+        await plane.warm(VIRUS, headers)
+        await plane.warm(PATCH, headers)
+    for headers in ({}, FRENCH, ENGLISH):
+        assert await plane.get(VIRUS, headers, 40) == {body(VIRUS, "all")}
+        assert await plane.get(VIRUS, headers, 40, differ=True) == {body(VIRUS, "all")}
+        wanted = "English" if headers is ENGLISH else "French"
+        assert await plane.get(PATCH, headers, 40) == {body(PATCH, wanted)}
+    assert plane.calls == {}
+    assert await plane.get(PATCH, ENGLISH, 40, differ=True) == {body(PATCH, "English")}
+    assert plane.calls == {"choose": 40, "choose_for": 40, "read": 40}, "and what was decided is remembered"
+
+
+async def test_a_policy_that_changed_is_decided_anew_at_once(plane):
+    await plane.warm(PATCH, FRENCH)
+    assert await plane.get(PATCH, FRENCH) == {body(PATCH, "French")}
+    lines = f"{PATCH}: SEP Client Patch Win64 14.3 RU2 - Patch - German\n".encode()
+    write_kept(plane.worker.means.store.run, {"u0": Kept("a test", parse_catalog(lines))})
+    plane.policy[0] += 1
+    (refused,) = await plane.get(PATCH, FRENCH)
+    assert b'"rule": "language"' in refused
+    assert await plane.get(PATCH, ENGLISH) == {body(PATCH, "English")}, "of whom no catalogue is known now"
+
+
+async def test_settings_that_changed_are_decided_by_from_the_next_request_on(plane):
+    settings = plane.worker.means.settings
+    changed = settings.model_dump(mode="json", by_alias=True)
+    changed["rules"]["download_client_patches"] = False
+    await plane.warm(PATCH, FRENCH)
+    plane.deliveries.apply(type(settings).model_validate(changed))
+    plane.policy[0] += 1  # as the supervisor does
+    (refused,) = await plane.get(PATCH, FRENCH)
+    assert b'"rule": "client_patches_off"' in refused

@@ -1,0 +1,252 @@
+"""What a warm hit costs, counted, not timed: system calls, calls into Python, memory. Regressions fail here.
+
+The data plane's own parts over real sockets and files, without a process: whoever adds a system call or a
+lookup to the hot lane comes by, and changes the figure with a reason.
+"""
+
+import asyncio
+import gc
+import os
+import socket
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from gup.addresses import Names
+from gup.cache.checksum import ChunkSums
+from gup.cache.entry import Entry
+from gup.cache.record import Head, Record
+from gup.cache.store import OpenFile
+from gup.config import Settings
+from gup.content.key import Variant
+from gup.content.routes import Routes
+from gup.server.accounts import Accounts
+from gup.server.connection import Connection
+from gup.server.hot import HotRow, HotTable
+from gup.server.lane import Lane
+from gup.server.poller import Poller
+from gup.server.response import HeadTemplate, PartTemplate, Representation
+
+TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
+SENT, STREAM, HIT, PART_HIT = range(4)
+HITS = 50
+
+
+def ask(client: int = 0, fields: bytes = b"") -> bytes:
+    agent = b"User-Agent: Endpoint/14.3 (client %08d)\r\n" % client
+    return b"GET " + TARGET + b" HTTP/1.1\r\nHost: gup\r\nAccept: */*\r\n" + agent + fields + b"\r\n"
+
+
+class CountingSocket:
+    """A socket whose calls are counted."""
+
+    def __init__(self, sock, calls):
+        self._sock, self._calls = sock, calls
+
+    def __getattr__(self, name):
+        method = getattr(self._sock, name)
+
+        def counted(*arguments):
+            self._calls[name] += 1
+            return method(*arguments)
+
+        return counted
+
+
+class CountingEpoll:
+    def __init__(self, epoll, calls):
+        self._epoll, self._calls = epoll, calls
+
+    def poll(self, *arguments):
+        found = self._epoll.poll(*arguments)
+        self._calls["epoll_wait" if found else "epoll_wait in vain"] += 1
+        return found
+
+    def __getattr__(self, name):
+        if name in ("register", "modify", "unregister"):
+            self._calls["epoll_ctl"] += 1
+        return getattr(self._epoll, name)
+
+
+class Plane:
+    """One connection of a data plane whose table knows one body, and the client's end of it."""
+
+    def __init__(self, folder, executor, length):
+        loop = asyncio.get_running_loop()
+        self.calls = Counter()
+        self.client, server = socket.socketpair()
+        for end in (self.client, server):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.poller = Poller(loop)
+        self.poller._epoll = CountingEpoll(self.poller._epoll, self.calls)
+        self.words = memoryview(bytearray(32)).cast("Q")
+        self.table = HotTable(lambda: (1, 1), lambda: None)
+        self.entry = entry(folder, executor, length)
+        tally = SimpleNamespace(words=self.words, uses={}, clients=set())
+        self.listener = SimpleNamespace(
+            loop=loop,
+            now=loop.time(),
+            wall_now=2000.0,
+            date=b"Sat, 01 Aug 2026 00:00:00 GMT",
+            draining=False,
+            tally=tally,
+            accounts=Accounts(Settings(), tally, Names("full", b"0" * 16), time.monotonic),
+            hot=self.table,
+            poller=self.poller,
+            gone=lambda _: None,
+        )
+        self.listener.lane = Lane(self.table, self.listener)
+        self.connection = Connection(self.listener, server, "127.0.0.1", None)
+        self.connection.sock = CountingSocket(server, self.calls)
+        self.table.learn(ask(), TARGET, self.row(), self.table.epochs)
+        self.calls.clear()
+
+    def row(self):
+        representation = Representation(self.entry.end(), '"e"', None, "application/zip")
+        return HotRow(
+            entry=self.entry,
+            template=HeadTemplate(representation, "1.1 gup", "gup; hit", keep_alive=True, minor_version=1),
+            part_template=PartTemplate(representation, "1.1 gup", "gup; hit"),
+            length=self.entry.end(),
+            download=False,
+            key_text="key",
+            sent_at=SENT,
+            stream_at=STREAM,
+            hit_at=HIT,
+            part_hit_at=PART_HIT,
+            fresh_until=None,
+            validated_at=1000.0,
+        )
+
+    def hit(self, head: bytes) -> bytes:
+        """Have one request answered in one turn of the poller; what came."""
+        self.client.send(head)
+        self.poller._turn()
+        return self.client.recv(1 << 20)
+
+    def second(self):
+        """What is gathered of hits is told, and forgotten."""
+        self.listener.accounts.each_second(lambda _event: True, 0.0)
+        self.listener.tally.clients.clear()
+
+    def close(self):
+        self.connection.close()
+        self.poller._epoll = self.poller._epoll._epoll
+        self.poller.close()
+        self.client.close()
+        self.table.drop()
+        del self.entry  # its descriptor closes with the last reference
+
+
+def entry(folder, executor, length) -> Entry:
+    """A body that is open and verified."""
+    path = folder / "body"
+    path.write_bytes(body := bytes(length))
+    sums = ChunkSums()
+    sums.add(body)
+    route = Routes().route(TARGET.decode())
+    head = Head(length, '"e"', "application/zip", None, "upstream", None)
+    record = Record.of(route.key(Variant()), route.kind, head, sums.finish(), 1.0, path.stat().st_mtime_ns)
+    return Entry(record, OpenFile(path), executor, lambda _: None, trusting=True)
+
+
+@pytest.fixture
+async def plane(tmp_path, monkeypatch, request):
+    with ThreadPoolExecutor(1) as executor:
+        made = Plane(tmp_path, executor, request.param)
+        for name in ("pread", "sendfile"):
+            monkeypatch.setattr(os, name, counted(getattr(os, name), made.calls))
+        yield made
+        made.close()
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls[function.__name__] += 1
+        return function(*arguments)
+
+    return call
+
+
+# System calls, and functions of gup that are entered, at most two more than today. What leaves at once needs
+# no epoll_ctl and no look at the file; a body of few bytes is read once a second.
+COSTS = [
+    pytest.param(4096, lambda _: ask(), {"recv": 1, "send": 1}, 12, id="the same head"),
+    pytest.param(4096, ask, {"recv": 1, "send": 1}, 13, id="heads that differ"),
+    pytest.param(65536, lambda _: ask(), {"recv": 1, "send": 1, "sendfile": 1}, 19, id="64 KiB"),
+    pytest.param(
+        65536,
+        lambda at: ask(at, b"Range: bytes=%d-%d\r\n" % (at * 512, at * 512 + 1023)),
+        {"recv": 1, "send": 1, "sendfile": 1},
+        23,
+        id="ranges",
+    ),
+]
+
+
+@pytest.mark.parametrize(("plane", "head", "cost", "entered"), COSTS, indirect=["plane"])
+async def test_system_calls_of_a_hit(plane, head, cost, entered):
+    del entered
+    for at in range(3):
+        assert plane.hit(head(at))
+    plane.calls.clear()
+    for at in range(HITS):
+        assert plane.hit(head(at)).startswith(b"HTTP/1.1 20")
+    assert plane.calls == {"epoll_wait": HITS, **{name: HITS * each for name, each in cost.items()}}
+    assert plane.words[HIT] + plane.words[PART_HIT] == HITS + 3
+
+
+@pytest.mark.parametrize(("plane", "head", "cost", "entered"), COSTS, indirect=["plane"])
+async def test_calls_and_memory_of_a_hit(plane, head, cost, entered):
+    del cost
+    heads = [head(at) for at in range(HITS)]
+    for text in heads:
+        plane.hit(text)
+    assert calls_of(plane, heads) <= entered * HITS
+    plane.second()
+    gc.collect()
+    blocks = sys.getallocatedblocks()
+    for text in heads:
+        plane.hit(text)
+    plane.second()
+    gc.collect()
+    assert sys.getallocatedblocks() - blocks <= HITS // 10  # nothing stays of a hit
+
+
+def calls_of(plane, heads) -> int:
+    """Functions of ours that were entered."""
+    entered = 0
+
+    def note(frame, event, argument):
+        nonlocal entered
+        del argument
+        if event == "call" and frame.f_globals["__name__"].startswith("gup."):
+            entered += 1
+
+    sys.setprofile(note)
+    try:
+        for text in heads:
+            plane.hit(text)
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+@pytest.mark.parametrize("plane", [4096], indirect=True)
+async def test_memory_while_a_hit_is_answered(plane):
+    plane.hit(ask())
+    plane.client.send(ask())
+    tracemalloc.start()
+    try:
+        plane.poller._turn()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8192  # the buffer that is received into, a list of events, and little else
+    assert plane.client.recv(1 << 20)
