@@ -34,6 +34,10 @@ FetchAhead = Callable[[Route, Variant], Awaitable[bool]]
 """Cache.fetch_ahead."""
 
 
+class NotThereError(ValueError):
+    """What is ordered is no content, or no upstream can have it."""
+
+
 class Busy(GupError):  # noqa: N818 - what is told, not our error
     """Too much is to be fetched ahead already."""
 
@@ -150,7 +154,8 @@ class Prefetcher:
                 raise ValueError("path: begin it with /content/, without the server")
             route = self._routes().route(target.path)
         except Problem as problem:
-            raise ValueError(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
+            kind = NotThereError if problem.status == 404 else ValueError
+            raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
         for key in keys:
@@ -173,7 +178,7 @@ class Prefetcher:
         if not found:
             there_is = "; ".join(f"{own.version!r} and {own.language!r}" for own, _ in every) or "none"
             wanted = " and ".join(repr(part) for part in (version, language) if part is not None)
-            raise ValueError(f"version, language: no upstream has {wanted}; there is {there_is}")
+            raise NotThereError(f"version, language: no upstream has {wanted}; there is {there_is}")
         return found
 
     def _routes(self) -> Routes:

@@ -247,9 +247,9 @@ def test_a_storm_tells_who_how_many_and_what_it_costs(tmp_path):
         gup.wait_stored("full.zip")
         for _ in range(6):
             assert clients[0].get(full(B)).header("cache-status") == "gup; hit"
+        storm = until(lambda: alarms(gup).get("full-storm"), "the alarm has begun", 20)
         product = "SEPC Virus Definitions Win32 14.3 RU2"
-        gup.wait_metric(1, "gup_full_storm", product=product)
-        storm = until(lambda: alarms(gup).get("full-storm"), "the alarm has begun")
+        assert gup.metric("gup_full_storm", product=product) == 1
         assert storm["severity"] == "warning"
         until(lambda: "15 full packages" in alarms(gup)["full-storm"]["text"], "all are counted")
         text = alarms(gup)["full-storm"]["text"]

@@ -1,17 +1,27 @@
 """What is fetched ahead: the list of it, and what an operator adds. Fetches nothing itself."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Number, Parameters, asked, describe, given
 from gup.control.plane import Plane
-from gup.control.prefetch import Busy
+from gup.control.prefetch import Busy, NotThereError
 from gup.control.wishes import MAX_WISHES, Wish
 
 _SHOWN = 100
+_LETTER = r"[A-Za-z0-9_{}$!&'()*+,;=:@~-]|%7[BbDd]|%2[0-46-9A-Da-d]"
+_NAME = rf"(?:{_LETTER})(?:{_LETTER}|\.){{0,230}}"
+_PATH = f"^(?:/{_NAME}){{1,8}}$"
+
+
+def _path(text: str) -> str:
+    if not re.fullmatch(_PATH, text):
+        raise ValueError("must be a path such as /content/{MONIKER}/260101001/full.zip")
+    return text
 
 
 class Wanted(Answer):
@@ -56,8 +66,8 @@ class Prefetched(Answer):
 class Order(Parameters):
     """What to fetch. Without version and language: for each that an upstream has."""
 
-    path: Annotated[str, Field(min_length=1, max_length=2000)] = Field(
-        description="Such as /content/{MONIKER}/260101001/full.zip."
+    path: Annotated[str, AfterValidator(_path)] = Field(
+        description="Such as /content/{MONIKER}/260101001/full.zip.", json_schema_extra={"pattern": _PATH}
     )
     version: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
     language: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
@@ -69,12 +79,14 @@ class Shown(Parameters):
     limit: Annotated[Number, Field(ge=1, le=MAX_WISHES)] = Field(_SHOWN, description="How many at most.")
 
 
-@describe(Ordered, status=202, body=Order)
+@describe(Ordered, status=202, body=Order, problems=(404,))
 async def order(request: web.Request) -> web.Response:
     """Fetch something before anybody asks for it, while no client's fill needs the link."""
     plane, what = request.app[PLANE], given(request, Order)
     try:
         wishes = plane.prefetcher.order(what.path, what.version, what.language)
+    except NotThereError as error:
+        raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
     except Busy as error:
