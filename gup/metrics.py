@@ -189,6 +189,10 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_site_info", "Name of the site.", ("site", ())),
 )
 
+STREAM_WASTED = Metric(
+    "gup_stream_wasted_bytes_total", "counter", "Bytes received and not used, by stream.", stored=False
+)
+"""Counted for the savings ledger alone: as a metric it would be too many series."""
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 
@@ -210,7 +214,7 @@ def label_sets(metric: Metric, upstreams: Sequence[str]) -> Iterator[dict[str, s
         yield dict(combination)
 
 
-def stream_series(direction: Literal["sent", "received"], slot: int, kind: str) -> str:
+def stream_series(direction: Literal["sent", "received", "wasted"], slot: int, kind: str) -> str:
     """The series that counts stream number `slot` (0…MAX_STREAMS); names come when it is read."""
     return series(f"gup_stream_{direction}_bytes_total", {"slot": str(slot), "kind": kind})
 
@@ -231,6 +235,7 @@ def layout(upstreams: Sequence[str]) -> list[str]:
     for slot in range(MAX_STREAMS + 1):
         for kind in KINDS:
             words += [stream_series("sent", slot, kind), stream_series("received", slot, kind)]
+            words.append(stream_series("wasted", slot, kind))
     return words
 
 
@@ -265,6 +270,11 @@ class Counters:
 
     def add_stream(self, direction: Literal["sent", "received"], slot: int, kind: str, amount: int) -> None:
         self.words[self._positions[stream_series(direction, slot, kind)]] += amount
+
+    def waste(self, reason: str, stream: tuple[int, str], amount: int) -> None:
+        """Count bytes that came from upstream for nothing; `stream` is the number and the kind."""
+        self.add("gup_upstream_wasted_bytes_total", amount, reason=reason)
+        self.words[self._positions[stream_series("wasted", *stream)]] += amount
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """Count `seconds` into a histogram."""

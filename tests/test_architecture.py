@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gup.config import Settings
 from gup.errors import PROBLEMS
-from gup.metrics import BY_NAME, CODES_OF_RESULT
+from gup.metrics import BY_NAME, CODES_OF_RESULT, STREAM_WASTED
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "gup").rglob("*.py"))
@@ -23,6 +23,7 @@ READS_ENVIRONMENT = {
 """The modules besides the command line that may look at the environment."""
 
 METRIC_NAMES = {f"{metric}{part}" for metric in BY_NAME for part in ("", "_bucket", "_sum", "_count")}
+METRIC_NAMES.add(STREAM_WASTED.name)
 
 
 def name(path):

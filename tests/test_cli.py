@@ -747,7 +747,8 @@ def test_version():
 def test_every_command_has_its_help():
     for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
                     "status", "reload", "cache list", "cache verify", "cache purge", "cache pin",
-                    "cache unpin", "rules explain"):  # fmt: skip
+                    "cache unpin", "cache export", "cache import", "rules explain", "prefetch",
+                    "report content", "report clients", "report savings"):  # fmt: skip
         result = run(*command.split(), "--help")
         assert result.exit_code == 0, command
         assert f"gup {command}" in result.stdout.replace("root", "gup")

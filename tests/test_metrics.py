@@ -50,7 +50,10 @@ def exposed(upstreams):
     """How many series the stored figures make: with each histogram's count, and streams only when used."""
     slots = range(MAX_STREAMS + 1)
     streams = {
-        stream_series(way, slot, kind) for way in ("sent", "received") for slot in slots for kind in KINDS
+        stream_series(way, slot, kind)
+        for way in ("sent", "received", "wasted")
+        for slot in slots
+        for kind in KINDS
     }
     histograms = [metric for metric in METRICS if metric.kind == "histogram"]
     counts = sum(len(list(label_sets(metric, upstreams))) for metric in histograms)

@@ -27,7 +27,7 @@ def download_of(
     ask = Ask(
         path=path,
         purpose=_purpose(flight),
-        stream=(means.streams.number(flight.key), str(route.kind)),
+        stream=counted_as(means, flight),
         if_none_match=record.upstream_etag if conditional and record else None,
         if_modified_since=record.last_modified if conditional and record else None,
         share=flight.share,
@@ -53,13 +53,19 @@ def _purpose(flight: Flight) -> str:
     return "index" if flight.route.kind is Kind.INDEX else "fill"
 
 
-async def check_structure(means: Means, file: str, received: int, reread: Reread) -> None:
+def counted_as(means: Means, flight: Flight) -> tuple[int, str]:
+    """Number of the stream and kind that a flight's bytes are counted under."""
+    return means.streams.number(flight.key), str(flight.route.kind)
+
+
+async def check_structure(means: Means, flight: Flight, received: int, reread: Reread) -> None:
     """UpstreamFailure when a whole body of `received` bytes can't be what its name says."""
+    file = flight.key.file
     if not file.lower().endswith(".zip"):
         return
     start = max(0, received - ZIP_TAIL_BYTES)
     if not zip_end_is_right(await reread(start, received - start)):
-        means.counters.add("gup_upstream_wasted_bytes_total", received, reason="rejected")
+        means.counters.waste("rejected", counted_as(means, flight), received)
         raise UpstreamFailure(
             "rejected",
             "upstream-bad-body",

@@ -331,7 +331,7 @@ class Leader:
             if writer.written and self._flight.body is not body:
                 await self._show(body)
             await self._courtesy.give_way()
-        await check_structure(self._means, self._key.file, writer.received, writer.reread)
+        await check_structure(self._means, self._flight, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         if self._flight.body is not body:
             await self._show(body)
@@ -427,7 +427,7 @@ class Leader:
         self._writer = None
         while piece := await download.read():
             await passing.add(piece)
-        await check_structure(means, self._key.file, passing.received, passing.reread)
+        await check_structure(means, flight, passing.received, passing.reread)
         await passing.write_withheld()
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from gup.cache.asking import counted_as
 from gup.cache.chunks import is_sound, read_chunk, runs, span_of
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.prior import Damage
@@ -167,7 +168,7 @@ class Repair:
         ask = Ask(
             path=self._path,
             purpose="repair",
-            stream=(means.streams.number(record.key), str(record.kind)),
+            stream=counted_as(means, self._flight),
             start=start,
             stop=stop,
             if_range=record.upstream_etag if own else None,
@@ -191,7 +192,7 @@ class Repair:
 
     def _waste(self, amount: int) -> None:
         if amount:
-            self._means.counters.add("gup_upstream_wasted_bytes_total", amount, reason="mismatch")
+            self._means.counters.waste("mismatch", counted_as(self._means, self._flight), amount)
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         loop = asyncio.get_running_loop()

@@ -211,12 +211,12 @@ def _savings(answer: Report) -> None:
     days = answer["days"]
     show_table(("day", *heads), [(day["day"] or "earlier", *_figures(day)) for day in days], title="By day")
     show_table(
-        ("day", "product", "language", "kind", "#to clients", "#over the WAN", "#saved"),
+        ("day", "product", "language", "kind", "#to clients", "#over the WAN", "#saved", "#wasted"),
         [
             (
                 day["day"] or "earlier",
                 *(row[name] for name in ("product", "language", "kind")),
-                *(bytes_in_words(row[name]) for name in ("sent_bytes", "received_bytes", "saved_bytes")),
+                *(bytes_in_words(row[f"{name}_bytes"]) for name in ("sent", "received", "saved", "wasted")),
             )
             for day in days
             for row in day["streams"]

@@ -65,14 +65,23 @@ class Access:
             _log.warning("a wrong token from %s; %d so far", peer or "this machine", self._wrong_tokens)
 
     async def open(self, listen: Listen, run: Path, admin: socket.socket) -> None:
-        """Read everything, for the first time. SettingsError when it can't be used."""
-        context = await asyncio.to_thread(_checked, listen)
-        self._tls = Renewable(context) if context is not None else None
+        """Read everything, for the first time.
+
+        The supervisor has found it in order before it started; what is not any more (this process may begin
+        anew at any time) lets nobody in until a reload, and does not keep the controller from its work.
+        """
+        try:
+            context = await asyncio.to_thread(_checked, listen)
+        except SettingsError as error:
+            _complain(error, "until a reload this lets nobody in")
+            context = await asyncio.to_thread(_context_or_none, listen)
+        tls = listen.admin_cert_file is not None
+        self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
         name = admin.getsockname()
         address = str(name[0]) if isinstance(name, tuple) else ""
-        self.door = Door(address, tls=context is not None, token_file=str(local_path(run)))
+        self.door = Door(address, tls=tls, token_file=str(local_path(run)))
         self.tokens = await asyncio.to_thread(_tokens, listen, run)
-        if not self.door.on_loopback and context is None:
+        if not self.door.on_loopback and not tls:
             _log.warning("the control plane at %s has no TLS: tokens cross the network as they are", address)
 
     async def renew(self, listen: Listen, run: Path) -> None:
@@ -80,12 +89,16 @@ class Access:
         try:
             context = await asyncio.to_thread(_checked, listen)
         except SettingsError as error:
-            for problem in error.problems:
-                _log.error("not read again: %s", problem)
+            _complain(error, "the old ones hold")
             return
         if self._tls is not None and context is not None:
             self._tls.renew(context)
         self.tokens = await asyncio.to_thread(_tokens, listen, run)
+
+
+def _complain(error: SettingsError, what_now: str) -> None:
+    for problem in error.problems:
+        _log.error("%s; %s", problem, what_now)
 
 
 def _checked(listen: Listen) -> ssl.SSLContext | None:
@@ -93,7 +106,14 @@ def _checked(listen: Listen) -> ssl.SSLContext | None:
     for file, look in _files(listen):
         for doubt in look(file):
             _log.warning("%s", doubt)
-    return _context(listen)
+    return _context_or_none(listen)
+
+
+def _context_or_none(listen: Listen) -> ssl.SSLContext | None:
+    try:
+        return _context(listen)
+    except CertificateError:
+        return None
 
 
 def _files(listen: Listen) -> list[tuple[Path, Callable[[Path], Iterable[str]]]]:
@@ -106,13 +126,19 @@ def _files(listen: Listen) -> list[tuple[Path, Callable[[Path], Iterable[str]]]]
 
 
 def _tokens(listen: Listen, run: Path) -> Tokens:
-    change, read = (
-        read_token(file) if file is not None else ""
-        for file in (listen.admin_token_file, listen.admin_read_token_file)
+    local = _token_or_none(local_path(run))
+    if not local:
+        _log.warning("commands on this machine find no token in %s", local_path(run))
+    return Tokens.of(
+        change=_token_or_none(listen.admin_token_file),
+        read=_token_or_none(listen.admin_read_token_file),
+        local=local,
     )
+
+
+def _token_or_none(file: Path | None) -> str:
+    """The token in a file, empty for none: what is wrong with it was told when it was checked."""
     try:
-        local = read_token(local_path(run))
-    except TokenError as error:
-        local = ""
-        _log.warning("commands on this machine can change nothing without a token of their own: %s", error)
-    return Tokens.of(change=change, read=read, local=local)
+        return read_token(file) if file is not None else ""
+    except TokenError:
+        return ""

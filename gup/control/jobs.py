@@ -18,6 +18,7 @@ class Jobs:
         task = asyncio.create_task(self._guarded(name, work), name=f"control {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it never began
 
     def every(self, seconds: float, name: str, turn: Callable[[], Awaitable[None]]) -> None:
         """Run `turn` now and again `seconds` after each end."""

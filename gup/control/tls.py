@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -58,5 +59,6 @@ class Renewable:
 
 def key_doubts(key_file: Path) -> Iterator[str]:
     """What makes the key less safe than it could be, as sentences."""
-    if key_file.stat().st_mode & 0o004:
-        yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"
+    with suppress(OSError):
+        if key_file.stat().st_mode & 0o004:
+            yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from gup.errors import StoreError
-from gup.metrics import BY_NAME, Counters, layout, series
+from gup.metrics import BY_NAME, STREAM_WASTED, Counters, layout, series
 from gup.process.page import CONFIG_OK, CONFIG_RELOADED_AT, FOLD, SharedPage, page_words
 
 _LOG = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def worker_block(slot: int) -> int:
 def _kind(name: str) -> str | None:
     """The kind of a series' metric, None when this version knows no such metric."""
     metric = name.split("{", 1)[0]
+    if metric == STREAM_WASTED.name:
+        return STREAM_WASTED.kind
     for candidate in (metric, metric.removesuffix("_bucket"), metric.removesuffix("_sum")):
         if candidate in BY_NAME:
             return BY_NAME[candidate].kind

@@ -268,7 +268,7 @@ class Download:
 
     def _waste(self, reason: str, amount: int) -> None:
         if amount:
-            self._counters.add("gup_upstream_wasted_bytes_total", amount, reason=reason)
+            self._counters.waste(reason, self._template.stream, amount)
 
     def _drop_answer(self) -> None:
         self._ready = b""

@@ -241,10 +241,10 @@ class Pool:
         if upstream.settings.kind == "gup" and (names := node_names(response.headers.get("Via"))):
             upstream.node = names[-1]
         if status in (304, 404, 410):
-            await self._drain(response, count, upstream.name)
+            await self._drain(response, count, ask, upstream.name)
             return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
         if status not in (200, 206) or (status == 206 and not ask.ranged):
-            await self._drain(response, count, upstream.name)
+            await self._drain(response, count, ask, upstream.name)
             raise _refusal(upstream.name, status)
         if ask.check:
             response.release()
@@ -269,13 +269,13 @@ class Pool:
         return read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
 
     async def _drain(
-        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], name: str
+        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], ask: Ask, name: str
     ) -> None:
         left = _ERROR_BODY_BYTES
         with contextlib.suppress(UpstreamFailure):  # an error's body may break off: the status is known
             while left > 0 and (piece := await translated(response.content.read(left), name)):
                 count(len(piece))
-                self._counters.add("gup_upstream_wasted_bytes_total", len(piece), reason="rejected")
+                self._counters.waste("rejected", ask.stream, len(piece))
                 left -= len(piece)
         response.close() if left <= 0 else response.release()
 

@@ -1,6 +1,8 @@
 """Who may ask the control plane: the decision as a table, tokens and certificates in files."""
 
+import asyncio
 import base64
+import socket
 import ssl
 import subprocess
 
@@ -258,3 +260,42 @@ def test_certificates_that_can_not_be_used_are_told(tmp_path):
     ):
         with pytest.raises(CertificateError, match=words):
             load_context(*pair)
+
+
+# --- what holds in a running control plane
+
+
+def connect(address, cert):
+    """The certificate that is shown there; SSLError when none is."""
+    context = ssl.create_default_context(cafile=str(cert))
+    context.check_hostname = False
+    with (
+        socket.create_connection(address, timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="x") as shown,
+    ):
+        return shown.getpeercert(binary_form=True)
+
+
+async def test_files_that_are_gone_let_nobody_in_until_a_reload_finds_them(world, browser, tmp_path):
+    token, names = tmp_path / "token", {"cert": tmp_path / "gup.pem", "key": tmp_path / "gup-key.pem"}
+    listen = Listen(admin_token_file=token, admin_cert_file=names["cert"], admin_key_file=names["key"])
+    world.settings = world.settings.model_copy(update={"listen": listen})
+    async with world.running() as control:
+        address = ("127.0.0.1", int(world.url.rpartition(":")[2]))
+        other, _ = await asyncio.to_thread(certificate, tmp_path, "other")
+        with pytest.raises((ssl.SSLError, OSError)):
+            await asyncio.to_thread(connect, address, other)
+        await asyncio.to_thread(certificate, tmp_path)
+        await control.apply(world.settings)  # the token is still missing: nothing changes
+        with pytest.raises((ssl.SSLError, OSError)):
+            await asyncio.to_thread(connect, address, names["cert"])
+        token.write_text("a-token-of-some-length\n")
+        await control.apply(world.settings)
+        shown = await asyncio.to_thread(connect, address, names["cert"])
+        assert ssl.DER_cert_to_PEM_cert(shown) == names["cert"].read_text()
+        bearer = {"Authorization": "Bearer a-token-of-some-length"}
+        trusted = ssl.create_default_context(cafile=str(names["cert"]))
+        trusted.check_hostname = False
+        url = world.url.replace("http:", "https:") + "/api/v1/evict"
+        async with browser.post(url, headers=bearer, ssl=trusted) as answer:
+            assert answer.status == 200

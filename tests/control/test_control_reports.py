@@ -3,13 +3,20 @@
 import asyncio
 import csv
 import io
+import re
 import sqlite3
+from itertools import pairwise
 
 import pytest
 from blockbuster import blockbuster_ctx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gup.content.catalogues import Label
+from gup.control.reports.database import Database
 from gup.control.reports.ledger import METRICS
+from gup.control.reports.pieces import Pieces, merged
+from gup.metrics import BY_NAME, STREAM_WASTED
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 PATCHES = "{11111111-2222-3333-4444-555555555555}"
@@ -213,7 +220,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
     site.now += DAY
     async with site.running():
         add("gup_client_sent_bytes_total", 7, source="cache")
-        add("gup_upstream_wasted_bytes_total", 5, reason="overlap")
+        site.counters.waste("overlap", (0, "full"), 5)
         add("gup_upstream_received_bytes_total", 100, upstream="manager", purpose="prefetch")
         second = await get(browser, site, "/report/savings")
         only_one = await get(browser, site, "/savings?days=1")
@@ -229,6 +236,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
             "sent_bytes": 1000,
             "received_bytes": 300,
             "saved_bytes": 700,
+            "wasted_bytes": 0,
         }
     ]
     assert [day["day"] for day in second["days"]] == ["2026-08-02", "2026-08-01"]
@@ -240,6 +248,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
     assert [day["day"] for day in only_one["days"]] == ["2026-08-02"]
     assert only_one["since_install"] == second["since_install"]
     assert sum(int(row["wasted_overlap_bytes"]) for row in table) == 5
+    assert sum(int(row["wasted_bytes"]) for row in table) == 5
     assert sum(int(row["sent_bytes"]) for row in table) == 1000  # of streams: the rest was counted for none
 
 
@@ -404,5 +413,58 @@ async def test_malformed_news_is_passed_over(site, browser):
         assert control.plane.malformed_events == 5
 
 
-def test_the_ledger_keeps_every_counter_of_bytes_over_the_links():
-    assert len(set(METRICS)) == 5
+async def test_counters_that_begin_anew_begin_anew_savings(site, browser):
+    site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
+    async with site.running():
+        assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 900
+    before = site.surroundings
+
+    def surroundings(admin):
+        found = before(admin)
+        object.__setattr__(found, "installed_at", NOON)
+        return found
+
+    site.surroundings = surroundings
+    site.counters.add("gup_client_sent_bytes_total", -600, source="cache")
+    async with site.running():
+        assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 300
+    assert (site.store.root / "reports" / "savings.db.before").exists()
+
+
+# --- the files and pure parts
+
+
+def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path):
+    database = Database(tmp_path / "full.db", "CREATE TABLE t(x BLOB)", 1)
+    with database.outside() as db:
+        db.execute("PRAGMA max_page_count=20")
+    with pytest.raises(OSError, match="full"), database.transaction() as db:
+        db.execute("INSERT INTO t VALUES(zeroblob(1000000))")
+    with database.transaction() as db:
+        assert db.execute("SELECT count(*) FROM t").fetchone() == (0,)
+    database.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["full.db"]
+
+
+spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span[0], span[0] + span[1]))
+
+
+@given(st.lists(spans, max_size=12))
+def test_merged_parts_are_the_same_bytes(parts):
+    found = merged(parts)
+    assert {at for part in parts for at in range(*part)} == {at for part in found for at in range(*part)}
+    assert all(one[1] < other[0] for one, other in pairwise(found))
+
+
+def test_pieces_are_forgotten_when_there_are_too_many():
+    pieces = Pieces(most=2)
+    assert not pieces.add("a", "key", 0, 5, 10)
+    for client in "bc":
+        assert not pieces.add(client, "key", 0, 5, 10)
+    assert not pieces.add("a", "key", 5, 10, 10)
+    assert pieces.add("c", "key", 5, 10, 10)
+
+
+def test_every_counter_of_bytes_over_the_links_is_in_the_ledger():
+    links = {name for name in BY_NAME if re.search("(sent|received|wasted)_bytes_total$", name)}
+    assert links | {STREAM_WASTED.name} == set(METRICS)

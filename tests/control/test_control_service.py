@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import os
 import re
 
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gup.cache.state import Phase
 from gup.config import Settings
 from gup.content.key import Kind
+from gup.control.jobs import Jobs
 
 DELTA = "xdelta260101001_To_260101002.dax"
 
@@ -503,3 +505,15 @@ async def test_the_admin_port_is_closed_after_stop(world, browser):
         pass
     with pytest.raises(aiohttp.ClientConnectorError):
         await browser.get(world.url + "/healthz")
+
+
+async def test_a_job_that_is_stopped_before_its_first_step_leaves_nothing():
+    jobs, turns = Jobs(), []
+
+    async def turn():
+        turns.append(1)
+
+    jobs.every(1.0, "early", turn)
+    await jobs.stop()
+    gc.collect()  # a coroutine that was never awaited would be an error here
+    assert turns == []

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness.commands import command
+from harness.commands import command, started
 from harness.scripted import ScriptedUpstream
 from harness.service import Gup
 from harness.waiting import until
@@ -151,7 +151,7 @@ def test_without_a_token_nothing_starts_beyond_loopback(tmp_path, files, words):
     settings = tmp_path / "gup.toml"
     settings.write_text("[listen]\n" + files.format(folder=tmp_path))
     flags = ("--upstream", "http://127.0.0.1:9", "--cache-dir", tmp_path / "cache", "--listen", "127.0.0.1:0")
-    refused = command("serve", "--config", settings, *flags, "--admin", "0.0.0.0:0")
+    refused = started("serve", "--config", settings, *flags, "--admin", "0.0.0.0:0")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert words.format(folder=tmp_path) in refused.stderr
     assert not (tmp_path / "cache").exists()

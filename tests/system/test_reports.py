@@ -23,6 +23,7 @@ CATALOGUE = (
 FULL = f"/content/{MONIKER}/260801001/full.zip"
 DELTA = f"/content/{MONIKER}/260801001/xdelta260801001_To_260801002.dax"
 PATCH = f"/content/{PATCHES}/260801001/full.zip"
+BAD = f"/content/{MONIKER}/260801009/full.zip"
 BODY = zip_of("reports", 300_000)
 
 
@@ -32,6 +33,7 @@ def upstream():
         found.answer("/content/ContentInfo.txt", Answer(CATALOGUE))
         found.answer(FULL, Answer(BODY, etag='"f"'))
         found.answer(DELTA, Answer(b"delta" * 400, etag='"d"'))
+        found.answer(BAD, Answer(b"no archive" * 60, etag='"b"'))
         found.answer(PATCH, Answer(zip_of("patch", 9000), etag='"p"'))
         yield found
 
@@ -83,6 +85,7 @@ def ledger(gup):
     sums = {name: sum(day[name] for day in days) for name in ("sent_bytes", "received_bytes", "wasted_bytes")}
     assert {name: found["since_install"][name] for name in sums} == sums
     rows = [row for day in days for row in day["streams"]]
+    assert sum(row["wasted_bytes"] for row in rows) == sums["wasted_bytes"]
     return sums | {
         "streams": {way: sum(row[f"{way}_bytes"] for row in rows) for way in ("sent", "received")},
     }
@@ -106,6 +109,7 @@ def test_records_figures_and_lines_of_one_morning(upstream, tmp_path):
             "two took the patch and state the build of before",
         )
         sent += take(gup, 4, DELTA, "14.3.4615.2100")  # restarted
+        assert gup.get(BAD).status == 502
         assert gup.get("/content/none.txt").status == 404
 
         def known():
@@ -136,10 +140,10 @@ def test_records_figures_and_lines_of_one_morning(upstream, tmp_path):
 
 
 def _check_lines(log, sent):
-    until(lambda: len(lines(log, "gup.access")) >= 11, "all lines are there")
+    until(lambda: len(lines(log, "gup.access")) >= 12, "all lines are there")
     access = lines(log, "gup.access")
-    assert len(access) == 11
-    assert sum(line["bytes"] for line in access) == sent + access[-1]["bytes"]
+    assert len(access) == 12
+    assert sum(line["bytes"] for line in access) == sent
     first = access[0]
     assert (first["client"], first["result"], first["status"], first["complete"]) == (
         "127.0.0.2",
@@ -150,8 +154,8 @@ def _check_lines(log, sent):
     assert first["key"].endswith(f"{MONIKER}/260801001/full.zip")
     assert first["version"] == "14.3.4615.2000"
     assert 0 <= first["first_byte_seconds"] <= first["seconds"] < 60
-    assert Counter(line["result"] for line in access)["error"] == 1
-    assert {line["status"] for line in access} == {200, 206, 404}
+    assert Counter(line["result"] for line in access)["error"] == 2
+    assert {line["status"] for line in access} == {200, 206, 404, 502}
     fills = {(line["outcome"], line["key"].rpartition("/")[2]) for line in lines(log, "gup.fill")}
     assert {("stored", "full.zip"), ("failed", "none.txt")} <= fills
 
@@ -160,6 +164,7 @@ def _check_ledger(gup, sent):
     """The savings are the counters exactly: at once, after a stop, after kill -9 of all of it."""
     before = counters(gup)
     assert before["sent_bytes"] == sent
+    assert before["wasted_bytes"] >= 600
     assert ledger(gup) == before
     assert gup.stop() == 0
     gup.start()

@@ -154,6 +154,7 @@ class StreamSavings(Answer):
     sent_bytes: int
     received_bytes: int
     saved_bytes: int
+    wasted_bytes: int
 
 
 class Day(Figures):

@@ -97,13 +97,20 @@ class Database:
         self.close()
         if code is not None and code & 0xFF in _REFUSALS:
             return True
-        aside = self._path.with_name(self._path.name + ".damaged")
-        for suffix in ("", "-wal", "-shm"):
-            old = self._path.with_name(self._path.name + suffix)
-            with contextlib.suppress(FileNotFoundError):
-                old.replace(aside.with_name(aside.name + suffix))
-        _log.warning("%s is begun anew: %s; what there was lies in %s", self._path.name, error, aside)
+        self.begin_anew("damaged", str(error))
         return False
+
+    def begin_anew(self, word: str, why: str) -> None:
+        """Move the file aside, under a name that ends with `word`; one of before is replaced."""
+        self.close()
+        aside = self._path.with_name(f"{self._path.name}.{word}")
+        for suffix in ("", "-wal"):
+            old, new = (path.with_name(path.name + suffix) for path in (self._path, aside))
+            with contextlib.suppress(FileNotFoundError):
+                new.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                old.replace(new)
+        _log.warning("%s is begun anew: %s; what there was lies in %s", self._path.name, why, aside)
 
     def close(self) -> None:
         """Until it is used again."""

@@ -4,14 +4,13 @@ A day is the sum of differences between readings of the counters, so all days to
 whatever was killed in between: what was counted meanwhile falls to the day of the next reading.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gup.control.reports.database import Database
+from gup.metrics import STREAM_WASTED
 
-_log = logging.getLogger("gup.control.reports")
 _FORM = 1
 _SCHEMA = """
 CREATE TABLE marks(series TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -25,6 +24,7 @@ METRICS = (
     "gup_upstream_wasted_bytes_total",
     "gup_stream_sent_bytes_total",
     "gup_stream_received_bytes_total",
+    STREAM_WASTED.name,
 )
 EARLIER = ""
 """The day of all that was counted before single days were kept, or longer ago than they are."""
@@ -58,12 +58,10 @@ class Ledger:
         """Add what was counted since the last reading to the day of this one."""
         with self.database.transaction() as db:
             since = db.execute("SELECT value FROM about WHERE name = 'installed_at'").fetchone()
-            if since is None or since[0] != reading.installed_at:  # other counters than those of the marks
-                if since is not None:
-                    _log.warning("the savings are counted anew, as the counters are")
-                db.execute("DELETE FROM marks")
-                db.execute("DELETE FROM days")
-                db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?)", (reading.installed_at,))
+        if since is not None and since[0] != reading.installed_at:  # other counters than those of the marks
+            self.database.begin_anew("before", "the counters are counted anew")
+        with self.database.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?)", (reading.installed_at,))
             marks: Counts = dict(db.execute("SELECT series, value FROM marks"))
             fresh = not marks and reading.installed_on != reading.today
             day = EARLIER if fresh else reading.today

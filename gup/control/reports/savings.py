@@ -49,15 +49,15 @@ def figures(counts: Counts) -> dict[str, Any]:
 
 
 def streams(counts: Counts, label: StreamLabels) -> list[dict[str, Any]]:
-    """Sent and received bytes by product, language and kind, the most sent first."""
+    """Sent, received and wasted bytes by product, language and kind, the most sent first."""
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     for name, value in counts.items():
         metric, series = parse_series(name)
         if not metric.startswith("gup_stream_") or not value:
             continue
         where = (*label(int(series["slot"])), series["kind"])
-        direction = "sent_bytes" if metric == "gup_stream_sent_bytes_total" else "received_bytes"
-        rows.setdefault(where, Counter(sent_bytes=0, received_bytes=0))[direction] += value
+        way = metric.removeprefix("gup_stream_").removesuffix("_total")
+        rows.setdefault(where, Counter(sent_bytes=0, received_bytes=0, wasted_bytes=0))[way] += value
     order = sorted(rows, key=lambda where: (-rows[where]["sent_bytes"], where[:2], KINDS.index(where[2])))
     return [
         {

@@ -82,15 +82,16 @@ def of_restarts(report: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def of_savings(report: Mapping[str, Any]) -> Iterator[Line]:
-    """A line a day and stream, and one a day for what was wasted: each column adds up to the counters."""
+    """A line a day and stream, and one a day for why bytes were wasted: columns add up to the counters."""
     yield (
-        *("day", "product", "language", "kind", "sent_bytes", "received_bytes", "saved_bytes"),
+        *("day", "product", "language", "kind"),
+        *("sent_bytes", "received_bytes", "saved_bytes", "wasted_bytes"),
         *(f"wasted_{reason}_bytes" for reason in WASTED),
     )
     nothing = tuple(0 for _ in WASTED)
     for day in report["days"]:
         on = day["day"] or "earlier"
         for row in day["streams"]:
-            figures = row["sent_bytes"], row["received_bytes"], row["saved_bytes"]
+            figures = row["sent_bytes"], row["received_bytes"], row["saved_bytes"], row["wasted_bytes"]
             yield (on, row["product"], row["language"], row["kind"], *figures, *nothing)
-        yield (on, "", "", "wasted", 0, 0, 0, *(day["wasted"][reason] for reason in WASTED))
+        yield (on, "", "", "wasted", 0, 0, 0, 0, *(day["wasted"][reason] for reason in WASTED))
