@@ -200,8 +200,8 @@ class Assembly:
         self.words[PROMISES + self.block] += change
 
     def _board(self) -> Board:
-        def tell(name: str, detail: str) -> None:
-            self.tell({"type": "upstream", "name": name, "detail": detail[:500]})
+        def tell(name: str, detail: str) -> None:  # by means.tell: the controller tells itself
+            self.means.tell({"type": "upstream", "name": name, "detail": detail[:500]})
 
         return Board(
             [upstream.name for upstream in self.settings.upstream],

@@ -379,3 +379,14 @@ def test_extra_headers_reach_upstream_and_nobody_else(tmp_path):
         assert "Authorization" in shown.stdout
         assert "s3same" not in shown.stdout
         assert "tops3cret" not in shown.stdout
+
+
+def test_what_a_check_found_is_shown_as_the_last_error(tmp_path):
+    settings = {
+        "upstream": [
+            {"name": "spare", "url": f"http://127.0.0.1:{free_port()}", "health_interval": "1s"},
+        ]
+    }
+    with Gup(tmp_path / "cache", settings=settings, workers=1) as gup:
+        until(lambda: "can't be reached" in (gup.status()["upstreams"][0]["last_error"] or ""), "the error")
+        assert gup.metric("gup_events_lost_total") == 0

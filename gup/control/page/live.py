@@ -7,12 +7,15 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 _log = logging.getLogger("gup.control.page")
 MAX_LISTENERS = 32
 _SECONDS = 1.0
+_REST_FACTOR = 10
+"""After a look so many times what it took of the loop passes."""
 _QUIET_SECONDS = 15.0
 """So long nothing changes before a comment tells that the connection stands."""
 
@@ -26,8 +29,9 @@ class Listener:
         self.ended = False
 
     def tell(self, events: Mapping[str, str]) -> None:
-        self.pending |= events
-        self.awake.set()
+        if events:
+            self.pending |= events
+            self.awake.set()
 
     def end(self) -> None:
         self.ended = True
@@ -46,7 +50,7 @@ class Listener:
 
 
 Look = Callable[[], Awaitable[tuple[dict[str, Any], dict[str, str]]]]
-"""The figures and the fragments, as they are now."""
+"""The figures as they are now, and the fragments that were rendered anew."""
 
 
 class Broadcast:
@@ -88,19 +92,20 @@ class Broadcast:
     async def _run(self) -> None:
         """Ends by itself when nobody listens."""
         while self._listeners:
+            began = time.thread_time()
             try:
                 figures, fragments = await self._look()
             except Exception:  # noqa: BLE001 - a mistake of ours must not end the page for good
                 _log.exception("the page's figures could not be gathered")
             else:
                 self._tell(figures, fragments)
-            await asyncio.sleep(_SECONDS)
+            await asyncio.sleep(max(_SECONDS, _REST_FACTOR * (time.thread_time() - began)))
         self._fragments, self._figures = {}, ""
 
     def _tell(self, figures: Mapping[str, Any], fragments: dict[str, str]) -> None:
         self._figures = _text(figures)
         changed = {name: html for name, html in fragments.items() if self._fragments.get(name) != html}
-        self._fragments = fragments
+        self._fragments |= changed
         events = self._events(changed)
         for listener in self._listeners:
             listener.tell(events)

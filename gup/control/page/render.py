@@ -1,6 +1,6 @@
 """Turns a view into HTML by the templates beside this module. Knows no plane; every value is escaped."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,11 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from gup.control.page import words
 
-FRAGMENTS = (
-    "head",
-    "alarms",
-    "saved",
-    "now",
-    "hour",
-    "day",
-    "days",
-    "fills",
-    "upstreams",
-    "held",
-    "clients",
-    "service",
-)
+QUICK = ("head", "alarms", "saved", "now", "fills", "upstreams")
+SLOW = ("hour", "day", "days", "held", "clients", "service")
 """The parts of the page that change, each by its template; the element with this id holds it."""
+SLOW_SECONDS = 5.0
+"""So long the slow ones stand: they are large."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,9 +48,9 @@ class Renderer:
         for name in texts:
             self._templates.get_template(name)
 
-    def fragments(self, view: Mapping[str, Any]) -> dict[str, str]:
-        """The parts that change, by name."""
-        return {name: self._render(f"{name}.html", view) for name in FRAGMENTS}
+    def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
+        """Parts that change, by name."""
+        return {name: self._render(f"{name}.html", view) for name in names}
 
     def page(self, view: Mapping[str, Any], *, assets: Mapping[str, str], edition: str) -> str:
         """The whole document. `assets` are the URLs of its files by name; `edition` tells one set of files

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any
 
 from aiohttp import web
@@ -11,7 +12,7 @@ from gup.control.api.answers import PLANE, problem
 from gup.control.api.described import describe
 from gup.control.page.assets import Assets
 from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
-from gup.control.page.render import CONTENT_SECURITY_POLICY, Renderer
+from gup.control.page.render import CONTENT_SECURITY_POLICY, QUICK, SLOW, SLOW_SECONDS, Renderer
 from gup.control.page.view import Viewer, figures
 
 _log = logging.getLogger("gup.control.page")
@@ -27,10 +28,15 @@ class PageParts:
         self.assets = assets
         self.renderer = renderer
         self.broadcast = Broadcast(self._look)
+        self._slow_due = 0.0
 
     async def _look(self) -> tuple[dict[str, Any], dict[str, str]]:
         view = await self.viewer.view()
-        return figures(view), self.renderer.fragments(view)
+        names: tuple[str, ...] = QUICK
+        if time.monotonic() >= self._slow_due:
+            self._slow_due = time.monotonic() + SLOW_SECONDS
+            names += SLOW
+        return figures(view), self.renderer.fragments(view, names)
 
 
 PARTS: web.AppKey[PageParts] = web.AppKey("page", PageParts)

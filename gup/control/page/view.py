@@ -19,7 +19,9 @@ from gup.control.rows import Stream
 _T = TypeVar("_T")
 
 _HELD_SECONDS = 5.0
-"""So long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
+"""So long a view of all rows stands at least: with 1e5 of them it takes some 0.3 s of a thread."""
+_REST_FACTOR = 10
+_CHARTS_SECONDS = 5.0
 _LEDGER_SECONDS = 2.0
 _CLIENTS_SECONDS = 10.0
 _DAYS = 30
@@ -29,7 +31,7 @@ _CHARTS = {"hour": 5 * MINUTE, "day": HOUR}
 
 
 class Kept(Generic[_T]):
-    """What `find` found, for so many seconds; those who ask meanwhile wait for the same finding."""
+    """What `find` found, for so many seconds, more if it is dear; who asks meanwhile waits for the same."""
 
     def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
         self._seconds = seconds
@@ -39,8 +41,11 @@ class Kept(Generic[_T]):
 
     async def value(self) -> _T:
         async with self._finding:
-            if self._found is None or time.monotonic() - self._found[0] > self._seconds:
-                self._found = time.monotonic(), await self._find()
+            began = time.monotonic()
+            if self._found is None or began > self._found[0]:
+                found = await self._find()
+                now = time.monotonic()
+                self._found = now + max(self._seconds, _REST_FACTOR * (now - began)), found
             return self._found[1]
 
 
@@ -50,6 +55,7 @@ class Viewer:
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
         self._held = Kept(_HELD_SECONDS, self._holdings)
+        self._charts = Kept(_CHARTS_SECONDS, self._drawn)
         self._ledger = Kept(_LEDGER_SECONDS, lambda: ledger(plane, _DAYS))
         self._content = Kept(_CLIENTS_SECONDS, plane.reports.content)
         self._restarts = Kept(_CLIENTS_SECONDS, plane.reports.restarts)
@@ -60,7 +66,6 @@ class Viewer:
         await plane.meter()
         status = await plane.status()
         now, zone = plane.clock(), _zone(plane)
-        history = plane.history.history
         return {
             "now": now,
             "zone": zone,
@@ -72,12 +77,16 @@ class Viewer:
                 "wan": plane.history.wan.bytes_per_second(),
                 "wan_limit": status["wan_rate_bytes_per_second"],
             },
-            "charts": {span: _chart(history.series(span, now), step) for span, step in _CHARTS.items()},
+            "charts": await self._charts.value(),
             "held": await self._held.value(),
             "taken": await self._content.value(),
             "restarts": await self._restarts.value(),
             "failures": status["failures"][:_FAILURES_SHOWN],
         }
+
+    async def _drawn(self) -> dict[str, Any]:
+        history, now = self._plane.history.history, self._plane.clock()
+        return {span: _chart(history.series(span, now), step) for span, step in _CHARTS.items()}
 
     async def _holdings(self) -> Holdings:
         rows = list(self._plane.index.rows.values())

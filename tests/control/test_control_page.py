@@ -1,0 +1,206 @@
+"""The page's parts: words for figures, what is held, templates that escape, and who is told what when."""
+
+import asyncio
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gup.content.key import ContentKey, Kind
+from gup.control.page import words
+from gup.control.page.held import MAX_REVISIONS, MAX_STREAMS, holdings
+from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
+from gup.control.page.view import Kept
+from gup.control.rows import make_row
+
+SPACE = "\N{NO-BREAK SPACE}"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (99_949, "99.9 kB"),
+        (999_400, "999 kB"),
+        (999_500, "1.0 MB"),
+        (1_234_567_890, "1.2 GB"),
+        (20_000_000_000, "20.0 GB"),
+        (5_432e12, "5,432.0 TB"),
+        (-1500, "\N{MINUS SIGN}1.5 kB"),
+    ],
+)
+def test_sizes(count, shown):
+    assert words.size(count) == shown.replace(" ", SPACE)
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        (0, "0 %"),
+        (0.004, "0.4 %"),
+        (0.5, "50 %"),
+        (0.9996, "99.9 %"),
+        (1, "100 %"),
+        (-0.25, "\N{MINUS SIGN}25 %"),
+    ],
+)
+def test_shares_are_never_rounded_to_all_or_nothing(part, shown):
+    assert words.percent(part) == shown.replace(" ", SPACE)
+
+
+@given(st.floats(-1e18, 1e18))
+def test_every_size_has_at_most_three_digits_before_its_point(count):
+    number = words.size(count).split(SPACE)[0]
+    assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "TB" in words.size(count)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(-3, "0 s"), (59.9, "60 s"), (60, "1 min"), (7200, "2 h"), (1e6, "11 d")]
+)
+def test_spans_of_time(seconds, shown):
+    assert words.span(seconds) == shown.replace(" ", SPACE)
+
+
+def row(stream, revision, file, *, hits=0, length=100, at=5.0):
+    key = ContentKey("14.3", "French", stream, revision, file)
+    kind = Kind.DELTA if file.endswith(".dax") else Kind.FULL
+    return make_row(key, kind, length, stored_at=at, used_at=at + 1, hits=hits)
+
+
+def label(stream):
+    return stream[2], stream[0], stream[1]
+
+
+def test_what_is_held_is_told_by_stream_and_revision():
+    delta = "xdelta260101001_To_260102001.dax"
+    rows = [
+        row("{A}", "260101001", "full.zip", hits=3, at=7.0),
+        row("{A}", "260102001", "full.zip", hits=5, at=9.0),
+        row("{A}", "260101001", delta, hits=2, length=10),  # brings to the newer one, whatever its folder
+        row("{B}", "260101001", "full.zip"),
+    ]
+    found = holdings(rows, label)
+    first, second = found.streams
+    assert (first.product, first.version, first.language) == ("{A}", "14.3", "French")
+    assert (first.entries, first.size_bytes, first.hits) == (3, 210, 10)
+    assert [(one.name, one.wholes, one.deltas, one.hits) for one in first.revisions] == [
+        ("260102001", 1, 1, 7),
+        ("260101001", 1, 0, 3),
+    ]
+    assert first.stored_at == 9.0
+    assert second.size_bytes == 100
+    assert found.more == 0
+
+
+def test_of_many_streams_and_revisions_the_largest_and_newest_are_told():
+    rows = [row(f"{{{n}}}", "260101001", "full.zip", length=n) for n in range(MAX_STREAMS + 7)]
+    rows += [row("{0}", f"2601010{n:02}", "full.zip", length=10_000) for n in range(2, MAX_REVISIONS + 5)]
+    found = holdings(rows, label)
+    assert len(found.streams) == MAX_STREAMS
+    assert found.more == 7
+    (zero,) = [stream for stream in found.streams if stream.product == "{0}"]
+    assert len(zero.revisions) == MAX_REVISIONS
+    assert zero.more == 4
+    assert zero.revisions[0].name == f"2601010{MAX_REVISIONS + 4:02}"
+
+
+def test_bodies_without_a_revision_are_told_by_their_file():
+    (held,) = holdings([row("_", "_", "ContentInfo.txt"), row("_", "_", "a%2Fb.flg")], label).streams
+    assert {revision.name for revision in held.revisions} == {"ContentInfo.txt", "a/b.flg"}
+
+
+async def test_what_is_dear_is_found_once_for_all_and_stands():
+    finding = asyncio.Event()
+    asked = 0
+
+    async def find():
+        nonlocal asked
+        asked += 1
+        await finding.wait()
+        return asked
+
+    kept = Kept(60.0, find)
+    waiting = [asyncio.create_task(kept.value()) for _ in range(5)]
+    await asyncio.sleep(0)
+    finding.set()
+    assert await asyncio.gather(*waiting) == [1] * 5
+    assert await kept.value() == 1
+
+
+async def test_what_could_not_be_found_is_looked_for_again():
+    answers = iter([OSError("not now"), None])
+
+    async def find():
+        if (error := next(answers)) is not None:
+            raise error
+        return "found"
+
+    kept = Kept(60.0, find)
+    with pytest.raises(OSError, match="not now"):
+        await kept.value()
+    assert await kept.value() == "found"
+
+
+def parsed(message):
+    """Names and data of server-sent events."""
+    found = re.findall(r"event: (\w+)\ndata: (.*)\n\n", message.decode())
+    return [(name, json.loads(data)) for name, data in found]
+
+
+async def test_a_slow_listener_gets_the_newest_of_each_fragment_only():
+    listener = Listener()
+    for turn in range(1000):
+        listener.tell({"figures": json.dumps(turn), "fragment a": '{"id":"a"}'})
+    assert parsed(await listener.message()) == [("figures", 999), ("fragment", {"id": "a"})]
+    listener.end()
+    assert await listener.message() is None
+
+
+async def test_listeners_share_looks_and_get_what_changed(monkeypatch):
+    monkeypatch.setattr("gup.control.page.live._SECONDS", 0.01)
+    looks = 0
+
+    async def look():
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise ValueError("one look fails")
+        return {"n": looks}, {"still": "<p>\nsame</p>", "new": f"<b>{looks}</b>"}
+
+    broadcast = Broadcast(look)
+    async with broadcast.listening() as one, broadcast.listening() as two:
+        first, other = parsed(await one.message()), parsed(await two.message())
+        assert first == other
+        assert ("fragment", {"id": "still", "html": "<p>\nsame</p>"}) in first
+        later = []
+        while not any(name == "figures" and data["n"] > 3 for name, data in later):
+            later += parsed(await one.message())
+        assert "still" not in {data.get("id") for _, data in later}
+        async with broadcast.listening() as third:  # who comes later is told all at once
+            assert {data.get("id") for _, data in parsed(await third.message())} == {None, "still", "new"}
+    await broadcast.stop()
+
+
+async def test_listeners_are_bounded_and_a_stop_ends_them():
+    async def look():
+        return {}, {}
+
+    broadcast = Broadcast(look)
+    entered = [broadcast.listening() for _ in range(MAX_LISTENERS)]
+    listeners = [await one.__aenter__() for one in entered]
+    assert None not in listeners
+    async with broadcast.listening() as refused:
+        assert refused is None
+    await entered.pop().__aexit__(None, None, None)
+    async with broadcast.listening() as admitted:
+        assert admitted is not None
+    await broadcast.stop()
+    assert [await listener.message() for listener in listeners[:-1]] == [None] * (MAX_LISTENERS - 1)
+    async with broadcast.listening() as late:
+        assert late is None
+    for one in entered:
+        await one.__aexit__(None, None, None)
