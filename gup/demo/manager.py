@@ -35,6 +35,7 @@ from gup.errors import GupError, SettingsError
 
 _READ_BYTES = 256 * 1024
 _SHUTDOWN_SECONDS = 2.0
+_ABSENT = "no such content\n"
 _CONTENT_TYPES = {Kind.FULL: "application/zip", Kind.INDEX: "text/plain"}
 
 
@@ -134,7 +135,8 @@ class Site:
         file = self._shelf.find(request.path)
         if file is None:
             self._not_found += 1
-            raise web.HTTPNotFound(text="no such content\n")
+            self._sent_bytes += len(_ABSENT) if request.method == "GET" else 0  # it passes the link too
+            raise web.HTTPNotFound(text=_ABSENT)
         answer = decide(request.headers, file.validators, file.published.length)
         tally = self._tallies.setdefault(file.published.path, _FileTally())
         sends = request.method == "GET" and answer.stop > answer.start

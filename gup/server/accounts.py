@@ -24,6 +24,9 @@ _ROWS = 200
 _EVENTS_A_SECOND = 10
 _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
+_MOST_HEADS = 1000
+_MOST_PIECES = 2000
+"""Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn."""
 
 Tell = Callable[[Mapping[str, object]], bool]
 Teller = Stated | bytes
@@ -60,7 +63,7 @@ class _News:
 
 
 class Accounts:
-    """One worker's. The hot lane itself uses `takes`, `every` and `first`: a call costs more than they do.
+    """One worker's. The hot lane itself uses `every` and `first`: a call costs more than they do.
 
     A hit is logged when its count leaves `first` over when divided by `every`.
     """
@@ -77,6 +80,7 @@ class Accounts:
         self._news = _News()
         self._lines_left = _LINES_A_SECOND
         self._left_out = 0
+        self._unnoted = 0
         self._waiting: list[list[object]] = []
         self.apply(settings)
 
@@ -112,8 +116,16 @@ class Accounts:
             first_byte=self.clock(),
         )
 
+    def taken(self, peer: str, row: HotRow, teller: Teller) -> None:
+        """Note a whole body that has left at once; in a flood of clients, who took it but not what it states."""
+        takes = self.takes
+        takes.add((peer, row.key_text, teller if len(takes) < _MOST_HEADS else NOTHING))
+
     def part_taken(self, peer: str, row: HotRow, span: Span, teller: Teller) -> None:
-        """Note a range that has left at once."""
+        """Note a range that has left at once; in a flood of them, not even that."""
+        if len(self._news.pieces) >= _MOST_PIECES:
+            self._unnoted += 1
+            return
         self._news.pieces.append(((peer, row.key_text, teller), (span.start, span.stop, row.length)))
 
     def log_hot(self, peer: str, account: Account) -> None:
@@ -210,6 +222,9 @@ class Accounts:
         rows += [self._row(taken, 1) for taken in takes]
         rows += [self._row(taken, list(part)) for taken, part in news.pieces]
         rows += [self._row(taken, 0) for taken in news.asked - takes]
+        if self._unnoted:
+            self._tally.counters.add("gup_events_lost_total", self._unnoted // _ROWS + 1)
+            self._unnoted = 0
         if len(rows) > _MOST_WAITING:
             self._tally.counters.add("gup_events_lost_total", (len(rows) - _MOST_WAITING) // _ROWS + 1)
             del rows[: len(rows) - _MOST_WAITING]

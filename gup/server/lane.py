@@ -95,7 +95,7 @@ class Lane:
         words[row.sent_at] += body_sent
         words[row.stream_at] += body_sent
         if sent == len(message):
-            accounts.takes.add((connection.peer, row.key_text, teller))
+            accounts.taken(connection.peer, row, teller)
             if logged:
                 span = Span(0, row.length)
                 accounts.log_hot(connection.peer, accounts.of_row(row, 200, span, teller, began))
@@ -189,7 +189,7 @@ class Lane:
         """All of it has left at once."""
         accounts = self._listener.accounts
         if status == 200:
-            accounts.takes.add((connection.peer, row.key_text, teller))
+            accounts.taken(connection.peer, row, teller)
         else:
             accounts.part_taken(connection.peer, row, span, teller)
         if self._words[counted_at] % accounts.every == accounts.first:

@@ -159,8 +159,8 @@ class VarnishCache(_Process):
         super().__init__(VARNISH, port, command)
 
 
-_ONE_ADDRESS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0"}
-"""All load comes from one."""
+_SETTINGS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0", "GUP_LOG__ACCESS": "off"}
+"""All load comes from one address; the others log no access either."""
 
 
 class GupCache:
@@ -175,7 +175,7 @@ class GupCache:
             folder / name,
             [f"http://127.0.0.1:{upstream_port}"],
             workers=CORES,
-            env={**_ONE_ADDRESS, **(env or {})},
+            env={**_SETTINGS, **(env or {})},
         )
         self.port = self.service.data[1]
 
