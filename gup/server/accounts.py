@@ -117,7 +117,7 @@ class Accounts:
         )
 
     def taken(self, peer: str, row: HotRow, teller: Teller) -> None:
-        """Note a whole body that has left at once; in a flood of clients, who took it but not what it states."""
+        """Note a whole body that has left at once; in a flood of clients, who took it, not what it states."""
         takes = self.takes
         takes.add((peer, row.key_text, teller if len(takes) < _MOST_HEADS else NOTHING))
 
