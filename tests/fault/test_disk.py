@@ -177,7 +177,7 @@ def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(tmp_pat
         pids = gup.pids
         disk.free()
         stored_soon(gup, BIG, BODY)
-        until(lambda: not refusals(gup), "the status tells that it is over")
+        until(lambda: not refusals(gup), "the status tells that it is over", 30)
         assert gup.pids == pids, "nothing was restarted"
 
 

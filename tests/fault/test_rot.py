@@ -284,16 +284,17 @@ def verify(*arguments: object) -> tuple[int, dict]:
 def test_the_command_with_the_service_running(tmp_path, upstream):
     with stored(tmp_path, upstream, verify="scrub") as (gup, body):
         gup.start()
-        admin = f"http://{gup.admin[0]}:{gup.admin[1]}"
-        assert verify("--admin", admin)[0] == 0
+        token = gup.cache_dir / "run" / "admin-token"
+        running = ("--admin", f"http://{gup.admin[0]}:{gup.admin[1]}", "--token-file", token)
+        assert verify(*running)[0] == 0
         flip(body, CHUNK)
-        status, told = verify("--admin", admin)
+        status, told = verify(*running)
         assert (status, told["damaged"], told["found"][0]["where"]) == (1, 1, "body")
-        status, told = verify("--admin", admin, "--repair")
+        status, told = verify(*running, "--repair")
         assert (status, told["damaged"], told["mended"]) == (0, 1, 1)
         assert repaired(gup) == CHUNK
         assert gup.get(BIG).body == BODY
-        assert verify("--admin", admin)[1]["found"] == []
+        assert verify(*running)[1]["found"] == []
         status, told = verify("--cache-dir", gup.cache_dir)
         assert status == 1
         assert "another gup uses the cache directory" in told["told"]

@@ -253,7 +253,8 @@ def fetch(
     length = {"Content-Length": str(len(body))} if body else {}
     with RawConnection(address, timeout_seconds) as connection:
         connection.ask(target, {"Connection": "close", **length, **(headers or {})}, method=method)
-        connection.send(body)
+        if body:
+            connection.send(body)
         return connection.response(method)
 
 

@@ -85,7 +85,7 @@ def _has_use(store: Store, state: FillState) -> bool:
 
 
 def _elsewhere(store: Store) -> Iterator[str]:
-    known = {"content", "partial", "index", "run"}
+    known = {"content", "partial", "index", "reports", "run"}
     for path in sorted(store.root.iterdir()):
         if path.name not in known:
             yield f"foreign: {path.name}"
