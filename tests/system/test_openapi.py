@@ -36,7 +36,10 @@ def gup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gup]:
         upstream.answer(DELTA, Answer(noise("delta", 5000), etag='"delta"'))
         upstream.answer(slow, Answer(zip_of("slow", 300_000), gates=((100_000, gate),)))
         folder = tmp_path_factory.mktemp("openapi")
-        with Gup(folder / "cache", [upstream.url], workers=1) as service, service.connect() as client:
+        # no connection of upstream's comes or goes while the tests run: each looks for what it left behind
+        patient = {"url": upstream.url, "health_interval": "0s", "read_timeout": "5m"}
+        chosen = {"upstream": [patient]}
+        with Gup(folder / "cache", workers=1, settings=chosen) as service, service.connect() as client:
             for path in (full, DELTA):
                 assert service.get(path).status == 200
             client.send(f"GET {quote(slow)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

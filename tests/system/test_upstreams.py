@@ -205,7 +205,7 @@ def test_a_certificate_of_an_unknown_ca_is_refused(tmp_path, trust):
     with secure(tmp_path) as at, tls_gup(tmp_path, at.url, **more) as gup:
         document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
         assert "certificate refused" in str(document["detail"])
-        assert "certificate refused" in gup.log
+        until(lambda: "certificate refused" in gup.log, "the log tells it")
         assert at.nginx.log() == []
         until(lambda: upstream_of(gup, "manager")["last_error"], "the error stands in the status")
         assert "certificate refused" in upstream_of(gup, "manager")["last_error"]
