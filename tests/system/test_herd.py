@@ -29,7 +29,7 @@ def attached(gup: Gup, count: int) -> None:
     gup.wait_metric(count, "gup_fill_waiters")
 
 
-@pytest.mark.parametrize("server", ["nginx", "python"])
+@pytest.mark.parametrize("server", ["nginx", pytest.param("python", marks=pytest.mark.long)])
 def test_500_clients_make_one_request_upstream(tmp_path, server):
     tree = make_tree(tmp_path / "tree")
     # 20 MB in about 2 s: long enough for every client to meet the fill

@@ -42,8 +42,8 @@ def test_with_the_upstream_gone_everything_cached_is_served(tmp_path, end):
             tags[path] = gup.get(path).etag
         upstream.stop()
         first_hits = [9.0]
-        # the best of a few: other work on the machine must not decide
-        while min(first_hits) > 1.0 and len(first_hits) < 8:
+        # the best of a few, and a second more than a quiet machine needs: other work there must not decide
+        while min(first_hits) > 1.0 and len(first_hits) < 4:
             if end == "stop":
                 assert gup.stop() == 0
             else:
@@ -54,7 +54,7 @@ def test_with_the_upstream_gone_everything_cached_is_served(tmp_path, end):
                 assert (response.status, response.body == tree.body(path)) == (200, True)
                 assert response.etag == tags[path]
                 assert fetch(gup.data, path, {"If-None-Match": tags[path]}).status == 304
-        assert min(first_hits) <= 1.0, first_hits
+        assert min(first_hits) <= 2.0, first_hits
 
 
 def _seconds_to_first_hit(gup: Gup, body: bytes) -> float:

@@ -39,7 +39,10 @@ def measured_rate(gup: Gup, seconds: float) -> float:
     return amount / (ended - began)
 
 
-@pytest.mark.parametrize(("fills", "rate"), [(1, 1_000_000), (8, 2_000_000), (8, 100_000)])
+@pytest.mark.parametrize(
+    ("fills", "rate"),
+    [pytest.param(1, 1_000_000, marks=pytest.mark.long), (8, 2_000_000), (8, 100_000)],
+)
 def test_the_rate_holds_over_all_workers(tmp_path, fills, rate):
     body = noise("wan", 30 * MB)
     with ScriptedUpstream() as upstream:
