@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault soak pictures bench dashboards lint types imports check clean
+.PHONY: demo test fault long soak pictures bench dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
@@ -35,6 +35,11 @@ test: check
 fault: $(VENV)/.installed
 	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 -m "not alone" tests/fault
 	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m alone tests/fault
+
+# The longer forms of what `make test` runs, faults aside.
+long: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 3 --ignore tests/fault -m "long and not alone"
+	$(BIN)/python -m pytest --ignore tests/fault -m "long and alone"
 
 # Everything at once against a model of what is right.
 MINUTES ?= 30

@@ -51,10 +51,7 @@ def assert_well_after_start(gup: Gup, bodies: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize(
     "point",
-    [
-        pytest.param(name, marks=() if name in ("before the record", "in mid-body") else pytest.mark.long)
-        for name in POINTS
-    ],
+    [pytest.param(name, marks=() if name == "before the record" else pytest.mark.long) for name in POINTS],
 )
 def test_the_service_dies_in_a_fill(tmp_path, point):
     call, pattern, nth = POINTS[point]
@@ -82,7 +79,7 @@ def start_again(gup: Gup, deaths: int) -> None:
     gup.start()
 
 
-@pytest.mark.parametrize("round_", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 24))])
+@pytest.mark.parametrize("round_", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 24))])
 def test_the_service_dies_anywhere(tmp_path, round_):
     """Random: which process dies, at which of its changes, alone or with all others; then once more."""
     chance = random.Random(f"{SEED} {round_}")

@@ -84,6 +84,7 @@ def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(tmp_path):
         assert nodes == ["bottom", "middle", "top"]
 
 
+@pytest.mark.long
 def test_what_the_top_does_not_have_is_a_404_at_the_bottom(tmp_path):
     with chain(tmp_path) as at:
         assert_problem(at.bottom.get("/content/none.txt"), 404, "upstream-not-found")
@@ -113,6 +114,7 @@ def test_the_middle_dies_in_a_fill_and_comes_back(tmp_path):
         assert at.bottom.get(BIG).body == body
 
 
+@pytest.mark.long
 def test_a_dead_middle_is_told_at_once_and_what_is_held_is_served(tmp_path):
     with chain(tmp_path) as at:
         at.upstream.answer(DELTA, Answer(noise("d", 100_000), etag='"d"'))

@@ -1,5 +1,6 @@
 """The history of a real service that is killed: what its points add up to."""
 
+import pytest
 from harness.service import Gup
 from harness.trees import BIG, DELTA, make_tree
 from harness.upstreams import Nginx
@@ -19,6 +20,7 @@ def begun(gup):
     return until(lambda: gup.api("/api/v1/history")[1]["points"], "the history is read")
 
 
+@pytest.mark.long
 def test_points_add_up_to_the_counters_whoever_is_killed(tmp_path):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
     with Nginx(tree, tmp_path / "nginx") as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:

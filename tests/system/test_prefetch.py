@@ -120,6 +120,7 @@ def test_the_first_of_a_morning_fetches_for_all_others(tmp_path):
             assert [len(upstream.requests(path)) for path in (first, *others)] == [1] * 6
 
 
+@pytest.mark.long
 def test_the_folder_and_the_spelling_are_those_of_the_traffic_and_disabled_means_nothing(tmp_path):
     spelled = OTHER_MONIKER.lower()
     with ScriptedUpstream() as upstream:

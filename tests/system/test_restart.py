@@ -336,6 +336,7 @@ def fetch_with_resume(gup: Gup, path: str, deadline: float) -> tuple[bytes, int]
     raise AssertionError(f"not whole in time: {len(got)} bytes after {tries} tries")
 
 
+@pytest.mark.long
 def test_workers_killed_again_and_again(tmp_path):
     """Six fills, twelve clients that resume, six kills: every byte right, little fetched twice."""
     bodies = {
