@@ -397,6 +397,9 @@ class _ControlPlane(BaseHTTPRequestHandler):
 ENTRIES = [entry(number, pinned=number == 1) for number in range(2500)]
 
 
+PROBLEMS: list[str] = []
+
+
 def control_plane(method, url):
     query = {name: values[0] for name, values in parse_qs(url.query).items()}
     match method, unquote(url.path):
@@ -407,7 +410,7 @@ def control_plane(method, url):
             end = start + int(query["limit"])
             return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
         case "POST", "/api/v1/reload":
-            return 202, {"requested": True}
+            return 200, {"reloaded": not PROBLEMS, "problems": PROBLEMS}
         case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
         case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
@@ -524,11 +527,15 @@ def test_an_odd_url_is_refused():
     assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
 
 
-def test_reload_asks_for_it(plane):
+def test_reload_says_what_came_of_it(plane, monkeypatch):
     result = run("reload", "--admin", plane.url)
-    assert result.exit_code == 0
+    assert (result.exit_code, "in force" in result.stdout) == (0, True)
     assert plane.asked == ["POST /api/v1/reload"]
-    assert json.loads(run("reload", "--admin", plane.url, "--json").stdout) == {"requested": True}
+    monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
+    result = run("reload", "--admin", plane.url)
+    assert (result.exit_code, "  wan.rate: 'x' is no rate" in result.stderr) == (1, True)
+    result = run("reload", "--admin", plane.url, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["problems"]) == (1, PROBLEMS)
 
 
 # --- tokens

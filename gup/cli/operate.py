@@ -47,13 +47,19 @@ def reload(
     ca_file: CaFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Have a running service read its settings again."""
+    """Have a running service read its settings again; exit status 1 if it can't use them."""
     with asking(Where(admin, config, token_file, ca_file)) as asked:
         answer = asked.reload()
     if json_output:
         _print_json(answer)
+    elif answer["reloaded"]:
+        typer.echo("the settings were read again and are in force")
     else:
-        typer.echo("asked for; `gup status` and the service's log say whether the settings took")
+        typer.echo("the settings before stay in force:", err=True)
+        for problem in answer["problems"]:
+            typer.echo(f"  {problem}", err=True)
+    if not answer["reloaded"]:
+        raise typer.Exit(1)
 
 
 @cache.command("list")

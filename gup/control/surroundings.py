@@ -31,7 +31,8 @@ class Surroundings:
     under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
     `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
     looks at all of a stored body and fetches its damaged chunks anew; what it returns is why it could not.
-    Its second argument tells whether the damage is counted already. `events` is the receiving end of a
+    Its second argument tells whether the damage is counted already. `reload` has the settings read again and
+    returns what is wrong with them: nothing, if they took. `events` is the receiving end of a
     datagram socket, `admin` a listening socket. Times are Unix seconds.
     """
 
@@ -50,7 +51,7 @@ class Surroundings:
     wan_rate: Callable[[], int]
     workers: Callable[[], Sequence[Mapping[str, object]]]
     config_ok: Callable[[], bool]
-    request_reload: Callable[[], None]
+    reload: Callable[[], Awaitable[Sequence[str]]]
     recover: Callable[[], Awaitable[None]]
     mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
     events: socket.socket

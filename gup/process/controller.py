@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -32,6 +33,7 @@ from gup.upstream.health import State
 
 _LOG = logging.getLogger("gup.controller")
 _BEAT_SECONDS = 1.0
+_RELOAD_SECONDS = 10.0
 
 
 class Controller:
@@ -43,6 +45,7 @@ class Controller:
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
+        self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._loop = asyncio.get_running_loop()
         assembly.means.tell = self._tell_itself
         self._recovery = Recovery(
@@ -74,7 +77,7 @@ class Controller:
                 wan_rate=assembly.wan_rate,
                 workers=self._workers,
                 config_ok=lambda: bool(self._page.words[CONFIG_OK]),
-                request_reload=self._request_reload,
+                reload=self._reload,
                 recover=self._recovery.run,
                 mend=lambda key, counted: assembly.cache.mend(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
@@ -121,6 +124,10 @@ class Controller:
             self._stopped.set()
         elif "workers" in message:
             self._worker_rows = cast(Sequence[Mapping[str, object]], message["workers"])
+        elif "problems" in message:
+            outcome = self._reloads.popleft()
+            if not outcome.done():  # nobody waits any more
+                outcome.set_result(cast(Sequence[str], message["problems"]))
         elif "settings" in message:
             settings = Settings.model_validate(message["settings"])
             self._assembly.apply(settings)
@@ -150,8 +157,16 @@ class Controller:
         """The way of a worker's events leads here; what this process's own fills tell goes straight in."""
         self._loop.call_soon_threadsafe(self._control.plane.take_event, json.dumps(event).encode())
 
-    def _request_reload(self) -> None:
-        self._parent.send({"reload": True})
+    async def _reload(self) -> Sequence[str]:
+        """Ask the supervisor, whose answers come in the order of the questions."""
+        outcome: asyncio.Future[Sequence[str]] = self._loop.create_future()
+        if not self._parent.send({"reload": True}):
+            return ["the supervisor takes no message"]
+        self._reloads.append(outcome)
+        try:
+            return await asyncio.wait_for(outcome, _RELOAD_SECONDS)
+        except TimeoutError:
+            return [f"the supervisor gave no answer within {_RELOAD_SECONDS:g} s"]
 
     def _set_store_bytes(self, size_bytes: int) -> None:
         self._page.words[STORE_BYTES] = size_bytes

@@ -72,6 +72,7 @@ class World:
     wan_rate: int = 8_000_000
     config_ok: bool = True
     reloads: int = 0
+    reload_problems: list[str] = field(default_factory=list)
     recovered: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
     mends: list[tuple[str, bool]] = field(default_factory=list)
@@ -113,8 +114,9 @@ class World:
     def raise_epoch(self) -> None:
         self.epochs += 1
 
-    def reload(self) -> None:
+    async def reload(self) -> list[str]:
         self.reloads += 1
+        return self.reload_problems
 
     async def recover(self) -> None:
         self.recovered.set()
@@ -159,7 +161,7 @@ class World:
             wan_rate=lambda: self.wan_rate,
             workers=lambda: self.workers,
             config_ok=lambda: self.config_ok,
-            request_reload=self.reload,
+            reload=self.reload,
             recover=self.recover,
             mend=self.mend,
             events=self.receiver,

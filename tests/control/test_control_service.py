@@ -270,8 +270,11 @@ async def test_forged_requests_are_refused_and_do_nothing(world, browser, method
 async def test_reload_is_asked_for(world, browser):
     async with world.running():
         async with browser.post(world.url + "/api/v1/reload") as answer:
-            assert answer.status == 202
+            assert (answer.status, await answer.json()) == (200, {"reloaded": True, "problems": []})
         assert world.reloads == 1
+        world.reload_problems = ["cache.max_size: is too small"]
+        async with browser.post(world.url + "/api/v1/reload") as answer:
+            assert await answer.json() == {"reloaded": False, "problems": world.reload_problems}
         world.config_ok = False
         _, told = await get(browser, world, "/api/v1/status")
         assert told["reload"] == {"successful": False}

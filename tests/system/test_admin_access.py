@@ -106,8 +106,11 @@ def test_beyond_loopback_everything_needs_a_token_and_tokens_and_certificate_are
 
         # what can't be used leaves the old ones in force
         names["token"].write_text("\n")
-        gup.signal(signal.SIGHUP)
-        until(lambda: "settings not reloaded: listen.admin_token_file: " in gup.log, "the reload is refused")
+        own = tmp_path / "own-token"
+        own.write_text("another-token-of-this-test\n")
+        refused = command("reload", "--config", mine, "--token-file", own)
+        assert (refused.returncode, "listen.admin_token_file: " in refused.stderr) == (1, True), refused
+        assert "settings not reloaded: listen.admin_token_file: " in gup.log
         assert ask("POST", "/api/v1/evict", "another-token-of-this-test")[0] == 200
         assert "a wrong token from 127.0.0.1" in gup.log
         assert change not in gup.log

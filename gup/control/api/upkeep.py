@@ -57,10 +57,11 @@ class Verify(Parameters):
     repair: Literal["0", "1"] = Field("0", description="1 mends what is damaged.")
 
 
-class Requested(Answer):
-    """It was passed on."""
+class Reloaded(Answer):
+    """Whether the settings took; if not, those before them stay in force."""
 
-    requested: bool
+    reloaded: bool
+    problems: list[str] = Field(description="What is wrong with the settings, each with its key.")
 
 
 @describe(Evicted)
@@ -90,11 +91,11 @@ async def verify(request: web.Request) -> web.Response:
     return answer(verification.progress(), status=202)
 
 
-@describe(Requested, status=202)
+@describe(Reloaded)
 async def reload(request: web.Request) -> web.Response:
-    """Ask for the settings to be read again; whether they took is in the status."""
-    request.app[PLANE].around.request_reload()
-    return answer({"requested": True}, status=202)
+    """Have the settings read again."""
+    problems = await request.app[PLANE].around.reload()
+    return answer({"reloaded": not problems, "problems": list(problems)})
 
 
 routes = [
