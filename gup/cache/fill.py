@@ -213,31 +213,33 @@ class Leader:
         """A part of a new generation, begun with the good chunks of `old` if there are any."""
         means = self._means
         self._generation = int(means.wall_clock() * 1_000_000)
-
-        def prepare() -> tuple[PartWriter, OpenFile]:
-            means.store.drop_part(self._key.id, self._generation)  # of a first try that the disk refused
-            writer = PartWriter.create(
-                means.store, self._key.id, self._generation, means.executor, head.length, self._published
-            )
-            if old is not None and salvage is not None:
-                writer.copy_from(old, salvage.verified, salvage.sums)
-            return writer, OpenFile(means.store.part_path(self._key.id, self._generation))
-
-        self._writer, file = await self._on_disk(prepare)
-        self._body = GrowingBody(head, self._generation, file, means.clock())
+        paths = means.store.part_paths(self._key.id, self._generation)
+        writer = PartWriter(*paths, means.executor, head.length, self._published)
+        if old is not None and salvage is not None:
+            await self._on_disk(writer.copy_from, old, salvage.verified, salvage.sums)
+        self._writer = writer
+        self._body = GrowingBody(head, self._generation, None, means.clock())
         return self._body
 
-    async def _show(self, body: GrowingBody) -> None:
+    async def _show(self, body: GrowingBody, *, whole: bool = False) -> None:
         """STREAMING: the state for other processes, the body for this one.
 
-        Not before there is something to read: until then whatever fails can be told in a clean answer.
+        Not before there is something to read: until then whatever fails can be told in a clean answer. Of a
+        body that is whole already the readers here wait for no state: it ends in a commit, come what may.
         """
         self._move(Phase.STREAMING)
         self._head = body.head
-        await self._on_disk(self._means.store.save_state, self._state(head=body.head))
-        assert self._writer is not None
+        if not whole:
+            await self._on_disk(self._means.store.save_state, self._state(head=body.head))
+        writer = self._writer
+        assert writer is not None
+        body.file = writer.file
         self._flight.attach(body)
-        body.publish(max(self._writer.written, body.published))
+        body.publish(max(writer.written, body.published))
+        if whole:
+            body.complete(writer.written)
+            await asyncio.sleep(0)  # its readers first
+            await self._on_disk(self._means.store.save_state, self._state(head=body.head))
         if not self._flight.ahead:
             self._means.tell(begun(self._key, self._flight.route.kind, self._path))
 
@@ -282,23 +284,13 @@ class Leader:
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
         means, head = self._means, state.head
-
-        def reopen() -> tuple[PartWriter, OpenFile]:
-            writer = PartWriter.reopen(
-                means.store,
-                self._key.id,
-                self._generation,
-                means.executor,
-                head.length,
-                self._published,
-                salvage,
-            )
-            return writer, OpenFile(means.store.part_path(self._key.id, self._generation))
-
-        self._writer, file = await self._on_disk(reopen)
+        paths = means.store.part_paths(self._key.id, self._generation)
+        self._writer = await self._on_disk(
+            PartWriter.reopen, *paths, means.executor, head.length, self._published, salvage
+        )
         body = self._flight.body
         if body is None or body.generation != self._generation:
-            body = GrowingBody(head, self._generation, file, means.clock())
+            body = GrowingBody(head, self._generation, self._writer.file, means.clock())
         self._body = body
         return body
 
@@ -327,17 +319,20 @@ class Leader:
         while piece := await download.read():
             writer.take(piece)
             await self._room.keep(writer.received)
+            if writer.all_held:
+                continue
             await self._room.twice(writer.write_sure)
             if writer.written and self._flight.body is not body:
                 await self._show(body)
             await self._courtesy.give_way()
         await check_structure(self._means, self._flight, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
-        if self._flight.body is not body:
-            await self._show(body)
         assert download.head is not None
         self._leave_upstream()
-        body.complete(writer.written)
+        if self._flight.body is not body:
+            await self._show(body, whole=True)
+        else:
+            body.complete(writer.written)
         await self._settle(writer, download.head, body.head)
 
     async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
@@ -396,6 +391,8 @@ class Leader:
         """
         if self._body is not None and self._writer is not None:
             self._body.distrust(*self._writer.sums)
+            if self._writer.written:
+                self._body.file = self._writer.file
         if self._body is not None and self._body.ended:
             self._flight.land(Landing.UNSTORABLE)
             return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums, chunk_sum
-from gup.cache.store import OpenFile, Store
+from gup.cache.store import OpenFile
 
 WITHHELD_BYTES = 4096
 """The end of a body, written only when the whole has been found right: nobody ever holds a bad file whole."""
@@ -61,22 +61,26 @@ def zip_end_is_right(tail: bytes) -> bool:
 class PartWriter:
     """One part under one leader. `received` counts what was added, `written` what is published.
 
-    Writing happens in a thread, one step at a time; `on_published` is called on the loop after each. The
-    descriptors close with the last reference, so never under a thread that still writes.
+    Writing happens in a thread, one step at a time; `on_published` is called on the loop after each. Files
+    are made with the first write; descriptors close with the last reference: never under a thread that still
+    writes.
     """
 
     def __init__(
         self,
-        file: OpenFile,
-        sums_file: OpenFile,
+        path: Path,
+        sums_path: Path,
         executor: Executor,
         length: int | None,
         on_published: Callable[[int], None],
     ) -> None:
+        """A part that is not there yet."""
         self.received = 0
         self.written = 0
-        self._file = file
-        self._sums_file = sums_file
+        self._path = path
+        self._sums_path = sums_path
+        self._file: OpenFile | None = None
+        self._sums_file: OpenFile | None = None
         self._sums = ChunkSums()
         self._executor = executor
         self._length = length
@@ -88,38 +92,22 @@ class PartWriter:
         self._unsaved_sums = bytearray()
 
     @classmethod
-    def create(
-        cls,
-        store: Store,
-        id_: str,
-        generation: int,
-        executor: Executor,
-        length: int | None,
-        on_published: Callable[[int], None],
-    ) -> "PartWriter":
-        """A new, empty part; OSError when the disk refuses."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        file = OpenFile(store.part_path(id_, generation), flags)
-        sums = OpenFile(store.sums_path(id_, generation), flags)
-        return cls(file, sums, executor, length, on_published)
-
-    @classmethod
     def reopen(
         cls,
-        store: Store,
-        id_: str,
-        generation: int,
+        path: Path,
+        sums_path: Path,
         executor: Executor,
         length: int | None,
         on_published: Callable[[int], None],
         salvage: Salvage,
     ) -> "PartWriter":
         """Go on with a part that `survey` found whole; its unsummed tail is summed. Blocks on the disk."""
-        file = OpenFile(store.part_path(id_, generation), os.O_RDWR)
-        sums = OpenFile(store.sums_path(id_, generation), os.O_RDWR | os.O_CREAT)
-        writer = cls(file, sums, executor, length, on_published)
-        os.ftruncate(sums.fd, 8 * len(salvage.sums))
-        os.lseek(sums.fd, 0, os.SEEK_END)
+        writer = cls(path, sums_path, executor, length, on_published)
+        file = writer._file = OpenFile(path, os.O_RDWR)
+        if salvage.sums:
+            sums_fd = writer._opened_sums().fd
+            os.ftruncate(sums_fd, 8 * len(salvage.sums))
+            os.lseek(sums_fd, 0, os.SEEK_END)
         writer._sums = ChunkSums(list(salvage.sums))
         position = salvage.verified
         while position < salvage.size:
@@ -131,9 +119,9 @@ class PartWriter:
 
     def copy_from(self, source: OpenFile, verified: int, sums: list[int]) -> None:
         """Begin with the good chunks of a damaged part. Blocks on the disk."""
-        position = 0
+        position, own = 0, self._opened()
         while position < verified:
-            position += os.copy_file_range(source.fd, self._file.fd, verified - position, position, position)
+            position += os.copy_file_range(source.fd, own.fd, verified - position, position, position)
         good = sums[: verified // CHUNK_BYTES]
         self._sums = ChunkSums(list(good))
         self._save_sums(good)
@@ -154,9 +142,20 @@ class PartWriter:
         self.take(piece)
         await self.write_sure()
 
+    @property
+    def all_held(self) -> bool:
+        """Whether the whole body is in memory and none of it is written: it goes to the disk in one step."""
+        return not self._in_file and self.received == self._length
+
     async def write_withheld(self) -> None:
         """Publish the end: the whole has been found right."""
         await self._write(len(self._held))
+
+    @property
+    def file(self) -> OpenFile:
+        """The part, once something of it is written."""
+        assert self._file is not None
+        return self._file
 
     @property
     def held(self) -> bytes:
@@ -178,7 +177,7 @@ class PartWriter:
         loop = asyncio.get_running_loop()
         in_file = max(0, min(length, self.written - offset))
         piece = (
-            await loop.run_in_executor(self._executor, os.pread, self._file.fd, in_file, offset)
+            await loop.run_in_executor(self._executor, os.pread, self.file.fd, in_file, offset)
             if in_file
             else b""
         )
@@ -199,8 +198,9 @@ class PartWriter:
 
     def _write_now(self, piece: bytes) -> None:
         """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
+        file = self._opened()
         while rest := memoryview(piece)[self._in_file - self.written :]:
-            done = os.pwrite(self._file.fd, rest, self._in_file)
+            done = os.pwrite(file.fd, rest, self._in_file)
             self._unsaved_sums += _packed(self._sums.add(rest[:done]))
             self._in_file += done
         self._save_sums([])
@@ -208,12 +208,25 @@ class PartWriter:
     def _save_sums(self, completed: list[int]) -> None:
         self._unsaved_sums += _packed(completed)
         while self._unsaved_sums:
-            done = os.write(self._sums_file.fd, self._unsaved_sums)
+            done = os.write(self._opened_sums().fd, self._unsaved_sums)
             del self._unsaved_sums[:done]
 
+    def _opened(self) -> OpenFile:
+        """The part. Its sums' file is made with it if there will be any: later there may be no descriptor."""
+        if self._file is None:
+            if self._length is None or self._length >= CHUNK_BYTES:
+                self._opened_sums()
+            self._file = OpenFile(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        return self._file
+
+    def _opened_sums(self) -> OpenFile:
+        if self._sums_file is None:
+            self._sums_file = OpenFile(self._sums_path, os.O_RDWR | os.O_CREAT)
+        return self._sums_file
+
     def _sync(self) -> tuple[tuple[int, ...], int]:
-        os.fsync(self._file.fd)
-        return self._sums.finish(), os.fstat(self._file.fd).st_mtime_ns
+        os.fsync(self.file.fd)
+        return self._sums.finish(), os.fstat(self.file.fd).st_mtime_ns
 
 
 def _packed(sums: list[int]) -> bytes:

@@ -168,7 +168,8 @@ class Store:
         """
         part = self.part_path(record.key.id, generation)
         self.set_time(part, record)
-        self._rename_into(part, self.body_path(record.key))
+        for folder in self._rename_into(part, self.body_path(record.key)):
+            _sync_folder(folder)
 
     def set_time(self, path: Path, record: Record) -> None:
         """Give a file that has the recorded bytes the recorded time."""
@@ -230,6 +231,10 @@ class Store:
         """Sums of the part's whole chunks, 8 bytes each: what a takeover verifies it with."""
         return self.partial / f"{id_}.{generation}{_SUMS_SUFFIX}"
 
+    def part_paths(self, id_: str, generation: int) -> tuple[Path, Path]:
+        """The part and its sums."""
+        return self.part_path(id_, generation), self.sums_path(id_, generation)
+
     def state_path(self, id_: str) -> Path:
         return self.partial / f"{id_}{_STATE_SUFFIX}"
 
@@ -252,35 +257,39 @@ class Store:
     def generations(self, id_: str) -> list[int]:
         """The generations of which there is a part, ascending."""
         found = []
-        for path in self.partial.glob(f"{id_}.*{_PART_SUFFIX}"):
-            with contextlib.suppress(ValueError):
-                found.append(int(path.name.split(".")[1]))
+        with os.scandir(self.partial) as rows:
+            for row in rows:
+                if row.name.startswith(id_) and row.name.endswith(_PART_SUFFIX):
+                    with contextlib.suppress(ValueError):
+                        found.append(int(row.name.split(".")[1]))
         return sorted(found)
 
     def commit(self, state: FillState) -> None:
         """Publish a whole part as its key's body: the steps that follow the COMMITTED state (its journal).
 
-        1. The state, durable. 2. The part renamed to the body. 3. The record. 4. State and sums removed.
-        After a crash between any two, `finish_commit` does the rest; a reader meanwhile sees the old entry or
-        none.
+        1. The state, durable. 2. The part renamed to the body. 3. The record. 4. Their folder made durable.
+        5. State and sums removed. After a crash between any two, `finish_commit` does the rest; a reader
+        meanwhile sees the old entry or none.
         """
         assert state.record is not None
         self.save_state(state)
         self.finish_commit(state)
 
     def finish_commit(self, state: FillState) -> None:
-        """Steps 2 to 4 of a commit, as far as they are still to be done."""
+        """Steps 2 to 5 of a commit, as far as they are still to be done."""
         record = state.record
         assert record is not None
         id_ = record.key.id
-        body = self.body_path(record.key)
-        part = self.part_path(id_, state.generation)
-        if part.exists():
-            self._rename_into(part, body)
-        file = self.open_body(record)
-        if file is not None:
-            self.save(record)
-        self.drop_part(id_, state.generation)
+        part, sums = self.part_paths(id_, state.generation)
+        try:
+            changed = self._rename_into(part, self.body_path(record.key))
+        except FileNotFoundError:
+            changed = []
+        if self.open_body(record) is not None:
+            changed += self._put(self.record_path(record.key), record.encode(), durable=True)
+        for folder in dict.fromkeys(changed):
+            _sync_folder(folder)
+        _unlink(sums)
         self.drop_state(id_)
 
     def parts(self, claims: Claims | None = None) -> list[Part]:
@@ -345,6 +354,12 @@ class Store:
     # --- files
 
     def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
+        for folder in self._put(path, text, durable=durable):
+            if durable:
+                _sync_folder(folder)
+
+    def _put(self, path: Path, text: bytes, *, durable: bool) -> list[Path]:
+        """Put a file in place, atomically; `durable`: its bytes are. The folders that are to be synced."""
         temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -353,16 +368,16 @@ class Store:
                 rest = rest[os.write(file.fd, rest) :]
             if durable:
                 os.fsync(file.fd)
-            self._rename_into(temporary, path, durable=durable)
+            return self._rename_into(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
 
-    def _rename_into(self, source: Path, target: Path, *, durable: bool = True) -> None:
+    def _rename_into(self, source: Path, target: Path) -> list[Path]:
         """Rename, making the folder: one that `remove` prunes in the same moment is made again.
 
-        A folder that was made is durable only once those above it are (fsync(2)).
+        The folders that changed: a folder that was made is durable only once those above it are (fsync(2)).
         """
         folders = [target.parent]
         for attempt in range(5):
@@ -378,9 +393,7 @@ class Store:
                 if attempt == 4:
                     raise
                 _unlink(target)
-        if durable:
-            for folder in folders:
-                _sync_folder(folder)
+        return folders
 
     def _prune(self, folder: Path) -> None:
         """Remove folders that became empty."""

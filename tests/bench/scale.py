@@ -266,7 +266,7 @@ def _call(server: GupCache, method: str, path: str) -> tuple[float, Any]:
     for _ in range(3 if method == "GET" else 1):
         connection = http.client.HTTPConnection(*server.service.admin, timeout=30)
         began = time.monotonic()
-        connection.request(method, path)
+        connection.request(method, path, headers={"Authorization": f"Bearer {server.service.token}"})
         answer = connection.getresponse()
         text = answer.read()
         times.append(time.monotonic() - began)
