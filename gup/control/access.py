@@ -87,13 +87,13 @@ class Access:
     async def renew(self, listen: Listen, run: Path) -> None:
         """Read tokens and certificate again; what can't be used leaves the old ones in force."""
         try:
-            context = await asyncio.to_thread(_checked, listen)
+            context, tokens = await asyncio.to_thread(_checked_with_tokens, listen, run)
         except SettingsError as error:
             _complain(error, "the old ones hold")
             return
         if self._tls is not None and context is not None:
             self._tls.renew(context)
-        self.tokens = await asyncio.to_thread(_tokens, listen, run)
+        self.tokens = tokens
 
 
 def _complain(error: SettingsError, what_now: str) -> None:
@@ -107,6 +107,13 @@ def _checked(listen: Listen) -> ssl.SSLContext | None:
         for doubt in look(file):
             _log.warning("%s", doubt)
     return _context_or_none(listen)
+
+
+def _checked_with_tokens(listen: Listen, run: Path) -> tuple[ssl.SSLContext | None, Tokens]:
+    """SettingsError also for a file that was changed between its check and its reading."""
+    context, tokens = _checked(listen), _tokens(listen, run)
+    require_access(listen)
+    return context, tokens
 
 
 def _context_or_none(listen: Listen) -> ssl.SSLContext | None:

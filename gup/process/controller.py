@@ -46,6 +46,7 @@ class Controller:
         self._stopped = asyncio.Event()
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
+        self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         assembly.means.tell = self._tell_itself
         self._recovery = Recovery(
@@ -164,9 +165,12 @@ class Controller:
             return ["the supervisor takes no message"]
         self._reloads.append(outcome)
         try:
-            return await asyncio.wait_for(outcome, _RELOAD_SECONDS)
+            problems = await asyncio.wait_for(outcome, _RELOAD_SECONDS)
+            if self._applying is not None:  # the settings came before the answer
+                await asyncio.wait_for(asyncio.shield(self._applying), _RELOAD_SECONDS)
         except TimeoutError:
-            return [f"the supervisor gave no answer within {_RELOAD_SECONDS:g} s"]
+            return [f"the settings were not taken over within {_RELOAD_SECONDS:g} s"]
+        return problems
 
     def _set_store_bytes(self, size_bytes: int) -> None:
         self._page.words[STORE_BYTES] = size_bytes

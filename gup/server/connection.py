@@ -60,7 +60,6 @@ class Connection:
         "_pending",
         "_reply",
         "_task",
-        "_turn",
         "_waits",
         "_watched",
         "account",
@@ -70,6 +69,7 @@ class Connection:
         "phase",
         "since",
         "sock",
+        "turn",
     )
 
     def __init__(self, listener: "Listener", sock: socket.socket, peer: str, pacer: Pacer | None) -> None:
@@ -98,7 +98,7 @@ class Connection:
         self._outgoing: Outgoing | None = None
         self._close_after = False
         self._waits = False
-        self._turn: Turn | None = None
+        self.turn: Turn | None = None
         self.account: Account | None = None
 
     @property
@@ -265,7 +265,7 @@ class Connection:
 
     def when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
         """Call `go` now, or when the download's turn comes."""
-        self._turn = turn
+        self.turn = turn
         if turn is None or turn.come:
             go()
             return
@@ -380,14 +380,18 @@ class Connection:
 
     def _leave_body(self) -> None:
         """Give back what the answer held: its turn, and its place among the body's readers."""
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            self._listener.downloads.leave(turn)
+        self.give_turn_back()
         body, self._body = self._body, None
         if body is not None:
             if self._waits:
                 body.forget(self._woken)
             body.leave()
+
+    def give_turn_back(self) -> None:
+        """The download has left, or never will."""
+        turn, self.turn = self.turn, None
+        if turn is not None:
+            self._listener.downloads.leave(turn)
 
     def _linger(self) -> None:
         """Let the client read its answer before the connection goes: closing with bytes unread resets it."""

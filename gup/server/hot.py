@@ -8,11 +8,12 @@ the handler decided before, for entries that are open, verified and fresh.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.entry import Entry
 from gup.content.declared import NOTHING, Stated
+from gup.server.ranges import Span
 from gup.server.response import HeadTemplate, PartTemplate
 
 MAX_HEAD_BYTES = 2048
@@ -52,6 +53,9 @@ class HotRow:
     validated_at: float
     full: bool = False
     """Whether it is told who takes it."""
+    few: bool = field(init=False)
+    """Whether its bytes are few enough to leave with the head."""
+    whole: Span = field(init=False)
     used: bool = True
     stated: Stated = NOTHING
     """What the client states whose head the row is found by; a target alone tells nothing of it."""
@@ -61,6 +65,10 @@ class HotRow:
     _head: bytes = b""
     _head_of: bytes | None = None
     _warm_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.few = self.length <= SMALL_BYTES
+        self.whole = Span(0, self.length)
 
     def head(self, date: bytes, wall_now: float) -> bytes:
         """The head of the whole answer; Age is exact to a second, as Date is."""
@@ -88,7 +96,7 @@ class HotRow:
 
     def small(self) -> bytes | None:
         """The body's bytes if they are few and in the page cache."""
-        if self.length > SMALL_BYTES or self.entry.available(0, 1) <= 0:
+        if not self.few or self.entry.available(0, 1) <= 0:
             return None
         try:
             piece = os.pread(self.entry.fd, self.length, 0)

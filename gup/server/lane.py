@@ -18,6 +18,7 @@ are dropped when rules or settings change, and closed when their files are unlin
 
 import os
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gup.errors import Problem
@@ -67,16 +68,16 @@ class Lane:
 
     def answer_whole(self, connection: "Connection", row: HotRow, teller: Teller) -> None:
         """Head and body. `teller` tells whom it is for, in reports and log."""
-        listener = self._listener
-        date = listener.date
-        if connection.pacer is None:
+        if row.few and connection.pacer is None:
+            listener = self._listener
+            date = listener.date
             message = row.ready
             if row.ready_of is not date:
                 message = self._hot.make_ready(row, date, listener.wall_now)
             if message is not None:
                 self._send_ready(connection, row, message, teller)
                 return
-        self._when_due(connection, row, 200, Span(0, row.length), teller)
+        self._when_due(connection, row, 200, row.whole, teller)
 
     def _send_ready(self, connection: "Connection", row: HotRow, message: bytes, teller: Teller) -> None:
         words, accounts = self._words, self._listener.accounts
@@ -97,19 +98,10 @@ class Lane:
         if sent == len(message):
             accounts.taken(connection.peer, row, teller)
             if logged:
-                span = Span(0, row.length)
-                accounts.log_hot(connection.peer, accounts.of_row(row, 200, span, teller, began))
+                accounts.log_hot(connection.peer, accounts.of_row(row, 200, row.whole, teller, began))
             return
-        self._go_on(
-            connection,
-            row,
-            200,
-            message[sent:body_at],
-            Span(0, row.length),
-            body_sent,
-            teller,
-            accounts.clock(),
-        )
+        head = message[sent:body_at]
+        self._go_on(connection, row, 200, head, row.whole, body_sent, teller, accounts.clock())
 
     def _go_on(
         self,
@@ -134,19 +126,19 @@ class Lane:
         """Send the span now, or, of a download, when its turn comes."""
         listener = self._listener
         began = listener.accounts.clock()
-        if not row.download:
-            self._send_span(connection, row, status, span, teller, began)
-            return
-
-        def go() -> None:
-            self._send_span(connection, row, status, span, teller, began)
-
-        try:
-            turn = listener.downloads.ask()
-        except Problem as problem:
-            connection.send(listener.handler.refusal(problem, keep_alive=True))
-            return
-        connection.when_due(turn, go)
+        if row.download:
+            try:
+                turn = listener.downloads.ask()
+            except Problem as problem:
+                connection.send(listener.handler.refusal(problem, keep_alive=True))
+                return
+            if not turn.come:
+                connection.when_due(
+                    turn, partial(self._send_span, connection, row, status, span, teller, began)
+                )
+                return
+            connection.turn = turn
+        self._send_span(connection, row, status, span, teller, began)
 
     def _send_span(
         self,
@@ -196,7 +188,7 @@ class Lane:
             account = accounts.of_row(row, status, span, teller, began)
             accounts.log_hot(connection.peer, account)
         if row.download:
-            connection.finish()  # gives its turn back
+            connection.give_turn_back()
 
     def _send_at_once(
         self, connection: "Connection", row: HotRow, head: bytes, span: Span

@@ -1,7 +1,7 @@
 """The Range field (RFC 9110 section 14): which spans of a body are asked for; never touches a body."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_RANGES = 50
 """More ranges than this are ignored, and the whole body is sent (RFC 9110 section 14.2 allows it)."""
@@ -15,8 +15,7 @@ _UNIT = re.compile(r"bytes=(.*)", re.IGNORECASE | re.ASCII)
 _SPEC = re.compile(r"([0-9]*)-([0-9]*)")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """The bytes from `start` up to, not including, `stop`."""
 
     start: int

@@ -73,7 +73,7 @@ def test_a_small_body_that_can_not_be_read_is_not_answered_hot_and_its_entry_is_
         return read
 
     row = object.__new__(HotRow)
-    row.entry, row.length = entry, 100
+    row.entry, row.length, row.few = entry, 100, True
     monkeypatch.setattr(os, "pread", pread)
     assert row.small() is None
     assert told == [True]
