@@ -9,7 +9,8 @@ are most of the rest):
 3. Second chance, for heads that differ from client to client: one regular expression that takes only what is
    plain beyond doubt finds the target, and perhaps a range (1.1 µs). The target is looked up.
 4. A small body leaves together with its head, by one `send` of bytes that were put together once this second.
-   A larger one: the head with MSG_MORE, then `sendfile`, which copies nothing.
+   A larger one: the head with MSG_MORE, then `sendfile`, which copies nothing; one over 2 MiB passes through
+   a buffer, which is received faster (docs/performance.md).
 5. What the socket does not take at once goes on as any other answer does.
 
 Downloads (large bodies) wait for their turn first; paced connections send slice by slice. The table's rows
