@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from gup.cache.ahead import Courtesy
 from gup.cache.asking import check_structure, download_of
+from gup.cache.behind import WriteBehind
 from gup.cache.claim import passing_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.ends import log_end
@@ -316,15 +317,17 @@ class Leader:
         writer, download = self._writer, self._download
         assert writer is not None
         assert download is not None
-        while piece := await download.read():
-            writer.take(piece)
-            await self._room.keep(writer.received)
-            if writer.all_held:
-                continue
-            await self._room.twice(writer.write_sure)
-            if writer.written and self._flight.body is not body:
-                await self._show(body)
-            await self._courtesy.give_way()
+        async with WriteBehind(writer, lambda: self._room.twice(writer.write_sure)) as behind:
+            while piece := await download.read():
+                writer.take(piece)
+                await self._room.keep(writer.received)
+                if writer.all_held:
+                    continue
+                shown = self._flight.body is body
+                await behind.begin(wait=not shown)
+                if writer.written and not shown:
+                    await self._show(body)
+                await self._courtesy.give_way()
         await check_structure(self._means, self._flight, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         assert download.head is not None

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,8 @@ class PartWriter:
         self._executor = executor
         self._length = length
         self._on_published = on_published
-        self._held = bytearray()
-        """What was received and is not written: offsets from `written` on."""
+        self._held: deque[memoryview] = deque()
+        """What was received and is not published, as it came: offsets from `written` on."""
         self._in_file = 0
         """How far the file goes: beyond `written` when a write was refused in its middle."""
         self._unsaved_sums = bytearray()
@@ -129,13 +130,18 @@ class PartWriter:
 
     def take(self, piece: bytes) -> None:
         """Take the next bytes into memory; `write_sure` is to follow."""
-        self._held += piece
+        self._held.append(memoryview(piece))
         self.received += len(piece)
+
+    @property
+    def unwritten(self) -> int:
+        """How many bytes `write_sure` would write."""
+        last_sure = (self._length or self.received) - WITHHELD_BYTES
+        return min(self.received, max(last_sure, self.written)) - self.written
 
     async def write_sure(self) -> None:
         """Write all but what is withheld. OSError when the disk refuses; it may be asked again."""
-        last_sure = (self._length or self.received) - WITHHELD_BYTES
-        await self._write(min(self.received, max(last_sure, self.written)) - self.written)
+        await self._write(self.unwritten)
 
     async def add(self, piece: bytes) -> None:
         """Take and write."""
@@ -149,7 +155,7 @@ class PartWriter:
 
     async def write_withheld(self) -> None:
         """Publish the end: the whole has been found right."""
-        await self._write(len(self._held))
+        await self._write(self.received - self.written)
 
     @property
     def file(self) -> OpenFile:
@@ -160,7 +166,7 @@ class PartWriter:
     @property
     def held(self) -> bytes:
         """What was received and is not published."""
-        return bytes(self._held)
+        return b"".join(self._held)
 
     @property
     def sums(self) -> tuple[int, tuple[int, ...]]:
@@ -173,36 +179,44 @@ class PartWriter:
         return await loop.run_in_executor(self._executor, self._sync)
 
     async def reread(self, offset: int, length: int) -> bytes:
-        """Bytes received before, be they written or withheld."""
-        loop = asyncio.get_running_loop()
+        """Bytes received before, be they written, about to be or withheld."""
         in_file = max(0, min(length, self.written - offset))
-        piece = (
-            await loop.run_in_executor(self._executor, os.pread, self.file.fd, in_file, offset)
-            if in_file
-            else b""
-        )
-        if len(piece) < length:
-            at = offset + len(piece) - self.written
-            piece += bytes(self._held[at : at + length - len(piece)])
-        return piece
+        at = offset + in_file - self.written
+        held = self.held[at : at + length - in_file] if in_file < length else b""
+        if not in_file:
+            return held
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, os.pread, self.file.fd, in_file, offset) + held
 
     async def _write(self, amount: int) -> None:
         if amount <= 0:
             return
-        piece = bytes(self._held[:amount])
+        pieces = list(self._first_held(amount))
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._write_now, piece)
-        del self._held[:amount]
+        await loop.run_in_executor(self._executor, self._write_now, pieces)
+        for piece in pieces:
+            whole = self._held.popleft()
+            if len(piece) < len(whole):
+                self._held.appendleft(whole[len(piece) :])
         self.written += amount
         self._on_published(self.written)
 
-    def _write_now(self, piece: bytes) -> None:
+    def _first_held(self, amount: int) -> Iterator[memoryview]:
+        for piece in self._held:
+            if amount <= 0:
+                return
+            yield piece[:amount]
+            amount -= len(piece)
+
+    def _write_now(self, pieces: list[memoryview]) -> None:
         """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
-        file = self._opened()
-        while rest := memoryview(piece)[self._in_file - self.written :]:
-            done = os.pwrite(file.fd, rest, self._in_file)
-            self._unsaved_sums += _packed(self._sums.add(rest[:done]))
-            self._in_file += done
+        file, at = self._opened(), self.written
+        for piece in pieces:
+            while rest := piece[max(0, self._in_file - at) :]:
+                done = os.pwrite(file.fd, rest, self._in_file)
+                self._unsaved_sums += _packed(self._sums.add(rest[:done]))
+                self._in_file += done
+            at += len(piece)
         self._save_sums([])
 
     def _save_sums(self, completed: list[int]) -> None:
