@@ -169,13 +169,20 @@ class GupCache:
     name = GUP
 
     def __init__(
-        self, folder: Path, upstream_port: int, *, env: dict[str, str] | None = None, name: str = "gup"
+        self,
+        folder: Path,
+        upstream_port: int,
+        *,
+        env: dict[str, str] | None = None,
+        name: str = "gup",
+        start: bool = True,
     ) -> None:
         self.service = Gup(
             folder / name,
             [f"http://127.0.0.1:{upstream_port}"],
             workers=CORES,
             env={**_SETTINGS, **(env or {})},
+            start=start,
         )
         self.port = self.service.data[1]
 
