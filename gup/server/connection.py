@@ -51,7 +51,6 @@ class Connection:
         "_asked",
         "_began",
         "_body",
-        "_close_after",
         "_eof",
         "_lingered",
         "_listener",
@@ -63,6 +62,7 @@ class Connection:
         "_waits",
         "_watched",
         "account",
+        "close_after",
         "fd",
         "pacer",
         "peer",
@@ -96,7 +96,8 @@ class Connection:
         self._reply: Reply | None = None
         self._body: Body | None = None
         self._outgoing: Outgoing | None = None
-        self._close_after = False
+        self.close_after = False
+        """Whether it ends with the answer that is being sent."""
         self._waits = False
         self.turn: Turn | None = None
         self.account: Account | None = None
@@ -260,7 +261,7 @@ class Connection:
         assert reply is not None
         self._listener.handler.begin(reply, self.peer)
         self.begin(reply.outgoing(self._listener.tally.words))
-        self._close_after = reply.close
+        self.close_after = reply.close
         self.push()
 
     def when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
@@ -356,7 +357,7 @@ class Connection:
 
     def finish(self) -> None:
         """The answer has left: go on with the next request, or end."""
-        close = self._close_after or self._listener.draining
+        close = self.close_after or self._listener.draining
         self._tell(complete=True)
         self._want_write(wanted=False)
         self._leave_body()

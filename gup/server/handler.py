@@ -349,13 +349,14 @@ class Handler:
         entry, request = opened.entry, asked.request
         if entry is None or opened.body is not entry or self.draining:
             return
-        if not request.plain and self._hot.find_target(request.target) is not None:
+        stays = request.plain and request.keep_alive
+        if not stays and self._hot.find_target(request.target) is not None:
             return
         if not entry.all_verified or opened.result is not Result.HIT:
             return
         if not asked.choice.decision.allowed:  # each one is counted
             return
-        if not request.keep_alive or request.minor_version != 1 or request.method != "GET":
+        if request.minor_version != 1 or request.method != "GET":
             return
         if not request.target.startswith(b"/") or request.header("via") is not None:
             return
@@ -382,7 +383,7 @@ class Handler:
         )
         # Where it depends on the client, only these same bytes have the same answer.
         target = request.target if asked.choice.for_everybody else None
-        self._hot.learn(asked.head if request.plain else None, target, row, epochs)
+        self._hot.learn(asked.head if stays else None, target, row, epochs)
 
 
 def of_body(request: Request, opened: Opened, planned: Plan) -> Account:

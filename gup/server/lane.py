@@ -12,6 +12,7 @@ are most of the rest):
    A larger one: the head with MSG_MORE, then `sendfile`, which copies nothing; one over 2 MiB passes through
    a buffer, which is received faster (docs/performance.md).
 5. What the socket does not take at once goes on as any other answer does.
+6. A head that asks for the connection's end, else plain: the same for few bytes, and the socket is closed.
 
 Downloads (large bodies) wait for their turn first; paced connections send slice by slice. The table's rows
 are dropped when rules or settings change, and closed when their files are unlinked: see gup.server.hot.
@@ -26,7 +27,7 @@ from gup.errors import Problem
 from gup.server.accounts import Teller
 from gup.server.hot import HotRow, HotTable
 from gup.server.outgoing import Outgoing
-from gup.server.plain import PLAIN_HEAD
+from gup.server.plain import PLAIN_HEAD, without_close
 from gup.server.ranges import Span
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from gup.server.listener import Listener
 
 _recognised = PLAIN_HEAD.fullmatch
+_CRLF = b"\r\n"
 _NO_RANGE = [None] * 4
 
 
@@ -53,7 +55,7 @@ class Lane:
             return True
         plain = _recognised(head)
         if plain is None:
-            return False
+            return self._answer_last(connection, head)
         target, *positions = plain.groups()
         row = self._hot.find_target(target)
         if row is None:
@@ -80,6 +82,29 @@ class Lane:
                 return
         self._when_due(connection, row, 200, row.whole, teller)
 
+    def _answer_last(self, connection: "Connection", head: bytes) -> bool:
+        """Answer a plain head that asks for few bytes, and for the connection's end after them."""
+        rest = without_close(head)
+        plain = _recognised(rest) if rest is not None else None
+        if plain is None or connection.pacer is not None:
+            return False
+        target, *positions = plain.groups()
+        row = self._hot.find_target(target) if positions == _NO_RANGE else None
+        message = self._ready(row) if row is not None and row.few else None
+        if row is None or message is None:
+            return False
+        connection.close_after = True
+        at = len(message) - row.length - len(_CRLF)
+        self._send_ready(connection, row, b"%bConnection: close\r\n%b" % (message[:at], message[at:]), head)
+        return True
+
+    def _ready(self, row: HotRow) -> bytes | None:
+        """Head and body of few bytes; None when they are not at hand."""
+        listener = self._listener
+        if row.ready_of is listener.date:
+            return row.ready
+        return self._hot.make_ready(row, listener.date, listener.wall_now)
+
     def _send_ready(self, connection: "Connection", row: HotRow, message: bytes, teller: Teller) -> None:
         words, accounts = self._words, self._listener.accounts
         logged = (words[row.hit_at] + 1) % accounts.every == accounts.first
@@ -100,6 +125,8 @@ class Lane:
             accounts.taken(connection.peer, row, teller)
             if logged:
                 accounts.log_hot(connection.peer, accounts.of_row(row, 200, row.whole, teller, began))
+            if connection.close_after:  # nothing that came is unread, so this resets nothing
+                connection.close()
             return
         head = message[sent:body_at]
         self._go_on(connection, row, 200, head, row.whole, body_sent, teller, accounts.clock())

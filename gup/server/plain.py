@@ -29,3 +29,14 @@ PLAIN_HEAD = re.compile(
     + rb"\r\n"
 )
 """For `fullmatch`. Groups: the target, first and last of a range before Host, the same of one after it."""
+
+_CLOSE = re.compile(rb"\r\n(?i:connection):[ \t]*+(?i:close)[ \t]*+(?=\r\n)")
+
+
+def without_close(head: bytes) -> bytes | None:
+    """The head without its field `Connection: close`; None unless there is exactly one that says no more.
+
+    A client that sends it wants no more than this answer; the rest of the head may be plain.
+    """
+    rest, found = _CLOSE.subn(b"", head)
+    return rest if found == 1 else None

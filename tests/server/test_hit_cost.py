@@ -88,7 +88,7 @@ class Plane:
         self.words = memoryview(bytearray(32)).cast("Q")
         self.table = HotTable(lambda: (1, 1), lambda: None)
         self.entry = entry(folder, executor, length)
-        tally = SimpleNamespace(words=self.words, uses={}, clients=set())
+        tally = SimpleNamespace(words=self.words, uses={}, clients=set(), requests={("hit", 200): HIT})
         self.listener = SimpleNamespace(
             loop=loop,
             now=loop.time(),
@@ -217,6 +217,39 @@ async def test_calls_and_memory_of_a_hit(plane, head, cost, entered):
     plane.second()
     gc.collect()
     assert sys.getallocatedblocks() - blocks < HITS // 2  # nothing stays of a hit
+
+
+@pytest.mark.parametrize("plane", [4096, 32768], indirect=True)
+async def test_the_last_hit_of_a_connection(plane):
+    """One that asks for its end is as cheap: its socket is closed with the answer."""
+    answer = plane.hit(ask(fields=b"Connection: close\r\n"))
+    top, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\nConnection: close" in top
+    assert body == bytes(plane.entry.end())
+    assert plane.calls == {"epoll_wait": 1, "recv": 1, "send": 1, "epoll_ctl": 1, "close": 1, "pread": 1}
+    assert plane.client.recv(1) == b""
+    assert (plane.words[HIT], plane.words[SENT]) == (1, plane.entry.end())
+
+
+@pytest.mark.parametrize("plane", [32768], indirect=True)
+async def test_the_last_hit_of_a_connection_that_takes_it_slowly(plane):
+    plane.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    answer = plane.hit(ask(fields=b"Connection: close\r\n"))
+    assert len(answer) < plane.entry.end()
+    while piece := _received(plane):
+        answer += piece
+    assert answer.endswith(b"\r\n\r\n" + bytes(plane.entry.end()))
+    assert b"\r\nConnection: close\r\n" in answer
+    assert plane.words[SENT] == plane.entry.end()
+
+
+def _received(plane) -> bytes:
+    """What comes next, after as many turns as that takes; empty at the end."""
+    while True:
+        try:
+            return plane.client.recv(1 << 20)
+        except BlockingIOError:
+            plane.poller._turn()
 
 
 def calls_of(plane, heads) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.errors import Problem
-from gup.server.plain import PLAIN_HEAD
+from gup.server.plain import PLAIN_HEAD, without_close
 from gup.server.request import parse_head
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
@@ -69,6 +69,32 @@ def agrees(text: bytes) -> bool:
 @given(st.lists(st.sampled_from(FIELDS), max_size=8))
 def test_what_is_recognised_is_what_the_parser_sees(fields):
     agrees(head(b"GET " + TARGET + b" HTTP/1.1", fields))
+
+
+@given(st.lists(st.sampled_from(FIELDS[:13]), max_size=6))
+def test_without_the_field_that_ends_the_connection_it_is_the_same_request(fields):
+    text = head(b"GET " + TARGET + b" HTTP/1.1", [b"Host: gup", *fields])
+    rest = without_close(text)
+    if rest is not None and agrees(rest):
+        request, last = parse_head(rest), parse_head(text)
+        assert (request.target, request.header("range")) == (last.target, last.header("range"))
+        assert not last.keep_alive
+
+
+@pytest.mark.parametrize(
+    ("fields", "closes"),
+    [
+        ([b"Connection: close"], True),
+        ([b"Accept: */*", b"connection:\tClose "], True),
+        ([b"Connection: keep-alive", b"Connection: close"], True),
+        ([b"Connection: close", b"Connection: close"], False),
+        ([b"Connection: close, upgrade"], False),
+        ([b"Connection: keep-alive"], False),
+        ([b"X-Connection: close"], False),
+    ],
+)
+def test_the_field_that_ends_the_connection(fields, closes):
+    assert (without_close(head(b"GET /a HTTP/1.1", [b"Host: gup", *fields])) is not None) is closes
 
 
 @given(st.lists(st.sampled_from(FIELDS[:10]), max_size=4), st.binary(min_size=1, max_size=3), st.data())
