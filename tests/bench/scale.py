@@ -31,6 +31,7 @@ from gup.content.key import Variant
 from gup.content.routes import Routes
 
 IDLE = 10_000
+IDLE_STEPS = (0, 1000, 2500, 5000, IDLE)
 ENTRIES = (100, 1000, 5000, 20_000)
 ENTRY_BYTES = 4 * KIB
 MISSES = 60
@@ -87,6 +88,31 @@ def idle(folder: Path, rounds: int, seconds: float) -> Table:
                 verdict(rates[1] / rates[0], 0.95) if ours else f"{rates[1] / rates[0]:.2f}",
             )
             sys.stdout.write(f"{table.rows[-1]}\n")
+    return table
+
+
+def idle_curve(folder: Path, rounds: int, seconds: float) -> Table:
+    """How memory and hits go with the number of connections, for gup alone."""
+    table = Table(
+        "Idle connections, gup", ["connections", "resident in all", "resident for each", "hits of 4 KiB"]
+    )
+    with rig(folder / "idle-curve", servers=()) as site:
+        path = put(site.tree, sized_path(ENTRY_BYTES), ENTRY_BYTES)
+        server = GupCache(folder / "idle-curve", site.upstream.port)
+        try:
+            fetch(server.port, path)
+            wrk(server, path, 64, 1)
+            before = resident_bytes(server.pids())
+            for count in IDLE_STEPS:
+                with _idle(server.port, path, count):
+                    grown = (resident_bytes(server.pids()) - before) / KIB
+                    runs = [wrk(server, path, 64, seconds) for _ in range(rounds)]
+                rate = median([run.requests_per_second for run in runs])
+                each = f"{grown / count:.2f} KiB" if count else ""
+                table.add(f"{count:,}", f"{grown / KIB:.1f} MiB", each, f"{rate:,.0f}/s")
+                sys.stdout.write(f"{table.rows[-1]}\n")
+        finally:
+            server.stop()
     return table
 
 
@@ -347,7 +373,14 @@ def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
     ]
 
 
-PIECES = {"idle": idle, "accepts": accepts, "scrape": scrape, "entries": entries, "big": big}
+PIECES = {
+    "idle": idle,
+    "curve": idle_curve,
+    "accepts": accepts,
+    "scrape": scrape,
+    "entries": entries,
+    "big": big,
+}
 
 
 def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
