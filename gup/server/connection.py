@@ -272,6 +272,7 @@ class Connection:
             return
 
         def due() -> None:
+            self.phase = Phase.READING  # what leaves at once has no phase of its own
             go()
             self.advance()
 

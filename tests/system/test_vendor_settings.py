@@ -226,6 +226,24 @@ def test_pipelined_requests_each_take_their_turn(tmp_path):
         until(lambda: downloads(gup) == (0, 0), "all are gone")
 
 
+@pytest.mark.parametrize("fields", [{}, {"Range": "bytes=1000-"}])
+def test_what_leaves_at_once_when_its_turn_has_come_is_followed_by_the_next_answer(tmp_path, fields):
+    settings = {"clients": {"max_downloads": 1, "queue": 5}}
+    with service(tmp_path, settings, big_bytes=300_000, workers=1) as gup, ExitStack() as stack:
+        warm(gup)
+        client = stack.enter_context(gup.connect())
+        for _ in range(20):  # its buffers have grown by then
+            assert client.get(FULL).complete
+        reader = stack.enter_context(slow_reader(gup))
+        client.ask(FULL, fields)
+        gup.wait_metric(1, "gup_client_downloads_queued")
+        reader.close()
+        assert client.response().complete
+        for path in (FULL, DELTA):
+            assert client.get(path).complete
+        until(lambda: downloads(gup) == (0, 0), "all are gone")
+
+
 def test_a_client_that_takes_nothing_loses_its_slot(tmp_path):
     settings = {"clients": {"max_downloads": 1, "queue": 5}, "listen": {"write_timeout": "1s"}}
     with service(tmp_path, settings) as gup, ExitStack() as stack:
