@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from gup.cli.app import app
 from harness.processes import environment
@@ -18,6 +18,11 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+
+
+def run(*arguments: object) -> Result:
+    """One command as it stands, with whatever exception it ended in."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def command(*arguments: object, **env: str) -> Done:
