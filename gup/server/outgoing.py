@@ -19,6 +19,7 @@ _DISK_ERRORS = frozenset(
 _LAST_CHUNK = b"0\r\n\r\n"
 _COPY = memoryview(bytearray(256 * 1024))
 """What is copied passes through here, a piece at a time: it stays in the processor's cache."""
+_LEAST_COPIED_BYTES = 16 * 1024
 
 
 class Outgoing:
@@ -30,6 +31,7 @@ class Outgoing:
     __slots__ = (
         "_chunk_left",
         "_chunked",
+        "_copied_at_once",
         "_literal",
         "_segments",
         "_sent_at",
@@ -66,6 +68,8 @@ class Outgoing:
         self._stop = 0
         self._chunked = chunked
         self._chunk_left = 0
+        self._copied_at_once = len(_COPY)
+        """Twice what the socket took last, at most: a slow client is not copied for in vain."""
 
     def push(self, sock: socket.socket, most: int) -> int:
         """Send some bytes, at most `most` of the body; how many, or WAIT, FINISHED, BROKEN.
@@ -108,8 +112,10 @@ class Outgoing:
                 return done
             available = min(available, self._chunk_left)
         if body.copied:
-            available = min(available, len(_COPY))
+            available = min(available, self._copied_at_once)
         sent = self._send(sock, body, available)
+        if body.copied:
+            self._copied_at_once = min(max(2 * sent, _LEAST_COPIED_BYTES), len(_COPY))
         self.full = sent < available
         self._count(sent)
         self.position += sent

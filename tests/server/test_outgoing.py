@@ -75,6 +75,37 @@ def test_a_span_arrives_whole_and_is_counted(body, pair, span, most):
     assert words[SENT] == words[STREAM] == outgoing.sent_bytes == span.stop - span.start
 
 
+@pytest.mark.parametrize("body", [True], indirect=True, ids=["copied"])
+def test_what_a_slow_client_does_not_take_is_hardly_copied(body, pair, monkeypatch):
+    """It has room for few bytes whenever it is asked: of what is read for it, half leaves or more."""
+    ours, theirs = pair
+    read = []
+
+    def preadv(fd, buffers, offset):
+        read.append(got := real(fd, buffers, offset))
+        return got
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    outgoing = Outgoing(memoryview(bytearray(16)).cast("q"), b"", (Span(0, LENGTH),), body, SENT, STREAM)
+    took = 0
+
+    class Slow:
+        """A socket with room for 20,000 bytes."""
+
+        fileno = ours.fileno
+
+        def send(self, piece):
+            nonlocal took
+            took += (sent := ours.send(piece[:20_000]))
+            theirs.recv(1 << 20)
+            return sent
+
+    while took < LENGTH:
+        assert outgoing.push(Slow(), 1 << 20) > 0
+    assert sum(read) <= 2 * LENGTH + (256 << 10)
+
+
 def test_a_file_that_is_shorter_than_it_was_breaks_off_where_it_ends(body, pair, tmp_path):
     os.truncate(tmp_path / "body", 300_000)
     words = memoryview(bytearray(16)).cast("q")
