@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
 
+import uvloop
+
 from gup import log
 from gup.addresses import Names, read_key
 from gup.config import Settings
@@ -169,7 +171,8 @@ def main() -> None:
     parent = Parent.from_argv(sys.argv)
     settings = parent.settings()
     log.configure_child(settings.log)
-    asyncio.run(_main(parent))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_main(parent))
 
 
 if __name__ == "__main__":
