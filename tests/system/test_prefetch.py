@@ -281,7 +281,7 @@ def test_alarms_begin_and_end_with_their_causes(tmp_path):
             assert found["what_to_do"].startswith("Look whether the WAN stands")
             assert abs(found["since"] - time.time()) < 60
             assert next(iter(alarms(gup))) == "no-upstream"
-            assert f"alarm no-upstream: {found['text']}" in gup.log
+            until(lambda: f"alarm no-upstream: {found['text']}" in gup.log, "the log has it")
             assert re.search("alarm reload-failed is over, after [0-9]+ s", gup.log)
 
 
