@@ -204,10 +204,13 @@ class Cache:
     async def _look_through(
         self, key: ContentKey, route: Route, variant: Variant, counted: bool
     ) -> GrowingBody | Landing:
-        """A flight that does not end because a body is there. One of another kind is waited for before."""
+        """A flight that does not end because a body is there. One of another kind is waited for before.
+
+        Unless it brings another body. One whose body is here is at its commit: that may be what is stored.
+        """
         while (flight := self._flights.get(key)) is not None and not flight.suspect:
             got = await flight.join()
-            if isinstance(got, GrowingBody):
+            if isinstance(got, GrowingBody) and not flight.complete:
                 return got
             await flight.ended.wait()
         if flight is None:

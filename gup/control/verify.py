@@ -16,6 +16,9 @@ from gup.control.surroundings import Surroundings
 _log = logging.getLogger("gup.control.verify")
 _GRACE_SECONDS = 60.0
 """A stray file younger than this may be one that is just being made."""
+_PATIENCE_SECONDS = 10.0
+"""How long the end of other work on damaged entries is waited for, when all else has been looked at."""
+_PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
 
 
@@ -103,23 +106,42 @@ class Verification:
     async def _look(self) -> None:
         names = await asyncio.to_thread(contents, self._store, _GRACE_SECONDS)
         self._total = len(names.keys) + len(names.ids) + len(names.strays)
+        claimed: list[ContentKey] = []
         for key in names.keys:
-            if await asyncio.to_thread(check_entry, self._store, key):
-                await self._check_claimed(key.claim_offset, key=key)
-            self._checked += 1
+            if await self._entry_is_claimed(key):
+                claimed.append(key)
+            else:
+                self._checked += 1
         for id_ in names.ids:
-            await self._check_claimed(int(id_[:16], 16) >> 2, id_=id_)
+            self._busy += await self._is_claimed(int(id_[:16], 16) >> 2, id_=id_)
             self._checked += 1
         for path in names.strays:
             for finding in await asyncio.to_thread(check_stray, self._store, path):
                 self._note(finding, mended=await self._put_right(finding))
             self._checked += 1
+        await self._come_back(claimed)
 
-    async def _check_claimed(self, offset: int, *, key: ContentKey | None = None, id_: str = "") -> None:
-        """Look again while nobody works on the key: a commit under way looks like damage."""
+    async def _come_back(self, claimed: list[ContentKey]) -> None:
+        """To entries that looked damaged while somebody worked on them: a fill's end takes a moment."""
+        give_up_at = time.monotonic() + _PATIENCE_SECONDS
+        while claimed and time.monotonic() < give_up_at:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            still = [key for key in claimed if await self._entry_is_claimed(key)]
+            self._checked += len(claimed) - len(still)
+            claimed = still
+        self._checked += len(claimed)
+        self._busy += len(claimed)
+
+    async def _entry_is_claimed(self, key: ContentKey) -> bool:
+        """Whether the entry looks damaged, and somebody works on it."""
+        if not await asyncio.to_thread(check_entry, self._store, key):
+            return False
+        return await self._is_claimed(key.claim_offset, key=key)
+
+    async def _is_claimed(self, offset: int, *, key: ContentKey | None = None, id_: str = "") -> bool:
+        """Whether somebody works on the key: a commit under way looks like damage. If not, look again."""
         if not self._claims.try_claim(offset):
-            self._busy += 1
-            return
+            return True
         mends: list[Finding] = []
         try:
             work = (check_entry, self._store, key) if key is not None else (check_part, self._store, id_)
@@ -132,6 +154,7 @@ class Verification:
             self._claims.release(offset)
         for finding in mends:
             await self._mend(finding)
+        return False
 
     async def _put_right(self, finding: Finding) -> bool | None:
         """Drop what nobody can use, under the claim."""

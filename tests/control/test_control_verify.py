@@ -1,5 +1,6 @@
 """The scrubber and the operator's verification, over a real store."""
 
+import asyncio
 import json
 import os
 import time
@@ -168,7 +169,8 @@ async def test_every_kind_of_damage_is_told_and_mended(world, browser, repair):
     assert counted(world, "record") == 2
 
 
-async def test_what_somebody_works_on_is_left_out(world, browser):
+async def test_what_somebody_works_on_is_left_out(world, browser, monkeypatch):
+    monkeypatch.setattr("gup.control.verify._PATIENCE_SECONDS", 0.1)
     scrubbing(world, scrub_rate=0)
     record = world.commit(world.key(), BODY)
     harm(world, record)
@@ -178,6 +180,23 @@ async def test_what_somebody_works_on_is_left_out(world, browser):
         assert (progress["busy"], progress["damaged"]) == (1, 0)
         world.worker_claims.release(record.key.claim_offset)
         assert (await verified(world, browser))["damaged"] == 1
+
+
+async def test_what_somebody_has_just_worked_on_is_come_back_to(world):
+    scrubbing(world, scrub_rate=0)
+    record = world.commit(world.key(), BODY)
+    harm(world, record)
+    assert world.worker_claims.try_claim(record.key.claim_offset)
+    async with world.running() as control:
+        verification = control.plane.verification
+        assert verification.start(repair=True)
+        await world.until(lambda: verification.progress()["total"] == 1)
+        await asyncio.sleep(0.1)  # long enough for a first look; the result is the same without
+        world.worker_claims.release(record.key.claim_offset)
+        await world.until(lambda: not verification.progress()["running"])
+        progress = verification.progress()
+    told = {name: progress[name] for name in ("checked", "busy", "damaged", "mended")}
+    assert told == {"checked": 1, "busy": 0, "damaged": 1, "mended": 1}
 
 
 async def test_why_something_could_not_be_mended_is_told(world, browser):

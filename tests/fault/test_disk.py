@@ -374,6 +374,30 @@ def test_what_can_not_be_read_is_damage(tmp_path, call, path, times, asked):
         gup.wait_stored("full.zip")
 
 
+def test_what_can_not_be_read_while_its_commit_still_ends_is_mended_after_it(tmp_path):
+    """The body is there with its record, and the folder's sync hangs: its fill holds the key for a second."""
+    on, asleep = tmp_path / "on", tmp_path / "asleep"
+    folder = BIG.split("/")[-2]
+    bad = {"call": "pread", "path": "full.zip", "do": "EIO", "while": str(on), "process": "worker", "nth": 1}
+    slow = {"call": "fsync", "path": folder, "do": "sleep:1.5", "once": str(asleep), "process": "worker"}
+    rules = [slow, *[bad | {"offset": 0} for _ in range(2)]]
+    body = zip_of("disk", 3 * MB)
+    with (
+        ScriptedUpstream() as upstream,
+        Gup(tmp_path / "cache", [upstream.url], settings=SETTINGS, workers=1, env=planned(*rules)) as gup,
+    ):
+        upstream.answer(BIG, Answer(body, etag='"x"'))
+        right(gup, BIG, body)
+        gup.wait_stored("full.zip")
+        until(asleep.exists, "the commit hangs")
+        on.touch()
+        began = time.monotonic()
+        right(gup, BIG, body)
+        assert time.monotonic() - began < 4
+        assert [request.header("range") for request in upstream.requests(BIG)[1:]] == [f"bytes=0-{MB - 1}"]
+        assert gup.metric("gup_integrity_failures_total") == 1
+
+
 def test_a_slow_disk_holds_up_no_hit(tmp_path):
     on = tmp_path / "on"
     rules = [

@@ -242,7 +242,9 @@ def test_what_is_for_all_languages_comes_from_any_manager_and_goes_on_without_it
     stored = gup.cache_dir / "content" / "any" / "any" / VIRUS / REVISION / "full.zip"
     stored.write_bytes(b"x" * len(content))
     assert gup.api("/api/v1/verify?repair=1", method="POST")[0] == 202
-    until(lambda: gup.api("/api/v1/verify")[1]["ended_at"], "all is verified")
+    until(lambda: gup.api("/api/v1/verify")[1]["ended_at"], "all is verified", 20)
+    told = gup.api("/api/v1/verify")[1]
+    assert (told["busy"], told["damaged"], told["mended"]) == (0, 1, 1), told
     assert stored.read_bytes() == content, "mended, with no variant of its own to ask"
     delta = path(VIRUS, "xdelta260701001_To_260801001.dax")
     site.english.answer(delta, Answer(noise("delta", 900), etag='"d"'))
