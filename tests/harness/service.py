@@ -122,13 +122,12 @@ class Gup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End it. A traceback in its log fails the test; a failed test shows the logs."""
+        """End it. A traceback in its log fails the test; a failed test shows the logs, a fixture's too."""
         self.kill()
         logs = [path.read_text(errors="replace") for path in sorted(self.folder.glob("run*.log"))]
-        if kind is not None:
-            for text in logs:
-                print(f"--- gup's log\n{text[-6000:]}")  # noqa: T201 - shown by pytest with the failure
-        else:
+        for text in logs:
+            print(f"--- gup's log\n{text[-6000:]}")  # noqa: T201 - shown by pytest with the failure
+        if kind is None:
             assert not any("Traceback (most recent call last)" in text for text in logs), "\n".join(logs)
 
     def rewrite(self, settings: Mapping[str, Any]) -> None:
