@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import TypeVar
 
 from gup.cache.ahead import hurry, outcome
+from gup.cache.alone import Alone
 from gup.cache.body import Body
-from gup.cache.bypass import BypassBody
 from gup.cache.checked import CheckedBody, Holders
 from gup.cache.entries import Entries
 from gup.cache.entry import Entry
@@ -17,8 +16,7 @@ from gup.cache.failures import Failures
 from gup.cache.fill import Leader
 from gup.cache.flight import PRIORITIES, Flight, Landing, Means
 from gup.cache.follow import Follower
-from gup.cache.growing import GrowingBody, Reader
-from gup.cache.heads import head_of
+from gup.cache.growing import GrowingBody
 from gup.cache.mending import Mending
 from gup.cache.opened import Opened, Result
 from gup.cache.prior import is_fresh, load_sound
@@ -28,8 +26,7 @@ from gup.cache.spelling import spell
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
-from gup.upstream.connection import Answer, Ask
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
+from gup.upstream.exchange import UpstreamFailure
 
 __all__ = ["Cache", "Opened", "Result"]
 
@@ -37,8 +34,6 @@ log = logging.getLogger("gup.cache")
 
 _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served what there is."""
-_RATE_KNOWN_SECONDS = 0.5
-"""A fill's rate means nothing before it has gone on for so long."""
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
 _Result = TypeVar("_Result")
@@ -57,11 +52,10 @@ class Cache:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = Failures(means.clock)
         self._holders = Holders()
+        self.alone = Alone(means, self._failures, bypass, range_bypass)
         self._entries = Entries(means, max_open)
         self._mending = Mending(means, self._entries, self._failures, self._look_through, self._spawn)
         self._entries.on_damage = self._mending.damaged
-        self._bypass = bypass
-        self._range_bypass = range_bypass
 
     # --- opening
 
@@ -122,25 +116,12 @@ class Cache:
         if flight is not None and flight.body is not None:
             return flight.body.head, Result.COLLAPSED, 0
         try:
-            return await self._look_upstream(key, route, variant, via)
+            return await self.alone.head(route, variant, via), Result.MISS, 0
         except Problem as problem:
             if entry is None or problem.status in (404, 410):
                 raise
             opened = self._opened(entry, route, Result.STALE)
             return entry.head, opened.result, opened.age_seconds
-
-    async def _look_upstream(
-        self, key: ContentKey, route: Route, variant: Variant, via: str | None
-    ) -> tuple[Head, Result, int]:
-        failure = self._failures.get(key)
-        if failure is not None:
-            raise failure
-        remote = await self._ask(route, variant, "HEAD", via, {})
-        assert isinstance(remote, RemoteHead)
-        head = head_of(key, remote)
-        if remote.etag is None and remote.last_modified is None:
-            head = replace(head, etag=None)  # it would be one of chance, and GET's another
-        return head, Result.MISS, 0
 
     # --- entries
 
@@ -271,7 +252,7 @@ class Cache:
             return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
-            return await self._passed_through(key, route, variant, via)
+            return await self.alone.whole(route, variant, via)
         entry = await self._present_entry(key)
         if entry is None:
             return None
@@ -357,116 +338,6 @@ class Cache:
         """See gup.cache.spelling."""
         candidates = self._means.pool.candidates(variant, route.key(variant).text)
         return await spell(self.open, route, candidates[0].variant if candidates else variant)
-
-    # --- bypass
-
-    async def fetch_span(
-        self,
-        opened: Opened,
-        route: Route,
-        variant: Variant,
-        start: int,
-        stop: int,
-        via: str | None = None,
-    ) -> BypassBody | None:
-        """A span far ahead of the fill, fetched alone; None when waiting for the fill is as good.
-
-        Decided as DESIGN says: further ahead than `fill.range_wait` at the present rate, at most two at once.
-        """
-        reader = opened.body
-        if not isinstance(reader, Reader) or reader.end() is None:
-            return None
-        body = reader.growing
-        if not await self._is_far(body, start):
-            return None
-        place = self._range_bypass.try_take()
-        if place is None:
-            return None
-        try:
-            answer = await self._ask(
-                route,
-                variant,
-                "GET",
-                via,
-                {"start": start, "stop": stop, "if_range": body.head.upstream_etag},
-            )
-            assert isinstance(answer, Answer)
-            if answer.head.start != start or answer.head.length != body.head.length:
-                answer.close()
-                self._range_bypass.give_back(place)
-                return None
-        except Problem:
-            self._range_bypass.give_back(place)
-            return None
-        except BaseException:
-            self._range_bypass.give_back(place)
-            raise
-        return BypassBody(body.head, answer, stop, lambda: self._range_bypass.give_back(place))
-
-    async def _is_far(self, body: GrowingBody, offset: int) -> bool:
-        """Whether the fill will take longer than `fill.range_wait`; a young fill's rate is waited for."""
-        clock = self._means.clock
-        left = _RATE_KNOWN_SECONDS - body.age_seconds(clock())
-        if left > 0 and offset >= body.published:
-            reached = asyncio.Event()
-            body.wait(offset, reached.set)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await reached.wait()
-            body.forget(reached.set)
-        return body.seconds_to(offset, clock()) > self._means.settings.fill.range_wait
-
-    async def _passed_through(
-        self, key: ContentKey, route: Route, variant: Variant, via: str | None
-    ) -> Opened:
-        """What can't be stored, passed on singly."""
-        place = self._bypass.try_take()
-        if place is None:
-            raise Problem(
-                "overloaded",
-                "this content can't be stored here, and as many clients as may be are being passed through",
-                retry_after_seconds=10.0,
-            )
-        try:
-            answer = await self._ask(route, variant, "GET", via, {})
-        except BaseException:
-            self._bypass.give_back(place)
-            raise
-        assert isinstance(answer, Answer)
-        body = BypassBody(head_of(key, answer.head), answer, None, lambda: self._bypass.give_back(place))
-        return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
-
-    async def _ask(
-        self, route: Route, variant: Variant, method: str, via: str | None, span: dict[str, object]
-    ) -> Answer | RemoteHead:
-        """One request for one client, at each upstream in turn until one answers."""
-        pool = self._means.pool
-        problem, key = Problem("no-upstream", f"no upstream has {variant}"), route.key(variant)
-        try:
-            admitted = pool.admitted(variant, key.text, via)
-        except UpstreamFailure as failure:
-            raise Problem(failure.slug, failure.detail, retry_after_seconds=2.0) from failure
-        for upstream in admitted:
-            ask = Ask(
-                path=route.upstream_path,
-                purpose="bypass",
-                stream=(self._means.streams.number(key), str(route.kind)),
-                method=method,
-                via=via,
-                **span,  # type: ignore[arg-type]
-            )
-            try:
-                answer = await pool.ask(upstream, ask)
-            except UpstreamFailure as failure:
-                problem = Problem(failure.slug, failure.detail, retry_after_seconds=2.0)
-                continue
-            if isinstance(answer, RemoteHead) and answer.status != 200:
-                slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
-                problem = Problem(slug, f"{answer.upstream} answered {answer.status}")
-                self._failures.put(route.key(variant), problem, self._means.settings.cache.negative_ttl)
-                break
-            return answer
-        raise problem
 
     # --- tasks
 

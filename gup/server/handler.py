@@ -243,7 +243,7 @@ class Handler:
         if planned.status != 206 or len(spans) != 1:
             return opened
         via = asked.request.header("via")
-        body = await self._cache.fetch_span(
+        body = await self._cache.alone.span(
             opened, asked.route, asked.variant, spans[0].start, spans[0].stop, via
         )
         if body is None:

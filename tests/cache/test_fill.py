@@ -361,7 +361,7 @@ async def test_a_span_far_ahead_is_fetched_alone_and_at_most_two_at_once(tmp_pat
         opened = await one.open(FILE)
         await until(lambda: gate.is_reached, "the gate")
         spans = [
-            await one.cache.fetch_span(opened, route(FILE), Variant(), start, start + 900_000)
+            await one.cache.alone.span(opened, route(FILE), Variant(), start, start + 900_000)
             for start in (1_000_000, 1_100_000, 1_150_000)
         ]
         assert spans[2] is None
