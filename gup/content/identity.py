@@ -74,6 +74,8 @@ class Identities:
         self._versions = tuple(versions)
         self._languages = tuple(languages)
         self._releases = releases
+        self.vary = ", ".join(dict.fromkeys(source.header for source in (*versions, *languages))) or None
+        """The fields that are read, as the Vary of an answer that depends on them; None when none is."""
 
     def read(self, header: Header) -> Client:
         notes: list[str] = []

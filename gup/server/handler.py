@@ -228,7 +228,7 @@ class Handler:
             opened = await self._cache.open(asked.route, asked.variant, asked.request.header("via"))
             if opened.entry is None:
                 return await self._span_alone(asked, opened)
-            planned = self._plan(asked.request, opened)
+            planned = self._plan(asked, opened)
             spans = [segment for segment in planned.segments if isinstance(segment, Span)]
             if not spans or await self._cache.make_sure(opened, spans[0].start):
                 return opened
@@ -238,7 +238,7 @@ class Handler:
         """Swap a growing body for the span asked for, when the fill will not reach that soon."""
         if asked.request.header("range") is None or opened.body.end() is None:
             return opened
-        planned = self._plan(asked.request, opened)
+        planned = self._plan(asked, opened)
         spans = [segment for segment in planned.segments if isinstance(segment, Span)]
         if planned.status != 206 or len(spans) != 1:
             return opened
@@ -254,7 +254,7 @@ class Handler:
     # --- answers
 
     def _reply(self, asked: Asked, opened: Opened, began: float) -> Reply:
-        planned = self._plan(asked.request, opened)
+        planned = self._plan(asked, opened)
         body: Body | None = opened.body
         if not planned.segments and body is not None:
             body.leave()
@@ -313,13 +313,18 @@ class Handler:
                 result=str(reply.result),
             )
 
-    def _plan(self, request: Request, opened: Opened) -> Plan:
+    def _plan(self, asked: Asked, opened: Opened) -> Plan:
+        request = asked.request
         if not opened.ranges:
             request = _without_range(request)
         if self.draining:
             request = replace(request, keep_alive=False)
-        head = opened.body.head
-        return plan(request, _representation(head), self._served(opened.result, opened.age_seconds))
+        representation = self._representation(asked, opened.body.head)
+        return plan(request, representation, self._served(opened.result, opened.age_seconds))
+
+    def _representation(self, asked: Asked, head: Head) -> Representation:
+        vary = None if asked.choice.for_everybody else self._deliveries.choices.book.identities.vary
+        return Representation(head.length, head.etag, head.last_modified, head.content_type, vary)
 
     def _served(self, result: Result, age_seconds: int) -> Served:
         return Served(
@@ -336,7 +341,7 @@ class Handler:
         served = self._served(result, age_seconds)
         if result is Result.MISS:
             served = replace(served, cache_status=_STATUS_OF_HEAD_MISS)
-        planned = plan(asked.request, _representation(head), served)
+        planned = plan(asked.request, self._representation(asked, head), served)
         self._tally.request(result, planned.status)
         key = asked.route.key(asked.variant).text
         account = Account("HEAD", result, planned.status, key)
@@ -363,7 +368,7 @@ class Handler:
         record = entry.record
         age = self._wall_clock() - record.validated_at
         left = self._means.settings.cache.index_ttl - age
-        representation, status = _representation(entry.head), _STATUS_OF_RESULT[Result.HIT]
+        representation, status = self._representation(asked, entry.head), _STATUS_OF_RESULT[Result.HIT]
         slot = self._means.streams.number(opened.key)
         row = HotRow(
             entry=entry,
@@ -399,10 +404,6 @@ def of_body(request: Request, opened: Opened, planned: Plan) -> Account:
 def is_download(kind: Kind, length: int | None) -> bool:
     """Whether a body takes a download slot: a large one, or one that may become so, and no index file."""
     return kind is not Kind.INDEX and (length is None or length > LARGE_BODY_BYTES)
-
-
-def _representation(head: Head) -> Representation:
-    return Representation(head.length, head.etag, head.last_modified, head.content_type)
 
 
 def _without_range(request: Request) -> Request:

@@ -23,6 +23,8 @@ class Representation:
     etag: str | None
     last_modified: str | None
     content_type: str
+    vary: str | None = None
+    """The request's fields that chose it, where any did: a cache on the way must not give it to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class HeadTemplate:
         fields = [
             ("Content-Type", representation.content_type),
             ("Content-Length", str(representation.length)),
-            *_validators(representation),
+            *_told_always(representation),
             ("Accept-Ranges", "bytes"),
             ("Via", via),
             ("Cache-Status", cache_status),
@@ -93,7 +95,7 @@ class PartTemplate:
         self._prefix = status_line(206) + b"Date: "
         self._type = field_lines([("Content-Type", representation.content_type)])
         fields = [
-            *_validators(representation),
+            *_told_always(representation),
             ("Accept-Ranges", "bytes"),
             ("Via", via),
             ("Cache-Status", cache_status),
@@ -175,7 +177,7 @@ def _whole(request: Request, representation: Representation, length: int, served
 def _streamed(request: Request, representation: Representation, served: Served) -> Plan:
     chunked = request.minor_version == 1
     close = not (chunked and request.keep_alive)
-    fields = [("Content-Type", representation.content_type), *_validators(representation)]
+    fields = [("Content-Type", representation.content_type), *_told_always(representation)]
     if chunked:
         fields.append(("Transfer-Encoding", "chunked"))
     head = _head(200, served, fields, _connection(close, request.minor_version))
@@ -183,7 +185,7 @@ def _streamed(request: Request, representation: Representation, served: Served) 
 
 
 def _not_modified(request: Request, representation: Representation, served: Served) -> Plan:
-    return _answer(304, request, served, _validators(representation), ())
+    return _answer(304, request, served, _told_always(representation), ())
 
 
 def _one_part(request: Request, representation: Representation, span: Span, served: Served) -> Plan:
@@ -191,7 +193,7 @@ def _one_part(request: Request, representation: Representation, span: Span, serv
         ("Content-Type", representation.content_type),
         ("Content-Length", str(span.stop - span.start)),
         ("Content-Range", _content_range(span, representation)),
-        *_validators(representation),
+        *_told_always(representation),
         ("Accept-Ranges", "bytes"),
     ]
     return _answer(206, request, served, fields, (span,))
@@ -214,7 +216,7 @@ def _several_parts(
     fields = [
         ("Content-Type", f"multipart/byteranges; boundary={boundary.decode()}"),
         ("Content-Length", str(sum(_size_bytes(segment) for segment in segments))),
-        *_validators(representation),
+        *_told_always(representation),
         ("Accept-Ranges", "bytes"),
     ]
     return _answer(206, request, served, fields, tuple(segments))
@@ -256,8 +258,13 @@ def _head(status: int, served: Served, fields: _Fields, connection: _Fields) -> 
     return status_line(status) + field_lines(lines) + b"\r\n"
 
 
-def _validators(representation: Representation) -> _Fields:
-    fields = (("ETag", representation.etag), ("Last-Modified", representation.last_modified))
+def _told_always(representation: Representation) -> _Fields:
+    """Validators and Vary, which a 304 has as well (RFC 9110 section 15.4.5)."""
+    fields = (
+        ("ETag", representation.etag),
+        ("Last-Modified", representation.last_modified),
+        ("Vary", representation.vary),
+    )
     return [(name, value) for name, value in fields if value is not None]
 
 

@@ -82,6 +82,22 @@ def test_a_plain_get_has_the_whole_body():
     assert plan(ask(), WHOLE, SERVED).segments == (Span(0, len(BODY)),)
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ((), 200),
+        ((("range", "bytes=0-4"),), 206),
+        ((("range", "bytes=0-1,5-6"),), 206),
+        ((("if-none-match", "*"),), 304),
+    ],
+)
+def test_what_the_request_chose_tells_by_which_of_its_fields(fields, status):
+    chosen = Representation(len(BODY), '"tag"', CHANGED, "application/zip", "GUP-Client-Version, User-Agent")
+    response, _ = received(ask(*fields), chosen)
+    assert (response.status, response.headers["vary"]) == (status, "GUP-Client-Version, User-Agent")
+    assert received(ask(*fields))[0].headers["vary"] is None
+
+
 def test_a_body_without_validators_has_none():
     response, content = received(ask(), Representation(len(BODY), None, None, "a/b"))
     assert content == BODY

@@ -100,6 +100,14 @@ def test_each_client_gets_what_its_manager_has_and_nothing_is_mixed(site):
         assert site.get(path(TEXTS), ENGLISH).body == body(TEXTS, "English")
         for client in (None, FRENCH, ENGLISH, GERMAN, OLD):
             assert site.get(path(VIRUS), client).body == body(VIRUS, "all")
+    answers = [site.get(path(PATCH), FRENCH, **more) for more in ({}, {}, {"method": "HEAD"})]
+    answers += [
+        site.get(path(PATCH), FRENCH | more) for more in ({"Range": "bytes=0-9"}, {"If-None-Match": "*"})
+    ]
+    assert [answer.status for answer in answers] == [200, 200, 200, 206, 304]
+    chosen_by = "GUP-Client-Version, User-Agent, GUP-Client-Language"
+    assert {answer.header("vary") for answer in answers} == {chosen_by}, "caches on the way keep them apart"
+    assert site.get(path(VIRUS), FRENCH).header("vary") is None, "and share what is for all"
     assert site.asked(path(PATCH)) == site.asked(path(TEXTS)) == (1, 1)
     assert sum(site.asked(path(VIRUS))) == 1
     assert site.asked(CATALOG) == (1, 1)
