@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from blockbuster import blockbuster_ctx
 
 from gup.cache.checksum import ChunkSums
 from gup.cache.claim import Claims
@@ -227,3 +228,10 @@ async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=20)
     async with aiohttp.ClientSession(timeout=timeout, headers=shown) as session:
         yield session
+
+
+@pytest.fixture
+def no_blocking_call():
+    """Blocking calls made by the control plane on the event loop raise (the tests themselves may block)."""
+    with blockbuster_ctx("gup.control"):
+        yield

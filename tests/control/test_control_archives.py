@@ -3,16 +3,11 @@
 import asyncio
 
 import pytest
-from blockbuster import blockbuster_ctx
 
 from gup.cache.archive import summary
 from gup.config import Settings
 
-
-@pytest.fixture(autouse=True)
-def no_blocking_call():
-    with blockbuster_ctx("gup.control"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def exported(browser, world, query=""):

@@ -1,7 +1,6 @@
 """Parts of the state by themselves: fills with their rate, upstreams, settings in force without secrets."""
 
 import pytest
-from blockbuster import blockbuster_ctx
 
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
@@ -9,11 +8,7 @@ from gup.config import Settings
 from gup.content.key import Kind
 from gup.control.fills import FillRates
 
-
-@pytest.fixture(autouse=True)
-def no_blocking_call():
-    with blockbuster_ctx("gup.control"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def told(browser, world, path):

@@ -8,7 +8,6 @@ import sqlite3
 from itertools import pairwise
 
 import pytest
-from blockbuster import blockbuster_ctx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,11 +27,7 @@ LABELS = {
     PATCHES: Label("Client Patch 14.3", "14.3", "French", "client_patches"),
 }
 
-
-@pytest.fixture(autouse=True)
-def no_blocking_call():
-    with blockbuster_ctx("gup.control"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 @pytest.fixture

@@ -1,0 +1,189 @@
+"""Entries over the API of a running control plane: listed, purged, pinned; and how rows come to them."""
+
+import asyncio
+import os
+
+import pytest
+from harness.control import get
+
+from gup.content.key import Kind
+
+pytestmark = pytest.mark.usefixtures("no_blocking_call")
+
+
+# --- entries
+
+
+async def test_entries_are_listed_shown_and_found_by_their_key(world, browser):
+    first = world.commit(world.key("260101001"), at=10.0)
+    world.commit(world.key("260101002"), at=20.0)
+    async with world.running():
+        _, told = await get(browser, world, "/api/v1/content?order=-stored&limit=1")
+        assert [row["revision"] for row in told["entries"]] == ["260101002"]
+        assert told["matching"] == 2
+        _, rest = await get(browser, world, f"/api/v1/content?order=-stored&limit=1&cursor={told['cursor']}")
+        assert ([row["revision"] for row in rest["entries"]], rest["cursor"]) == (["260101001"], None)
+        _, none = await get(browser, world, "/api/v1/content?language=German")
+        assert none["entries"] == []
+        status, shown = await get(browser, world, f"/api/v1/content/{first.key.text}")
+        assert (status, shown["key"], shown["record"]["etag"]) == (200, first.key.text, first.etag)
+        status, wrong = await get(browser, world, "/api/v1/content?limit=0")
+        assert (status, "limit" in wrong["detail"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "key", ["a/b/c/d/e", "a/b/c/d", "a/b/c/d/.hidden", "a/b/c/d/%2e%2e", "a/b/c/d%2Fe/f"]
+)
+async def test_keys_that_are_none_or_not_there(world, browser, key):
+    async with world.running():
+        for method in ("GET", "DELETE"):
+            async with browser.request(method, f"{world.url}/api/v1/content/{key}") as answer:
+                assert answer.status in (400, 404)
+                assert answer.content_type == "application/problem+json"
+                assert (await answer.json(content_type=None))["status"] == answer.status
+
+
+async def test_purge_removes_while_a_reader_reads_on(world, browser):
+    record = world.commit(body=b"the whole body")
+    reader = world.store.open_body(record)
+    async with world.running() as control:
+        epochs = world.epochs
+        async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
+            assert (answer.status, (await answer.json())["freed_bytes"]) == (200, 14)
+        assert control.plane.index.rows == {}
+        assert world.epochs == epochs + 1
+        async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
+            assert answer.status == 404
+    assert not world.store.body_path(record.key).exists()
+    assert os.pread(reader.fd, 99, 0) == b"the whole body"
+
+
+async def test_pinning_lasts_and_is_taken_back(world, browser):
+    record = world.commit()
+    url = f"/api/v1/content/{record.key.text}/pin"
+    async with world.running() as control:
+        for method, pinned in (("PUT", True), ("DELETE", False)):
+            async with browser.request(method, world.url + url) as answer:
+                assert (answer.status, (await answer.json())["pinned"]) == (200, pinned)
+            assert control.plane.index.rows[record.key.text].pinned is pinned
+            stored = await asyncio.to_thread(world.store.load, record.key)
+            assert stored.pinned is pinned
+        async with browser.put(f"{world.url}/api/v1/content/a/b/c/d/e/pin") as answer:
+            assert answer.status == 404
+
+
+async def test_other_methods_and_paths_are_problems(world, browser):
+    async with world.running():
+        async with browser.post(world.url + "/api/v1/status") as answer:
+            assert (answer.status, answer.content_type) == (405, "application/problem+json")
+            assert "GET" in answer.headers["Allow"]
+        async with browser.get(world.url + "/api/v2") as answer:
+            assert (answer.status, answer.content_type) == (404, "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/api/v1/status", {"Host": "evil.example"}),
+        ("POST", "/api/v1/evict", {"Origin": "http://evil.example"}),
+        ("POST", "/api/v1/reload", {"Sec-Fetch-Site": "cross-site"}),
+    ],
+)
+async def test_forged_requests_are_refused_and_do_nothing(world, browser, method, path, headers):
+    async with world.running(), browser.request(method, world.url + path, headers=headers) as answer:
+        assert (answer.status, answer.content_type) == (403, "application/problem+json")
+    assert world.reloads == 0
+
+
+async def test_reload_is_asked_for(world, browser):
+    async with world.running():
+        async with browser.post(world.url + "/api/v1/reload") as answer:
+            assert (answer.status, await answer.json()) == (200, {"reloaded": True, "problems": []})
+        assert world.reloads == 1
+        world.reload_problems = ["cache.max_size: is too small"]
+        async with browser.post(world.url + "/api/v1/reload") as answer:
+            assert await answer.json() == {"reloaded": False, "problems": world.reload_problems}
+        world.config_ok = False
+        _, told = await get(browser, world, "/api/v1/status")
+        assert told["reload"] == {"successful": False}
+
+
+async def test_our_own_mistake_is_a_problem_and_logged(world, browser, caplog):
+    async with world.running() as control:
+        control.plane.space.measure = lambda: 1 / 0
+        async with browser.get(world.url + "/api/v1/status") as answer:
+            assert (answer.status, answer.content_type) == (500, "application/problem+json")
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- events
+
+
+async def test_commits_and_uses_reach_the_rows(world):
+    async with world.running() as control:
+        record = world.commit(body=b"x" * 77)
+        world.tell_committed(record)
+        world.tell(type="used", uses=[[record.key.text, 3, 231]], at=world.now - 5)
+        rows = control.plane.index.rows
+        await world.until(lambda: record.key.text in rows and rows[record.key.text].hits == 3)
+        row = rows[record.key.text]
+        assert (row.length_bytes, row.received_bytes, row.sent_bytes, row.kind) == (77, 77, 231, Kind.FULL)
+        assert row.used_at == world.now, "the commit is the later use"
+        await world.until(lambda: world.store_bytes[-1:] == [77])
+
+
+async def test_uses_outlive_a_lost_index(world):
+    record = world.commit(at=1000.0)
+    async with world.running() as control:
+        world.tell(type="used", uses=[[record.key.text, 1]], at=5000.0)
+        world.tell(type="used", uses=[["a/b/c/d/e", 1]], at=5000.0)
+        await world.until(lambda: control.plane.index.rows[record.key.text].hits == 1)
+    (found,) = world.store.scan()
+    assert found.used_at == 5000.0
+
+
+async def test_hits_and_clients_survive_a_restart(world, browser):
+    record = world.commit()
+    async with world.running() as control:
+        world.tell(type="used", uses=[[record.key.text, 5]], at=5000.0)
+        world.tell(type="clients", addresses=["10.0.0.1", "10.0.0.2", "10.0.0.1"])
+        await world.until(lambda: len(control.plane.clients) == 2)
+    async with world.running():
+        _, told = await get(browser, world, f"/api/v1/content/{record.key.text}")
+        assert told["hits"] == 5
+        _, seen = await get(browser, world, "/api/v1/clients")
+        assert seen["seen"] == {"1h": 2, "1d": 2, "7d": 2}
+
+
+async def test_a_damaged_index_is_rebuilt_in_the_background(world):
+    record = world.commit()
+    async with world.running():
+        pass
+    (world.store.index / "cache.db").write_bytes(b"garbage" * 5000)
+    async with world.running() as control:
+        assert set(control.plane.index.rows) == {record.key.text}
+        assert world.counters.get("gup_integrity_failures_total", where="index") == 1
+
+
+async def test_garbage_is_passed_over_and_counted(world, browser):
+    record = world.commit()
+    async with world.running() as control:
+        for garbage in (b"", b"\x00\xff", b"{", b"[]", b'{"type":"need","bytes":-5}', b"x" * 60_000):
+            world.sender.send(garbage)
+        world.tell(type="failed", key=record.key.text, problem="upstream-timeout", detail="15 s")
+        await world.until(lambda: len(control.plane.failures) == 1)
+        _, told = await get(browser, world, "/api/v1/status")
+        assert told["malformed_events"] == 6
+        assert told["failures"][0]["problem"] == "upstream-timeout"
+
+
+async def test_a_pin_outlives_a_new_generation(world):
+    key = world.key("_", "ContentInfo.txt")
+    world.commit(key, b"old", Kind.INDEX)
+    world.store.set_pinned(key, True)
+    async with world.running() as control:
+        fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
+        world.tell_committed(fresh, replaced=True)
+        await world.until(lambda: control.plane.index.rows[key.text].length_bytes == 5)
+        assert control.plane.index.rows[key.text].pinned
+    assert world.store.load(key).pinned
