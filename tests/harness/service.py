@@ -314,6 +314,10 @@ class Gup:
         """Whether a committed body has this file name."""
         return any(path.rpartition("/")[2] == file for path in self.bodies())
 
+    def wait_log(self, text: str, timeout_seconds: float = 10.0) -> None:
+        """Until this run has logged the text: what is logged is written by a thread, soon after."""
+        until(lambda: text in self.log, f"{text!r} is logged", timeout_seconds)
+
     def wait_stored(self, file: str, timeout_seconds: float = 10.0) -> None:
         """Until the body is committed with its record."""
         root = self.cache_dir / "content"

@@ -259,8 +259,8 @@ def test_a_storm_tells_who_how_many_and_what_it_costs(tmp_path):
         assert sorted(who[1].split(", ")) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
         assert "against 1 deltas" in text
         assert "4.5 MB over the LAN, 300 kB over the WAN; as deltas of 2.0 kB on average it would be" in text
-        assert "a storm of fulls: " in gup.log
-        assert "alarm full-storm: " in gup.log
+        gup.wait_log("a storm of fulls: ")
+        gup.wait_log("alarm full-storm: ")
         assert [alarm["name"] for alarm in gup.status()["alarms"]] == ["full-storm"]
 
 

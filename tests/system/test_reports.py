@@ -275,8 +275,8 @@ def test_a_log_that_cannot_be_opened_stops_the_start_and_a_reload_is_refused(ups
     with Gup(tmp_path / "cache", [upstream.url], workers=1, settings=settings, start=False) as gup:
         gup.launch()
         assert gup.wait() == 2
-        assert "log.destination: " in gup.log
-        assert "can't be written to: No such file or directory" in gup.log
+        gup.wait_log("log.destination: ")
+        gup.wait_log("can't be written to: No such file or directory")
     good = {"log": {"destination": "stderr"}}
     with Gup(tmp_path / "other", [upstream.url], workers=1, settings=good) as gup:
         gup.rewrite(settings)
