@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from gup.cache.part import PartWriter
 
@@ -14,14 +14,17 @@ _MOST_HELD_BYTES = 2 << 20
 class WriteBehind:
     """Has what `writer` takes written by `write`, a step of it, as long as something is left to write.
 
-    An error of the disk is raised at the next call, or at the end of the `async with` block. When the block
-    has been left, however that came, no write is under way.
+    An error of the disk is raised at the next call, or at the end of the `async with` block; `beside` raises
+    it at once. When the block has been left, however that came, no write is under way.
     """
 
     def __init__(self, writer: PartWriter, write: Callable[[], Awaitable[None]]) -> None:
         self._writer = writer
         self._write = write
         self._writing: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[Any] | None = None
+        """Who is in `beside`."""
+        self._interrupted = False
 
     async def begin(self, *, wait: bool = False) -> None:
         """Have all that is sure written soon; with `wait`, or when too much is held, return when it is."""
@@ -29,8 +32,32 @@ class WriteBehind:
             await self.finish()
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_all())
+            self._writing.add_done_callback(self._interrupt)
         if wait or self._writer.unwritten >= _MOST_HELD_BYTES:
             await self.finish()
+
+    async def beside(self, read: Callable[[], Awaitable[bytes]]) -> bytes:
+        """What `read` brings. It is cancelled when the disk refuses: upstream may be silent for long.
+
+        `read` must be fit for that: nothing may be lost for whoever reads on. Costs no task of its own.
+        """
+        if self._writing is not None and self._writing.done():
+            await self.finish()
+        self._reader = asyncio.current_task()
+        try:
+            return await read()
+        except asyncio.CancelledError:
+            if not self._interrupted or self._reader is None or self._reader.uncancel():
+                raise
+        finally:
+            self._reader = None
+        await self.finish()
+        raise AssertionError("interrupted by a write that did not fail")
+
+    def _interrupt(self, writing: asyncio.Task[None]) -> None:
+        if self._reader is not None and not writing.cancelled() and writing.exception() is not None:
+            self._interrupted = True
+            self._reader.cancel()
 
     async def finish(self) -> None:
         """Return when nothing is being written."""

@@ -318,7 +318,7 @@ class Leader:
         assert writer is not None
         assert download is not None
         async with WriteBehind(writer, lambda: self._room.twice(writer.write_sure)) as behind:
-            while piece := await download.read():
+            while piece := await behind.beside(download.read):
                 writer.take(piece)
                 await self._room.keep(writer.received)
                 if writer.all_held:

@@ -91,6 +91,8 @@ class Answer:
         self._share = share
         self._broke = broke
         self._closed: Callable[[], None] | None = closed
+        self._unread = b""
+        """Taken from the connection by a `read` that was cancelled; it is counted."""
         connection = response.connection
         protocol = connection.protocol if connection is not None else None
         self._connection_end = protocol.closed if protocol is not None else None
@@ -106,7 +108,13 @@ class Answer:
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
 
     async def read(self) -> bytes:
-        """The next piece, paid for; empty at the end. UpstreamFailure when it breaks off."""
+        """The next piece, paid for; empty at the end. UpstreamFailure when it breaks off.
+
+        Cancelled, it loses nothing.
+        """
+        if self._unread:
+            piece, self._unread = self._unread, b""
+            return piece
         # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
         content, slice_bytes = self._response.content, self._wan.slice_bytes
         step = content.read(slice_bytes) if slice_bytes else content.readany()
@@ -117,6 +125,9 @@ class Answer:
             raise
         try:
             await self._wan.pay(len(piece), self._share)
+        except asyncio.CancelledError:
+            self._unread = piece
+            raise
         finally:
             self._count(len(piece))
         return piece

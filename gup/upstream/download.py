@@ -91,7 +91,10 @@ class Download:
         """The next piece, empty at the body's end.
 
         UpstreamFailure when nobody could be brought to go on; BodyChanged when the rest is that of another.
+        Cancelled, it loses nothing: who reads on gets what comes next.
         """
+        if self._answer is None:
+            await self._reconnect()
         while True:
             try:
                 piece = self._ready or await self._read_answer()
@@ -99,7 +102,7 @@ class Download:
                 self._drop_answer()
                 self._resumed = "timeout" if failure.outcome == "timeout" else "cut"
                 await self._after(self._current(), failure)
-                await self._connect()
+                await self._reconnect()
                 continue
             self._ready = b""
             self._note_progress(len(piece))
@@ -145,6 +148,13 @@ class Download:
 
     def _current(self) -> Upstream:
         return next(upstream for upstream in self._upstreams if upstream.name == self._last_upstream)
+
+    async def _reconnect(self) -> None:
+        try:
+            await self._connect()
+        except asyncio.CancelledError:
+            self._drop_answer()  # it may stand anywhere in the overlap
+            raise
 
     async def _connect(self) -> RemoteHead:
         while True:

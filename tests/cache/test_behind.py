@@ -117,3 +117,65 @@ async def test_nothing_is_under_way_when_the_block_was_left_by_another_error():
     with pytest.raises(LookupError):
         await filling
     assert disk.under_way == 0
+
+
+async def test_an_error_ends_the_reading_beside_it_at_once_and_what_is_read_is_not_lost():
+    disk = Disk()
+    disk.error = OSError(errno.EIO, "bad")
+    pieces = asyncio.Queue()
+
+    async def fill():
+        async with WriteBehind(disk, disk.write) as behind:
+            disk.unwritten = 1
+            await behind.begin()
+            await behind.beside(pieces.get)
+
+    filling = asyncio.create_task(fill())
+    await turns()
+    disk.let()
+    await turns()
+    assert filling.done(), "upstream is silent"
+    with pytest.raises(OSError, match="bad"):
+        await filling
+    assert not filling.cancelling()
+    pieces.put_nowait(b"later")
+    assert pieces.qsize() == 1
+
+
+async def test_an_error_that_came_before_the_reading_is_raised_before_it():
+    disk = Disk()
+    disk.error = OSError(errno.EIO, "bad")
+
+    async def never():
+        raise AssertionError("read")
+
+    async def fill():
+        async with WriteBehind(disk, disk.write) as behind:
+            disk.unwritten = 1
+            await behind.begin()
+            disk.let()
+            await turns()
+            await behind.beside(never)
+
+    with pytest.raises(OSError, match="bad"):
+        await fill()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_is_cancelled_from_outside_stays_so(fails):
+    disk = Disk()
+
+    async def fill():
+        async with WriteBehind(disk, disk.write) as behind:
+            disk.unwritten = 1
+            await behind.begin()
+            await behind.beside(asyncio.Queue().get)
+
+    filling = asyncio.create_task(fill())
+    await turns()
+    if fails:
+        disk.error = OSError(errno.EIO, "bad")
+    filling.cancel()
+    disk.let()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
