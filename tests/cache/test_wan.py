@@ -40,7 +40,12 @@ def rate_between(taken, start, stop):
 
 @pytest.mark.parametrize(
     ("rate", "readers", "piece"),
-    [(1_000_000, 1, 8192), (1_000_000, 8, 8192), (200_000, 4, 2048), (100_000_000, 8, 256 * 1024)],
+    [
+        pytest.param(1_000_000, 1, 8192, marks=pytest.mark.long),
+        (1_000_000, 8, 8192),
+        pytest.param(200_000, 4, 2048, marks=pytest.mark.long),
+        (100_000_000, 8, 256 * 1024),
+    ],
 )
 async def test_the_rate_is_kept_over_processes(tmp_path, rate, readers, piece):
     began = time.monotonic()

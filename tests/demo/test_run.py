@@ -49,7 +49,7 @@ def test_a_right_run(capsys):
     [
         ("corrupt", WRONG_BYTE, "other bytes than published"),
         ("twice", FETCHED_TWICE, "max 2 of"),
-        ("boast", FIGURES_DISAGREE, "THEY DISAGREE"),
+        pytest.param("boast", FIGURES_DISAGREE, "THEY DISAGREE", marks=pytest.mark.long),
     ],
 )
 def test_what_is_wrong_is_told_in_plain_lines_and_in_the_status(mode, status, words, capsys, monkeypatch):
@@ -119,7 +119,14 @@ sys.exit(play(plan, commands, json_output=False))
     ("keep", "seconds", "wait_for", "status"),
     [("keep", "1", "goes on until Ctrl-C", RIGHT), ("once", "60", "clients start", INTERRUPTED)],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_ends_everything_in_order(keep, seconds, wait_for, status, number, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM, keep, seconds, STAND_IN],

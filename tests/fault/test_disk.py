@@ -168,6 +168,7 @@ def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(tmp_pat
             right(gup, BIG, BODY)
             right(gup, KEPT, kept)
         until(lambda: refusals(gup) >= {"content", "index"}, "the status tells of it")
+        gup.wait_log("not written: index")
         assert gup.log.count("not written: index") == 1
         assert gup.metric("gup_requests_total", result="bypass") == 3
         gup.stop()
@@ -225,7 +226,7 @@ def test_without_inodes_old_bodies_make_way(tmp_path):
         assert 1 <= gup.metric("gup_evictions_total", reason="free") <= 4
 
 
-@pytest.mark.parametrize("errno", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("errno", [pytest.param("ENOSPC", marks=pytest.mark.long), "EIO"])
 def test_attached_clients_go_on_when_the_disk_refuses_in_mid_body(tmp_path, errno):
     on = tmp_path / "on"
     rule = {"call": "pwrite", "path": "partial/*.part", "do": errno, "while": str(on)}
@@ -338,11 +339,11 @@ def test_too_large_a_body_is_shared_by_those_who_come_together(tmp_path):
 @pytest.mark.parametrize(
     ("call", "path", "times", "asked"),
     [
-        pytest.param("pread", "full.zip", 1, [], id="a body once"),
+        pytest.param("pread", "full.zip", 1, [], id="a body once", marks=pytest.mark.long),
         pytest.param("pread", "full.zip", 3, [f"bytes=0-{MB - 1}"], id="a body, and at the second look"),
         pytest.param("sendfile", "full.zip", 1, [], id="a body while it is sent"),
         pytest.param("preadv", "full.zip", 1, [], id="a large body while it is copied"),
-        pytest.param("fopen", ".*.gup", 2, [None], id="a record"),
+        pytest.param("fopen", ".*.gup", 2, [None], id="a record", marks=pytest.mark.long),
     ],
 )
 def test_what_can_not_be_read_is_damage(tmp_path, call, path, times, asked):

@@ -63,6 +63,7 @@ def test_out_of_descriptors_what_is_open_goes_on_and_the_rest_waits(tmp_path):
                     connection.close()
                 assert gup.get(NEW).body == SMALL  # at once: upstream was never thought to be down
             gup.wait_stored("full.zip")
+            gup.wait_log("no more connections can be accepted")
             assert gup.log.count("no more connections can be accepted") == 1
             assert gup.workers() == [worker]
 

@@ -206,6 +206,7 @@ def test_other_bytes_upstream_are_never_mixed_in(tmp_path, upstream):
 # --- what is under way
 
 
+@pytest.mark.long
 def test_rot_in_fills_that_were_killed(tmp_path, upstream):
     at, gate = 3 * CHUNK, Gate()
     harms = {"part": CHUNK + 7, "sums": 8, "state": 60}
@@ -256,6 +257,7 @@ def test_a_reload_changes_the_mode_at_once(tmp_path, upstream):
             assert repaired(gup) == CHUNK
 
 
+@pytest.mark.long
 def test_the_scrubber_finds_what_nobody_asks_for(tmp_path, upstream):
     with stored(tmp_path, upstream, verify="scrub", scrub_rate="1GB/s", scrub_interval="1s") as (gup, body):
         flip(body, 3 * CHUNK)

@@ -79,7 +79,8 @@ def start_again(gup: Gup, deaths: int) -> None:
     gup.start()
 
 
-@pytest.mark.parametrize("round_", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 24))])
+@pytest.mark.long
+@pytest.mark.parametrize("round_", range(24))
 def test_the_service_dies_anywhere(tmp_path, round_):
     """Random: which process dies, at which of its changes, alone or with all others; then once more."""
     chance = random.Random(f"{SEED} {round_}")

@@ -135,6 +135,7 @@ def test_a_dead_middle_is_told_at_once_and_what_is_held_is_served(tmp_path):
         until(lambda: at.bottom.get(BIG).body == zip_of("z", 200_000), "and is asked")
 
 
+@pytest.mark.long
 def test_a_middle_whose_own_upstream_is_gone_still_serves_what_it_holds(tmp_path):
     paths = [content_path("full.dax", revision=f"26{number:02}01001") for number in range(10)]
     with chain(tmp_path) as at:

@@ -258,7 +258,15 @@ def test_without_its_supervisor_nothing_stays(tmp_path):
         assert gup.get(DELTA).body == tree.body(DELTA)
 
 
-@pytest.mark.parametrize("where", ["body", "record", "index", "shared"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("body", marks=pytest.mark.long),
+        pytest.param("record", marks=pytest.mark.long),
+        "index",
+        "shared",
+    ],
+)
 def test_damage_on_disk_is_noticed_and_mended(tmp_path, where):
     """Whatever file is damaged while nobody runs: the service starts, and no wrong byte is served."""
     body = zip_of("mended", LENGTH)

@@ -186,7 +186,7 @@ def test_keep_revisions_keeps_the_newest(tmp_path):
         gup.wait_metric(4, "gup_evictions_total", reason="revision")
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 def test_totals_are_right_after_a_restart(tmp_path, end):
     with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
         for number, path in enumerate(DELTAS[:10]):

@@ -331,7 +331,7 @@ def test_tls_goes_through_a_web_proxy_in_a_tunnel(tmp_path):
         assert all("x-secret" not in fields for _, _, fields in proxy.seen)
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("tls", [pytest.param(False, marks=pytest.mark.long), True], ids=["http", "https"])
 def test_a_proxy_that_refuses_or_is_away_is_told(tmp_path, tls):
     scheme = "https" if tls else "http"
     url = f"{scheme}://127.0.0.1:{free_port()}"
