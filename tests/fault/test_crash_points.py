@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of, unmended
 from harness.caches import Cut, Worker, working
-from harness.crashing import unsynced
+from harness.crashing import cut_power
 from harness.invariants import bodies_of, violations
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
@@ -163,7 +163,7 @@ class Runner:
         status = int(self._process.stdout.readline())
         lines = log.read_text().splitlines()
         marks = [line.removeprefix("mark ") for line in lines if line.startswith("mark ")]
-        return Run(root, status, [line for line in lines if not line.startswith("mark ")], marks)
+        return Run(root, log, status, [line for line in lines if not line.startswith("mark ")], marks)
 
     def close(self) -> None:
         assert self._process.stdin
@@ -176,6 +176,7 @@ class Runner:
 @dataclass(frozen=True)
 class Run:
     root: Path
+    log: Path
     status: int
     steps: list[str]
     marks: list[str]
@@ -222,7 +223,7 @@ async def _crash_at_points(
         step = steps[at - 1]
         assert died.status in (9, 0), (how, step)  # 0: threads took turns otherwise, it was over before
         if how == "power cut":
-            _lose(died, chance)
+            cut_power(died.root, died.log, died.steps, chance)
         await _assert_recovers(died, scenario, upstream, chance, f"{how} before {at}: {step}")
 
 
@@ -231,23 +232,6 @@ async def _run(
 ) -> Run:
     upstream.answer(CASES[scenario].path, CASES[scenario].answer)
     return await asyncio.to_thread(runner.run, scenario, template, upstream.url, at, torn=torn)
-
-
-def _lose(died: Run, chance: random.Random) -> None:
-    """What was written and not synced is as a power cut may leave it."""
-    for name in unsynced(died.steps):
-        path = died.root / name
-        if not path.exists() or path.parent.name == "run":
-            continue
-        stat = path.stat()
-        keep = chance.randrange(stat.st_size + 1)
-        with path.open("r+b") as file:
-            if chance.random() < 0.5:
-                file.truncate(keep)
-            else:
-                file.seek(keep)
-                file.write(bytes(stat.st_size - keep))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 # --- what must hold

@@ -4,9 +4,12 @@
 A step is one call that changes the folder or a lock on a file in it; step 1 is the first.
 """
 
+import contextlib
 import fcntl
 import io
 import os
+import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -14,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 _WRITES = os.O_WRONLY | os.O_RDWR
-_real_readlink = os.readlink
-_real_write = os.write
+_CHANGES_NAMES = ("create", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")
+_real_open, _real_close, _real_readlink = os.open, os.close, os.readlink
+_real_read, _real_write, _real_stat = os.read, os.write, os.stat
+_real_unlink, _real_utime = os.unlink, os.utime
 
 
 class Crash:
     """The plan for one process, and its log: a line a step, written past everything that is wrapped.
 
-    `torn`: the fatal write is done by half. `group`: the parent process dies first, so that all end.
+    `torn`: the fatal write is done by half. `group`: the parent process dies first, so that all end. What a
+    rename replaces and an unlink removes is copied to the log's name with ".kept.<step>" first: a power cut
+    may bring it back (`cut_power`).
     """
 
     def __init__(self, root: Path, log: Path, at: int, *, torn: bool = False, group: bool = False) -> None:
         self._root = os.path.realpath(root) + "/"
+        self._kept = str(log) + ".kept"
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._at = at
         self._torn = torn
@@ -55,6 +63,8 @@ class Crash:
                 if self._group:
                     os.kill(os.getppid(), signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name in ("rename", "replace", "unlink", "remove"):
+                _copy(path, f"{self._kept}.{self._steps}")
             _real_write(self._log, f"{name} {place}\n".encode())
 
     def _place(self, path: object) -> str | None:
@@ -64,6 +74,26 @@ class Crash:
             return None
         named = os.path.abspath(named)  # noqa: PTH100 - Path.resolve would follow links, and be slow
         return named.removeprefix(self._root) if named.startswith(self._root) else None
+
+
+def _copy(source: Any, target: str) -> None:
+    """Keep a file's bytes and time, if there is such a file."""
+    try:
+        fd = _real_open(source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    copy = _real_open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        while piece := _real_read(fd, 1 << 20):
+            _real_write(copy, piece)
+        times = _real_stat(fd)
+    except IsADirectoryError:
+        _real_unlink(target)
+        return
+    finally:
+        _real_close(fd)
+        _real_close(copy)
+    _real_utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 class _Raw(io.FileIO):
@@ -153,6 +183,60 @@ def _wrap_opens(crash: Crash) -> None:
     os.open, io.open = open_, io_open
 
 
+def cut_power(root: Path, log: Path, steps: list[str], chance: random.Random) -> None:
+    """Leave below `root` what a power cut after these steps may leave.
+
+    1. Names change in order (a journal's order), and only a sync of their folder or of the file system makes
+    them sure: some of the last changes since then are undone, what they replaced or removed comes back.
+    2. Files that were written and not synced afterwards are short, or end in zeros.
+    """
+    sure = max((at for at, line in enumerate(steps, 1) if _syncs_names(root, line)), default=0)
+    names = [at for at, line in enumerate(steps, 1) if at > sure and line.split(" ")[0] in _CHANGES_NAMES]
+    undone = names[chance.randrange(len(names) + 1) :]
+    for at in reversed(undone):
+        _undo(root, steps[at - 1], Path(f"{log}.kept.{at}"))
+    left = steps[: undone[0] - 1] if undone else steps
+    for name in unsynced(left):
+        path = root / name
+        if path.is_file() and path.parent.name != "run":
+            _tear(path, chance)
+
+
+def _syncs_names(root: Path, line: str) -> bool:
+    name, _, place = line.partition(" ")
+    return name == "syncfs" or (name == "fsync" and (root / place).is_dir())
+
+
+def _undo(root: Path, line: str, kept: Path) -> None:
+    name, _, place = line.partition(" ")
+    source, _, target = place.rpartition("\t")
+    path = root / target
+    with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError, OSError):
+        if name == "create":
+            path.unlink()
+        elif name in ("rename", "replace"):
+            path.rename(root / source)
+        elif name == "mkdir":
+            path.rmdir()
+        elif name == "rmdir":
+            path.mkdir()
+    if kept.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(kept, path)
+
+
+def _tear(path: Path, chance: random.Random) -> None:
+    stat = path.stat()
+    keep = chance.randrange(stat.st_size + 1)
+    with path.open("r+b") as file:
+        if chance.random() < 0.5:
+            file.truncate(keep)
+        else:
+            file.seek(keep)
+            file.write(bytes(stat.st_size - keep))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def unsynced(lines: list[str]) -> list[str]:
     """Files that were written and not made durable afterwards, under their last names: a power cut's prey.
 
@@ -174,4 +258,6 @@ def unsynced(lines: list[str]) -> list[str]:
                 moved[target] = source
         elif name in ("fsync", "fdatasync", "unlink"):
             dirty.pop(place, None)
+        elif name == "syncfs":
+            dirty.clear()
     return list(dirty)
