@@ -1,7 +1,7 @@
 """Power cuts of the whole machine, on real file systems: clones of the mounted image, taken under load.
 
-After each cut, without an upstream: every byte that is served is right, and all that was stored for longer than
-the promised time is served. Then, with the upstream, everything is served.
+After each cut, without an upstream: every byte that is served is right, and all that was stored for longer
+than the promised time is served. Then, with the upstream, everything is served.
 """
 
 import os
