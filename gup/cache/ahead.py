@@ -45,6 +45,8 @@ class Courtesy:
         self._flight = flight
         self._next_look = 0.0
         self._place: Place | None = None
+        self._had_place = False
+        """Whether it has had one already: then it is not the queue that its clients have waited for."""
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[bool]:
@@ -62,10 +64,13 @@ class Courtesy:
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
             return
-        waited_seconds = means.clock() - flight.since
-        async with means.queue.held(PRIORITIES[flight.route.kind], waited_seconds) as held:
+        waited_seconds = 0.0 if self._had_place else means.clock() - flight.since
+        async with means.queue.held(
+            PRIORITIES[flight.route.kind], waited_seconds, inherits=flight.inherits, patient=flight.patient
+        ) as held:
             self._place = held
-            yield held is not None
+            self._had_place = held is not None
+            yield self._had_place
 
     def leave_place(self) -> None:
         """The fill needs nothing more of the link."""

@@ -17,6 +17,7 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.connection import Answer, Ask
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
+from gup.upstream.validators import Validators
 
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""
@@ -47,9 +48,11 @@ class Alone:
     async def span(
         self, opened: Opened, route: Route, variant: Variant, start: int, stop: int, via: str | None = None
     ) -> BypassBody | None:
-        """A span far ahead of the fill; None when waiting for the fill is as good.
+        """A span far ahead of the fill; None when waiting for the fill is as good, or right.
 
         Decided as DESIGN says: further ahead than `fill.range_wait` at the present rate, at most two at once.
+        It goes out under the fill's ETag, and no overlap can be compared: so only the upstream that the fill
+        began with is asked, and its validators must be those of then.
         """
         reader = opened.body
         if not isinstance(reader, Reader) or reader.end() is None:
@@ -60,11 +63,14 @@ class Alone:
         place = self._spans.try_take()
         if place is None:
             return None
-        span: dict[str, object] = {"start": start, "stop": stop, "if_range": body.head.upstream_etag}
+        head = body.head
+        span: dict[str, object] = {"start": start, "stop": stop, "if_range": head.upstream_etag}
         try:
-            answer = await self._ask(route, variant, "GET", via, span)
+            answer = await self._ask(route, variant, "GET", via, span, only=head.upstream)
             assert isinstance(answer, Answer)
-            if answer.head.start != start or answer.head.length != body.head.length:
+            told = Validators(head.upstream_etag, head.last_modified)
+            same = told.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
+            if not same or answer.head.start != start or answer.head.length != head.length:
                 answer.close()
                 self._spans.give_back(place)
                 return None
@@ -74,7 +80,7 @@ class Alone:
         except BaseException:
             self._spans.give_back(place)
             raise
-        return BypassBody(body.head, answer, stop, lambda: self._spans.give_back(place))
+        return BypassBody(head, answer, stop, lambda: self._spans.give_back(place))
 
     async def _is_far(self, body: GrowingBody, offset: int) -> bool:
         """Whether the fill will take longer than `fill.range_wait`; a young fill's rate is waited for."""
@@ -109,9 +115,15 @@ class Alone:
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(
-        self, route: Route, variant: Variant, method: str, via: str | None, span: dict[str, object]
+        self,
+        route: Route,
+        variant: Variant,
+        method: str,
+        via: str | None,
+        span: dict[str, object],
+        only: str | None = None,
     ) -> Answer | RemoteHead:
-        """One request, at each upstream in turn until one answers."""
+        """One request, at each upstream in turn until one answers, or at one `only`."""
         pool = self._means.pool
         problem, key = Problem("no-upstream", f"no upstream has {variant}"), route.key(variant)
         try:
@@ -119,6 +131,8 @@ class Alone:
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail, retry_after_seconds=2.0) from failure
         for upstream in admitted:
+            if only not in (None, upstream.name):
+                continue
             ask = Ask(
                 path=route.upstream_path,
                 purpose="bypass",

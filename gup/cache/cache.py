@@ -49,7 +49,8 @@ class Cache:
     def __init__(self, means: Means, *, max_open: int, bypass: Slots, range_bypass: Slots) -> None:
         self._means = means
         self._flights: dict[ContentKey, Flight] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Flight | None] = {}
+        """With the flight that a task brings to its end."""
         self._failures = Failures(means.clock)
         self._holders = Holders()
         self.alone = Alone(means, self._failures, bypass, range_bypass)
@@ -198,7 +199,7 @@ class Cache:
             since = self._means.clock()
             flight = Flight(key, route, variant, since=since, suspect=True, noted=counted)
             self._flights[key] = flight
-            self._spawn(self._fly(flight))
+            self._spawn(self._fly(flight), flight)
         return await flight.join()
 
     # --- revalidation
@@ -243,7 +244,7 @@ class Cache:
         if flight is None:
             self._refuse_hopeless(key, route)
             flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
-            self._spawn(self._fly(flight))
+            self._spawn(self._fly(flight), flight)
         hurry(self._means, flight)
         joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
@@ -275,8 +276,24 @@ class Cache:
         if flight is None:
             flight = Flight(key, route, variant, since=self._means.clock(), ahead=True)
             self._flights[key] = flight
-            self._spawn(self._fly(flight))
+            self._spawn(self._fly(flight), flight)
         return await outcome(flight)
+
+    def take_over(self, route: Route, variant: Variant, *, inherits: bool) -> asyncio.Event | None:
+        """Go on with a fill that nobody leads or follows: it waits for its place as long as that takes.
+
+        `inherits`: its leader died while it streamed. The event is set at the fill's end; None when this
+        process has such a fill already.
+        """
+        key = route.key(variant)
+        if key in self._flights:
+            return None
+        flight = Flight(
+            key, route, variant, since=self._means.clock(), patient=not inherits, inherits=inherits
+        )
+        self._flights[key] = flight
+        self._spawn(self._fly(flight), flight)
+        return flight.ended
 
     async def _joined(self, flight: Flight) -> GrowingBody | Landing:
         """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""
@@ -341,13 +358,13 @@ class Cache:
 
     # --- tasks
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None], flight: Flight | None = None) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = flight
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a task of the cache failed", exc_info=error)
 
@@ -357,12 +374,13 @@ class Cache:
         return len(self._flights)
 
     async def stop(self) -> None:
-        """End all fills; their parts stay for resuming."""
+        """End all fills; their parts stay for resuming. Whole bodies are committed first."""
         tasks = list(self._tasks)
         for task in tasks:
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+            flight = self._tasks[task]
+            if flight is None or not flight.settling:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._entries.clear()
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:

@@ -1,6 +1,7 @@
 """Sums over stored bytes: a body's chunks, and JSON files that know their own sum; opens no file itself."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -33,6 +34,14 @@ class ChunkSums:
     def so_far(self) -> tuple[int, ...]:
         """The sums of all that was added; the last may be that of a chunk that is not whole yet."""
         return (*self.done, self._open.intdigest()) if self._open_bytes else tuple(self.done)
+
+    def foretold(self, pieces: Iterable[bytes | memoryview]) -> list[int]:
+        """The sums that adding `pieces`, the body's last, would bring about; nothing is added."""
+        other = ChunkSums()
+        other._open, other._open_bytes = self._open.copy(), self._open_bytes
+        for piece in pieces:
+            other.add(piece)
+        return list(other.finish())
 
     def finish(self) -> tuple[int, ...]:
         """All sums of the body, a last short chunk included."""

@@ -5,9 +5,10 @@ caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses 
 """
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -40,9 +41,12 @@ from gup.cache.store import OpenFile
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
+from gup.upstream.validators import Validators
 
 log = logging.getLogger("gup.fill")
 
+_MOST_CHANGES = 2
+"""So often upstream may have another body while one is being fetched, before the fill is given up."""
 _Result = TypeVar("_Result")
 
 
@@ -66,8 +70,12 @@ class Leader:
         """What `_writer` writes, be it shown already or not."""
         self._room = Room(means.space)
         self._courtesy = Courtesy(means, flight)
+        self._told: Mapping[str, Validators] = {}
+        """What upstreams told of the part under way, as its state has it."""
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
+        self._came_at: float | None = None
+        """When a part's last byte came, if it was found whole; Unix seconds."""
         self._began_at = means.clock()
 
     async def run(self) -> None:
@@ -107,6 +115,11 @@ class Leader:
             now = self._means.clock()
             self._flight.fail(prior.problem(now), prior.until - now)
             return
+        if prior.whole:
+            await self._finish_part(prior)
+            return
+        if prior.salvage is not None and self._flight.body is not None:
+            self._flight.inherits = True
         absent = await self._in_a_slot(prior)
         if isinstance(absent, Problem) and absent.slug == "upstream-not-found":
             # No slot is held meanwhile: the catalogue may have to be fetched itself.
@@ -164,15 +177,24 @@ class Leader:
             if await mend(self._means, self._flight, self._path, self._room, prior.damage):
                 return None
             self._bytes_changed = True
+        body: GrowingBody | None = None
         if prior.state is not None and prior.salvage is not None:
             body = await self._resume(prior.state, prior.salvage)
-            if body is not None:
+        for changes_left in range(_MOST_CHANGES, -1, -1):
+            if body is None:
+                remote = await self._ask_upstream(None, prior.record).begin()
+                if remote.status != 200:
+                    return await self._without_body(prior.record, remote)
+                body = await self._open_part(remote)
+            try:
                 await self._stream(body)
-                return None
-        remote = await self._ask_upstream(None, prior.record).begin()
-        if remote.status != 200:
-            return await self._without_body(prior.record, remote)
-        await self._stream(await self._open_part(remote))
+                break
+            except BodyChanged as error:
+                if not changes_left:
+                    raise
+                log.warning("%s is fetched anew: %s", self._key.text, str(error))
+                await self._give_up_generation()
+                body = None
         return None
 
     async def _without_body(
@@ -206,6 +228,8 @@ class Leader:
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
         await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
+        assert self._download is not None
+        self._told = self._download.told
         return await self._new_generation(head_of(self._key, remote, changed=self._bytes_changed))
 
     async def _new_generation(
@@ -259,28 +283,60 @@ class Leader:
         """
         assert state.head is not None
         await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
-        self._head, self._generation = state.head, state.generation
+        self._head, self._generation, self._told = state.head, state.generation, state.told
+        differs_at = salvage.size
         if salvage.whole:
             try:
                 return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
-            except BodyChanged:
+            except BodyChanged as error:
                 self._leave_upstream()
-                log.warning("the end of the part of %s is not what upstream has", self._key.text)
-        note_damage(self._means, "part", self._key, f"good up to byte {salvage.verified} of {salvage.size}")
-        if salvage.verified:
+                differs_at = error.offset
+                log.warning("the part of %s is not what upstream has: %s", self._key.text, str(error))
+        if differs_at >= salvage.verified:
+            detail = f"good up to byte {salvage.verified} of {salvage.size}"
+            note_damage(self._means, "part", self._key, detail)
+        if 0 < salvage.verified <= differs_at:
             body = await self._keep_good_chunks(state, salvage)
             try:
                 return await self._begin_again(state.head, body, replace(salvage, size=salvage.verified))
             except BodyChanged:
                 self._leave_upstream()
                 log.warning("upstream now has other bytes for %s: fetched anew", self._key.text)
+        await self._give_up_generation()
+        return None
+
+    async def _give_up_generation(self) -> None:
+        """Upstream has another body by now: readers are cut, here and elsewhere, and the part goes."""
+        self._leave_upstream()
         self._flight.detach()
-        self._head = None
-        await self._in_thread(drop_parts, self._means.store, self._key)
-        self._room.release(committed=False)
+        self._flight.settling = False
+        self._head, self._told, self._bytes_changed = None, {}, True
         self._writer = self._body = None
         self._start_over()
-        return None
+        await self._in_thread(drop_parts, self._means.store, self._key)
+        await self._on_disk(self._means.store.save_state, self._state())  # followers see it
+        self._room.release(committed=False)
+
+    async def _finish_part(self, prior: Prior) -> None:
+        """Commit a part that holds every byte: nobody has to be asked for anything."""
+        state, salvage = prior.state, prior.salvage
+        assert state is not None
+        assert state.head is not None
+        assert salvage is not None
+        self._head, self._generation, self._told = state.head, state.generation, state.told
+        self._flight.settling = True
+        try:
+            body = await self._reopen(state, salvage)
+            assert self._writer is not None
+            if not body.ended:
+                body.publish(max(salvage.size, body.published))
+                body.complete(salvage.size)
+            self._flight.attach(body)
+            self._came_at = os.fstat(self._writer.file.fd).st_mtime
+            await self._settle(self._writer, remote_of(state.head), state.head)
+        except OSError as error:
+            log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
+            self._flight.land(Landing.UNSTORABLE)
 
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
@@ -297,8 +353,10 @@ class Leader:
 
     async def _begin_again(self, head: Head, body: GrowingBody, salvage: Salvage) -> GrowingBody:
         """Ask for the rest; the body is shown when upstream has confirmed what of it was unsure."""
-        begun = Begun(remote_of(head), salvage.size, salvage.verified)
-        await self._ask_upstream(begun, None).begin()
+        begun = Begun(remote_of(head), salvage.size, salvage.verified, self._told)
+        download = self._ask_upstream(begun, None)
+        await download.begin()
+        self._told = download.told
         await self._show(body)
         return body
 
@@ -319,6 +377,8 @@ class Leader:
         assert download is not None
         async with WriteBehind(writer, lambda: self._room.twice(writer.write_sure)) as behind:
             while piece := await behind.beside(download.read):
+                if download.told is not self._told:
+                    await self._note_told(download)
                 writer.take(piece)
                 await self._room.keep(writer.received)
                 if writer.all_held:
@@ -328,6 +388,7 @@ class Leader:
                 if writer.written and not shown:
                     await self._show(body)
                 await self._courtesy.give_way()
+        self._flight.settling = True  # from here on it ends by itself, and soon
         await check_structure(self._means, self._flight, writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         assert download.head is not None
@@ -337,6 +398,13 @@ class Leader:
         else:
             body.complete(writer.written)
         await self._settle(writer, download.head, body.head)
+
+    async def _note_told(self, download: Download) -> None:
+        """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
+        self._told = download.told
+        if self._phase is Phase.STREAMING:
+            with contextlib.suppress(OSError):  # the next write will tell
+                await self._in_thread(self._means.store.save_state, self._state(head=self._head))
 
     async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
         """Make the body durable: its readers have it whole by now, and the link is another fill's."""
@@ -359,7 +427,8 @@ class Leader:
         now = means.wall_clock()
         route = self._flight.route
         record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
-        record = record.validated(validated_at(means, remote, route.immutable))
+        valid_at = validated_at(means, remote, route.immutable)
+        record = record.validated(valid_at if self._came_at is None else min(valid_at, self._came_at))
         state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
         replaced = await self._on_disk(commit, means.store, state)
         self._move(Phase.COMMITTED)
@@ -462,7 +531,7 @@ class Leader:
         failure = Failure.of(problem, ttl_seconds, means.clock())
         self._move(Phase.FAILED)
         head = None if drop else self._head
-        state = FillState(self._key, self._flight.route.kind, self._generation, Phase.FAILED, head, failure)
+        state = self._state(head, failure)
         try:
             await self._in_thread(save_failure, means.store, state, drop)
         except OSError as error:
@@ -484,7 +553,9 @@ class Leader:
     def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
         phase, path = self._phase, self._path
         kind, ahead = self._flight.route.kind, self._flight.ahead
-        return FillState(self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead)
+        return FillState(
+            self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead, told=self._told
+        )
 
     def _start_over(self) -> None:
         """What was streaming is given up: another generation begins where a first one would."""

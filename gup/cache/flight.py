@@ -91,6 +91,12 @@ class Flight:
     """Whether that damage is counted already."""
     ahead: bool = False
     """Whether nobody has asked for it: see gup.cache.ahead, which alone changes it."""
+    patient: bool = False
+    """Whether it may wait for its place for as long as that takes: no client waits for it."""
+    inherits: bool = False
+    """Whether its leader died while it streamed: whoever goes on has that leader's place."""
+    settling: bool = False
+    """Whether all of the body has come: this process does not end before the fill has."""
     share: Share = field(init=False)
     """What its bytes of the WAN are reckoned to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -123,10 +129,10 @@ class Flight:
         self._settle()
 
     def detach(self) -> None:
-        """The body is not to be read any more."""
+        """The body is not to be read any more; who comes now waits for the next one."""
         if self.body is not None:
             self.body.fail()
-            self.body = None
+            self.body = self._settled = None
 
     def land(self, landing: Landing) -> None:
         assert not self.over
@@ -147,13 +153,13 @@ class Flight:
 
         UNSTORABLE too when it goes on from memory, and its beginning is gone already.
         """
-        if self.body is None and not self.over:
-            self._settled = self._settled or asyncio.Event()
-            self._joining += 1
-            try:
+        self._joining += 1
+        try:
+            while self.body is None and not self.over:
+                self._settled = self._settled or asyncio.Event()
                 await self._settled.wait()
-            finally:
-                self._joining -= 1
+        finally:
+            self._joining -= 1
         if self.problem is not None:
             raise self.problem.again()
         if self.body is not None:

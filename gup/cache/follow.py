@@ -12,10 +12,11 @@ from gup.cache.store import OpenFile
 from gup.errors import is_exhausted
 
 _POLL_SECONDS = 0.004
+_LONGEST_POLL_SECONDS = 0.25
+_LATE = 0.1
+"""What has brought nothing new for some time is noticed late by this part of that time at most."""
 _IDLE_POLL_SECONDS = 0.1
 """Between two looks while nobody here waits."""
-_PATIENT_AFTER = 50
-"""Looks that found nothing new, after which they become rarer."""
 
 
 class Follower:
@@ -32,7 +33,8 @@ class Follower:
         self._state_seen: tuple[int, int] | None = None
         self._offset = flight.key.claim_offset
         self._want = Want(means, flight)
-        self._dull = 0
+        self._news_at = means.clock()
+        """When a look last found something new. A leader in the queue brings nothing new for long."""
 
     async def run(self) -> bool:
         """Follow until the flight is over (False) or the claim is free and is now ours (True)."""
@@ -59,17 +61,17 @@ class Follower:
         body = self._flight.body
         if body is not None and not body.readers:
             return _IDLE_POLL_SECONDS
-        return _POLL_SECONDS if self._dull < _PATIENT_AFTER else 4 * _POLL_SECONDS
+        silent_seconds = self._means.clock() - self._news_at
+        return min(max(_POLL_SECONDS, _LATE * silent_seconds), _LONGEST_POLL_SECONDS)
 
     def _look(self) -> bool:
         """One look; whether the flight is over."""
-        self._dull += 1
         if self._means.claims.taken(passing_offset(self._offset)):
             self._land_unstorable()
             return True
         state = self._changed_state()
         if state is not None:
-            self._dull = 0
+            self._news_at = self._means.clock()
             if self._follow_state(state):
                 return True
         body = self._flight.body
@@ -80,7 +82,7 @@ class Follower:
     def _publish(self, body: GrowingBody) -> None:
         size = os.fstat(body.fd).st_size
         if size > body.published:
-            self._dull = 0
+            self._news_at = self._means.clock()
             body.publish(size)
         if size == body.head.length:
             body.complete(size)  # its last bytes are written only when all has been found right
@@ -89,6 +91,8 @@ class Follower:
         body = self._flight.body
         if state.phase is Phase.STREAMING and (body is None or body.generation != state.generation):
             self._attach(state)
+        elif state.phase is Phase.REQUESTED:
+            self._flight.detach()  # the body that was begun is given up: upstream has another one by now
         elif state.phase is Phase.COMMITTED and state.record is not None:
             if body is not None and body.generation == state.generation and not body.ended:
                 body.publish(state.record.length)

@@ -21,31 +21,52 @@ ZIP_TAIL_BYTES = _ZIP_END_BYTES + 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class Salvage:
-    """What a part left by a dead leader is worth: its size, and how far its chunks agree with their sums."""
+    """What a part left by a dead leader is worth: its size, and how far its chunks agree with their sums.
+
+    `sealed`: all of it does, a last short chunk too; its sum is written when the body has been found right.
+    """
 
     size: int
     verified: int
     sums: list[int]
+    sealed: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether no chunk that has a sum is damaged."""
         return len(self.sums) * CHUNK_BYTES == self.verified
 
+    def holds(self, length: int | None) -> bool:
+        """Whether that is every byte of a body of this length. Of an unknown one a short chunk is the end."""
+        return self.sealed and (self.size == length if length is not None else self.size % CHUNK_BYTES > 0)
+
 
 def survey(part: Path, sums_file: Path) -> Salvage:
     """Compare a part with its sums. Blocks for as long as reading the part takes."""
     packed = sums_file.read_bytes() if sums_file.exists() else b""
-    sums = [int.from_bytes(packed[at : at + 8], "little") for at in range(0, len(packed) // 8 * 8, 8)]
+    kept = [int.from_bytes(packed[at : at + 8], "little") for at in range(0, len(packed) // 8 * 8, 8)]
     with part.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        sums = sums[: size // CHUNK_BYTES]
+        sums = kept[: size // CHUNK_BYTES]
         good = 0
         for expected in sums:
             if chunk_sum(os.pread(file.fileno(), CHUNK_BYTES, good * CHUNK_BYTES)) != expected:
                 break
             good += 1
-    return Salvage(size, good * CHUNK_BYTES, sums)
+        sealed = good == size // CHUNK_BYTES and len(kept) == -(-size // CHUNK_BYTES) > 0
+        if sealed and size % CHUNK_BYTES:
+            sealed = chunk_sum(os.pread(file.fileno(), CHUNK_BYTES, good * CHUNK_BYTES)) == kept[-1]
+    return Salvage(size, good * CHUNK_BYTES, sums, sealed)
+
+
+def ends_as_named(part: Path, file: str) -> bool:
+    """Whether a whole part can be the file of this name: see `zip_end_is_right`."""
+    if not file.lower().endswith(".zip"):
+        return True
+    with part.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = max(0, size - ZIP_TAIL_BYTES)
+        return zip_end_is_right(os.pread(opened.fileno(), size - start, start))
 
 
 def zip_end_is_right(tail: bytes) -> bool:
@@ -154,8 +175,11 @@ class PartWriter:
         return not self._in_file and self.received == self._length
 
     async def write_withheld(self) -> None:
-        """Publish the end: the whole has been found right."""
-        await self._write(self.received - self.written)
+        """Publish the end: the whole has been found right.
+
+        The sum of a last short chunk is written before: a part of full size can be told to be whole.
+        """
+        await self._write(self.received - self.written, last=True)
 
     @property
     def file(self) -> OpenFile:
@@ -188,12 +212,12 @@ class PartWriter:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, os.pread, self.file.fd, in_file, offset) + held
 
-    async def _write(self, amount: int) -> None:
+    async def _write(self, amount: int, *, last: bool = False) -> None:
         if amount <= 0:
             return
         pieces = list(self._first_held(amount))
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._write_now, pieces)
+        await loop.run_in_executor(self._executor, self._write_now, pieces, last)
         for piece in pieces:
             whole = self._held.popleft()
             if len(piece) < len(whole):
@@ -208,9 +232,12 @@ class PartWriter:
             yield piece[:amount]
             amount -= len(piece)
 
-    def _write_now(self, pieces: list[memoryview]) -> None:
+    def _write_now(self, pieces: list[memoryview], last: bool) -> None:
         """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
         file, at = self._opened(), self.written
+        if last and self._sums_file is not None and self._in_file == at:
+            sums = _packed(self._sums.foretold(pieces))
+            os.pwrite(self._sums_file.fd, sums, 8 * len(self._sums.done))
         for piece in pieces:
             while rest := piece[max(0, self._in_file - at) :]:
                 done = os.pwrite(file.fd, rest, self._in_file)

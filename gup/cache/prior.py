@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gup.cache.chunks import bad_chunks
 from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
-from gup.cache.part import Salvage, survey
+from gup.cache.part import Salvage, ends_as_named, survey
 from gup.cache.record import Record
 from gup.cache.state import Failure, FillState, Phase
 from gup.cache.store import OpenFile, Store
@@ -39,6 +39,8 @@ class Prior:
     record: Record | None = None
     state: FillState | None = None
     salvage: Salvage | None = None
+    whole: bool = False
+    """Whether the part holds every byte of the body: it is committed, and nobody asked."""
     damage: Damage | None = None
     unstorable: str | None = None
     """Why it is not to be stored."""
@@ -49,10 +51,11 @@ class Prior:
 def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     """Look the key up again now that it is claimed.
 
-    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. So
-    does a failure that still stands; what can't be stored is not tried to be stored for as long. 4. Of a body
-    that is suspect, or not as recorded, every chunk is looked at: right after all, it ends the flight.
-    5. Otherwise the part worth going on with is kept, others go.
+    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. A
+    part that holds every byte is to be committed. 4. A failure that still stands ends the flight; what can't
+    be stored is not tried to be stored for as long. 5. Of a body that is suspect, or not as recorded, every
+    chunk is looked at: right after all, it ends the flight. 6. Otherwise the part worth going on with is
+    kept, others go.
     """
     key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
     state = _load_state(means, key)
@@ -65,6 +68,9 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     sound = record is not None and not suspect and means.store.open_body(record) is not None
     if record is not None and sound and (immutable or is_fresh(means, record)):
         return Landing.COMMITTED
+    finished = _whole_part(means, key, state) if state is not None and not suspect else None
+    if finished is not None:
+        return Prior(record, state, finished, whole=True)
     standing = _standing(means, flight, state, record if sound else None)
     if standing is not None:
         return standing
@@ -132,6 +138,27 @@ def _salvage(
                 continue
         store.drop_part(key.id, generation)
     return (state, kept) if kept is not None else (None, None)
+
+
+def _whole_part(means: Means, key: ContentKey, state: FillState) -> Salvage | None:
+    """The part, if it holds every byte of its body; one that does and can't be what its name says goes."""
+    store, head = means.store, state.head
+    if head is None:
+        return None
+    path = store.part_path(key.id, state.generation)
+    try:
+        if head.length is not None and path.stat().st_size != head.length:
+            return None
+        salvage = _survey(store, key, state.generation)
+        if salvage is None or not salvage.holds(head.length):
+            return None
+        if ends_as_named(path, key.file):
+            return salvage
+    except OSError:
+        return None
+    note_damage(means, "part", key, f"it does not end as {key.file} should")
+    store.drop_part(key.id, state.generation)
+    return None
 
 
 def _survey(store: Store, key: ContentKey, generation: int) -> Salvage | None:

@@ -7,10 +7,15 @@ processes.
 
 A fill that will not have its place within its patience is refused at once rather than when its patience has
 ended: by what waits before it and by how long fills held their places lately.
+
+Who goes on with a fill whose leader died *inherits* that leader's place. The kernel has freed it by then, and
+another fill may have it already: so there are places for heirs alone, and as long as one is taken, a bulk
+place less is given.
 """
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from bisect import insort
@@ -65,11 +70,13 @@ class FillQueue:
         self,
         urgent: Slots,
         bulk: Slots,
+        inherited: Slots,
         patience_seconds: Callable[[], float],
         turns: Turns,
         backlog: Backlog,
     ) -> None:
         self._classes = (urgent, bulk)
+        self._inherited = inherited
         self._patience_seconds = patience_seconds
         self._turns = turns
         self._backlog = backlog
@@ -120,7 +127,7 @@ class FillQueue:
 
     def idle(self) -> bool:
         """Whether no process has a fill that streams or waits."""
-        return not self.waiting() and not any(slots.taken() for slots in self._classes)
+        return not self.waiting() and not any(slots.taken() for slots in (*self._classes, self._inherited))
 
     def waiting(self) -> int:
         """Fills that wait for their place, in all processes."""
@@ -129,19 +136,26 @@ class FillQueue:
     # --- waiting
 
     @contextlib.asynccontextmanager
-    async def held(self, priority: int, waited_seconds: float) -> AsyncIterator[Place | None]:
+    async def held(
+        self, priority: int, waited_seconds: float, *, inherits: bool = False, patient: bool = False
+    ) -> AsyncIterator[Place | None]:
         """Hold a place for the block, or until it is left; None when there is none in what patience is left.
 
-        `waited_seconds` is how long those who want this fill have waited already.
+        `waited_seconds` is how long those who want this fill have waited already. Who `inherits` waits for
+        nothing, who is `patient` for as long as it takes: neither is refused.
         """
-        number = await self._take(priority, self._patience_seconds() - waited_seconds)
-        if number is None:
+        taken = self._inherit(priority) if inherits else None
+        if taken is None:
+            left = math.inf if inherits or patient else self._patience_seconds() - waited_seconds
+            taken = await self._take(priority, left)
+        if taken is None:
             yield None
             return
+        slots, number = taken
         began = time.monotonic()
 
         def leave() -> None:
-            self._classes[_class(priority)].give_back(number)
+            slots.give_back(number)
             self._backlog.held(_class(priority), time.monotonic() - began)
 
         place = Place(leave)
@@ -150,10 +164,17 @@ class FillQueue:
         finally:
             place.leave()
 
-    async def _take(self, priority: int, patience_seconds: float) -> int | None:
+    def _inherit(self, priority: int) -> "_Taken | None":
+        """A dead leader's place, or what stands for it."""
+        taken = self._try(priority)
+        if taken is None and (number := self._inherited.try_take()) is not None:
+            taken = self._inherited, number
+        return taken
+
+    async def _take(self, priority: int, patience_seconds: float) -> "_Taken | None":
         if not self._waiting and self._turns.free() and (place := self._try(priority)) is not None:
             return place
-        if self.hopeless(priority):
+        if patience_seconds < math.inf and self.hopeless(priority):
             return None
         self._numbers += 1
         me = _Waiter(priority, self._numbers)
@@ -173,7 +194,7 @@ class FillQueue:
         if first is not None:
             first.first.set()
 
-    async def _wait(self, me: _Waiter, deadline: float) -> int | None:
+    async def _wait(self, me: _Waiter, deadline: float) -> "_Taken | None":
         while (left := deadline - time.monotonic()) > 0:
             if self._waiting[0] is me:
                 if self._turns.mine() and (place := self._try(me.priority)) is not None:
@@ -190,17 +211,25 @@ class FillQueue:
 
     # --- places
 
-    def _try(self, priority: int) -> int | None:
+    def _try(self, priority: int) -> "_Taken | None":
         urgent, bulk = self._classes
         if _class(priority) == 0:
-            return urgent.try_take()
-        return bulk.try_take(bulk.count() - urgent.taken())
+            number = urgent.try_take()
+            return None if number is None else (urgent, number)
+        number = bulk.try_take(bulk.count() - urgent.taken() - self._inherited.taken())
+        return None if number is None else (bulk, number)
 
     def _room(self, priority: int) -> bool:
         """Whether a place is free, as far as one can tell without taking it."""
         urgent, bulk = self._classes
-        taken = urgent.taken() + (bulk.taken() if _class(priority) else 0)
+        taken = urgent.taken()
+        if _class(priority):
+            taken += bulk.taken() + self._inherited.taken()
         return taken < urgent.count()
+
+
+_Taken = tuple[Slots, int]
+"""A place: of which slots, and its number."""
 
 
 def _class(priority: int) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gup.cache.claim import Claims
@@ -20,6 +20,8 @@ log = logging.getLogger("gup.recovery")
 _ORPHANED_SECONDS = 2.0
 """A fill without a leader for this long is taken over even if no client waits for it."""
 _LONGEST_ORPHANED_SECONDS = 300.0
+_MOST_AT_ONCE = 4
+"""Fills that are gone on with at a time, whole bodies aside: each holds its key's claim while it waits."""
 _TEMPORARY_SECONDS = 3600.0
 """Where a temporary file's name does not tell that its writer is dead."""
 
@@ -38,15 +40,25 @@ def route_of(state: FillState) -> Route:
     )
 
 
+def _has_all(part: Part, state: FillState) -> bool:
+    """Whether the part has as many bytes as its body: then it needs no upstream, if they are right."""
+    head = state.head
+    return head is not None and part.generation == state.generation and part.size_bytes == head.length
+
+
 class Recovery:
-    """One pass at a time, in the controller. `take_over` opens a fill as a client would, and leaves it."""
+    """One pass at a time, in the controller.
+
+    `take_over` goes on with a fill; told whether its leader was seen to be at it, it has that one's place.
+    What it returns is set when the fill has ended, None when it is under way already.
+    """
 
     def __init__(
         self,
         store: Store,
         claims: Claims,
         counters: Counters,
-        take_over: Callable[[Route], Awaitable[None]],
+        take_over: Callable[[Route, bool], asyncio.Event | None],
         tell: Callable[[Mapping[str, object]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -59,6 +71,9 @@ class Recovery:
         self._orphans: dict[str, float] = {}
         """When a streaming part is to be taken over, by id."""
         self._tries: dict[str, int] = {}
+        self._led: set[str] = set()
+        """Streaming parts that had a leader at the last look."""
+        self._going_on: list[asyncio.Event] = []
         self._refused: set[str] = set()
         """What the disk did not let be tidied: told once."""
 
@@ -71,24 +86,32 @@ class Recovery:
         present = {part.id for part in parts}
         self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in present}
         self._refused &= present
+        self._going_on = [ended for ended in self._going_on if not ended.is_set()]
         for part in orphans:
             state = part.state
-            if state is not None and state.phase is Phase.STREAMING and part.generation and state.path:
-                if not state.ahead:
-                    await self._watch(part, state)
-            else:
+            if state is None or not part.generation or not state.path:
                 await self._tidy_or_tell(part)
+            elif _has_all(part, state):
+                self._watch(part, state, first_seconds=0.0)
+            elif state.phase is not Phase.STREAMING:
+                await self._tidy_or_tell(part)
+            elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
+                self._watch(part, state, first_seconds=_ORPHANED_SECONDS)
+        led = {part.id for part in parts if part.claimed and part.generation}
+        self._led = led | (self._led & set(self._orphans))
         await asyncio.to_thread(self._drop_leftovers)
 
-    async def _watch(self, part: Part, state: FillState) -> None:
+    def _watch(self, part: Part, state: FillState, *, first_seconds: float) -> None:
         """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
         tries = self._tries.get(part.id, 0)
-        patience = min(_ORPHANED_SECONDS * 2**tries, _LONGEST_ORPHANED_SECONDS)
+        patience = min(first_seconds + _ORPHANED_SECONDS * (2**tries - 1), _LONGEST_ORPHANED_SECONDS)
         if self._clock() >= self._orphans.setdefault(part.id, self._clock() + patience):
             del self._orphans[part.id]
             self._tries[part.id] = min(tries + 1, 16)
             log.info("nobody goes on with %s: taking it over", state.key.text)
-            await self._take_over(route_of(state))
+            ended = self._take_over(route_of(state), part.id in self._led)
+            if ended is not None:
+                self._going_on.append(ended)
 
     async def _tidy_or_tell(self, part: Part) -> None:
         try:
@@ -118,18 +141,18 @@ class Recovery:
             log.warning("damaged state of %s: %s", part.id, error)
             self._counters.add("gup_integrity_failures_total", where="state")
             state = None
-        generations = store.generations(part.id)
         if state is not None and state.phase is Phase.COMMITTED:
             store.finish_commit(state)
             if state.record is not None:
                 self._tell(committed(state.record, replaced=False))
             log.info("finished the commit of %s", state.key.text)
             return
-        for generation in generations:
-            if state is None or state.head is None or generation != state.generation:
-                log.info("dropped a part that nobody can go on with: %s.%d", part.id, generation)
-                store.drop_part(part.id, generation)
-        resumable = state is not None and state.head is not None and state.generation in generations
+        resumable = False
+        if state is not None and state.head is not None:
+            resumable = store.part_path(part.id, state.generation).exists()
+        if part.generation and (state is None or state.head is None or part.generation != state.generation):
+            log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
+            store.drop_part(part.id, part.generation)
         stands = state is not None and state.failure is not None and state.failure.stands(self._clock())
         if not resumable and not stands:
             store.drop_state(part.id)

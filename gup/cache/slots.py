@@ -29,5 +29,7 @@ class Slots:
         self._claims.release(place)
 
     def taken(self) -> int:
-        """How many places all processes hold at this moment: a system call for each."""
+        """How many places all processes hold at this moment: a system call for each, if there are any."""
+        if not self._claims.any_taken(self._first, self._count()):
+            return 0
         return sum(self._claims.taken(place) for place in range(self._first, self._first + self._count()))

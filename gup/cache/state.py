@@ -1,6 +1,7 @@
 """Where a fill stands, for other processes and the next start: phases, their table, the state file."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -8,6 +9,7 @@ from gup.cache.checksum import seal, unseal
 from gup.cache.record import FORMAT, Head, Record
 from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS, Problem
+from gup.upstream.validators import Validators
 
 
 class Phase(StrEnum):
@@ -79,6 +81,8 @@ class FillState:
     """What upstream is asked for: lets anybody take the fill over."""
     ahead: bool = False
     """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
+    told: Mapping[str, Validators] = field(default_factory=dict)
+    """The validators of each upstream that has given a part of the body: who goes on compares them."""
 
     def encode(self) -> bytes:
         failure = self.failure
@@ -94,6 +98,7 @@ class FillState:
                 "record": self.record.to_json() if self.record else None,
                 "path": self.path,
                 "ahead": self.ahead,
+                "told": {name: validators.to_json() for name, validators in self.told.items()},
             }
         )
 
@@ -103,7 +108,7 @@ class FillState:
         fields = unseal(text)
         try:
             return cls._from_json(fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a state file: {error}") from error
 
     @classmethod
@@ -120,4 +125,5 @@ class FillState:
             record=Record.from_json(fields["record"]) if fields["record"] else None,
             path=str(fields["path"]),
             ahead=fields.get("ahead") is True,
+            told={name: Validators.from_json(row) for name, row in fields.get("told", {}).items()},
         )

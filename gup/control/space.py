@@ -222,17 +222,18 @@ class Space:
         return done
 
     def _remove_part(self, part: Part) -> bool:
-        """Remove a part if it is still as it was when the plan was made."""
-        now = [row for row in self._store.parts(self._claims) if row.id == part.id]
-        same = [
-            row for row in now if (row.generation, row.modified_at) == (part.generation, part.modified_at)
-        ]
-        if not same:
+        """Remove a part if it is still as it was when the plan was made. The caller holds the key's claim."""
+        store = self._store
+        path = store.part_path(part.id, part.generation) if part.generation else store.state_path(part.id)
+        try:
+            if path.stat().st_mtime != part.modified_at:
+                return False
+        except FileNotFoundError:
             return False
-        if part.generation and len(now) > 1:  # the state belongs to another generation
-            self._store.drop_part(part.id, part.generation)
+        if part.generation and _is_of_another(part, store):
+            store.drop_part(part.id, part.generation)
         else:
-            self._store.remove_part(part)
+            store.remove_part(part)
         return True
 
     async def purge(self, key: ContentKey) -> int:
@@ -247,6 +248,17 @@ class Space:
         self._disk = disk
         if self._index.complete:
             self._set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)
+
+
+def _is_of_another(part: Part, store: Store) -> bool:
+    """Whether the state belongs to another generation of which there is a part."""
+    try:
+        state = store.load_state(part.id)
+    except ValueError:
+        return False
+    if state is None or state.generation == part.generation:
+        return False
+    return store.part_path(part.id, state.generation).exists()
 
 
 def _offset(eviction: Eviction) -> int:

@@ -47,6 +47,8 @@ FILL_BACKLOG = FILL_TURNS + MOST_BLOCKS
 assert FILL_BACKLOG + MOST_BLOCKS + CLASSES <= SPARE + SPARE_WORDS
 
 _URGENT_FIRST = 10_000
+_INHERITED_FIRST = 20_000
+"""As many as a dead process can have held: `fill.max` of each class."""
 
 _RANGE_BYPASS_FIRST = 100_000
 _RANGE_BYPASS_PLACES = 2
@@ -168,6 +170,7 @@ class Assembly:
         return FillQueue(
             Slots(places, _URGENT_FIRST, most),
             Slots(places, 0, most),
+            Slots(places, _INHERITED_FIRST, lambda: 2 * most()),
             lambda: self.means.settings.fill.queue_timeout,
             self._turns(FILL_TURNS),
             Backlog(

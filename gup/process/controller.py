@@ -1,7 +1,6 @@
 """The controller's main: puts the control plane together, runs until it is told to stop."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from gup.content.rulebook import Rulebook
 from gup.control.ageing import AgeClock
 from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
-from gup.errors import Problem
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
@@ -112,6 +110,7 @@ class Controller:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._assembly.cache.stop()  # its commits are told to the control plane
         await self._control.stop()
         await self._assembly.close()
 
@@ -147,12 +146,9 @@ class Controller:
         choices = Choices(Rulebook(settings), self._catalogues.catalogues, settings.upstream)
         return choices.places(stream)
 
-    async def _take_over(self, route: Route) -> None:
-        """Open the body as a client would; the fill goes on when this reader has left."""
+    def _take_over(self, route: Route, inherits: bool) -> asyncio.Event | None:
         assert route.variant is not None
-        with contextlib.suppress(Problem):  # kept as the fill's failure
-            opened = await self._assembly.cache.open(route, route.variant)
-            opened.body.leave()
+        return self._assembly.cache.take_over(route, route.variant, inherits=inherits)
 
     def _tell_itself(self, event: Mapping[str, object]) -> None:
         """The way of a worker's events leads here; what this process's own fills tell goes straight in."""

@@ -156,6 +156,7 @@ class Worker:
 
     async def _drain(self) -> None:
         await self._listener.drain(self._assembly.settings.listen.drain_timeout)
+        await self._assembly.cache.stop()  # what clients have whole is committed before this worker ends
         self._drained_soon = True
         self._each_second(self._assembly.means.wall_clock())
         self._parent.send({"drained": True})

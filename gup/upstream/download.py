@@ -1,19 +1,21 @@
 """One body from upstream, over as many tries and upstreams as it takes; never writes it anywhere.
 
-A try that breaks off is resumed where the body stands: an overlap is asked for again and compared, so that
+A try that breaks off is resumed where the body stands: an overlap is asked for again and compared. Where an
+upstream's validators have changed meanwhile, that is not enough: then all that was received is compared. So
 two halves of different bodies are never joined.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from gup.errors import GupError
 from gup.metrics import Counters
 from gup.upstream.connection import Answer, Ask, Upstream
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 from gup.upstream.pool import Pool
+from gup.upstream.validators import Validators
 
 OVERLAP_BYTES = 64 * 1024
 """Asked for again at a resume and compared with what is there."""
@@ -25,18 +27,38 @@ _LONGEST_BACKOFF_SECONDS = 5.0
 
 
 class BodyChanged(GupError):  # noqa: N818 - an observation, not our error
-    """An upstream has other bytes under this name than those received before."""
+    """An upstream has another body under this name than the one begun; `offset` is where they differ, 0 when
+    that is known without a look at the bytes.
+    """
+
+    def __init__(self, detail: str, offset: int = 0) -> None:
+        super().__init__(detail)
+        self.offset = offset
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
     """A body that is partly here: its head as first told, how many of its bytes are here, and how many of
-    these are known to be good; the rest is compared with the upstream's.
+    these are known to be good; the rest is compared with the upstream's. `told` are the validators of each
+    upstream that has given a part of it.
     """
 
     head: RemoteHead
     received: int
     verified: int
+    told: Mapping[str, Validators] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Source:
+    """What one upstream told of the body, and up to where what is here is known to agree with that.
+
+    `furthest` is where an earlier comparison got to, under whatever validators.
+    """
+
+    validators: Validators
+    compared_to: int = _NEVER
+    furthest: int = 0
 
 
 class Download:
@@ -77,6 +99,15 @@ class Download:
         self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
         self._spent: set[str] = set()
         self._asked: set[str] = set()  # since the last new byte
+        self._sources: dict[str, _Source] = {}
+        self.told: Mapping[str, Validators] = {}
+        """The validators of each upstream whose bytes are in the body; replaced when there is another one."""
+        self._first = Validators()
+        if begun is not None:
+            head = begun.head
+            self.told = begun.told or {head.upstream: Validators(head.etag, head.last_modified)}
+            self._sources = {name: _Source(validators) for name, validators in self.told.items()}
+            self._first = self.told.get(head.upstream) or Validators(head.etag, head.last_modified)
         self._last_upstream: str | None = begun.head.upstream if begun else None
         self._last_new_byte = clock()
 
@@ -206,75 +237,133 @@ class Download:
         self._upstreams = [*(other for other in self._upstreams if other is not upstream), upstream]
 
     async def _try(self, upstream: Upstream) -> RemoteHead:
-        answer = await self._pool.ask(upstream, self._next_ask(upstream))
-        if isinstance(answer, RemoteHead):
-            if self.head is None:
-                return answer
-            detail = f"{upstream.name} answered {answer.status} in mid-body"
-            raise UpstreamFailure("not_found", "upstream-error", detail, again=False)
-        self._answer = answer
         if self.head is None:
-            self.head = self._answer.head
+            answer = await self._pool.ask(upstream, self._template)
+            if isinstance(answer, RemoteHead):
+                return answer
+            self._answer, self.head, self._first = answer, answer.head, answer.head.validators
+            self._tell_source(answer.head)
             return self.head
+        answer = await self._ask_for_rest(upstream)
         if self._resumed:
             self._counters.add("gup_fill_resumes_total", reason=self._resumed)
-        await self._align(self._answer)
-        return self._answer.head
-
-    def _next_ask(self, upstream: Upstream) -> Ask:
-        ask = self._template
-        if self.head is None:
-            return ask
-        start = max(0, min(self.received, self._unsure_from) - OVERLAP_BYTES)
-        # Another upstream may tag the same bytes otherwise: of immutable content the overlap decides.
-        own = upstream.name == self.head.upstream or not self._immutable
-        if_range = self.head.etag if own else None
-        return replace(ask, start=start, if_range=if_range, if_none_match=None, if_modified_since=None)
+        await self._align(answer)
+        return answer.head
 
     # --- resuming
 
+    async def _ask_for_rest(self, upstream: Upstream) -> Answer:
+        """An answer that `_align` brings to where the body stands.
+
+        From the upstream's first byte when its validators are others than before, or when it has no such
+        range any more: its body may be another one, and an overlap does not tell.
+        """
+        while True:
+            ask = self._next_ask(upstream)
+            try:
+                answer = await self._pool.ask(upstream, ask)
+            except UpstreamFailure as failure:
+                if failure.status == 416 and ask.start and upstream.name in self._sources:
+                    self._doubt(upstream.name, Validators())
+                    continue
+                raise
+            if isinstance(answer, RemoteHead):
+                detail = f"{upstream.name} answered {answer.status} in mid-body"
+                raise UpstreamFailure("not_found", "upstream-error", detail, again=False)
+            self._answer = answer
+            self._check_length(answer.head)
+            if self._may_join(answer.head, vouched=answer.head.status == 206 and bool(ask.if_range)):
+                return answer
+            if not self.received:
+                raise BodyChanged(f"{upstream.name} tells other validators than before")
+            self._doubt(upstream.name, answer.head.validators)
+            if answer.head.start == 0:
+                return answer
+            self._drop_answer()
+
+    def _doubt(self, name: str, now: Validators) -> None:
+        """The upstream may have another body by now: nothing that is here is known to agree with it."""
+        before = self._sources.get(name)
+        self._sources[name] = _Source(now, 0, before.furthest if before else 0)
+
+    def _next_ask(self, upstream: Upstream) -> Ask:
+        source = self._sources.get(upstream.name)
+        sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
+        # Another upstream may tag the same bytes otherwise: of immutable content the overlap decides.
+        validators = source.validators if source else Validators() if self._immutable else self._first
+        return replace(
+            self._template,
+            start=max(0, sure_to - OVERLAP_BYTES),
+            if_range=validators.if_range,
+            if_none_match=None,
+            if_modified_since=None,
+        )
+
+    def _check_length(self, remote: RemoteHead) -> None:
+        """UpstreamFailure or BodyChanged when `remote` is of another length than this body."""
+        assert self.head is not None
+        if remote.length is None or self.head.length is None or remote.length == self.head.length:
+            return
+        detail = f"{remote.upstream} now tells {remote.length} bytes, not {self.head.length}"
+        if self._immutable and remote.upstream not in self._sources:
+            raise rejected(detail)  # another upstream may have the body that was begun
+        raise BodyChanged(detail)
+
+    def _may_join(self, remote: RemoteHead, *, vouched: bool) -> bool:
+        """Whether an equal overlap is enough to go on with `remote`."""
+        assert self.head is not None
+        source = self._sources.get(remote.upstream)
+        if source is not None:
+            return source.validators.same_as(remote.validators, vouched=vouched)
+        if self._immutable and self.head.length is not None and remote.length is not None:
+            return True
+        return self._first.same_as(remote.validators, vouched=vouched)
+
     async def _align(self, answer: Answer) -> None:
         """Bring a new answer to where the body stands, comparing all it sends until there."""
-        self._check_same(answer.head)
-        position = answer.head.start
+        head, source = answer.head, self._sources.get(answer.head.upstream)
+        position = head.start
         if position > self.received:
-            raise rejected(f"{answer.head.upstream} answered from byte {position}, not from where asked")
+            raise rejected(f"{head.upstream} answered from byte {position}, not from where asked")
         while position < self.received:
             piece = await answer.read()
             if not piece:
                 raise UpstreamFailure(
-                    "error", "upstream-error", f"{answer.head.upstream} broke off again", again=True
+                    "error", "upstream-error", f"{head.upstream} broke off again", again=True
                 )
             known = piece[: self.received - position]
             self._waste("overlap", len(known))
-            if known != await self._reread(position, len(known)):
+            here = await self._reread(position, len(known))
+            if known != here:
                 self._waste("mismatch", len(piece) - len(known))
-                raise BodyChanged(f"{answer.head.upstream} has other bytes than those received before")
+                detail = f"{head.upstream} has other bytes than those received before"
+                raise BodyChanged(detail, position + _first_difference(known, here))
             position += len(known)
-            if position > self._unsure_from:  # what was compared is not asked for again after another break
-                self._unsure_from = position
-                self._note_gain()
+            self._note_compared(source, position)
             self._ready = piece[len(known) :]
         self._unsure_from = _NEVER
-        length = answer.head.length
-        if length is not None and self.received + len(self._ready) > length:
-            raise rejected(f"{answer.head.upstream} sent more than the {length} bytes it announced")
+        self._tell_source(head)
+        if head.length is not None and self.received + len(self._ready) > head.length:
+            raise rejected(f"{head.upstream} sent more than the {head.length} bytes it announced")
 
-    def _check_same(self, remote: RemoteHead) -> None:
-        """UpstreamFailure or BodyChanged when `remote` can't be the rest of this body."""
-        assert self.head is not None
-        if remote.length is not None and self.head.length is not None and remote.length != self.head.length:
-            detail = f"{remote.upstream} now tells {remote.length} bytes, not {self.head.length}"
-            if self._immutable:
-                raise rejected(detail)
-            raise BodyChanged(detail)
-        same = (
-            remote.etag == self.head.etag
-            if remote.etag and self.head.etag
-            else remote.last_modified == self.head.last_modified
-        )
-        if not same and not (self._immutable and self.head.length is not None):
-            raise BodyChanged(f"{remote.upstream} tells other validators than before")
+    def _note_compared(self, source: _Source | None, position: int) -> None:
+        """What was compared is not asked for again after another break."""
+        further = position > self._unsure_from
+        if further:
+            self._unsure_from = position
+        if source is not None and position > source.compared_to:
+            source.compared_to = position
+            further = further or position > source.furthest
+            source.furthest = max(source.furthest, position)
+        if further:
+            self._note_gain()
+
+    def _tell_source(self, remote: RemoteHead) -> None:
+        """All that is here agrees with what this upstream has under these validators."""
+        source = self._sources.get(remote.upstream)
+        if source is None or source.compared_to != _NEVER:
+            self._sources[remote.upstream] = _Source(remote.validators, furthest=self.received)
+            self.told = {**self.told, remote.upstream: remote.validators}
 
     def _waste(self, reason: str, amount: int) -> None:
         if amount:
@@ -285,3 +374,9 @@ class Download:
         if self._answer is not None:
             self._answer.close()
             self._answer = None
+
+
+def _first_difference(one: bytes, other: bytes) -> int:
+    return next(
+        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )

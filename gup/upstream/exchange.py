@@ -4,10 +4,11 @@ import asyncio
 import re
 import ssl
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from gup.errors import GupError, exhausted, is_exhausted
+from gup.upstream.validators import Validators
 
 if TYPE_CHECKING:
     import aiohttp
@@ -55,6 +56,8 @@ class RemoteHead:
     content_type: str
     upstream: str
     age_seconds: int = 0
+    validators: Validators = field(default_factory=Validators)
+    """As the answer had them, a weak tag too."""
 
 
 def read_age(text: str | None) -> int:
@@ -149,15 +152,16 @@ def read_head(response: "aiohttp.ClientResponse", name: str) -> RemoteHead:
     start, length = _extent(response, name)
     if length == 0:
         raise rejected(f"{name} sent an empty body")
-    etag = headers.get("ETag")
+    etag, last_modified = headers.get("ETag"), headers.get("Last-Modified")
     return RemoteHead(
         response.status,
         start,
         length,
         etag if etag and etag.startswith('"') else None,
-        headers.get("Last-Modified"),
+        last_modified,
         content_type,
         name,
+        validators=Validators.of(etag, last_modified, headers.get("Date")),
     )
 
 

@@ -29,6 +29,7 @@ class Site:
             FillQueue(
                 Slots(claims, 1000, lambda: self.most),
                 Slots(claims, 0, lambda: self.most),
+                Slots(claims, 2000, lambda: 2 * self.most),
                 lambda: self.patience,
                 Turns(turns, number, self.live.__contains__),
                 Backlog(waiting, self.held, number, self.live.__contains__),

@@ -59,12 +59,8 @@ async def get(worker: Worker, crash: Crash, path: str) -> None:
 
 
 def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> Recovery:
-    async def take_over(found) -> None:
-        try:
-            opened = await worker.cache.open(found, found.variant)
-        except Problem:
-            return
-        opened.body.leave()
+    def take_over(found, inherits: bool) -> asyncio.Event | None:
+        return worker.cache.take_over(found, found.variant, inherits=inherits)
 
     return Recovery(
         worker.means.store, worker.means.claims, worker.means.counters, take_over, worker.means.tell, clock

@@ -130,6 +130,7 @@ async def working(
     queue = FillQueue(
         Slots(places, 10_000, lambda: settings.fill.max),
         Slots(places, 0, lambda: settings.fill.max),
+        Slots(places, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
         Turns.alone(),
         Backlog.alone(),
