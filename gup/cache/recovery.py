@@ -130,7 +130,7 @@ class Recovery:
                 log.info("dropped a part that nobody can go on with: %s.%d", part.id, generation)
                 store.drop_part(part.id, generation)
         resumable = state is not None and state.head is not None and state.generation in generations
-        stands = state is not None and state.failure is not None and state.failure.stands(self._clock())
+        stands = state is not None and state.stands(self._clock())
         if not resumable and not stands:
             store.drop_state(part.id)
 
