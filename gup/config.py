@@ -42,6 +42,7 @@ from gup.fields import (
     Timeout,
     TimeZone,
     Url,
+    UrlPath,
     Variant,
     Weight,
     Words,
@@ -140,6 +141,11 @@ class Upstream(Section):
     read_timeout: Timeout = row(15.0, "Time for any byte of an answer.")
     give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams.")
     health_interval: Duration = row(30.0, "Time between health checks while all is well; 0 makes none.")
+    health_path: UrlPath | None = row(
+        None,
+        "Path that health checks ask for with HEAD, any answer being right; left out, ContentInfo.txt of a "
+        "manager, minitri.flg of LiveUpdate, / of a gup.",
+    )
 
     @model_validator(mode="before")
     @classmethod

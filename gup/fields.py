@@ -17,6 +17,7 @@ MIN_CACHE_BYTES = 10**6
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#\"\\]+)(?::[0-9]{1,5})?"
+_URL_PATH = re.compile(r"/[!-\"$->@-~]*")
 _URL = re.compile(rf"https?://{_HOST}(?:/[^\s?#]*)?")
 _PROXY = re.compile(rf"https?://(?:[^\s/@]+@)?{_HOST}/?")
 _GUP_SETS = frozenset(
@@ -90,6 +91,12 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _url_path(value: str) -> str:
+    if not _URL_PATH.fullmatch(value):
+        raise ValueError("must be a URL's path that begins with /, without query; spaces as %20")
+    return value
+
+
 def _proxy(value: str) -> str:
     if not _PROXY.fullmatch(value) or not _port_fits(value):
         raise ValueError("must be http://host:port, perhaps with user:password@ before the host")
@@ -154,6 +161,7 @@ Network = Annotated[str, AfterValidator(_network)]
 Minute = Annotated[str, AfterValidator(_minute)]
 Absolute = Annotated[Path, AfterValidator(Path.absolute)]
 Url = Annotated[str, AfterValidator(_url)]
+UrlPath = Annotated[str, AfterValidator(_url_path)]
 Proxy = Annotated[str, AfterValidator(_proxy)]
 Variant = Annotated[str, AfterValidator(_variant)]
 Label = Annotated[str, AfterValidator(_label)]

@@ -32,13 +32,13 @@ class Alone:
         self._places = places
         self._spans = spans
 
-    async def head(self, route: Route, variant: Variant, via: str | None) -> Head:
+    async def head(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Head:
         """What GET would tell of a body that is not here. Problem when there is none to be had."""
         key = route.key(variant)
         failure = self._failures.get(key)
         if failure is not None:
             raise failure
-        remote = await self._ask(route, variant, "HEAD", via, {})
+        remote = await self._ask(route, variant, "HEAD", via, {}, client)
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
@@ -95,7 +95,7 @@ class Alone:
             body.forget(reached.set)
         return body.seconds_to(offset, clock()) > self._means.settings.fill.range_wait
 
-    async def whole(self, route: Route, variant: Variant, via: str | None) -> Opened:
+    async def whole(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Opened:
         """What can't be stored. Problem when as many clients as may be are being passed through."""
         place = self._places.try_take()
         if place is None:
@@ -105,7 +105,7 @@ class Alone:
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, "GET", via, {})
+            answer = await self._ask(route, variant, "GET", via, {}, client)
         except BaseException:
             self._places.give_back(place)
             raise
@@ -122,6 +122,7 @@ class Alone:
         via: str | None,
         span: dict[str, object],
         only: str | None = None,
+        client: str = "",
     ) -> Answer | RemoteHead:
         """One request, at each upstream in turn until one answers, or at one `only`."""
         pool = self._means.pool
@@ -129,7 +130,9 @@ class Alone:
         try:
             admitted = pool.admitted(variant, key.text, via)
         except UpstreamFailure as failure:
-            raise Problem(failure.slug, failure.detail, retry_after_seconds=2.0) from failure
+            retry = failure.retry_after_seconds or 2.0
+            raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
+        waits: list[float] = []
         for upstream in admitted:
             if only not in (None, upstream.name):
                 continue
@@ -139,12 +142,14 @@ class Alone:
                 stream=(self._means.streams.number(key), str(route.kind)),
                 method=method,
                 via=via,
+                client=client,
                 **span,  # type: ignore[arg-type]
             )
             try:
                 answer = await pool.ask(upstream, ask)
             except UpstreamFailure as failure:
                 problem = Problem(failure.slug, failure.detail, retry_after_seconds=2.0)
+                waits += [failure.retry_after_seconds] if failure.retry_after_seconds is not None else []
                 continue
             if isinstance(answer, RemoteHead) and answer.status != 200:
                 slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
@@ -152,4 +157,7 @@ class Alone:
                 self._failures.put(key, problem, self._means.settings.cache.negative_ttl)
                 break
             return answer
+        if waits and len(waits) == len(admitted):  # all of them want to be left alone for a while
+            problem.retry_after_seconds = min(waits)
+            self._failures.put(key, problem, min(waits))
         raise problem

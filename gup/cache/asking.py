@@ -1,13 +1,15 @@
 """What a fill asks upstream for, and whether what came may be that; reads and writes no body."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from gup.cache.failures import Holds
 from gup.cache.flight import Flight, Means
 from gup.cache.part import ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.record import Record
+from gup.cache.state import Hold
 from gup.content.key import Kind
 from gup.errors import Problem
-from gup.upstream.connection import Ask
+from gup.upstream.connection import Ask, Upstream
 from gup.upstream.download import Begun, Download
 from gup.upstream.exchange import UpstreamFailure
 
@@ -15,14 +17,50 @@ Reread = Callable[[int, int], Awaitable[bytes]]
 """Gives back so many bytes from an offset on that were received before."""
 
 
+def holds_of(means: Means, flight: Flight, rows: Iterable[Hold]) -> Holds:
+    """The upstreams that a flight's key is not asked for; what is found wrong is told to the controller."""
+
+    def tell(upstream: str, detail: str) -> None:
+        means.tell({"type": "rejected", "key": flight.key.text, "upstream": upstream, "detail": detail})
+
+    return Holds(rows, means.settings.cache.error_ttl, means.clock, tell)
+
+
+def stand_seconds(means: Means, flight: Flight, holds: Holds, failure: UpstreamFailure) -> float:
+    """How long no upstream is to be asked for a flight's body again after it has failed so.
+
+    What took all upstreams down needs no memory of each key: the pool knows.
+    """
+    if failure.slug == "overloaded":
+        return 0.0
+    candidates = means.pool.candidates(flight.variant, flight.key.text)
+    waits = [holds.seconds_left(upstream.name) for upstream in candidates]
+    if waits and all(waits):
+        return min(waits)
+    return 0.0 if failure.outcome == "unreachable" else means.settings.cache.error_ttl
+
+
 def download_of(
-    means: Means, flight: Flight, path: str, reread: Reread, begun: Begun | None, record: Record | None
+    means: Means,
+    flight: Flight,
+    path: str,
+    reread: Reread,
+    begun: Begun | None,
+    record: Record | None,
+    holds: Holds,
 ) -> Download:
-    """The download of a flight's body, or of its rest; with `record`, only if upstream has another by now."""
+    """The download of a flight's body, or of its rest; with `record`, only if upstream has another by now.
+
+    UpstreamFailure when none is up, or all are on hold.
+    """
     route, variant, via = flight.route, flight.variant, flight.via
-    upstreams, reserve = means.pool.chosen(variant, flight.key.text, via, resuming=begun is not None)
-    if not upstreams:
+    resuming = begun is not None and flight.is_read
+    chosen, reserve = means.pool.chosen(variant, flight.key.text, via, resuming=resuming)
+    if not chosen:
         raise Problem("no-upstream", f"no upstream has {variant}")
+    upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
+    if not upstreams:
+        raise _on_hold(chosen, holds)
     conditional = record is not None and begun is None
     ask = Ask(
         path=path,
@@ -32,6 +70,7 @@ def download_of(
         if_modified_since=record.last_modified if conditional and record else None,
         share=flight.share,
         via=via,
+        client=flight.client,
     )
     return Download(
         means.pool,
@@ -41,8 +80,21 @@ def download_of(
         immutable=route.immutable,
         reread=reread,
         begun=begun,
-        reserve=reserve,
+        reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
+        is_read=lambda: flight.is_read,
+        holds=holds,
         clock=means.clock,
+    )
+
+
+def _on_hold(upstreams: Sequence[Upstream], holds: Holds) -> UpstreamFailure:
+    names = ", ".join(upstream.name for upstream in upstreams)
+    return UpstreamFailure(
+        "error",
+        "upstream-error",
+        f"{names}: not asked for this again yet, as it said or since what it sent was wrong",
+        again=False,
+        retry_after_seconds=min(holds.seconds_left(upstream.name) for upstream in upstreams),
     )
 
 

@@ -26,7 +26,7 @@ from gup.cache.spelling import spell
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
-from gup.upstream.exchange import UpstreamFailure
+from gup.upstream.exchange import UpstreamFailure, gup_names
 
 __all__ = ["Cache", "Opened", "Result"]
 
@@ -60,25 +60,25 @@ class Cache:
 
     # --- opening
 
-    async def open(self, route: Route, variant: Variant, via: str | None = None) -> Opened:
+    async def open(self, route: Route, variant: Variant, via: str | None = None, client: str = "") -> Opened:
         """The body of `route` for clients of `variant`. Problem when there is none to be had.
 
-        `via` is the request's: a fill that it begins hands it on.
+        `via` is the request's: a fill that it begins hands it on. `client` is whose request it is.
         """
         key = route.key(variant)
         for candidate in route.keys(variant):
             flight = self._flights.get(candidate)
             if flight is not None and flight.suspect and flight.body is not None:
-                return await self._filled(candidate, route, variant, via)  # it could not be mended
+                return await self._filled(candidate, route, variant, via, client)  # it could not be mended
             entry = await self._entries.get(candidate)
             if entry is None:
                 continue
             self._mending.retry(entry)
             if route.immutable or is_fresh(self._means, entry.record):
                 return self._opened(entry, route, Result.HIT)
-            return await self._revalidated(entry, route, variant, via)
+            return await self._revalidated(entry, route, variant, via, client)
         try:
-            return await self._filled(key, route, variant, via)
+            return await self._filled(key, route, variant, via, client)
         except Problem:
             entry = await self._entries.get_maimed(key)
             if entry is None:
@@ -104,7 +104,9 @@ class Cache:
             body = CheckedBody(entry, self._means.executor, self._holders)
         return Opened(body, result, entry.key, route.kind, age, entry=entry)
 
-    async def look(self, route: Route, variant: Variant, via: str | None = None) -> tuple[Head, Result, int]:
+    async def look(
+        self, route: Route, variant: Variant, via: str | None = None, client: str = ""
+    ) -> tuple[Head, Result, int]:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
@@ -117,7 +119,7 @@ class Cache:
         if flight is not None and flight.body is not None:
             return flight.body.head, Result.COLLAPSED, 0
         try:
-            return await self.alone.head(route, variant, via), Result.MISS, 0
+            return await self.alone.head(route, variant, via, client), Result.MISS, 0
         except Problem as problem:
             if entry is None or problem.status in (404, 410):
                 raise
@@ -204,14 +206,16 @@ class Cache:
 
     # --- revalidation
 
-    async def _revalidated(self, entry: Entry, route: Route, variant: Variant, via: str | None) -> Opened:
+    async def _revalidated(
+        self, entry: Entry, route: Route, variant: Variant, via: str | None, client: str
+    ) -> Opened:
         """A stale index file: ask upstream once for the whole machine; serve it stale if nobody answers."""
         fresher = await self._in_thread(load_sound, self._means, entry.key)
         if fresher is not None and self._entries.adopt(entry, fresher) and is_fresh(self._means, fresher):
             return self._opened(entry, route, Result.HIT)
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
-                return await self._filled(entry.key, route, variant, via)
+                return await self._filled(entry.key, route, variant, via, client)
         except (Problem, TimeoutError) as error:
             if isinstance(error, Problem) and error.status in (404, 410):
                 raise
@@ -219,31 +223,33 @@ class Cache:
             if age > self._means.settings.cache.max_stale:
                 if isinstance(error, Problem):
                     raise
-                return await self._filled(entry.key, route, variant, via)
+                return await self._filled(entry.key, route, variant, via, client)
             return self._opened(entry, route, Result.STALE)
 
     # --- fills
 
-    async def _filled(self, key: ContentKey, route: Route, variant: Variant, via: str | None) -> Opened:
+    async def _filled(
+        self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
+    ) -> Opened:
         """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
         for _ in range(_MOST_FILLS):
-            opened = await self._filled_once(key, route, variant, via)
+            opened = await self._filled_once(key, route, variant, via, client)
             if opened is not None:
                 return opened
         raise Problem("overloaded", "what was stored was gone at once, each time", retry_after_seconds=1.0)
 
     async def _filled_once(
-        self, key: ContentKey, route: Route, variant: Variant, via: str | None
+        self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
     ) -> Opened | None:
         if (failure := self._failures.get(key)) is not None:
             raise failure
-        self._refuse_circle(key, variant, via)
+        await self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
         late = flight is not None and flight.complete
         if flight is None:
             self._refuse_hopeless(key, route)
-            flight = self._flights[key] = Flight(key, route, variant, via, since=self._means.clock())
+            flight = self._flights[key] = Flight(key, route, variant, via, client, since=self._means.clock())
             self._spawn(self._fly(flight), flight)
         hurry(self._means, flight)
         joined = await self._joined(flight)
@@ -253,7 +259,7 @@ class Cache:
             return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
-            return await self.alone.whole(route, variant, via)
+            return await self.alone.whole(route, variant, via, client)
         entry = await self._present_entry(key)
         if entry is None:
             return None
@@ -316,8 +322,13 @@ class Cache:
         if queue.hopeless(priority) and not self._means.claims.taken(key.claim_offset):
             raise queue.refusal(priority)
 
-    def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
-        """A request of the very gup that the fill waits for must not wait for the fill."""
+    async def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
+        """A request of the very gup that the fill waits for must not wait for the fill.
+
+        That gup may be one that has not answered anything yet, since it waits itself.
+        """
+        if gup_names(via):
+            await self._means.pool.learn_names(variant, key.text)
         try:
             self._means.pool.off_the_way(self._means.pool.candidates(variant, key.text), via)
         except UpstreamFailure as failure:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gup.cache.ahead import Courtesy
-from gup.cache.asking import check_structure, download_of
+from gup.cache.asking import Reread, check_structure, download_of, holds_of, stand_seconds
 from gup.cache.behind import WriteBehind
 from gup.cache.claim import passing_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
@@ -40,7 +40,7 @@ from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
+from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.validators import Validators
 
 log = logging.getLogger("gup.fill")
@@ -64,6 +64,7 @@ class Leader:
         """Of the part under way: what makes it worth going on with."""
         self._writer: PartWriter | None = None
         self._download: Download | None = None
+        self._holds = holds_of(means, flight, ())
         self._passing: PassingWriter | None = None
         """Takes over from `_writer` when the disk refuses."""
         self._body: GrowingBody | None = None
@@ -83,8 +84,9 @@ class Leader:
         try:
             await self._run()
         except UpstreamFailure as failure:
-            stands = 0.0 if failure.slug == "overloaded" else self._means.settings.cache.error_ttl
-            await self._fail(Problem(failure.slug, failure.detail), stands)
+            stands = stand_seconds(self._means, self._flight, self._holds, failure)
+            told = failure.retry_after_seconds if not stands else None
+            await self._fail(Problem(failure.slug, failure.detail, retry_after_seconds=told), stands)
         except BodyChanged as error:
             await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
         except Problem as problem:
@@ -120,6 +122,9 @@ class Leader:
             return
         if prior.salvage is not None and self._flight.body is not None:
             self._flight.inherits = True
+        self._holds = holds_of(self._means, self._flight, prior.holds)
+        if prior.state is not None:
+            self._head, self._generation = prior.state.head, prior.state.generation
         absent = await self._in_a_slot(prior)
         if isinstance(absent, Problem) and absent.slug == "upstream-not-found":
             # No slot is held meanwhile: the catalogue may have to be fetched itself.
@@ -132,7 +137,12 @@ class Leader:
             raise absent
 
     async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
-        """Fetch when a slot is free. What is returned tells that upstream does not have it."""
+        """Fetch when a slot is free. What is returned tells that upstream does not have it.
+
+        Nobody waits for a slot while no upstream can be reached.
+        """
+        if prior.damage is None and not prior.is_whole and not self._flight.is_read:
+            self._means.pool.refuse_while_away(self._flight.variant, self._key.text)
         async with self._courtesy.place() as held:
             if not held:
                 raise self._means.queue.refusal(self._flight.share.priority)
@@ -208,7 +218,9 @@ class Leader:
     def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
         """A new download, to be begun; one that was under way is given up."""
         self._leave_upstream()
-        self._download = download_of(self._means, self._flight, self._path, self._reread, begun, record)
+        self._download = download_of(
+            self._means, self._flight, self._path, self._reread, begun, record, self._holds
+        )
         return self._download
 
     def _leave_upstream(self) -> None:
@@ -223,7 +235,8 @@ class Leader:
         try:
             return await writer.reread(offset, length)
         except OSError as error:
-            raise rejected(f"what is here can't be compared: {error.strerror or error}") from error
+            detail = f"what is here can't be compared: {error.strerror or error}"
+            raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 
     async def _open_part(self, remote: RemoteHead) -> GrowingBody:
         """Make room and a new part for the body that `remote` announces."""
@@ -389,7 +402,7 @@ class Leader:
                     await self._show(body)
                 await self._courtesy.give_way()
         self._flight.settling = True  # from here on it ends by itself, and soon
-        await check_structure(self._means, self._flight, writer.received, writer.reread)
+        await self._check_structure(writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         assert download.head is not None
         self._leave_upstream()
@@ -405,6 +418,15 @@ class Leader:
         if self._phase is Phase.STREAMING:
             with contextlib.suppress(OSError):  # the next write will tell
                 await self._in_thread(self._means.store.save_state, self._state(head=self._head))
+    async def _check_structure(self, received: int, reread: Reread) -> None:
+        try:
+            await check_structure(self._means, self._flight, received, reread)
+        except UpstreamFailure as failure:
+            assert self._download is not None
+            head = self._download.head
+            assert head is not None
+            self._holds.note(head.upstream, failure, head)
+            raise
 
     async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
         """Make the body durable: its readers have it whole by now, and the link is another fill's."""
@@ -496,7 +518,7 @@ class Leader:
         self._writer = None
         while piece := await download.read():
             await passing.add(piece)
-        await check_structure(means, flight, passing.received, passing.reread)
+        await self._check_structure(passing.received, passing.reread)
         await passing.write_withheld()
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)
@@ -553,8 +575,18 @@ class Leader:
     def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
         phase, path = self._phase, self._path
         kind, ahead = self._flight.route.kind, self._flight.ahead
+        holds, told = self._holds.rows, self._told
         return FillState(
-            self._key, kind, self._generation, phase, head, failure, path=path, ahead=ahead, told=self._told
+            self._key,
+            kind,
+            self._generation,
+            phase,
+            head,
+            failure,
+            path=path,
+            ahead=ahead,
+            holds=holds,
+            told=told,
         )
 
     def _start_over(self) -> None:

@@ -77,6 +77,8 @@ class Flight:
     variant: Variant
     via: str | None = None
     """The Via of the request that began it: upstream sees where it came from, so that a loop ends."""
+    client: str = ""
+    """Whose request that was, by address; "" of nobody's."""
     body: GrowingBody | None = None
     landing: Landing | None = None
     problem: Problem | None = None
@@ -111,6 +113,11 @@ class Flight:
     def wanted(self) -> bool:
         """Whether anybody waits for it or reads it."""
         return self._joining > 0 or (self.body is not None and bool(self.body.readers))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether clients have a part of its body."""
+        return self.body is not None and bool(self.body.readers)
 
     @property
     def over(self) -> bool:

@@ -8,7 +8,7 @@ from gup.cache.part import WITHHELD_BYTES, ZIP_TAIL_BYTES, PartWriter
 from gup.cache.ring import RING_BYTES, Ring
 from gup.errors import GupError
 from gup.upstream.download import OVERLAP_BYTES
-from gup.upstream.exchange import rejected
+from gup.upstream.exchange import UpstreamFailure
 
 _KEPT_BYTES = 2 * max(OVERLAP_BYTES, ZIP_TAIL_BYTES)
 """The end of what was received is held even when all readers have it: to compare and to check with."""
@@ -70,7 +70,8 @@ class PassingWriter:
             piece = await self._earlier.reread(offset, before) if self._earlier and before else b""
             return piece + self._ring.read(offset + len(piece), length - len(piece))
         except (ValueError, OSError) as error:
-            raise rejected(f"what upstream sent can't be compared any more: {error}") from error
+            detail = f"what upstream sent can't be compared any more: {error}"
+            raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 
     def _publish(self, size: int) -> None:
         if size > self.written:

@@ -11,7 +11,7 @@ from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, ends_as_named, survey
 from gup.cache.record import Record
-from gup.cache.state import Failure, FillState, Phase
+from gup.cache.state import Failure, FillState, Hold, Phase
 from gup.cache.store import OpenFile, Store
 from gup.content.key import ContentKey
 from gup.upstream.exchange import RemoteHead
@@ -44,8 +44,17 @@ class Prior:
     damage: Damage | None = None
     unstorable: str | None = None
     """Why it is not to be stored."""
+    holds: tuple[Hold, ...] = ()
+    """Upstreams not to be asked for it."""
     told: bool = False
     """Whether that stands in the state already, and is not to be told anew: it must come to an end."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes of the body may be here."""
+        if self.state is None or self.state.head is None or self.salvage is None:
+            return False
+        return self.salvage.size == self.state.head.length
 
 
 def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
@@ -83,7 +92,7 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
             return Landing.COMMITTED
     if damage is not None and len(damage.bad) < len(damage.record.sums):
         return Prior(damage=damage)
-    return Prior(record, *_salvage(means.store, key, state))
+    return Prior(record, *_salvage(means.store, key, state), holds=state.holds if state is not None else ())
 
 
 def _standing(
@@ -204,7 +213,7 @@ def save_failure(store: Store, state: FillState, drop: bool) -> None:
     """Keep a failure as long as it stands, and the part for resuming unless it is to be dropped."""
     if drop:
         drop_parts(store, state.key)
-    if state.failure is not None and state.failure.ttl > 0:
+    if state.holds or (state.failure is not None and state.failure.ttl > 0):
         store.save_state(state)
     elif drop:
         store.drop_state(state.key.id)

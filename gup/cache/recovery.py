@@ -153,7 +153,7 @@ class Recovery:
         if part.generation and (state is None or state.head is None or part.generation != state.generation):
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
-        stands = state is not None and state.failure is not None and state.failure.stands(self._clock())
+        stands = state is not None and state.stands(self._clock())
         if not resumable and not stands:
             store.drop_state(part.id)
 

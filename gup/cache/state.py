@@ -11,6 +11,9 @@ from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS, Problem
 from gup.upstream.validators import Validators
 
+MEMORY_SECONDS = 86400.0
+"""So long after it was fetched a wrong body is remembered: then it may be fetched once more."""
+
 
 class Phase(StrEnum):
     """A fill's phases."""
@@ -66,6 +69,53 @@ class Failure:
         return cls(problem.slug, problem.detail, ttl, monotonic_now + ttl)
 
 
+Told = tuple[str | None, str | None, int | None]
+"""ETag, Last-Modified and length, by which an upstream's body is known again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One upstream that is not to be asked for a key for now. Times are on the monotonic clock.
+
+    It is asked again at `until`, `wait` seconds after the hold began. `told` is what it told of a body that
+    was found wrong; its body is not read while it tells the same, until `forgotten_at`. `times` counts how
+    often it was found wrong.
+    """
+
+    upstream: str
+    until: float
+    wait: float
+    times: int = 0
+    told: Told | None = None
+    forgotten_at: float = 0.0
+
+    def seconds_left(self, monotonic_now: float) -> float:
+        """Time until the upstream may be asked; 0: now. A clock that began anew at boot ends it."""
+        left = self.until - monotonic_now
+        return left if 0 < left <= self.wait else 0.0
+
+    def remembers(self, monotonic_now: float) -> bool:
+        """Whether it is of any use still."""
+        return self.seconds_left(monotonic_now) > 0 or 0 < self.forgotten_at - monotonic_now <= MEMORY_SECONDS
+
+    def to_json(self) -> list[Any]:
+        return [self.upstream, self.until, self.wait, self.times, self.told, self.forgotten_at]
+
+    @classmethod
+    def from_json(cls, fields: Any) -> "Hold":
+        """ValueError or TypeError when `fields` are no hold."""
+        upstream, until, wait, times, told, forgotten_at = fields
+        etag, last_modified, length = told or (None, None, None)
+        known = (
+            None if etag is None else str(etag),
+            None if last_modified is None else str(last_modified),
+            None if length is None else int(length),
+        )
+        return cls(
+            str(upstream), float(until), float(wait), int(times), known if told else None, float(forgotten_at)
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class FillState:
     """One state file. COMMITTED carries the record: from it an interrupted commit is done again."""
@@ -79,10 +129,17 @@ class FillState:
     record: Record | None = None
     path: str = ""
     """What upstream is asked for: lets anybody take the fill over."""
+    holds: tuple[Hold, ...] = ()
+    """Upstreams not to be asked for it, or not to be believed."""
     ahead: bool = False
     """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has given a part of the body: who goes on compares them."""
+
+    def stands(self, monotonic_now: float) -> bool:
+        """Whether it still says what is not to be asked, of any upstream or of one."""
+        failed = self.failure is not None and self.failure.stands(monotonic_now)
+        return failed or any(hold.remembers(monotonic_now) for hold in self.holds)
 
     def encode(self) -> bytes:
         failure = self.failure
@@ -99,6 +156,7 @@ class FillState:
                 "path": self.path,
                 "ahead": self.ahead,
                 "told": {name: validators.to_json() for name, validators in self.told.items()},
+                "holds": [hold.to_json() for hold in self.holds],
             }
         )
 
@@ -126,4 +184,5 @@ class FillState:
             path=str(fields["path"]),
             ahead=fields.get("ahead") is True,
             told={name: Validators.from_json(row) for name, row in fields.get("told", {}).items()},
+            holds=tuple(Hold.from_json(row) for row in fields.get("holds", ())),
         )

@@ -32,6 +32,7 @@ _EXAMPLES: dict[str, Any] = {
     "url": "http://manager:8014",
     "time_zone": "Europe/Paris",
     "ca_file": "/etc/gup/manager-ca.pem",
+    "health_path": "/content/ContentInfo.txt",
     "proxy": "http://user:password@proxy:8080",
     "days": ["mon", "tue", "wed", "thu", "fri"],
     "from": "07:30",

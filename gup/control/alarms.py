@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gup.control.rejections import Rejection
 from gup.control.storms import Storm
 from gup.units import bytes_in_words, time_in_words
 
@@ -70,6 +71,7 @@ class Snapshot:
     clients_week: int = 0
     client_last_seen: float | None = None
     lost_events_lately: int = 0
+    rejections: Sequence[Rejection] = ()
 
 
 Finding = tuple[str, str]
@@ -106,6 +108,11 @@ def _no_upstream(now: Snapshot) -> Iterator[Finding]:
 
 def _because(upstream: UpstreamHealth) -> str:
     return f" ({upstream.last_error})" if upstream.last_error else ""
+
+
+def _bad_content(now: Snapshot) -> Iterator[Finding]:
+    for row in now.rejections:
+        yield row.key, f"{row.upstream} has no usable {row.key}: {row.detail}"
 
 
 def _disk_refuses(now: Snapshot) -> Iterator[Finding]:
@@ -212,6 +219,13 @@ ALARMS: tuple[AlarmType, ...] = (
         "warning",
         _upstream_down,
         "Look at that server and the way to it; take it out of the settings if it is gone for good.",
+    ),
+    AlarmType(
+        "bad-content",
+        "warning",
+        _bad_content,
+        "Look at that file on that server, and at proxies on the way. It is looked at again at the latest 15 "
+        "minutes after the last time, when a client asks for it.",
     ),
     AlarmType(
         "disk-refuses",

@@ -126,6 +126,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Rejected:
+    """What an upstream sent can't be the content asked for."""
+
+    key: str
+    upstream: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamTrouble:
     """A request or a check of an upstream went wrong."""
 
@@ -151,6 +160,7 @@ Event = (
     | Need
     | Unstorable
     | Failed
+    | Rejected
     | UpstreamTrouble
     | Unlisted
 )
@@ -256,6 +266,11 @@ def _failed(fields: Mapping[str, Any]) -> Failed:
     return Failed(ContentKey.parse(fields["key"]).text, problem, str(fields.get("detail", ""))[:500])
 
 
+def _rejected(fields: Mapping[str, Any]) -> Rejected:
+    key, upstream = ContentKey.parse(fields["key"]).text, str(fields["upstream"])[:64]
+    return Rejected(key, upstream, str(fields.get("detail", ""))[:500])
+
+
 def _upstream(fields: Mapping[str, Any]) -> UpstreamTrouble:
     return UpstreamTrouble(str(fields["name"])[:64], str(fields.get("detail", ""))[:500])
 
@@ -278,6 +293,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "need": _need,
     "unstorable": _unstorable,
     "failed": _failed,
+    "rejected": _rejected,
     "upstream": _upstream,
     "unlisted": _unlisted,
 }

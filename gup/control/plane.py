@@ -24,6 +24,7 @@ from gup.control.events import (
     Failed,
     FullsTaken,
     Need,
+    Rejected,
     Taken,
     Unlisted,
     Unstorable,
@@ -39,6 +40,7 @@ from gup.control.index import Index
 from gup.control.limits import limits_of, numbers
 from gup.control.prefetch import Prefetcher
 from gup.control.refusals import Refusals
+from gup.control.rejections import Rejections
 from gup.control.reports.service import Around, Reports
 from gup.control.rows import Row, Stream, make_row
 from gup.control.scrub import Scrubber
@@ -121,6 +123,7 @@ class Plane:
         )
         self.fill_rates = FillRates()
         self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
+        self.rejections = Rejections()
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
         self.malformed_events = 0
@@ -182,11 +185,13 @@ class Plane:
                 self.traffic.missed(ContentKey.parse(event.key))
             case Unlisted():
                 self.around.unlisted(event.moniker)
-            case UpstreamTrouble():
+            case UpstreamTrouble() | Rejected():
                 self._troubled(event)
 
-    def _troubled(self, event: UpstreamTrouble) -> None:
-        if any(upstream.name == event.name for upstream in self.settings.upstream):
+    def _troubled(self, event: UpstreamTrouble | Rejected) -> None:
+        if isinstance(event, Rejected):
+            self.rejections.note(event, self.clock())
+        elif any(upstream.name == event.name for upstream in self.settings.upstream):
             self.upstream_errors[event.name] = (self.clock(), event.detail)
 
     def _seen(self, event: ClientsSeen | Taken) -> None:
@@ -200,6 +205,7 @@ class Plane:
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
+        self.rejections.clear(event.key.text)
         known = self.index.rows.get(event.key.text)
         if known is not None and known.pinned and event.replaced:
             self.repin.add(event.key.text)  # the new generation's record knows of no pin

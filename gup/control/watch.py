@@ -59,6 +59,7 @@ class Watch:
             fills_waiting=around.fills_waiting(),
             clients_week=plane.clients.counts(now)["7d"],
             client_last_seen=newest_seen[0][1] if newest_seen else None,
+            rejections=list(plane.rejections.standing(now)),
             lost_events_lately=grown["lost"] + self._malformed.see(plane.malformed_events, clock),
         )
 

@@ -109,7 +109,6 @@ class Assembly:
             user_agent=f"gup/{__version__}",
             via=f"1.1 {node_name(self.settings)} (gup)",
             board=self._board(),
-            error_ttl=lambda: self.means.settings.cache.error_ttl,
         )
         self.means = self._means()
         self.cache = Cache(

@@ -26,8 +26,7 @@ from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
 from gup.upstream.catalogue import Fetched, fetch_catalogue
-from gup.upstream.checks import Checks
-from gup.upstream.health import State
+from gup.upstream.health import Checks
 
 _LOG = logging.getLogger("gup.controller")
 _BEAT_SECONDS = 1.0
@@ -174,7 +173,7 @@ class Controller:
     def _upstreams_up(self) -> dict[str, bool]:
         board = self._assembly.pool.board
         names = [upstream.name for upstream in self._assembly.settings.upstream]
-        return {name: board.get(name).state is not State.DOWN for name in names}
+        return {name: not board.is_down(name) for name in names}
 
     def _upstream_states(self) -> dict[str, tuple[str, int | None]]:
         board = self._assembly.pool.board

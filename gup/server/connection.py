@@ -225,7 +225,8 @@ class Connection:
             return
         self.phase = Phase.WAITING
         self._asked = request
-        self._task = listener.loop.create_task(self._answer_later(listener.handler.answer(request, head)))
+        answering = listener.handler.answer(request, head, self.peer)
+        self._task = listener.loop.create_task(self._answer_later(answering))
 
     async def _answer_later(self, answer: Coroutine[None, None, Reply]) -> None:
         try:

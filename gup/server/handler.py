@@ -148,7 +148,7 @@ class Handler:
         self._learn(asked, opened, epochs)
         return reply
 
-    async def answer(self, request: Request, head: bytes) -> Reply:
+    async def answer(self, request: Request, head: bytes, client: str) -> Reply:
         """The answer, whatever it takes; never raises but when it is cancelled."""
         began = self._means.clock()
         asked = None
@@ -158,8 +158,8 @@ class Handler:
             asked = self._ask(request, head)
             self._deliveries.passed(asked.choice, asked.route)
             if request.method == "HEAD":
-                return await self._answer_head(asked)
-            opened = await self._open(asked)
+                return await self._answer_head(asked, client)
+            opened = await self._open(asked, client)
             reply = self._reply(asked, opened, began)
         except Problem as problem:
             return self.refusal(problem, request=request, asked=asked)
@@ -222,10 +222,10 @@ class Handler:
         choice = self._deliveries.choose(request, route)
         return Asked(request, choice.of(route), choice, head)
 
-    async def _open(self, asked: Asked) -> Opened:
+    async def _open(self, asked: Asked, client: str) -> Opened:
         """The body, with the bytes that its answer begins with at hand: until then an error can be told."""
         for _ in range(_TRIES):
-            opened = await self._cache.open(asked.route, asked.variant, asked.request.header("via"))
+            opened = await self._cache.open(asked.route, asked.variant, asked.request.header("via"), client)
             if opened.entry is None:
                 return await self._span_alone(asked, opened)
             planned = self._plan(asked, opened)
@@ -334,9 +334,9 @@ class Handler:
             cache_status=_STATUS_OF_RESULT[result],
         )
 
-    async def _answer_head(self, asked: Asked) -> Reply:
+    async def _answer_head(self, asked: Asked, client: str) -> Reply:
         head, result, age_seconds = await self._cache.look(
-            asked.route, asked.variant, asked.request.header("via")
+            asked.route, asked.variant, asked.request.header("via"), client
         )
         served = self._served(result, age_seconds)
         if result is Result.MISS:

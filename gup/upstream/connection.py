@@ -40,6 +40,8 @@ class Ask:
     """What its bytes of the WAN are reckoned to: one for all tries of a download."""
     via: str | None = None
     """Of the client's request; this node's is put after it."""
+    client: str = ""
+    """Whose request it is, by address; "" of nobody's."""
     check: bool = False
     """Whether it is a health check: any answer tells that the upstream lives."""
 
@@ -168,8 +170,8 @@ class Upstream:
         self.in_use = 0
         """Requests under way and answers that are being read; Pool alone changes it."""
         self.retired = False
-        self.node = ""
-        """A gup's name in Via, once it has answered."""
+        self.node: str | None = None
+        """A gup's name in Via, "" of another server; None as long as it has not answered."""
         self._via = via
         self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
         self._session: aiohttp.ClientSession | None = None

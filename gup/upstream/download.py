@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from gup.errors import GupError
 from gup.metrics import Counters
@@ -61,15 +62,38 @@ class _Source:
     furthest: int = 0
 
 
+class Remembered(Protocol):
+    """What is known of upstreams' answers that were of no use."""
+
+    def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
+        """An upstream's answer was; `head` is that of its body if some of it was read."""
+
+    def is_wrong(self, head: RemoteHead) -> bool:
+        """Whether the body that `head` tells was found wrong before."""
+
+
+class _Nothing:
+    def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
+        pass
+
+    def is_wrong(self, head: RemoteHead) -> bool:  # noqa: ARG002 - as the protocol has it
+        return False
+
+
+_NOTHING = _Nothing()
+
+
 class Download:
     """The bytes of one body in order, from `received` on.
 
     `reread(offset, length)` gives back bytes that were received, to compare an overlap with. `reserve` are
     upstreams that a new request would not be sent to; for a body that clients have a part of they are asked
-    too, after the others. `received` changes here alone, at each piece handed out.
+    too, after the others. `is_read` tells whether clients have a part: for them an upstream that is away is
+    waited for. `holds` takes in what was of no use, and knows such again. `received` changes here alone, at
+    each piece handed out.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one body, its ways to upstream and to its fill
         self,
         pool: Pool,
         upstreams: Sequence[Upstream],
@@ -80,6 +104,8 @@ class Download:
         reread: Callable[[int, int], Awaitable[bytes]],
         begun: Begun | None = None,
         reserve: Sequence[Upstream] = (),
+        is_read: Callable[[], bool] = lambda: True,
+        holds: Remembered = _NOTHING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.head = begun.head if begun else None
@@ -89,6 +115,9 @@ class Download:
         self._pool = pool
         self._upstreams = upstreams
         self._reserve = reserve
+        self._is_read = is_read
+        self._holds = holds
+        self._brought = False  # whether any byte came by this download
         self._template = ask
         self._counters = counters
         self._immutable = immutable
@@ -171,6 +200,7 @@ class Download:
             self._note_gain()
 
     def _note_gain(self) -> None:
+        self._brought = True
         self._last_new_byte = self._clock()
         self._asked.clear()
         self._fruitless[self._current().name] = 0
@@ -206,13 +236,18 @@ class Download:
     async def _after(self, upstream: Upstream, failure: UpstreamFailure) -> None:
         """Decide what a failed try means: wait and go on, or raise it.
 
-        An upstream that answers without bringing the body on is spent after TRIES. One that is away while
-        clients are attached is asked until `give_up`.
+        An upstream that answers without bringing the body on is spent after TRIES. One that is away in
+        mid-body is asked until `give_up`; before that nobody waits for it.
         """
+        if failure.outcome == "rejected" or failure.retry_after_seconds is not None:
+            own = self.head is not None and self.head.upstream == upstream.name
+            self._holds.note(upstream.name, failure, self.head if own else None)
         self._call_reserve()
         self._fruitless[upstream.name] += 1
-        away = failure.outcome in ("unreachable", "timeout") and self.received > 0
-        if not away and (not failure.again or self._fruitless[upstream.name] >= TRIES):
+        in_mid_body = self.received > 0 and (self._brought or self._is_read())
+        away = failure.outcome in ("unreachable", "timeout") and in_mid_body
+        hopeless = not failure.again or failure.outcome == "unreachable"
+        if not away and (hopeless or self._fruitless[upstream.name] >= TRIES):
             self._spent.add(upstream.name)
         elif away and (failure.outcome == "timeout" or self._fruitless[upstream.name] >= TRIES):
             self._rotate(upstream)  # one that hung costs its read_timeout at each try: another may not
@@ -241,7 +276,9 @@ class Download:
             answer = await self._pool.ask(upstream, self._template)
             if isinstance(answer, RemoteHead):
                 return answer
-            self._answer, self.head, self._first = answer, answer.head, answer.head.validators
+            self._answer = answer
+            self._refuse_known(answer.head)
+            self.head, self._first = answer.head, answer.head.validators
             self._tell_source(answer.head)
             return self.head
         answer = await self._ask_for_rest(upstream)
@@ -249,6 +286,10 @@ class Download:
             self._counters.add("gup_fill_resumes_total", reason=self._resumed)
         await self._align(answer)
         return answer.head
+
+    def _refuse_known(self, head: RemoteHead) -> None:
+        if self._holds.is_wrong(head):
+            raise rejected(f"{head.upstream} still has the body that was found wrong")
 
     # --- resuming
 

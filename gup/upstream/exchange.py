@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 _Result = TypeVar("_Result")
 
@@ -22,10 +23,18 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
     """One try that failed. `outcome` is the label it is counted under, `slug` what a client would be told.
 
     `again`: whether the same upstream may do better at once. `status`: of its answer, None without one.
+    `retry_after_seconds`: so long it is not to be asked for the same again, where it said so.
     """
 
     def __init__(
-        self, outcome: str, slug: str, detail: str, *, again: bool, status: int | None = None
+        self,
+        outcome: str,
+        slug: str,
+        detail: str,
+        *,
+        again: bool,
+        status: int | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(detail)
         self.outcome = outcome
@@ -33,6 +42,7 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
         self.slug = slug
         self.detail = detail
         self.again = again
+        self.retry_after_seconds = retry_after_seconds
 
 
 def rejected(detail: str) -> UpstreamFailure:
@@ -71,6 +81,11 @@ def node_names(via: str | None) -> list[str]:
     return [words[1] for words in members if len(words) > 1]
 
 
+def gup_names(via: str | None) -> list[str]:
+    """Those of them that are gups: a proxy's name says nothing, any number of gups may use the same one."""
+    return _GUP_MEMBER.findall(via or "")
+
+
 async def translated(step: Awaitable[_Result], name: str) -> _Result:
     """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it.
 
@@ -90,6 +105,10 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
 
     try:
         return await step
+    except aiohttp.ConnectionTimeoutError as error:
+        raise UpstreamFailure(
+            "unreachable", "upstream-unreachable", f"{name} takes no connection in time", again=False
+        ) from error
     except (aiohttp.ServerTimeoutError, TimeoutError) as error:
         raise UpstreamFailure(
             "timeout", "upstream-timeout", f"{name} did not answer in time", again=False

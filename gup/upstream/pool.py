@@ -1,13 +1,14 @@
 """The upstreams: which one is asked next, and how; never reads a body to its end, never retries.
 
 Choice: those that are up before those in doubt, by priority; within one priority by weight and key, so that
-the same key prefers the same upstream. What is down is asked only as a trial.
+the same key prefers the same upstream. What is down is asked only as a trial, one at a time: until the next
+is due, all other requests are answered from the failure that took it down.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,32 @@ from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
 from gup.upstream.connection import Answer, Ask, Upstream
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, node_names, read_age, read_head, translated
-from gup.upstream.health import Board, Sign, State, backoff_seconds, rendezvous
+from gup.upstream.exchange import (
+    RemoteHead,
+    UpstreamFailure,
+    gup_names,
+    node_names,
+    read_age,
+    read_head,
+    translated,
+)
+from gup.upstream.health import (
+    RARE_TRIAL_SECONDS,
+    Board,
+    Sign,
+    mark,
+    rendezvous,
+    retry_after_seconds,
+    sign_of,
+)
 
 if TYPE_CHECKING:
     import aiohttp
 
 _ERROR_BODY_BYTES = 64 * 1024
 """An error's body is read this far, so that its connection can be used again."""
-_SLOW = 0.5
-"""An answer's head that takes this part of `read_timeout` is slow."""
+_LEARN_SECONDS = 1.0
+"""For another gup to tell its name: it answers that by itself."""
 
 
 class Pool:
@@ -41,7 +58,6 @@ class Pool:
         user_agent: str,
         via: str,
         board: Board | None = None,
-        error_ttl: Callable[[], float] = lambda: 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._user_agent = user_agent
@@ -50,13 +66,13 @@ class Pool:
         self.board = board or Board.private([settings.name for settings in upstreams])
         self.wan = wan
         self._counters = counters
-        self._error_ttl = error_ttl
         self._clock = clock
         self._last_detail = ""
         self._retired: list[Upstream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
         """Whether an upstream's catalogue lists a stream; set by whoever reads catalogues."""
+        self._learning = asyncio.Lock()
         self.apply(upstreams)
 
     def apply(self, upstreams: Sequence[config.Upstream]) -> None:
@@ -105,25 +121,45 @@ class Pool:
 
     def _rank(self, upstream: Upstream, key: str) -> tuple[int, int, float]:
         settings = upstream.settings
-        down = self.board.get(upstream.name).state is State.DOWN
-        doubt = 2 if down else int(self.board.doubted(upstream.name))
+        doubt = 2 if self.board.is_down(upstream.name) else int(self.board.doubted(upstream.name))
         return doubt, settings.priority, -rendezvous(key, upstream.name, settings.weight)
 
     def admitted(self, variant: Variant, key: str, via: str | None = None) -> list[Upstream]:
         """The candidates that a new request may be sent to, those that are down as far as a trial is due.
 
-        UpstreamFailure at once when there are upstreams and all are down, and were tried a moment ago.
+        UpstreamFailure at once when there are upstreams and all are down, and no trial is due.
         """
         candidates = self.off_the_way(self.candidates(variant, key), via)
-        usable = [u for u in candidates if self.board.get(u.name).state is not State.DOWN]
+        usable = [u for u in candidates if not self.board.is_down(u.name)]
         if usable:
             return self._unchecked_trials(candidates, usable) + usable
-        trials = [u for u in candidates if self.board.may_try(u.name, self._error_ttl())]
+        trials = [u for u in candidates if self.board.may_try(u.name, u.settings.connect_timeout)]
         if candidates and not trials:
-            last = f"; the last error was: {self._last_detail}" if self._last_detail else ""
-            detail = f"no upstream is up ({', '.join(u.name for u in candidates)}){last}"
-            raise UpstreamFailure("unreachable", "upstream-unreachable", detail, again=False)
+            raise self._away(candidates)
         return trials
+
+    def refuse_while_away(self, variant: Variant, key: str) -> None:
+        """UpstreamFailure where `admitted` would raise it; without beginning a trial where one is due."""
+        candidates = self.candidates(variant, key)
+        if candidates and all(self._seconds_away(upstream) for upstream in candidates):
+            raise self._away(candidates)
+
+    def _seconds_away(self, upstream: Upstream) -> float:
+        """Time until it may be asked; 0: now."""
+        if not self.board.is_down(upstream.name):
+            return 0.0
+        return self.board.seconds_to_trial(upstream.name, upstream.settings.connect_timeout)
+
+    def _away(self, candidates: Sequence[Upstream]) -> UpstreamFailure:
+        last = f"; the last error was: {self._last_detail}" if self._last_detail else ""
+        names = ", ".join(upstream.name for upstream in candidates)
+        return UpstreamFailure(
+            "unreachable",
+            "upstream-unreachable",
+            f"no upstream is up ({names}){last}",
+            again=False,
+            retry_after_seconds=max(1.0, min(map(self._seconds_away, candidates))),
+        )
 
     def chosen(
         self, variant: Variant, key: str, via: str | None, *, resuming: bool
@@ -155,10 +191,25 @@ class Pool:
             if upstream not in usable
             and upstream.settings.health_interval <= 0
             and upstream.settings.priority <= usable[0].settings.priority
-            and self.board.may_try(
-                upstream.name, backoff_seconds(upstream.name, self.board.get(upstream.name))
-            )
+            and self.board.may_try(upstream.name, upstream.settings.connect_timeout, RARE_TRIAL_SECONDS)
         ]
+
+    async def learn_names(self, variant: Variant, key: str) -> None:
+        """Have those candidates tell their names in Via that have not answered yet.
+
+        A circle is known by them. They are asked for the head of the root, which a gup answers by itself; who
+        does not answer in time stays unknown.
+        """
+        async with self._learning:
+            unknown = [upstream for upstream in self.candidates(variant, key) if upstream.node is None]
+            for upstream in unknown:
+                if not self.board.is_down(upstream.name):
+                    await self._learn_name(upstream)
+
+    async def _learn_name(self, upstream: Upstream) -> None:
+        with contextlib.suppress(UpstreamFailure, TimeoutError):
+            async with asyncio.timeout(_LEARN_SECONDS):
+                await self.ask(upstream, Ask(path="/", purpose="index", method="HEAD", check=True))
 
     # --- asking
 
@@ -171,23 +222,20 @@ class Pool:
         if upstream.retired and upstream not in self._retired:
             self._retired.append(upstream)  # a fill that began with it tries once more
         answer = None
-        began = self._clock()
+        crowded = upstream.in_use > upstream.settings.max_connections
         try:
             answer = await self._ask(upstream, ask)
         except UpstreamFailure as failure:
             self._count(upstream, failure.outcome)
-            self._note_failure(upstream, ask, failure)
+            if not crowded:  # else it may be for one of our own connections that it waited in vain
+                self._note_failure(upstream, ask, failure)
             raise
         finally:
             if not isinstance(answer, Answer):
                 self._done(upstream)
         status = answer.status if isinstance(answer, RemoteHead) else answer.head.status
         self._count(upstream, {304: "not_modified", 404: "not_found", 410: "not_found"}.get(status, "ok"))
-        seconds = self._clock() - began
-        if seconds > _SLOW * upstream.settings.read_timeout:
-            self.board.note(upstream.name, Sign.SLOW, f"{upstream.name} took {seconds:.1f} s to answer")
-        else:
-            self.board.note(upstream.name, Sign.GOOD)
+        self.board.note(upstream.name, Sign.ANSWERED)
         return answer
 
     def _count(self, upstream: Upstream, outcome: str) -> None:
@@ -195,10 +243,12 @@ class Pool:
 
     def _note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         sign = sign_of(failure, upstream.settings.kind, check=ask.check)
-        if sign in (Sign.ERRED, Sign.FAILED):
+        if sign is Sign.AWAY:
             self._last_detail = failure.detail
-        if sign is not None:
+        if sign is not None and ask.check:
             self.board.note(upstream.name, sign, failure.detail)
+        elif sign is not None:
+            self.board.note(upstream.name, sign, failure.detail, mark(ask.path, ask.client))
 
     def _done(self, upstream: Upstream) -> None:
         upstream.in_use -= 1
@@ -238,14 +288,13 @@ class Pool:
     ) -> Answer | RemoteHead:
         count = self._counter(upstream.name, ask)
         status = response.status
-        if upstream.settings.kind == "gup" and (names := node_names(response.headers.get("Via"))):
-            upstream.node = names[-1]
+        upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
         if status in (304, 404, 410):
             await self._drain(response, count, ask, upstream.name)
             return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
         if status not in (200, 206) or (status == 206 and not ask.ranged):
             await self._drain(response, count, ask, upstream.name)
-            raise _refusal(upstream.name, status)
+            raise _refusal(upstream.name, status, response.headers)
         if ask.check:
             response.release()
             return RemoteHead(status, 0, None, None, None, "", upstream.name)
@@ -302,29 +351,18 @@ def _stream_of(key: str) -> str:
     return parts[2] if len(parts) > 2 else ""
 
 
-def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:
-    """What a failed request tells of the upstream's health; None: nothing."""
-    status = failure.status
-    if failure.slug == "overloaded":
-        return None  # it is we that have run out of descriptors
-    if status is None:
-        # An answer that can't be content came from somebody: a captive portal, or one bad file.
-        return None if failure.outcome == "rejected" else Sign.FAILED
-    if status < 500 or status == 501:
-        return Sign.GOOD
-    if status == 508 or (kind == "gup" and not check):
-        return None  # a gup passes on what is wrong above it, and may still hold other content
-    return Sign.FAILED if check else Sign.ERRED
-
-
-def _refusal(name: str, status: int) -> UpstreamFailure:
+def _refusal(name: str, status: int, headers: Mapping[str, str]) -> UpstreamFailure:
     if status == 508:
         detail = f"{name} answered 508: the request would go round in a circle"
         return UpstreamFailure("error", "loop", detail, again=False, status=status)
-    if status >= 500:
-        return UpstreamFailure(
-            "error", "upstream-error", f"{name} answered {status}", again=False, status=status
-        )
+    later = None
+    if status in (429, 503):
+        later = retry_after_seconds(headers.get("Retry-After"), headers.get("Date"), time.time())
     return UpstreamFailure(
-        "error", "upstream-refused", f"{name} answered {status}", again=False, status=status
+        "error",
+        "upstream-error" if status >= 500 else "upstream-refused",
+        f"{name} answered {status}",
+        again=False,
+        status=status,
+        retry_after_seconds=later,
     )

@@ -8,6 +8,7 @@ import pytest
 from gup.control.alarm_board import MAX_OF_A_TYPE, AlarmBoard
 from gup.control.alarms import ALARMS, AlarmType, Missed, Snapshot, UpstreamHealth
 from gup.control.lately import Lately
+from gup.control.rejections import Rejection
 from gup.control.storms import Storm
 
 WELL = Snapshot(
@@ -43,6 +44,12 @@ SICK: list[tuple[str, dict, str, str]] = [
         {"upstreams": (DOWN_A, DOWN_B)},
         "",
         "no upstream answers (a, b): only what is stored can be served (refused)",
+    ),
+    (
+        "bad-content",
+        {"rejections": (Rejection("v/l/{A}/26/full.zip", "a", "does not end as a ZIP file does", 9.0),)},
+        "v/l/{A}/26/full.zip",
+        "a has no usable v/l/{A}/26/full.zip: does not end as a ZIP file does",
     ),
     ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk takes no content: No space"),
     (

@@ -1,4 +1,4 @@
-"""The health of upstreams: pure moves, the shared word, the board over two processes' views."""
+"""The health of upstreams: pure moves, the shared word, the board over two processes' views, Retry-After."""
 
 import threading
 from collections import Counter
@@ -8,26 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.upstream.checks import check_path, wait_seconds
+from gup.config import Settings
+from gup.upstream.exchange import UpstreamFailure
 from gup.upstream.health import (
     DOUBT_SECONDS,
+    EVERY_MARK,
+    RARE_TRIAL_SECONDS,
     TRANSITIONS,
     Board,
     Health,
     Sign,
     State,
     after,
-    backoff_seconds,
+    check_path,
+    mark,
     rendezvous,
+    retry_after_seconds,
+    sign_of,
 )
 
-GOOD, SLOW, ERRED, FAILED = Sign.GOOD, Sign.SLOW, Sign.ERRED, Sign.FAILED
+ANSWERED, ERRED, BROKE, AWAY = Sign.ANSWERED, Sign.ERRED, Sign.BROKE, Sign.AWAY
+CONNECT = 5.0
 
 
-def through(*signs: Sign, apart: float = 1.0, health: Health | None = None) -> Health:
+def through(*signs: Sign, failed: int = 1 << 5 | 1, health: Health | None = None) -> Health:
+    """The health after signs one second apart, all of one name and client."""
     health = health or Health()
     for number, sign in enumerate(signs):
-        health = after(health, sign, 100 + number * apart, 5000 + number * apart)
+        health = after(health, sign, failed, 100 + number, 5000 + number)
     return health
 
 
@@ -35,72 +43,102 @@ def through(*signs: Sign, apart: float = 1.0, health: Health | None = None) -> H
     ("signs", "state"),
     [
         ((), State.UNKNOWN),
-        ((GOOD,), State.UP),
-        ((FAILED,), State.DOUBTFUL),
-        ((ERRED,), State.UP),
-        ((ERRED, ERRED), State.DOUBTFUL),
-        ((FAILED, GOOD), State.UP),
-        ((FAILED, FAILED, GOOD, FAILED, FAILED), State.DOUBTFUL),
-        ((FAILED,) * 3, State.DOWN),
-        ((ERRED,) * 5, State.DOUBTFUL),
-        ((ERRED,) * 6, State.DOWN),
-        ((SLOW,) * 50, State.DOUBTFUL),
-        ((FAILED,) * 50, State.DOWN),
-        ((FAILED, FAILED, FAILED, GOOD), State.RECOVERING),
-        ((FAILED, FAILED, FAILED, GOOD, GOOD), State.UP),
-        ((FAILED, FAILED, FAILED, GOOD, SLOW), State.RECOVERING),
-        ((FAILED, FAILED, FAILED, GOOD, FAILED), State.DOWN),
-        ((FAILED, FAILED, FAILED, GOOD, FAILED, GOOD), State.RECOVERING),
+        ((ANSWERED,), State.UP),
+        ((AWAY,), State.DOWN),
+        ((ANSWERED, AWAY), State.DOWN),
+        ((AWAY, ANSWERED), State.UP),
+        ((AWAY, ERRED), State.UP),
+        ((AWAY, BROKE), State.DOWN),
+        ((AWAY,) * 50, State.DOWN),
+        ((ERRED,) * 50, State.UP),
+        ((BROKE,) * 50, State.UP),
+        ((BROKE, ANSWERED), State.UP),
     ],
 )
 def test_signs_move_the_state(signs, state):
     assert through(*signs).state is state
 
 
-def test_two_good_signs_of_one_moment_are_one():
-    down = through(FAILED, FAILED, FAILED)
-    assert through(GOOD, GOOD, GOOD, apart=0.1, health=down).state is State.RECOVERING
-    assert through(GOOD, GOOD, apart=0.6, health=down).state is State.UP
+def different(texts, of) -> list[str]:
+    """Some of them that have different bits."""
+    found = {of(text): text for text in texts}
+    return [found[bit] for bit in sorted(found)]
 
 
-def test_late_failures_of_older_requests_do_not_lengthen_the_back_off():
-    down = through(FAILED, FAILED, FAILED)
-    assert through(*(FAILED,) * 20, health=down) == down
+NAMES = different((f"/content/{number}" for number in range(100)), lambda name: mark(name, ""))
+CLIENTS = different((f"10.0.0.{number}" for number in range(100)), lambda client: mark("", client))
 
 
-def test_the_back_off_doubles_to_a_minute_and_jitters():
-    waits = [backoff_seconds("a", Health(State.DOWN, points, 0, 77)) for points in range(1, 64)]
-    for trial, wait in enumerate(waits):
-        nominal = min(2.0**trial, 60.0)
-        assert 0.8 * nominal <= wait <= 1.2 * nominal
-    assert len(set(waits[10:])) > 40
-    assert backoff_seconds("b", Health(State.DOWN, 1, 0, 77)) != waits[0]
+@pytest.mark.parametrize("sign", [ERRED, BROKE])
+@pytest.mark.parametrize(
+    ("asked", "state"),
+    [
+        ([(0, 0)] * 9, State.UP),
+        ([(name, 0) for name in range(5)] * 50, State.UP),
+        ([(0, client) for client in range(5)] * 50, State.UP),
+        ([(0, 0), (1, 1), (0, 1)], State.UP),
+        ([(0, 0), (1, 1), (2, 2)], State.DOUBTFUL),
+        ([(name, client) for name in range(5) for client in range(5)] * 3, State.DOUBTFUL),
+    ],
+    ids=["one file again and again", "one client's names", "one name", "two of each", "three", "everything"],
+)
+def test_failures_count_once_a_name_and_client(sign, asked, state):
+    health = Health()
+    for number, (name, client) in enumerate(asked):
+        health = after(health, sign, mark(NAMES[name], CLIENTS[client]), 100 + number, 5000)
+    assert health.state is state
+    good = through(ANSWERED, health=health)
+    assert (good.state, good.marks) == (State.UP, 0)
+
+
+def test_any_number_of_names_of_one_client_makes_nobody_doubtful():
+    health = Health()
+    for number in range(10_000):
+        health = after(health, BROKE, mark(f"/content/{number}", "10.0.0.1"), number, number)
+    assert health.state is State.UP
+
+
+def test_a_check_without_an_answer_is_enough_for_doubt():
+    assert through(BROKE, failed=EVERY_MARK).state is State.DOUBTFUL
+
+
+def test_what_is_down_is_tried_ever_more_rarely_but_soon():
+    waits = [Health(State.DOWN, trials).trial_wait_seconds(CONNECT) for trials in range(64)]
+    assert waits[:6] == [1, 1, 2, 4, 5, 5]
+    assert set(waits[6:]) == {5}
+    rare = [
+        Health(State.DOWN, trials).trial_wait_seconds(CONNECT, RARE_TRIAL_SECONDS) for trials in range(64)
+    ]
+    assert rare[:9] == [1, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(Sign), st.floats(0, 1e5), st.booleans()), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(Sign), st.floats(0, 1e5), st.booleans(), st.integers(0, EVERY_MARK)),
+        max_size=60,
+    ),
 )
 def test_whatever_happens_every_move_is_in_the_table_and_fits_the_word(steps):
     now = 0.0
     board = Board.private(["a"], clock=lambda: now)
-    for sign, pause, trial in steps:
+    for sign, pause, trial, failed in steps:
         now += pause
         before = board.get("a")
         if trial and before.state is State.DOWN:
-            board.may_try("a", 1.0)
-        board.note("a", sign, "detail")
+            board.may_try("a", CONNECT)
+        board.note("a", sign, "detail", failed)
         health = board.get("a")
         assert Health.decode(health.encode()) == health
         assert health.encode() < 2**64
         assert health.state is before.state or health.state in TRANSITIONS[before.state]
+        assert (health.state is State.DOWN) <= (sign is AWAY or before.state is State.DOWN)
 
 
 @given(
     st.builds(
         Health,
         st.sampled_from(State),
-        st.integers(0, 63),
-        st.integers(0, 3),
+        st.integers(0, EVERY_MARK),
         st.integers(0, 2**32 - 1),
         st.integers(0, 2**20 - 1),
     )
@@ -111,8 +149,67 @@ def test_the_word_holds_all_of_it(health):
 
 def test_time_passes_over_the_word_s_wrap():
     wrap = 2**20 / 10
-    health = after(Health(), FAILED, wrap - 1, 0)
+    health = after(Health(), AWAY, EVERY_MARK, wrap - 1, 0)
     assert health.quiet_seconds(wrap + 1) == pytest.approx(2, abs=0.2)
+
+
+# --- what a failure tells
+
+
+def failed(
+    outcome: str = "error", status: int | None = None, slug: str = "upstream-error"
+) -> UpstreamFailure:
+    return UpstreamFailure(outcome, slug, "", again=False, status=status)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "check", "sign"),
+    [
+        (failed("unreachable"), "manager", False, AWAY),
+        (failed("unreachable"), "gup", True, AWAY),
+        (failed("unreachable", slug="overloaded"), "manager", False, None),
+        (failed("timeout"), "manager", False, BROKE),
+        (failed("timeout"), "manager", True, BROKE),
+        (failed(), "manager", False, BROKE),
+        (failed("rejected"), "manager", False, ERRED),
+        (failed(status=500), "manager", False, ERRED),
+        (failed(status=503), "manager", True, ANSWERED),
+        (failed(status=302), "manager", True, ANSWERED),
+        (failed(status=501), "manager", False, ANSWERED),
+        (failed(status=403), "manager", False, ANSWERED),
+        (failed(status=502), "gup", False, ANSWERED),
+        (failed(status=508), "manager", False, ANSWERED),
+    ],
+)
+def test_what_a_failure_tells(failure, kind, check, sign):
+    assert sign_of(failure, kind, check=check) is sign
+
+
+@pytest.mark.parametrize(
+    ("text", "date", "seconds"),
+    [
+        (None, None, None),
+        ("120", None, 120),
+        (" 7 ", None, 7),
+        ("0", None, None),
+        ("-5", None, None),
+        ("1.5", None, None),
+        ("soon", None, None),
+        ("7200", None, 3600),
+        ("9" * 12, None, 3600),
+        ("9" * 4000, None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", None, 37),
+        ("Sun, 06 Nov 1994 08:48:37 GMT", None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:39:37 GMT", 600),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", "yesterday", 37),
+        ("Mon, 07 Nov 1994 08:49:37 GMT", None, 3600),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_an_hour_at_most(text, date, seconds):
+    assert retry_after_seconds(text, date, 784111740.0) == seconds
+
+
+# --- the board
 
 
 class Time:
@@ -141,54 +238,59 @@ def boards(names_a, names_b):
 
 def test_what_one_process_learns_all_know_whatever_their_settings_order():
     one, two, _, _ = boards(["x", "y"], ["y", "x"])
-    for _ in range(3):
-        one.note("y", FAILED, "refused")
+    one.note("y", AWAY, "refused")
     assert two.get("y").state is State.DOWN
     assert two.get("x").state is State.UNKNOWN
 
 
 def test_upstreams_beyond_the_words_are_kept_in_the_process():
     one, two, _, _ = boards(["a", "b", "c"], ["a", "b", "c"])
-    for _ in range(3):
-        one.note("c", FAILED, "refused")
+    one.note("c", AWAY, "refused")
     assert one.get("c").state is State.DOWN
     assert two.get("c").state is State.UNKNOWN
 
 
 def test_one_trial_for_all_processes():
     one, two, clock, _ = boards(["a"], ["a"])
-    for _ in range(3):
-        one.note("a", FAILED, "refused")
-    assert not one.may_try("a", 2.0)
-    clock.now += 2.5
-    assert [one.may_try("a", 2.0), two.may_try("a", 2.0), one.may_try("a", 2.0)] == [True, False, False]
-    clock.now += 2.5
-    assert two.may_try("a", 2.0)
+    one.note("a", AWAY, "refused")
+    assert not one.may_try("a", CONNECT)
+    clock.now += 1.2
+    assert [one.may_try("a", CONNECT), two.may_try("a", CONNECT)] == [True, False]
+    clock.now += 1.2
+    assert not two.may_try("a", CONNECT), "the first is under way"
+    one.note("a", AWAY, "refused")
+    clock.now += 1.2
+    assert two.may_try("a", CONNECT)
+    two.note("a", AWAY, "refused")
+    clock.now += 1.2
+    assert not one.may_try("a", CONNECT), "the wait doubles"
+    clock.now += 1.2
+    assert one.may_try("a", CONNECT)
+
+
+def test_a_trial_whose_process_died_is_followed_by_another():
+    one, two, clock, _ = boards(["a"], ["a"])
+    one.note("a", AWAY, "refused")
+    clock.now += 1.2
+    assert one.may_try("a", CONNECT)
+    clock.now += CONNECT + 0.5
+    assert not two.may_try("a", CONNECT)
+    clock.now += 1
+    assert two.may_try("a", CONNECT)
 
 
 def test_nothing_is_tried_that_is_not_down():
     one, _, clock, _ = boards(["a"], ["a"])
     clock.now += 100
-    assert not one.may_try("a", 0.0)
+    assert not one.may_try("a", CONNECT)
 
 
 def test_doubt_passes():
     one, _, clock, _ = boards(["a"], ["a"])
-    one.note("a", FAILED, "reset")
+    one.note("a", BROKE, "reset")
     assert one.doubted("a")
     clock.now += DOUBT_SECONDS + 0.2
     assert not one.doubted("a")
-
-
-def test_what_recovers_gets_its_place_back_without_checks_too():
-    one, _, clock, _ = boards(["a"], ["a"])
-    for sign in (FAILED, FAILED, FAILED, GOOD):
-        one.note("a", sign, "reset")
-    assert one.doubted("a")
-    clock.now += DOUBT_SECONDS + 0.2
-    assert not one.doubted("a")
-    one.note("a", GOOD)
-    assert one.get("a").state is State.UP
 
 
 def test_errors_are_told_once_a_second():
@@ -200,7 +302,7 @@ def test_errors_are_told_once_a_second():
     assert told == [("a", "oops"), ("a", "again")]
 
 
-def test_good_signs_of_what_is_up_take_no_lock():
+def test_answers_of_what_is_up_take_no_lock():
     words = memoryview(bytearray(8)).cast("Q")
     taken = []
 
@@ -211,7 +313,7 @@ def test_good_signs_of_what_is_up_take_no_lock():
 
     board = Board(["a"], words, 0, 1, locked)
     for _ in range(10):
-        board.note("a", GOOD)
+        board.note("a", ANSWERED)
     assert taken == [0]
 
 
@@ -244,13 +346,21 @@ def test_an_upstream_that_goes_moves_its_own_keys_only():
 # --- checks
 
 
-def test_checks_are_rare_while_it_is_up_and_soon_when_it_is_not():
-    assert wait_seconds("a", Health(State.UP), 30.0) == 30.0
-    assert wait_seconds("a", Health(State.UNKNOWN), 30.0) == 30.0
-    assert wait_seconds("a", Health(State.DOUBTFUL, 2), 30.0) == 1.0
-    assert wait_seconds("a", Health(State.RECOVERING, 2, 1), 30.0) == 1.0
-    assert 0.8 <= wait_seconds("a", Health(State.DOWN, 1), 30.0) <= 1.2
+@pytest.mark.parametrize(
+    ("table", "path"),
+    [
+        ({"kind": "gup"}, "/"),
+        ({"kind": "manager"}, "/content/ContentInfo.txt"),
+        ({"kind": "liveupdate"}, "/minitri.flg"),
+        ({"kind": "manager", "health_path": "/healthy%20or%20not"}, "/healthy%20or%20not"),
+    ],
+)
+def test_what_a_check_asks_for(table, path):
+    (settings,) = Settings.model_validate({"upstream": [{"url": "http://127.0.0.1:9", **table}]}).upstream
+    assert check_path(settings) == path
 
 
-def test_a_gup_is_asked_for_what_it_answers_by_itself():
-    assert (check_path("gup"), check_path("manager")) == ("/", "/content/ContentInfo.txt")
+@pytest.mark.parametrize("path", ["", "content", "http://a/b", "/a b", "/a?b", "/a#b", "/a\r\nX: y", "/\xe9"])
+def test_a_health_path_that_is_none_is_refused(path):
+    with pytest.raises(ValueError, match="health_path"):
+        Settings.model_validate({"upstream": [{"url": "http://127.0.0.1:9", "health_path": path}]})

@@ -1,6 +1,7 @@
 """The pool: who is asked next, what an answer tells of health, loops, and settings that change."""
 
 import asyncio
+import socket
 
 import pytest
 from harness.processes import free_port
@@ -8,11 +9,9 @@ from harness.scripted import Answer as Scripted
 from harness.scripted import Gate
 
 from gup.content.key import Variant
-from gup.upstream.checks import Checks
 from gup.upstream.connection import Answer, Ask
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, node_names, read_age
-from gup.upstream.health import Sign, State
-from gup.upstream.pool import sign_of
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, gup_names, node_names, read_age
+from gup.upstream.health import Checks, Sign, State
 
 ANY = Variant()
 PATH = "/content/x.txt"
@@ -29,8 +28,7 @@ def names(found) -> list[str]:
 
 def down(pool, *which: str) -> None:
     for name in which:
-        for _ in range(3):
-            pool.board.note(name, Sign.FAILED, f"{name} refused")
+        pool.board.note(name, Sign.AWAY, f"{name} refused")
 
 
 async def whole(answer) -> bytes:
@@ -114,7 +112,7 @@ async def test_other_variants_are_never_asked(pool_of):
 
 async def test_the_healthy_are_asked_first_and_the_dead_not_at_all(pool_of):
     async with pool_of(table("a"), table("b", priority=1), table("c", priority=2)) as pool:
-        pool.board.note("a", Sign.FAILED, "reset")
+        pool.board.note("a", Sign.BROKE, "reset")
         assert names(pool.candidates(ANY, "k")) == ["b", "c", "a"]
         down(pool, "b")
         assert names(pool.candidates(ANY, "k")) == ["c", "a", "b"]
@@ -125,18 +123,33 @@ async def test_the_healthy_are_asked_first_and_the_dead_not_at_all(pool_of):
         assert (names(asked), names(reserve)) == (["c", "a", "b"], [])
 
 
-async def test_while_all_are_down_one_trial_goes_out_per_error_ttl(pool_of, clock):
+async def test_while_all_are_down_one_trial_of_each_goes_out(pool_of, clock):
     async with pool_of(table("a"), table("b", priority=1)) as pool:
         down(pool, "a", "b")
         with pytest.raises(UpstreamFailure) as failure:
             pool.admitted(ANY, "k")
         assert failure.value.slug == "upstream-unreachable"
-        clock.ahead_seconds += 2.2
+        assert failure.value.retry_after_seconds == pytest.approx(1, abs=0.2)
+        with pytest.raises(UpstreamFailure):
+            pool.refuse_while_away(ANY, "k")
+        clock.ahead_seconds += 1.2
+        pool.refuse_while_away(ANY, "k")
         assert names(pool.admitted(ANY, "k")) == ["a", "b"]
         with pytest.raises(UpstreamFailure):
             pool.admitted(ANY, "another")
-        clock.ahead_seconds += 2.2
+        down(pool, "a", "b")  # so the trials ended
+        clock.ahead_seconds += 1.2
         assert names(pool.admitted(ANY, "k")) == ["a", "b"]
+        pool.board.note("b", Sign.ANSWERED)
+        pool.refuse_while_away(ANY, "k")
+        assert names(pool.admitted(ANY, "another")) == ["b"]
+
+
+async def test_another_variant_s_upstream_that_is_up_helps_nobody(pool_of):
+    async with pool_of(table("fr", language="French"), table("any")) as pool:
+        down(pool, "any")
+        with pytest.raises(UpstreamFailure):
+            pool.admitted(ANY, "k")
 
 
 async def test_without_checks_requests_try_what_was_down(pool_of, clock):
@@ -168,63 +181,86 @@ async def test_nobody_is_asked_that_the_request_has_passed_through(pool_of):
 # --- signs
 
 
-def failed(outcome: str = "error", status: int | None = None) -> UpstreamFailure:
-    return UpstreamFailure(outcome, "upstream-error", "", again=False, status=status)
-
-
-@pytest.mark.parametrize(
-    ("failure", "kind", "check", "sign"),
-    [
-        (failed("unreachable"), "manager", False, Sign.FAILED),
-        (failed("timeout"), "gup", False, Sign.FAILED),
-        (failed(), "manager", False, Sign.FAILED),
-        (failed(status=500), "manager", False, Sign.ERRED),
-        (failed(status=503), "manager", True, Sign.FAILED),
-        (failed(status=501), "manager", True, Sign.GOOD),
-        (failed(status=403), "manager", False, Sign.GOOD),
-        (failed(status=502), "gup", False, None),
-        (failed(status=503), "gup", True, Sign.FAILED),
-        (failed(status=508), "gup", True, None),
-        (failed("rejected"), "manager", False, None),
-    ],
-)
-def test_what_a_failure_tells(failure, kind, check, sign):
-    assert sign_of(failure, kind, check=check) is sign
-
-
-async def test_answers_and_failures_move_the_health(pool_of, upstream):
-    upstream.answer(PATH, Scripted(b"fine"), *[Scripted(reset_at=-1)] * 3, Scripted(b"fine"))
+async def test_resets_of_one_file_take_nothing_away(pool_of, upstream):
+    upstream.answer(PATH, Scripted(b"fine"), *[Scripted(reset_at=-1)] * 20, Scripted(b"fine"))
     async with pool_of({"name": "a", "url": upstream.url}) as pool:
         (one,) = pool.upstreams
         assert await whole(await pool.ask(one, Ask(PATH, "fill"))) == b"fine"
-        assert pool.board.get("a").state is State.UP
-        for _ in range(3):
+        for _ in range(20):
             with pytest.raises(UpstreamFailure):
-                await pool.ask(one, Ask(PATH, "fill"))
-        assert pool.board.get("a").state is State.DOWN
+                await pool.ask(one, Ask(PATH, "fill", client="10.0.0.1"))
+        assert pool.board.get("a").state is State.UP
+        assert names(pool.admitted(ANY, "k")) == ["a"]
         assert await whole(await pool.ask(one, Ask(PATH, "fill"))) == b"fine"
-        assert pool.board.get("a").state is State.RECOVERING
 
 
-async def test_a_body_that_breaks_off_is_a_bad_sign(pool_of, upstream):
-    upstream.answer(PATH, Scripted(b"x" * 100_000, reset_at=50_000))
-    async with pool_of({"name": "a", "url": upstream.url}) as pool:
-        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+NO_WAY = {
+    "refused": lambda port: {"url": f"http://127.0.0.1:{port}"},
+    "no such name": lambda _port: {"url": "http://no-such-host.invalid:8014"},
+    "proxy": lambda port: {"url": "http://127.0.0.1:9", "proxy": f"http://127.0.0.1:{port}"},
+}
+
+
+@pytest.mark.parametrize("way", NO_WAY)
+async def test_what_no_request_can_cause_takes_it_down_at_once(pool_of, way):
+    async with pool_of({"name": "a", **NO_WAY[way](free_port())}) as pool:
+        with pytest.raises(UpstreamFailure) as failure:
+            await pool.ask(pool.upstreams[0], Ask(PATH, "fill", client="10.0.0.1"))
+        assert (failure.value.outcome, failure.value.slug) == ("unreachable", "upstream-unreachable")
+        assert pool.board.is_down("a")
+
+
+async def test_tls_that_fails_takes_it_down_at_once(pool_of, upstream):
+    async with pool_of({"name": "a", "url": upstream.url.replace("http:", "https:")}) as pool:
         with pytest.raises(UpstreamFailure):
-            await whole(answer)
-        assert pool.board.get("a").state is State.DOUBTFUL
+            await pool.ask(pool.upstreams[0], Ask(PATH, "fill", client="10.0.0.1"))
+        assert pool.board.is_down("a")
 
 
-async def test_a_slow_head_is_noted(pool_of, upstream, clock):
+async def test_no_connection_in_time_takes_it_down_at_once(pool_of):
+    """A listener whose queue is full takes no more connections, and refuses none."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        held = [socket.socket() for _ in range(4)]
+        try:
+            for one in held:
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            async with pool_of({"name": "a", "url": url, "connect_timeout": "300ms"}) as pool:
+                with pytest.raises(UpstreamFailure) as failure:
+                    await pool.ask(pool.upstreams[0], Ask(PATH, "fill", client="10.0.0.1"))
+                assert failure.value.outcome == "unreachable"
+                assert pool.board.is_down("a")
+        finally:
+            for one in held:
+                one.close()
+
+
+async def test_waiting_in_vain_for_one_of_our_own_connections_tells_nothing(pool_of, upstream):
     gate = Gate()
-    upstream.answer(PATH, Scripted(b"fine", head_gate=gate))
+    upstream.answer(PATH, Scripted(b"x" * 100_000, gates=((50_000, gate),)))
+    quick = {"connect_timeout": "100ms", "read_timeout": "200ms", "max_connections": 1}
+    async with pool_of({"name": "a", "url": upstream.url, **quick}) as pool:
+        (one,) = pool.upstreams
+        answer = await pool.ask(one, Ask(PATH, "fill"))
+        with pytest.raises(UpstreamFailure):
+            await pool.ask(one, Ask(PATH, "fill"))
+        assert pool.board.get("a").state is State.UP
+        answer.close()
+    gate.open()
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "seconds"),
+    [(503, "120", 120), (429, "7200", 3600), (503, None, None), (500, "120", None), (403, "9", None)],
+)
+async def test_retry_after_of_429_and_503_is_taken_in(pool_of, upstream, status, told, seconds):
+    fields = (("Retry-After", told),) if told else ()
+    upstream.answer(PATH, Scripted(b"", status, fields=fields))
     async with pool_of({"name": "a", "url": upstream.url}) as pool:
-        asking = asyncio.create_task(pool.ask(pool.upstreams[0], Ask(PATH, "fill")))
-        await asyncio.to_thread(gate.wait_reached)
-        clock.ahead_seconds += 10
-        gate.open()
-        assert await whole(await asking) == b"fine"
-        assert pool.board.get("a").points == 1
+        with pytest.raises(UpstreamFailure) as failure:
+            await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert failure.value.retry_after_seconds == seconds
 
 
 # --- checks
@@ -236,21 +272,41 @@ async def until(condition) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_checks_bring_an_upstream_back_that_answers_twice(pool_of, upstream, clock):
-    upstream.answer(INDEX, Scripted(b"oops", 503), Scripted(b"index"))
-    async with pool_of({"name": "a", "url": upstream.url}) as pool:
+@pytest.mark.parametrize("status", [200, 302, 404, 500, 503])
+async def test_any_answer_to_a_check_says_that_it_lives(pool_of, upstream, clock, status):
+    upstream.answer("/alive", Scripted(b"", status))
+    async with pool_of({"name": "a", "url": upstream.url, "health_path": "/alive"}) as pool:
         down(pool, "a")
         checks = asyncio.create_task(Checks(pool, clock).run())
+        await asyncio.sleep(0)
+        clock.ahead_seconds += 5
         try:
-            for number in range(1, 4):
-                clock.ahead_seconds += 5
-                await until(lambda n=number: len(upstream.requests(INDEX, method="HEAD")) >= n)
             await until(lambda: pool.board.get("a").state is State.UP)
         finally:
             checks.cancel()
             await asyncio.gather(checks, return_exceptions=True)
-        assert upstream.requests() == []
-        assert pool._counters.get("gup_upstream_requests_total", upstream="a", outcome="error") == 1
+        assert {(seen.method, seen.path) for seen in upstream.seen} == {("HEAD", "/alive")}
+
+
+async def test_a_check_without_an_answer_makes_it_doubtful_and_others_are_asked_first(
+    pool_of, upstream, clock
+):
+    upstream.answer(INDEX, Scripted(reset_at=-1))
+    first = {"name": "a", "url": upstream.url}
+    async with pool_of(first, table("b", priority=1, health_interval="0")) as pool:
+        assert names(pool.admitted(ANY, "k")) == ["a", "b"]
+        checks = asyncio.create_task(Checks(pool, clock).run())
+        await asyncio.sleep(0)
+        clock.ahead_seconds += 100
+        try:
+            await until(lambda: pool.board.get("a").state is State.DOUBTFUL)
+            assert names(pool.admitted(ANY, "k")) == ["b", "a"]
+            upstream.answer(INDEX, Scripted(b"", 500))
+            clock.ahead_seconds += 2
+            await until(lambda: pool.board.get("a").state is State.UP)
+        finally:
+            checks.cancel()
+            await asyncio.gather(checks, return_exceptions=True)
 
 
 async def test_checks_of_an_interval_of_0_are_none(pool_of, upstream, clock):
@@ -291,7 +347,7 @@ async def test_the_age_of_what_a_gup_sends_counts(pool_of, upstream, kind, age):
         answer = await pool.ask(one, Ask(PATH, "fill"))
         await whole(answer)
         assert answer.head.age_seconds == age
-        assert one.node == ("top-1" if kind == "gup" else "")
+        assert one.node == "top-1"
         same = await pool.ask(one, Ask(PATH, "fill", if_none_match='"e"'))
         assert isinstance(same, RemoteHead)
         assert (same.status, same.age_seconds) == (304, age)
@@ -310,12 +366,30 @@ def test_fields_that_others_wrote_are_read_with_care():
         *(0, 0, 7, 0, 0, 0),
         1 << 31,
     ]
-    assert node_names(None) == []
+    assert node_names(None) == gup_names(None) == []
+    assert gup_names("1.1 a (gup), 1.0 fred,1.1 b (gup) , HTTP/1.1 p.net:80 (gup), 1.1 c (squid)") == [
+        "a",
+        "b",
+        "p.net:80",
+    ]
     assert node_names("1.1 a (gup), 1.0 fred, HTTP/1.1 p.example.net:80 (x), ") == [
         "a",
         "fred",
         "p.example.net:80",
     ]
+
+
+async def test_names_are_learned_before_anything_waits_for_them(pool_of, upstream):
+    """Of whatever kind it is set to be: a proxy between has a name that says nothing."""
+    upstream.answer("/", Scripted(b"", 404, fields=(("Via", "1.1 top-1 (gup), 1.1 corner (squid)"),)))
+    refused = {"name": "b", "url": f"http://127.0.0.1:{free_port()}"}
+    async with pool_of({"name": "a", "url": upstream.url}, refused) as pool:
+        one, other = sorted(pool.upstreams, key=lambda upstream: upstream.name)
+        await asyncio.gather(*(pool.learn_names(ANY, f"k{number}") for number in range(20)))
+        assert (one.node, other.node) == ("top-1", None)
+        assert len(upstream.seen) == 1
+        assert names(pool.off_the_way(pool.upstreams, "1.1 top-1 (gup)")) == ["b"]
+        assert len(pool.off_the_way(pool.upstreams, "1.1 corner (squid)")) == 2
 
 
 # --- settings that change
