@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from gup.cache.checksum import seal, unseal
-from gup.cache.record import FORMAT, Head, Record
+from gup.cache.record import FORMAT, MAX_RECORD_BYTES, Head, Record, read_key, read_path, require_format
 from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS, Problem
+from gup.jsonmodel import MAX_TIME, InvalidError, Members, plain_text, shown
+
+MAX_STATE_BYTES = MAX_RECORD_BYTES + 64 * 1024
+_MAX_DETAIL = 2000
 
 
 class Phase(StrEnum):
@@ -61,7 +64,21 @@ class Failure:
 
     @classmethod
     def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
-        return cls(problem.slug, problem.detail, ttl, monotonic_now + ttl)
+        return cls(problem.slug, plain_text(problem.detail, _MAX_DETAIL), ttl, monotonic_now + ttl)
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Failure":
+        """InvalidError when `fields` are no failure."""
+        members = Members(fields, "failure")
+        slug = members.text("slug", _MAX_DETAIL)
+        if slug not in PROBLEMS:
+            raise InvalidError(f"failure: 'slug' is unknown: {shown(slug)}")
+        return cls(
+            slug,
+            members.text("detail", _MAX_DETAIL),
+            members.number("ttl", 0, MAX_TIME),
+            members.number("until", -MAX_TIME, MAX_TIME),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +116,31 @@ class FillState:
 
     @classmethod
     def decode(cls, text: bytes) -> "FillState":
-        """ValueError when the text is damaged or of another format."""
-        fields = unseal(text)
-        try:
-            return cls._from_json(fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a state file: {error}") from error
-
-    @classmethod
-    def _from_json(cls, fields: dict[str, Any]) -> "FillState":
-        if fields["format"] != FORMAT:
-            raise ValueError(f"unknown format {fields['format']!r}")
-        return cls(
-            key=ContentKey.parse(fields["key"]),
-            kind=Kind(fields["kind"]),
-            generation=int(fields["generation"]),
-            phase=Phase(fields["phase"]),
-            head=Head.from_json(fields["head"]) if fields["head"] else None,
-            failure=Failure(**fields["failure"]) if fields["failure"] else None,
-            record=Record.from_json(fields["record"]) if fields["record"] else None,
-            path=str(fields["path"]),
-            ahead=fields.get("ahead") is True,
+        """InvalidError when the text is damaged, of another format or contradicts itself."""
+        members = unseal(text, "state", MAX_STATE_BYTES)
+        require_format(members)
+        key = read_key(members)
+        state = cls(
+            key=key,
+            kind=members.one_of("kind", Kind),
+            generation=members.whole("generation"),
+            phase=members.one_of("phase", Phase),
+            head=Head.from_json(members["head"]) if "head" in members else None,
+            failure=Failure.from_json(members["failure"]) if "failure" in members else None,
+            record=Record.from_json(members["record"]) if "record" in members else None,
+            path=read_path(members, key),
+            ahead="ahead" in members and members.flag("ahead"),
         )
+        state._check()
+        return state
+
+    def _check(self) -> None:
+        """What a phase goes with, and what others rely on."""
+        if self.phase is Phase.COMMITTED and self.record is None:
+            raise InvalidError("state: a commit without its record")
+        if self.record is not None and self.record.key != self.key:
+            raise InvalidError(f"state: its record is that of {self.record.key.text}")
+        if self.phase is Phase.STREAMING and self.head is None:
+            raise InvalidError("state: a body under way without its head")
+        if self.phase in (Phase.FAILED, Phase.UNSTORABLE) and self.failure is None:
+            raise InvalidError("state: a failure that does not tell why")

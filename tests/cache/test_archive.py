@@ -17,6 +17,7 @@ from gup.cache.record import Head, Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import path_of
 
 NOW = 2_000_000.0
 
@@ -37,7 +38,7 @@ def commit(store, name, body, *, pinned=False):
     sums = ChunkSums()
     sums.add(body)
     head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
-    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, "/content/x")
+    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, path_of(name))
     store.commit(FillState(name, Kind.FULL, 1, Phase.COMMITTED, head, None, record.with_pin(pinned)))
     return record
 
