@@ -9,6 +9,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from gup.cache.checksum import ChunkSums
 from gup.cache.chunks import read_aside
 from gup.cache.record import Record
 from gup.cache.store import OpenFile, Store
+from gup.cache.tar_reader import Member, TarError, TarReader
 from gup.content.key import ContentKey
 from gup.errors import GupError
+from gup.jsonmodel import InvalidError, Members, parse, plain_text
 
 FORMAT = 1
 FIRST, LAST = "gup-archive.json", "gup-archive-end.json"
 FOLDER = "content/"
-_MAX_JSON_BYTES = 16 << 20
+MAX_FIRST_BYTES = 64 * 1024
+_MAX_LAST_BYTES = 64 << 20
+_MAX_LEFT_OUT = 100_000
+_MAX_TEXT = 2000
 PIECE_BYTES = 256 * 1024
 
 
@@ -40,7 +46,7 @@ def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> 
         try:
             record, file = _sound(store, key)
         except (ValueError, OSError) as error:
-            left_out.append({"key": key.text, "why": str(error)})
+            left_out.append({"key": key.text, "why": plain_text(str(error), _MAX_TEXT)})
             continue
         yield from _member(record_name(key), record.encode(), record.stored_at)
         yield from _body_member(record, file)
@@ -100,17 +106,60 @@ def record_name(key: ContentKey) -> str:
 def summary(file: Path) -> dict[str, Any]:
     """What the last member of a written archive says; ArchiveError when it was cut off."""
     try:
-        with tarfile.open(file, "r:") as archive:
-            last = archive.getmember(LAST)
-            found: dict[str, Any] = json.loads(content_of(archive, last))
-    except (tarfile.TarError, KeyError, ValueError, OSError) as error:
-        raise ArchiveError("the archive broke off before its end") from error
-    return found
+        with file.open("rb") as stream:
+            archive = TarReader(stream)
+            while (member := archive.next()) is not None and member.name != LAST:
+                pass
+            if member is None:
+                raise ArchiveError("the archive broke off before its end")
+            return asdict(Ending.from_json(read_json(archive, member, _MAX_LAST_BYTES)))
+    except (TarError, InvalidError, OSError) as error:
+        raise ArchiveError(f"the archive broke off before its end: {error}") from error
 
 
-def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    content = archive.extractfile(member)
-    if content is None or member.size > _MAX_JSON_BYTES:
-        raise ArchiveError(f"{member.name} is not what it should be")
-    with content:
-        return content.read()
+def read_json(archive: TarReader, member: Member, most_bytes: int) -> Any:
+    """A member that is JSON; InvalidError when it is no JSON, or too long (it is not read then)."""
+    if member.size_bytes > most_bytes:
+        raise InvalidError(f"{member.name}: {member.size_bytes} bytes long; {most_bytes} are allowed")
+    return parse(archive.read(member.size_bytes), member.name, most_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The first member: which format the archive has, and who made it when (Unix seconds)."""
+
+    format: int
+    gup: str
+    site: str
+    made_at: float
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Manifest":
+        """InvalidError when `fields` are no manifest."""
+        members = Members(fields, FIRST)
+        return cls(
+            members.whole("format"),
+            members.text("gup", _MAX_TEXT),
+            members.text("site", _MAX_TEXT),
+            members.time("made_at"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The last member: what the archive holds, and which entries were left out and why."""
+
+    entries: int
+    bytes: int
+    left_out: list[dict[str, str]]
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Ending":
+        """InvalidError when `fields` are no ending."""
+        members = Members(fields, LAST)
+        rows = [Members(row, LAST) for row in members.rows("left_out", _MAX_LEFT_OUT)]
+        return cls(
+            members.whole("entries"),
+            members.whole("bytes"),
+            [{name: row.text(name, _MAX_TEXT) for name in ("key", "why")} for row in rows],
+        )

@@ -1,13 +1,17 @@
 """Sums over stored bytes: a body's chunks, and JSON files that know their own sum; opens no file itself."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import xxhash
 
+from gup.jsonmodel import InvalidError, Members, parse, shown
+
 CHUNK_BYTES = 1 << 20
 """Bodies are summed in pieces of this size; the last piece is what is left."""
+_SUMS = re.compile(r"[0-9a-f]*")
 
 
 class ChunkSums:
@@ -67,10 +71,10 @@ def pack_sums(sums: tuple[int, ...] | list[int]) -> str:
     return "".join(f"{value:016x}" for value in sums)
 
 
-def unpack_sums(text: str) -> tuple[int, ...]:
-    """What `pack_sums` packed; ValueError when it is not such a text."""
-    if len(text) % 16:
-        raise ValueError("chunk sums are 16 hexadecimal digits each")
+def unpack_sums(text: str, length: int) -> tuple[int, ...]:
+    """What `pack_sums` packed of a body of `length` bytes; InvalidError when it is not such a text."""
+    if not _SUMS.fullmatch(text) or len(text) != 16 * -(-length // CHUNK_BYTES):
+        raise InvalidError(f"the chunk sums are not those of a body of {length} bytes: {shown(text)}")
     return tuple(int(text[at : at + 16], 16) for at in range(0, len(text), 16))
 
 
@@ -84,12 +88,14 @@ def seal(fields: dict[str, Any]) -> bytes:
     return json.dumps({**fields, "checksum": checksum}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
-def unseal(text: bytes) -> dict[str, Any]:
-    """The fields of a JSON text made by `seal`; ValueError when a bit of it is wrong."""
-    fields = json.loads(text)  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
-    if not isinstance(fields, dict):
-        raise ValueError("not a sealed object")  # noqa: TRY004 - callers expect one kind of error
-    checksum = fields.pop("checksum", None)
-    if checksum != xxhash.xxh3_64_hexdigest(_canonical(fields)):
-        raise ValueError("the checksum is wrong")
-    return fields
+def unseal(text: bytes, model: str, most_bytes: int) -> Members:
+    """The members of a JSON text made by `seal`; InvalidError when it is too long or a bit of it is wrong."""
+    members = Members(parse(text, model, most_bytes), model)
+    checksum = members.values.pop("checksum", None)
+    try:
+        right = xxhash.xxh3_64_hexdigest(_canonical(members.values))
+    except (ValueError, RecursionError) as error:  # what UTF-8 can't encode
+        raise InvalidError(f"{model}: not what is written there: {error}") from error
+    if checksum != right:
+        raise InvalidError(f"{model}: the checksum is wrong")
+    return members

@@ -418,6 +418,7 @@ class Leader:
         if self._phase is Phase.STREAMING:
             with contextlib.suppress(OSError):  # the next write will tell
                 await self._in_thread(self._means.store.save_state, self._state(head=self._head))
+
     async def _check_structure(self, received: int, reread: Reread) -> None:
         try:
             await check_structure(self._means, self._flight, received, reread)

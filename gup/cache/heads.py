@@ -4,7 +4,7 @@ import secrets
 
 import xxhash
 
-from gup.cache.record import Head
+from gup.cache.record import Head, kept_field, kept_tag
 from gup.content.key import ContentKey
 from gup.errors import Problem
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
@@ -37,10 +37,10 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
     return Head(
         length=remote.length,
         etag=etag,
-        content_type=remote.content_type,
-        last_modified=remote.last_modified,
+        content_type=kept_field(remote.content_type) or "application/octet-stream",
+        last_modified=kept_field(remote.last_modified),
         upstream=remote.upstream,
-        upstream_etag=remote.etag,
+        upstream_etag=kept_tag(remote.etag),
     )
 
 

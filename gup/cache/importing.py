@@ -3,9 +3,7 @@
 Blocks on the disk and on whoever gives the archive.
 """
 
-import json
 import os
-import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,17 +15,22 @@ from gup.cache.archive import (
     FOLDER,
     FORMAT,
     LAST,
-    PIECE_BYTES,
+    MAX_FIRST_BYTES,
     ArchiveError,
-    content_of,
+    Manifest,
+    read_json,
     record_name,
 )
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums
-from gup.cache.record import Record
+from gup.cache.record import MAX_RECORD_BYTES, Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile, Store
+from gup.cache.tar_reader import Member, TarError, TarReader
 from gup.content.key import ContentKey
+from gup.jsonmodel import InvalidError, Members, shown
 
+_MOST_REFUSED = 10_000
+_MOST_SHOWN = 300
 _NOT_OURS = "it is no archive made by gup cache export"
 
 
@@ -77,34 +80,29 @@ class Import:
 
     def take(self, stream: IO[bytes]) -> Imported:
         """Take all that can be taken. ArchiveError, before anything is, when `stream` is no archive."""
-        done, begun = self._done, False
+        done, archive = self._done, TarReader(stream)
+        _require_ours(archive)
         try:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=PIECE_BYTES) as archive:
-                for member in archive:
-                    if not begun:
-                        _require_ours(archive, member)
-                        begun = True
-                    elif member.name == LAST:
-                        done.complete = True
-                        break
-                    else:
-                        self._member(archive, member)
-        except (tarfile.TarError, EOFError) as error:
-            if not begun:
-                raise ArchiveError(_NOT_OURS) from error
+            while (member := archive.next()) is not None:
+                if member.name == LAST:
+                    done.complete = True
+                    break
+                if len(done.refused) >= _MOST_REFUSED:
+                    done.problem = f"{_MOST_REFUSED} members were refused: the rest was not looked at"
+                    break
+                self._member(archive, member)
+        except TarError as error:
             done.problem = f"the archive can't be read on: {error}"
-        if not begun:
-            raise ArchiveError(_NOT_OURS)
         if not done.complete and done.problem is None:
             done.problem = "the archive ends before its last member: it was cut off"
         return done
 
-    def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def _member(self, archive: TarReader, member: Member) -> None:
         record, self._record = self._record, None
         name = member.name.removeprefix(FOLDER)
         why = ""
         try:
-            if not member.isreg() or name == member.name:
+            if not member.is_file or name == member.name:
                 why = "neither a record nor a body"
             elif name.rpartition("/")[2].startswith("."):
                 self._record = _record(archive, member)
@@ -117,22 +115,20 @@ class Import:
         except OSError as error:
             why = f"it can't be written: {error.strerror or error}"
         if why:
-            self._done.refused.append({"name": name, "why": why})
+            self._done.refused.append({"name": _shown(name), "why": why})
 
-    def _body(self, archive: tarfile.TarFile, member: tarfile.TarInfo, record: Record) -> None:
+    def _body(self, archive: TarReader, member: Member, record: Record) -> None:
         store, key = self._store, record.key
         if _is_there(store, key):
             self._done.present += 1
             return
-        if member.size != record.length:
-            raise _NotTakenError(f"{member.size} bytes long instead of {record.length}")
+        if member.size_bytes != record.length:
+            raise _NotTakenError(f"{member.size_bytes} bytes long instead of {record.length}")
         if why := self._custody.room(record.length):
             raise _NotTakenError(why)
         temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
-        content = archive.extractfile(member)
-        assert content is not None
         try:
-            if not _copied(content, temporary, record):
+            if not _copied(archive, temporary, record):
                 raise _NotTakenError("damaged: its bytes are not those that were recorded")
             taken = self._publish(temporary, record)
         finally:
@@ -157,25 +153,51 @@ class Import:
             self._custody.release(offset)
 
 
-def _require_ours(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    try:
-        found = json.loads(content_of(archive, member))["format"] if member.name == FIRST else None
-    except (ValueError, KeyError, TypeError, ArchiveError) as error:
-        raise ArchiveError(_NOT_OURS) from error
-    if found is None:
+def _require_ours(archive: TarReader) -> None:
+    fields = _first(archive)
+    if fields is None:
         raise ArchiveError(_NOT_OURS)
+    found = fields["format"]
     if found != FORMAT:
-        raise ArchiveError(f"it is an archive of format {found!r}; this gup reads format {FORMAT}")
-
-
-def _record(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
+        raise ArchiveError(f"it is an archive of format {shown(found)}; this gup reads format {FORMAT}")
     try:
-        record = Record.decode(content_of(archive, member))
-    except (ValueError, ArchiveError) as error:
-        raise _NotTakenError(f"a damaged record: {error}") from error
+        Manifest.from_json(fields.values)
+    except InvalidError as error:
+        raise ArchiveError(f"its first member is damaged: {error}; export it again") from error
+
+
+def _first(archive: TarReader) -> Members | None:
+    """The first member; None when it is not that of an archive of ours."""
+    try:
+        member = archive.next()
+        if member is None or member.name != FIRST or not member.is_file:
+            return None
+        fields = Members(read_json(archive, member, MAX_FIRST_BYTES), FIRST)
+    except (TarError, InvalidError):
+        return None
+    return fields if "format" in fields else None
+
+
+def _record(archive: TarReader, member: Member) -> Record:
+    if member.size_bytes > MAX_RECORD_BYTES:
+        raise _NotTakenError(
+            f"a damaged record: {member.size_bytes} bytes long; {MAX_RECORD_BYTES} are allowed; "
+            "export the entry again"
+        )
+    try:
+        record = Record.decode(archive.read(member.size_bytes))
+    except InvalidError as error:
+        raise _NotTakenError(f"a damaged record: {error}; export the entry again") from error
     if member.name != record_name(record.key):
         raise _NotTakenError("a record under another entry's name")
     return record
+
+
+def _shown(name: str) -> str:
+    """A member's name for people: anybody may have chosen it."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name[:_MOST_SHOWN]
+    )
 
 
 def _is_there(store: Store, key: ContentKey) -> bool:
@@ -183,7 +205,7 @@ def _is_there(store: Store, key: ContentKey) -> bool:
     return os.path.lexists(store.body_path(key)) or os.path.lexists(store.record_path(key))
 
 
-def _copied(content: IO[bytes], path: Path, record: Record) -> bool:
+def _copied(content: TarReader, path: Path, record: Record) -> bool:
     """Write the body to `path`, durably; False when a chunk of it is not what was recorded."""
     sums, file = ChunkSums(), OpenFile(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     for wanted in record.sums:

@@ -10,8 +10,8 @@ from gup.cache.flight import Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.prior import note_damage
 from gup.cache.record import Record
-from gup.content.key import ABSENT, ContentKey, Kind, Variant
-from gup.content.routes import LIVEUPDATE_STREAM, Route
+from gup.content.key import ContentKey, Kind, Variant
+from gup.content.routes import Route, path_of
 from gup.errors import Problem
 
 Fly = Callable[[ContentKey, Route, Variant, bool], Awaitable[GrowingBody | Landing]]
@@ -38,14 +38,8 @@ def route_of_record(record: Record) -> Route:
 
 
 def path_of_record(record: Record) -> str:
-    """What upstream is asked for. Records that do not tell follow FIELD's layout, with no need of escapes."""
-    key = record.key
-    if record.path:
-        return record.path
-    if key.stream == LIVEUPDATE_STREAM:
-        return f"/{key.file}"
-    folders = [part for part in (key.stream, key.revision) if part != ABSENT]
-    return "/".join(("/content", *folders, key.file))
+    """What upstream is asked for."""
+    return record.path or path_of(record.key)
 
 
 class Mending:

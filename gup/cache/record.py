@@ -1,13 +1,56 @@
 """What is known of a body: the head it was fetched with, and the record of a committed one; opens no file."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gup.cache.checksum import CHUNK_BYTES, pack_sums, seal, unpack_sums, unseal
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import leads_to
+from gup.jsonmodel import Form, InvalidError, Members, shown
 
 FORMAT = 1
 """Version of the records and state files; others are refused (and fetched anew)."""
+MAX_BODY_BYTES = 64 << 30
+"""Of a body that is stored: what bounds a record's sums. What is larger is unstorable."""
+MAX_RECORD_BYTES = 16 * (MAX_BODY_BYTES // CHUNK_BYTES) + 64 * 1024
+
+_MAX_FIELD = 1024
+_FIELD = Form(re.compile("[\t\x20-\x7e\x80-\xff]+"), "header field's value")
+"""A field's value (RFC 9110 section 5.5): no control but the tab; bytes over 127 mean nothing."""
+_TAG = Form(re.compile('"[\x21\x23-\x7e\x80-\xff]*"'), "strong entity tag")
+"""A strong entity tag (RFC 9110 section 8.8.3)."""
+_NAME = Form(re.compile(r"[^\x00-\x1f\x7f]*"), "name of an upstream")
+_MAX_KEY = 5 * 241
+_MAX_PATH = 8193
+
+
+def kept_field(text: str | None) -> str | None:
+    """A header field's value as a record can keep it; None for what it can't: too long, or no such value."""
+    return text if text is not None and len(text) <= _MAX_FIELD and _FIELD.pattern.fullmatch(text) else None
+
+
+def kept_tag(text: str | None) -> str | None:
+    """The same of a strong entity tag."""
+    return text if text is not None and len(text) <= _MAX_FIELD and _TAG.pattern.fullmatch(text) else None
+
+
+def read_key(members: Members) -> ContentKey:
+    """The content key that a record or a state is about."""
+    return ContentKey.parse(members.text("key", _MAX_KEY))
+
+
+def read_path(members: Members, key: ContentKey) -> str:
+    """What upstream was asked for: a path that leads to `key`, or "" when that was not kept."""
+    path = members.text("path", _MAX_PATH) if "path" in members else ""
+    if path and not leads_to(path, key):
+        raise InvalidError(f"{members.model}: 'path' does not lead to {key.text}: {shown(path)}")
+    return path
+
+
+def require_format(members: Members) -> None:
+    if members.whole("format") != FORMAT:
+        raise InvalidError(f"{members.model}: unknown format {shown(members['format'])}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +72,17 @@ class Head:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Head":
-        """ValueError or KeyError when `fields` are no head."""
-        head = cls(**{name: fields[name] for name in cls.__slots__})
-        if head.length is not None and not (isinstance(head.length, int) and head.length > 0):
-            raise ValueError(f"not a length: {head.length!r}")
-        return head
+    def from_json(cls, fields: object, model: str = "head") -> "Head":
+        """InvalidError when `fields` are no head."""
+        members = Members(fields, model)
+        return cls(
+            length=None if members["length"] is None else members.whole("length", 1, MAX_BODY_BYTES),
+            etag=members.text_or_none("etag", _MAX_FIELD, _TAG),
+            content_type=members.text("content_type", _MAX_FIELD, _FIELD),
+            last_modified=members.text_or_none("last_modified", _MAX_FIELD, _FIELD),
+            upstream=members.text("upstream", _MAX_FIELD, _NAME),
+            upstream_etag=members.text_or_none("upstream_etag", _MAX_FIELD, _TAG),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,28 +161,35 @@ class Record:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Record":
-        """ValueError when `fields` are no record of this format, or contradict themselves."""
-        try:
-            if fields["format"] != FORMAT:
-                raise ValueError(f"unknown format {fields['format']!r}")
-            values = {name: fields[name] for name in cls.__slots__ if name != "path"}
-            values["path"] = str(fields.get("path", ""))
-            values["key"] = ContentKey.parse(fields["key"])
-            values["kind"] = Kind(fields["kind"])
-            values["sums"] = unpack_sums(fields["sums"])
-            record = cls(**values)
-            chunks = -(-record.length // CHUNK_BYTES)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a record: {error}") from error
-        if record.length <= 0 or len(record.sums) != chunks:
-            raise ValueError("length and chunk sums do not fit each other")
-        return record
+    def from_json(cls, fields: object) -> "Record":
+        """InvalidError when `fields` are no record of this format, or contradict each other."""
+        members = Members(fields, "record")
+        require_format(members)
+        head = Head.from_json(fields, "record")
+        key = read_key(members)
+        if head.length is None or head.etag is None:
+            raise InvalidError("record: 'length' and 'etag' must be there")
+        return cls(
+            key=key,
+            kind=members.one_of("kind", Kind),
+            length=head.length,
+            etag=head.etag,
+            content_type=head.content_type,
+            last_modified=head.last_modified,
+            upstream=head.upstream,
+            upstream_etag=head.upstream_etag,
+            stored_at=members.time("stored_at"),
+            validated_at=members.time("validated_at"),
+            pinned=members.flag("pinned"),
+            body_mtime_ns=members.whole("body_mtime_ns", least=-(2**63)),
+            sums=unpack_sums(members.text("sums", MAX_RECORD_BYTES), head.length),
+            path=read_path(members, key),
+        )
 
     def encode(self) -> bytes:
         return seal(self.to_json())
 
     @classmethod
     def decode(cls, text: bytes) -> "Record":
-        """ValueError when the text is damaged."""
-        return cls.from_json(unseal(text))
+        """InvalidError when the text is damaged."""
+        return cls.from_json(unseal(text, "record", MAX_RECORD_BYTES).values)

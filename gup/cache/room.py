@@ -4,6 +4,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from gup.cache.record import MAX_BODY_BYTES
 from gup.cache.space import Space
 from gup.errors import GupError, is_exhausted
 
@@ -36,6 +37,8 @@ class Room:
     async def reserve(self, amount: int) -> None:
         """Have room for so many bytes more; Unstorable when there is none."""
         wanted = self._promised + amount
+        if wanted > MAX_BODY_BYTES:
+            raise Unstorable(f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)")
         if self._space.too_large(wanted):
             raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)")
         if not await self._space.reserve(amount):

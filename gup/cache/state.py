@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from gup.cache.checksum import seal, unseal
-from gup.cache.record import FORMAT, Head, Record
+from gup.cache.record import FORMAT, MAX_RECORD_BYTES, Head, Record, read_key, read_path, require_format
 from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS, Problem
+from gup.jsonmodel import MAX_TIME, InvalidError, Members, number, plain_text, shown, text, whole
 from gup.upstream.validators import Validators
 
 MEMORY_SECONDS = 86400.0
 """So long after it was fetched a wrong body is remembered: then it may be fetched once more."""
+MAX_STATE_BYTES = MAX_RECORD_BYTES + 64 * 1024
+_MAX_DETAIL = 2000
+_MAX_UPSTREAMS = 256
 
 
 class Phase(StrEnum):
@@ -66,7 +69,21 @@ class Failure:
 
     @classmethod
     def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
-        return cls(problem.slug, problem.detail, ttl, monotonic_now + ttl)
+        return cls(problem.slug, plain_text(problem.detail, _MAX_DETAIL), ttl, monotonic_now + ttl)
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Failure":
+        """InvalidError when `fields` are no failure."""
+        members = Members(fields, "failure")
+        slug = members.text("slug", _MAX_DETAIL)
+        if slug not in PROBLEMS:
+            raise InvalidError(f"failure: 'slug' is unknown: {shown(slug)}")
+        return cls(
+            slug,
+            members.text("detail", _MAX_DETAIL),
+            members.number("ttl", 0, MAX_TIME),
+            members.number("until", -MAX_TIME, MAX_TIME),
+        )
 
 
 Told = tuple[str | None, str | None, int | None]
@@ -98,22 +115,34 @@ class Hold:
         """Whether it is of any use still."""
         return self.seconds_left(monotonic_now) > 0 or 0 < self.forgotten_at - monotonic_now <= MEMORY_SECONDS
 
-    def to_json(self) -> list[Any]:
+    def to_json(self) -> list[object]:
         return [self.upstream, self.until, self.wait, self.times, self.told, self.forgotten_at]
 
     @classmethod
-    def from_json(cls, fields: Any) -> "Hold":
-        """ValueError or TypeError when `fields` are no hold."""
+    def from_json(cls, fields: object) -> "Hold":
+        """InvalidError when `fields` are no hold."""
+        if not isinstance(fields, list) or len(fields) != len(cls.__slots__):
+            raise InvalidError(f"hold: must be an array of {len(cls.__slots__)}, not {shown(fields)}")
         upstream, until, wait, times, told, forgotten_at = fields
-        etag, last_modified, length = told or (None, None, None)
-        known = (
-            None if etag is None else str(etag),
-            None if last_modified is None else str(last_modified),
-            None if length is None else int(length),
-        )
         return cls(
-            str(upstream), float(until), float(wait), int(times), known if told else None, float(forgotten_at)
+            text(upstream, "hold: an upstream", _MAX_DETAIL),
+            number(until, "hold: its end", -MAX_TIME, MAX_TIME),
+            number(wait, "hold: its wait", 0, MAX_TIME),
+            whole(times, "hold: a count"),
+            None if told is None else _told(told),
+            number(forgotten_at, "hold: its memory's end", -MAX_TIME, MAX_TIME),
         )
+
+
+def _told(fields: object) -> Told:
+    if not isinstance(fields, list) or len(fields) != 3:
+        raise InvalidError(f"hold: what tells a body must be an array of 3, not {shown(fields)}")
+    etag, last_modified, length = fields
+    return (
+        None if etag is None else text(etag, "hold: an ETag", _MAX_DETAIL),
+        None if last_modified is None else text(last_modified, "hold: a date", _MAX_DETAIL),
+        None if length is None else whole(length, "hold: a length"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,28 +190,36 @@ class FillState:
         )
 
     @classmethod
-    def decode(cls, text: bytes) -> "FillState":
-        """ValueError when the text is damaged or of another format."""
-        fields = unseal(text)
-        try:
-            return cls._from_json(fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a state file: {error}") from error
-
-    @classmethod
-    def _from_json(cls, fields: dict[str, Any]) -> "FillState":
-        if fields["format"] != FORMAT:
-            raise ValueError(f"unknown format {fields['format']!r}")
-        return cls(
-            key=ContentKey.parse(fields["key"]),
-            kind=Kind(fields["kind"]),
-            generation=int(fields["generation"]),
-            phase=Phase(fields["phase"]),
-            head=Head.from_json(fields["head"]) if fields["head"] else None,
-            failure=Failure(**fields["failure"]) if fields["failure"] else None,
-            record=Record.from_json(fields["record"]) if fields["record"] else None,
-            path=str(fields["path"]),
-            ahead=fields.get("ahead") is True,
-            told={name: Validators.from_json(row) for name, row in fields.get("told", {}).items()},
-            holds=tuple(Hold.from_json(row) for row in fields.get("holds", ())),
+    def decode(cls, sealed: bytes) -> "FillState":
+        """InvalidError when the text is damaged, of another format or contradicts itself."""
+        members = unseal(sealed, "state", MAX_STATE_BYTES)
+        require_format(members)
+        key = read_key(members)
+        told = Members(members["told"], "validators") if "told" in members else None
+        rows = members.rows("holds", _MAX_UPSTREAMS) if "holds" in members else []
+        state = cls(
+            key=key,
+            kind=members.one_of("kind", Kind),
+            generation=members.whole("generation"),
+            phase=members.one_of("phase", Phase),
+            head=Head.from_json(members["head"]) if "head" in members else None,
+            failure=Failure.from_json(members["failure"]) if "failure" in members else None,
+            record=Record.from_json(members["record"]) if "record" in members else None,
+            path=read_path(members, key),
+            ahead="ahead" in members and members.flag("ahead"),
+            told={name: Validators.from_json(row) for name, row in told.values.items()} if told else {},
+            holds=tuple(Hold.from_json(row) for row in rows),
         )
+        state._check()
+        return state
+
+    def _check(self) -> None:
+        """What a phase goes with, and what others rely on."""
+        if self.phase is Phase.COMMITTED and self.record is None:
+            raise InvalidError("state: a commit without its record")
+        if self.record is not None and self.record.key != self.key:
+            raise InvalidError(f"state: its record is that of {self.record.key.text}")
+        if self.phase is Phase.STREAMING and self.head is None:
+            raise InvalidError("state: a body under way without its head")
+        if self.phase in (Phase.FAILED, Phase.UNSTORABLE) and self.failure is None:
+            raise InvalidError("state: a failure that does not tell why")

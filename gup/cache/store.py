@@ -16,10 +16,11 @@ from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.claim import Claims
-from gup.cache.record import Record
-from gup.cache.state import FillState, Phase
+from gup.cache.record import MAX_RECORD_BYTES, Record
+from gup.cache.state import MAX_STATE_BYTES, FillState, Phase
 from gup.content.key import ContentKey
 from gup.errors import StoreError
+from gup.jsonmodel import InvalidError
 
 _RECORD_SUFFIX = ".gup"
 _PART_SUFFIX = ".part"
@@ -92,13 +93,13 @@ class Store:
         return self.content / key.path.with_name(f".{key.file}{_RECORD_SUFFIX}")
 
     def load(self, key: ContentKey) -> Record | None:
-        """The key's record; None when there is none. ValueError when it is damaged or can't be read."""
-        text = _read(self.record_path(key))
+        """The key's record; None when there is none. InvalidError when it is damaged or can't be read."""
+        text = _read(self.record_path(key), MAX_RECORD_BYTES)
         if text is None:
             return None
         record = Record.decode(text)
         if record.key != key:
-            raise ValueError(f"the record is that of {record.key.text}")
+            raise InvalidError(f"the record is that of {record.key.text}")
         return record
 
     def open_body(self, record: Record) -> OpenFile | None:
@@ -208,13 +209,13 @@ class Store:
 
     def _stored(self, key: ContentKey) -> Stored:
         try:
-            stat = self.body_path(key).stat()
+            found = self.body_path(key).stat()
         except FileNotFoundError:
             return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
         record = self._load_or_none(key)
-        if record is None or (record.length, record.body_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            return Stored(key, None, stat.st_size, stat.st_mtime)
-        return Stored(key, record, stat.st_size, self.record_path(key).stat().st_mtime)
+        if record is None or (record.length, record.body_mtime_ns) != (found.st_size, found.st_mtime_ns):
+            return Stored(key, None, found.st_size, found.st_mtime)
+        return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
 
     def _load_or_none(self, key: ContentKey) -> Record | None:
         try:
@@ -239,9 +240,14 @@ class Store:
         return self.partial / f"{id_}{_STATE_SUFFIX}"
 
     def load_state(self, id_: str) -> FillState | None:
-        """The state file; None when missing. ValueError when it is damaged or can't be read."""
-        text = _read(self.state_path(id_))
-        return FillState.decode(text) if text is not None else None
+        """The state file; None when missing. InvalidError when it is damaged or can't be read."""
+        text = _read(self.state_path(id_), MAX_STATE_BYTES)
+        if text is None:
+            return None
+        state = FillState.decode(text)
+        if state.key.id != id_:
+            raise InvalidError(f"the state is that of {state.key.text}")
+        return state
 
     def save_state(self, state: FillState) -> None:
         """Put the state in place, atomically; durably when it is a commit's journal."""
@@ -405,16 +411,26 @@ class Store:
             folder = folder.parent
 
 
-def _read(path: Path) -> bytes | None:
-    """The file's bytes, None when there is none. ValueError when it can't be read, whatever it is."""
+def _read(path: Path, most_bytes: int) -> bytes | None:
+    """The file's bytes, one more than `most_bytes` at most; None when there is none.
+
+    InvalidError when it can't be read, or is no plain file: a pipe would keep its reader waiting.
+    """
     try:
-        return path.read_bytes()
+        file = OpenFile(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+            raise InvalidError("it is no plain file")
+        pieces = []
+        while most_bytes >= 0 and (piece := os.read(file.fd, most_bytes + 1)):
+            pieces.append(piece)
+            most_bytes -= len(piece)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise
-        raise ValueError(f"it can't be read: {error.strerror}") from error
+        raise InvalidError(f"it can't be read: {error.strerror}") from error
+    return b"".join(pieces)
 
 
 def _unlink(path: Path) -> None:

@@ -7,6 +7,8 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import PurePosixPath
 
+from gup.jsonmodel import InvalidError
+
 ANY = "any"
 """Version or language of content that is the same for everybody."""
 
@@ -17,7 +19,29 @@ ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
 
 
+MAX_PART_BYTES = 240
+"""Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
+
 _DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
+
+
+class BadKeyError(InvalidError):
+    """A text that is no content key: a file of such a name could lie anywhere."""
+
+
+def _wrong_with(part: str) -> str:
+    """Why `part` is no safe file name; "" when it is one."""
+    if not part:
+        return "it is empty"
+    if part[0] == ".":
+        return "it begins with a dot"
+    if "/" in part:
+        return "it contains '/'"
+    if not part.isprintable():  # controls, NUL, and what UTF-8 can't encode
+        return "it contains a character that cannot be printed"
+    if len(part) > MAX_PART_BYTES or len(part.encode()) > MAX_PART_BYTES:
+        return f"it is longer than {MAX_PART_BYTES} bytes"
+    return ""
 
 
 class Kind(StrEnum):
@@ -66,7 +90,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class ContentKey:
-    """The name of one body. Every part is a safe file name: routes see to it, assertions hold it."""
+    """The name of one body. Every part is a safe file name; BadKeyError for any other."""
 
     version: str
     language: str
@@ -76,11 +100,9 @@ class ContentKey:
 
     def __post_init__(self) -> None:
         for part in (self.version, self.language, self.stream, self.revision, self.file):
-            assert part, "an empty part in a content key"
-            assert part[0] != ".", part
-            assert "/" not in part, part
-            assert "\0" not in part, part
-            assert len(part.encode()) <= 240, part
+            why = _wrong_with(part)
+            if why:
+                raise BadKeyError(f"not a part of a content key: {part!r:.80}: {why}")
 
     @property
     def variant(self) -> Variant:
@@ -112,11 +134,10 @@ class ContentKey:
 
     @classmethod
     def parse(cls, text: str) -> "ContentKey":
-        """The key that `text` (as made by `text`) stands for; ValueError if it is none."""
-        parts = text.split("/")
+        """The key that `text` (as made by `text`) stands for; BadKeyError if it is none."""
+        if not isinstance(text, str):  # of a JSON file
+            raise BadKeyError(f"not a content key: {text!r:.80}")
+        parts = text.split("/", 5)
         if len(parts) != 5:
-            raise ValueError(f"a content key has five parts, not {len(parts)}: {text!r}")
-        try:
-            return cls(*parts)
-        except AssertionError as error:
-            raise ValueError(f"not a content key: {text!r}") from error
+            raise BadKeyError(f"a content key has five parts separated by '/': {text!r:.80}")
+        return cls(*parts)

@@ -6,13 +6,10 @@ Two paths never share a key, except where the same moniker is only spelled diffe
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes
 
-from gup.content.key import ABSENT, ANY, ContentKey, Kind, Variant
+from gup.content.key import ABSENT, ANY, MAX_PART_BYTES, ContentKey, Kind, Variant
 from gup.errors import Problem
-
-MAX_SEGMENT_BYTES = 240
-"""Longest part of a path: a record is called `.{file}.gup`, and file systems end at 255."""
 
 LIVEUPDATE_STREAM = "liveupdate"
 """The stream of files at LiveUpdate's root; under /content/ a stream is a moniker in braces or ABSENT."""
@@ -112,6 +109,35 @@ class Routes:
         raise _not_content()
 
 
+_ALL_ROUTES = Routes(liveupdate=True)
+_ENCODED_PATH = re.compile(r"/[!-~]{1,8192}")
+
+
+def leads_to(path: str, key: ContentKey) -> bool:
+    """Whether `path` (percent-encoded, as an upstream is asked) is a path of the body called `key`.
+
+    False for all that names another body, or another host: records and states are written by others too.
+    """
+    if not _ENCODED_PATH.fullmatch(path) or "?" in path:
+        return False
+    try:
+        route = _ALL_ROUTES.route(parse_target(path.encode()).path)
+    except Problem:
+        return False
+    return (route.stream, route.revision, route.file) == (key.stream, key.revision, key.file)
+
+
+def path_of(key: ContentKey) -> str:
+    """A path that leads to `key`, with the moniker in upper case: for what does not tell its own."""
+    folders = [part for part in (key.stream, key.revision) if part != ABSENT]
+    if key.stream == LIVEUPDATE_STREAM:
+        folders = []
+    else:
+        folders.insert(0, "content")
+    names = [unquote(part) for part in (*folders, *key.file.split("%2F"))]
+    return _encode_path("/" + "/".join(names))
+
+
 def _content_route(path: str, segments: list[str]) -> Route:
     if not _MONIKER.fullmatch(segments[0]):
         return _index_route(path, ABSENT, ABSENT, segments)
@@ -186,8 +212,8 @@ def _part(segment: str) -> str:
 
 
 def _checked(part: str) -> str:
-    if len(part.encode()) > MAX_SEGMENT_BYTES:
-        raise Problem("bad-path", f"A name in the path is longer than {MAX_SEGMENT_BYTES} bytes.")
+    if len(part.encode()) > MAX_PART_BYTES:
+        raise Problem("bad-path", f"A name in the path is longer than {MAX_PART_BYTES} bytes.")
     return part
 
 

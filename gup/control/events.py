@@ -3,7 +3,6 @@
 Events may be lost (a full queue) or doubled; nothing here may be relied on that reconciling can't heal.
 """
 
-import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,16 @@ from typing import Any
 from gup.addresses import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import leads_to
 from gup.errors import PROBLEMS
+from gup.jsonmodel import MAX_TIME, InvalidError, Members, parse, plain_text, shown, text, whole
 
 MAX_DATAGRAM_BYTES = 256 * 1024
+_MAX_ROWS = 10_000
+_MAX_NAME = 200
+_MAX_KEY = 5 * 241
+_MAX_DETAIL = 500
+_MAX_STATED = 64
 _BATCH = 256
 
 
@@ -167,122 +173,138 @@ Event = (
 
 
 def parse_event(datagram: bytes) -> Event:
-    """The event in a datagram; ValueError when it is none."""
-    try:
-        fields = json.loads(datagram)
-        read = _READERS.get(fields["type"])
-        if read is None:
-            raise ValueError(f"an unknown type of event: {fields['type']!r:.40}")
-        return read(fields)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not an event: {error!r:.200}") from error
+    """The event in a datagram; InvalidError when it is none."""
+    members = Members(parse(datagram, "event", MAX_DATAGRAM_BYTES), "event")
+    read = _READERS.get(members.text("type", _MAX_NAME))
+    if read is None:
+        raise InvalidError(f"event: 'type' is unknown: {shown(members['type'])}")
+    return read(members)
 
 
-_key = lru_cache(maxsize=4096)(ContentKey.parse)
+_parsed = lru_cache(maxsize=4096)(ContentKey.parse)
 
 
-def _amount(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"not an amount: {value!r:.40}")
+def _key(value: object) -> ContentKey:
+    return _parsed(text(value, "event: a key", _MAX_KEY))
+
+
+def _client(value: object) -> str:
+    name = text(value, "event: a client", _MAX_NAME)
+    if not is_name(name):
+        raise InvalidError(f"event: not a client: {shown(name)}")
+    return name
+
+
+def _row(value: object, least: int, most: int) -> list[Any]:
+    if not isinstance(value, list) or not least <= len(value) <= most:
+        raise InvalidError(f"event: a row must be an array of {least} to {most}, not {shown(value)}")
     return value
 
 
-def _time(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < 1e11:
-        raise ValueError(f"not a time: {value!r:.40}")
-    return float(value)
+def _words(value: object, most: int) -> str:
+    """What others said, for people: it may be of any length, and hold anything."""
+    if not isinstance(value, str):
+        raise InvalidError(f"event: not a text: {shown(value)}")
+    return plain_text(value[:most], most)
 
 
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not is_name(value):
-        raise ValueError(f"not a client: {value!r:.60}")
-    return value
+def _detail(members: Members) -> str:
+    return _words(members["detail"], _MAX_DETAIL) if "detail" in members else ""
 
 
-def _committed(fields: Mapping[str, Any]) -> Committed:
-    length = _amount(fields["length"])
-    return Committed(
-        ContentKey.parse(fields["key"]), length, Kind(fields["kind"]), bool(fields.get("replaced"))
+def _committed(members: Members) -> Committed:
+    replaced = "replaced" in members and members.flag("replaced")
+    return Committed(_key(members["key"]), members.whole("length"), members.one_of("kind", Kind), replaced)
+
+
+def _uses(members: Members) -> tuple[Use, ...]:
+    return tuple(_use(row) for row in members.rows("uses", _MAX_ROWS))
+
+
+def _use(value: object) -> Use:
+    key, *amounts = _row(value, 2, 3)
+    count, sent_bytes = (whole(amount, "event: an amount") for amount in (*amounts, 0)[:2])
+    return Use(_key(key).text, count, sent_bytes)
+
+
+def _used(members: Members) -> Used:
+    return Used(_uses(members), members.number("at", 0, MAX_TIME))
+
+
+def _asked(members: Members) -> Asked:
+    return Asked(_uses(members))
+
+
+def _begun(members: Members) -> Begun:
+    key, path = _key(members["key"]), members.text("path", MAX_DATAGRAM_BYTES)
+    if not leads_to(path, key):
+        raise InvalidError(f"event: 'path' does not lead to {key.text}: {shown(path)}")
+    return Begun(key, path)
+
+
+def _fulls(members: Members) -> FullsTaken:
+    rows = (_row(row, 3, 3) for row in members.rows("rows", _MAX_ROWS))
+    return FullsTaken(
+        tuple(
+            (_client(client), _key(key).text, whole(times, "event: an amount")) for client, key, times in rows
+        )
     )
 
 
-def _used(fields: Mapping[str, Any]) -> Used:
-    return Used(tuple(_use(*use) for use in fields["uses"]), _time(fields["at"]))
+def _clients(members: Members) -> ClientsSeen:
+    return ClientsSeen(tuple(_client(address) for address in members.rows("addresses", _MAX_ROWS)))
 
 
-def _use(key: Any, count: Any, sent_bytes: Any = 0) -> Use:
-    return Use(ContentKey.parse(key).text, _amount(count), _amount(sent_bytes))
+def _taken(members: Members) -> Taken:
+    takes = tuple(_take(row) for row in members.rows("rows", _MAX_ROWS))
+    return Taken(takes, members.number("at", 0, MAX_TIME))
 
 
-def _asked(fields: Mapping[str, Any]) -> Asked:
-    return Asked(tuple(_use(*use) for use in fields["uses"]))
-
-
-def _begun(fields: Mapping[str, Any]) -> Begun:
-    return Begun(ContentKey.parse(fields["key"]), str(fields["path"])[:2000])
-
-
-def _fulls(fields: Mapping[str, Any]) -> FullsTaken:
-    return FullsTaken(tuple(_full(*row) for row in fields["rows"]))
-
-
-def _full(client: Any, key: Any, times: Any) -> tuple[str, str, int]:
-    return _name(client), ContentKey.parse(key).text, _amount(times)
-
-
-def _clients(fields: Mapping[str, Any]) -> ClientsSeen:
-    return ClientsSeen(tuple(_name(address) for address in fields["addresses"]))
-
-
-def _taken(fields: Mapping[str, Any]) -> Taken:
-    return Taken(tuple(_take(*row) for row in fields["rows"]), _time(fields["at"]))
-
-
-def _take(client: Any, key: Any, version: Any, language: Any, what: Any) -> Take:
+def _take(value: object) -> Take:
+    client, key, version, language, what = _row(value, 5, 5)
     part = None
     if isinstance(what, list):
-        start, stop, length = (_amount(number) for number in what)
+        start, stop, length = (whole(number, "event: a part's limit") for number in _row(what, 3, 3))
         if not start < stop <= length:
-            raise ValueError(f"not a part of a body: {what!r:.60}")
+            raise InvalidError(f"event: not a part of a body: {start} to {stop} of {length}")
         part = (start, stop, length)
-    elif what not in (0, 1):
-        raise ValueError(f"neither taken nor asked for: {what!r:.40}")
-    texts = str(version)[:64], str(language)[:64]
-    return Take(_name(client), _key(key), *texts, part, asked=what == 0)
+    else:
+        what = whole(what, "event: 1 for taken, 0 for asked for", 0, 1)
+    stated = _words(version, _MAX_STATED), _words(language, _MAX_STATED)
+    return Take(_client(client), _key(key), *stated, part, asked=what == 0)
 
 
-def _need(fields: Mapping[str, Any]) -> Need:
-    return Need(_amount(fields["bytes"]), fields.get("refused") is True)
+def _need(members: Members) -> Need:
+    return Need(members.whole("bytes"), "refused" in members and members.flag("refused"))
 
 
-def _unstorable(fields: Mapping[str, Any]) -> Unstorable:
-    return Unstorable(ContentKey.parse(fields["key"]).text, str(fields["detail"])[:500])
+def _unstorable(members: Members) -> Unstorable:
+    return Unstorable(_key(members["key"]).text, _detail(members))
 
 
-def _failed(fields: Mapping[str, Any]) -> Failed:
-    problem = fields["problem"]
+def _failed(members: Members) -> Failed:
+    problem = members.text("problem", _MAX_NAME)
     if problem not in PROBLEMS:
-        raise ValueError(f"an unknown problem: {problem!r:.40}")
-    return Failed(ContentKey.parse(fields["key"]).text, problem, str(fields.get("detail", ""))[:500])
+        raise InvalidError(f"event: 'problem' is unknown: {shown(problem)}")
+    return Failed(_key(members["key"]).text, problem, _detail(members))
 
 
-def _rejected(fields: Mapping[str, Any]) -> Rejected:
-    key, upstream = ContentKey.parse(fields["key"]).text, str(fields["upstream"])[:64]
-    return Rejected(key, upstream, str(fields.get("detail", ""))[:500])
+def _rejected(members: Members) -> Rejected:
+    return Rejected(_key(members["key"]).text, _words(members["upstream"], _MAX_STATED), _detail(members))
 
 
-def _upstream(fields: Mapping[str, Any]) -> UpstreamTrouble:
-    return UpstreamTrouble(str(fields["name"])[:64], str(fields.get("detail", ""))[:500])
+def _upstream(members: Members) -> UpstreamTrouble:
+    return UpstreamTrouble(_words(members["name"], _MAX_STATED), _detail(members))
 
 
-def _unlisted(fields: Mapping[str, Any]) -> Unlisted:
-    moniker = normal_moniker(str(fields["moniker"])[:64])
+def _unlisted(members: Members) -> Unlisted:
+    moniker = normal_moniker(members.text("moniker", _MAX_NAME))
     if moniker is None:
-        raise ValueError(f"not a moniker: {fields['moniker']!r:.80}")
+        raise InvalidError(f"event: not a moniker: {shown(members['moniker'])}")
     return Unlisted(moniker)
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
+_READERS: Mapping[str, Callable[[Members], Event]] = {
     "committed": _committed,
     "used": _used,
     "asked": _asked,

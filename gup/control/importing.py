@@ -3,13 +3,13 @@
 import asyncio
 import os
 import queue
-import tarfile
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import IO, Any, TypeVar, cast
 
 from gup.cache.importing import Custody, Import, Imported
 from gup.cache.record import Record
+from gup.cache.tar_reader import TarError
 from gup.control.plane import Plane
 from gup.control.reconcile import index_again
 from gup.control.room import no_room
@@ -39,7 +39,7 @@ class Upload:
         """The next piece, b"" at the end; for the thread."""
         piece = self._pieces.get()
         if piece is None:
-            raise tarfile.ReadError("the connection broke off")
+            raise TarError("the connection broke off")
         if not piece:
             self._pieces.put(piece)
         return piece

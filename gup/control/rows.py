@@ -5,12 +5,12 @@ A row is a view of the entry's record, plus what no record holds: hits and bytes
 
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gup.cache.store import Stored
 from gup.content.key import ContentKey, Kind, delta_step
+from gup.jsonmodel import Members
 
 _REVISION = re.compile(r"\d{9}")
 
@@ -74,23 +74,20 @@ class Row:
         return {name: getattr(self, name) for name in self.__slots__} | {"kind": str(self.kind)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Row":
-        """ValueError when `fields` are no row."""
-        try:
-            key = ContentKey.parse(fields["key"])
-            return make_row(
-                key,
-                Kind(fields["kind"]),
-                int(fields["length_bytes"]),
-                stored_at=float(fields["stored_at"]),
-                used_at=float(fields["used_at"]),
-                hits=int(fields["hits"]),
-                pinned=bool(fields["pinned"]),
-                sent_bytes=int(fields["sent_bytes"]),
-                received_bytes=int(fields["received_bytes"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a row: {error!r}") from error
+    def from_json(cls, fields: object) -> "Row":
+        """InvalidError when `fields` are no row."""
+        members = Members(fields, "row of the index")
+        return make_row(
+            ContentKey.parse(members["key"]),
+            members.one_of("kind", Kind),
+            members.whole("length_bytes"),
+            stored_at=members.time("stored_at"),
+            used_at=members.time("used_at"),
+            hits=members.whole("hits"),
+            pinned=members.flag("pinned"),
+            sent_bytes=members.whole("sent_bytes"),
+            received_bytes=members.whole("received_bytes"),
+        )
 
 
 def make_row(

@@ -18,9 +18,11 @@ from gup.content.key import ContentKey
 from gup.control.index import Index
 from gup.control.reconcile import index_again
 from gup.control.surroundings import Surroundings
+from gup.jsonmodel import InvalidError, Members
 
 _log = logging.getLogger("gup.control.scrub")
 _NOTE = "scrub"
+_MAX_KEY = 5 * 241
 _IDLE_SECONDS = 1.0
 """Between two looks at the settings while there is nothing to read."""
 _MOST_BEHIND_SECONDS = 1.0
@@ -47,16 +49,17 @@ class Pass:
         return self.began_at > self.ended_at
 
     @classmethod
-    def from_json(cls, fields: Any) -> "Pass":
+    def from_json(cls, fields: object) -> "Pass":
         """What was kept; a new pass when that makes no sense."""
         try:
+            members = Members(fields, "pass")
             return cls(
-                float(fields["began_at"]),
-                float(fields["ended_at"]),
-                str(fields["after"]),
-                *(int(fields[name]) for name in ("checked", "checked_bytes", "damaged", "mended")),
+                members.time("began_at"),
+                members.time("ended_at"),
+                members.text("after", _MAX_KEY),
+                *(members.whole(name) for name in ("checked", "checked_bytes", "damaged", "mended")),
             )
-        except (KeyError, TypeError, ValueError):
+        except InvalidError:
             return cls()
 
 

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from gup.content.deltas import named
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import leads_to
 from gup.control.rows import Stream, stream_of
+from gup.jsonmodel import InvalidError, Members, plain_text, shown
 
 MAX_WISHES = 1000
 """All rows; the oldest that have ended are forgotten."""
 MAX_PENDING = 900
+_MAX_TEXT = 9000
 
 By = Literal["traffic", "operator"]
 
@@ -70,7 +73,7 @@ class Wish:
 
     def move(self, outcome: Outcome, now: float, detail: str = "") -> None:
         assert outcome in TRANSITIONS[self.outcome], (self.outcome, outcome)
-        self.outcome, self.detail = outcome, detail
+        self.outcome, self.detail = outcome, plain_text(detail, _MAX_TEXT)
         self.ended_at = None if self.pending else now
 
     def to_json(self) -> dict[str, Any]:
@@ -79,24 +82,25 @@ class Wish:
         return fields | {"key": self.key.text, "kind": str(self.kind), "outcome": str(self.outcome)}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Wish":
-        """ValueError when `fields` are no wish. What was being fetched is queued again."""
-        try:
-            outcome = Outcome(fields["outcome"])
-            by: By = "operator" if fields["by"] == "operator" else "traffic"
-            return cls(
-                key=ContentKey.parse(fields["key"]),
-                path=str(fields["path"]),
-                kind=Kind(fields["kind"]),
-                by=by,
-                asked_at=float(fields["asked_at"]),
-                outcome=Outcome.QUEUED if outcome is Outcome.FETCHING else outcome,
-                detail=str(fields["detail"]),
-                ended_at=None if fields["ended_at"] is None else float(fields["ended_at"]),
-                tries=int(fields["tries"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a wish: {error!r}") from error
+    def from_json(cls, fields: object) -> "Wish":
+        """InvalidError when `fields` are no wish. What was being fetched is queued again."""
+        members = Members(fields, "wish")
+        key, path = ContentKey.parse(members["key"]), members.text("path", _MAX_TEXT)
+        if not leads_to(path, key):
+            raise InvalidError(f"wish: 'path' does not lead to {key.text}: {shown(path)}")
+        outcome = members.one_of("outcome", Outcome)
+        by: By = "operator" if members["by"] == "operator" else "traffic"
+        return cls(
+            key=key,
+            path=path,
+            kind=members.one_of("kind", Kind),
+            by=by,
+            asked_at=members.time("asked_at"),
+            outcome=Outcome.QUEUED if outcome is Outcome.FETCHING else outcome,
+            detail=members.text("detail", _MAX_TEXT),
+            ended_at=members.time("ended_at") if "ended_at" in members else None,
+            tries=members.whole("tries"),
+        )
 
 
 class Wishes:

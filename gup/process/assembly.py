@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import os
-import resource
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -22,29 +21,14 @@ from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.metrics import Counters
 from gup.process.child import Parent
-from gup.process.page import SPARE, SPARE_WORDS, STORE_BYTES
-from gup.process.shared import SharedFile, worker_block
+from gup.process.descriptors import use_all_descriptors
+from gup.process.page import FILL_HELD, MOST_UPSTREAMS, STORE_BYTES, UPSTREAM_HEALTH, WAN_CLOCK, Row
+from gup.process.shared import SharedFile
 from gup.upstream.bandwidth import Wan
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
 from gup.upstream.schedule import rate_at, site_time
 from gup.upstream.turns import Turns
-
-PROMISES = SPARE
-"""First of one word a block: bytes that its process has promised to fills."""
-MOST_BLOCKS = 48
-UPSTREAM_HEALTH = SPARE + MOST_BLOCKS
-"""First of one word an upstream; gup.upstream.health tells what stands in it."""
-MOST_UPSTREAMS = 16
-WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
-"""Two words: the WAN's time clock and its virtual one."""
-WAN_TURNS = WAN_CLOCK + 2
-"""One word a block: who waits for bytes of the WAN."""
-FILL_TURNS = WAN_TURNS + MOST_BLOCKS
-"""One word a block: who waits for a place to fill."""
-FILL_BACKLOG = FILL_TURNS + MOST_BLOCKS
-"""One word a block, then one word a class of places: see gup.cache.backlog."""
-assert FILL_BACKLOG + MOST_BLOCKS + CLASSES <= SPARE + SPARE_WORDS
 
 _URGENT_FIRST = 10_000
 _INHERITED_FIRST = 20_000
@@ -68,13 +52,6 @@ def node_name(settings: config.Settings) -> str:
     return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
 
 
-def raise_descriptor_limit() -> int:
-    """Use all descriptors that the system allows; the number."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
 class Assembly:
     """The collaborators of one child process, made from its assignment. `close` ends what has to be ended."""
 
@@ -82,14 +59,14 @@ class Assembly:
         self.parent = parent
         self.settings = parent.settings()
         self.block = parent.assignment.block
-        self.descriptors = raise_descriptor_limit()
+        self.descriptors = use_all_descriptors()
         self.shared = SharedFile.attach(parent.assignment.shared_fd)
         self.counters: Counters = self.shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
         self.words = self.shared.page.words
-        assert self.block < MOST_BLOCKS
-        self.words[PROMISES + self.block] = 0  # a predecessor's promises died with it
+        self._promises = self.shared.page.row(Row.PROMISES)
+        self._promises[self.block] = 0  # a predecessor's promises died with it
         self._events = socket.socket(fileno=os.dup(parent.assignment.event_fd))
         self._events.setblocking(False)
         self._rate = 0
@@ -98,7 +75,7 @@ class Assembly:
         self.wan = Wan(
             self.words,
             WAN_CLOCK,
-            self._turns(WAN_TURNS),
+            self._turns(Row.WAN_TURNS),
             self.wan_rate,
             self.store.run / "wan.lock",
         )
@@ -150,13 +127,9 @@ class Assembly:
             clock=time.monotonic,
         )
 
-    def _turns(self, first: int) -> Turns:
+    def _turns(self, row: Row) -> Turns:
         """Words by which processes that wait for the same thing tell each other who comes next."""
-        return Turns(self.words[first : first + self._blocks], self.block, self._alive)
-
-    @property
-    def _blocks(self) -> int:
-        return worker_block(self.settings.worker_count)
+        return Turns(self.shared.page.row(row), self.block, self._alive)
 
     def _alive(self, block: int) -> bool:
         return time.monotonic_ns() - self.shared.page.last_beat(block) < _ALIVE_NS
@@ -165,16 +138,15 @@ class Assembly:
         def most() -> int:
             return self.means.settings.fill.max
 
-        held = FILL_BACKLOG + MOST_BLOCKS
         return FillQueue(
             Slots(places, _URGENT_FIRST, most),
             Slots(places, 0, most),
             Slots(places, _INHERITED_FIRST, lambda: 2 * most()),
             lambda: self.means.settings.fill.queue_timeout,
-            self._turns(FILL_TURNS),
+            self._turns(Row.FILL_TURNS),
             Backlog(
-                self.words[FILL_BACKLOG : FILL_BACKLOG + self._blocks],
-                self.words[held : held + CLASSES],
+                self.shared.page.row(Row.FILL_BACKLOG),
+                self.words[FILL_HELD : FILL_HELD + CLASSES],
                 self.block,
                 self._alive,
             ),
@@ -193,13 +165,13 @@ class Assembly:
 
     def promised_bytes(self) -> int:
         """What the fills under way in all processes will take."""
-        return sum(self.words[PROMISES : PROMISES + MOST_BLOCKS])
+        return sum(self._promises)
 
     def _used(self) -> int:
         return self.words[STORE_BYTES] + self.promised_bytes()
 
     def _promise(self, change: int) -> None:
-        self.words[PROMISES + self.block] += change
+        self._promises[self.block] += change
 
     def _board(self) -> Board:
         def tell(name: str, detail: str) -> None:  # by means.tell: the controller tells itself

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 FOLD = 0
 """Which half of the past counts, and which block is left out (see SharedFile.fold)."""
@@ -21,19 +22,39 @@ WAN_RATE = 6
 STORE_BYTES = 7
 STORE_LIMIT = 8
 DISK_FREE = 9
-DOWNLOAD_WAITING_SINCE = 16
-"""First of one word a block: monotonic nanoseconds since when its first client waits for a download slot."""
-SPARE = 64
-"""First of SPARE_WORDS words without a name."""
-SPARE_WORDS = 256
-_BEATS = SPARE + SPARE_WORDS
+UPSTREAM_HEALTH = 16
+"""First of one word an upstream; gup.upstream.health tells what stands in it."""
+MOST_UPSTREAMS = 16
+WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
+"""Two words: the WAN's time clock and its virtual one."""
+FILL_HELD = WAN_CLOCK + 2
+"""First of one word a class of places to fill: see gup.cache.backlog."""
+_NAMED = 64
+"""Words before those that every block has one of."""
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
+class Row(IntEnum):
+    """What every block has one word of. The words of one row stand side by side."""
+
+    BEAT = 0
+    """Monotonic nanoseconds of the last heartbeat; 0 before the first."""
+    DOWNLOAD_WAITING_SINCE = 1
+    """Monotonic nanoseconds since when its first client waits for a download slot."""
+    PROMISES = 2
+    """Bytes that its process has promised to fills."""
+    WAN_TURNS = 3
+    """Who waits for bytes of the WAN: see gup.upstream.turns."""
+    FILL_TURNS = 4
+    """Who waits for a place to fill."""
+    FILL_BACKLOG = 5
+    """How many fills wait: see gup.cache.backlog."""
+
+
 def page_words(blocks: int) -> int:
-    """Words of a page for so many blocks: the named ones, the spare ones, one heartbeat a block."""
-    return _BEATS + blocks
+    """Words of a page for so many blocks: the named ones, and one a block of each row."""
+    return _NAMED + len(Row) * blocks
 
 
 class SharedPage:
@@ -43,13 +64,22 @@ class SharedPage:
     heartbeat its block's process; CONFIG_* the supervisor; the other words the controller.
     """
 
-    def __init__(self, words: "memoryview[int]", fd: int, offset_bytes: int) -> None:
+    def __init__(self, words: "memoryview[int]", blocks: int, fd: int, offset_bytes: int) -> None:
         self.words = words
+        self._blocks = blocks
         self._offset_bytes = offset_bytes
         # Children inherit the file's open file description, and an OFD lock belongs to that: two processes
         # sharing it would both hold it. So each opens the same file anew; the link works after a rename too.
         self._lock_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._threads = threading.Lock()
+
+    def row(self, row: Row) -> "memoryview[int]":
+        """The words of a row by block."""
+        first = _NAMED + row * self._blocks
+        return self.words[first : first + self._blocks]
+
+    def _beat_at(self, block: int) -> int:
+        return _NAMED + Row.BEAT * self._blocks + block
 
     @property
     def policy_epoch(self) -> int:
@@ -88,15 +118,15 @@ class SharedPage:
 
     def beat(self, block: int) -> None:
         """Say that the block's process is alive."""
-        self.words[_BEATS + block] = time.monotonic_ns()
+        self.words[self._beat_at(block)] = time.monotonic_ns()
 
     def last_beat(self, block: int) -> int:
         """Monotonic nanoseconds of the block's last beat; 0 before the first."""
-        return self.words[_BEATS + block]
+        return self.words[self._beat_at(block)]
 
     def forget_beat(self, block: int) -> None:
         """The block gets a new process, which has not beaten yet."""
-        self.words[_BEATS + block] = 0
+        self.words[self._beat_at(block)] = 0
 
     def close(self) -> None:
         os.close(self._lock_fd)

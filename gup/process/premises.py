@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,15 +78,6 @@ def _make_local_token(store: Store) -> None:
         make_local_token(store.run)
     except OSError as error:  # a full disk must not stop the service
         _LOG.warning("no token for commands on this machine: %s: %s", local_path(store.run), error.strerror)
-
-
-def raise_descriptor_limit() -> None:
-    """As many as the hard limit allows, for children too: a client is one descriptor, often two."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:  # the hard limit is above fs.nr_open, or the sandbox forbids it
-        _LOG.warning("no more than %d descriptors for each process: %s", soft, error)
 
 
 @contextmanager

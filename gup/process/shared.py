@@ -35,6 +35,8 @@ _MAGIC = b"gupwords"
 _FORMAT = 1
 _PREFIX = struct.Struct("<8sQQQ")  # magic, format, bytes of the description, its xxh3-64
 _ALIGN_BYTES = 4096
+_FIRST_PAGE_WORDS = 320
+"""Of a page whose description does not tell: so many, and one a block."""
 _WORD_MASK = (1 << 64) - 1
 
 
@@ -60,6 +62,7 @@ class _Description:
 
     series: tuple[str, ...]
     blocks: int  # PAST among them
+    page_words: int
     leftover: Mapping[str, int]
     installed_at: float
     started_at: float
@@ -76,6 +79,7 @@ class _Description:
         return cls(
             tuple(fields["series"]),
             fields["blocks"],
+            fields.get("page_words", _FIRST_PAGE_WORDS + fields["blocks"]),
             fields["leftover"],
             fields["installed_at"],
             fields["started_at"],
@@ -104,13 +108,13 @@ class SharedFile:
         self._description, start = _read_head(self._map)
         names, blocks = self._description.series, self._description.blocks
         self._positions = {name: position for position, name in enumerate(names)}
-        page = page_words(blocks)
+        page = self._description.page_words
         if len(self._map) != start + 8 * (page + len(names) * (blocks + 2)):
             raise ValueError("the file's length does not fit its description")
         self._root = memoryview(self._map)[start:].cast("Q")
         self._views = [self._root[at : at + len(names)] for at in range(page, len(self._root), len(names))]
         self._halves, self._baseline, self._blocks = self._views[:2], self._views[2], self._views[3:]
-        self.page = SharedPage(self._root[:page], self._fd, start)
+        self.page = SharedPage(self._root[:page], blocks, self._fd, start)
 
     @classmethod
     def create(cls, path: Path, upstreams: Sequence[str], workers: int) -> "SharedFile":
@@ -294,14 +298,14 @@ def _first_content(old: _Ledger | None, upstreams: Sequence[str], workers: int) 
     known = frozenset(names)
     leftover = {name: count for name, count in counted.items() if count and name not in known}
     installed_at = old.installed_at if old else now
-    description = _Description(names, FIRST_WORKER + workers, leftover, installed_at, now)
+    blocks = FIRST_WORKER + workers
+    description = _Description(names, blocks, page_words(blocks), leftover, installed_at, now)
     head = description.encode()
     past = struct.pack(f"={len(names)}Q", *(counted.get(name, 0) for name in names))
-    blocks = description.blocks
     return b"".join(
         (
             head.ljust(_aligned(len(head)), b"\0"),
-            bytes(8 * page_words(blocks)),
+            bytes(8 * description.page_words),
             past,
             bytes(len(past)),
             past,  # the baseline of since_start

@@ -16,8 +16,9 @@ from gup.config import Settings
 from gup.errors import GupError, SettingsError
 from gup.process import sockets
 from gup.process.child import Assignment, Child, Role, command, dump
+from gup.process.descriptors import use_all_descriptors
 from gup.process.page import CONFIG_OK, CONFIG_RELOADED_AT
-from gup.process.premises import Premises, open_premises, raise_descriptor_limit, signal_socket
+from gup.process.premises import Premises, open_premises, signal_socket
 from gup.process.reload import effective
 from gup.process.seat import Phase, Seat
 from gup.process.shared import CONTROLLER, SUPERVISOR, worker_block
@@ -29,6 +30,8 @@ _STILL_SECONDS = 5.0
 """A pause between two ticks that means that the machine stood still, not only a child."""
 _WORKERS_FIRST_SECONDS = 2.0
 """The controller starts when all workers are ready, or after this: clients come before pages."""
+_STARTING_AT_ONCE = max(8, 2 * len(os.sched_getaffinity(0)))
+"""Children that may be starting at one time: more would only keep each other from being ready in time."""
 _PAST_DRAIN_SECONDS = 5.0
 _CONTROLLER_STOP_SECONDS = 10.0
 
@@ -58,7 +61,7 @@ def serve(
     by default; tests give others, and other commands for the children.
     """
     log.configure(settings.log)
-    raise_descriptor_limit()
+    use_all_descriptors()
     with ExitStack() as stack:
         stack.callback(log.close)
         try:
@@ -117,7 +120,7 @@ class Supervisor:
                 self._reap()
 
     def _pause_seconds(self, now: float) -> float:
-        due = [seat.start_at - now for seat in self._seats if seat.phase is Phase.WAITING]
+        due = [seat.start_at - now for seat in self._waiting() if self._may_start()]
         watchdog = self._premises.notifier.watchdog_seconds
         return max(0.0, min([_TICK_SECONDS, *due, *([watchdog / 3] if watchdog else [])]))
 
@@ -127,9 +130,10 @@ class Supervisor:
         self._ticked_at = now
         if self._controller.generation == 0 and all(seat.phase is Phase.READY for seat in self._workers):
             self._controller.start_at = now
-        for seat in self._seats:
-            if seat.phase is Phase.WAITING and seat.start_at <= now and self._stage is Stage.SERVING:
+        for seat in self._waiting():
+            if seat.start_at <= now and self._may_start():
                 self._start(seat)
+        for seat in self._seats:
             last_beat = self._premises.shared.page.last_beat(seat.block) / 1e9
             reason = seat.verdict(now, last_beat, self._watched_from)
             if reason is not None:
@@ -140,6 +144,13 @@ class Supervisor:
         if watchdog and now - self._told_at >= watchdog / 3:
             self._premises.notifier.watchdog()
             self._told_at = now
+
+    def _waiting(self) -> list[Seat]:
+        return [seat for seat in self._seats if seat.phase is Phase.WAITING]
+
+    def _may_start(self) -> bool:
+        starting = sum(seat.phase is Phase.STARTING for seat in self._seats)
+        return self._stage is Stage.SERVING and starting < _STARTING_AT_ONCE
 
     # --- one child
 

@@ -16,8 +16,7 @@ from gup.addresses import Names, read_key
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
 from gup.process.child import Parent
-from gup.process.page import DOWNLOAD_WAITING_SINCE, POLICY_EPOCH, STORE_EPOCH
-from gup.process.shared import worker_block
+from gup.process.page import POLICY_EPOCH, STORE_EPOCH, Row
 from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
@@ -98,17 +97,16 @@ class Worker:
     def _machine(self) -> Machine:
         """What the workers show each other of their downloads."""
         shared, block = self._assembly.shared, self._assembly.block
-        words = shared.page.words
-        first = DOWNLOAD_WAITING_SINCE
+        waiting_since = shared.page.row(Row.DOWNLOAD_WAITING_SINCE)
 
         def show(since_ns: int) -> None:
-            words[first + block] = since_ns
+            waiting_since[block] = since_ns
 
         return Machine(
             in_progress=shared.sum_of("gup_client_downloads_in_progress"),
             queued=shared.sum_of("gup_client_downloads_queued"),
             ended=shared.sum_of("gup_client_downloads_total"),
-            waiting_since_ns=words[first : first + worker_block(self._assembly.settings.worker_count)],
+            waiting_since_ns=waiting_since,
             own=block,
             show=show,
         )

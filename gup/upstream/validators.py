@@ -1,11 +1,11 @@
 """An upstream's validators (RFC 9110 section 8.8): whether two of its answers are of one body; no I/O."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
 
 from gup.content.http_date import parse_http_date
+from gup.jsonmodel import InvalidError, shown, text
 
 _LONGEST = 512
 
@@ -65,16 +65,14 @@ class Validators:
         return [self.etag, self.last_modified, self.strong_date]
 
     @classmethod
-    def from_json(cls, fields: Sequence[object]) -> "Validators":
-        """ValueError when `fields` are none."""
-        etag, last_modified, strong_date = fields
-        return cls(_text(etag), _text(last_modified), strong_date is True)
-
-
-def _text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise ValueError(f"not a validator: {value!r}")
+    def from_json(cls, fields: object) -> "Validators":
+        """InvalidError when `fields` are none."""
+        if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], bool):
+            raise InvalidError(f"validators must be an array of two texts and a flag, not {shown(fields)}")
+        etag, last_modified = (
+            None if one is None else text(one, "a validator", _LONGEST) for one in fields[:2]
+        )
+        return cls(etag, last_modified, fields[2])
 
 
 def _is_weak(etag: str) -> bool:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
+import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,13 @@ from hypothesis import strategies as st
 
 from gup.cache.archive import FIRST, LAST, ArchiveError, summary, written
 from gup.cache.audit import check_entry, contents
-from gup.cache.checksum import ChunkSums
+from gup.cache.checksum import ChunkSums, seal
 from gup.cache.importing import Custody, Import, Imported
 from gup.cache.record import Head, Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import path_of
 
 NOW = 2_000_000.0
 
@@ -37,7 +41,7 @@ def commit(store, name, body, *, pinned=False):
     sums = ChunkSums()
     sums.add(body)
     head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
-    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, "/content/x")
+    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, path_of(name))
     store.commit(FillState(name, Kind.FULL, 1, Phase.COMMITTED, head, None, record.with_pin(pinned)))
     return record
 
@@ -233,6 +237,163 @@ def test_an_archive_that_is_cut_off_or_spoilt_gives_whole_entries_only(source, t
     assert len(keys_of(target)) == done.imported
     assert all(check_entry(target, name) == [] for name in keys_of(target))
     assert done.complete or done.problem
+
+
+class Stream:
+    """A stream of any length that is not kept in memory: pieces, and zeros for numbers."""
+
+    def __init__(self, *parts):
+        self._parts = list(parts)
+        self.read_bytes = 0
+
+    def read(self, size):
+        while self._parts:
+            part = self._parts[0]
+            piece = bytes(min(size, part)) if isinstance(part, int) else part[:size]
+            self._parts[0] = part - len(piece) if isinstance(part, int) else part[size:]
+            if piece:
+                self.read_bytes += len(piece)
+                return piece
+            del self._parts[0]
+        return b""
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+MANIFEST = b'{"format": 1, "gup": "1", "site": "s", "made_at": 1}'
+BEGINNING = header(FIRST, len(MANIFEST)) + MANIFEST + bytes(-len(MANIFEST) % 512)
+HUGE = 200 << 20
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([header("x", HUGE, tarfile.XHDTYPE), HUGE], "a header of 209715200 bytes"),
+        ([header("x", HUGE, tarfile.GNUTYPE_LONGNAME), HUGE], "a header of 209715200 bytes"),
+        ([header("x", 512, tarfile.GNUTYPE_SPARSE), HUGE], "sparse"),
+        ([(header("x", 512, tarfile.XGLTYPE) + bytes(512)) * 2000], "more than 8 headers"),
+        ([header("x", 0, tarfile.XHDTYPE) * 2000], "more than 8 headers"),
+        ([header("x", 30, tarfile.XHDTYPE), b"29 GNU.sparse.realsize=9999999\n".ljust(512)], "damaged pax"),
+        (
+            [header("x", 26, tarfile.XHDTYPE), b"26 GNU.sparse.major=100000\n".ljust(512, b"\0")],
+            "damaged pax",
+        ),
+        ([header("x", 22, tarfile.XHDTYPE), b"22 GNU.sparse.major=1\n".ljust(512, b"\0")], "sparse"),
+        ([header("x", 12, tarfile.XHDTYPE), b"12 size=-500\n".ljust(512, b"\0")], "damaged pax"),
+        ([header("x", 13, tarfile.XHDTYPE), b"13 size=-500\n".ljust(512, b"\0")], "bad size"),
+        ([header("x", 3, tarfile.XHDTYPE), b"\xff\xff\xff".ljust(512, b"\0")], "damaged pax"),
+        ([header("content/a/b/c/d/e", 1 << 60), HUGE], "cut off"),
+    ],
+    ids=range(12),
+)
+def test_no_header_costs_memory_or_an_unknown_error(tmp_path, parts, words):
+    stream = Stream(BEGINNING, *parts)
+    target = store_at(tmp_path / "target")
+    tracemalloc.start()
+    done = Import(target, Owner().custody(), NOW).take(stream)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert words in done.problem
+    assert (done.imported, done.complete) == (0, False)
+    assert most < 4 << 20
+
+
+@pytest.mark.parametrize("name", ["content/a/b/c/d/.e.gup", "gup-archive.json"])
+def test_a_member_of_200_mb_is_passed_over_and_not_kept(tmp_path, name):
+    target = store_at(tmp_path / "target")
+    start = [BEGINNING] if name != FIRST else []
+    stream = Stream(*start, header(name, HUGE), HUGE, header(LAST, 0), 1024)
+    tracemalloc.start()
+    try:
+        done = Import(target, Owner().custody(), NOW).take(stream)
+        assert (done.complete, len(done.refused)) == (True, 1)
+        assert "bytes long" in done.refused[0]["why"]
+    except ArchiveError:
+        assert name == FIRST
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 << 20
+
+
+def test_refused_members_are_named_up_to_a_limit(tmp_path):
+    many = header("content/\x1b[2J" + "x" * 60, 0) * 10_050
+    done = Import(store_at(tmp_path / "target"), Owner().custody(), NOW).take(Stream(BEGINNING, many))
+    assert len(done.refused) == 10_000
+    assert "10000 members were refused" in done.problem
+    assert all(row["name"].isprintable() for row in done.refused)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
+def test_an_archive_that_tar_packed_anew_is_taken(source, tmp_path, form):
+    (tmp_path / "a.tar").write_bytes(archive(source, [key(), key("xdelta260101001_To_260102001.dax")]))
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    subprocess.run(["tar", "-xf", tmp_path / "a.tar", "-C", folder], check=True)
+    names = subprocess.run(
+        ["tar", "-tf", tmp_path / "a.tar"], check=True, capture_output=True
+    ).stdout.decode()
+    made = ["tar", "--format", form, "-cf", tmp_path / "b.tar", "-C", folder, "--no-recursion", "-T", "-"]
+    subprocess.run(made, check=True, input=names.encode())
+    target = store_at(tmp_path / "target")
+    with (tmp_path / "b.tar").open("rb") as stream:
+        done = Import(target, Owner().custody(), NOW).take(stream)
+    assert (done.imported, done.refused, done.complete) == (2, [], True)
+    assert summary(tmp_path / "b.tar")["entries"] == 2
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=3000), st.booleans())
+def test_arbitrary_bytes_are_no_archive_or_give_nothing(tmp_path, noise, begun):
+    target = store_at(tmp_path / "target")
+    try:
+        done = take((BEGINNING if begun else b"") + noise, target)
+    except ArchiveError:
+        return
+    assert (done.imported, done.complete) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (b'{"format": 1}', "'gup' is missing; export it again"),
+        (b'{"format": 1, "gup": "1", "site": 5, "made_at": 1}', "'site' must be a text, not 5"),
+        (b'{"format": 1, "gup": "1", "site": "s", "made_at": NaN}', "no archive"),
+        (b'{"format": 1.0, "gup": "1", "site": "s", "made_at": []}', "'format' must be a whole number"),
+        (b'{"format": [[]], "gup": "1", "site": "s", "made_at": 1}', "format an array of 1"),
+    ],
+)
+def test_a_bad_manifest_is_refused_with_cause_and_remedy(tmp_path, manifest, words):
+    with pytest.raises(ArchiveError, match=re.escape(words)):
+        take(tar_of([(tarfile.TarInfo(FIRST), manifest)]), store_at(tmp_path / "target"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("length", 80.0),
+        ("length", -1),
+        ("path", "@evil.example:80/x"),
+        ("upstream_etag", '"\r\nX: y"'),
+        ("sums", "0" * 16),
+        ("key", "../../../../x"),
+    ],
+)
+def test_a_record_that_is_wrong_is_refused_by_name_and_the_rest_is_taken(source, tmp_path, name, value):
+    first, record, *rest = members(archive(source))
+    fields = json.loads(record[1])
+    del fields["checksum"]
+    bad = seal(fields | {name: value})
+    target = store_at(tmp_path / "target")
+    done = take(tar_of([first, (record[0], bad), *rest]), target)
+    assert done.complete
+    assert done.imported == 2
+    why = {row["why"].partition(";")[0].partition(":")[0] for row in done.refused}
+    assert why == {"a damaged record", "a body without its record before it"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from gup.cache.record import Head, Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import path_of
 
 KEY = ContentKey("14.3 RU2", "French", "{535CB6A4-441F-4E8A-A897-804CD859100E}", "260101001", "full.zip")
+PATH = path_of(KEY)
 BODY = bytes(range(251)) * (4 * CHUNK_BYTES // 251)
 
 
@@ -31,7 +33,7 @@ def commit(store: Store, key: ContentKey = KEY) -> Record:
     sums = ChunkSums()
     sums.add(BODY)
     head = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
-    record = Record.of(key, Kind.FULL, head, sums.finish(), 1.0, part.stat().st_mtime_ns, "/content/x")
+    record = Record.of(key, Kind.FULL, head, sums.finish(), 1.0, part.stat().st_mtime_ns, PATH)
     store.commit(FillState(key, Kind.FULL, 1, Phase.COMMITTED, head, None, record))
     return record
 
@@ -44,7 +46,7 @@ def begin(store: Store, phase: Phase = Phase.STREAMING, size: int = 2 * CHUNK_BY
     packed = b"".join(value.to_bytes(8, "little") for value in sums.done)
     store.sums_path(KEY.id, 5).write_bytes(packed)
     head = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
-    store.save_state(FillState(KEY, Kind.FULL, 5, phase, head, path="/content/x"))
+    store.save_state(FillState(KEY, Kind.FULL, 5, phase, head, path=PATH))
 
 
 def look(store: Store) -> list[Finding]:
@@ -92,7 +94,8 @@ def test_what_gup_leaves_behind_by_itself_is_clean(store):
         (lambda body, _: (body.unlink(), os.mkfifo(body)), "body", "there is no plain file in its place"),
         (lambda _, record: record.unlink(), "record", "a body without a record"),
         (lambda _, record: flip(record, 40), "record", "a damaged record"),
-        (lambda _, record: (record.unlink(), record.mkdir()), "record", "it can't be read"),
+        (lambda _, record: (record.unlink(), record.mkdir()), "record", "it is no plain file"),
+        (lambda _, record: (record.unlink(), os.mkfifo(record)), "record", "it is no plain file"),
     ],
     ids=[
         "flipped",
@@ -105,6 +108,7 @@ def test_what_gup_leaves_behind_by_itself_is_clean(store):
         "no record",
         "bad record",
         "odd record",
+        "record fifo",
     ],
 )
 def test_damage_is_named_and_put_right(store, harm, where, detail):
@@ -117,7 +121,7 @@ def test_damage_is_named_and_put_right(store, harm, where, detail):
     assert look(store) == []
     assert not store.body_path(KEY).exists()
     assert not store.record_path(KEY).exists()
-    assert record.path == "/content/x"
+    assert record.path == PATH
 
 
 def test_another_time_alone_is_no_damage(store):
@@ -132,7 +136,7 @@ def test_right_chunks_at_the_beginning_stay_as_a_part(store):
     put_right(store, look(store)[0], alone=True)
     state = store.load_state(KEY.id)
     assert state is not None
-    assert (state.phase, state.head, state.path) == (Phase.STREAMING, record.head, "/content/x")
+    assert (state.phase, state.head, state.path) == (Phase.STREAMING, record.head, PATH)
     salvage = survey(store.part_path(KEY.id, state.generation), store.sums_path(KEY.id, state.generation))
     assert (salvage.size, salvage.verified, salvage.whole) == (2 * CHUNK_BYTES, 2 * CHUNK_BYTES, True)
 

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.key import ANY, ContentKey, Variant, delta_step
+from gup.content.key import ANY, BadKeyError, ContentKey, Variant, delta_step
 
 KEY = ContentKey("14.3 RU2", "de", "{07B590B3-9282-482F-BBAA-6D515D385869}", "190815061", "full.zip")
 
 PARTS = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=60
-).filter(lambda part: part[0] != ".")
+    st.characters(exclude_categories=["Cs"], exclude_characters="/"), min_size=1, max_size=60
+).filter(lambda part: part[0] != "." and part.isprintable())
 KEYS = st.builds(ContentKey, PARTS, PARTS, PARTS, PARTS, PARTS)
 
 
@@ -41,20 +41,36 @@ def test_different_keys_have_different_names(first, second):
     assert (first == second) == (first.id == second.id) == (first.text == second.text)
 
 
-@pytest.mark.parametrize("part", ["", ".", "..", ".hidden", "a/b", "a\0b", "é" * 121])
+@pytest.mark.parametrize(
+    "part", ["", ".", "..", ".hidden", "a/b", "a\0b", "a\r\nb", "\x1b[2J", "\udcff", "é" * 121]
+)
 @pytest.mark.parametrize("place", range(5))
 def test_unsafe_parts_are_no_key(part, place):
     parts = ["a", "b", "c", "d", "e"]
     parts[place] = part
-    with pytest.raises(AssertionError):
+    with pytest.raises(BadKeyError, match="not a part of a content key"):
         ContentKey(*parts)
-    with pytest.raises(ValueError, match="key"):
+    with pytest.raises(BadKeyError, match="key"):
         ContentKey.parse("/".join(parts))
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.0, True, [], {}, ["a", "b", "c", "d", "e"]])
+def test_what_is_no_text_is_no_key(value):
+    with pytest.raises(BadKeyError, match="not a content key"):
+        ContentKey.parse(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["../../../../x", "a/../../../x", "/etc/passwd/a/b", "a/b/c/d/..", "a/b/c/d/"]
+)
+def test_no_key_leads_out_of_the_cache_directory(text):
+    with pytest.raises(BadKeyError):
+        ContentKey.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "a/b/c/d", "a/b/c/d/e/f"])
 def test_a_key_has_five_parts(text):
-    with pytest.raises(ValueError, match="five parts"):
+    with pytest.raises(BadKeyError, match="five parts"):
         ContentKey.parse(text)
 
 

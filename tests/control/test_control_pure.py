@@ -12,10 +12,13 @@ from gup.control.api.described import operation_of
 from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
 from gup.control.clients import ClientsBook
-from gup.control.events import ClientsSeen, Committed, Failed, Need, Use, Used, parse_event
-from gup.control.rows import make_row
+from gup.control.events import ClientsSeen, Committed, Failed, Need, UpstreamTrouble, Use, Used, parse_event
+from gup.control.rows import Row, make_row
+from gup.control.scrub import Pass
 from gup.control.status import totals_of
 from gup.control.streams import newest_times, revision_time
+from gup.control.wishes import Wishes
+from gup.jsonmodel import InvalidError
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"
 
@@ -63,11 +66,34 @@ def test_events_are_read(fields, event):
         b'{"type": "committed", "key": "a/b/c/d/e", "length": 1, "kind": "odd"}',
         b'{"type": "clients", "addresses": ["<script>"]}', b'{"type": "clients"}',
         b'{"type": "failed", "key": "a/b/c/d/e", "problem": "made-up"}', b"[" * 100_000,
+        b'{"type": "need", "bytes": 80.0}', b'{"type": "need", "bytes": 9223372036854775808}',
+        b'{"type": "need", "bytes": 1, "refused": 1}', b'{"type": "used", "uses": {"a/b/c/d/e": 1}, "at": 1}',
+        b'{"type": "used", "uses": [["a/b/c/d/e", 1, 1, 1]], "at": 1}',
+        b'{"type": "used", "uses": ["ab"], "at": 1}',
+        b'{"type": "committed", "key": "a/b/c/d/e", "length": 80.0, "kind": "full"}',
+        b'{"type": "committed", "key": "a/b/c/d/e", "length": 80, "kind": "full", "replaced": "no"}',
+        b'{"type": "committed", "key": ["a"], "length": 80, "kind": "full"}',
+        b'{"type": "begun", "key": "any/any/_/_/x", "path": "@evil:80/x"}',
+        b'{"type": "begun", "key": "any/any/_/_/x", "path": "//evil/content/x"}',
+        b'{"type": "begun", "key": "any/any/_/_/x", "path": "/content/y"}',
+        b'{"type": "failed", "key": "a/b/c/d/e", "problem": "loop", "detail": {"a": []}}',
+        b'{"type": "clients", "addresses": [["10.0.0.1"]]}', b'{"type": "upstream", "name": 5}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", 1, 2, 1]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", true]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", [5, 4, 9]]]}',
+        b'{"type": "unlisted", "moniker": [["{"]]}', b'{"type": "need", "bytes": ' + b"9" * 5000 + b"}",
     ],
 )  # fmt: skip
-def test_what_is_no_event_is_a_value_error(datagram):
-    with pytest.raises(ValueError, match=r"."):
+def test_what_is_no_event_is_invalid(datagram):
+    with pytest.raises(InvalidError) as told:
         parse_event(datagram)
+    assert len(str(told.value)) < 400
+
+
+def test_what_others_said_is_cut_and_can_be_written():
+    detail = "\udcff" + "x" * 100_000
+    event = parse_event(json.dumps({"type": "upstream", "name": "\ud800", "detail": detail}).encode())
+    assert event == UpstreamTrouble("\\ud800", "\\udcff" + "x" * 494)
 
 
 NAMES = ["type", "key", "length", "uses", "at", "bytes", "addresses", "problem"]
@@ -82,8 +108,42 @@ anything = st.recursive(
 def test_no_datagram_raises_anything_else(datagram):
     try:
         parse_event(datagram)
-    except ValueError:
+    except InvalidError:
         return
+
+
+ROW = row()
+
+
+@given(st.sampled_from(sorted(ROW.to_json())), anything)
+def test_a_row_of_the_index_is_a_row_or_invalid(name, value):
+    fields = ROW.to_json() | {name: value}
+    try:
+        read = Row.from_json(fields)
+    except InvalidError:
+        return
+    assert Row.from_json(read.to_json()) == read
+
+
+@given(anything)
+def test_what_was_noted_is_taken_back_or_left_out(value):
+    assert isinstance(Pass.from_json(value), Pass)
+    wishes = Wishes()
+    wishes.restore([value])
+    assert len(wishes) == 0
+    with pytest.raises(InvalidError):
+        Row.from_json(value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"began_at": float("nan")}, {"checked": 1.5}, {"after": 5}, {"damaged": True}, {"mended": -1}],
+)
+def test_a_pass_with_a_wrong_value_begins_anew(changed):
+    kept = {"began_at": 5.0, "ended_at": 0.0, "after": "a/b/c/d/e"}
+    kept |= {"checked": 1, "checked_bytes": 2, "damaged": 0, "mended": 0}
+    assert Pass.from_json(kept).after == "a/b/c/d/e"
+    assert Pass.from_json(kept | changed) == Pass()
 
 
 # --- clients

@@ -6,6 +6,7 @@ import pytest
 
 from gup.content.deltas import Folder, named
 from gup.content.key import ContentKey, Kind
+from gup.content.routes import path_of
 from gup.control.revisions import MAX_REVISIONS, Revisions
 from gup.control.wishes import MAX_PENDING, MAX_WISHES, Outcome, Wish, Wishes
 
@@ -131,7 +132,7 @@ def test_it_is_kept_over_a_restart_and_what_was_learned_since_stays():
 
 def wish(number: int = 1, *, by="traffic", kind=Kind.DELTA, new="260110001") -> Wish:
     key = delta(f"2601{number:05}", new)
-    return Wish(key=key, path=f"/content/{key.text}", kind=kind, by=by, asked_at=float(number))
+    return Wish(key=key, path=path_of(key), kind=kind, by=by, asked_at=float(number))
 
 
 def test_an_operator_goes_first_then_who_came_first():

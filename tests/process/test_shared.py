@@ -8,13 +8,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gup.cache.backlog import CLASSES
 from gup.errors import StoreError
 from gup.metrics import BY_NAME
 from gup.process import shared as module
-from gup.process.page import CONFIG_OK, POLICY_EPOCH, SPARE, SPARE_WORDS
+from gup.process.page import CONFIG_OK, FILL_HELD, POLICY_EPOCH, Row
 from gup.process.shared import CONTROLLER, SUPERVISOR, SharedFile, worker_block
 
 HITS = 'gup_requests_total{code="200",result="hit"}'
@@ -39,7 +41,7 @@ def test_a_new_file_counts_from_zero(path):
     assert set(shared.totals().values()) == {0}
     assert shared.installed_at == shared.started_at
     assert shared.page.words[CONFIG_OK] == 1
-    assert list(shared.page.words[SPARE : SPARE + SPARE_WORDS]) == [0] * SPARE_WORDS
+    assert all(set(shared.page.row(row)) == {0} for row in Row)
     shared.close()
 
 
@@ -55,6 +57,52 @@ def test_blocks_do_not_overlap_and_are_summed(path):
     assert set(shared.totals().values()) == {111110}
     assert set(shared.since_start().values()) == {111110}
     shared.close()
+
+
+@pytest.mark.parametrize("workers", [1, 43, 45, 46, 64, 125, 128, 1024])
+def test_the_page_has_words_of_their_own_for_any_number_of_workers(path, workers):
+    shared = SharedFile.create(path, ["a"], workers)
+    page, blocks = shared.page, worker_block(workers)
+    before = list(page.words)
+    for row in Row:
+        words = page.row(row)
+        assert len(words) == blocks
+        assert set(words) == {0}, f"{row.name} shares a word with a row before it"
+        for block in range(blocks):
+            words[block] = 1000 * (row + 1) + block
+    page.beat(worker_block(workers - 1))
+    page.forget_beat(worker_block(workers - 1))
+    assert page.last_beat(worker_block(workers - 2)) == 1000 + worker_block(workers - 2)
+    named = FILL_HELD + CLASSES
+    assert list(page.words[:named]) == before[:named]
+    hit(shared, worker_block(workers - 1), 3)
+    shared.fold(worker_block(workers - 1))
+    assert shared.totals()[HITS] == 3
+    shared.close()
+
+
+def test_the_counters_of_a_page_of_another_size_are_kept(path, monkeypatch):
+    """As an earlier release laid it out: 320 words and one a block, and no word of it in the description."""
+    description = module._Description
+    monkeypatch.setattr(module, "page_words", lambda blocks: 320 + blocks)
+    monkeypatch.setattr(
+        description,
+        "encode",
+        lambda self: _encoded({name: getattr(self, name) for name in self.__slots__ if name != "page_words"}),
+    )
+    first = SharedFile.create(path, ["a"], 3)
+    hit(first, worker_block(2), 7)
+    first.close()
+    monkeypatch.undo()
+    second = SharedFile.create(path, ["a"], 60)
+    assert second.totals()[HITS] == 7
+    second.close()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def _encoded(fields):
+    text = json.dumps(fields).encode()
+    return module._PREFIX.pack(b"gupwords", 1, len(text), xxhash.xxh3_64_intdigest(text)) + text
 
 
 def test_no_process_counts_into_the_past(path):

@@ -1,5 +1,6 @@
 """What takes an upstream away and what does not; Retry-After and wrong bodies, remembered: real processes."""
 
+import itertools
 import socket
 import threading
 import time
@@ -85,8 +86,7 @@ def test_one_client_s_failing_names_take_the_upstream_from_nobody(tmp_path, faul
         statuses: list[int] = []
 
         def attack() -> None:
-            for number in range(146):
-                statuses.append(get_from(gup, path_of(number), "127.0.0.2").status)
+            statuses.extend(get_from(gup, path_of(number), "127.0.0.2").status for number in range(146))
 
         attackers = [threading.Thread(target=attack) for _ in range(4)]
         for attacker in attackers:
@@ -265,9 +265,11 @@ def test_a_zip_without_its_end_is_fetched_once_and_then_waited_for(tmp_path):
         response = gup.get(BIG)
         assert not (response.status == 200 and response.complete)
         asked: list[float] = []
-        until(lambda: len(upstream.requests(BIG)) >= 5 or gup.get(BIG).status == 200, "heads are asked for", 15)
+        until(
+            lambda: len(upstream.requests(BIG)) >= 5 or gup.get(BIG).status == 200, "heads are asked for", 15
+        )
         asked = [seen.at for seen in upstream.requests(BIG)]
-        waits = [later - earlier for earlier, later in zip(asked[1:], asked[2:], strict=False)]
+        waits = [later - earlier for earlier, later in itertools.pairwise(asked[1:])]
         assert all(wait >= 0.05 * 2**number for number, wait in enumerate(waits, 1)), waits
         received = gup.metric("gup_upstream_received_bytes_total", purpose="fill")
         assert 10_000_000 <= received <= 10_300_000, "its body was read once"

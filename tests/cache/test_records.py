@@ -1,0 +1,384 @@
+"""Records and states are read as models: each value of its type and within bounds, or InvalidError."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gup.cache.checksum import CHUNK_BYTES, seal
+from gup.cache.heads import head_of
+from gup.cache.record import MAX_BODY_BYTES, MAX_RECORD_BYTES, Head, Record
+from gup.cache.state import MAX_STATE_BYTES, Failure, FillState, Hold, Phase
+from gup.cache.store import Store
+from gup.content.key import BadKeyError, ContentKey, Kind
+from gup.content.routes import leads_to, path_of
+from gup.errors import Problem
+from gup.jsonmodel import InvalidError
+from gup.upstream.exchange import RemoteHead
+from gup.upstream.validators import Validators
+
+KEY = ContentKey("14.3 RU2", "Français", "{535CB6A4-441F-4E8A-A897-804CD859100E}", "260101001", "full.zip")
+HEAD = Head(CHUNK_BYTES + 5, '"tag"', "application/zip", "Thu, 01 Jan 2026 00:00:00 GMT", "manager", '"u"')
+RECORD = Record.of(KEY, Kind.FULL, HEAD, (1, 2**64 - 1), 1.8e9, 1_800_000_000_123_456_789, path_of(KEY))
+FAILURE = Failure("upstream-error", "it broke off", 2.0, 1000.5)
+STATES = [
+    FillState(KEY, Kind.FULL, 7, Phase.STREAMING, HEAD, path=path_of(KEY)),
+    FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, path=path_of(KEY), ahead=True),
+    FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE),
+    FillState(KEY, Kind.FULL, 7, Phase.UNSTORABLE, failure=FAILURE),
+    FillState(KEY, Kind.FULL, 7, Phase.COMMITTED, HEAD, record=RECORD),
+    FillState(KEY, Kind.FULL, 7, Phase.REQUESTED, HEAD, path=path_of(KEY)),
+    FillState(
+        KEY,
+        Kind.FULL,
+        7,
+        Phase.STREAMING,
+        HEAD,
+        path=path_of(KEY),
+        holds=(Hold("manager", 5.0, 2.0, 1, ('"t"', None, 7), 9.0), Hold("other", 5.0, 2.0)),
+        told={"manager": Validators('"t"', None, True)},
+    ),
+]
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=2**62, max_value=2**70),
+    st.floats(),
+    st.text(st.characters(), max_size=30),
+    st.sampled_from(
+        ["", "full", "streaming", '"tag"', "a/b/c/d/e", "/content/x", "\r\n", "\udcff", KEY.text]
+    ),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(st.characters(), max_size=10), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def sealed(fields) -> bytes:
+    """As `seal`, of what it was never meant for."""
+    try:
+        return seal(fields)
+    except ValueError:  # UTF-8 can't encode it
+        return json.dumps({**fields, "checksum": "0"}).encode()
+
+
+def changed(model, *place, value):
+    """The JSON of a record or a state with one value changed, and the right checksum."""
+    fields = json.loads(model.encode())
+    del fields["checksum"]
+    target = fields
+    for name in place[:-1]:
+        target = target[name]
+    target[place[-1]] = value
+    return sealed(fields)
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state.phase}")
+def test_what_is_written_is_read_back(state):
+    assert FillState.decode(state.encode()) == state
+    assert Record.decode(RECORD.encode()) == RECORD
+
+
+NO_TEXTS = [None, 5, 1.5, True, [], {}, ["x"]]
+CONTROLS = ["a\r\nSet-Cookie: x", "a\0", "a\x7f", "ł", "\udcff"]
+WRONG = {
+    "format": [2, 1.0, True, "1", None],
+    "key": [*NO_TEXTS, "", "a/b/c/d", "../../../../x", "a/b/c/d/.e", "/".join("x" * 300 for _ in range(5))],
+    "kind": [*NO_TEXTS, "", "FULL", "fulls"],
+    "length": [80.0, 0, -1, True, "80", None, 2**63, MAX_BODY_BYTES + 1, 10**400, 2 * CHUNK_BYTES + 5, 5, []],
+    "etag": [
+        *NO_TEXTS,
+        "",
+        "tag",
+        'W/"tag"',
+        '"a"b"',
+        '"a b"',
+        *(f'"{odd}"' for odd in CONTROLS),
+        '"' * 2000,
+    ],
+    "content_type": [*NO_TEXTS, "", *CONTROLS, "x" * 1025],
+    "last_modified": [*NO_TEXTS[1:], "", *CONTROLS, "x" * 1025],
+    "upstream": [*NO_TEXTS, "a\r\nb", "x" * 1025],
+    "upstream_etag": [*NO_TEXTS[1:], "", "tag", *(f'"{odd}"' for odd in CONTROLS)],
+    "stored_at": [None, "1", True, [], 1e12, -1e12, float("inf"), 10**400],
+    "validated_at": [None, "1", False, {}, 1e300],
+    "pinned": [None, 0, 1, "false", []],
+    "body_mtime_ns": [None, 1.0, "1", True, 2**63, -(2**70)],
+    "sums": [
+        *NO_TEXTS,
+        "",
+        "0" * 16,
+        "0" * 31,
+        "0" * 48,
+        "g" * 32,
+        "+" + "0" * 31,
+        "0_0" + "0" * 29,
+        "F" * 32,
+    ],
+    "path": [
+        *NO_TEXTS[1:],
+        "@evil.example:80/x",
+        "//evil.example/content/x",
+        "http://evil.example/content/x",
+        "content/x",
+        "/secars/x",
+        "/content/../secars",
+        "/content/%2e%2e/secars",
+        "/content/x?y",
+        "/content/x#y",
+        "/content/x y",
+        "/content/x\r\nHost: y",
+        "/content/other",
+        path_of(KEY) + "/",
+        path_of(KEY).replace("260101001", "260101002"),
+        "/" + "x" * 9000,
+    ],
+}
+"""What each member of a record must not be."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_record_with_one_wrong_value_is_refused(name, value):
+    text = changed(RECORD, name, value=value)
+    with pytest.raises(InvalidError) as told:
+        Record.decode(text)
+    assert str(told.value).isprintable()
+    assert len(str(told.value)) < 500
+    committed = STATES[4]
+    with pytest.raises(InvalidError):
+        FillState.decode(changed(committed, "record", name, value=value))
+
+
+@pytest.mark.parametrize("name", [*(name for name in WRONG if name != "path"), "checksum"])
+def test_a_record_without_a_member_is_refused(name):
+    fields = json.loads(RECORD.encode())
+    del fields[name]
+    text = json.dumps(fields).encode() if name == "checksum" else seal_again(fields)
+    with pytest.raises(InvalidError, match=r"missing|checksum"):
+        Record.decode(text)
+
+
+def seal_again(fields):
+    fields.pop("checksum")
+    return seal(fields)
+
+
+def test_records_of_before_the_path_was_kept_are_read():
+    fields = json.loads(RECORD.encode())
+    del fields["path"]
+    assert Record.decode(seal_again(fields)).path == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("generation",), -1),
+        (("generation",), 7.0),
+        (("generation",), "7"),
+        (("generation",), 2**64),
+        (("phase",), "done"),
+        (("phase",), None),
+        (("head",), []),
+        (("head",), "x"),
+        (("head", "length"), 80.0),
+        (("head", "etag"), '"\r\n"'),
+        (("failure",), {}),
+        (("failure",), {"slug": "no-such", "detail": "", "ttl": 1, "until": 1}),
+        (("failure",), {"slug": [], "detail": "", "ttl": 1, "until": 1}),
+        (("failure",), {"slug": "loop", "detail": 5, "ttl": 1, "until": 1}),
+        (("failure",), {"slug": "loop", "detail": "", "ttl": "1", "until": 1}),
+        (("failure",), {"slug": "loop", "detail": "", "ttl": 1, "until": float("inf")}),
+        (("record",), {}),
+        (("record",), RECORD.to_json() | {"key": KEY.text + "x"}),
+        (("path",), "@evil.example:80/x"),
+        (("ahead",), 1),
+    ],
+)
+def test_a_state_with_one_wrong_value_is_refused(place, value):
+    with pytest.raises(InvalidError):
+        FillState.decode(changed(STATES[0], *place, value=value))
+
+
+@pytest.mark.parametrize(
+    ("phase", "without"),
+    [("committed", "record"), ("streaming", "head"), ("failed", "failure"), ("unstorable", "failure")],
+)
+def test_a_state_without_what_its_phase_needs_is_refused(phase, without):
+    state = next(state for state in STATES if state.phase == phase)
+    with pytest.raises(InvalidError, match="state: "):
+        FillState.decode(changed(state, without, value=None))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"5",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"length": ' + b"9" * 5000 + b"}",
+        b'{"length": NaN}',
+        b'{"length": 1e999, "checksum": "0"}',
+        b'{"x": "\\ud800", "checksum": "0"}',
+        b'{"checksum": ["a"]}',
+    ],
+    ids=range(12),
+)
+def test_what_is_no_json_object_is_refused(text):
+    for loader in (Record.decode, FillState.decode):
+        with pytest.raises(InvalidError):
+            loader(text)
+
+
+@given(JSON, st.binary(max_size=40))
+def test_arbitrary_json_is_a_model_or_an_invalid_error(value, noise):
+    texts = [noise, json.dumps(value).encode()]
+    if isinstance(value, dict):
+        texts.append(sealed(value))
+    for text in texts:
+        for loader in (Record.decode, FillState.decode):
+            with pytest.raises(InvalidError):
+                loader(text)
+
+
+@given(st.sampled_from([RECORD, *STATES]), st.data())
+def test_any_value_in_any_place_is_a_model_or_an_invalid_error(model, data):
+    fields = json.loads(model.encode())
+    name = data.draw(st.sampled_from(sorted(fields)))
+    place = [name]
+    if isinstance(fields[name], dict) and fields[name] and data.draw(st.booleans()):
+        place.append(data.draw(st.sampled_from(sorted(fields[name]))))
+    if name == "checksum":
+        return
+    text = changed(model, *place, value=data.draw(JSON))
+    try:
+        read = type(model).decode(text)
+    except InvalidError:
+        return
+    assert type(model).decode(read.encode()) == read  # what was taken can be written, and is read again
+
+
+@given(
+    st.text(st.characters(max_codepoint=0x2FF), max_size=40),
+    st.text(st.characters(), max_size=40),
+    st.one_of(st.none(), st.text(st.characters(), max_size=40)),
+)
+def test_whatever_an_upstream_states_of_a_body_its_record_can_be_read(tag, content_type, last_modified):
+    remote = RemoteHead(200, 0, HEAD.length, f'"{tag}"', last_modified, content_type, "manager")
+    record = Record.of(KEY, Kind.FULL, head_of(KEY, remote), (1, 2), 1.8e9, 5, path_of(KEY))
+    assert Record.decode(record.encode()) == record
+
+
+@given(st.text(st.characters(), max_size=3000))
+def test_whatever_an_upstream_says_of_a_failure_its_state_can_be_read(detail):
+    failure = Failure.of(Problem("upstream-error", detail), 2.0, 5.0)
+    state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, failure)
+    assert FillState.decode(state.encode()) == state
+
+
+# --- in the store
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path / "cache")
+    made.prepare()
+    return made
+
+
+def put(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("kind", ["record", "state"])
+def test_of_a_huge_file_no_more_than_is_allowed_is_read(store, kind, monkeypatch):
+    path = store.record_path(KEY) if kind == "record" else store.state_path(KEY.id)
+    put(path, 4 << 30)
+    got = []
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda fd, size: got.append(size) or read(fd, size))
+    with pytest.raises(InvalidError, match="are allowed"):
+        store.load(KEY) if kind == "record" else store.load_state(KEY.id)
+    assert sum(got) <= 2 * max(MAX_RECORD_BYTES, MAX_STATE_BYTES)
+
+
+def test_a_state_under_another_keys_name_is_refused(store):
+    other = ContentKey(KEY.version, KEY.language, KEY.stream, KEY.revision, "other.zip")
+    store.state_path(other.id).write_bytes(STATES[4].encode())
+    with pytest.raises(InvalidError, match="the state is that of"):
+        store.load_state(other.id)
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "revision", "file"),
+    [
+        ("/content/ContentInfo.txt", "_", "_", "ContentInfo.txt"),
+        ("/content/a/b%25.txt", "_", "_", "a%2Fb%25.txt"),
+        ("/content/%7B535cb6a4-441f-4e8a-a897-804cd859100e%7D/1/full.zip", KEY.stream, "1", "full.zip"),
+        ("/content/{535cb6a4-441f-4e8a-a897-804cd859100e}/1/full.zip", KEY.stream, "1", "full.zip"),
+        (f"/content/{KEY.stream}/Fran%C3%A7ais", KEY.stream, "_", "Français"),
+        (f"/content/{KEY.stream}/_/x.dax", KEY.stream, "%5F", "x.dax"),
+        ("/minitri.flg", "liveupdate", "_", "minitri.flg"),
+        ("/sepm$20_14.3$20ru2_fr_livetri.zip", "liveupdate", "_", "sepm$20_14.3$20ru2_fr_livetri.zip"),
+    ],
+)  # fmt: skip
+def test_a_path_leads_to_its_key_and_a_key_tells_a_path(path, stream, revision, file):
+    key = ContentKey("any", "any", stream, revision, file)
+    assert leads_to(path, key)
+    assert leads_to(path_of(key), key)
+    assert not leads_to(path, ContentKey("any", "any", stream, revision, "other"))
+
+
+# --- with assertions off
+
+KEPT = "ignore::pytest.PytestConfigWarning"
+"""pytest warns that it keeps the assertions of tests only."""
+
+
+def test_keys_paths_records_and_archives_are_as_safe_with_assertions_off():
+    """PYTHONOPTIMIZE=1 takes every `assert` out of gup (pytest keeps those of the tests)."""
+    if not __debug__:
+        return
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", KEPT, "-m", "not hypothesis"]
+    names = [
+        "content/test_key.py",
+        "content/test_routes.py",
+        "cache/test_records.py",
+        "cache/test_archive.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *names],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONOPTIMIZE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "100%" in done.stdout
+
+
+def test_a_key_that_leads_elsewhere_is_refused():
+    with pytest.raises(BadKeyError):
+        ContentKey("..", "..", "..", "..", "x")
