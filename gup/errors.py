@@ -131,11 +131,11 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         return PROBLEMS[self.slug].title
 
 
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOLCK})
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Whether this process or machine has run out of descriptors or memory: says nothing of disk or peer."""
+    """Whether process or machine has run out of descriptors, memory or locks: no fault of disk or peer."""
     return error.errno in _EXHAUSTED
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from gup.addresses import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
-from gup.errors import PROBLEMS
+from gup.errors import PROBLEMS, quoted
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _BATCH = 256
@@ -114,6 +114,8 @@ class Unstorable:
 
     key: str
     detail: str
+    disk: bool = True
+    """Whether it is the disk that refuses, not a limit of the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,18 +248,19 @@ def _need(fields: Mapping[str, Any]) -> Need:
 
 
 def _unstorable(fields: Mapping[str, Any]) -> Unstorable:
-    return Unstorable(ContentKey.parse(fields["key"]).text, str(fields["detail"])[:500])
+    key, disk = ContentKey.parse(fields["key"]), fields.get("disk") is not False
+    return Unstorable(key.text, quoted(str(fields["detail"])), disk)
 
 
 def _failed(fields: Mapping[str, Any]) -> Failed:
     problem = fields["problem"]
     if problem not in PROBLEMS:
         raise ValueError(f"an unknown problem: {problem!r:.40}")
-    return Failed(ContentKey.parse(fields["key"]).text, problem, str(fields.get("detail", ""))[:500])
+    return Failed(ContentKey.parse(fields["key"]).text, problem, quoted(str(fields.get("detail", ""))))
 
 
 def _upstream(fields: Mapping[str, Any]) -> UpstreamTrouble:
-    return UpstreamTrouble(str(fields["name"])[:64], str(fields.get("detail", ""))[:500])
+    return UpstreamTrouble(str(fields["name"])[:64], quoted(str(fields.get("detail", ""))))
 
 
 def _unlisted(fields: Mapping[str, Any]) -> Unlisted:
