@@ -437,7 +437,8 @@ def load(
 ) -> Settings:
     """Settings from `file` (TOML), `GUP_<SECTION>__<KEY>` and flags, the later winning.
 
-    `flags` is nested like the file. SettingsError names every key that is wrong.
+    `flags` is nested like the file. SettingsError names every key that is wrong. The files that settings name
+    are not looked at: gup.cli.usable does that.
     """
     # pydantic-settings takes 0.1 s to import, and workers, which are handed their settings, need none of it
     from gup.layers import Layers  # noqa: PLC0415
@@ -448,11 +449,6 @@ def load(
         settings = Settings.model_validate(layers.merged())
     except ValidationError as error:
         raise SettingsError(problems + complaints(error, Settings, layers.origin)) from error
-    problems += [
-        f"upstream#{number}.ca_file: {str(upstream.ca_file)!r} is not a file that can be read"
-        for number, upstream in enumerate(settings.upstream, 1)
-        if upstream.ca_file and not os.access(upstream.ca_file, os.R_OK)
-    ]
     if problems:
         raise SettingsError(problems)
     return settings

@@ -1,7 +1,37 @@
-"""The one family of errors, and the table of problems that a client can be told; never any I/O."""
+"""Every error of gup: one family, the table of problems that a client can be told; never any I/O."""
 
 import errno
 from dataclasses import dataclass
+
+SHOWN_BYTES = 512
+"""The most of anybody else's text that a message shows."""
+
+_CUT = "…"
+
+
+def quoted(text: str | bytes) -> str:
+    r"""Text that somebody else wrote (an upstream, a client, a file), fit for a message.
+
+    At most SHOWN_BYTES of UTF-8, a longer one ends in "…"; what is not printable (controls, terminal
+    escapes, marks of writing direction, bytes that are no UTF-8) stands as \x1b or \u202e. Quoting
+    twice changes nothing. It is still plain text: a page escapes it as HTML besides.
+    """
+    if isinstance(text, bytes):
+        text = text[: SHOWN_BYTES + 1].decode("utf-8", "surrogateescape")
+    shown = "".join(map(_printable, text[: SHOWN_BYTES + 1]))
+    encoded = shown.encode()
+    if len(encoded) <= SHOWN_BYTES:
+        return shown
+    return encoded[: SHOWN_BYTES - len(_CUT.encode())].decode("utf-8", "ignore") + _CUT
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class GupError(Exception):
@@ -101,11 +131,11 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         return PROBLEMS[self.slug].title
 
 
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOLCK})
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Whether this process or machine has run out of descriptors or memory: says nothing of disk or peer."""
+    """Whether process or machine has run out of descriptors, memory or locks: no fault of disk or peer."""
     return error.errno in _EXHAUSTED
 
 

@@ -93,6 +93,17 @@ def test_the_environment_is_read_in_few_places():
     assert breaking(looks, MODULES) == {}
 
 
+def test_work_on_the_cache_directory_goes_through_the_one_place_that_names_the_disk():
+    """`on_disk` makes an OSError the disk's; looks at chunks tell by their result and raise nothing."""
+    allowed = {"gup/cache/disk.py", "gup/cache/entry.py", "gup/cache/checked.py"}
+
+    def goes_around(path):
+        return [node.lineno for node in nodes(path, ast.Attribute) if node.attr == "run_in_executor"]
+
+    cache = [path for path in MODULES if name(path).startswith("gup/cache/")]
+    assert set(breaking(goes_around, cache)) == allowed
+
+
 def test_nothing_is_pickled_or_evaluated():
     def dangerous(path):
         modules = {module.split(".")[0] for module in imports(path)}

@@ -160,7 +160,7 @@ def test_liveupdate_is_not_asked_for_a_catalogue():
     ("text", "arguments", "status", "words"),
     [
         ("", ["--moniker", "x"], 2, "--moniker: 'x' is not right"),
-        ('[catalog]\nfile = "/nowhere"\n', ["--moniker", PATCH], 1, "catalog.file: /nowhere can't be read"),
+        ('[catalog]\nfile = "/nowhere"\n', ["--moniker", PATCH], 1, "catalog.file: '/nowhere' can't be read"),
         ('[rules]\ncontent_types = ["virus"]\n', ["--moniker", PATCH], 2, "rules.content_types: 'virus'"),
     ],
 )

@@ -295,10 +295,6 @@ def test_paths_are_absolute(monkeypatch, tmp_path):
             ["upstream#1.headers", "name of a header"],
         ),
         ('[[upstream]]\nurl = "http://m"\nheaders = {A = "x\\ny"}', ["upstream#1.headers", "printable"]),
-        (
-            '[[upstream]]\nurl = "http://m"\nca_file = "/no/such"',
-            ["upstream#1.ca_file", "'/no/such'", "can be read"],
-        ),
         ('[[upstream]]\nurl = "http://m"\n[[upstream]]\nurl = "https://m"', ["upstream", "'m'", "2 times"]),
         ('[clients]\nallow = ["10.0.0.1/8"]', ["clients.allow#1", "'10.0.0.1/8'", "10.0.0.0/8"]),
         ("[clients]\nallow = 5", ["clients.allow", "5", "a list"]),

@@ -10,6 +10,7 @@ from gup.cache.ahead import hurry, outcome
 from gup.cache.alone import Alone
 from gup.cache.body import Body
 from gup.cache.checked import CheckedBody, Holders
+from gup.cache.disk import DiskError, on_disk
 from gup.cache.entries import Entries
 from gup.cache.entry import Entry
 from gup.cache.failures import Failures
@@ -359,7 +360,7 @@ class Cache:
         elif flight.problem is not None:
             self._failures.put(flight.key, flight.problem, flight.stands_seconds)
         elif flight.landing in (Landing.COMMITTED, Landing.VALIDATED):
-            with contextlib.suppress(OSError):  # the next request tells
+            with contextlib.suppress(DiskError):  # the next request tells
                 await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
@@ -395,5 +396,4 @@ class Cache:
         self._entries.clear()
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._means.executor, work, *arguments)
+        return await on_disk(self._means.executor, work, *arguments)

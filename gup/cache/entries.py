@@ -1,11 +1,11 @@
 """The committed bodies that this process has open, in order of use; never mends them, never fetches."""
 
-import asyncio
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from gup.cache.disk import on_disk
 from gup.cache.entry import Entry
 from gup.cache.flight import Means
 from gup.cache.prior import load_sound
@@ -128,5 +128,4 @@ class Entries:
         return found
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._means.executor, work, *arguments)
+        return await on_disk(self._means.executor, work, *arguments)

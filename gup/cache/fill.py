@@ -17,6 +17,7 @@ from gup.cache.asking import Reread, check_structure, download_of, holds_of, sta
 from gup.cache.behind import WriteBehind
 from gup.cache.claim import passing_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
+from gup.cache.disk import DiskError, on_disk
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
@@ -107,7 +108,7 @@ class Leader:
         prior: Prior | Landing | Failure
         try:
             prior = await self._on_disk(examine, self._means, self._flight)
-        except OSError as error:
+        except DiskError as error:
             prior = Prior(unstorable=refusal(error))
         if isinstance(prior, Landing):
             await self._end_body()
@@ -176,8 +177,8 @@ class Leader:
                 return await self._pass_on(prior.record)
             try:
                 return await self._store(prior)
-            except (Unstorable, OSError) as error:
-                await self._turn_unstorable(refusal(error))
+            except (Unstorable, DiskError) as error:
+                await self._turn_unstorable(refusal(error), disk=isinstance(error, DiskError) or error.disk)
                 return await self._pass_on(prior.record)
         finally:
             self._leave_upstream()
@@ -234,7 +235,7 @@ class Leader:
         assert writer is not None
         try:
             return await writer.reread(offset, length)
-        except OSError as error:
+        except DiskError as error:
             detail = f"what is here can't be compared: {error.strerror or error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 
@@ -347,7 +348,7 @@ class Leader:
             self._flight.attach(body)
             self._came_at = os.fstat(self._writer.file.fd).st_mtime
             await self._settle(self._writer, remote_of(state.head), state.head)
-        except OSError as error:
+        except DiskError as error:
             log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
             self._flight.land(Landing.UNSTORABLE)
 
@@ -375,7 +376,7 @@ class Leader:
 
     async def _keep_good_chunks(self, state: FillState, salvage: Salvage) -> GrowingBody:
         assert state.head is not None
-        old = OpenFile(self._means.store.part_path(self._key.id, state.generation))
+        old = await self._in_thread(OpenFile, self._means.store.part_path(self._key.id, state.generation))
         self._start_over()
         body = await self._new_generation(state.head, old, salvage)
         await self._in_thread(self._means.store.save_state, self._state(head=state.head))
@@ -471,7 +472,7 @@ class Leader:
 
         try:
             await self._on_disk(save)
-        except OSError as error:  # asked again at the next request: what is stored is right all the same
+        except DiskError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)
         log_end("validated", self._key, means.clock() - self._began_at)
@@ -524,7 +525,7 @@ class Leader:
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)
 
-    async def _turn_unstorable(self, why: str, *, told: bool = False) -> None:
+    async def _turn_unstorable(self, why: str, *, told: bool = False, disk: bool = True) -> None:
         """Unless it is `told` already: tell it, with and without the disk's help, and keep nothing of it."""
         means, key = self._means, self._key
         self._move(Phase.UNSTORABLE)
@@ -537,7 +538,7 @@ class Leader:
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
         for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
             log.warning("of %s something stays on the disk: %s", key.text, error)
-        means.tell({"type": "unstorable", "key": key.text, "detail": why})
+        means.tell({"type": "unstorable", "key": key.text, "detail": why, "disk": disk})
 
     # --- ends other than a commit
 
@@ -557,7 +558,7 @@ class Leader:
         state = self._state(head, failure)
         try:
             await self._in_thread(save_failure, means.store, state, drop)
-        except OSError as error:
+        except DiskError as error:
             log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
         if problem.retry_after_seconds is None:
@@ -595,8 +596,7 @@ class Leader:
         self._phase = Phase.REQUESTED
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._means.executor, work, *arguments)
+        return await on_disk(self._means.executor, work, *arguments)
 
     async def _on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         """In a thread, and once more when the disk was full and something could be evicted."""

@@ -1,8 +1,8 @@
 """What is done about damage in a committed body: when it is mended, who is told; fetches nothing itself."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 
+from gup.cache.disk import on_disk
 from gup.cache.entries import Entries
 from gup.cache.entry import Entry
 from gup.cache.failures import Failures
@@ -77,9 +77,7 @@ class Mending:
 
     async def mend(self, key: ContentKey, *, counted: bool) -> Problem | None:
         """See Cache.mend."""
-        record, _ = await asyncio.get_running_loop().run_in_executor(
-            self._means.executor, self._entries.load_whatever, key
-        )
+        record, _ = await on_disk(self._means.executor, self._entries.load_whatever, key)
         if record is None:
             return Problem("upstream-not-found", "there is no record of it")
         try:
@@ -101,9 +99,7 @@ class Mending:
         route = route_of_record(entry.record)
         try:
             got = await self._fly(entry.key, route, entry.key.variant, counted)
-            record, file = await asyncio.get_running_loop().run_in_executor(
-                self._means.executor, self._entries.load, entry.key
-            )
+            record, file = await on_disk(self._means.executor, self._entries.load, entry.key)
         except Problem as problem:
             entry.not_mended(problem)
         except BaseException:

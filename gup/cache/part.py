@@ -1,6 +1,5 @@
 """The file of a body that is arriving: appends, sums and withholds; never fetches, never commits."""
 
-import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums, chunk_sum
+from gup.cache.disk import on_disk
 from gup.cache.store import OpenFile
 
 WITHHELD_BYTES = 4096
@@ -161,7 +161,7 @@ class PartWriter:
         return min(self.received, max(last_sure, self.written)) - self.written
 
     async def write_sure(self) -> None:
-        """Write all but what is withheld. OSError when the disk refuses; it may be asked again."""
+        """Write all but what is withheld. DiskError when the disk refuses; it may be asked again."""
         await self._write(self.unwritten)
 
     async def add(self, piece: bytes) -> None:
@@ -199,8 +199,7 @@ class PartWriter:
 
     async def settle(self) -> tuple[tuple[int, ...], int]:
         """Make it durable; the body's sums and the file's mtime (ns)."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._sync)
+        return await on_disk(self._executor, self._sync)
 
     async def reread(self, offset: int, length: int) -> bytes:
         """Bytes received before, be they written, about to be or withheld."""
@@ -209,15 +208,13 @@ class PartWriter:
         held = self.held[at : at + length - in_file] if in_file < length else b""
         if not in_file:
             return held
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, os.pread, self.file.fd, in_file, offset) + held
+        return await on_disk(self._executor, os.pread, self.file.fd, in_file, offset) + held
 
     async def _write(self, amount: int, *, last: bool = False) -> None:
         if amount <= 0:
             return
         pieces = list(self._first_held(amount))
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._write_now, pieces, last)
+        await on_disk(self._executor, self._write_now, pieces, last)
         for piece in pieces:
             whole = self._held.popleft()
             if len(piece) < len(whole):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from gup.cache.disk import DiskError
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.part import WITHHELD_BYTES, ZIP_TAIL_BYTES, PartWriter
 from gup.cache.ring import RING_BYTES, Ring
@@ -69,7 +70,7 @@ class PassingWriter:
         try:
             piece = await self._earlier.reread(offset, before) if self._earlier and before else b""
             return piece + self._ring.read(offset + len(piece), length - len(piece))
-        except (ValueError, OSError) as error:
+        except (ValueError, DiskError) as error:
             detail = f"what upstream sent can't be compared any more: {error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 

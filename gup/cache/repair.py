@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from gup.cache.asking import counted_as
 from gup.cache.chunks import is_sound, read_chunk, runs, span_of
+from gup.cache.disk import on_disk
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.prior import Damage
 from gup.cache.record import Record
@@ -68,7 +69,7 @@ class Repair:
         """Put a whole body in place of the damaged one.
 
         NotTheSame when it has to be fetched anew; UpstreamFailure or Problem when nobody could be asked: the
-        damaged body stays then, for its good chunks. OSError when the disk refuses.
+        damaged body stays then, for its good chunks. DiskError when the disk refuses.
         """
         means, key = self._means, self._record.key
         try:
@@ -195,8 +196,7 @@ class Repair:
             self._means.counters.waste("mismatch", counted_as(self._means, self._flight), amount)
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._means.executor, work, *arguments)
+        return await on_disk(self._means.executor, work, *arguments)
 
 
 def _write(part: OpenFile, piece: bytes, offset: int) -> None:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from gup.cache.disk import DiskError
 from gup.cache.record import MAX_BODY_BYTES
 from gup.cache.space import Space
 from gup.errors import GupError, is_exhausted
@@ -15,12 +16,19 @@ _Result = TypeVar("_Result")
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
-    """The body can't be kept: it is too large, or no room could be made."""
+    """The body can't be kept: it is too large, or no room could be made.
+
+    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size.
+    """
+
+    def __init__(self, detail: str, *, disk: bool = False) -> None:
+        super().__init__(detail)
+        self.disk = disk
 
 
-def refusal(error: Exception) -> str:
+def refusal(error: DiskError | Unstorable) -> str:
     """What to tell of a disk that refused. Raises what is no refusal: descriptors or memory ran out."""
-    if isinstance(error, OSError):
+    if isinstance(error, DiskError):
         if is_exhausted(error):
             raise error
         return f"the cache directory refuses: {error.strerror or error}"
@@ -42,7 +50,9 @@ class Room:
         if self._space.too_large(wanted):
             raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)")
         if not await self._space.reserve(amount):
-            raise Unstorable("no room could be made in the cache directory")
+            if self._space.short_on_disk(amount) > 0:
+                raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
+            raise Unstorable("no room could be made below cache.max_size")
         self._promised = wanted
 
     async def keep(self, received: int) -> None:
@@ -60,7 +70,7 @@ class Room:
         """Do `work`; when the disk is full, evict and do it once more. It must be fit to be repeated."""
         try:
             return await work()
-        except OSError as error:
+        except DiskError as error:
             if error.errno not in _FULL or not await self._space.make_room():
                 raise
         return await work()

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gup.cache.disk import told_apart
+
 _PATIENCE_SECONDS = 2.0
 """For eviction to show an effect; each further one is waited for as long again."""
 _SHORT_PATIENCE_SECONDS = 0.25
@@ -115,12 +117,14 @@ class Space:
     def _hopeless(self, amount_bytes: int) -> bool:
         """Whether the disk has too little room even without anything stored."""
         stored = self._used()  # 0 as long as it is not known
-        return 0 < stored < self._short_on_disk(amount_bytes)
+        return 0 < stored < self.short_on_disk(amount_bytes)
 
     def _missing(self, amount_bytes: int) -> int:
         over = self._used() + self._settling - self._max_size()
-        return max(over, self._short_on_disk(amount_bytes))
+        return max(over, self.short_on_disk(amount_bytes))
 
-    def _short_on_disk(self, amount_bytes: int) -> int:
-        disk = os.statvfs(self._folder)
+    def short_on_disk(self, amount_bytes: int) -> int:
+        """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""
+        with told_apart():
+            disk = os.statvfs(self._folder)
         return self._min_free() + amount_bytes - disk.f_bavail * disk.f_frsize

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from gup.config import Settings
 from gup.errors import GupError
+from gup.files import FileError, trust
 
 _TIMEOUT_SECONDS = 10.0
 _PAGE = 1000
@@ -158,6 +159,9 @@ class Admin:
             except BaseException:
                 connection.close()
                 raise
+        except FileError as error:
+            asked = self._credentials.ca_file is not None
+            raise AdminError(f"{'--ca-file' if asked else 'listen.admin_cert_file'}: {error}") from error
         except (OSError, HTTPException, ValueError) as error:  # ValueError: no such URL
             raise self._unanswered(error) from error
         return connection, prefix
@@ -173,6 +177,7 @@ class Admin:
             return _Pinned(host, port, pinned), parts.path
         context = ssl.create_default_context()
         if self._credentials.ca_file is not None:
+            trust(self._credentials.ca_file)
             context.load_verify_locations(self._credentials.ca_file)
         return HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context), parts.path
 
@@ -240,6 +245,7 @@ class _Pinned(HTTPSConnection):
         self._pinned = pinned
 
     def connect(self) -> None:
+        trust(self._pinned)
         text = self._pinned.read_text()
         first = text[text.index(_PEM_BEGIN) : text.index(_PEM_END) + len(_PEM_END)]
         wanted = ssl.PEM_cert_to_DER_cert(first)

@@ -45,14 +45,12 @@ def _gup(
 
 
 def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
+    from gup.cli.usable import require_usable
     from gup.config import load, require_servable
-    from gup.content.rulebook import Rulebook
-    from gup.control.access import require_access
 
     loaded = load(config, flags=given)
     require_servable(loaded)
-    require_access(loaded.listen)
-    Rulebook(loaded)  # SettingsError when the rules can't be applied
+    require_usable(loaded)
     return loaded
 
 

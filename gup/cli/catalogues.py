@@ -14,6 +14,7 @@ from gup.cache.catalogue_file import FILE, read_kept
 from gup.cache.store import Store
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.errors import GupError
+from gup.files import FileError, read_file, trust
 
 
 class CatalogError(GupError):
@@ -33,9 +34,9 @@ def find(settings: config.Settings, upstream: config.Upstream) -> Found:
     named = settings.catalog.file
     if named is not None:
         try:
-            return Found(parse_catalog(named.read_bytes()[:MAX_CATALOG_BYTES]), str(named))
-        except OSError as error:
-            raise CatalogError(f"catalog.file: {named} can't be read: {error.strerror}") from error
+            return Found(parse_catalog(read_file(named, MAX_CATALOG_BYTES)), str(named))
+        except FileError as error:
+            raise CatalogError(f"catalog.file: {error}") from error
     if upstream.kind == "liveupdate":
         return Found(None, "LiveUpdate has no catalogue")
     url = upstream.url + CATALOG_PATH
@@ -44,13 +45,15 @@ def find(settings: config.Settings, upstream: config.Upstream) -> Found:
         if rows:
             return Found(rows, url)
         reason = "what is there lists nothing"
+    except FileError as error:
+        reason = f"upstream.ca_file: {error}"
     except (OSError, HTTPException, ValueError) as error:  # URLError and TLS errors among them
         reason = str(getattr(error, "reason", error))
     return _stored(settings, upstream) or Found(None, f"{url} can't be read ({reason})")
 
 
 def _fetch(url: str, upstream: config.Upstream) -> bytes:
-    tls = ssl.create_default_context(cafile=upstream.ca_file)
+    tls = trust(upstream.ca_file) if upstream.ca_file is not None else ssl.create_default_context()
     if not upstream.verify_tls:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     proxies = {"http": upstream.proxy, "https": upstream.proxy} if upstream.proxy else {}

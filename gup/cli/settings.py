@@ -14,15 +14,13 @@ config = typer.Typer(help="Look at settings without starting anything.", no_args
 @config.command("check")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
     """Say whether `gup serve --config FILE` could start, or every mistake."""
+    from gup.cli.usable import require_usable
     from gup.config import load
-    from gup.content.rulebook import Rulebook
-    from gup.control.access import require_access
     from gup.units import format_size
 
     with complaining():
         settings = load(file)
-        Rulebook(settings)
-        require_access(settings.listen)
+        require_usable(settings)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(

@@ -33,7 +33,7 @@ def require_access(listen: Listen) -> None:
     try:
         _context(listen)
     except CertificateError as error:
-        problems.append(f"listen.admin_cert_file: {error}")
+        problems.append(f"listen.{error.setting}: {error}")
     if problems:
         raise SettingsError(problems)
 

@@ -51,6 +51,8 @@ class Snapshot:
     now: float
     upstreams: Sequence[UpstreamHealth] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
+    unstored: str = ""
+    """The last body that a limit of the settings did not let be stored lately."""
     size_bytes: int = 0
     limit_bytes: int = 1
     free_bytes: int = 1
@@ -118,6 +120,11 @@ def _bad_content(now: Snapshot) -> Iterator[Finding]:
 def _disk_refuses(now: Snapshot) -> Iterator[Finding]:
     for what, detail in now.refusals.items():
         yield what, f"the disk takes no {what}: {detail}"
+
+
+def _not_stored(now: Snapshot) -> Iterator[Finding]:
+    if now.unstored:
+        yield "", f"content is passed through and not stored: {now.unstored}"
 
 
 def _disk_short(now: Snapshot) -> Iterator[Finding]:
@@ -232,6 +239,13 @@ ALARMS: tuple[AlarmType, ...] = (
         "critical",
         _disk_refuses,
         "Look at the disk of cache.directory: full, read-only, out of inodes, over a quota, or broken.",
+    ),
+    AlarmType(
+        "not-stored",
+        "warning",
+        _not_stored,
+        "Raise cache.max_size, or make room below cache.min_free: until then each client's download of it "
+        "crosses the WAN.",
     ),
     AlarmType(
         "disk-short",

@@ -20,6 +20,7 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, parse_catalog
 from gup.content.catalogues import Catalogues, Label, Stream
 from gup.content.stream_types import StreamTypes
 from gup.errors import Problem
+from gup.files import FileError, read_file
 from gup.upstream.catalogue import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
@@ -166,8 +167,8 @@ class CatalogueKeeper:
             fetched = await self._fetched(upstream.name, old, doubted=doubted)
         except (UpstreamFailure, Problem) as failure:
             return self._failed(old, failure.detail)
-        except OSError as error:
-            return self._failed(old, f"catalog.file: {source} can't be read: {error.strerror or error}")
+        except FileError as error:
+            return self._failed(old, f"catalog.file: {error}")
         if fetched.text is None:
             return replace(old, read_at=self._wall_clock(), problem=None)
         rows = parse_catalog(fetched.text)
@@ -180,7 +181,7 @@ class CatalogueKeeper:
     async def _fetched(self, name: str, old: Kept, *, doubted: bool) -> Fetched:
         file = self._settings.catalog.file
         if file is not None:
-            return Fetched(await asyncio.to_thread(_read_file, file))
+            return Fetched(await asyncio.to_thread(read_file, file, MAX_CATALOG_BYTES))
         if not doubted:
             return await self._look(name)
         known = old.rows is not None
@@ -211,8 +212,3 @@ class CatalogueKeeper:
             n: (k.source, k.rows) for n, k in before.items()
         }:
             self._publish()
-
-
-def _read_file(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(MAX_CATALOG_BYTES)

@@ -13,14 +13,13 @@ from gup.addresses import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
-from gup.errors import PROBLEMS
+from gup.errors import PROBLEMS, quoted
 from gup.jsonmodel import MAX_TIME, InvalidError, Members, parse, plain_text, shown, text, whole
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000
 _MAX_NAME = 200
 _MAX_KEY = 5 * 241
-_MAX_DETAIL = 500
 _MAX_STATED = 64
 _BATCH = 256
 
@@ -120,6 +119,8 @@ class Unstorable:
 
     key: str
     detail: str
+    disk: bool = True
+    """Whether it is the disk that refuses, not a limit of the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ def _words(value: object, most: int) -> str:
 
 
 def _detail(members: Members) -> str:
-    return _words(members["detail"], _MAX_DETAIL) if "detail" in members else ""
+    return quoted(_words(members["detail"], MAX_DATAGRAM_BYTES)) if "detail" in members else ""
 
 
 def _committed(members: Members) -> Committed:
@@ -279,7 +280,8 @@ def _need(members: Members) -> Need:
 
 
 def _unstorable(members: Members) -> Unstorable:
-    return Unstorable(_key(members["key"]).text, _detail(members))
+    disk = "disk" not in members or members.flag("disk")
+    return Unstorable(_key(members["key"]).text, _detail(members), disk)
 
 
 def _failed(members: Members) -> Failed:

@@ -126,6 +126,8 @@ class Plane:
         self.rejections = Rejections()
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
+        self.unstored: tuple[float, str] | None = None
+        """The last body that a limit of the settings did not let be stored: when, and which limit."""
         self.malformed_events = 0
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
@@ -178,7 +180,7 @@ class Plane:
             case Need():
                 self.space.need(event.size_bytes, refused=event.refused)
             case Unstorable():
-                self.refusals.tell("content", event.detail, self.clock())
+                self._not_stored(event)
             case Failed():
                 failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
                 self.failures.appendleft(failure)
@@ -187,6 +189,12 @@ class Plane:
                 self.around.unlisted(event.moniker)
             case UpstreamTrouble() | Rejected():
                 self._troubled(event)
+
+    def _not_stored(self, event: Unstorable) -> None:
+        if event.disk:
+            self.refusals.tell("content", event.detail, self.clock())
+        else:
+            self.unstored = self.clock(), f"{event.key}: {event.detail}"
 
     def _troubled(self, event: UpstreamTrouble | Rejected) -> None:
         if isinstance(event, Rejected):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from gup.files import FileError, read_file
+
 LOCAL_NAME = "admin-token"
 """In `run/` of the cache directory: made at each start, for commands on the same machine."""
 
@@ -92,10 +94,9 @@ def _digest(token: str) -> bytes:
 def read_token(path: Path) -> str:
     """The token in a file; TokenError when it holds none."""
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise TokenError(f"{str(path)!r} can't be read: {error.strerror}") from error
+        text = read_file(path, _MAX_BYTES + 1)
+    except FileError as error:
+        raise TokenError(f"{error}: it must hold a token, {HOW}") from error
     token = text.decode("utf-8", "replace").strip()
     if not token:
         raise TokenError(f"{str(path)!r} is empty: it must hold a token, {HOW}")

@@ -43,6 +43,7 @@ class Watch:
             now=now,
             upstreams=list(self._upstreams()),
             refusals={what: refusal.detail for what, refusal in plane.refusals.rows.items()},
+            unstored=self._unstored(now),
             size_bytes=disk.size_bytes,
             limit_bytes=plane.settings.cache.max_size,
             free_bytes=disk.free_bytes,
@@ -62,6 +63,10 @@ class Watch:
             rejections=list(plane.rejections.standing(now)),
             lost_events_lately=grown["lost"] + self._malformed.see(plane.malformed_events, clock),
         )
+
+    def _unstored(self, now: float) -> str:
+        at, detail = self._plane.unstored or (0.0, "")
+        return detail if 0 <= now - at < LATELY_SECONDS else ""
 
     def _upstreams(self) -> Iterable[UpstreamHealth]:
         up = self._plane.around.upstreams_up()

@@ -1,7 +1,9 @@
 """Sets up the process's log as the settings say; owns the one handler. Formats and writes nothing itself."""
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from gup import config
@@ -48,6 +50,28 @@ def close() -> None:
         handler.close()
 
 
+def require_destination(own: config.Log) -> None:
+    """SettingsError when the log could not be written there; makes no file, that being the service's."""
+    name, why = own.destination.partition(":")[0], ""
+    if name == "journald":
+        _destination(own, None).close()
+    elif name.startswith("/"):
+        file = Path(own.destination)
+        if file.is_dir():
+            why = "Is a directory"
+        elif file.exists():
+            why = "" if os.access(file, os.W_OK) else "Permission denied"
+        elif not file.parent.is_dir():
+            why = f"there is no folder {str(file.parent)!r}"
+    if why:
+        raise SettingsError([_unwritable(own.destination, why)])
+
+
+def _unwritable(destination: str, why: str) -> str:
+    right = 'it must be a file in a folder that gup can write to, or "stderr", "stdout" or "journald"'
+    return f"log.destination: {destination!r} can't be written to: {why}: {right}"
+
+
 def _destination(own: config.Log, stream: TextIO | None) -> Destination:
     formatter = JsonFormatter() if own.format == "json" else TextFormatter()
     if stream is not None:
@@ -63,5 +87,4 @@ def _destination(own: config.Log, stream: TextIO | None) -> Destination:
                 return JournalDestination(path)
         return FileDestination(own.destination, formatter)
     except OSError as error:
-        why = f"log.destination: {own.destination!r} can't be written to: {error.strerror or error}"
-        raise SettingsError([why]) from error
+        raise SettingsError([_unwritable(own.destination, error.strerror or str(error))]) from error

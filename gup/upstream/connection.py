@@ -1,6 +1,7 @@
 """One upstream: its connections, a request to it, an answer being read; chooses and retries nothing."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gup import config
 from gup.content.key import ANY, Variant
+from gup.files import PEM_BYTES, FileError, read_file, trust
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
 
@@ -160,6 +162,15 @@ def _declared(settings: config.Upstream) -> dict[str, str]:
     return {name: text for name, text in stated.items() if text != ANY and name.lower() not in own}
 
 
+def _certificates(settings: config.Upstream) -> bytes:
+    """What `ca_file` holds; nothing where it can't be read: connecting tells why."""
+    if settings.ca_file is None:
+        return b""
+    with contextlib.suppress(FileError):
+        return read_file(settings.ca_file, PEM_BYTES)
+    return b""
+
+
 class Upstream:
     """One upstream and its connections. Retired, it ends what is under way and closes then."""
 
@@ -174,6 +185,7 @@ class Upstream:
         """A gup's name in Via, "" of another server; None as long as it has not answered."""
         self._via = via
         self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
+        self._certificates = _certificates(settings)
         self._session: aiohttp.ClientSession | None = None
 
     def url(self, path: str) -> str:
@@ -225,7 +237,15 @@ class Upstream:
     def _tls(self) -> ssl.SSLContext | bool:
         if not self.settings.verify_tls:
             return False
-        return ssl.create_default_context(cafile=self.settings.ca_file) if self.settings.ca_file else True
+        try:
+            return trust(self.settings.ca_file) if self.settings.ca_file else True
+        except FileError as error:  # it was right at the start, or at the last reload
+            detail = f"{self.name} can't be asked: upstream.ca_file: {error}"
+            raise UpstreamFailure("unreachable", "upstream-unreachable", detail, again=False) from error
+
+    def stays(self, settings: config.Upstream) -> bool:
+        """Whether these settings, with the file that they name, are those that this one was made of."""
+        return settings == self.settings and _certificates(settings) == self._certificates
 
     @property
     def is_open(self) -> bool:

@@ -82,7 +82,7 @@ class Pool:
         known = {upstream.name: upstream for upstream in self.upstreams}
         kept = [
             known[settings.name]
-            if settings.name in known and known[settings.name].settings == settings
+            if settings.name in known and known[settings.name].stays(settings)
             else Upstream(settings, self._user_agent, self._via)
             for settings in sorted(upstreams, key=lambda settings: settings.priority)
         ]

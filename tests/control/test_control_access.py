@@ -255,7 +255,7 @@ def test_certificates_that_can_not_be_used_are_told(tmp_path):
     for pair, words in (
         ((cert, other), "is not the key of the certificate"),
         ((locked_cert, locked), "is encrypted"),
-        ((key, cert), "must be a certificate with chain, and its key, in PEM"),
+        ((key, cert), "holds a key but no certificate: it must hold certificates, in PEM"),
         ((cert, tmp_path / "none"), "can't be read: No such file"),
     ):
         with pytest.raises(CertificateError, match=words):

@@ -53,6 +53,12 @@ SICK: list[tuple[str, dict, str, str]] = [
     ),
     ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk takes no content: No space"),
     (
+        "not-stored",
+        {"unstored": "any/any/a/-/full.zip: it takes more than cache.max_size"},
+        "",
+        "content is passed through and not stored: any/any/a/-/full.zip: it takes more than cache.max_size",
+    ),
+    (
         "disk-short",
         {"free_bytes": 99},
         "",

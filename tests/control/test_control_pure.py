@@ -93,7 +93,7 @@ def test_what_is_no_event_is_invalid(datagram):
 def test_what_others_said_is_cut_and_can_be_written():
     detail = "\udcff" + "x" * 100_000
     event = parse_event(json.dumps({"type": "upstream", "name": "\ud800", "detail": detail}).encode())
-    assert event == UpstreamTrouble("\\ud800", "\\udcff" + "x" * 494)
+    assert event == UpstreamTrouble("\\ud800", "\\udcff" + "x" * 503 + "…")
 
 
 NAMES = ["type", "key", "length", "uses", "at", "bytes", "addresses", "problem"]

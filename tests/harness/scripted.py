@@ -4,6 +4,7 @@ import contextlib
 import email.utils
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -113,10 +114,11 @@ class _Script:
 class ScriptedUpstream:
     """A server with a thread a connection. Unknown paths get 404; the last answer of a path repeats."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._lock = threading.Lock()
         self._scripts: dict[str, _Script] = {}
         self._connections: set[socket.socket] = set()
@@ -190,8 +192,13 @@ class ScriptedUpstream:
                 self._connections.add(connection)
             self._spawn(self._serve, connection, peer[1])
 
-    def _serve(self, connection: socket.socket, peer_port: int) -> None:
+    def _serve(self, accepted: socket.socket, peer_port: int) -> None:
+        connection = accepted
         try:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(accepted, server_side=True)
+                with self._lock:
+                    self._connections = self._connections - {accepted} | {connection}
             buffer = bytearray()
             while not self._stopping and self._one(connection, peer_port, buffer):
                 pass

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -390,3 +391,34 @@ def test_what_a_check_found_is_shown_as_the_last_error(tmp_path):
     with Gup(tmp_path / "cache", settings=settings, workers=1) as gup:
         until(lambda: "can't be reached" in (gup.status()["upstreams"][0]["last_error"] or ""), "the error")
         assert gup.metric("gup_events_lost_total") == 0
+
+
+def test_a_spoilt_ca_file_is_refused_by_a_reload_and_never_told_as_the_disks(tmp_path):
+    """Each process reads the file when it first connects: one that was spoilt since is named, as the file."""
+    authority, ca = Authority(tmp_path / "tls"), tmp_path / "ca.pem"
+    authority.server("IP:127.0.0.1")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(authority.folder / "server.pem", authority.folder / "server.key")
+    good = authority.ca.read_bytes()
+    with ScriptedUpstream(tls) as at:
+        for path in (DELTA, BIG, INDEX):
+            at.answer(path, Answer(zip_of(path, 1000), etag='"a"'))
+        ca.write_bytes(good)
+        table = {"name": "manager", "url": at.url, **QUICK, "ca_file": str(ca)}
+        settings = {"upstream": [table], "cache": {"error_ttl": "0s"}}
+        with Gup(tmp_path / "cache", settings=settings, workers=1) as gup:
+            assert gup.get(DELTA).status == 200
+            ca.write_text("nothing")
+            gup.rewrite(settings)
+            gup.wait_log(f"settings not reloaded: upstream#1.ca_file: '{ca}' holds no certificate")
+            assert gup.get(BIG).status == 200, "what was loaded holds"
+            gup.kill_worker(gup.workers()[0])
+            until(lambda: gup.metric("gup_worker_restarts_total") == 1 and gup.workers(), "another worker")
+            document = assert_problem(gup.get(INDEX), 502, "upstream-unreachable")
+            assert f"upstream.ca_file: '{ca}' holds no certificate" in str(document["detail"])
+            assert gup.status()["disk"]["refusals"] == []
+            assert gup.metric("gup_fills_total", outcome="unstorable") == 0
+            ca.write_bytes(good)
+            gup.rewrite(settings)
+            gup.wait_log("settings reloaded")
+            until(lambda: gup.get(INDEX).status == 200, "the file that was mended is read again")

@@ -1,0 +1,71 @@
+"""Files that settings and flags name: read whole, bounded, and what is wrong with one is said in words."""
+
+import os
+import ssl
+import stat
+from pathlib import Path
+
+from gup.errors import GupError
+
+PEM_BYTES = 16 << 20
+"""No bundle of certificates is larger; what the largest systems trust takes 0.3 MB."""
+_DER_BEGIN = b"\x30\x82"
+"""A SEQUENCE with a length of two bytes: how a certificate in DER begins."""
+
+
+class FileError(GupError, ValueError):
+    """A file that can't be used; the text names the file and the cause."""
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """The file, or its first `most_bytes`. FileError unless it is a regular file that can be read.
+
+    A pipe or a device in its place does not block.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                raise FileError(f"{str(path)!r} can't be read: {_kind(mode)}")
+            pieces, left = [], most_bytes
+            while left > 0 and (piece := os.read(fd, left)):
+                pieces.append(piece)
+                left -= len(piece)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise FileError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
+    return b"".join(pieces)
+
+
+def _kind(mode: int) -> str:
+    return "Is a directory" if stat.S_ISDIR(mode) else "It is a pipe, a socket or a device"
+
+
+def trust(path: Path) -> ssl.SSLContext:
+    """A client's context that trusts the certificates in this file alone. FileError when it holds none."""
+    right = "it must hold certificates, in PEM"
+    try:
+        text = read_file(path, PEM_BYTES)
+    except FileError as error:
+        raise FileError(f"{error}: {right}") from error
+    try:
+        context = ssl.create_default_context(cafile=path)
+        found = context.cert_store_stats()["x509"]
+    except (ssl.SSLError, OSError, ValueError):
+        found = 0
+    if found:
+        return context
+    raise FileError(f"{str(path)!r} {_lacking(text)}: {right}")
+
+
+def _lacking(text: bytes) -> str:
+    """Why a file gives no certificate."""
+    if not text.strip():
+        return "is empty"
+    if b"-----BEGIN CERTIFICATE-----" in text or b"-----BEGIN TRUSTED CERTIFICATE-----" in text:
+        return "holds a damaged certificate"
+    if text.startswith(_DER_BEGIN):
+        return "is no PEM but perhaps a certificate in DER (openssl x509 -inform der turns it into PEM)"
+    return "holds a key but no certificate" if b"PRIVATE KEY-----" in text else "holds no certificate"

@@ -1,0 +1,224 @@
+"""Files that settings name: check, start and reload refuse the same, by setting, file, cause and remedy."""
+
+import os
+import ssl
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from harness.commands import command, started
+
+from gup.cli.usable import require_usable
+from gup.config import load
+from gup.errors import SettingsError
+from gup.files import FileError, read_file, trust
+
+LINE = "{535CB6A4-441F-4E8A-A897-804CD859100E}: Virus Definitions - SymAllLanguages\n"
+UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
+
+
+@cache
+def pair(folder: Path) -> tuple[bytes, bytes]:
+    """A certificate and its key."""
+    names = folder / "pair.pem", folder / "pair.key"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+            *("-nodes", "-days", "2", "-subj", "/CN=gup", "-keyout", str(names[1]), "-out", str(names[0])),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return names[0].read_bytes(), names[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> tuple[bytes, bytes]:
+    return pair(tmp_path_factory.mktemp("pair"))
+
+
+SETTINGS = {
+    "upstream#1.ca_file": UPSTREAM + 'ca_file = "{file}"\n',
+    "listen.admin_token_file": UPSTREAM + '[listen]\nadmin_token_file = "{file}"\n',
+    "listen.admin_read_token_file": UPSTREAM + '[listen]\nadmin_read_token_file = "{file}"\n',
+    "listen.admin_cert_file": UPSTREAM + '[listen]\nadmin_cert_file = "{file}"\nadmin_key_file = "{key}"\n',
+    "listen.admin_key_file": UPSTREAM + '[listen]\nadmin_cert_file = "{cert}"\nadmin_key_file = "{file}"\n',
+    "catalog.file": UPSTREAM + '[catalog]\nfile = "{file}"\n',
+}
+"""Every setting that names a file which is read, as it stands in a settings' file."""
+REMEDY = {
+    "upstream#1.ca_file": "it must hold certificates, in PEM",
+    "listen.admin_token_file": "such as made by: openssl rand",
+    "listen.admin_read_token_file": "such as made by: openssl rand",
+    "listen.admin_cert_file": "in PEM",
+    "listen.admin_key_file": "in PEM, without a password",
+    "catalog.file": "it must be a manager's ContentInfo.txt",
+}
+HARM = {
+    "missing": "No such file or directory",
+    "directory": "Is a directory",
+    "pipe": "It is a pipe, a socket or a device",
+    "loop": "Too many levels of symbolic links",
+    "empty": "",
+    "wrong": "",
+    "binary": "",
+}
+
+
+def harm(how: str, file: Path) -> None:
+    match how:
+        case "directory":
+            file.mkdir()
+        case "pipe":
+            os.mkfifo(file)
+        case "loop":
+            file.symlink_to(file)
+        case "empty":
+            file.touch()
+        case "wrong":
+            file.write_text("what is this? <html>\n")
+        case "binary":
+            file.write_bytes(bytes(range(256)) * 40)
+
+
+def settings_of(setting: str, folder: Path, certificate: tuple[bytes, bytes]) -> tuple[Path, Path]:
+    """The settings' file, and the file that its setting names."""
+    file, cert, key = folder / "named", folder / "good.pem", folder / "good.key"
+    cert.write_bytes(certificate[0])
+    key.write_bytes(certificate[1])
+    settings = folder / "gup.toml"
+    settings.write_text(SETTINGS[setting].format(file=file, cert=cert, key=key))
+    return settings, file
+
+
+@pytest.mark.parametrize("how", HARM)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_file_that_can_not_be_used_is_told_with_setting_cause_and_remedy(
+    tmp_path, certificate, setting, how
+):
+    settings, file = settings_of(setting, tmp_path, certificate)
+    harm(how, file)
+    checked = command("config", "check", settings)
+    assert (checked.returncode, checked.stdout) == (2, "")
+    (line,) = checked.stderr.splitlines()
+    assert line.startswith(f"gup: {setting}: '{file}' ")
+    assert HARM[how] in line
+    assert REMEDY[setting] in line
+    served = command("serve", "--config", settings, "--cache-dir", tmp_path / "cache")
+    assert (served.returncode, served.stderr.splitlines()) == (2, [line]), "the start refuses the same"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_table_has_every_setting_that_names_a_file_to_read():
+    from gup.cli.reference import settings_toml  # noqa: PLC0415
+    from gup.config import Settings  # noqa: PLC0415
+
+    assert settings_toml(Settings())
+    named = {
+        f"{section}.{key}".replace("upstream.", "upstream#1.")
+        for section, field in Settings.model_fields.items()
+        for key in getattr(field.annotation, "__args__", [field.annotation])[0].model_fields
+        if key == "file" or key.endswith("_file")
+    }
+    assert named == set(SETTINGS)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_right_files_pass(tmp_path, certificate, setting):
+    settings, file = settings_of(setting, tmp_path, certificate)
+    contents = {"upstream#1.ca_file": certificate[0], "listen.admin_cert_file": certificate[0]}
+    contents |= {"listen.admin_key_file": certificate[1], "catalog.file": LINE.encode()}
+    file.write_bytes(contents.get(setting, b"a-token-of-some-length\n"))
+    assert command("config", "check", settings).returncode == 0
+
+
+def damaged(cert: bytes, key: bytes) -> dict[str, tuple[bytes, str]]:
+    der = ssl.PEM_cert_to_DER_cert(cert.decode())
+    return {
+        "a key": (key, "holds a key but no certificate"),
+        "DER": (der, "perhaps a certificate in DER"),
+        "cut": (cert[: len(cert) // 2], "holds a damaged certificate"),
+        "changed": (cert.replace(b"M", b"!", 1), "holds a damaged certificate"),
+        "blank": (b" \n\n", "is empty"),
+        "text": (b"none here", "holds no certificate"),
+    }
+
+
+@pytest.mark.parametrize("how", ["a key", "DER", "cut", "changed", "blank", "text"])
+def test_what_is_in_place_of_a_certificate_is_told(tmp_path, certificate, how):
+    content, words = damaged(*certificate)[how]
+    file = tmp_path / "ca.pem"
+    file.write_bytes(content)
+    with pytest.raises(FileError, match=words):
+        trust(file)
+
+
+def test_a_bundle_with_words_between_its_certificates_is_trusted(tmp_path, certificate):
+    file = tmp_path / "ca.pem"
+    file.write_bytes("# Größe\n".encode() + certificate[0] + b"\xff\n" + certificate[0])
+    assert trust(file).cert_store_stats()["x509"] == 1
+
+
+def test_a_file_is_read_no_further_than_asked(tmp_path):
+    file = tmp_path / "large"
+    file.write_bytes(b"x" * 3_000_000)
+    assert len(read_file(file, 2_500_000)) == 2_500_000
+    with pytest.raises(FileError, match="a device"):
+        read_file(Path("/dev/zero"), 10)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text(
+        '[[upstream]]\nurl = "http://m"\nca_file = "/no/ca"\nlanguage = "No Tongue"\n'
+        '[listen]\nadmin_token_file = "/no/token"\n'
+        '[catalog]\nfile = "/no/catalogue"\n'
+        f'[cache]\ndirectory = "{file}/below"\n'
+        '[log]\ndestination = "/no/folder/gup.log"\n'
+    )
+    with pytest.raises(SettingsError) as caught:
+        require_usable(load(file, environment={}))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        *("upstream#1.ca_file", "catalog.file", "cache.directory", "listen.admin_token_file"),
+        *("log.destination", "upstream#1.language"),
+    ]
+    assert f"'{file}' is no folder" in caught.value.problems[2]
+
+
+@pytest.mark.parametrize(
+    ("destination", "words"),
+    [
+        ("{folder}", "Is a directory"),
+        ("{folder}/none/gup.log", "there is no folder"),
+        ("journald:{folder}/none", "No such file or directory"),
+    ],
+)
+def test_a_log_that_can_not_be_written_is_told_and_none_is_made(tmp_path, destination, words):
+    settings, there = tmp_path / "gup.toml", tmp_path / "logs"
+    there.mkdir()
+    settings.write_text(f'[log]\ndestination = "{destination.format(folder=there)}"\n')
+    checked = command("config", "check", settings)
+    assert checked.returncode == 2
+    assert words in checked.stderr
+    assert checked.stderr.startswith("gup: log.destination: ")
+    settings.write_text(f'[log]\ndestination = "{there}/gup.log"\n')
+    assert command("config", "check", settings).returncode == 0
+    assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flag", "url"), [("--ca-file", "https://127.0.0.1:9")])
+def test_a_command_names_its_own_file_and_not_the_service(tmp_path, flag, url):
+    file = tmp_path / "ca.pem"
+    file.write_text("nothing")
+    told = command("status", "--admin", url, flag, file)
+    assert told.returncode == 1
+    assert told.stderr == f"gup: {flag}: '{file}' holds no certificate: it must hold certificates, in PEM\n"
+
+
+def test_a_started_service_is_refused_in_a_process_of_its_own(tmp_path):
+    settings = tmp_path / "gup.toml"
+    settings.write_text(UPSTREAM + f'ca_file = "{tmp_path}"\n')
+    refused = started("serve", "--config", settings, "--cache-dir", tmp_path / "cache")
+    assert refused.returncode == 2
+    assert f"upstream#1.ca_file: '{tmp_path}' can't be read: Is a directory" in refused.stderr
