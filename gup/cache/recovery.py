@@ -105,7 +105,8 @@ class Recovery:
         """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
         tries = self._tries.get(part.id, 0)
         patience = min(first_seconds + _ORPHANED_SECONDS * (2**tries - 1), _LONGEST_ORPHANED_SECONDS)
-        if self._clock() >= self._orphans.setdefault(part.id, self._clock() + patience):
+        now = self._clock()
+        if now >= self._orphans.setdefault(part.id, now + patience):
             del self._orphans[part.id]
             self._tries[part.id] = min(tries + 1, 16)
             log.info("nobody goes on with %s: taking it over", state.key.text)

@@ -190,3 +190,71 @@ async def test_the_mean_follows_what_fills_take_now(site):
     for seconds in [8.0] + [1.0] * 20:
         backlog.held(1, seconds)
     assert backlog.mean_held_seconds(1) == pytest.approx(1.0, rel=0.05)
+
+
+async def test_an_heir_waits_for_nothing_and_is_never_refused(site):
+    """The dead leader's place is another fill's already, and the queue is full: it goes on all the same."""
+    site.most = 1
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 1)
+        for _ in range(3):
+            await waiters.enter_async_context(site.waiter(0, FULL))
+        site.held[1] = 10**12
+        async with asyncio.timeout(1):
+            assert await stack.enter_async_context(site.queues[1].held(FULL, 10**6, inherits=True))
+        assert site.order == []
+        site.held[1] = 0
+    assert site.order == [(FULL, True)] * 3
+
+
+@pytest.mark.parametrize("most", [1, 3])
+async def test_while_an_heir_streams_a_place_less_is_given(site, most):
+    site.most = most
+    async with AsyncExitStack() as heirs:
+        async with AsyncExitStack() as stack:
+            await hold(stack, site.queues[0], FULL, most)
+            assert await heirs.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
+            assert not site.queues[0].idle()
+        site.patience = 0.02
+        async with AsyncExitStack() as stack:
+            await hold(stack, site.queues[0], FULL, most - 1)
+            async with site.queues[0].held(FULL, 0.0) as held:
+                assert not held
+    assert site.queues[0].idle()
+    async with AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, most)
+
+
+async def test_an_heir_takes_a_place_that_is_free(site):
+    async with AsyncExitStack() as stack:
+        assert await stack.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
+        await hold(stack, site.queues[0], FULL, 1)
+        assert site.queues[0]._inherited.taken() == 0
+
+
+async def test_who_is_patient_is_not_refused(site):
+    site.most, site.patience = 1, 0.01
+    async with AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 1)
+        site.held[1] = 10**12
+
+        async def wait():
+            async with site.queues[1].held(FULL, 10**6, patient=True) as held:
+                return held is not None
+
+        waiting = asyncio.create_task(wait())
+        await turns(lambda: site.waiting() == 1)
+        done, _ = await asyncio.wait([waiting], timeout=0.05)
+        assert not done
+    assert await waiting
+
+
+async def test_places_of_a_dead_process_are_free(site):
+    site.most = 1
+    dead, alive = site.queues
+    for slots in (*dead._classes, dead._inherited):
+        assert slots.try_take() is not None
+    assert not alive._room(FULL)
+    site.claims.pop(0).close()
+    async with alive.held(FULL, 0.0) as held:
+        assert held

@@ -119,6 +119,39 @@ def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(tmp_path)
             assert gup.metric("gup_fill_resumes_total", reason="takeover") == 1
 
 
+@ALONE
+def test_a_takeover_needs_no_place_and_no_patience(tmp_path):
+    """One place, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
+    body, gate, stays = zip_of("takeover", LENGTH), Gate(), Gate()
+    half, patience_seconds = LENGTH // 2, 1.0
+    others = [content_path("full.dax", revision=f"2608020{n:02}") for n in range(8)]
+    settings = {"fill": {"max": 1, "queue_timeout": f"{patience_seconds:g}s"}}
+    with ScriptedUpstream() as upstream:
+        settings |= {"upstream": [{"url": upstream.url}]}
+        upstream.answer(BIG, Answer(body, etag='"a"', gates=((half, gate),)), Answer(body, etag='"a"'))
+        for other in others:
+            upstream.answer(other, Answer(body, gates=((100_000, stays),)))
+        with Gup(tmp_path / "cache", settings=settings) as gup, Swarm(gup.data) as swarm:
+            clients, began = swarm.add(80, BIG), time.monotonic()
+            gate.wait_reached()
+            swarm.wait_for(lambda: all(c.body_bytes == half for c in clients), "all have the half", 10)
+            leader = gup.worker_of_port(upstream.requests(BIG)[0].peer_port, upstream.port)
+            of_other = [c for c in clients if gup.worker_of_port(gup.data[1], c.local_port) != leader]
+            assert len(of_other) >= 20
+            until(lambda: time.monotonic() - began > patience_seconds, "the fill is older than the patience")
+            for other in others:
+                swarm.add(1, other)
+            gup.wait_metric(88, "gup_fill_waiters")
+            gup.kill_worker(leader)
+            swarm.wait(30, of_other)
+            assert {(c.end, c.digest) for c in of_other} == {(End.COMPLETE, body_digest(body))}
+            gate.open()
+            stays.open()
+            gup.wait_stored("full.zip")
+            gup.wait_metric(0, "gup_fills_in_progress")
+            assert gup.get(others[-1]).body == body, "no place is lost"
+
+
 def test_a_fill_that_nobody_waits_for_is_taken_over_too(tmp_path):
     """No follower in the other worker: the controller brings the dead leader's fill to its end."""
     body, gate = zip_of("orphan", LENGTH), Gate()

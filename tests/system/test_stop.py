@@ -255,3 +255,32 @@ def test_a_fill_that_nobody_waits_for_does_not_hold_the_stop(tmp_path):
             gup.start()
             assert gup.get(BIG).body == body
             assert upstream.requests(BIG)[1].status == 206
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(noise("d", 5000), etag='"d"'),
+        Answer(noise("d", 300_000), etag='"d"', piece_seconds=0.001),
+        Answer(noise("d", 2_500_000), etag='"d"'),
+        Answer(noise("d", 1_500_000), chunked=True),
+    ],
+    ids=["small", "in pieces", "large", "of unknown length"],
+)
+def test_what_a_client_has_whole_is_there_after_a_stop(tmp_path, answer):
+    """SIGTERM comes with the client's last byte: the worker ends after its commit."""
+    with ScriptedUpstream() as upstream:
+        upstream.answer(DELTA, answer)
+        with Gup(tmp_path / "cache", [upstream.url]) as gup:
+            with gup.connect() as client:
+                client.ask(DELTA)
+                assert client.response().body == answer.body
+                gup.signal(signal.SIGTERM)
+            assert gup.wait() == 0
+            assert gup.parts() == {}
+            upstream.answer(DELTA, Answer(b"", 503))
+            gup.start()
+            response = gup.get(DELTA)
+            assert (response.status, response.body == answer.body) == (200, True)
+            assert response.header("cache-status").endswith("; hit")
+            assert len(upstream.requests(DELTA)) == 1

@@ -1,0 +1,235 @@
+"""Ends of processes around a commit: what any client had whole is served, with no upstream there."""
+
+import asyncio
+import os
+import time
+
+import pytest
+from harness.caches import path_of, read, route, working
+from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.trees import noise, zip_of
+
+from gup.cache.cache import Result
+from gup.cache.checksum import CHUNK_BYTES, chunk_sum
+from gup.cache.part import PartWriter
+from gup.cache.recovery import Recovery
+from gup.content.key import Variant
+from gup.errors import Problem
+
+FILE, ZIP = path_of("full.dax"), path_of("full.zip")
+LENGTH = 2 * CHUNK_BYTES + 12345
+BODY = noise("ends", LENGTH)
+BODIES = {
+    "at once": Answer(BODY[:3000], etag='"a"'),
+    "in pieces": Answer(BODY[:400_000], etag='"a"', piece_seconds=0.001),
+    "large": Answer(BODY, etag='"a"'),
+    "whole chunks": Answer(BODY[: 2 * CHUNK_BYTES], etag='"a"'),
+    "of unknown length": Answer(BODY, chunked=True),
+}
+
+
+@pytest.mark.parametrize("stopped", ["at the last byte", "in the commit"])
+@pytest.mark.parametrize("body", BODIES, ids=str)
+async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch, body, stopped):
+    upstream.answer(FILE, BODIES[body])
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+    sync = PartWriter._sync
+
+    def slowly(writer):
+        loop.call_soon_threadsafe(begun.set)
+        time.sleep(0.05)
+        return sync(writer)
+
+    monkeypatch.setattr(PartWriter, "_sync", slowly)
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        assert await read(opened.body) == BODIES[body].body
+        if stopped == "in the commit":
+            await begun.wait()
+    assert [event["type"] for event in one.told if event["type"] == "committed"] == ["committed"]
+    upstream.stop()
+    async with working(tmp_path, [upstream.url]) as next_one:
+        opened = await next_one.open(FILE)
+        assert opened.result is Result.HIT
+        assert await read(opened.body) == BODIES[body].body
+    assert list((tmp_path / "partial").glob("*.part")) == []
+
+
+async def test_commits_that_wait_for_their_turn_are_waited_for(tmp_path, upstream, monkeypatch):
+    paths = [path_of("full.dax", revision=f"2608010{n:02}") for n in range(12)]
+    for path in paths:
+        upstream.answer(path, Answer(noise(path, 2000), etag='"a"'))
+    sync = PartWriter._sync
+
+    def slowly(writer):
+        time.sleep(0.05)
+        return sync(writer)
+
+    monkeypatch.setattr(PartWriter, "_sync", slowly)
+    async with working(tmp_path, [upstream.url], fill={"max": 12}) as one:
+        await asyncio.gather(*(one.get(path) for path in paths))
+        assert one.means.commits.unsettled > 4
+    upstream.stop()
+    async with working(tmp_path, [upstream.url]) as next_one:
+        for path in paths:
+            assert await next_one.get(path) == noise(path, 2000)
+
+
+async def test_a_fill_in_mid_body_holds_no_stop(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((CHUNK_BYTES, gate),)))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(FILE)
+        await until(lambda: gate.is_reached and opened.body.published, "the gate")
+        began = time.monotonic()
+        await one.cache.stop()
+        assert time.monotonic() - began < 2.0
+    gate.open()
+
+
+# --- whole parts
+
+
+async def dies_before_its_commit(tmp_path, upstream, path: str, answer: Answer) -> None:
+    """Leave what a leader leaves that was killed when its readers had every byte."""
+    upstream.answer(path, answer)
+    async with working(tmp_path, [upstream.url]) as one:
+        with pytest.MonkeyPatch.context() as patch:
+            hangs = asyncio.Event()
+            patch.setattr(PartWriter, "settle", lambda _: hangs.wait())
+            opened = await one.open(path)
+            assert await read(opened.body) == answer.body
+            for task in list(one.cache._tasks):
+                task.cancel()
+            while one.cache.fills:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+    assert not list((tmp_path / "content").rglob("full.*"))
+
+
+def recovery_of(worker, clock) -> Recovery:
+    return Recovery(
+        worker.means.store,
+        worker.means.claims,
+        worker.means.counters,
+        lambda found, inherits: worker.cache.take_over(found, found.variant, inherits=inherits),
+        worker.means.tell,
+        clock,
+    )
+
+
+@pytest.mark.parametrize("by", ["a client", "the controller"])
+@pytest.mark.parametrize("body", ["large", "whole chunks", "of unknown length"])
+async def test_a_whole_part_is_committed_without_upstream(tmp_path, upstream, until, body, by):
+    answer = BODIES[body]
+    await dies_before_its_commit(tmp_path, upstream, FILE, answer)
+    upstream.stop()
+    async with working(tmp_path, [upstream.url], fill={"max": 1}) as next_one:
+        async with next_one.means.queue.held(2, 0.0):  # it needs no place either
+            if by == "the controller":
+                now = [0.0]
+                recovery = recovery_of(next_one, lambda: now[0])
+                await recovery.run()
+                if body == "of unknown length":  # whether that is all of it is found out when it is looked at
+                    now[0] = 3.0
+                    await recovery.run()
+                await until(lambda: not next_one.cache.fills, "it is committed")
+                opened = await next_one.open(FILE)
+                opened.body.leave()
+                assert opened.result is Result.HIT
+            assert await next_one.get(FILE) == answer.body
+            await until(lambda: not next_one.cache.fills, "it is committed")
+        assert (await next_one.open(FILE)).result is Result.HIT
+        assert [event["type"] for event in next_one.told].count("committed") == 1
+        assert next_one.means.store.load_state(route(FILE).key(Variant()).id) is None
+    assert not list((tmp_path / "partial").glob("*.part"))
+    assert not list((tmp_path / "partial").glob("*.sums"))
+
+
+async def test_a_follower_that_has_it_whole_commits_it(tmp_path, upstream, until):
+    """Its leader is killed between the last byte and the commit, and the upstream has gone too."""
+    upstream.answer(FILE, BODIES["large"])
+    async with working(tmp_path, [upstream.url]) as follower:
+        async with working(tmp_path, [upstream.url]) as leader:
+            with pytest.MonkeyPatch.context() as patch:
+                hangs = asyncio.Event()
+                patch.setattr(PartWriter, "settle", lambda _: hangs.wait())
+                led, followed = await leader.open(FILE), await follower.open(FILE)
+                assert await read(led.body) == await read(followed.body) == BODY
+                upstream.stop()
+                for task in list(leader.cache._tasks):
+                    task.cancel()
+                await until(lambda: not leader.cache.fills, "the leader is dead")
+            await until(lambda: not follower.cache.fills, "the follower commits")
+        assert (await follower.open(FILE)).result is Result.HIT
+
+
+@pytest.mark.parametrize("where", ["first chunk", "last chunk", "no sum of the last"])
+async def test_a_part_of_full_size_that_is_not_right_needs_its_upstream(tmp_path, upstream, until, where):
+    await dies_before_its_commit(tmp_path, upstream, FILE, BODIES["large"])
+    (part,), (sums,) = ((tmp_path / "partial").glob(f"*.{what}") for what in ("part", "sums"))
+    if where == "no sum of the last":
+        assert sums.stat().st_size == 24
+        os.truncate(sums, 16)
+    else:
+        with part.open("r+b") as file:
+            file.seek(5 if where == "first chunk" else LENGTH - 5)
+            file.write(b"wrong")
+    with ScriptedUpstream() as second:
+        async with working(tmp_path, [second.url], each={"give_up": "1s"}) as next_one:
+            second.answer(FILE, BODIES["large"])
+            assert await next_one.get(FILE) == BODY
+            await until(lambda: not next_one.cache.fills, "the fill ends")
+        assert len(second.requests(FILE)) >= 1
+
+
+async def test_a_whole_part_that_is_no_zip_is_not_committed(tmp_path, upstream):
+    right = zip_of("ends", LENGTH)
+    await dies_before_its_commit(tmp_path, upstream, ZIP, Answer(right, etag='"a"'))
+    (part,), (sums,) = ((tmp_path / "partial").glob(f"*.{what}") for what in ("part", "sums"))
+    wrong = right[:-40] + bytes(40)
+    part.write_bytes(wrong)
+    sums.write_bytes(
+        b"".join(
+            chunk_sum(wrong[at : at + CHUNK_BYTES]).to_bytes(8, "little")
+            for at in range(0, LENGTH, CHUNK_BYTES)
+        )
+    )
+    upstream.stop()
+    async with working(tmp_path, [upstream.url], each={"give_up": "100ms"}) as next_one:
+        with pytest.raises(Problem):
+            await next_one.get(ZIP)
+        assert next_one.counted("gup_integrity_failures_total", where="part") == 1
+    assert not list((tmp_path / "content").rglob("full.zip"))
+
+
+# --- followers
+
+
+async def test_a_follower_looks_ever_more_rarely_while_its_leader_queues(tmp_path, upstream, until):
+    gate = Gate()
+    upstream.answer(path_of("full.dax", revision="260101001"), Answer(BODY, gates=((1000, gate),)))
+    upstream.answer(FILE, BODIES["at once"])
+    async with (
+        working(tmp_path, [upstream.url], fill={"max": 1}) as leader,
+        working(tmp_path, [upstream.url], fill={"max": 1}) as follower,
+    ):
+        other = asyncio.create_task(leader.get(path_of("full.dax", revision="260101001")))
+        await until(lambda: gate.is_reached, "the place is taken")
+        queued = asyncio.create_task(leader.get(FILE))
+        await until(leader.means.queue.waiting, "the leader queues")
+        looks, claim = 0, follower.means.claims.try_claim
+
+        def counted(offset: int) -> bool:
+            nonlocal looks
+            looks += offset == route(FILE).key(Variant()).claim_offset
+            return claim(offset)
+
+        follower.means.claims.try_claim = counted  # type: ignore[method-assign]
+        following = asyncio.create_task(follower.get(FILE))
+        await asyncio.sleep(1.5)
+        assert 10 < looks < 65, "over 130 with a look each 16 ms"
+        gate.open()
+        ended = time.monotonic()
+        assert await following == await queued == BODIES["at once"].body
+        assert time.monotonic() - ended < 2.0
+        assert await other == BODY
