@@ -451,14 +451,13 @@ async def test_an_upstream_that_hangs_for_longer_than_give_up_is_no_reason_not_t
             assert await one.get(FILE) == BODY
 
 
-async def test_a_revalidation_puts_no_old_record_over_what_came_meanwhile(tmp_path, upstream):
+async def test_a_revalidation_puts_no_old_record_over_what_came_meanwhile(tmp_path, upstream, until):
     """The record is read again under the claim: another body's stays, a pin stays, nothing comes back."""
     upstream.answer(FILE, Answer(BODY, etag='"a"'), Answer(b"x" + BODY, etag='"b"'))
     async with working(tmp_path, [upstream.url]) as one:
         await one.get(FILE)
         key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
-        while not claims.try_claim(key.claim_offset):
-            await asyncio.sleep(0)
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         old = store.load(key)
         store.set_pinned(key, True)
         renew(one.means, old, 5.0)
@@ -470,21 +469,19 @@ async def test_a_revalidation_puts_no_old_record_over_what_came_meanwhile(tmp_pa
         one.means.raise_store_epoch()
         one.cache.close_removed()
         assert await one.get(FILE) == b"x" + BODY
-        while not claims.try_claim(key.claim_offset):
-            await asyncio.sleep(0)
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         new = store.load(key)
         renew(one.means, old, 7.0)
         assert store.load(key) == new
         claims.release(key.claim_offset)
 
 
-async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, upstream):
+async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, upstream, until):
     upstream.answer(FILE, Answer(BODY, etag='"a"'))
     async with working(tmp_path, [upstream.url]) as one:
         await one.get(FILE)
         key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
-        while not claims.try_claim(key.claim_offset):
-            await asyncio.sleep(0)
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         record = store.load(key)
         claims.release(key.claim_offset)
         changes = (
