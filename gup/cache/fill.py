@@ -31,6 +31,7 @@ from gup.cache.prior import (
     give_up,
     is_the_entry,
     note_damage,
+    renew,
     save_failure,
     validated_at,
 )
@@ -465,13 +466,8 @@ class Leader:
         """Upstream says that the stored index file is still right."""
         means = self._means
         at = validated_at(means, remote, self._flight.route.immutable)
-
-        def save() -> None:
-            means.store.save(record.validated(at))
-            means.store.drop_state(self._key.id)
-
         try:
-            await self._on_disk(save)
+            await self._on_disk(renew, means, record, at)
         except DiskError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         self._flight.land(Landing.VALIDATED)

@@ -10,7 +10,7 @@ from gup.cache.chunks import bad_chunks
 from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, ends_as_named, survey
-from gup.cache.record import Record
+from gup.cache.record import Record, is_same_body
 from gup.cache.state import Failure, FillState, Hold, Phase
 from gup.cache.store import OpenFile, Store
 from gup.content.key import ContentKey
@@ -249,6 +249,17 @@ def load_sound(means: Means, key: ContentKey) -> Record | None:
     except ValueError:
         return None
     return record if record is not None and means.store.open_body(record) is not None else None
+
+
+def renew(means: Means, record: Record, validated_at: float) -> None:
+    """Note that an upstream finds `record`'s body right still. The caller holds the claim.
+
+    The record is read again: it is not put back in the place of another body's, nor of one that is gone.
+    """
+    present = load_sound(means, record.key)
+    if present is not None and is_same_body(present, record):
+        means.store.save(present.validated(validated_at))
+    means.store.drop_state(record.key.id)
 
 
 def is_the_entry(store: Store, key: ContentKey, fd: int) -> bool:

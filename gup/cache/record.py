@@ -193,3 +193,13 @@ class Record:
     def decode(cls, text: bytes) -> "Record":
         """InvalidError when the text is damaged."""
         return cls.from_json(unseal(text, "record", MAX_RECORD_BYTES).values)
+
+
+def is_same_body(one: Record, other: Record) -> bool:
+    """Whether two records tell of one body: neither of another generation, nor of one put in its place."""
+    return (one.etag, one.length, one.body_mtime_ns, one.sums) == (
+        other.etag,
+        other.length,
+        other.body_mtime_ns,
+        other.sums,
+    )

@@ -67,10 +67,14 @@ class OpenFile:
 
 
 class Store:
-    """The files below one cache directory."""
+    """The files below one cache directory. Whoever changes an entry holds its key's claim.
 
-    def __init__(self, root: Path) -> None:
+    `claims` are those of this process, if any: then that is asserted. Without them nobody else is at work.
+    """
+
+    def __init__(self, root: Path, claims: Claims | None = None) -> None:
         self.root = root
+        self.claims = claims
         self.content = root / "content"
         self.partial = root / "partial"
         self.index = root / "index"
@@ -83,6 +87,9 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
+
+    def _require_claim(self, key: ContentKey) -> None:
+        assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
 
     # --- committed bodies
 
@@ -127,11 +134,13 @@ class Store:
 
     def save(self, record: Record) -> None:
         """Put the record in place, atomically and durably; OSError when the disk refuses."""
+        self._require_claim(record.key)
         path = self.record_path(record.key)
         self._replace(path, record.encode(), durable=True)
 
     def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
         """Pin or unpin; False when there is no such entry."""
+        self._require_claim(key)
         record = self._load_or_none(key)
         if record is None:
             return False
@@ -148,6 +157,7 @@ class Store:
 
     def remove(self, key: ContentKey) -> int:
         """Unlink the record, then the body; bytes freed, 0 when it was gone. Readers read on to the end."""
+        self._require_claim(key)
         path = self.body_path(key)
         _unlink(self.record_path(key))
         try:
@@ -158,8 +168,20 @@ class Store:
         self._prune(path.parent)
         return size
 
+    def purge(self, key: ContentKey) -> int:
+        """Remove the body and all that a fill left of the key: nothing of it comes back. Bytes freed."""
+        self._require_claim(key)
+        freed = 0
+        self.drop_state(key.id)  # first: an interrupted commit would be finished
+        for generation in self.generations(key.id):
+            with contextlib.suppress(OSError):
+                freed += self.part_path(key.id, generation).stat().st_size
+            self.drop_part(key.id, generation)
+        return freed + self.remove(key)
+
     def drop_record(self, key: ContentKey) -> None:
-        """Remove a record that is of no use. The caller holds the claim."""
+        """Remove a record that is of no use."""
+        self._require_claim(key)
         _unlink(self.record_path(key))
 
     def mend(self, record: Record, generation: int) -> None:
@@ -167,6 +189,7 @@ class Store:
 
         It gets the recorded time, so the record is right before and after: one rename, no journal.
         """
+        self._require_claim(record.key)
         part = self.part_path(record.key.id, generation)
         self.set_time(part, record)
         for folder in self._rename_into(part, self.body_path(record.key)):
@@ -285,6 +308,7 @@ class Store:
         """Steps 2 to 5 of a commit, as far as they are still to be done."""
         record = state.record
         assert record is not None
+        self._require_claim(record.key)
         id_ = record.key.id
         part, sums = self.part_paths(id_, state.generation)
         try:

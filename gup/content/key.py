@@ -22,6 +22,9 @@ ABSENT = "_"
 MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
 
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Controls, line ends, and what UTF-8 can't encode."""
+
 _DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
 
 
@@ -37,8 +40,8 @@ def _wrong_with(part: str) -> str:
         return "it begins with a dot"
     if "/" in part:
         return "it contains '/'"
-    if not part.isprintable():  # controls, NUL, and what UTF-8 can't encode
-        return "it contains a character that cannot be printed"
+    if _UNFIT.search(part):
+        return "it contains a control character"
     if len(part) > MAX_PART_BYTES or len(part.encode()) > MAX_PART_BYTES:
         return f"it is longer than {MAX_PART_BYTES} bytes"
     return ""

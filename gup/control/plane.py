@@ -1,6 +1,5 @@
 """The control plane's parts together: takes events in, and gathers what pages and metrics show. No HTTP."""
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.ageing import AgeClock
 from gup.control.alarm_board import AlarmBoard
+from gup.control.claiming import change
 from gup.control.clients import ClientsBook
 from gup.control.events import (
     Asked,
@@ -244,8 +244,9 @@ class Plane:
             self.traffic.sent(ContentKey.parse(use.key), use.count)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
-        """Pin or unpin an entry; False when there is none."""
-        if not await asyncio.to_thread(self.around.store.set_pinned, key, pinned):
+        """Pin or unpin an entry; False when there is none. BusyError while another process works on it."""
+        store = self.around.store
+        if not await change(self.around.claims, key, lambda: store.set_pinned(key, pinned)):
             return False
         row = self.index.rows.get(key.text)  # looked up after the wait: it may have changed meanwhile
         if row is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store, Stored
 from gup.content.key import ContentKey
+from gup.control.claiming import to_its_end
 from gup.control.index import Index
 from gup.control.rows import Row, row_of
 from gup.errors import Problem
@@ -68,7 +69,10 @@ async def reconcile(
     await asyncio.to_thread(store.prune)
     for orphan in found.orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:
-            await _settle_orphan(orphan, index, store, claims, counters, mend)
+            try:
+                await _settle_orphan(orphan, index, store, claims, counters, mend)
+            except Exception:  # noqa: BLE001 - one entry must not keep the others from being looked at
+                _log.exception("%s could not be put right", orphan.key.text)
 
 
 async def _settle_orphan(
@@ -108,7 +112,7 @@ async def _remove_orphan(
     if not claims.try_claim(offset):
         return
     try:
-        if await asyncio.to_thread(_remove_if_still_orphan, orphan, store):
+        if await to_its_end(_remove_if_still_orphan, orphan, store):
             if not counted:
                 counters.add("gup_integrity_failures_total", where="record")
             _log.warning(

@@ -141,11 +141,18 @@ class Scrubber:
         for text in keys[bisect_right(keys, self._pass.after) :]:
             if self._settings().scrub_rate <= 0:
                 return False
-            await self._scrub(ContentKey.parse(text))
+            await self._scrub_or_tell(text)
             self._pass.after = text
             self._pass.checked += 1
             self.save()
         return True
+
+    async def _scrub_or_tell(self, text: str) -> None:
+        """Read one body; whatever is wrong with it, the pass goes on."""
+        try:
+            await self._scrub(ContentKey.parse(text))
+        except Exception:  # noqa: BLE001 - one entry must not stop the pass over all
+            _log.exception("%s could not be scrubbed", text)
 
     async def _scrub(self, key: ContentKey) -> None:
         record, file = await asyncio.to_thread(self._open, key)

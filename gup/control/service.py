@@ -14,6 +14,7 @@ from gup.content.key import ContentKey
 from gup.control.access import Access
 from gup.control.ageing import AgeClock
 from gup.control.app import make_app
+from gup.control.claiming import BusyError, change
 from gup.control.history.keeper import WRITE_SECONDS
 from gup.control.jobs import Jobs
 from gup.control.plane import Plane
@@ -153,13 +154,17 @@ class Control:
 
     async def _repin(self) -> None:
         """Pin the new generations of pinned entries on disk too; a refusal is tried at the next turn."""
-        for key in list(self.plane.repin):
+        for text in list(self.plane.repin):
+            key = ContentKey.parse(text)
             try:
-                await asyncio.to_thread(self._around.store.set_pinned, ContentKey.parse(key), True)
+                pin = functools.partial(self._around.store.set_pinned, key, True)
+                await change(self._around.claims, key, pin, patience_seconds=0.0)
+            except BusyError:
+                continue
             except OSError as error:
                 self.plane.refusals.tell("pins", error.strerror or str(error), self.plane.clock())
                 return
-            self.plane.repin.discard(key)
+            self.plane.repin.discard(text)
         self.plane.refusals.clear("pins")
 
     async def _touch(self) -> None:

@@ -11,9 +11,11 @@ from gup.cache.claim import Claims
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey
+from gup.control.claiming import change, to_its_end
 from gup.control.eviction import Eviction, Limits, plan_evictions
 from gup.control.index import Index
 from gup.control.rows import Row
+from gup.errors import GupError
 from gup.metrics import Counters
 
 _log = logging.getLogger("gup.control.space")
@@ -187,7 +189,7 @@ class Space:
             for eviction in plan:
                 if self._claims.try_claim(_offset(eviction)):
                     ours.append(eviction)  # noqa: PERF401 - what was claimed before an OSError is released
-            done = await asyncio.to_thread(self._remove_all, ours)
+            done = await to_its_end(self._remove_all, ours)
         finally:
             for eviction in ours:
                 self._claims.release(_offset(eviction))
@@ -215,7 +217,7 @@ class Space:
                     self._store.remove(ContentKey.parse(eviction.key))
                 elif not self._remove_part(eviction.part):
                     continue
-            except OSError as error:
+            except (GupError, OSError) as error:
                 _log.warning("%s can't be evicted: %s", eviction.key, error)
             else:
                 done.append(eviction)
@@ -237,8 +239,12 @@ class Space:
         return True
 
     async def purge(self, key: ContentKey) -> int:
-        """Remove an entry for the operator, even a pinned one; bytes freed. Readers read on to the end."""
-        freed = await asyncio.to_thread(self._store.remove, key)
+        """Remove an entry for the operator, even a pinned one, and what lies unfinished of it; bytes freed.
+
+        Readers read on to the end. What a fill under way is about to store goes too, if it ends soon enough:
+        BusyError when not.
+        """
+        freed = await change(self._claims, key, lambda: self._store.purge(key))
         self._index.discard(key.text)
         self._raise_store_epoch()
         self._tell(await self.measure())

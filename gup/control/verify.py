@@ -3,12 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.store import Store
 from gup.content.key import ContentKey
+from gup.control.claiming import to_its_end
 from gup.control.index import Index
 from gup.control.reconcile import index_again
 from gup.control.surroundings import Surroundings
@@ -108,25 +112,43 @@ class Verification:
         self._total = len(names.keys) + len(names.ids) + len(names.strays)
         claimed: list[ContentKey] = []
         for key in names.keys:
-            if await self._entry_is_claimed(key):
-                claimed.append(key)
-            else:
-                self._checked += 1
+            with self._telling("body", self._store.body_path(key), key):
+                if await self._entry_is_claimed(key):
+                    claimed.append(key)
+                    continue
+            self._checked += 1
         for id_ in names.ids:
-            self._busy += await self._is_claimed(int(id_[:16], 16) >> 2, id_=id_)
+            with self._telling("state", self._store.state_path(id_)):
+                self._busy += await self._is_claimed(int(id_[:16], 16) >> 2, id_=id_)
             self._checked += 1
         for path in names.strays:
-            for finding in await asyncio.to_thread(check_stray, self._store, path):
-                self._note(finding, mended=await self._put_right(finding))
+            with self._telling("stray", path):
+                for finding in await asyncio.to_thread(check_stray, self._store, path):
+                    self._note(finding, mended=await self._put_right(finding))
             self._checked += 1
         await self._come_back(claimed)
+
+    @contextmanager
+    def _telling(self, where: str, path: Path, key: ContentKey | None = None) -> Iterator[None]:
+        """What goes wrong with one thing is a finding: the others are looked at all the same."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - see above
+            detail = f"it can't be looked at: {error or type(error).__name__}"
+            finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
+            self._count(finding)
+            self._keep(Found(finding, False if self._repair else None, str(error)))
 
     async def _come_back(self, claimed: list[ContentKey]) -> None:
         """To entries that looked damaged while somebody worked on them: a fill's end takes a moment."""
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while claimed and time.monotonic() < give_up_at:
             await asyncio.sleep(_PAUSE_SECONDS)
-            still = [key for key in claimed if await self._entry_is_claimed(key)]
+            still = []
+            for key in claimed:
+                with self._telling("body", self._store.body_path(key), key):
+                    if await self._entry_is_claimed(key):
+                        still.append(key)
             self._checked += len(claimed) - len(still)
             claimed = still
         self._checked += len(claimed)
@@ -145,7 +167,7 @@ class Verification:
         mends: list[Finding] = []
         try:
             work = (check_entry, self._store, key) if key is not None else (check_part, self._store, id_)
-            for finding in await asyncio.to_thread(*work):
+            for finding in await to_its_end(*work):
                 if finding.where == "body" and self._repair:
                     mends.append(finding)  # a fill, which takes the claim itself
                 else:
@@ -160,7 +182,7 @@ class Verification:
         """Drop what nobody can use, under the claim."""
         if not self._repair:
             return None
-        await asyncio.to_thread(put_right, self._store, finding, alone=False)
+        await to_its_end(put_right, self._store, finding, alone=False)
         if finding.key is not None and finding.where == "record":
             self._index.discard(finding.key.text)
             self._around.raise_store_epoch()

@@ -96,7 +96,7 @@ class Assembly:
         )
 
     def _means(self) -> Means:
-        claims = Claims(self.store.partial / "claims")
+        claims = self.store.claims = Claims(self.store.partial / "claims")
         places = self._places = Claims(self.store.run / "slots")
         self.downloads = Slots(places, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads)
         return Means(

@@ -11,6 +11,7 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
 from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.prior import renew
 from gup.cache.state import Phase
 from gup.content.catalog import CATALOG_PATH
 from gup.content.key import Variant
@@ -298,7 +299,9 @@ async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
         async def purged_before_the_look(key):
             if left[0]:
                 left[0] -= 1
+                assert one.means.claims.try_claim(key.claim_offset)
                 one.means.store.remove(key)
+                one.means.claims.release(key.claim_offset)
                 one.means.raise_store_epoch()
                 one.cache.close_removed()
             return await present(key)
@@ -447,3 +450,50 @@ async def test_an_upstream_that_hangs_for_longer_than_give_up_is_no_reason_not_t
         second.answer(FILE, Answer(BODY, etag='"b"'))
         async with working(tmp_path, [upstream.url, second.url], each=quick) as one:
             assert await one.get(FILE) == BODY
+
+
+async def test_a_revalidation_puts_no_old_record_over_what_came_meanwhile(tmp_path, upstream, until):
+    """The record is read again under the claim: another body's stays, a pin stays, nothing comes back."""
+    upstream.answer(FILE, Answer(BODY, etag='"a"'), Answer(b"x" + BODY, etag='"b"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        await one.get(FILE)
+        key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
+        old = store.load(key)
+        store.set_pinned(key, True)
+        renew(one.means, old, 5.0)
+        assert store.load(key) == old.with_pin(True).validated(5.0)
+        store.remove(key)
+        renew(one.means, old, 6.0)
+        assert store.load(key) is None
+        claims.release(key.claim_offset)
+        one.means.raise_store_epoch()
+        one.cache.close_removed()
+        assert await one.get(FILE) == b"x" + BODY
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
+        new = store.load(key)
+        renew(one.means, old, 7.0)
+        assert store.load(key) == new
+        claims.release(key.claim_offset)
+
+
+async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, upstream, until):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        await one.get(FILE)
+        key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
+        await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
+        record = store.load(key)
+        claims.release(key.claim_offset)
+        changes = (
+            lambda: store.save(record),
+            lambda: store.set_pinned(key, True),
+            lambda: store.remove(key),
+            lambda: store.purge(key),
+            lambda: store.drop_record(key),
+            lambda: store.mend(record, 1),
+        )
+        for change in changes:
+            with pytest.raises(AssertionError, match="is not claimed"):
+                change()
+        assert store.load(key) == record

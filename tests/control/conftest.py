@@ -103,6 +103,11 @@ class World:
         finally:
             self.worker_claims.release(key.claim_offset)
 
+    def commit_claimed(self, key: ContentKey, body: bytes, kind: Kind = Kind.FULL) -> Record:
+        """The same, by a worker that holds the claim already."""
+        assert self.worker_claims.held(key.claim_offset)
+        return commit(self.store, key, body, kind)
+
     def begin_part(self, key: ContentKey, body: bytes, length: int) -> None:
         """A part under way, as a worker leaves it on disk (the claim is the test's affair)."""
         head = Head(length, '"tag"', "application/zip", None, "manager", None)

@@ -20,6 +20,7 @@ from harness.crashing import Crash, install
 from gup.cache.recovery import Recovery
 from gup.config import Cache
 from gup.content.key import ContentKey, Variant
+from gup.control.claiming import change
 from gup.control.index import Index
 from gup.control.reconcile import reconcile
 from gup.control.space import Space
@@ -116,7 +117,8 @@ async def _purge(worker: Worker, crash: Crash) -> None:
 
 
 async def _pin(worker: Worker, crash: Crash) -> None:
-    await asyncio.to_thread(worker.means.store.set_pinned, key_of(FULL), True)
+    store = worker.means.store
+    await change(worker.means.claims, key_of(FULL), lambda: store.set_pinned(key_of(FULL), True))
     crash.mark("pinned")
 
 

@@ -121,7 +121,8 @@ async def working(
     def promise(change: int) -> None:
         promised[0] += change
 
-    claims, places = Claims(store.partial / "claims"), Claims(store.run / "slots")
+    claims = store.claims = Claims(store.partial / "claims")
+    places = Claims(store.run / "slots")
     told: list[dict] = []
 
     def tell(event) -> None:

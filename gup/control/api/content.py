@@ -11,6 +11,7 @@ from gup.content.key import Kind
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe
 from gup.control.api.listing import Entry, Labelling, Listing, select, shown
+from gup.control.claiming import BusyError
 from gup.control.plane import Plane
 from gup.control.rows import Row, row_of
 
@@ -109,24 +110,27 @@ async def entry(request: web.Request) -> web.Response:
     return answer(shown(row, labelling(plane)(row)) | {"record": told})
 
 
-@describe(Purged, problems=(404,))
+@describe(Purged, problems=(404, 409))
 async def purge(request: web.Request) -> web.Response:
-    """Remove an entry, pinned or not; whoever reads it reads on."""
+    """Remove an entry, pinned or not, and what lies unfinished of it; whoever reads it reads on."""
     plane, key = request.app[PLANE], key_of(request)
     known = key.text in plane.index.rows
-    freed = await plane.space.purge(key)
+    try:
+        freed = await plane.space.purge(key)
+    except BusyError as error:
+        raise web.HTTPConflict(text=str(error)) from error
     if not freed and not known:
         _not_found(key.text)
     return answer({"key": key.text, "freed_bytes": freed})
 
 
-@describe(Pinned, problems=(404,))
+@describe(Pinned, problems=(404, 409))
 async def pin(request: web.Request) -> web.Response:
     """Keep an entry whatever the limits say."""
     return await _set_pinned(request, pinned=True)
 
 
-@describe(Pinned, problems=(404,))
+@describe(Pinned, problems=(404, 409))
 async def unpin(request: web.Request) -> web.Response:
     """Let the limits apply to an entry again."""
     return await _set_pinned(request, pinned=False)
@@ -134,7 +138,11 @@ async def unpin(request: web.Request) -> web.Response:
 
 async def _set_pinned(request: web.Request, *, pinned: bool) -> web.Response:
     plane, key = request.app[PLANE], key_of(request)
-    if not await plane.set_pinned(key, pinned=pinned):
+    try:
+        found = await plane.set_pinned(key, pinned=pinned)
+    except BusyError as error:
+        raise web.HTTPConflict(text=str(error)) from error
+    if not found:
         _not_found(key.text)
     return answer({"key": key.text, "pinned": pinned})
 

@@ -17,7 +17,8 @@ from gup.control.api.described import JSON, Answer, Operation, describe, operati
 _PROBLEM_JSON = "application/problem+json"
 _REF = "#/components/schemas/"
 _SAFE = ("GET", "HEAD")
-_PATH_PART = {"type": "string", "minLength": 1, "maxLength": 240, "pattern": r"^[^./\\][^/\\]*$"}
+_SAFE_NAME = r"^[^./\\\u0000-\u001f\u007f-\u009f\u2028\u2029][^/\\\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
+_PATH_PART = {"type": "string", "minLength": 1, "maxLength": 240, "pattern": _SAFE_NAME}
 _PATH_WORDS = {
     "version": "Version of the content, or any.",
     "language": "Language of the content, or any.",
