@@ -119,7 +119,7 @@ class Leader:
             now = self._means.clock()
             self._flight.fail(prior.problem(now), prior.until - now)
             return
-        if prior.whole:
+        if prior.finished:
             await self._finish_part(prior)
             return
         if prior.salvage is not None and self._flight.body is not None:

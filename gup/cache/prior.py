@@ -39,8 +39,8 @@ class Prior:
     record: Record | None = None
     state: FillState | None = None
     salvage: Salvage | None = None
-    whole: bool = False
-    """Whether the part holds every byte of the body: it is committed, and nobody asked."""
+    finished: bool = False
+    """Whether the part is known to hold every byte of the body: it is committed, and nobody asked."""
     damage: Damage | None = None
     unstorable: str | None = None
     """Why it is not to be stored."""
@@ -79,7 +79,7 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
         return Landing.COMMITTED
     finished = _whole_part(means, key, state) if state is not None and not suspect else None
     if finished is not None:
-        return Prior(record, state, finished, whole=True)
+        return Prior(record, state, finished, finished=True)
     standing = _standing(means, flight, state, record if sound else None)
     if standing is not None:
         return standing
