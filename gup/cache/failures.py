@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from gup.cache.state import MEMORY_SECONDS, Hold, Told
 from gup.content.key import ContentKey
 from gup.errors import Problem
+from gup.jsonmodel import MAX_INTEGER
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
+from gup.upstream.validators import bounded
 
 _MOST = 10_000
 LONGEST_HOLD_SECONDS = 900.0
@@ -43,7 +45,8 @@ class Failures:
 
 def told_by(head: RemoteHead) -> Told:
     """What tells an upstream's body from its next one."""
-    return head.etag, head.last_modified, head.length
+    etag, modified = (bounded(text) if text is not None else None for text in (head.etag, head.last_modified))
+    return etag, modified, None if head.length is None else min(head.length, MAX_INTEGER)
 
 
 class Holds:

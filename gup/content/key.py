@@ -105,7 +105,7 @@ class ContentKey:
         for part in (self.version, self.language, self.stream, self.revision, self.file):
             why = _wrong_with(part)
             if why:
-                raise BadKeyError(f"not a part of a content key: {part!r:.80}: {why}")
+                raise BadKeyError(f"not a content key: its part {part!r:.80} is wrong: {why}")
 
     @property
     def variant(self) -> Variant:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _BUFFERED_SECONDS = 0.1
 _LEAST_BUFFER_BYTES = 8 * 1024
 _MOST_BUFFER_BYTES = 2 << 20
+_PATH = re.compile(r"/[!-~]*")
 _READ_AHEAD_BYTES = 4096
 """What aiohttp may hold when a connection breaks: it throws that away, and it is fetched again."""
 
@@ -189,6 +191,10 @@ class Upstream:
         self._session: aiohttp.ClientSession | None = None
 
     def url(self, path: str) -> str:
+        """The URL of a percent-encoded path; UpstreamFailure for anything else, which could name a host."""
+        if not _PATH.fullmatch(path):
+            detail = f"{self.name} is not asked: {path[:80]!a} is no path"
+            raise UpstreamFailure("error", "upstream-refused", detail, again=False)
         return self.settings.url + path
 
     def headers(self, ask: Ask) -> dict[str, str]:

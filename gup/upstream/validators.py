@@ -1,13 +1,15 @@
 """An upstream's validators (RFC 9110 section 8.8): whether two of its answers are of one body; no I/O."""
 
+import re
 from dataclasses import dataclass
 
 import xxhash
 
 from gup.content.http_date import parse_http_date
-from gup.jsonmodel import InvalidError, shown, text
+from gup.jsonmodel import Form, InvalidError, shown, text
 
 _LONGEST = 512
+_SENDABLE = Form(re.compile("[ -~]*"), "text of a header field")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Validators:
         modified_at, sent_at = (parse_http_date(text) if text else None for text in (last_modified, date))
         strong_date = modified_at is not None and sent_at is not None and sent_at > modified_at
         return cls(
-            _bounded(etag) if etag else None, _bounded(last_modified) if last_modified else None, strong_date
+            bounded(etag) if etag else None, bounded(last_modified) if last_modified else None, strong_date
         )
 
     @property
@@ -70,7 +72,7 @@ class Validators:
         if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], bool):
             raise InvalidError(f"validators must be an array of two texts and a flag, not {shown(fields)}")
         etag, last_modified = (
-            None if one is None else text(one, "a validator", _LONGEST) for one in fields[:2]
+            None if one is None else text(one, "a validator", _LONGEST, _SENDABLE) for one in fields[:2]
         )
         return cls(etag, last_modified, fields[2])
 
@@ -79,7 +81,7 @@ def _is_weak(etag: str) -> bool:
     return not etag.startswith('"')
 
 
-def _bounded(text: str) -> str:
+def bounded(text: str) -> str:
     """`text`, or where it is long or has other bytes than printable ASCII, a weak tag made from it."""
     if len(text) <= _LONGEST and text.isascii() and text.isprintable():
         return text

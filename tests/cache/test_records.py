@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.cache.checksum import CHUNK_BYTES, seal
+from gup.cache.failures import told_by
 from gup.cache.heads import head_of
 from gup.cache.record import MAX_BODY_BYTES, MAX_RECORD_BYTES, Head, Record
 from gup.cache.state import MAX_STATE_BYTES, Failure, FillState, Hold, Phase
@@ -26,7 +27,11 @@ KEY = ContentKey("14.3 RU2", "Français", "{535CB6A4-441F-4E8A-A897-804CD859100E
 HEAD = Head(CHUNK_BYTES + 5, '"tag"', "application/zip", "Thu, 01 Jan 2026 00:00:00 GMT", "manager", '"u"')
 RECORD = Record.of(KEY, Kind.FULL, HEAD, (1, 2**64 - 1), 1.8e9, 1_800_000_000_123_456_789, path_of(KEY))
 FAILURE = Failure("upstream-error", "it broke off", 2.0, 1000.5)
+HOLD = Hold("manager", 1000.5, 2.0, 3, ('"a"', None, 80), 2000.0)
 STATES = [
+    FillState(
+        KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(HOLD,), told={"manager": Validators('"a"')}
+    ),
     FillState(KEY, Kind.FULL, 7, Phase.STREAMING, HEAD, path=path_of(KEY)),
     FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, path=path_of(KEY), ahead=True),
     FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE),
@@ -157,7 +162,7 @@ def test_a_record_with_one_wrong_value_is_refused(name, value):
         Record.decode(text)
     assert str(told.value).isprintable()
     assert len(str(told.value)) < 500
-    committed = STATES[4]
+    committed = STATES[5]
     with pytest.raises(InvalidError):
         FillState.decode(changed(committed, "record", name, value=value))
 
@@ -209,7 +214,7 @@ def test_records_of_before_the_path_was_kept_are_read():
 )
 def test_a_state_with_one_wrong_value_is_refused(place, value):
     with pytest.raises(InvalidError):
-        FillState.decode(changed(STATES[0], *place, value=value))
+        FillState.decode(changed(STATES[1], *place, value=value))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +290,44 @@ def test_whatever_an_upstream_states_of_a_body_its_record_can_be_read(tag, conte
     assert Record.decode(record.encode()) == record
 
 
+@given(
+    st.one_of(st.none(), st.text(st.characters(), max_size=40), st.just("x" * 9000)),
+    st.one_of(st.none(), st.text(st.characters(), max_size=40)),
+    st.integers(min_value=1),
+)
+def test_whatever_an_upstream_states_of_a_wrong_body_its_state_can_be_read(tag, modified, length):
+    """A header field may be any bytes; aiohttp gives what is no UTF-8 as surrogates."""
+    texts = [
+        text if text is None else text.encode(errors="ignore").decode() + "\udcff" for text in (tag, modified)
+    ]
+    told = told_by(RemoteHead(200, 0, length, *texts, "application/zip", "manager"))
+    held = Hold("manager", 1.0, 2.0, 1, told, 5.0)
+    state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(held,))
+    assert FillState.decode(state.encode()) == state
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("told", "manager"), ['"\r\nX: y"', None, True]),
+        (("told", "manager"), ['"ł"', None, True]),
+        (("told", "manager"), [5, None, True]),
+        (("told", "manager"), ['"a"', None]),
+        (("told",), []),
+        (("holds",), {}),
+        (("holds",), [["manager", 1, 2]]),
+        (("holds",), [["manager", "1", 2, 3, None, 4]]),
+        (("holds",), [["manager", 1, 2, 3.0, None, 4]]),
+        (("holds",), [["manager", 1, 2, 3, ['"a"', None, 80.0], 4]]),
+        (("holds",), [["manager", 1, 2, 3, ['"a"'], 4]]),
+        (("holds",), [HOLD.to_json()] * 300),
+    ],
+)
+def test_a_state_with_a_wrong_hold_or_validator_is_refused(place, value):
+    with pytest.raises(InvalidError):
+        FillState.decode(changed(STATES[0], *place, value=value))
+
+
 @given(st.text(st.characters(), max_size=3000))
 def test_whatever_an_upstream_says_of_a_failure_its_state_can_be_read(detail):
     failure = Failure.of(Problem("upstream-error", detail), 2.0, 5.0)
@@ -322,7 +365,7 @@ def test_of_a_huge_file_no_more_than_is_allowed_is_read(store, kind, monkeypatch
 
 def test_a_state_under_another_keys_name_is_refused(store):
     other = ContentKey(KEY.version, KEY.language, KEY.stream, KEY.revision, "other.zip")
-    store.state_path(other.id).write_bytes(STATES[4].encode())
+    store.state_path(other.id).write_bytes(STATES[5].encode())
     with pytest.raises(InvalidError, match="the state is that of"):
         store.load_state(other.id)
 
