@@ -109,8 +109,8 @@ class Answer:
         if self._unread:
             piece, self._unread = self._unread, b""
             return piece
-        # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
         self._window.follow()
+        # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
         content, slice_bytes = self._response.content, self._wan.slice_bytes
         step = content.read(slice_bytes) if slice_bytes else content.readany()
         try:
