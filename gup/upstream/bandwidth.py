@@ -3,17 +3,24 @@
 One shared word is the nanosecond at which all that was taken is paid for (GCRA: a leaky bucket as one clock).
 Who comes next is start-time fair queueing: every fill carries a tag that grows by what it took, the smallest
 tag of the most urgent class goes first, and a class waits while a more urgent one wants anything.
+
+What the kernel has received is beyond any limit, so each connection's receive buffer is bounded too.
 """
 
 import asyncio
 import fcntl
 import os
+import socket
 import struct
 import time
 from bisect import insort
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Protocol
+from weakref import WeakSet
 
 from gup.upstream.turns import Turns, rank
 
@@ -26,6 +33,21 @@ _MOST_SLICE_BYTES = 256 * 1024
 _OVERDUE_NS = _BURST_NS + 30_000_000
 """A process whose turn it is and that does not come is passed over, so that the link never idles."""
 _SHORTEST_SLEEP_SECONDS = 0.001
+_WINDOW_SLACK_SECONDS = 0.1
+"""Beyond the round trip: a reader takes bytes in steps, and on a busy machine it is late."""
+_LONGEST_ROUND_TRIP_SECONDS = 2.0
+_LEAST_WINDOW_BYTES = 8 * 1024
+_MOST_SLACK_BYTES = 2 << 20
+_MOST_WINDOW_BYTES = 8 << 20
+UNBOUNDED = 1 << 30
+"""Bytes of a window beyond what TCP can have: the kernel's own limits hold."""
+_USUAL_MOST_BUFFER_BYTES = 212_992
+_SO_BUF_LOCK = 72
+_WINDOW_STEP = 16
+"""A buffer is set anew when it is wrong by more than this part of it."""
+_TIMESTAMPS = 1
+_TCP_INFO = struct.Struct("=5xB14xI44xI20xI")
+"""Of Linux's `struct tcp_info`: tcpi_options, tcpi_rcv_mss, tcpi_rtt and tcpi_rcv_rtt."""
 _FLOCK = struct.Struct("hhqqi4x")
 _LOCK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
 _UNLOCK = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0)
@@ -65,10 +87,8 @@ class Wan:
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._waiting: list[_Waiter] = []
         self._numbers = 0
-
-    @property
-    def limited(self) -> bool:
-        return self._rate() > 0
+        self.windows: WeakSet[ReceiveWindow] = WeakSet()
+        """Those of the answers that this process reads; each adds itself."""
 
     @property
     def rate_bytes_per_second(self) -> int:
@@ -147,3 +167,88 @@ class Wan:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class Socket(Protocol):
+    """What a receive window needs of a socket; a transport's has it."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+    def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
+
+
+def window_bytes(rate: int, round_trip_seconds: float, segment_bytes: int, readers: int) -> int:
+    """The least receive buffer that carries `rate` bytes a second; unbounded without a rate.
+
+    Each connection gets the whole rate's round trip, since any of the `readers` may soon be the only one;
+    what is more than that is there for them together. Below two segments a sender waits for a timer before
+    it sends.
+    """
+    if rate <= 0:
+        return UNBOUNDED
+    needed = int(rate * min(round_trip_seconds, _LONGEST_ROUND_TRIP_SECONDS))
+    slack = min(int(rate * _WINDOW_SLACK_SECONDS), _MOST_SLACK_BYTES) // readers
+    return min(max(needed + slack, 2 * segment_bytes, _LEAST_WINDOW_BYTES), _MOST_WINDOW_BYTES)
+
+
+class ReceiveWindow:
+    """Keeps one connection's receive buffer at what the rate needs: else tens of MB pile up in the kernel.
+
+    It is set when an answer begins, as the round trip is known then, and follows round trip and rate. Set
+    before connecting, a small buffer would fix a small window scale, and so the largest window, for the
+    connection's life. A buffer above net.core.rmem_max can't be set: there the kernel's tuning stays on,
+    which makes room for about twice what is read in a round trip.
+    """
+
+    def __init__(self, wan: Wan, connection: Socket | None) -> None:
+        self._wan = wan
+        self._socket = connection
+        self._bytes = 0
+        wan.windows.add(self)
+        self.follow()
+
+    def follow(self) -> None:
+        """Adjust the buffer when rate or round trip have changed; call it at each read."""
+        rate = self._wan.rate_bytes_per_second
+        if self._socket is None or (rate <= 0 and self._bytes == UNBOUNDED):
+            return
+        try:
+            wanted = (
+                window_bytes(rate, *_path(self._socket), len(self._wan.windows)) if rate > 0 else UNBOUNDED
+            )
+            if abs(wanted - self._bytes) > self._bytes // _WINDOW_STEP:
+                _set_buffer(self._socket, wanted)
+                self._bytes = wanted
+        except OSError:
+            self._socket = None  # closed: whoever reads is told so
+
+
+def _path(connection: Socket) -> tuple[float, int]:
+    """Round trip in seconds and the peer's segment.
+
+    The round trip of handshake and request, or the receiver's own estimate when that is longer: it has the
+    queues on the way in it. Without timestamps the latter measures a whole window and would feed on itself.
+    """
+    answer = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    options, segment_bytes, sent, received = _TCP_INFO.unpack(answer)
+    microseconds = max(sent, received) if options & _TIMESTAMPS else sent
+    return microseconds / 1e6, segment_bytes
+
+
+def _set_buffer(connection: Socket, wanted: int) -> None:
+    """Hold the buffer at `wanted`, or leave it to the kernel where it can't be as large."""
+    if wanted <= _most_buffer_bytes():
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)  # the kernel doubles it
+    else:
+        with suppress(OSError):  # Linux before 5.15: what was set before stays set
+            connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+    # The kernel bounds the window by the buffer that the connection began with until the clamp is raised.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, UNBOUNDED)
+
+
+@cache
+def _most_buffer_bytes() -> int:
+    """What SO_RCVBUF can be set to; Linux's default where that can't be read."""
+    try:
+        return int(Path("/proc/sys/net/core/rmem_max").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return _USUAL_MOST_BUFFER_BYTES

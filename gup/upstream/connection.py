@@ -3,24 +3,20 @@
 import asyncio
 import contextlib
 import re
-import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gup import config
 from gup.content.key import ANY, Variant
 from gup.files import PEM_BYTES, FileError, read_file, trust
-from gup.upstream.bandwidth import Share, Wan
+from gup.upstream.bandwidth import ReceiveWindow, Share, Wan
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
 
 if TYPE_CHECKING:
     import aiohttp
 
-_BUFFERED_SECONDS = 0.1
-_LEAST_BUFFER_BYTES = 8 * 1024
-_MOST_BUFFER_BYTES = 2 << 20
 _PATH = re.compile(r"/[!-~]*")
 _READ_AHEAD_BYTES = 4096
 """What aiohttp may hold when a connection breaks: it throws that away, and it is fetched again."""
@@ -67,16 +63,6 @@ class Ask:
         return fields
 
 
-def receive_buffer_bytes(wan: Wan) -> int:
-    """A socket buffer for the rate in force: else tens of MB pile up in the kernel beyond any limit.
-
-    Room for a tenth of a second, which is a long round trip's worth.
-    """
-    return min(
-        max(int(wan.rate_bytes_per_second * _BUFFERED_SECONDS), _LEAST_BUFFER_BYTES), _MOST_BUFFER_BYTES
-    )
-
-
 class Answer:
     """An answer whose body is still to be read. Counts every byte it hands out."""
 
@@ -100,6 +86,10 @@ class Answer:
         self._unread = b""
         """Taken from the connection by a `read` that was cancelled; it is counted."""
         connection = response.connection
+        transport = connection.transport if connection is not None else None
+        self._window = ReceiveWindow(
+            wan, transport.get_extra_info("socket") if transport is not None else None
+        )
         protocol = connection.protocol if connection is not None else None
         self._connection_end = protocol.closed if protocol is not None else None
         if self._connection_end is not None:
@@ -121,6 +111,7 @@ class Answer:
         if self._unread:
             piece, self._unread = self._unread, b""
             return piece
+        self._window.follow()
         # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
         content, slice_bytes = self._response.content, self._wan.slice_bytes
         step = content.read(slice_bytes) if slice_bytes else content.readany()
@@ -200,26 +191,19 @@ class Upstream:
     def headers(self, ask: Ask) -> dict[str, str]:
         return {**self._fixed, **ask.headers(self._via)}
 
-    def session(self, wan: Wan) -> "aiohttp.ClientSession":
+    def session(self) -> "aiohttp.ClientSession":
         if self._session is None:
-            self._session = self._open(wan)
+            self._session = self._open()
         return self._session
 
-    def _open(self, wan: Wan) -> "aiohttp.ClientSession":
+    def _open(self) -> "aiohttp.ClientSession":
         import aiohttp  # noqa: PLC0415 - see exchange.translated
 
         settings = self.settings
 
-        def make_socket(address: Any) -> socket.socket:
-            made = socket.socket(family=address[0], type=address[1], proto=address[2])
-            if wan.limited:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes(wan))
-            return made
-
         connector = aiohttp.TCPConnector(
             limit=settings.max_connections,
             ssl=self._tls() if settings.url.startswith("https:") else True,
-            socket_factory=make_socket,
             keepalive_timeout=30.0,
         )
         session = aiohttp.ClientSession(

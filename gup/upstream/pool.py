@@ -268,7 +268,7 @@ class Pool:
         import yarl  # noqa: PLC0415 - comes with aiohttp
 
         response = await translated(
-            upstream.session(self.wan).request(
+            upstream.session().request(
                 ask.method,
                 yarl.URL(upstream.url(ask.path), encoded=True),
                 headers=upstream.headers(ask),

@@ -114,11 +114,19 @@ class _Script:
 class ScriptedUpstream:
     """A server with a thread a connection. Unknown paths get 404; the last answer of a path repeats."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None = None,
+        *,
+        host: str = "127.0.0.1",
+        congestion: str | None = None,
+    ) -> None:
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._listener = socket.create_server((host, 0), backlog=512)
+        if congestion:
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
         self._lock = threading.Lock()
         self._scripts: dict[str, _Script] = {}
         self._connections: set[socket.socket] = set()

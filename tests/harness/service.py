@@ -162,11 +162,15 @@ class Gup:
     def wait_ready(self) -> None:
         """Until the ready line is there; AssertionError with the log when it does not come."""
         process = self.process
-        until(
-            lambda: READY.search(self.log) or process.poll() is not None,
-            "gup's ready line",
-            START_TIMEOUT_SECONDS,
-        )
+        try:
+            until(
+                lambda: READY.search(self.log) or process.poll() is not None,
+                "gup's ready line",
+                START_TIMEOUT_SECONDS,
+            )
+        except BaseException:
+            self.kill()  # nobody else has it yet who could end it
+            raise
         found = READY.search(self.log)
         if found is None:
             self.kill()
