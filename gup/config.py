@@ -30,6 +30,7 @@ from gup.fields import (
     Duration,
     Headers,
     Label,
+    LeastRate,
     LogDestination,
     Minute,
     Networks,
@@ -138,7 +139,15 @@ class Upstream(Section):
     )
     max_connections: Positive = row(16, "Connections at once, of each worker.")
     connect_timeout: Timeout = row(5.0, "Time for a connection to stand, TLS included.")
-    read_timeout: Timeout = row(15.0, "Time for any byte of an answer.")
+    first_byte_timeout: Timeout = row(
+        60.0, "Time for the head of an answer to be there whole, from when the connection stands."
+    )
+    read_timeout: Timeout = row(15.0, "Time for any byte of a body, while gup is ready to take it.")
+    min_rate: LeastRate = row(
+        100,
+        "Rate below which a body over four times read_timeout goes on without its place among those of "
+        'fill.max, and is broken off when requests wait for a connection; "0" sets none.',
+    )
     give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams.")
     health_interval: Duration = row(30.0, "Time between health checks while all is well; 0 makes none.")
     health_path: UrlPath | None = row(

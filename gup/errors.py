@@ -79,6 +79,7 @@ PROBLEMS: dict[str, ProblemType] = {
     "upstream-refused": ProblemType(502, "The upstream refused the request"),
     "upstream-error": ProblemType(502, "The upstream answered with an error"),
     "upstream-bad-body": ProblemType(502, "The upstream's answer cannot be the content asked for"),
+    "upstream-unsure-end": ProblemType(502, "The upstream did not tell where the content ends"),
     "upstream-unreachable": ProblemType(502, "No upstream can be reached"),
     "overloaded": ProblemType(503, "Too much is asked for at once"),
     "no-upstream": ProblemType(503, "No upstream is configured for this content"),

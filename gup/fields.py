@@ -150,6 +150,7 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
 Size = Annotated[int, BeforeValidator(parse_size)]
 CacheSize = Annotated[Size, AfterValidator(_cache_size)]
 Rate = Annotated[int, BeforeValidator(parse_rate), AfterValidator(_rate)]
+LeastRate = Annotated[int, BeforeValidator(parse_rate)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Timeout = Annotated[Duration, Field(gt=0)]
 Port = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=65535)]

@@ -91,7 +91,7 @@ class BypassBody:
                 while self._held >= WINDOW_BYTES:
                     self._room.clear()
                     await self._room.wait()
-            self._failed = expected is not None and received < expected
+            self._failed = received < expected if expected is not None else not self._answer.confirmed
             self._ended = not self._failed
         except UpstreamFailure:
             self._failed = True

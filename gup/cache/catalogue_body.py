@@ -27,7 +27,7 @@ async def read_catalogue(open_: Open, variant: Variant) -> Fetched:
     opened = await open_(_CATALOG, variant)
     try:
         text = await read_whole(opened.body, MAX_CATALOG_BYTES)
-        if len(text) < min(opened.body.end() or 0, MAX_CATALOG_BYTES):
+        if len(text) < MAX_CATALOG_BYTES and len(text) != opened.body.end():
             raise Problem("upstream-bad-body", f"{CATALOG_PATH} broke off")  # the rest may be what matters
         head = opened.body.head
         return Fetched(text, head.upstream_etag, head.last_modified)

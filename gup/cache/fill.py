@@ -42,7 +42,7 @@ from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
 from gup.upstream.validators import Validators
 
 log = logging.getLogger("gup.fill")
@@ -75,6 +75,8 @@ class Leader:
         self._courtesy = Courtesy(means, flight)
         self._told: Mapping[str, Validators] = {}
         """What upstreams told of the part under way, as its state has it."""
+        self._is_stored = False
+        """Whether there is an older body under this key, which is served on if this fill fails."""
         self._bytes_changed = False
         """Whether upstream has other bytes than were stored: their ETag must be another, too."""
         self._came_at: float | None = None
@@ -172,6 +174,7 @@ class Leader:
         """Fetch and store, or, as soon as that can't be, fetch and pass on."""
         self._move(Phase.REQUESTED)
         self._flight.fetched = True
+        self._is_stored = prior.record is not None
         try:
             if prior.unstorable is not None:
                 await self._turn_unstorable(prior.unstorable, told=prior.told)
@@ -402,12 +405,16 @@ class Leader:
                 await behind.begin(wait=not shown)
                 if writer.written and not shown:
                     await self._show(body)
+                if download.slow:
+                    self._courtesy.leave_place()
                 await self._courtesy.give_way()
         self._flight.settling = True  # from here on it ends by itself, and soon
         await self._check_structure(writer.received, writer.reread)
         await self._room.twice(writer.write_withheld)
         assert download.head is not None
         self._leave_upstream()
+        if not download.confirmed:
+            await self._pass_on_unconfirmed(body, writer, download.head)
         if self._flight.body is not body:
             await self._show(body, whole=True)
         else:
@@ -430,6 +437,16 @@ class Leader:
             assert head is not None
             self._holds.note(head.upstream, failure, head)
             raise
+
+    async def _pass_on_unconfirmed(self, body: GrowingBody, writer: PartWriter, remote: RemoteHead) -> None:
+        """All that came is for those who wait, without an end that nobody knows; then UpstreamFailure.
+
+        A stored index file that is stale is better than one that may lack its end.
+        """
+        if self._flight.body is not body and not self._is_stored:
+            await self._show(body)
+            await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
+        raise unconfirmed(remote.upstream, writer.received)
 
     async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
         """Make the body durable: its readers have it whole by now, and the link is another fill's."""
@@ -518,6 +535,9 @@ class Leader:
             await passing.add(piece)
         await self._check_structure(passing.received, passing.reread)
         await passing.write_withheld()
+        if not download.confirmed:
+            assert download.head is not None
+            raise unconfirmed(download.head.upstream, passing.received)
         body.complete(passing.written)
         flight.land(Landing.UNSTORABLE)
 
@@ -547,7 +567,7 @@ class Leader:
         absent = problem.slug in ("upstream-not-found", "upstream-gone")
         if absent:
             ttl_seconds = means.settings.cache.negative_ttl
-        drop = drop or problem.slug == "upstream-bad-body"
+        drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
         failure = Failure.of(problem, ttl_seconds, means.clock())
         self._move(Phase.FAILED)
         head = None if drop else self._head

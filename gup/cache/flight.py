@@ -53,7 +53,7 @@ class Means:
     @property
     def longest_wait_seconds(self) -> float:
         """For the first byte of a fill: after its place in the queue, one upstream that does not answer."""
-        slowest = max((u.connect_timeout + u.read_timeout for u in self.settings.upstream), default=1.0)
+        slowest = max((u.connect_timeout + u.first_byte_timeout for u in self.settings.upstream), default=1.0)
         return self.settings.fill.queue_timeout + 2 * slowest
 
 

@@ -65,6 +65,8 @@ class Snapshot:
     config_ok: bool = True
     restarts_lately: int = 0
     missed: Sequence[Missed] = ()
+    unsure_ends: Sequence[str] = ()
+    """Bodies whose end no upstream told, of LATELY_SECONDS, each in words."""
     catalogues: Mapping[str, str] = field(default_factory=dict)
     """What is wrong with the catalogue of an upstream."""
     wan_limit: int = 0
@@ -190,6 +192,11 @@ def _stale_stream(now: Snapshot) -> Iterator[Finding]:
             )
 
 
+def _unsure_end(now: Snapshot) -> Iterator[Finding]:
+    if now.unsure_ends:
+        yield "", now.unsure_ends[0]
+
+
 def _stale_catalogue(now: Snapshot) -> Iterator[Finding]:
     for name, problem in now.catalogues.items():
         yield name, f"the catalogue of {name} can't be read: {problem}"
@@ -301,6 +308,14 @@ ALARMS: tuple[AlarmType, ...] = (
         _stale_catalogue,
         "Look whether the management server has /content/ContentInfo.txt, or name a copy in catalog.file.",
         after_seconds=60.0,
+    ),
+    AlarmType(
+        "unsure-end",
+        "warning",
+        _unsure_end,
+        "Have that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): without "
+        "them a body that was cut looks like a whole one, so nothing of it is stored.",
+        calm_seconds=60.0,
     ),
     AlarmType(
         "wan-full",

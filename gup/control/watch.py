@@ -54,6 +54,11 @@ class Watch:
             config_ok=around.config_ok(),
             restarts_lately=grown["restarts"],
             missed=list(self._missed(now)),
+            unsure_ends=[
+                failure.detail
+                for failure in plane.failures
+                if failure.problem == "upstream-unsure-end" and now - failure.at < LATELY_SECONDS
+            ],
             catalogues=dict(self._catalogues()),
             wan_limit=around.wan_rate(),
             wan_used=plane.history.wan.bytes_per_second(),

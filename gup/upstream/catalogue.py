@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.metrics import MAX_STREAMS
 from gup.upstream.connection import Ask
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected, unconfirmed
 from gup.upstream.pool import Pool
 
 
@@ -50,4 +50,6 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
         raise rejected(
             f"{upstream.url(CATALOG_PATH)} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is"
         )
+    if not answer.confirmed and await pool.length_of(upstream, ask, answer.head) != len(text):
+        raise unconfirmed(name, len(text))
     return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

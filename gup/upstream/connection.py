@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import re
+import socket
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gup import config
 from gup.content.key import ANY, Variant
 from gup.files import PEM_BYTES, FileError, read_file, trust
 from gup.upstream.bandwidth import ReceiveWindow, Share, Wan
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, translated
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, is_no_http, rejected, translated
 
 if TYPE_CHECKING:
     import aiohttp
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 _PATH = re.compile(r"/[!-~]*")
 _READ_AHEAD_BYTES = 4096
 """What aiohttp may hold when a connection breaks: it throws that away, and it is fetched again."""
+_SLOW_READS = 4
+"""`min_rate` holds over so many times `read_timeout`: a minute by default."""
+_KEEPALIVE_SECONDS = 4.0
+"""How long an idle connection is kept: less than servers, proxies and firewalls usually do."""
+_PROBE_AFTER_SECONDS = 10
+_PROBE_EVERY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,30 @@ class Ask:
         return fields
 
 
+class Steadiness:
+    """Whether a body has come slower than its least rate. Only time spent waiting for upstream counts.
+
+    What gup itself spends waiting, for its share of the WAN, for the disk or in a queue, is not noted here.
+    """
+
+    __slots__ = ("_amount", "_least_rate", "_waited", "_window", "slow")
+
+    def __init__(self, least_rate_bytes_per_second: int, window_seconds: float) -> None:
+        self._least_rate = least_rate_bytes_per_second
+        self._window = window_seconds
+        self._waited = 0.0
+        self._amount = 0
+        self.slow = False
+        """What the last whole window told."""
+
+    def note(self, waited_seconds: float, amount: int) -> None:
+        self._waited += waited_seconds
+        self._amount += amount
+        if self._waited >= self._window:
+            self.slow = self._amount < self._least_rate * self._waited
+            self._waited, self._amount = 0.0, 0
+
+
 class Answer:
     """An answer whose body is still to be read. Counts every byte it hands out."""
 
@@ -70,6 +102,7 @@ class Answer:
         self,
         head: RemoteHead,
         response: "aiohttp.ClientResponse",
+        upstream: "Upstream",
         count: Callable[[int], None],
         wan: Wan,
         share: Share,
@@ -78,6 +111,7 @@ class Answer:
     ) -> None:
         self.head = head
         self._response = response
+        self._upstream = upstream
         self._count = count
         self._wan = wan
         self._share = share
@@ -85,13 +119,17 @@ class Answer:
         self._closed: Callable[[], None] | None = closed
         self._unread = b""
         """Taken from the connection by a `read` that was cancelled; it is counted."""
+        self._position = head.start
+        self._ended = False
+        settings = upstream.settings
+        self._steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
         connection = response.connection
         transport = connection.transport if connection is not None else None
         self._window = ReceiveWindow(
             wan, transport.get_extra_info("socket") if transport is not None else None
         )
-        protocol = connection.protocol if connection is not None else None
-        self._connection_end = protocol.closed if protocol is not None else None
+        self._protocol = connection.protocol if connection is not None else None
+        self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
             self._connection_end.remove_done_callback(_note_end)  # of an answer before on this connection
             self._connection_end.add_done_callback(_note_end)
@@ -103,23 +141,42 @@ class Answer:
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
 
+    @property
+    def confirmed(self) -> bool:
+        """Whether its end, when `read` has told it, is sure: by a length or a last chunk."""
+        return self.head.delimited
+
+    @property
+    def slow(self) -> bool:
+        """Whether it comes slower than `upstream.min_rate`."""
+        return self._steadiness.slow
+
     async def read(self) -> bytes:
         """The next piece, paid for; empty at the end. UpstreamFailure when it breaks off.
 
-        Cancelled, it loses nothing.
+        `read_timeout` is for this wait alone: while nobody reads, nothing runs out. Cancelled, it loses
+        nothing.
         """
         if self._unread:
             piece, self._unread = self._unread, b""
             return piece
+        if self._ended:
+            return b""
+        if self.slow and self._upstream.crowded:
+            detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
+            raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
         # Without a rate not read(n): that makes aiohttp hold n bytes, lost when the connection breaks.
         content, slice_bytes = self._response.content, self._wan.slice_bytes
         step = content.read(slice_bytes) if slice_bytes else content.readany()
+        began = time.monotonic()
         try:
-            piece = await translated(step, self.head.upstream)
+            piece = await translated(self._in_time(step), self.head.upstream, "upstream.read_timeout")
+            self._advance(len(piece))
         except UpstreamFailure as failure:
             self._broke(failure)
             raise
+        self._steadiness.note(time.monotonic() - began, len(piece))
         try:
             await self._wan.pay(len(piece), self._share)
         except asyncio.CancelledError:
@@ -128,6 +185,26 @@ class Answer:
         finally:
             self._count(len(piece))
         return piece
+
+    async def _in_time(self, step: Awaitable[bytes]) -> bytes:
+        async with asyncio.timeout(self._upstream.settings.read_timeout):
+            return await step
+
+    def _advance(self, amount: int) -> None:
+        """UpstreamFailure when fewer or more bytes come than the head told."""
+        self._position += amount
+        self._ended = not amount
+        stop = self.head.stop
+        if stop is not None and self._ended and self._position < stop:
+            detail = f"{self.head.upstream} ended at byte {self._position}, not at {stop} as announced"
+            raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
+        if stop is not None and (self._position > stop or (self._ended and self._trailed())):
+            self._count(amount)
+            raise rejected(f"{self.head.upstream} sent more bytes than it announced")
+
+    def _trailed(self) -> bool:
+        """Whether what came after the body is no HTTP: then the announced length was not the body's."""
+        return self._protocol is not None and is_no_http(self._protocol.exception())
 
     def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""
@@ -144,6 +221,14 @@ def _note_end(end: asyncio.Future[None]) -> None:
     """How a connection ended is of no interest once its answer was read: or asyncio complains in the log."""
     if not end.cancelled():
         end.exception()
+
+
+def _notice_death(made: socket.socket, timeout_seconds: float) -> None:
+    """Have the kernel end a connection whose other side has gone without a word."""
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_seconds * 1000)))
 
 
 def _declared(settings: config.Upstream) -> dict[str, str]:
@@ -180,6 +265,34 @@ class Upstream:
         self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
         self._certificates = _certificates(settings)
         self._session: aiohttp.ClientSession | None = None
+        self._free = asyncio.Semaphore(settings.max_connections)
+        self._waiting = 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether requests wait because all of `max_connections` are in use."""
+        return self._waiting > 0
+
+    async def take_connection(self) -> None:
+        """Return when a request may be made; `give_connection` must follow when its answer was read.
+
+        UpstreamFailure, for which the upstream is not to blame, when none is free for `first_byte_timeout`.
+        """
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self.settings.first_byte_timeout):
+                await self._free.acquire()
+        except TimeoutError as error:
+            detail = (
+                f"all of upstream.max_connections ({self.settings.max_connections}) to {self.name} are in use"
+            )
+            raise UpstreamFailure("unreachable", "overloaded", detail, again=False) from error
+        finally:
+            self._waiting -= 1
+
+    def give_connection(self) -> None:
+        """What `take_connection` took is free for another request."""
+        self._free.release()
 
     def url(self, path: str) -> str:
         """The URL of a percent-encoded path; UpstreamFailure for anything else, which could name a host."""
@@ -199,30 +312,60 @@ class Upstream:
     def _open(self) -> "aiohttp.ClientSession":
         import aiohttp  # noqa: PLC0415 - see exchange.translated
 
+        from gup.upstream.connector import Connector, ask_again_if_reused  # noqa: PLC0415
+
         settings = self.settings
 
-        connector = aiohttp.TCPConnector(
-            limit=settings.max_connections,
-            ssl=self._tls() if settings.url.startswith("https:") else True,
-            keepalive_timeout=30.0,
-        )
-        session = aiohttp.ClientSession(
-            connector=connector,
+        def make_socket(address: Any) -> socket.socket:
+            made = socket.socket(family=address[0], type=address[1], proto=address[2])
+            _notice_death(made, settings.connect_timeout)
+            return made
+
+        return aiohttp.ClientSession(
+            connector=Connector(
+                ssl=self._tls() if settings.url.startswith("https:") else True,
+                socket_factory=make_socket,
+                keepalive_timeout=_KEEPALIVE_SECONDS,
+            ),
+            middlewares=(ask_again_if_reused,),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=_READ_AHEAD_BYTES,
             skip_auto_headers=("Accept-Encoding", "Accept"),
+            # No sock_read: its timer goes on while gup itself pauses, and fires on connections in the pool
+            # (aiohttp issues 12953 and 13000). Heads and pieces are timed here, where it is known who waits.
             timeout=aiohttp.ClientTimeout(
-                total=None,
-                connect=settings.connect_timeout + settings.read_timeout,
-                sock_connect=settings.connect_timeout,
-                sock_read=settings.read_timeout,
+                total=None, connect=settings.connect_timeout, sock_connect=settings.connect_timeout
             ),
         )
-        # aiohttp sends an idempotent request again by itself when a connection breaks, a new one too. Whether
-        # and when to try again is decided, and counted, in one place: download. There is no public switch.
-        session._retry_connection = False  # noqa: SLF001
-        return session
+
+    async def request(self, ask: Ask) -> "aiohttp.ClientResponse":
+        """Send one request; its answer, of which the head is here. UpstreamFailure when there is none.
+
+        Connecting may take `connect_timeout`, and from then on the head `first_byte_timeout`, however many
+        1xx answers come before it. Not to be called without `take_connection`.
+        """
+        return await translated(self._request(ask), self.name, "upstream.first_byte_timeout")
+
+    async def _request(self, ask: Ask) -> "aiohttp.ClientResponse":
+        import yarl  # noqa: PLC0415 - comes with aiohttp
+
+        from gup.upstream.connector import Attempt, current  # noqa: PLC0415
+
+        async with asyncio.timeout(None) as limit:
+            attempt = Attempt(limit, self.settings.first_byte_timeout)
+            before = current.set(attempt)
+            try:
+                return await self.session().request(
+                    ask.method,
+                    yarl.URL(self.url(ask.path), encoded=True),
+                    headers=self.headers(ask),
+                    allow_redirects=False,
+                    proxy=self.settings.proxy,
+                )
+            finally:
+                current.reset(before)
+                attempt.limit = None
 
     def _tls(self) -> ssl.SSLContext | bool:
         if not self.settings.verify_tls:

@@ -124,6 +124,8 @@ class Download:
         self._reread = reread
         self._clock = clock
         self._answer: Answer | None = None
+        self.confirmed = True
+        """Whether the end that `read` has told is known to be the body's."""
         self._ready = b""  # read beyond an overlap, not yet handed out
         self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
         self._spent: set[str] = set()
@@ -168,6 +170,11 @@ class Download:
             self._note_progress(len(piece))
             return piece
 
+    @property
+    def slow(self) -> bool:
+        """Whether it comes slower than `upstream.min_rate`."""
+        return self._answer is not None and self._answer.slow
+
     def close(self) -> None:
         """Leave the upstream; what comes afterwards is not read."""
         self._drop_answer()
@@ -178,7 +185,9 @@ class Download:
         assert self._answer is not None
         assert self.head is not None
         piece = await self._answer.read()
-        length = self.head.length
+        length = self.head.length if self.head.length is not None else self._answer.head.length
+        if not piece and length is None and not self._answer.confirmed and self.received:
+            length = await self._ask_length(self._answer)
         if not piece:
             if self.received == 0:
                 raise rejected(f"{self._answer.head.upstream} sent an empty body")
@@ -193,6 +202,15 @@ class Download:
             self._waste("rejected", len(piece))
             raise rejected(f"{self._answer.head.upstream} sent more than the {length} bytes it announced")
         return piece
+
+    async def _ask_length(self, answer: Answer) -> int | None:
+        """What a HEAD tells of a body that ended with its connection: it may have been cut."""
+        answer.close()  # a request more must not need a second connection
+        length = await self._pool.length_of(self._current(), self._template, answer.head)
+        self.confirmed = length is not None
+        if length is not None and length < self.received:
+            raise rejected(f"{answer.head.upstream} sent {self.received} bytes and tells {length} by HEAD")
+        return length
 
     def _note_progress(self, amount: int) -> None:
         if amount:

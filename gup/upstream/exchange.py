@@ -7,16 +7,30 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from gup.content.http_date import parse_http_date
 from gup.errors import GupError, exhausted, is_exhausted
 from gup.upstream.validators import Validators
 
 if TYPE_CHECKING:
     import aiohttp
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
-_DIGITS = re.compile(r"[0-9]{1,12}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_AGE = re.compile(r"[0-9]{1,12}")
+_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
+_TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
+_MOST_LETTERS = 512
+"""Of what an upstream sent: of a header value that is kept, and of what is told about it."""
+_UNKNOWN_TYPE = "application/octet-stream"
 _Result = TypeVar("_Result")
+
+
+def shown(text: str) -> str:
+    """What an upstream said, fit to be told: bounded, and without what no encoding has (lone surrogates)."""
+    if len(text) > _MOST_LETTERS:
+        text = f"{text[:_MOST_LETTERS]}... ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
@@ -36,11 +50,11 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
         status: int | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
-        super().__init__(detail)
+        self.detail = shown(detail)
+        super().__init__(self.detail)
         self.outcome = outcome
         self.status = status
         self.slug = slug
-        self.detail = detail
         self.again = again
         self.retry_after_seconds = retry_after_seconds
 
@@ -50,12 +64,21 @@ def rejected(detail: str) -> UpstreamFailure:
     return UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
 
 
+def unconfirmed(name: str, received: int) -> UpstreamFailure:
+    """A body after which the connection just ended, so that nobody knows whether that was all."""
+    detail = (
+        f"{name} sent {received} bytes and closed the connection, without a Content-Length or a last chunk "
+        "to tell that this is all: it is passed on and not stored"
+    )
+    return UpstreamFailure("rejected", "upstream-unsure-end", detail, again=False)
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteHead:
     """What an upstream says of a body. `length` is the whole body's, `start` the first byte that comes.
 
     `etag` is kept when strong only (RFC 9110 section 8.8.3), with its quotes. `age_seconds` is how long
-    another gup has held it.
+    another gup has held it. `stop` is the offset after the last byte that comes, None when it is not known.
     """
 
     status: int
@@ -68,11 +91,14 @@ class RemoteHead:
     age_seconds: int = 0
     validators: Validators = field(default_factory=Validators)
     """As the answer had them, a weak tag too."""
+    stop: int | None = None
+    delimited: bool = True
+    """Whether a length or a last chunk will confirm the end, and not the connection's end alone."""
 
 
 def read_age(text: str | None) -> int:
     """The Age field (RFC 9111 section 5.1); 0 when it is missing or no number."""
-    return min(int(text), 1 << 31) if text is not None and _DIGITS.fullmatch(text) else 0
+    return min(int(text), 1 << 31) if text is not None and _AGE.fullmatch(text) else 0
 
 
 def node_names(via: str | None) -> list[str]:
@@ -86,13 +112,14 @@ def gup_names(via: str | None) -> list[str]:
     return _GUP_MEMBER.findall(via or "")
 
 
-async def translated(step: Awaitable[_Result], name: str) -> _Result:
+async def translated(step: Awaitable[_Result], name: str, limit: str = "") -> _Result:
     """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it.
 
-    Where we have no socket left to ask with, nothing is known of the upstream, and the failure says so.
+    `limit` is the setting that ends it when nothing comes. Where we have no socket left to ask with, nothing
+    is known of the upstream, and the failure says so.
     """
     try:
-        return await _translated(step, name)
+        return await _translated(step, name, limit)
     except UpstreamFailure as failure:
         cause = failure.__cause__
         if isinstance(cause, OSError) and is_exhausted(cause):
@@ -100,8 +127,10 @@ async def translated(step: Awaitable[_Result], name: str) -> _Result:
         raise
 
 
-async def _translated(step: Awaitable[_Result], name: str) -> _Result:
+async def _translated(step: Awaitable[_Result], name: str, limit: str) -> _Result:  # noqa: C901 - a table
     import aiohttp  # noqa: PLC0415 - its import takes longer than a worker may take to its first hit
+
+    from gup.upstream.connector import BrokeOff  # noqa: PLC0415 - imports aiohttp
 
     try:
         return await step
@@ -109,9 +138,15 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         raise UpstreamFailure(
             "unreachable", "upstream-unreachable", f"{name} takes no connection in time", again=False
         ) from error
-    except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+    except BrokeOff as error:
+        cause = error.__cause__ or error
         raise UpstreamFailure(
-            "timeout", "upstream-timeout", f"{name} did not answer in time", again=False
+            "error", "upstream-error", f"{name} broke off: {cause or type(cause).__name__}", again=True
+        ) from cause
+    except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+        told = f" ({limit})" if limit else ""
+        raise UpstreamFailure(
+            "timeout", "upstream-timeout", f"{name} did not answer in time{told}", again=False
         ) from error
     except aiohttp.ClientSSLError as error:
         raise UpstreamFailure(
@@ -151,6 +186,13 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         ) from error
 
 
+def is_no_http(error: BaseException | None) -> bool:
+    """Whether aiohttp could not read what came as HTTP."""
+    import aiohttp  # noqa: PLC0415 - see _translated
+
+    return isinstance(error, aiohttp.http.HttpProcessingError)
+
+
 def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
     """What is wrong with the certificate, or with TLS."""
     cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
@@ -161,37 +203,89 @@ def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
 
 def read_head(response: "aiohttp.ClientResponse", name: str) -> RemoteHead:
     """The head of a 200 or 206; UpstreamFailure when it can't be content."""
-    headers = response.headers
-    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = ", ".join(_values(response, b"content-encoding")).lower()
     if encoding not in ("", "identity"):
         raise rejected(f"{name} sent Content-Encoding {encoding!r} though identity was asked for")
-    content_type = headers.get("Content-Type", "application/octet-stream")
-    if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
-        raise rejected(f"{name} sent a web page ({content_type})")
-    start, length = _extent(response, name)
+    types = _values(response, b"content-type")
+    for content_type in types:
+        if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
+            raise rejected(f"{name} sent a web page ({content_type})")
+    start, stop, length, delimited = _extent(response, name)
     if length == 0:
         raise rejected(f"{name} sent an empty body")
-    etag, last_modified = headers.get("ETag"), headers.get("Last-Modified")
+    headers = response.headers
     return RemoteHead(
         response.status,
         start,
         length,
-        etag if etag and etag.startswith('"') else None,
-        last_modified,
-        content_type,
+        _one(response, b"etag", _ETAG),
+        _date(response),
+        _one(response, b"content-type", _TEXT) or _UNKNOWN_TYPE,
         name,
-        validators=Validators.of(etag, last_modified, headers.get("Date")),
+        validators=Validators.of(headers.get("ETag"), headers.get("Last-Modified"), headers.get("Date")),
+        stop=stop,
+        delimited=delimited,
     )
 
 
-def _extent(response: "aiohttp.ClientResponse", name: str) -> tuple[int, int | None]:
+def _values(response: "aiohttp.ClientResponse", name: bytes) -> list[str]:
+    """Each line of a field, byte for byte (RFC 9110 section 5.5): what is over 127 has no meaning here."""
+    found = (value for field, value in response.raw_headers if field.lower() == name)
+    return [value.strip(b" \t").decode("latin-1") for value in found]
+
+
+def _one(response: "aiohttp.ClientResponse", name: bytes, form: re.Pattern[str]) -> str | None:
+    """A field's value; None when it is not of this form, too long to be kept, or told in different ways."""
+    values = set(_values(response, name))
+    value = values.pop() if len(values) == 1 else ""
+    return value if len(value) <= _MOST_LETTERS and form.fullmatch(value) else None
+
+
+def _date(response: "aiohttp.ClientResponse") -> str | None:
+    value = _one(response, b"last-modified", _TEXT)
+    return value if value is not None and parse_http_date(value) is not None else None
+
+
+def read_framing(response: "aiohttp.ClientResponse", name: str) -> tuple[int | None, bool]:
+    """The Content-Length, and whether the body is chunked (RFC 9112 section 6).
+
+    UpstreamFailure for what could be read in more than one way: only a length or a last chunk tells a body's
+    end, and a body that one recipient ends elsewhere than another is nothing to be stored.
+    """
+    codings = _values(response, b"transfer-encoding")
+    lengths = _values(response, b"content-length")
+    if codings:
+        if [coding.lower() for coding in codings] != ["chunked"] or response.version != (1, 1):
+            raise _misframed(
+                f"{name} sent Transfer-Encoding {', '.join(codings)!r}, which is not just chunked"
+            )
+        if lengths:
+            raise _misframed(f"{name} sent Content-Length beside Transfer-Encoding")
+        return None, True
+    if not lengths:
+        return None, False
+    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+        raise _misframed(f"{name} sent Content-Length {', '.join(lengths)!r}, which is not one number")
+    return int(lengths[0]), False
+
+
+def _misframed(detail: str) -> UpstreamFailure:
+    """An answer whose body can't be told from what comes after it."""
+    return UpstreamFailure("rejected", "upstream-error", detail, again=False)
+
+
+def _extent(response: "aiohttp.ClientResponse", name: str) -> tuple[int, int | None, int | None, bool]:
+    """First byte, the one after the last, the whole body's length, and whether the end is confirmed."""
+    own_length, chunked = read_framing(response, name)
     if response.status == 200:
-        chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-        return 0, None if chunked else response.content_length
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        return 0, own_length, own_length, chunked or own_length is not None
+    told = _values(response, b"content-range")
+    match = _CONTENT_RANGE.fullmatch(told[0]) if len(told) == 1 else None
     if match is None:
         raise rejected(f"{name} sent 206 without a usable Content-Range")
-    start, last, total = int(match[1]), int(match[2]), match[3]
-    if last < start or (total != "*" and last >= int(total)):
+    start, stop, total = int(match[1]), int(match[2]) + 1, match[3]
+    if stop <= start or (total != "*" and stop > int(total)):
         raise rejected(f"{name} sent a Content-Range that contradicts itself: {match[0]}")
-    return start, None if total == "*" else int(total)
+    if own_length not in (None, stop - start):
+        raise rejected(f"{name} sent Content-Length {own_length} for {match[0]}")
+    return start, stop, None if total == "*" else int(total), True

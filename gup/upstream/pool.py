@@ -24,6 +24,7 @@ from gup.upstream.exchange import (
     gup_names,
     node_names,
     read_age,
+    read_framing,
     read_head,
     translated,
 )
@@ -218,17 +219,16 @@ class Pool:
 
         UpstreamFailure for everything else. The outcome is counted and noted as the upstream's health.
         """
+        await upstream.take_connection()
         upstream.in_use += 1
         if upstream.retired and upstream not in self._retired:
             self._retired.append(upstream)  # a fill that began with it tries once more
         answer = None
-        crowded = upstream.in_use > upstream.settings.max_connections
         try:
             answer = await self._ask(upstream, ask)
         except UpstreamFailure as failure:
             self._count(upstream, failure.outcome)
-            if not crowded:  # else it may be for one of our own connections that it waited in vain
-                self._note_failure(upstream, ask, failure)
+            self._note_failure(upstream, ask, failure)
             raise
         finally:
             if not isinstance(answer, Answer):
@@ -237,6 +237,24 @@ class Pool:
         self._count(upstream, {304: "not_modified", 404: "not_found", 410: "not_found"}.get(status, "ok"))
         self.board.note(upstream.name, Sign.ANSWERED)
         return answer
+
+    async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
+        """What a HEAD tells of the length of the body that came under `head`; None when it tells none.
+
+        For a body whose end nothing has confirmed.
+        """
+        plain = replace(
+            ask, method="HEAD", start=0, stop=None, if_range=None, if_none_match=None, if_modified_since=None
+        )
+        try:
+            told = await self.ask(upstream, plain)
+        except UpstreamFailure:
+            return None
+        same = isinstance(told, RemoteHead) and (told.etag, told.last_modified) == (
+            head.etag,
+            head.last_modified,
+        )
+        return told.length if same and isinstance(told, RemoteHead) and told.status == 200 else None
 
     def _count(self, upstream: Upstream, outcome: str) -> None:
         self._counters.add("gup_upstream_requests_total", upstream=upstream.name, outcome=outcome)
@@ -252,6 +270,7 @@ class Pool:
 
     def _done(self, upstream: Upstream) -> None:
         upstream.in_use -= 1
+        upstream.give_connection()
         self._close_if_idle(upstream)
 
     def _close_if_idle(self, upstream: Upstream) -> None:
@@ -265,18 +284,7 @@ class Pool:
             task.add_done_callback(self._closing.discard)
 
     async def _ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
-        import yarl  # noqa: PLC0415 - comes with aiohttp
-
-        response = await translated(
-            upstream.session().request(
-                ask.method,
-                yarl.URL(upstream.url(ask.path), encoded=True),
-                headers=upstream.headers(ask),
-                allow_redirects=False,
-                proxy=upstream.settings.proxy,
-            ),
-            upstream.name,
-        )
+        response = await upstream.request(ask)
         try:
             return await self._judge(upstream, ask, response)
         except BaseException:
@@ -290,10 +298,10 @@ class Pool:
         status = response.status
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
         if status in (304, 404, 410):
-            await self._drain(response, count, ask, upstream.name)
+            await self._drain(response, count, ask, upstream)
             return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
         if status not in (200, 206) or (status == 206 and not ask.ranged):
-            await self._drain(response, count, ask, upstream.name)
+            await self._drain(response, count, ask, upstream)
             raise _refusal(upstream.name, status, response.headers)
         if ask.check:
             response.release()
@@ -305,6 +313,7 @@ class Pool:
         return Answer(
             head,
             response,
+            upstream,
             count,
             self.wan,
             ask.share,
@@ -318,15 +327,19 @@ class Pool:
         return read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
 
     async def _drain(
-        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], ask: Ask, name: str
+        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], ask: Ask, upstream: Upstream
     ) -> None:
+        """Read what is not wanted, so that the connection can be used again; if that is no use, close it."""
         left = _ERROR_BODY_BYTES
-        with contextlib.suppress(UpstreamFailure):  # an error's body may break off: the status is known
-            while left > 0 and (piece := await translated(response.content.read(left), name)):
-                count(len(piece))
-                self._counters.waste("rejected", ask.stream, len(piece))
-                left -= len(piece)
-        response.close() if left <= 0 else response.release()
+        # An error's body may break off, hang, or have no certain end: the status is known.
+        with contextlib.suppress(UpstreamFailure, TimeoutError):
+            read_framing(response, upstream.name)
+            async with asyncio.timeout(upstream.settings.read_timeout):
+                while left > 0 and (piece := await translated(response.content.read(left), upstream.name)):
+                    count(len(piece))
+                    self._counters.waste("rejected", ask.stream, len(piece))
+                    left -= len(piece)
+        response.release() if response.content.at_eof() else response.close()
 
     def _counter(self, name: str, ask: Ask) -> Callable[[int], None]:
         counters = self._counters

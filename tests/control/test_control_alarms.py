@@ -96,6 +96,7 @@ SICK: list[tuple[str, dict, str, str]] = [
         "a",
         "the catalogue of a can't be read: a answered 404",
     ),
+    ("unsure-end", {"unsure_ends": ("a sent 5 bytes",)}, "", "a sent 5 bytes"),
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait for their turn"),
     (
         "clients-silent",

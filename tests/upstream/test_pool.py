@@ -239,7 +239,7 @@ async def test_no_connection_in_time_takes_it_down_at_once(pool_of):
 async def test_waiting_in_vain_for_one_of_our_own_connections_tells_nothing(pool_of, upstream):
     gate = Gate()
     upstream.answer(PATH, Scripted(b"x" * 100_000, gates=((50_000, gate),)))
-    quick = {"connect_timeout": "100ms", "read_timeout": "200ms", "max_connections": 1}
+    quick = {"connect_timeout": "100ms", "first_byte_timeout": "200ms", "max_connections": 1}
     async with pool_of({"name": "a", "url": upstream.url, **quick}) as pool:
         (one,) = pool.upstreams
         answer = await pool.ask(one, Ask(PATH, "fill"))
