@@ -3,11 +3,13 @@
 import asyncio
 import re
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
-from gup.errors import GupError, exhausted, is_exhausted
+from gup.complaints import mask_password
+from gup.errors import GupError, exhausted, is_exhausted, quoted
 from gup.upstream.validators import Validators
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
         status: int | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
+        detail = quoted(detail)  # parts of it are what the upstream wrote
         super().__init__(detail)
         self.outcome = outcome
         self.status = status
@@ -86,13 +89,15 @@ def gup_names(via: str | None) -> list[str]:
     return _GUP_MEMBER.findall(via or "")
 
 
-async def translated(step: Awaitable[_Result], name: str) -> _Result:
+async def translated(step: Awaitable[_Result], name: str, proxy: str | None = None) -> _Result:
     """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it.
+
+    `proxy` is the URL of the web proxy on the way: what it did is told as its doing.
 
     Where we have no socket left to ask with, nothing is known of the upstream, and the failure says so.
     """
     try:
-        return await _translated(step, name)
+        return await _translated(step, name, proxy)
     except UpstreamFailure as failure:
         cause = failure.__cause__
         if isinstance(cause, OSError) and is_exhausted(cause):
@@ -100,7 +105,7 @@ async def translated(step: Awaitable[_Result], name: str) -> _Result:
         raise
 
 
-async def _translated(step: Awaitable[_Result], name: str) -> _Result:
+async def _translated(step: Awaitable[_Result], name: str, proxy: str | None) -> _Result:
     import aiohttp  # noqa: PLC0415 - its import takes longer than a worker may take to its first hit
 
     try:
@@ -121,21 +126,21 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name}: its web proxy can't be reached: {error.strerror}",
+            f"{name}: {proxy_in_words(proxy)} can't be reached: {error.strerror}",
             again=True,
         ) from error
     except aiohttp.ClientHttpProxyError as error:
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name}: its web proxy answered {error.status} {error.message}",
+            f"{name}: {proxy_in_words(proxy)} answered {error.status} {error.message}{_remedy(error.status)}",
             again=False,
         ) from error
     except aiohttp.ClientConnectorError as error:
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name} can't be reached: {error.strerror or error}",
+            f"{_unreached(error, name, proxy)} can't be reached: {error.strerror or error}",
             again=True,
         ) from error
     except aiohttp.InvalidURL as error:
@@ -149,6 +154,37 @@ async def _translated(step: Awaitable[_Result], name: str) -> _Result:
         raise UpstreamFailure(
             "error", "upstream-error", f"{name} broke off: {error or type(error).__name__}", again=True
         ) from error
+
+
+def proxy_in_words(proxy: str | None) -> str:
+    """The web proxy with the setting that names it, without its password."""
+    return f"the web proxy {mask_password(proxy or '')} (upstream.proxy)"
+
+
+def _remedy(status: int) -> str:
+    wanted = "; it wants a user and a password: http://user:password@host:port"
+    return wanted if status in (401, 407) else ""
+
+
+def _unreached(error: "aiohttp.ClientConnectorError", name: str, proxy: str | None) -> str:
+    """Whoever it was that no connection came about with: a proxy's name is looked up first."""
+    if proxy is not None and error.host == urlsplit(proxy).hostname:
+        return f"{name}: {proxy_in_words(proxy)}"
+    return name
+
+
+def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
+    """Whether an answer that came by way of a web proxy is the proxy's own: it says so (RFC 9110 section
+    15.5.8, RFC 9209 Proxy-Status; X-Squid-Error is Squid's).
+    """
+    tells = ("Proxy-Authenticate", "Proxy-Status", "X-Squid-Error")
+    return status == 407 or (status >= 400 and any(field in fields for field in tells))
+
+
+def proxy_refused(name: str, proxy: str, status: int) -> UpstreamFailure:
+    """The proxy's own refusal of a request that it was to send on: nothing is known of the upstream."""
+    detail = f"{name}: {proxy_in_words(proxy)} answered {status}{_remedy(status)}"
+    return UpstreamFailure("unreachable", "upstream-unreachable", detail, again=False)
 
 
 def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
