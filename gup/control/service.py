@@ -76,7 +76,7 @@ class Control:
         await self._runner.setup()
         await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
-        self._jobs.start("history", self._open_history())
+        self._jobs.start("open history", self._open_history())
 
     async def _open_history(self) -> None:
         await self.plane.history.open()
