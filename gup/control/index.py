@@ -22,6 +22,8 @@ _log = logging.getLogger("gup.control.index")
 _ENTRY = "entry:"
 _NOTE = "note:"
 _T = TypeVar("_T")
+ROWS_AT_ONCE = 1000
+"""Where all rows are taken over, others get their turn after so many."""
 
 
 class Index:
@@ -42,7 +44,9 @@ class Index:
         self.opened = False
         self.complete = False
         self._held: dict[Stream, dict[str, int]] = {}
+        self._newest: dict[Stream, str] = {}
         self._deltas: Counter[Stream] = Counter()
+        self._delta_bytes: Counter[Stream] = Counter()
         self._on_damage = on_damage
         self._on_written = on_written
         self._file = IndexFile(folder)
@@ -79,25 +83,36 @@ class Index:
             watcher.add(key)
 
     def _count_revision(self, row: Row, step: int) -> None:
-        revision = row.content_revision
+        revision, stream = row.content_revision, row.stream_id
+        if row.kind is Kind.DELTA:
+            self._deltas[stream] += step
+            self._delta_bytes[stream] += step * row.length_bytes
+            if not self._deltas[stream]:
+                del self._deltas[stream], self._delta_bytes[stream]
         if revision is None:
             return
-        if row.kind is Kind.DELTA:
-            self._deltas[row.stream_id] += step
-        counts = self._held.setdefault(row.stream_id, {})
+        counts = self._held.setdefault(stream, {})
         counts[revision] = counts.get(revision, 0) + step
-        if not counts[revision]:
-            del counts[revision]
-            if not counts:
-                del self._held[row.stream_id]
-                self._deltas.pop(row.stream_id, None)
+        if counts[revision]:
+            self._newest[stream] = max(revision, self._newest.get(stream, ""))
+            return
+        del counts[revision]
+        if not counts:
+            del self._held[stream], self._newest[stream]
+        elif revision == self._newest[stream]:
+            self._newest[stream] = max(counts)
 
-    def newest_held(self) -> dict[Stream, str]:
-        """The newest revision held of each stream."""
-        return {stream: max(counts) for stream, counts in self._held.items()}
+    def newest_held(self) -> Mapping[Stream, str]:
+        """The newest revision held of each stream, as it is kept up to date; to look at only."""
+        return self._newest
 
     def has_deltas(self, stream: Stream) -> bool:
         return self._deltas[stream] > 0
+
+    def mean_delta_bytes(self, stream: Stream) -> int:
+        """What a delta of the stream that is held takes on average; 0 without any."""
+        count = self._deltas[stream]
+        return self._delta_bytes[stream] // count if count else 0
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -127,9 +142,11 @@ class Index:
             rows, notes = await self._in_thread(lambda: _decode(values or {}))
             if rows is None:
                 await self._start_anew("a row is not what was written")
-            for key, row in (rows or {}).items():
+            for number, (key, row) in enumerate((rows or {}).items(), 1):
                 if key not in touched:
                     self._apply(key, row)
+                if number % ROWS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             self._notes = {**notes, **self._notes}
         self.complete = values is not None and rows is not None
         self.opened = True

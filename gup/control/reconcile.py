@@ -9,7 +9,7 @@ from gup.cache.claim import Claims
 from gup.cache.store import Store, Stored
 from gup.content.key import ContentKey
 from gup.control.claiming import to_its_end
-from gup.control.index import Index
+from gup.control.index import ROWS_AT_ONCE, Index
 from gup.control.rows import Row, row_of
 from gup.errors import Problem
 from gup.metrics import Counters
@@ -57,9 +57,11 @@ async def reconcile(
     known = dict(index.rows)
     with index.watch() as touched:
         found = await asyncio.to_thread(lambda: differences(list(store.scan()), known))
-        for row in found.put:
+        for number, row in enumerate(found.put, 1):
             if row.key not in touched:
                 index.put(row)
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
         for key in found.gone:
             if key not in touched:
                 index.discard(key)

@@ -136,7 +136,7 @@ class Scrubber:
 
     async def _go_through(self) -> bool:
         """Read what this pass has not read; False when that was turned off."""
-        keys = sorted(self._index.rows)
+        keys = await asyncio.to_thread(sorted, list(self._index.rows))
         self._paid_until = time.monotonic()
         for text in keys[bisect_right(keys, self._pass.after) :]:
             if self._settings().scrub_rate <= 0:

@@ -76,7 +76,7 @@ class Control:
         await self._runner.setup()
         await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
-        self._jobs.start("history", self._open_history())
+        self._jobs.start("open history", self._open_history())
 
     async def _open_history(self) -> None:
         await self.plane.history.open()
@@ -94,7 +94,6 @@ class Control:
         jobs.every(_RESTART_SECONDS, "space", lambda: plane.space.keep(_SPACE_SECONDS))
         jobs.every(_RECONCILE_SECONDS, "reconcile", self._reconcile)
         jobs.every(_FLUSH_SECONDS, "flush", self._flush)
-        jobs.every(_METER_SECONDS, "meter", self.plane.meter)
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
         jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
         jobs.every(_REPORTS_SECONDS, "reports", plane.reports.flush)
@@ -189,6 +188,10 @@ class Control:
 
     async def _nameable(self, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
         """Clients with their times, called as `reports.addresses` allows; none where it forbids that."""
-        well = [row for row in rows if len(row) == 2 and isinstance(row[0], str)]
+
+        def well_formed() -> list[Sequence[Any]]:
+            return [row for row in rows if len(row) == 2 and isinstance(row[0], str)]
+
+        well = await asyncio.to_thread(well_formed)
         names = await self.plane.reports.rename_all([row[0] for row in well])
-        return [(names[row[0]], row[1]) for row in well if row[0] in names]
+        return await asyncio.to_thread(lambda: [(names[row[0]], row[1]) for row in well if row[0] in names])

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from gup.content.deltas import named
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey
 from gup.control.events import Asked, Begun, FullsTaken
 from gup.control.index import Index
 from gup.control.prefetch import Prefetcher
-from gup.control.rows import Stream, stream_of
+from gup.control.rows import stream_of
 from gup.control.storms import Storm, Storms
 from gup.control.streams import Demand
 
@@ -54,17 +54,9 @@ class Traffic:
 
     def standing_storms(self) -> list[Storm]:
         """The storms there are, with what they cost."""
-        lengths: dict[Stream, list[int]] = {}
-        for row in self._index.rows.values():
-            if row.kind is Kind.DELTA:
-                lengths.setdefault(row.stream_id, []).append(row.length_bytes)
 
         def length_of(key: str) -> int:
             row = self._index.rows.get(key)
             return row.length_bytes if row is not None else 0
 
-        def delta_bytes_of(stream: Stream) -> int:
-            found = lengths.get(stream, [])
-            return sum(found) // len(found) if found else 0
-
-        return self.storms.standing(length_of, delta_bytes_of)
+        return self.storms.standing(length_of, self._index.mean_delta_bytes)

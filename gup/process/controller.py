@@ -41,6 +41,8 @@ class Controller:
         self._assembly = assembly = Assembly(parent)
         self._page = assembly.shared.page
         self._stopped = asyncio.Event()
+        self._ruled = assembly.settings, Rulebook(assembly.settings)
+        """Settings and their rules; made here before anything is served, and in a thread after a reload."""
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
@@ -132,7 +134,11 @@ class Controller:
             self._assembly.apply(settings)
             self._catalogues.apply(settings)
             log.configure_child(settings.log)
-            self._applying = asyncio.get_running_loop().create_task(self._control.apply(settings))
+            self._applying = asyncio.get_running_loop().create_task(self._apply(settings))
+
+    async def _apply(self, settings: Settings) -> None:
+        self._ruled = settings, await asyncio.to_thread(Rulebook, settings)
+        await self._control.apply(settings)
 
     # --- what the control plane asks of the process
 
@@ -141,9 +147,8 @@ class Controller:
         return await read_catalogue(self._assembly.cache.open, variants[name])
 
     def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
-        settings = self._assembly.settings
-        choices = Choices(Rulebook(settings), self._catalogues.catalogues, settings.upstream)
-        return choices.places(stream)
+        settings, book = self._ruled
+        return Choices(book, self._catalogues.catalogues, settings.upstream).places(stream)
 
     def _take_over(self, route: Route, inherits: bool) -> asyncio.Event | None:
         assert route.variant is not None

@@ -345,7 +345,9 @@ class Upstream:
         Connecting may take `connect_timeout`, and from then on the head `first_byte_timeout`, however many
         1xx answers come before it. Not to be called without `take_connection`.
         """
-        return await translated(self._request(ask), self.name, "upstream.first_byte_timeout")
+        return await translated(
+            self._request(ask), self.name, "upstream.first_byte_timeout", self.settings.proxy
+        )
 
     async def _request(self, ask: Ask) -> "aiohttp.ClientResponse":
         import yarl  # noqa: PLC0415 - comes with aiohttp

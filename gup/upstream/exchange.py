@@ -3,12 +3,14 @@
 import asyncio
 import re
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
+from gup.complaints import mask_password
 from gup.content.http_date import parse_http_date
-from gup.errors import GupError, exhausted, is_exhausted
+from gup.errors import GupError, exhausted, is_exhausted, quoted
 from gup.upstream.validators import Validators
 
 if TYPE_CHECKING:
@@ -20,17 +22,9 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _AGE = re.compile(r"[0-9]{1,12}")
 _ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
-_MOST_LETTERS = 512
-"""Of what an upstream sent: of a header value that is kept, and of what is told about it."""
 _UNKNOWN_TYPE = "application/octet-stream"
+_MOST_FIELD_BYTES = 512
 _Result = TypeVar("_Result")
-
-
-def shown(text: str) -> str:
-    """What an upstream said, fit to be told: bounded, and without what no encoding has (lone surrogates)."""
-    if len(text) > _MOST_LETTERS:
-        text = f"{text[:_MOST_LETTERS]}... ({len(text)} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
@@ -50,7 +44,7 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
         status: int | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
-        self.detail = shown(detail)
+        self.detail = quoted(detail)  # parts of it are what the upstream wrote
         super().__init__(self.detail)
         self.outcome = outcome
         self.status = status
@@ -112,14 +106,17 @@ def gup_names(via: str | None) -> list[str]:
     return _GUP_MEMBER.findall(via or "")
 
 
-async def translated(step: Awaitable[_Result], name: str, limit: str = "") -> _Result:
+async def translated(
+    step: Awaitable[_Result], name: str, limit: str = "", proxy: str | None = None
+) -> _Result:
     """Await one step of aiohttp's; UpstreamFailure for everything that the network can do to it.
 
-    `limit` is the setting that ends it when nothing comes. Where we have no socket left to ask with, nothing
-    is known of the upstream, and the failure says so.
+    `limit` is the setting that ends it when nothing comes. `proxy` is the URL of the web proxy on the way:
+    what it did is told as its doing. Where we have no socket left to ask with, nothing is known of the
+    upstream, and the failure says so.
     """
     try:
-        return await _translated(step, name, limit)
+        return await _translated(step, name, limit, proxy)
     except UpstreamFailure as failure:
         cause = failure.__cause__
         if isinstance(cause, OSError) and is_exhausted(cause):
@@ -127,7 +124,9 @@ async def translated(step: Awaitable[_Result], name: str, limit: str = "") -> _R
         raise
 
 
-async def _translated(step: Awaitable[_Result], name: str, limit: str) -> _Result:  # noqa: C901 - a table
+async def _translated(  # noqa: C901 - a table
+    step: Awaitable[_Result], name: str, limit: str, proxy: str | None
+) -> _Result:
     import aiohttp  # noqa: PLC0415 - its import takes longer than a worker may take to its first hit
 
     from gup.upstream.connector import BrokeOff  # noqa: PLC0415 - imports aiohttp
@@ -156,21 +155,21 @@ async def _translated(step: Awaitable[_Result], name: str, limit: str) -> _Resul
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name}: its web proxy can't be reached: {error.strerror}",
+            f"{name}: {proxy_in_words(proxy)} can't be reached: {error.strerror}",
             again=True,
         ) from error
     except aiohttp.ClientHttpProxyError as error:
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name}: its web proxy answered {error.status} {error.message}",
+            f"{name}: {proxy_in_words(proxy)} answered {error.status} {error.message}{_remedy(error.status)}",
             again=False,
         ) from error
     except aiohttp.ClientConnectorError as error:
         raise UpstreamFailure(
             "unreachable",
             "upstream-unreachable",
-            f"{name} can't be reached: {error.strerror or error}",
+            f"{_unreached(error, name, proxy)} can't be reached: {error.strerror or error}",
             again=True,
         ) from error
     except aiohttp.InvalidURL as error:
@@ -191,6 +190,37 @@ def is_no_http(error: BaseException | None) -> bool:
     import aiohttp  # noqa: PLC0415 - see _translated
 
     return isinstance(error, aiohttp.http.HttpProcessingError)
+
+
+def proxy_in_words(proxy: str | None) -> str:
+    """The web proxy with the setting that names it, without its password."""
+    return f"the web proxy {mask_password(proxy or '')} (upstream.proxy)"
+
+
+def _remedy(status: int) -> str:
+    wanted = "; it wants a user and a password: http://user:password@host:port"
+    return wanted if status in (401, 407) else ""
+
+
+def _unreached(error: "aiohttp.ClientConnectorError", name: str, proxy: str | None) -> str:
+    """Whoever it was that no connection came about with: a proxy's name is looked up first."""
+    if proxy is not None and error.host == urlsplit(proxy).hostname:
+        return f"{name}: {proxy_in_words(proxy)}"
+    return name
+
+
+def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
+    """Whether an answer that came by way of a web proxy is the proxy's own: it says so (RFC 9110 section
+    15.5.8, RFC 9209 Proxy-Status; X-Squid-Error is Squid's).
+    """
+    tells = ("Proxy-Authenticate", "Proxy-Status", "X-Squid-Error")
+    return status == 407 or (status >= 400 and any(field in fields for field in tells))
+
+
+def proxy_refused(name: str, proxy: str, status: int) -> UpstreamFailure:
+    """The proxy's own refusal of a request that it was to send on: nothing is known of the upstream."""
+    detail = f"{name}: {proxy_in_words(proxy)} answered {status}{_remedy(status)}"
+    return UpstreamFailure("unreachable", "upstream-unreachable", detail, again=False)
 
 
 def _tls_reason(error: "aiohttp.ClientSSLError") -> str:
@@ -238,7 +268,7 @@ def _one(response: "aiohttp.ClientResponse", name: bytes, form: re.Pattern[str])
     """A field's value; None when it is not of this form, too long to be kept, or told in different ways."""
     values = set(_values(response, name))
     value = values.pop() if len(values) == 1 else ""
-    return value if len(value) <= _MOST_LETTERS and form.fullmatch(value) else None
+    return value if len(value) <= _MOST_FIELD_BYTES and form.fullmatch(value) else None
 
 
 def _date(response: "aiohttp.ClientResponse") -> str | None:

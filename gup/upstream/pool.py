@@ -21,8 +21,11 @@ from gup.upstream.connection import Answer, Ask, Upstream
 from gup.upstream.exchange import (
     RemoteHead,
     UpstreamFailure,
+    answered_by_proxy,
     gup_names,
     node_names,
+    proxy_in_words,
+    proxy_refused,
     read_age,
     read_framing,
     read_head,
@@ -297,12 +300,19 @@ class Pool:
         count = self._counter(upstream.name, ask)
         status = response.status
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
+        proxy = upstream.settings.proxy
+        if proxy is not None and answered_by_proxy(status, response.headers):
+            await self._drain(response, count, ask, upstream)
+            raise proxy_refused(upstream.name, proxy, status)
         if status in (304, 404, 410):
             await self._drain(response, count, ask, upstream)
             return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
         if status not in (200, 206) or (status == 206 and not ask.ranged):
             await self._drain(response, count, ask, upstream)
-            raise _refusal(upstream.name, status, response.headers)
+            failure = _refusal(upstream.name, status, response.headers)
+            if proxy is not None:
+                failure.detail += f", by way of {proxy_in_words(proxy)}, whose answer it may be"
+            raise failure
         if ask.check:
             response.release()
             return RemoteHead(status, 0, None, None, None, "", upstream.name)

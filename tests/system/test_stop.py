@@ -202,7 +202,7 @@ def test_a_reload_takes_new_settings_and_keeps_the_old_when_they_are_bad(tmp_pat
             file.write_text(good.replace("50MB", "60 sheep"))
             gup.signal(signal.SIGHUP)
             gup.wait_metric(0, "gup_config_last_reload_successful")
-            assert "60 sheep" in gup.log
+            gup.wait_log("60 sheep")
             assert gup.metric("gup_cache_limit_bytes") == 60_000_000
             assert gup.get("/content/none.txt").status == 404
             assert gup.workers() == workers

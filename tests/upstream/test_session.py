@@ -12,7 +12,7 @@ from harness.raw import Over, RawUpstream, Talk, ok
 from harness.trees import noise
 
 from gup.upstream.connection import Answer, Ask, Steadiness
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, shown
+from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.health import State
 
 PATH = "/content/x.dax"
@@ -370,12 +370,6 @@ async def test_what_upstream_says_is_told_in_bounds(pool_of, text):
     assert len(raised.value.detail.encode()) < 2500
     assert len(raised.value.detail) < 560
     assert str(raised.value) == raised.value.detail
-
-
-def test_shown_text_can_be_encoded():
-    assert shown("a\udcffb") == "a\\udcffb"
-    assert shown("short") == "short"
-    assert shown("x" * 513) == "x" * 512 + "... (513 characters)"
 
 
 # --- slow heads

@@ -170,9 +170,12 @@ class Reports:
         mode, names = self._around.settings().reports.addresses, await self._named()
         if mode == "off":
             return {}
-        return {
-            name: names.hashed(name) if mode == "hashed" and not is_hashed(name) else name for name in clients
-        }
+
+        def renamed() -> dict[str, str]:
+            hashed = mode == "hashed"
+            return {name: names.hashed(name) if hashed and not is_hashed(name) else name for name in clients}
+
+        return await self._in_thread(renamed)
 
     async def stop(self) -> None:
         """Write what is due, and close."""

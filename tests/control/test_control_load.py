@@ -1,0 +1,106 @@
+"""A large store and many clients: what is done each second looks at none of them one by one."""
+
+import asyncio
+import random
+
+import pytest
+
+from gup.content.key import Kind
+from gup.control.clients import WINDOWS, ClientsBook
+from gup.control.jobs import Jobs
+from gup.control.plane import Plane
+from gup.control.rows import Row
+from gup.control.watch import Watch
+
+ROWS, CLIENTS = 100_000, 20_000
+MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
+
+
+def row(number: int) -> Row:
+    stream, revision = MONIKERS[number % 50], f"26{number // 2500:07d}"
+    file = f"xdelta{number % 2500:09d}_To_{revision}.dax"
+    key = f"any/any/{stream}/{revision}/{file}"
+    return Row(key, "any", "any", stream, revision, file, Kind.DELTA, 1000, 1.0, 1.0 + number)
+
+
+@pytest.fixture
+async def plane(world):
+    """A plane that knows all of it, with a storm that stands."""
+    world.now = 3_000_000.0
+    made = Plane(world.surroundings(world.sender), lambda: world.now)
+    for number in range(ROWS):
+        made.index.put(row(number))
+    for number in range(CLIENTS):
+        made.clients.see([f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"], world.now - number)
+    stream = ("any", "any", MONIKERS[0])
+    for _ in range(50):
+        made.traffic.storms.count(stream, Kind.FULL, row(0).key, 1, world.now)
+    yield made
+    made.index._dirty.clear()
+    await made.history.close()
+    await made.reports.stop()
+    await made.index.close()
+
+
+class Untouched(dict):
+    """Rows that may be looked up, and not be gone through."""
+
+    def _refuse(self, *_arguments):
+        raise AssertionError("all rows are gone through on the loop")
+
+    __iter__ = keys = values = items = _refuse
+
+
+async def test_what_is_done_each_second_goes_through_no_rows(plane):
+    """A storm stands, and the metrics are read; it took 0.3 s of the loop."""
+    plane.index.rows = Untouched(plane.index.rows)
+    watch = Watch(plane)
+    await watch.look()
+    (storm,) = plane.traffic.standing_storms()
+    assert (storm.fulls, storm.delta_bytes) == (50, 1000)
+    await plane.meter()
+    await plane.figures()
+    await plane.status()
+
+
+def counted(seen: dict[str, float], now: float) -> dict[str, int]:
+    return {window: sum(now - at <= seconds for at in seen.values()) for window, seconds in WINDOWS.items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clients_are_counted_as_if_all_were_looked_at(seed):
+    chance, book, seen, now = random.Random(seed), ClientsBook(), {}, 1e6
+    for _ in range(600):
+        now += chance.choice([0.0, 30.0, 1800.0, 3600.0, 40_000.0])
+        names = [f"c{chance.randrange(80)}" for _ in range(chance.randrange(4))]
+        book.see(names, now)
+        seen |= dict.fromkeys(names, now)
+        assert book.counts(now) == counted(seen, now)
+        if chance.random() < 0.02:
+            rows, book = book.to_json(), ClientsBook()
+            assert dict(rows) == seen
+            book.restore([list(row) for row in rows])
+    newest = [at for _, at in book.newest(1000)]
+    assert newest == sorted(newest, reverse=True)
+    assert dict(book.newest(1000)) == seen
+
+
+def test_a_crowd_leaves_its_window_in_steps_that_are_bounded():
+    """All were there at one moment: an hour later they don't hold up the loop in one go."""
+    book = ClientsBook()
+    book.see([str(number) for number in range(20_000)], 1000.0)
+    shown = [book.counts(1000.0 + 3601.0)["1h"] for _ in range(11)]
+    assert shown == [max(0, 20_000 - 2000 * (turn + 1)) for turn in range(11)]
+    assert book.counts(1000.0 + 3601.0)["1d"] == 20_000
+
+
+async def test_two_jobs_of_one_name_never_run():
+    jobs = Jobs()
+
+    async def turn() -> None:
+        await asyncio.sleep(0)
+
+    jobs.every(1.0, "meter", turn)
+    with pytest.raises(AssertionError, match="meter runs already"):
+        jobs.every(1.0, "meter", turn)
+    await jobs.stop()
