@@ -39,7 +39,7 @@ async def test_a_proxys_own_answer_is_told_as_the_proxys(pool_of, upstream, sche
     assert ("wants a user and a password" in failure.detail) == (status in (401, 407))
     assert "tops3cret" not in failure.detail
     assert failure.detail.isprintable()
-    assert sign_of(failure, "manager", check=False) is Sign.FAILED
+    assert sign_of(failure, "manager", check=False) is Sign.AWAY
 
 
 @pytest.mark.parametrize("status", [401, 403, 502])
