@@ -94,12 +94,13 @@ class Holds:
         now, before = self._clock(), self._rows.get(upstream)
         told = told_by(head) if head is not None else None
         if before is None or (told is not None and before.told not in (None, told)):
-            times, known, forgotten_at = 1, told, now + MEMORY_SECONDS
+            times, known, forgotten_at = 1, told, 0.0
         else:
             times, known, forgotten_at = before.times + 1, told or before.told, before.forgotten_at
+        seconds = min(self._first_seconds * 2.0 ** min(times - 1, 30), LONGEST_HOLD_SECONDS)
         if told is not None:
             forgotten_at = now + MEMORY_SECONDS
-        seconds = min(self._first_seconds * 2.0 ** min(times - 1, 30), LONGEST_HOLD_SECONDS)
+        forgotten_at = max(forgotten_at, now + seconds + LONGEST_HOLD_SECONDS)
         self._rows[upstream] = Hold(upstream, now + seconds, seconds, times, known, forgotten_at)
 
     def seconds_left(self, upstream: str) -> float:
@@ -108,6 +109,6 @@ class Holds:
         return row.seconds_left(self._clock()) if row is not None else 0.0
 
     def is_wrong(self, head: RemoteHead) -> bool:
-        """Whether `head` tells the body that was found wrong."""
+        """Whether `head` tells the body that was found wrong. Without validators nobody can tell."""
         row = self._rows.get(head.upstream)
-        return row is not None and row.told == told_by(head)
+        return row is not None and row.told == told_by(head) and bool(head.etag or head.last_modified)

@@ -31,6 +31,8 @@ class UpstreamHealth:
     name: str
     up: bool
     last_error: str = ""
+    doubtful: bool = False
+    """Whether it takes connections, and answers not at all or with errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,12 @@ def _no_upstream(now: Snapshot) -> Iterator[Finding]:
         names = ", ".join(upstream.name for upstream in now.upstreams)
         why = next((_because(u) for u in now.upstreams if u.last_error), "")
         yield "", f"no upstream answers ({names}): only what is stored can be served{why}"
+
+
+def _upstream_doubtful(now: Snapshot) -> Iterator[Finding]:
+    for upstream in now.upstreams:
+        if upstream.doubtful:
+            yield upstream.name, f"{upstream.name} takes connections but fails to answer{_because(upstream)}"
 
 
 def _because(upstream: UpstreamHealth) -> str:
@@ -233,6 +241,14 @@ ALARMS: tuple[AlarmType, ...] = (
         "warning",
         _upstream_down,
         "Look at that server and the way to it; take it out of the settings if it is gone for good.",
+    ),
+    AlarmType(
+        "upstream-doubtful",
+        "warning",
+        _upstream_doubtful,
+        "Look at that server's own log, and ask it for a file with curl from this machine.",
+        after_seconds=60.0,
+        calm_seconds=60.0,
     ),
     AlarmType(
         "bad-content",

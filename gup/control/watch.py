@@ -74,10 +74,11 @@ class Watch:
         return detail if 0 <= now - at < LATELY_SECONDS else ""
 
     def _upstreams(self) -> Iterable[UpstreamHealth]:
-        up = self._plane.around.upstreams_up()
+        up, states = self._plane.around.upstreams_up(), self._plane.around.upstream_states()
         for upstream in self._plane.settings.upstream:
             _, detail = self._plane.upstream_errors.get(upstream.name, (0.0, ""))
-            yield UpstreamHealth(upstream.name, up.get(upstream.name, True), detail)
+            state, _ = states.get(upstream.name, ("", None))
+            yield UpstreamHealth(upstream.name, up.get(upstream.name, True), detail, state == "doubtful")
 
     def _storms(self) -> Iterable[tuple[str, Storm]]:
         for storm in self._plane.traffic.standing_storms():

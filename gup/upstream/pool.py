@@ -7,6 +7,7 @@ is due, all other requests are answered from the failure that took it down.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,8 @@ _ERROR_BODY_BYTES = 64 * 1024
 """An error's body is read this far, so that its connection can be used again."""
 _LEARN_SECONDS = 1.0
 """For another gup to tell its name: it answers that by itself."""
+_LEARN_AGAIN_SECONDS = 10.0
+"""Where it did not, those who come meanwhile are not kept waiting too."""
 
 
 class Pool:
@@ -77,6 +80,8 @@ class Pool:
         self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
         """Whether an upstream's catalogue lists a stream; set by whoever reads catalogues."""
         self._learning = asyncio.Lock()
+        self._learned_at: dict[str, float] = {}
+        """When an upstream was last asked for its name."""
         self.apply(upstreams)
 
     def apply(self, upstreams: Sequence[config.Upstream]) -> None:
@@ -206,9 +211,12 @@ class Pool:
         """
         async with self._learning:
             unknown = [upstream for upstream in self.candidates(variant, key) if upstream.node is None]
-            for upstream in unknown:
-                if not self.board.is_down(upstream.name):
-                    await self._learn_name(upstream)
+            now = self._clock()
+            due = [
+                u for u in unknown if now - self._learned_at.get(u.name, -math.inf) >= _LEARN_AGAIN_SECONDS
+            ]
+            self._learned_at |= {upstream.name: now for upstream in due}
+            await asyncio.gather(*(self._learn_name(u) for u in due if not self.board.is_down(u.name)))
 
     async def _learn_name(self, upstream: Upstream) -> None:
         with contextlib.suppress(UpstreamFailure, TimeoutError):

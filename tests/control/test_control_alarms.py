@@ -46,6 +46,12 @@ SICK: list[tuple[str, dict, str, str]] = [
         "no upstream answers (a, b): only what is stored can be served (refused)",
     ),
     (
+        "upstream-doubtful",
+        {"upstreams": (UpstreamHealth("a", up=True, last_error="was reset", doubtful=True),)},
+        "a",
+        "a takes connections but fails to answer (was reset)",
+    ),
+    (
         "bad-content",
         {"rejections": (Rejection("v/l/{A}/26/full.zip", "a", "does not end as a ZIP file does", 9.0),)},
         "v/l/{A}/26/full.zip",

@@ -248,10 +248,11 @@ def fetch(
     method: str = "GET",
     timeout_seconds: float = 15.0,
     body: bytes = b"",
+    source: str = "",
 ) -> Response:
-    """One request on a connection of its own."""
+    """One request on a connection of its own, from the address `source`."""
     length = {"Content-Length": str(len(body))} if body else {}
-    with RawConnection(address, timeout_seconds) as connection:
+    with RawConnection(address, timeout_seconds, source=source) as connection:
         connection.ask(target, {"Connection": "close", **length, **(headers or {})}, method=method)
         if body:
             connection.send(body)

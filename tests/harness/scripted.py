@@ -117,12 +117,13 @@ class ScriptedUpstream:
     def __init__(
         self,
         tls: ssl.SSLContext | None = None,
+        port: int = 0,
         *,
         host: str = "127.0.0.1",
         congestion: str | None = None,
     ) -> None:
         self._tls = tls
-        self._listener = socket.create_server((host, 0), backlog=512)
+        self._listener = socket.create_server((host, port), backlog=512)
         if congestion:
             self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
         self.port: int = self._listener.getsockname()[1]

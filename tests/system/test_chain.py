@@ -210,6 +210,31 @@ def test_two_that_wait_for_each_other_s_fill_are_a_circle_too(tmp_path):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("kind", ["gup", "manager"])
+def test_two_that_never_answered_each_other_tell_a_circle_in_time(tmp_path, kind):
+    """At their first start neither knows the other's name, and either's fill waits for the other's answer."""
+    ports = free_port(), free_port()
+    with ExitStack() as stack:
+        gups = [
+            stack.enter_context(
+                link(tmp_path / name, f"http://127.0.0.1:{there}", port=here, kind=kind, more={"catalog": {}})
+            )
+            for name, here, there in (("a", *ports), ("b", *reversed(ports)))
+        ]
+        for gup in gups:
+            gup.command[gup.command.index("--workers") + 1] = "1"
+            gup.start()
+        for gup in gups:  # the first one's catalogue was asked for before the other was there
+            until(lambda g=gup: g.status()["upstreams"][0]["up"], "the other is seen")
+        for path in (DELTA, BIG, "/content/circle.txt"):
+            connections = [stack.enter_context(gup.connect()) for gup in gups for _ in range(5)]
+            began = time.monotonic()
+            for connection in connections:
+                connection.ask(path)
+            assert {connection.response().status for connection in connections} == {508}
+            assert time.monotonic() - began < 2, path
+
+
 def test_a_gup_that_is_its_own_upstream(tmp_path):
     port = free_port()
     with link(tmp_path / "self", f"http://127.0.0.1:{port}", port=port) as gup:
