@@ -86,7 +86,7 @@ class Entries:
 
     def adopt(self, entry: Entry, record: Record) -> bool:
         """Take over what another process learned of the same body."""
-        if record.etag != entry.record.etag or record.body_mtime_ns != entry.record.body_mtime_ns:
+        if record.etag != entry.record.etag or record.generation != entry.record.generation:
             self.drop(entry)
             return False
         entry.record = record
@@ -120,8 +120,7 @@ class Entries:
         found = []
         for entry in list(self._rows.values()):
             stat = os.fstat(entry.fd)
-            same = (stat.st_size, stat.st_mtime_ns) == (entry.record.length, entry.record.body_mtime_ns)
-            if not same and stat.st_nlink and not entry.noted:
+            if not entry.record.fits(stat) and stat.st_nlink and not entry.noted:
                 self.drop(entry)
                 entry.doubt()
                 found.append(entry)

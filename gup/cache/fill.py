@@ -255,7 +255,7 @@ class Leader:
     ) -> GrowingBody:
         """A part of a new generation, begun with the good chunks of `old` if there are any."""
         means = self._means
-        self._generation = int(means.wall_clock() * 1_000_000)
+        self._generation = int(means.wall_clock() * 1_000_000_000)
         paths = means.store.part_paths(self._key.id, self._generation)
         writer = PartWriter(*paths, means.executor, head.length, self._published)
         if old is not None and salvage is not None:
@@ -351,7 +351,7 @@ class Leader:
                 body.complete(salvage.size)
             self._flight.attach(body)
             self._came_at = os.fstat(self._writer.file.fd).st_mtime
-            await self._settle(self._writer, remote_of(state.head), state.head)
+            await self._commit(self._writer, remote_of(state.head), state.head)
         except DiskError as error:
             log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
             self._flight.land(Landing.UNSTORABLE)
@@ -419,7 +419,7 @@ class Leader:
             await self._show(body, whole=True)
         else:
             body.complete(writer.written)
-        await self._settle(writer, download.head, body.head)
+        await self._commit(writer, download.head, body.head)
 
     async def _note_told(self, download: Download) -> None:
         """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
@@ -448,31 +448,20 @@ class Leader:
             await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
         raise unconfirmed(remote.upstream, writer.received)
 
-    async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Make the body durable: its readers have it whole by now, and the link is another fill's."""
-        commits = self._means.commits
-        commits.unsettled += 1
-        try:
-            if not commits.far_behind:
-                self._courtesy.leave_place()
-            async with commits.turn:
-                await self._commit(writer, remote, head)
-        finally:
-            commits.unsettled -= 1
-
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
+        """Publish the part as the key's body: its readers have it whole by now, and the link is another's."""
         means = self._means
-        sums, mtime_ns = await writer.settle()
+        self._courtesy.leave_place()
+        sums = writer.finish()
         if head.length is None:
             remote = replace(remote, length=writer.written)
             head = head_of(self._key, remote, changed=self._bytes_changed)
         now = means.wall_clock()
         route = self._flight.route
-        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
+        record = Record.of(self._key, route.kind, head, sums, now, self._generation, self._path)
         valid_at = validated_at(means, remote, route.immutable)
         record = record.validated(valid_at if self._came_at is None else min(valid_at, self._came_at))
-        state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
-        replaced = await self._on_disk(commit, means.store, state)
+        replaced = await self._on_disk(commit, means.store, record)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
         seconds = means.clock() - self._began_at

@@ -10,7 +10,6 @@ from gup import config
 from gup.cache.claim import Claims
 from gup.cache.growing import GrowingBody
 from gup.cache.queue import FillQueue
-from gup.cache.settling import Commits
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
@@ -48,7 +47,6 @@ class Means:
     """Another path under which upstream may have what it does not have under the client's spelling."""
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
-    commits: Commits = field(default_factory=Commits)
 
     @property
     def longest_wait_seconds(self) -> float:

@@ -68,12 +68,13 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     """
     key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
     state = _load_state(means, key)
-    if state is not None and state.phase is Phase.COMMITTED:
-        means.store.finish_commit(state)
-        if state.record is not None:
-            means.tell(committed(state.record, replaced=False))  # its leader died before it could
+    if state is not None and means.store.finish_journal(state):
         state = None
     record = _load_claimed(means, key)
+    if record is not None and means.store.open_body(record) is None and means.store.finish_commit(record):
+        means.store.drop_journal(key.id, record.generation)
+        means.tell(committed(record, replaced=True))  # its leader died before it could
+        means.raise_store_epoch()
     sound = record is not None and not suspect and means.store.open_body(record) is not None
     if record is not None and sound and (immutable or is_fresh(means, record)):
         return Landing.COMMITTED
@@ -187,7 +188,7 @@ def drop_parts(store: Store, key: ContentKey) -> None:
 def give_up(store: Store, state: FillState) -> list[OSError]:
     """Remove what can't be finished and leave `state` instead; what the disk refused of that.
 
-    A commit's journal stays with all it needs: whoever asks next finishes it when there is room again.
+    A part whose record is written stays: whoever asks next finishes its commit when there is room again.
     """
     refused: list[OSError] = []
 
@@ -200,8 +201,8 @@ def give_up(store: Store, state: FillState) -> list[OSError]:
         return True
 
     with contextlib.suppress(ValueError, OSError):
-        before = store.load_state(state.key.id)
-        if before is not None and before.phase is Phase.COMMITTED:
+        record = store.load(state.key)
+        if record is not None and store.part_path(record.key.id, record.generation).exists():
             return []
     try_to(lambda: drop_parts(store, state.key))
     if not try_to(lambda: store.save_state(state)):

@@ -63,7 +63,7 @@ class Repair:
         self._damage = damage
         self._record: Record = damage.record
         self._missing: list[int] = []
-        self._generation = int(means.wall_clock() * 1_000_000)
+        self._generation = int(means.wall_clock() * 1_000_000_000)
 
     async def run(self) -> None:
         """Put a whole body in place of the damaged one.

@@ -99,14 +99,13 @@ def _here(directory: Path, *, repair: bool) -> dict[str, Any]:
 
 def _look(directory: Path, *, repair: bool) -> dict[str, Any]:
     from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents
-    from gup.cache.state import Phase
     from gup.cache.store import Store
     from gup.control.index_file import check_index
 
     store = Store(directory)
     for part in store.parts():  # a commit that was interrupted is no damage: its journal finishes it
-        if repair and part.state is not None and part.state.phase is Phase.COMMITTED:
-            store.finish_commit(part.state)
+        if repair and part.state is not None:
+            store.finish_journal(part.state)
     names = contents(store, grace_seconds=0.0)
     total = len(names.keys) + len(names.ids) + len(names.strays) + 1
     rows: list[dict[str, Any]] = []

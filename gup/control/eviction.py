@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gup.cache.state import Phase
 from gup.cache.store import Part
 from gup.content.key import Kind
 from gup.control.rows import Row, Stream
@@ -78,7 +77,7 @@ def plan_evictions(
 
 def _is_journal(part: Part) -> bool:
     """A whole body whose commit was interrupted: recovery publishes it soon."""
-    return part.state is not None and part.state.phase is Phase.COMMITTED
+    return part.state is not None and part.state.record is not None
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:

@@ -40,7 +40,7 @@ class Recorded(Answer):
     stored_at: float
     validated_at: float
     pinned: bool
-    body_mtime_ns: int
+    generation: int
     path: str
 
 
