@@ -204,7 +204,7 @@ async def test_a_whole_part_that_is_no_zip_is_not_committed(tmp_path, upstream):
 
 @pytest.mark.parametrize("seen", [False, True], ids=["left by a stop", "its leader was seen to die"])
 async def test_what_the_controller_goes_on_with_is_never_refused(tmp_path, upstream, until, seen):
-    """All places are taken, for longer than `fill.queue_timeout`: it waits, or has its dead leader's place."""
+    """All places are taken, for longer than the queue has patience: it waits, or has its leader's place."""
     gate = Gate()
     now = [0.0]
     cut = Answer(BODY, etag='"a"', gates=((CHUNK_BYTES + 100_000, gate),))
