@@ -37,7 +37,7 @@ def explain(
     """Say for each upstream whether the client may have the stream from it, and why."""
     from gup.cli.flags import serve_flags
     from gup.config import load, require_servable
-    from gup.content.explanation import explained
+    from gup.content.variant_choice import explained
 
     with complaining():
         given = serve_flags(upstream=upstream or [], listen=None, admin=None, cache_dir=None, workers=None)
@@ -55,10 +55,9 @@ def _explain(
     settings: Any, moniker: str, client_version: str | None, client_language: str | None
 ) -> dict[str, Any]:
     from gup.cli.catalogues import find
-    from gup.content.catalog import normal_moniker
-    from gup.content.catalogues import Catalogues
-    from gup.content.explanation import explain as explanation
-    from gup.content.rulebook import Rulebook
+    from gup.content.catalog import Catalogues, normal_moniker
+    from gup.content.rules import Rulebook
+    from gup.content.variant_choice import explain as explanation
     from gup.errors import SettingsError
 
     stream = normal_moniker(moniker)

@@ -5,12 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.config import Settings
-from gup.content.catalog import parse_catalog
-from gup.content.catalogues import Catalogues
-from gup.content.choice import Choices
+from gup.content.catalog import Catalogues, parse_catalog
 from gup.content.key import ABSENT, Variant
 from gup.content.routes import LIVEUPDATE_STREAM, Routes
-from gup.content.rulebook import Rulebook
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import Choices
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 TEXTS = "{22222222-2222-2222-2222-222222222222}"

@@ -1,19 +1,22 @@
-"""What clients state, where, and what becomes of what can't be read."""
+"""What clients state of themselves, where, and how it is read."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.identity import NOBODY, Identities, Source, parse_source
+from gup.config import Rules
+from gup.content.client_identity import NOBODY, NOTHING, Declarations, Identities, Source, parse_source
 from gup.content.releases import Releases
+from gup.server.plain import PLAIN_HEAD
+from gup.server.request import parse_head
 
 VERSIONS = ["GUP-Client-Version", "User-Agent: SEP"]
 LANGUAGES = ["GUP-Client-Language"]
 
 
 def client(fields, versions=VERSIONS, languages=LANGUAGES):
-    sources = ([parse_source(text) for text in texts] for texts in (versions, languages))
-    return Identities(*sources, Releases()).read({name.lower(): value for name, value in fields.items()}.get)
+    rules = Rules(version_sources=versions, language_sources=languages)
+    return Identities(rules, Releases()).read({name.lower(): value for name, value in fields.items()}.get)
 
 
 def stated(found):
@@ -103,7 +106,7 @@ def test_sources_as_the_settings_write_them(text, source):
 
 
 def test_a_client_described_by_hand():
-    identities = Identities([], [], Releases())
+    identities = Identities(Rules(), Releases())
     found = identities.stated("14.3 RU2", None)
     assert stated(found) == ("14.3 RU2", None)
     assert "client-language, 'xx'" in identities.stated(None, "xx").notes[0]
@@ -115,3 +118,33 @@ def test_no_header_breaks_it(agent, version, language):
         {"User-Agent": agent, "GUP-Client-Version": version, "Accept-Language": language},
         languages=["Accept-Language"],
     )
+
+
+HEADS = {
+    "nothing": (b"Accept: */*", ("", "")),
+    "in the agent": (b"User-Agent: SEP/14.3.4615.2000 (x)", ("14.3.4615.2000", "")),
+    "both headers, any case": (
+        b"gup-client-VERSION: 14.3 RU2\r\nGUP-Client-Language:  French\t",
+        ("14.3 RU2", "French"),
+    ),
+    "a name within a value": (b"Accept: a\r\nX-Note: GUP-Client-Version: 1", ("", "")),
+    "a longer name": (b"GUP-Client-Version-Old: 14.3", ("", "")),
+    "said twice": (b"GUP-Client-Language: fr\r\nGUP-Client-Language: de", ("", "fr, de")),
+    "not readable": (b"GUP-Client-Version: ???\r\nUser-Agent: SEP/14.3.4615.2000", ("14.3.4615.2000", "")),
+}
+
+
+@pytest.mark.parametrize(("lines", "stated"), HEADS.values(), ids=HEADS)
+def test_bytes_state_what_their_fields_state(lines, stated):
+    head = b"GET /content/a HTTP/1.1\r\nHost: gup:2967\r\n" + lines + b"\r\n\r\n"
+    assert PLAIN_HEAD.fullmatch(head)
+    declarations = Declarations(Rules())
+    found = declarations.of_head(head)
+    assert (found.version, found.language) == stated
+    assert declarations.of(parse_head(head).headers) is found
+    assert (found is NOTHING) == (stated == ("", ""))
+
+
+def test_without_sources_nothing_is_stated():
+    declarations = Declarations(Rules(version_sources=[], language_sources=[]))
+    assert declarations.of_head(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: SEP/14.3\r\n\r\n") is NOTHING

@@ -1,10 +1,12 @@
+"""Dates as HTTP writes them: read and written."""
+
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.http_date import format_http_date, parse_http_date
+from gup.units import format_http_date, parse_http_date
 
 EXAMPLE = 784111777  # the moment of RFC 9110's own examples
 IN_2025 = 1750000000.0
