@@ -1,6 +1,5 @@
 """The log: its two formats, and where it goes."""
 
-import io
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from harness.waiting import until
 from gup import log
 from gup.config import Log
 from gup.errors import SettingsError
-from gup.log.writer import WritingHandler
+from gup.log import WritingHandler
 
 
 @pytest.fixture(autouse=True)
@@ -30,39 +29,39 @@ def as_before():
 
 
 @pytest.fixture
-def stream():
-    return io.StringIO()
+def file(tmp_path):
+    return tmp_path / "written.log"
 
 
-def configure(level="info", form="text", destination="stderr", stream=None):
-    log.configure(Log(level=level, format=form, destination=str(destination)), stream)
+def configure(destination, level="info", form="text"):
+    log.configure(Log(level=level, format=form, destination=str(destination)))
 
 
-def written(stream):
+def written(file):
     """All of it: the log's thread has ended."""
     log.close()
-    return stream.getvalue()
+    return file.read_text()
 
 
-def test_text_is_one_line_with_time_level_logger_and_extras(stream):
-    configure(stream=stream)
+def test_text_is_one_line_with_time_level_logger_and_extras(file):
+    configure(file)
     logging.getLogger("gup.test").info("worker %d ended", 3, extra={"signal": "SIGKILL"})
     pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info gup\.test\[\d+\]: worker 3 ended signal=SIGKILL\n"
-    assert re.fullmatch(pattern, written(stream))
+    assert re.fullmatch(pattern, written(file))
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_what_a_client_sent_cannot_begin_a_line(stream, form):
-    configure(form=form, stream=stream)
+def test_what_a_client_sent_cannot_begin_a_line(file, form):
+    configure(file, form=form)
     logging.getLogger().warning("path %s", "/a\r\nfake\x1b[31m\x85\u2028", extra={"agent": "x\ny"})
-    assert len(written(stream).splitlines()) == 1
-    assert "\x1b" not in written(stream)
+    assert len(written(file).splitlines()) == 1
+    assert "\x1b" not in written(file)
 
 
-def test_json_is_one_object_a_line(stream):
-    configure(form="json", stream=stream)
+def test_json_is_one_object_a_line(file):
+    configure(file, form="json")
     logging.getLogger("gup.test").info("ready", extra={"slot": 2, "message_": object})
-    fields = json.loads(written(stream))
+    fields = json.loads(written(file))
     assert (fields["level"], fields["logger"], fields["message"], fields["slot"]) == (
         "info",
         "gup.test",
@@ -72,26 +71,26 @@ def test_json_is_one_object_a_line(stream):
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_an_exception_is_written_with_its_traceback(stream, form):
-    configure(form=form, stream=stream)
+def test_an_exception_is_written_with_its_traceback(file, form):
+    configure(file, form=form)
     try:
         raise ValueError("wrong\nhere")  # noqa: TRY301 - to have a traceback
     except ValueError:
         logging.getLogger().exception("failed")
-    text = written(stream)
+    text = written(file)
     assert "ValueError: wrong" in text
     assert "Traceback" in text
     assert all(line.startswith(("    ", "20", "{")) for line in text.splitlines())
 
 
-def test_the_level_holds_and_configuring_again_replaces(stream):
-    configure("debug", stream=stream)
-    again = io.StringIO()
-    configure("warning", stream=again)
+def test_the_level_holds_and_configuring_again_replaces(file):
+    configure(file, "debug")
+    again = file.with_name("again.log")
+    configure(again, "warning")
     logging.getLogger().info("not this")
     logging.getLogger().warning("this")
     text = written(again)
-    assert stream.getvalue() == ""
+    assert file.read_text() == ""
     assert text.count("\n") == 1
     assert "this" in text
 
@@ -106,7 +105,7 @@ def put(count, text="line"):
 
 def test_a_renamed_file_is_left_and_a_new_one_begun(tmp_path):
     path = tmp_path / "gup.log"
-    configure(destination=path)
+    configure(path)
     put(1, "before")
     until(lambda: "before 0" in path.read_text(), "the first line")
     path.rename(tmp_path / "old")
@@ -122,7 +121,7 @@ def test_a_renamed_file_is_left_and_a_new_one_begun(tmp_path):
 
 def test_a_file_that_was_truncated_begins_at_its_start(tmp_path):
     path = tmp_path / "gup.log"
-    configure(destination=path)
+    configure(path)
     put(100)
     until(lambda: "line 99" in path.read_text(), "all lines")
     os.truncate(path, 0)  # as logrotate's "copytruncate" does
@@ -150,7 +149,7 @@ def test_the_journal_gets_a_field_for_each_part(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
         journal.bind(str(tmp_path / "journal"))
         journal.settimeout(10)
-        configure(destination=f"journald:{tmp_path / 'journal'}")
+        configure(f"journald:{tmp_path / 'journal'}")
         logging.getLogger("gup.test").warning(
             "it is %s", "odd\nPRIORITY=0", extra={"key": "a b", "none": None}
         )
@@ -178,13 +177,13 @@ def test_the_journal_gets_a_field_for_each_part(tmp_path):
         ("{}/pipe", "No such device or address"),  # that nobody reads
     ],
 )
-def test_what_cannot_be_written_to_is_refused_and_the_log_before_stays(tmp_path, stream, destination, why):
+def test_what_cannot_be_written_to_is_refused_and_the_log_before_stays(tmp_path, file, destination, why):
     os.mkfifo(tmp_path / "pipe")
-    configure(stream=stream)
+    configure(file)
     with pytest.raises(SettingsError, match=f"log.destination: .*can't be written to: {why}"):
-        configure(destination=destination.format(tmp_path))
+        configure(destination.format(tmp_path))
     log.configure_child(Log(destination=destination.format(tmp_path)))
-    text = written(stream)
+    text = written(file)
     assert why in text
 
 
@@ -194,22 +193,20 @@ def test_a_destination_is_one_of_four(destination):
         Log(destination=destination)
 
 
-class Stuck:
+class Stuck(logging.Handler):
     """Takes nothing until it may."""
 
     def __init__(self):
+        super().__init__()
         self.may = threading.Event()
         self.took = []
         self.error = None
 
-    def write(self, records):
+    def emit(self, record):
         self.may.wait(20)
         if self.error is not None:
             raise self.error
-        self.took += [record.getMessage() for record in records]
-
-    def close(self):
-        pass
+        self.took.append(record.getMessage())
 
 
 def test_nobody_waits_for_a_destination_that_hangs():
