@@ -15,6 +15,8 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from functools import lru_cache
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, WatchedFileHandler
 from pathlib import Path
@@ -27,6 +29,7 @@ ACCESS = "gup.access"
 """The logger of requests: `log.access` decides about it, `log.level` does not."""
 
 _MOST_RECORDS = 8192
+_BATCH = 256
 _CLOSE_SECONDS = 2.0
 """How long the end waits for a destination that takes no lines."""
 _COMPLAIN_SECONDS = 60.0
@@ -91,12 +94,12 @@ def _handlers() -> list["WritingHandler"]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, WritingHandler)]
 
 
-def _destination(own: config.Log) -> logging.Handler:
+def _destination(own: config.Log) -> "Destination":
     name, _, path = own.destination.partition(":")
     try:
         match name:
             case "stderr":
-                destination: logging.Handler = _DescriptorHandler(2)
+                destination: Destination = _DescriptorHandler(2)
             case "stdout":
                 destination = _DescriptorHandler(1)
             case "journald":
@@ -117,8 +120,7 @@ class WritingHandler(QueueHandler):
 
     queue: "queue.SimpleQueue[logging.LogRecord]"
 
-    def __init__(self, destination: logging.Handler) -> None:
-        """`destination` raises OSError when it can't take a record; nobody else uses it."""
+    def __init__(self, destination: "Destination") -> None:
         super().__init__(queue.SimpleQueue())
         self.dropped = 0
         """Changed under the handler's lock."""
@@ -155,34 +157,39 @@ _LAST = logging.makeLogRecord({})
 class _Writer(QueueListener):
     """Takes no lock that a waiting thread could hold: `logging` locks the handler while it closes it."""
 
-    def __init__(self, handler: WritingHandler, destination: logging.Handler) -> None:
+    def __init__(self, handler: WritingHandler, destination: "Destination") -> None:
         super().__init__(handler.queue)
         self.ended = threading.Event()
         self._handler = handler
         self._destination = destination
+        self._batch: list[logging.LogRecord] = []
         self._failed = 0
         self._told = 0
         self._complain_at = 0.0
 
     def handle(self, record: logging.LogRecord) -> None:
-        try:
-            if record is not _LAST:
-                self._destination.emit(record)
-            self._tell_dropped()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
-            self._failed += record is not _LAST
-            self._complain(error)
+        """Write what is queued together: one call of the system for many lines."""
+        if record is not _LAST:
+            self._batch.append(record)
+            if len(self._batch) < _BATCH and not self._handler.queue.empty():
+                return
+        self._write()
         if record is _LAST:
             self._destination.close()
             self.ended.set()
 
-    def _tell_dropped(self) -> None:
+    def _write(self) -> None:
+        batch, self._batch = self._batch, []
         lost = self._handler.dropped + self._failed - self._told
         if lost:
             text = "%d lines of the log were dropped: they came too fast, or could not be written"
-            record = logging.LogRecord("gup.log", logging.WARNING, __file__, 0, text, (lost,), None)
-            self._destination.emit(record)
+            batch.append(logging.LogRecord("gup.log", logging.WARNING, __file__, 0, text, (lost,), None))
+        try:
+            self._destination.write(batch)
             self._told += lost
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
+            self._failed += len(batch) - bool(lost)
+            self._complain(error)
 
     def _complain(self, error: Exception) -> None:
         """On standard error, once a minute: there is no other place when the log can't be written."""
@@ -197,7 +204,16 @@ class _Writer(QueueListener):
 # --- destinations
 
 
-class _DescriptorHandler(logging.Handler):
+class Destination(logging.Handler):
+    """Where records go, in order; used by one thread."""
+
+    def write(self, records: Sequence[logging.LogRecord]) -> None:
+        """All of them, or an exception."""
+        for record in records:
+            self.emit(record)
+
+
+class _DescriptorHandler(Destination):
     """Standard output or error, past Python's stream, whose lock a hanging thread would hold at the exit."""
 
     def __init__(self, fd: int) -> None:
@@ -208,7 +224,7 @@ class _DescriptorHandler(logging.Handler):
         _write_all(self._fd, _line(self, record))
 
 
-class _FileHandler(WatchedFileHandler):
+class _FileHandler(WatchedFileHandler, Destination):
     """A file to which several processes append whole lines; a renamed one is left for a new one."""
 
     _torn = False
@@ -216,16 +232,17 @@ class _FileHandler(WatchedFileHandler):
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", opener=_open_log)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def write(self, records: Sequence[logging.LogRecord]) -> None:
         self.reopenIfNeeded()
         if self.stream is None:  # the last attempt to open it again failed
             self.stream = self._open()
             self._statstream()
         # After a line that a full disk cut, the next one begins on a line of its own.
-        piece = b"\n" * self._torn + _line(self, record)
+        piece = b"\n" * self._torn + b"".join([_line(self, record) for record in records])
         done = os.write(self.stream.fileno(), piece)
-        self._torn = done != len(piece) and (done > 0 or self._torn)
-        _write_all(self.stream.fileno(), piece[done:])
+        if done != len(piece):
+            self._torn = done > 0 or self._torn
+            _write_all(self.stream.fileno(), piece[done:])
         self._torn = False
 
 
@@ -253,7 +270,7 @@ _JOURNAL_SECONDS = 5.0
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
-class _JournalHandler(logging.Handler):
+class _JournalHandler(Destination):
     """systemd's journal, with a field for each part of a record (systemd.journal-fields(7))."""
 
     def __init__(self, path: str) -> None:
@@ -335,7 +352,12 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 
 def _time(record: logging.LogRecord) -> str:
     """RFC 3339, UTC, milliseconds."""
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@lru_cache(maxsize=4)  # many lines share one
+def _second(unix_seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_seconds))
 
 
 class _TextFormatter(logging.Formatter):

@@ -193,7 +193,7 @@ def test_a_destination_is_one_of_four(destination):
         Log(destination=destination)
 
 
-class Stuck(logging.Handler):
+class Stuck(log.Destination):
     """Takes nothing until it may."""
 
     def __init__(self):
