@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import re
-import select
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 from gup import config
 from gup.errors import SettingsError
+from gup.fsutil import write_all
 
 ACCESS = "gup.access"
 """The logger of requests: `log.access` decides about it, `log.level` does not."""
@@ -221,7 +221,7 @@ class _DescriptorHandler(Destination):
         self._fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:
-        _write_all(self._fd, _line(self, record))
+        write_all(self._fd, _line(self, record))
 
 
 class _FileHandler(WatchedFileHandler, Destination):
@@ -242,7 +242,7 @@ class _FileHandler(WatchedFileHandler, Destination):
         done = os.write(self.stream.fileno(), piece)
         if done != len(piece):
             self._torn = done > 0 or self._torn
-            _write_all(self.stream.fileno(), piece[done:])
+            write_all(self.stream.fileno(), piece[done:])
         self._torn = False
 
 
@@ -254,15 +254,6 @@ def _open_log(path: str, flags: int) -> int:
 
 def _line(handler: logging.Handler, record: logging.LogRecord) -> bytes:
     return (handler.format(record) + "\n").encode(errors="backslashreplace")
-
-
-def _write_all(fd: int, piece: bytes) -> None:
-    rest = memoryview(piece)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:  # another process made the shared descriptor non-blocking
-            select.select([], [fd], [])
 
 
 _JOURNAL = "/run/systemd/journal/socket"
@@ -312,7 +303,7 @@ class _JournalHandler(Destination):
                 raise
             fd = os.memfd_create("gup-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
-                _write_all(fd, message)
+                write_all(fd, message)
                 socket.send_fds(self._socket, [b""], [fd])
             finally:
                 os.close(fd)
