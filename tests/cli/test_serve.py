@@ -5,7 +5,7 @@ import re
 import pytest
 from harness.commands import run
 
-from gup.cli.flags import host_port, serve_flags
+from gup.cli.serve import host_port, serve_flags
 from gup.config import Settings, load
 from gup.errors import GupError, SettingsError
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gup.cache.catalogue_file import Kept, write_kept
 from gup.cli.app import app
-from gup.cli.catalogues import find
+from gup.cli.catalog_reader import read_catalog
 from gup.config import Settings
 from gup.content.catalog import parse_catalog
 
@@ -152,7 +152,7 @@ def test_the_copy_in_the_cache_stands_in_for_a_manager_that_is_away(tmp_path):
 
 def test_liveupdate_is_not_asked_for_a_catalogue():
     settings = Settings.model_validate({"upstream": [{"url": "http://lu:1", "kind": "liveupdate"}]})
-    found = find(settings, settings.upstream[0])
+    found = read_catalog(settings, settings.upstream[0])
     assert (found.rows, found.source) == (None, "LiveUpdate has no catalogue")
 
 

@@ -7,8 +7,8 @@ import pytest
 from harness.commands import run
 
 import gup
-from gup.cli.tables import printable
-from gup.cli.words import bytes_in_words, time_in_words
+from gup.cli.format import printable
+from gup.units import bytes_in_words, time_in_words
 
 # --- words
 

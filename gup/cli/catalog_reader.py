@@ -1,4 +1,4 @@
-"""Finds the catalogues that a service with given settings would go by, without one; decides nothing.
+"""The catalogues that a service with given settings would use, read without one.
 
 From `catalog.file`; else from each manager; else the copy that the cache directory holds of it.
 """
@@ -29,7 +29,7 @@ class Found:
     source: str
 
 
-def find(settings: config.Settings, upstream: config.Upstream) -> Found:
+def read_catalog(settings: config.Settings, upstream: config.Upstream) -> Found:
     """CatalogError when `catalog.file` is set and can't be read."""
     named = settings.catalog.file
     if named is not None:

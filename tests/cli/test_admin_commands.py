@@ -8,8 +8,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from harness.commands import run
 
-from gup.cli.admin import Admin, AdminError, admin_url
-from gup.cli.words import status_lines
+from gup.cli.admin_client import Admin, AdminError, admin_url
+from gup.cli.format import status_lines
 from gup.config import Settings
 
 # --- a running service
@@ -375,7 +375,7 @@ def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> di
 def test_verify_waits_for_the_service_and_tells_what_it_found(
     plane, monkeypatch, arguments, found, mended, status, line
 ):
-    monkeypatch.setattr("gup.cli.verify._POLL_SECONDS", 0.0)
+    monkeypatch.setattr("gup.cli.cache_commands._POLL_SECONDS", 0.0)
     asked = []
 
     def answers(method, *_):

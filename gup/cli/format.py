@@ -1,15 +1,66 @@
-"""Figures in words for people: the status and lists of entries; pure text, asks nobody."""
+"""Output for people: tables that fit a terminal, and figures in words."""
+# ruff: noqa: PLC0415 - rich takes a tenth of a second to import
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gup.cli.tables import printable
+import typer
+
 from gup.units import bytes_in_words, format_rate, time_in_words
 
 
+def print_json(answer: object) -> None:
+    typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+    """Print rows under their heads; a head that begins with # is a column of numbers.
+
+    Fitted to a terminal, whole in a pipe. Text from outside can neither mark up nor move the cursor. Without
+    a row nothing is printed.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    found = [[Text(printable(str(cell))) for cell in row] for row in rows]
+    if not found:
+        return
+    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(
+            Text(head.removeprefix("#")),
+            justify="right" if head.startswith("#") else "left",
+            overflow="fold",
+            no_wrap=head.startswith("#"),
+        )
+    for row in found:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        wide = console.options.update(max_width=100_000)
+        console.width = Measurement.get(console, wide, table).maximum
+    console.print(table)
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could steer a terminal made visible."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def moment(at: float | None) -> str:
+    """Unix time as a date and a time of day, on this machine's clock; "-" for none."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else "-"
+
+
+# A row of the API has other members in another version of gup: KeyError then.
+
+
 def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
-    """The control plane's status as lines. KeyError when it is that of another version."""
+    """The control plane's status, as lines."""
     cache, clients = status["cache"], status["clients"]
     ready = "ready" if status["ready"] else "not ready"
     up = time_in_words(status["uptime_seconds"])
@@ -42,17 +93,10 @@ def _totals(totals: Mapping[str, Any]) -> str:
     )
 
 
-def _progress(received: int, length: int | None) -> str:
-    if length is None:
-        return bytes_in_words(received)
-    return f"{bytes_in_words(received)} of {bytes_in_words(length)} ({received / length:.0%})"
-
-
 UPSTREAM_HEADS = ("upstream", "", "since", "last error")
 
 
 def upstream_row(upstream: Mapping[str, Any]) -> tuple[str, ...]:
-    """Under UPSTREAM_HEADS. KeyError when it is that of another version."""
     state = str(upstream["state"])
     state = "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
     return upstream["name"], state, moment(upstream["since"]), upstream["last_error"] or ""
@@ -62,12 +106,13 @@ FILL_HEADS = ("fill", "from", "#here", "#a second", "#left")
 
 
 def fill_row(fill: Mapping[str, Any]) -> tuple[str, ...]:
-    """Under FILL_HEADS. KeyError when it is that of another version."""
+    received, length = fill["received_bytes"], fill["length_bytes"]
     rate, left = fill["bytes_per_second"], fill["remaining_seconds"]
+    share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
     return (
         fill["key"] or fill["id"],
         fill["upstream"] or "",
-        _progress(fill["received_bytes"], fill["length_bytes"]),
+        bytes_in_words(received) + share,
         bytes_in_words(rate) if rate is not None else "",
         time_in_words(left) if left is not None else "",
     )
@@ -77,7 +122,6 @@ ENTRY_HEADS = ("product", "revision", "kind", "#size", "#hits", "last used", "",
 
 
 def entry_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Under ENTRY_HEADS. KeyError when it is that of another version."""
     return (
         entry["product"] if entry["product"] != entry["stream"] else "",
         entry["content_revision"] or entry["revision"],
@@ -88,8 +132,3 @@ def entry_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         "pinned" if entry["pinned"] else "",
         entry["key"],
     )
-
-
-def moment(at: float) -> str:
-    """Unix time as a date and a time of day, on this machine's clock."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -1,17 +1,13 @@
-"""The commands that print reports of a running service: tables, CSV or JSON. They work nothing out."""
+"""`gup report`: tables, CSV or JSON of a running service's reports."""
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
-import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from gup.cli.asking import Where, asking
-from gup.cli.complaining import UNUSABLE
-from gup.cli.options import AdminFlag, CaFlag, ConfigFlag, JsonFlag, TokenFlag
-from gup.cli.tables import printable, show_table
+from gup.cli.format import moment, print_json, printable, show_table
+from gup.cli.options import UNUSABLE, JsonFlag, Where, asking, with_connection_flags
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True)
@@ -24,90 +20,66 @@ _SHOWN = 20
 
 
 @report.command()
-def content(
-    *,
-    admin: AdminFlag = None,
-    config: ConfigFlag = None,
-    token_file: TokenFlag = None,
-    ca_file: CaFlag = None,
-    csv_output: CsvFlag = False,
-    json_output: JsonFlag = False,
-) -> None:
+@with_connection_flags
+def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Content taken here: who stands at which revision, what lags, and who."""
-    _check(csv_output, json_output)
-    with asking(Where(admin, config, token_file, ca_file)) as asked:
-        answer = asked.report("content")
-        from gup.control.reports.table import of_content
+    from gup.control.reports.table import of_content
 
-        _print(answer, csv_output, json_output, of_content, _content)
+    _report("content", {}, where, csv_output, json_output, of_content, _show_content)
 
 
 @report.command()
-def clients(
-    *,
-    admin: AdminFlag = None,
-    config: ConfigFlag = None,
-    token_file: TokenFlag = None,
-    ca_file: CaFlag = None,
-    csv_output: CsvFlag = False,
-    json_output: JsonFlag = False,
-) -> None:
+@with_connection_flags
+def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Clients by the version they state, and those that may wait for a restart after a client patch."""
-    _check(csv_output, json_output)
-    with asking(Where(admin, config, token_file, ca_file)) as asked:
-        answer = asked.report("clients")
-        from gup.control.reports.table import of_restarts
+    from gup.control.reports.table import of_restarts
 
-        _print(answer, csv_output, json_output, of_restarts, _clients)
+    _report("clients", {}, where, csv_output, json_output, of_restarts, _show_clients)
 
 
 @report.command()
+@with_connection_flags
 def savings(
     *,
     days: Annotated[int, typer.Option(min=1, max=3660, help="The last so many days.")] = 30,
-    admin: AdminFlag = None,
-    config: ConfigFlag = None,
-    token_file: TokenFlag = None,
-    ca_file: CaFlag = None,
+    where: Where,
     csv_output: CsvFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
     """What was sent, fetched, saved and wasted, by day and by stream."""
-    _check(csv_output, json_output)
-    with asking(Where(admin, config, token_file, ca_file)) as asked:
-        answer = asked.report("savings", days=days)
-        from gup.control.reports.table import of_savings
+    from gup.control.reports.table import of_savings
 
-        _print(answer, csv_output, json_output, of_savings, _savings)
+    _report("savings", {"days": days}, where, csv_output, json_output, of_savings, _show_savings)
 
 
-def _check(csv_output: bool, json_output: bool) -> None:
+def _report(
+    name: str,
+    parameters: dict[str, int],
+    where: Where,
+    csv_output: bool,
+    json_output: bool,
+    rows: Callable[[Report], Iterable[tuple[object, ...]]],
+    show: Callable[[Report], None],
+) -> None:
     if csv_output and json_output:
         typer.echo("gup: --csv and --json: one of them, not both", err=True)
         raise typer.Exit(UNUSABLE)
+    with asking(where) as admin:
+        answer = admin.report(name, parameters)
+        if json_output:
+            print_json(answer)
+        elif csv_output:
+            from gup.control.reports.table import csv_text
 
-
-def _print(
-    answer: Report,
-    csv_output: bool,
-    json_output: bool,
-    lines: Callable[[Report], Iterable[tuple[object, ...]]],
-    show: Callable[[Report], None],
-) -> None:
-    if json_output:
-        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
-    elif csv_output:
-        from gup.control.reports.table import csv_text
-
-        typer.echo(csv_text(lines(answer)), nl=False)
-    else:
-        show(answer)
+            typer.echo(csv_text(rows(answer)), nl=False)
+        else:
+            show(answer)
 
 
 # --- tables
 
 
-def _content(answer: Report) -> None:
+def _show_content(answer: Report) -> None:
     if answer["note"]:
         typer.echo(answer["note"])
     rows = answer["content"]
@@ -128,11 +100,11 @@ def _content(answer: Report) -> None:
         ],
     )
     for row in rows:
-        _revisions(row)
-        _lagging(row)
+        _show_revisions(row)
+        _show_lagging(row)
 
 
-def _revisions(row: Report) -> None:
+def _show_revisions(row: Report) -> None:
     show_table(
         ("revision", "#clients now at it", "#clients that took it", "first taken", "last taken"),
         [
@@ -140,8 +112,8 @@ def _revisions(row: Report) -> None:
                 count["revision"],
                 count["clients"],
                 count["took"],
-                _time(count["first_taken_at"]),
-                _time(count["last_taken_at"]),
+                moment(count["first_taken_at"]),
+                moment(count["last_taken_at"]),
             )
             for count in row["revisions"]
         ],
@@ -149,7 +121,7 @@ def _revisions(row: Report) -> None:
     )
 
 
-def _lagging(row: Report) -> None:
+def _show_lagging(row: Report) -> None:
     more = row["behind"] - len(row["lagging"][:_SHOWN])
     show_table(
         ("lagging client", "version", "stands at", "lags", "asked for", "seen"),
@@ -160,7 +132,7 @@ def _lagging(row: Report) -> None:
                 client["revision"] or "not known",
                 _lag(client["lag_revisions"], client["lag_seconds"]),
                 client["asked"] or "-",
-                _time(client["seen_at"]),
+                moment(client["seen_at"]),
             )
             for client in row["lagging"][:_SHOWN]
         ],
@@ -170,7 +142,7 @@ def _lagging(row: Report) -> None:
         typer.echo(f"and {more} more; --csv and --json list 1000 of a stream")
 
 
-def _clients(answer: Report) -> None:
+def _show_clients(answer: Report) -> None:
     if answer["note"]:
         typer.echo(answer["note"])
     show_table(
@@ -194,8 +166,8 @@ def _clients(answer: Report) -> None:
                 row["version_then"] or "nothing",
                 row["product"],
                 row["revision"],
-                _time(row["taken_at"]),
-                _time(row["seen_at"]),
+                moment(row["taken_at"]),
+                moment(row["seen_at"]),
             )
             for row in answer["restart_pending"]
         ],
@@ -204,7 +176,7 @@ def _clients(answer: Report) -> None:
         typer.echo(answer["saying"])
 
 
-def _savings(answer: Report) -> None:
+def _show_savings(answer: Report) -> None:
     heads = ("#to clients", "#over the WAN", "#saved", "#share", "#wasted", "of which")
     spans = (("today", "today"), ("last 30 days", "last_30_days"), ("since install", "since_install"))
     show_table(("", *heads), [(words, *_figures(answer[name])) for words, name in spans])
@@ -246,7 +218,3 @@ def _lag(revisions: int, seconds: float | None) -> str:
     days = round((seconds or 0) / _DAY_SECONDS)
     words = "1 revision" if revisions == 1 else f"{revisions} revisions"
     return f"{words}, {time_in_words(days * _DAY_SECONDS)}" if days else words
-
-
-def _time(at: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else "-"

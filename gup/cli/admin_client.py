@@ -1,4 +1,4 @@
-"""Asks a running service's control plane; knows its URLs, shows nothing."""
+"""The client of a running service's control plane."""
 
 import json
 import ssl
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
-from gup.config import Settings
+from gup.cli.options import Where
+from gup.config import Settings, load
+from gup.control.tokens import TokenError, local_path, read_token
 from gup.errors import GupError
 from gup.files import FileError, trust
 
@@ -17,6 +19,7 @@ _TIMEOUT_SECONDS = 10.0
 _PAGE = 1000
 _BLOCK_BYTES = 256 * 1024
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a service on all addresses is asked
+_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 class AdminError(GupError):
@@ -27,6 +30,19 @@ class NobodyThereError(AdminError):
     """Nothing answers at that address."""
 
 
+def admin_at(where: Where) -> "Admin":
+    """The control plane that the flags mean; SettingsError or AdminError when they mean none."""
+    settings = None
+    if where.url is None or where.config is not None:
+        settings = load(where.config)
+    token, lack = _token(where, settings)
+    if where.url is not None:
+        return Admin(where.url, Credentials(token, lack, where.ca_file))
+    assert settings is not None
+    pinned = settings.listen.admin_cert_file if where.ca_file is None else None
+    return Admin(admin_url(settings), Credentials(token, lack, where.ca_file, pinned))
+
+
 def admin_url(settings: Settings) -> str:
     """Where a service with `settings` has its control plane, as seen from its own machine."""
     listen = settings.listen
@@ -35,9 +51,29 @@ def admin_url(settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listen.admin_port}"
 
 
+def _token(where: Where, settings: Settings | None) -> tuple[str, str]:
+    """The token, and why there is none."""
+    if where.token_file is not None:
+        try:
+            return read_token(where.token_file), ""
+        except TokenError as error:
+            raise AdminError(f"--token-file: {error}") from error
+    if settings is None:
+        return "", "gup's commands: --token-file"
+    lack = ""
+    for file in (settings.listen.admin_token_file, local_path(settings.cache.directory / "run")):
+        if file is None:
+            continue
+        try:
+            return read_token(file), ""
+        except TokenError as error:
+            lack = str(error)
+    return "", lack
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What is shown to the control plane, and what it must show.
+    """What the client shows to the control plane, and what that must show.
 
     `token` "" for none, then `lack` says why. `ca_file` is trusted besides what the machine trusts. `pinned`
     is the service's own certificate (PEM): it must show that very one, whatever name it is asked by.
@@ -89,18 +125,18 @@ class Admin:
         """Begin one."""
         return self.ask("POST", f"/api/v1/verify?repair={int(repair)}")
 
-    def report(self, name: str, **parameters: int) -> dict[str, Any]:
+    def report(self, name: str, parameters: Mapping[str, int]) -> dict[str, Any]:
         """One of the reports: content, clients, savings."""
         return self.ask("GET", f"/api/v1/report/{name}?{urlencode(parameters)}")
 
     def prefetch(self, path: str, version: str | None, language: str | None) -> dict[str, Any]:
-        """Have something fetched before anybody asks."""
+        """Have content fetched before a client asks."""
         order = {"path": path, "version": version, "language": language}
         given = {name: value for name, value in order.items() if value is not None}
         return self.ask("POST", "/api/v1/prefetch", given)
 
     def prefetched(self) -> dict[str, Any]:
-        """What is fetched ahead, the latest first."""
+        """The prefetch queue, the latest first."""
         return self.ask("GET", f"/api/v1/prefetch?limit={_PAGE}")
 
     def reload(self) -> dict[str, Any]:
@@ -226,6 +262,11 @@ class _Answer:
         self._response.close()
         self._connection.close()
 
+    def pieces(self, size_bytes: int) -> Iterator[bytes]:
+        with self:
+            while piece := self.read(size_bytes):
+                yield piece
+
     def read(self, most: int | None = None) -> bytes:
         """Some of the body, b"" at its end; AdminError when it breaks off."""
         try:
@@ -257,9 +298,6 @@ class _Pinned(HTTPSConnection):
                 f"what answers at {self.host}:{self.port} does not show the certificate in {self._pinned}: "
                 "another service, or one that has not read it again (SIGHUP makes it)"
             )
-
-
-_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 def _detail(body: bytes) -> str:

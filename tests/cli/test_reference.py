@@ -10,7 +10,7 @@ from gup.cli.reference import reference_page, reference_toml, rows, settings_tom
 from gup.complaints import model_of
 from gup.config import Settings, load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def every_row():
