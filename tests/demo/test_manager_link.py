@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from gup.demo.link import PIECE_BYTES, Link
+from gup.demo.manager import PIECE_BYTES, Link
 
 pytestmark = pytest.mark.alone
 
