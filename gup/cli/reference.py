@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gup.complaints import SECRET_KEYS, mask_password, model_of
 from gup.config import Settings
-from gup.layers import DELIMITER, PREFIX
+from gup.config.loading import DELIMITER, PREFIX, SECRET_KEYS, mask_password, model_of
 from gup.metrics import MAX_SHOWN, METRICS, Metric
 from gup.units import format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
 
@@ -53,11 +52,12 @@ UNITS = (
 )
 _TOML_HEAD = (
     "Every setting of gup at its default. Written by `python -m gup.cli.reference` from the table in "
-    f"gup/config.py. {UNITS} Keys that begin with # have no default: what stands there is an example."
+    f"gup/config/settings.py. {UNITS} "
+    "Keys that begin with # have no default: what stands there is an example."
 )
 _PAGE_HEAD = f"""# Settings
 
-<!-- Written by `python -m gup.cli.reference` from the table in gup/config.py. Change it there. -->
+<!-- Written by `python -m gup.cli.reference` from the table in gup/config/settings.py. Change it there. -->
 
 Settings come from a TOML file (`gup serve --config FILE`), the environment, and flags. Flags win over the
 environment, the environment wins over the file. The variable of a key is `{PREFIX}<SECTION>{DELIMITER}<KEY>`:

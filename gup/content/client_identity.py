@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gup.config import Rules
+from gup.config.types import is_token
 from gup.content.languages import Language, parse_language
 from gup.content.releases import Releases, Version
 
@@ -19,7 +20,6 @@ Header = Callable[[str], str | None]
 Headers = tuple[tuple[str, str], ...]
 """A request's fields, names in lower case."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _QUALITY = re.compile(r"q=([01](?:\.[0-9]{0,3})?)", re.IGNORECASE)
 _ACCEPT_LANGUAGE = "accept-language"
 _MAX_SHOWN = 64
@@ -67,7 +67,7 @@ class Source:
 def parse_source(text: str) -> Source | None:
     """`HEADER` or `HEADER: PRODUCT`; None for anything else."""
     header, colon, product = (part.strip() for part in text.partition(":"))
-    if not _TOKEN.fullmatch(header) or (colon and not _TOKEN.fullmatch(product)):
+    if not is_token(header) or (colon and not is_token(product)):
         return None
     return Source(header, product)
 

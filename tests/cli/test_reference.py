@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gup.cli.reference import reference_page, reference_toml, rows, settings_toml, write_all
-from gup.complaints import model_of
 from gup.config import Settings, load
+from gup.config.loading import model_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,11 +1,10 @@
-"""Every setting, once: names, units, defaults, help. Reads file, environment and flags; nothing else does.
+"""The table of every setting: name, type, default, help.
 
 Sizes are bytes, rates bytes per second (0 = unlimited), durations seconds once they are read.
 """
 
 import os
 import socket
-from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -16,13 +15,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from gup.complaints import complaints
-from gup.errors import SettingsError
-from gup.fields import (
+from gup.config.types import (
     Absolute,
     Address,
     CacheSize,
@@ -436,36 +432,3 @@ def _unguarded(listen: Listen) -> list[str]:
         missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
         problems.append(f"listen.{missing}: missing; certificate and key go together")
     return problems
-
-
-def load(
-    file: Path | None = None,
-    *,
-    flags: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> Settings:
-    """Settings from `file` (TOML), `GUP_<SECTION>__<KEY>` and flags, the later winning.
-
-    `flags` is nested like the file. SettingsError names every key that is wrong. The files that settings name
-    are not looked at: gup.cli.usable does that.
-    """
-    # pydantic-settings takes 0.1 s to import, and workers, which are handed their settings, need none of it
-    from gup.layers import Layers  # noqa: PLC0415
-
-    layers = Layers.read(Settings, file, flags or {}, os.environ if environment is None else environment)
-    problems = list(layers.problems)
-    try:
-        settings = Settings.model_validate(layers.merged())
-    except ValidationError as error:
-        raise SettingsError(problems + complaints(error, Settings, layers.origin)) from error
-    if problems:
-        raise SettingsError(problems)
-    return settings
-
-
-def require_servable(settings: Settings) -> None:
-    """SettingsError when a service could not fetch anything."""
-    if not settings.upstream:
-        raise SettingsError(
-            ["upstream: none is given; add --upstream http://manager:8014, or an [[upstream]] table"]
-        )
