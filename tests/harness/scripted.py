@@ -298,10 +298,8 @@ def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
     whole = (answer, 0, len(answer.body))
     if answer.status != 200:
         return whole
-    ignored = {
-        name for name, heeded in (("range", answer.ranges), ("if-range", answer.if_range)) if not heeded
-    }
-    headers = {name.title(): value for name, value in seen.fields if name not in ignored}
+    heeded = {"range": answer.ranges, "if-range": answer.if_range}
+    headers = {name.title(): value for name, value in seen.fields if heeded.get(name, True)}
     decided = decide(headers, Validators(answer.etag, answer.last_modified), len(answer.body))
     if decided.status == 200:
         return whole
