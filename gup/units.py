@@ -20,7 +20,7 @@ _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
 
 MAX_SIZE_BYTES = 2**60
-"""Larger sizes are mistakes, and would not fit the 64-bit words that counters and limits live in."""
+"""Larger sizes are mistakes, and would not fit the 64-bit words of counters and limits."""
 
 MAX_DURATION_SECONDS = 100 * 365 * 86400.0
 
@@ -139,7 +139,7 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
     year, month = int(found["year"]), _MONTHS.index(found["month"]) + 1
     hour, minute, second = int(found["hour"]), int(found["minute"]), int(found["second"])
     if len(found["year"]) == 2:
-        # What seems more than 50 years ahead is the last year before it with these digits.
+        # A year more than 50 years ahead is taken as the most recent past one with these digits.
         this_year = time.gmtime(time.time() if now is None else now).tm_year
         year += this_year - this_year % 100
         year -= 100 if year > this_year + 50 else 0

@@ -69,7 +69,7 @@ def serve_flags(
     cache_dir: Path | None,
     workers: int | None,
 ) -> dict[str, Any]:
-    """What stands on the command line, nothing else. SettingsError names every flag of a wrong form."""
+    """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):

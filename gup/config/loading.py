@@ -57,11 +57,11 @@ def require_servable(settings: Settings) -> None:
         )
 
 
-# --- the three places
+# --- file, environment, flags
 
 
 class Layers:
-    """What was read, and which place wins for a key. `problems` are variables that mean nothing."""
+    """The values of each place, in order of precedence. `problems` are variables without a meaning."""
 
     def __init__(self, named: list[tuple[str, Values]], problems: list[str]) -> None:
         self._named = named
@@ -125,7 +125,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError([f"{file}: can't be read: {error.strerror}"]) from error
-    except ValueError as error:  # no TOML, or no UTF-8
+    except ValueError as error:  # not TOML, or not UTF-8
         raise SettingsError([f"{file}: is not TOML: {error}"]) from error
 
 
@@ -178,7 +178,7 @@ def _unknown_variables(variables: Mapping[str, str], table: type[BaseModel]) -> 
     return problems
 
 
-# --- what is wrong
+# --- sentences for what is wrong
 
 
 SECRET_KEYS = frozenset({"headers"})
@@ -216,7 +216,7 @@ def spell(location: Location) -> str:
 def complaints(
     error: ValidationError, table: type[BaseModel], origin: Callable[[Location], str]
 ) -> list[str]:
-    """One sentence a mistake. `origin` names where a key's value came from ("" when that is no news)."""
+    """One sentence for each mistake. `origin` names the place that a key's value came from, "" for none."""
     sentences: list[str] = []
     for details in error.errors(include_url=False):
         if not details["loc"]:  # a check over several keys, which names them itself

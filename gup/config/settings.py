@@ -89,23 +89,25 @@ class Listen(Section):
 
 
 class Cache(Section):
-    """The store on disk, its limits, and how long things stand."""
+    """The store on disk, its limits, and how long entries and failures are kept."""
 
     directory: Absolute = row(Path("/var/lib/gup"), "The cache directory.")
     max_size: CacheSize = row(parse_size("20GB"), "Limit of all bodies and parts together.")
     min_free: Size = row(parse_size("1GB"), "Space to leave free on the file system.")
-    max_unused: Duration = row(parse_duration("30d"), "An entry that nobody asked for so long is evicted.")
+    max_unused: Duration = row(parse_duration("30d"), "An entry not used for this time is evicted.")
     keep_revisions: Count = row(10, "Newest revisions kept of each stream; 0 keeps all.")
-    max_part_age: Duration = row(parse_duration("7d"), "An unfinished part untouched so long is removed.")
-    negative_ttl: Duration = row(10.0, "How long an upstream's 404 or 410 stands.")
-    error_ttl: Duration = row(2.0, "How long an upstream's failure stands.")
+    max_part_age: Duration = row(
+        parse_duration("7d"), "An unfinished part that has not grown for this time is removed."
+    )
+    negative_ttl: Duration = row(10.0, "How long an upstream's 404 or 410 is remembered and answered.")
+    error_ttl: Duration = row(2.0, "How long an upstream's failure is remembered and answered.")
     index_ttl: Duration = row(60.0, "How long an index file is fresh.")
     max_stale: Duration = row(
-        parse_duration("7d"), "How long an index is served on while no upstream answers."
+        parse_duration("7d"), "How long an index file is served stale while no upstream answers."
     )
     verify: Literal["first_use", "always", "scrub"] = row(
         "first_use",
-        "When stored bytes are compared with their sums; docs/reliability.md tells what each means.",
+        "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
     )
     scrub_rate: Rate = row(
         parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'
@@ -174,7 +176,7 @@ class Fill(Section):
 
 
 class Prefetch(Section):
-    """What is fetched before anybody asks, while no client's fill needs the link."""
+    """Content that is fetched before a client asks for it, while no client's fill needs the link."""
 
     enabled: bool = row(
         True,
@@ -185,10 +187,11 @@ class Prefetch(Section):
         8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
     )
     seen_within: Duration = row(
-        parse_duration("7d"), "A revision that no client named for so long is not fetched from."
+        parse_duration("7d"),
+        "No deltas are fetched from a revision that no client has named for this time.",
     )
     unlisted: Literal["skip", "fetch"] = row(
-        "skip", "What becomes of streams that no catalogue lists: they might be client patches."
+        "skip", "Whether streams are fetched that no catalogue lists: they might be client patches."
     )
 
 
@@ -210,7 +213,7 @@ class WanSchedule(Section):
 
 
 class Wan(Section):
-    """What all fills together may take of the WAN."""
+    """The rate of all fills together."""
 
     rate: Rate = row(parse_rate("8MB/s"), 'Rate from upstream, over all workers; "0" is unlimited.')
     schedule: list[WanSchedule] = Field(default_factory=list, description="Other rates at certain hours.")
@@ -224,7 +227,7 @@ PRIVATE_NETWORKS = (
 
 
 class Clients(Section):
-    """Who may ask, and how much at once."""
+    """Which clients are served, and how much at once."""
 
     allow: Networks = row(list(PRIVATE_NETWORKS), "Networks of the site's clients.")
     max_downloads: Count = row(0, "Bodies over 256 KiB sent at once; more wait; 0 is unlimited.")
@@ -257,7 +260,7 @@ def _with_known_types(types: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 class Catalog(Section):
-    """What streams are called, and which type of content each one is."""
+    """Names of streams, and the type of content of each."""
 
     file: Absolute | None = row(
         None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
@@ -282,10 +285,10 @@ class Rules(Section):
         "release", "Whether equal versions means the same release or the same build."
     )
     undeclared: Literal["serve", "refuse"] = row(
-        "serve", "What becomes of a client that does not state the version or language that a rule asks for."
+        "serve", "Whether a client is served that does not state the version or language that a rule needs."
     )
     unlisted: Literal["serve", "refuse"] = row(
-        "serve", "What becomes of a moniker that the catalogue does not list."
+        "serve", "Whether content is served whose moniker no catalogue lists."
     )
     download_client_patches: bool = row(True, "Whether client patches are served at all.")
     content_types: Words = row(
@@ -338,7 +341,7 @@ class Log(Section):
 
 
 class Reports(Section):
-    """What is kept of clients and of the bytes saved, for `gup report`."""
+    """Records of clients and of the bytes saved, for `gup report`."""
 
     addresses: Literal["full", "hashed", "off"] = row(
         "full",
@@ -346,11 +349,16 @@ class Reports(Section):
         "or not at all: then there are no records of clients.",
     )
     retention: Timeout = row(
-        parse_duration("90d"), "A client not seen for so long is forgotten, and who took what so long ago."
+        parse_duration("90d"),
+        "A client not seen for this time is forgotten; so are older records of content taken.",
     )
-    max_clients: Positive = row(100_000, "Clients remembered; beyond it those go that were longest not seen.")
+    max_clients: Positive = row(
+        100_000,
+        "Clients remembered; beyond it those not seen for the longest are forgotten.",
+    )
     ledger: Timeout = row(
-        parse_duration("400d"), "How long the savings of single days are kept; older ones are added up."
+        parse_duration("400d"),
+        "How long the savings of single days are kept; older ones are added up.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a setting's value can be: types that check text and numbers and say what would be right; no I/O."""
+"""Types of settings' values: they check text and numbers, and say what would be right."""
 
 import ipaddress
 import re
@@ -13,7 +13,7 @@ from gup.units import parse_duration, parse_rate, parse_size
 
 MIN_RATE_BYTES_PER_SECOND = 10**3
 MIN_CACHE_BYTES = 10**6
-"""A smaller rate or cache is a unit forgotten, not a wish."""
+"""In a smaller rate or size the unit was forgotten."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#\"\\]+)(?::[0-9]{1,5})?"
@@ -27,7 +27,7 @@ _GUP_SETS = frozenset(
         *("transfer-encoding", "upgrade", "via"),
     }
 )
-"""Request headers that decide what an answer means: they can't be left to a setting."""
+"""Request headers that change the meaning of the answer: a setting can't give them."""
 
 
 def is_token(text: str) -> bool:

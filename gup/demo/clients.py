@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import aiohttp
 import uvloop
@@ -137,23 +138,6 @@ class Outcome(Enum):
     FAILED = auto()
 
 
-@dataclass(slots=True)
-class _Progress:
-    """What has arrived so far; only this download's own attempts write it."""
-
-    received_bytes: int = 0
-    etag: str | None = None
-    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
-
-    def restart(self) -> None:
-        self.received_bytes = 0
-        self.digest.reset()
-
-    def take(self, piece: bytes) -> None:
-        self.received_bytes += len(piece)
-        self.digest.update(piece)
-
-
 class Download:
     """One client's download of one published file, through `url` (scheme, host and port)."""
 
@@ -180,12 +164,14 @@ class Download:
         self._cut_after_bytes = cut_after_bytes
         self._was_cut = False
         self._held_etag = held_etag
-        self._progress = _Progress()
+        self._received_bytes = 0
+        self._received_etag: str | None = None
+        self._digest = xxhash.xxh3_128()
 
     @property
     def etag(self) -> str | None:
         """The entity tag of what was received, or of the copy held."""
-        return self._progress.etag or self._held_etag
+        return self._received_etag or self._held_etag
 
     async def run(self) -> Outcome:
         """Fetch it, with as many attempts as a patient client makes."""
@@ -225,25 +211,28 @@ class Download:
 
     def _asked(self) -> dict[str, str]:
         """Headers for the whole, or for the rest if there is something to go on from."""
-        progress = self._progress
-        if progress.etag is not None and 0 < progress.received_bytes < self._file.length:
-            rest = {"Range": f"bytes={progress.received_bytes}-", "If-Range": progress.etag}
+        if self._received_etag is not None and 0 < self._received_bytes < self._file.length:
+            rest = {"Range": f"bytes={self._received_bytes}-", "If-Range": self._received_etag}
             return self._headers | rest
-        progress.restart()
+        self._restart()
         return self._headers | ({"If-None-Match": self._held_etag} if self._held_etag else {})
 
+    def _restart(self) -> None:
+        self._received_bytes = 0
+        self._digest.reset()
+
     async def _receive(self, response: aiohttp.ClientResponse) -> Outcome | None:
-        progress = self._progress
         if response.status == 200:
-            progress.restart()
+            self._restart()
         elif not self._continues(response):
             return self._wrong(f"a range that was not asked for: {response.headers.get('Content-Range')}")
         else:
             self._figures.resumes += 1
-        progress.etag = response.headers.get("ETag")
+        self._received_etag = response.headers.get("ETag")
         async for piece in response.content.iter_any():
             self._figures.received_bytes += len(piece)
-            progress.take(piece)
+            self._received_bytes += len(piece)
+            self._digest.update(piece)
             if self._cuts_here():
                 response.close()
                 return None
@@ -251,7 +240,7 @@ class Download:
 
     def _cuts_here(self) -> bool:
         """Whether this client breaks off now: once, and never after the last byte."""
-        limit, received = self._cut_after_bytes, self._progress.received_bytes
+        limit, received = self._cut_after_bytes, self._received_bytes
         if limit is None or not limit <= received < self._file.length:
             return False
         self._cut_after_bytes, self._was_cut = None, True
@@ -260,13 +249,13 @@ class Download:
     def _continues(self, response: aiohttp.ClientResponse) -> bool:
         """RFC 9110 section 14.4: the part must be the rest of a body of the published length."""
         length = self._file.length
-        expected = f"bytes {self._progress.received_bytes}-{length - 1}/{length}"
+        expected = f"bytes {self._received_bytes}-{length - 1}/{length}"
         return response.headers.get("Content-Range") == expected
 
     def _compare(self) -> Outcome:
-        if self._progress.received_bytes != self._file.length:
-            return self._wrong(f"{self._progress.received_bytes} bytes instead of {self._file.length}")
-        if self._progress.digest.hexdigest() != self._file.digest:
+        if self._received_bytes != self._file.length:
+            return self._wrong(f"{self._received_bytes} bytes instead of {self._file.length}")
+        if self._digest.hexdigest() != self._file.digest:
             return self._wrong("other bytes than published")
         self._figures.downloads[self._file.kind] += 1
         return Outcome.RIGHT
@@ -472,30 +461,19 @@ class Crowd:
             if self._stopping:
                 return
             file = client.wants(stream)
-            if file is not None and await self._download(client, file) is Outcome.RIGHT:
+            if file is None:
+                continue
+            download = self._download(client, file, cut_after_bytes=client.cuts(file))
+            if await download.run() is Outcome.RIGHT:
                 client.held[stream.moniker] = stream.newest
 
     async def _poll_index(self, client: Client, content_info: PublishedFile) -> None:
-        download = Download(
-            self._session,
-            self._url,
-            content_info,
-            self.figures,
-            client=client.user_agent,
-            held_etag=client.content_info_etag,
-        )
+        download = self._download(client, content_info, held_etag=client.content_info_etag)
         if await download.run() is Outcome.RIGHT:
             client.content_info_etag = download.etag
 
-    async def _download(self, client: Client, file: PublishedFile) -> Outcome:
-        return await Download(
-            self._session,
-            self._url,
-            file,
-            self.figures,
-            client=client.user_agent,
-            cut_after_bytes=client.cuts(file),
-        ).run()
+    def _download(self, client: Client, file: PublishedFile, **more: Any) -> Download:
+        return Download(self._session, self._url, file, self.figures, client=client.user_agent, **more)
 
 
 async def _rest(seconds: float, bell: asyncio.Event) -> None:
