@@ -256,7 +256,7 @@ def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
 
 
 def _put_right(store: "Store", finding: "Finding") -> str:
-    """Put it right; why that could not be."""
+    """Repair the finding; the reason when that failed, else ""."""
     from gup.cache.audit import put_right
 
     try:

@@ -22,7 +22,7 @@ FIRST_WITH_PATCHES = Release(14, 3, 2)
 
 
 class Rule(StrEnum):
-    """Why something is refused; the label of `gup_rule_refusals_total`."""
+    """The rule by which a request is refused; the label of `gup_rule_refusals_total`."""
 
     UNLISTED = "unlisted"
     CONTENT_TYPE = "content_type"

@@ -27,7 +27,7 @@ from gup.demo.content import (
 )
 
 MAX_COMPLAINTS = 10
-"""Sentences kept about what went wrong; the counts go on."""
+"""Sentences kept about failures; more are only counted."""
 
 _SHORTEST_SECONDS = 1e-5
 _STEP = 1.02
@@ -82,7 +82,7 @@ class Figures:
     hit_time_to_first_byte: Latencies = field(default_factory=Latencies)
 
     def complain(self, sentence: str) -> None:
-        """Keep a sentence about something that went wrong, if there is room."""
+        """Keep a sentence about a failure, if there is room."""
         if len(self.complaints) < MAX_COMPLAINTS:
             self.complaints.append(sentence)
 
@@ -286,7 +286,7 @@ _LANGUAGES = ("English", "English", "English", "French", "German")
 
 
 class Policy:
-    """What the management server tells clients to have: asked directly, by one poll for all of them."""
+    """What the management server tells clients to have, polled once for all of them, past the cache."""
 
     def __init__(self, session: aiohttp.ClientSession, manager_url: str) -> None:
         self._session = session
@@ -329,11 +329,11 @@ class Client:
 
     @property
     def user_agent(self) -> str:
-        """As real clients' heads: the same but for the machine."""
+        """Different for each machine, as real clients' are."""
         return f"simulated-client/{self.number:05d}"
 
     def takes(self, stream: PublishedStream) -> bool:
-        """Whether the stream is for this machine: decided once, when it first hears of it."""
+        """Whether the stream is for this machine; decided once, when the stream is first seen."""
         if stream.moniker in self.held:
             return True
         if stream.moniker in self.declined or stream.language not in (ALL_LANGUAGES, self.language):

@@ -26,7 +26,7 @@ PUBLISH_PATH = "/simulation/publish"
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
-    """A file on offer: `digest` is 32 hexadecimal digits of XXH3-128 over its `length` bytes."""
+    """A published file: `digest` is 32 hexadecimal digits of XXH3-128 over its `length` bytes."""
 
     path: str
     kind: Kind
@@ -57,7 +57,7 @@ class PublishedStream:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Everything on offer; `serial` rises with every publication."""
+    """Everything that is published; `serial` rises with every publication."""
 
     serial: int
     content_info: PublishedFile
@@ -80,7 +80,7 @@ class FileCounts:
 class Counts:
     """Everything that went over the simulated WAN since the server started. Byte counts are of bodies.
 
-    Counted at the moment of sending. `files` are those on offer now; of files withdrawn only sums are kept.
+    Counted when sent. `files` are those published now; of withdrawn files only the sums are kept.
     """
 
     requests: int = 0
@@ -107,7 +107,7 @@ def digest_of(body: bytes) -> str:
 CONTENT_INFO_PATH = "/content/ContentInfo.txt"
 ALL_LANGUAGES = "SymAllLanguages"
 DELTA_DEPTH = 3
-"""How many revisions back a delta reaches; whoever is further behind needs the full."""
+"""Deltas lead from this many revisions back; a client further behind needs the full."""
 REVISIONS_A_DAY = 3
 
 _FIRST_DAY = date(2025, 3, 3)
@@ -209,7 +209,7 @@ def content_info(offered: tuple[Stream, ...]) -> bytes:
 
 
 def files_of(stream: Stream, ordinal: int) -> tuple[PlannedFile, ...]:
-    """What the publication of a revision offers: its full, and deltas from the revisions before it."""
+    """The files of one revision: its full, and deltas from the revisions before it."""
     oldest = max(0, ordinal - DELTA_DEPTH)
     deltas = (PlannedFile(stream, ordinal, start) for start in range(oldest, ordinal))
     return (PlannedFile(stream, ordinal), *deltas)
@@ -357,7 +357,7 @@ class ShelvedFile:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One stream's next revision, written and ready to be offered: the full first, then the deltas."""
+    """One stream's next revision, written and ready to be published: the full first, then the deltas."""
 
     at: int
     ordinal: int
@@ -365,10 +365,10 @@ class Publication:
 
 
 class Shelf:
-    """All that is on offer. `prepare` may run in a thread, one at a time; the rest on one thread alone."""
+    """The published files. `prepare` may run in other threads, one at a time; the rest on one thread."""
 
     def __init__(self, directory: Path, seed: int, streams: tuple[Stream, ...]) -> None:
-        """`directory` exists and is the shelf's own; nothing is on offer before `publish`."""
+        """`directory` exists and is the shelf's own; nothing is published before `publish`."""
         assert streams, "a shelf without streams"
         self._directory = directory
         self._seed = seed
@@ -393,7 +393,7 @@ class Shelf:
             return Publication(at, ordinal, tuple(self._shelve(file) for file in planned))
 
     def publish(self, publications: Iterable[Publication]) -> list[ShelvedFile]:
-        """Offer them all at once; returns the files withdrawn for them, to be given to `discard`."""
+        """Publish them all at once; returns the files withdrawn for them, to be given to `discard`."""
         withdrawn: list[ShelvedFile] = []
         for publication in publications:
             held = self._publications[publication.at]
@@ -415,7 +415,7 @@ class Shelf:
             file.location.unlink()
 
     def find(self, path: str) -> ShelvedFile | None:
-        """The file on offer at a decoded path; monikers are equal without case."""
+        """The published file at a decoded path; monikers are compared without case."""
         return self._files.get(path.casefold())
 
     def files(self) -> Iterable[ShelvedFile]:

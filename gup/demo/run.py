@@ -323,7 +323,7 @@ class Show:
 
 @contextlib.contextmanager
 def _manager_answers() -> Iterator[None]:
-    """Without the management server there is nothing to show."""
+    """Turn a failed request to the management server into a ChildError: the run ends."""
     try:
         yield
     except (aiohttp.ClientError, TimeoutError) as error:
@@ -367,7 +367,7 @@ def manager_command(plan: Plan) -> list[str]:
 
 
 def gup_command(plan: Plan, upstream_url: str, directory: Path) -> list[str]:
-    """The real thing, on free ports."""
+    """A real gup, on free ports."""
     return [
         *(sys.executable, "-m", "gup", "serve"),
         *("--upstream", upstream_url),
@@ -406,7 +406,7 @@ class Stage:
                 loop.remove_signal_handler(number)
 
     def _interrupt(self, task: asyncio.Task[int]) -> None:
-        """Once is enough: a second Ctrl-C must not break the orderly end."""
+        """A second Ctrl-C does nothing: it must not break the orderly end."""
         if self._stop.is_set():
             return
         self._stop.set()

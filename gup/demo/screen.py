@@ -184,10 +184,10 @@ class Screen:
         pass
 
     def note(self, sentence: str) -> None:
-        """Tell of an event."""
+        """Show an event."""
 
     def show(self, progress: Progress) -> None:
-        """Tell how far the run is; may be called as often as one likes."""
+        """Show the progress; may be called at any rate."""
 
 
 class Plain(Screen):
