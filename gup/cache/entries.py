@@ -44,13 +44,13 @@ class Entries:
         self.used(entry)
         return entry
 
-    async def get_maimed(self, key: ContentKey) -> Entry | None:
+    async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
-        record, file = await self._in_thread(self.load_whatever, key)
+        record, file = await self._in_thread(self._load_damaged, key)
         if record is None or file is None:
             return None
         entry = self._add(record, file)
-        entry.noted = True
+        entry.counted = True
         entry.doubt()
         return entry
 
@@ -59,14 +59,15 @@ class Entries:
         record = load_sound(self._means, key)
         return record, self._means.store.open_body(record) if record is not None else None
 
-    def load_whatever(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
-        """The record, and the file that stands for the body, sound or not; blocks."""
-        store = self._means.store
+    def load_record(self, key: ContentKey) -> Record | None:
+        """The record alone, None when there is none or it is damaged; blocks."""
         try:
-            record = store.load(key)
+            return self._means.store.load(key)
         except ValueError:
-            return None, None
-        return record, store.open_whatever(key)
+            return None
+
+    def _load_damaged(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        return self.load_record(key), self._means.store.open_whatever(key)
 
     def _add(self, record: Record, file: OpenFile) -> Entry:
         trusting = self._mode == "scrub"
@@ -120,7 +121,7 @@ class Entries:
         found = []
         for entry in list(self._rows.values()):
             stat = os.fstat(entry.fd)
-            if not entry.record.fits(stat) and stat.st_nlink and not entry.noted:
+            if not entry.record.fits(stat) and stat.st_nlink and not entry.counted:
                 self.drop(entry)
                 entry.doubt()
                 found.append(entry)

@@ -26,6 +26,7 @@ from gup.cache.record import MAX_RECORD_BYTES, Record
 from gup.cache.store import OpenFile, Store
 from gup.cache.tar_reader import Member, TarError, TarReader
 from gup.content.key import ContentKey
+from gup.fsutil import write_all
 from gup.jsonmodel import InvalidError, Members, shown
 
 _MOST_REFUSED = 10_000
@@ -211,9 +212,7 @@ def _copied(content: TarReader, path: Path, record: Record) -> bool:
         piece = content.read(CHUNK_BYTES)
         if sums.add(piece) not in ([], [wanted]):
             return False
-        rest = memoryview(piece)
-        while rest:
-            rest = rest[os.write(file.fd, rest) :]
+        write_all(file.fd, piece)
     return sums.finish() == record.sums
 
 

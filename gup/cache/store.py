@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.chunks import bad_chunks
+from gup.cache.chunks import sound_chunks
 from gup.cache.claim import Claims
+from gup.cache.demotions import Demotions
 from gup.cache.disk import sync_file_system
 from gup.cache.record import MAX_RECORD_BYTES, Record
-from gup.cache.state import MAX_STATE_BYTES, FillState, Phase
+from gup.cache.state import MAX_STATE_BYTES, FillState
 from gup.content.key import ContentKey
 from gup.errors import StoreError
+from gup.fsutil import sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _RECORD_SUFFIX = ".gup"
@@ -81,6 +83,7 @@ class Store:
         self.partial = root / "partial"
         self.index = root / "index"
         self.run = root / "run"
+        self.demotions = Demotions(self.run / "demotions")
 
     def prepare(self) -> None:
         """Make the folders; StoreError says which one can't be used and why."""
@@ -92,7 +95,8 @@ class Store:
 
     def sync(self) -> None:
         """Make all that was changed durable. Blocks; OSError when the disk refuses."""
-        sync_file_system(OpenFile(self.root).fd)
+        root = OpenFile(self.root)
+        sync_file_system(root.fd)
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
@@ -145,7 +149,7 @@ class Store:
         path = self.record_path(record.key)
         self._put(path, record.encode(), sync=durable or path.exists())
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
         """Pin or unpin; False when there is no such entry."""
@@ -190,23 +194,13 @@ class Store:
         folder = self.body_path(key).parent
         while not folder.is_dir():
             folder = folder.parent
-        _sync_folder(folder)
+        sync_folder(folder)
         return freed
 
     def drop_record(self, key: ContentKey) -> None:
         """Remove a record that is of no use."""
         self._require_claim(key)
         _unlink(self.record_path(key))
-
-    def mend(self, record: Record, generation: int) -> None:
-        """Put a part that holds the recorded bytes, and is durable, in the body's place.
-
-        It gets the recorded time, so the record is right before and after: one rename, no journal.
-        """
-        self._require_claim(record.key)
-        part = self.part_path(record.key.id, generation)
-        self.set_time(part, record)
-        self._rename_into(part, self.body_path(record.key))
 
     def set_time(self, path: Path, record: Record) -> None:
         """Give a file that has the recorded bytes the recorded time."""
@@ -335,11 +329,35 @@ class Store:
             file = OpenFile(part)
         except FileNotFoundError:
             return False
-        if os.fstat(file.fd).st_size != record.length or bad_chunks(file.fd, record):
+        if os.fstat(file.fd).st_size != record.length or sound_chunks(file.fd, record) < len(record.sums):
             return False
         self.set_time(part, record)
         self._rename_into(part, self.body_path(record.key))
         return True
+
+    def demote(self, record: Record, body: OpenFile | None, sound: int, state: FillState) -> None:
+        """Make a damaged entry a part of `state`'s generation, with its first `sound` chunks.
+
+        1. The part, a copy: whoever reads the old file reads on. 2. Its sums and state, from which anybody
+        goes on with it. 3. Record and body go. After a crash before 3 the entry is there as it was.
+        """
+        self._require_claim(record.key)
+        id_ = record.key.id
+        for other in self.generations(id_):
+            self.drop_part(id_, other)
+        part, sums = self.part_paths(id_, state.generation)
+        copy, end = (
+            OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL),
+            min(sound * CHUNK_BYTES, record.length),
+        )
+        position = 0
+        while body is not None and position < end:
+            position += os.copy_file_range(body.fd, copy.fd, end - position, position, position)
+        packed = b"".join(value.to_bytes(8, "little") for value in record.sums[:sound])
+        sums_file = OpenFile(sums, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        write_all(sums_file.fd, packed)
+        self.save_state(state)
+        self.remove(record.key)
 
     def finish_journal(self, state: FillState) -> bool:
         """Finish a commit of the first edition, whose state held the record; whether it was one."""
@@ -396,21 +414,6 @@ class Store:
 
     # --- putting right, while nobody uses the directory
 
-    def keep_as_part(self, record: Record, chunks: int, path: str) -> None:
-        """Take a body back into `partial/`, cut to its first `chunks`: whoever fetches it goes on there."""
-        id_, generation = record.key.id, time.time_ns()
-        for other in self.generations(id_):
-            self.drop_part(id_, other)
-        part = self.part_path(id_, generation)
-        self.body_path(record.key).rename(part)
-        self.sums_path(id_, generation).write_bytes(
-            b"".join(value.to_bytes(8, "little") for value in record.sums[:chunks])
-        )
-        os.truncate(part, chunks * CHUNK_BYTES)
-        self.save_state(
-            FillState(record.key, record.kind, generation, Phase.STREAMING, record.head, path=path)
-        )
-
     def cut_part(self, id_: str, generation: int, size_bytes: int) -> None:
         """Cut a part to what is right of it: whole chunks."""
         os.truncate(self.sums_path(id_, generation), 8 * (size_bytes // CHUNK_BYTES))
@@ -426,9 +429,7 @@ class Store:
         temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            rest = memoryview(text)
-            while rest:
-                rest = rest[os.write(file.fd, rest) :]
+            write_all(file.fd, text)
             if sync:
                 os.fdatasync(file.fd)
             self._rename_into(temporary, path)
@@ -497,12 +498,5 @@ def _unlink(path: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
-    os.fdatasync(OpenFile(path).fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    file = OpenFile(path)
+    os.fdatasync(file.fd)

@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from gup import config
+from gup.content.catalog import CLIENT_PATCHES, OTHER
 from gup.content.deltas import named, spelled_moniker
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
-from gup.content.stream_types import CLIENT_PATCHES, OTHER
 from gup.control.revisions import Announced, Revisions
 from gup.control.rows import Stream, stream_of
 from gup.control.wishes import MAX_PENDING, Outcome, Wish, Wishes

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.control.reports.database import Database
 from gup.control.reports.ledger import METRICS
 from gup.control.reports.pieces import Pieces, merged

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.control.reports.batch import StreamId
 from gup.control.reports.queries import ClientState, RevisionCount, StreamState
 from gup.control.streams import revision_time

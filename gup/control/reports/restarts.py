@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.content.releases import Releases, Version
 from gup.control.reports.batch import StreamId
 from gup.control.reports.content import LabelOf, labels

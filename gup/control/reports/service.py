@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
-from gup.content.catalogues import Label
+from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases
-from gup.content.stream_types import CLIENT_PATCHES
 from gup.control.events import Taken
 from gup.control.reports import content, queries, restarts, savings
 from gup.control.reports.batch import Batch, StreamId
