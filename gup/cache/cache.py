@@ -381,8 +381,8 @@ class Cache:
 
     @property
     def fills(self) -> int:
-        """Fills that this process leads or follows."""
-        return len(self._flights)
+        """Fills that this process leads or follows, their last steps included."""
+        return len(self._tasks)
 
     async def stop(self) -> None:
         """End all fills; their parts stay for resuming. Whole bodies are committed first."""

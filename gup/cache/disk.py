@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from gup.errors import GupError
@@ -48,8 +49,12 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     _LIBC.sync_file_range(ctypes.c_int(fd), *span, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
-def sync_file_system(fd: int) -> None:
-    """Write all that changed on the file system of an open file to the disk (syncfs(2)). Blocks; OSError."""
-    if _LIBC.syncfs(ctypes.c_int(fd)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+def sync_file_system(folder: Path) -> None:
+    """Write all that changed on a folder's file system to the disk (syncfs(2)). Blocks; OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _LIBC.syncfs(ctypes.c_int(fd)) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(fd)

@@ -95,8 +95,7 @@ class Store:
 
     def sync(self) -> None:
         """Make all that was changed durable. Blocks; OSError when the disk refuses."""
-        root = OpenFile(self.root)
-        sync_file_system(root.fd)
+        sync_file_system(self.root)
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
