@@ -309,7 +309,7 @@ class Leader:
         means, record = self._means, damage.record
         sound_bytes = min(damage.sound * CHUNK_BYTES, record.length)
         self._path = record.path or self._path
-        self._damage = damage
+        self._damage, self._flight.repairs = damage, True
         download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
         try:
             await download.begin()

@@ -90,6 +90,8 @@ class Flight:
     """Whether the stored body may be damaged, so that being there does not end the flight."""
     seen: int | None = None
     """The generation in which damage was seen, if that is known: another one is not suspect."""
+    repairs: bool = False
+    """Whether what it fetches is the rest of a damaged entry."""
     noted: bool = False
     """Whether that damage is counted already."""
     ahead: bool = False

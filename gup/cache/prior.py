@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.chunks import sound_chunks
 from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
@@ -97,9 +98,22 @@ def examine(  # noqa: C901, PLR0911 - one look after the other, in this order
             record = None
         elif immutable or suspect or is_fresh(means, record):
             return Landing.COMMITTED
+    if damage is not None and damage.sound == len(damage.record.sums):
+        return _without_surplus(means, damage)
     if damage is not None:
         return Prior(damage=damage, holds=state.holds if state is not None else ())
     return Prior(record, *_salvage(means.store, key, state), holds=state.holds if state is not None else ())
+
+
+def _without_surplus(means: Means, damage: Damage) -> Prior:
+    """The part that an entry becomes whose file is too long: it holds every byte, and nobody is asked."""
+    record = damage.record
+    state = demoted(record, int(means.wall_clock() * 1_000_000_000))
+    means.store.demote(record, damage.file, damage.sound, state)
+    means.raise_store_epoch()
+    sums = list(record.sums[: record.length // CHUNK_BYTES])
+    salvage = Salvage(record.length, len(sums) * CHUNK_BYTES, sums, sealed=True)
+    return Prior(state=state, salvage=salvage, finished=True)
 
 
 def _standing(

@@ -141,6 +141,7 @@ class Recovery:
         except ValueError as error:
             log.warning("damaged state of %s: %s", part.id, error)
             self._counters.add("gup_integrity_failures_total", where="state")
+            store.drop_state(part.id)
             state = None
         if state is not None and self._finish(state):
             return
