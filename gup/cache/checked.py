@@ -38,7 +38,6 @@ class CheckedBody:
     """One reader's view of an entry; damage is the entry's affair."""
 
     source = "cache"
-    copied = False
     fd = -1
 
     def __init__(self, entry: Entry, executor: Executor, holders: Holders) -> None:

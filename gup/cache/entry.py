@@ -16,8 +16,6 @@ from gup.errors import Problem
 
 _WARM_SECONDS = 30.0
 """A chunk sent within this time is taken to be in the page cache still."""
-_CACHED_BYTES = 2 << 20
-"""A body up to this size stays in the processors' caches while it is sent; see docs/performance.md."""
 _MOST_MENDS = 3
 """A disk on which the same body is bad again and again is believed at last."""
 
@@ -72,11 +70,6 @@ class Entry:
     @property
     def fd(self) -> int:
         return self.file.fd
-
-    @property
-    def copied(self) -> bool:
-        """See Body. What a receiver takes from pages that are in no processor's cache it takes slowly."""
-        return self.record.length > _CACHED_BYTES
 
     @property
     def key(self) -> ContentKey:

@@ -5,7 +5,7 @@ and llhttp, which takes the fields apart.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httptools
 
@@ -62,6 +62,10 @@ class Request:
     minor_version: int
     headers: tuple[tuple[str, str], ...]
     keep_alive: bool
+    head: bytes = field(default=b"", compare=False, repr=False)
+    """The bytes that it was parsed from."""
+    peer: str = field(default="", compare=False)
+    """The client's address."""
 
     def header(self, name: str) -> str | None:
         """The field's value, its repetitions joined by ", " (RFC 9110 section 5.3); `name` in lower case."""
@@ -121,8 +125,8 @@ def check_begun(buffer: bytes | bytearray) -> None:
         _check_line(buffer)
 
 
-def parse_head(head: bytes) -> Request:
-    """The request of one whole head, from its first letter to its CRLFCRLF.
+def parse_head(head: bytes, peer: str = "") -> Request:
+    """The request of one whole head, from its first letter to its CRLFCRLF, that came from `peer`.
 
     Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
     method that llhttp does not know.
@@ -143,7 +147,9 @@ def parse_head(head: bytes) -> Request:
     headers = tuple(fields.headers)
     _check_framing(method, headers)
     _check_host(minor_version, headers)
-    return Request(method, fields.target, minor_version, headers, _keep_alive(minor_version, headers))
+    return Request(
+        method, fields.target, minor_version, headers, _keep_alive(minor_version, headers), head, peer
+    )
 
 
 def check_method(request: Request) -> None:
