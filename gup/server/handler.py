@@ -18,7 +18,7 @@ from gup.server.hot_cache import HotCache, HotRow
 from gup.server.policy import Policy
 from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
-from gup.server.response import HeadTemplate, PartTemplate, Response, Serving, plan, refuse
+from gup.server.response import HeadTemplate, Response, Serving, plan, refuse
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.request")
@@ -239,13 +239,11 @@ class Handler:
         record = entry.record
         left = self._means.settings.cache.index_ttl - (self._means.wall_clock() - record.validated_at)
         vary = None if choice.for_everybody else self._policy.vary
-        status = _CACHE_STATUS[Result.HIT]
         row = HotRow(
             entry=entry,
             kind=opened.kind,
             key_text=opened.key.text,
-            template=HeadTemplate(entry.head, self._via, status, vary, keep_alive=True, minor_version=1),
-            part_template=PartTemplate(entry.head, self._via, status, vary),
+            template=HeadTemplate(entry.head, self._via, _CACHE_STATUS[Result.HIT], vary),
             download=is_download(opened.kind, record.length),
             fresh_until=None if route.immutable else self._means.clock() + left,
             validated_at=record.validated_at,

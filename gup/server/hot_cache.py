@@ -16,7 +16,7 @@ from gup.cache.entry import Entry
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.server.ranges import Span
-from gup.server.response import HeadTemplate, PartTemplate
+from gup.server.response import HeadTemplate
 
 MAX_HEAD_BYTES = 2048
 """Longer heads are not learned."""
@@ -40,7 +40,6 @@ class HotRow:
     kind: Kind
     key_text: str
     template: HeadTemplate
-    part_template: PartTemplate
     download: bool
     """Whether it takes a download slot."""
     fresh_until: float | None
@@ -71,15 +70,13 @@ class HotRow:
 
     def head(self, date: bytes, wall_now: float, span: Span) -> bytes:
         """The head for `span`: a 200 for `whole` itself, else a 206. Age is exact to a second, as Date is."""
+        age = max(0, int(wall_now - self.validated_at))
         if span is not self.whole:
-            return self.part_template.render(date, self._age(wall_now), span)
+            return self.template.part(date, age, span)
         if self._head_date is not date:
-            self._head = self.template.render(date, self._age(wall_now))
+            self._head = self.template.whole(date, age)
             self._head_date = date
         return self._head
-
-    def _age(self, wall_now: float) -> int:
-        return max(0, int(wall_now - self.validated_at))
 
     def in_page_cache(self, span: Span, now: float) -> bool:
         """Whether all of `span` may leave without waiting for the disk."""

@@ -105,9 +105,7 @@ def _plan_get(request: Request, head: Head, serving: Serving) -> Response:
     if head.length is None:
         return _streamed(request, head, serving)
     spans = _spans(request, head, head.length) if serving.ranges else None
-    if spans is None:
-        return _whole(request, head, head.length, serving)
-    return _parts(request, head, spans, serving)
+    return _of_known_length(request, head, spans, serving)
 
 
 def _spans(request: Request, head: Head, length: int) -> list[Span] | None:
@@ -117,20 +115,6 @@ def _spans(request: Request, head: Head, length: int) -> list[Span] | None:
     if header is None or request.method != "GET" or not range_allowed(request, head.etag, head.last_modified):
         return None
     return parse_ranges(header, length)
-
-
-def _whole(request: Request, head: Head, length: int, serving: Serving) -> Response:
-    template = HeadTemplate(
-        head,
-        serving.via,
-        serving.cache_status,
-        serving.vary,
-        keep_alive=request.keep_alive,
-        minor_version=request.minor_version,
-    )
-    text = template.render(serving.date.encode("ascii"), max(0, serving.age_seconds))
-    segments = (Span(0, length),) if length else ()
-    return Response(200, text, segments, close=not request.keep_alive)
 
 
 def _streamed(request: Request, head: Head, serving: Serving) -> Response:
@@ -143,24 +127,31 @@ def _streamed(request: Request, head: Head, serving: Serving) -> Response:
     return Response(200, text, (Span(0, UNBOUNDED),), chunked, close)
 
 
-def _parts(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
-    if not spans:
+def _of_known_length(request: Request, head: Head, spans: list[Span] | None, serving: Serving) -> Response:
+    """`spans` as they are asked for; None: the whole body."""
+    if spans == []:
         problem = Problem(
             "range-not-satisfiable",
             f"The content has {head.length} bytes.",
             headers=(("Content-Range", f"bytes */{head.length}"),),
         )
         return _refused(request, problem, serving)
-    if len(spans) > 1:
+    if spans is not None and len(spans) > 1:
         return _multipart(request, head, spans, serving)
-    fields = [
-        ("Content-Type", head.content_type),
-        ("Content-Length", str(spans[0].stop - spans[0].start)),
-        ("Content-Range", _content_range(spans[0], head)),
-        *_validators(head, serving.vary),
-        ("Accept-Ranges", "bytes"),
-    ]
-    return _response(206, request, serving, fields, tuple(spans))
+    template = HeadTemplate(
+        head,
+        serving.via,
+        serving.cache_status,
+        serving.vary,
+        keep_alive=request.keep_alive,
+        minor_version=request.minor_version,
+    )
+    date, age, close = serving.date.encode("ascii"), max(0, serving.age_seconds), not request.keep_alive
+    if spans is not None:
+        return Response(206, template.part(date, age, spans[0]), tuple(spans), close=close)
+    assert head.length is not None
+    whole = (Span(0, head.length),) if head.length else ()
+    return Response(200, template.whole(date, age), whole, close=close)
 
 
 def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
@@ -170,7 +161,10 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
     boundary = hashlib.blake2b(asked, digest_size=16).hexdigest()
     segments: list[bytes | Span] = []
     for span in spans:
-        part = [("Content-Type", head.content_type), ("Content-Range", _content_range(span, head))]
+        part = [
+            ("Content-Type", head.content_type),
+            ("Content-Range", f"bytes {span.start}-{span.stop - 1}/{head.length}"),
+        ]
         opening = ("\r\n" if segments else "") + f"--{boundary}\r\n"
         segments += [opening.encode() + field_lines(part) + b"\r\n", span]
     segments.append(f"\r\n--{boundary}--\r\n".encode())
@@ -230,9 +224,9 @@ def refuse(problem: Problem, *, date: str, via: str, keep_alive: bool) -> Respon
 
 
 class HeadTemplate:
-    """The 200 head of a body of known length, ready but for Date and Age."""
+    """The heads of a body of known length, whole or of one range, ready but for Date, Age and the range."""
 
-    __slots__ = ("_middle", "_prefix", "_suffix")
+    __slots__ = ("_fields", "_length", "_type")
 
     def __init__(
         self,
@@ -241,57 +235,34 @@ class HeadTemplate:
         cache_status: str,
         vary: str | None,
         *,
-        keep_alive: bool,
-        minor_version: int,
+        keep_alive: bool = True,
+        minor_version: int = 1,
     ) -> None:
         assert head.length is not None
         fields = [
-            ("Content-Type", head.content_type),
-            ("Content-Length", str(head.length)),
             *_validators(head, vary),
             ("Accept-Ranges", "bytes"),
             ("Via", via),
             ("Cache-Status", cache_status),
             *_connection(not keep_alive, minor_version),
         ]
-        self._prefix = status_line(200) + b"Date: "
-        self._middle = b"\r\nAge: "
-        self._suffix = b"\r\n" + field_lines(fields) + b"\r\n"
-
-    def render(self, date: bytes, age: int) -> bytes:
-        """The head; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
-        return b"%b%b%b%d%b" % (self._prefix, date, self._middle, age, self._suffix)
-
-
-class PartTemplate:
-    """The 206 head for one range of such a body to HTTP/1.1 on a connection that stays."""
-
-    __slots__ = ("_length", "_prefix", "_suffix", "_type")
-
-    def __init__(self, head: Head, via: str, cache_status: str, vary: str | None) -> None:
-        assert head.length is not None
         self._length = head.length
-        self._prefix = status_line(206) + b"Date: "
         self._type = field_lines([("Content-Type", head.content_type)])
-        fields = [
-            *_validators(head, vary),
-            ("Accept-Ranges", "bytes"),
-            ("Via", via),
-            ("Cache-Status", cache_status),
-        ]
-        self._suffix = b"\r\n" + field_lines(fields) + b"\r\n"
+        self._fields = field_lines(fields) + b"\r\n"
 
-    def render(self, date: bytes, age: int, span: Span) -> bytes:
-        return b"%b%b\r\nAge: %d\r\n%bContent-Length: %d\r\nContent-Range: bytes %d-%d/%d%b" % (
-            self._prefix,
-            date,
-            age,
-            self._type,
-            span.stop - span.start,
-            span.start,
-            span.stop - 1,
-            self._length,
-            self._suffix,
+    def whole(self, date: bytes, age: int) -> bytes:
+        """The head of a 200; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
+        return b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%bContent-Length: %d\r\n%b" % (
+            (date, age, self._type, self._length, self._fields)
+        )
+
+    def part(self, date: bytes, age: int, span: Span) -> bytes:
+        """The head of a 206."""
+        range_lines = b"Content-Length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
+            (span.stop - span.start, span.start, span.stop - 1, self._length)
+        )
+        return b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b%b%b" % (
+            (date, age, self._type, range_lines, self._fields)
         )
 
 
@@ -318,10 +289,6 @@ def _connection(close: bool, minor_version: int) -> _Fields:
     if close:
         return [("Connection", "close")]
     return [] if minor_version else [("Connection", "keep-alive")]
-
-
-def _content_range(span: Span, head: Head) -> str:
-    return f"bytes {span.start}-{span.stop - 1}/{head.length}"
 
 
 def status_line(status: int) -> bytes:

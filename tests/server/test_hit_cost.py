@@ -29,7 +29,7 @@ from gup.server.access_log import AccessLog
 from gup.server.connection import Connection, Context
 from gup.server.hot_cache import HotCache, HotRow
 from gup.server.poller import Poller
-from gup.server.response import HeadTemplate, PartTemplate
+from gup.server.response import HeadTemplate
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
 HITS = 50
@@ -107,13 +107,11 @@ class Plane:
         self.calls.clear()
 
     def row(self):
-        head, via, status = self.entry.head, "1.1 gup", "gup; hit"
         return HotRow(
             entry=self.entry,
             kind=Kind.FULL,
             key_text="key",
-            template=HeadTemplate(head, via, status, None, keep_alive=True, minor_version=1),
-            part_template=PartTemplate(head, via, status, None),
+            template=HeadTemplate(self.entry.head, "1.1 gup", "gup; hit", None),
             download=False,
             fresh_until=None,
             validated_at=1000.0,

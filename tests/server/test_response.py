@@ -362,9 +362,11 @@ def test_the_template_is_the_head_of_a_plain_get(keep_alive, minor_version, repr
         minor_version=minor_version,
     )
     request = ask(keep_alive=keep_alive, minor_version=minor_version)
-    assert template.render(DATE.encode(), 42) == plan(request, representation, SERVED).head
-    assert b"\r\nAge: 0\r\n" in template.render(b"later", 0)
-    assert b"\r\nDate: later\r\n" in template.render(b"later", 0)
+    assert template.whole(DATE.encode(), 42) == plan(request, representation, SERVED).head
+    assert b"\r\nAge: 0\r\n" in template.whole(b"later", 0)
+    assert b"\r\nDate: later\r\n" in template.whole(b"later", 0)
+    first = plan(replace(request, headers=(*request.headers, ("range", "bytes=0-0"))), representation, SERVED)
+    assert template.part(DATE.encode(), 42, Span(0, 1)) == first.head
 
 
 def test_a_template_needs_a_length():
