@@ -183,6 +183,27 @@ def test_no_unfinished_piece_is_handed_over():
     assert breaking(unfinished, MODULES) == {}
 
 
+def test_what_the_drawings_name_exists():
+    functions = {
+        (owner.name, node.name)
+        for path in MODULES
+        for owner in nodes(path, ast.ClassDef)
+        for node in ast.walk(owner)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    plain = {
+        node.name
+        for path in MODULES
+        for node in syntax(path).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    page = text(ROOT / "docs" / "architecture.md")
+    methods = set(re.findall(r"\b([A-Z]\w+)\.(\w+)\(\)", page))
+    assert len(methods) > 10
+    assert methods - functions == set()
+    assert set(re.findall(r"(?<![.\w])([a-z_]\w*)\(\)", page)) - plain == set()
+
+
 def test_metrics_go_by_their_declared_names():
     """In code whatever ends like a counter; in pages whatever looks like a metric (site:… is a rule)."""
 
