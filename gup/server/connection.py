@@ -167,7 +167,8 @@ class Connection:
             self._ended()
         elif self._phase is _READING:
             if not self._pending:
-                if self._answer_hot(piece):
+                found = self._context.hot_cache.look_up(piece)
+                if found is not None and self._send_hot(*found):
                     return
                 self.since = self._context.now
             self._pending += piece
@@ -211,7 +212,8 @@ class Connection:
                 break
             head = bytes(self._pending[:end])
             del self._pending[:end]
-            if not self._answer_hot(head):
+            found = self._context.hot_cache.look_up(head)
+            if found is None or not self._send_hot(*found):
                 self._answer(head)
         if self._phase is _READING:
             if self._eof:
@@ -221,20 +223,18 @@ class Connection:
 
     # --- answering from the hot cache, in the callback that read the request
 
-    def _answer_hot(self, head: bytes) -> bool:
-        """Answer a whole head, or bytes that may be one; False: nothing was done.
-
-        What a warm hit costs stands from here on to `_send_span`, in order; docs/performance.md has figures.
-        """
-        found = self._context.hot_cache.look_up(head)
-        return found is not None and self._send_hot(*found)
-
     def _send_hot(self, row: HotRow, span: Span, client: Stated | bytes, last: bool) -> bool:
-        """Send a ready-made response. `last`: the client wants no other; only a whole small body is sent."""
+        """Send a ready-made response; False: nothing was done.
+
+        What a warm hit costs stands here and in the next two functions; docs/performance.md has figures.
+        `last`: the client wants no other response. Then only a whole small body is sent.
+        """
         context = self._context
         began = context.access_log.clock()
         if row.small and span is row.whole and self._pacer is None:
-            message = context.hot_cache.message(row, context.date, context.wall_now)
+            message = row.message
+            if row.message_date is not context.date:
+                message = context.hot_cache.make_message(row, context.date, context.wall_now)
             if message is not None:
                 self._send_message(row, message, client, began, last=last)
                 return True

@@ -223,18 +223,21 @@ class Handler:
     ) -> None:
         """Make the next response to the same head ready, and to all that ask plainly for the same target."""
         entry = opened.entry
-        if entry is None or opened.body is not entry or self.draining:
+        if (
+            entry is None
+            or opened.body is not entry
+            or not entry.all_verified
+            or opened.result is not Result.HIT
+            or not choice.decision.allowed  # each one is counted
+            or request.minor_version != 1
+            or request.method != "GET"
+            or not request.target.startswith(b"/")
+            or request.header("via") is not None
+            or self.draining
+        ):
             return
         stays = request.plain and request.keep_alive
         if not stays and self._hot_cache.find_target(request.target) is not None:
-            return
-        if not entry.all_verified or opened.result is not Result.HIT:
-            return
-        if not choice.decision.allowed:  # each one is counted
-            return
-        if request.minor_version != 1 or request.method != "GET":
-            return
-        if not request.target.startswith(b"/") or request.header("via") is not None:
             return
         record = entry.record
         left = self._means.settings.cache.index_ttl - (self._means.wall_clock() - record.validated_at)

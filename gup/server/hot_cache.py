@@ -211,13 +211,11 @@ class HotCache:
 
     # --- messages: head and body of small bodies, kept for a second
 
-    def message(self, row: HotRow, date: bytes, wall_now: float) -> bytes | None:
-        """Head and body together; None when the body is not in the page cache.
+    def make_message(self, row: HotRow, date: bytes, wall_now: float) -> bytes | None:
+        """Head and body together, kept while the date is right; None when the body is not in the page cache.
 
         This is no cache of bodies: what is used is read again every second.
         """
-        if row.message_date is date:
-            return row.message
         body = row.read()
         if body is None:
             return None

@@ -1,4 +1,4 @@
-"""A request head, from bytes to a checked `Request`; owns the limits of a head, never reads a socket.
+"""Parsing a request head into a checked `Request`, and the limits of a head.
 
 Two parsers must agree: a strict grammar of our own (RFC 9112), which leaves no room for request smuggling,
 and llhttp, which takes the fields apart.
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def plain(self) -> bool:
-        """Whether these bytes are a GET that means the same every time: no body, no range, no condition."""
+        """Whether it is a GET without body, range and condition: it means the same every time."""
         return self.method == "GET" and not any(name in _NOT_PLAIN for name, _ in self.headers)
 
 
@@ -110,9 +110,9 @@ def too_large(buffer: bytes | bytearray) -> Problem:
 
 
 def check_begun(buffer: bytes | bytearray) -> None:
-    """Problem when no bytes that may follow can make `buffer` a head: why let its sender wait for that?
+    """Raise Problem when no bytes that may follow can make `buffer` a head.
 
-    A line ended by LF alone, a TLS hello and HTTP/0.9 would otherwise look like a head that is still coming.
+    A line that ends with LF alone, a TLS hello and HTTP/0.9 would otherwise look like an incomplete head.
     """
     if len(buffer) > MAX_HEAD_BYTES:
         raise too_large(buffer)
@@ -159,7 +159,7 @@ def check_method(request: Request) -> None:
 
 
 class _Fields:
-    """What llhttp calls back with."""
+    """llhttp's callbacks."""
 
     def __init__(self) -> None:
         self.target = b""
