@@ -21,7 +21,6 @@ class BypassBody:
     """
 
     source = "bypass"
-    copied = False
     fd = -1
 
     def __init__(self, head: Head, answer: Answer, stop: int | None, done: Callable[[], None]) -> None:

@@ -25,8 +25,6 @@ class Reader:
 
     __slots__ = ("_body", "_late", "_on_leave", "begun", "left_behind", "position")
 
-    copied = False
-
     def __init__(self, body: "GrowingBody", on_leave: Callback | None, *, late: bool) -> None:
         self._body = body
         self._on_leave = on_leave

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums, chunk_sum
-from gup.cache.disk import on_disk, start_writeback
+from gup.cache.disk import on_disk
 from gup.cache.store import OpenFile
+from gup.fsutil import start_writeback
 
 _FLUSH_BYTES = 8 << 20
 """Written to the disk in steps of this size, so that no long burst follows."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gup.addresses import is_name
+from gup.client_names import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from gup.addresses import Names, is_hashed, read_key
+from gup.client_names import ClientNames, is_hashed, read_key
 from gup.config import Settings
 from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases
@@ -58,7 +58,7 @@ class Reports:
         self._ledger = Ledger(folder)
         self._batch = Batch()
         self._pieces = Pieces()
-        self._names: Names | None = None
+        self._names: ClientNames | None = None
         self._called = ""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-reports")
 
@@ -158,10 +158,10 @@ class Reports:
         self._called = mode
         self._around.on_refusal("reports", None)
 
-    async def _named(self) -> Names:
+    async def _named(self) -> ClientNames:
         if self._names is None:
             path = self._around.process.store.run / "address-key"
-            self._names = Names("hashed", await self._in_thread(lambda: read_key(path)))
+            self._names = ClientNames("hashed", await self._in_thread(lambda: read_key(path)))
         return self._names
 
     async def rename_all(self, clients: list[str]) -> dict[str, str]:
