@@ -10,6 +10,7 @@ from gup.cache.flight import Means
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
 from gup.cache.opened import Opened, Result
+from gup.cache.part import zip_end_is_right
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.content.key import Variant
@@ -111,7 +112,14 @@ class Alone:
             raise
         assert isinstance(answer, Answer)
         key = route.key(variant)
-        body = BypassBody(head_of(key, answer.head), answer, None, lambda: self._places.give_back(place))
+
+        def ends_right(tail: bytes) -> bool:
+            return not key.file.lower().endswith(".zip") or zip_end_is_right(tail)
+
+        def done() -> None:
+            self._places.give_back(place)
+
+        body = BypassBody(head_of(key, answer.head), answer, None, done, ends_right)
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(

@@ -103,7 +103,7 @@ def _standing(
         return None
     if state.phase is not Phase.UNSTORABLE:
         return state.failure
-    if flight.suspect:  # it was to be mended: nobody reads it here
+    if flight.suspect or state.passed_through:  # if it was to be mended, nobody reads it here
         return Landing.UNSTORABLE
     return Prior(record, unstorable=state.failure.detail, told=True)
 

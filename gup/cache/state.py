@@ -38,7 +38,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.UNSTORABLE: frozenset({Phase.FAILED}),
 }
 """Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch. UNSTORABLE: the body
-goes on to its readers from memory (gup.cache.passing), which may still break off.
+goes on to its readers from memory (gup.cache.memory_files), which may still break off.
 """
 
 
@@ -162,6 +162,8 @@ class FillState:
     """Upstreams not to be asked for it, or not to be believed."""
     ahead: bool = False
     """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
+    passed_through: bool = False
+    """UNSTORABLE, and not for want of the disk alone: each client is passed through."""
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has given a part of the body: who goes on compares them."""
 
@@ -184,6 +186,7 @@ class FillState:
                 "record": self.record.to_json() if self.record else None,
                 "path": self.path,
                 "ahead": self.ahead,
+                "passed_through": self.passed_through,
                 "told": {name: validators.to_json() for name, validators in self.told.items()},
                 "holds": [hold.to_json() for hold in self.holds],
             }
@@ -207,6 +210,7 @@ class FillState:
             record=Record.from_json(members["record"]) if "record" in members else None,
             path=read_path(members, key),
             ahead="ahead" in members and members.flag("ahead"),
+            passed_through="passed_through" in members and members.flag("passed_through"),
             told={name: Validators.from_json(row) for name, row in told.values.items()} if told else {},
             holds=tuple(Hold.from_json(row) for row in rows),
         )
