@@ -1,6 +1,8 @@
 """The follower's way of a fill: watches what a leader in another process writes; writes nothing itself."""
 
 import asyncio
+import contextlib
+import logging
 import os
 
 from gup.cache.ahead import Want
@@ -10,6 +12,8 @@ from gup.cache.memory_files import Row
 from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile
 from gup.errors import is_exhausted
+
+log = logging.getLogger("gup.fill")
 
 _POLL_SECONDS = 0.004
 _LONGEST_POLL_SECONDS = 0.25
@@ -61,7 +65,8 @@ class Follower:
             except OSError as error:
                 if not is_exhausted(error):
                     raise
-                self._state_seen = None  # looked at again when there is a descriptor to do it with
+                # looked at again when there is a descriptor to do it with
+                self._state_seen = self._memory_seen = None
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
@@ -90,7 +95,9 @@ class Follower:
         if self._flight.suspect or self._flight.from_memory:
             return False
         self._memory_seen = None
-        return self._look_into_memory()
+        with contextlib.suppress(OSError):  # no descriptor for it: whoever leads will be told the same
+            return self._look_into_memory()
+        return False
 
     def _look_into_memory(self) -> bool:
         """Go on in the leader's memory file when there is one; whether the flight is over."""
@@ -105,8 +112,7 @@ class Follower:
             self._news_at = self._means.clock()
             body = self._body_in_memory(row)
             if body is None:
-                self._memory_seen = None  # the next look tells
-                return False
+                return flight.over
             self._publish(body)
             if row.finished:
                 if not body.ended:
@@ -126,13 +132,19 @@ class Follower:
             self._flight.detach()
 
     def _body_in_memory(self, row: Row) -> GrowingBody | None:
-        """The flight's body, from now on in the leader's memory file; None when that is gone."""
+        """The flight's body, from now on in the leader's memory file; None when that can't be had."""
         memory, flight, body = self._means.memory, self._flight, self._flight.body
         if body is not None and body.in_memory and body.generation == row.generation:
             return body
         try:
             file, state = memory.open(row)
+        except PermissionError as error:  # a system that shows no other process's files
+            log.warning("readers of %s are cut: %s", flight.key.text, error)
+            flight.detach()
+            flight.land(Landing.UNSTORABLE)
+            return None
         except (FileNotFoundError, ValueError):
+            self._memory_seen = None  # it is gone: the next look tells
             return None
         assert state.head is not None
         if body is None or body.generation != row.generation:

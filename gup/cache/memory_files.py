@@ -20,7 +20,7 @@ from gup.cache.growing import GrowingBody
 from gup.cache.state import MAX_STATE_BYTES, FillState
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
-from gup.errors import GupError
+from gup.errors import GupError, is_exhausted
 
 STEP_BYTES = 4 << 20
 """Memory is reserved in steps of this size while a body's length is unknown."""
@@ -230,11 +230,16 @@ class MemoryFiles:
         """A memory file with so much of `fill.memory` reserved. The caller holds the key's claim.
 
         Finished bodies make room, the least recently used first. MemoryFull when that is not enough, and
-        OSError when the system has no memory or descriptor.
+        OSError when the system is short of memory or descriptors.
         """
         if amount > self._limit_bytes():
             raise MemoryFull(f"{amount} bytes are more than fill.memory")
-        file = _anonymous(_name(key.id, generation))
+        try:
+            file = _anonymous(_name(key.id, generation))
+        except OSError as error:
+            if is_exhausted(error):
+                raise
+            raise MemoryFull(f"the system gives no memory file: {error.strerror}") from error
         with self._locked():
             for slot in self._slots():
                 row = _row(slot, self._at(slot))

@@ -390,6 +390,32 @@ async def test_when_the_leader_ends_its_readers_elsewhere_are_cut_and_the_next_o
         assert len(upstream.requests(FILE)) == 2
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(24, "Too many open files")]
+)
+async def test_a_follower_that_can_not_open_the_file_holds_nothing_up(tmp_path, upstream, monkeypatch, error):
+    """What is not to be seen is passed through; for a descriptor it waits."""
+    refuse(monkeypatch)
+    gate, tries, original = Gate(), [], MemoryFiles.open
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((2 * MB, gate),)), Answer(BODY, etag='"a"'))
+
+    def fails(self, row):
+        tries.append(row)
+        if len(tries) < 3 or isinstance(error, PermissionError):
+            raise type(error)(*error.args)
+        return original(self, row)
+
+    monkeypatch.setattr(MemoryFiles, "open", fails)
+    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
+        first = await one.open(FILE)
+        second = await two.open(FILE)
+        assert tries
+        gate.open()
+        assert await asyncio.gather(read(first.body), read(second.body)) == [BODY, BODY]
+        second.body.leave()
+        assert len(upstream.requests(FILE)) == (2 if isinstance(error, PermissionError) else 1)
+
+
 async def test_beyond_the_memory_clients_are_passed_through_four_at_once(tmp_path, upstream, monkeypatch):
     refuse(monkeypatch)
     gate = Gate()

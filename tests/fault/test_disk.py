@@ -288,6 +288,10 @@ def test_two_hundred_clients_of_two_workers_share_one_download_on_a_full_disk(tm
         assert gup.metric("gup_requests_total", result="bypass", code="200") == 204
         assert gup.metric("gup_fills_total", outcome="unstorable") >= 1
         assert gup.metric("gup_fills_total", outcome="failed") == 0
+        key = f"any/any{BIG.removeprefix('/content')}".replace("{", "%7B").replace("}", "%7D")
+        assert gup.api(f"/api/v1/content/{key}", method="DELETE")[0] == 200
+        right(gup, BIG, body)
+        assert len(upstream.requests(BIG)) == 2, "what was purged is not served from memory"
 
 
 @contextlib.contextmanager
