@@ -88,6 +88,7 @@ class Plane:
             set_store_bytes=around.set_store_bytes,
             promised_bytes=around.promised_bytes,
             now=self._age_now,
+            drop_memory=around.drop_memory,
         )
         self.verification = Verification(around, self.index)
         self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)

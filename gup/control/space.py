@@ -56,7 +56,7 @@ class Disk:
 class Space:
     """Runs evictions one at a time. `limits` (the `[cache]` settings) is replaced by a reload."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its collaborators
         self,
         store: Store,
         claims: Claims,
@@ -68,6 +68,7 @@ class Space:
         set_store_bytes: Callable[[int], None],
         promised_bytes: Callable[[], int],
         now: Callable[[Iterable[float]], float],
+        drop_memory: Callable[[ContentKey], int] = lambda _key: 0,
     ) -> None:
         """`now` gives the time by which things are too old, from all their last uses; Unix seconds."""
         self.limits = limits
@@ -79,6 +80,7 @@ class Space:
         self._set_store_bytes = set_store_bytes
         self._promised_bytes = promised_bytes
         self._now = now
+        self._drop_memory = drop_memory
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -245,6 +247,7 @@ class Space:
         BusyError when not.
         """
         freed = await change(self._claims, key, lambda: self._store.purge(key))
+        freed += self._drop_memory(key)
         self._index.discard(key.text)
         self._raise_store_epoch()
         self._tell(await self.measure())
