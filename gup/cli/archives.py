@@ -209,7 +209,7 @@ def _custody(store: "Store", settings: "Settings") -> "Custody":
     """Nobody else is at work here: the claims are ours, and room is what the limits leave."""
     from gup.cache.importing import Custody
     from gup.cache.record import Record
-    from gup.control.room import no_room
+    from gup.control.archives import no_room
 
     held = [sum(stored.size_bytes for stored in store.scan())]
 

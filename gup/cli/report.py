@@ -37,7 +37,7 @@ def content(
     _check(csv_output, json_output)
     with asking(Where(admin, config, token_file, ca_file)) as asked:
         answer = asked.report("content")
-        from gup.control.reports.table import of_content
+        from gup.control.stats.tables import of_content
 
         _print(answer, csv_output, json_output, of_content, _content)
 
@@ -56,7 +56,7 @@ def clients(
     _check(csv_output, json_output)
     with asking(Where(admin, config, token_file, ca_file)) as asked:
         answer = asked.report("clients")
-        from gup.control.reports.table import of_restarts
+        from gup.control.stats.tables import of_restarts
 
         _print(answer, csv_output, json_output, of_restarts, _clients)
 
@@ -76,7 +76,7 @@ def savings(
     _check(csv_output, json_output)
     with asking(Where(admin, config, token_file, ca_file)) as asked:
         answer = asked.report("savings", days=days)
-        from gup.control.reports.table import of_savings
+        from gup.control.stats.tables import of_savings
 
         _print(answer, csv_output, json_output, of_savings, _savings)
 
@@ -97,7 +97,7 @@ def _print(
     if json_output:
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     elif csv_output:
-        from gup.control.reports.table import csv_text
+        from gup.control.stats.tables import csv_text
 
         typer.echo(csv_text(lines(answer)), nl=False)
     else:

@@ -101,7 +101,7 @@ def _look(directory: Path, *, repair: bool) -> dict[str, Any]:
     from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents
     from gup.cache.state import Phase
     from gup.cache.store import Store
-    from gup.control.index_file import check_index
+    from gup.control.index import check_index
 
     store = Store(directory)
     for part in store.parts():  # a commit that was interrupted is no damage: its journal finishes it

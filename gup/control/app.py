@@ -6,13 +6,13 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.access import Access
 from gup.control.api import (
     alarms,
     archives,
     clients,
     content,
     health,
+    history,
     openapi,
     prefetch,
     reports,
@@ -21,11 +21,9 @@ from gup.control.api import (
     upkeep,
 )
 from gup.control.api.answers import PLANE, problem
-from gup.control.guard import Asked, is_near, refusal
-from gup.control.history import routes as history
+from gup.control.auth import Access, Attempt, is_near, presented, refusal
 from gup.control.page import routes as page
-from gup.control.plane import Plane
-from gup.control.tokens import presented
+from gup.control.state import Plane
 from gup.errors import GupError
 
 _log = logging.getLogger("gup.control.app")
@@ -75,7 +73,7 @@ def _address(request: web.Request, end: str) -> str | None:
 async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
     access = request.app[ACCESS]
     shown, peer = presented(request.headers.get("Authorization")), _address(request, "peername")
-    asked = Asked(
+    asked = Attempt(
         method=request.method,
         path=request.path,
         host=request.headers.get("Host", ""),

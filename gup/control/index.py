@@ -1,22 +1,139 @@
-"""The index: the controller's view of the store for listing, eviction and totals. Never the truth.
-
-The event loop owns the rows in memory and changes them at once; what changed is written behind, a
-transaction a second, by the one thread that the database lives in. Records on disk are the truth: a missing
-or damaged index is rebuilt from them, and `gup.control.reconcile` heals whatever events were lost.
-"""
+"""The index: the controller's view of the store, for listing, eviction and totals."""
 
 import asyncio
 import contextlib
+import json
 import logging
+import re
+import shutil
+import sqlite3
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gup.content.key import Kind
-from gup.control.index_file import DamagedIndexError, IndexFile
-from gup.control.rows import Row, Stream
+import diskcache
+
+from gup.cache.store import Stored
+from gup.content.key import ContentKey, Kind, delta_step
+from gup.jsonmodel import Members
+
+_REVISION = re.compile(r"\d{9}")
+
+Stream = tuple[str, str, str]
+"""Version, language and moniker: what revisions are compared within."""
+
+
+def stream_of(key: ContentKey) -> Stream:
+    return (key.version, key.language, key.stream)
+
+
+def content_revision(kind: Kind, revision: str, file: str) -> str | None:
+    """The revision that a body brings a client to; None when the names do not tell.
+
+    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
+    name decides. Only nine-digit names can be compared.
+    """
+    step = delta_step(file) if kind is Kind.DELTA else None
+    found = step.to_revision if step else revision
+    return found if _REVISION.fullmatch(found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An entry as the index knows it. Times are Unix seconds."""
+
+    key: str
+    version: str
+    language: str
+    stream: str
+    revision: str
+    file: str
+    kind: Kind
+    length_bytes: int
+    stored_at: float
+    used_at: float
+    hits: int = 0
+    pinned: bool = False
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def stream_id(self) -> Stream:
+        return (self.version, self.language, self.stream)
+
+    @property
+    def content_revision(self) -> str | None:
+        """The revision that the body brings a client to; None when the names do not tell."""
+        return content_revision(self.kind, self.revision, self.file)
+
+    def used(self, count: int, sent_bytes: int, at: float) -> "Row":
+        return replace(
+            self,
+            hits=self.hits + count,
+            sent_bytes=self.sent_bytes + sent_bytes,
+            used_at=max(self.used_at, at),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of the row; `from_json` reads it back."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"kind": str(self.kind)}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Row":
+        """InvalidError when `fields` are no row."""
+        members = Members(fields, "row of the index")
+        return make_row(
+            ContentKey.parse(members["key"]),
+            members.one_of("kind", Kind),
+            members.whole("length_bytes"),
+            stored_at=members.time("stored_at"),
+            used_at=members.time("used_at"),
+            hits=members.whole("hits"),
+            pinned=members.flag("pinned"),
+            sent_bytes=members.whole("sent_bytes"),
+            received_bytes=members.whole("received_bytes"),
+        )
+
+
+def make_row(
+    key: ContentKey, kind: Kind, length_bytes: int, *, stored_at: float, used_at: float, **more: Any
+) -> Row:
+    """A row for `key`. Names that many rows share are kept once (1e5 rows are to fit in some 50 MB)."""
+    return Row(
+        key.text,
+        sys.intern(key.version),
+        sys.intern(key.language),
+        sys.intern(key.stream),
+        sys.intern(key.revision),
+        sys.intern(key.file),
+        kind,
+        length_bytes,
+        stored_at,
+        used_at,
+        **more,
+    )
+
+
+def row_of(stored: Stored, known: Row | None = None) -> Row:
+    """The row of a body found on disk; hits and totals are taken from the row known before."""
+    record = stored.record
+    assert record is not None
+    return make_row(
+        record.key,
+        record.kind,
+        stored.size_bytes,
+        stored_at=record.stored_at,
+        used_at=max(stored.used_at, known.used_at if known else 0.0),
+        hits=known.hits if known else 0,
+        pinned=record.pinned,
+        sent_bytes=known.sent_bytes if known else 0,
+        received_bytes=known.received_bytes if known else stored.size_bytes,
+    )
+
 
 _log = logging.getLogger("gup.control.index")
 _ENTRY = "entry:"
@@ -227,3 +344,153 @@ def _decode(values: Mapping[str, Any]) -> tuple[dict[str, Row] | None, dict[str,
             return None, notes
         rows[row.key] = row
     return rows, notes
+
+
+_FORMAT = 1
+_FORMAT_KEY = "about:format"
+_MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
+BUSY_SECONDS = 5.0
+"""How long another process' lock is waited for."""
+_UNLIMITED_BYTES = 1 << 62
+_REFUSALS = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
+)
+"""Errors that tell of the disk, or of another process, and not of the file."""
+
+
+class DamagedIndexError(Exception):
+    """The index can't be read as what was written. The remedy is to delete it: the records are the truth."""
+
+
+class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """Keys are texts, values JSON texts in the row; nothing is pickled or unpickled, no side file is made."""
+
+    def put(self, key: object) -> tuple[str, bool]:
+        assert isinstance(key, str)
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        if not isinstance(key, str) or not raw:
+            raise DamagedIndexError(f"a key is no text: {key!r:.60}")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
+        assert not read
+        assert key is not None
+        return 0, _MODE_TEXT, None, json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    def fetch(self, mode: object, filename: object, value: object, read: object) -> Any:
+        if mode != _MODE_TEXT or filename is not None or read or not isinstance(value, str):
+            raise DamagedIndexError(f"a value is no text but of mode {mode!r:.20}")
+        return json.loads(value)
+
+
+class IndexFile:
+    """The database in one folder. `load` opens it; every method belongs to the same one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._cache: Any = None  # made by `_open`, in the thread that uses it
+
+    def load(self) -> dict[str, Any] | None:
+        """All values by key; None when there is no (complete) index yet.
+
+        DamagedIndexError when it can't be read or is of another format; OSError when the folder is unusable.
+        """
+        try:
+            self._open()
+            return self._read()
+        except (OSError, DamagedIndexError):
+            raise
+        except diskcache.Timeout as error:
+            raise OSError(f"the index can't be opened: {_cause(error)}") from error
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in _REFUSALS:
+                raise OSError(f"the index can't be opened: {error}") from error
+            raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # whatever diskcache or sqlite make of damaged pages
+            raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
+
+    def _read(self) -> dict[str, Any] | None:
+        found = self._cache.get(_FORMAT_KEY)
+        if found is None:  # new, or never came to stand for the whole store
+            self._cache.clear()
+            return None
+        if found != _FORMAT:
+            raise DamagedIndexError(f"its format is {found!r:.20}")
+        return {key: self._cache[key] for key in self._cache.iterkeys() if key != _FORMAT_KEY}
+
+    def write(self, values: Mapping[str, Any], gone: Iterable[str], *, whole: bool) -> None:
+        """Put `values` in and take `gone` out, in one transaction; opens the file when it is not open.
+
+        `whole` says that the rows then stand for all of the store: only such an index is loaded again.
+        OSError when the disk refuses for now, DamagedIndexError when the file is beyond use.
+        """
+        try:
+            if self._cache is None:
+                self._open()
+            with self._cache.transact():  # a retry of diskcache's has no end, whatever the error
+                for key, value in values.items():
+                    self._cache[key] = value
+                for key in gone:
+                    self._cache.delete(key)
+                if whole:
+                    self._cache[_FORMAT_KEY] = _FORMAT
+        except diskcache.Timeout as error:
+            raise OSError(f"the index can't be written: {_cause(error)}") from error
+        except sqlite3.OperationalError as error:  # full, read-only, I/O error
+            raise OSError(f"the index can't be written: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
+
+    def delete(self) -> None:
+        """Remove the whole index from the disk, to start anew; OSError when that fails."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=False)
+
+    def close(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._cache = diskcache.Cache(
+            str(self._folder),
+            timeout=BUSY_SECONDS,
+            disk=_TextDisk,
+            eviction_policy="none",
+            cull_limit=0,
+            size_limit=_UNLIMITED_BYTES,
+            statistics=0,
+            tag_index=0,
+            sqlite_mmap_size=0,  # a damaged or truncated file is an error to handle, not a SIGBUS
+        )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What SQLite told: diskcache makes a `Timeout` of any error at which it could not begin."""
+    while isinstance(error, diskcache.Timeout) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def check_index(folder: Path, *, repair: bool) -> str | None:
+    """What is wrong with the index of a service that does not run; None when nothing is.
+
+    `repair` removes a damaged one: it is made anew from the records.
+    """
+    if not folder.is_dir() or not list(folder.iterdir()):
+        return None
+    file = IndexFile(folder)
+    try:
+        file.load()
+    except OSError as error:
+        return str(error)
+    except DamagedIndexError as error:
+        if repair:
+            file.delete()
+        return f"it is damaged: {error}"
+    finally:
+        file.close()
+    return None

@@ -1,23 +1,349 @@
-"""Fetches ahead: the deltas to a new revision, as the site's traffic tells them, and what an operator wants.
-
-Never client patches that nobody asked for; never while clients' fills stream or wait (gup.cache.ahead), and
-never the same twice. Two at once at most: one delta or index file, and one of all else.
-"""
+"""Prefetching: which deltas a new revision calls for, the queue, and fetching them."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
 
 from gup import config
-from gup.content.deltas import named, spelled_moniker
+from gup.content.deltas import Folder, Named, delta_path, named, spelled_moniker
 from gup.content.key import ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes, parse_target
+from gup.content.routes import Route, Routes, leads_to, parse_target
 from gup.content.stream_types import CLIENT_PATCHES, OTHER
-from gup.control.revisions import Announced, Revisions
-from gup.control.rows import Stream, stream_of
-from gup.control.wishes import MAX_PENDING, Outcome, Wish, Wishes
+from gup.control.index import Stream, stream_of
 from gup.errors import GupError, Problem
+from gup.jsonmodel import InvalidError, Members, plain_text, shown
+from gup.metrics import MAX_STREAMS
+
+MAX_WISHES = 1000
+"""All rows; the oldest that have ended are forgotten."""
+MAX_PENDING = 900
+_MAX_TEXT = 9000
+
+By = Literal["traffic", "operator"]
+
+
+class Outcome(StrEnum):
+    """Of a wish."""
+
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    STORED = "stored"
+    PRESENT = "present"
+    """It was in the store already, or somebody else's fill brought it."""
+    ABSENT = "absent"
+    """No upstream has it."""
+    FAILED = "failed"
+    SUPERSEDED = "superseded"
+    """A newer revision was asked for before its turn came."""
+
+
+TRANSITIONS: dict[Outcome, frozenset[Outcome]] = {
+    Outcome.QUEUED: frozenset({Outcome.FETCHING, Outcome.PRESENT, Outcome.SUPERSEDED}),
+    Outcome.FETCHING: frozenset(
+        {Outcome.STORED, Outcome.PRESENT, Outcome.ABSENT, Outcome.FAILED, Outcome.QUEUED}
+    ),
+    Outcome.STORED: frozenset(),
+    Outcome.PRESENT: frozenset(),
+    Outcome.ABSENT: frozenset(),
+    Outcome.FAILED: frozenset(),
+    Outcome.SUPERSEDED: frozenset(),
+}
+"""FETCHING to QUEUED: it failed in a way that may pass, or the controller ended meanwhile."""
+
+PENDING = frozenset({Outcome.QUEUED, Outcome.FETCHING})
+
+
+@dataclass(slots=True, kw_only=True)
+class Wish:
+    """One body to fetch ahead. The prefetcher alone changes it; times are Unix seconds."""
+
+    key: ContentKey
+    path: str
+    """As upstream is asked for it."""
+    kind: Kind
+    by: By
+    asked_at: float
+    outcome: Outcome = Outcome.QUEUED
+    detail: str = ""
+    ended_at: float | None = None
+    due_at: float = 0.0
+    tries: int = 0
+
+    @property
+    def pending(self) -> bool:
+        return self.outcome in PENDING
+
+    def move(self, outcome: Outcome, now: float, detail: str = "") -> None:
+        assert outcome in TRANSITIONS[self.outcome], (self.outcome, outcome)
+        self.outcome, self.detail = outcome, plain_text(detail, _MAX_TEXT)
+        self.ended_at = None if self.pending else now
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; `from_json` reads it back."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {"key": self.key.text, "kind": str(self.kind), "outcome": str(self.outcome)}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Wish":
+        """InvalidError when `fields` are no wish. What was being fetched is queued again."""
+        members = Members(fields, "wish")
+        key, path = ContentKey.parse(members["key"]), members.text("path", _MAX_TEXT)
+        if not leads_to(path, key):
+            raise InvalidError(f"wish: 'path' does not lead to {key.text}: {shown(path)}")
+        outcome = members.one_of("outcome", Outcome)
+        by: By = "operator" if members["by"] == "operator" else "traffic"
+        return cls(
+            key=key,
+            path=path,
+            kind=members.one_of("kind", Kind),
+            by=by,
+            asked_at=members.time("asked_at"),
+            outcome=Outcome.QUEUED if outcome is Outcome.FETCHING else outcome,
+            detail=members.text("detail", _MAX_TEXT),
+            ended_at=members.time("ended_at") if "ended_at" in members else None,
+            tries=members.whole("tries"),
+        )
+
+
+class Wishes:
+    """By key, the latest at the end. `changed` is set False by whoever writes them down."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[ContentKey, Wish] = OrderedDict()
+        self.changed = False
+
+    def __iter__(self) -> Iterator[Wish]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, key: ContentKey) -> Wish | None:
+        return self._rows.get(key)
+
+    @property
+    def pending(self) -> int:
+        return sum(wish.pending for wish in self)
+
+    def add(self, wish: Wish) -> bool:
+        """Put it at the end, in place of an earlier one of its key; False when too many are pending."""
+        if self.pending >= MAX_PENDING:
+            return False
+        self._rows[wish.key] = wish
+        self._rows.move_to_end(wish.key)
+        self._forget()
+        self.changed = True
+        return True
+
+    def move(self, wish: Wish, outcome: Outcome, now: float, detail: str = "") -> None:
+        wish.move(outcome, now, detail)
+        self.changed = True
+
+    def due(self, kinds: frozenset[Kind], now: float) -> Wish | None:
+        """The next to fetch of these kinds: an operator's first, then in their order."""
+        found = [
+            wish
+            for wish in self
+            if wish.outcome is Outcome.QUEUED and wish.kind in kinds and wish.due_at <= now
+        ]
+        return min(found, key=lambda wish: wish.by != "operator", default=None)
+
+    def supersede(self, stream: Stream, newest: str, now: float) -> None:
+        """Nobody needs what leads to an older revision, and was not asked for by an operator."""
+        for wish in self:
+            if wish.outcome is Outcome.QUEUED and wish.by == "traffic" and stream_of(wish.key) == stream:
+                names = named(wish.key)
+                if names is not None and names.revision < newest:
+                    self.move(wish, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
+
+    def _forget(self) -> None:
+        if len(self._rows) > MAX_WISHES:
+            oldest = next(wish for wish in self if not wish.pending)
+            del self._rows[oldest.key]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [wish.to_json() for wish in self]
+
+    def restore(self, rows: Any) -> None:
+        """Take back what `to_json` gave, before those that have come since; what is no wish is left out."""
+        newer, self._rows = self._rows, OrderedDict()
+        for row in rows if isinstance(rows, list) else ():
+            try:
+                wish = Wish.from_json(row)
+            except ValueError:
+                continue
+            self._rows[wish.key] = wish
+        self._rows |= newer
+        for key in newer:
+            self._rows.move_to_end(key)
+        while len(self._rows) > MAX_WISHES:
+            self._rows.popitem(last=False)
+
+
+MAX_REVISIONS = 64
+"""Remembered of each stream; those named longest ago are forgotten."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """One stream. `seen` has the time of the last naming of each revision, the latest at the end.
+
+    `asked` are those from which a client has asked for the delta to the newest one: nothing is left to be
+    done for them.
+    """
+
+    newest: str = ""
+    announced_at: float = 0.0
+    moniker: str = ""
+    folder: Folder | None = None
+    seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    asked: set[str] = field(default_factory=set)
+
+    def name(self, named: Named, now: float) -> None:
+        if named.from_revision is not None:
+            self.see(named.from_revision, now)
+            if named.revision == self.newest:
+                self.asked.add(named.from_revision)
+
+    def see(self, revision: str, now: float) -> None:
+        self.seen[revision] = now
+        self.seen.move_to_end(revision)
+        while len(self.seen) > MAX_REVISIONS:
+            forgotten, _ = self.seen.popitem(last=False)
+            self.asked.discard(forgotten)
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A revision that clients have begun to ask for, and where the others of the site are."""
+
+    stream: Stream
+    revision: str
+    at: float
+    from_revisions: tuple[str, ...]
+    """The latest named first."""
+    paths: tuple[str, ...]
+    """Of the deltas from these."""
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.stream[0], self.stream[1])
+
+
+class Revisions:
+    """By stream; as many streams as are counted apart, the longest idle forgotten.
+
+    `changed`: whether anything new was learned since it was last set to False (by whoever writes it down);
+    `touched`: whether anything was named again.
+    """
+
+    def __init__(self) -> None:
+        self._streams: OrderedDict[Stream, _Known] = OrderedDict()
+        self.changed = self.touched = False
+
+    def learn(self, stream: Stream, named: Named, now: float, moniker: str = "") -> bool:
+        """What a client was sent, or began to be sent. Whether that makes another look worth while: the
+        revision is newer than any before, or one that no client of the site was known to be at.
+        """
+        known = self._known(stream)
+        self.touched = True
+        known.moniker = moniker or known.moniker
+        known.folder = named.folder or known.folder
+        news = named.revision not in known.seen
+        news = news or (named.from_revision is not None and named.from_revision not in known.seen)
+        if named.revision > known.newest:
+            known.newest, known.announced_at = named.revision, now
+            known.asked.clear()
+        known.name(named, now)
+        known.see(named.revision, now)  # last: that is where the client will be
+        self.changed = self.changed or news
+        return news
+
+    def refused(self, stream: Stream, named: Named, now: float) -> None:
+        """Upstream does not have what was asked for: that announces nothing, but tells where a client is."""
+        if named.from_revision is not None and stream in self._streams:
+            self.touched = True
+            self._known(stream).name(named, now)
+
+    def _known(self, stream: Stream) -> _Known:
+        known = self._streams.setdefault(stream, _Known())
+        self._streams.move_to_end(stream)
+        while len(self._streams) > MAX_STREAMS:
+            self._streams.popitem(last=False)
+        return known
+
+    def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
+        """The stream's newest revision and, of the others named so lately, the `most` named last.
+
+        Those are left out whose delta a client has asked for already.
+        """
+        known = self._streams[stream]
+        lately = [
+            revision
+            for revision, at in reversed(known.seen.items())
+            if revision < known.newest and revision not in known.asked and now - at <= within_seconds
+        ][:most]
+        folder = known.folder or self._folder_of_others(stream)
+        paths = [delta_path(known.moniker or stream[2], old, known.newest, folder) for old in lately]
+        return Announced(stream, known.newest, known.announced_at, tuple(lately), tuple(paths))
+
+    def _folder_of_others(self, stream: Stream) -> Folder:
+        """As the same upstream has it for other streams; else as the public log shows it (FIELD)."""
+        others = (known.folder for other, known in self._streams.items() if other[:2] == stream[:2])
+        return next((folder for folder in others if folder is not None), Folder.FROM)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(self._streams)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """All of it; `restore` takes it back."""
+        return [
+            {
+                "stream": list(stream),
+                "newest": known.newest,
+                "announced_at": known.announced_at,
+                "moniker": known.moniker,
+                "folder": known.folder,
+                "seen": list(known.seen.items()),
+            }
+            for stream, known in self._streams.items()
+        ]
+
+    def restore(self, rows: Any) -> None:
+        """Take back what `to_json` gave. What is not of that form is left out, what is newer stays."""
+        for row in rows if isinstance(rows, list) else ():
+            match row:
+                case {
+                    "stream": [str(version), str(language), str(moniker)],
+                    "newest": str(newest),
+                    "announced_at": int() | float() as at,
+                    "moniker": str(spelled),
+                    "folder": "from" | "to" | None as folder,
+                    "seen": list(seen),
+                }:
+                    old = _Known(newest, float(at), spelled, Folder(folder) if folder else None)
+                    self._restore((version, language, moniker), old, seen)
+
+    def _restore(self, stream: Stream, old: _Known, seen: list[Any]) -> None:
+        for pair in seen:
+            match pair:
+                case [str(revision), int() | float() as at]:
+                    old.see(revision, float(at))
+        newer = self._streams.get(stream)
+        if newer is not None:
+            for revision, at in newer.seen.items():
+                old.see(revision, at)
+            old.moniker, old.folder = newer.moniker or old.moniker, newer.folder or old.folder
+            if newer.newest > old.newest:
+                old.newest, old.announced_at = newer.newest, newer.announced_at
+        self._streams[stream] = old
+        while len(self._streams) > MAX_STREAMS:
+            self._streams.popitem(last=False)
+
 
 _log = logging.getLogger("gup.control.prefetch")
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))

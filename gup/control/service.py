@@ -1,31 +1,72 @@
-"""The control plane's life: starts its jobs and its server, applies reloads, ends all of it. No decisions."""
+"""The control plane's life: starts its jobs and its server, applies reloads, ends all of it."""
 
 import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.access import Access
-from gup.control.ageing import AgeClock
+from gup.control.alarm_collector import Watch
 from gup.control.app import make_app
-from gup.control.claiming import BusyError, change
-from gup.control.history.keeper import WRITE_SECONDS
-from gup.control.jobs import Jobs
-from gup.control.plane import Plane
+from gup.control.auth import Access
+from gup.control.dependencies import Surroundings
+from gup.control.eviction import AgeClock
 from gup.control.prefetch import LANES
-from gup.control.reconcile import reconcile
-from gup.control.surroundings import Surroundings
-from gup.control.watch import Watch
+from gup.control.reconcile import BusyError, change, reconcile
+from gup.control.state import Plane
+from gup.control.stats.history import WRITE_SECONDS
+
+_log = logging.getLogger("gup.control.service")
+
+
+class Jobs:
+    """Named tasks. A job that raises is logged and, if it is periodic, runs again at its next turn."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run `work` once, until it ends or `stop`. No other of this name may run."""
+        if any(task.get_name() == f"control {name}" for task in self._tasks):
+            work.close()
+            raise AssertionError(f"{name} runs already")
+        task = asyncio.create_task(self._guarded(name, work), name=f"control {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it never began
+
+    def every(self, seconds: float, name: str, turn: Callable[[], Awaitable[None]]) -> None:
+        """Run `turn` now and again `seconds` after each end."""
+
+        async def repeat() -> None:
+            while True:
+                await self._guarded(name, turn())
+                await asyncio.sleep(seconds)
+
+        self.start(name, repeat())
+
+    async def stop(self) -> None:
+        """Cancel all and wait until they have ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @staticmethod
+    async def _guarded(name: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except Exception:  # noqa: BLE001 - must end neither the control plane nor the job's later turns
+            _log.exception("the job %r failed", name)
+
 
 __all__ = ["Control", "Surroundings"]
 
-_log = logging.getLogger("gup.control.service")
 _FLUSH_SECONDS = 1.0
 _METER_SECONDS = 1.0
 _TOUCH_SECONDS = 60.0

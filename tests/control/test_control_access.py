@@ -11,19 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
-from gup.control.access import require_access
-from gup.control.guard import Asked, Door, refusal
-from gup.control.tls import CertificateError, load_context
-from gup.control.tokens import (
+from gup.control.auth import (
+    Attempt,
+    CertificateError,
+    Door,
     Presented,
     Right,
     TokenError,
     Tokens,
     doubts,
+    load_context,
     local_path,
     make_local_token,
     presented,
     read_token,
+    refusal,
+    require_access,
 )
 from gup.errors import SettingsError
 
@@ -35,7 +38,7 @@ FAR = {"host": "10.0.0.5:2968", "peer": "10.0.0.9", "local": "10.0.0.5"}
 def ask(method="GET", path="/api/v1/status", *, token=Right.NONE, bearer=None, **more):
     parts = {"origin": None, "fetch_site": None} | NEAR | more
     bearer = token is not Right.NONE if bearer is None else bearer
-    return Asked(method=method, path=path, right=token, bearer=bearer, **parts)
+    return Attempt(method=method, path=path, right=token, bearer=bearer, **parts)
 
 
 def change(**more):

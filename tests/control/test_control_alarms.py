@@ -5,11 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from gup.control.alarm_board import MAX_OF_A_TYPE, AlarmBoard
-from gup.control.alarms import ALARMS, AlarmType, Missed, Snapshot, UpstreamHealth
-from gup.control.lately import Lately
-from gup.control.rejections import Rejection
-from gup.control.storms import Storm
+from gup.control.alarms import (
+    ALARMS,
+    MAX_OF_A_TYPE,
+    AlarmBoard,
+    AlarmType,
+    Missed,
+    Rejection,
+    Snapshot,
+    UpstreamHealth,
+)
+from gup.control.rate_window import Lately
+from gup.control.traffic import Storm
 
 WELL = Snapshot(
     now=1_000_000.0,

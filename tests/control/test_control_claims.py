@@ -12,7 +12,7 @@ from gup.cache.checksum import seal
 from gup.cache.recovery import Recovery
 from gup.cache.state import FillState, Phase
 from gup.content.key import Kind
-from gup.control.claiming import BusyError, change, to_its_end
+from gup.control.reconcile import BusyError, change, to_its_end
 
 OLD, NEW = b"the old body", b"the new generation"
 

@@ -6,9 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.control.history.figures import FIGURES, NONE, Reader, by_name, from_names, shown
-from gup.control.history.file import HistoryFile
-from gup.control.history.record import DAY, HOUR, KEPT, MINUTE, Gauges, History, Point, Reached, added
+from gup.control.stats.history import (
+    DAY,
+    FIGURES,
+    HOUR,
+    KEPT,
+    MINUTE,
+    NONE,
+    Gauges,
+    History,
+    HistoryFile,
+    Point,
+    Reached,
+    Reader,
+    added,
+    by_name,
+    from_names,
+    shown,
+)
 from gup.metrics import layout
 
 NOON = 1_800_000_000 // DAY * DAY + 43_200

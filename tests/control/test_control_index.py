@@ -7,10 +7,8 @@ import threading
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import Index
-from gup.control.index_file import DamagedIndexError, IndexFile
+from gup.control.index import DamagedIndexError, Index, IndexFile, Row, make_row
 from gup.control.reconcile import ORPHAN_AGE_SECONDS, differences, reconcile
-from gup.control.rows import Row, make_row
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
@@ -342,7 +340,7 @@ async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
     """Another process' lock: it stands for all that SQLite may say at a transaction's beginning."""
-    monkeypatch.setattr("gup.control.index_file.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("gup.control.index.BUSY_SECONDS", 0.05)
     other = sqlite3.connect(tmp_path / "cache.db", isolation_level=None)
     yield lambda taken: other.execute("BEGIN IMMEDIATE" if taken else "ROLLBACK")
     other.close()

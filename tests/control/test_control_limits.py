@@ -1,7 +1,8 @@
 """Limits as they are shown."""
 
 from gup.config import Settings
-from gup.control.limits import Meter, limits_of, numbers
+from gup.control.rate_window import Meter
+from gup.control.state import limits_of, numbers
 
 
 def test_what_is_not_limited_is_not_among_the_numbers():

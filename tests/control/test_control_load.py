@@ -6,11 +6,11 @@ import random
 import pytest
 
 from gup.content.key import Kind
-from gup.control.clients import WINDOWS, ClientsBook
-from gup.control.jobs import Jobs
-from gup.control.plane import Plane
-from gup.control.rows import Row
-from gup.control.watch import Watch
+from gup.control.alarm_collector import Watch
+from gup.control.index import Row
+from gup.control.service import Jobs
+from gup.control.state import Plane
+from gup.control.stats.clients import WINDOWS, ClientsBook
 
 ROWS, CLIENTS = 100_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]

@@ -6,7 +6,7 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.fills import FillRates
+from gup.control.state import FillRates
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 

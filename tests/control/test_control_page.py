@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
+from gup.control.index import make_row
 from gup.control.page import words
 from gup.control.page.held import MAX_REVISIONS, MAX_STREAMS, holdings
 from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
 from gup.control.page.view import Kept
-from gup.control.rows import make_row
 
 SPACE = "\N{NO-BREAK SPACE}"
 

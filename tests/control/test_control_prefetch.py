@@ -8,9 +8,8 @@ import pytest
 from gup.config import Settings
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
-from gup.control.prefetch import LANES, Prefetcher
-from gup.control.rows import Stream
-from gup.control.wishes import Outcome
+from gup.control.index import Stream
+from gup.control.prefetch import LANES, Outcome, Prefetcher
 from gup.errors import Problem
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"

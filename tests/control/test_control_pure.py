@@ -11,13 +11,13 @@ from gup.content.key import ContentKey, Kind
 from gup.control.api.described import operation_of
 from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
-from gup.control.clients import ClientsBook
 from gup.control.events import ClientsSeen, Committed, Failed, Need, UpstreamTrouble, Use, Used, parse_event
-from gup.control.rows import Row, make_row
-from gup.control.scrub import Pass
-from gup.control.status import totals_of
-from gup.control.streams import newest_times, revision_time
-from gup.control.wishes import Wishes
+from gup.control.index import Row, make_row
+from gup.control.integrity_jobs import Pass
+from gup.control.prefetch import Wishes
+from gup.control.state import totals_of
+from gup.control.stats.clients import ClientsBook
+from gup.control.traffic import newest_times, revision_time
 from gup.jsonmodel import InvalidError
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"

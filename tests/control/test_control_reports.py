@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.catalogues import Label
-from gup.control.reports.database import Database
-from gup.control.reports.ledger import METRICS
-from gup.control.reports.pieces import Pieces, merged
+from gup.control.stats.clients import Pieces, joined
+from gup.control.stats.database import Database
+from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -446,7 +446,7 @@ spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span
 
 @given(st.lists(spans, max_size=12))
 def test_merged_parts_are_the_same_bytes(parts):
-    found = merged(parts)
+    found = joined(parts)
     assert {at for part in parts for at in range(*part)} == {at for part in found for at in range(*part)}
     assert all(one[1] < other[0] for one, other in pairwise(found))
 

@@ -7,8 +7,7 @@ import pytest
 from gup.content.deltas import Folder, named
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of
-from gup.control.revisions import MAX_REVISIONS, Revisions
-from gup.control.wishes import MAX_PENDING, MAX_WISHES, Outcome, Wish, Wishes
+from gup.control.prefetch import MAX_PENDING, MAX_REVISIONS, MAX_WISHES, Outcome, Revisions, Wish, Wishes
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 STREAM = ("any", "any", MONIKER)

@@ -8,7 +8,7 @@ from harness.control import get, limited
 from prometheus_client.parser import text_string_to_metric_families
 
 from gup.cache.state import Phase
-from gup.control.jobs import Jobs
+from gup.control.service import Jobs
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 

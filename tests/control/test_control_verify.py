@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from gup.cache.checksum import CHUNK_BYTES
-from gup.control.scrub import Pass
+from gup.control.integrity_jobs import Pass
 from gup.errors import Problem
 
 BODY = bytes(range(256)) * (CHUNK_BYTES * 3 // 256) + b"the end"
@@ -170,7 +170,7 @@ async def test_every_kind_of_damage_is_told_and_mended(world, browser, repair):
 
 
 async def test_what_somebody_works_on_is_left_out(world, browser, monkeypatch):
-    monkeypatch.setattr("gup.control.verify._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("gup.control.integrity_jobs._PATIENCE_SECONDS", 0.1)
     scrubbing(world, scrub_rate=0)
     record = world.commit(world.key(), BODY)
     harm(world, record)

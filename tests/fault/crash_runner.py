@@ -20,10 +20,9 @@ from harness.crashing import Crash, install
 from gup.cache.recovery import Recovery
 from gup.config import Cache
 from gup.content.key import ContentKey, Variant
-from gup.control.claiming import change
+from gup.control.eviction import Space
 from gup.control.index import Index
-from gup.control.reconcile import reconcile
-from gup.control.space import Space
+from gup.control.reconcile import change, reconcile
 from gup.errors import Problem
 
 FULL = path_of("full.dax")

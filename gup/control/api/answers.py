@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from gup.content.key import ContentKey
-from gup.control.plane import Plane
+from gup.control.state import Plane
 
 PLANE: web.AppKey[Plane] = web.AppKey("plane", Plane)
 _PARTS = ("version", "language", "stream", "revision", "file")

@@ -13,7 +13,7 @@ from gup.control.api.answers import PLANE, answer
 from gup.control.api.content import labelling
 from gup.control.api.described import Answer, Parameters, asked, describe
 from gup.control.api.listing import Listing, matching
-from gup.control.importing import import_archive
+from gup.control.archives import import_archive
 
 _log = logging.getLogger("gup.control.archives")
 TAR = "application/x-tar"

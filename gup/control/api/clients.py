@@ -10,8 +10,7 @@ from pydantic import Field
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Number, Parameters, asked, describe
 from gup.control.api.shapes import Seen
-from gup.control.clients import WINDOWS
-from gup.control.reports.queries import Wanted
+from gup.control.stats.clients import WINDOWS, Wanted
 
 _NO_CURSOR = "cursor: it is not the cursor of a page before"
 

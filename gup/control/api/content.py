@@ -11,9 +11,9 @@ from gup.content.key import Kind
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe
 from gup.control.api.listing import Entry, Labelling, Listing, select, shown
-from gup.control.claiming import BusyError
-from gup.control.plane import Plane
-from gup.control.rows import Row, row_of
+from gup.control.index import Row, row_of
+from gup.control.reconcile import BusyError
+from gup.control.state import Plane
 
 
 class Listed(Answer):

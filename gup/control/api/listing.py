@@ -13,7 +13,7 @@ from gup.content.catalogues import Label
 from gup.content.key import Kind, delta_step
 from gup.content.languages import parse_language
 from gup.control.api.described import Answer, Number, Parameters
-from gup.control.rows import Row
+from gup.control.index import Row
 
 MAX_LIMIT = 1000
 _NO_CURSOR = "cursor: it is not the cursor of a page before"

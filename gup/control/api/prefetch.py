@@ -8,9 +8,8 @@ from pydantic import AfterValidator, Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Number, Parameters, asked, describe, given
-from gup.control.plane import Plane
-from gup.control.prefetch import Busy, NotThereError
-from gup.control.wishes import MAX_WISHES, Wish
+from gup.control.prefetch import MAX_WISHES, Busy, NotThereError, Wish
+from gup.control.state import Plane
 
 _SHOWN = 100
 _LETTER = r"[A-Za-z0-9_{}$!&'()*+,;=:@~-]|%7[BbDd]|%2[0-46-9A-Da-d]"

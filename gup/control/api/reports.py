@@ -8,9 +8,10 @@ from pydantic import Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import JSON, Answer, Number, Parameters, asked, describe
-from gup.control.plane import Plane
-from gup.control.reports import savings, table
-from gup.control.reports.ledger import EARLIER
+from gup.control.state import Plane
+from gup.control.stats import savings
+from gup.control.stats import tables as table
+from gup.control.stats.savings import EARLIER
 
 _CSV = "text/csv"
 _MOST_DAYS = 3660

@@ -11,7 +11,7 @@ from gup.content.explanation import explain
 from gup.content.rulebook import Rulebook
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Parameters, asked, describe
-from gup.control.plane import Plane
+from gup.control.state import Plane
 
 
 class Question(Parameters):

@@ -6,7 +6,7 @@ from heapq import nlargest
 from urllib.parse import unquote
 
 from gup.content.key import ABSENT, Kind
-from gup.control.rows import Row, Stream
+from gup.control.index import Row, Stream
 
 MAX_STREAMS = 40
 MAX_REVISIONS = 10

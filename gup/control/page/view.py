@@ -8,13 +8,12 @@ from typing import Any, Generic, TypeVar
 from zoneinfo import ZoneInfo
 
 from gup.control.api.reports import ledger
-from gup.control.history.figures import RECEIVED, SENT
-from gup.control.history.record import HOUR, MINUTE, Point, added
+from gup.control.index import Stream
 from gup.control.page.held import Holdings, holdings
 from gup.control.page.words import clock
-from gup.control.plane import Plane
-from gup.control.reports.savings import within
-from gup.control.rows import Stream
+from gup.control.state import Plane
+from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point, added
+from gup.control.stats.savings import within
 
 _T = TypeVar("_T")
 

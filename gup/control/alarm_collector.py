@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gup.control.alarms import DAMAGE_SECONDS, LATELY_SECONDS, Missed, Snapshot, UpstreamHealth
-from gup.control.lately import Lately
-from gup.control.limits import sum_of
-from gup.control.plane import Plane
-from gup.control.storms import Storm
+from gup.control.rate_window import Lately
+from gup.control.state import Plane, sum_of
+from gup.control.traffic import Storm
 
 _LATELY = {
     "restarts": ("gup_worker_restarts_total", LATELY_SECONDS),

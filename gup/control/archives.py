@@ -1,4 +1,4 @@
-"""An archive sent to the running service: from the connection to the thread that takes its entries."""
+"""Import of an archive into the running service."""
 
 import asyncio
 import os
@@ -10,9 +10,22 @@ from typing import IO, Any, TypeVar, cast
 from gup.cache.importing import Custody, Import, Imported
 from gup.cache.record import Record
 from gup.cache.tar_reader import TarError
-from gup.control.plane import Plane
+from gup.config import Cache
 from gup.control.reconcile import index_again
-from gup.control.room import no_room
+from gup.control.state import Plane
+from gup.units import format_size
+
+
+def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
+    """Why so much more can't be taken, "" when it can: an import makes no room for itself."""
+    if held_bytes + length_bytes > limits.max_size:
+        return (
+            f"cache.max_size ({format_size(limits.max_size)}) would be exceeded, and an import evicts nothing"
+        )
+    if free_bytes - length_bytes < limits.min_free:
+        return f"the disk would have less than cache.min_free ({format_size(limits.min_free)}) left"
+    return ""
+
 
 _PIECES = 8
 _TURN_SECONDS = 1.0

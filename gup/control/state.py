@@ -1,8 +1,9 @@
-"""The control plane's parts together: takes events in, and gathers what pages and metrics show. No HTTP."""
+"""The control state: takes events in, and gathers what pages and metrics show."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import Any
@@ -11,10 +12,8 @@ import gup
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.ageing import AgeClock
-from gup.control.alarm_board import AlarmBoard
-from gup.control.claiming import change
-from gup.control.clients import ClientsBook
+from gup.control.alarms import AlarmBoard, Rejections
+from gup.control.dependencies import Surroundings
 from gup.control.events import (
     Asked,
     Begun,
@@ -33,25 +32,199 @@ from gup.control.events import (
     parse_event,
     receive,
 )
-from gup.control.exposition import Figures
-from gup.control.fills import FillRates
-from gup.control.history.keeper import HistoryKeeper
-from gup.control.index import Index
-from gup.control.limits import limits_of, numbers
+from gup.control.eviction import AgeClock, Disk, Space
+from gup.control.exposition import Figures, parse_series
+from gup.control.index import Index, Row, Stream, make_row
+from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
-from gup.control.refusals import Refusals
-from gup.control.rejections import Rejections
-from gup.control.reports.service import Around, Reports
-from gup.control.rows import Row, Stream, make_row
-from gup.control.scrub import Scrubber
-from gup.control.space import Disk, Space
-from gup.control.status import totals_of
-from gup.control.streams import newest_times
-from gup.control.surroundings import Surroundings
-from gup.control.traffic import Traffic
-from gup.control.verify import Verification
+from gup.control.reconcile import change
+from gup.control.stats.clients import ClientsBook
+from gup.control.stats.history import HistoryKeeper
+from gup.control.stats.reports import Around, Reports
+from gup.control.traffic import Traffic, newest_times
+from gup.metrics import CODES_OF_RESULT
 
-_log = logging.getLogger("gup.control.plane")
+_log = logging.getLogger("gup.control.state")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing that can't be written. Times are Unix seconds."""
+
+    detail: str
+    since: float
+    last: float
+
+
+class Refusals:
+    """Those that stand, by what they are about: one line in the log for each, however often it is tried."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Refusal] = {}
+
+    def note(self, what: str, refusal: str | None, now: float) -> None:
+        """What came of a try: None is that it was written."""
+        if refusal is None:
+            self.clear(what)
+        else:
+            self.tell(what, refusal, now)
+
+    def tell(self, what: str, detail: str, now: float) -> None:
+        """It was refused again, or for the first time."""
+        known = self.rows.get(what)
+        if known is None:
+            _log.warning("not written: %s: %s", what, detail)
+        self.rows[what] = (
+            Refusal(detail, now, now) if known is None else replace(known, detail=detail, last=now)
+        )
+
+    def clear(self, what: str) -> None:
+        """It could be written."""
+        if self.rows.pop(what, None) is not None:
+            _log.warning("written again: %s", what)
+
+
+def sum_of(totals: Mapping[str, int], metric: str) -> int:
+    """Over all series of a metric."""
+    return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
+
+
+def numbers(settings: Settings) -> dict[str, int]:
+    """The limits that are numbers of something; those that are not in force are absent."""
+    every = {
+        "connections": settings.listen.max_connections,
+        "connections_per_address": settings.clients.max_connections_per_address,
+        "downloads": settings.clients.max_downloads,
+        "fills": settings.fill.max,
+    }
+    found = {name: limit for name, limit in every.items() if limit}
+    # without a limit on downloads nobody ever waits; with one, a queue of 0 is a limit too
+    return found | ({"queue": settings.clients.queue} if settings.clients.max_downloads else {})
+
+
+def limits_of(
+    settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
+) -> dict[str, Any]:
+    """Limit (None: unlimited) and use of each; rates are bytes per second.
+
+    What is in use of a limit on each client or each connection is no one number, and so left out.
+    """
+    most = numbers(settings)
+
+    def row(name: str, word: str) -> dict[str, int | None]:
+        return {"limit": most.get(name), "used": totals.get(word, 0)}
+
+    return {
+        "downloads": row("downloads", "gup_client_downloads_in_progress"),
+        "queue": row("queue", "gup_client_downloads_queued"),
+        "connections": row("connections", "gup_client_connections"),
+        "connections_per_address": {"limit": most.get("connections_per_address")},
+        "client_rate_bytes_per_second": {"limit": settings.clients.rate or None},
+        "wan_rate_bytes_per_second": {"limit": wan_rate or None, "used": wan_used},
+        "cache_size_bytes": {"limit": settings.cache.max_size, "used": size_bytes},
+        "fills": row("fills", "gup_fills_in_progress"),
+    }
+
+
+_FROM_STORE = ("hit", "revalidated", "stale")
+_SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
+
+
+def totals_of(words: Mapping[str, int]) -> dict[str, Any]:
+    """What was sent, received and saved, and requests by result, from series and their values.
+
+    Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
+    The hit ratio counts requests for content that were answered from the store; None before the first one.
+    """
+    sums: Counter[str] = Counter()
+    results: Counter[str] = Counter()
+    for name, value in words.items():
+        if value:
+            base, labels = parse_series(name)
+            sums[base] += value
+            if base == "gup_requests_total":
+                results[labels["result"]] += value
+    served = sum(results[result] for result in _SERVED)
+    sent = sums["gup_client_sent_bytes_total"]
+    received = sums["gup_upstream_received_bytes_total"]
+    return {
+        "client_sent_bytes": sent,
+        "upstream_received_bytes": received,
+        "saved_bytes": sent - received,
+        "requests": {result: results[result] for result in CODES_OF_RESULT},
+        "requests_total": sum(results.values()),
+        "hit_ratio": sum(results[result] for result in _FROM_STORE) / served if served else None,
+        "fills": sums["gup_fills_total"],
+        "evictions": sums["gup_evictions_total"],
+        "evicted_bytes": sums["gup_evicted_bytes_total"],
+        "integrity_failures": sums["gup_integrity_failures_total"],
+    }
+
+
+def fill_of(part: Part) -> dict[str, Any]:
+    """A fill under way: key, how much of it is here, and of how much (None while the length is unknown)."""
+    state = part.state
+    head = state.head if state else None
+    return {
+        "key": state.key.text if state else None,
+        "id": part.id,
+        "phase": str(state.phase) if state else None,
+        "received_bytes": part.size_bytes,
+        "length_bytes": head.length if head else None,
+        "upstream": head.upstream if head else None,
+    }
+
+
+_WINDOW_SECONDS = 5.0
+_Sight = tuple[float, int]
+
+
+class FillRates:
+    """Sizes of the parts seen lately, by part and generation; those that ended are forgotten."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._seen: dict[tuple[str, int], deque[_Sight]] = {}
+
+    def see(self, parts: Iterable[Part]) -> None:
+        """Look at the fills under way."""
+        now, seen = self._monotonic(), self._seen
+        self._seen = {}
+        for part in parts:
+            sights = seen.get((part.id, part.generation), deque())
+            sights.append((now, part.size_bytes))
+            while len(sights) > 2 and sights[0][0] < now - _WINDOW_SECONDS:
+                sights.popleft()
+            self._seen[part.id, part.generation] = sights
+
+    def row(
+        self, part: Part, label: Callable[[tuple[str, str, str]], tuple[str, str]], wall: float
+    ) -> dict[str, Any]:
+        """A fill for the API: `fill_of`, and what the sights tell. `wall` is now, in Unix seconds."""
+        fill = fill_of(part)
+        key = part.state.key if part.state else None
+        product, language = label((key.version, key.language, key.stream)) if key else (None, None)
+        began_at = part.generation / 1e6  # a generation is the time at which it began, in microseconds
+        rate = self._rate(part, wall - began_at)
+        left = fill["length_bytes"] - part.size_bytes if fill["length_bytes"] is not None else None
+        return fill | {
+            "product": product,
+            "language": language,
+            "kind": str(part.state.kind) if part.state else None,
+            "began_at": began_at,
+            "bytes_per_second": rate,
+            "remaining_seconds": left / rate if left is not None and rate else None,
+        }
+
+    def _rate(self, part: Part, age_seconds: float) -> float | None:
+        """Over the last seconds; since its beginning when it was seen once only; None when that is now."""
+        sights = self._seen.get((part.id, part.generation), deque())
+        if len(sights) > 1 and sights[-1][0] > sights[0][0]:
+            (then, before), (now, after) = sights[0], sights[-1]
+            return max(0.0, (after - before) / (now - then))
+        return part.size_bytes / age_seconds if age_seconds > 0 else None
+
+
 _FAILURES = 50
 _MALFORMED_LOGGED = 20
 
@@ -115,7 +288,7 @@ class Plane:
         )
         self.history = HistoryKeeper(
             around.store.run,
-            self.refusals,
+            lambda refusal: self.refusals.note("history", refusal, self.clock()),
             totals=around.totals,
             since_start=around.since_start,
             installed_at=around.installed_at,

@@ -1,30 +1,233 @@
-"""The reports' life: takes news of clients in, keeps the ledger, answers what is asked. Serves no HTTP.
-
-Both files belong to one thread. What the disk refuses to take is tried again; nobody waits for it.
-"""
+"""The reports on clients and savings."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
 from gup.content.catalogues import Label
-from gup.content.releases import Releases
+from gup.content.releases import Releases, Version
 from gup.content.stream_types import CLIENT_PATCHES
+from gup.control.dependencies import Surroundings
 from gup.control.events import Taken
-from gup.control.reports import content, queries, restarts, savings
-from gup.control.reports.batch import Batch, StreamId
-from gup.control.reports.database import BegunAnewError
-from gup.control.reports.ledger import EARLIER, Days, Ledger, Reading, counted
-from gup.control.reports.pieces import Pieces
-from gup.control.reports.records import Records
-from gup.control.shown import stream_labels
-from gup.control.surroundings import Surroundings
+from gup.control.exposition import stream_labels
+from gup.control.stats import clients as queries
+from gup.control.stats.clients import (
+    Batch,
+    ClientState,
+    Group,
+    Pieces,
+    Records,
+    RevisionCount,
+    StreamId,
+    StreamState,
+)
+from gup.control.stats.database import BegunAnewError
+from gup.control.stats.savings import EARLIER, Days, Ledger, Reading, completed, counted
+from gup.control.traffic import revision_time
 from gup.upstream.schedule import site_time
+
+LabelOf = Callable[[StreamId], Label | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """What there is to say of one stream. `known` are its revisions that were held, taken or asked for."""
+
+    stream: StreamId
+    held: str
+    asked: str
+    taken: str
+    clients: int
+    counts: tuple[RevisionCount, ...]
+
+    @property
+    def newest(self) -> str:
+        """The newest revision that could be had or was wanted here."""
+        return max(self.held, self.asked, self.taken)
+
+    @property
+    def known(self) -> list[str]:
+        found = {self.held, self.asked, self.taken, *(count.revision for count in self.counts)}
+        return sorted(found - {""})
+
+
+def stream_reports(
+    states: Iterable[StreamState], counts: Iterable[RevisionCount], held: Mapping[StreamId, str]
+) -> list[StreamReport]:
+    """A report a stream, of those that clients asked for and those that are held."""
+    by_stream: dict[StreamId, list[RevisionCount]] = defaultdict(list)
+    for count in counts:
+        by_stream[count.stream].append(count)
+    found = {state.stream: state for state in states}
+    reports = []
+    for stream in sorted(found.keys() | held.keys()):
+        state = found.get(stream) or StreamState(stream, 0, "", "")
+        newest_first = sorted(by_stream[stream], key=lambda count: count.revision, reverse=True)
+        reports.append(
+            StreamReport(
+                stream,
+                held.get(stream, ""),
+                state.newest_asked,
+                state.newest_taken,
+                state.clients,
+                tuple(newest_first),
+            )
+        )
+    return reports
+
+
+def content_row(
+    report: StreamReport, behind: int, lagging: Iterable[ClientState], label_of: LabelOf
+) -> dict[str, Any]:
+    """The report as the API shows it; `behind` clients stand before the newest, of whom some are given."""
+    known = report.known
+    return labels(report.stream, label_of) | {
+        "clients": report.clients,
+        "current": report.clients - behind,
+        "behind": behind,
+        "newest_held": report.held or None,
+        "newest_taken": report.taken or None,
+        "newest_asked": report.asked or None,
+        "lag_revisions": sum(revision > report.held for revision in known),
+        "lag_seconds": _lag_seconds(report.held, report.newest),
+        "revisions": [
+            {
+                "revision": count.revision,
+                "clients": count.clients,
+                "took": count.took,
+                "first_taken_at": count.first_taken_at,
+                "last_taken_at": count.last_taken_at,
+            }
+            for count in report.counts
+        ],
+        "lagging": [_lagging(client, report.newest, known) for client in lagging],
+    }
+
+
+def labels(stream: StreamId, label_of: LabelOf) -> dict[str, Any]:
+    """What people call a stream: the catalogue's words, else the moniker and the variant."""
+    label = label_of(stream)
+    version, language, moniker = stream
+    return {
+        "product": label.product if label else moniker,
+        "version": (label.version if label else "") or version,
+        "language": (label.language if label else "") or language,
+        "type": label.type if label else None,
+        "moniker": moniker,
+        "variant": {"version": version, "language": language},
+    }
+
+
+def _lagging(client: ClientState, newest: str, known: list[str]) -> dict[str, Any]:
+    return {
+        "address": client.name,
+        "version": client.version or None,
+        "language": client.language or None,
+        "revision": client.revision or None,
+        "lag_revisions": sum(revision > client.revision for revision in known),
+        "lag_seconds": _lag_seconds(client.revision, newest),
+        "taken_at": client.taken_at or None,
+        "asked": client.asked or None,
+        "asked_at": client.asked_at or None,
+        "seen_at": client.seen_at,
+    }
+
+
+def _lag_seconds(revision: str, newest: str) -> float | None:
+    """By the dates in the revisions, so in whole days; None where one has none."""
+    there, here = revision_time(newest), revision_time(revision)
+    return None if there is None or here is None else max(0.0, there - here)
+
+
+SHOWN = 10_000
+"""Rows at most."""
+
+SAYING = (
+    "Taken is not installed: a client listed as pending was sent a client patch and still states the build "
+    "of before. It may wait for a restart, or not have begun to install."
+)
+
+
+class State(StrEnum):
+    """What is known of a client that took a patch."""
+
+    PENDING = "pending"
+    UNKNOWN = "unknown"
+    """It states no build, so that nothing tells whether it runs the patch."""
+    RESTARTED = "restarted"
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """One client and the patch that it took last."""
+
+    client: ClientState
+    state: State
+
+
+def restart_states(clients: Iterable[ClientState], releases: Releases) -> list[Restart]:
+    """How those who took a patch stand."""
+    return [Restart(client, _state(client, releases)) for client in clients]
+
+
+def _state(client: ClientState, releases: Releases) -> State:
+    then, now = releases.version(client.version_then), releases.version(client.version)
+    if then is None or now is None:
+        return State.UNKNOWN
+    if then.older_than(now) or (then.release == now.release and then.patch < now.patch):
+        return State.RESTARTED
+    return State.PENDING if _tells_builds(then) and _tells_builds(now) else State.UNKNOWN
+
+
+def _tells_builds(version: Version) -> bool:
+    """A release's name alone stays the same when a patch is installed."""
+    return version.text.count(".") == 3 or bool(version.patch)
+
+
+def restart_table(
+    found: Iterable[Restart],
+    groups: Iterable[Group],
+    streams: Mapping[StreamId, Label | None],
+    label_of: LabelOf,
+) -> dict[str, Any]:
+    """The report as the API shows it. Without any catalogue nobody knows which streams are client patches."""
+    rows = [row for row in found if row.state is not State.RESTARTED]
+    counts = Counter(row.state for row in rows)
+    return {
+        "clients": [
+            {"version": group.version or None, "language": group.language or None, "clients": group.clients}
+            for group in groups
+        ],
+        "catalogue_known": any(label is not None for label in streams.values()),
+        "pending": counts[State.PENDING],
+        "unknown": counts[State.UNKNOWN],
+        "saying": SAYING,
+        "restart_pending": [_row(row, label_of) for row in rows[:SHOWN]],
+    }
+
+
+def _row(restart: Restart, label_of: LabelOf) -> dict[str, Any]:
+    client = restart.client
+    return {
+        "address": client.name,
+        "state": str(restart.state),
+        "version": client.version or None,
+        "language": client.language or None,
+        "version_then": client.version_then or None,
+        "product": labels(client.stream, label_of)["product"],
+        "moniker": client.stream[2],
+        "revision": client.taken,
+        "taken_at": client.taken_at,
+        "seen_at": client.seen_at,
+    }
+
 
 _T = TypeVar("_T")
 LAGGING_SHOWN = 1000
@@ -196,10 +399,10 @@ class Reports:
         await self.flush()
         held = dict(self._around.held())
 
-        def look() -> list[tuple[content.StreamReport, int, list[queries.ClientState]]]:
+        def look() -> list[tuple[StreamReport, int, list[queries.ClientState]]]:
             states, counts = queries.stream_states(self._records), queries.revision_counts(self._records)
             found, left = [], _LAGGING_IN_ALL
-            for report in content.gather(states, counts, held):
+            for report in stream_reports(states, counts, held):
                 most = min(left, LAGGING_SHOWN)
                 behind, clients = queries.lagging(self._records, report.stream, report.newest, most)
                 found.append((report, behind, clients))
@@ -207,7 +410,7 @@ class Reports:
             return found
 
         rows = [
-            content.shown(report, behind, lagging, self._label)
+            content_row(report, behind, lagging, self._label)
             for report, behind, lagging in await self._in_thread(look)
         ]
         return self._head() | {"content": rows}
@@ -224,12 +427,12 @@ class Reports:
         labels = {stream: self._label(stream) for stream in streams}
         patches = [stream for stream, label in labels.items() if label and label.type == CLIENT_PATCHES]
 
-        def judge() -> list[restarts.Restart]:
+        def judge() -> list[Restart]:
             releases = Releases(self._around.settings().rules.releases)
             takers = [client for stream in patches for client in queries.takers(self._records, stream)]
-            return restarts.judge(takers, releases)
+            return restart_states(takers, releases)
 
-        return self._head() | restarts.shown(await self._in_thread(judge), groups, labels, self._label)
+        return self._head() | restart_table(await self._in_thread(judge), groups, labels, self._label)
 
     async def clients(self, wanted: queries.Wanted) -> tuple[int, int, list[queries.ClientRow]]:
         """How many clients are known, how many of them match, and a page of those."""
@@ -250,7 +453,7 @@ class Reports:
             rest_on = reading.today
         except OSError:  # what single days counted can't be read now; what all did is known
             days, rest_on = {}, EARLIER
-        return reading.today, savings.completed(days, counted(reading.totals), rest_on)
+        return reading.today, completed(days, counted(reading.totals), rest_on)
 
     def stream_labels(self, slot: int) -> tuple[str, str]:
         """Product and language of a stream's number, as the metrics have them."""

@@ -7,8 +7,7 @@ from pydantic import Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Parameters, asked, describe
-from gup.control.history.figures import shown
-from gup.control.history.record import SPANS, Point
+from gup.control.stats.history import SPANS, Point, shown
 
 
 class Span(Parameters):

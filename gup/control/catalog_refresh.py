@@ -24,7 +24,7 @@ from gup.files import FileError, read_file
 from gup.upstream.catalogue import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
-_log = logging.getLogger("gup.control.catalogues")
+_log = logging.getLogger("gup.control.catalog_refresh")
 Fetch = Callable[[str, str | None, str | None], Awaitable[Fetched]]
 """Asks the upstream of a name, under the validators of what is kept; raises UpstreamFailure."""
 Look = Callable[[str], Awaitable[Fetched]]

@@ -1,0 +1,497 @@
+"""Access to the control plane: tokens, TLS, and the decision on each request."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import socket
+import ssl
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from gup.config import Listen
+from gup.errors import SettingsError
+from gup.files import FileError, read_file, trust
+
+LOCAL_NAME = "admin-token"
+"""In `run/` of the cache directory: made at each start, for commands on the same machine."""
+
+_TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 has, but what a header can hold in one piece
+_SHORT = 16
+_MAX_BYTES = 4096
+
+
+class TokenError(ValueError):
+    """A file that can't give a token; the text names the file and says what would be right."""
+
+
+class Right(IntEnum):
+    """What somebody may do; each is more than the one before."""
+
+    NONE = 0
+    READ = 1
+    CHANGE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What a request's Authorization header holds: a token, and whether a browser may have added it."""
+
+    token: str
+    by_browser: bool = False
+
+
+def presented(header: str | None) -> Presented | None:
+    """The token in an Authorization header: Bearer (RFC 6750), or Basic, whose password it is (RFC 7617).
+
+    None without one. What can't be read is a token that fits nothing.
+    """
+    if header is None:
+        return None
+    scheme, _, rest = header.strip().partition(" ")
+    if scheme.lower() != "basic":
+        return Presented(rest.strip() if scheme.lower() == "bearer" else "")
+    password = ""
+    with suppress(ValueError):
+        password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+    return Presented(password, by_browser=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Digests of the tokens that count, "" for each that there is none of."""
+
+    change: bytes = b""
+    read: bytes = b""
+    local: bytes = b""
+
+    @classmethod
+    def of(cls, *, change: str = "", read: str = "", local: str = "") -> "Tokens":
+        return cls(*(_digest(token) if token else b"" for token in (change, read, local)))
+
+    def right(self, shown: Presented | None, *, near: bool) -> Right | None:
+        """What the token is good for; None when it is not one of ours. All are compared, in constant time.
+
+        The local token is good on its own machine only (`near`), and what a browser adds by itself for
+        reading only.
+        """
+        if shown is None:
+            return Right.NONE
+        digest = _digest(shown.token)
+        reads, changes, is_local = (
+            hmac.compare_digest(digest, known) for known in (self.read, self.change, self.local)
+        )
+        found = Right.CHANGE if changes or (is_local and near) else Right.READ if reads else None
+        return min(found, Right.READ) if found is not None and shown.by_browser else found
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file; TokenError when it holds none."""
+    try:
+        text = read_file(path, _MAX_BYTES + 1)
+    except FileError as error:
+        raise TokenError(f"{error}: it must hold a token, {HOW}") from error
+    token = text.decode("utf-8", "replace").strip()
+    if not token:
+        raise TokenError(f"{str(path)!r} is empty: it must hold a token, {HOW}")
+    if len(text) > _MAX_BYTES or not _TOKEN.fullmatch(token):
+        raise TokenError(f"{str(path)!r} holds no token: it must be one line of ASCII without spaces, {HOW}")
+    return token
+
+
+HOW = "such as made by: openssl rand -hex 32"
+
+
+def token_doubts(path: Path) -> Iterator[str]:
+    """What makes a token's file less safe than it could be, as sentences."""
+    with suppress(OSError, TokenError):
+        if path.stat().st_mode & stat.S_IROTH:
+            yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
+        if len(read_token(path)) < _SHORT:
+            yield f"the token in {path} is short enough to be guessed: take one {HOW}"
+
+
+def local_path(run: Path) -> Path:
+    return run / LOCAL_NAME
+
+
+def make_local_token(run: Path) -> None:
+    """Put a new token into `run/`, for its owner only; OSError when the disk refuses."""
+    path = local_path(run)
+    temporary = path.with_name(f".{LOCAL_NAME}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, f"{secrets.token_hex(32)}\n".encode())
+    finally:
+        os.close(fd)
+    temporary.replace(path)
+
+
+class CertificateError(ValueError):
+    """Files that can't be used; the text says which, and why. `setting` names the one that is to blame."""
+
+    def __init__(self, text: str, setting: str) -> None:
+        super().__init__(text)
+        self.setting = setting
+
+
+_CERT, _KEY = "admin_cert_file", "admin_key_file"
+_RIGHT = {
+    _CERT: "it must hold the control plane's certificate with its chain, in PEM",
+    _KEY: "it must hold the certificate's key, in PEM, without a password",
+}
+
+
+def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
+    """A server's context; CertificateError when the files can't be read or do not belong together."""
+    for setting, file in ((_CERT, cert_file), (_KEY, key_file)):
+        try:
+            read_file(file, 1)
+        except FileError as error:
+            raise CertificateError(f"{error}: {_RIGHT[setting]}", setting) from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise _told(error, cert_file, key_file) from error
+    return context
+
+
+class _EncryptedKeyError(ValueError):
+    """Whoever encrypts the key would have to be asked at each start."""
+
+
+def _no_password() -> str:
+    raise _EncryptedKeyError
+
+
+def _told(error: Exception, cert_file: Path, key_file: Path) -> CertificateError:
+    reason = getattr(error, "reason", None) or str(error)
+    if isinstance(error, _EncryptedKeyError):
+        words = f"{str(key_file)!r} is encrypted; gup can ask nobody for its password: {_RIGHT[_KEY]}"
+        return CertificateError(words, _KEY)
+    if reason == "KEY_VALUES_MISMATCH":
+        words = f"{str(key_file)!r} is not the key of the certificate in {str(cert_file)!r}"
+        return CertificateError(words, _KEY)
+    try:
+        trust(cert_file)
+    except FileError as lacking:
+        return CertificateError(str(lacking), _CERT)
+    return CertificateError(f"{str(key_file)!r} holds no key: {_RIGHT[_KEY]}", _KEY)
+
+
+class Renewable:
+    """A context for a listening socket, whose certificate can be changed: for connections that come later."""
+
+    def __init__(self, first: ssl.SSLContext) -> None:
+        self.context = first
+        self._current = first
+        first.sni_callback = self._choose
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        self._current = context
+
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+
+def key_doubts(key_file: Path) -> Iterator[str]:
+    """What makes the key less safe than it could be, as sentences."""
+    with suppress(OSError):
+        if key_file.stat().st_mode & 0o004:
+            yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"
+
+
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_FOR_PROBES = frozenset({"/healthz", "/readyz"})
+"""Attempt by whoever watches over the process, without a token; they tell no secrets."""
+_BEARER = 'Bearer realm="gup"'
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where the control plane listens: an IP address, or "" for a socket in the file system."""
+
+    address: str = "127.0.0.1"
+    tls: bool = False
+    token_file: str = ""
+    """Where commands on this machine find their token, for whoever lacks one."""
+
+    @property
+    def on_loopback(self) -> bool:
+        return not self.address or is_loopback(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What the decision needs of a request.
+
+    `peer` and `local` are addresses of the connection's ends, "" where they are none, None when they can't be
+    told. `right` is what its token is good for, None for one that is not ours; `bearer`: it had such a token.
+    """
+
+    method: str
+    path: str
+    host: str
+    origin: str | None
+    fetch_site: str | None
+    peer: str | None
+    local: str | None
+    right: Right | None = Right.NONE
+    bearer: bool = False
+
+    @property
+    def changes(self) -> bool:
+        return self.method not in _SAFE_METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request may not pass; `challenges` are those of a 401 (RFC 9110 section 11.6.1)."""
+
+    status: int
+    detail: str
+    challenges: tuple[str, ...] = ()
+
+
+def is_near(peer: str | None) -> bool:
+    """Whether who asks is on this machine."""
+    return peer == "" or is_loopback(peer)
+
+
+def refusal(attempt: Attempt, door: Door) -> Refusal | None:
+    """Why the request is refused, None when it may pass."""
+    probe = attempt.path in _FOR_PROBES and not attempt.changes
+    if not _named_rightly(attempt, door, probe=probe):
+        return Refusal(403, "The Host header does not name this control plane")
+    if probe:
+        return None
+    if attempt.changes and _is_foreign(attempt, door):
+        return Refusal(403, "The request comes from another site's page")
+    return _lacking(attempt, door)
+
+
+def _named_rightly(attempt: Attempt, door: Door, *, probe: bool) -> bool:
+    """Beyond loopback probes use whatever name, and who shows a token is no page that was led here."""
+    if not door.on_loopback and (probe or (attempt.bearer and attempt.right)):
+        return True
+    return _host_is_ours(attempt, door.address)
+
+
+def _is_foreign(attempt: Attempt, door: Door) -> bool:
+    ours = f"{'https' if door.tls else 'http'}://{attempt.host.lower()}"
+    return (attempt.origin is not None and attempt.origin.lower() != ours) or (
+        attempt.fetch_site not in (None, "same-origin", "none")
+    )
+
+
+def _lacking(attempt: Attempt, door: Door) -> Refusal | None:
+    """What the request has no right to."""
+    where = _where(attempt, door)
+    if attempt.right is None:
+        return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
+    if attempt.changes and attempt.right < Right.CHANGE:
+        if attempt.bearer and attempt.right is Right.READ:
+            challenge = f'{_BEARER}, error="insufficient_scope"'
+            return Refusal(403, "That token is good for reading only", (challenge,))
+        return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
+    if attempt.right is Right.NONE and not (door.on_loopback and is_near(attempt.peer)):
+        page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
+        return Refusal(
+            401,
+            f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}",
+            (_BEARER, *page),
+        )
+    return None
+
+
+def _where(attempt: Attempt, door: Door) -> str:
+    if not (door.token_file and is_near(attempt.peer)):
+        return ""
+    return f"; on this machine there is one in {door.token_file} (gup's commands: --token-file)"
+
+
+def is_loopback(address: str | None) -> bool:
+    """Whether an IP address, or "localhost", is this machine's alone."""
+    if address is None:
+        return False
+    if address.lower() == "localhost":
+        return True
+    try:
+        parsed = ipaddress.ip_address(address.split("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
+
+
+def _host_is_ours(attempt: Attempt, admin_address: str) -> bool:
+    name = _without_port(attempt.host).lower()
+    if name == "localhost" or is_loopback(name):
+        return True
+    if name in {admin_address.lower(), (attempt.local or "").lower()} - {""}:
+        return True
+    # Beyond loopback the machine is called by its name; a page elsewhere can't make that one resolve to us.
+    ours = {socket.gethostname().lower(), socket.gethostname().split(".")[0].lower()}
+    return not is_loopback(admin_address) and name in ours
+
+
+def _without_port(host: str) -> str:
+    """The name in a Host header; empty when it is not well-formed."""
+    if host.startswith("["):
+        name, bracket, rest = host[1:].partition("]")
+        return name if bracket and (not rest or rest.startswith(":")) else ""
+    name, _, port = host.partition(":")
+    return name if not port or port.isdigit() else ""
+
+
+_log = logging.getLogger("gup.control.auth")
+
+
+def require_access(listen: Listen) -> None:
+    """SettingsError with a sentence for each token or certificate that can't be used."""
+    problems: list[str] = []
+    tokens = {}
+    for name in ("admin_token_file", "admin_read_token_file"):
+        file = getattr(listen, name)
+        try:
+            tokens[name] = read_token(file) if file is not None else name
+        except TokenError as error:
+            problems.append(f"listen.{name}: {error}")
+    if len(tokens) == 2 and len(set(tokens.values())) == 1:
+        problems.append(
+            "listen.admin_read_token_file: it holds the token of admin_token_file; they must differ"
+        )
+    try:
+        _context(listen)
+    except CertificateError as error:
+        problems.append(f"listen.{error.setting}: {error}")
+    if problems:
+        raise SettingsError(problems)
+
+
+def _context(listen: Listen) -> ssl.SSLContext | None:
+    if listen.admin_cert_file is None or listen.admin_key_file is None:
+        return None
+    return load_context(listen.admin_cert_file, listen.admin_key_file)
+
+
+class Access:
+    """What holds at present. Changed by `open` and `renew` only; by itself, nobody may change anything."""
+
+    def __init__(self) -> None:
+        self.tokens = Tokens()
+        self.door = Door()
+        self._tls: Renewable | None = None
+        self._wrong_tokens = 0
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """For the listening socket; None without TLS."""
+        return self._tls.context if self._tls is not None else None
+
+    def note_wrong_token(self, peer: str | None) -> None:
+        """Somebody showed a token that is not ours; the 1st, 2nd, 4th, 8th … time stands in the log."""
+        self._wrong_tokens += 1
+        if not self._wrong_tokens & (self._wrong_tokens - 1):
+            _log.warning("a wrong token from %s; %d so far", peer or "this machine", self._wrong_tokens)
+
+    async def open(self, listen: Listen, run: Path, admin: socket.socket) -> None:
+        """Read everything, for the first time.
+
+        The supervisor has found it in order before it started; what is not any more (this process may begin
+        anew at any time) lets nobody in until a reload, and does not keep the controller from its work.
+        """
+        try:
+            context = await asyncio.to_thread(_checked, listen)
+        except SettingsError as error:
+            _complain(error, "until a reload this lets nobody in")
+            context = await asyncio.to_thread(_context_or_none, listen)
+        tls = listen.admin_cert_file is not None
+        self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
+        name = admin.getsockname()
+        address = str(name[0]) if isinstance(name, tuple) else ""
+        self.door = Door(address, tls=tls, token_file=str(local_path(run)))
+        self.tokens = await asyncio.to_thread(_tokens, listen, run)
+        if not self.door.on_loopback and not tls:
+            _log.warning("the control plane at %s has no TLS: tokens cross the network as they are", address)
+
+    async def renew(self, listen: Listen, run: Path) -> None:
+        """Read tokens and certificate again; what can't be used leaves the old ones in force."""
+        try:
+            context, tokens = await asyncio.to_thread(_checked_with_tokens, listen, run)
+        except SettingsError as error:
+            _complain(error, "the old ones hold")
+            return
+        if self._tls is not None and context is not None:
+            self._tls.renew(context)
+        self.tokens = tokens
+
+
+def _complain(error: SettingsError, what_now: str) -> None:
+    for problem in error.problems:
+        _log.error("%s; %s", problem, what_now)
+
+
+def _checked(listen: Listen) -> ssl.SSLContext | None:
+    require_access(listen)
+    for file, look in _files(listen):
+        for doubt in look(file):
+            _log.warning("%s", doubt)
+    return _context_or_none(listen)
+
+
+def _checked_with_tokens(listen: Listen, run: Path) -> tuple[ssl.SSLContext | None, Tokens]:
+    """SettingsError also for a file that was changed between its check and its reading."""
+    context, tokens = _checked(listen), _tokens(listen, run)
+    require_access(listen)
+    return context, tokens
+
+
+def _context_or_none(listen: Listen) -> ssl.SSLContext | None:
+    try:
+        return _context(listen)
+    except CertificateError:
+        return None
+
+
+def _files(listen: Listen) -> list[tuple[Path, Callable[[Path], Iterable[str]]]]:
+    rows = (
+        (listen.admin_token_file, token_doubts),
+        (listen.admin_read_token_file, token_doubts),
+        (listen.admin_key_file, key_doubts),
+    )
+    return [(file, look) for file, look in rows if file is not None]
+
+
+def _tokens(listen: Listen, run: Path) -> Tokens:
+    local = _token_or_none(local_path(run))
+    if not local:
+        _log.warning("commands on this machine find no token in %s", local_path(run))
+    return Tokens.of(
+        change=_token_or_none(listen.admin_token_file),
+        read=_token_or_none(listen.admin_read_token_file),
+        local=local,
+    )
+
+
+def _token_or_none(file: Path | None) -> str:
+    """The token in a file, empty for none: what is wrong with it was told when it was checked."""
+    try:
+        return read_token(file) if file is not None else ""
+    except TokenError:
+        return ""
