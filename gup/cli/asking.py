@@ -65,7 +65,7 @@ def _credentials(where: Where, settings: "Settings | None", *, named: bool = Fal
 def _token(where: Where, settings: "Settings | None") -> tuple[str, str]:
     """The token, and why there is none."""
     from gup.cli.admin import AdminError
-    from gup.control.auth import TokenError, local_path, read_token
+    from gup.control.tokens import TokenError, local_path, read_token
 
     if where.token_file is not None:
         try:

@@ -21,9 +21,10 @@ from gup.control.api import (
     upkeep,
 )
 from gup.control.api.answers import PLANE, problem
-from gup.control.auth import Access, Attempt, is_near, presented, refusal
+from gup.control.auth import Access, Attempt, is_near, refusal
 from gup.control.page import routes as page
 from gup.control.state import Plane
+from gup.control.tokens import presented
 from gup.errors import GupError
 
 _log = logging.getLogger("gup.control.app")

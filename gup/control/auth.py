@@ -1,144 +1,19 @@
-"""Access to the control plane: tokens, TLS, and the decision on each request."""
+"""Access to the control plane: TLS, and the decision on each request."""
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import ipaddress
 import logging
-import os
-import re
-import secrets
 import socket
 import ssl
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 
 from gup.config import Listen
+from gup.control.tokens import Right, TokenError, Tokens, local_path, read_token, token_doubts
 from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
-
-LOCAL_NAME = "admin-token"
-"""In `run/` of the cache directory: made at each start, for commands on the same machine."""
-
-_TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 has, but what a header can hold in one piece
-_SHORT = 16
-_MAX_BYTES = 4096
-
-
-class TokenError(ValueError):
-    """A file that can't give a token; the text names the file and says what would be right."""
-
-
-class Right(IntEnum):
-    """What somebody may do; each is more than the one before."""
-
-    NONE = 0
-    READ = 1
-    CHANGE = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Presented:
-    """What a request's Authorization header holds: a token, and whether a browser may have added it."""
-
-    token: str
-    by_browser: bool = False
-
-
-def presented(header: str | None) -> Presented | None:
-    """The token in an Authorization header: Bearer (RFC 6750), or Basic, whose password it is (RFC 7617).
-
-    None without one. What can't be read is a token that fits nothing.
-    """
-    if header is None:
-        return None
-    scheme, _, rest = header.strip().partition(" ")
-    if scheme.lower() != "basic":
-        return Presented(rest.strip() if scheme.lower() == "bearer" else "")
-    password = ""
-    with suppress(ValueError):
-        password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
-    return Presented(password, by_browser=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Digests of the tokens that count, "" for each that there is none of."""
-
-    change: bytes = b""
-    read: bytes = b""
-    local: bytes = b""
-
-    @classmethod
-    def of(cls, *, change: str = "", read: str = "", local: str = "") -> "Tokens":
-        return cls(*(_digest(token) if token else b"" for token in (change, read, local)))
-
-    def right(self, shown: Presented | None, *, near: bool) -> Right | None:
-        """What the token is good for; None when it is not one of ours. All are compared, in constant time.
-
-        The local token is good on its own machine only (`near`), and what a browser adds by itself for
-        reading only.
-        """
-        if shown is None:
-            return Right.NONE
-        digest = _digest(shown.token)
-        reads, changes, is_local = (
-            hmac.compare_digest(digest, known) for known in (self.read, self.change, self.local)
-        )
-        found = Right.CHANGE if changes or (is_local and near) else Right.READ if reads else None
-        return min(found, Right.READ) if found is not None and shown.by_browser else found
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-
-
-def read_token(path: Path) -> str:
-    """The token in a file; TokenError when it holds none."""
-    try:
-        text = read_file(path, _MAX_BYTES + 1)
-    except FileError as error:
-        raise TokenError(f"{error}: it must hold a token, {HOW}") from error
-    token = text.decode("utf-8", "replace").strip()
-    if not token:
-        raise TokenError(f"{str(path)!r} is empty: it must hold a token, {HOW}")
-    if len(text) > _MAX_BYTES or not _TOKEN.fullmatch(token):
-        raise TokenError(f"{str(path)!r} holds no token: it must be one line of ASCII without spaces, {HOW}")
-    return token
-
-
-HOW = "such as made by: openssl rand -hex 32"
-
-
-def token_doubts(path: Path) -> Iterator[str]:
-    """What makes a token's file less safe than it could be, as sentences."""
-    with suppress(OSError, TokenError):
-        if path.stat().st_mode & stat.S_IROTH:
-            yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
-        if len(read_token(path)) < _SHORT:
-            yield f"the token in {path} is short enough to be guessed: take one {HOW}"
-
-
-def local_path(run: Path) -> Path:
-    return run / LOCAL_NAME
-
-
-def make_local_token(run: Path) -> None:
-    """Put a new token into `run/`, for its owner only; OSError when the disk refuses."""
-    path = local_path(run)
-    temporary = path.with_name(f".{LOCAL_NAME}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, f"{secrets.token_hex(32)}\n".encode())
-    finally:
-        os.close(fd)
-    temporary.replace(path)
 
 
 class CertificateError(ValueError):

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.control.auth import local_path, make_local_token
+from gup.control.tokens import local_path, make_local_token
 from gup.errors import GupError
 from gup.process import sockets
 from gup.process.instance import Instance

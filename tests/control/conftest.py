@@ -22,8 +22,8 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind
-from gup.control.auth import local_path, make_local_token
 from gup.control.service import Control, Surroundings
+from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 

@@ -4,7 +4,8 @@ import socket
 
 from gup.config import Listen
 from gup.control import auth
-from gup.control.auth import Access, Presented, Right
+from gup.control.auth import Access
+from gup.control.tokens import Presented, Right
 
 
 async def test_a_file_that_changes_while_it_is_read_leaves_the_old_token_in_force(tmp_path, monkeypatch):

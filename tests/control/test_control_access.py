@@ -11,22 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
-from gup.control.auth import (
-    Attempt,
-    CertificateError,
-    Door,
+from gup.control.auth import Attempt, CertificateError, Door, load_context, refusal, require_access
+from gup.control.tokens import (
     Presented,
     Right,
     TokenError,
     Tokens,
-    doubts,
-    load_context,
     local_path,
     make_local_token,
     presented,
     read_token,
-    refusal,
-    require_access,
+    token_doubts,
 )
 from gup.errors import SettingsError
 
@@ -184,11 +179,11 @@ def test_tokens_in_files_are_read_and_doubted(tmp_path):
     file.write_text("  s3cret-token-of-some-length==\n")
     file.chmod(0o640)
     assert read_token(file) == "s3cret-token-of-some-length=="
-    assert list(doubts(file)) == []
+    assert list(token_doubts(file)) == []
     file.chmod(0o644)
-    assert [f"chmod o-r {file}" in doubt for doubt in doubts(file)] == [True]
+    assert [f"chmod o-r {file}" in doubt for doubt in token_doubts(file)] == [True]
     file.write_text("short")
-    assert "short enough to be guessed" in list(doubts(file))[1]
+    assert "short enough to be guessed" in list(token_doubts(file))[1]
 
 
 def test_the_local_token_is_new_each_time_and_for_its_owner_only(tmp_path):
