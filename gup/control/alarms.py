@@ -33,8 +33,8 @@ class Rejections:
 
     def note(self, event: Rejected, now: float) -> None:
         """It was found wrong, or is so still."""
-        at = event.key, event.upstream
-        self._rows[at] = Rejection(event.key, event.upstream, event.detail, now)
+        at = event.key.text, event.upstream
+        self._rows[at] = Rejection(event.key.text, event.upstream, event.detail, now)
         self._rows.move_to_end(at)
         while len(self._rows) > _MOST:
             self._rows.popitem(last=False)

@@ -15,26 +15,23 @@ from gup.content.key import ContentKey
 from gup.control.alarms import AlarmBoard, Rejections
 from gup.control.dependencies import Surroundings
 from gup.control.events import (
-    Asked,
     Begun,
-    ClientsSeen,
     Committed,
     Event,
     Failed,
-    FullsTaken,
     Need,
     Rejected,
     Taken,
     Unlisted,
     Unstorable,
     UpstreamTrouble,
-    Used,
+    Usage,
     parse_event,
     receive,
 )
 from gup.control.eviction import AgeClock, Disk, Space
 from gup.control.exposition import Figures, parse_series
-from gup.control.index import Index, Row, Stream, make_row
+from gup.control.index import Index, Row, Stream, make_row, stream_of
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.reconcile import change
@@ -344,20 +341,21 @@ class Plane:
         match event:
             case Committed():
                 self._committed(event)
-            case Used():
+            case Usage():
                 self._used(event)
-            case Asked() | Begun() | FullsTaken():
-                self.traffic.take(event)
-            case ClientsSeen() | Taken():
-                self._seen(event)
+            case Taken():
+                self.clients.see({take.client for take in event.rows}, self.clock())
+                self.reports.take(event)
+            case Begun():
+                self.prefetcher.asked(event.key, event.path)
             case Need():
-                self.space.need(event.size_bytes, refused=event.refused)
+                self.space.need(event.bytes, refused=event.refused)
             case Unstorable():
                 self._not_stored(event)
             case Failed():
-                failure = PastFailure(self.clock(), event.key, event.problem, event.detail)
+                failure = PastFailure(self.clock(), event.key.text, event.problem, event.detail)
                 self.failures.appendleft(failure)
-                self.traffic.missed(ContentKey.parse(event.key))
+                self.traffic.missed(event.key)
             case Unlisted():
                 self.around.unlisted(event.moniker)
             case UpstreamTrouble() | Rejected():
@@ -367,22 +365,13 @@ class Plane:
         if event.disk:
             self.refusals.tell("content", event.detail, self.clock())
         else:
-            self.unstored = self.clock(), f"{event.key}: {event.detail}"
+            self.unstored = self.clock(), f"{event.key.text}: {event.detail}"
 
     def _troubled(self, event: UpstreamTrouble | Rejected) -> None:
         if isinstance(event, Rejected):
             self.rejections.note(event, self.clock())
         elif any(upstream.name == event.name for upstream in self.settings.upstream):
             self.upstream_errors[event.name] = (self.clock(), event.detail)
-
-    def _seen(self, event: ClientsSeen | Taken) -> None:
-        """Clients were there, and perhaps took something."""
-        if isinstance(event, Taken):
-            self.clients.see({take.client for take in event.takes}, self.clock())
-            self.reports.take(event)
-        else:
-            self.clients.see(event.addresses, self.clock())
-            self.reports.see(event.addresses)
 
     def _committed(self, event: Committed) -> None:
         self.refusals.clear("content")
@@ -394,27 +383,34 @@ class Plane:
             make_row(
                 event.key,
                 event.kind,
-                event.length_bytes,
+                event.length,
                 stored_at=self.clock(),
                 used_at=self._believed(),
                 hits=known.hits if known else 0,
                 pinned=known.pinned if known else False,
                 sent_bytes=known.sent_bytes if known else 0,
-                received_bytes=event.length_bytes + (known.received_bytes if known else 0),
+                received_bytes=event.length + (known.received_bytes if known else 0),
             )
         )
         self.space.look_soon()
 
-    def _used(self, event: Used) -> None:
+    def _used(self, event: Usage) -> None:
         """Uses of unknown keys (their commit's event was lost) are passed over."""
         at = min(event.at, self._believed())  # a clock that ran ahead must not keep an entry for ever
         for use in event.uses:
-            row = self.index.rows.get(use.key)
+            row = self.index.rows.get(use.key.text)
             if row is None:
                 continue
-            self.index.put(row.used(use.count, use.sent_bytes, at))
-            self.touches[use.key] = max(at, self.touches.get(use.key, 0.0))
-            self.traffic.sent(ContentKey.parse(use.key), use.count)
+            self.index.put(row.used(use.times, use.sent_bytes, at))
+            self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
+            self.traffic.sent(use.key, use.times)
+        for use in event.asked:
+            self.traffic.sent(use.key, use.times)
+        for full in event.fulls:
+            self.traffic.storms.note_client(stream_of(full.key), full.client, full.times, self.clock())
+        if event.clients:
+            self.clients.see(event.clients, self.clock())
+            self.reports.see(event.clients)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none. BusyError while another process works on it."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from gup.content.deltas import named
 from gup.content.key import ContentKey, Kind
-from gup.control.events import Asked, Begun, FullsTaken
 from gup.control.index import Index, Stream, stream_of
 from gup.control.prefetch import Prefetcher
 from gup.metrics import MAX_STREAMS
@@ -265,17 +264,6 @@ class Traffic:
         self.storms = Storms()
         self._index = index
         self._clock = clock
-
-    def take(self, event: Asked | Begun | FullsTaken) -> None:
-        match event:
-            case Asked():
-                for use in event.uses:
-                    self.sent(ContentKey.parse(use.key), use.count)
-            case Begun():
-                self.prefetcher.asked(event.key, event.path)
-            case FullsTaken():
-                for address, key, times in event.rows:
-                    self.storms.note_client(stream_of(ContentKey.parse(key)), address, times, self._clock())
 
     def sent(self, key: ContentKey, times: int) -> None:
         """Clients are sent this so many times, from the store or while it arrives."""

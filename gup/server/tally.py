@@ -1,12 +1,14 @@
 """What the data plane counts, at the words where it counts it; never formats or sums."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gup.metrics import CODES_OF_RESULT, KINDS, MAX_STREAMS, SOURCES, Counters, stream_series
 
 LARGE_BODY_BYTES = 256 * 1024
 """Bodies over this size are downloads, but for index files: they take a slot and are counted in progress."""
 
+_ROWS = 200
+"""Of each kind in one event."""
 _MOST_TAKERS = 5000
 """Addresses and keys told in a second; there may be more."""
 
@@ -72,16 +74,16 @@ class Tally:
 
         `name` is what a client's address is called.
         """
-        uses, self.uses = self.uses, {}
-        rows = list(uses.items())
-        for at in range(0, len(rows), 200):
-            tell({"type": "used", "uses": rows[at : at + 200], "at": now})
+        uses, self.uses = list(self.uses.items()), {}
         asks, self.asks = list(self.asks.items()), {}
-        for at in range(0, len(asks), 200):
-            tell({"type": "asked", "uses": asks[at : at + 200]})
         fulls, self.fulls = [(name(address), key, times) for (address, key), times in self.fulls.items()], {}
-        for at in range(0, len(fulls), 200):
-            tell({"type": "fulls", "rows": fulls[at : at + 200]})
         clients, self.clients = list({name(address) for address in self.clients}), set()
-        for at in range(0, len(clients), 1000):
-            tell({"type": "clients", "addresses": clients[at : at + 1000]})
+        for at in range(0, max(len(uses), len(asks), len(fulls), len(clients)), _ROWS):
+            rows: dict[str, Sequence[object]] = {
+                "uses": uses,
+                "asked": asks,
+                "fulls": fulls,
+                "clients": clients,
+            }
+            told = {name: part for name, all_ in rows.items() if (part := all_[at : at + _ROWS])}
+            tell({"type": "used", "at": now, **told})

@@ -146,7 +146,7 @@ async def test_hits_and_clients_survive_a_restart(world, browser):
     record = world.commit()
     async with world.running() as control:
         world.tell(type="used", uses=[[record.key.text, 5]], at=5000.0)
-        world.tell(type="clients", addresses=["10.0.0.1", "10.0.0.2", "10.0.0.1"])
+        world.tell(type="used", at=5000.0, clients=["10.0.0.1", "10.0.0.2", "10.0.0.1"])
         await world.until(lambda: len(control.plane.clients) == 2)
     async with world.running():
         _, told = await get(browser, world, f"/api/v1/content/{record.key.text}")

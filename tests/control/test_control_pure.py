@@ -11,7 +11,7 @@ from gup.content.key import ContentKey, Kind
 from gup.control.api.described import operation_of
 from gup.control.api.listing import Listing, select, shown
 from gup.control.app import make_app
-from gup.control.events import ClientsSeen, Committed, Failed, Need, UpstreamTrouble, Use, Used, parse_event
+from gup.control.events import Committed, Failed, FullRequests, Need, UpstreamTrouble, Usage, Use, parse_event
 from gup.control.index import Row, make_row
 from gup.control.integrity_jobs import Pass
 from gup.control.prefetch import Wishes
@@ -36,17 +36,26 @@ def row(name="full.zip", kind=Kind.FULL, revision="260101001", length=10, **more
     [
         (
             {"type": "committed", "key": KEY, "length": 5, "kind": "full", "replaced": True},
-            Committed(ContentKey.parse(KEY), 5, Kind.FULL, True),
+            Committed(key=ContentKey.parse(KEY), length=5, kind=Kind.FULL, replaced=True),
         ),
         (
             {"type": "used", "uses": [[KEY, 3], [KEY, 1, 99]], "at": 7},
-            Used((Use(KEY, 3, 0), Use(KEY, 1, 99)), 7.0),
+            Usage(uses=(Use(ContentKey.parse(KEY), 3, 0), Use(ContentKey.parse(KEY), 1, 99)), at=7.0),
         ),
-        ({"type": "clients", "addresses": ["10.0.0.1", "fe80::1"]}, ClientsSeen(("10.0.0.1", "fe80::1"))),
-        ({"type": "need", "bytes": 9}, Need(9)),
+        (
+            {"type": "used", "at": 1, "asked": [[KEY, 2]], "fulls": [["fe80::1", KEY, 2]]}
+            | {"clients": ["10.0.0.1", "fe80::1"]},
+            Usage(
+                at=1.0,
+                asked=(Use(ContentKey.parse(KEY), 2),),
+                fulls=(FullRequests("fe80::1", ContentKey.parse(KEY), 2),),
+                clients=("10.0.0.1", "fe80::1"),
+            ),
+        ),
+        ({"type": "need", "bytes": 9}, Need(bytes=9)),
         (
             {"type": "failed", "key": KEY, "problem": "upstream-timeout", "detail": "x"},
-            Failed(KEY, "upstream-timeout", "x"),
+            Failed(key=ContentKey.parse(KEY), problem="upstream-timeout", detail="x"),
         ),
     ],
 )
@@ -64,7 +73,7 @@ def test_events_are_read(fields, event):
         b'{"type": "used", "uses": [], "at": NaN}', b'{"type": "used", "uses": [], "at": Infinity}',
         b'{"type": "committed", "key": "../../etc/passwd", "length": 1, "kind": "full"}',
         b'{"type": "committed", "key": "a/b/c/d/e", "length": 1, "kind": "odd"}',
-        b'{"type": "clients", "addresses": ["<script>"]}', b'{"type": "clients"}',
+        b'{"type": "used", "at": 1, "clients": ["<script>"]}', b'{"type": "used"}',
         b'{"type": "failed", "key": "a/b/c/d/e", "problem": "made-up"}', b"[" * 100_000,
         b'{"type": "need", "bytes": 80.0}', b'{"type": "need", "bytes": 9223372036854775808}',
         b'{"type": "need", "bytes": 1, "refused": 1}', b'{"type": "used", "uses": {"a/b/c/d/e": 1}, "at": 1}',
@@ -77,7 +86,7 @@ def test_events_are_read(fields, event):
         b'{"type": "begun", "key": "any/any/_/_/x", "path": "//evil/content/x"}',
         b'{"type": "begun", "key": "any/any/_/_/x", "path": "/content/y"}',
         b'{"type": "failed", "key": "a/b/c/d/e", "problem": "loop", "detail": {"a": []}}',
-        b'{"type": "clients", "addresses": [["10.0.0.1"]]}', b'{"type": "upstream", "name": 5}',
+        b'{"type": "used", "at": 1, "clients": [["10.0.0.1"]]}', b'{"type": "upstream", "name": 5}',
         b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", 1, 2, 1]]}',
         b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", true]]}',
         b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", [5, 4, 9]]]}',
@@ -93,11 +102,11 @@ def test_what_is_no_event_is_invalid(datagram):
 def test_what_others_said_is_cut_and_can_be_written():
     detail = "\udcff" + "x" * 100_000
     event = parse_event(json.dumps({"type": "upstream", "name": "\ud800", "detail": detail}).encode())
-    assert event == UpstreamTrouble("\\ud800", "\\udcff" + "x" * 503 + "…")
+    assert event == UpstreamTrouble(name="\\ud800", detail="\\udcff" + "x" * 503 + "…")
 
 
-NAMES = ["type", "key", "length", "uses", "at", "bytes", "addresses", "problem"]
-TYPES = ["committed", "used", "clients", "need", "failed"]
+NAMES = ["type", "key", "length", "uses", "at", "bytes", "clients", "problem"]
+TYPES = ["committed", "used", "taken", "need", "failed"]
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(TYPES),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner),

@@ -302,7 +302,7 @@ async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
         update={"reports": site.settings.reports.model_copy(update={"addresses": "off"})}
     )
     async with site.running():
-        site.tell(type="clients", addresses=["h-0123456789abcdef"])
+        site.tell(type="used", at=site.now, clients=["h-0123456789abcdef"])
         found = await get(browser, site, "/clients")
         for _ in range(1000):
             if found["seen"]["1h"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gup.content.key import Kind, delta_step
-from gup.control.events import Take
+from gup.control.events import Part, Take
 from gup.control.index import content_revision
 from gup.control.stats.database import Database
 from gup.control.traffic import revision_time
@@ -95,7 +95,7 @@ def _well_formed(rows: Any) -> Iterator[tuple[str, float]]:
                 yield address, float(seen_at)
 
 
-Part = tuple[int, int]
+_Span = tuple[int, int]
 _MOST = 20_000
 _MOST_PARTS = 64
 
@@ -104,7 +104,7 @@ class Pieces:
     """Parts by client and key; those not added to for longest are forgotten."""
 
     def __init__(self, most: int = _MOST) -> None:
-        self._parts: OrderedDict[tuple[str, str], list[Part]] = OrderedDict()
+        self._parts: OrderedDict[tuple[str, str], list[_Span]] = OrderedDict()
         self._most = most
 
     def add(self, client: str, key: str, start: int, stop: int, length: int) -> bool:
@@ -118,9 +118,9 @@ class Pieces:
         return False
 
 
-def joined(parts: list[Part]) -> list[Part]:
+def joined(parts: list[_Span]) -> list[_Span]:
     """The same bytes as the fewest parts, in order."""
-    found: list[Part] = []
+    found: list[_Span] = []
     for start, stop in sorted(parts):
         if found and start <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], stop))
@@ -226,9 +226,10 @@ class Batch:
     def add(self, take: Take, at: float, pieces: Pieces) -> None:
         """A client took or asked for a body."""
         self.see(take.client, at, take.version, take.language)
-        whole = take.part is None and not take.asked
-        if take.part is not None:
-            whole = pieces.add(take.client, take.key.text, *take.part)
+        if isinstance(take.sent, Part):
+            whole = pieces.add(take.client, take.key.text, *take.sent)
+        else:
+            whole = take.sent == 1
         revision = content_revision(kind_of(take), take.key.revision, take.key.file)
         date = revision_time(revision) if revision else None
         if revision is None or date is None or not _FIRST_DATE <= date <= at + _AHEAD_SECONDS:

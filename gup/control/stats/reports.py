@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -282,10 +282,10 @@ class Reports:
     def take(self, taken: Taken) -> None:
         """Who took and asked for what."""
         at = min(taken.at, self._around.clock())
-        for take in taken.takes:
+        for take in taken.rows:
             name = self._name(take.client)
             if name is not None:
-                self._batch.add(replace(take, client=name), at, self._pieces)
+                self._batch.add(take._replace(client=name), at, self._pieces)
 
     def _name(self, client: str) -> str | None:
         """What may be kept: just after a reload workers still call clients by the settings of before."""
