@@ -250,6 +250,10 @@ class Index:
         self._notes[name] = value
         self._dirty_notes.add(name)
 
+    def drop_note(self, name: str) -> None:
+        if self._notes.pop(name, None) is not None:
+            self._dirty_notes.add(name)
+
     # --- the file
 
     async def open(self) -> None:
@@ -295,7 +299,8 @@ class Index:
             self._dirty, self._dirty_notes = set(), set()
             rows = [self.rows[key] for key in keys if key in self.rows]
             gone = [_ENTRY + key for key in keys if key not in self.rows]
-            noted = {_NOTE + name: self._notes[name] for name in notes}
+            noted = {_NOTE + name: self._notes[name] for name in notes if name in self._notes}
+            gone += [_NOTE + name for name in notes if name not in self._notes]
             whole = self.complete
 
             def write() -> None:

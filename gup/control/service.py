@@ -4,8 +4,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
 
 from aiohttp import web
 
@@ -70,7 +69,7 @@ __all__ = ["Control", "Surroundings"]
 _FLUSH_SECONDS = 1.0
 _METER_SECONDS = 1.0
 _TOUCH_SECONDS = 60.0
-_CLIENTS_SECONDS = 60.0
+_REVISIONS_SECONDS = 60.0
 _SPACE_SECONDS = 5.0
 _REPORTS_SECONDS = 2.0
 _LEDGER_SECONDS = 10.0
@@ -81,7 +80,8 @@ _RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
 _LOOK_OVER_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
-_CLIENTS_NOTE = "clients"
+_OLD_CLIENTS_NOTE = "clients"
+"""Of earlier editions: it held as many rows as there were clients."""
 
 
 class Control:
@@ -117,17 +117,18 @@ class Control:
         await self._runner.setup()
         await web.SockSite(self._runner, self._around.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
-        self._jobs.start("open history", self._open_history())
+        self._jobs.start("open statistics", self._open_statistics())
 
-    async def _open_history(self) -> None:
+    async def _open_statistics(self) -> None:
         await self.plane.history.open()
+        self.plane.clients.restore(await self.plane.reports.newest_clients())
         self._jobs.every(_METER_SECONDS, "meter", self.plane.meter)
         self._jobs.every(WRITE_SECONDS, "history", self.plane.history.write)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
         await self.plane.index.open()
-        await self._restore_clients()
+        self.plane.index.drop_note(_OLD_CLIENTS_NOTE)
         self.plane.scrubber.restore()
         self.plane.prefetcher.restore(self.plane.index.note)
         jobs, plane = self._jobs, self.plane
@@ -136,9 +137,8 @@ class Control:
         jobs.every(_RECONCILE_SECONDS, "reconcile", self._reconcile)
         jobs.every(_FLUSH_SECONDS, "flush", self._flush)
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
-        jobs.every(_CLIENTS_SECONDS, "clients", self._note_clients)
-        jobs.every(_REPORTS_SECONDS, "reports", plane.reports.flush)
-        jobs.every(_LEDGER_SECONDS, "ledger", plane.reports.tick)
+        jobs.every(_REPORTS_SECONDS, "reports", plane.reports.write_clients)
+        jobs.every(_LEDGER_SECONDS, "ledger", plane.reports.write_savings)
         jobs.every(_PRUNE_SECONDS, "prune", plane.reports.prune)
         jobs.every(_RECOVER_SECONDS, "recover", self._around.recover)
         jobs.every(_RESTART_SECONDS, "scrub", plane.scrubber.keep)
@@ -146,7 +146,7 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(plane.prefetcher.run, lane))
         jobs.every(_WATCH_SECONDS, "watch", Watch(plane).look)
         jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
-        jobs.every(_CLIENTS_SECONDS, "revisions", self._note_all)
+        jobs.every(_REVISIONS_SECONDS, "revisions", self._note_all)
 
     async def stop(self) -> None:
         """End everything; what is due is written first."""
@@ -161,10 +161,11 @@ class Control:
         self.plane.prefetcher.save(self.plane.index.set_note, all_=True)
         await self._repin()
         await self._touch()
-        await self._note_clients()
         await self.plane.meter()
-        await self.plane.history.close()
-        await self.plane.reports.stop()
+        await self.plane.history.write()
+        await self.plane.reports.write_clients()
+        await self.plane.reports.write_savings()
+        await self.plane.database.stop()
         await self.plane.index.close()
 
     async def apply(self, settings: Settings) -> None:
@@ -216,23 +217,3 @@ class Control:
                 self._around.store.touch(ContentKey.parse(key), used_at)
 
         await asyncio.to_thread(touch_all)
-
-    async def _note_clients(self) -> None:
-        if self.plane.index.opened and self.plane.clients.changed:
-            self.plane.clients.changed = False
-            rows = await self._nameable(self.plane.clients.to_json())
-            self.plane.index.set_note(_CLIENTS_NOTE, rows)
-
-    async def _restore_clients(self) -> None:
-        rows = self.plane.index.note(_CLIENTS_NOTE)
-        self.plane.clients.restore(await self._nameable(rows) if isinstance(rows, list) else rows)
-
-    async def _nameable(self, rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
-        """Clients with their times, called as `reports.addresses` allows; none where it forbids that."""
-
-        def well_formed() -> list[Sequence[Any]]:
-            return [row for row in rows if len(row) == 2 and isinstance(row[0], str)]
-
-        well = await asyncio.to_thread(well_formed)
-        names = await self.plane.reports.rename_all([row[0] for row in well])
-        return await asyncio.to_thread(lambda: [(names[row[0]], row[1]) for row in well if row[0] in names])

@@ -36,8 +36,9 @@ from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.reconcile import change
 from gup.control.stats.clients import ClientsBook
+from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import HistoryKeeper
-from gup.control.stats.reports import Around, Reports
+from gup.control.stats.reports import Reports
 from gup.control.traffic import Traffic, newest_times
 from gup.metrics import CODES_OF_RESULT
 
@@ -273,18 +274,18 @@ class Plane:
         )
         self.traffic = Traffic(self.prefetcher, self.index, clock)
         self.alarms = AlarmBoard()
+        self.database = StatsDatabase(around.store.root)
         self.reports = Reports(
-            Around(
-                around,
-                lambda: self.settings,
-                clock,
-                self._believed,
-                self.index.newest_held,
-                self._reports_written,
-            )
+            around,
+            self.database,
+            settings=lambda: self.settings,
+            clock=clock,
+            age_clock=self._believed,
+            held=self.index.newest_held,
+            on_written=lambda what, refusal: self.refusals.note(what, refusal, self.clock()),
         )
         self.history = HistoryKeeper(
-            around.store.run,
+            self.database,
             lambda refusal: self.refusals.note("history", refusal, self.clock()),
             totals=around.totals,
             since_start=around.since_start,
@@ -316,9 +317,6 @@ class Plane:
 
     def _index_written(self, refusal: str | None) -> None:
         self.refusals.note("index", refusal, self.clock())
-
-    def _reports_written(self, what: str, refusal: str | None) -> None:
-        self.refusals.note(what, refusal, self.clock())
 
     # --- events
 

@@ -2,16 +2,13 @@
 
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any
 
 from gup.content.key import Kind, delta_step
 from gup.control.events import Part, Take
 from gup.control.index import content_revision
-from gup.control.stats.database import Database
 from gup.control.traffic import revision_time
 
 MAX_CLIENTS = 100_000
@@ -32,8 +29,6 @@ class ClientsBook:
         self._ages: list[OrderedDict[str, float]] = [OrderedDict() for _ in (*WINDOWS, "older")]
         """By window, the last one for what none of them holds; an address stands in one of them."""
         self._limit = limit
-        self.changed = False
-        """Whether anybody was seen since this was last set to False (by whoever writes the book down)."""
 
     def __len__(self) -> int:
         return sum(map(len, self._ages))
@@ -46,7 +41,6 @@ class ClientsBook:
                 age.pop(address, None)
             youngest[address] = now
             youngest.move_to_end(address)
-            self.changed = True
         self._forget()
 
     def _forget(self) -> None:
@@ -69,30 +63,16 @@ class ClientsBook:
         """The addresses seen last, with their times, newest first."""
         return list(islice(chain.from_iterable(reversed(age.items()) for age in self._ages), limit))
 
-    def to_json(self) -> list[tuple[str, float]]:
-        return list(chain.from_iterable(age.items() for age in reversed(self._ages)))
-
-    def restore(self, rows: Any) -> None:
-        """Take back what `to_json` gave; what is not of that form is left out. Newer sightings stay."""
-        newer = self.to_json()
+    def restore(self, rows: Sequence[tuple[str, float]]) -> None:
+        """Take back addresses and last times, the longest unseen first. Newer sightings stay."""
+        newer = [(address, at) for age in reversed(self._ages) for address, at in age.items()]
         self._ages = [OrderedDict() for _ in self._ages]
-        well = list(_well_formed(rows))
-        last = max((at for _, at in well), default=0.0)
-        for address, at in well:
-            for known in self._ages:
-                known.pop(address, None)
+        last = rows[-1][1] if rows else 0.0
+        for address, at in rows:
             self._ages[sum(last - at > seconds for seconds in WINDOWS.values())][address] = at
-            self.changed = True
         for address, at in newer:
             self.see([address], at)
         self._forget()
-
-
-def _well_formed(rows: Any) -> Iterator[tuple[str, float]]:
-    for row in rows if isinstance(rows, list) else ():
-        match row:
-            case [str(address), int() | float() as seen_at]:
-                yield address, float(seen_at)
 
 
 _Span = tuple[int, int]
@@ -253,84 +233,66 @@ def kind_of(take: Take) -> Kind:
     return Kind.FULL if take.key.file.lower().startswith("full.") else Kind.OTHER
 
 
-_FORM = 1
-_SCHEMA = """
-CREATE TABLE clients(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, first_at REAL NOT NULL,
-  seen_at REAL NOT NULL, version TEXT NOT NULL, language TEXT NOT NULL);
-CREATE INDEX clients_seen ON clients(seen_at, id);
-CREATE TABLE streams(id INTEGER PRIMARY KEY, version TEXT NOT NULL, language TEXT NOT NULL,
-  moniker TEXT NOT NULL, UNIQUE(version, language, moniker));
-CREATE TABLE standings(stream INTEGER NOT NULL, client INTEGER NOT NULL, revision TEXT NOT NULL,
-  taken_at REAL NOT NULL, version_then TEXT NOT NULL, asked TEXT NOT NULL, asked_at REAL NOT NULL,
-  came_from TEXT NOT NULL, PRIMARY KEY(stream, client)) WITHOUT ROWID;
-CREATE INDEX standings_client ON standings(client);
-CREATE TABLE takes(stream INTEGER NOT NULL, revision TEXT NOT NULL, client INTEGER NOT NULL,
-  taken_at REAL NOT NULL, PRIMARY KEY(stream, revision, client)) WITHOUT ROWID;
-CREATE INDEX takes_client ON takes(client)
-"""
 MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
 """Of each stream, of which it is kept who took them."""
 
 
-class Records:
-    """The file. `transaction` of its `database` raises OSError when the disk refuses."""
+def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
+    """Write all that is new."""
+    ids = {name: _write_client(db, name, seen) for name, seen in batch.seen.items()}
+    for (name, stream_id), news in batch.standings.items():
+        stream = _stream(db, stream_id)
+        if stream is not None:
+            _write_standing(db, stream, ids[name], news, batch.seen[name])
 
-    def __init__(self, folder: Path) -> None:
-        self.database = Database(folder / "clients.db", _SCHEMA, _FORM)
 
-    def write(self, batch: Batch) -> None:
-        """All of the batch, or nothing with an OSError."""
-        with self.database.transaction() as db:
-            ids = {name: _write_client(db, name, seen) for name, seen in batch.seen.items()}
-            for (name, stream_id), news in batch.standings.items():
-                stream = _stream(db, stream_id)
-                if stream is not None:
-                    _write_standing(db, stream, ids[name], news, batch.seen[name])
+def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
+    """Forget who was not seen for so long, or is one too many, and who took what so long ago."""
+    oldest = now - retention_seconds
+    db.execute("DELETE FROM clients WHERE seen_at < ?", (oldest,))
+    db.execute(
+        "DELETE FROM clients WHERE id IN "
+        "(SELECT id FROM clients ORDER BY seen_at DESC, id DESC LIMIT -1 OFFSET ?)",
+        (max_clients,),
+    )
+    db.execute("DELETE FROM takes WHERE taken_at < ?", (oldest,))
+    _drop_orphans(db)
+    for (stream,) in db.execute("SELECT id FROM streams").fetchall():
+        db.execute(
+            "DELETE FROM takes WHERE stream = ?1 AND revision IN (SELECT DISTINCT revision FROM "
+            "takes WHERE stream = ?1 ORDER BY revision DESC LIMIT -1 OFFSET ?2)",
+            (stream, KEPT_REVISIONS),
+        )
+    db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
 
-    def prune(self, now: float, retention_seconds: float, max_clients: int) -> None:
-        """Forget who was not seen for so long, or is one too many, and who took what so long ago."""
-        with self.database.transaction() as db:
-            oldest = now - retention_seconds
-            db.execute("DELETE FROM clients WHERE seen_at < ?", (oldest,))
-            db.execute(
-                "DELETE FROM clients WHERE id IN "
-                "(SELECT id FROM clients ORDER BY seen_at DESC, id DESC LIMIT -1 OFFSET ?)",
-                (max_clients,),
-            )
-            db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
-            db.execute(
-                "DELETE FROM takes WHERE taken_at < ? OR client NOT IN (SELECT id FROM clients)", (oldest,)
-            )
-            for (stream,) in db.execute("SELECT id FROM streams").fetchall():
-                db.execute(
-                    "DELETE FROM takes WHERE stream = ?1 AND revision IN (SELECT DISTINCT revision FROM "
-                    "takes WHERE stream = ?1 ORDER BY revision DESC LIMIT -1 OFFSET ?2)",
-                    (stream, KEPT_REVISIONS),
-                )
-            db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
-        with self.database.outside() as db:
-            db.execute("PRAGMA incremental_vacuum")
 
-    def rename(self, new_name: Callable[[str], str]) -> None:
-        """Call clients otherwise; where a name is taken, the one seen last stays."""
-        with self.database.transaction() as db:
-            rows = db.execute("SELECT id, name FROM clients ORDER BY seen_at").fetchall()
-            for number, name in rows:
-                other = new_name(name)
-                if other != name:
-                    db.execute("DELETE FROM clients WHERE name = ?", (other,))
-                    db.execute("UPDATE clients SET name = ? WHERE id = ?", (other, number))
-            db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
-            db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
+def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
+    """Call clients otherwise; where a name is taken, the one seen last stays."""
+    for number, name in db.execute("SELECT id, name FROM clients ORDER BY seen_at").fetchall():
+        other = new_name(name)
+        if other != name:
+            db.execute("DELETE FROM clients WHERE name = ?", (other,))
+            db.execute("UPDATE clients SET name = ? WHERE id = ?", (other, number))
+    _drop_orphans(db)
 
-    def forget_all(self) -> None:
-        """No client is to be remembered."""
-        with self.database.transaction() as db:
-            for table in ("clients", "standings", "takes", "streams"):
-                db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
-        with self.database.outside() as db:
-            db.execute("PRAGMA incremental_vacuum")
+
+def _drop_orphans(db: sqlite3.Connection) -> None:
+    """What is left of clients that were forgotten."""
+    for table in ("standings", "takes"):
+        db.execute(f"DELETE FROM {table} WHERE client NOT IN (SELECT id FROM clients)")  # noqa: S608
+
+
+def forget_clients(db: sqlite3.Connection) -> None:
+    """No client is to be remembered."""
+    for table in ("clients", "standings", "takes", "streams"):
+        db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+
+
+def newest_clients(db: sqlite3.Connection, most: int) -> list[tuple[str, float]]:
+    """Clients and when they were seen last, the longest unseen first."""
+    rows = db.execute("SELECT name, seen_at FROM clients ORDER BY seen_at DESC, id DESC LIMIT ?", (most,))
+    return rows.fetchall()[::-1]
 
 
 def _write_client(db: sqlite3.Connection, name: str, seen: Seen) -> int:
@@ -457,55 +419,50 @@ class Group:
     clients: int
 
 
-def stream_states(records: Records) -> list[StreamState]:
+def stream_states(db: sqlite3.Connection) -> list[StreamState]:
     """All streams that clients asked for."""
-    with records.database.transaction() as db:
-        rows = db.execute(
-            "SELECT t.version, t.language, t.moniker, count(*), max(s.revision), max(s.asked) "
-            "FROM standings s JOIN streams t ON t.id = s.stream GROUP BY s.stream"
-        )
-        return [StreamState((row[0], row[1], row[2]), *row[3:]) for row in rows]
+    rows = db.execute(
+        "SELECT t.version, t.language, t.moniker, count(*), max(s.revision), max(s.asked) "
+        "FROM standings s JOIN streams t ON t.id = s.stream GROUP BY s.stream"
+    )
+    return [StreamState((row[0], row[1], row[2]), *row[3:]) for row in rows]
 
 
-def revision_counts(records: Records) -> list[RevisionCount]:
+def revision_counts(db: sqlite3.Connection) -> list[RevisionCount]:
     """All revisions that clients stand at, or took."""
-    with records.database.transaction() as db:
-        streams = {row[0]: (row[1], row[2], row[3]) for row in db.execute("SELECT * FROM streams")}
-        found: dict[tuple[int, str], RevisionCount] = {}
-        for stream, revision, clients, first, last in db.execute(
-            "SELECT stream, revision, count(*), min(taken_at), max(taken_at) FROM takes "
-            "GROUP BY stream, revision"
-        ):
-            if stream in streams:
-                found[stream, revision] = RevisionCount(streams[stream], revision, 0, clients, first, last)
-        for stream, revision, clients in db.execute(
-            f"SELECT s.stream, {_STANDS} AS stands, count(*) FROM standings s GROUP BY s.stream, stands"  # noqa: S608
-        ):
-            old = found.get((stream, revision))
-            took, times = (old.took, (old.first_taken_at, old.last_taken_at)) if old else (0, (None, None))
-            if revision:
-                found[stream, revision] = RevisionCount(streams[stream], revision, clients, took, *times)
+    streams = {row[0]: (row[1], row[2], row[3]) for row in db.execute("SELECT * FROM streams")}
+    found: dict[tuple[int, str], RevisionCount] = {}
+    for stream, revision, clients, first, last in db.execute(
+        "SELECT stream, revision, count(*), min(taken_at), max(taken_at) FROM takes GROUP BY stream, revision"
+    ):
+        if stream in streams:
+            found[stream, revision] = RevisionCount(streams[stream], revision, 0, clients, first, last)
+    for stream, revision, clients in db.execute(
+        f"SELECT s.stream, {_STANDS} AS stands, count(*) FROM standings s GROUP BY s.stream, stands"  # noqa: S608
+    ):
+        old = found.get((stream, revision))
+        took, times = (old.took, (old.first_taken_at, old.last_taken_at)) if old else (0, (None, None))
+        if revision:
+            found[stream, revision] = RevisionCount(streams[stream], revision, clients, took, *times)
     return list(found.values())
 
 
-def lagging(records: Records, stream: StreamId, newest: str, limit: int) -> tuple[int, list[ClientState]]:
+def lagging(
+    db: sqlite3.Connection, stream: StreamId, newest: str, limit: int
+) -> tuple[int, list[ClientState]]:
     """How many clients stand before `newest`, and those furthest behind."""
     where = f"t.version = ? AND t.language = ? AND t.moniker = ? AND {_STANDS} < ?"
-    with records.database.transaction() as db:
-        count = db.execute(
-            f"SELECT count(*) FROM standings s JOIN streams t ON t.id = s.stream WHERE {where}",  # noqa: S608
-            (*stream, newest),
-        ).fetchone()[0]
-        return count, _client_states(
-            db, f"{where} ORDER BY {_STANDS}, c.name LIMIT ?", (*stream, newest, limit)
-        )
+    count = db.execute(
+        f"SELECT count(*) FROM standings s JOIN streams t ON t.id = s.stream WHERE {where}",  # noqa: S608
+        (*stream, newest),
+    ).fetchone()[0]
+    return count, _client_states(db, f"{where} ORDER BY {_STANDS}, c.name LIMIT ?", (*stream, newest, limit))
 
 
-def takers(records: Records, stream: StreamId) -> list[ClientState]:
+def takers(db: sqlite3.Connection, stream: StreamId) -> list[ClientState]:
     """All clients that took anything of a stream, by name."""
     where = "t.version = ? AND t.language = ? AND t.moniker = ? AND s.revision <> '' ORDER BY c.name"
-    with records.database.transaction() as db:
-        return _client_states(db, where, stream)
+    return _client_states(db, where, stream)
 
 
 def _client_states(db: sqlite3.Connection, where: str, given: tuple[object, ...]) -> list[ClientState]:
@@ -529,29 +486,27 @@ class Wanted:
     limit: int = 100
 
 
-def clients(records: Records, wanted: Wanted) -> tuple[int, list[ClientRow]]:
+def clients(db: sqlite3.Connection, wanted: Wanted) -> tuple[int, list[ClientRow]]:
     """How many match, and the rows of one page."""
     where = "seen_at >= ?1 AND (?2 IS NULL OR version = ?2 COLLATE NOCASE) "
     where += "AND (?3 IS NULL OR language = ?3 COLLATE NOCASE)"
     given = (wanted.seen_since, wanted.version, wanted.language)
     seen_at, number = wanted.after or (None, None)
-    with records.database.transaction() as db:
-        count = db.execute(f"SELECT count(*) FROM clients WHERE {where}", given).fetchone()[0]  # noqa: S608
-        rows = db.execute(
-            "SELECT id, name, first_at, seen_at, version, language FROM clients "  # noqa: S608
-            f"WHERE {where} AND (?4 IS NULL OR (seen_at, id) < (?4, ?5)) "
-            "ORDER BY seen_at DESC, id DESC LIMIT ?6",
-            (*given, seen_at, number, wanted.limit),
-        )
-        return count, [ClientRow(*row) for row in rows]
+    count = db.execute(f"SELECT count(*) FROM clients WHERE {where}", given).fetchone()[0]  # noqa: S608
+    rows = db.execute(
+        "SELECT id, name, first_at, seen_at, version, language FROM clients "  # noqa: S608
+        f"WHERE {where} AND (?4 IS NULL OR (seen_at, id) < (?4, ?5)) "
+        "ORDER BY seen_at DESC, id DESC LIMIT ?6",
+        (*given, seen_at, number, wanted.limit),
+    )
+    return count, [ClientRow(*row) for row in rows]
 
 
-def groups(records: Records, limit: int = 1000) -> list[Group]:
+def groups(db: sqlite3.Connection, limit: int = 1000) -> list[Group]:
     """Clients by what they state, the largest groups first."""
-    with records.database.transaction() as db:
-        rows = db.execute(
-            "SELECT version, language, count(*) AS n FROM clients GROUP BY version, language "
-            "ORDER BY n DESC, version, language LIMIT ?",
-            (limit,),
-        )
-        return [Group(*row) for row in rows]
+    rows = db.execute(
+        "SELECT version, language, count(*) AS n FROM clients GROUP BY version, language "
+        "ORDER BY n DESC, version, language LIMIT ?",
+        (limit,),
+    )
+    return [Group(*row) for row in rows]

@@ -6,14 +6,12 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gup.control.exposition import parse_series
 from gup.control.rate_window import Meter
+from gup.control.stats.database import StatsDatabase
 from gup.metrics import CODES_OF_RESULT
 
 _log = logging.getLogger("gup.control.history")
@@ -306,105 +304,36 @@ def _plus(one: Sums, other: Sums) -> Sums:
     return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
-_FORMAT = 1
-_BUSY_SECONDS = 5.0
-_REFUSALS = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
-    | {sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM}
-)
-"""Errors that tell of the disk, or of another process, and not of the file."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS points (
-    step INTEGER NOT NULL, at INTEGER NOT NULL, number INTEGER NOT NULL, fields TEXT NOT NULL,
-    PRIMARY KEY (step, at)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS reached (one INTEGER PRIMARY KEY CHECK (one = 1), fields TEXT NOT NULL);
-"""
+def load_points(db: sqlite3.Connection) -> tuple[list[Point], Reached | None]:
+    """All points, and up to where they reach; None with no points when there is nothing yet.
+
+    What can't be read is dropped, all of it: points and the counters up to which they reach belong together.
+    """
+    rows = db.execute("SELECT fields FROM points").fetchall()
+    row = db.execute("SELECT fields FROM reached").fetchone()
+    try:
+        return [Point.from_json(json.loads(text)) for (text,) in rows], _reached(row[0]) if row else None
+    except ValueError as error:
+        _log.warning("the history is damaged and is begun anew: %s", error)
+        db.execute("DELETE FROM points")
+        db.execute("DELETE FROM reached")
+    return [], None
 
 
-class HistoryFile:
-    """`load` opens it. A file that can't be read is moved aside and begun anew; every method may block."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._database: sqlite3.Connection | None = None
-
-    def load(self) -> tuple[list[Point], Reached | None]:
-        """All points, and up to where they reach; None with no points when there is nothing yet.
-
-        OSError when the disk refuses.
-        """
-        try:
-            return self._read()
-        except (sqlite3.DatabaseError, ValueError) as error:
-            if _is_refusal(error):
-                self.close()
-                raise OSError(f"the history can't be opened: {error}") from error
-            self._move_aside(error)
-        try:
-            return self._read()
-        except (sqlite3.DatabaseError, ValueError) as error:
-            self.close()
-            raise OSError(f"the history can't be begun: {error}") from error
-
-    def write(self, points: Sequence[Point], reached: Reached) -> None:
-        """Put these in the place of what was written of them; OSError when the disk refuses."""
-        try:
-            database = self._database or self._open()
-            with database:
-                self._put(database, points, reached)
-        except sqlite3.DatabaseError as error:
-            self.close()
-            if not _is_refusal(error):
-                self._move_aside(error)
-            raise OSError(f"the history can't be written: {error}") from error
-
-    def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
-            self._database = None
-
-    def _put(self, database: sqlite3.Connection, points: Sequence[Point], reached: Reached) -> None:
-        database.executemany(
-            "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)",
-            [(point.step, point.at, point.number, _text(point.to_json())) for point in points],
+def write_points(db: sqlite3.Connection, points: Sequence[Point], reached: Reached) -> None:
+    """Put these in the place of what was written of them."""
+    db.executemany(
+        "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)",
+        [(point.step, point.at, point.number, _text(point.to_json())) for point in points],
+    )
+    for step, kept in KEPT.items():
+        db.execute(
+            "DELETE FROM points WHERE step = ?1 AND number <= "
+            "(SELECT MAX(number) FROM points WHERE step = ?1) - ?2",
+            (step, kept),
         )
-        for step, kept in KEPT.items():
-            database.execute(
-                "DELETE FROM points WHERE step = ? AND number <= "
-                "(SELECT MAX(number) FROM points WHERE step = ?) - ?",
-                (step, step, kept),
-            )
-        fields = {"sums": by_name(reached.sums), "installed_at": reached.installed_at, "at": reached.at}
-        database.execute("INSERT OR REPLACE INTO reached VALUES (1, ?)", (_text(fields),))
-
-    def _read(self) -> tuple[list[Point], Reached | None]:
-        database = self._open()
-        with closing(database.execute("SELECT fields FROM points")) as rows:
-            points = [Point.from_json(json.loads(text)) for (text,) in rows]
-        row = database.execute("SELECT fields FROM reached").fetchone()
-        return points, _reached(row[0]) if row else None
-
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
-        self._database = database
-        (found,) = database.execute("PRAGMA user_version").fetchone()
-        if found not in (0, _FORMAT):
-            raise ValueError(f"its format is {found}")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")  # a power cut takes no more than was not yet written
-        database.executescript(_SCHEMA)
-        database.execute(f"PRAGMA user_version = {_FORMAT}")
-        return database
-
-    def _move_aside(self, why: Exception) -> None:
-        self.close()
-        aside = self._path.with_name(self._path.name + ".damaged")
-        _log.warning("the history begins anew, it was damaged (%s) and lies in %s", why, aside)
-        if self._path.exists():
-            self._path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+    fields = {"sums": by_name(reached.sums), "installed_at": reached.installed_at, "at": reached.at}
+    db.execute("INSERT OR REPLACE INTO reached VALUES (1, ?)", (_text(fields),))
 
 
 def _reached(text: str) -> Reached:
@@ -415,18 +344,11 @@ def _reached(text: str) -> Reached:
         raise ValueError(f"not where it reached: {error!r}") from error
 
 
-def _is_refusal(error: Exception) -> bool:
-    code = getattr(error, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in _REFUSALS
-
-
 def _text(fields: object) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-FILE = "history.sqlite"
 WRITE_SECONDS = 30.0
-_T = TypeVar("_T")
 
 
 class HistoryKeeper:
@@ -434,7 +356,7 @@ class HistoryKeeper:
 
     def __init__(
         self,
-        folder: Path,
+        database: StatsDatabase,
         on_written: Callable[[str | None], None],
         *,
         totals: Callable[[], Mapping[str, int]],
@@ -445,18 +367,17 @@ class HistoryKeeper:
         """`totals` and `since_start` as in Surroundings; `clock` is the wall's, in Unix seconds."""
         self.history = History()
         self.wan, self.clients = Meter(), Meter()
-        self._file = HistoryFile(folder / FILE)
+        self._database = database
         self._on_written = on_written
         self._totals, self._since_start = totals, since_start
         self._installed_at = installed_at
         self._clock = clock
         self._reader = Reader()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-history")
 
     async def open(self) -> None:
         """Read what earlier lives wrote; a disk that refuses leaves the history in memory only."""
         try:
-            points, reached = await self._in_thread(self._file.load)
+            points, reached = await self._database.run(load_points)
         except OSError as error:
             points, reached = [], None
             self._on_written(str(error))
@@ -483,7 +404,7 @@ class HistoryKeeper:
             return
         points, reached = self.history.due()
         try:
-            await self._in_thread(lambda: self._file.write(points, reached))
+            await self._database.run(lambda db: write_points(db, points, reached))
         except (OSError, asyncio.CancelledError) as error:
             self.history.put_back(points)
             if isinstance(error, asyncio.CancelledError):
@@ -491,12 +412,3 @@ class HistoryKeeper:
             self._on_written(str(error))
         else:
             self._on_written(None)
-
-    async def close(self) -> None:
-        """Write the rest and end the thread."""
-        await self.write()
-        await self._in_thread(self._file.close)
-        await asyncio.to_thread(self._thread.shutdown)
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,13 +1,13 @@
 """The reports on clients and savings."""
 
 import asyncio
+import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
@@ -17,19 +17,40 @@ from gup.content.stream_types import CLIENT_PATCHES
 from gup.control.dependencies import Surroundings
 from gup.control.events import Taken
 from gup.control.exposition import stream_labels
-from gup.control.stats import clients as queries
 from gup.control.stats.clients import (
+    MAX_CLIENTS,
     Batch,
+    ClientRow,
     ClientState,
     Group,
     Pieces,
-    Records,
     RevisionCount,
     StreamId,
     StreamState,
+    Wanted,
+    clients,
+    forget_clients,
+    groups,
+    lagging,
+    newest_clients,
+    prune_clients,
+    rename_clients,
+    revision_counts,
+    stream_states,
+    takers,
+    write_batch,
 )
-from gup.control.stats.database import BegunAnewError
-from gup.control.stats.savings import EARLIER, Days, Ledger, Reading, completed, counted
+from gup.control.stats.database import StatsDatabase
+from gup.control.stats.savings import (
+    EARLIER,
+    Days,
+    Reading,
+    add_reading,
+    completed,
+    counted,
+    days_counted,
+    prune_days,
+)
 from gup.control.traffic import revision_time
 from gup.upstream.schedule import site_time
 
@@ -229,59 +250,61 @@ def _row(restart: Restart, label_of: LabelOf) -> dict[str, Any]:
     }
 
 
-_T = TypeVar("_T")
 LAGGING_SHOWN = 1000
 """Of one stream."""
 _LAGGING_IN_ALL = 10_000
 _OFF = "reports.addresses is off: no client is remembered"
 
 
-@dataclass(frozen=True, slots=True)
-class Around:
-    """What reports are given by the plane: settings in force, clocks, and what is held in the store.
+class Reports:
+    """Takes in news of clients, keeps the savings ledger, and answers what is asked of both.
 
-    `believed` is the time by which things grow old. `on_refusal` is told of what the disk took nothing,
-    and why; None: it took it.
+    All methods belong to the event loop. What the disk refuses to take is tried again; nobody waits for it.
     """
 
-    process: Surroundings
-    settings: Callable[[], Settings]
-    clock: Callable[[], float]
-    believed: Callable[[], float]
-    held: Callable[[], Mapping[StreamId, str]]
-    on_refusal: Callable[[str, str | None], None]
+    def __init__(
+        self,
+        dependencies: Surroundings,
+        database: StatsDatabase,
+        *,
+        settings: Callable[[], Settings],
+        clock: Callable[[], float],
+        age_clock: Callable[[], float],
+        held: Callable[[], Mapping[StreamId, str]],
+        on_written: Callable[[str, str | None], None],
+    ) -> None:
+        """`age_clock` is the time by which things grow old; `held` are the newest revisions in the store.
 
-
-class Reports:
-    """`see` and `take` are called on the loop, as are all others; what is due is written by the jobs."""
-
-    def __init__(self, around: Around) -> None:
-        self._around = around
-        folder = around.process.store.root / "reports"
-        self._records = Records(folder)
-        self._ledger = Ledger(folder)
+        `on_written` is told after each try to write what it was, and why the disk refused (None: it did not).
+        """
+        self._dependencies = dependencies
+        self._database = database
+        self._settings = settings
+        self._clock = clock
+        self._age_clock = age_clock
+        self._held = held
+        self._on_written = on_written
         self._batch = Batch()
         self._pieces = Pieces()
         self._names: Names | None = None
-        self._called = ""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-reports")
+        self._named_by = ""
 
     # --- news
 
     @property
     def keeps_clients(self) -> bool:
-        return self._around.settings().reports.addresses != "off"
+        return self._settings().reports.addresses != "off"
 
-    def see(self, clients: tuple[str, ...]) -> None:
+    def see(self, clients: Iterable[str]) -> None:
         """These asked for something."""
         for client in clients:
             name = self._name(client)
             if name is not None:
-                self._batch.see(name, self._around.clock())
+                self._batch.see(name, self._clock())
 
     def take(self, taken: Taken) -> None:
         """Who took and asked for what."""
-        at = min(taken.at, self._around.clock())
+        at = min(taken.at, self._clock())
         for take in taken.rows:
             name = self._name(take.client)
             if name is not None:
@@ -289,167 +312,135 @@ class Reports:
 
     def _name(self, client: str) -> str | None:
         """What may be kept: just after a reload workers still call clients by the settings of before."""
-        mode = self._around.settings().reports.addresses
+        mode = self._settings().reports.addresses
         if mode == "full" or (mode == "hashed" and is_hashed(client)):
             return client
         return self._names.hashed(client) if mode == "hashed" and self._names is not None else None
 
     # --- jobs
 
-    async def flush(self) -> None:
+    async def write_clients(self) -> None:
         """Write what is new of clients."""
-        await self._call_clients_right()
+        await self._rename_clients()
         batch, self._batch = self._batch, Batch()
-        if not batch:
-            return
-        try:
-            await self._in_thread(lambda: self._records.write(batch))
-        except OSError as error:
+        if batch and not await self._written("reports", lambda db: write_batch(db, batch)):
             batch.absorb(self._batch)
             self._batch = batch
-            self._around.on_refusal("reports", str(error))
-        else:
-            self._around.on_refusal("reports", None)
 
-    async def tick(self) -> None:
+    async def write_savings(self) -> None:
         """Write what the counters have counted."""
         read = self._reading()
-        try:
-            await self._in_thread(lambda: self._ledger.update(read()))
-        except OSError as error:
-            self._around.on_refusal("savings", str(error))
-        else:
-            self._around.on_refusal("savings", None)
+        await self._written("savings", lambda db: add_reading(db, read()))
 
     async def prune(self) -> None:
         """Forget what is older than the settings say."""
-        settings, now = self._around.settings(), self._around.believed()
+        settings, now = self._settings(), self._age_clock()
         own = settings.reports
 
-        def forget() -> None:
-            self._records.prune(now, own.retention, own.max_clients)
+        def forget(db: sqlite3.Connection) -> None:
+            prune_clients(db, now, own.retention, own.max_clients)
             oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
-            self._ledger.prune(oldest.date().isoformat())
+            prune_days(db, oldest.date().isoformat())
+            db.execute("PRAGMA incremental_vacuum").fetchall()
 
+        await self._written("reports", forget)
+
+    async def _written(self, what: str, work: Callable[[sqlite3.Connection], None]) -> bool:
         try:
-            await self._in_thread(forget)
+            await self._database.run(work)
         except OSError as error:
-            self._around.on_refusal("reports", str(error))
+            self._on_written(what, str(error))
+            return False
+        self._on_written(what, None)
+        return True
 
-    async def _call_clients_right(self) -> None:
+    async def _rename_clients(self) -> None:
         """After a start or a reload: no client may be called by more than the settings allow."""
-        mode = self._around.settings().reports.addresses
-        if mode == self._called:
+        mode = self._settings().reports.addresses
+        if mode == self._named_by:
             return
-        names = await self._named()
+        if self._names is None:
+            path = self._dependencies.store.run / "address-key"
+            self._names = Names("hashed", await asyncio.to_thread(read_key, path))
+        names = self._names
         by_old_names, self._batch = self._batch, Batch()  # what comes from now on is called right
 
-        def rename() -> None:
-            self._records.write(by_old_names)
+        def rename(db: sqlite3.Connection) -> None:
+            write_batch(db, by_old_names)
             if mode == "off":
-                self._records.forget_all()
+                forget_clients(db)
+                db.execute("PRAGMA incremental_vacuum").fetchall()
             elif mode == "hashed":
-                self._records.rename(lambda name: name if is_hashed(name) else names.hashed(name))
+                rename_clients(db, lambda name: name if is_hashed(name) else names.hashed(name))
 
-        try:
-            await self._in_thread(rename)
-        except OSError as error:
-            self._around.on_refusal("reports", str(error))
-            if mode == "full":
-                by_old_names.absorb(self._batch)
-                self._batch = by_old_names
-            return
-        self._called = mode
-        self._around.on_refusal("reports", None)
-
-    async def _named(self) -> Names:
-        if self._names is None:
-            path = self._around.process.store.run / "address-key"
-            self._names = Names("hashed", await self._in_thread(lambda: read_key(path)))
-        return self._names
-
-    async def rename_all(self, clients: list[str]) -> dict[str, str]:
-        """What each is to be called as the settings are now; those that may not be kept are left out."""
-        mode, names = self._around.settings().reports.addresses, await self._named()
-        if mode == "off":
-            return {}
-
-        def renamed() -> dict[str, str]:
-            hashed = mode == "hashed"
-            return {name: names.hashed(name) if hashed and not is_hashed(name) else name for name in clients}
-
-        return await self._in_thread(renamed)
-
-    async def stop(self) -> None:
-        """Write what is due, and close."""
-        await self.flush()
-        await self.tick()
-
-        def close() -> None:
-            self._records.database.close()
-            self._ledger.database.close()
-
-        await self._in_thread(close)
-        await asyncio.to_thread(self._thread.shutdown)
+        if await self._written("reports", rename):
+            self._named_by = mode
+        elif mode == "full":
+            by_old_names.absorb(self._batch)
+            self._batch = by_old_names
 
     # --- what is asked
 
+    async def newest_clients(self) -> list[tuple[str, float]]:
+        """The clients that are remembered, and when they were seen last; none where the disk refuses."""
+        await self._rename_clients()
+        try:
+            return await self._database.run(lambda db: newest_clients(db, MAX_CLIENTS))
+        except OSError:
+            return []
+
     async def content(self) -> dict[str, Any]:
         """*Content taken here*."""
-        await self.flush()
-        held = dict(self._around.held())
+        await self.write_clients()
+        held = dict(self._held())
 
-        def look() -> list[tuple[StreamReport, int, list[queries.ClientState]]]:
-            states, counts = queries.stream_states(self._records), queries.revision_counts(self._records)
+        def look(db: sqlite3.Connection) -> list[tuple[StreamReport, int, list[ClientState]]]:
             found, left = [], _LAGGING_IN_ALL
-            for report in stream_reports(states, counts, held):
-                most = min(left, LAGGING_SHOWN)
-                behind, clients = queries.lagging(self._records, report.stream, report.newest, most)
+            for report in stream_reports(stream_states(db), revision_counts(db), held):
+                behind, clients = lagging(db, report.stream, report.newest, min(left, LAGGING_SHOWN))
                 found.append((report, behind, clients))
                 left -= len(clients)
             return found
 
         rows = [
             content_row(report, behind, lagging, self._label)
-            for report, behind, lagging in await self._in_thread(look)
+            for report, behind, lagging in await self._database.run(look)
         ]
         return self._head() | {"content": rows}
 
     async def restarts(self) -> dict[str, Any]:
         """*Restart pending*, and how many clients state what."""
-        await self.flush()
+        await self.write_clients()
 
-        def look() -> tuple[list[queries.Group], list[StreamId]]:
-            states = queries.stream_states(self._records)
-            return queries.groups(self._records), [state.stream for state in states]
+        def look(db: sqlite3.Connection) -> tuple[list[Group], list[StreamId]]:
+            return groups(db), [state.stream for state in stream_states(db)]
 
-        groups, streams = await self._in_thread(look)
-        labels = {stream: self._label(stream) for stream in streams}
-        patches = [stream for stream, label in labels.items() if label and label.type == CLIENT_PATCHES]
+        stating, streams = await self._database.run(look)
+        called = {stream: self._label(stream) for stream in streams}
+        patches = [stream for stream, label in called.items() if label and label.type == CLIENT_PATCHES]
 
-        def judge() -> list[Restart]:
-            releases = Releases(self._around.settings().rules.releases)
-            takers = [client for stream in patches for client in queries.takers(self._records, stream)]
-            return restart_states(takers, releases)
+        def judge(db: sqlite3.Connection) -> list[Restart]:
+            releases = Releases(self._settings().rules.releases)
+            return restart_states((client for stream in patches for client in takers(db, stream)), releases)
 
-        return self._head() | restart_table(await self._in_thread(judge), groups, labels, self._label)
+        return self._head() | restart_table(await self._database.run(judge), stating, called, self._label)
 
-    async def clients(self, wanted: queries.Wanted) -> tuple[int, int, list[queries.ClientRow]]:
+    async def clients(self, wanted: Wanted) -> tuple[int, int, list[ClientRow]]:
         """How many clients are known, how many of them match, and a page of those."""
-        await self.flush()
+        await self.write_clients()
 
-        def look() -> tuple[int, int, list[queries.ClientRow]]:
-            known, _ = queries.clients(self._records, queries.Wanted(limit=0))
-            return (known, *queries.clients(self._records, wanted))
+        def look(db: sqlite3.Connection) -> tuple[int, int, list[ClientRow]]:
+            known, _ = clients(db, Wanted(limit=0))
+            return (known, *clients(db, wanted))
 
-        return await self._in_thread(look)
+        return await self._database.run(look)
 
     async def savings(self) -> tuple[str, Days]:
         """Today, and what each day counted, the oldest first: together the counters as they are now."""
-        await self.tick()
-        reading = await self._in_thread(self._reading())
+        await self.write_savings()
+        reading = await asyncio.to_thread(self._reading())
         try:
-            days = await self._in_thread(self._ledger.days)
+            days = await self._database.run(days_counted)
             rest_on = reading.today
         except OSError:  # what single days counted can't be read now; what all did is known
             days, rest_on = {}, EARLIER
@@ -457,38 +448,29 @@ class Reports:
 
     def stream_labels(self, slot: int) -> tuple[str, str]:
         """Product and language of a stream's number, as the metrics have them."""
-        process = self._around.process
-        return stream_labels(process.stream_names(), slot, process.product_of)
+        return stream_labels(self._dependencies.stream_names(), slot, self._dependencies.product_of)
 
     # ---
 
     def _head(self) -> dict[str, Any]:
-        own = self._around.settings().reports
+        own = self._settings().reports
         return {
-            "at": self._around.clock(),
+            "at": self._clock(),
             "addresses": own.addresses,
             "retention_seconds": own.retention,
             "note": None if self.keeps_clients else _OFF,
         }
 
     def _label(self, stream: StreamId) -> Label | None:
-        return self._around.process.label_of(stream, "")
+        return self._dependencies.label_of(stream, "")
 
     def _reading(self) -> Callable[[], Reading]:
         """The counters as they are now; to be called in a thread: a time zone is read from its file."""
-        settings, process = self._around.settings(), self._around.process
-        now, installed, totals = self._around.clock(), process.installed_at, process.totals()
+        settings, installed = self._settings(), self._dependencies.installed_at
+        now, totals = self._clock(), self._dependencies.totals()
         return lambda: Reading(
             totals,
             installed,
             site_time(settings, installed).date().isoformat(),
             site_time(settings, now).date().isoformat(),
         )
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        """The work's result; a file that was found damaged is begun anew, and the work done again."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._thread, work)
-        except BegunAnewError:
-            return await loop.run_in_executor(self._thread, work)
