@@ -1,4 +1,4 @@
-"""What clients are called in the log and in reports: addresses, or keyed hashes of them. Keeps no list."""
+"""Names of clients in the log and in reports: their addresses, or keyed hashes of them."""
 
 import contextlib
 import hashlib
@@ -51,7 +51,7 @@ def _read(path: Path) -> bytes:
 
 
 def is_name(text: str) -> bool:
-    """Whether a client can be called so: a well-formed address, or a hash."""
+    """Whether a text is a client's name: a well-formed address, or a hash."""
     if _HASHED.fullmatch(text):
         return True
     try:
@@ -79,7 +79,7 @@ class Names:
         return self._remembered(address, self.mode != "full")
 
     def shown(self, address: str) -> str | None:
-        """The name that the log may show; None: none."""
+        """The name that the log may show; None when it may show none."""
         return None if self.mode == "off" else self.of(address)
 
     def hashed(self, address: str) -> str:

@@ -35,7 +35,7 @@ def _printable(character: str) -> str:
 
 
 class GupError(Exception):
-    """Base of everything gup raises for the world's mistakes (our own are asserted)."""
+    """Base of all errors that gup raises for faults outside of it; its own faults are asserted."""
 
 
 class SettingsError(GupError):
@@ -141,5 +141,5 @@ def is_exhausted(error: OSError) -> bool:
 
 
 def exhausted(error: OSError) -> Problem:
-    """What a client is told then."""
+    """The problem to answer then."""
     return Problem("overloaded", f"gup has run out: {error.strerror}", retry_after_seconds=1.0)

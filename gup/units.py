@@ -1,6 +1,9 @@
-"""How sizes, rates and durations are written: text to bytes and seconds, and back; reads nothing itself."""
+"""How sizes, rates, durations and HTTP dates are written: text to bytes and seconds, and back."""
 
 import re
+import time
+from calendar import timegm
+from datetime import date
 
 _SIZE_UNITS = {
     "B": 1,
@@ -17,7 +20,7 @@ _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
 
 MAX_SIZE_BYTES = 2**60
-"""Larger sizes are mistakes, and would not fit the 64-bit words that counters and limits live in."""
+"""Larger sizes are mistakes, and would not fit the 64-bit words of counters and limits."""
 
 MAX_DURATION_SECONDS = 100 * 365 * 86400.0
 
@@ -104,3 +107,55 @@ def time_in_words(seconds: float) -> str:
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     shown = [f"{count} {unit}" for count, unit in parts if count][:2]
     return " ".join(shown) or "0 s"
+
+
+# --- dates as HTTP writes them (RFC 9110 section 5.6.7)
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_LONG_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+_DAY = "|".join(_DAYS)
+_LONG_DAY = "|".join(_LONG_DAYS)
+_MONTH = f"(?P<month>{'|'.join(_MONTHS)})"
+_CLOCK = r"(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
+
+_DATE_FORMS = (
+    re.compile(rf"(?:{_DAY}), (?P<day>[0-9]{{2}}) {_MONTH} (?P<year>[0-9]{{4}}) {_CLOCK} GMT"),
+    re.compile(rf"(?:{_LONG_DAY}), (?P<day>[0-9]{{2}})-{_MONTH}-(?P<year>[0-9]{{2}}) {_CLOCK} GMT"),
+    re.compile(rf"(?:{_DAY}) {_MONTH} (?P<day>[0-9]{{2}}| [0-9]) {_CLOCK} (?P<year>[0-9]{{4}})"),
+)
+"""IMF-fixdate, the form of RFC 850, the form of asctime. Whether the name of the day fits is not checked."""
+
+
+def parse_http_date(text: str, *, now: float | None = None) -> int | None:
+    """Unix seconds of a date in any of the three forms; None when it is malformed or no such day exists.
+
+    `now` (Unix seconds, the system's clock when None) decides the century of a two-digit year.
+    """
+    found = next((found for form in _DATE_FORMS if (found := form.fullmatch(text))), None)
+    if found is None:
+        return None
+    year, month = int(found["year"]), _MONTHS.index(found["month"]) + 1
+    hour, minute, second = int(found["hour"]), int(found["minute"]), int(found["second"])
+    if len(found["year"]) == 2:
+        # A year more than 50 years ahead is taken as the most recent past one with these digits.
+        this_year = time.gmtime(time.time() if now is None else now).tm_year
+        year += this_year - this_year % 100
+        year -= 100 if year > this_year + 50 else 0
+    if hour > 23 or minute > 59 or second > 60:  # 60 is a leap second
+        return None
+    try:
+        day = date(year, month, int(found["day"]))
+    except ValueError:
+        return None
+    return timegm((day.year, day.month, day.day, hour, minute, second))
+
+
+def format_http_date(seconds: float) -> str:
+    """`seconds` (Unix time, cut to whole ones) as an IMF-fixdate, whatever the locale."""
+    moment = time.gmtime(seconds // 1)
+    return (
+        f"{_DAYS[moment.tm_wday]}, {moment.tm_mday:02} {_MONTHS[moment.tm_mon - 1]} {moment.tm_year:04} "
+        f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT"
+    )

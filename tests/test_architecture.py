@@ -13,10 +13,9 @@ from gup.metrics import BY_NAME, CODES_OF_RESULT, STREAM_WASTED
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "gup").rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-MAX_LINES = 800
 
 READS_ENVIRONMENT = {
-    "gup/config.py",  # settings
+    "gup/config/loading.py",  # settings
     "gup/process/supervisor.py",  # what systemd passes: LISTEN_FDS, NOTIFY_SOCKET
     "gup/demo/run.py",  # what its child processes inherit, without GUP_ variables
 }
@@ -68,13 +67,6 @@ def dotted(path):
 def test_there_is_something_to_look_at():
     assert len(MODULES) > 10
     assert len(PAGES) > 2
-
-
-def test_modules_are_of_readable_size():
-    def lines(path):
-        return [count] if (count := len(text(path).splitlines())) > MAX_LINES else []
-
-    assert breaking(lines, MODULES) == {}
 
 
 def test_modules_say_what_they_own():

@@ -5,13 +5,13 @@ alone. It outlives restarts: the rules bind before any manager has answered.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gup.content.catalog import Listed
+from gup.fsutil import replace_file
 
 FILE = "catalogs.json"
 _FORMAT = 1
@@ -69,9 +69,5 @@ def read_kept(run: Path) -> dict[str, Kept]:
 def write_kept(run: Path, kept: Mapping[str, Kept]) -> None:
     """Replace the file, durably. OSError when the disk refuses: the old one stays. Blocks."""
     document = {"format": _FORMAT, "upstreams": {name: one.to_json() for name, one in kept.items()}}
-    new = run / f"{FILE}.new"
-    with new.open("wb") as file:
-        file.write(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(run / FILE)
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    replace_file(run / FILE, text.encode())

@@ -1,12 +1,10 @@
 """Claims: which process may fetch a key. Kernel byte-range locks on one file that is never written to."""
 
 import errno
-import fcntl
 import os
-import struct
 from pathlib import Path
 
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+from gup.fsutil import is_range_locked, lock_range, unlock_range
 
 _PASSING = 1 << 62  # beyond every claim, which has 62 bits
 
@@ -27,12 +25,8 @@ def want_offset(key_id: str) -> int:
     return passing_offset(int(key_id[16:], 16) >> 2)
 
 
-def _lock(fd: int, kind: int, offset: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0))
-
-
 class Claims:
-    """The claims that this process holds (F_OFD_SETLK write locks, fcntl(2)).
+    """The claims that this process holds (gup.fsutil.lock_range).
 
     The kernel frees them however the process dies. Two holders in one process would share the open file and
     not see each other, so the set of held offsets is asked first.
@@ -47,7 +41,7 @@ class Claims:
         if offset in self._held:
             return False
         try:
-            _lock(self._fd, fcntl.F_WRLCK, offset)
+            lock_range(self._fd, offset, wait=False)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
@@ -57,7 +51,7 @@ class Claims:
 
     def release(self, offset: int) -> None:
         self._held.remove(offset)
-        _lock(self._fd, fcntl.F_UNLCK, offset)
+        unlock_range(self._fd, offset)
 
     def held(self, offset: int) -> bool:
         """Whether this process holds the claim."""
@@ -65,18 +59,12 @@ class Claims:
 
     def taken(self, offset: int) -> bool:
         """Whether any process holds the claim at this moment."""
-        if offset in self._held:
-            return True
-        return self._locked(offset, 1)
+        return offset in self._held or is_range_locked(self._fd, offset)
 
     def any_taken(self, first: int, count: int) -> bool:
         """Whether any process holds one of `count` claims from `first` on: one system call for all."""
-        return any(first <= held < first + count for held in self._held) or self._locked(first, count)
-
-    def _locked(self, offset: int, length: int) -> bool:
-        """Whether another process has a lock in this range."""
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
-        return bool(_FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+        held = any(first <= offset < first + count for offset in self._held)
+        return held or is_range_locked(self._fd, first, count)
 
     def close(self) -> None:
         """Give up all claims."""

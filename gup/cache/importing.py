@@ -27,6 +27,7 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile, Store
 from gup.cache.tar_reader import Member, TarError, TarReader
 from gup.content.key import ContentKey
+from gup.fsutil import write_all
 from gup.jsonmodel import InvalidError, Members, shown
 
 _MOST_REFUSED = 10_000
@@ -212,9 +213,7 @@ def _copied(content: TarReader, path: Path, record: Record) -> bool:
         piece = content.read(CHUNK_BYTES)
         if sums.add(piece) not in ([], [wanted]):
             return False
-        rest = memoryview(piece)
-        while rest:
-            rest = rest[os.write(file.fd, rest) :]
+        write_all(file.fd, piece)
     os.fsync(file.fd)
     return sums.finish() == record.sums
 

@@ -20,6 +20,7 @@ from gup.cache.record import MAX_RECORD_BYTES, Record
 from gup.cache.state import MAX_STATE_BYTES, FillState, Phase
 from gup.content.key import ContentKey
 from gup.errors import StoreError
+from gup.fsutil import sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _RECORD_SUFFIX = ".gup"
@@ -193,7 +194,7 @@ class Store:
         part = self.part_path(record.key.id, generation)
         self.set_time(part, record)
         for folder in self._rename_into(part, self.body_path(record.key)):
-            _sync_folder(folder)
+            sync_folder(folder)
 
     def set_time(self, path: Path, record: Record) -> None:
         """Give a file that has the recorded bytes the recorded time."""
@@ -318,7 +319,7 @@ class Store:
         if self.open_body(record) is not None:
             changed += self._put(self.record_path(record.key), record.encode(), durable=True)
         for folder in dict.fromkeys(changed):
-            _sync_folder(folder)
+            sync_folder(folder)
         _unlink(sums)
         self.drop_state(id_)
 
@@ -386,16 +387,14 @@ class Store:
     def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
         for folder in self._put(path, text, durable=durable):
             if durable:
-                _sync_folder(folder)
+                sync_folder(folder)
 
     def _put(self, path: Path, text: bytes, *, durable: bool) -> list[Path]:
         """Put a file in place, atomically; `durable`: its bytes are. The folders that are to be synced."""
         temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            rest = memoryview(text)
-            while rest:
-                rest = rest[os.write(file.fd, rest) :]
+            write_all(file.fd, text)
             if durable:
                 os.fsync(file.fd)
             return self._rename_into(temporary, path)
@@ -467,11 +466,3 @@ def _unlink(path: Path) -> None:
         if not path.is_dir():
             raise
         shutil.rmtree(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

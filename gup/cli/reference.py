@@ -1,6 +1,6 @@
-"""Settings as text: the commented TOML reference, the page in docs, and settings in force. Never checks any.
+"""Settings and metrics as text: the commented TOML reference, the pages in docs, the settings in force.
 
-`python -m gup.cli.reference` writes config/gup.toml and docs/settings.md anew; a test compares them.
+`python -m gup.cli.reference` writes config/gup.toml, docs/settings.md and docs/metrics.md; a test compares.
 """
 
 import json
@@ -13,10 +13,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gup.cli.metrics_page import metrics_page
-from gup.complaints import SECRET_KEYS, mask_password, model_of
 from gup.config import Settings
-from gup.layers import DELIMITER, PREFIX
+from gup.config.loading import DELIMITER, PREFIX, SECRET_KEYS, mask_password, model_of
+from gup.metrics import MAX_SHOWN, METRICS, Metric
 from gup.units import format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
 
 _WIDTH = 100
@@ -53,11 +52,12 @@ UNITS = (
 )
 _TOML_HEAD = (
     "Every setting of gup at its default. Written by `python -m gup.cli.reference` from the table in "
-    f"gup/config.py. {UNITS} Keys that begin with # have no default: what stands there is an example."
+    f"gup/config/settings.py. {UNITS} "
+    "Keys that begin with # have no default: what stands there is an example."
 )
 _PAGE_HEAD = f"""# Settings
 
-<!-- Written by `python -m gup.cli.reference` from the table in gup/config.py. Change it there. -->
+<!-- Written by `python -m gup.cli.reference` from the table in gup/config/settings.py. Change it there. -->
 
 Settings come from a TOML file (`gup serve --config FILE`), the environment, and flags. Flags win over the
 environment, the environment wins over the file. The variable of a key is `{PREFIX}<SECTION>{DELIMITER}<KEY>`:
@@ -70,6 +70,23 @@ what would be right; `upstream#2.url` is the second upstream's. `gup config chec
 starting anything, `gup config show FILE` prints what is in force.
 
 {UNITS}
+"""
+
+_METRICS_HEAD = f"""\
+# Metrics
+
+<!-- Written by `python -m gup.cli.reference` from the table in gup/metrics.py. Change it there. -->
+
+`GET /metrics` on the control plane shows them to Prometheus ([monitoring.md](monitoring.md)), as text or,
+when asked, as OpenMetrics. Units are bytes and seconds. Byte counters count bodies, without heads. Counters
+are exact after a crash of any process and survive restarts. They begin at 0 for every value that a label can
+have, but for those of streams, which appear when they have counted.
+
+`product` and `language` are what the catalogue calls a stream, else its moniker and its variant's language.
+The first {MAX_SHOWN} pairs are shown apart, the rest as `other`. No label holds an URL, a client or a
+revision.
+
+Bandwidth saved is `gup_client_sent_bytes_total` minus `gup_upstream_received_bytes_total`.
 """
 
 
@@ -192,6 +209,33 @@ def _page_section(path: str, field: FieldInfo) -> Iterator[str]:
     for name, inner in table.model_fields.items():
         if model_of(inner.annotation) is not None:
             yield from _page_section(f"{path}.{name}", inner)
+
+
+# --- the page of metrics
+
+
+def metrics_page() -> str:
+    """The text of docs/metrics.md."""
+    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{row.name}` | {row.kind} | {_labels(row)} | {_meaning(row)} |" for row in METRICS]
+    return "\n".join([_METRICS_HEAD, *rows, ""])
+
+
+def _labels(metric: Metric) -> str:
+    return "<br>".join(_each_label(metric)) or "none"
+
+
+def _each_label(metric: Metric) -> Iterator[str]:
+    if metric.upstream:
+        yield "`upstream`: the settings' names"
+    for label, values in metric.labels:
+        yield f"`{label}`: {', '.join(values)}" if values else f"`{label}`"
+
+
+def _meaning(metric: Metric) -> str:
+    if metric.kind != "histogram":
+        return metric.help
+    return f"{metric.help} Buckets end at {', '.join(f'{edge:g}' for edge in metric.buckets)} s."
 
 
 # --- settings in force

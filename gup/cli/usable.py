@@ -1,4 +1,4 @@
-"""Whether a service could start with these settings: the files they name, the rules. Starts nothing.
+"""Checks that a service can start with given settings: the files that they name, the log, the rules.
 
 `gup config check`, `gup serve` and every reload ask this, so that all three refuse the same.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 from gup import log
 from gup.config import Settings
 from gup.content.catalog import MAX_CATALOG_BYTES, parse_catalog
-from gup.content.rulebook import Rulebook
-from gup.control.auth import require_access
+from gup.content.rules import Rulebook
+from gup.control.access import require_access
 from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 
@@ -54,7 +54,7 @@ def _catalogue(file: Path | None) -> Iterator[str]:
 
 
 def _folder(folder: Path) -> Iterator[str]:
-    """It need not be there, but nothing else may be in its place, or in that of a folder above it."""
+    """The folder may be missing, but no file may stand in its place or in that of a folder above it."""
     for path in (folder, *folder.parents):
         try:
             mode = path.stat().st_mode

@@ -1,1 +1,1 @@
-"""What is asked for: keys, routes, catalogue, releases, rules. Pure: never any I/O."""
+"""Content: keys, routes, catalogues, releases, delivery rules. Pure functions and values, without I/O."""

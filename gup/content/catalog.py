@@ -1,27 +1,40 @@
-"""The manager's catalogue: which moniker is which product, and how the manager spells it; no I/O.
+"""Catalogues: which product a stream is, its type of content, and how a manager spells its moniker.
 
 FIELD: `ContentInfo.txt` has a line a moniker: `{GUID}: product and version - short name - language`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 
+from gup import config
+from gup.content.key import ANY, Variant
 from gup.content.languages import parse_language
 from gup.content.releases import find_release
+from gup.content.routes import LIVEUPDATE_STREAM
 
 CATALOG_PATH = "/content/ContentInfo.txt"
 MAX_CATALOG_BYTES = 1 << 20
-"""What is read of a catalogue: thousands of lines."""
+"""What is read of a catalogue; real ones have thousands of lines at most."""
+
+CLIENT_PATCHES = "client_patches"
+"""The type of content that the delivery rules bind."""
+OTHER = "other"
+"""The type of a product that fits no pattern."""
+LIVEUPDATE_PRODUCT = "LiveUpdate"
+"""The product of LiveUpdate's files whose names tell none."""
 
 _MONIKER = r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 _LINE = re.compile(rf"(\{{{_MONIKER}\}})\s*:\s*(.+)")
 _BARE = re.compile(rf"\{{?({_MONIKER})\}}?")
+_LIVEUPDATE_INDEX = re.compile(r"(.+)_[^_]+_[^_]+_livetri\.zip", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One stream as the catalogue lists it. `moniker` is in the manager's own spelling.
+    """A catalogue's row of one stream. `moniker` is in the manager's own spelling.
 
     `product` ends with the version that it is made for; `version` is that alone ("12.1 RU6"), "" where the
     product names none. `language` is "" where the line states none.
@@ -38,10 +51,101 @@ class Listed:
         return stated is not None and stated.is_all
 
 
-def parse_catalog(text: bytes) -> Mapping[str, Listed]:
-    """What a ContentInfo.txt lists, by moniker in upper case; lines that are something else are passed over.
+Rows = Mapping[str, Listed]
+"""One catalogue, by moniker in upper case."""
+Stream = tuple[str, str, str]
+"""Version, language and moniker of a content key."""
 
-    UTF-8 or UTF-16, with its mark or without, any line end.
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """The name of a stream for people. It is looked up when it is shown, so a changed catalogue renames.
+
+    `version` is the one that the product is made for, "" where nothing tells it. `type` is one of
+    `catalog.types`, or "other".
+    """
+
+    product: str
+    version: str
+    language: str
+    type: str
+
+
+class StreamTypes:
+    """The table `catalog.types`: patterns with `*`, `?` and `[…]`, compared without case, in order."""
+
+    def __init__(self, types: Mapping[str, Sequence[str]]) -> None:
+        self._patterns = tuple(
+            (name, pattern.casefold()) for name, patterns in types.items() for pattern in patterns
+        )
+        self.names = frozenset((*types, OTHER))
+        self.of = lru_cache(maxsize=1024)(self._of)
+        """The type of a product, by its name in the catalogue."""
+
+    def _of(self, product: str) -> str:
+        name = " ".join(product.casefold().split())
+        return next((type_ for type_, pattern in self._patterns if fnmatchcase(name, pattern)), OTHER)
+
+
+class Catalogues:
+    """The catalogues of all upstreams. Immutable; a catalogue that is read again makes a new object."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, Rows] | None = None,
+        upstreams: Sequence[config.Upstream] = (),
+        types: StreamTypes | None = None,
+    ) -> None:
+        """`rows` by the upstream's name. Rows of upstreams that are not configured are ignored."""
+        self._rows = {u.name: (rows or {})[u.name] for u in upstreams if u.name in (rows or {})}
+        self._variants = {u.name: Variant(u.version, u.language) for u in upstreams}
+        self._types = types or StreamTypes(config.CONTENT_TYPES)
+
+    def known(self, upstream: str) -> bool:
+        """Whether the upstream's catalogue was ever read."""
+        return upstream in self._rows
+
+    def listed(self, upstream: str, moniker: str) -> Listed | None:
+        """The upstream's own row of a moniker (in upper case, with braces)."""
+        return self._rows.get(upstream, {}).get(moniker)
+
+    def somewhere(self, moniker: str) -> Listed | None:
+        """The first row of a moniker in any catalogue."""
+        return next((rows[moniker] for rows in self._rows.values() if moniker in rows), None)
+
+    def for_all_languages(self, moniker: str) -> bool:
+        """Whether a stream is the same for all languages: a catalogue says so and none says otherwise."""
+        found = [rows[moniker] for rows in self._rows.values() if moniker in rows]
+        return bool(found) and all(listed.all_languages for listed in found)
+
+    def type_of(self, moniker: str) -> str | None:
+        """The type of a stream's content; None where no catalogue lists it."""
+        listed = self.somewhere(moniker)
+        return None if listed is None else self._types.of(listed.product)
+
+    def label(self, stream: Stream, file: str = "") -> Label | None:
+        """The label of a stream; None where no catalogue lists it.
+
+        Managers of different languages may list the same moniker differently, so the catalogue of the
+        stream's own variant comes first. LiveUpdate has no catalogue: the names of its index files tell.
+        """
+        version, language, moniker = stream
+        if moniker == LIVEUPDATE_STREAM:
+            named = _LIVEUPDATE_INDEX.fullmatch(file)
+            product = named[1].replace("$20", " ") if named else LIVEUPDATE_PRODUCT
+            return Label(product, "" if version == ANY else version, language, self._types.of(product))
+        own = (name for name, variant in self._variants.items() if variant == Variant(version, language))
+        rows = (self.listed(name, moniker) for name in own)
+        row = next((row for row in rows if row is not None), None) or self.somewhere(moniker)
+        if row is None:
+            return None
+        return Label(row.product, row.version, row.language or language, self._types.of(row.product))
+
+
+def parse_catalog(text: bytes) -> Rows:
+    """The rows of a ContentInfo.txt; other lines are skipped.
+
+    UTF-8 or UTF-16, with or without a byte order mark, any line end.
     """
     rows: dict[str, Listed] = {}
     for line in _decoded(text).splitlines():
@@ -54,7 +158,7 @@ def parse_catalog(text: bytes) -> Mapping[str, Listed]:
 def _decoded(text: bytes) -> str:
     if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return text.decode("utf-16", errors="replace")
-    if text[:1] == b"\0" or text[1:2] == b"\0":  # a mark left out: a line begins with a letter or a brace
+    if text[:1] == b"\0" or text[1:2] == b"\0":  # without a mark; a line begins with a letter or a brace
         return text.decode("utf-16-be" if text[:1] == b"\0" else "utf-16-le", errors="replace")
     return text.decode("utf-8-sig", errors="replace")
 
@@ -70,13 +174,13 @@ def _listed(moniker: str, rest: str) -> Listed:
 
 
 def normal_moniker(text: str) -> str | None:
-    """`text` as streams are called: braces, upper case; None when it is no moniker."""
+    """The moniker in braces and upper case; None when `text` is none."""
     found = _BARE.fullmatch(text.strip())
     return f"{{{found[1].upper()}}}" if found else None
 
 
 def respelled(path: str, moniker: str) -> str | None:
-    """`path` (percent-encoded, as asked upstream) with the moniker spelled so; None if it is spelled so."""
+    """`path` (percent-encoded, as asked upstream) with its moniker spelled as `moniker`; None if it is so."""
     encoded = moniker.replace("{", "%7B").replace("}", "%7D")
     parts = path.split("/")
     if len(parts) < 3 or parts[2].upper() != encoded.upper() or parts[2] == encoded:

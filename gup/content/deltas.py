@@ -1,4 +1,4 @@
-"""How clients name deltas: which revisions a key names, and where a delta lies. Pure.
+"""Names of deltas and fulls: the revisions that a key names, and the path of a delta.
 
 FIELD: the folder of a delta is the old revision in one source and the new one in another. So the folder is
 taken from the traffic, and what a delta leads from and to is read from its file name alone.
@@ -15,7 +15,7 @@ _FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
 
 
 class Folder(StrEnum):
-    """Which of its two revisions a delta lies under."""
+    """Which of a delta's two revisions names its folder."""
 
     FROM = "from"
     TO = "to"
@@ -23,7 +23,7 @@ class Folder(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What a name tells. `from_revision` and `folder` are a delta's; the latter None for another folder."""
+    """The revisions in a name. `from_revision` and `folder` are of deltas; None is another folder."""
 
     kind: Kind
     revision: str
@@ -59,6 +59,6 @@ def spelled_moniker(upstream_path: str) -> str:
 
 
 def delta_path(moniker: str, from_revision: str, to_revision: str, folder: Folder) -> str:
-    """Where the delta lies, with the moniker as it is given."""
+    """The path of a delta, with the moniker as it is given."""
     under = from_revision if folder is Folder.FROM else to_revision
     return f"/content/{moniker}/{under}/xdelta{from_revision}_To_{to_revision}.dax"

@@ -1,4 +1,4 @@
-"""What one stored body is called: the content key, its variant and its kind; never any I/O."""
+"""The content key: the name of one stored body, with its variant and its kind."""
 
 import hashlib
 import re
@@ -10,10 +10,10 @@ from pathlib import PurePosixPath
 from gup.jsonmodel import InvalidError
 
 ANY = "any"
-"""Version or language of content that is the same for everybody."""
+"""Version or language of content that is the same for every client."""
 
 EVERY = "*"
-"""Version or language of upstreams that may be asked for what is the same at all of them; in no key."""
+"""Version or language in a choice of upstreams: all that have the content alike. Not in a key."""
 
 ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
@@ -48,7 +48,7 @@ def _wrong_with(part: str) -> str:
 
 
 class Kind(StrEnum):
-    """What a file is; decides freshness, priority in the fill queue and labels."""
+    """The kind of a file; decides freshness, priority in the fill queue and labels."""
 
     FULL = "full"
     DELTA = "delta"
@@ -79,7 +79,7 @@ class Variant:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it stands for several: whom to ask, never where a body is stored."""
+        """Whether it stands for several variants: which upstreams to ask, not where a body is stored."""
         return EVERY in (self.version, self.language)
 
     def covers(self, other: "Variant") -> bool:

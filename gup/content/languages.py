@@ -1,4 +1,4 @@
-"""Languages as people, managers and clients write them, and which are the same; no version, no rule.
+"""Languages as people, managers and clients write them, and which of them are equal.
 
 A name ("French", "Deutsch", "Chinese (Simplified)") or a tag of BCP 47 ("fr", "fr-CA"). Two are the same when
 language and script are: a region changes words, not whether a person can read them.
@@ -23,7 +23,7 @@ _WORDS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """A language; equal when a person would say so. `text` is as it was written and is not compared."""
+    """A language. `text` is as it was written and is not compared."""
 
     code: str
     """Macro language and script ("fr-Latn"); "" is all languages."""
@@ -43,7 +43,7 @@ class Language:
         return not self.code
 
     def fits(self, other: "Language") -> bool:
-        """Whether content of the one is for somebody of the other: all languages fit everybody."""
+        """Whether content in this language is for clients of the other; all languages fit every client."""
         return self.is_all or other.is_all or self.code == other.code
 
 
@@ -76,7 +76,7 @@ def _by_tag(tag: str) -> str | None:
 
 
 def _by_name(text: str) -> str | None:
-    """A name's language. The library reads "Chinese Simplified" as "Chinese" and passes over what it does not
+    """The language of a name. The library reads "Chinese Simplified" as "Chinese" and skips what it does not
     know behind a name, so the words are turned round too; where both mean one language, that is more exact.
     """
     words = _CAMEL.sub(" ", text.translate(_AS_SPACES)).split()

@@ -1,4 +1,4 @@
-"""Releases of the product: names and builds are one thing. Compares and orders them; knows no rule.
+"""Releases of the product, by name and by build, compared and ordered.
 
 A build belongs to the newest release of its major and minor version whose first build is not above it.
 """
@@ -25,7 +25,7 @@ KNOWN_RELEASES: Mapping[str, str] = {
     "14.3 RU10": "14.3.12154.10000",  # Broadcom's article 386578, as cited
     "14.4": "14.4.115.0000",  # Broadcom's article 430629, as cited
 }
-"""Names and first builds; `rules.releases` adds to them and wins."""
+"""Names and first builds; `rules.releases` adds to them and overrides them."""
 
 _MAX_LENGTH = 64
 _NAME = re.compile(
@@ -61,7 +61,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What somebody runs; equal only when release, build and patch are. See `same_release` for less.
+    """The version of a client or manager; equal only when release, build and patch are (see `same_release`).
 
     `build` is None where only a name was given whose first build is not known. `patch` is the number in a
     patched client's name ("14.3 RU8 Patch 3"), 0 without one. `text` is as it was written.
@@ -73,7 +73,7 @@ class Version:
     patch: int = 0
 
     def __str__(self) -> str:
-        """The release, with the build where that was what was given: `14.3 RU2 (14.3.4615.2000)`."""
+        """The release, with the build if it was written as one: `14.3 RU2 (14.3.4615.2000)`."""
         if _parse_build(self.text):
             return f"{self.release} ({self.text})"
         return f"{self.release} Patch {self.patch}" if self.patch else str(self.release)
@@ -89,10 +89,10 @@ class Version:
 
 
 class Releases:
-    """The table of releases and their first builds: the known ones, and those of `more`, which win."""
+    """The table of releases and their first builds: the known ones, overridden by those of `more`."""
 
     def __init__(self, more: Mapping[str, str] | None = None) -> None:
-        """ValueError when `more` has a name or a build that is none; `mistakes` says which."""
+        """ValueError when `more` has a name or a build that is malformed; `mistakes` says which."""
         self._first: dict[Release, Build] = {}
         for name, build in (*KNOWN_RELEASES.items(), *(more or {}).items()):
             release, first = _parse_name(name), _parse_build(build)
@@ -101,7 +101,7 @@ class Releases:
             self._first[release] = first
         self._newest_first = sorted(self._first.items(), key=lambda row: row[1], reverse=True)
         self.version = lru_cache(maxsize=1024)(self._version)
-        """The version that a text names; None when it names none. Remembered: sites have few of them."""
+        """The version that a text names; None when it names none. Cached: a site has few of them."""
 
     def _version(self, text: str) -> Version | None:
         text = text.strip()

@@ -1,4 +1,4 @@
-"""Routes: what a request target asks for, and which content key that is; no I/O, no client's rights.
+"""Routes: which content a request target names, and its content key.
 
 Two paths never share a key, except where the same moniker is only spelled differently.
 """
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Route:
-    """What is asked for, before it is known for which variant.
+    """The content that a path names, before its variant is chosen.
 
     `upstream_path` is percent-encoded, the moniker as the client spelled it. `stream`, `revision` and `file`
     are safe parts of a key. `variant` is set where the name itself states it, or where the body is stored
@@ -63,7 +63,7 @@ class Route:
     elsewhere: tuple[Variant, ...] = (Variant(ANY, ANY),)
 
     def keys(self, variant: Variant) -> Iterator[ContentKey]:
-        """All keys to look under: the one that a fill stores under first."""
+        """All keys to look up, first the one under which a fill stores."""
         key = self.key(variant)
         yield key
         for other in self.elsewhere:
@@ -91,7 +91,7 @@ def parse_target(target: bytes) -> Target:
 
 
 class Routes:
-    """The table of what is served; LiveUpdate's files at the root only when asked to."""
+    """The routing table; LiveUpdate's files at the root only with `liveupdate`."""
 
     def __init__(self, *, liveupdate: bool = False) -> None:
         self._liveupdate = liveupdate

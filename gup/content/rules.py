@@ -1,24 +1,101 @@
-"""The delivery rules: may this client have this stream from this upstream, and why; pure, asks nobody.
+"""The delivery rules: may this client have this stream from this upstream, and why.
 
 FIELD, "Delivery rules of the seed": they bind client patches. Other content goes to everybody unless its type
 is switched off.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
 
 from gup import config
-from gup.content.catalog import Listed
-from gup.content.decision import ANYBODY, Action, Decision, Fit, Origin, Remedy, Rule
-from gup.content.identity import Client
+from gup.content.catalog import CLIENT_PATCHES, Listed, StreamTypes
+from gup.content.client_identity import NOBODY, Client, Identities, parse_source
+from gup.content.key import ANY
 from gup.content.languages import ENGLISH, Language, parse_language
-from gup.content.releases import Release, Releases, Version
-from gup.content.stream_types import CLIENT_PATCHES, StreamTypes
+from gup.content.releases import Release, Releases, Version, mistakes
+from gup.errors import Problem, SettingsError
 
 FIRST_WITH_PATCHES = Release(14, 3, 2)
 """14.3 RU2: client patches are on LiveUpdate from it on, so no older manager can have them."""
 
+
+class Rule(StrEnum):
+    """The rule by which a request is refused; the label of `gup_rule_refusals_total`."""
+
+    UNLISTED = "unlisted"
+    CONTENT_TYPE = "content_type"
+    CLIENT_PATCHES_OFF = "client_patches_off"
+    MANAGER_TOO_OLD = "manager_too_old"
+    VERSION = "version"
+    LANGUAGE = "language"
+    UNDECLARED = "undeclared"
+
+
+class Action(StrEnum):
+    """What would help a client that was refused, as a word for programs."""
+
+    UPGRADE_CLIENT = "upgrade-client"
+    UPGRADE_MANAGER = "upgrade-manager"
+    MANAGER_OF_LANGUAGE = "manager-of-language"
+    AUTOUPGRADE_TO_ENGLISH = "autoupgrade-to-english"
+    DECLARE = "declare"
+    CHANGE_SETTING = "change-setting"
+    LIVEUPDATE = "liveupdate"
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What would help; `text` is a sentence for people."""
+
+    action: Action
+    text: str
+
+
 LIVEUPDATE = Remedy(Action.LIVEUPDATE, "Meanwhile let the client take it from a LiveUpdate server.")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """An upstream as the rules see it. None is not stated in the settings."""
+
+    name: str
+    kind: Literal["manager", "liveupdate", "gup"] = "manager"
+    version: Version | None = None
+    language: Language | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The client that a stream is for; None is any."""
+
+    version: Version | None = None
+    language: Language | None = None
+
+
+ANYBODY = Fit()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """May the client have it. `rule` is None exactly when it may; `because` is a sentence either way.
+
+    `type` is the stream's type, "" for an unlisted one. `client` is NOBODY where the decision holds for
+    every client. `notes` tell what was not as stated, or could not be compared.
+    """
+
+    because: str
+    type: str
+    rule: Rule | None = None
+    client: Client = NOBODY
+    fits: Fit = ANYBODY
+    remedies: tuple[Remedy, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> bool:
+        return self.rule is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +112,33 @@ class _Patch:
         return Fit(self.version, self.own_language or self.manager_language)
 
 
-class Rules:
-    """The rules as the settings have them. Immutable; changed settings make new ones."""
+class Rulebook:
+    """The rules of one set of settings, with upstreams and client identities. Immutable."""
 
-    def __init__(
-        self,
-        settings: config.Rules,
-        types: StreamTypes,
-        releases: Releases,
-        supported_languages: Collection[Language] = (),
-    ) -> None:
-        self._settings = settings
-        self._types = types
-        self._releases = releases
-        self._supported = supported_languages
+    def __init__(self, settings: config.Settings) -> None:
+        """SettingsError names every setting that the rules can't be applied with.
+
+        Reads the tables of languages, tens of milliseconds: not to be called on an event loop that serves.
+        """
+        own = self._settings = settings.rules
+        self.types = StreamTypes(settings.catalog.types)
+        problems = [f"rules.releases.{name}: {right}" for name, right in mistakes(own.releases)]
+        self.releases = Releases({} if problems else own.releases)
+        problems += _mistakes(settings, self.types, self.releases)
+        if problems:
+            raise SettingsError(problems)
+        if own.mode != "off":
+            parse_language("French")  # its name, so that no request has to wait for the tables
+        self.mode = own.mode
+        self._supported = [language for text in own.supported_languages if (language := parse_language(text))]
+        self.identities = Identities(own, self.releases)
+        self.origins = {upstream.name: self._origin(upstream) for upstream in settings.upstream}
+        """By the upstream's name."""
+        servers = (upstream.url for upstream in settings.upstream if upstream.kind == "liveupdate")
+        self.liveupdate_url = own.liveupdate or next(servers, None)
 
     def standing(self, stream: Listed | None, origin: Origin) -> Decision | None:
-        """What holds for every client; None when it depends on the client, whom only `decide` looks at.
+        """The decision that holds for every client; None when it depends on the client: see `decide`.
 
         `stream` is the catalogue's row, None for a moniker that no catalogue lists.
         """
@@ -61,13 +148,30 @@ class Rules:
     def decide(self, stream: Listed | None, origin: Origin, client: Client) -> Decision:
         """Whether `client` may have `stream` from `origin`."""
         found = self._decide_for_all(stream, origin)
-        return found if isinstance(found, Decision) else self._decide_for(found, client)
+        if isinstance(found, Decision):
+            return found
+        return (
+            self._refuse_version(found, client)
+            or self._refuse_language(found, client)
+            or self._decide_undeclared(found, client)
+        )
+
+    def refuses(self, decision: Decision) -> bool:
+        """Whether a decision is enforced: with `rules.mode` "report" it is only counted and logged."""
+        return not decision.allowed and self.mode == "enforce"
+
+    def _origin(self, upstream: config.Upstream) -> Origin:
+        version = None if upstream.version == ANY else self.releases.version(upstream.version)
+        language = None if upstream.language == ANY else parse_language(upstream.language)
+        if language is not None and language.is_all:
+            language = None
+        return Origin(upstream.name, upstream.kind, version, language)
 
     # --- the same for every client
 
     def _decide_for_all(self, stream: Listed | None, origin: Origin) -> Decision | _Patch:
-        if self._settings.mode == "off":
-            return Decision("the rules are off", "" if stream is None else self._types.of(stream.product))
+        if self.mode == "off":
+            return Decision("the rules are off", "" if stream is None else self.types.of(stream.product))
         if stream is None:
             return self._decide_unlisted(origin)
         return self._decide_by_type(stream) or self._decide_by_origin(stream, origin)
@@ -79,7 +183,7 @@ class Rules:
         return Decision("no catalogue lists it", "", Rule.UNLISTED, remedies=(remedy,))
 
     def _decide_by_type(self, stream: Listed) -> Decision | None:
-        settings, type_ = self._settings, self._types.of(stream.product)
+        settings, type_ = self._settings, self.types.of(stream.product)
         if settings.content_types and type_ not in settings.content_types:
             because = f"content of the type {type_} is not served here"
             remedy = _change(f"{type_} among rules.content_types")
@@ -110,7 +214,7 @@ class Rules:
         version = origin.version
         if version is None:
             # The catalogue's word, if that is a release with patches: "14.3" alone names a line of products.
-            listed = self._releases.version(stream.version)
+            listed = self.releases.version(stream.version)
             version = listed if listed is not None and listed.release >= FIRST_WITH_PATCHES else None
         language = parse_language(stream.language)
         if language is not None and language.is_all:
@@ -118,13 +222,6 @@ class Rules:
         return _Patch(version, origin.language, language)
 
     # --- by client
-
-    def _decide_for(self, patch: _Patch, client: Client) -> Decision:
-        return (
-            self._refuse_version(patch, client)
-            or self._refuse_language(patch, client)
-            or self._decide_on_silence(patch, client)
-        )
 
     def _refuse_version(self, patch: _Patch, client: Client) -> Decision | None:
         wanted, has = patch.version, client.version
@@ -138,7 +235,7 @@ class Rules:
         if has.release < FIRST_WITH_PATCHES:
             notes = (*notes, f"no manager has client patches for {has}: they come with {FIRST_WITH_PATCHES}")
         else:
-            at = 0 if wanted.older_than(has) else 1  # nobody takes anything back: the older side goes first
+            at = 0 if wanted.older_than(has) else 1  # versions only go up: first what the older side can do
             manager = Remedy(Action.UPGRADE_MANAGER, f"Bring the manager to {has}, the client's version.")
             remedies.insert(at, manager)
         return Decision(
@@ -174,26 +271,25 @@ class Rules:
             client.notes,
         )
 
-    def _language_remedies(self, patch: _Patch, has: Language) -> list[Remedy]:
-        remedies = [Remedy(Action.MANAGER_OF_LANGUAGE, f"Let a manager whose language is {has} serve it.")]
+    def _language_remedies(self, patch: _Patch, has: Language) -> Iterator[Remedy]:
+        yield Remedy(Action.MANAGER_OF_LANGUAGE, f"Let a manager whose language is {has} serve it.")
+        after_autoupgrade = self._settings.english_after_autoupgrade
         if has == ENGLISH:
-            if not self._settings.english_after_autoupgrade:
-                remedies.append(_change("rules.english_after_autoupgrade = true, for English patches"))
-        elif has not in self._supported:
-            remedies.append(self._autoupgrade(patch, has))
-        return remedies
+            if not after_autoupgrade:
+                yield _change("rules.english_after_autoupgrade = true, for English patches")
+        elif has not in self._supported:  # FIELD, rule 3: such a client becomes an English one
+            whether = f"{has} is not supported" if self._supported else f"If {has} is not supported"
+            text = (
+                f"{whether}: enable AutoUpgrade, which installs the English package "
+                "and English client patches."
+            )
+            if patch.manager_language not in (None, ENGLISH) and not after_autoupgrade:
+                text += (
+                    " To get those here then, set rules.english_after_autoupgrade or add an English manager."
+                )
+            yield Remedy(Action.AUTOUPGRADE_TO_ENGLISH, text)
 
-    def _autoupgrade(self, patch: _Patch, has: Language) -> Remedy:
-        """FIELD, rule 3: a client in an unsupported language becomes an English one."""
-        whether = f"{has} is not supported" if self._supported else f"If {has} is not supported"
-        text = (
-            f"{whether}: enable AutoUpgrade, which installs the English package and English client patches."
-        )
-        if patch.manager_language not in (None, ENGLISH) and not self._settings.english_after_autoupgrade:
-            text += " To get those here then, set rules.english_after_autoupgrade or add an English manager."
-        return Remedy(Action.AUTOUPGRADE_TO_ENGLISH, text)
-
-    def _decide_on_silence(self, patch: _Patch, client: Client) -> Decision:
+    def _decide_undeclared(self, patch: _Patch, client: Client) -> Decision:
         fits, settings = patch.fits, self._settings
         silent: dict[str, list[str]] = {}  # what is not stated, and the places where it could be
         if fits.version is not None and client.version is None:
@@ -215,3 +311,85 @@ class Rules:
 
 def _change(setting: str) -> Remedy:
     return Remedy(Action.CHANGE_SETTING, f"Whoever runs this service can allow it: {setting}.")
+
+
+def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases) -> Iterator[str]:
+    language = "must be a language, such as French or fr"
+    version = "must be a release or a build, such as 14.3 RU2 or 14.3.4615.2000"
+    names = f"must be one of {', '.join(sorted(types.names))}"
+    source = "must be HEADER or HEADER: PRODUCT, such as User-Agent: SEP"
+    own = settings.rules
+    rows: list[tuple[str, Sequence[str], Callable[[str], object], str]] = []
+    for number, upstream in enumerate(settings.upstream, 1):
+        at = f"upstream#{number}"
+        rows += [
+            (f"{at}.version", [upstream.version], releases.version, f'{version}, or "any"'),
+            (f"{at}.language", [upstream.language], parse_language, f'{language}, or "any"'),
+        ]
+    rows += [
+        ("rules.content_types", own.content_types, types.names.__contains__, names),
+        ("rules.supported_languages", own.supported_languages, parse_language, language),
+        ("rules.version_sources", own.version_sources, parse_source, source),
+        ("rules.language_sources", own.language_sources, parse_source, source),
+    ]
+    for key, texts, good, right in rows:
+        for text in texts:
+            if not good(text) and not (text == ANY and key.startswith("upstream")):
+                yield f"{key}: {text!r} is not right: {right}"
+
+
+# --- how a decision is told
+
+
+def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
+    """The 403 for a client that was refused, with a Link to the LiveUpdate server where that would help."""
+    assert decision.rule is not None, "only a refusal is a problem"
+    told = document(decision, liveupdate_url)
+    extensions = {name: told[name] for name in ("rule", "client", "fits", "remedies")}
+    if decision.notes:
+        extensions["notes"] = told["notes"]
+    ways_out = " ".join(remedy.text for remedy in decision.remedies)
+    detail = f"{decision.because[:1].upper()}{decision.because[1:]}. {ways_out}"
+    by_liveupdate = liveupdate_url is not None and LIVEUPDATE in decision.remedies
+    headers = (("Link", f'<{liveupdate_url}>; rel="alternate"'),) if by_liveupdate else ()  # RFC 8288
+    return Problem("rule-refused", detail, headers=headers, extensions=extensions)
+
+
+def document(decision: Decision, liveupdate_url: str | None) -> dict[str, Any]:
+    """The decision for programs."""
+    remedies = [{"action": str(remedy.action), "text": remedy.text} for remedy in decision.remedies]
+    for remedy in remedies:
+        if remedy["action"] == Action.LIVEUPDATE and liveupdate_url is not None:
+            remedy["url"] = liveupdate_url
+    return {
+        "allowed": decision.allowed,
+        "rule": None if decision.rule is None else str(decision.rule),
+        "because": decision.because,
+        "type": decision.type or None,
+        "client": _stated(decision.client),
+        "fits": _stated(decision.fits),
+        "remedies": remedies,
+        "notes": list(decision.notes),
+    }
+
+
+def _stated(who: Client | Fit) -> dict[str, str | None]:
+    return {
+        "version": None if who.version is None else str(who.version),
+        "language": None if who.language is None else str(who.language),
+    }
+
+
+def lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """A `document` for people."""
+    verdict = "allowed" if told["allowed"] else f"refused by the rule {told['rule']}"
+    yield f"{verdict}: {told['because']}"
+    if told["type"]:
+        yield f"type of content: {told['type']}"
+    fits = told["fits"]
+    if any(fits.values()):
+        yield f"fits: version {fits['version'] or 'any'}, language {fits['language'] or 'any'}"
+    for remedy in told["remedies"]:
+        yield f"remedy: {remedy['text']}" + (f" ({remedy['url']})" if "url" in remedy else "")
+    for note in told["notes"]:
+        yield f"note: {note}"

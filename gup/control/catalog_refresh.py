@@ -16,9 +16,15 @@ from typing import Any
 
 from gup import config
 from gup.cache.catalogue_file import Kept, read_kept, write_kept
-from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, parse_catalog
-from gup.content.catalogues import Catalogues, Label, Stream
-from gup.content.stream_types import StreamTypes
+from gup.content.catalog import (
+    CATALOG_PATH,
+    MAX_CATALOG_BYTES,
+    Catalogues,
+    Label,
+    Stream,
+    StreamTypes,
+    parse_catalog,
+)
 from gup.errors import Problem
 from gup.files import FileError, read_file
 from gup.upstream.catalogue import Fetched

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gup.cache.claim import Claims
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.catalogues import Catalogues, Label, Stream
+from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import stat
@@ -14,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from gup.files import FileError, read_file
+from gup.fsutil import replace_file
 
 LOCAL_NAME = "admin-token"
 """In `run/` of the cache directory: made at each start, for commands on the same machine."""
@@ -123,12 +123,4 @@ def local_path(run: Path) -> Path:
 
 def make_local_token(run: Path) -> None:
     """Put a new token into `run/`, for its owner only; OSError when the disk refuses."""
-    path = local_path(run)
-    temporary = path.with_name(f".{LOCAL_NAME}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, f"{secrets.token_hex(32)}\n".encode())
-    finally:
-        os.close(fd)
-    temporary.replace(path)
+    replace_file(local_path(run), f"{secrets.token_hex(32)}\n".encode(), durable=False)

@@ -1,1 +1,1 @@
-"""A simulated management server and simulated clients. Talks HTTP only."""
+"""The demo: a simulated management server and simulated clients, around a real gup."""

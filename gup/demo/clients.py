@@ -1,20 +1,275 @@
-"""Simulated clients: what each holds, what it wants next, and a crowd of them; never judges the outcome."""
+"""Simulated clients: what each holds and wants next, its downloads, and a crowd of them."""
 
 import asyncio
 import contextlib
 import json
+import math
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
 
 import aiohttp
 import uvloop
+import xxhash
 
-from gup.demo.catalogue import CATALOGUE_JSON, CATALOGUE_PATH, Catalogue, PublishedFile, PublishedStream
-from gup.demo.fetch import Download, Outcome
-from gup.demo.figures import Figures
-from gup.demo.tree import ALL_LANGUAGES
+from gup.content.key import Kind
+from gup.demo.content import (
+    ALL_LANGUAGES,
+    CATALOGUE_JSON,
+    CATALOGUE_PATH,
+    Catalogue,
+    PublishedFile,
+    PublishedStream,
+)
+
+MAX_COMPLAINTS = 10
+"""Sentences kept about failures; more are only counted."""
+
+_SHORTEST_SECONDS = 1e-5
+_STEP = 1.02
+_STEPS = math.ceil(math.log(600 / _SHORTEST_SECONDS) / math.log(_STEP))
+
+
+class Latencies:
+    """Durations from 10 µs to 10 minutes in steps of 2 %: quantiles to within a step."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (_STEPS + 1)
+        self.count = 0
+
+    def add(self, seconds: float) -> None:
+        at = math.ceil(math.log(max(seconds, _SHORTEST_SECONDS) / _SHORTEST_SECONDS) / math.log(_STEP))
+        self._counts[min(at, _STEPS)] += 1
+        self.count += 1
+
+    def quantile(self, share: float) -> float | None:
+        """Seconds that `share` (0 to 1) of the durations do not exceed; None without any."""
+        if not self.count:
+            return None
+        wanted = max(1, math.ceil(share * self.count))
+        passed = 0
+        for at, count in enumerate(self._counts):
+            passed += count
+            if passed >= wanted:
+                return float(_SHORTEST_SECONDS * _STEP**at)
+        raise AssertionError("the counts do not add up")
+
+
+@dataclass(slots=True)
+class Figures:
+    """Everything that the clients of one crowd counted; they alone write it, on their event loop.
+
+    `received_bytes` are of bodies. `wrong` are bodies that differ from what the management server published,
+    `failed` are downloads given up, `gone` are files that were withdrawn before they were asked for.
+    """
+
+    requests: int = 0
+    received_bytes: int = 0
+    downloads: Counter[Kind] = field(default_factory=Counter)
+    not_modified: int = 0
+    resumes: int = 0
+    retries: int = 0
+    gone: int = 0
+    wrong: int = 0
+    failed: int = 0
+    cache_status: Counter[str] = field(default_factory=Counter)
+    complaints: list[str] = field(default_factory=list)
+    time_to_first_byte: Latencies = field(default_factory=Latencies)
+    hit_time_to_first_byte: Latencies = field(default_factory=Latencies)
+
+    def complain(self, sentence: str) -> None:
+        """Keep a sentence about a failure, if there is room."""
+        if len(self.complaints) < MAX_COMPLAINTS:
+            self.complaints.append(sentence)
+
+    def document(self) -> dict[str, object]:
+        """The figures as plain values, ready for JSON; times in seconds."""
+        return {
+            "requests": self.requests,
+            "received_bytes": self.received_bytes,
+            "downloads": {kind.value: count for kind, count in sorted(self.downloads.items())},
+            "not_modified": self.not_modified,
+            "resumes": self.resumes,
+            "retries": self.retries,
+            "gone": self.gone,
+            "wrong": self.wrong,
+            "failed": self.failed,
+            "cache_status": dict(sorted(self.cache_status.items())),
+            "median_time_to_first_byte_seconds": self.time_to_first_byte.quantile(0.5),
+            "p99_time_to_first_byte_seconds": self.time_to_first_byte.quantile(0.99),
+            "complaints": list(self.complaints),
+        }
+
+    def answered(self, seconds: float, cache_status: str | None) -> None:
+        """Count an answer that began after `seconds`, with its Cache-Status field (RFC 9211)."""
+        self.time_to_first_byte.add(seconds)
+        word = cache_result(cache_status)
+        self.cache_status[word] += 1
+        if word == "hit":
+            self.hit_time_to_first_byte.add(seconds)
+
+
+def cache_result(cache_status: str | None) -> str:
+    """One word for an answer: hit, collapsed, miss, or none when it went through no cache."""
+    words = [word.strip() for word in (cache_status or "").split(";")[1:]]
+    if "collapsed" in words:
+        return "collapsed"
+    if "hit" in words:
+        return "hit"
+    return "miss" if any(word.startswith("fwd") for word in words) else "none"
+
+
+_ATTEMPTS = 8
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 3.0
+_TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class Outcome(Enum):
+    """How a download ended; counted in the figures already."""
+
+    RIGHT = auto()
+    WRONG = auto()
+    GONE = auto()
+    FAILED = auto()
+
+
+class Download:
+    """One client's download of one published file, through `url` (scheme, host and port)."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        file: PublishedFile,
+        figures: Figures,
+        *,
+        client: str = "",
+        cut_after_bytes: int | None = None,
+        held_etag: str | None = None,
+    ) -> None:
+        """`client` is the User-Agent. `cut_after_bytes` breaks the first connection there, to resume.
+
+        `held_etag` is the entity tag of the copy that the client has: an unchanged file is not sent again.
+        """
+        self._session = session
+        self._url = url + file.path
+        self._file = file
+        self._figures = figures
+        self._headers = {"User-Agent": client} if client else {}
+        self._cut_after_bytes = cut_after_bytes
+        self._was_cut = False
+        self._held_etag = held_etag
+        self._received_bytes = 0
+        self._received_etag: str | None = None
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def etag(self) -> str | None:
+        """The entity tag of what was received, or of the copy held."""
+        return self._received_etag or self._held_etag
+
+    async def run(self) -> Outcome:
+        """Fetch it, with as many attempts as a patient client makes."""
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            self._was_cut = False
+            try:
+                outcome = await self._attempt()
+                problem = "it was asked to try again"
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                outcome, problem = None, f"{type(error).__name__}: {error}"
+            if outcome is not None:
+                return outcome
+            if not self._was_cut:
+                self._figures.retries += 1
+                await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt))
+        return self._failed(f"gave up after {_ATTEMPTS} attempts, the last one: {problem}")
+
+    async def _attempt(self) -> Outcome | None:
+        """One request; None when another one should follow."""
+        begin = time.perf_counter()
+        self._figures.requests += 1
+        async with self._session.get(self._url, headers=self._asked(), allow_redirects=False) as response:
+            seconds = time.perf_counter() - begin
+            self._figures.answered(seconds, response.headers.get("Cache-Status"))
+            if response.status in (200, 206):
+                return await self._receive(response)
+            if response.status == 304 and self._held_etag is not None:
+                self._figures.not_modified += 1
+                return Outcome.RIGHT
+            if response.status in (404, 410):
+                self._figures.gone += 1
+                return Outcome.GONE
+            if response.status in _TRY_AGAIN:
+                return None
+            return self._failed(f"status {response.status}")
+
+    def _asked(self) -> dict[str, str]:
+        """Headers for the whole, or for the rest if there is something to go on from."""
+        if self._received_etag is not None and 0 < self._received_bytes < self._file.length:
+            rest = {"Range": f"bytes={self._received_bytes}-", "If-Range": self._received_etag}
+            return self._headers | rest
+        self._restart()
+        return self._headers | ({"If-None-Match": self._held_etag} if self._held_etag else {})
+
+    def _restart(self) -> None:
+        self._received_bytes = 0
+        self._digest.reset()
+
+    async def _receive(self, response: aiohttp.ClientResponse) -> Outcome | None:
+        if response.status == 200:
+            self._restart()
+        elif not self._continues(response):
+            return self._wrong(f"a range that was not asked for: {response.headers.get('Content-Range')}")
+        else:
+            self._figures.resumes += 1
+        self._received_etag = response.headers.get("ETag")
+        async for piece in response.content.iter_any():
+            self._figures.received_bytes += len(piece)
+            self._received_bytes += len(piece)
+            self._digest.update(piece)
+            if self._cuts_here():
+                response.close()
+                return None
+        return self._compare()
+
+    def _cuts_here(self) -> bool:
+        """Whether this client breaks off now: once, and never after the last byte."""
+        limit, received = self._cut_after_bytes, self._received_bytes
+        if limit is None or not limit <= received < self._file.length:
+            return False
+        self._cut_after_bytes, self._was_cut = None, True
+        return True
+
+    def _continues(self, response: aiohttp.ClientResponse) -> bool:
+        """RFC 9110 section 14.4: the part must be the rest of a body of the published length."""
+        length = self._file.length
+        expected = f"bytes {self._received_bytes}-{length - 1}/{length}"
+        return response.headers.get("Content-Range") == expected
+
+    def _compare(self) -> Outcome:
+        if self._received_bytes != self._file.length:
+            return self._wrong(f"{self._received_bytes} bytes instead of {self._file.length}")
+        if self._digest.hexdigest() != self._file.digest:
+            return self._wrong("other bytes than published")
+        self._figures.downloads[self._file.kind] += 1
+        return Outcome.RIGHT
+
+    def _wrong(self, what: str) -> Outcome:
+        self._figures.wrong += 1
+        self._figures.complain(f"{self._file.path}: {what}")
+        return Outcome.WRONG
+
+    def _failed(self, what: str) -> Outcome:
+        self._figures.failed += 1
+        self._figures.complain(f"{self._file.path}: {what}")
+        return Outcome.FAILED
+
 
 POLL_SECONDS = 2.0
 """A client's mean time between polls; a real one's is minutes to hours, and the demo lasts half a minute."""
@@ -31,7 +286,7 @@ _LANGUAGES = ("English", "English", "English", "French", "German")
 
 
 class Policy:
-    """What the management server tells clients to have: asked directly, by one poll for all of them."""
+    """What the management server tells clients to have, polled once for all of them, past the cache."""
 
     def __init__(self, session: aiohttp.ClientSession, manager_url: str) -> None:
         self._session = session
@@ -74,11 +329,11 @@ class Client:
 
     @property
     def user_agent(self) -> str:
-        """As real clients' heads: the same but for the machine."""
+        """Different for each machine, as real clients' are."""
         return f"simulated-client/{self.number:05d}"
 
     def takes(self, stream: PublishedStream) -> bool:
-        """Whether the stream is for this machine: decided once, when it first hears of it."""
+        """Whether the stream is for this machine; decided once, when the stream is first seen."""
         if stream.moniker in self.held:
             return True
         if stream.moniker in self.declined or stream.language not in (ALL_LANGUAGES, self.language):
@@ -206,30 +461,19 @@ class Crowd:
             if self._stopping:
                 return
             file = client.wants(stream)
-            if file is not None and await self._download(client, file) is Outcome.RIGHT:
+            if file is None:
+                continue
+            download = self._download(client, file, cut_after_bytes=client.cuts(file))
+            if await download.run() is Outcome.RIGHT:
                 client.held[stream.moniker] = stream.newest
 
     async def _poll_index(self, client: Client, content_info: PublishedFile) -> None:
-        download = Download(
-            self._session,
-            self._url,
-            content_info,
-            self.figures,
-            client=client.user_agent,
-            held_etag=client.content_info_etag,
-        )
+        download = self._download(client, content_info, held_etag=client.content_info_etag)
         if await download.run() is Outcome.RIGHT:
             client.content_info_etag = download.etag
 
-    async def _download(self, client: Client, file: PublishedFile) -> Outcome:
-        return await Download(
-            self._session,
-            self._url,
-            file,
-            self.figures,
-            client=client.user_agent,
-            cut_after_bytes=client.cuts(file),
-        ).run()
+    def _download(self, client: Client, file: PublishedFile, **more: Any) -> Download:
+        return Download(self._session, self._url, file, self.figures, client=client.user_agent, **more)
 
 
 async def _rest(seconds: float, bell: asyncio.Event) -> None:

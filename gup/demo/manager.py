@@ -1,17 +1,16 @@
-"""The simulated management server: serves the tree over a simulated WAN and counts; knows no gup.
+"""The simulated management server: serves the content over a simulated WAN link, and counts.
 
 Only `/content/` passes the link and is counted. `/simulation/` stands for policy and bookkeeping, which take
 another way in real life.
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -19,34 +18,58 @@ import uvloop
 from aiohttp import web
 
 from gup.content.key import Kind
-from gup.demo import tree
-from gup.demo.answer import Answer, decide
-from gup.demo.catalogue import (
+from gup.demo.content import (
     CATALOGUE_PATH,
     COUNTS_JSON,
     COUNTS_PATH,
     PUBLISH_PATH,
+    Answer,
     Counts,
     FileCounts,
+    Shelf,
+    ShelvedFile,
+    decide,
+    streams,
 )
-from gup.demo.link import PIECE_BYTES, Link
-from gup.demo.shelf import Shelf, ShelvedFile
 from gup.errors import GupError, SettingsError
+
+PIECE_BYTES = 16 * 1024
+"""Most that a connection sends in one turn; small, so that connections share the link fairly."""
+
+_SLACK_SECONDS = 0.01
+"""How much unused time may be made up for: covers late wake-ups, far too little to be a burst."""
+
+
+class Link:
+    """A link of a fixed rate. Turns are given in the order of asking, so equal askers get equal shares."""
+
+    def __init__(self, rate_bytes_per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`rate_bytes_per_second` 0 is unlimited; `clock` is monotonic seconds."""
+        assert rate_bytes_per_second >= 0, rate_bytes_per_second
+        self._rate = rate_bytes_per_second
+        self._clock = clock
+        self._free_at_seconds = clock()
+
+    def reserve(self, size_bytes: int) -> float:
+        """Take the link's next free time for `size_bytes`; returns the seconds until they have passed it."""
+        if not self._rate:
+            return 0.0
+        now = self._clock()
+        start = max(self._free_at_seconds, now - _SLACK_SECONDS)
+        self._free_at_seconds = start + size_bytes / self._rate
+        return max(0.0, self._free_at_seconds - now)
+
+    async def pass_through(self, size_bytes: int) -> None:
+        """Return when `size_bytes` (at most PIECE_BYTES) have had their time on the link."""
+        assert size_bytes <= PIECE_BYTES, size_bytes
+        # Also without a wait the loop must turn, or one connection would keep the others from asking.
+        await asyncio.sleep(self.reserve(size_bytes))
+
 
 _READ_BYTES = 256 * 1024
 _SHUTDOWN_SECONDS = 2.0
 _ABSENT = "no such content\n"
 _CONTENT_TYPES = {Kind.FULL: "application/zip", Kind.INDEX: "text/plain"}
-
-
-@dataclass(slots=True)
-class _FileTally:
-    """Counted in the handlers of this file's requests, at the moment of sending."""
-
-    fetches: int = 0
-    not_modified: int = 0
-    other_requests: int = 0
-    sent_bytes: int = 0
 
 
 class Site:
@@ -57,19 +80,13 @@ class Site:
         self._link = link
         self._publishing = asyncio.Lock()
         self._turn = 0
-        self._tallies: dict[str, _FileTally] = {}
-        self._requests = 0
-        self._not_found = 0
-        self._sent_bytes = 0
-        self._sending = 0
-        self._withdrawn_files = 0
-        self._withdrawn_fetched_again = 0
+        self.counts = Counts()
 
     def application(self) -> web.Application:
         """An aiohttp application with everything the simulated server offers."""
         application = web.Application()
         application.router.add_get(CATALOGUE_PATH, self._catalogue)
-        application.router.add_get(COUNTS_PATH, self._counts)
+        application.router.add_get(COUNTS_PATH, self._send_counts)
         application.router.add_post(PUBLISH_PATH, self._publish)
         application.router.add_get("/content/{rest:.*}", self._content)
         return application
@@ -85,43 +102,21 @@ class Site:
                 for at in chosen
             ]
             withdrawn = self._shelf.publish(publications)
+            for file in (file.published for file in self._shelf.files()):
+                self.counts.files.setdefault(file.path, FileCounts(file.kind, file.length))
             self._retire(withdrawn)
             await asyncio.to_thread(self._shelf.discard, withdrawn)
 
-    def counts(self) -> Counts:
-        """What was sent so far."""
-        return Counts(
-            self._requests,
-            self._not_found,
-            self._sent_bytes,
-            self._sending,
-            self._withdrawn_files,
-            self._withdrawn_fetched_again,
-            {file.published.path: self._counted(file) for file in self._shelf.files()},
-        )
-
-    def _counted(self, file: ShelvedFile) -> FileCounts:
-        tally = self._tallies.get(file.published.path) or _FileTally()
-        return FileCounts(
-            file.published.kind,
-            file.published.length,
-            tally.fetches,
-            tally.not_modified,
-            tally.other_requests,
-            tally.sent_bytes,
-        )
-
     def _retire(self, withdrawn: list[ShelvedFile]) -> None:
         for file in withdrawn:
-            tally = self._tallies.pop(file.published.path, _FileTally())
-            self._withdrawn_files += 1
-            self._withdrawn_fetched_again += tally.fetches > 1
+            self.counts.withdrawn_files += 1
+            self.counts.withdrawn_fetched_again += self.counts.files.pop(file.published.path).fetches > 1
 
     async def _catalogue(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._shelf.catalogue_json, content_type="application/json")
 
-    async def _counts(self, _request: web.Request) -> web.Response:
-        return web.Response(body=COUNTS_JSON.dump_json(self.counts()), content_type="application/json")
+    async def _send_counts(self, _request: web.Request) -> web.Response:
+        return web.Response(body=COUNTS_JSON.dump_json(self.counts), content_type="application/json")
 
     async def _publish(self, request: web.Request) -> web.Response:
         asked = request.query.get("streams", "1")
@@ -131,14 +126,15 @@ class Site:
         return await self._catalogue(request)
 
     async def _content(self, request: web.Request) -> web.StreamResponse:
-        self._requests += 1
+        counts = self.counts
+        counts.requests += 1
         file = self._shelf.find(request.path)
         if file is None:
-            self._not_found += 1
-            self._sent_bytes += len(_ABSENT) if request.method == "GET" else 0  # it passes the link too
+            counts.not_found += 1
+            counts.sent_bytes += len(_ABSENT) if request.method == "GET" else 0  # it passes the link too
             raise web.HTTPNotFound(text=_ABSENT)
         answer = decide(request.headers, file.validators, file.published.length)
-        tally = self._tallies.setdefault(file.published.path, _FileTally())
+        tally = counts.files.get(file.published.path) or FileCounts(file.published.kind, 0)
         sends = request.method == "GET" and answer.stop > answer.start
         tally.fetches += sends
         tally.not_modified += answer.status == 304
@@ -148,16 +144,16 @@ class Site:
         with await asyncio.to_thread(file.location.open, "rb") as body:
             await response.prepare(request)
             if sends:
-                self._sending += 1
+                counts.sending += 1
                 try:
                     await self._send(response, body, answer, tally)
                 finally:
-                    self._sending -= 1
+                    counts.sending -= 1
         await response.write_eof()
         return response
 
     async def _send(
-        self, response: web.StreamResponse, body: BinaryIO, answer: Answer, tally: _FileTally
+        self, response: web.StreamResponse, body: BinaryIO, answer: Answer, tally: FileCounts
     ) -> None:
         for start in range(answer.start, answer.stop, _READ_BYTES):
             size = min(_READ_BYTES, answer.stop - start)
@@ -168,13 +164,13 @@ class Site:
                 await self._link.pass_through(len(piece))
                 await response.write(piece)
                 tally.sent_bytes += len(piece)
-                self._sent_bytes += len(piece)
+                self.counts.sent_bytes += len(piece)
 
 
 def _head(file: ShelvedFile, answer: Answer) -> web.StreamResponse:
     response = web.StreamResponse(status=answer.status)
-    response.headers["ETag"] = file.validators.etag
-    response.headers["Last-Modified"] = file.validators.last_modified
+    known = file.validators
+    response.headers.update({"ETag": str(known.etag), "Last-Modified": str(known.last_modified)})
     response.headers["Accept-Ranges"] = "bytes"
     length = file.published.length
     if answer.status == 416:
@@ -203,7 +199,7 @@ def simulate_manager(
     """
     _check(listen, wan_rate_bytes_per_second, publish_interval_seconds, products, full_bytes)
     with tempfile.TemporaryDirectory(prefix="gup-manager-") as directory:
-        shelf = Shelf(Path(directory), seed, tree.streams(products, full_bytes))
+        shelf = Shelf(Path(directory), seed, streams(products, full_bytes))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(listen, shelf, wan_rate_bytes_per_second, publish_interval_seconds))
     return 0
@@ -274,19 +270,3 @@ class Listening:
         """`http://host:port` as bound."""
         host, port = self._runner.addresses[0][:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _main(arguments: Mapping[str, object]) -> int:
-    return simulate_manager(
-        listen=str(arguments["listen"]),
-        seed=int(str(arguments["seed"])),
-        wan_rate_bytes_per_second=int(str(arguments["wan_rate_bytes_per_second"])),
-        publish_interval_seconds=float(str(arguments["publish_interval_seconds"])),
-        products=int(str(arguments["products"])),
-        full_bytes=int(str(arguments["full_bytes"])),
-    )
-
-
-if __name__ == "__main__":
-    # `python -m gup.demo.manager '{"listen": …}'`: how the demo starts it, with the names of the function.
-    sys.exit(_main(json.loads(sys.argv[1])))

@@ -1,28 +1,334 @@
-"""`gup demo`: a simulated management server, a real `gup serve` and a crowd of clients, start to verdict.
-
-Owns the order of things and the children; what they say is judged in `summary`.
-"""
+"""`gup demo`: a simulated management server, a real `gup serve` and a crowd of clients, start to verdict."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
+import aiohttp
 import uvloop
 from rich.console import Console
 
-from gup.demo.catalogue import COUNTS_PATH
-from gup.demo.children import Child, ChildError
-from gup.demo.clients import new_session
-from gup.demo.screen import Plain, Quiet, Screen, Terminal, print_summary
-from gup.demo.show import PRODUCTS, Plan, Show, Urls
-from gup.demo.summary import NOT_STARTED, WRONG_BYTE, Summary
+from gup.demo.clients import CALM_POLL_SECONDS, Crowd, Policy, new_session
+from gup.demo.content import COUNTS_JSON, COUNTS_PATH, PUBLISH_PATH, Counts
+from gup.demo.screen import (
+    NOT_STARTED,
+    WRONG_BYTE,
+    Herd,
+    OwnFigures,
+    Plain,
+    Progress,
+    Screen,
+    Summary,
+    Terminal,
+    agree,
+    own_figures,
+    print_summary,
+    summarise,
+)
+from gup.errors import GupError
+from gup.units import format_rate
+
+_KEPT_LINES = 30
+_COMPLAINT = re.compile(r"^\S+ (warning|error|critical) ")
+_LONGEST_LINE_BYTES = 1 << 20
+_TERMINATE_SECONDS = 15.0
+_DRAIN_SECONDS = 2.0
+
+
+class ChildError(GupError):
+    """A child process that did not start, or ended before its time; the text has its last lines."""
+
+
+class Child:
+    """One process from start to end: `async with Child(…) as child: match = await child.ready(10)`."""
+
+    def __init__(self, name: str, argv: Sequence[str], environment: Mapping[str, str], ready: str) -> None:
+        """`ready` is the pattern of the line on stderr that tells that the child is ready."""
+        self.name = name
+        self._argv = argv
+        self._environment = environment
+        self._pattern = re.compile(ready)
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.complaints: deque[str] = deque(maxlen=_KEPT_LINES)
+        """The last of the lines of its log that are warnings or worse."""
+        self._ready: asyncio.Future[re.Match[str]] = asyncio.get_running_loop().create_future()
+        self._process: asyncio.subprocess.Process
+        self._reading: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                env=dict(self._environment),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LONGEST_LINE_BYTES,
+                # Ctrl-C must reach the demo alone: it ends its children in the right order.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ChildError(f"{self.name} can't be started: {error}") from error
+        self._reading = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._signal(kill=False)
+        try:
+            async with asyncio.timeout(_TERMINATE_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self._signal(kill=True)
+            await self._process.wait()
+        finally:
+            # Not left behind even when the wait itself is cancelled.
+            self._signal(kill=True)
+            await self._end_reading()
+
+    async def ready(self, timeout_seconds: float) -> re.Match[str]:
+        """The match of the ready line; ChildError when the child ends or stays silent instead."""
+        either: set[asyncio.Future[Any]] = {self._ready, self._reading}
+        done, _ = await asyncio.wait(either, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise ChildError(self._complaint(f"was not ready after {timeout_seconds:g} s"))
+        if not self._ready.done():
+            raise ChildError(self._complaint(f"ended with status {await self._process.wait()}"))
+        return self._ready.result()
+
+    async def watch(self) -> None:
+        """Run until the child ends of itself, which is a ChildError."""
+        status = await self._process.wait()
+        raise ChildError(self._complaint(f"ended too early, with status {status}"))
+
+    def _complaint(self, what: str) -> str:
+        return "\n".join([f"{self.name} {what}", *(f"  {line}" for line in self._lines)])
+
+    def _signal(self, *, kill: bool) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                (self._process.kill if kill else self._process.terminate)()
+
+    async def _read(self) -> None:
+        assert self._process.stderr is not None
+        while True:
+            try:
+                raw = await self._process.stderr.readline()
+            except ValueError:  # a line beyond the limit, which readline has dropped
+                continue
+            if not raw:
+                return
+            line = raw.decode(errors="replace").rstrip()
+            self._lines.append(line)
+            if _COMPLAINT.match(line):
+                self.complaints.append(line)
+            match = self._pattern.search(line)
+            if match is not None and not self._ready.done():
+                self._ready.set_result(match)
+
+    async def _end_reading(self) -> None:
+        # Something the child started may hold stderr open; that must not keep us.
+        done, _ = await asyncio.wait({self._reading}, timeout=_DRAIN_SECONDS)
+        if not done:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+        self._ready.cancel()
+
+
+PRODUCTS = 9
+
+_SHOW_SECONDS = 0.5
+_SETTLE_SECONDS = 10.0
+_KEEP_PUBLISH_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be shown."""
+
+    clients: int
+    seconds: float
+    wan_rate_bytes_per_second: int
+    workers: int
+    keep: bool
+    seed: int
+
+    @property
+    def full_bytes(self) -> int:
+        """Fulls small enough that the link carries a good number of them in the time: 4 MB by default."""
+        rate = self.wan_rate_bytes_per_second or 10_000_000
+        return max(50_000, min(4_000_000, round(rate * self.seconds / 75)))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When new revisions come out; in a herd, of all streams and known to all clients at once."""
+
+    at_seconds: float
+    herd: bool = False
+
+
+def timeline(seconds: float) -> list[Moment]:
+    """A stream every tenth of the time, a herd past the middle, and quiet at the end."""
+    tenths = [Moment(seconds * tenth / 10) for tenth in (1, 2, 3, 4, 7.5, 8.5)]
+    return sorted([*tenths, Moment(seconds * 0.5, herd=True)], key=lambda moment: moment.at_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Urls:
+    """Where the parties listen."""
+
+    manager: str
+    gup: str
+    control: str
+
+
+class Show:
+    """One run between started children. Its figures are the crowd's; it changes only what it publishes."""
+
+    def __init__(self, plan: Plan, urls: Urls, session: aiohttp.ClientSession, screen: Screen) -> None:
+        self._plan = plan
+        self._urls = urls
+        self._session = session
+        self._screen = screen
+        self._policy = Policy(session, urls.manager)
+        self._crowd = Crowd(session, urls.gup, self._policy, count=plan.clients, seed=plan.seed)
+        self._begin_seconds = time.monotonic()
+        self._herd: Herd | None = None
+
+    async def run(self) -> Summary:
+        """Play the timeline, let the clients finish, compare the figures."""
+        await self._refresh()
+        self._begin_seconds = time.monotonic()
+        self._screen.note(f"{self._plan.clients} clients start, a quarter of them up to date")
+        async with asyncio.TaskGroup() as tasks:
+            showing = tasks.create_task(self._show_progress())
+            playing = tasks.create_task(self._play())
+            await self._crowd.run()
+            await playing
+            showing.cancel()
+        seconds = self._elapsed()
+        counts, own = await self._settle()
+        return summarise(
+            self._crowd.figures, counts, own, clients=self._plan.clients, seconds=seconds, herd=self._herd
+        )
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Go on calmly until `stop`."""
+        self._crowd.poll_seconds = CALM_POLL_SECONDS
+        async with asyncio.TaskGroup() as tasks:
+            publishing = tasks.create_task(self._publish_calmly())
+            running = tasks.create_task(self._crowd.run())
+            await stop.wait()
+            publishing.cancel()
+            running.cancel()
+
+    @property
+    def wrong(self) -> int:
+        """Wrong bodies so far, also those received since the summary."""
+        return self._crowd.figures.wrong
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._begin_seconds
+
+    async def _play(self) -> None:
+        for moment in timeline(self._plan.seconds):
+            await asyncio.sleep(moment.at_seconds - self._elapsed())
+            if moment.herd:
+                await self._play_herd()
+            else:
+                await self._publish(1)
+                self._screen.note(f"{self._elapsed():.1f} s: a stream has a new revision")
+        await asyncio.sleep(self._plan.seconds - self._elapsed())
+        self._crowd.stop()
+
+    async def _play_herd(self) -> None:
+        """Everybody at once; measured until nobody lacks anything, or for a fifth of the run."""
+        figures, begin_seconds = self._crowd.figures, self._elapsed()
+        downloads, received_bytes = figures.downloads.total(), figures.received_bytes
+        wan_bytes = (await self._counts()).sent_bytes
+        await self._publish(PRODUCTS)
+        await self._refresh()
+        self._screen.note(f"{self._elapsed():.1f} s: the herd, all clients learn of new revisions at once")
+        self._crowd.ring()
+        limit_seconds = self._plan.seconds / 5
+        while self._crowd.behind() and self._elapsed() - begin_seconds < limit_seconds:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # clients tell nobody what they have; a look is cheap
+        self._herd = Herd(
+            self._plan.clients,
+            figures.downloads.total() - downloads,
+            self._elapsed() - begin_seconds,
+            figures.received_bytes - received_bytes,
+            (await self._counts()).sent_bytes - wan_bytes,
+        )
+
+    async def _refresh(self) -> None:
+        with _manager_answers():
+            await self._policy.refresh()
+
+    async def _publish(self, streams: int) -> None:
+        url = self._urls.manager + PUBLISH_PATH
+        with _manager_answers():
+            async with self._session.post(url, params={"streams": str(streams)}, raise_for_status=True):
+                pass
+
+    async def _publish_calmly(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEP_PUBLISH_SECONDS)
+            await self._publish(1)
+
+    async def _show_progress(self) -> None:
+        before_bytes, before_seconds = 0, self._elapsed()
+        while True:
+            await asyncio.sleep(_SHOW_SECONDS)
+            wan_bytes, now_seconds = (await self._counts()).sent_bytes, self._elapsed()
+            rate = (wan_bytes - before_bytes) / (now_seconds - before_seconds)
+            before_bytes, before_seconds = wan_bytes, now_seconds
+            self._screen.show(Progress(now_seconds, self._plan.seconds, self._crowd.figures, wan_bytes, rate))
+
+    async def _counts(self) -> Counts:
+        url = self._urls.manager + COUNTS_PATH
+        with _manager_answers():
+            async with self._session.get(url, raise_for_status=True) as response:
+                return COUNTS_JSON.validate_json(await response.read())
+
+    async def _own_figures(self) -> OwnFigures | None:
+        try:
+            async with self._session.get(self._urls.control + "/metrics", raise_for_status=True) as response:
+                return own_figures(await response.text())
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def _settle(self) -> tuple[Counts, OwnFigures | None]:
+        """Figures of both sides: fills may still be ending, so ask until they agree, for at most 10 s."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            counts, own = await self._counts(), await self._own_figures()
+            settled = own is not None and not counts.sending and agree(own, counts, self._crowd.figures)
+            if settled or time.monotonic() >= deadline:
+                return counts, own
+            await asyncio.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _manager_answers() -> Iterator[None]:
+    """Turn a failed request to the management server into a ChildError: the run ends."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ChildError(f"the simulated management server does not answer: {error!r}") from error
+
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C before the end, as shells have it."""
@@ -49,19 +355,19 @@ class Commands:
 
 def manager_command(plan: Plan) -> list[str]:
     """The simulated management server on a free port; the demo tells it when to publish."""
-    arguments = {
-        "listen": "127.0.0.1:0",
-        "seed": plan.seed,
-        "wan_rate_bytes_per_second": plan.wan_rate_bytes_per_second,
-        "publish_interval_seconds": 0,
-        "products": PRODUCTS,
-        "full_bytes": plan.full_bytes,
-    }
-    return [sys.executable, "-m", "gup.demo.manager", json.dumps(arguments)]
+    return [
+        *(sys.executable, "-m", "gup", "simulate", "manager"),
+        *("--listen", "127.0.0.1:0"),
+        *("--seed", str(plan.seed)),
+        *("--wan-rate", format_rate(plan.wan_rate_bytes_per_second)),
+        *("--publish-interval", "0"),
+        *("--products", str(PRODUCTS)),
+        *("--full-size", str(plan.full_bytes)),
+    ]
 
 
 def gup_command(plan: Plan, upstream_url: str, directory: Path) -> list[str]:
-    """The real thing, on free ports."""
+    """A real gup, on free ports."""
     return [
         *(sys.executable, "-m", "gup", "serve"),
         *("--upstream", upstream_url),
@@ -100,7 +406,7 @@ class Stage:
                 loop.remove_signal_handler(number)
 
     def _interrupt(self, task: asyncio.Task[int]) -> None:
-        """Once is enough: a second Ctrl-C must not break the orderly end."""
+        """A second Ctrl-C does nothing: it must not break the orderly end."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -150,7 +456,7 @@ class Stage:
 
     def _screen(self) -> Screen:
         if self._json_output:
-            return Quiet()
+            return Screen()
         return Terminal(self._console) if self._console.is_terminal else Plain(self._console)
 
     def _report(self, summary: Summary) -> None:
@@ -194,7 +500,7 @@ def play(plan: Plan, commands: Commands, *, json_output: bool) -> int:
     status = NOT_STARTED
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            status = runner.run(_stage(plan, commands, console, directory, json_output=json_output))
+            status = runner.run(Stage(plan, commands, console, json_output=json_output).run(directory))
     except* ChildError as group:
         for error in _leaves(group):
             sys.stderr.write(f"gup: {error}\n")
@@ -211,9 +517,3 @@ def _leaves(group: BaseExceptionGroup[ChildError]) -> Iterator[ChildError]:
             yield from _leaves(error)
         else:
             yield error
-
-
-async def _stage(
-    plan: Plan, commands: Commands, console: Console, directory: Path, *, json_output: bool
-) -> int:
-    return await Stage(plan, commands, console, json_output=json_output).run(directory)

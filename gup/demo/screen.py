@@ -1,8 +1,9 @@
-"""How the demo looks: live in a terminal, plain lines elsewhere, or nothing; never decides anything."""
+"""The output of the demo: progress while it runs, then the summary with its verdict."""
 
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+import re
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,11 +11,156 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from gup.content.key import Kind
-from gup.demo.figures import Figures
-from gup.demo.summary import RIGHT, Summary
+from gup.demo.clients import Figures
+from gup.demo.content import Counts
+from gup.units import bytes_in_words
+
+RIGHT, WRONG_BYTE, FETCHED_TWICE, NOT_STARTED, FIGURES_DISAGREE = range(5)
+"""Exit statuses of the demo; the lowest that applies (but 0) is given."""
+
+_SAMPLE = re.compile(r"([a-z_]+)(?:\{([^}]*)\})? ([0-9.eE+-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFigures:
+    """What gup says of itself on `/metrics`; bytes are of bodies."""
+
+    upstream_received_bytes: int
+    client_sent_bytes: int
+    fills_committed: int
+
+
+def own_figures(exposition: str) -> OwnFigures:
+    """The sums that matter here, from the Prometheus text format."""
+    sums = {
+        "gup_upstream_received_bytes_total": 0.0,
+        "gup_client_sent_bytes_total": 0.0,
+        "gup_fills_total": 0.0,
+    }
+    for line in exposition.splitlines():
+        match = _SAMPLE.match(line)
+        if match is None or match[1] not in sums:
+            continue
+        if match[1] != "gup_fills_total" or 'outcome="committed"' in (match[2] or ""):
+            sums[match[1]] += float(match[3])
+    return OwnFigures(*(round(value) for value in sums.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Herd:
+    """The moment when all clients learned of new revisions at once, until they had them."""
+
+    clients: int
+    downloads: int
+    seconds: float
+    received_bytes: int
+    wan_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Everything the demo reports, and judges by."""
+
+    clients: int
+    seconds: float
+    requests: int
+    received_bytes: int
+    wan_bytes: int
+    saved_bytes: int
+    saved_share: float | None
+    deltas: int
+    fulls: int
+    resumes: int
+    retries: int
+    files_fetched: int
+    fetches_per_file_min: int
+    fetches_per_file_median: float
+    fetches_per_file_max: int
+    files_fetched_twice: int
+    index_fetches: int
+    index_not_modified: int
+    wrong: int
+    failed: int
+    median_time_to_first_byte_seconds: float | None
+    p99_time_to_first_byte_seconds: float | None
+    hit_median_time_to_first_byte_seconds: float | None
+    cache_status: dict[str, int]
+    herd: Herd | None
+    own: OwnFigures | None
+    own_figures_agree: bool
+    complaints: tuple[str, ...]
+
+    @property
+    def status(self) -> int:
+        """The exit status; a download that failed for good counts as bytes that were not right."""
+        if self.wrong or self.failed or not self.deltas + self.fulls:
+            return WRONG_BYTE
+        if self.files_fetched_twice:
+            return FETCHED_TWICE
+        return RIGHT if self.own_figures_agree else FIGURES_DISAGREE
+
+    def document(self) -> dict[str, object]:
+        """The summary as plain values, ready for JSON."""
+        return {"status": self.status, **asdict(self)}
+
+
+def agree(own: OwnFigures, counts: Counts, figures: Figures) -> bool:
+    """Whether gup took from the WAN what the manager sent, and sent at least what clients got.
+
+    More may have been sent than received: a client that breaks off leaves bytes on the way.
+    """
+    return (
+        own.upstream_received_bytes == counts.sent_bytes and own.client_sent_bytes >= figures.received_bytes
+    )
+
+
+def summarise(
+    figures: Figures,
+    counts: Counts,
+    own: OwnFigures | None,
+    *,
+    clients: int,
+    seconds: float,
+    herd: Herd | None = None,
+) -> Summary:
+    """The summary of a run; `counts` are the management server's, `own` is gup's view (None: no answer)."""
+    content = [row for row in counts.files.values() if row.kind is not Kind.INDEX]
+    index = [row for row in counts.files.values() if row.kind is Kind.INDEX]
+    fetches = [row.fetches for row in content if row.fetches]
+    saved_bytes = figures.received_bytes - counts.sent_bytes
+    return Summary(
+        clients=clients,
+        seconds=seconds,
+        requests=figures.requests,
+        received_bytes=figures.received_bytes,
+        wan_bytes=counts.sent_bytes,
+        saved_bytes=saved_bytes,
+        saved_share=saved_bytes / figures.received_bytes if figures.received_bytes else None,
+        deltas=figures.downloads[Kind.DELTA],
+        fulls=figures.downloads[Kind.FULL],
+        resumes=figures.resumes,
+        retries=figures.retries,
+        files_fetched=len(fetches),
+        fetches_per_file_min=min(fetches, default=0),
+        fetches_per_file_median=statistics.median(fetches) if fetches else 0,
+        fetches_per_file_max=max(fetches, default=0),
+        files_fetched_twice=sum(count > 1 for count in fetches) + counts.withdrawn_fetched_again,
+        index_fetches=sum(row.fetches for row in index),
+        index_not_modified=sum(row.not_modified for row in index),
+        wrong=figures.wrong,
+        failed=figures.failed,
+        median_time_to_first_byte_seconds=figures.time_to_first_byte.quantile(0.5),
+        p99_time_to_first_byte_seconds=figures.time_to_first_byte.quantile(0.99),
+        hit_median_time_to_first_byte_seconds=figures.hit_time_to_first_byte.quantile(0.5),
+        cache_status=dict(figures.cache_status),
+        herd=herd,
+        own=own,
+        own_figures_agree=own is not None and agree(own, counts, figures),
+        complaints=tuple(figures.complaints),
+    )
+
 
 _PLAIN_EVERY_SECONDS = 2.0
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +174,8 @@ class Progress:
     wan_bytes_per_second: float
 
 
-class Screen(Protocol):
-    """Where progress, notes and the summary go; a context manager around the run."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
-
-    def note(self, sentence: str) -> None:
-        """Tell of an event."""
-
-    def show(self, progress: Progress) -> None:
-        """Tell how far the run is; may be called as often as one likes."""
-
-
-class Quiet:
-    """Shows nothing while it runs: for JSON."""
+class Screen:
+    """Where progress and notes go, a context manager around the run. This one shows nothing: for JSON."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,24 +184,18 @@ class Quiet:
         pass
 
     def note(self, sentence: str) -> None:
-        pass
+        """Show an event."""
 
     def show(self, progress: Progress) -> None:
-        pass
+        """Show the progress; may be called at any rate."""
 
 
-class Plain:
+class Plain(Screen):
     """Plain lines, one every two seconds: for pipes and logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._next_seconds = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def note(self, sentence: str) -> None:
         self._console.print(sentence, highlight=False, soft_wrap=True, markup=False)
@@ -84,7 +208,7 @@ class Plain:
         self.note(f"{progress.elapsed_seconds:5.1f} s  {cells}")
 
 
-class Terminal:
+class Terminal(Screen):
     """A table that stays in place, with notes scrolling above it."""
 
     def __init__(self, console: Console) -> None:
@@ -115,11 +239,15 @@ def progress_rows(progress: Progress) -> list[tuple[str, str]]:
     figures = progress.figures
     saved = figures.received_bytes - progress.wan_bytes
     share = f" ({saved / figures.received_bytes:.1%})" if figures.received_bytes else ""
+    now = bytes_in_words(progress.wan_bytes_per_second)
     results = ", ".join(f"{count:,} {word}" for word, count in sorted(figures.cache_status.items()))
     return [
-        ("clients got", size(figures.received_bytes)),
-        ("over the WAN", f"{size(progress.wan_bytes)}, now {size(progress.wan_bytes_per_second)}/s"),
-        ("saved", size(saved) + share),
+        ("clients got", bytes_in_words(figures.received_bytes)),
+        (
+            "over the WAN",
+            f"{bytes_in_words(progress.wan_bytes)}, now {now}/s",
+        ),
+        ("saved", bytes_in_words(saved) + share),
         ("downloads", f"{figures.downloads[Kind.DELTA]:,} deltas, {figures.downloads[Kind.FULL]:,} fulls"),
         ("requests", f"{figures.requests:,} ({results})"),
         ("wrong or failed", f"{figures.wrong} or {figures.failed}"),
@@ -132,9 +260,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     results = ", ".join(f"{count:,} {word}" for word, count in sorted(summary.cache_status.items()))
     rows = [
         ("clients", f"{summary.clients:,} for {summary.seconds:.1f} s"),
-        ("clients got", size(summary.received_bytes)),
-        ("over the WAN", f"{size(summary.wan_bytes)}, as the management server counted"),
-        ("saved", size(summary.saved_bytes) + share),
+        ("clients got", bytes_in_words(summary.received_bytes)),
+        ("over the WAN", f"{bytes_in_words(summary.wan_bytes)}, as the management server counted"),
+        ("saved", bytes_in_words(summary.saved_bytes) + share),
         ("downloads", f"{summary.deltas:,} deltas, {summary.fulls:,} fulls, {summary.resumes:,} resumed"),
         ("fetches per file", _fetches(summary)),
         ("ContentInfo.txt", f"fetched {summary.index_fetches}, confirmed (304) {summary.index_not_modified}"),
@@ -167,7 +295,7 @@ def _herd(summary: Summary) -> str:
     assert herd is not None
     return (
         f"{herd.clients:,} clients at once: {herd.downloads:,} downloads in {herd.seconds:.1f} s, "
-        f"{size(herd.received_bytes)} to clients, {size(herd.wan_bytes)} over the WAN"
+        f"{bytes_in_words(herd.received_bytes)} to clients, {bytes_in_words(herd.wan_bytes)} over the WAN"
     )
 
 
@@ -176,7 +304,8 @@ def _own(summary: Summary) -> str:
         return "not available"
     word = "they agree" if summary.own_figures_agree else "THEY DISAGREE"
     return (
-        f"received {size(summary.own.upstream_received_bytes)}, sent {size(summary.own.client_sent_bytes)}, "
+        f"received {bytes_in_words(summary.own.upstream_received_bytes)}, "
+        f"sent {bytes_in_words(summary.own.client_sent_bytes)}, "
         f"{summary.own.fills_committed} fills: {word}"
     )
 
@@ -202,15 +331,6 @@ def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-def size(size_bytes: float) -> str:
-    """A number of bytes for people: three digits and a decimal unit."""
-    for unit in _UNITS:
-        if abs(size_bytes) < 1000 or unit == _UNITS[-1]:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    raise AssertionError("no unit fits")
 
 
 def milliseconds(seconds: float | None) -> str:

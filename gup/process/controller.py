@@ -15,12 +15,12 @@ from gup.cache.catalogue_body import read_catalogue
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
-from gup.content.choice import Choices
 from gup.content.key import Variant
 from gup.content.routes import Route
-from gup.content.rulebook import Rulebook
-from gup.control.catalog_refresh import CatalogueKeeper
-from gup.control.eviction import AgeClock
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import Choices
+from gup.control.ageing import AgeClock
+from gup.control.catalogues import CatalogueKeeper
 from gup.control.service import Control, Surroundings
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
@@ -148,7 +148,7 @@ class Controller:
 
     def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
         settings, book = self._ruled
-        return Choices(book, self._catalogues.catalogues, settings.upstream).places(stream)
+        return Choices(book, self._catalogues.catalogues, settings.upstream).variants(stream)
 
     def _take_over(self, route: Route, inherits: bool) -> asyncio.Event | None:
         assert route.variant is not None

@@ -1,13 +1,13 @@
 """The shared page: named 64-bit words for epochs, clocks and heartbeats; it counts and decides nothing."""
 
-import fcntl
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+
+from gup.fsutil import lock_range, unlock_range
 
 FOLD = 0
 """Which half of the past counts, and which block is left out (see SharedFile.fold)."""
@@ -31,8 +31,6 @@ FILL_HELD = WAN_CLOCK + 2
 """First of one word a class of places to fill: see gup.cache.backlog."""
 _NAMED = 64
 """Words before those that every block has one of."""
-
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
 class Row(IntEnum):
@@ -106,15 +104,12 @@ class SharedPage:
         The kernel frees it when its holder dies.
         """
         with self._threads:
-            self._lock(fcntl.F_WRLCK, word)
+            start = self._offset_bytes + 8 * word
+            lock_range(self._lock_fd, start, 8, wait=True)
             try:
                 yield
             finally:
-                self._lock(fcntl.F_UNLCK, word)
-
-    def _lock(self, kind: int, word: int) -> None:
-        start = self._offset_bytes + 8 * word
-        fcntl.fcntl(self._lock_fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(kind, os.SEEK_SET, start, 8, 0))
+                unlock_range(self._lock_fd, start, 8)
 
     def beat(self, block: int) -> None:
         """Say that the block's process is alive."""

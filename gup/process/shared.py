@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from gup.errors import StoreError
+from gup.fsutil import replaced_file
 from gup.metrics import BY_NAME, STREAM_WASTED, Counters, layout, series
 from gup.process.page import CONFIG_OK, CONFIG_RELOADED_AT, FOLD, SharedPage, page_words
 
@@ -126,7 +127,8 @@ class SharedFile:
         old = _read_old(path)
         text = _first_content(old, upstreams, workers)
         try:
-            fd = _replace(path, text)
+            # Zeros are written too: storing into a hole of a mapped file on a full disk kills the process.
+            fd = replaced_file(path, text)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise StoreError(f"the counters can't be kept: {path}: {error.strerror}") from error
@@ -312,33 +314,3 @@ def _first_content(old: _Ledger | None, upstreams: Sequence[str], workers: int) 
             bytes(len(past) * (blocks - 1)),
         )
     )
-
-
-def _replace(path: Path, text: bytes) -> int:
-    """Write `text` beside `path` and rename it there, durably; the new file's descriptor.
-
-    Every byte is written, zeros too: storing into a hole of a mapped file kills the process when the disk is
-    full.
-    """
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        rest = memoryview(text)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-        os.fsync(fd)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        os.close(fd)
-        temporary.unlink(missing_ok=True)
-        raise
-    return fd
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

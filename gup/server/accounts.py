@@ -7,7 +7,7 @@ from typing import Any
 
 from gup import config
 from gup.addresses import Names
-from gup.content.declared import NOTHING, Declarations, Stated
+from gup.content.client_identity import NOTHING, Declarations, Stated
 from gup.log import ACCESS
 from gup.server.hot import HotRow
 from gup.server.ranges import Span

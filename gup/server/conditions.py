@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from enum import StrEnum
 
-from gup.content.http_date import parse_http_date
 from gup.server.request import Request
+from gup.units import parse_http_date
 
 
 class Verdict(StrEnum):

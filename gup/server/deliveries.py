@@ -12,11 +12,10 @@ from pathlib import Path
 
 from gup import config
 from gup.cache.catalogue_file import read_kept
-from gup.content.catalogues import Catalogues
-from gup.content.choice import Choice, Choices
-from gup.content.refusal import problem
+from gup.content.catalog import Catalogues
 from gup.content.routes import LIVEUPDATE_STREAM, Route
-from gup.content.rulebook import Rulebook
+from gup.content.rules import Rulebook, problem
+from gup.content.variant_choice import Choice, Choices
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.server.request import Request
@@ -128,7 +127,7 @@ class Deliveries:
 
     def choose(self, request: Request, route: Route) -> Choice:
         """What the client of `request` gets. Problem when it may not have it; nothing was asked for then."""
-        if not self.choices.any_place and route.stream != LIVEUPDATE_STREAM:
+        if not self.choices.any_source and route.stream != LIVEUPDATE_STREAM:
             raise Problem("no-upstream", "no upstream is configured for content")
         choice = self.choices.choose(route.stream, request.header)
         if choice.unlisted:

@@ -9,10 +9,9 @@ from gup.cache.body import Body
 from gup.cache.cache import Cache, Opened, Result
 from gup.cache.flight import Means
 from gup.cache.record import Head
-from gup.content.choice import Choice
-from gup.content.http_date import format_http_date
 from gup.content.key import Kind, Variant
 from gup.content.routes import Route, Routes, parse_target
+from gup.content.variant_choice import Choice
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server import problem as problems
@@ -25,6 +24,7 @@ from gup.server.ranges import Span
 from gup.server.request import Request, check_method, closes
 from gup.server.response import HeadTemplate, PartTemplate, Plan, Representation, Served, plan
 from gup.server.tally import LARGE_BODY_BYTES, Tally
+from gup.units import format_http_date
 
 log = logging.getLogger("gup.request")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.entry import Entry
-from gup.content.declared import NOTHING, Stated
+from gup.content.client_identity import NOTHING, Stated
 from gup.server.ranges import Span
 from gup.server.response import HeadTemplate, PartTemplate
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from gup import config
-from gup.content.http_date import format_http_date
 from gup.errors import is_exhausted
 from gup.server.admission import Admission
 from gup.server.connection import Connection
@@ -21,6 +20,7 @@ from gup.server.lane import Lane
 from gup.server.pacing import Pacing, kernel_paces
 from gup.server.poller import Poller
 from gup.server.tally import Tally
+from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")
 

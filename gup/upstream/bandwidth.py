@@ -8,7 +8,6 @@ What the kernel has received is beyond any limit, so each connection's receive b
 """
 
 import asyncio
-import fcntl
 import os
 import socket
 import struct
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
 
+from gup.fsutil import lock_range, unlock_range
 from gup.upstream.turns import Turns, rank
 
 _BURST_NS = 100_000_000
@@ -48,9 +48,6 @@ _WINDOW_STEP = 16
 _TIMESTAMPS = 1
 _TCP_INFO = struct.Struct("=5xB14xI44xI20xI")
 """Of Linux's `struct tcp_info`: tcpi_options, tcpi_rcv_mss, tcpi_rtt and tcpi_rcv_rtt."""
-_FLOCK = struct.Struct("hhqqi4x")
-_LOCK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-_UNLOCK = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0)
 
 
 @dataclass(slots=True)
@@ -150,7 +147,7 @@ class Wan:
         if self._waiting[0] is not me:
             return _SHORTEST_SLEEP_SECONDS
         words, clock = self._words, self._clock
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _LOCK)  # blocks for another's few instructions at most
+        lock_range(self._fd, 0, wait=True)  # blocks for another's few instructions at most
         try:
             now = time.monotonic_ns()
             early = words[clock] - now
@@ -161,7 +158,7 @@ class Wan:
             words[clock] = max(words[clock], now - _BURST_NS) + amount * 1_000_000_000 // rate
             words[clock + 1] = max(words[clock + 1], me.share.tag)
         finally:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _UNLOCK)
+            unlock_range(self._fd, 0)
         me.share.tag += amount
         return 0.0
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from gup.complaints import mask_password
-from gup.content.http_date import parse_http_date
+from gup.config.loading import mask_password
 from gup.errors import GupError, exhausted, is_exhausted, quoted
+from gup.units import parse_http_date
 from gup.upstream.validators import Validators
 
 if TYPE_CHECKING:

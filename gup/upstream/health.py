@@ -27,7 +27,7 @@ import xxhash
 
 from gup import config
 from gup.content.catalog import CATALOG_PATH
-from gup.content.http_date import parse_http_date
+from gup.units import parse_http_date
 from gup.upstream.connection import Ask, Upstream
 from gup.upstream.exchange import UpstreamFailure
 

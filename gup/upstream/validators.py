@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from gup.content.http_date import parse_http_date
 from gup.jsonmodel import Form, InvalidError, shown, text
+from gup.units import parse_http_date
 
 _LONGEST = 512
 _SENDABLE = Form(re.compile("[ -~]*"), "text of a header field")

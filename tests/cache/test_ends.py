@@ -202,6 +202,37 @@ async def test_a_whole_part_that_is_no_zip_is_not_committed(tmp_path, upstream):
     assert not list((tmp_path / "content").rglob("full.zip"))
 
 
+@pytest.mark.parametrize("seen", [False, True], ids=["left by a stop", "its leader was seen to die"])
+async def test_what_the_controller_goes_on_with_is_never_refused(tmp_path, upstream, until, seen):
+    """All places are taken, for longer than the queue has patience: it waits, or has its leader's place."""
+    gate = Gate()
+    now = [0.0]
+    cut = Answer(BODY, etag='"a"', gates=((CHUNK_BYTES + 100_000, gate),))
+    upstream.answer(FILE, cut, BODIES["large"])
+    async with working(tmp_path, [upstream.url], fill={"max": 1, "queue_timeout": "10ms"}) as controller:
+        recovery = recovery_of(controller, lambda: now[0])
+        async with working(tmp_path, [upstream.url]) as leader:
+            opened = await leader.open(FILE)
+            await until(lambda: gate.is_reached and opened.body.published > CHUNK_BYTES, "the gate")
+            if seen:
+                await recovery.run()
+        gate.open()
+        async with controller.means.queue.held(2, 0.0) as held:
+            assert held
+            for later in (10.0, 20.0):
+                now[0] = later
+                await recovery.run()
+            if seen:
+                await until(lambda: not controller.cache.fills, "it has ended, with the place still taken")
+            else:
+                await until(controller.means.queue.waiting, "it waits")
+                await asyncio.sleep(0.05)
+                assert controller.cache.fills == 1
+        await until(lambda: not controller.cache.fills, "it has ended")
+        assert (await controller.open(FILE)).result is Result.HIT
+        assert controller.means.queue.idle()
+
+
 # --- followers
 
 

@@ -4,12 +4,14 @@ import pytest
 
 from gup.cache.checksum import seal, unseal
 from gup.cache.failures import LONGEST_HOLD_SECONDS, Holds
-from gup.cache.state import MEMORY_SECONDS, Failure, FillState, Hold, Phase
+from gup.cache.state import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem
+from gup.jsonmodel import InvalidError
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 
 KEY = ContentKey.parse("any/any/{535CB6A4-441F-4E8A-A897-804CD859100E}/260801001/full.zip")
+FAILURE = Failure.of(Problem("upstream-error", "x"), 3.0, 100.0)
 WRONG = rejected("does not end as a ZIP file does")
 
 
@@ -133,8 +135,7 @@ ROWS = (
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_state_file_keeps_them(rows):
-    failure = Failure.of(Problem("upstream-error", "x"), 3.0, 100.0)
-    state = FillState(KEY, Kind.FULL, 9, Phase.FAILED, failure=failure, path="/content/x", holds=rows)
+    state = FillState(KEY, Kind.FULL, 9, Phase.FAILED, failure=FAILURE, holds=rows)
     assert FillState.decode(state.encode()) == state
 
 
@@ -143,7 +144,8 @@ NO_HOLDS = (5, [5], [[]], [["u", 1, 2]], [["u", 1, 2, 0, [1], 3]], [["u", "x", 2
 
 @pytest.mark.parametrize("rows", NO_HOLDS)
 def test_what_is_no_hold_is_a_damaged_state(rows):
-    fields = unseal(FillState(KEY, Kind.FULL, 9, Phase.FAILED).encode())
+    state = FillState(KEY, Kind.FULL, 9, Phase.FAILED, failure=FAILURE)
+    fields = unseal(state.encode(), "state", MAX_STATE_BYTES).values
     damaged = seal({**fields, "holds": rows})
-    with pytest.raises(ValueError):  # noqa: PT011 - what `store.load_state` looks for, whatever it says
+    with pytest.raises(InvalidError, match="hold"):
         FillState.decode(damaged)

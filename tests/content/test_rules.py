@@ -6,10 +6,8 @@ from hypothesis import strategies as st
 
 from gup.config import Settings
 from gup.content.catalog import Listed
-from gup.content.decision import Action, Rule
-from gup.content.identity import NOBODY
-from gup.content.refusal import document, lines, problem
-from gup.content.rulebook import Rulebook
+from gup.content.client_identity import NOBODY
+from gup.content.rules import Action, Rule, Rulebook, document, lines, problem
 from gup.errors import SettingsError
 from gup.metrics import BY_NAME
 
@@ -29,7 +27,7 @@ def book(version="any", language="any", kind="manager", more=None, **rules):
 
 def decide(rulebook, stream, version=None, language=None):
     client = rulebook.identities.stated(version, language)
-    return rulebook.rules.decide(stream, rulebook.origins["m"], client)
+    return rulebook.decide(stream, rulebook.origins["m"], client)
 
 
 # The document's table: manager's version, client's version, may it download patches from the manager?
@@ -281,7 +279,7 @@ def test_a_standing_decision_holds_whoever_asks(manager, language, kind, stream,
     rulebook = book(manager, language, kind, **rules)
     origin = rulebook.origins["m"]
     decision = decide(rulebook, stream, version, spoken)
-    standing = rulebook.rules.standing(stream, origin)
+    standing = rulebook.standing(stream, origin)
     assert standing in (None, decision)
     if standing is not None:
         assert standing.client is NOBODY
@@ -306,7 +304,7 @@ def test_a_standing_decision_holds_whoever_asks(manager, language, kind, stream,
 )
 def test_only_client_patches_of_known_managers_depend_on_the_client(manager, language, stream, depends):
     rulebook = book(manager, language)
-    assert (rulebook.rules.standing(stream, rulebook.origins["m"]) is None) is depends
+    assert (rulebook.standing(stream, rulebook.origins["m"]) is None) is depends
 
 
 def test_rules_are_those_that_are_counted():

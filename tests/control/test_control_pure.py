@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind
 from gup.control.api.described import operation_of
 from gup.control.api.listing import Listing, select, shown

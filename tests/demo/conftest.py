@@ -3,17 +3,16 @@
 import aiohttp
 import pytest
 
-from gup.demo import tree
-from gup.demo.link import Link
-from gup.demo.manager import Listening, Site
-from gup.demo.shelf import Shelf
+from gup.demo import content
+from gup.demo.content import Shelf
+from gup.demo.manager import Link, Listening, Site
 
 
 @pytest.fixture
 def shelf(tmp_path):
     directory = tmp_path / "shelf"
     directory.mkdir()
-    return Shelf(directory, 1, tree.streams(4, 60_000))
+    return Shelf(directory, 1, content.streams(4, 60_000))
 
 
 @pytest.fixture

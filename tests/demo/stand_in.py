@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import aiohttp
 from aiohttp import web
 
-from gup.demo.answer import Validators, decide
+from gup.demo.content import Validators, decide
 
 
 class StandIn:
@@ -40,7 +40,7 @@ class StandIn:
         body = await self.body(request.path)
         if self.mode == "corrupt" and request.path.endswith(".dax"):
             body = body[:-1] + bytes([body[-1] ^ 1])
-        known = Validators('"fixed"', datetime(2025, 3, 3, tzinfo=UTC))
+        known = Validators('"fixed"', datetime(2025, 3, 3, tzinfo=UTC).timestamp())
         answer = decide(request.headers, known, len(body))
         headers = {"ETag": known.etag, "Cache-Status": "stand-in; hit"}
         if answer.status == 206:

@@ -1,18 +1,29 @@
+"""Simulated clients: their downloads, polls and figures."""
+
 import asyncio
 import json
 import random
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 from aiohttp import web
 
 from gup.content.key import Kind
 from gup.demo import clients as simulated
-from gup.demo import fetch
-from gup.demo.catalogue import PublishedFile, digest_of
-from gup.demo.clients import Client, Crowd, Policy, new_session
-from gup.demo.fetch import Download, Outcome
-from gup.demo.figures import Figures
+from gup.demo.clients import (
+    MAX_COMPLAINTS,
+    Client,
+    Crowd,
+    Download,
+    Figures,
+    Latencies,
+    Outcome,
+    Policy,
+    cache_result,
+    new_session,
+)
+from gup.demo.content import CATALOGUE_JSON, PublishedFile, PublishedStream, digest_of
 
 BODY = random.Random(1).randbytes(300_000)
 FILE = PublishedFile("/content/{A}/1/full.zip", Kind.FULL, len(BODY), digest_of(BODY))
@@ -80,8 +91,8 @@ async def the_rest(request):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(fetch, "_LONGEST_PAUSE_SECONDS", 0.002)
+    monkeypatch.setattr(simulated, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(simulated, "_LONGEST_PAUSE_SECONDS", 0.002)
 
 
 async def download(session, server, **options):
@@ -199,7 +210,7 @@ async def test_a_crowd_brings_itself_up_to_date(site, manager_url):
     assert (figures.wrong, figures.failed, figures.gone) == (0, 0, 0)
     assert figures.downloads[Kind.DELTA] > figures.downloads[Kind.FULL] > 0
     assert figures.downloads[Kind.INDEX] == 30
-    assert site.counts().sent_bytes >= figures.received_bytes > 0
+    assert deepcopy(site.counts).sent_bytes >= figures.received_bytes > 0
 
 
 async def test_a_rung_crowd_polls_at_once(site, manager_url):
@@ -211,7 +222,7 @@ async def test_a_rung_crowd_polls_at_once(site, manager_url):
         await policy.refresh()
         crowd.ring()
 
-    before = site.counts()
+    before = deepcopy(site.counts)
     crowd, policy = await with_crowd(manager_url, herd)
     assert up_to_date(crowd, policy.catalogue)
     assert policy.catalogue.serial == 2
@@ -248,7 +259,7 @@ async def test_clients_that_hang_are_given_up(manager_url, serve, monkeypatch):
 
 
 async def test_what_clients_take_and_want(shelf, site):  # noqa: ARG001 - the site publishes
-    catalogue = simulated.CATALOGUE_JSON.validate_json(shelf.catalogue_json)
+    catalogue = CATALOGUE_JSON.validate_json(shelf.catalogue_json)
     stream = catalogue.streams[0]
     crowd = [Client(number, random.Random(f"1/{number}")) for number in range(2000)]
     takers = [client for client in crowd if client.takes(stream)]
@@ -260,9 +271,9 @@ async def test_what_clients_take_and_want(shelf, site):  # noqa: ARG001 - the si
 
 async def test_clients_take_patches_of_their_own_language_only():
     client = Client(1, random.Random(3))
-    stream = simulated.PublishedStream("{X}", "Client Patch", "Klingon", ("1", "2"), FILE, ())
+    stream = PublishedStream("{X}", "Client Patch", "Klingon", ("1", "2"), FILE, ())
     assert not client.takes(stream)
-    stream = simulated.PublishedStream("{X}", "Client Patch", client.language, ("1", "2"), FILE, ())
+    stream = PublishedStream("{X}", "Client Patch", client.language, ("1", "2"), FILE, ())
     assert client.takes(stream)
     client.held["{X}"] = "1"
     assert client.wants(stream) == FILE
@@ -285,3 +296,54 @@ async def test_the_command_runs_its_clients(manager_url, capsys):
     document = json.loads(capsys.readouterr().out)
     assert (status, document["wrong"], document["failed"]) == (0, 0, 0)
     assert document["received_bytes"] > 0
+
+
+def test_quantiles_are_within_a_step_of_the_truth():
+    latencies = Latencies()
+    chance = random.Random(7)
+    durations = sorted(chance.lognormvariate(-6, 2) for _ in range(5000))
+    for duration in durations:
+        latencies.add(duration)
+    assert latencies.count == 5000
+    for share in (0.01, 0.5, 0.99, 1.0):
+        truth = durations[max(1, round(share * 5000)) - 1]
+        assert latencies.quantile(share) == pytest.approx(truth, rel=0.025)
+
+
+def test_extremes_stay_in_bounds():
+    latencies = Latencies()
+    assert latencies.quantile(0.5) is None
+    latencies.add(0.0)
+    assert latencies.quantile(0.5) == pytest.approx(1e-5)
+    latencies.add(1e9)
+    assert 500 < latencies.quantile(1.0) < 700
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (None, "none"),
+        ("", "none"),
+        ("gup; hit", "hit"),
+        ("gup; hit; fwd=stale", "hit"),
+        ("gup; fwd=uri-miss; stored", "miss"),
+        ("gup; fwd=uri-miss; collapsed", "collapsed"),
+    ],
+)
+def test_cache_status_is_read(value, word):
+    assert cache_result(value) == word
+
+
+def test_complaints_are_bounded():
+    figures = Figures()
+    for number in range(100):
+        figures.complain(str(number))
+    assert figures.complaints == [str(number) for number in range(MAX_COMPLAINTS)]
+
+
+def test_hits_are_timed_apart():
+    figures = Figures()
+    figures.answered(0.001, "gup; hit")
+    figures.answered(1.0, "gup; fwd=uri-miss; stored")
+    assert figures.hit_time_to_first_byte.count == 1
+    assert figures.time_to_first_byte.count == 2

@@ -1,5 +1,6 @@
+"""The simulated management server, over HTTP and as a process."""
+
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from gup.content.key import Kind
-from gup.demo.catalogue import (
+from gup.demo.content import (
     CATALOGUE_JSON,
     CATALOGUE_PATH,
     COUNTS_JSON,
@@ -18,8 +19,7 @@ from gup.demo.catalogue import (
     PUBLISH_PATH,
     digest_of,
 )
-from gup.demo.link import Link
-from gup.demo.manager import ListenError, Listening, Site, simulate_manager
+from gup.demo.manager import Link, ListenError, Listening, Site, simulate_manager
 from gup.errors import SettingsError
 
 
@@ -123,16 +123,9 @@ async def test_all_connections_share_the_wan(session, shelf):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_process_says_where_it_listens_and_stops_when_told(number, tmp_path):
-    arguments = {
-        "listen": "127.0.0.1:0",
-        "seed": 1,
-        "wan_rate_bytes_per_second": 0,
-        "publish_interval_seconds": 0.2,
-        "products": 1,
-        "full_bytes": 10_000,
-    }
+    arguments = ["--listen", "127.0.0.1:0", "--wan-rate", "0", "--publish-interval", "200ms"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gup.demo.manager", json.dumps(arguments)],
+        [sys.executable, "-m", "gup", "simulate", "manager", *arguments, "--full-size", "10kB"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},

@@ -10,9 +10,8 @@ import psutil
 import pytest
 
 from gup.demo import run
-from gup.demo.run import COMMANDS, INTERRUPTED, Commands, play
-from gup.demo.show import Plan, timeline
-from gup.demo.summary import FETCHED_TWICE, FIGURES_DISAGREE, NOT_STARTED, RIGHT, WRONG_BYTE
+from gup.demo.run import COMMANDS, INTERRUPTED, Commands, Plan, play, timeline
+from gup.demo.screen import FETCHED_TWICE, FIGURES_DISAGREE, NOT_STARTED, RIGHT, WRONG_BYTE
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 PLAN = Plan(clients=10, seconds=3.0, wan_rate_bytes_per_second=0, workers=1, keep=False, seed=1)
@@ -53,7 +52,7 @@ def test_a_right_run(capsys):
     ],
 )
 def test_what_is_wrong_is_told_in_plain_lines_and_in_the_status(mode, status, words, capsys, monkeypatch):
-    monkeypatch.setattr("gup.demo.show._SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr("gup.demo.run._SETTLE_SECONDS", 0.5)
     assert play(PLAN, with_stand_in(mode), json_output=False) == status
     out = capsys.readouterr().out
     assert words in re.sub(r"\s*│\n│\s+│\s*", " ", out)
@@ -107,7 +106,7 @@ def test_the_real_commands_name_the_real_thing(tmp_path):
 PROGRAM = """
 import sys
 from gup.demo.run import Commands, manager_command, play
-from gup.demo.show import Plan
+from gup.demo.run import Plan
 keep, seconds, stand_in = sys.argv[1] == "keep", float(sys.argv[2]), sys.argv[3]
 plan = Plan(clients=4, seconds=seconds, wan_rate_bytes_per_second=0, workers=1, keep=keep, seed=1)
 commands = Commands(manager_command, lambda _plan, url, _directory: [sys.executable, stand_in, "right", url])

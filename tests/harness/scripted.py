@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from gup.demo.content import Validators, decide
 from harness.waiting import until
 
 PIECE_BYTES = 1 << 14
@@ -297,13 +298,14 @@ def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
     whole = (answer, 0, len(answer.body))
     if answer.status != 200:
         return whole
-    if _unchanged(answer, seen):
-        return replace(answer, status=304, body=b""), 0, 0
-    found = re.fullmatch(r"bytes=(\d+)-(\d*)", seen.header("range") or "")
-    if not found or not answer.ranges or not _if_range_holds(answer, seen):
+    heeded = {"range": answer.ranges, "if-range": answer.if_range}
+    headers = {name.title(): value for name, value in seen.fields if heeded.get(name, True)}
+    decided = decide(headers, Validators(answer.etag, answer.last_modified), len(answer.body))
+    if decided.status == 200:
         return whole
-    start = int(found[1]) + answer.range_shift
-    stop = min(int(found[2]) + 1, len(answer.body)) if found[2] else len(answer.body)
+    if decided.status == 304:
+        return replace(answer, status=304, body=b""), 0, 0
+    start, stop = decided.start + answer.range_shift, decided.stop
     if start >= stop:
         return replace(answer, status=416, body=b""), 0, 0
     if answer.range_body is not None:
@@ -318,19 +320,6 @@ def _broken_off(answer: Answer, start: int, stop: int) -> tuple[Answer, int, int
     if answer.stall_after is not None and start + answer.stall_after < stop:
         answer = replace(answer, gates=(*answer.gates, (start + answer.stall_after, Gate())))
     return answer, start, stop
-
-
-def _unchanged(answer: Answer, seen: Seen) -> bool:
-    tags = seen.header("if-none-match")
-    if tags is not None:
-        return answer.etag is not None and answer.etag in tags
-    since = seen.header("if-modified-since")
-    return since is not None and since == _date(answer)
-
-
-def _if_range_holds(answer: Answer, seen: Seen) -> bool:
-    wanted = seen.header("if-range")
-    return wanted is None or not answer.if_range or wanted in (answer.etag, _date(answer))
 
 
 def _date(answer: Answer) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 
 from gup.addresses import Names, is_name, read_key
 from gup.config import Settings
-from gup.content.declared import NOTHING, Declarations, Stated
+from gup.content.client_identity import NOTHING, Declarations, Stated
 from gup.log import ACCESS
 from gup.metrics import Counters
 from gup.server.accounts import Account, Accounts

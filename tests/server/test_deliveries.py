@@ -18,9 +18,9 @@ from gup.cache.catalogue_file import Kept, write_kept
 from gup.cache.claim import Claims
 from gup.cache.slots import Slots
 from gup.content.catalog import parse_catalog
-from gup.content.choice import Choices
-from gup.content.identity import Identities
-from gup.content.rules import Rules
+from gup.content.client_identity import Identities
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import Choices
 from gup.server.accounts import Accounts
 from gup.server.addresses import Addresses
 from gup.server.admission import Admission
@@ -39,7 +39,7 @@ TABLES = [
     {"version": "14.3 RU2", "language": "French"},
     {"version": "14.3 RU3", "language": "English"},
 ]
-ASKED = ((Choices, "choose"), (Choices, "choose_for"), (Rules, "decide"), (Identities, "read"))
+ASKED = ((Choices, "choose"), (Choices, "choose_for"), (Rulebook, "decide"), (Identities, "read"))
 
 
 def path(moniker: str) -> str:

@@ -276,7 +276,7 @@ def test_a_log_that_cannot_be_opened_stops_the_start_and_a_reload_is_refused(ups
         gup.launch()
         assert gup.wait() == 2
         gup.wait_log("log.destination: ")
-        gup.wait_log("can't be written to: No such file or directory")
+        gup.wait_log("can't be written to: there is no folder")
     good = {"log": {"destination": "stderr"}}
     with Gup(tmp_path / "other", [upstream.url], workers=1, settings=good) as gup:
         gup.rewrite(settings)

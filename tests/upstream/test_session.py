@@ -201,7 +201,7 @@ async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_no
         talk.send(ok(BODY)[:1000])
         talk.pause(30)
 
-    table = {"name": "u", "max_connections": 1, "first_byte_timeout": "200ms", "read_timeout": "5s"}
+    table = {"name": "u", "max_connections": 1, "first_byte_timeout": "2s", "read_timeout": "9s"}
     with RawUpstream(answer) as upstream:
         async with pool_of({"url": upstream.url, **table}) as pool:
             held = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))

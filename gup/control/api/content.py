@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from aiohttp import web
 from pydantic import Field
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.content.key import Kind
 from gup.control.api.answers import KEY, PLANE, answer, key_of
 from gup.control.api.described import Answer, asked, describe

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.content.key import Kind, delta_step
 from gup.content.languages import parse_language
 from gup.control.api.described import Answer, Number, Parameters

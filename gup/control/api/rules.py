@@ -7,8 +7,8 @@ from aiohttp import web
 from pydantic import Field
 
 from gup.content.catalog import normal_moniker
-from gup.content.explanation import explain
-from gup.content.rulebook import Rulebook
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import explain
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Parameters, asked, describe
 from gup.control.state import Plane

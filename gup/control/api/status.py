@@ -4,8 +4,8 @@ from typing import Any
 
 from aiohttp import web
 
-from gup.complaints import SECRET_KEYS, mask_password
 from gup.config import Settings
+from gup.config.loading import SECRET_KEYS, mask_password
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, describe
 from gup.control.api.shapes import Fill, Status, Upstream

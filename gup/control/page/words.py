@@ -2,18 +2,12 @@
 
 from datetime import UTC, datetime, tzinfo
 
-_UNITS = ("B", "kB", "MB", "GB")
+from gup.units import bytes_in_words
 
 
 def size(count: float) -> str:
     """Bytes in steps of a thousand: `1.5 GB`."""
-    amount = float(count)
-    for unit in _UNITS:
-        if abs(amount) < 999.5:
-            text = f"{amount:.0f}" if unit == "B" or abs(amount) >= 100 else f"{amount:.1f}"
-            return f"{text}\N{NO-BREAK SPACE}{unit}".replace("-", "\N{MINUS SIGN}")
-        amount /= 1000
-    return f"{amount:,.1f}\N{NO-BREAK SPACE}TB".replace("-", "\N{MINUS SIGN}")
+    return bytes_in_words(count).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
 
 
 def rate(bytes_per_second: float) -> str:

@@ -101,11 +101,11 @@
   };
 
   function size(bytes) {
-    for (const unit of ["B", "kB", "MB", "GB"]) {
+    for (const unit of ["B", "kB", "MB", "GB", "TB"]) {
       if (Math.abs(bytes) < 999.5) return `${unit === "B" || bytes >= 100 ? bytes.toFixed(0) : bytes.toFixed(1)} ${unit}`;
       bytes /= 1000;
     }
-    return `${bytes.toFixed(1)} TB`;
+    return `${bytes.toFixed(1)} PB`;
   }
 
   const short = (unit) => (_, values) => values.map((value) => (value === null ? "" : size(value).replace(".0 ", " ") + unit));

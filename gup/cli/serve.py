@@ -1,0 +1,184 @@
+"""The commands that run something: the service, the demo, and each side of a simulated site."""
+# ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, exiting, rate, size
+from gup.errors import SettingsError
+
+if TYPE_CHECKING:
+    from gup.config import Settings
+
+_HOST_PORT = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*):([0-9]{1,5})")
+
+simulate = typer.Typer(
+    help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
+)
+
+
+def serve(
+    *,
+    config: ConfigFlag = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A server to fetch from; may be repeated; replaces all others."),
+    ] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients connect.")] = None,
+    admin: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The control plane's address.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="The cache directory.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Worker processes; 0 is one a core.")
+    ] = None,
+) -> None:
+    """Run the service until SIGTERM or SIGINT; SIGHUP reads the settings again."""
+    with exiting():
+        given = serve_flags(
+            upstream=upstream or [], listen=listen, admin=admin, cache_dir=cache_dir, workers=workers
+        )
+        read = functools.partial(_servable, config, given)
+        first = read()
+        from gup.process.supervisor import serve as supervise
+
+        status = supervise(first, reload=read)
+    raise typer.Exit(status)
+
+
+def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
+    from gup.cli.usable import require_usable
+    from gup.config import load, require_servable
+
+    loaded = load(config, flags=given)
+    require_servable(loaded)
+    require_usable(loaded)
+    return loaded
+
+
+def serve_flags(
+    *,
+    upstream: Sequence[str],
+    listen: str | None,
+    admin: str | None,
+    cache_dir: Path | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
+    problems: list[str] = []
+    addresses: dict[str, Any] = {}
+    for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):
+        try:
+            host, port = host_port(flag, text) if text is not None else ("", None)
+        except SettingsError as error:
+            problems += error.problems
+            continue
+        addresses |= {f"{prefix}address": host} if host else {}
+        addresses |= {f"{prefix}port": port} if port is not None else {}
+    if problems:
+        raise SettingsError(problems)
+    flags: dict[str, Any] = {
+        "listen": addresses,
+        "upstream": [{"url": url} for url in upstream],
+        "cache": {"directory": cache_dir} if cache_dir is not None else {},
+        "workers": {"count": workers} if workers is not None else {},
+    }
+    return {section: values for section, values in flags.items() if values}
+
+
+def host_port(flag: str, text: str) -> tuple[str, int]:
+    """Host ("" when left out) and port of "127.0.0.1:2967", "[::1]:2967" or ":2967"; SettingsError else."""
+    match = _HOST_PORT.fullmatch(text.strip())
+    if match is None or int(match[2]) > 65535 or match[1] == "[]":
+        raise SettingsError(
+            [f"{flag}: {text!r} is not right: must be HOST:PORT, such as 127.0.0.1:2967, [::1]:2967 or :2967"]
+        )
+    return match[1].strip("[]"), int(match[2])
+
+
+def demo(
+    *,
+    clients: Annotated[int, typer.Option(min=1, help="Simulated clients.")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they run.")] = 30.0,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes of gup.")] = 2,
+    wan_rate: Annotated[int, rate("Of the simulated WAN.", "10MB/s")] = 10_000_000,
+    seed: SeedFlag = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up after the summary.")] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show gup at work: a simulated manager behind a slow WAN, a real gup, and a site of clients."""
+    from gup.demo.run import demo as run
+
+    with exiting():
+        status = run(
+            clients=clients,
+            seconds=seconds,
+            wan_rate_bytes_per_second=wan_rate,
+            workers=workers,
+            keep=keep,
+            json_output=json_output,
+            seed=seed,
+        )
+    raise typer.Exit(status)
+
+
+@simulate.command("manager")
+def simulate_manager(
+    *,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where it listens; port 0 takes a free one.")
+    ] = "127.0.0.1:8014",
+    seed: SeedFlag = 1,
+    wan_rate: Annotated[int, rate('Of the WAN in front of it; "0" is unlimited.', "10MB/s")] = 10_000_000,
+    publish_interval: Annotated[
+        float, duration("Between new revisions; 0 publishes none by itself.", "10s")
+    ] = 10.0,
+    products: Annotated[int, typer.Option(min=1, help="Streams of content.")] = 4,
+    full_size: Annotated[int, size("Of a full package.", "4MB")] = 4_000_000,
+) -> None:
+    """Play a management server with a tree of content until SIGTERM or SIGINT."""
+    from gup.demo.manager import simulate_manager as run
+
+    with exiting():
+        host_port("--listen", listen)
+        status = run(
+            listen=listen,
+            seed=seed,
+            wan_rate_bytes_per_second=wan_rate,
+            publish_interval_seconds=publish_interval,
+            products=products,
+            full_bytes=full_size,
+        )
+    raise typer.Exit(status)
+
+
+@simulate.command("clients")
+def simulate_clients(
+    *,
+    url: Annotated[str, typer.Option(metavar="URL", help="The server they ask: gup, or a manager.")],
+    manager: Annotated[
+        str, typer.Option(metavar="URL", help="The simulated manager; without it, asked at --url.")
+    ] = "",
+    clients: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="How long they run.")] = 30.0,
+    seed: SeedFlag = 1,
+    json_output: JsonFlag = False,
+) -> None:
+    """Play a site's clients, which compare every byte."""
+    from gup.demo.clients import simulate_clients as run
+
+    with exiting():
+        status = run(
+            url=url,
+            count=clients,
+            seconds=seconds,
+            seed=seed,
+            json_output=json_output,
+            manager_url=manager,
+        )
+    raise typer.Exit(status)

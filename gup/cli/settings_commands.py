@@ -1,0 +1,107 @@
+"""`gup config` and `gup rules`: what settings mean, told without a service."""
+# ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gup.cli.format import print_json
+from gup.cli.options import ConfigFlag, JsonFlag, exiting
+
+config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
+
+
+@config.command("check")
+def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
+    """Say whether `gup serve --config FILE` could start, or every mistake."""
+    from gup.cli.usable import require_usable
+    from gup.config import load
+    from gup.units import format_size
+
+    with exiting():
+        settings = load(file)
+        require_usable(settings)
+    names = ", ".join(upstream.name for upstream in settings.upstream)
+    listen, cache = settings.listen, settings.cache
+    typer.echo(
+        f"{file}: ok: listens on {listen.address} port {listen.port}, "
+        f"keeps up to {format_size(cache.max_size)} in {cache.directory}, "
+        + (f"fetches from {names}" if names else "has no upstream: serve it with --upstream URL")
+    )
+
+
+@config.command("show")
+def show(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings' file (TOML).")] = None,
+) -> None:
+    """Print all settings in force, from FILE, the environment and the defaults; secrets are masked."""
+    from gup.cli.reference import settings_toml
+    from gup.config import load
+
+    with exiting():
+        text = settings_toml(load(file))
+    typer.echo(text, nl=False)
+
+
+rules = typer.Typer(help="Ask what the delivery rules decide.", no_args_is_help=True)
+
+
+@rules.callback()
+def _rules() -> None:
+    """Keeps `explain` a command of its own: typer would fold a single one into `gup rules`."""
+
+
+@rules.command("explain")
+def explain(
+    *,
+    moniker: Annotated[str, typer.Option(metavar="MONIKER", help="The stream, as in /content/{MONIKER}/.")],
+    client_version: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="What the client states, such as 14.3 RU2.")
+    ] = None,
+    client_language: Annotated[
+        str | None, typer.Option(metavar="LANGUAGE", help="What the client states, such as French or fr.")
+    ] = None,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A server to ask about; may be repeated; replaces all others."),
+    ] = None,
+    config: ConfigFlag = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Say for each upstream whether the client may have the stream from it, and why."""
+    from gup.cli.serve import serve_flags
+    from gup.config import load, require_servable
+    from gup.content.variant_choice import explained
+
+    with exiting():
+        given = serve_flags(upstream=upstream or [], listen=None, admin=None, cache_dir=None, workers=None)
+        settings = load(config, flags=given)
+        require_servable(settings)
+        told = _explain(settings, moniker, client_version, client_language)
+    if json_output:
+        print_json(told)
+        return
+    for line in explained(told):
+        typer.echo(line)
+
+
+def _explain(
+    settings: Any, moniker: str, client_version: str | None, client_language: str | None
+) -> dict[str, Any]:
+    from gup.cli.catalog_reader import read_catalog
+    from gup.content.catalog import Catalogues, normal_moniker
+    from gup.content.rules import Rulebook
+    from gup.content.variant_choice import explain as explanation
+    from gup.errors import SettingsError
+
+    stream = normal_moniker(moniker)
+    if stream is None:
+        raise SettingsError([f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without"])
+    book = Rulebook(settings)
+    client = book.identities.stated(client_version, client_language)
+    found = {upstream.name: read_catalog(settings, upstream) for upstream in settings.upstream}
+    rows = {name: one.rows for name, one in found.items() if one.rows is not None}
+    sources = {name: one.source for name, one in found.items()}
+    catalogues = Catalogues(rows, settings.upstream, book.types)
+    return explanation(book, catalogues, settings.upstream, sources, stream, client)

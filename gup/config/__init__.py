@@ -1,0 +1,46 @@
+"""Settings: one table of all, and how they are read."""
+
+from gup.config.loading import load, require_servable
+from gup.config.settings import (
+    CONTENT_TYPES,
+    PRIVATE_NETWORKS,
+    Cache,
+    Catalog,
+    Clients,
+    Fill,
+    Listen,
+    Log,
+    Prefetch,
+    Reports,
+    Rules,
+    Section,
+    Settings,
+    Site,
+    Upstream,
+    Wan,
+    WanSchedule,
+    Workers,
+)
+
+__all__ = [
+    "CONTENT_TYPES",
+    "PRIVATE_NETWORKS",
+    "Cache",
+    "Catalog",
+    "Clients",
+    "Fill",
+    "Listen",
+    "Log",
+    "Prefetch",
+    "Reports",
+    "Rules",
+    "Section",
+    "Settings",
+    "Site",
+    "Upstream",
+    "Wan",
+    "WanSchedule",
+    "Workers",
+    "load",
+    "require_servable",
+]

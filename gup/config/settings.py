@@ -1,0 +1,442 @@
+"""The table of every setting: name, type, default, help.
+
+Sizes are bytes, rates bytes per second (0 = unlimited), durations seconds once they are read.
+"""
+
+import os
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from gup.config.types import (
+    Absolute,
+    Address,
+    CacheSize,
+    Count,
+    Duration,
+    Headers,
+    Label,
+    LeastRate,
+    LogDestination,
+    Minute,
+    Networks,
+    Port,
+    Positive,
+    Proxy,
+    Rate,
+    SiteName,
+    Size,
+    Timeout,
+    TimeZone,
+    Url,
+    UrlPath,
+    Variant,
+    Weight,
+    Words,
+    is_token,
+)
+from gup.units import parse_duration, parse_rate, parse_size
+
+T = TypeVar("T")
+
+
+def row(default: T, description: str) -> T:
+    """One setting: its default and its sentence."""
+    return Field(default=default, description=description)
+
+
+class Section(BaseModel):
+    """A table of the file; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(Section):
+    """Where clients and administrators connect."""
+
+    address: Address = row("0.0.0.0", "Address of the data plane.")  # noqa: S104 - it serves a site
+    port: Port = row(2967, "Port of the data plane; 0 takes a free one.")
+    admin_address: Address = row("127.0.0.1", "Address of the control plane.")
+    admin_port: Port = row(2968, "Port of the control plane; 0 takes a free one.")
+    admin_token_file: Absolute | None = row(
+        None,
+        "A file with the token that those who look and change things show; "
+        "beyond loopback there must be one. Read again on reload.",
+    )
+    admin_read_token_file: Absolute | None = row(
+        None, "A file with another token, for those who only look, such as Prometheus. Read again on reload."
+    )
+    admin_cert_file: Absolute | None = row(
+        None, "The control plane's certificate with its chain (PEM): it speaks TLS. Read again on reload."
+    )
+    admin_key_file: Absolute | None = row(None, "The certificate's key (PEM, without a password).")
+    backlog: Positive = row(4096, "Connections that the kernel queues for each worker.")
+    max_connections: Positive = row(20000, "Client connections of all workers; more are closed at once.")
+    header_timeout: Timeout = row(15.0, "Time for a request's head to arrive whole.")
+    idle_timeout: Timeout = row(75.0, "Time for the next request on a connection to begin.")
+    write_timeout: Timeout = row(60.0, "Time for a client to take any byte while one is offered.")
+    drain_timeout: Duration = row(30.0, "Time for responses under way when the service stops.")
+
+
+class Cache(Section):
+    """The store on disk, its limits, and how long entries and failures are kept."""
+
+    directory: Absolute = row(Path("/var/lib/gup"), "The cache directory.")
+    max_size: CacheSize = row(parse_size("20GB"), "Limit of all bodies and parts together.")
+    min_free: Size = row(parse_size("1GB"), "Space to leave free on the file system.")
+    max_unused: Duration = row(parse_duration("30d"), "An entry not used for this time is evicted.")
+    keep_revisions: Count = row(10, "Newest revisions kept of each stream; 0 keeps all.")
+    max_part_age: Duration = row(
+        parse_duration("7d"), "An unfinished part that has not grown for this time is removed."
+    )
+    negative_ttl: Duration = row(10.0, "How long an upstream's 404 or 410 is remembered and answered.")
+    error_ttl: Duration = row(2.0, "How long an upstream's failure is remembered and answered.")
+    index_ttl: Duration = row(60.0, "How long an index file is fresh.")
+    max_stale: Duration = row(
+        parse_duration("7d"), "How long an index file is served stale while no upstream answers."
+    )
+    verify: Literal["first_use", "always", "scrub"] = row(
+        "first_use",
+        "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
+    )
+    scrub_rate: Rate = row(
+        parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'
+    )
+    scrub_interval: Duration = row(
+        parse_duration("7d"), "Time between the beginnings of two passes over all bodies."
+    )
+
+
+class Upstream(Section):
+    """One management server, LiveUpdate server or other gup; the table may stand several times."""
+
+    name: Label = row("", "Its name in logs and metrics; left out, the URL's host and port.")
+    url: Url = Field(description="http:// or https://, host, port; a path is put before every request's.")
+    kind: Literal["manager", "liveupdate", "gup"] = row("manager", "What kind of server it is.")
+    priority: Count = row(0, "The lowest is asked first.")
+    weight: Weight = row(1, "Share of the content among upstreams of one priority.")
+    version: Variant = row("any", "The manager's release or build, such as 14.3 RU2.")
+    language: Variant = row("any", "The manager's language, such as French or fr.")
+    ca_file: Absolute | None = row(None, "Certificates (PEM) to trust in place of the system's.")
+    verify_tls: bool = row(True, "Whether its certificate must be right.")
+    proxy: Proxy | None = Field(
+        default=None, repr=False, description="URL of a web proxy on the way; its password is kept secret."
+    )
+    headers: Headers = Field(
+        default_factory=dict, repr=False, description="Sent with every request; the values are kept secret."
+    )
+    max_connections: Positive = row(16, "Connections at once, of each worker.")
+    connect_timeout: Timeout = row(5.0, "Time for a connection to stand, TLS included.")
+    first_byte_timeout: Timeout = row(
+        60.0, "Time for the head of an answer to be there whole, from when the connection stands."
+    )
+    read_timeout: Timeout = row(15.0, "Time for any byte of a body, while gup is ready to take it.")
+    min_rate: LeastRate = row(
+        100,
+        "Rate below which a body over four times read_timeout goes on without its place among those of "
+        'fill.max, and is broken off when requests wait for a connection; "0" sets none.',
+    )
+    give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams.")
+    health_interval: Duration = row(30.0, "Time between health checks while all is well; 0 makes none.")
+    health_path: UrlPath | None = row(
+        None,
+        "Path that health checks ask for with HEAD, any answer being right; left out, ContentInfo.txt of a "
+        "manager, minitri.flg of LiveUpdate, / of a gup.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("url"), str):
+            return {**value, "name": value["url"].split("://")[-1].split("/")[0]}
+        return value
+
+
+class Fill(Section):
+    """Fetching from upstream."""
+
+    max: Positive = row(
+        8,
+        "Fills that stream at once, over all workers; beside fulls under way as many deltas and index files.",
+    )
+    queue_timeout: Duration = row(
+        30.0, "Time for a request to wait for its fill to begin; 503 at once if that would take longer."
+    )
+    range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
+
+
+class Prefetch(Section):
+    """Content that is fetched before a client asks for it, while no client's fill needs the link."""
+
+    enabled: bool = row(
+        True,
+        "Whether, when clients begin to ask for a new revision, the deltas to it from the other revisions "
+        "seen at this site are fetched; client patches never are.",
+    )
+    max: Annotated[Count, Field(le=16)] = row(
+        8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
+    )
+    seen_within: Duration = row(
+        parse_duration("7d"),
+        "No deltas are fetched from a revision that no client has named for this time.",
+    )
+    unlisted: Literal["skip", "fetch"] = row(
+        "skip", "Whether streams are fetched that no catalogue lists: they might be client patches."
+    )
+
+
+class WanSchedule(Section):
+    """Another WAN rate at certain hours of the site; of several such tables the first that holds decides."""
+
+    days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)] = (
+        Field(description="Weekdays, of mon, tue, wed, thu, fri, sat, sun.")
+    )
+    from_: Minute = Field(alias="from", description="First minute, HH:MM; later than `to`: over midnight.")
+    to: Minute = Field(description="The minute after the last, HH:MM, to 24:00.")
+    rate: Rate = Field(description="Rate while it holds.")
+
+    @model_validator(mode="after")
+    def _some_time(self) -> Self:
+        if self.from_ == self.to:
+            raise ValueError(f'"from" and "to" are both {self.to}; a whole day is from 00:00 to 24:00')
+        return self
+
+
+class Wan(Section):
+    """The rate of all fills together."""
+
+    rate: Rate = row(parse_rate("8MB/s"), 'Rate from upstream, over all workers; "0" is unlimited.')
+    schedule: list[WanSchedule] = Field(default_factory=list, description="Other rates at certain hours.")
+
+
+PRIVATE_NETWORKS = (
+    *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"),
+    *("::1/128", "fc00::/7", "fe80::/10"),
+)
+"""Loopback, private and link-local ranges (RFC 1918, RFC 3927, RFC 4193, RFC 4291)."""
+
+
+class Clients(Section):
+    """Which clients are served, and how much at once."""
+
+    allow: Networks = row(list(PRIVATE_NETWORKS), "Networks of the site's clients.")
+    max_downloads: Count = row(0, "Bodies over 256 KiB sent at once; more wait; 0 is unlimited.")
+    queue: Count = row(1000, "Requests that may wait for a download; more get 503.")
+    rate: Rate = row(0, 'Rate to each connection; "0" is unlimited.')
+    max_connections_per_address: Count = row(
+        4096,
+        "Connections of one address; more are closed at once; 0 is unlimited. "
+        "A branch behind NAT is one address, so by default it is much, "
+        "and still one address can't take all of listen.max_connections.",
+    )
+
+
+CONTENT_TYPES: dict[str, list[str]] = {
+    "client_patches": ["*client patch*", "*clientpatch*"],
+    "virus_definitions": ["*virus definitions*"],
+    "ips_signatures": ["*cids signatures*", "*ips signatures*", "*intrusion prevention*", "*network threat*"],
+    "behavior_analysis": [
+        *("*behavior and security heuristics*", "*behavior analysis*", "*behaviour analysis*"),
+        *("*sonar*", "*truscan*"),
+    ],
+    "submission_control": ["*submission control*"],
+}
+"""Types of content that are told apart without any setting; what fits none is of type "other"."""
+
+
+def _with_known_types(types: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The settings' own types are tried first; one that is named again is replaced."""
+    return types | {name: patterns for name, patterns in CONTENT_TYPES.items() if name not in types}
+
+
+class Catalog(Section):
+    """Names of streams, and the type of content of each."""
+
+    file: Absolute | None = row(
+        None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
+    )
+    refresh: Duration = row(
+        parse_duration("1h"), "Time between readings of the managers' catalogues; 0 reads none."
+    )
+    types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
+        CONTENT_TYPES,
+        "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "
+        "fits; these stand besides those named here, and an empty list takes one away.",
+    )
+
+
+class Rules(Section):
+    """Delivery rules for client patches."""
+
+    mode: Literal["enforce", "report", "off"] = row(
+        "enforce", "Whether to refuse, only to count, or neither."
+    )
+    version_match: Literal["release", "build"] = row(
+        "release", "Whether equal versions means the same release or the same build."
+    )
+    undeclared: Literal["serve", "refuse"] = row(
+        "serve", "Whether a client is served that does not state the version or language that a rule needs."
+    )
+    unlisted: Literal["serve", "refuse"] = row(
+        "serve", "Whether content is served whose moniker no catalogue lists."
+    )
+    download_client_patches: bool = row(True, "Whether client patches are served at all.")
+    content_types: Words = row(
+        [], 'Content types served, of those in catalog.types and "other"; empty is all.'
+    )
+    english_after_autoupgrade: bool = row(
+        False, "Whether a manager of another language may give English patches to English clients."
+    )
+    supported_languages: Words = row(
+        [],
+        "Languages that there are installation packages in; a client in another one is told of AutoUpgrade "
+        "to English. Empty: it is told to find out.",
+    )
+    version_sources: Words = row(
+        ["GUP-Client-Version", "User-Agent: SEP"],
+        'Where a client states its version, the first that does: a header, or "HEADER: PRODUCT" for '
+        "PRODUCT/VERSION in it.",
+    )
+    language_sources: Words = row(
+        ["GUP-Client-Language"],
+        "Where a client states its language, likewise; Accept-Language may be added, but tells Windows' own.",
+    )
+    liveupdate: Url | None = row(
+        None, "The LiveUpdate server that a refused client is shown; left out, an upstream's of that kind."
+    )
+    releases: dict[str, str] = row(
+        {},
+        'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".',
+    )
+
+
+class Log(Section):
+    """What is logged, and where to."""
+
+    level: Literal["debug", "info", "warning", "error"] = row(
+        "info", "The least level written; lines of requests are decided by access alone."
+    )
+    format: Literal["text", "json"] = row("text", "A line of text, or a JSON object.")
+    destination: LogDestination = row(
+        "stderr",
+        '"stderr", "stdout", "journald", or the absolute path of a file, which is opened anew when it was '
+        "renamed (logrotate).",
+    )
+    access: Literal["off", "sampled", "all"] = row(
+        "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
+    )
+    access_sample: Positive = row(
+        100, "Of how many hits one is logged while access is sampled, in each worker: the first, and so on."
+    )
+
+
+class Reports(Section):
+    """Records of clients and of the bytes saved, for `gup report`."""
+
+    addresses: Literal["full", "hashed", "off"] = row(
+        "full",
+        "How clients are told apart in reports and in the log: by their addresses, by keyed hashes of them, "
+        "or not at all: then there are no records of clients.",
+    )
+    retention: Timeout = row(
+        parse_duration("90d"),
+        "A client not seen for this time is forgotten; so are older records of content taken.",
+    )
+    max_clients: Positive = row(
+        100_000,
+        "Clients remembered; beyond it those not seen for the longest are forgotten.",
+    )
+    ledger: Timeout = row(
+        parse_duration("400d"),
+        "How long the savings of single days are kept; older ones are added up.",
+    )
+
+
+class Workers(Section):
+    """Data plane processes."""
+
+    count: Annotated[Count, Field(le=1024)] = row(0, "Worker processes; 0 is one a core.")
+
+
+def _host_name() -> str:
+    """The host's name as a token."""
+    return "".join(letter if is_token(letter) else "-" for letter in socket.gethostname())[:64] or "gup"
+
+
+class Site(Section):
+    """The site itself."""
+
+    name: SiteName = Field(
+        default_factory=_host_name, description="Its name in metrics, Via and pages; left out, the host's."
+    )
+    time_zone: TimeZone = row("", 'IANA time zone of its hours, such as "Europe/Paris"; "" is the host\'s.')
+
+
+def _one_upstream(value: object) -> object:
+    """URLs with commas, as in the environment, or a single table stand for a list of tables."""
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{"):
+        return [{"url": url.strip()} for url in value.split(",") if url.strip()]
+    return [value] if isinstance(value, dict) else value
+
+
+class Settings(Section):
+    """All settings of a service, checked."""
+
+    listen: Listen = Field(default_factory=Listen)
+    cache: Cache = Field(default_factory=Cache)
+    upstream: Annotated[list[Upstream], BeforeValidator(_one_upstream)] = Field(default_factory=list)
+    fill: Fill = Field(default_factory=Fill)
+    prefetch: Prefetch = Field(default_factory=Prefetch)
+    wan: Wan = Field(default_factory=Wan)
+    clients: Clients = Field(default_factory=Clients)
+    catalog: Catalog = Field(default_factory=Catalog)
+    rules: Rules = Field(default_factory=Rules)
+    log: Log = Field(default_factory=Log)
+    reports: Reports = Field(default_factory=Reports)
+    workers: Workers = Field(default_factory=Workers)
+    site: Site = Field(default_factory=Site)
+
+    @property
+    def worker_count(self) -> int:
+        return self.workers.count or len(os.sched_getaffinity(0))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        names = [upstream.name for upstream in self.upstream]
+        problems += [
+            f"upstream: the name {name!r} stands {names.count(name)} times; each upstream must have its own"
+            for name in sorted({name for name in names if names.count(name) > 1})
+        ]
+        listen = self.listen
+        addresses = {listen.address, listen.admin_address}
+        if listen.port == listen.admin_port != 0 and (len(addresses) == 1 or addresses & {"0.0.0.0", "::"}):  # noqa: S104
+            problems.append(f"listen.admin_port: {listen.admin_port} is listen.port too; they must differ")
+        problems += _unguarded(listen)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _unguarded(listen: Listen) -> list[str]:
+    problems = []
+    if listen.admin_token_file is None and not ip_address(listen.admin_address).is_loopback:
+        problems.append(
+            f"listen.admin_address: {listen.admin_address} can be reached by others, so every request needs "
+            "a token: listen.admin_token_file must name a file with one, such as made by "
+            "openssl rand -hex 32; or let it be 127.0.0.1"
+        )
+    if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
+        missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
+        problems.append(f"listen.{missing}: missing; certificate and key go together")
+    return problems

@@ -1,0 +1,195 @@
+"""The version and language that a client states in its request's headers.
+
+How a client states them is not public (FIELD), so the places are settings, tried in order. What cannot be
+read counts as not stated. Two readers share this: `Identities` for the rules, which compare versions, and
+`Declarations` for log and reports, which only show the text and must be fast.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gup.config import Rules
+from gup.config.types import is_token
+from gup.content.languages import Language, parse_language
+from gup.content.releases import Releases, Version
+
+Header = Callable[[str], str | None]
+"""A request's field by its name in lower case, None when it has none."""
+Headers = tuple[tuple[str, str], ...]
+"""A request's fields, names in lower case."""
+
+_QUALITY = re.compile(r"q=([01](?:\.[0-9]{0,3})?)", re.IGNORECASE)
+_ACCEPT_LANGUAGE = "accept-language"
+_MAX_SHOWN = 64
+_MOST_REMEMBERED = 4096
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What a client states; None is undeclared. `notes` tell what was stated and could not be read."""
+
+    version: Version | None = None
+    language: Language | None = None
+    notes: tuple[str, ...] = ()
+
+
+NOBODY = Client()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A header, or the version of `product` in it (`PRODUCT/VERSION`, RFC 9110 section 10.1.5)."""
+
+    header: str
+    product: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.header}: {self.product}" if self.product else self.header
+
+    def read(self, header: Header) -> str | None:
+        """The text stated there; None when there is none."""
+        value = header(self.header.lower())
+        if value is None or not value.strip():
+            return None
+        if self.product:
+            found = re.search(rf"(?<![^\s(;]){re.escape(self.product)}/([^\s();,]+)", value, re.IGNORECASE)
+            return found[1] if found else None
+        if self.header.lower() == _ACCEPT_LANGUAGE:
+            return _most_wanted(value)
+        return value.strip()
+
+
+def parse_source(text: str) -> Source | None:
+    """`HEADER` or `HEADER: PRODUCT`; None for anything else."""
+    header, colon, product = (part.strip() for part in text.partition(":"))
+    if not is_token(header) or (colon and not is_token(product)):
+        return None
+    return Source(header, product)
+
+
+def _sources(texts: Sequence[str]) -> list[Source]:
+    return [source for text in texts if (source := parse_source(text))]
+
+
+class Identities:
+    """Reads versions and languages to compare, from the headers that `rules` name."""
+
+    def __init__(self, rules: Rules, releases: Releases) -> None:
+        self._versions = _sources(rules.version_sources)
+        self._languages = _sources(rules.language_sources)
+        self._releases = releases
+        read = (source.header for source in (*self._versions, *self._languages))
+        self.vary = ", ".join(dict.fromkeys(read)) or None
+        """The headers that are read, as the Vary of an answer that depends on them; None when none is."""
+
+    def read(self, header: Header) -> Client:
+        return self._client(self._versions, self._languages, header)
+
+    def stated(self, version: str | None, language: str | None) -> Client:
+        """The client that states these, wherever it does."""
+        fields = {"client-version": version, "client-language": language}
+        return self._client([Source("client-version")], [Source("client-language")], fields.get)
+
+    def _client(self, versions: Sequence[Source], languages: Sequence[Source], header: Header) -> Client:
+        notes: list[str] = []
+        version = _first(versions, header, self._releases.version, "version", notes)
+        language = _first(languages, header, parse_language, "language", notes)
+        return Client(version, language, tuple(notes))
+
+
+def _first(
+    sources: Sequence[Source],
+    header: Header,
+    parse: Callable[[str], T | None],
+    what: str,
+    notes: list[str],
+) -> T | None:
+    for source in sources:
+        text = source.read(header)
+        if text is None:
+            continue
+        found = parse(text)
+        if found is not None:
+            return found
+        shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+        notes.append(f"the {what} stated in {source.name}, {shown!r}, can't be read and counts as not stated")
+    return None
+
+
+def _most_wanted(value: str) -> str | None:
+    """The first language of the highest quality in an Accept-Language (RFC 9110 section 12.5.4)."""
+    best, wanted = 0.0, None
+    for part in value.split(","):
+        tag, _, parameter = (piece.strip() for piece in part.partition(";"))
+        quality = _QUALITY.fullmatch(parameter)
+        weight = float(quality[1]) if quality else float(not parameter)
+        if tag and tag != "*" and weight > best:
+            best, wanted = weight, tag
+    return wanted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stated:
+    """Version and language as text, "" where not stated. Compared by identity, which is fast."""
+
+    version: str = ""
+    language: str = ""
+
+
+NOTHING = Stated()
+
+
+class Declarations:
+    """Reads them as text. Clients send the same headers all day, so what was read is remembered."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._versions = _sources(rules.version_sources)
+        self._languages = _sources(rules.language_sources)
+        self._wanted = frozenset(source.header.lower() for source in (*self._versions, *self._languages))
+        self._is_version = Releases().version
+        names = b"|".join(re.escape(name.encode("latin-1")) for name in sorted(self._wanted))
+        self._line = re.compile(rb"\n(" + (names or rb"(?!)") + rb"):[ \t]*+([^\r\n]*)", re.IGNORECASE)
+        self._known: dict[Headers, Stated] = {}
+        self._stated: dict[tuple[str, str], Stated] = {("", ""): NOTHING}
+
+    def of(self, headers: Headers) -> Stated:
+        """What a request's headers state."""
+        wanted = self._wanted
+        return self._look_up(tuple([field for field in headers if field[0] in wanted]))
+
+    def of_head(self, head: bytes) -> Stated:
+        """The same for the bytes of a head that is known to be well-formed (gup.server.plain)."""
+        lines = self._line.findall(head)
+        return self._look_up(
+            tuple([(name.lower().decode(), value.strip(b" \t").decode("latin-1")) for name, value in lines])
+        )
+
+    def _look_up(self, found: Headers) -> Stated:
+        if not found:
+            return NOTHING
+        stated = self._known.get(found)
+        return self._read(found) if stated is None else stated
+
+    def _read(self, found: Headers) -> Stated:
+        fields: dict[str, str] = {}
+        for name, value in found:
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        versions = [text for source in self._versions if (text := source.read(fields.get))]
+        # As for the rules: a version that cannot be read does not hide that of a later source.
+        readable = next((text for text in versions if self._is_version(text)), None)
+        languages = [text for source in self._languages if (text := source.read(fields.get))]
+        pair = (_printable(readable or next(iter(versions), "")), _printable(next(iter(languages), "")))
+        if len(self._known) >= _MOST_REMEMBERED:
+            self._known.clear()
+            self._stated = {("", ""): NOTHING}
+        stated = self._known[found] = self._stated.setdefault(pair, Stated(*pair))
+        return stated
+
+
+def _printable(text: str) -> str:
+    return "".join(letter for letter in text[:_MAX_SHOWN] if letter.isprintable()).strip()

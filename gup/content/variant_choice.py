@@ -1,0 +1,295 @@
+"""Which manager's content a client gets, whether it may, and under which variant that is stored.
+
+What a client states only chooses among the variants that upstreams are configured for. Nothing a client
+states becomes a part of a key.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from gup import config
+from gup.content.catalog import CLIENT_PATCHES, Catalogues, Listed
+from gup.content.client_identity import Client, Header
+from gup.content.key import ABSENT, ANY, EVERY, Variant
+from gup.content.languages import ENGLISH
+from gup.content.routes import LIVEUPDATE_STREAM, Route
+from gup.content.rules import Decision, Origin, Rulebook, document, lines
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+_MOST_REMEMBERED = 4096
+_ALL = Variant(ANY, ANY)
+_NOT_A_STREAM = Decision("files beside the streams are for every client", "")
+_FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`asked` is whose upstreams a fill asks, `stored` the variant of the key, `elsewhere` the variants whose
+    stored body would be as good.
+
+    `for_everybody`: the same whatever the client states. `refused`: the decision is enforced. `upstream` is
+    the name of the manager that it was decided for.
+    """
+
+    upstream: str
+    asked: Variant
+    stored: Variant
+    elsewhere: tuple[Variant, ...]
+    decision: Decision
+    refused: bool
+    for_everybody: bool
+    unlisted: bool = False
+
+    def of(self, route: Route) -> Route:
+        """`route` with the key that was chosen; a variant that its name states stays."""
+        stored = route.variant or (None if self.stored == self.asked else self.stored)
+        if stored == route.variant and self.elsewhere == route.elsewhere:
+            return route
+        return replace(route, variant=stored, elsewhere=self.elsewhere)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A variant that there are upstreams for, the first of them by priority, and the names of all."""
+
+    variant: Variant
+    origin: Origin
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A source that may have a stream, and how it lists that."""
+
+    source: _Source
+    listed: Listed | None
+
+
+class Choices:
+    """The choices under one set of settings and catalogues; others make a new object."""
+
+    def __init__(self, book: Rulebook, catalogues: Catalogues, upstreams: Sequence[config.Upstream]) -> None:
+        self.book = book
+        self.catalogues = catalogues
+        self._sources = _sources(book, upstreams)
+        self._options: dict[str, tuple[_Option, ...]] = {}
+        self._everybody: dict[str, Choice | None] = {}
+        self._by_client: dict[tuple[str, ...], Choice] = {}
+        self._liveupdate = Choice("liveupdate", _ALL, _ALL, (_ALL,), _FROM_LIVEUPDATE, False, True)
+
+    @property
+    def any_source(self) -> bool:
+        """Whether there is any upstream for content."""
+        return bool(self._sources)
+
+    def choose(self, stream: str, header: Header) -> Choice:
+        """For the client whose request has these headers; they are read only where they matter."""
+        choice = self.standing(stream)
+        return choice if choice is not None else self.choose_for(stream, self.book.identities.read(header))
+
+    def standing(self, stream: str) -> Choice | None:
+        """The choice for every client; None where it depends on the client."""
+        if stream == LIVEUPDATE_STREAM:
+            return self._liveupdate
+        try:
+            return self._everybody[stream]
+        except KeyError:
+            return _remembered(self._everybody, stream, self._for_everybody(stream))
+
+    def choose_for(self, stream: str, client: Client) -> Choice:
+        """For a client that states this."""
+        choice = self.standing(stream)
+        if choice is not None:
+            return choice
+        # By what was written: a refusal repeats it, and what compares equal may be written differently.
+        version = "" if client.version is None else client.version.text
+        language = "" if client.language is None else client.language.text
+        stated = (stream, version, language, *client.notes)
+        known = self._by_client.get(stated)
+        return known or _remembered(self._by_client, stated, self._decide(stream, client))
+
+    def variants(self, stream: str) -> list[tuple[Variant, Variant]]:
+        """Each variant that may have a stream, and the one that its content is stored under."""
+        if stream == LIVEUPDATE_STREAM:
+            return [(_ALL, _ALL)]
+        found = [option.source.variant for option in self._options_of(stream)]
+        return [(variant, self._where(stream, variant)[1]) for variant in found]
+
+    def _for_everybody(self, stream: str) -> Choice | None:
+        options = self._options_of(stream)
+        if len(options) > 1 and (not self.catalogues.for_all_languages(stream) or self._is_bound(stream)):
+            return None
+        decisions = [self._standing(stream, option) for option in options]
+        first = decisions[0]
+        if first is None or any(d is None or d.rule != first.rule for d in decisions):
+            return None
+        return self._made(stream, options[0], first, for_everybody=True)
+
+    def _standing(self, stream: str, option: _Option) -> Decision | None:
+        if stream == ABSENT:
+            return _NOT_A_STREAM
+        return self.book.standing(option.listed, option.source.origin)
+
+    def _is_bound(self, stream: str) -> bool:
+        """Whether a stream is a client patch: it belongs to a version even where it is for all languages."""
+        return self.catalogues.type_of(stream) == CLIENT_PATCHES
+
+    def _options_of(self, stream: str) -> tuple[_Option, ...]:
+        """The sources that have a stream, as far as catalogues tell; all when none does."""
+        found = self._options.get(stream)
+        if found is None:
+            every = tuple(_Option(source, self._listed(source, stream)) for source in self._sources)
+            found = tuple(option for option in every if option.listed is not None) or every
+            _remembered(self._options, stream, found)
+        return found
+
+    def _listed(self, source: _Source, stream: str) -> Listed | None:
+        """How a source lists a stream. Until its catalogue is known the rows of others stand for it, so that
+        no client patch passes as unlisted.
+        """
+        rows = (self.catalogues.listed(name, stream) for name in source.names)
+        own = next((row for row in rows if row is not None), None)
+        others = self.catalogues.somewhere(stream)
+        if own is not None or others is None or any(map(self.catalogues.known, source.names)):
+            return own
+        return Listed(others.moniker, others.product, "")
+
+    def _decide(self, stream: str, client: Client) -> Choice:
+        """The best source: one that may serve the client, then by language, by version, by priority.
+
+        Where none may, the one whose refusal tells most: of the client's language, else of its version.
+        """
+        ranked = []
+        for at, option in enumerate(self._options_of(stream)):
+            decision = self._standing(stream, option)
+            if decision is None:
+                decision = self.book.decide(option.listed, option.source.origin, client)
+            language = _language_distance(option.source.origin, client)
+            version = _version_distance(option.source.origin, client)
+            nearness = (language, version) if decision.allowed else (min(language, 1), version, language)
+            ranked.append(((not decision.allowed, *nearness, at), option, decision))
+        _, option, decision = min(ranked, key=lambda row: row[0])
+        return self._made(stream, option, decision, for_everybody=False)
+
+    def _made(self, stream: str, option: _Option, decision: Decision, *, for_everybody: bool) -> Choice:
+        asked, stored, elsewhere = self._where(stream, option.source.variant)
+        return Choice(
+            option.source.origin.name,
+            asked,
+            stored,
+            elsewhere,
+            decision,
+            self.book.refuses(decision),
+            for_everybody,
+            option.listed is None and stream != ABSENT,
+        )
+
+    def _where(self, stream: str, variant: Variant) -> tuple[Variant, Variant, tuple[Variant, ...]]:
+        """Whom to ask, where it is stored, and where else the same bytes may be stored already."""
+        variants = tuple(source.variant for source in self._sources)
+        if not self.catalogues.for_all_languages(stream):
+            # With a single variant everything is of it, also what was stored when it was listed otherwise.
+            return variant, variant, (_ALL,) if len(variants) == 1 else ()
+        version = variant.version if self._is_bound(stream) else ANY
+        same = tuple(other for other in variants if version in (ANY, other.version))
+        wide = Variant(EVERY if version == ANY else version, EVERY)
+        elsewhere = tuple(dict.fromkeys((variant, *same)))
+        return wide if len(variants) > 1 else variant, Variant(version, ANY), elsewhere
+
+
+def _sources(book: Rulebook, upstreams: Sequence[config.Upstream]) -> tuple[_Source, ...]:
+    """By priority, then as they stand in the settings."""
+    names: dict[Variant, list[str]] = {}
+    for upstream in sorted(upstreams, key=lambda upstream: upstream.priority):
+        if upstream.kind != "liveupdate":
+            names.setdefault(Variant(upstream.version, upstream.language), []).append(upstream.name)
+    return tuple(_Source(variant, book.origins[own[0]], tuple(own)) for variant, own in names.items())
+
+
+def _language_distance(origin: Origin, client: Client) -> int:
+    """0 where nothing is stated: all are as near. English is next to all: AutoUpgrade leads there (FIELD)."""
+    if client.language is None or (origin.language is not None and origin.language.fits(client.language)):
+        return 0
+    if origin.language is None:
+        return 1
+    return 2 if origin.language == ENGLISH else 3
+
+
+def _version_distance(origin: Origin, client: Client) -> int:
+    if client.version is None or origin.version == client.version:
+        return 0
+    if origin.version is None:
+        return 2
+    return 1 if origin.version.same_release(client.version) else 3
+
+
+def _remembered(memory: dict[Key, Value], key: Key, value: Value) -> Value:
+    """`value`, kept under `key`. Bounded: clients may invent monikers and versions without end."""
+    if len(memory) >= _MOST_REMEMBERED:
+        memory.clear()
+    memory[key] = value
+    return value
+
+
+# --- why, for people and programs
+
+
+def explain(
+    book: Rulebook,
+    catalogues: Catalogues,
+    upstreams: Sequence[config.Upstream],
+    read_from: Mapping[str, str],
+    moniker: str,
+    client: Client,
+) -> dict[str, Any]:
+    """What the rules decide for one client and stream at each upstream: `gup rules explain --json`, the API.
+
+    `moniker` is in braces and upper case. `read_from` tells by the upstream's name where its catalogue was
+    read. `served_from` is the upstream that the service would choose for the client, of those with content;
+    None where it would refuse, or has none.
+    """
+    choices = Choices(book, catalogues, upstreams)
+    choice = choices.choose_for(moniker, client) if choices.any_source else None
+    answers: list[dict[str, Any]] = []
+    for upstream in upstreams:
+        listed = catalogues.listed(upstream.name, moniker)
+        decision = book.decide(listed, book.origins[upstream.name], client)
+        answers.append(
+            {
+                "upstream": upstream.name,
+                "catalogue": read_from.get(upstream.name, "not read yet"),
+                "product": None if listed is None else listed.product,
+                "product_language": None if listed is None else listed.language or None,
+                "refused": book.refuses(decision),
+                **document(decision, book.liveupdate_url),
+            }
+        )
+    # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
+    kinds = {upstream.name: upstream.kind for upstream in upstreams}
+    managers = [answer for answer in answers if kinds[answer["upstream"]] != "liveupdate"]
+    return {
+        "moniker": moniker,
+        "mode": book.mode,
+        "allowed": any(answer["allowed"] for answer in managers or answers),
+        "served_from": None if choice is None or choice.refused else choice.upstream,
+        "decisions": answers,
+        "client_notes": list(client.notes),
+    }
+
+
+def explained(told: Mapping[str, Any]) -> list[str]:
+    """An explanation for people."""
+    out = [f"{told['moniker']}: {'allowed' if told['allowed'] else 'refused'}"]
+    if told["mode"] != "enforce":
+        out[0] += f' (rules.mode is "{told["mode"]}": nothing is refused)'
+    if told["served_from"] is not None and len(told["decisions"]) > 1:
+        out[0] += f", from {told['served_from']}"
+    notes = [f"note: {note}" for note in told["client_notes"]]
+    out += notes
+    for answer in told["decisions"]:
+        out += ["", f"from {answer['upstream']}"]
+        out.append(f"  product: {answer['product'] or 'not listed'} (catalogue: {answer['catalogue']})")
+        out += [f"  {line}" for line in lines(answer) if line not in notes]
+    return out

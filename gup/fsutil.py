@@ -1,0 +1,79 @@
+"""Files: replaced atomically, synced, locked by ranges of bytes."""
+
+import fcntl
+import os
+import select
+import struct
+from pathlib import Path
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+
+
+def write_all(fd: int, content: bytes | memoryview) -> None:
+    """write(2) may take less than all: on a disk that is nearly full, into a pipe."""
+    rest = memoryview(content)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:  # another process made a shared descriptor non-blocking
+            select.select([], [fd], [])
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` beside `path`, readable by the owner only, and rename it there.
+
+    Readers see the old file or the whole new one; with `durable` also after a power cut. OSError leaves the
+    old one. One process at a time writes a path: the name of the new file is fixed, so nothing piles up.
+    """
+    os.close(replaced_file(path, content, durable=durable))
+
+
+def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:
+    """The same, and the new file's descriptor."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)  # it may be another's, with other rights
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content)
+        if durable:
+            os.fsync(fd)
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except BaseException:
+        os.close(fd)
+        temporary.unlink(missing_ok=True)
+        raise
+    return fd
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable (fsync(2)): a new file's, a renamed one's, a removed one's."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock_range(fd: int, start: int, length: int = 1, *, wait: bool) -> None:
+    """Take the write lock of a range of bytes for the open file description (F_OFD_SETLK, fcntl(2)).
+
+    The kernel frees it when the description is closed, however its processes end. OSError EAGAIN or EACCES
+    when another has it and `wait` is false.
+    """
+    _ask(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, fcntl.F_WRLCK, start, length)
+
+
+def unlock_range(fd: int, start: int, length: int = 1) -> None:
+    _ask(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, start, length)
+
+
+def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
+    """Whether another description has a lock there at this moment."""
+    answer = _ask(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
+    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))

@@ -1,0 +1,390 @@
+"""The log: its two formats, its destinations, and the thread that writes to them.
+
+`logging` puts records in a bounded queue and never waits; records that find no room, or can't be written, are
+counted, and the log says how many were dropped.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from io import TextIOWrapper
+from logging.handlers import QueueHandler, QueueListener, WatchedFileHandler
+from pathlib import Path
+from typing import Any
+
+from gup import config
+from gup.errors import SettingsError
+from gup.fsutil import write_all
+
+ACCESS = "gup.access"
+"""The logger of requests: `log.access` decides about it, `log.level` does not."""
+
+_MOST_RECORDS = 8192
+_BATCH = 256
+_CLOSE_SECONDS = 2.0
+"""How long the end waits for a destination that takes no lines."""
+_COMPLAIN_SECONDS = 60.0
+
+
+def configure(own: config.Log) -> None:
+    """Send records where `own` says; called again after a reload, which opens files again.
+
+    SettingsError when the destination can't be written to; the log in force stays then.
+    """
+    handler = WritingHandler(_destination(own))
+    root = logging.getLogger()
+    before = _handlers()
+    root.addHandler(handler)
+    for old in before:
+        root.removeHandler(old)
+        old.retire()
+    root.setLevel(own.level.upper())
+    logging.getLogger(ACCESS).setLevel(logging.INFO)
+
+
+def configure_child(own: config.Log) -> None:
+    """The same in a child, which must go on: the log in force, else standard error, says what is wrong."""
+    try:
+        configure(own)
+    except SettingsError as error:
+        if not _handlers():
+            configure(own.model_copy(update={"destination": "stderr"}))
+        logging.getLogger("gup.log").error("%s", error)  # noqa: TRY400 - the error is a sentence
+
+
+def close() -> None:
+    """Write what is queued and end the thread; `logging` does the same at the exit of the process."""
+    for handler in _handlers():
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def require_destination(own: config.Log) -> None:
+    """SettingsError when the log could not be written there. Makes no file: that is the service's."""
+    name, why = own.destination.partition(":")[0], ""
+    if name == "journald":
+        _destination(own).close()
+    elif name.startswith("/"):
+        file = Path(own.destination)
+        if file.is_dir():
+            why = "Is a directory"
+        elif file.exists():
+            why = "" if os.access(file, os.W_OK) else "Permission denied"
+        elif not file.parent.is_dir():
+            why = f"there is no folder {str(file.parent)!r}"
+    if why:
+        raise SettingsError([_unwritable(own.destination, why)])
+
+
+def _unwritable(destination: str, why: str) -> str:
+    right = 'it must be a file in a folder that gup can write to, or "stderr", "stdout" or "journald"'
+    return f"log.destination: {destination!r} can't be written to: {why}: {right}"
+
+
+def _handlers() -> list["WritingHandler"]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, WritingHandler)]
+
+
+def _destination(own: config.Log) -> "Destination":
+    name, _, path = own.destination.partition(":")
+    try:
+        match name:
+            case "stderr":
+                destination: Destination = _DescriptorHandler(2)
+            case "stdout":
+                destination = _DescriptorHandler(1)
+            case "journald":
+                destination = _JournalHandler(path or _JOURNAL)
+            case _:
+                destination = _FileHandler(own.destination)
+    except OSError as error:
+        raise SettingsError([_unwritable(own.destination, error.strerror or str(error))]) from error
+    destination.setFormatter(_JsonFormatter() if own.format == "json" else _TextFormatter())
+    return destination
+
+
+# --- the queue and its thread
+
+
+class WritingHandler(QueueHandler):
+    """Queues records from any thread, at most 8192, for a thread that writes them to `destination`."""
+
+    queue: "queue.SimpleQueue[logging.LogRecord]"
+
+    def __init__(self, destination: "Destination") -> None:
+        super().__init__(queue.SimpleQueue())
+        self.dropped = 0
+        """Changed under the handler's lock."""
+        self._writer = _Writer(self, destination)
+        self._retired = False
+        self._writer.start()
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        record.msg, record.args = record.getMessage(), None  # now: the arguments may change later
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.queue.qsize() < _MOST_RECORDS:
+            self.queue.put(record)
+        else:
+            self.dropped += 1
+
+    def retire(self) -> None:
+        """Take no more; the queue is still written, then the destination is closed. Never waits."""
+        if not self._retired:
+            self._retired = True
+            self.queue.put(_LAST)
+            self._writer.enqueue_sentinel()
+
+    def close(self) -> None:
+        self.retire()
+        self._writer.ended.wait(_CLOSE_SECONDS)
+        super().close()
+
+
+_LAST = logging.makeLogRecord({})
+
+
+class _Writer(QueueListener):
+    """Takes no lock that a waiting thread could hold: `logging` locks the handler while it closes it."""
+
+    def __init__(self, handler: WritingHandler, destination: "Destination") -> None:
+        super().__init__(handler.queue)
+        self.ended = threading.Event()
+        self._handler = handler
+        self._destination = destination
+        self._batch: list[logging.LogRecord] = []
+        self._failed = 0
+        self._told = 0
+        self._complain_at = 0.0
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write what is queued together: one call of the system for many lines."""
+        if record is not _LAST:
+            self._batch.append(record)
+            if len(self._batch) < _BATCH and not self._handler.queue.empty():
+                return
+        self._write()
+        if record is _LAST:
+            self._destination.close()
+            self.ended.set()
+
+    def _write(self) -> None:
+        batch, self._batch = self._batch, []
+        lost = self._handler.dropped + self._failed - self._told
+        if lost:
+            text = "%d lines of the log were dropped: they came too fast, or could not be written"
+            batch.append(logging.LogRecord("gup.log", logging.WARNING, __file__, 0, text, (lost,), None))
+        try:
+            self._destination.write(batch)
+            self._told += lost
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
+            self._failed += len(batch) - bool(lost)
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        """On standard error, once a minute: there is no other place when the log can't be written."""
+        now = time.monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + _COMPLAIN_SECONDS
+            why = getattr(error, "strerror", None) or error
+            with contextlib.suppress(OSError):
+                os.write(2, f"gup: the log can't be written: {why}\n".encode())
+
+
+# --- destinations
+
+
+class Destination(logging.Handler):
+    """Where records go, in order; used by one thread."""
+
+    def write(self, records: Sequence[logging.LogRecord]) -> None:
+        """All of them, or an exception."""
+        for record in records:
+            self.emit(record)
+
+
+class _DescriptorHandler(Destination):
+    """Standard output or error, past Python's stream, whose lock a hanging thread would hold at the exit."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_all(self._fd, _line(self, record))
+
+
+class _FileHandler(WatchedFileHandler, Destination):
+    """A file to which several processes append whole lines; a renamed one is left for a new one."""
+
+    _torn = False
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=_open_log)
+
+    def write(self, records: Sequence[logging.LogRecord]) -> None:
+        self.reopenIfNeeded()
+        if self.stream is None:  # the last attempt to open it again failed
+            self.stream = self._open()
+            self._statstream()
+        # After a line that a full disk cut, the next one begins on a line of its own.
+        piece = b"\n" * self._torn + b"".join([_line(self, record) for record in records])
+        done = os.write(self.stream.fileno(), piece)
+        if done != len(piece):
+            self._torn = done > 0 or self._torn
+            write_all(self.stream.fileno(), piece[done:])
+        self._torn = False
+
+
+def _open_log(path: str, flags: int) -> int:
+    fd = os.open(path, flags | os.O_NOCTTY | os.O_NONBLOCK, 0o640)  # a pipe without a reader is an error
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _line(handler: logging.Handler, record: logging.LogRecord) -> bytes:
+    return (handler.format(record) + "\n").encode(errors="backslashreplace")
+
+
+_JOURNAL = "/run/systemd/journal/socket"
+_JOURNAL_SECONDS = 5.0
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+class _JournalHandler(Destination):
+    """systemd's journal, with a field for each part of a record (systemd.journal-fields(7))."""
+
+    def __init__(self, path: str) -> None:
+        """OSError when nobody listens at the socket."""
+        super().__init__()
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.settimeout(_JOURNAL_SECONDS)
+            self._socket.connect(path)
+        except OSError:
+            self._socket.close()
+            raise
+
+    def emit(self, record: logging.LogRecord) -> None:
+        given = _extras(record)
+        text = record.getMessage() + "".join(f" {name}={value}" for name, value in given.items())
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        fields: dict[str, object] = {
+            "MESSAGE": text,
+            "PRIORITY": _PRIORITIES.get(record.levelno, 6),
+            "SYSLOG_IDENTIFIER": "gup",
+            "LOGGER": record.name,
+        }
+        fields |= {f"GUP_{name.upper()}": value for name, value in given.items()}
+        message = b"".join(_journal_field(name, str(value)) for name, value in fields.items())
+        try:
+            self._send(message)
+        except (ConnectionError, FileNotFoundError):  # the journal was restarted: its socket is another one
+            self._socket.connect(self._path)
+            self._send(message)
+
+    def _send(self, message: bytes) -> None:
+        try:
+            self._socket.send(message)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):  # too long for a datagram
+                raise
+            fd = os.memfd_create("gup-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                write_all(fd, message)
+                socket.send_fds(self._socket, [b""], [fd])
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+
+def _journal_field(name: str, value: str) -> bytes:
+    """The journal's own form: NAME=value, or with a length where the value has several lines."""
+    text = value.encode(errors="backslashreplace")
+    if b"\n" not in text:
+        return name.encode() + b"=" + text + b"\n"
+    return name.encode() + b"\n" + len(text).to_bytes(8, "little") + text + b"\n"
+
+
+# --- formats
+
+
+_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""Attributes of every record; whatever else a record has was given by `extra=`."""
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))} | {
+    10: "\\n",
+    13: "\\r",
+    9: "\\t",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+_BARE = re.compile(r'[^\s"=]+')
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    given = vars(record).items()
+    return {name: value for name, value in given if name not in _PLAIN and value is not None}
+
+
+def _time(record: logging.LogRecord) -> str:
+    """RFC 3339, UTC, milliseconds."""
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@lru_cache(maxsize=4)  # many lines share one
+def _second(unix_seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_seconds))
+
+
+class _TextFormatter(logging.Formatter):
+    """`time level logger[pid]: message name=value …`, a traceback's lines indented after it.
+
+    Control characters are escaped: text from a client can neither begin a line nor colour a terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{_time(record)} {record.levelname.lower()} {record.name}[{record.process}]: "
+        more = "".join(f" {name}={_shown(value)}" for name, value in _extras(record).items())
+        line = head + (record.getMessage() + more).translate(_ESCAPES)
+        if record.exc_info:
+            trace = self.formatException(record.exc_info)
+            line += "".join("\n    " + row.translate(_ESCAPES) for row in trace.splitlines())
+        return line
+
+
+def _shown(value: object) -> str:
+    """One value in a line of text, quoted unless it is one word."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, pid, message, exception, and what `extra=` gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(_extras(record) | fields, default=str)

@@ -1,0 +1,410 @@
+"""The command line beside a running service: what it asks, and what people are told."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from harness.commands import run
+
+from gup.cli.admin_client import Admin, AdminError, admin_url
+from gup.cli.format import status_lines
+from gup.config import Settings
+
+# --- a running service
+
+
+STATUS = {
+    "site": "lyon",
+    "version": "0.1.0",
+    "uptime_seconds": 11_105.0,
+    "ready": True,
+    "totals": {
+        "since_start": {
+            "client_sent_bytes": 0,
+            "upstream_received_bytes": 0,
+            "saved_bytes": 0,
+            "hit_ratio": None,
+        },
+        "since_install": {
+            "client_sent_bytes": 10**12,
+            "upstream_received_bytes": 5 * 10**9,
+            "saved_bytes": 995 * 10**9,
+            "hit_ratio": 0.9876,
+        },
+    },
+    "cache": {"entries": 12, "size_bytes": 3 * 10**9, "limit_bytes": 2 * 10**10, "free_bytes": 10**11},
+    "wan_rate_bytes_per_second": 8_000_000,
+    "clients": {"connections": 42},
+    "upstreams": [
+        {"name": "hq", "up": True, "state": "unknown", "since": 0.0, "last_error": None},
+        {"name": "spare", "up": False, "state": "down", "since": 0.0, "last_error": "refused \x1b[2J"},
+    ],
+    "fills": [
+        {"key": "any/any/x/1/full.zip", "id": "0f", "received_bytes": 25, "length_bytes": 100}
+        | {"upstream": "hq", "bytes_per_second": 5.0, "remaining_seconds": 15.0},
+        {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None}
+        | {"upstream": None, "bytes_per_second": None, "remaining_seconds": None},
+    ],
+    "reload": {"successful": False},
+    "alarms": [
+        {
+            "name": "no-upstream",
+            "severity": "critical",
+            "text": "no upstream answers \x1b[2J",
+            "what_to_do": "Look at the WAN.",
+        }
+    ],
+}
+
+
+def entry(number, *, pinned=False):
+    return {
+        "key": f"any/any/{{AB}}/1/full{number}.zip",
+        "product": "{AB}" if number else "Virus [bold] Definitions",
+        "stream": "{AB}",
+        "revision": "1",
+        "content_revision": None,
+        "length_bytes": 1_500_000,
+        "kind": "full",
+        "hits": number,
+        "used_at": 0.0,
+        "pinned": pinned,
+    }
+
+
+class _ControlPlane(BaseHTTPRequestHandler):
+    """Answers as the control plane does; `server.asked` has each method and target."""
+
+    def _answer(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        self.server.shown.append(self.headers.get("Authorization"))
+        status, body = self.server.answers(self.command, urlsplit(self.path))
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_PUT = do_DELETE = do_POST = _answer  # noqa: N815 - http.server's names
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+ENTRIES = [entry(number, pinned=number == 1) for number in range(2500)]
+
+
+PROBLEMS: list[str] = []
+
+
+def control_plane(method, url):
+    query = {name: values[0] for name, values in parse_qs(url.query).items()}
+    match method, unquote(url.path):
+        case "GET", "/api/v1/status":
+            return 200, STATUS
+        case "GET", "/api/v1/content":
+            start = int(query.get("cursor", "0"))
+            end = start + int(query["limit"])
+            return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
+        case "POST", "/api/v1/reload":
+            return 200, {"reloaded": not PROBLEMS, "problems": PROBLEMS}
+        case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
+            return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
+        case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
+            return 200, {"key": "any/any/{AB}/1/full1.zip", "pinned": method == "PUT"}
+    return 404, {"status": 404, "title": "Not Found", "detail": f"There is no {unquote(url.path)}"}
+
+
+@pytest.fixture
+def plane():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _ControlPlane)
+    server.daemon_threads = False
+    server.asked, server.shown, server.answers = [], [], control_plane
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_status_in_words(plane):
+    result = run("status", "--admin", plane.url)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[:8] == [
+        "gup 0.1.0 at lyon: ready, up 3 h 5 min",
+        "since install: 1.0 TB to clients, 5.0 GB over the WAN, 995 GB saved (99.5%), 98.8% hits",
+        "since start: 0 B to clients, 0 B over the WAN, 0 B saved",
+        "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
+        "WAN: 8MB/s",
+        "clients: 42 connections",
+        "the last reload FAILED: the settings before it are in force; the log says why",
+        "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
+    ]
+    assert [line.split()[:2] for line in lines[8:11]] == [
+        ["upstream", "since"],
+        ["hq", "up"],
+        ["spare", "DOWN"],
+    ]
+    assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
+    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
+    assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
+    assert lines[13].split() == ["0e", "1.5", "kB"]
+
+
+def test_status_as_json(plane):
+    assert json.loads(run("status", "--json", "--admin", plane.url).stdout) == STATUS
+
+
+def test_an_unlimited_wan_and_a_quiet_service():
+    quiet = STATUS | {
+        "wan_rate_bytes_per_second": None,
+        "fills": [],
+        "ready": False,
+        "reload": {"successful": True},
+        "alarms": [],
+    }
+    lines = list(status_lines(quiet))
+    assert "WAN: unlimited" in lines
+    assert "not ready" in lines[0]
+    assert not any("FAILED" in line for line in lines)
+
+
+def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch):
+    file = tmp_path / "gup.toml"
+    token = tmp_path / "token"
+    token.write_text("a-token-of-some-length")
+    file.write_text(
+        f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.server_port}\n'
+        f'admin_token_file = "{token}"\n'
+    )
+    assert run("status", "--config", file).exit_code == 0
+    monkeypatch.setenv("GUP_ADMIN", plane.url)
+    assert run("status").exit_code == 0
+    assert plane.asked == ["GET /api/v1/status"] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [("0.0.0.0", "http://127.0.0.1:2968"), ("::", "http://[::1]:2968"), ("10.0.0.1", "http://10.0.0.1:2968")],
+)
+def test_where_the_control_plane_is(address, url):
+    listen = {"admin_address": address, "admin_token_file": "/etc/gup/token"}
+    assert admin_url(Settings.model_validate({"listen": listen})) == url
+    listen |= {"admin_cert_file": "/etc/gup/cert.pem", "admin_key_file": "/etc/gup/key.pem"}
+    assert admin_url(Settings.model_validate({"listen": listen})) == url.replace("http:", "https:")
+
+
+def test_a_web_proxy_of_the_environment_has_no_part_in_it(plane, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    assert run("status", "--admin", plane.url.removeprefix("http://")).exit_code == 0
+
+
+def test_nobody_listens_there():
+    result = run("status", "--admin", "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "no control plane answers at http://127.0.0.1:1 (" in result.stderr
+    assert "Connection refused" in result.stderr
+    assert "is gup running?" in result.stderr
+
+
+def test_another_server_listens_there(plane):
+    plane.answers = lambda *_: (200, b"<html>")
+    result = run("status", "--admin", plane.url)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"gup: {plane.url}: what answers there is no control plane of gup\n",
+    )
+    plane.answers = lambda *_: (200, [])
+    assert "no control plane" in run("status", "--admin", plane.url).stderr
+    plane.answers = lambda *_: (502, b"<html>")
+    assert "502" in run("status", "--admin", plane.url).stderr
+
+
+def test_a_gup_of_another_version_listens_there(plane):
+    plane.answers = lambda *_: (200, {"site": "x"})
+    result = run("status", "--admin", plane.url)
+    assert result.exit_code == 1
+    assert "another version" in result.stderr
+
+
+def test_an_odd_url_is_refused():
+    with pytest.raises(AdminError, match="begins with http://"):
+        Admin("ftp://x")
+    assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
+
+
+def test_reload_says_what_came_of_it(plane, monkeypatch):
+    result = run("reload", "--admin", plane.url)
+    assert (result.exit_code, "in force" in result.stdout) == (0, True)
+    assert plane.asked == ["POST /api/v1/reload"]
+    monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
+    result = run("reload", "--admin", plane.url)
+    assert (result.exit_code, "  wan.rate: 'x' is no rate" in result.stderr) == (1, True)
+    result = run("reload", "--admin", plane.url, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["problems"]) == (1, PROBLEMS)
+
+
+# --- tokens
+
+
+def settings_file(tmp_path, plane, token_file=None):
+    file = tmp_path / "gup.toml"
+    named = f'admin_token_file = "{token_file}"\n' if token_file else ""
+    file.write_text(
+        f'[listen]\nadmin_port = {plane.server_port}\n{named}[cache]\ndirectory = "{tmp_path}/cache"\n'
+    )
+    return file
+
+
+def test_the_token_is_that_of_the_flag_else_of_the_settings_else_the_one_left_in_run(plane, tmp_path):
+    (tmp_path / "cache" / "run").mkdir(parents=True)
+    (tmp_path / "cache" / "run" / "admin-token").write_text("local-token\n")
+    for name in ("named", "given"):
+        (tmp_path / name).write_text(f"{name}-token\n")
+    plain, named = settings_file(tmp_path, plane), tmp_path / "named"
+    assert run("reload", "--config", plain).exit_code == 0
+    settings_file(tmp_path, plane, named)
+    assert run("reload", "--config", plain).exit_code == 0
+    assert run("reload", "--config", plain, "--token-file", tmp_path / "given").exit_code == 0
+    assert run("reload", "--admin", plane.url, "--token-file", tmp_path / "given").exit_code == 0
+    assert run("reload", "--admin", plane.url).exit_code == 0
+    assert plane.shown == [
+        *("Bearer local-token", "Bearer named-token", "Bearer given-token", "Bearer given-token", None)
+    ]
+
+
+def test_what_lacks_for_a_token_is_told(plane, tmp_path):
+    plane.answers = lambda *_: (401, {"detail": "Changing needs a token"})
+    told = run("reload", "--config", settings_file(tmp_path, plane)).stderr
+    assert "Changing needs a token" in told
+    assert f"'{tmp_path}/cache/run/admin-token' can't be read: No such file" in told
+    assert "(gup's commands: --token-file)" in run("reload", "--admin", plane.url).stderr
+    missing = run("reload", "--admin", plane.url, "--token-file", tmp_path / "none")
+    assert (missing.exit_code, "--token-file: " in missing.stderr) == (1, True)
+
+
+def test_cache_list_shows_rows(plane):
+    result = run("cache", "list", "--admin", plane.url, "--limit", 2)
+    assert result.exit_code == 0, result.output
+    head, first, second = result.stdout.splitlines()
+    assert head.split() == ["product", "revision", "kind", "size", "hits", "last", "used", "key"]
+    assert first.startswith("Virus [bold] Definitions  1 ")
+    assert "  full  1.5 MB  " in first
+    assert first.rstrip().endswith("any/any/{AB}/1/full0.zip")
+    assert "pinned" not in first
+    assert " pinned " in second
+    assert first.index("any/any") == second.index("any/any") == head.index("key")
+
+
+def test_cache_list_follows_the_pages(plane):
+    result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 0)
+    assert [json.loads(line) for line in result.stdout.splitlines()] == ENTRIES
+    assert len(plane.asked) == 3
+    plane.asked.clear()
+    result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 1100)
+    assert len(result.stdout.splitlines()) == 1100
+    assert [parse_qs(urlsplit(line.split()[1]).query)["limit"] for line in plane.asked] == [["1000"], ["100"]]
+
+
+def test_cache_list_passes_its_filters_on(plane):
+    run(
+        *("cache", "list", "--admin", plane.url, "--version", "14.3", "--language", "fr", "--stream", "{AB}"),
+        *("--kind", "delta", "--order", "-used", "--product", "Virus", "--revision", "1"),
+    )
+    assert parse_qs(urlsplit(plane.asked[0].split()[1]).query) == {
+        "version": ["14.3"],
+        "language": ["fr"],
+        "stream": ["{AB}"],
+        "kind": ["delta"],
+        "product": ["Virus"],
+        "revision": ["1"],
+        "order": ["-used"],
+        "limit": ["100"],
+    }
+
+
+def test_purge_pin_and_unpin(plane):
+    key = "any/any/{AB}/1/full1.zip"
+    assert run("cache", "purge", key, "--admin", plane.url).stdout == f"purged {key}: 1.5 MB\n"
+    assert run("cache", "pin", key, "--admin", plane.url).stdout == f"pinned {key}\n"
+    assert run("cache", "unpin", key, "--admin", plane.url).stdout == f"unpinned {key}\n"
+    target = "/api/v1/content/any/any/%7BAB%7D/1/full1.zip"
+    assert plane.asked == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
+
+
+def test_a_refusal_is_told_in_its_own_words(plane):
+    result = run("cache", "purge", "no/such/key/at/all", "--admin", plane.url)
+    assert result.exit_code == 1
+    assert result.stderr == f"gup: {plane.url}: There is no /api/v1/content/no/such/key/at/all\n"
+
+
+# --- verify
+
+
+def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> dict:
+    row = {"where": "body", "path": "content/x", "key": "x", "detail": "1 of 4 chunks", "mended": mended}
+    return {
+        "running": running,
+        "repair": mended is not None,
+        "failed": None,
+        "checked": 7,
+        "total": 7,
+        "busy": 1,
+        "damaged": found,
+        "mended": found if mended else 0,
+        "found": [row | {"why_not": None if mended else "nobody there"}] * found,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found", "mended", "status", "line"),
+    [
+        ((), 0, None, 0, "7 looked at: 0 damaged, 1 left out because they were at work"),
+        ((), 1, None, 1, "body: content/x: 1 of 4 chunks\n"),
+        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (mended)\n"),
+        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT mended: nobody there)\n"),
+    ],
+)
+def test_verify_waits_for_the_service_and_tells_what_it_found(
+    plane, monkeypatch, arguments, found, mended, status, line
+):
+    monkeypatch.setattr("gup.cli.cache_commands._POLL_SECONDS", 0.0)
+    asked = []
+
+    def answers(method, *_):
+        asked.append(method)
+        running = len(asked) < 4
+        return (
+            202 if method == "POST" else 200,
+            progress(running=running, found=0 if running else found, mended=mended),
+        )
+
+    plane.answers = answers
+    result = run("cache", "verify", "--admin", plane.url, *arguments)
+    assert (result.exit_code, line in result.stdout) == (status, True), result.output
+    assert asked == ["POST", "GET", "GET", "GET"]
+    assert plane.asked[0] == f"POST /api/v1/verify?repair={int(bool(arguments))}"
+
+
+def test_verify_here_refuses_what_is_no_cache_directory(tmp_path):
+    result = run("cache", "verify", "--cache-dir", tmp_path)
+    assert result.exit_code == 1
+    assert "is no cache directory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_goes_to_the_directory_of_the_settings_when_nobody_serves(tmp_path):
+    (tmp_path / "content").mkdir()
+    settings = tmp_path / "gup.toml"
+    settings.write_text(f'[cache]\ndirectory = "{tmp_path}"\n[listen]\nadmin_port = 1\n')
+    result = run("cache", "verify", "--config", settings, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["damaged"]) == (0, 0), result.output
+    asked = run("cache", "verify", "--config", settings, "--admin", "http://127.0.0.1:1")
+    assert "no control plane answers" in asked.stderr

@@ -1,0 +1,86 @@
+"""What people are told, in words; and the command itself."""
+
+import subprocess
+import sys
+
+import pytest
+from harness.commands import run
+
+import gup
+from gup.cli.format import printable
+from gup.units import bytes_in_words, time_in_words
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (123_456_789, "123 MB"),
+        (-1_500_000, "-1.5 MB"),
+        (5 * 10**18, "5000 PB"),
+    ],
+)
+def test_bytes_in_words(count, words):
+    assert bytes_in_words(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3600, "1 h"), (90_000, "1 d 1 h"), (90_061, "1 d 1 h")],
+)
+def test_time_in_words(seconds, words):
+    assert time_in_words(seconds) == words
+
+
+def test_nothing_from_outside_steers_the_terminal():
+    assert printable("a\x1b[2Jb\r\n\u202ec") == "a\ufffd[2Jb\ufffd\ufffd\ufffdc"
+
+
+# --- the command itself
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"gup {gup.__version__}\n")
+
+
+def test_every_command_has_its_help():
+    for command in ("serve", "demo", "simulate manager", "simulate clients", "config check", "config show",
+                    "status", "reload", "cache list", "cache verify", "cache purge", "cache pin",
+                    "cache unpin", "cache export", "cache import", "rules explain", "prefetch",
+                    "report content", "report clients", "report savings"):  # fmt: skip
+        result = run(*command.split(), "--help")
+        assert result.exit_code == 0, command
+        assert f"gup {command}" in result.stdout.replace("root", "gup")
+
+
+def test_python_m_gup_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "gup", "--version"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gup {gup.__version__}\n", "")
+
+
+def test_the_command_line_alone_imports_nothing_heavy():
+    heavy = (
+        "{'aiohttp', 'asyncio', 'diskcache', 'pydantic', 'pydantic_settings', 'prometheus_client', 'rich'}"
+    )
+    code = f"import sys, gup.cli.app; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_children_read_their_settings_without_pydantic_settings():
+    code = "import sys, gup.config; gup.config.Settings(); print('pydantic_settings' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "False\n"

@@ -1,0 +1,268 @@
+"""The command line: what starts things, and what people are told of their settings."""
+
+import re
+
+import pytest
+from harness.commands import run
+
+from gup.cli.serve import host_port, serve_flags
+from gup.config import Settings, load
+from gup.errors import GupError, SettingsError
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("127.0.0.1:2967", ("127.0.0.1", 2967)),
+        ("[::1]:2967", ("::1", 2967)),
+        (":2967", ("", 2967)),
+        ("localhost:0", ("localhost", 0)),
+    ],
+)
+def test_host_and_port(text, found):
+    assert host_port("--listen", text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2967", "127.0.0.1", "::1:2967", "a:b", "a:70000", "a:-1", "[]:5", "[::1]", "a:\u0661"]
+)
+def test_other_addresses_are_named(text):
+    with pytest.raises(SettingsError, match=re.escape(f"--admin: {text!r} is not right: must be HOST:PORT")):
+        host_port("--admin", text)
+
+
+def test_flags_become_settings_nested_like_the_file(tmp_path):
+    assert serve_flags(upstream=[], listen=None, admin=None, cache_dir=None, workers=None) == {}
+    assert serve_flags(
+        upstream=["http://a", "http://b"], listen=":1", admin="[::1]:0", cache_dir=tmp_path, workers=0
+    ) == {
+        "upstream": [{"url": "http://a"}, {"url": "http://b"}],
+        "listen": {"port": 1, "admin_address": "::1", "admin_port": 0},
+        "cache": {"directory": tmp_path},
+        "workers": {"count": 0},
+    }
+
+
+# --- serve
+
+
+def test_serve_hands_the_settings_to_the_supervisor(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve", 7)
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://file"\n[listen]\nbacklog = 9\n')
+    result = run(
+        *("serve", "--config", file, "--upstream", "http://a:1", "--upstream", "http://b:2"),
+        *("--listen", "127.0.0.1:0", "--admin", "[::1]:5", "--cache-dir", tmp_path, "--workers", 3),
+    )
+    assert result.exit_code == 7, result.output
+    ((settings,), named) = calls[0]
+    assert [upstream.url for upstream in settings.upstream] == ["http://a:1", "http://b:2"]
+    assert (settings.listen.address, settings.listen.port, settings.listen.backlog) == ("127.0.0.1", 0, 9)
+    assert (settings.listen.admin_address, settings.listen.admin_port) == ("::1", 5)
+    assert (settings.cache.directory, settings.workers.count) == (tmp_path, 3)
+    assert named["reload"]() == settings
+
+
+def test_reload_reads_the_file_again_under_the_same_flags(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[wan]\nrate = "1MB/s"\n')
+    assert run("serve", "--config", file, "--upstream", "http://a").exit_code == 0
+    reload = calls[0][1]["reload"]
+    file.write_text('[wan]\nrate = "2MB/s"\n')
+    assert reload().wan.rate == 2_000_000
+    assert reload().upstream[0].url == "http://a"
+    file.write_text("[wan]\nspeed = 5\n")
+    with pytest.raises(SettingsError, match=r"wan\.speed"):
+        reload()
+
+
+def test_serve_finds_its_file_by_the_environment(called, tmp_path, monkeypatch):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://file"\n')
+    monkeypatch.setenv("GUP_CONFIG", str(file))
+    monkeypatch.setenv("GUP_WAN__RATE", "0")
+    assert run("serve").exit_code == 0
+    assert calls[0][0][0].upstream[0].url == "http://file"
+    assert calls[0][0][0].wan.rate == 0
+
+
+def test_each_problem_stands_on_its_line_and_nothing_starts(called, tmp_path):
+    calls = called("gup.process.supervisor", "serve")
+    file = tmp_path / "gup.toml"
+    file.write_text('[cache]\nmax_sise = 1\n[log]\nlevel = "loud"\n')
+    result = run("serve", "--config", file, "--workers", "-4", "--upstream", "manager:8014")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[:2] for line in lines] == [
+        ["gup", " cache.max_sise"],
+        ["gup", " upstream#1.url"],
+        ["gup", " log.level"],
+        ["gup", " workers.count"],
+    ]
+    assert "'manager:8014'" in lines[1]
+    assert "(from the command line)" in lines[1]
+    assert calls == []
+
+
+def test_serve_without_an_upstream_says_what_to_add(called):
+    calls = called("gup.process.supervisor", "serve")
+    result = run("serve")
+    assert result.exit_code == 2
+    assert "--upstream http://manager:8014" in result.stderr
+    assert calls == []
+
+
+def test_both_bad_addresses_are_named(called):
+    called("gup.process.supervisor", "serve")
+    result = run("serve", "--upstream", "http://a", "--listen", "x", "--admin", "y:99999")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert "--listen: 'x'" in result.stderr
+    assert "--admin: 'y:99999'" in result.stderr
+
+
+def test_what_goes_wrong_in_serving_is_a_sentence(called):
+    called("gup.process.supervisor", "serve", GupError("the disk is gone"))
+    result = run("serve", "--upstream", "http://a")
+    assert (result.exit_code, result.stderr) == (1, "gup: the disk is gone\n")
+
+
+# --- demo, simulate
+
+
+def test_demo_passes_its_flags_on(called):
+    calls = called("gup.demo.run", "demo", 2)
+    assert run("demo").exit_code == 2
+    result = run(
+        *("demo", "--clients", 5, "--seconds", 2.5, "--workers", 1, "--seed", 9, "--wan-rate", "1MB/s"),
+        *("--keep", "--json"),
+    )
+    assert result.exit_code == 2, result.output
+    names = ("clients", "seconds", "workers", "seed", "wan_rate_bytes_per_second", "keep", "json_output")
+    assert [tuple(named[name] for name in names) for _, named in calls] == [
+        (200, 30.0, 2, 1, 10_000_000, False, False),
+        (5, 2.5, 1, 9, 1_000_000, True, True),
+    ]
+    assert all(set(named) == set(names) and not positional for positional, named in calls)
+
+
+def test_simulate_manager_passes_its_flags_on(called):
+    calls = called("gup.demo.manager", "simulate_manager")
+    result = run(
+        *("simulate", "manager", "--listen", "127.0.0.1:0", "--seed", 3, "--wan-rate", "0"),
+        *("--publish-interval", "250ms", "--products", 2, "--full-size", "64KiB"),
+    )
+    assert result.exit_code == 0, result.output
+    assert calls == [
+        (
+            (),
+            {
+                "listen": "127.0.0.1:0",
+                "seed": 3,
+                "wan_rate_bytes_per_second": 0,
+                "publish_interval_seconds": 0.25,
+                "products": 2,
+                "full_bytes": 65536,
+            },
+        )
+    ]
+
+
+def test_simulate_manager_has_defaults_in_the_same_units(called):
+    calls = called("gup.demo.manager", "simulate_manager")
+    assert run("simulate", "manager").exit_code == 0
+    named = calls[0][1]
+    assert named["wan_rate_bytes_per_second"] == 10_000_000
+    assert named["publish_interval_seconds"] == 10.0
+    assert named["full_bytes"] == 4_000_000
+
+
+def test_simulate_clients_passes_its_flags_on(called):
+    calls = called("gup.demo.clients", "simulate_clients", 1)
+    result = run(
+        *("simulate", "clients", "--url", "http://g", "--manager", "http://m"),
+        *("--clients", 7, "--seconds", 3, "--json"),
+    )
+    assert result.exit_code == 1, result.output
+    assert calls == [
+        (
+            (),
+            {
+                "url": "http://g",
+                "count": 7,
+                "seconds": 3.0,
+                "seed": 1,
+                "json_output": True,
+                "manager_url": "http://m",
+            },
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--wan-rate", "8"], ["--wan-rate", "'8'", "8MB/s"]),
+        (["--publish-interval", "soon"], ["--publish-interval", "'soon'", "10s"]),
+        (["--full-size", "big"], ["--full-size", "'big'", "20GB"]),
+        (["--listen", "8014"], ["--listen", "'8014'", "HOST:PORT"]),
+        (["--products", "0"], ["--products", "1"]),
+    ],
+)
+def test_bad_quantities_are_named(called, flags, words):
+    calls = called("gup.demo.manager", "simulate_manager")
+    result = run("simulate", "manager", *flags)
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.stderr
+    assert calls == []
+
+
+# --- config
+
+
+def test_config_check_says_what_the_file_means(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text(
+        '[[upstream]]\nurl = "http://m:8014"\n[cache]\nmax_size = "5GB"\ndirectory = "/srv/gup"\n'
+    )
+    result = run("config", "check", file)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{file}: ok: ")
+    assert "0.0.0.0 port 2967, keeps up to 5GB in /srv/gup, fetches from m:8014" in result.stdout
+
+
+def test_config_check_says_when_an_upstream_is_missing(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text("")
+    result = run("config", "check", file)
+    assert result.exit_code == 0
+    assert "has no upstream: serve it with --upstream URL" in result.stdout
+
+
+def test_config_check_names_every_mistake(tmp_path):
+    file = tmp_path / "gup.toml"
+    file.write_text("[listen]\nport = 99999\nprt = 1\n")
+    result = run("config", "check", file)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert run("config", "check", tmp_path / "none.toml").exit_code == 2
+
+
+def test_config_show_prints_what_is_in_force(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUP_CACHE__MAX_SIZE", "7GB")
+    file = tmp_path / "gup.toml"
+    file.write_text('[[upstream]]\nurl = "http://m"\nheaders = {Authorization = "s3cret"}\n')
+    result = run("config", "show", file)
+    assert result.exit_code == 0
+    assert 'max_size = "7GB"' in result.stdout
+    assert "s3cret" not in result.stdout
+    monkeypatch.delenv("GUP_CACHE__MAX_SIZE")
+    shown = tmp_path / "shown.toml"
+    shown.write_text(run("config", "show").stdout)
+    assert load(shown, environment={}) == Settings()
