@@ -9,10 +9,10 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from gup import config
+from gup.content.catalog import CLIENT_PATCHES, OTHER
 from gup.content.deltas import Folder, Named, delta_path, named, spelled_moniker
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route, Routes, leads_to, parse_target
-from gup.content.stream_types import CLIENT_PATCHES, OTHER
 from gup.control.index import Stream, stream_of
 from gup.errors import GupError, Problem
 from gup.jsonmodel import InvalidError, Members, plain_text, shown

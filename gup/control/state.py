@@ -5,7 +5,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from heapq import nlargest
 from typing import Any
 
 import gup
@@ -31,7 +30,7 @@ from gup.control.events import (
 )
 from gup.control.eviction import AgeClock, Disk, Space
 from gup.control.exposition import Figures, parse_series
-from gup.control.index import Index, Row, Stream, make_row, stream_of
+from gup.control.index import Index, Stream, make_row, stream_of
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.reconcile import change
@@ -565,10 +564,6 @@ class Plane:
                 }
             )
         return rows
-
-    def newest_entries(self, count: int) -> list[Row]:
-        """The entries stored last."""
-        return nlargest(count, self.index.rows.values(), key=lambda row: row.stored_at)
 
 
 def is_under_way(part: Part) -> bool:

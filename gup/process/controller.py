@@ -19,8 +19,8 @@ from gup.content.key import Variant
 from gup.content.routes import Route
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
-from gup.control.ageing import AgeClock
-from gup.control.catalogues import CatalogueKeeper
+from gup.control.catalog_refresh import CatalogueKeeper
+from gup.control.eviction import AgeClock
 from gup.control.service import Control, Surroundings
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.catalogues import Label
+from gup.content.catalog import Label
 from gup.control.stats.clients import Pieces, joined
 from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
 from gup.control.stats.savings import METRICS

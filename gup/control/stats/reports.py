@@ -11,9 +11,8 @@ from typing import Any
 
 from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
-from gup.content.catalogues import Label
+from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases, Version
-from gup.content.stream_types import CLIENT_PATCHES
 from gup.control.dependencies import Surroundings
 from gup.control.events import Taken
 from gup.control.exposition import stream_labels
