@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gup.control.alarms import DAMAGE_SECONDS, LATELY_SECONDS, Missed, Snapshot, UpstreamHealth
-from gup.control.rate_window import Lately
+from gup.control.rate_window import RateWindow
 from gup.control.state import Plane, sum_of
 from gup.control.traffic import Storm
 
@@ -22,8 +22,8 @@ class Watch:
     def __init__(self, plane: Plane, clock: Callable[[], float] = time.monotonic) -> None:
         self._plane = plane
         self._clock = clock
-        self._lately = {what: Lately(seconds) for what, (_, seconds) in _LATELY.items()}
-        self._evicted, self._malformed = Lately(LATELY_SECONDS), Lately(LATELY_SECONDS)
+        self._lately = {what: RateWindow(seconds) for what, (_, seconds) in _LATELY.items()}
+        self._evicted, self._malformed = RateWindow(LATELY_SECONDS), RateWindow(LATELY_SECONDS)
 
     async def look(self) -> None:
         """Once: what is the case now."""

@@ -33,6 +33,7 @@ from gup.control.exposition import Figures, parse_series
 from gup.control.index import Index, Stream, make_row, stream_of
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
+from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
 from gup.control.stats.clients import ClientsBook
 from gup.control.stats.database import StatsDatabase
@@ -158,68 +159,56 @@ def totals_of(words: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def fill_of(part: Part) -> dict[str, Any]:
-    """A fill under way: key, how much of it is here, and of how much (None while the length is unknown)."""
-    state = part.state
-    head = state.head if state else None
-    return {
-        "key": state.key.text if state else None,
-        "id": part.id,
-        "phase": str(state.phase) if state else None,
-        "received_bytes": part.size_bytes,
-        "length_bytes": head.length if head else None,
-        "upstream": head.upstream if head else None,
-    }
-
-
-_WINDOW_SECONDS = 5.0
-_Sight = tuple[float, int]
+_RATE_SECONDS = 5.0
+"""What the rate of a fill is taken over."""
 
 
 class FillRates:
-    """Sizes of the parts seen lately, by part and generation; those that ended are forgotten."""
+    """The rates of the fills under way, by part and generation; those that ended are forgotten."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._seen: dict[tuple[str, int], deque[_Sight]] = {}
+        self._rates: dict[tuple[str, int], RateWindow] = {}
 
     def see(self, parts: Iterable[Part]) -> None:
         """Look at the fills under way."""
-        now, seen = self._monotonic(), self._seen
-        self._seen = {}
+        known, self._rates = self._rates, {}
         for part in parts:
-            sights = seen.get((part.id, part.generation), deque())
-            sights.append((now, part.size_bytes))
-            while len(sights) > 2 and sights[0][0] < now - _WINDOW_SECONDS:
-                sights.popleft()
-            self._seen[part.id, part.generation] = sights
+            rate = known.get((part.id, part.generation)) or RateWindow(_RATE_SECONDS)
+            rate.see(part.size_bytes, self._monotonic())
+            self._rates[part.id, part.generation] = rate
 
     def row(
         self, part: Part, label: Callable[[tuple[str, str, str]], tuple[str, str]], wall: float
     ) -> dict[str, Any]:
-        """A fill for the API: `fill_of`, and what the sights tell. `wall` is now, in Unix seconds."""
-        fill = fill_of(part)
-        key = part.state.key if part.state else None
-        product, language = label((key.version, key.language, key.stream)) if key else (None, None)
+        """A fill for the API; `wall` is now, in Unix seconds. Lengths are None while they are unknown.
+
+        The rate is that of the last seconds, or since its beginning when it was seen once only.
+        """
+        state = part.state
+        head = state.head if state else None
+        product, language = (
+            label((state.key.version, state.key.language, state.key.stream)) if state else (None, None)
+        )
         began_at = part.generation / 1e6  # a generation is the time at which it began, in microseconds
-        rate = self._rate(part, wall - began_at)
-        left = fill["length_bytes"] - part.size_bytes if fill["length_bytes"] is not None else None
-        return fill | {
+        rate = self._rates[part.id, part.generation].per_second()
+        if rate is None and wall > began_at:
+            rate = part.size_bytes / (wall - began_at)
+        length = head.length if head else None
+        return {
+            "key": state.key.text if state else None,
+            "id": part.id,
+            "phase": str(state.phase) if state else None,
+            "received_bytes": part.size_bytes,
+            "length_bytes": length,
+            "upstream": head.upstream if head else None,
             "product": product,
             "language": language,
-            "kind": str(part.state.kind) if part.state else None,
+            "kind": str(state.kind) if state else None,
             "began_at": began_at,
             "bytes_per_second": rate,
-            "remaining_seconds": left / rate if left is not None and rate else None,
+            "remaining_seconds": (length - part.size_bytes) / rate if length is not None and rate else None,
         }
-
-    def _rate(self, part: Part, age_seconds: float) -> float | None:
-        """Over the last seconds; since its beginning when it was seen once only; None when that is now."""
-        sights = self._seen.get((part.id, part.generation), deque())
-        if len(sights) > 1 and sights[-1][0] > sights[0][0]:
-            (then, before), (now, after) = sights[0], sights[-1]
-            return max(0.0, (after - before) / (now - then))
-        return part.size_bytes / age_seconds if age_seconds > 0 else None
 
 
 _FAILURES = 50

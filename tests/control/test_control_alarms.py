@@ -15,7 +15,6 @@ from gup.control.alarms import (
     Snapshot,
     UpstreamHealth,
 )
-from gup.control.rate_window import Lately
 from gup.control.traffic import Storm
 
 WELL = Snapshot(
@@ -202,14 +201,3 @@ def test_many_subjects_are_bounded():
     alarms = AlarmBoard([AlarmType("many", "critical", many, "Do.")])
     alarms.look(WELL, 0.0)
     assert len(alarms.standing()) == MAX_OF_A_TYPE
-
-
-def test_growth_lately():
-    lately = Lately(600.0)
-    assert lately.see(100, 0.0) == 0
-    assert lately.see(103, 1.0) == 3
-    assert lately.see(103, 500.0) == 3
-    for second in range(500, 1300, 10):
-        lately.see(103, float(second))
-    assert lately.see(103, 1300.0) == 0
-    assert lately.see(104, 1301.0) == 1

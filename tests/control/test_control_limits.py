@@ -1,7 +1,6 @@
 """Limits as they are shown."""
 
 from gup.config import Settings
-from gup.control.rate_window import Meter
 from gup.control.state import limits_of, numbers
 
 
@@ -27,20 +26,3 @@ def test_each_limit_stands_with_what_is_used_of_it():
     assert found["cache_size_bytes"] == {"limit": 20_000_000_000, "used": 5}
     assert found["fills"] == {"limit": 8, "used": 1}
     assert found["connections"] == {"limit": 20_000, "used": 0}
-
-
-def test_the_meter_tells_the_rate_of_the_last_seconds():
-    meter = Meter()
-    assert meter.bytes_per_second() == 0
-    for second in range(100):
-        meter.see(1000 * min(second, 50), float(second))
-        if second == 50:
-            assert meter.bytes_per_second() == 1000
-    assert meter.bytes_per_second() == 0
-
-
-def test_a_total_that_falls_is_no_negative_rate():
-    meter = Meter()
-    meter.see(500, 0.0)
-    meter.see(0, 1.0)
-    assert meter.bytes_per_second() == 0

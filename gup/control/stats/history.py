@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gup.control.exposition import parse_series
-from gup.control.rate_window import Meter
+from gup.control.rate_window import RateWindow
 from gup.control.stats.database import StatsDatabase
 from gup.metrics import CODES_OF_RESULT
 
@@ -349,6 +349,8 @@ def _text(fields: object) -> str:
 
 
 WRITE_SECONDS = 30.0
+_RATE_SECONDS = 5.0
+"""What rates are taken over."""
 
 
 class HistoryKeeper:
@@ -366,7 +368,7 @@ class HistoryKeeper:
     ) -> None:
         """`totals` and `since_start` as in Surroundings; `clock` is the wall's, in Unix seconds."""
         self.history = History()
-        self.wan, self.clients = Meter(), Meter()
+        self.wan, self.clients = RateWindow(_RATE_SECONDS), RateWindow(_RATE_SECONDS)
         self._database = database
         self._on_written = on_written
         self._totals, self._since_start = totals, since_start
