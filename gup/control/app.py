@@ -21,9 +21,9 @@ from gup.control.api import (
     upkeep,
 )
 from gup.control.api.answers import PLANE, problem
-from gup.control.auth import Access, Attempt, is_near, refusal
+from gup.control.auth import Access, AccessRequest, is_near, refusal
 from gup.control.page import routes as page
-from gup.control.state import Plane
+from gup.control.state import ControlState
 from gup.control.tokens import presented
 from gup.errors import GupError
 
@@ -50,7 +50,7 @@ RESOURCES = (
 """A line a resource."""
 
 
-def make_app(plane: Plane, access: Access | None = None) -> web.Application:
+def make_app(plane: ControlState, access: Access | None = None) -> web.Application:
     """The application over `plane`; without `access` nobody may change anything."""
     app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[PLANE] = plane
@@ -74,7 +74,7 @@ def _address(request: web.Request, end: str) -> str | None:
 async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
     access = request.app[ACCESS]
     shown, peer = presented(request.headers.get("Authorization")), _address(request, "peername")
-    asked = Attempt(
+    asked = AccessRequest(
         method=request.method,
         path=request.path,
         host=request.headers.get("Host", ""),

@@ -12,7 +12,7 @@ from gup.cache.record import Record
 from gup.cache.tar_reader import TarError
 from gup.config import Cache
 from gup.control.reconcile import index_again
-from gup.control.state import Plane
+from gup.control.state import ControlState
 from gup.units import format_size
 
 
@@ -62,10 +62,10 @@ class Upload:
         self._closed.set()
 
 
-async def import_archive(plane: Plane, pieces: AsyncIterator[bytes]) -> Imported:
+async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> Imported:
     """Take what the archive holds; ArchiveError when it is none."""
     upload = Upload()
-    taking = asyncio.create_task(asyncio.to_thread(_take, plane, upload, asyncio.get_running_loop()))
+    taking = asyncio.create_task(asyncio.to_thread(_take, state, upload, asyncio.get_running_loop()))
     try:
         async for piece in pieces:
             if piece:
@@ -80,29 +80,29 @@ async def import_archive(plane: Plane, pieces: AsyncIterator[bytes]) -> Imported
     return await taking
 
 
-def _take(plane: Plane, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
+def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
     """In a thread. Claims and the index belong to the loop."""
 
     def on_loop(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
     async def claim(offset: int) -> bool:
-        return plane.around.claims.try_claim(offset)
+        return state.dependencies.claims.try_claim(offset)
 
     async def release(offset: int) -> None:
-        plane.around.claims.release(offset)
+        state.dependencies.claims.release(offset)
 
     async def held() -> int:
-        return plane.index.total_bytes + plane.around.promised_bytes()
+        return state.index.total_bytes + state.dependencies.promised_bytes()
 
     async def taken(record: Record) -> None:
-        await index_again(record.key, plane.index, plane.around.store)
-        plane.space.look_soon()
+        await index_again(record.key, state.index, state.dependencies.store)
+        state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
-        figures = os.statvfs(plane.around.store.root)
+        figures = os.statvfs(state.dependencies.store.root)
         free_bytes = figures.f_bavail * figures.f_frsize
-        return no_room(length_bytes, on_loop(held()), free_bytes, plane.settings.cache)
+        return no_room(length_bytes, on_loop(held()), free_bytes, state.settings.cache)
 
     custody = Custody(
         claim=lambda offset: on_loop(claim(offset)),
@@ -111,6 +111,6 @@ def _take(plane: Plane, upload: Upload, loop: asyncio.AbstractEventLoop) -> Impo
         taken=lambda record: on_loop(taken(record)),
     )
     try:
-        return Import(plane.around.store, custody, plane.clock()).take(cast(IO[bytes], upload))
+        return Import(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], upload))
     finally:
         upload.close()

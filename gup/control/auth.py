@@ -98,7 +98,7 @@ _BEARER = 'Bearer realm="gup"'
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class AdminListener:
     """Where the control plane listens: an IP address, or "" for a socket in the file system."""
 
     address: str = "127.0.0.1"
@@ -112,7 +112,7 @@ class Door:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class AccessRequest:
     """What the decision needs of a request.
 
     `peer` and `local` are addresses of the connection's ends, "" where they are none, None when they can't be
@@ -148,7 +148,7 @@ def is_near(peer: str | None) -> bool:
     return peer == "" or is_loopback(peer)
 
 
-def refusal(attempt: Attempt, door: Door) -> Refusal | None:
+def refusal(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
     """Why the request is refused, None when it may pass."""
     probe = attempt.path in _FOR_PROBES and not attempt.changes
     if not _named_rightly(attempt, door, probe=probe):
@@ -160,21 +160,21 @@ def refusal(attempt: Attempt, door: Door) -> Refusal | None:
     return _lacking(attempt, door)
 
 
-def _named_rightly(attempt: Attempt, door: Door, *, probe: bool) -> bool:
+def _named_rightly(attempt: AccessRequest, door: AdminListener, *, probe: bool) -> bool:
     """Beyond loopback probes use whatever name, and who shows a token is no page that was led here."""
     if not door.on_loopback and (probe or (attempt.bearer and attempt.right)):
         return True
     return _host_is_ours(attempt, door.address)
 
 
-def _is_foreign(attempt: Attempt, door: Door) -> bool:
+def _is_foreign(attempt: AccessRequest, door: AdminListener) -> bool:
     ours = f"{'https' if door.tls else 'http'}://{attempt.host.lower()}"
     return (attempt.origin is not None and attempt.origin.lower() != ours) or (
         attempt.fetch_site not in (None, "same-origin", "none")
     )
 
 
-def _lacking(attempt: Attempt, door: Door) -> Refusal | None:
+def _lacking(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
     """What the request has no right to."""
     where = _where(attempt, door)
     if attempt.right is None:
@@ -194,7 +194,7 @@ def _lacking(attempt: Attempt, door: Door) -> Refusal | None:
     return None
 
 
-def _where(attempt: Attempt, door: Door) -> str:
+def _where(attempt: AccessRequest, door: AdminListener) -> str:
     if not (door.token_file and is_near(attempt.peer)):
         return ""
     return f"; on this machine there is one in {door.token_file} (gup's commands: --token-file)"
@@ -214,7 +214,7 @@ def is_loopback(address: str | None) -> bool:
     return (mapped or parsed).is_loopback
 
 
-def _host_is_ours(attempt: Attempt, admin_address: str) -> bool:
+def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
     name = _without_port(attempt.host).lower()
     if name == "localhost" or is_loopback(name):
         return True
@@ -270,7 +270,7 @@ class Access:
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self.door = Door()
+        self.door = AdminListener()
         self._tls: Renewable | None = None
         self._wrong_tokens = 0
 
@@ -300,7 +300,7 @@ class Access:
         self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
         name = admin.getsockname()
         address = str(name[0]) if isinstance(name, tuple) else ""
-        self.door = Door(address, tls=tls, token_file=str(local_path(run)))
+        self.door = AdminListener(address, tls=tls, token_file=str(local_path(run)))
         self.tokens = await asyncio.to_thread(_tokens, listen, run)
         if not self.door.on_loopback and not tls:
             _log.warning("the control plane at %s has no TLS: tokens cross the network as they are", address)

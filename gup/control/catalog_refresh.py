@@ -42,7 +42,7 @@ _LEAST_GAP_SECONDS = 2.0
 _MOST_UNLISTED = 1000
 
 
-class CatalogueKeeper:
+class CatalogRefresher:
     """Owned by the controller. `keep` alone reads and writes; `catalogues` is replaced, never changed."""
 
     def __init__(

@@ -19,7 +19,7 @@ async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class ControlDependencies:
     """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
     all blocks, by series name: counters, histogram words and gauges alike.
 

@@ -147,7 +147,7 @@ _REST_FACTOR = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Disk:
+class DiskUsage:
     """What a look at the disk showed. `entries_bytes` is what the index held just before.
 
     Before, not after: a part that is committed meanwhile would be counted as part and as entry, and twice as
@@ -173,7 +173,7 @@ class Disk:
         return sum(part.size_bytes for part in self.parts if not part.claimed)
 
 
-class Space:
+class Evictor:
     """Runs evictions one at a time. `limits` (the `[cache]` settings) is replaced by a reload."""
 
     def __init__(
@@ -205,7 +205,7 @@ class Space:
         self._need_bytes = 0
         self._refused_bytes = 0
         self._stopped = False
-        self._disk = Disk((), 0, 0)  # at the last look
+        self._disk = DiskUsage((), 0, 0)  # at the last look
         self.recent_evicted = 0
         """Entries evicted for space, since the start, that somebody had used within a day."""
 
@@ -249,14 +249,14 @@ class Space:
 
     # --- looking and removing
 
-    async def measure(self) -> Disk:
+    async def measure(self) -> DiskUsage:
         """Look at the parts and the file system."""
         return await asyncio.to_thread(self._measure, self._index.total_bytes)
 
-    def _measure(self, entries_bytes: int) -> Disk:
+    def _measure(self, entries_bytes: int) -> DiskUsage:
         figures = os.statvfs(self._store.root)
         free_bytes = figures.f_bavail * figures.f_frsize
-        return Disk(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
+        return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
 
     async def evict(self) -> list[Eviction]:
         """Remove what has to go; what was really removed. Nothing before the index is complete."""
@@ -265,7 +265,7 @@ class Space:
                 return []
             need, self._need_bytes = self._need_bytes, 0
             refused, self._refused_bytes = self._refused_bytes, 0
-            rows = list(self._index.rows.values())  # before the measuring, see Disk
+            rows = list(self._index.rows.values())  # before the measuring, see DiskUsage
             disk = await self.measure()
             need = max(need, self._promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes)
             plan = await self._plan(rows, disk, need, refused)
@@ -280,7 +280,7 @@ class Space:
             return done
 
     async def _plan(
-        self, rows: Sequence[Row], disk: Disk, need_bytes: int, refused_bytes: int
+        self, rows: Sequence[Row], disk: DiskUsage, need_bytes: int, refused_bytes: int
     ) -> list[Eviction]:
         cache = self.limits
         limits = Limits(
@@ -370,7 +370,7 @@ class Space:
         self._tell(await self.measure())
         return freed
 
-    def _tell(self, disk: Disk) -> None:
+    def _tell(self, disk: DiskUsage) -> None:
         self._disk = disk
         if self._index.complete:
             self._set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)

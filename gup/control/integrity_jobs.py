@@ -17,7 +17,7 @@ from gup.cache.record import Record
 from gup.cache.store import OpenFile, Store
 from gup.config import Cache
 from gup.content.key import ContentKey
-from gup.control.dependencies import Surroundings
+from gup.control.dependencies import ControlDependencies
 from gup.control.index import Index
 from gup.control.reconcile import index_again, to_its_end
 from gup.jsonmodel import InvalidError, Members
@@ -71,12 +71,12 @@ class Scrubber:
 
     def __init__(
         self,
-        around: Surroundings,
+        dependencies: ControlDependencies,
         index: Index,
         settings: Callable[[], Cache],
         clock: Callable[[], float],
     ) -> None:
-        self._around = around
+        self._dependencies = dependencies
         self._index = index
         self._settings = settings
         self._clock = clock
@@ -174,18 +174,18 @@ class Scrubber:
 
     def _open(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
         try:
-            record = self._around.store.load(key)
+            record = self._dependencies.store.load(key)
         except ValueError:
             return None, None
-        return record, self._around.store.open_body(record) if record is not None else None
+        return record, self._dependencies.store.open_body(record) if record is not None else None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Removed or replaced meanwhile, or damaged: told apart under the claim."""
-        claims = self._around.claims
+        claims = self._dependencies.claims
         if not claims.try_claim(key.claim_offset):
             return
         try:
-            found = await asyncio.to_thread(check_entry, self._around.store, key)
+            found = await asyncio.to_thread(check_entry, self._dependencies.store, key)
         finally:
             claims.release(key.claim_offset)
         for finding in found:
@@ -194,12 +194,12 @@ class Scrubber:
 
     async def _damaged(self, key: ContentKey, detail: str) -> None:
         self._pass.damaged += 1
-        self._around.counters.add("gup_integrity_failures_total", where="body")
+        self._dependencies.counters.add("gup_integrity_failures_total", where="body")
         _log.warning("damaged body of %s: %s", key.text, detail)
-        problem = await self._around.mend(key, True)
+        problem = await self._dependencies.mend(key, True)
         if problem is None:
             self._pass.mended += 1
-            await index_again(key, self._index, self._around.store)
+            await index_again(key, self._index, self._dependencies.store)
         else:
             _log.warning("%s could not be mended: %s", key.text, problem.detail)
 
@@ -241,14 +241,14 @@ class Found:
         }
 
 
-class Verification:
+class VerifyRun:
     """At most one at a time. Its last result stays to be read until the next begins."""
 
-    def __init__(self, around: Surroundings, index: Index) -> None:
-        self._around = around
+    def __init__(self, dependencies: ControlDependencies, index: Index) -> None:
+        self._dependencies = dependencies
         self._index = index
-        self._store: Store = around.store
-        self._claims = around.claims
+        self._store: Store = dependencies.store
+        self._claims = dependencies.claims
         self._task: asyncio.Task[None] | None = None
         self._repair = False
         self._found: list[Found] = []
@@ -380,13 +380,13 @@ class Verification:
         await to_its_end(put_right, self._store, finding, alone=False)
         if finding.key is not None and finding.where == "record":
             self._index.discard(finding.key.text)
-            self._around.raise_store_epoch()
+            self._dependencies.raise_store_epoch()
         return True
 
     async def _mend(self, finding: Finding) -> None:
         assert finding.key is not None
         self._count(finding)
-        problem = await self._around.mend(finding.key, True)
+        problem = await self._dependencies.mend(finding.key, True)
         if problem is None:
             await index_again(finding.key, self._index, self._store)
         self._keep(Found(finding, problem is None, problem.detail if problem is not None else ""))
@@ -398,7 +398,7 @@ class Verification:
     def _count(self, finding: Finding) -> None:
         _log.warning("%s: %s", finding.path, finding.detail)
         if finding.where != "stray":
-            self._around.counters.add("gup_integrity_failures_total", where=finding.where)
+            self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
 
     def _keep(self, found: Found) -> None:
         self._damaged += 1

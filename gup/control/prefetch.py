@@ -18,7 +18,7 @@ from gup.errors import GupError, Problem
 from gup.jsonmodel import InvalidError, Members, plain_text, shown
 from gup.metrics import MAX_STREAMS
 
-MAX_WISHES = 1000
+MAX_QUEUED = 1000
 """All rows; the oldest that have ended are forgotten."""
 MAX_PENDING = 900
 _MAX_TEXT = 9000
@@ -58,7 +58,7 @@ PENDING = frozenset({Outcome.QUEUED, Outcome.FETCHING})
 
 
 @dataclass(slots=True, kw_only=True)
-class Wish:
+class QueuedFetch:
     """One body to fetch ahead. The prefetcher alone changes it; times are Unix seconds."""
 
     key: ContentKey
@@ -88,7 +88,7 @@ class Wish:
         return fields | {"key": self.key.text, "kind": str(self.kind), "outcome": str(self.outcome)}
 
     @classmethod
-    def from_json(cls, fields: object) -> "Wish":
+    def from_json(cls, fields: object) -> "QueuedFetch":
         """InvalidError when `fields` are no wish. What was being fetched is queued again."""
         members = Members(fields, "wish")
         key, path = ContentKey.parse(members["key"]), members.text("path", _MAX_TEXT)
@@ -109,27 +109,27 @@ class Wish:
         )
 
 
-class Wishes:
+class PrefetchQueue:
     """By key, the latest at the end. `changed` is set False by whoever writes them down."""
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[ContentKey, Wish] = OrderedDict()
+        self._rows: OrderedDict[ContentKey, QueuedFetch] = OrderedDict()
         self.changed = False
 
-    def __iter__(self) -> Iterator[Wish]:
+    def __iter__(self) -> Iterator[QueuedFetch]:
         return iter(self._rows.values())
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, key: ContentKey) -> Wish | None:
+    def get(self, key: ContentKey) -> QueuedFetch | None:
         return self._rows.get(key)
 
     @property
     def pending(self) -> int:
         return sum(wish.pending for wish in self)
 
-    def add(self, wish: Wish) -> bool:
+    def add(self, wish: QueuedFetch) -> bool:
         """Put it at the end, in place of an earlier one of its key; False when too many are pending."""
         if self.pending >= MAX_PENDING:
             return False
@@ -139,11 +139,11 @@ class Wishes:
         self.changed = True
         return True
 
-    def move(self, wish: Wish, outcome: Outcome, now: float, detail: str = "") -> None:
+    def move(self, wish: QueuedFetch, outcome: Outcome, now: float, detail: str = "") -> None:
         wish.move(outcome, now, detail)
         self.changed = True
 
-    def due(self, kinds: frozenset[Kind], now: float) -> Wish | None:
+    def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
         """The next to fetch of these kinds: an operator's first, then in their order."""
         found = [
             wish
@@ -161,7 +161,7 @@ class Wishes:
                     self.move(wish, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
 
     def _forget(self) -> None:
-        if len(self._rows) > MAX_WISHES:
+        if len(self._rows) > MAX_QUEUED:
             oldest = next(wish for wish in self if not wish.pending)
             del self._rows[oldest.key]
 
@@ -173,14 +173,14 @@ class Wishes:
         newer, self._rows = self._rows, OrderedDict()
         for row in rows if isinstance(rows, list) else ():
             try:
-                wish = Wish.from_json(row)
+                wish = QueuedFetch.from_json(row)
             except ValueError:
                 continue
             self._rows[wish.key] = wish
         self._rows |= newer
         for key in newer:
             self._rows.move_to_end(key)
-        while len(self._rows) > MAX_WISHES:
+        while len(self._rows) > MAX_QUEUED:
             self._rows.popitem(last=False)
 
 
@@ -395,7 +395,7 @@ class Prefetcher:
         self._clock = clock
         self._news = [asyncio.Event() for _ in LANES]
         self.revisions = Revisions()
-        self.wishes = Wishes()
+        self.queue = PrefetchQueue()
         self.left_out: dict[Stream, str] = {}
         """Why nothing of a stream is fetched ahead."""
 
@@ -429,7 +429,7 @@ class Prefetcher:
         announced = self.revisions.announced(
             stream, now, within_seconds=settings.seen_within, most=settings.max
         )
-        self.wishes.supersede(stream, announced.revision, now)
+        self.queue.supersede(stream, announced.revision, now)
         if now - announced.at > settings.seen_within or not announced.paths:
             return
         why_not = self._why_not(stream)
@@ -457,7 +457,7 @@ class Prefetcher:
         for path in announced.paths:
             route = self._routes().route(parse_target(path.encode()).path)
             key = route.key(announced.variant)
-            if self.wishes.get(key) is None and not self._holds(key.text):
+            if self.queue.get(key) is None and not self._holds(key.text):
                 fresh += self._add(route, key, "traffic")
         if fresh:
             _log.info(
@@ -469,7 +469,7 @@ class Prefetcher:
 
     # --- what an operator wants
 
-    def order(self, path: str, version: str | None, language: str | None) -> list[Wish]:
+    def order(self, path: str, version: str | None, language: str | None) -> list[QueuedFetch]:
         """Fetch `path` ahead, for all variants that fit. ValueError says what is wrong with the order.
 
         Busy when the list is full.
@@ -485,12 +485,12 @@ class Prefetcher:
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
         for key in keys:
-            wish = self.wishes.get(key)
+            wish = self.queue.get(key)
             if wish is not None and wish.pending:
                 wish.by = "operator"
             elif not self._add(route, key, "operator"):
                 raise Busy(f"{MAX_PENDING} are waiting already: try again later")
-        return [wish for key in keys if (wish := self.wishes.get(key)) is not None]
+        return [wish for key in keys if (wish := self.queue.get(key)) is not None]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
         """Under which a stream's content of the upstreams of this version and language is stored."""
@@ -511,8 +511,8 @@ class Prefetcher:
         return Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
 
     def _add(self, route: Route, key: ContentKey, by: Any) -> bool:
-        wish = Wish(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
-        if not self.wishes.add(wish):
+        wish = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
+        if not self.queue.add(wish):
             return False
         self._news[_lane(route.kind)].set()
         return True
@@ -523,7 +523,7 @@ class Prefetcher:
         """Fetch what is wished for in this lane, one after the other; for a job that never ends."""
         while True:
             self._news[lane].clear()
-            wish = self.wishes.due(LANES[lane], self._clock())
+            wish = self.queue.due(LANES[lane], self._clock())
             if wish is None:
                 try:
                     async with asyncio.timeout(_LOOK_SECONDS):
@@ -536,13 +536,13 @@ class Prefetcher:
                 continue
             await self._one(wish)
 
-    async def _one(self, wish: Wish) -> None:
+    async def _one(self, wish: QueuedFetch) -> None:
         settings = self._settings().prefetch
         now = self._clock()
         if wish.by == "traffic" and not (settings.enabled and settings.max):
-            self.wishes.move(wish, Outcome.SUPERSEDED, now, "prefetch.enabled was set to false")
+            self.queue.move(wish, Outcome.SUPERSEDED, now, "prefetch.enabled was set to false")
             return
-        self.wishes.move(wish, Outcome.FETCHING, now)
+        self.queue.move(wish, Outcome.FETCHING, now)
         wish.tries += 1
         try:
             route = self._routes().route(parse_target(wish.path.encode()).path)
@@ -550,17 +550,17 @@ class Prefetcher:
         except Problem as problem:
             self._failed(wish, problem)
         else:
-            self.wishes.move(wish, Outcome.STORED if fetched else Outcome.PRESENT, self._clock())
+            self.queue.move(wish, Outcome.STORED if fetched else Outcome.PRESENT, self._clock())
 
-    def _failed(self, wish: Wish, problem: Problem) -> None:
+    def _failed(self, wish: QueuedFetch, problem: Problem) -> None:
         now = self._clock()
         if problem.status in (404, 410):
-            self.wishes.move(wish, Outcome.ABSENT, now, problem.detail)
+            self.queue.move(wish, Outcome.ABSENT, now, problem.detail)
         elif wish.tries >= _TRIES:
-            self.wishes.move(wish, Outcome.FAILED, now, problem.detail)
+            self.queue.move(wish, Outcome.FAILED, now, problem.detail)
             _log.warning("%s could not be fetched ahead: %s", wish.key.text, problem.detail)
         else:
-            self.wishes.move(wish, Outcome.QUEUED, now, problem.detail)
+            self.queue.move(wish, Outcome.QUEUED, now, problem.detail)
             wish.due_at = now + _FIRST_RETRY_SECONDS * 2 ** (wish.tries - 1)
 
     # --- kept and shown
@@ -570,14 +570,14 @@ class Prefetcher:
         if self.revisions.changed or (all_ and self.revisions.touched):
             self.revisions.changed = self.revisions.touched = False
             set_note(_REVISIONS_NOTE, self.revisions.to_json())
-        if self.wishes.changed:
-            self.wishes.changed = False
-            set_note(_WISHES_NOTE, self.wishes.to_json())
+        if self.queue.changed:
+            self.queue.changed = False
+            set_note(_WISHES_NOTE, self.queue.to_json())
 
     def restore(self, note: Callable[[str], Any]) -> None:
         """Take back what was kept, in whatever state it is."""
         self.revisions.restore(note(_REVISIONS_NOTE))
-        self.wishes.restore(note(_WISHES_NOTE))
+        self.queue.restore(note(_WISHES_NOTE))
         for news in self._news:
             news.set()
 

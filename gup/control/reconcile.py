@@ -101,7 +101,7 @@ def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
 
 
 Mend = Callable[[ContentKey, bool], Awaitable[Problem | None]]
-"""See Surroundings."""
+"""See ControlDependencies."""
 
 
 async def reconcile(

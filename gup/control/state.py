@@ -12,7 +12,7 @@ from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmBoard, Rejections
-from gup.control.dependencies import Surroundings
+from gup.control.dependencies import ControlDependencies
 from gup.control.events import (
     Begun,
     Committed,
@@ -28,16 +28,16 @@ from gup.control.events import (
     parse_event,
     receive,
 )
-from gup.control.eviction import AgeClock, Disk, Space
+from gup.control.eviction import AgeClock, DiskUsage, Evictor
 from gup.control.exposition import Figures, parse_series
 from gup.control.index import Index, Stream, make_row, stream_of
-from gup.control.integrity_jobs import Scrubber, Verification
+from gup.control.integrity_jobs import Scrubber, VerifyRun
 from gup.control.prefetch import Prefetcher
 from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
-from gup.control.stats.clients import ClientsBook
+from gup.control.stats.clients import ClientWindows
 from gup.control.stats.database import StatsDatabase
-from gup.control.stats.history import HistoryKeeper
+from gup.control.stats.history import HistoryRecorder
 from gup.control.stats.reports import Reports
 from gup.control.traffic import Traffic, newest_times
 from gup.metrics import CODES_OF_RESULT
@@ -225,46 +225,46 @@ class PastFailure:
     detail: str
 
 
-class Plane:
+class ControlState:
     """What the controller knows. Changed by `take_events` and the API, both on the event loop."""
 
     def __init__(
-        self, around: Surroundings, clock: Callable[[], float], ages: AgeClock | None = None
+        self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
     ) -> None:
-        self.around = around
-        self.settings: Settings = around.settings  # replaced by a reload only
+        self.dependencies = dependencies
+        self.settings: Settings = dependencies.settings  # replaced by a reload only
         self.clock = clock
         self._ages = ages
         self.refusals = Refusals()
-        self.index = Index(around.store.index, self._index_damaged, self._index_written)
-        self.space = Space(
-            around.store,
-            around.claims,
-            around.counters,
+        self.index = Index(dependencies.store.index, self._index_damaged, self._index_written)
+        self.evictor = Evictor(
+            dependencies.store,
+            dependencies.claims,
+            dependencies.counters,
             self.index,
-            around.settings.cache,
-            raise_store_epoch=around.raise_store_epoch,
-            set_store_bytes=around.set_store_bytes,
-            promised_bytes=around.promised_bytes,
+            dependencies.settings.cache,
+            raise_store_epoch=dependencies.raise_store_epoch,
+            set_store_bytes=dependencies.set_store_bytes,
+            promised_bytes=dependencies.promised_bytes,
             now=self._age_now,
         )
-        self.verification = Verification(around, self.index)
-        self.scrubber = Scrubber(around, self.index, lambda: self.settings.cache, clock)
-        self.clients = ClientsBook()
+        self.verification = VerifyRun(dependencies, self.index)
+        self.scrubber = Scrubber(dependencies, self.index, lambda: self.settings.cache, clock)
+        self.clients = ClientWindows()
         self.prefetcher = Prefetcher(
             settings=lambda: self.settings,
-            fetch=around.fetch_ahead,
-            idle=around.link_idle,
+            fetch=dependencies.fetch_ahead,
+            idle=dependencies.link_idle,
             type_of=self.type_of,
-            places=around.places,
+            places=dependencies.places,
             holds=self.index.rows.__contains__,
             clock=clock,
         )
         self.traffic = Traffic(self.prefetcher, self.index, clock)
         self.alarms = AlarmBoard()
-        self.database = StatsDatabase(around.store.root)
+        self.database = StatsDatabase(dependencies.store.root)
         self.reports = Reports(
-            around,
+            dependencies,
             self.database,
             settings=lambda: self.settings,
             clock=clock,
@@ -272,12 +272,12 @@ class Plane:
             held=self.index.newest_held,
             on_written=lambda what, refusal: self.refusals.note(what, refusal, self.clock()),
         )
-        self.history = HistoryKeeper(
+        self.history = HistoryRecorder(
             self.database,
             lambda refusal: self.refusals.note("history", refusal, self.clock()),
-            totals=around.totals,
-            since_start=around.since_start,
-            installed_at=around.installed_at,
+            totals=dependencies.totals,
+            since_start=dependencies.since_start,
+            installed_at=dependencies.installed_at,
             clock=clock,
         )
         self.fill_rates = FillRates()
@@ -301,7 +301,7 @@ class Plane:
         return self._believed()
 
     def _index_damaged(self) -> None:
-        self.around.counters.add("gup_integrity_failures_total", where="index")
+        self.dependencies.counters.add("gup_integrity_failures_total", where="index")
 
     def _index_written(self, refusal: str | None) -> None:
         self.refusals.note("index", refusal, self.clock())
@@ -310,7 +310,7 @@ class Plane:
 
     def take_events(self) -> None:
         """Read the datagrams that wait and apply them; what is malformed is counted and passed over."""
-        for datagram in receive(self.around.events):
+        for datagram in receive(self.dependencies.events):
             self.take_event(datagram)
 
     def take_event(self, datagram: bytes) -> None:
@@ -335,7 +335,7 @@ class Plane:
             case Begun():
                 self.prefetcher.asked(event.key, event.path)
             case Need():
-                self.space.need(event.bytes, refused=event.refused)
+                self.evictor.need(event.bytes, refused=event.refused)
             case Unstorable():
                 self._not_stored(event)
             case Failed():
@@ -343,7 +343,7 @@ class Plane:
                 self.failures.appendleft(failure)
                 self.traffic.missed(event.key)
             case Unlisted():
-                self.around.unlisted(event.moniker)
+                self.dependencies.unlisted(event.moniker)
             case UpstreamTrouble() | Rejected():
                 self._troubled(event)
 
@@ -378,7 +378,7 @@ class Plane:
                 received_bytes=event.length + (known.received_bytes if known else 0),
             )
         )
-        self.space.look_soon()
+        self.evictor.look_soon()
 
     def _used(self, event: Usage) -> None:
         """Uses of unknown keys (their commit's event was lost) are passed over."""
@@ -400,8 +400,8 @@ class Plane:
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none. BusyError while another process works on it."""
-        store = self.around.store
-        if not await change(self.around.claims, key, lambda: store.set_pinned(key, pinned)):
+        store = self.dependencies.store
+        if not await change(self.dependencies.claims, key, lambda: store.set_pinned(key, pinned)):
             return False
         row = self.index.rows.get(key.text)  # looked up after the wait: it may have changed meanwhile
         if row is not None:
@@ -410,17 +410,17 @@ class Plane:
 
     async def meter(self) -> None:
         """See what was moved since the last look; to be called once a second."""
-        self.history.look(wan_limit=self.around.wan_rate(), entries_bytes=self.index.total_bytes)
+        self.history.look(wan_limit=self.dependencies.wan_rate(), entries_bytes=self.index.total_bytes)
 
     # --- what is shown
 
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: the catalogue's, else moniker and variant."""
-        return self.around.product_of(stream) or (stream[2], stream[1])
+        return self.dependencies.product_of(stream) or (stream[2], stream[1])
 
     def type_of(self, stream: Stream) -> str | None:
         """The type of a stream's content; None while no catalogue lists it."""
-        label = self.around.label_of(stream, "")
+        label = self.dependencies.label_of(stream, "")
         return None if label is None else label.type
 
     def not_ready(self) -> list[str]:
@@ -428,52 +428,55 @@ class Plane:
         reasons = []
         if not self.index.opened:
             reasons.append("the index is being opened")
-        if not any(worker.get("ready") for worker in self.around.workers()):
+        if not any(worker.get("ready") for worker in self.dependencies.workers()):
             reasons.append("no worker is ready")
         return reasons
 
     async def figures(self) -> Figures:
         """Everything for `/metrics`."""
-        disk = await self.space.measure()
+        disk = await self.evictor.measure()
         now = self.clock()
         storms: dict[tuple[str, str], bool] = {}
         self.traffic.look()
         for stream, storm in self.traffic.storms.flags().items():
             storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
         return Figures(
-            totals=self.around.totals(),
+            totals=self.dependencies.totals(),
             upstreams=[upstream.name for upstream in self.settings.upstream],
-            stream_names=self.around.stream_names(),
-            product_of=self.around.product_of,
+            stream_names=self.dependencies.stream_names(),
+            product_of=self.dependencies.product_of,
             entries=len(self.index.rows),
             size_bytes=disk.size_bytes,
             limit_bytes=self.settings.cache.max_size,
             free_bytes=disk.free_bytes,
             clients_seen=self.clients.counts(now),
-            upstreams_up=self.around.upstreams_up(),
-            wan_bytes_per_second=self.around.wan_rate(),
+            upstreams_up=self.dependencies.upstreams_up(),
+            wan_bytes_per_second=self.dependencies.wan_rate(),
             client_bytes_per_second=self.settings.clients.rate,
             limits=numbers(self.settings),
             newest=newest_times(self.index.newest_held(), self.traffic.demand.newest(), self.label),
             storms=storms,
-            config_ok=self.around.config_ok(),
+            config_ok=self.dependencies.config_ok(),
             site=self.settings.site.name,
-            started_at=self.around.started_at,
+            started_at=self.dependencies.started_at,
         )
 
     async def status(self) -> dict[str, Any]:
         """Everything for `/api/v1/status`."""
-        disk = await self.space.measure()
-        around, now = self.around, self.clock()
-        totals = around.totals()
+        disk = await self.evictor.measure()
+        dependencies, now = self.dependencies, self.clock()
+        totals = dependencies.totals()
         return {
             "site": self.settings.site.name,
             "version": gup.__version__,
-            "started_at": around.started_at,
-            "installed_at": around.installed_at,
-            "uptime_seconds": max(0.0, now - around.started_at),
+            "started_at": dependencies.started_at,
+            "installed_at": dependencies.installed_at,
+            "uptime_seconds": max(0.0, now - dependencies.started_at),
             "ready": not self.not_ready(),
-            "totals": {"since_start": totals_of(around.since_start()), "since_install": totals_of(totals)},
+            "totals": {
+                "since_start": totals_of(dependencies.since_start()),
+                "since_install": totals_of(totals),
+            },
             "cache": self._cache(disk),
             "disk": {
                 "refusals": [
@@ -485,18 +488,18 @@ class Plane:
             "fill_waiters": totals.get("gup_fill_waiters", 0),
             "clients": {"connections": totals.get("gup_client_connections", 0)}
             | {"seen": self.clients.counts(now)},
-            "workers": [dict(worker) for worker in around.workers()],
+            "workers": [dict(worker) for worker in dependencies.workers()],
             "upstreams": self.upstreams(),
-            "wan_rate_bytes_per_second": around.wan_rate() or None,
+            "wan_rate_bytes_per_second": dependencies.wan_rate() or None,
             "limits": limits_of(
                 self.settings,
                 totals,
                 size_bytes=disk.size_bytes,
-                wan_rate=around.wan_rate(),
+                wan_rate=dependencies.wan_rate(),
                 wan_used=self.history.wan.bytes_per_second(),
             ),
             "scrub": self.scrubber.progress(),
-            "reload": {"successful": around.config_ok()},
+            "reload": {"successful": dependencies.config_ok()},
             "alarms": self.alarms.standing(),
             "failures": [
                 {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
@@ -505,7 +508,7 @@ class Plane:
             "malformed_events": self.malformed_events,
         }
 
-    def _cache(self, disk: Disk) -> dict[str, Any]:
+    def _cache(self, disk: DiskUsage) -> dict[str, Any]:
         return {
             "entries": len(self.index.rows),
             "entries_bytes": disk.entries_bytes,
@@ -519,18 +522,18 @@ class Plane:
 
     async def fills(self) -> dict[str, Any]:
         """What is being fetched, for `/api/v1/fills`."""
-        waiters = self.around.totals().get("gup_fill_waiters", 0)
-        return {"fills": self._fills(await self.space.measure()), "waiters": waiters}
+        waiters = self.dependencies.totals().get("gup_fill_waiters", 0)
+        return {"fills": self._fills(await self.evictor.measure()), "waiters": waiters}
 
-    def _fills(self, disk: Disk) -> list[dict[str, Any]]:
+    def _fills(self, disk: DiskUsage) -> list[dict[str, Any]]:
         parts = [part for part in disk.parts if is_under_way(part)]
         self.fill_rates.see(parts)
         return [self.fill_rates.row(part, self.label, self.clock()) for part in parts]
 
     def upstreams(self) -> list[dict[str, Any]]:
         """All upstreams with their health."""
-        up, states = self.around.upstreams_up(), self.around.upstream_states()
-        catalogues = self.around.catalogues()
+        up, states = self.dependencies.upstreams_up(), self.dependencies.upstream_states()
+        catalogues = self.dependencies.catalogues()
         rows = []
         for upstream in self.settings.upstream:
             state, since = states.get(upstream.name, ("unknown", None))
@@ -546,7 +549,7 @@ class Plane:
                     "language": upstream.language,
                     "up": up.get(upstream.name, True),
                     "state": state,
-                    "since": since or self.around.started_at,
+                    "since": since or self.dependencies.started_at,
                     "last_error": detail,
                     "last_error_at": at,
                     "catalogue": catalogues.get(upstream.name),

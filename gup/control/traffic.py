@@ -17,17 +17,17 @@ _log = logging.getLogger("gup.control.traffic")
 
 WINDOW_SECONDS = 600.0
 FULLS = 10
-"""So many of one stream in this window and the last, and more than deltas, are a storm if deltas exist."""
+"""A storm: so many fulls of one stream in this window and the last, more than deltas, where deltas exist."""
 CALM_SECONDS = 60.0
-"""It has ended when it was none for so long."""
+"""A storm ends when the condition did not hold for so long."""
 MAX_ADDRESSES = 1000
-"""Counted of each stream and window; there may be more."""
+"""Addresses counted in a window of one stream; there may be more."""
 SHOWN = 20
 
 
 @dataclass(slots=True)
 class _Window:
-    """What was asked for in one stretch of time. `fulls` is by key."""
+    """Requests in one window of time; `fulls` by key."""
 
     number: int = 0
     fulls: Counter[str] = field(default_factory=Counter)
@@ -37,7 +37,7 @@ class _Window:
 
 @dataclass(slots=True)
 class _StreamCounts:
-    """One stream: this window, the one before, and since when there is a storm, and was last."""
+    """Requests for one stream in this window and the one before; the time and last sight of a storm."""
 
     now: _Window = field(default_factory=_Window)
     before: _Window = field(default_factory=_Window)
@@ -64,11 +64,10 @@ class _StreamCounts:
 
 @dataclass(frozen=True, slots=True)
 class Storm:
-    """One that stands. Counts are of the last ten to twenty minutes; times are Unix seconds.
+    """A present storm. Counts cover the last ten to twenty minutes; times are Unix seconds.
 
-    `addresses` are those that asked most often, of `clients` in all (at least so many). `lan_bytes` is what
-    the fulls are in all, `wan_bytes` what they are fetched for once; `delta_bytes` is what a delta of the
-    stream is on average.
+    `addresses` are the most frequent ones of `clients` (at least so many). `lan_bytes` is the length of all
+    fulls sent, `wan_bytes` that of the different ones, fetched once; `delta_bytes` is the mean delta.
     """
 
     stream: Stream
@@ -83,7 +82,7 @@ class Storm:
 
 
 class Storms:
-    """By stream; as many streams as are counted apart. `look` alone begins and ends a storm, and logs it."""
+    """Requests for fulls and deltas by stream, the longest idle streams forgotten beyond MAX_STREAMS."""
 
     def __init__(self) -> None:
         self._streams: OrderedDict[Stream, _StreamCounts] = OrderedDict()
@@ -105,13 +104,13 @@ class Storms:
             asked.now.deltas += times
 
     def note_client(self, stream: Stream, address: str, times: int, now: float) -> None:
-        """Whose requests for fulls these were."""
+        """Note who asked for fulls, and how often."""
         addresses = self._asked(stream, now).now.addresses
         if address in addresses or len(addresses) < MAX_ADDRESSES:
             addresses[address] += times
 
     def look(self, now: float, has_deltas: Callable[[Stream], bool]) -> None:
-        """Begin and end storms; to be called once a second or so."""
+        """Begin and end storms, and log it."""
         for stream, asked in self._streams.items():
             asked.turn(int(now // WINDOW_SECONDS))
             fulls = asked.fulls.total()
@@ -166,7 +165,7 @@ class Storms:
 
 
 _UNMET_SECONDS = 1800.0
-"""A revision that nobody asked for in so long is not missed any more."""
+"""A revision that nobody has asked for in so long is not reported as missing."""
 _MAX_UNMET = 8
 
 
@@ -180,7 +179,7 @@ def revision_time(revision: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Unmet:
-    """A revision that clients ask for and that no upstream gives. Unix seconds."""
+    """A revision that clients asked for and no upstream gave, with the first and last time (Unix seconds)."""
 
     revision: str
     first: float
@@ -189,14 +188,14 @@ class Unmet:
 
 @dataclass(slots=True)
 class _Demand:
-    """What was asked of one stream: the newest revision that was had, and those that were not."""
+    """The newest revision of a stream that clients got, and those that they asked for in vain."""
 
     newest: str = ""
     unmet: OrderedDict[str, Unmet] = field(default_factory=OrderedDict)
 
 
 class Demand:
-    """What clients ask for, by stream; as many streams as are counted apart, the longest idle forgotten."""
+    """Demand by stream, the longest idle streams forgotten beyond MAX_STREAMS."""
 
     def __init__(self) -> None:
         self._streams: OrderedDict[Stream, _Demand] = OrderedDict()
@@ -209,13 +208,13 @@ class Demand:
         return demand
 
     def met(self, stream: Stream, revision: str) -> None:
-        """Clients are sent what brings them to this revision."""
+        """Clients were sent what brings them to this revision."""
         demand = self._demand(stream)
         demand.newest = max(demand.newest, revision)
         demand.unmet.pop(revision, None)
 
     def unmet(self, stream: Stream, revision: str, now: float) -> None:
-        """What a client asked for could not be had."""
+        """A client asked for this revision in vain."""
         unmet = self._demand(stream).unmet
         before = unmet.get(revision)
         known = before is not None and now - before.last <= _UNMET_SECONDS
@@ -229,7 +228,7 @@ class Demand:
         return {stream: demand.newest for stream, demand in self._streams.items() if demand.newest}
 
     def missed(self, now: float) -> dict[Stream, Unmet]:
-        """Of each stream the newest revision that is asked for lately and could not be had."""
+        """The newest revision of each stream that was asked for in vain lately."""
         found = {}
         for stream, demand in self._streams.items():
             lately = [one for one in demand.unmet.values() if now - one.last <= _UNMET_SECONDS]
@@ -256,7 +255,7 @@ def newest_times(
 
 
 class Traffic:
-    """Told by the plane of every event that names content; everything but the prefetching is no I/O."""
+    """Demand and storms by stream, told of every request for content."""
 
     def __init__(self, prefetcher: Prefetcher, index: Index, clock: Callable[[], float]) -> None:
         self.prefetcher = prefetcher
@@ -266,7 +265,7 @@ class Traffic:
         self._clock = clock
 
     def sent(self, key: ContentKey, times: int) -> None:
-        """Clients are sent this so many times, from the store or while it arrives."""
+        """Clients were sent this so many times, from the store or while it was being fetched."""
         names, stream = named(key), stream_of(key)
         if names is not None:
             self.demand.met(stream, names.revision)
@@ -274,18 +273,18 @@ class Traffic:
             self.prefetcher.asked(key)
 
     def missed(self, key: ContentKey) -> None:
-        """A client asked for this, and it can't be had."""
+        """A client asked for this, and no upstream gave it."""
         names = named(key)
         if names is not None:
             self.demand.unmet(stream_of(key), names.revision, self._clock())
             self.prefetcher.refused(key)
 
     def look(self) -> None:
-        """Begin and end storms."""
+        """Begin and end storms; to be called once a second or so."""
         self.storms.look(self._clock(), self._index.has_deltas)
 
     def standing_storms(self) -> list[Storm]:
-        """The storms there are, with what they cost."""
+        """The present storms, with what they cost."""
 
         def length_of(key: str) -> int:
             row = self._index.rows.get(key)

@@ -9,7 +9,7 @@ import pytest
 
 from gup.cache.catalogue_file import FILE, read_kept
 from gup.config import Settings
-from gup.control.catalog_refresh import CatalogueKeeper
+from gup.control.catalog_refresh import CatalogRefresher
 from gup.upstream.catalogue import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
@@ -46,7 +46,7 @@ class Managers:
         self.published += 1
 
     def keeper(self, catalog=None, names=("fr",)):
-        return CatalogueKeeper(
+        return CatalogRefresher(
             self.run, settings(catalog, names), self.look, self.fetch, self.publish, wall_clock=lambda: 7.0
         )
 

@@ -14,9 +14,9 @@ from gup.control.app import make_app
 from gup.control.events import Committed, Failed, FullRequests, Need, UpstreamTrouble, Usage, Use, parse_event
 from gup.control.index import Row, make_row
 from gup.control.integrity_jobs import Pass
-from gup.control.prefetch import Wishes
+from gup.control.prefetch import PrefetchQueue
 from gup.control.state import totals_of
-from gup.control.stats.clients import ClientsBook
+from gup.control.stats.clients import ClientWindows
 from gup.control.traffic import newest_times, revision_time
 from gup.jsonmodel import InvalidError
 
@@ -137,7 +137,7 @@ def test_a_row_of_the_index_is_a_row_or_invalid(name, value):
 @given(anything)
 def test_what_was_noted_is_taken_back_or_left_out(value):
     assert isinstance(Pass.from_json(value), Pass)
-    wishes = Wishes()
+    wishes = PrefetchQueue()
     wishes.restore([value])
     assert len(wishes) == 0
     with pytest.raises(InvalidError):
@@ -159,7 +159,7 @@ def test_a_pass_with_a_wrong_value_begins_anew(changed):
 
 
 def test_clients_are_counted_by_window_and_forgotten_beyond_the_limit():
-    book = ClientsBook(limit=3)
+    book = ClientWindows(limit=3)
     book.see(["a"], 0.0)
     book.see(["b", "c"], 90_000.0)
     book.see(["a"], 100_000.0)
@@ -170,7 +170,7 @@ def test_clients_are_counted_by_window_and_forgotten_beyond_the_limit():
 
 
 def test_clients_survive_a_restart_and_newer_sightings_win():
-    before, after = ClientsBook(), ClientsBook()
+    before, after = ClientWindows(), ClientWindows()
     before.see(["a", "b"], 1.0)
     after.see(["a"], 5.0)
     after.restore(before.newest(9)[::-1])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.catalog import Label
-from gup.control.stats.clients import Pieces, joined
+from gup.control.stats.clients import ReceivedParts, joined
 from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
 from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
@@ -268,8 +268,8 @@ async def test_old_days_are_added_up(site, browser):
         async with site.running() as control:
             site.counters.add("gup_client_sent_bytes_total", 10 + number, source="cache")
             total += 10 + number
-            await control.plane.reports.write_savings()
-            await control.plane.reports.prune()
+            await control.state.reports.write_savings()
+            await control.state.reports.prune()
             found = await get(browser, site, "/savings?days=100")
         site.now += DAY
     assert found["days"][-1]["day"] is None
@@ -288,7 +288,7 @@ async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
         update={"reports": site.settings.reports.model_copy(update={"addresses": "hashed"})}
     )
     async with site.running() as control:
-        await control.plane.reports.write_clients()
+        await control.state.reports.write_clients()
         tell(site, ["10.0.0.1", key("260801002"), "", "", 1])  # of a worker that has not heard of it yet
         tell(site, ["h-0123456789abcdef", key("260801001"), "", "", 1])
         found = await asked(browser, site, "/clients", clients=2)
@@ -323,12 +323,12 @@ async def test_who_was_not_seen_for_long_is_forgotten(site, browser):
         tell(site, *([f"10.0.1.{n}", key("260801001"), "", "", 1] for n in range(5)))
         await asked(browser, site, "/clients", clients=6)
         site.now += 89.5 * DAY
-        await control.plane.reports.prune()
+        await control.state.reports.prune()
         assert (await get(browser, site, "/clients"))["known"] == 5
-        control.plane.settings = site.settings.model_copy(
+        control.state.settings = site.settings.model_copy(
             update={"reports": site.settings.reports.model_copy(update={"max_clients": 3})}
         )
-        await control.plane.reports.prune()
+        await control.state.reports.prune()
         assert (await get(browser, site, "/clients"))["known"] == 3
 
 
@@ -372,8 +372,8 @@ async def test_a_disk_that_refuses_loses_nothing(site, browser):
     async with site.running() as control:
         tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
         site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
-        while "reports" not in control.plane.refusals.rows:
-            await control.plane.reports.write_clients()
+        while "reports" not in control.state.refusals.rows:
+            await control.state.reports.write_clients()
             await asyncio.sleep(0.01)
         async with browser.get(site.url + "/api/v1/report/content") as answer:
             assert answer.status == 503
@@ -382,7 +382,7 @@ async def test_a_disk_that_refuses_loses_nothing(site, browser):
         folder.unlink()
         found = await asked(browser, site, "/report/content", clients=1)
         assert found["content"][0]["revisions"][0]["took"] == 1
-        assert "reports" not in control.plane.refusals.rows
+        assert "reports" not in control.state.refusals.rows
 
 
 async def test_what_clients_state_is_no_formula_in_a_table(site, browser):
@@ -409,7 +409,7 @@ async def test_malformed_news_is_passed_over(site, browser):
             tell(site, wrong)
         tell(site, good)
         await asked(browser, site, "/clients", clients=1)
-        assert control.plane.malformed_events == 5
+        assert control.state.malformed_events == 5
 
 
 async def test_counters_that_begin_anew_begin_anew_savings(site, browser):
@@ -502,7 +502,7 @@ def test_merged_parts_are_the_same_bytes(parts):
 
 
 def test_pieces_are_forgotten_when_there_are_too_many():
-    pieces = Pieces(most=2)
+    pieces = ReceivedParts(most=2)
     assert not pieces.add("a", "key", 0, 5, 10)
     for client in "bc":
         assert not pieces.add(client, "key", 0, 5, 10)

@@ -7,9 +7,9 @@ from typing import Any
 from aiohttp import web
 
 from gup.content.key import ContentKey
-from gup.control.state import Plane
+from gup.control.state import ControlState
 
-PLANE: web.AppKey[Plane] = web.AppKey("plane", Plane)
+PLANE: web.AppKey[ControlState] = web.AppKey("plane", ControlState)
 _PARTS = ("version", "language", "stream", "revision", "file")
 KEY = "/".join(f"{{{part}:[^/]+}}" for part in _PARTS)
 """A content key in a route's path."""

@@ -68,7 +68,7 @@ async def _sent(request: web.Request, chosen: Export) -> web.StreamResponse:
     query = Listing.model_validate(chosen.model_dump())
     found = await asyncio.to_thread(matching, rows, query, labelling(plane))
     keys = [ContentKey.parse(row.key) for row in sorted(found, key=lambda row: row.key)]
-    pieces = written(plane.around.store, keys, plane.settings.site.name, plane.clock())
+    pieces = written(plane.dependencies.store, keys, plane.settings.site.name, plane.clock())
     response = web.StreamResponse(headers={"Content-Type": TAR})
     response.enable_chunked_encoding()
     await response.prepare(request)

@@ -13,7 +13,7 @@ from gup.control.api.described import Answer, asked, describe
 from gup.control.api.listing import Entry, Labelling, Listing, select, shown
 from gup.control.index import Row, row_of
 from gup.control.reconcile import BusyError
-from gup.control.state import Plane
+from gup.control.state import ControlState
 
 
 class Listed(Answer):
@@ -64,11 +64,11 @@ class Pinned(Answer):
     pinned: bool
 
 
-def labelling(plane: Plane) -> Labelling:
+def labelling(plane: ControlState) -> Labelling:
     """What the catalogue calls the rows' streams at this moment."""
 
     def label(row: Row) -> Label:
-        found = plane.around.label_of(row.stream_id, row.file)
+        found = plane.dependencies.label_of(row.stream_id, row.file)
         return found if found is not None else Label(plane.label(row.stream_id)[0], "", "", "")
 
     return label
@@ -98,7 +98,7 @@ async def entry(request: web.Request) -> web.Response:
     """One entry, with what its record says."""
     plane, key = request.app[PLANE], key_of(request)
     row = plane.index.rows.get(key.text)
-    stored = await asyncio.to_thread(plane.around.store.stored, key)
+    stored = await asyncio.to_thread(plane.dependencies.store.stored, key)
     record = stored.record if stored is not None else None
     if row is None and stored is not None and record is not None:
         row = row_of(stored)
@@ -116,7 +116,7 @@ async def purge(request: web.Request) -> web.Response:
     plane, key = request.app[PLANE], key_of(request)
     known = key.text in plane.index.rows
     try:
-        freed = await plane.space.purge(key)
+        freed = await plane.evictor.purge(key)
     except BusyError as error:
         raise web.HTTPConflict(text=str(error)) from error
     if not freed and not known:

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Number, Parameters, asked, describe, given
-from gup.control.prefetch import MAX_WISHES, Busy, NotThereError, Wish
-from gup.control.state import Plane
+from gup.control.prefetch import MAX_QUEUED, Busy, NotThereError, QueuedFetch
+from gup.control.state import ControlState
 
 _SHOWN = 100
 _LETTER = r"[A-Za-z0-9_{}$!&'()*+,;=:@~-]|%7[BbDd]|%2[0-46-9A-Da-d]"
@@ -75,7 +75,7 @@ class Order(Parameters):
 class Shown(Parameters):
     """How much of the list."""
 
-    limit: Annotated[Number, Field(ge=1, le=MAX_WISHES)] = Field(_SHOWN, description="How many at most.")
+    limit: Annotated[Number, Field(ge=1, le=MAX_QUEUED)] = Field(_SHOWN, description="How many at most.")
 
 
 @describe(Ordered, status=202, body=Order, problems=(404,))
@@ -97,11 +97,11 @@ async def order(request: web.Request) -> web.Response:
 async def listing(request: web.Request) -> web.Response:
     """What is being fetched ahead, what will be, and what became of the rest."""
     plane = request.app[PLANE]
-    wishes = list(plane.prefetcher.wishes)[::-1][: asked(request, Shown).limit]
+    wishes = list(plane.prefetcher.queue)[::-1][: asked(request, Shown).limit]
     return answer(
         {
             "enabled": plane.settings.prefetch.enabled,
-            "pending": plane.prefetcher.wishes.pending,
+            "pending": plane.prefetcher.queue.pending,
             "wanted": [_wanted(plane, wish) for wish in wishes],
             "left_out": [
                 {"stream": "/".join(stream), "product": plane.label(stream)[0], "why": why}
@@ -111,7 +111,7 @@ async def listing(request: web.Request) -> web.Response:
     )
 
 
-def _wanted(plane: Plane, wish: Wish) -> dict[str, Any]:
+def _wanted(plane: ControlState, wish: QueuedFetch) -> dict[str, Any]:
     product, language = plane.label((wish.key.version, wish.key.language, wish.key.stream))
     return {
         "key": wish.key.text,

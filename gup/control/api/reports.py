@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import JSON, Answer, Number, Parameters, asked, describe
-from gup.control.state import Plane
+from gup.control.state import ControlState
 from gup.control.stats import savings
 from gup.control.stats import tables as table
 from gup.control.stats.savings import EARLIER
@@ -204,7 +204,7 @@ def _written(
     return answer(report)
 
 
-async def ledger(plane: Plane, count: int) -> dict[str, Any]:
+async def ledger(plane: ControlState, count: int) -> dict[str, Any]:
     """The savings with the last `count` days."""
     today, days = await plane.reports.savings()
     dates = [day for day in sorted(days, reverse=True) if day != EARLIER]
@@ -212,7 +212,7 @@ async def ledger(plane: Plane, count: int) -> dict[str, Any]:
     label = plane.reports.stream_labels
     listed = [*dates[:count], *([EARLIER] if EARLIER in days and count > len(dates) else [])]
     return {
-        "counted_since": plane.around.installed_at,
+        "counted_since": plane.dependencies.installed_at,
         "time_zone": plane.settings.site.time_zone,
         "today": savings.figures(days.get(today, {})),
         "last_30_days": savings.figures(savings.added_up(month)),

@@ -11,7 +11,7 @@ from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
 from gup.control.api.answers import PLANE, answer
 from gup.control.api.described import Answer, Parameters, asked, describe
-from gup.control.state import Plane
+from gup.control.state import ControlState
 
 
 class Question(Parameters):
@@ -80,20 +80,20 @@ async def explained(request: web.Request) -> web.Response:
     return answer(await asyncio.to_thread(_explain, plane, moniker, question))
 
 
-def _explain(plane: Plane, moniker: str, question: Question) -> dict[str, Any]:
+def _explain(plane: ControlState, moniker: str, question: Question) -> dict[str, Any]:
     """In a thread: what languages are called is read from tables when it is first asked for."""
     settings = plane.settings
     book = Rulebook(settings)
     client = book.identities.stated(question.client_version, question.client_language)
     chosen = [u for u in settings.upstream if question.upstream in (None, u.name)]
-    return explain(book, plane.around.catalogue_rows(), chosen, _sources(plane), moniker, client)
+    return explain(book, plane.dependencies.catalogue_rows(), chosen, _sources(plane), moniker, client)
 
 
-def _sources(plane: Plane) -> dict[str, str]:
+def _sources(plane: ControlState) -> dict[str, str]:
     """Where each upstream's catalogue comes from, as for the command."""
     kinds = {upstream.name: upstream.kind for upstream in plane.settings.upstream}
     sources = {name: "LiveUpdate has no catalogue" for name, kind in kinds.items() if kind == "liveupdate"}
-    for name, kept in plane.around.catalogues().items():
+    for name, kept in plane.dependencies.catalogues().items():
         read, source = kept["streams"] is not None, str(kept["source"])
         sources[name] = source if read else f"{source} can't be read ({kept['problem']})"
     return sources

@@ -67,7 +67,7 @@ class Reloaded(Answer):
 @describe(Evicted)
 async def evict(request: web.Request) -> web.Response:
     """Apply the limits now."""
-    done = await request.app[PLANE].space.evict()
+    done = await request.app[PLANE].evictor.evict()
     return answer(
         {
             "evicted": [{"key": one.key, "reason": one.reason, "size_bytes": one.size_bytes} for one in done],
@@ -94,7 +94,7 @@ async def verify(request: web.Request) -> web.Response:
 @describe(Reloaded)
 async def reload(request: web.Request) -> web.Response:
     """Have the settings read again."""
-    problems = await request.app[PLANE].around.reload()
+    problems = await request.app[PLANE].dependencies.reload()
     return answer({"reloaded": not problems, "problems": list(problems)})
 
 

@@ -11,7 +11,7 @@ from gup.control.api.reports import ledger
 from gup.control.index import Stream
 from gup.control.page.held import Holdings, holdings
 from gup.control.page.words import clock
-from gup.control.state import Plane
+from gup.control.state import ControlState
 from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point, added
 from gup.control.stats.savings import within
 
@@ -51,8 +51,8 @@ class Kept(Generic[_T]):
 class Viewer:
     """Looks at the plane, and keeps for some seconds what is dear to find out."""
 
-    def __init__(self, plane: Plane) -> None:
-        self._plane = plane
+    def __init__(self, plane: ControlState) -> None:
+        self._state = plane
         self._held = Kept(_HELD_SECONDS, self._holdings)
         self._charts = Kept(_CHARTS_SECONDS, self._drawn)
         self._ledger = Kept(_LEDGER_SECONDS, lambda: ledger(plane, _DAYS))
@@ -61,7 +61,7 @@ class Viewer:
 
     async def view(self) -> dict[str, Any]:
         """All that is shown, by the names that the templates use."""
-        plane = self._plane
+        plane = self._state
         await plane.meter()
         status = await plane.status()
         now, zone = plane.clock(), _zone(plane)
@@ -84,17 +84,17 @@ class Viewer:
         }
 
     async def _drawn(self) -> dict[str, Any]:
-        history, now = self._plane.history.history, self._plane.clock()
+        history, now = self._state.history.history, self._state.clock()
         return {span: _chart(history.series(span, now), step) for span, step in _CHARTS.items()}
 
     async def _holdings(self) -> Holdings:
-        rows = list(self._plane.index.rows.values())
+        rows = list(self._state.index.rows.values())
         return await asyncio.to_thread(holdings, rows, self._label)
 
     def _label(self, stream: Stream) -> tuple[str, str, str]:
         """Product, version and language: the catalogue's words where it has any, else those of the key."""
-        product, language = self._plane.label(stream)
-        label = self._plane.around.label_of(stream, "")
+        product, language = self._state.label(stream)
+        label = self._state.dependencies.label_of(stream, "")
         version = label.version if label and stream[0] == "any" else stream[0]
         return product, version, "all languages" if language == "SymAllLanguages" else language
 
@@ -118,7 +118,7 @@ def figures(view: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _zone(plane: Plane) -> tzinfo | None:
+def _zone(plane: ControlState) -> tzinfo | None:
     """The site's; None is the machine's own."""
     name = plane.settings.site.time_zone
     return ZoneInfo(name) if name else None

@@ -18,7 +18,7 @@ _MOST_MOVED = 2000
 """So many leave a window in one count; of a crowd that was there at once the rest leaves at the next."""
 
 
-class ClientsBook:
+class ClientWindows:
     """Last times by address, the longest unseen first; those beyond `limit` are forgotten.
 
     Each address stands in the shortest window that it was seen in, in the order of being seen; a count moves
@@ -80,7 +80,7 @@ _MOST = 20_000
 _MOST_PARTS = 64
 
 
-class Pieces:
+class ReceivedParts:
     """Parts by client and key; those not added to for longest are forgotten."""
 
     def __init__(self, most: int = _MOST) -> None:
@@ -203,7 +203,7 @@ class Batch:
         seen.version = version or seen.version
         seen.language = language or seen.language
 
-    def add(self, take: Take, at: float, pieces: Pieces) -> None:
+    def add(self, take: Take, at: float, pieces: ReceivedParts) -> None:
         """A client took or asked for a body."""
         self.see(take.client, at, take.version, take.language)
         if isinstance(take.sent, Part):

@@ -353,7 +353,7 @@ _RATE_SECONDS = 5.0
 """What rates are taken over."""
 
 
-class HistoryKeeper:
+class HistoryRecorder:
     """`history` is what was moved; `wan` and `clients` are how fast it moves. For one service's life."""
 
     def __init__(
@@ -366,7 +366,7 @@ class HistoryKeeper:
         installed_at: float,
         clock: Callable[[], float],
     ) -> None:
-        """`totals` and `since_start` as in Surroundings; `clock` is the wall's, in Unix seconds."""
+        """`totals` and `since_start` as in ControlDependencies; `clock` is the wall's, in Unix seconds."""
         self.history = History()
         self.wan, self.clients = RateWindow(_RATE_SECONDS), RateWindow(_RATE_SECONDS)
         self._database = database

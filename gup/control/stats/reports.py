@@ -13,7 +13,7 @@ from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
 from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases, Version
-from gup.control.dependencies import Surroundings
+from gup.control.dependencies import ControlDependencies
 from gup.control.events import Taken
 from gup.control.exposition import stream_labels
 from gup.control.stats.clients import (
@@ -22,7 +22,7 @@ from gup.control.stats.clients import (
     ClientRow,
     ClientState,
     Group,
-    Pieces,
+    ReceivedParts,
     RevisionCount,
     StreamId,
     StreamState,
@@ -263,7 +263,7 @@ class Reports:
 
     def __init__(
         self,
-        dependencies: Surroundings,
+        dependencies: ControlDependencies,
         database: StatsDatabase,
         *,
         settings: Callable[[], Settings],
@@ -284,7 +284,7 @@ class Reports:
         self._held = held
         self._on_written = on_written
         self._batch = Batch()
-        self._pieces = Pieces()
+        self._pieces = ReceivedParts()
         self._names: Names | None = None
         self._named_by = ""
 
