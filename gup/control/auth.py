@@ -1,4 +1,10 @@
-"""Access to the control plane: TLS, and the decision on each request."""
+"""Access to the control plane: TLS, and the decision on each request.
+
+On a loopback address everybody on the machine may read; changes need a token, and beyond loopback everything
+does. A browser carries out what any web site tells it: so the Host header must be a name of this machine (a
+rebound DNS name is not), an Origin must be that of our own page, and credentials that a browser adds by
+itself change nothing.
+"""
 
 import asyncio
 import ipaddress
@@ -17,7 +23,7 @@ from gup.files import FileError, read_file, trust
 
 
 class CertificateError(ValueError):
-    """Files that can't be used; the text says which, and why. `setting` names the one that is to blame."""
+    """Files that can't be used; the text tells which and why. `setting` is the one at fault."""
 
     def __init__(self, text: str, setting: str) -> None:
         super().__init__(text)
@@ -32,7 +38,7 @@ _RIGHT = {
 
 
 def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
-    """A server's context; CertificateError when the files can't be read or do not belong together."""
+    """A server's TLS context; CertificateError when the files can't be read or don't match."""
     for setting, file in ((_CERT, cert_file), (_KEY, key_file)):
         try:
             read_file(file, 1)
@@ -47,7 +53,7 @@ def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
 
 
 class _EncryptedKeyError(ValueError):
-    """Whoever encrypts the key would have to be asked at each start."""
+    """The key is encrypted: somebody would have to enter its password at each start."""
 
 
 def _no_password() -> str:
@@ -70,7 +76,7 @@ def _told(error: Exception, cert_file: Path, key_file: Path) -> CertificateError
 
 
 class Renewable:
-    """A context for a listening socket, whose certificate can be changed: for connections that come later."""
+    """The TLS context of a listening socket; `renew` changes the certificate of later connections."""
 
     def __init__(self, first: ssl.SSLContext) -> None:
         self.context = first
@@ -85,7 +91,7 @@ class Renewable:
 
 
 def key_doubts(key_file: Path) -> Iterator[str]:
-    """What makes the key less safe than it could be, as sentences."""
+    """What makes the key file unsafe, as sentences."""
     with suppress(OSError):
         if key_file.stat().st_mode & 0o004:
             yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"
@@ -99,12 +105,12 @@ _BEARER = 'Bearer realm="gup"'
 
 @dataclass(frozen=True, slots=True)
 class AdminListener:
-    """Where the control plane listens: an IP address, or "" for a socket in the file system."""
+    """Where the control plane listens: an IP address, or "" for a Unix socket."""
 
     address: str = "127.0.0.1"
     tls: bool = False
     token_file: str = ""
-    """Where commands on this machine find their token, for whoever lacks one."""
+    """The token file of commands on this machine; named in refusals."""
 
     @property
     def on_loopback(self) -> bool:
@@ -113,10 +119,10 @@ class AdminListener:
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """What the decision needs of a request.
+    """What the decision needs to know of a request.
 
-    `peer` and `local` are addresses of the connection's ends, "" where they are none, None when they can't be
-    told. `right` is what its token is good for, None for one that is not ours; `bearer`: it had such a token.
+    `peer` and `local` are the addresses of the connection, "" for a Unix socket, None when unknown. `right`
+    is that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
     """
 
     method: str
@@ -136,7 +142,7 @@ class AccessRequest:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request may not pass; `challenges` are those of a 401 (RFC 9110 section 11.6.1)."""
+    """Status and reason; `challenges` are the WWW-Authenticate values (RFC 9110 section 11.6.1)."""
 
     status: int
     detail: str
@@ -144,12 +150,12 @@ class Refusal:
 
 
 def is_near(peer: str | None) -> bool:
-    """Whether who asks is on this machine."""
+    """Whether the peer is on this machine."""
     return peer == "" or is_loopback(peer)
 
 
 def refusal(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
-    """Why the request is refused, None when it may pass."""
+    """Why the request is refused; None when it is allowed."""
     probe = attempt.path in _FOR_PROBES and not attempt.changes
     if not _named_rightly(attempt, door, probe=probe):
         return Refusal(403, "The Host header does not name this control plane")
@@ -161,7 +167,7 @@ def refusal(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
 
 
 def _named_rightly(attempt: AccessRequest, door: AdminListener, *, probe: bool) -> bool:
-    """Beyond loopback probes use whatever name, and who shows a token is no page that was led here."""
+    """Beyond loopback health checks use any name, and a request with a token was made on purpose."""
     if not door.on_loopback and (probe or (attempt.bearer and attempt.right)):
         return True
     return _host_is_ours(attempt, door.address)
@@ -175,7 +181,7 @@ def _is_foreign(attempt: AccessRequest, door: AdminListener) -> bool:
 
 
 def _lacking(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
-    """What the request has no right to."""
+    """The refusal of a request whose token does not allow it."""
     where = _where(attempt, door)
     if attempt.right is None:
         return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
@@ -201,7 +207,7 @@ def _where(attempt: AccessRequest, door: AdminListener) -> str:
 
 
 def is_loopback(address: str | None) -> bool:
-    """Whether an IP address, or "localhost", is this machine's alone."""
+    """Whether this is a loopback address, or "localhost"."""
     if address is None:
         return False
     if address.lower() == "localhost":
@@ -220,13 +226,13 @@ def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
         return True
     if name in {admin_address.lower(), (attempt.local or "").lower()} - {""}:
         return True
-    # Beyond loopback the machine is called by its name; a page elsewhere can't make that one resolve to us.
+    # Beyond loopback the machine is called by its host name, which another site can't make resolve to us.
     ours = {socket.gethostname().lower(), socket.gethostname().split(".")[0].lower()}
     return not is_loopback(admin_address) and name in ours
 
 
 def _without_port(host: str) -> str:
-    """The name in a Host header; empty when it is not well-formed."""
+    """The name in a Host header; empty when malformed."""
     if host.startswith("["):
         name, bracket, rest = host[1:].partition("]")
         return name if bracket and (not rest or rest.startswith(":")) else ""
@@ -266,7 +272,7 @@ def _context(listen: Listen) -> ssl.SSLContext | None:
 
 
 class Access:
-    """What holds at present. Changed by `open` and `renew` only; by itself, nobody may change anything."""
+    """Tokens and certificate in force. Before `open`, no request may change anything."""
 
     def __init__(self) -> None:
         self.tokens = Tokens()
@@ -280,21 +286,21 @@ class Access:
         return self._tls.context if self._tls is not None else None
 
     def note_wrong_token(self, peer: str | None) -> None:
-        """Somebody showed a token that is not ours; the 1st, 2nd, 4th, 8th … time stands in the log."""
+        """Count an unknown token; the 1st, 2nd, 4th, 8th … is logged."""
         self._wrong_tokens += 1
         if not self._wrong_tokens & (self._wrong_tokens - 1):
-            _log.warning("a wrong token from %s; %d so far", peer or "this machine", self._wrong_tokens)
+            _log.warning("unknown token from %s; %d so far", peer or "this machine", self._wrong_tokens)
 
     async def open(self, listen: Listen, run: Path, admin: socket.socket) -> None:
-        """Read everything, for the first time.
+        """Read tokens and certificate at the start.
 
-        The supervisor has found it in order before it started; what is not any more (this process may begin
-        anew at any time) lets nobody in until a reload, and does not keep the controller from its work.
+        The supervisor checked them before it started this process. If they are unusable now (the controller
+        may be restarted at any time), nobody gets in until a reload, and the controller goes on working.
         """
         try:
             context = await asyncio.to_thread(_checked, listen)
         except SettingsError as error:
-            _complain(error, "until a reload this lets nobody in")
+            _complain(error, "nobody gets in until a reload")
             context = await asyncio.to_thread(_context_or_none, listen)
         tls = listen.admin_cert_file is not None
         self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
@@ -303,14 +309,14 @@ class Access:
         self.door = AdminListener(address, tls=tls, token_file=str(local_path(run)))
         self.tokens = await asyncio.to_thread(_tokens, listen, run)
         if not self.door.on_loopback and not tls:
-            _log.warning("the control plane at %s has no TLS: tokens cross the network as they are", address)
+            _log.warning("the control plane at %s has no TLS: tokens cross the network unencrypted", address)
 
     async def renew(self, listen: Listen, run: Path) -> None:
-        """Read tokens and certificate again; what can't be used leaves the old ones in force."""
+        """Read tokens and certificate again; unusable files leave the old ones in force."""
         try:
             context, tokens = await asyncio.to_thread(_checked_with_tokens, listen, run)
         except SettingsError as error:
-            _complain(error, "the old ones hold")
+            _complain(error, "the old ones stay in force")
             return
         if self._tls is not None and context is not None:
             self._tls.renew(context)
@@ -331,7 +337,7 @@ def _checked(listen: Listen) -> ssl.SSLContext | None:
 
 
 def _checked_with_tokens(listen: Listen, run: Path) -> tuple[ssl.SSLContext | None, Tokens]:
-    """SettingsError also for a file that was changed between its check and its reading."""
+    """SettingsError also when a file was changed between the check and the reading."""
     context, tokens = _checked(listen), _tokens(listen, run)
     require_access(listen)
     return context, tokens
@@ -365,7 +371,7 @@ def _tokens(listen: Listen, run: Path) -> Tokens:
 
 
 def _token_or_none(file: Path | None) -> str:
-    """The token in a file, empty for none: what is wrong with it was told when it was checked."""
+    """The token in a file; empty when there is none. The check has told what is wrong with it."""
     try:
         return read_token(file) if file is not None else ""
     except TokenError:

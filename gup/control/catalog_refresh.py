@@ -1,9 +1,10 @@
-"""Keeps the catalogues up to date: when each is read, what is kept of it, who is told. Decides no rule.
+"""Catalogue refresh: reads the catalogues of the upstreams when they are due, and keeps the last good ones.
 
-From `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after somebody
-asked for what none of them lists. By way of the store, so that clients and controller share one fetch; only
-in that last case, and after a reload, upstream is asked itself, since the store's copy may be
-`cache.index_ttl` old. A catalogue that can't be had, or lists nothing, leaves the last good one.
+They come from `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after a
+client asked for a moniker that none of them lists. They are read through the store, so that clients and
+controller share one fetch; in the last case and after a reload the upstream is asked itself, since the
+store's copy may be `cache.index_ttl` old. A catalogue that can't be read, or that is empty, leaves the last
+good one in force.
 """
 
 import asyncio
@@ -32,18 +33,18 @@ from gup.upstream.exchange import UpstreamFailure
 
 _log = logging.getLogger("gup.control.catalog_refresh")
 Fetch = Callable[[str, str | None, str | None], Awaitable[Fetched]]
-"""Asks the upstream of a name, under the validators of what is kept; raises UpstreamFailure."""
+"""Asks an upstream by name, with the validators of what is kept; raises UpstreamFailure."""
 Look = Callable[[str], Awaitable[Fetched]]
-"""Reads the upstream's catalogue by way of the store, as clients do; raises Problem."""
+"""Reads an upstream's catalogue through the store, as clients do; raises Problem."""
 
 _FIRST_RETRY_SECONDS = 5.0
 _LEAST_GAP_SECONDS = 2.0
-"""Between two readings because of monikers that nothing lists: those may be anybody's invention."""
+"""Between two readings because of unlisted monikers, which any client may make up."""
 _MOST_UNLISTED = 1000
 
 
 class CatalogRefresher:
-    """Owned by the controller. `keep` alone reads and writes; `catalogues` is replaced, never changed."""
+    """Owned by the controller. Only `keep` reads and writes; `catalogues` is replaced, never changed."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class CatalogRefresher:
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`run` is the store's folder of that name; `publish` has workers look at what is kept there."""
+        """`run` is the folder in the store; `publish` makes workers read what is kept there."""
         self._run = run
         self._settings = settings
         self._look = look
@@ -67,7 +68,7 @@ class CatalogRefresher:
         self._wake = asyncio.Event()
         self._asked_for: set[str] = set()
         self._doubted = False
-        """Whether what the store has may be too old: somebody misses something in it."""
+        """Whether the store's copy may be too old: a client asked for something that it does not list."""
         self._failures = 0
         self._kept: dict[str, Kept] = read_kept(run)
         self.catalogues = self._assembled()
@@ -77,17 +78,17 @@ class CatalogRefresher:
         settings = self._settings
         return Catalogues(rows, settings.upstream, StreamTypes(settings.catalog.types))
 
-    # --- told from outside
+    # --- told by others
 
     def apply(self, settings: config.Settings) -> None:
-        """Reloaded settings: everything is read again."""
+        """Take over reloaded settings; all catalogues are read again."""
         self._settings = settings
         self.catalogues = self._assembled()
         self._doubted = True
         self._wake.set()
 
     def unlisted(self, moniker: str) -> None:
-        """Somebody asked for what no catalogue lists: once for each, the catalogues are read again."""
+        """A client asked for a moniker that no catalogue lists: read them again, once for each moniker."""
         if moniker in self._asked_for or len(self._asked_for) >= _MOST_UNLISTED:
             return
         if self.catalogues.somewhere(moniker) is None:
@@ -100,7 +101,7 @@ class CatalogRefresher:
         return self.catalogues.listed(upstream, moniker) is not None
 
     def label(self, stream: Stream, file: str = "") -> Label | None:
-        """What a stream is called now; see Catalogues.label."""
+        """Product, version, language and type of a stream; see Catalogues.label."""
         return self.catalogues.label(stream, file)
 
     def product_of(self, stream: Stream) -> tuple[str, str] | None:
@@ -109,7 +110,7 @@ class CatalogRefresher:
         return None if label is None else (label.product, label.language)
 
     def shown(self) -> Mapping[str, dict[str, Any]]:
-        """Each upstream's catalogue for the operator: how much it lists, since when, and what is wrong."""
+        """Each upstream's catalogue for pages: source, number of streams, time of reading, problem."""
         return {
             name: {
                 "source": kept.source,
@@ -123,7 +124,7 @@ class CatalogRefresher:
     # --- reading
 
     async def keep(self) -> None:
-        """Read whenever it is due, until cancelled."""
+        """Read the catalogues whenever they are due; never returns."""
         while True:
             self._wake.clear()
             began = self._clock()
@@ -138,7 +139,7 @@ class CatalogRefresher:
                 await asyncio.sleep(max(0.0, began + self._gap_seconds() - self._clock()))
 
     def _pause_seconds(self) -> float | None:
-        """Until the next reading by the clock; sooner after one that failed, None for never."""
+        """Time until the next reading, sooner after a failed one; None for never."""
         refresh = self._settings.catalog.refresh
         if not refresh:
             return None
@@ -148,14 +149,14 @@ class CatalogRefresher:
         return _LEAST_GAP_SECONDS if self._asked_for else 0.0
 
     async def read(self) -> None:
-        """Read all catalogues once, keep what is new and tell of it."""
+        """Read all catalogues once; keep and publish what is new."""
         settings = self._settings
         doubted, self._doubted = self._doubted, False
         names = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
         readings = [self._read(upstream, doubted=doubted) for upstream in names]
         kept = dict(zip((u.name for u in names), await asyncio.gather(*readings), strict=True))
         if settings is not self._settings:
-            self._wake.set()  # they were changed meanwhile: what was read may be another's
+            self._wake.set()  # the settings were changed meanwhile: what was read may be of another upstream
             return
         failed = any(one.problem is not None for one in kept.values())
         self._failures = min(self._failures + 1, 16) if failed else 0
@@ -166,7 +167,7 @@ class CatalogRefresher:
         source = str(settings.file) if settings.file is not None else upstream.url + CATALOG_PATH
         old = self._kept.get(upstream.name)
         if old is None or old.source != source:
-            old = Kept(source)  # another server, or another file: what was listed there is not this one's
+            old = Kept(source)  # another server or file: its rows do not belong to this one
         if settings.file is None and not settings.refresh:
             return replace(old, problem=None)
         try:
@@ -196,7 +197,7 @@ class CatalogRefresher:
     @staticmethod
     def _failed(old: Kept, problem: str) -> Kept:
         if old.problem != problem:
-            have = "the last one goes on holding" if old.rows is not None else "streams go by their monikers"
+            have = "the last one stays in force" if old.rows is not None else "streams go by their monikers"
             _log.warning("no catalogue: %s; %s", problem, have)
         return replace(old, problem=problem)
 
@@ -211,7 +212,7 @@ class CatalogRefresher:
         try:
             await asyncio.to_thread(write_kept, self._run, kept)
         except OSError as error:
-            _log.warning("the catalogues can't be kept: %s", error.strerror or error)
+            _log.warning("can't write the catalogues: %s", error.strerror or error)
             self._kept = before  # so that the next reading tries again
             return
         if {n: (k.source, k.rows) for n, k in kept.items()} != {

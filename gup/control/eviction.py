@@ -26,11 +26,11 @@ Reason = Literal["unused", "revision", "size", "free", "part"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What has to hold. A `max_unused_seconds`, `max_part_age_seconds` or `keep_revisions` of 0 is no limit.
+    """Limits. `max_unused_seconds`, `max_part_age_seconds` and `keep_revisions` of 0 mean no limit.
 
-    `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` can't be had and counts as
-    none, since evicting everything would not help either. `refused_bytes` go whatever `free_bytes` says:
-    the disk refused a write, for a quota or for want of inodes.
+    `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` counts as none, since
+    evicting everything would not help. `refused_bytes` are freed whatever `free_bytes` is: the disk refused a
+    write, because of a quota or for lack of inodes.
     """
 
     max_size_bytes: int
@@ -56,7 +56,7 @@ class Eviction:
 def plan_evictions(
     entries: Sequence[Row], parts: Sequence[Part], limits: Limits, now: float
 ) -> list[Eviction]:
-    """What to remove, in this order. `limits.free_bytes` is what is free before anything is removed."""
+    """What to evict, in this order. `limits.free_bytes` is the free space before anything is removed."""
     newest, expendable = _revisions(entries, limits.keep_revisions)
     plan: list[Eviction] = []
     spare_parts: list[Part] = []
@@ -83,12 +83,12 @@ def plan_evictions(
 
 
 def _is_journal(part: Part) -> bool:
-    """A whole body whose commit was interrupted: recovery publishes it soon."""
+    """Whether this is a whole body whose commit was interrupted: recovery finishes it."""
     return part.state is not None and part.state.phase is Phase.COMMITTED
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
-    """The newest revision of each stream, and the keys whose revision is beyond the `keep` newest."""
+    """The newest revision of each stream, and the keys of revisions beyond the `keep` newest."""
     by_stream: dict[Stream, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in entries:
         if (revision := row.content_revision) is not None:
@@ -105,7 +105,7 @@ def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], se
 
 
 def _by_worth(parts: Iterable[Part], rows: Iterable[Row], newest: dict[Stream, str]) -> list[Eviction]:
-    """Everything that may go for space, what is missed least first. The reason is filled in later."""
+    """All that may be evicted for space, the least valuable first. The reason is filled in later."""
 
     def rank(row: Row) -> tuple[int, float]:
         revision = row.content_revision
@@ -143,15 +143,15 @@ _BATCH = 64
 _REST_SECONDS = 0.05
 _RECENT_SECONDS = 86400.0
 _REST_FACTOR = 20
-"""After a plan nobody waits for, so many times its duration pass: with 1e5 entries one takes some 0.3 s."""
+"""Pause after a plan, as a multiple of its duration: with 1e5 entries a plan takes some 0.3 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """What a look at the disk showed. `entries_bytes` is what the index held just before.
+    """The disk as it was measured. `entries_bytes` is what the index held just before.
 
-    Before, not after: a part that is committed meanwhile would be counted as part and as entry, and twice as
-    much evicted. Counted as neither, it is made up for by the look that its event asks for.
+    Before, not after: a part that is committed in between would be counted as a part and as an entry, and
+    too much would be evicted. Counted as neither, it is seen by the next look, which its event asks for.
     """
 
     parts: tuple[Part, ...]
@@ -169,12 +169,12 @@ class DiskUsage:
 
     @property
     def idle_parts_bytes(self) -> int:
-        """Of parts that nobody fills: for the others their fills have promised the room already."""
+        """Size of the parts that nobody fills; for the others their fills have reserved the room."""
         return sum(part.size_bytes for part in self.parts if not part.claimed)
 
 
 class Evictor:
-    """Runs evictions one at a time. `limits` (the `[cache]` settings) is replaced by a reload."""
+    """Keeps the store within its limits, one eviction run at a time. A reload replaces `limits`."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Evictor:
         promised_bytes: Callable[[], int],
         now: Callable[[Iterable[float]], float],
     ) -> None:
-        """`now` gives the time by which things are too old, from all their last uses; Unix seconds."""
+        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
         self.limits = limits
         self._store = store
         self._claims = claims
@@ -207,12 +207,12 @@ class Evictor:
         self._stopped = False
         self._disk = DiskUsage((), 0, 0)  # at the last look
         self.recent_evicted = 0
-        """Entries evicted for space, since the start, that somebody had used within a day."""
+        """Entries evicted for space since the start that had been used within a day."""
 
     # --- being asked
 
     def look_soon(self) -> None:
-        """Something was committed: look, at once when it is too much already."""
+        """Something was committed: check the limits soon, at once when they are exceeded."""
         self._due.set()
         if self._index.complete:
             self._set_store_bytes(self._index.total_bytes + self._disk.idle_parts_bytes)
@@ -220,7 +220,7 @@ class Evictor:
             self._urgent.set()
 
     def need(self, size_bytes: int, *, refused: bool = False) -> None:
-        """A worker wants so much room now; `refused`: the disk has none, whatever its figures say."""
+        """A worker needs so much room now. `refused`: the disk refused a write, whatever statvfs says."""
         self._need_bytes += size_bytes
         if refused:
             self._refused_bytes = max(self._refused_bytes, size_bytes)
@@ -228,13 +228,13 @@ class Evictor:
         self._urgent.set()
 
     async def stop(self) -> None:
-        """Remove nothing more; returns when what is under way has ended."""
+        """Evict nothing more; return when the present run has ended."""
         self._stopped = True
         async with self._running:
             return
 
     async def keep(self, interval_seconds: float) -> None:
-        """Look when asked, and every `interval_seconds` in any case; for a job that never ends."""
+        """Evict when asked to, and every `interval_seconds` in any case; never returns."""
         while True:
             await _wait(self._due, interval_seconds)
             self._due.clear()
@@ -250,7 +250,7 @@ class Evictor:
     # --- looking and removing
 
     async def measure(self) -> DiskUsage:
-        """Look at the parts and the file system."""
+        """Measure the parts and the free space of the file system."""
         return await asyncio.to_thread(self._measure, self._index.total_bytes)
 
     def _measure(self, entries_bytes: int) -> DiskUsage:
@@ -259,7 +259,7 @@ class Evictor:
         return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
 
     async def evict(self) -> list[Eviction]:
-        """Remove what has to go; what was really removed. Nothing before the index is complete."""
+        """Evict what exceeds the limits; return what was removed. Nothing before the index is complete."""
         async with self._running:
             if self._stopped or not self._index.complete:
                 return []
@@ -300,9 +300,9 @@ class Evictor:
         return await asyncio.to_thread(plan)
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
-        """Remove those that nobody fills at this moment: the key's claim is held meanwhile.
+        """Remove those whose key nobody else claims, holding the claim meanwhile.
 
-        Claims are taken and given back on the loop only: two threads of one process would both get one.
+        Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
         ours: list[Eviction] = []
         try:
@@ -321,7 +321,11 @@ class Evictor:
             self._counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
         if done:
             self._raise_store_epoch()
-            _log.info("evicted %d, %d bytes", len(done), sum(eviction.size_bytes for eviction in done))
+            _log.info(
+                "evicted %d entries and parts, %d bytes",
+                len(done),
+                sum(eviction.size_bytes for eviction in done),
+            )
         return done
 
     def _note_recent(self, eviction: Eviction) -> None:
@@ -338,13 +342,13 @@ class Evictor:
                 elif not self._remove_part(eviction.part):
                     continue
             except (GupError, OSError) as error:
-                _log.warning("%s can't be evicted: %s", eviction.key, error)
+                _log.warning("can't evict %s: %s", eviction.key, error)
             else:
                 done.append(eviction)
         return done
 
     def _remove_part(self, part: Part) -> bool:
-        """Remove a part if it is still as it was when the plan was made. The caller holds the key's claim."""
+        """Remove a part unless it changed since the plan was made. The caller holds the key's claim."""
         store = self._store
         path = store.part_path(part.id, part.generation) if part.generation else store.state_path(part.id)
         try:
@@ -359,10 +363,10 @@ class Evictor:
         return True
 
     async def purge(self, key: ContentKey) -> int:
-        """Remove an entry for the operator, even a pinned one, and what lies unfinished of it; bytes freed.
+        """Remove an entry, even a pinned one, and its unfinished parts for an operator; the bytes freed.
 
-        Readers read on to the end. What a fill under way is about to store goes too, if it ends soon enough:
-        BusyError when not.
+        Readers read on to the end. The entry of a fill under way is removed when the fill ends soon enough;
+        else BusyError.
         """
         freed = await change(self._claims, key, lambda: self._store.purge(key))
         self._index.discard(key.text)
@@ -377,7 +381,7 @@ class Evictor:
 
 
 def _is_of_another(part: Part, store: Store) -> bool:
-    """Whether the state belongs to another generation of which there is a part."""
+    """Whether the key's state describes another generation that has a part of its own."""
     try:
         state = store.load_state(part.id)
     except ValueError:
@@ -388,7 +392,7 @@ def _is_of_another(part: Part, store: Store) -> bool:
 
 
 def _offset(eviction: Eviction) -> int:
-    """The claim of the key that an eviction is about."""
+    """The claim offset of the key that is evicted."""
     if eviction.part is not None:
         return int(eviction.part.id[:16], 16) >> 2
     return ContentKey.parse(eviction.key).claim_offset
@@ -403,22 +407,22 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 JUMP_SECONDS = 3600.0
-"""A wall clock that gains so much on the time since boot has been set."""
+"""A wall clock that gains so much on the time since boot was set by somebody."""
 GAP_SECONDS = 7 * 86400.0
-"""At the start: so long after the last use of anything, either the service was away or the clock is wrong."""
+"""At the start: so long after the last use of anything, the clock may be wrong."""
 BELIEVED_AFTER_SECONDS = 86400.0
 
 
 def boot_clock() -> float:
-    """Seconds since boot, those of suspension among them; nobody sets it."""
+    """Seconds since boot, suspension included; nobody can set this clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class AgeClock:
-    """Unix seconds for ages: the wall clock's, but a jump ahead counts only when it has stood for a day.
+    """The time that ages are measured from: the wall clock, but a jump ahead counts only after a day.
 
-    A clock that is wrong by a year for an hour would else make everything unused for longer than
-    `cache.max_unused`, and empty the store. A jump back is taken over at once: it makes all younger.
+    Otherwise a clock that is a year ahead for an hour would make everything unused for longer than
+    `cache.max_unused` and empty the store. A jump back is followed at once: it makes everything younger.
     """
 
     def __init__(
@@ -428,14 +432,14 @@ class AgeClock:
         self._steady = steady
         self._made_at = wall()
         self._offset = self._made_at - steady()
-        """From steady to believed time."""
+        """Added to the time since boot."""
         self._begun = False
         self._doubted_since: float | None = None
 
     def begin(self, uses: Iterable[float]) -> None:
-        """`uses` are the times of last use of all that is stored: those of earlier lives tell where time was.
+        """Start from the last uses of all that is stored: they tell what the time was before this start.
 
-        Only the first call counts; call it before anything is removed for its age.
+        Only the first call counts; call it before anything is evicted for its age.
         """
         if self._begun:
             return
@@ -451,7 +455,7 @@ class AgeClock:
             self._believe(wall - steady)
         elif self._doubted_since is None:
             self._doubted_since = steady
-            _log.warning("the clock is %.0f s ahead of what it was: nothing ages by that for a day", ahead)
+            _log.warning("the clock jumped %.0f s ahead: for a day ages are measured as if it had not", ahead)
         elif steady - self._doubted_since >= BELIEVED_AFTER_SECONDS:
             self._believe(wall - steady)
         return steady + self._offset

@@ -1,4 +1,11 @@
-"""Prefetching: which deltas a new revision calls for, the queue, and fetching them."""
+"""Prefetching: what to fetch before a client asks for it, the queue, and the fetching.
+
+A client that asks for a delta names two revisions: the one it has and the one it will have; one that asks for
+a full names the latter. So the revisions named lately are those of this site's clients: when a new one is
+named, the deltas from the others to it are queued. Operators queue what they want. Client patches are not
+prefetched unless a client asked for them, and background fills yield to clients' fills. At most two run at
+once: one delta or index file, and one of all else.
+"""
 
 import asyncio
 import logging
@@ -19,7 +26,7 @@ from gup.jsonmodel import InvalidError, Members, plain_text, shown
 from gup.metrics import MAX_STREAMS
 
 MAX_QUEUED = 1000
-"""All rows; the oldest that have ended are forgotten."""
+"""In the queue, ended ones included; the oldest ended ones are forgotten."""
 MAX_PENDING = 900
 _MAX_TEXT = 9000
 
@@ -27,7 +34,7 @@ By = Literal["traffic", "operator"]
 
 
 class Outcome(StrEnum):
-    """Of a wish."""
+    """What became of a queued fetch."""
 
     QUEUED = "queued"
     FETCHING = "fetching"
@@ -59,11 +66,11 @@ PENDING = frozenset({Outcome.QUEUED, Outcome.FETCHING})
 
 @dataclass(slots=True, kw_only=True)
 class QueuedFetch:
-    """One body to fetch ahead. The prefetcher alone changes it; times are Unix seconds."""
+    """One body to prefetch. Only the prefetcher changes it; times are Unix seconds."""
 
     key: ContentKey
     path: str
-    """As upstream is asked for it."""
+    """The path that upstream is asked for."""
     kind: Kind
     by: By
     asked_at: float
@@ -83,17 +90,17 @@ class QueuedFetch:
         self.ended_at = None if self.pending else now
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; `from_json` reads it back."""
+        """All members; `from_json` reads them back."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return fields | {"key": self.key.text, "kind": str(self.kind), "outcome": str(self.outcome)}
 
     @classmethod
     def from_json(cls, fields: object) -> "QueuedFetch":
-        """InvalidError when `fields` are no wish. What was being fetched is queued again."""
-        members = Members(fields, "wish")
+        """Read what `to_json` gave; InvalidError. What was being fetched is queued again."""
+        members = Members(fields, "prefetch")
         key, path = ContentKey.parse(members["key"]), members.text("path", _MAX_TEXT)
         if not leads_to(path, key):
-            raise InvalidError(f"wish: 'path' does not lead to {key.text}: {shown(path)}")
+            raise InvalidError(f"prefetch: 'path' does not lead to {key.text}: {shown(path)}")
         outcome = members.one_of("outcome", Outcome)
         by: By = "operator" if members["by"] == "operator" else "traffic"
         return cls(
@@ -110,7 +117,7 @@ class QueuedFetch:
 
 
 class PrefetchQueue:
-    """By key, the latest at the end. `changed` is set False by whoever writes them down."""
+    """Queued fetches by key, the latest at the end. `changed` is reset by whoever saves the queue."""
 
     def __init__(self) -> None:
         self._rows: OrderedDict[ContentKey, QueuedFetch] = OrderedDict()
@@ -127,56 +134,56 @@ class PrefetchQueue:
 
     @property
     def pending(self) -> int:
-        return sum(wish.pending for wish in self)
+        return sum(item.pending for item in self)
 
-    def add(self, wish: QueuedFetch) -> bool:
-        """Put it at the end, in place of an earlier one of its key; False when too many are pending."""
+    def add(self, item: QueuedFetch) -> bool:
+        """Append, in place of an earlier one of the same key; False when too many are pending."""
         if self.pending >= MAX_PENDING:
             return False
-        self._rows[wish.key] = wish
-        self._rows.move_to_end(wish.key)
+        self._rows[item.key] = item
+        self._rows.move_to_end(item.key)
         self._forget()
         self.changed = True
         return True
 
-    def move(self, wish: QueuedFetch, outcome: Outcome, now: float, detail: str = "") -> None:
-        wish.move(outcome, now, detail)
+    def move(self, item: QueuedFetch, outcome: Outcome, now: float, detail: str = "") -> None:
+        item.move(outcome, now, detail)
         self.changed = True
 
     def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
-        """The next to fetch of these kinds: an operator's first, then in their order."""
+        """The next one of these kinds: operators' first, then in the order of the queue."""
         found = [
-            wish
-            for wish in self
-            if wish.outcome is Outcome.QUEUED and wish.kind in kinds and wish.due_at <= now
+            item
+            for item in self
+            if item.outcome is Outcome.QUEUED and item.kind in kinds and item.due_at <= now
         ]
-        return min(found, key=lambda wish: wish.by != "operator", default=None)
+        return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
-        """Nobody needs what leads to an older revision, and was not asked for by an operator."""
-        for wish in self:
-            if wish.outcome is Outcome.QUEUED and wish.by == "traffic" and stream_of(wish.key) == stream:
-                names = named(wish.key)
+        """Drop queued deltas to older revisions, unless an operator wants them."""
+        for item in self:
+            if item.outcome is Outcome.QUEUED and item.by == "traffic" and stream_of(item.key) == stream:
+                names = named(item.key)
                 if names is not None and names.revision < newest:
-                    self.move(wish, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
+                    self.move(item, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
 
     def _forget(self) -> None:
         if len(self._rows) > MAX_QUEUED:
-            oldest = next(wish for wish in self if not wish.pending)
+            oldest = next(item for item in self if not item.pending)
             del self._rows[oldest.key]
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [wish.to_json() for wish in self]
+        return [item.to_json() for item in self]
 
     def restore(self, rows: Any) -> None:
-        """Take back what `to_json` gave, before those that have come since; what is no wish is left out."""
+        """Put what `to_json` gave before what has come since; malformed rows are left out."""
         newer, self._rows = self._rows, OrderedDict()
         for row in rows if isinstance(rows, list) else ():
             try:
-                wish = QueuedFetch.from_json(row)
+                item = QueuedFetch.from_json(row)
             except ValueError:
                 continue
-            self._rows[wish.key] = wish
+            self._rows[item.key] = item
         self._rows |= newer
         for key in newer:
             self._rows.move_to_end(key)
@@ -185,12 +192,12 @@ class PrefetchQueue:
 
 
 MAX_REVISIONS = 64
-"""Remembered of each stream; those named longest ago are forgotten."""
+"""Revisions remembered of each stream; those named longest ago are forgotten."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """One stream. `seen` has the time of the last naming of each revision, the latest at the end.
+    """What is known of one stream. `seen` has when each revision was named last, the latest at the end.
 
     `asked` are those from which a client has asked for the delta to the newest one: nothing is left to be
     done for them.
@@ -219,7 +226,7 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A revision that clients have begun to ask for, and where the others of the site are."""
+    """A stream's newest revision, and the revisions that other clients of the site are at."""
 
     stream: Stream
     revision: str
@@ -227,7 +234,7 @@ class Announced:
     from_revisions: tuple[str, ...]
     """The latest named first."""
     paths: tuple[str, ...]
-    """Of the deltas from these."""
+    """Paths of the deltas from these."""
 
     @property
     def variant(self) -> Variant:
@@ -235,7 +242,7 @@ class Announced:
 
 
 class Revisions:
-    """By stream; as many streams as are counted apart, the longest idle forgotten.
+    """Revisions by stream, the longest idle streams forgotten beyond MAX_STREAMS.
 
     `changed`: whether anything new was learned since it was last set to False (by whoever writes it down);
     `touched`: whether anything was named again.
@@ -246,7 +253,7 @@ class Revisions:
         self.changed = self.touched = False
 
     def learn(self, stream: Stream, named: Named, now: float, moniker: str = "") -> bool:
-        """What a client was sent, or began to be sent. Whether that makes another look worth while: the
+        """Note what a client was sent, or is being sent. True when the deltas have to be looked at again: the
         revision is newer than any before, or one that no client of the site was known to be at.
         """
         known = self._known(stream)
@@ -264,7 +271,7 @@ class Revisions:
         return news
 
     def refused(self, stream: Stream, named: Named, now: float) -> None:
-        """Upstream does not have what was asked for: that announces nothing, but tells where a client is."""
+        """Upstream does not have what was asked for: that tells where a client is, and announces nothing."""
         if named.from_revision is not None and stream in self._streams:
             self.touched = True
             self._known(stream).name(named, now)
@@ -277,7 +284,7 @@ class Revisions:
         return known
 
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
-        """The stream's newest revision and, of the others named so lately, the `most` named last.
+        """The stream's newest revision, and the `most` others named last within `within_seconds`.
 
         Those are left out whose delta a client has asked for already.
         """
@@ -292,7 +299,7 @@ class Revisions:
         return Announced(stream, known.newest, known.announced_at, tuple(lately), tuple(paths))
 
     def _folder_of_others(self, stream: Stream) -> Folder:
-        """As the same upstream has it for other streams; else as the public log shows it (FIELD)."""
+        """The folder layout of other streams of the same upstream; else that of the public log (FIELD)."""
         others = (known.folder for other, known in self._streams.items() if other[:2] == stream[:2])
         return next((folder for folder in others if folder is not None), Folder.FROM)
 
@@ -314,7 +321,7 @@ class Revisions:
         ]
 
     def restore(self, rows: Any) -> None:
-        """Take back what `to_json` gave. What is not of that form is left out, what is newer stays."""
+        """Take back what `to_json` gave. Malformed rows are left out; what has come since stays."""
         for row in rows if isinstance(rows, list) else ():
             match row:
                 case {
@@ -347,29 +354,29 @@ class Revisions:
 
 _log = logging.getLogger("gup.control.prefetch")
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))
-"""What is fetched one after the other: a full of hours holds up no delta."""
+"""Kinds that are fetched one after the other: a full that takes hours delays no delta."""
 _TRIES = 4
 _FIRST_RETRY_SECONDS = 30.0
 _IDLE_LOOK_SECONDS = 0.1
 _LOOK_SECONDS = 5.0
-"""Between two looks at whether a failed one is due again."""
+"""Between two looks for a retry that is due."""
 _REVISIONS_NOTE = "revisions"
-_WISHES_NOTE = "wishes"
+_QUEUE_NOTE = "wishes"
 
 FetchAhead = Callable[[Route, Variant], Awaitable[bool]]
 """Cache.fetch_ahead."""
 
 
 class NotThereError(ValueError):
-    """What is ordered is no content, or no upstream can have it."""
+    """What an operator ordered is no content, or no upstream can have it."""
 
 
 class Busy(GupError):  # noqa: N818 - what is told, not our error
-    """Too much is to be fetched ahead already."""
+    """The prefetch queue is full."""
 
 
 class Prefetcher:
-    """Told by the plane what clients ask for; `run` of each lane is a job. All on the event loop."""
+    """Told what clients ask for; one `run` for each lane is a job. Everything is on the event loop."""
 
     def __init__(
         self,
@@ -397,12 +404,12 @@ class Prefetcher:
         self.revisions = Revisions()
         self.queue = PrefetchQueue()
         self.left_out: dict[Stream, str] = {}
-        """Why nothing of a stream is fetched ahead."""
+        """Why nothing of a stream is prefetched, by stream."""
 
     # --- what the traffic tells
 
     def asked(self, key: ContentKey, upstream_path: str = "") -> None:
-        """A client is sent this, or begins to be."""
+        """A client was sent this, or it has begun to arrive for one."""
         names = named(key)
         if names is None:
             return
@@ -417,7 +424,7 @@ class Prefetcher:
             self.revisions.refused(stream_of(key), names, self._clock())
 
     def look_over(self) -> None:
-        """Look at every stream anew: what was not known, or not allowed, may be by now."""
+        """Look at every stream again: what was unknown, or not allowed, may not be so now."""
         for stream in list(self.revisions):
             self._look_at(stream)
 
@@ -436,7 +443,7 @@ class Prefetcher:
         if why_not is not None:
             if self.left_out.get(stream) != why_not:
                 self.left_out[stream] = why_not
-                _log.info("nothing of %s is fetched ahead: %s", "/".join(stream), why_not)
+                _log.info("nothing of %s is prefetched: %s", "/".join(stream), why_not)
             return
         self.left_out.pop(stream, None)
         self._wish(announced)
@@ -461,7 +468,7 @@ class Prefetcher:
                 fresh += self._add(route, key, "traffic")
         if fresh:
             _log.info(
-                "%s of %s is asked for: %d deltas to it are fetched ahead",
+                "clients ask for %s of %s: %d deltas to it are prefetched",
                 announced.revision,
                 "/".join(announced.stream),
                 fresh,
@@ -470,7 +477,7 @@ class Prefetcher:
     # --- what an operator wants
 
     def order(self, path: str, version: str | None, language: str | None) -> list[QueuedFetch]:
-        """Fetch `path` ahead, for all variants that fit. ValueError says what is wrong with the order.
+        """Queue `path` for all matching variants. ValueError tells what is wrong with the order.
 
         Busy when the list is full.
         """
@@ -485,15 +492,15 @@ class Prefetcher:
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
         for key in keys:
-            wish = self.queue.get(key)
-            if wish is not None and wish.pending:
-                wish.by = "operator"
+            item = self.queue.get(key)
+            if item is not None and item.pending:
+                item.by = "operator"
             elif not self._add(route, key, "operator"):
                 raise Busy(f"{MAX_PENDING} are waiting already: try again later")
-        return [wish for key in keys if (wish := self.queue.get(key)) is not None]
+        return [item for key in keys if (item := self.queue.get(key)) is not None]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
-        """Under which a stream's content of the upstreams of this version and language is stored."""
+        """The variants under which content of upstreams of this version and language is stored."""
         every = self._places(stream)
         found = [
             stored
@@ -511,8 +518,8 @@ class Prefetcher:
         return Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
 
     def _add(self, route: Route, key: ContentKey, by: Any) -> bool:
-        wish = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
-        if not self.queue.add(wish):
+        item = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
+        if not self.queue.add(item):
             return False
         self._news[_lane(route.kind)].set()
         return True
@@ -520,64 +527,64 @@ class Prefetcher:
     # --- fetching
 
     async def run(self, lane: int) -> None:
-        """Fetch what is wished for in this lane, one after the other; for a job that never ends."""
+        """Fetch what is queued for this lane, one after the other; never returns."""
         while True:
             self._news[lane].clear()
-            wish = self.queue.due(LANES[lane], self._clock())
-            if wish is None:
+            item = self.queue.due(LANES[lane], self._clock())
+            if item is None:
                 try:
                     async with asyncio.timeout(_LOOK_SECONDS):
                         await self._news[lane].wait()
                 except TimeoutError:
                     pass
                 continue
-            if not self._idle() and not self._holds(wish.key.text):
+            if not self._idle() and not self._holds(item.key.text):
                 await asyncio.sleep(_IDLE_LOOK_SECONDS)
                 continue
-            await self._one(wish)
+            await self._one(item)
 
-    async def _one(self, wish: QueuedFetch) -> None:
+    async def _one(self, item: QueuedFetch) -> None:
         settings = self._settings().prefetch
         now = self._clock()
-        if wish.by == "traffic" and not (settings.enabled and settings.max):
-            self.queue.move(wish, Outcome.SUPERSEDED, now, "prefetch.enabled was set to false")
+        if item.by == "traffic" and not (settings.enabled and settings.max):
+            self.queue.move(item, Outcome.SUPERSEDED, now, "prefetch.enabled was set to false")
             return
-        self.queue.move(wish, Outcome.FETCHING, now)
-        wish.tries += 1
+        self.queue.move(item, Outcome.FETCHING, now)
+        item.tries += 1
         try:
-            route = self._routes().route(parse_target(wish.path.encode()).path)
-            fetched = await self._fetch(route, wish.key.variant)
+            route = self._routes().route(parse_target(item.path.encode()).path)
+            fetched = await self._fetch(route, item.key.variant)
         except Problem as problem:
-            self._failed(wish, problem)
+            self._failed(item, problem)
         else:
-            self.queue.move(wish, Outcome.STORED if fetched else Outcome.PRESENT, self._clock())
+            self.queue.move(item, Outcome.STORED if fetched else Outcome.PRESENT, self._clock())
 
-    def _failed(self, wish: QueuedFetch, problem: Problem) -> None:
+    def _failed(self, item: QueuedFetch, problem: Problem) -> None:
         now = self._clock()
         if problem.status in (404, 410):
-            self.queue.move(wish, Outcome.ABSENT, now, problem.detail)
-        elif wish.tries >= _TRIES:
-            self.queue.move(wish, Outcome.FAILED, now, problem.detail)
-            _log.warning("%s could not be fetched ahead: %s", wish.key.text, problem.detail)
+            self.queue.move(item, Outcome.ABSENT, now, problem.detail)
+        elif item.tries >= _TRIES:
+            self.queue.move(item, Outcome.FAILED, now, problem.detail)
+            _log.warning("%s could not be prefetched: %s", item.key.text, problem.detail)
         else:
-            self.queue.move(wish, Outcome.QUEUED, now, problem.detail)
-            wish.due_at = now + _FIRST_RETRY_SECONDS * 2 ** (wish.tries - 1)
+            self.queue.move(item, Outcome.QUEUED, now, problem.detail)
+            item.due_at = now + _FIRST_RETRY_SECONDS * 2 ** (item.tries - 1)
 
     # --- kept and shown
 
     def save(self, set_note: Callable[[str, Any], None], *, all_: bool = False) -> None:
-        """Keep what is new since the last time; `all_`: also that what was known was named again."""
+        """Save what is new since the last time; `all_`: also when known revisions were named again."""
         if self.revisions.changed or (all_ and self.revisions.touched):
             self.revisions.changed = self.revisions.touched = False
             set_note(_REVISIONS_NOTE, self.revisions.to_json())
         if self.queue.changed:
             self.queue.changed = False
-            set_note(_WISHES_NOTE, self.queue.to_json())
+            set_note(_QUEUE_NOTE, self.queue.to_json())
 
     def restore(self, note: Callable[[str], Any]) -> None:
-        """Take back what was kept, in whatever state it is."""
+        """Take back what was saved, whatever it holds."""
         self.revisions.restore(note(_REVISIONS_NOTE))
-        self.queue.restore(note(_WISHES_NOTE))
+        self.queue.restore(note(_QUEUE_NOTE))
         for news in self._news:
             news.set()
 

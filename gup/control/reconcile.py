@@ -56,9 +56,9 @@ async def change(
 async def to_its_end(
     work: Callable[_Given, _Result], *arguments: _Given.args, **named: _Given.kwargs
 ) -> _Result:
-    """Run `work` in a thread; whoever is cancelled meanwhile stays until it has ended.
+    """Run `work` in a thread; a cancelled caller waits until the thread has ended.
 
-    A thread can't be stopped: a claim that is released at the cancellation would be released too early.
+    A thread can't be stopped: otherwise the caller would release its claim while the work goes on.
     """
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
     try:
@@ -70,12 +70,12 @@ async def to_its_end(
 
 _log = logging.getLogger("gup.control.reconcile")
 ORPHAN_AGE_SECONDS = 600.0
-"""A body without its record is left alone for so long: a commit may be between the two."""
+"""A younger body without a record may belong to a commit that is under way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """What has to change in the index, and bodies whose record is missing or damaged."""
+    """What has to change in the index, and the bodies whose record is missing or damaged."""
 
     put: tuple[Row, ...]
     gone: tuple[str, ...]
@@ -83,7 +83,7 @@ class Differences:
 
 
 def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
-    """What a scan found against what the index knows."""
+    """Compare what a scan found with the rows of the index."""
     put: list[Row] = []
     orphans: list[Stored] = []
     seen: set[str] = set()
@@ -107,7 +107,7 @@ Mend = Callable[[ContentKey, bool], Awaitable[Problem | None]]
 async def reconcile(
     index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend, now: float
 ) -> None:
-    """Scan the store and take over what differs, except for what changed during the scan."""
+    """Scan the store and correct the index, except for rows that changed during the scan."""
     known = dict(index.rows)
     with index.watch() as touched:
         found = await asyncio.to_thread(lambda: differences(list(store.scan()), known))
@@ -128,13 +128,13 @@ async def reconcile(
             try:
                 await _settle_orphan(orphan, index, store, claims, counters, mend)
             except Exception:  # noqa: BLE001 - one entry must not keep the others from being looked at
-                _log.exception("%s could not be put right", orphan.key.text)
+                _log.exception("could not repair %s", orphan.key.text)
 
 
 async def _settle_orphan(
     orphan: Stored, index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend
 ) -> None:
-    """Mend a body that has its record. One without, or that no upstream has any more, is removed."""
+    """Mend a body that has its record. Remove one without a record, or that no upstream has any more."""
     recorded = orphan.size_bytes > 0 and await asyncio.to_thread(_has_record, orphan.key, store)
     if recorded:
         problem = await mend(orphan.key, False)
@@ -147,7 +147,7 @@ async def _settle_orphan(
 
 
 async def index_again(key: ContentKey, index: Index, store: Store) -> None:
-    """Take an entry into the index that was mended: damaged, it had no place there."""
+    """Put an entry that was mended or imported into the index."""
     stored = await asyncio.to_thread(store.stored, key)
     if stored is not None and stored.record is not None:
         index.put(row_of(stored, index.rows.get(key.text)))
@@ -163,7 +163,7 @@ def _has_record(key: ContentKey, store: Store) -> bool:
 async def _remove_orphan(
     orphan: Stored, store: Store, claims: Claims, counters: Counters, *, counted: bool
 ) -> None:
-    """Remove a body that nobody can serve, unless a fill works on its key or an interrupted commit waits."""
+    """Remove a body that can't be served, unless a fill holds its claim or an interrupted commit waits."""
     offset = orphan.key.claim_offset
     if not claims.try_claim(offset):
         return
