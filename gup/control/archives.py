@@ -17,7 +17,7 @@ from gup.units import format_size
 
 
 def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
-    """Why so much more can't be taken, "" when it can: an import makes no room for itself."""
+    """Why so much more can't be imported, "" when it can: an import evicts nothing."""
     if held_bytes + length_bytes > limits.max_size:
         return (
             f"cache.max_size ({format_size(limits.max_size)}) would be exceeded, and an import evicts nothing"
@@ -33,14 +33,14 @@ _T = TypeVar("_T")
 
 
 class Upload:
-    """Pieces on their way from the event loop to a thread that reads them as a file; a few at most."""
+    """A bounded queue of pieces from the event loop to a thread, which reads them as a file."""
 
     def __init__(self) -> None:
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
         self._closed = threading.Event()
 
     def put(self, piece: bytes | None) -> None:
-        """Give a piece, or None when there will be no more for a reason of the sender's; waits for room."""
+        """Add a piece, b"" at the end, None when the sender is gone; blocks while the queue is full."""
         while not self._closed.is_set():
             try:
                 self._pieces.put(piece, timeout=_TURN_SECONDS)
@@ -49,7 +49,7 @@ class Upload:
             return
 
     def read(self, _size: int = -1) -> bytes:
-        """The next piece, b"" at the end; for the thread."""
+        """The next piece, b"" at the end. TarError when the sender is gone."""
         piece = self._pieces.get()
         if piece is None:
             raise TarError("the connection broke off")
@@ -58,12 +58,12 @@ class Upload:
         return piece
 
     def close(self) -> None:
-        """The reader wants no more."""
+        """The reader has ended."""
         self._closed.set()
 
 
 async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> Imported:
-    """Take what the archive holds; ArchiveError when it is none."""
+    """Import the entries of an archive; ArchiveError when it is none."""
     upload = Upload()
     taking = asyncio.create_task(asyncio.to_thread(_take, state, upload, asyncio.get_running_loop()))
     try:
@@ -81,7 +81,7 @@ async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> I
 
 
 def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
-    """In a thread. Claims and the index belong to the loop."""
+    """The import, in a thread; claims and index are used on the event loop."""
 
     def on_loop(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()

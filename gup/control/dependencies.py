@@ -1,4 +1,4 @@
-"""What the control plane is given by the process around it. Values and callables only; never any logic."""
+"""The collaborators of the control plane, given by the controller process."""
 
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -65,13 +65,13 @@ class ControlDependencies:
     places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
     """Choices.places."""
     link_idle: Callable[[], bool] = lambda: True
-    """Whether no fill streams or waits in any process, but for those ahead."""
+    """Whether no fill but background fills streams or waits, in any process."""
     fills_waiting: Callable[[], int] = lambda: 0
-    """Fills that wait for their place, in all processes."""
+    """Fills that wait for a slot, in all processes."""
     label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
     catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
     catalogue_rows: Callable[[], Catalogues] = Catalogues
-    """What the upstreams' catalogues list now."""
+    """The present rows of the upstreams' catalogues."""
     unlisted: Callable[[str], None] = lambda _moniker: None
-    """To be told of monikers that were asked for and that no catalogue lists."""
+    """Called with a moniker that a client asked for and no catalogue lists."""

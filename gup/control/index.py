@@ -1,4 +1,9 @@
-"""The index: the controller's view of the store, for listing, eviction and totals."""
+"""The index: the controller's view of the store, for listing, eviction and totals.
+
+The records on disk are the truth. The rows in memory belong to the event loop and change at once; what
+changed is written once a second, by one thread. A missing or damaged index is rebuilt from the records, and
+`reconcile` corrects what lost events left out.
+"""
 
 import asyncio
 import contextlib
@@ -26,7 +31,7 @@ from gup.jsonmodel import Members
 _REVISION = re.compile(r"\d{9}")
 
 Stream = tuple[str, str, str]
-"""Version, language and moniker: what revisions are compared within."""
+"""Version, language and moniker: revisions are compared within a stream."""
 
 
 def stream_of(key: ContentKey) -> Stream:
@@ -46,7 +51,7 @@ def content_revision(kind: Kind, revision: str, file: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An entry as the index knows it. Times are Unix seconds."""
+    """An entry: what its record says, and hits and bytes, which no record has. Times are Unix seconds."""
 
     key: str
     version: str
@@ -81,12 +86,12 @@ class Row:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All of the row; `from_json` reads it back."""
+        """All members; `from_json` reads them back."""
         return {name: getattr(self, name) for name in self.__slots__} | {"kind": str(self.kind)}
 
     @classmethod
     def from_json(cls, fields: object) -> "Row":
-        """InvalidError when `fields` are no row."""
+        """Read what `to_json` gave; InvalidError."""
         members = Members(fields, "row of the index")
         return make_row(
             ContentKey.parse(members["key"]),
@@ -104,7 +109,7 @@ class Row:
 def make_row(
     key: ContentKey, kind: Kind, length_bytes: int, *, stored_at: float, used_at: float, **more: Any
 ) -> Row:
-    """A row for `key`. Names that many rows share are kept once (1e5 rows are to fit in some 50 MB)."""
+    """A row. Names that many rows share are interned, to save memory."""
     return Row(
         key.text,
         sys.intern(key.version),
@@ -121,7 +126,7 @@ def make_row(
 
 
 def row_of(stored: Stored, known: Row | None = None) -> Row:
-    """The row of a body found on disk; hits and totals are taken from the row known before."""
+    """The row of a body found on disk; hits and totals come from the row known before."""
     record = stored.record
     assert record is not None
     return make_row(
@@ -142,7 +147,7 @@ _ENTRY = "entry:"
 _NOTE = "note:"
 _T = TypeVar("_T")
 ROWS_AT_ONCE = 1000
-"""Where all rows are taken over, others get their turn after so many."""
+"""A loop over all rows yields to other tasks after so many."""
 
 
 Place = tuple[float, str]
@@ -154,15 +159,15 @@ ORDERS: dict[str, Callable[[Row], float]] = {
     "length": lambda row: row.length_bytes,
     "hits": lambda row: row.hits,
 }
-"""What rows are listed in order of, with the values."""
+"""The orders that rows are listed in, with their sort keys."""
 _MANY = 5000
-"""When more rows than this have changed, the sorted lists are made anew in a thread."""
+"""When more rows have changed, the sorted lists are rebuilt in a thread."""
 _TURN = 100
-"""So many are moved in the lists before others get their turn: some 3 ms with 1e5 rows."""
+"""Rows moved in the sorted lists before other tasks get their turn: some 3 ms with 1e5 rows."""
 
 
 class Index:
-    """Rows by key, written behind to `folder`. Everything but the file work happens on the event loop.
+    """Rows by key, written behind to `folder`. Everything but the file work is on the event loop.
 
     `complete` says whether the rows stand for all of the store; nothing is evicted before.
     """
@@ -173,7 +178,7 @@ class Index:
         on_damage: Callable[[], None],
         on_written: Callable[[str | None], None] = lambda _refusal: None,
     ) -> None:
-        """`on_written` is told after each try to write why the disk refused, None when it did not."""
+        """`on_written` is called after each write with the reason of a refusal, None for success."""
         self.rows: dict[str, Row] = {}
         self.total_bytes = 0
         self.opened = False
@@ -190,7 +195,7 @@ class Index:
         self._sorted = _sorted([])
         self._sorting = asyncio.Lock()
         self._moved: dict[str, Row | None] = {}
-        """By key, the rows as they stand in the sorted lists, where that has changed since."""
+        """Rows that changed since the sorted lists were updated, as they are in these lists."""
         self._notes: dict[str, Any] = {}
         self._dirty_notes: set[str] = set()
         self._watchers: list[set[str]] = []
@@ -245,7 +250,7 @@ class Index:
     async def page(
         self, order: str, limit: int, *, descending: bool = False, after: Place | None = None
     ) -> list[Row]:
-        """So many rows in one of ORDERS, those of equal value by key; from `after` on, which is left out.
+        """Rows in one of ORDERS, ties by key; those after the place `after`, `limit` at most.
 
         Costs what it returns, and what has changed since the last call or `flush`; not what is stored.
         """
@@ -255,7 +260,7 @@ class Index:
         return [self.rows[key] for _, key in islice(places, limit)]
 
     async def _sort(self) -> None:
-        """Bring the sorted lists up to date; on return no change is missing in them."""
+        """Update the sorted lists with all changes."""
         async with self._sorting:
             if len(self._moved) > _MANY:
                 self._moved = {}  # what changes from here on is relative to the rows as they are now
@@ -269,7 +274,7 @@ class Index:
                     self._move(changes[at : at + _TURN])
 
     def _move(self, changes: Sequence[tuple[Row | None, Row | None]]) -> None:
-        """Take rows from where they stood, and put them where they stand now."""
+        """Move rows from their old places to their new ones."""
         for order, value in ORDERS.items():
             places = self._sorted[order]
             for before, after in changes:
@@ -281,20 +286,20 @@ class Index:
                     places.add((value(after), after.key))
 
     def newest_held(self) -> Mapping[Stream, str]:
-        """The newest revision held of each stream, as it is kept up to date; to look at only."""
+        """The newest revision held of each stream; a live view."""
         return self._newest
 
     def has_deltas(self, stream: Stream) -> bool:
         return self._deltas[stream] > 0
 
     def mean_delta_bytes(self, stream: Stream) -> int:
-        """What a delta of the stream that is held takes on average; 0 without any."""
+        """Mean length of the stream's deltas that are held; 0 without any."""
         count = self._deltas[stream]
         return self._delta_bytes[stream] // count if count else 0
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
-        """The keys put or discarded meanwhile: what a slow look at the disk must not overrule."""
+        """Collects the keys that change meanwhile, which a slow scan of the disk must not overwrite."""
         touched: set[str] = set()
         self._watchers.append(touched)
         try:
@@ -304,7 +309,7 @@ class Index:
             self._watchers = [watcher for watcher in self._watchers if watcher is not touched]
 
     def note(self, name: str) -> Any:
-        """A further JSON value kept with the index, None when there is none."""
+        """A further JSON value that is stored with the index; None when there is none."""
         return self._notes.get(name)
 
     def set_note(self, name: str, value: Any) -> None:
@@ -318,7 +323,7 @@ class Index:
     # --- the file
 
     async def open(self) -> None:
-        """Load what the last run left. `complete` is set when that could be used."""
+        """Load the stored rows. `complete` is set when they were usable."""
         with self.watch() as touched:
             values = await self._load()
             rows, notes = await self._in_thread(lambda: _decode(values or {}))
@@ -353,8 +358,11 @@ class Index:
             _log.warning("the damaged index can't be removed: %s", error)
 
     async def flush(self) -> None:
-        """Write what changed. What the disk refuses stays due; a damaged file is replaced whole."""
+        """Write what changed. What the disk refuses stays due; a damaged file is written anew."""
         await self._sort()
+        await self._write()
+
+    async def _write(self) -> None:
         async with self._writing:
             keys, notes = self._dirty, self._dirty_notes
             if not (keys or notes or self.complete != self._written_whole):
@@ -388,7 +396,7 @@ class Index:
 
     async def close(self) -> None:
         """Write what is due and end the thread."""
-        await self.flush()
+        await self._write()
         await self._in_thread(self._file.close)
         await asyncio.to_thread(self._thread.shutdown)
 
@@ -402,7 +410,7 @@ def _sorted(rows: Sequence[Row]) -> dict[str, SortedList]:
 
 
 def _decode(values: Mapping[str, Any]) -> tuple[dict[str, Row] | None, dict[str, Any]]:
-    """Rows and notes; rows None when one of them is damaged."""
+    """Rows and notes; no rows (None) when one of them is damaged."""
     rows: dict[str, Row] = {}
     notes: dict[str, Any] = {}
     for key, value in values.items():
@@ -423,20 +431,24 @@ _FORMAT = 1
 _FORMAT_KEY = "about:format"
 _MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
 BUSY_SECONDS = 5.0
-"""How long another process' lock is waited for."""
+"""How long to wait for another process's lock."""
 _UNLIMITED_BYTES = 1 << 62
 _REFUSALS = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 )
-"""Errors that tell of the disk, or of another process, and not of the file."""
+"""Errors of the disk or of another process, not of the file."""
 
 
 class DamagedIndexError(Exception):
-    """The index can't be read as what was written. The remedy is to delete it: the records are the truth."""
+    """The index is not what was written. It can be deleted: it is rebuilt from the records."""
 
 
 class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Keys are texts, values JSON texts in the row; nothing is pickled or unpickled, no side file is made."""
+    """Texts as keys, JSON texts as values; anything else is damage.
+
+    diskcache pickles what is not a plain type, and unpickles what a row's mode column tells it to
+    (CVE-2025-69872). This class does neither, and makes no side files.
+    """
 
     def put(self, key: object) -> tuple[str, bool]:
         assert isinstance(key, str)
@@ -459,14 +471,14 @@ class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 
 
 class IndexFile:
-    """The database in one folder. `load` opens it; every method belongs to the same one thread."""
+    """The index on disk: a diskcache. `load` opens it; all methods block and belong to one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._cache: Any = None  # made by `_open`, in the thread that uses it
 
     def load(self) -> dict[str, Any] | None:
-        """All values by key; None when there is no (complete) index yet.
+        """All values by key; None when there is no complete index yet.
 
         DamagedIndexError when it can't be read or is of another format; OSError when the folder is unusable.
         """
@@ -517,7 +529,7 @@ class IndexFile:
             raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
 
     def delete(self) -> None:
-        """Remove the whole index from the disk, to start anew; OSError when that fails."""
+        """Delete the index; OSError."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=False)
 
@@ -542,14 +554,14 @@ class IndexFile:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What SQLite told: diskcache makes a `Timeout` of any error at which it could not begin."""
+    """The error of SQLite: diskcache raises `Timeout` whenever a transaction can't begin."""
     while isinstance(error, diskcache.Timeout) and error.__context__ is not None:
         error = error.__context__
     return error
 
 
 def check_index(folder: Path, *, repair: bool) -> str | None:
-    """What is wrong with the index of a service that does not run; None when nothing is.
+    """What is wrong with the index of a stopped service; None when nothing is.
 
     `repair` removes a damaged one: it is made anew from the records.
     """

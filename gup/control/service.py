@@ -1,4 +1,4 @@
-"""The control plane's life: starts its jobs and its server, applies reloads, ends all of it."""
+"""The control plane as a service: its server and periodic jobs, from start to stop."""
 
 import asyncio
 import functools
@@ -24,13 +24,13 @@ _log = logging.getLogger("gup.control.service")
 
 
 class Jobs:
-    """Named tasks. A job that raises is logged and, if it is periodic, runs again at its next turn."""
+    """Runs named jobs. An exception is logged; a periodic job runs again at its next turn."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` once, until it ends or `stop`. No other of this name may run."""
+        """Run `work` once. No other job of this name may be running."""
         if any(task.get_name() == f"control {name}" for task in self._tasks):
             work.close()
             raise AssertionError(f"{name} runs already")
@@ -50,7 +50,7 @@ class Jobs:
         self.start(name, repeat())
 
     async def stop(self) -> None:
-        """Cancel all and wait until they have ended."""
+        """Cancel all jobs and wait until they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -83,7 +83,7 @@ _OLD_CLIENTS_NOTE = "clients"
 
 
 class Control:
-    """The control plane. `start` returns when its address answers; `stop` leaves no task, thread or socket.
+    """The control plane. `start` returns when its address answers; `stop` leaves no task or socket.
 
     The database opens and the store is scanned behind; until then `/readyz` says so and nothing is evicted.
     """
@@ -94,7 +94,7 @@ class Control:
         clock: Callable[[], float] = time.time,
         ages: AgeClock | None = None,
     ) -> None:
-        """`ages` tells how old things are; by default that is what `clock` says."""
+        """`ages` is the clock that ages are measured with, by default `clock`."""
         self.state = ControlState(dependencies, clock, ages)
         self._dependencies = dependencies
         self._jobs = Jobs()
@@ -149,7 +149,7 @@ class Control:
         jobs.every(_REVISIONS_SECONDS, "revisions", self._note_all)
 
     async def stop(self) -> None:
-        """End everything; what is due is written first."""
+        """Write what is due and end everything."""
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
         self.state.take_events()
         if self._runner is not None:
@@ -169,7 +169,7 @@ class Control:
         await self.state.index.close()
 
     async def apply(self, settings: Settings) -> None:
-        """Take over reloaded settings; the address stays as it was bound."""
+        """Take over reloaded settings; the listening address stays."""
         self.state.settings = settings
         self.state.evictor.limits = settings.cache
         await self._access.renew(settings.listen, self._dependencies.store.run)
@@ -201,7 +201,7 @@ class Control:
         await self.state.index.flush()
 
     async def _repin(self) -> None:
-        """Pin the new generations of pinned entries on disk too; a refusal is tried at the next turn."""
+        """Pin new generations of pinned entries on disk too; what fails is tried again at the next turn."""
         for text in list(self.state.repin):
             key = ContentKey.parse(text)
             try:
@@ -216,7 +216,7 @@ class Control:
         self.state.refusals.clear("pins")
 
     async def _touch(self) -> None:
-        """Write last uses where they outlive a lost index."""
+        """Write times of last use to the bodies, where they survive the loss of the index."""
         due, self.state.touches = self.state.touches, {}
 
         def touch_all() -> None:

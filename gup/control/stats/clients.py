@@ -1,4 +1,8 @@
-"""Client records: who was seen, and which revision each client took last."""
+"""Client records: who was seen when, and which revision of each stream a client has.
+
+A client has one *standing* in each stream: the revision that it took last, the newest that it asked for, and
+the one that it said it came from. News is merged in memory (`Batch`) and written as rows every two seconds.
+"""
 
 import sqlite3
 from collections import OrderedDict
@@ -15,11 +19,11 @@ MAX_CLIENTS = 100_000
 WINDOWS: Mapping[str, float] = {"1h": 3600.0, "1d": 86400.0, "7d": 7 * 86400.0}
 """The windows of `gup_clients_seen`, in seconds, the shortest first."""
 _MOST_MOVED = 2000
-"""So many leave a window in one count; of a crowd that was there at once the rest leaves at the next."""
+"""Addresses that leave a window in one call of `counts`; the rest leaves at the next."""
 
 
 class ClientWindows:
-    """Last times by address, the longest unseen first; those beyond `limit` are forgotten.
+    """How many clients were seen in each window; beyond `limit` the longest unseen are forgotten.
 
     Each address stands in the shortest window that it was seen in, in the order of being seen; a count moves
     what has become too old to the next longer one. So a count costs what has changed, not what is known.
@@ -27,14 +31,14 @@ class ClientWindows:
 
     def __init__(self, limit: int = MAX_CLIENTS) -> None:
         self._ages: list[OrderedDict[str, float]] = [OrderedDict() for _ in (*WINDOWS, "older")]
-        """By window, the last one for what none of them holds; an address stands in one of them."""
+        """By window, the last for those seen longer ago; an address is in one of them."""
         self._limit = limit
 
     def __len__(self) -> int:
         return sum(map(len, self._ages))
 
     def see(self, addresses: Iterable[str], now: float) -> None:
-        """Note that these asked at `now` (Unix seconds)."""
+        """These made a request at `now` (Unix seconds)."""
         youngest, *older = self._ages
         for address in addresses:
             for age in older:
@@ -81,14 +85,14 @@ _MOST_PARTS = 64
 
 
 class ReceivedParts:
-    """Parts by client and key; those not added to for longest are forgotten."""
+    """The parts of bodies that clients were sent; the longest unchanged are forgotten."""
 
     def __init__(self, most: int = _MOST) -> None:
         self._parts: OrderedDict[tuple[str, str], list[_Span]] = OrderedDict()
         self._most = most
 
     def add(self, client: str, key: str, start: int, stop: int, length: int) -> bool:
-        """Note that the client was sent this part; whether it has the whole body now."""
+        """A client was sent this part. Returns whether it has the whole body now."""
         parts = joined([*self._parts.pop((client, key), []), (start, stop)])
         if parts == [(0, length)]:
             return True
@@ -99,7 +103,7 @@ class ReceivedParts:
 
 
 def joined(parts: list[_Span]) -> list[_Span]:
-    """The same bytes as the fewest parts, in order."""
+    """Overlapping and adjacent parts as one, in order."""
     found: list[_Span] = []
     for start, stop in sorted(parts):
         if found and start <= found[-1][1]:
@@ -111,19 +115,19 @@ def joined(parts: list[_Span]) -> list[_Span]:
 
 MAX_PENDING = 100_000
 _FIRST_DATE = 946_684_800.0
-"""The beginning of the century that revisions have two digits of the year of."""
+"""2000-01-01: revisions name the year with two digits."""
 _AHEAD_SECONDS = 2 * 86400.0
-"""A revision's date may be so far ahead: time zones, and clocks. One further ahead is not believed."""
+"""A revision's date may be so far ahead, because of time zones and clocks; one further ahead is ignored."""
 
 StreamId = tuple[str, str, str]
 
 
 _TOGETHER_SECONDS = 3.0
-"""Workers tell once a second: of what a client took within so long nobody knows which came first."""
+"""Workers report once a second, so the order of what a client took within this time is unknown."""
 
 
 def supersedes(revision: str, at: float, other: str, other_at: float) -> bool:
-    """Whether a client that took both, then and then, stands at `revision` since.
+    """Whether a client that took both, at these times, has `revision` now.
 
     A machine that was set up anew takes an older one: then the last one taken counts.
     """
@@ -134,7 +138,7 @@ def supersedes(revision: str, at: float, other: str, other_at: float) -> bool:
 
 @dataclass(slots=True)
 class Seen:
-    """A client's sightings since the last write. Texts are "" where nothing was stated."""
+    """When a client was seen since the last write, and what it stated ("" for nothing)."""
 
     first_at: float
     seen_at: float
@@ -144,7 +148,7 @@ class Seen:
 
 @dataclass(slots=True)
 class Standing:
-    """What one client did with one stream since the last write: took, asked for, said that it holds."""
+    """One client and one stream since the last write: what it took, asked for, and came from."""
 
     revision: str = ""
     taken_at: float = 0.0
@@ -153,7 +157,7 @@ class Standing:
     asked_at: float = 0.0
     came_from: str = ""
     took: dict[str, float] = field(default_factory=dict)
-    """Every revision taken, and when."""
+    """Every revision taken, with the time."""
 
     def take(self, revision: str, at: float, version: str) -> None:
         self.took[revision] = at
@@ -167,7 +171,7 @@ class Standing:
 
 
 class Batch:
-    """The news since the last write. `add` and `see` fill it; whoever writes it takes it whole."""
+    """What is new since the last write; bounded by MAX_PENDING."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
@@ -181,7 +185,7 @@ class Batch:
         return len(self.seen) + len(self.standings) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
-        """Take in what came after this, which could not be written; as much as there is room for."""
+        """Add what came after this batch, which could not be written; as much as there is room for."""
         for client, seen in newer.seen.items():
             self.see(client, seen.seen_at, seen.version, seen.language)
         for where, news in newer.standings.items():
@@ -227,7 +231,7 @@ class Batch:
 
 
 def kind_of(take: Take) -> Kind:
-    """Full or delta by the file's name; what is neither has no revision."""
+    """Full or delta by the file's name; other files have no revision."""
     if delta_step(take.key.file):
         return Kind.DELTA
     return Kind.FULL if take.key.file.lower().startswith("full.") else Kind.OTHER
@@ -235,11 +239,11 @@ def kind_of(take: Take) -> Kind:
 
 MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
-"""Of each stream, of which it is kept who took them."""
+"""Newest revisions of each stream of which it is kept who took them."""
 
 
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
-    """Write all that is new."""
+    """Write a batch."""
     ids = {name: _write_client(db, name, seen) for name, seen in batch.seen.items()}
     for (name, stream_id), news in batch.standings.items():
         stream = _stream(db, stream_id)
@@ -248,7 +252,7 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
 
 
 def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
-    """Forget who was not seen for so long, or is one too many, and who took what so long ago."""
+    """Delete clients unseen for `retention_seconds` or beyond `max_clients`, and old takes."""
     oldest = now - retention_seconds
     db.execute("DELETE FROM clients WHERE seen_at < ?", (oldest,))
     db.execute(
@@ -268,7 +272,7 @@ def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, 
 
 
 def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
-    """Call clients otherwise; where a name is taken, the one seen last stays."""
+    """Rename clients; where two get one name, the one seen last stays."""
     for number, name in db.execute("SELECT id, name FROM clients ORDER BY seen_at").fetchall():
         other = new_name(name)
         if other != name:
@@ -278,13 +282,13 @@ def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> No
 
 
 def _drop_orphans(db: sqlite3.Connection) -> None:
-    """What is left of clients that were forgotten."""
+    """Delete the rows of clients that were deleted."""
     for table in ("standings", "takes"):
         db.execute(f"DELETE FROM {table} WHERE client NOT IN (SELECT id FROM clients)")  # noqa: S608
 
 
 def forget_clients(db: sqlite3.Connection) -> None:
-    """No client is to be remembered."""
+    """Delete all clients."""
     for table in ("clients", "standings", "takes", "streams"):
         db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
@@ -307,7 +311,7 @@ def _write_client(db: sqlite3.Connection, name: str, seen: Seen) -> int:
 
 
 def _stream(db: sqlite3.Connection, stream: StreamId) -> int | None:
-    """The stream's number; None when there are too many."""
+    """The stream's id; None when there are too many streams."""
     found = db.execute(
         "SELECT id FROM streams WHERE version = ? AND language = ? AND moniker = ?", stream
     ).fetchone()
@@ -339,7 +343,7 @@ def _write_standing(db: sqlite3.Connection, stream: int, client: int, news: Stan
 
 
 def merged(old: Standing, news: Standing, version_now: str) -> Standing:
-    """The standing after the news. The same revision taken again tells nothing new of a restart."""
+    """The standing after the news. The same revision taken again does not change `version_then`."""
     revision, taken_at, version_then = old.revision, old.taken_at, old.version_then
     if news.revision != revision and supersedes(news.revision, news.taken_at, revision, taken_at):
         revision, taken_at = news.revision, news.taken_at
@@ -356,12 +360,12 @@ def merged(old: Standing, news: Standing, version_now: str) -> Standing:
 
 
 _STANDS = "max(s.revision, s.came_from)"
-"""Where a client stands: what it took here, or what it says that it had from elsewhere, whatever is newer."""
+"""The revision that a client has: what it took here or what it came from, whichever is newer."""
 
 
 @dataclass(frozen=True, slots=True)
 class RevisionCount:
-    """One revision of one stream: how many clients stand at it, how many took it here, and when."""
+    """One revision of a stream: how many clients have it, how many took it here, and when."""
 
     stream: StreamId
     revision: str
@@ -383,7 +387,7 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class ClientState:
-    """A client, and how it stands with one stream. `revision` is where it stands, "" when nobody knows."""
+    """A client's standing in a stream. `revision` is the one that it has, "" when unknown."""
 
     stream: StreamId
     name: str
@@ -400,7 +404,7 @@ class ClientState:
 
 @dataclass(frozen=True, slots=True)
 class ClientRow:
-    """A client as it was seen last. `number` is its place among equals of time."""
+    """A client as it was seen last. `number` orders clients that were seen at the same time."""
 
     number: int
     name: str
@@ -412,7 +416,7 @@ class ClientRow:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """How many clients state the same."""
+    """How many clients state this version and language."""
 
     version: str
     language: str
@@ -420,7 +424,7 @@ class Group:
 
 
 def stream_states(db: sqlite3.Connection) -> list[StreamState]:
-    """All streams that clients asked for."""
+    """The streams that clients asked for."""
     rows = db.execute(
         "SELECT t.version, t.language, t.moniker, count(*), max(s.revision), max(s.asked) "
         "FROM standings s JOIN streams t ON t.id = s.stream GROUP BY s.stream"
@@ -429,7 +433,7 @@ def stream_states(db: sqlite3.Connection) -> list[StreamState]:
 
 
 def revision_counts(db: sqlite3.Connection) -> list[RevisionCount]:
-    """All revisions that clients stand at, or took."""
+    """The revisions that clients have or took."""
     streams = {row[0]: (row[1], row[2], row[3]) for row in db.execute("SELECT * FROM streams")}
     found: dict[tuple[int, str], RevisionCount] = {}
     for stream, revision, clients, first, last in db.execute(
@@ -450,7 +454,7 @@ def revision_counts(db: sqlite3.Connection) -> list[RevisionCount]:
 def lagging(
     db: sqlite3.Connection, stream: StreamId, newest: str, limit: int
 ) -> tuple[int, list[ClientState]]:
-    """How many clients stand before `newest`, and those furthest behind."""
+    """How many clients have an older revision than `newest`, and those furthest behind."""
     where = f"t.version = ? AND t.language = ? AND t.moniker = ? AND {_STANDS} < ?"
     count = db.execute(
         f"SELECT count(*) FROM standings s JOIN streams t ON t.id = s.stream WHERE {where}",  # noqa: S608
@@ -460,7 +464,7 @@ def lagging(
 
 
 def takers(db: sqlite3.Connection, stream: StreamId) -> list[ClientState]:
-    """All clients that took anything of a stream, by name."""
+    """The clients that took anything of a stream, by name."""
     where = "t.version = ? AND t.language = ? AND t.moniker = ? AND s.revision <> '' ORDER BY c.name"
     return _client_states(db, where, stream)
 
@@ -477,7 +481,7 @@ def _client_states(db: sqlite3.Connection, where: str, given: tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which clients to list: those that state these (None: whatever), after a place, newest first."""
+    """Which clients to list, newest first: by what they state (None: anything), from a place on."""
 
     version: str | None = None
     language: str | None = None

@@ -52,7 +52,7 @@ _REFUSALS = frozenset(
         *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
     }
 )
-"""Errors that tell of the disk, or of another process, and not of the file."""
+"""Errors of the disk or of another process, not of the file."""
 _MAX_PAGES = 1 << 18
 """Of 4 KiB: the file never grows beyond a gigabyte."""
 

@@ -1,4 +1,9 @@
-"""The history: what was moved by the minute and hour."""
+"""The history: what the counters gained in each minute of a day and each hour of ninety days.
+
+Points add up to the counters, across restarts too: what was counted since the last write is added to the
+point that was written last. The wall clock only names points. They are dropped in the order in which they
+were begun: a clock that is wrong for an hour adds an hour of misplaced points and removes nothing.
+"""
 
 import asyncio
 import json
@@ -17,12 +22,12 @@ from gup.metrics import CODES_OF_RESULT
 _log = logging.getLogger("gup.control.history")
 
 Sums = tuple[int, ...]
-"""One number for each row of FIGURES, in their order."""
+"""One number for each row of FIGURES, in that order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A sum over the series of `metric` that carry `labels`. A dot in the name makes a member of a member."""
+    """A sum over the series of `metric` with these labels. A dot in the name makes a nested member."""
 
     name: str
     metric: str
@@ -47,7 +52,7 @@ SENT, RECEIVED = 0, 1
 
 
 class Reader:
-    """Sums the series up. Remembers which series belong to which figure: that never changes."""
+    """Sums series up. Remembers which series belong to which figure."""
 
     def __init__(self) -> None:
         self._figures_of: dict[str, tuple[int, ...]] = {}
@@ -88,12 +93,12 @@ def shown(sums: Sums) -> dict[str, Any]:
 
 
 def by_name(sums: Sums) -> dict[str, int]:
-    """The figures that are not 0, flat, as they are written down."""
+    """The figures that are not 0 by name, as they are stored."""
     return {figure.name: value for figure, value in zip(FIGURES, sums, strict=True) if value}
 
 
 def from_names(values: Mapping[str, int]) -> Sums:
-    """What `by_name` gave; figures of another version are left out."""
+    """Read what `by_name` gave; unknown figures are ignored."""
     return tuple(int(values.get(figure.name, 0)) for figure in FIGURES)
 
 
@@ -101,19 +106,19 @@ MINUTE = 60
 HOUR = 3600
 DAY = 86400
 KEPT: Mapping[int, int] = {MINUTE: 26 * 60, HOUR: 90 * 24 + 1}
-"""Points of each length in seconds; a day has up to 25 hours, and the present point comes on top."""
+"""How many points are kept, by their length in seconds; a day has up to 25 hours."""
 SPANS: Mapping[str, tuple[int, int]] = {
     "hour": (MINUTE, HOUR),
     "day": (MINUTE, DAY),
     "week": (HOUR, 7 * DAY),
     "quarter": (HOUR, 90 * DAY),
 }
-"""What can be asked for: the length of its points and of all of it, in seconds."""
+"""The spans that can be asked for: length of a point and of the span, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """What is true at one moment. `wan_limit` is 0 when there is none; rates are bytes per second."""
+    """Gauges at one moment. Rates are bytes per second; `wan_limit` is 0 when unlimited."""
 
     wan_rate: int = 0
     wan_limit: int = 0
@@ -123,7 +128,7 @@ class Gauges:
 
 @dataclass(slots=True)
 class Point:
-    """One minute or hour. History alone changes it, and only while it is the present one.
+    """One minute or hour. Only History changes it, while it is the present one.
 
     `number` is its place in the order in which points of its length were begun. `covered_seconds` is how much
     of it was seen: less than its length at a start, more when the clock was put back.
@@ -155,7 +160,7 @@ class Point:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Point":
-        """ValueError when `fields` are no point."""
+        """Read what `to_json` gave; ValueError."""
         try:
             numbers = {name: int(fields[name]) for name in cls.__slots__ if name not in _NO_INTEGERS}
             return cls(
@@ -172,7 +177,7 @@ _NO_INTEGERS = ("covered_seconds", "sums")
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Up to where the points reach: the counters, since when those count, and when that was (Unix)."""
+    """The counters up to which the points reach, since when they count, and the time (Unix)."""
 
     sums: Sums
     installed_at: float
@@ -180,7 +185,7 @@ class Reached:
 
 
 class History:
-    """Points by length and time. Changed by `begin` and `see` only, on the event loop."""
+    """Points by length and time. Only `begin` and `see` change it, on the event loop."""
 
     def __init__(self) -> None:
         self._points: dict[int, dict[int, Point]] = {step: {} for step in KEPT}
@@ -194,7 +199,7 @@ class History:
     def begin(
         self, points: Iterable[Point], reached: Reached | None, present: Reached, before_start: Sums
     ) -> None:
-        """Go on from what was written; `reached` None: nothing was, and only this start's counts are taken.
+        """Continue what was stored. Without `reached` nothing was: only the counts since the start are taken.
 
         `present` is how the counters stand, `before_start` how they stood when the service started. What was
         counted since the last writing belongs to the point written last. Counters that began anew
@@ -213,7 +218,7 @@ class History:
         self._catch_up(before_start, present, away_seconds=present.at - reached.at)
 
     def _catch_up(self, before_start: Sums, present: Reached, *, away_seconds: float) -> None:
-        """The service was killed: its last counts. Or the controller alone was: what the others counted."""
+        """Add what was counted between the last write and this start."""
         assert self._reached is not None
         if any(self._gain(before_start)):
             until = Reached(before_start, present.installed_at, present.at)
@@ -225,7 +230,7 @@ class History:
         self._reached = until
 
     def see(self, sums: Sums, gauges: Gauges, now: float, steady: float) -> None:
-        """The counters and gauges at `now` (Unix) and `steady` (a clock that nobody sets); after `begin`."""
+        """Take in counters and gauges at `now` (Unix) and `steady` (a monotonic clock); after `begin`."""
         assert self._reached is not None
         elapsed = 0.0 if self._seen_steady is None else steady - self._seen_steady
         self._seen_steady = steady
@@ -235,7 +240,7 @@ class History:
         self._reached = Reached(sums, self._reached.installed_at, now)
 
     def _gain(self, sums: Sums) -> Sums:
-        """What was gained since the last look. Counters that lost their last seconds in a power cut gain
+        """The increase since the last look. Counters that lost their last seconds in a power cut gain
         nothing: what was counted before was true.
         """
         assert self._reached is not None
@@ -269,31 +274,31 @@ class History:
         return self._reached is not None
 
     def due(self) -> tuple[list[Point], Reached]:
-        """The points changed since the last call, and up to where they reach."""
+        """The points that changed since the last call, and up to where they reach."""
         assert self._reached is not None
         dirty, self._dirty = self._dirty, set()
         points = [self._points[step].get(at) for step, at in sorted(dirty)]
         return [point for point in points if point is not None], self._reached
 
     def put_back(self, points: Iterable[Point]) -> None:
-        """These could not be written: they stay due."""
+        """These points could not be written: they stay due."""
         self._dirty |= {(point.step, point.at) for point in points}
 
     # --- looking
 
     def series(self, span: str, now: float) -> list[Point]:
-        """The points of a span that ends now, the oldest first; those in which nothing ran are not there."""
+        """The points of a span that ends now, the oldest first; none for times when gup did not run."""
         step, length = SPANS[span]
         return list(self.between(step, now - length - step + 1, now))
 
     def between(self, step: int, since: float, until: float) -> Iterator[Point]:
-        """The points of one length that begin in this time, the oldest first."""
+        """The points of one length that began in this time, the oldest first."""
         points = self._points[step]
         yield from (points[at] for at in sorted(points) if since <= at <= until)
 
 
 def added(points: Iterable[Point]) -> Sums:
-    """What the points add up to."""
+    """The sum of the points."""
     total = NONE
     for point in points:
         total = _plus(total, point.sums)
@@ -305,7 +310,7 @@ def _plus(one: Sums, other: Sums) -> Sums:
 
 
 def load_points(db: sqlite3.Connection) -> tuple[list[Point], Reached | None]:
-    """All points, and up to where they reach; None with no points when there is nothing yet.
+    """All stored points, and up to where they reach; no points and None when there are none.
 
     What can't be read is dropped, all of it: points and the counters up to which they reach belong together.
     """
@@ -321,7 +326,7 @@ def load_points(db: sqlite3.Connection) -> tuple[list[Point], Reached | None]:
 
 
 def write_points(db: sqlite3.Connection, points: Sequence[Point], reached: Reached) -> None:
-    """Put these in the place of what was written of them."""
+    """Store points, in place of their earlier versions."""
     db.executemany(
         "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)",
         [(point.step, point.at, point.number, _text(point.to_json())) for point in points],
@@ -350,11 +355,11 @@ def _text(fields: object) -> str:
 
 WRITE_SECONDS = 30.0
 _RATE_SECONDS = 5.0
-"""What rates are taken over."""
+"""The window of rates."""
 
 
 class HistoryRecorder:
-    """`history` is what was moved; `wan` and `clients` are how fast it moves. For one service's life."""
+    """Keeps the history; `wan` and `clients` are the present rates."""
 
     def __init__(
         self,
@@ -366,7 +371,7 @@ class HistoryRecorder:
         installed_at: float,
         clock: Callable[[], float],
     ) -> None:
-        """`totals` and `since_start` as in ControlDependencies; `clock` is the wall's, in Unix seconds."""
+        """`totals` and `since_start` as in ControlDependencies; `clock` returns Unix seconds."""
         self.history = History()
         self.wan, self.clients = RateWindow(_RATE_SECONDS), RateWindow(_RATE_SECONDS)
         self._database = database
@@ -377,7 +382,7 @@ class HistoryRecorder:
         self._reader = Reader()
 
     async def open(self) -> None:
-        """Read what earlier lives wrote; a disk that refuses leaves the history in memory only."""
+        """Read the stored history; when the disk refuses, it starts empty."""
         try:
             points, reached = await self._database.run(load_points)
         except OSError as error:
@@ -389,7 +394,7 @@ class HistoryRecorder:
         self.history.begin(points, reached, Reached(sums, self._installed_at, self._clock()), before_start)
 
     def look(self, *, wan_limit: int, entries_bytes: int) -> Sums:
-        """Take in what the counters gained; what they show. For once a second, and before reading."""
+        """Take in what the counters gained; to be called once a second and before reading."""
         sums, steady = self._reader.sums(self._totals()), time.monotonic()
         self.wan.see(sums[RECEIVED], steady)
         self.clients.see(sums[SENT], steady)
@@ -401,7 +406,7 @@ class HistoryRecorder:
         return sums
 
     async def write(self) -> None:
-        """Write down what changed; what the disk refuses stays due."""
+        """Store what changed; what the disk refuses stays due."""
         if not self.history.begun:
             return
         points, reached = self.history.due()

@@ -1,4 +1,7 @@
-"""The reports on clients and savings."""
+"""The reports: content taken, restarts pending, clients, savings.
+
+"Taken" is not "installed": gup sees what was sent and which version a client states, never a client's disk.
+"""
 
 import asyncio
 import sqlite3
@@ -58,7 +61,7 @@ LabelOf = Callable[[StreamId], Label | None]
 
 @dataclass(frozen=True, slots=True)
 class StreamReport:
-    """What there is to say of one stream. `known` are its revisions that were held, taken or asked for."""
+    """One stream. `known` are the revisions that were held, taken or asked for."""
 
     stream: StreamId
     held: str
@@ -69,7 +72,7 @@ class StreamReport:
 
     @property
     def newest(self) -> str:
-        """The newest revision that could be had or was wanted here."""
+        """The newest revision held, taken or asked for."""
         return max(self.held, self.asked, self.taken)
 
     @property
@@ -81,7 +84,7 @@ class StreamReport:
 def stream_reports(
     states: Iterable[StreamState], counts: Iterable[RevisionCount], held: Mapping[StreamId, str]
 ) -> list[StreamReport]:
-    """A report a stream, of those that clients asked for and those that are held."""
+    """Reports on the streams that clients asked for or that are held."""
     by_stream: dict[StreamId, list[RevisionCount]] = defaultdict(list)
     for count in counts:
         by_stream[count.stream].append(count)
@@ -106,7 +109,7 @@ def stream_reports(
 def content_row(
     report: StreamReport, behind: int, lagging: Iterable[ClientState], label_of: LabelOf
 ) -> dict[str, Any]:
-    """The report as the API shows it; `behind` clients stand before the newest, of whom some are given."""
+    """A stream's report for the API; `behind` clients lag, of which some are given."""
     known = report.known
     return labels(report.stream, label_of) | {
         "clients": report.clients,
@@ -132,7 +135,7 @@ def content_row(
 
 
 def labels(stream: StreamId, label_of: LabelOf) -> dict[str, Any]:
-    """What people call a stream: the catalogue's words, else the moniker and the variant."""
+    """Product, version and language of a stream: from the catalogue, else moniker and variant."""
     label = label_of(stream)
     version, language, moniker = stream
     return {
@@ -161,13 +164,13 @@ def _lagging(client: ClientState, newest: str, known: list[str]) -> dict[str, An
 
 
 def _lag_seconds(revision: str, newest: str) -> float | None:
-    """By the dates in the revisions, so in whole days; None where one has none."""
+    """The difference of the dates in the revisions, in whole days; None where one has no date."""
     there, here = revision_time(newest), revision_time(revision)
     return None if there is None or here is None else max(0.0, there - here)
 
 
 SHOWN = 10_000
-"""Rows at most."""
+"""Rows shown at most."""
 
 SAYING = (
     "Taken is not installed: a client listed as pending was sent a client patch and still states the build "
@@ -176,11 +179,11 @@ SAYING = (
 
 
 class State(StrEnum):
-    """What is known of a client that took a patch."""
+    """What is known about a client that took a client patch."""
 
     PENDING = "pending"
     UNKNOWN = "unknown"
-    """It states no build, so that nothing tells whether it runs the patch."""
+    """It states no build, so it is unknown whether it runs the patch."""
     RESTARTED = "restarted"
 
 
@@ -193,7 +196,7 @@ class Restart:
 
 
 def restart_states(clients: Iterable[ClientState], releases: Releases) -> list[Restart]:
-    """How those who took a patch stand."""
+    """The states of clients that took a patch."""
     return [Restart(client, _state(client, releases)) for client in clients]
 
 
@@ -207,7 +210,7 @@ def _state(client: ClientState, releases: Releases) -> State:
 
 
 def _tells_builds(version: Version) -> bool:
-    """A release's name alone stays the same when a patch is installed."""
+    """Whether the version names a build: the name of a release does not change with a patch."""
     return version.text.count(".") == 3 or bool(version.patch)
 
 
@@ -217,7 +220,7 @@ def restart_table(
     streams: Mapping[StreamId, Label | None],
     label_of: LabelOf,
 ) -> dict[str, Any]:
-    """The report as the API shows it. Without any catalogue nobody knows which streams are client patches."""
+    """The report for the API. Without a catalogue it is unknown which streams are client patches."""
     rows = [row for row in found if row.state is not State.RESTARTED]
     counts = Counter(row.state for row in rows)
     return {
@@ -250,7 +253,7 @@ def _row(restart: Restart, label_of: LabelOf) -> dict[str, Any]:
 
 
 LAGGING_SHOWN = 1000
-"""Of one stream."""
+"""Lagging clients shown of one stream."""
 _LAGGING_IN_ALL = 10_000
 _OFF = "reports.addresses is off: no client is remembered"
 
@@ -272,7 +275,7 @@ class Reports:
         held: Callable[[], Mapping[StreamId, str]],
         on_written: Callable[[str, str | None], None],
     ) -> None:
-        """`age_clock` is the time by which things grow old; `held` are the newest revisions in the store.
+        """`age_clock` returns the time that ages are measured from, `held` the newest revisions in the store.
 
         `on_written` is told after each try to write what it was, and why the disk refused (None: it did not).
         """
@@ -295,14 +298,14 @@ class Reports:
         return self._settings().reports.addresses != "off"
 
     def see(self, clients: Iterable[str]) -> None:
-        """These asked for something."""
+        """These clients made a request."""
         for client in clients:
             name = self._name(client)
             if name is not None:
                 self._batch.see(name, self._clock())
 
     def take(self, taken: Taken) -> None:
-        """Who took and asked for what."""
+        """What clients took and asked for."""
         at = min(taken.at, self._clock())
         for take in taken.rows:
             name = self._name(take.client)
@@ -310,7 +313,7 @@ class Reports:
                 self._batch.add(take._replace(client=name), at, self._pieces)
 
     def _name(self, client: str) -> str | None:
-        """What may be kept: just after a reload workers still call clients by the settings of before."""
+        """The name to store, or None; just after a reload workers still send names by the old settings."""
         mode = self._settings().reports.addresses
         if mode == "full" or (mode == "hashed" and is_hashed(client)):
             return client
@@ -319,7 +322,7 @@ class Reports:
     # --- jobs
 
     async def write_clients(self) -> None:
-        """Write what is new of clients."""
+        """Store what is new about clients."""
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
         if batch and not await self._written("reports", lambda db: write_batch(db, batch)):
@@ -327,12 +330,12 @@ class Reports:
             self._batch = batch
 
     async def write_savings(self) -> None:
-        """Write what the counters have counted."""
+        """Store what the counters have counted."""
         read = self._reading()
         await self._written("savings", lambda db: add_reading(db, read()))
 
     async def prune(self) -> None:
-        """Forget what is older than the settings say."""
+        """Delete what is older than the settings allow."""
         settings, now = self._settings(), self._age_clock()
         own = settings.reports
 
@@ -354,7 +357,7 @@ class Reports:
         return True
 
     async def _rename_clients(self) -> None:
-        """After a start or a reload: no client may be called by more than the settings allow."""
+        """After a start or reload, rename the stored clients if the settings forbid their names."""
         mode = self._settings().reports.addresses
         if mode == self._named_by:
             return
@@ -381,7 +384,7 @@ class Reports:
     # --- what is asked
 
     async def newest_clients(self) -> list[tuple[str, float]]:
-        """The clients that are remembered, and when they were seen last; none where the disk refuses."""
+        """Stored clients with the time they were seen last; none when the disk refuses."""
         await self._rename_clients()
         try:
             return await self._database.run(lambda db: newest_clients(db, MAX_CLIENTS))
@@ -389,7 +392,7 @@ class Reports:
             return []
 
     async def content(self) -> dict[str, Any]:
-        """*Content taken here*."""
+        """The report *Content taken here*."""
         await self.write_clients()
         held = dict(self._held())
 
@@ -408,7 +411,7 @@ class Reports:
         return self._head() | {"content": rows}
 
     async def restarts(self) -> dict[str, Any]:
-        """*Restart pending*, and how many clients state what."""
+        """The report *Restart pending*, and the clients by what they state."""
         await self.write_clients()
 
         def look(db: sqlite3.Connection) -> tuple[list[Group], list[StreamId]]:
@@ -435,7 +438,7 @@ class Reports:
         return await self._database.run(look)
 
     async def savings(self) -> tuple[str, Days]:
-        """Today, and what each day counted, the oldest first: together the counters as they are now."""
+        """Today's date, and what each day counted, the oldest first: together the present counters."""
         await self.write_savings()
         reading = await asyncio.to_thread(self._reading())
         try:
@@ -446,7 +449,7 @@ class Reports:
         return reading.today, completed(days, counted(reading.totals), rest_on)
 
     def stream_labels(self, slot: int) -> tuple[str, str]:
-        """Product and language of a stream's number, as the metrics have them."""
+        """Product and language of a stream's slot, as in the metrics."""
         return stream_labels(self._dependencies.stream_names(), slot, self._dependencies.product_of)
 
     # ---
@@ -464,7 +467,7 @@ class Reports:
         return self._dependencies.label_of(stream, "")
 
     def _reading(self) -> Callable[[], Reading]:
-        """The counters as they are now; to be called in a thread: a time zone is read from its file."""
+        """Returns the present counters; to be called in a thread, since it reads a time zone's file."""
         settings, installed = self._settings(), self._dependencies.installed_at
         now, totals = self._clock(), self._dependencies.totals()
         return lambda: Reading(

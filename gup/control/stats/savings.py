@@ -1,4 +1,8 @@
-"""The savings ledger: what each day added to the durable counters."""
+"""Savings: what each day added to the durable counters.
+
+A day is the sum of the differences between readings, so that all days together are the counters, whatever
+was killed in between: what was counted meanwhile belongs to the day of the next reading.
+"""
 
 import logging
 import sqlite3
@@ -21,7 +25,7 @@ METRICS = (
     STREAM_WASTED.name,
 )
 EARLIER = ""
-"""The day of all that was counted before single days were kept, or longer ago than they are."""
+"""The row of all that was counted before the days that are kept."""
 
 Counts = dict[str, int]
 Days = dict[str, Counts]
@@ -29,7 +33,7 @@ Days = dict[str, Counts]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The counters at one moment, and since when they count. Days are the site's dates (ISO 8601)."""
+    """The counters at one moment, and since when they count. Days are dates in the site's time zone."""
 
     totals: Mapping[str, int]
     installed_at: float
@@ -38,7 +42,7 @@ class Reading:
 
 
 def counted(totals: Mapping[str, int]) -> Counts:
-    """Those of the counters that the ledger keeps."""
+    """The counters that savings are made of."""
     return {name: value for name, value in totals.items() if value and name.partition("{")[0] in METRICS}
 
 
@@ -84,11 +88,11 @@ def prune_days(db: sqlite3.Connection, oldest: str) -> None:
 
 
 StreamLabels = Callable[[int], tuple[str, str]]
-"""Product and language of a stream's number."""
+"""Product and language of a stream's slot."""
 
 
 def added_up(days: Iterable[Counts]) -> Counts:
-    """Several days as one."""
+    """The sum of several days."""
     total: Counter[str] = Counter()
     for counts in days:
         total.update(counts)  # unlike +, this keeps what is below zero
@@ -96,7 +100,7 @@ def added_up(days: Iterable[Counts]) -> Counts:
 
 
 def figures(counts: Counts) -> dict[str, Any]:
-    """Sent, received, saved and wasted bytes, and how they are made up. Saved is never clipped at zero."""
+    """Sent, received, saved and wasted bytes with their parts. Saved may be below zero."""
     sent: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
     received: Counter[str] = Counter(dict.fromkeys(PURPOSES, 0))
     wasted: Counter[str] = Counter(dict.fromkeys(WASTED, 0))
@@ -154,7 +158,7 @@ def within(day: str, today: str, days: int) -> bool:
 
 
 def completed(days: Mapping[str, Counts], now: Counts, rest_on: str) -> dict[str, Counts]:
-    """The days with what the counters have counted since they were written, which falls to `rest_on`."""
+    """The days, with what was counted since they were stored added to `rest_on`."""
     before = added_up(days.values())
     rest = {name: now.get(name, 0) - before.get(name, 0) for name in now.keys() | before}
     rest = {name: value for name, value in rest.items() if value}

@@ -1,4 +1,4 @@
-"""Reports as tables: the same figures as lines of a CSV file (RFC 4180). Pure."""
+"""Reports as CSV tables (RFC 4180)."""
 
 import csv
 import io
@@ -10,11 +10,11 @@ from gup.metrics import WASTED
 
 Line = tuple[object, ...]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet would take for a formula: clients state what they like of themselves."""
+"""What a spreadsheet takes for a formula: clients may state any text."""
 
 
 def csv_text(lines: Iterable[Line]) -> str:
-    """The lines as CSV; texts can't be taken for formulas."""
+    """The lines as CSV; texts that look like formulas are quoted."""
     text = io.StringIO()
     csv.writer(text).writerows([_cell(value) for value in line] for line in lines)
     return text.getvalue()
@@ -34,7 +34,7 @@ _STREAM = ("product", "version", "language", "type", "moniker")
 
 
 def of_content(report: Mapping[str, Any]) -> Iterator[Line]:
-    """A line a revision of a stream, then a line a client that lags."""
+    """One line for each revision of a stream, then one for each lagging client."""
     yield (
         *("line", *_STREAM),
         *("revision", "clients", "took", "first_taken_at", "last_taken_at"),
@@ -75,14 +75,14 @@ _RESTART = ("address", "state", "version", "language", "version_then", "product"
 
 
 def of_restarts(report: Mapping[str, Any]) -> Iterator[Line]:
-    """A line a client that may wait for a restart."""
+    """One line for each client that may wait for a restart."""
     yield (*_RESTART, "taken_at", "seen_at")
     for row in report["restart_pending"]:
         yield (*(row[name] for name in _RESTART), _time(row["taken_at"]), _time(row["seen_at"]))
 
 
 def of_savings(report: Mapping[str, Any]) -> Iterator[Line]:
-    """A line a day and stream, and one a day for why bytes were wasted: columns add up to the counters."""
+    """One line for each day and stream, and one for each day's waste: columns add up to the counters."""
     yield (
         *("day", "product", "language", "kind"),
         *("sent_bytes", "received_bytes", "saved_bytes", "wasted_bytes"),
