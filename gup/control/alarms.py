@@ -4,8 +4,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from gup.control.api.schemas import Alarm
 from gup.control.events import Rejected
 from gup.control.traffic import Storm
 from gup.units import bytes_in_words, time_in_words
@@ -450,19 +451,19 @@ class AlarmBoard:
             del self._begun_at[type_.name, subject]
             _log.warning("alarm %s is over, after %d s: %s", type_.name, clock - alarm.since, alarm.text)
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Those that have begun and not ended, the critical ones first, for the API."""
+    def standing(self) -> list[Alarm]:
+        """Those that have begun and not ended, the critical ones first."""
         found = [
-            {
-                "name": type_.name,
-                "severity": type_.severity,
-                "since": self._begun_at[type_.name, subject],
-                "subject": subject,
-                "text": alarm.text,
-                "what_to_do": type_.what_to_do,
-            }
+            Alarm(
+                name=type_.name,
+                severity=type_.severity,
+                since=self._begun_at[type_.name, subject],
+                subject=subject,
+                text=alarm.text,
+                what_to_do=type_.what_to_do,
+            )
             for type_ in self._types
             for (name, subject), alarm in self._rows.items()
             if name == type_.name and alarm.since is not None
         ]
-        return sorted(found, key=lambda alarm: alarm["severity"] != "critical")
+        return sorted(found, key=lambda alarm: alarm.severity != "critical")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.chunks import read_aside, span_of
@@ -17,6 +16,7 @@ from gup.cache.record import Record
 from gup.cache.store import OpenFile, Store
 from gup.config import Cache
 from gup.content.key import ContentKey
+from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.index import Index
 from gup.control.reconcile import index_again, to_its_end
@@ -90,23 +90,23 @@ class Scrubber:
     def save(self) -> None:
         self._index.set_note(_SCRUB_NOTE, asdict(self._pass))
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> schemas.Scrub:
         """Its part of `/api/v1/status`."""
         now, settings = self._pass, self._settings()
         left = now.began_at + settings.scrub_interval if now.began_at else None
-        return {
-            "running": now.running and settings.scrub_rate > 0,
-            "rate_bytes_per_second": settings.scrub_rate or None,
-            "began_at": now.began_at or None,
-            "ended_at": now.ended_at if not now.running and now.ended_at else None,
-            "next_at": left if not now.running and settings.scrub_rate else None,
-            "checked": now.checked,
-            "checked_bytes": now.checked_bytes,
-            "entries": len(self._index.rows),
-            "entries_bytes": self._index.total_bytes,
-            "damaged": now.damaged,
-            "mended": now.mended,
-        }
+        return schemas.Scrub(
+            running=now.running and settings.scrub_rate > 0,
+            rate_bytes_per_second=settings.scrub_rate or None,
+            began_at=now.began_at or None,
+            ended_at=now.ended_at if not now.running and now.ended_at else None,
+            next_at=left if not now.running and settings.scrub_rate else None,
+            checked=now.checked,
+            checked_bytes=now.checked_bytes,
+            entries=len(self._index.rows),
+            entries_bytes=self._index.total_bytes,
+            damaged=now.damaged,
+            mended=now.mended,
+        )
 
     async def keep(self) -> None:
         """Pass after pass; for a job that never ends."""
@@ -221,26 +221,6 @@ _PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A finding, and what became of it: `mended` None when that was not asked for."""
-
-    finding: Finding
-    mended: bool | None = None
-    why: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        finding = self.finding
-        return {
-            "where": finding.where,
-            "path": finding.path,
-            "key": finding.key.text if finding.key else None,
-            "detail": finding.detail,
-            "mended": self.mended,
-            "why_not": self.why or None,
-        }
-
-
 class VerifyRun:
     """At most one at a time. Its last result stays to be read until the next begins."""
 
@@ -251,7 +231,7 @@ class VerifyRun:
         self._claims = dependencies.claims
         self._task: asyncio.Task[None] | None = None
         self._repair = False
-        self._found: list[Found] = []
+        self._found: list[schemas.Finding] = []
         self._damaged = self._mended = 0
         self._checked = self._total = self._busy = 0
         self._began_at: float | None = None
@@ -274,21 +254,21 @@ class VerifyRun:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def progress(self) -> dict[str, Any]:
-        """Everything for `/api/v1/verify`."""
-        return {
-            "running": self._began_at is not None and self._ended_at is None,
-            "repair": self._repair,
-            "began_at": self._began_at,
-            "ended_at": self._ended_at,
-            "failed": self._failed or None,
-            "checked": self._checked,
-            "total": self._total,
-            "busy": self._busy,
-            "damaged": self._damaged,
-            "mended": self._mended,
-            "found": [found.to_json() for found in self._found],
-        }
+    def progress(self) -> schemas.Verification:
+        """How far it has come, and what it found."""
+        return schemas.Verification(
+            running=self._began_at is not None and self._ended_at is None,
+            repair=self._repair,
+            began_at=self._began_at,
+            ended_at=self._ended_at,
+            failed=self._failed or None,
+            checked=self._checked,
+            total=self._total,
+            busy=self._busy,
+            damaged=self._damaged,
+            mended=self._mended,
+            found=list(self._found),
+        )
 
     async def _run(self) -> None:
         try:
@@ -332,7 +312,7 @@ class VerifyRun:
             detail = f"it can't be looked at: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
             self._count(finding)
-            self._keep(Found(finding, False if self._repair else None, str(error)))
+            self._keep(finding, False if self._repair else None, str(error))
 
     async def _come_back(self, claimed: list[ContentKey]) -> None:
         """To entries that looked damaged while somebody worked on them: a fill's end takes a moment."""
@@ -389,19 +369,28 @@ class VerifyRun:
         problem = await self._dependencies.mend(finding.key, True)
         if problem is None:
             await index_again(finding.key, self._index, self._store)
-        self._keep(Found(finding, problem is None, problem.detail if problem is not None else ""))
+        self._keep(finding, problem is None, problem.detail if problem is not None else "")
 
     def _note(self, finding: Finding, *, mended: bool | None) -> None:
         self._count(finding)
-        self._keep(Found(finding, mended))
+        self._keep(finding, mended)
 
     def _count(self, finding: Finding) -> None:
         _log.warning("%s: %s", finding.path, finding.detail)
         if finding.where != "stray":
             self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
 
-    def _keep(self, found: Found) -> None:
+    def _keep(self, finding: Finding, mended: bool | None, why_not: str = "") -> None:
         self._damaged += 1
-        self._mended += bool(found.mended)
+        self._mended += bool(mended)
         if len(self._found) < _MOST_FINDINGS:
-            self._found.append(found)
+            self._found.append(
+                schemas.Finding(
+                    where=finding.where,
+                    path=finding.path,
+                    key=finding.key.text if finding.key else None,
+                    detail=finding.detail,
+                    mended=mended,
+                    why_not=why_not or None,
+                )
+            )

@@ -11,7 +11,7 @@ from aiohttp import web
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarm_collector import AlarmCollector
-from gup.control.app import make_app
+from gup.control.application import make_app
 from gup.control.auth import Access
 from gup.control.dependencies import ControlDependencies
 from gup.control.eviction import AgeClock

@@ -2,16 +2,15 @@
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import gup
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmBoard, Rejections
+from gup.control.api.schemas import FailedFill, WriteRefusal
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import (
     Begun,
@@ -28,8 +27,8 @@ from gup.control.events import (
     parse_event,
     receive,
 )
-from gup.control.eviction import AgeClock, DiskUsage, Evictor
-from gup.control.exposition import Figures, parse_series
+from gup.control.eviction import AgeClock, Evictor
+from gup.control.exposition import Figures
 from gup.control.index import Index, Stream, make_row, stream_of
 from gup.control.integrity_jobs import Scrubber, VerifyRun
 from gup.control.prefetch import Prefetcher
@@ -40,25 +39,15 @@ from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import HistoryRecorder
 from gup.control.stats.reports import Reports
 from gup.control.traffic import Traffic, newest_times
-from gup.metrics import CODES_OF_RESULT
 
 _log = logging.getLogger("gup.control.state")
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One thing that can't be written. Times are Unix seconds."""
-
-    detail: str
-    since: float
-    last: float
 
 
 class Refusals:
     """Those that stand, by what they are about: one line in the log for each, however often it is tried."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Refusal] = {}
+        self.rows: dict[str, WriteRefusal] = {}
 
     def note(self, what: str, refusal: str | None, now: float) -> None:
         """What came of a try: None is that it was written."""
@@ -72,9 +61,8 @@ class Refusals:
         known = self.rows.get(what)
         if known is None:
             _log.warning("not written: %s: %s", what, detail)
-        self.rows[what] = (
-            Refusal(detail, now, now) if known is None else replace(known, detail=detail, last=now)
-        )
+        since = now if known is None else known.since
+        self.rows[what] = WriteRefusal(what=what, detail=detail, since=since, last=now)
 
     def clear(self, what: str) -> None:
         """It could be written."""
@@ -100,65 +88,6 @@ def numbers(settings: Settings) -> dict[str, int]:
     return found | ({"queue": settings.clients.queue} if settings.clients.max_downloads else {})
 
 
-def limits_of(
-    settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
-) -> dict[str, Any]:
-    """Limit (None: unlimited) and use of each; rates are bytes per second.
-
-    What is in use of a limit on each client or each connection is no one number, and so left out.
-    """
-    most = numbers(settings)
-
-    def row(name: str, word: str) -> dict[str, int | None]:
-        return {"limit": most.get(name), "used": totals.get(word, 0)}
-
-    return {
-        "downloads": row("downloads", "gup_client_downloads_in_progress"),
-        "queue": row("queue", "gup_client_downloads_queued"),
-        "connections": row("connections", "gup_client_connections"),
-        "connections_per_address": {"limit": most.get("connections_per_address")},
-        "client_rate_bytes_per_second": {"limit": settings.clients.rate or None},
-        "wan_rate_bytes_per_second": {"limit": wan_rate or None, "used": wan_used},
-        "cache_size_bytes": {"limit": settings.cache.max_size, "used": size_bytes},
-        "fills": row("fills", "gup_fills_in_progress"),
-    }
-
-
-_FROM_STORE = ("hit", "revalidated", "stale")
-_SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
-
-
-def totals_of(words: Mapping[str, int]) -> dict[str, Any]:
-    """What was sent, received and saved, and requests by result, from series and their values.
-
-    Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
-    The hit ratio counts requests for content that were answered from the store; None before the first one.
-    """
-    sums: Counter[str] = Counter()
-    results: Counter[str] = Counter()
-    for name, value in words.items():
-        if value:
-            base, labels = parse_series(name)
-            sums[base] += value
-            if base == "gup_requests_total":
-                results[labels["result"]] += value
-    served = sum(results[result] for result in _SERVED)
-    sent = sums["gup_client_sent_bytes_total"]
-    received = sums["gup_upstream_received_bytes_total"]
-    return {
-        "client_sent_bytes": sent,
-        "upstream_received_bytes": received,
-        "saved_bytes": sent - received,
-        "requests": {result: results[result] for result in CODES_OF_RESULT},
-        "requests_total": sum(results.values()),
-        "hit_ratio": sum(results[result] for result in _FROM_STORE) / served if served else None,
-        "fills": sums["gup_fills_total"],
-        "evictions": sums["gup_evictions_total"],
-        "evicted_bytes": sums["gup_evicted_bytes_total"],
-        "integrity_failures": sums["gup_integrity_failures_total"],
-    }
-
-
 _RATE_SECONDS = 5.0
 """What the rate of a fill is taken over."""
 
@@ -178,51 +107,14 @@ class FillRates:
             rate.see(part.size_bytes, self._monotonic())
             self._rates[part.id, part.generation] = rate
 
-    def row(
-        self, part: Part, label: Callable[[tuple[str, str, str]], tuple[str, str]], wall: float
-    ) -> dict[str, Any]:
-        """A fill for the API; `wall` is now, in Unix seconds. Lengths are None while they are unknown.
-
-        The rate is that of the last seconds, or since its beginning when it was seen once only.
-        """
-        state = part.state
-        head = state.head if state else None
-        product, language = (
-            label((state.key.version, state.key.language, state.key.stream)) if state else (None, None)
-        )
-        began_at = part.generation / 1e6  # a generation is the time at which it began, in microseconds
+    def rate(self, part: Part, age_seconds: float) -> float | None:
+        """Of the last seconds, or since its beginning when it was seen once only; None when that is now."""
         rate = self._rates[part.id, part.generation].per_second()
-        if rate is None and wall > began_at:
-            rate = part.size_bytes / (wall - began_at)
-        length = head.length if head else None
-        return {
-            "key": state.key.text if state else None,
-            "id": part.id,
-            "phase": str(state.phase) if state else None,
-            "received_bytes": part.size_bytes,
-            "length_bytes": length,
-            "upstream": head.upstream if head else None,
-            "product": product,
-            "language": language,
-            "kind": str(state.kind) if state else None,
-            "began_at": began_at,
-            "bytes_per_second": rate,
-            "remaining_seconds": (length - part.size_bytes) / rate if length is not None and rate else None,
-        }
+        return part.size_bytes / age_seconds if rate is None and age_seconds > 0 else rate
 
 
 _FAILURES = 50
 _MALFORMED_LOGGED = 20
-
-
-@dataclass(frozen=True, slots=True)
-class PastFailure:
-    """A fill that failed, for the operator."""
-
-    at: float
-    key: str
-    problem: str
-    detail: str
 
 
 class ControlState:
@@ -281,7 +173,7 @@ class ControlState:
             clock=clock,
         )
         self.fill_rates = FillRates()
-        self.failures: deque[PastFailure] = deque(maxlen=_FAILURES)
+        self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self.rejections = Rejections()
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Each upstream's last error and when it was; of configured names only."""
@@ -339,8 +231,11 @@ class ControlState:
             case Unstorable():
                 self._not_stored(event)
             case Failed():
-                failure = PastFailure(self.clock(), event.key.text, event.problem, event.detail)
-                self.failures.appendleft(failure)
+                self.failures.appendleft(
+                    FailedFill(
+                        at=self.clock(), key=event.key.text, problem=event.problem, detail=event.detail
+                    )
+                )
                 self.traffic.missed(event.key)
             case Unlisted():
                 self.dependencies.unlisted(event.moniker)
@@ -460,104 +355,3 @@ class ControlState:
             site=self.settings.site.name,
             started_at=self.dependencies.started_at,
         )
-
-    async def status(self) -> dict[str, Any]:
-        """Everything for `/api/v1/status`."""
-        disk = await self.evictor.measure()
-        dependencies, now = self.dependencies, self.clock()
-        totals = dependencies.totals()
-        return {
-            "site": self.settings.site.name,
-            "version": gup.__version__,
-            "started_at": dependencies.started_at,
-            "installed_at": dependencies.installed_at,
-            "uptime_seconds": max(0.0, now - dependencies.started_at),
-            "ready": not self.not_ready(),
-            "totals": {
-                "since_start": totals_of(dependencies.since_start()),
-                "since_install": totals_of(totals),
-            },
-            "cache": self._cache(disk),
-            "disk": {
-                "refusals": [
-                    {"what": what, "detail": refusal.detail, "since": refusal.since, "last": refusal.last}
-                    for what, refusal in self.refusals.rows.items()
-                ]
-            },
-            "fills": self._fills(disk),
-            "fill_waiters": totals.get("gup_fill_waiters", 0),
-            "clients": {"connections": totals.get("gup_client_connections", 0)}
-            | {"seen": self.clients.counts(now)},
-            "workers": [dict(worker) for worker in dependencies.workers()],
-            "upstreams": self.upstreams(),
-            "wan_rate_bytes_per_second": dependencies.wan_rate() or None,
-            "limits": limits_of(
-                self.settings,
-                totals,
-                size_bytes=disk.size_bytes,
-                wan_rate=dependencies.wan_rate(),
-                wan_used=self.history.wan.bytes_per_second(),
-            ),
-            "scrub": self.scrubber.progress(),
-            "reload": {"successful": dependencies.config_ok()},
-            "alarms": self.alarms.standing(),
-            "failures": [
-                {"at": past.at, "key": past.key, "problem": past.problem, "detail": past.detail}
-                for past in self.failures
-            ],
-            "malformed_events": self.malformed_events,
-        }
-
-    def _cache(self, disk: DiskUsage) -> dict[str, Any]:
-        return {
-            "entries": len(self.index.rows),
-            "entries_bytes": disk.entries_bytes,
-            "parts": sum(1 for part in disk.parts if part.generation),
-            "parts_bytes": disk.parts_bytes,
-            "size_bytes": disk.size_bytes,
-            "limit_bytes": self.settings.cache.max_size,
-            "free_bytes": disk.free_bytes,
-            "complete": self.index.complete,
-        }
-
-    async def fills(self) -> dict[str, Any]:
-        """What is being fetched, for `/api/v1/fills`."""
-        waiters = self.dependencies.totals().get("gup_fill_waiters", 0)
-        return {"fills": self._fills(await self.evictor.measure()), "waiters": waiters}
-
-    def _fills(self, disk: DiskUsage) -> list[dict[str, Any]]:
-        parts = [part for part in disk.parts if is_under_way(part)]
-        self.fill_rates.see(parts)
-        return [self.fill_rates.row(part, self.label, self.clock()) for part in parts]
-
-    def upstreams(self) -> list[dict[str, Any]]:
-        """All upstreams with their health."""
-        up, states = self.dependencies.upstreams_up(), self.dependencies.upstream_states()
-        catalogues = self.dependencies.catalogues()
-        rows = []
-        for upstream in self.settings.upstream:
-            state, since = states.get(upstream.name, ("unknown", None))
-            at, detail = self.upstream_errors.get(upstream.name, (None, None))
-            rows.append(
-                {
-                    "name": upstream.name,
-                    "url": upstream.url,
-                    "kind": upstream.kind,
-                    "priority": upstream.priority,
-                    "weight": upstream.weight,
-                    "version": upstream.version,
-                    "language": upstream.language,
-                    "up": up.get(upstream.name, True),
-                    "state": state,
-                    "since": since or self.dependencies.started_at,
-                    "last_error": detail,
-                    "last_error_at": at,
-                    "catalogue": catalogues.get(upstream.name),
-                }
-            )
-        return rows
-
-
-def is_under_way(part: Part) -> bool:
-    """Whether some process fetches this part at this moment."""
-    return part.claimed and part.generation > 0

@@ -195,12 +195,12 @@ async def test_one_bad_record_stops_no_pass_over_all(world, browser, harm):
     records = [world.commit(world.key(f"26010100{n}"), b"body %d" % n, at=1000.0 + n) for n in range(3)]
     async with world.running() as control:
         plane = control.state
-        await world.until(lambda: plane.scrubber.progress()["ended_at"] is not None)
+        await world.until(lambda: plane.scrubber.progress().ended_at is not None)
         harm(world, records[1])
-        first = plane.scrubber.progress()["ended_at"]
+        first = plane.scrubber.progress().ended_at
         world.now += 8 * 86400
-        await world.until(lambda: (plane.scrubber.progress()["ended_at"] or 0) > first)
-        assert plane.scrubber.progress()["checked"] == 3
+        await world.until(lambda: (plane.scrubber.progress().ended_at or 0) > first)
+        assert plane.scrubber.progress().checked == 3
         async with browser.get(f"{world.url}/api/v1/content") as answer:
             assert len((await answer.json())["entries"]) == 3
         async with browser.get(f"{world.url}/api/v1/content/{records[1].key.text}") as answer:
@@ -234,12 +234,12 @@ async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, brow
 
     async with world.running() as control:
         scrub = control.state.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
-        first = scrub.progress()["ended_at"]
+        await world.until(lambda: scrub.progress().ended_at is not None)
+        first = scrub.progress().ended_at
         monkeypatch.setattr(world.store, "load", broken)
         world.now += 8 * 86400
-        await world.until(lambda: (scrub.progress()["ended_at"] or 0) > first)
-        assert scrub.progress()["checked"] == 3
+        await world.until(lambda: (scrub.progress().ended_at or 0) > first)
+        assert scrub.progress().checked == 3
         async with browser.post(f"{world.url}/api/v1/verify") as answer:
             assert answer.status == 202
         progress = {"running": True}

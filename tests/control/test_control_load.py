@@ -7,6 +7,7 @@ import pytest
 
 from gup.content.key import Kind
 from gup.control.alarm_collector import AlarmCollector
+from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
@@ -59,7 +60,7 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
     await plane.figures()
-    await plane.status()
+    await status(plane)
 
 
 def counted(seen: dict[str, float], now: float) -> dict[str, int]:

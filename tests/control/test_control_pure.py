@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind
-from gup.control.api.described import operation_of
-from gup.control.api.listing import Listing, select, shown
-from gup.control.app import make_app
+from gup.control.api.endpoint import ENDPOINTS, document
+from gup.control.api.entries import Listing, matching, page_of, shown
+from gup.control.api.status import totals_of
+from gup.control.application import make_app
 from gup.control.events import Committed, Failed, FullRequests, Need, UpstreamTrouble, Usage, Use, parse_event
-from gup.control.index import Row, make_row
+from gup.control.index import Index, Row, make_row
 from gup.control.integrity_jobs import Pass
 from gup.control.prefetch import PrefetchQueue
-from gup.control.state import totals_of
 from gup.control.stats.clients import ClientWindows
 from gup.control.traffic import newest_times, revision_time
 from gup.jsonmodel import InvalidError
@@ -184,15 +184,24 @@ def rows_of(count):
     return [row(f"f{n:03}", length=n % 7 + 1, stored_at=float(n % 5)) for n in range(count)]
 
 
+def index_of(tmp_path, rows):
+    index = Index(tmp_path, lambda: None, lambda _: None)
+    for one in rows:
+        index.put(one)
+    return index
+
+
 @pytest.mark.parametrize("order", ["key", "-key", "length", "-length", "stored", "-stored"])
-def test_pages_together_are_the_whole_list_once(order):
+@pytest.mark.parametrize("filters", [{}, {"kind": "full"}])
+async def test_pages_together_are_the_whole_list_once(order, filters, tmp_path):
     rows, seen, cursor = rows_of(53), [], None
+    index = index_of(tmp_path, rows)
     while True:
-        query = Listing.model_validate({"order": order, "limit": "10", "cursor": cursor})
-        found = select(rows, query, labels)
+        query = Listing.model_validate({"order": order, "limit": "10", "cursor": cursor} | filters)
+        found = await page_of(index, query, labels)
         assert found.matching == 53
-        seen += found.rows
-        cursor = found.cursor
+        seen += found.entries
+        cursor = found.model_dump()["cursor"]
         if cursor is None:
             break
     assert len(seen) == 53
@@ -211,7 +220,7 @@ def test_filters_choose():
     rows = [row(), row(delta, Kind.DELTA)]
 
     def found(**wanted):
-        return [one.file for one in select(rows, Listing.model_validate(wanted), labels).rows]
+        return [one.file for one in matching(rows, Listing.model_validate(wanted), labels)]
 
     assert found(kind="delta") == [delta]
     assert found(revision="260102007") == [delta]
@@ -225,13 +234,13 @@ def test_filters_choose():
 
 def test_a_delta_tells_its_step():
     told = shown(row("xdelta260101001_To_260102007.dax", Kind.DELTA), labels(row()))
-    assert (told["from_revision"], told["to_revision"], told["content_revision"]) == (
+    assert (told.from_revision, told.to_revision, told.content_revision) == (
         "260101001",
         "260102007",
         "260102007",
     )
-    assert (told["product"], told["revision"]) == ("Virus Definitions", "260101001")
-    assert shown(row(), labels(row()))["to_revision"] is None
+    assert (told.product, told.revision) == ("Virus Definitions", "260101001")
+    assert shown(row(), labels(row())).to_revision is None
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,7 @@ def test_a_delta_tells_its_step():
 )  # fmt: skip
 def test_wrong_parameters_are_named(parameters):
     with pytest.raises(ValueError, match=r"limit|order|kind|cursor|version|sort"):
-        select([], Listing.model_validate(parameters), labels)
+        Listing.model_validate(parameters)
 
 
 # --- figures
@@ -262,10 +271,10 @@ def test_totals_are_added_up_and_savings_not_clipped():
             'gup_upstream_received_bytes_total{purpose="index",upstream="m"}': 50,
         }
     )
-    assert totals["saved_bytes"] == -100
-    assert totals["hit_ratio"] == 7 / 8
-    assert (totals["requests"]["hit"], totals["requests_total"]) == (7, 13)
-    assert totals_of({})["hit_ratio"] is None
+    assert totals.saved_bytes == -100
+    assert totals.hit_ratio == 7 / 8
+    assert (totals.requests["hit"], totals.requests_total) == (7, 13)
+    assert totals_of({}).hit_ratio is None
 
 
 @pytest.mark.parametrize(
@@ -288,11 +297,11 @@ def test_newest_content_takes_the_latest_of_a_product():
 
 def test_every_request_of_the_application_is_documented():
     text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    plane = SimpleNamespace()
-    for route in make_app(plane).router.routes():
+    app = make_app(SimpleNamespace())
+    described = document(app[ENDPOINTS]).paths
+    for route in app.router.routes():
         path = route.resource.canonical
         if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
+            assert (route.method.lower() in described.get(path, ())) == (path != "/"), path
             path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
             assert f"`{route.method} {path}`" in text.replace("?", "`"), (route.method, path)
-            described = operation_of(route.handler) is not None
-            assert described == path.startswith(("/api/", "/healthz", "/readyz", "/metrics")), path

@@ -55,12 +55,12 @@ async def test_a_pass_finds_damage_and_has_it_mended(world):
     harm(world, records[2])
     async with world.running() as control:
         scrub = control.state.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
+        await world.until(lambda: scrub.progress().ended_at is not None)
         progress = scrub.progress()
-        assert (progress["checked"], progress["damaged"], progress["mended"]) == (4, 1, 1)
-        assert progress["checked_bytes"] == 3 * len(BODY) + 2 * CHUNK_BYTES
-        assert progress["next_at"] == world.now + 7 * 86400
-        assert not progress["running"]
+        assert (progress.checked, progress.damaged, progress.mended) == (4, 1, 1)
+        assert progress.checked_bytes == 3 * len(BODY) + 2 * CHUNK_BYTES
+        assert progress.next_at == world.now + 7 * 86400
+        assert not progress.running
     assert world.mends == [(records[2].key.text, True)]
     assert counted(world) == 1
     assert world.store.body_path(records[2].key).read_bytes() == BODY
@@ -71,14 +71,14 @@ async def test_a_body_that_is_gone_is_mended_and_one_that_was_purged_is_not(worl
     lost, kept = world.commit(world.key("260101001"), BODY), world.commit(world.key("260101002"), BODY)
     async with world.running() as control:
         scrub = control.state.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
+        await world.until(lambda: scrub.progress().ended_at is not None)
         world.store.body_path(lost.key).unlink()
         world.store.remove(kept.key)
         world.problem = Problem("upstream-unreachable", "nobody there")
         world.now += 8 * 86400
-        await world.until(lambda: scrub.progress()["damaged"] == 1)
-        await world.until(lambda: scrub.progress()["checked"] == 2)
-        assert scrub.progress()["mended"] == 0
+        await world.until(lambda: scrub.progress().damaged == 1)
+        await world.until(lambda: scrub.progress().checked == 2)
+        assert scrub.progress().mended == 0
     assert world.mends == [(lost.key.text, True)]
 
 
@@ -88,15 +88,15 @@ async def test_a_restart_goes_on_where_it_was(world):
     for n in range(20):
         world.commit(world.key(f"2601010{n:02}"), BODY)
     async with world.running() as control:
-        await world.until(lambda: control.state.scrubber.progress()["checked"] >= 2)
+        await world.until(lambda: control.state.scrubber.progress().checked >= 2)
     async with world.running() as control:
         first = control.state.scrubber.progress()
-        assert first["running"]
-        assert 2 <= first["checked"] < 20
+        assert first.running
+        assert 2 <= first.checked < 20
         scrubbing(world, scrub_rate=1 << 40)
         await control.apply(world.settings)
-        await world.until(lambda: control.state.scrubber.progress()["ended_at"] is not None)
-        assert control.state.scrubber.progress()["checked"] == 20
+        await world.until(lambda: control.state.scrubber.progress().ended_at is not None)
+        assert control.state.scrubber.progress().checked == 20
 
 
 async def test_the_rate_is_kept_and_zero_turns_it_off(world):
@@ -105,12 +105,12 @@ async def test_the_rate_is_kept_and_zero_turns_it_off(world):
     harm(world, record)
     async with world.running() as control:
         scrub = control.state.scrubber
-        assert scrub.progress()["rate_bytes_per_second"] is None
+        assert scrub.progress().rate_bytes_per_second is None
         assert not scrub._due()
         scrubbing(world, scrub_rate=CHUNK_BYTES)
         await control.apply(world.settings)
         assert scrub._due()
-        await world.until(lambda: scrub.progress()["running"])
+        await world.until(lambda: scrub.progress().running)
         began = scrub._paid_until = time.monotonic()
         await scrub._pay(CHUNK_BYTES // 2)
         await scrub._pay(CHUNK_BYTES // 8)
@@ -190,12 +190,12 @@ async def test_what_somebody_has_just_worked_on_is_come_back_to(world):
     async with world.running() as control:
         verification = control.state.verification
         assert verification.start(repair=True)
-        await world.until(lambda: verification.progress()["total"] == 1)
+        await world.until(lambda: verification.progress().total == 1)
         await asyncio.sleep(0.1)  # long enough for a first look; the result is the same without
         world.worker_claims.release(record.key.claim_offset)
-        await world.until(lambda: not verification.progress()["running"])
+        await world.until(lambda: not verification.progress().running)
         progress = verification.progress()
-    told = {name: progress[name] for name in ("checked", "busy", "damaged", "mended")}
+    told = {name: getattr(progress, name) for name in ("checked", "busy", "damaged", "mended")}
     assert told == {"checked": 1, "busy": 0, "damaged": 1, "mended": 1}
 
 

@@ -1,4 +1,4 @@
-"""The control plane's web application: routes, guard, problems, security headers. Never any figures."""
+"""The control plane's web application: its endpoints and page, tokens, problems, security headers."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -6,68 +6,40 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from gup.control.api import (
-    alarms,
-    archives,
-    clients,
-    content,
-    health,
-    history,
-    openapi,
-    prefetch,
-    reports,
-    rules,
-    status,
-    upkeep,
-)
-from gup.control.api.answers import PLANE, problem
+from gup.cache.archive import ArchiveError
+from gup.control.api import archives, entries, maintenance, statistics, status
+from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, refusal
-from gup.control.page import routes as page
+from gup.control.page import live
+from gup.control.reconcile import BusyError
 from gup.control.state import ControlState
 from gup.control.tokens import presented
 from gup.errors import GupError
 
-_log = logging.getLogger("gup.control.app")
+_log = logging.getLogger("gup.control.application")
 _MAX_REQUEST_BYTES = 64 * 1024
 ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-RESOURCES = (
-    health.routes,
-    status.routes,
-    content.routes,
-    archives.routes,
-    clients.routes,
-    reports.routes,
-    upkeep.routes,
-    alarms.routes,
-    prefetch.routes,
-    rules.routes,
-    history.routes,
-    page.routes,
-    openapi.routes,
-)
-"""A line a resource."""
 
-
-def make_app(plane: ControlState, access: Access | None = None) -> web.Application:
-    """The application over `plane`; without `access` nobody may change anything."""
+def make_app(state: ControlState, access: Access | None = None) -> web.Application:
+    """The application over `state`; without `access` nobody may change anything."""
     app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
-    app[PLANE] = plane
+    app[STATE] = state
     app[ACCESS] = access or Access()
-    for resource in RESOURCES:
-        app.add_routes(resource)
-    archives.set_up(app)
-    page.set_up(app)
+    app[ENDPOINTS] = (
+        *status.ENDPOINTS,
+        *entries.ENDPOINTS,
+        *archives.Archives().endpoints,
+        *statistics.ENDPOINTS,
+        *maintenance.ENDPOINTS,
+        *live.ENDPOINTS,
+        Endpoint("GET", "/api/v1/openapi.json", openapi),
+    )
+    app.add_routes(endpoint.route() for endpoint in app[ENDPOINTS])
+    live.set_up(app)
     app.on_response_prepare.append(_security_headers)
     return app
-
-
-def _address(request: web.Request, end: str) -> str | None:
-    name = request.transport.get_extra_info(end) if request.transport else None
-    if isinstance(name, tuple):
-        return str(name[0])
-    return "" if isinstance(name, str | bytes) else None  # the path of a socket in the file system
 
 
 @web.middleware
@@ -93,10 +65,17 @@ async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
         if asked.right is None:
             access.note_wrong_token(peer)
         return response
-    answered = await handler(request)
+    answer = await handler(request)
     if asked.changes:
-        _log.info("%s %s for %s: %d", asked.method, asked.path, peer or "this machine", answered.status)
-    return answered
+        _log.info("%s %s for %s: %d", asked.method, asked.path, peer or "this machine", answer.status)
+    return answer
+
+
+def _address(request: web.Request, end: str) -> str | None:
+    name = request.transport.get_extra_info(end) if request.transport else None
+    if isinstance(name, tuple):
+        return str(name[0])
+    return "" if isinstance(name, str | bytes) else None  # the path of a socket in the file system
 
 
 @web.middleware
@@ -106,9 +85,14 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
         return await handler(request)
     except web.HTTPException as error:
         response = problem(error.status, error.text or "")
-        if "Allow" in error.headers:
-            response.headers["Allow"] = error.headers["Allow"]
+        for name in ("Allow", "Retry-After"):
+            if name in error.headers:
+                response.headers[name] = error.headers[name]
         return response
+    except BusyError as error:
+        return problem(409, str(error))
+    except ArchiveError as error:
+        return problem(400, str(error))
     except (GupError, OSError) as error:
         _log.warning("%s %s: %s", request.method, request.path, error)
         return problem(503, str(error))
@@ -118,7 +102,7 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
 
 
 async def _security_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    """On every answer, just before its head leaves; those that stream too."""
+    """On every response, just before its head is sent; on streams too."""
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
