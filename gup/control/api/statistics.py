@@ -16,8 +16,6 @@ from gup.control.api.schemas import (
     RestartReport,
     Savings,
     SeenClients,
-    StreamTraffic,
-    TrafficByCause,
 )
 from gup.control.state import ControlState
 from gup.control.stats import savings
@@ -90,12 +88,12 @@ async def clients(state: ControlState, query: Listing) -> Clients:
 
 async def content(state: ControlState, _query: Form) -> ContentReport:
     """Content taken here: who stands where, what lags, and who."""
-    return ContentReport.model_validate(await state.reports.content())
+    return await state.reports.content()
 
 
 async def restarts(state: ControlState, _query: Form) -> RestartReport:
     """Clients that took a client patch and may wait for a restart."""
-    return RestartReport.model_validate(await state.reports.restarts())
+    return await state.reports.restarts()
 
 
 async def saved(state: ControlState, query: Ledger) -> Savings:
@@ -108,14 +106,14 @@ async def saved(state: ControlState, query: Ledger) -> Savings:
     return Savings(
         counted_since=state.dependencies.installed_at,
         time_zone=state.settings.site.time_zone,
-        today=TrafficByCause(**savings.figures(days.get(today, {}))),
-        last_30_days=TrafficByCause(**savings.figures(savings.added_up(month))),
-        since_install=TrafficByCause(**savings.figures(savings.added_up(days.values()))),
+        today=savings.figures(days.get(today, {})),
+        last_30_days=savings.figures(savings.added_up(month)),
+        since_install=savings.figures(savings.added_up(days.values())),
         days=[
             DayTraffic(
                 day=day or None,
-                **savings.figures(days[day]),
-                streams=[StreamTraffic(**stream) for stream in savings.streams(days[day], label)],
+                **dict(savings.figures(days[day])),
+                streams=savings.streams(days[day], label),
             )
             for day in listed
         ],

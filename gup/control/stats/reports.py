@@ -16,6 +16,7 @@ from gup.addresses import Names, is_hashed, read_key
 from gup.config import Settings
 from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases, Version
+from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Taken
 from gup.control.exposition import stream_labels
@@ -108,30 +109,22 @@ def stream_reports(
 
 def content_row(
     report: StreamReport, behind: int, lagging: Iterable[ClientState], label_of: LabelOf
-) -> dict[str, Any]:
-    """A stream's report for the API; `behind` clients lag, of which some are given."""
+) -> schemas.StreamReport:
+    """A stream's report; `behind` clients lag, of which some are given."""
     known = report.known
-    return labels(report.stream, label_of) | {
-        "clients": report.clients,
-        "current": report.clients - behind,
-        "behind": behind,
-        "newest_held": report.held or None,
-        "newest_taken": report.taken or None,
-        "newest_asked": report.asked or None,
-        "lag_revisions": sum(revision > report.held for revision in known),
-        "lag_seconds": _lag_seconds(report.held, report.newest),
-        "revisions": [
-            {
-                "revision": count.revision,
-                "clients": count.clients,
-                "took": count.took,
-                "first_taken_at": count.first_taken_at,
-                "last_taken_at": count.last_taken_at,
-            }
-            for count in report.counts
-        ],
-        "lagging": [_lagging(client, report.newest, known) for client in lagging],
-    }
+    return schemas.StreamReport(
+        **labels(report.stream, label_of),
+        clients=report.clients,
+        current=report.clients - behind,
+        behind=behind,
+        newest_held=report.held or None,
+        newest_taken=report.taken or None,
+        newest_asked=report.asked or None,
+        lag_revisions=sum(revision > report.held for revision in known),
+        lag_seconds=_lag_seconds(report.held, report.newest),
+        revisions=[schemas.RevisionClients.model_validate(count) for count in report.counts],
+        lagging=[_lagging(client, report.newest, known) for client in lagging],
+    )
 
 
 def labels(stream: StreamId, label_of: LabelOf) -> dict[str, Any]:
@@ -144,23 +137,23 @@ def labels(stream: StreamId, label_of: LabelOf) -> dict[str, Any]:
         "language": (label.language if label else "") or language,
         "type": label.type if label else None,
         "moniker": moniker,
-        "variant": {"version": version, "language": language},
+        "variant": schemas.Variant(version=version, language=language),
     }
 
 
-def _lagging(client: ClientState, newest: str, known: list[str]) -> dict[str, Any]:
-    return {
-        "address": client.name,
-        "version": client.version or None,
-        "language": client.language or None,
-        "revision": client.revision or None,
-        "lag_revisions": sum(revision > client.revision for revision in known),
-        "lag_seconds": _lag_seconds(client.revision, newest),
-        "taken_at": client.taken_at or None,
-        "asked": client.asked or None,
-        "asked_at": client.asked_at or None,
-        "seen_at": client.seen_at,
-    }
+def _lagging(client: ClientState, newest: str, known: list[str]) -> schemas.LaggingClient:
+    return schemas.LaggingClient(
+        address=client.name,
+        version=client.version or None,
+        language=client.language or None,
+        revision=client.revision or None,
+        lag_revisions=sum(revision > client.revision for revision in known),
+        lag_seconds=_lag_seconds(client.revision, newest),
+        taken_at=client.taken_at or None,
+        asked=client.asked or None,
+        asked_at=client.asked_at or None,
+        seen_at=client.seen_at,
+    )
 
 
 def _lag_seconds(revision: str, newest: str) -> float | None:
@@ -214,42 +207,20 @@ def _tells_builds(version: Version) -> bool:
     return version.text.count(".") == 3 or bool(version.patch)
 
 
-def restart_table(
-    found: Iterable[Restart],
-    groups: Iterable[Group],
-    streams: Mapping[StreamId, Label | None],
-    label_of: LabelOf,
-) -> dict[str, Any]:
-    """The report for the API. Without a catalogue it is unknown which streams are client patches."""
-    rows = [row for row in found if row.state is not State.RESTARTED]
-    counts = Counter(row.state for row in rows)
-    return {
-        "clients": [
-            {"version": group.version or None, "language": group.language or None, "clients": group.clients}
-            for group in groups
-        ],
-        "catalogue_known": any(label is not None for label in streams.values()),
-        "pending": counts[State.PENDING],
-        "unknown": counts[State.UNKNOWN],
-        "saying": SAYING,
-        "restart_pending": [_row(row, label_of) for row in rows[:SHOWN]],
-    }
-
-
-def _row(restart: Restart, label_of: LabelOf) -> dict[str, Any]:
+def _row(restart: Restart, label_of: LabelOf) -> schemas.Restart:
     client = restart.client
-    return {
-        "address": client.name,
-        "state": str(restart.state),
-        "version": client.version or None,
-        "language": client.language or None,
-        "version_then": client.version_then or None,
-        "product": labels(client.stream, label_of)["product"],
-        "moniker": client.stream[2],
-        "revision": client.taken,
-        "taken_at": client.taken_at,
-        "seen_at": client.seen_at,
-    }
+    return schemas.Restart(
+        address=client.name,
+        state="pending" if restart.state is State.PENDING else "unknown",
+        version=client.version or None,
+        language=client.language or None,
+        version_then=client.version_then or None,
+        product=labels(client.stream, label_of)["product"],
+        moniker=client.stream[2],
+        revision=client.taken,
+        taken_at=client.taken_at,
+        seen_at=client.seen_at,
+    )
 
 
 LAGGING_SHOWN = 1000
@@ -391,27 +362,23 @@ class Reports:
         except OSError:
             return []
 
-    async def content(self) -> dict[str, Any]:
-        """The report *Content taken here*."""
+    async def content(self) -> schemas.ContentReport:
+        """*Content taken here*."""
         await self.write_clients()
         held = dict(self._held())
 
-        def look(db: sqlite3.Connection) -> list[tuple[StreamReport, int, list[ClientState]]]:
+        def look(db: sqlite3.Connection) -> list[schemas.StreamReport]:
             found, left = [], _LAGGING_IN_ALL
             for report in stream_reports(stream_states(db), revision_counts(db), held):
                 behind, clients = lagging(db, report.stream, report.newest, min(left, LAGGING_SHOWN))
-                found.append((report, behind, clients))
+                found.append(content_row(report, behind, clients, self._label))
                 left -= len(clients)
             return found
 
-        rows = [
-            content_row(report, behind, lagging, self._label)
-            for report, behind, lagging in await self._database.run(look)
-        ]
-        return self._head() | {"content": rows}
+        return schemas.ContentReport(**self._head(), content=await self._database.run(look))
 
-    async def restarts(self) -> dict[str, Any]:
-        """The report *Restart pending*, and the clients by what they state."""
+    async def restarts(self) -> schemas.RestartReport:
+        """*Restart pending*, and how many clients state what."""
         await self.write_clients()
 
         def look(db: sqlite3.Connection) -> tuple[list[Group], list[StreamId]]:
@@ -425,7 +392,22 @@ class Reports:
             releases = Releases(self._settings().rules.releases)
             return restart_states((client for stream in patches for client in takers(db, stream)), releases)
 
-        return self._head() | restart_table(await self._database.run(judge), stating, called, self._label)
+        found = [row for row in await self._database.run(judge) if row.state is not State.RESTARTED]
+        counts = Counter(row.state for row in found)
+        return schemas.RestartReport(
+            **self._head(),
+            clients=[
+                schemas.ClientGroup(
+                    version=group.version or None, language=group.language or None, clients=group.clients
+                )
+                for group in stating
+            ],
+            catalogue_known=any(label is not None for label in called.values()),
+            pending=counts[State.PENDING],
+            unknown=counts[State.UNKNOWN],
+            saying=SAYING,
+            restart_pending=[_row(row, self._label) for row in found[:SHOWN]],
+        )
 
     async def clients(self, wanted: Wanted) -> tuple[int, int, list[ClientRow]]:
         """How many clients are known, how many of them match, and a page of those."""

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
 
+from gup.control.api.schemas import StreamTraffic, TrafficByCause
 from gup.control.exposition import parse_series
 from gup.metrics import KINDS, PURPOSES, SOURCES, STREAM_WASTED, WASTED
 
@@ -99,7 +99,7 @@ def added_up(days: Iterable[Counts]) -> Counts:
     return dict(total)
 
 
-def figures(counts: Counts) -> dict[str, Any]:
+def figures(counts: Counts) -> TrafficByCause:
     """Sent, received, saved and wasted bytes with their parts. Saved may be below zero."""
     sent: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
     received: Counter[str] = Counter(dict.fromkeys(PURPOSES, 0))
@@ -115,18 +115,18 @@ def figures(counts: Counts) -> dict[str, Any]:
             table, label = tables[metric]
             table[series[label]] += value
     total_sent, total_received = sum(sent.values()), sum(received.values())
-    return {
-        "sent_bytes": total_sent,
-        "received_bytes": total_received,
-        "saved_bytes": total_sent - total_received,
-        "wasted_bytes": sum(wasted.values()),
-        "sent": dict(sent),
-        "received": dict(received),
-        "wasted": dict(wasted),
-    }
+    return TrafficByCause(
+        sent_bytes=total_sent,
+        received_bytes=total_received,
+        saved_bytes=total_sent - total_received,
+        wasted_bytes=sum(wasted.values()),
+        sent=dict(sent),
+        received=dict(received),
+        wasted=dict(wasted),
+    )
 
 
-def streams(counts: Counts, label: StreamLabels) -> list[dict[str, Any]]:
+def streams(counts: Counts, label: StreamLabels) -> list[StreamTraffic]:
     """Sent, received and wasted bytes by product, language and kind, the most sent first."""
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     for name, value in counts.items():
@@ -138,14 +138,14 @@ def streams(counts: Counts, label: StreamLabels) -> list[dict[str, Any]]:
         rows.setdefault(where, Counter(sent_bytes=0, received_bytes=0, wasted_bytes=0))[way] += value
     order = sorted(rows, key=lambda where: (-rows[where]["sent_bytes"], where[:2], KINDS.index(where[2])))
     return [
-        {
-            "product": product,
-            "language": language,
-            "kind": kind,
+        StreamTraffic(
+            product=product,
+            language=language,
+            kind=kind,
             **rows[product, language, kind],
-            "saved_bytes": rows[product, language, kind]["sent_bytes"]
+            saved_bytes=rows[product, language, kind]["sent_bytes"]
             - rows[product, language, kind]["received_bytes"],
-        }
+        )
         for product, language, kind in order
     ]
 
