@@ -183,6 +183,7 @@ class Index:
         self.total_bytes = 0
         self.opened = False
         self.complete = False
+        self._keys: dict[Stream, set[str]] = {}
         self._held: dict[Stream, dict[str, int]] = {}
         self._newest: dict[Stream, str] = {}
         self._deltas: Counter[Stream] = Counter()
@@ -219,10 +220,15 @@ class Index:
         self._moved.setdefault(key, before)
         if before is not None:
             self.total_bytes -= before.length_bytes
+            keys = self._keys[before.stream_id]
+            keys.discard(key)
+            if not keys:
+                del self._keys[before.stream_id]
             self._count_revision(before, -1)
         if row is not None:
             self.rows[key] = row
             self.total_bytes += row.length_bytes
+            self._keys.setdefault(row.stream_id, set()).add(key)
             self._count_revision(row, 1)
         for watcher in self._watchers:
             watcher.add(key)
@@ -258,6 +264,12 @@ class Index:
         least, most = (None, after) if descending else (after, None)
         places = self._sorted[order].irange(least, most, inclusive=(False, False), reverse=descending)
         return [self.rows[key] for _, key in islice(places, limit)]
+
+    def of_moniker(self, moniker: str) -> list[Row]:
+        """The rows of all streams of this moniker, whatever its case."""
+        wanted = moniker.casefold()
+        streams = [keys for (_, _, name), keys in self._keys.items() if name.casefold() == wanted]
+        return [self.rows[key] for keys in streams for key in keys]
 
     async def _sort(self) -> None:
         """Update the sorted lists with all changes."""

@@ -139,7 +139,7 @@ def labels_of(state: ControlState) -> Labels:
 
 
 async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
-    """The page that is asked for. Without a filter it costs what it shows; a filter looks at all rows."""
+    """The page that is asked for. Without a filter it costs what it shows; a filter looks at all rows, or those of its stream."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, most = ORDERS[order], query.limit + 1
 
@@ -154,7 +154,8 @@ async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
         return len(found), (nlargest if descending else nsmallest)(most, rest, key=place)
 
     if query.model_fields_set & Filter.model_fields.keys():
-        count, rows = await asyncio.to_thread(filtered, list(index.rows.values()))
+        candidates = index.of_moniker(query.stream) if query.stream is not None else list(index.rows.values())
+        count, rows = await asyncio.to_thread(filtered, candidates)
     else:
         rows = await index.page(order, most, descending=descending, after=after)
         count = len(index.rows)
