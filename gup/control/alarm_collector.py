@@ -1,4 +1,4 @@
-"""Looks at the plane for the alarms: gathers a snapshot, hands it to the board. Decides nothing."""
+"""Alarm collector: takes a snapshot of the control state for the alarms, once a second."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ _LATELY = {
 
 
 class AlarmCollector:
-    """Owned by the control plane's service; `look` is a job."""
+    """Owned by the service; `look` is a periodic job."""
 
     def __init__(self, state: ControlState, clock: Callable[[], float] = time.monotonic) -> None:
         self._state = state
@@ -26,7 +26,7 @@ class AlarmCollector:
         self._evicted, self._malformed = RateWindow(LATELY_SECONDS), RateWindow(LATELY_SECONDS)
 
     async def look(self) -> None:
-        """Once: what is the case now."""
+        """Take a snapshot and give it to the alarm board."""
         self._state.alarms.look(await self._snapshot(), self._clock())
 
     async def _snapshot(self) -> Snapshot:

@@ -1,10 +1,9 @@
-"""Looking for damage: the scrubber in the background, and verification by command."""
+"""Integrity jobs: the scrubber in the background, and verification on command."""
 
 import asyncio
 import logging
 import os
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,16 +26,16 @@ _log = logging.getLogger("gup.control.integrity")
 _SCRUB_NOTE = "scrub"
 _MAX_KEY = 5 * 241
 _IDLE_SECONDS = 1.0
-"""Between two looks at the settings while there is nothing to read."""
+"""Between two checks whether a pass is due."""
 _MOST_BEHIND_SECONDS = 1.0
-"""What a slow disk kept it from reading is made up for by so much at most."""
+"""Time on a slow disk that the scrubber makes up for by reading faster, at most."""
 
 
 @dataclass(slots=True)
 class Pass:
-    """One pass over the store, in the order of keys. `after` is the last key that it has read.
+    """One pass over the store in the order of keys. `after` is the last key that was read.
 
-    The scrubber alone changes it; it is kept with the index, so that a restart goes on where it was.
+    Only the scrubber changes it; it is stored with the index, so that a restart continues the pass.
     """
 
     began_at: float = 0.0
@@ -53,7 +52,7 @@ class Pass:
 
     @classmethod
     def from_json(cls, fields: object) -> "Pass":
-        """What was kept; a new pass when that makes no sense."""
+        """The stored pass; a new one when that is malformed."""
         try:
             members = Members(fields, "pass")
             return cls(
@@ -67,7 +66,10 @@ class Pass:
 
 
 class Scrubber:
-    """Never reads faster than `cache.scrub_rate`, nor keeps what it read in the page cache."""
+    """Compares all bodies with their sums, pass after pass, at `cache.scrub_rate`; damage is mended.
+
+    What it read does not stay in the page cache.
+    """
 
     def __init__(
         self,
@@ -84,14 +86,14 @@ class Scrubber:
         self._paid_until = 0.0
 
     def restore(self) -> None:
-        """Go on where the last run was; when the index has been opened."""
+        """Continue the stored pass; after the index was opened."""
         self._pass = Pass.from_json(self._index.note(_SCRUB_NOTE))
 
     def save(self) -> None:
         self._index.set_note(_SCRUB_NOTE, asdict(self._pass))
 
     def progress(self) -> schemas.Scrub:
-        """Its part of `/api/v1/status`."""
+        """The pass for `/api/v1/status`."""
         now, settings = self._pass, self._settings()
         left = now.began_at + settings.scrub_interval if now.began_at else None
         return schemas.Scrub(
@@ -109,7 +111,7 @@ class Scrubber:
         )
 
     async def keep(self) -> None:
-        """Pass after pass; for a job that never ends."""
+        """Run the passes that are due; never returns."""
         while True:
             if not self._due():
                 await asyncio.sleep(_IDLE_SECONDS)
@@ -138,20 +140,19 @@ class Scrubber:
         return self._pass.running or waited
 
     async def _go_through(self) -> bool:
-        """Read what this pass has not read; False when that was turned off."""
-        keys = await asyncio.to_thread(sorted, list(self._index.rows))
+        """Read the bodies that this pass has not read; False when scrubbing was turned off."""
         self._paid_until = time.monotonic()
-        for text in keys[bisect_right(keys, self._pass.after) :]:
+        while rows := await self._index.page("key", 1, after=(0, self._pass.after)):
             if self._settings().scrub_rate <= 0:
                 return False
-            await self._scrub_or_tell(text)
-            self._pass.after = text
+            await self._scrub_or_tell(rows[0].key)
+            self._pass.after = rows[0].key
             self._pass.checked += 1
             self.save()
         return True
 
     async def _scrub_or_tell(self, text: str) -> None:
-        """Read one body; whatever is wrong with it, the pass goes on."""
+        """Read one body. An error is logged and the pass goes on."""
         try:
             await self._scrub(ContentKey.parse(text))
         except Exception:  # noqa: BLE001 - one entry must not stop the pass over all
@@ -180,7 +181,7 @@ class Scrubber:
         return record, self._dependencies.store.open_body(record) if record is not None else None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
-        """Removed or replaced meanwhile, or damaged: told apart under the claim."""
+        """Check under the claim whether the entry is damaged, or was just removed or replaced."""
         claims = self._dependencies.claims
         if not claims.try_claim(key.claim_offset):
             return
@@ -204,7 +205,7 @@ class Scrubber:
             _log.warning("%s could not be mended: %s", key.text, problem.detail)
 
     async def _pay(self, amount_bytes: int) -> None:
-        """Wait until so much may be read."""
+        """Wait until the rate allows to read so much."""
         now = time.monotonic()
         rate = self._settings().scrub_rate
         self._paid_until = max(self._paid_until, now - _MOST_BEHIND_SECONDS)
@@ -214,15 +215,15 @@ class Scrubber:
 
 
 _GRACE_SECONDS = 60.0
-"""A stray file younger than this may be one that is just being made."""
+"""A younger stray file may be one that is being made."""
 _PATIENCE_SECONDS = 10.0
-"""How long the end of other work on damaged entries is waited for, when all else has been looked at."""
+"""How long to wait at the end for the claims of entries that look damaged."""
 _PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
 
 
-class VerifyRun:
-    """At most one at a time. Its last result stays to be read until the next begins."""
+class Verification:
+    """Verification of everything in the cache directory, at most one at a time; keeps the last result."""
 
     def __init__(self, dependencies: ControlDependencies, index: Index) -> None:
         self._dependencies = dependencies
@@ -239,7 +240,7 @@ class VerifyRun:
         self._failed = ""
 
     def start(self, *, repair: bool) -> bool:
-        """Begin; False when one is under way."""
+        """Start; False when one is running."""
         if self._task is not None and not self._task.done():
             return False
         self._repair = repair
@@ -255,7 +256,7 @@ class VerifyRun:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def progress(self) -> schemas.Verification:
-        """How far it has come, and what it found."""
+        """Progress and findings."""
         return schemas.Verification(
             running=self._began_at is not None and self._ended_at is None,
             repair=self._repair,
@@ -305,7 +306,7 @@ class VerifyRun:
 
     @contextmanager
     def _telling(self, where: str, path: Path, key: ContentKey | None = None) -> Iterator[None]:
-        """What goes wrong with one thing is a finding: the others are looked at all the same."""
+        """An exception becomes a finding; the other files are looked at all the same."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - see above
@@ -315,7 +316,7 @@ class VerifyRun:
             self._keep(finding, False if self._repair else None, str(error))
 
     async def _come_back(self, claimed: list[ContentKey]) -> None:
-        """To entries that looked damaged while somebody worked on them: a fill's end takes a moment."""
+        """Check again the entries that looked damaged while somebody held their claim."""
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while claimed and time.monotonic() < give_up_at:
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -330,13 +331,13 @@ class VerifyRun:
         self._busy += len(claimed)
 
     async def _entry_is_claimed(self, key: ContentKey) -> bool:
-        """Whether the entry looks damaged, and somebody works on it."""
+        """Whether the entry looks damaged and somebody holds its claim."""
         if not await asyncio.to_thread(check_entry, self._store, key):
             return False
         return await self._is_claimed(key.claim_offset, key=key)
 
     async def _is_claimed(self, offset: int, *, key: ContentKey | None = None, id_: str = "") -> bool:
-        """Whether somebody works on the key: a commit under way looks like damage. If not, look again."""
+        """Whether somebody holds the claim: a commit under way looks like damage. If not, check again."""
         if not self._claims.try_claim(offset):
             return True
         mends: list[Finding] = []
@@ -354,7 +355,7 @@ class VerifyRun:
         return False
 
     async def _put_right(self, finding: Finding) -> bool | None:
-        """Drop what nobody can use, under the claim."""
+        """Remove what nobody can use, under the claim."""
         if not self._repair:
             return None
         await to_its_end(put_right, self._store, finding, alone=False)

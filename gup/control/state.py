@@ -30,7 +30,7 @@ from gup.control.events import (
 from gup.control.eviction import AgeClock, Evictor
 from gup.control.exposition import Figures
 from gup.control.index import Index, Stream, make_row, stream_of
-from gup.control.integrity_jobs import Scrubber, VerifyRun
+from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
@@ -44,20 +44,20 @@ _log = logging.getLogger("gup.control.state")
 
 
 class Refusals:
-    """Those that stand, by what they are about: one line in the log for each, however often it is tried."""
+    """What the disk refuses to store at present; each is logged once when it begins and when it ends."""
 
     def __init__(self) -> None:
         self.rows: dict[str, WriteRefusal] = {}
 
     def note(self, what: str, refusal: str | None, now: float) -> None:
-        """What came of a try: None is that it was written."""
+        """The result of a write: why it was refused, None for success."""
         if refusal is None:
             self.clear(what)
         else:
             self.tell(what, refusal, now)
 
     def tell(self, what: str, detail: str, now: float) -> None:
-        """It was refused again, or for the first time."""
+        """A write was refused."""
         known = self.rows.get(what)
         if known is None:
             _log.warning("not written: %s: %s", what, detail)
@@ -65,18 +65,18 @@ class Refusals:
         self.rows[what] = WriteRefusal(what=what, detail=detail, since=since, last=now)
 
     def clear(self, what: str) -> None:
-        """It could be written."""
+        """A write succeeded."""
         if self.rows.pop(what, None) is not None:
             _log.warning("written again: %s", what)
 
 
 def sum_of(totals: Mapping[str, int], metric: str) -> int:
-    """Over all series of a metric."""
+    """The sum of all series of a metric."""
     return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
 
 
 def numbers(settings: Settings) -> dict[str, int]:
-    """The limits that are numbers of something; those that are not in force are absent."""
+    """The limits on numbers of things; those that are off are absent."""
     every = {
         "connections": settings.listen.max_connections,
         "connections_per_address": settings.clients.max_connections_per_address,
@@ -89,18 +89,18 @@ def numbers(settings: Settings) -> dict[str, int]:
 
 
 _RATE_SECONDS = 5.0
-"""What the rate of a fill is taken over."""
+"""The window of a fill's rate."""
 
 
 class FillRates:
-    """The rates of the fills under way, by part and generation; those that ended are forgotten."""
+    """The rates of the present fills, by part and generation."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._rates: dict[tuple[str, int], RateWindow] = {}
 
     def see(self, parts: Iterable[Part]) -> None:
-        """Look at the fills under way."""
+        """Take in the sizes of the present fills' parts."""
         known, self._rates = self._rates, {}
         for part in parts:
             rate = known.get((part.id, part.generation)) or RateWindow(_RATE_SECONDS)
@@ -108,7 +108,7 @@ class FillRates:
             self._rates[part.id, part.generation] = rate
 
     def rate(self, part: Part, age_seconds: float) -> float | None:
-        """Of the last seconds, or since its beginning when it was seen once only; None when that is now."""
+        """Over the last seconds, or since the beginning when seen once only; None when it just began."""
         rate = self._rates[part.id, part.generation].per_second()
         return part.size_bytes / age_seconds if rate is None and age_seconds > 0 else rate
 
@@ -118,7 +118,7 @@ _MALFORMED_LOGGED = 20
 
 
 class ControlState:
-    """What the controller knows. Changed by `take_events` and the API, both on the event loop."""
+    """Everything the controller knows. Only `take_events` and the API change it, on the event loop."""
 
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
@@ -140,7 +140,7 @@ class ControlState:
             promised_bytes=dependencies.promised_bytes,
             now=self._age_now,
         )
-        self.verification = VerifyRun(dependencies, self.index)
+        self.verification = Verification(dependencies, self.index)
         self.scrubber = Scrubber(dependencies, self.index, lambda: self.settings.cache, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(
@@ -176,15 +176,15 @@ class ControlState:
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self.rejections = Rejections()
         self.upstream_errors: dict[str, tuple[float, str]] = {}
-        """Each upstream's last error and when it was; of configured names only."""
+        """Time and text of each configured upstream's last error."""
         self.unstored: tuple[float, str] | None = None
-        """The last body that a limit of the settings did not let be stored: when, and which limit."""
+        """When a limit of the settings last kept a body from being stored, and which."""
         self.malformed_events = 0
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
 
     def _believed(self) -> float:
-        """The time of a use: one that a wrong clock puts ahead would make all else look old."""
+        """The time that ages are measured from: a use in the future would make all else look old."""
         return self._ages() if self._ages is not None else self.clock()
 
     def _age_now(self, uses: Iterable[float]) -> float:
@@ -201,7 +201,7 @@ class ControlState:
     # --- events
 
     def take_events(self) -> None:
-        """Read the datagrams that wait and apply them; what is malformed is counted and passed over."""
+        """Apply the events that are waiting; malformed ones are counted and ignored."""
         for datagram in receive(self.dependencies.events):
             self.take_event(datagram)
 
@@ -211,7 +211,7 @@ class ControlState:
         except ValueError as error:
             self.malformed_events += 1
             if self.malformed_events <= _MALFORMED_LOGGED:
-                _log.warning("an event was passed over: %s", error)
+                _log.warning("malformed event: %s", error)
         else:
             self._take(event)
 
@@ -276,7 +276,7 @@ class ControlState:
         self.evictor.look_soon()
 
     def _used(self, event: Usage) -> None:
-        """Uses of unknown keys (their commit's event was lost) are passed over."""
+        """Uses of unknown keys are ignored: the event of their commit was lost."""
         at = min(event.at, self._believed())  # a clock that ran ahead must not keep an entry for ever
         for use in event.uses:
             row = self.index.rows.get(use.key.text)
@@ -294,7 +294,7 @@ class ControlState:
             self.reports.see(event.clients)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
-        """Pin or unpin an entry; False when there is none. BusyError while another process works on it."""
+        """Pin or unpin an entry; False when there is none. BusyError while its claim is held."""
         store = self.dependencies.store
         if not await change(self.dependencies.claims, key, lambda: store.set_pinned(key, pinned)):
             return False
@@ -304,13 +304,13 @@ class ControlState:
         return True
 
     async def meter(self) -> None:
-        """See what was moved since the last look; to be called once a second."""
+        """Take in the counters for history and rates; to be called once a second."""
         self.history.look(wan_limit=self.dependencies.wan_rate(), entries_bytes=self.index.total_bytes)
 
     # --- what is shown
 
     def label(self, stream: Stream) -> tuple[str, str]:
-        """Product and language of a stream: the catalogue's, else moniker and variant."""
+        """Product and language of a stream: from the catalogue, else moniker and variant."""
         return self.dependencies.product_of(stream) or (stream[2], stream[1])
 
     def type_of(self, stream: Stream) -> str | None:

@@ -139,7 +139,7 @@ def labels_of(state: ControlState) -> Labels:
 
 
 async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
-    """The page that is asked for. Without a filter it costs what it shows; a filter looks at all rows, or those of its stream."""
+    """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, most = ORDERS[order], query.limit + 1
 
