@@ -121,8 +121,8 @@ class Alone:
         method: str,
         via: str | None,
         span: dict[str, object],
-        only: str | None = None,
         client: str = "",
+        only: str | None = None,
     ) -> Answer | RemoteHead:
         """One request, at each upstream in turn until one answers, or at one `only`."""
         pool = self._means.pool

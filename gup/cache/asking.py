@@ -100,6 +100,8 @@ def _on_hold(upstreams: Sequence[Upstream], holds: Holds) -> UpstreamFailure:
 
 def _purpose(flight: Flight) -> str:
     """What the bytes are counted under: what began ahead stays so when somebody asks for it meanwhile."""
+    if flight.repairs:
+        return "repair"
     if flight.ahead:
         return "prefetch"
     return "index" if flight.route.kind is Kind.INDEX else "fill"

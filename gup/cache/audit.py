@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gup.cache.chunks import read_aside
-from gup.cache.mending import path_of_record
 from gup.cache.part import survey
+from gup.cache.prior import demoted
 from gup.cache.record import Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
@@ -217,7 +217,7 @@ def _keep_beginning(store: Store, key: ContentKey) -> None:
         while good < len(record.sums) and read_aside(file.fd, record, good):
             good += 1
     if record is not None and file is not None and 0 < good < len(record.sums):
-        store.keep_as_part(record, good, path_of_record(record))
+        store.demote(record, file, good, demoted(record, time.time_ns()))
 
 
 def _mend_parts(store: Store, id_: str, *, alone: bool) -> None:

@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from gup.cache.ahead import hurry, outcome
 from gup.cache.alone import Alone
-from gup.cache.body import Body
-from gup.cache.checked import CheckedBody, Holders
 from gup.cache.disk import DiskError, on_disk
 from gup.cache.entries import Entries
 from gup.cache.entry import Entry
@@ -18,10 +16,9 @@ from gup.cache.fill import Leader
 from gup.cache.flight import PRIORITIES, Flight, Landing, Means
 from gup.cache.follow import Follower
 from gup.cache.growing import GrowingBody
-from gup.cache.mending import Mending
 from gup.cache.opened import Opened, Result
-from gup.cache.prior import is_fresh, load_sound
-from gup.cache.record import Head
+from gup.cache.prior import is_fresh, load_sound, note_damage, route_of_record
+from gup.cache.record import Head, Record
 from gup.cache.slots import Slots
 from gup.cache.spelling import spell
 from gup.content.key import ContentKey, Variant
@@ -53,11 +50,9 @@ class Cache:
         self._tasks: dict[asyncio.Task[None], Flight | None] = {}
         """With the flight that a task brings to its end."""
         self._failures = Failures(means.clock)
-        self._holders = Holders()
         self.alone = Alone(means, self._failures, bypass, range_bypass)
         self._entries = Entries(means, max_open)
-        self._mending = Mending(means, self._entries, self._failures, self._look_through, self._spawn)
-        self._entries.on_damage = self._mending.damaged
+        self._entries.on_damage = self._damaged
 
     # --- opening
 
@@ -70,18 +65,19 @@ class Cache:
         for candidate in route.keys(variant):
             flight = self._flights.get(candidate)
             if flight is not None and flight.suspect and flight.body is not None:
-                return await self._filled(candidate, route, variant, via, client)  # it could not be mended
+                return await self._filled(candidate, route, variant, via, client)  # it was demoted
             entry = await self._entries.get(candidate)
             if entry is None:
                 continue
-            self._mending.retry(entry)
+            if entry.damaged:
+                self._damaged(entry)
             if route.immutable or is_fresh(self._means, entry.record):
                 return self._opened(entry, route, Result.HIT)
             return await self._revalidated(entry, route, variant, via, client)
         try:
             return await self._filled(key, route, variant, via, client)
         except Problem:
-            entry = await self._entries.get_maimed(key)
+            entry = await self._entries.get_damaged(key)
             if entry is None:
                 raise
             return self._opened(entry, route, Result.HIT)
@@ -92,18 +88,14 @@ class Cache:
         if entry is None or (not route.immutable and not is_fresh(self._means, entry.record)):
             return None
         opened = self._opened(entry, route, Result.HIT)
-        body = opened.body
-        if not (body.read_all() if isinstance(body, CheckedBody) else entry.all_verified):
+        if not entry.all_verified:
             return None
         self._entries.used(entry)
         return opened
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._means.wall_clock() - entry.record.validated_at))
-        body: Body = entry
-        if self._means.settings.cache.verify == "always":
-            body = CheckedBody(entry, self._means.executor, self._holders)
-        return Opened(body, result, entry.key, route.kind, age, entry=entry)
+        return Opened(entry, result, entry.key, route.kind, age, entry=entry)
 
     async def look(
         self, route: Route, variant: Variant, via: str | None = None, client: str = ""
@@ -145,65 +137,70 @@ class Cache:
     def look_over(self) -> None:
         """Doubt every open entry whose file somebody else has changed; to be called once a second."""
         for entry in self._entries.changed():
-            self._mending.suspect(entry)
+            self._compare_all(entry)
 
-    async def make_sure(self, opened: Opened, offset: int) -> bool:
-        """Look at the chunk that an answer begins with, before its head is sent, and mend it if need be.
+    # --- damage
 
-        False when there is another body by now: open again. Problem when the chunk can't be had.
+    def _damaged(self, entry: Entry) -> None:
+        """A chunk of an entry is not what was stored: have the entry demoted and its rest fetched again."""
+        if not entry.counted:
+            entry.counted = True
+            note_damage(
+                self._means, "body", entry.key, "a chunk can't be read or does not agree with its sum"
+            )
+        self._compare_all(entry)
+
+    def _compare_all(self, entry: Entry) -> None:
+        """Begin a fill that compares the whole entry, unless there is one, or it failed a moment ago."""
+        key = entry.key
+        if key not in self._flights and self._failures.get(key) is None:
+            self._suspect(entry.record, counted=entry.counted, seen=entry.record.generation)
+
+    def _suspect(self, record: Record, *, counted: bool, seen: int | None = None) -> Flight:
+        key, since = record.key, self._means.clock()
+        flight = Flight(
+            key, route_of_record(record), key.variant, since=since, suspect=True, seen=seen, noted=counted
+        )
+        self._flights[key] = flight
+        self._spawn(self._fly(flight), flight)
+        return flight
+
+    async def is_sound_at(self, opened: Opened, offset: int) -> bool:
+        """Compare the chunk that an answer begins with, before its head is sent.
+
+        False when it is damaged: open again, for the body of which it has become a part. Problem when the
+        damaged chunk can't be had.
         """
-        entry, body = opened.entry, opened.body
-        if entry is None or not isinstance(body, Entry | CheckedBody):
+        entry = opened.entry
+        if entry is None or await entry.is_sound_at(offset):
             return True
-        sound = False
-        try:
-            async with asyncio.timeout(self._means.longest_wait_seconds):
-                sound = await body.sound_at(offset)
-        except TimeoutError as error:
-            raise Problem(
-                "upstream-timeout", "stored bytes are damaged and not mended yet", retry_after_seconds=5.0
-            ) from error
-        finally:
-            if not sound:
-                body.leave()
-        if sound:
-            return True
-        if entry.problem is not None:
-            raise entry.problem.again()
+        opened.body.leave()
         self._entries.drop(entry)
+        flight = self._flights.get(entry.key)
+        if flight is not None:
+            await self._joined(flight)
+            self._waiter_left()
+        elif (failure := self._failures.get(entry.key)) is not None:
+            raise failure
         return False
 
     async def mend(self, key: ContentKey, *, counted: bool) -> Problem | None:
-        """Look at all of a stored body and mend what is damaged; why that could not be, None when it is well.
+        """Compare all of a stored body and fetch again what is damaged; why that failed, None if it is well.
 
         For the controller: it has no client's request to know the route from. `counted`: the damage that
         made it ask is.
         """
-        problem = await self._mending.mend(key, counted=counted)
-        flight = self._flights.get(key)
-        if problem is None and flight is not None:  # fetched anew: well when it is committed
-            await flight.ended.wait()
-            problem = flight.problem
-        return problem
-
-    async def _look_through(
-        self, key: ContentKey, route: Route, variant: Variant, counted: bool
-    ) -> GrowingBody | Landing:
-        """A flight that does not end because a body is there. One of another kind is waited for before.
-
-        Unless it brings another body. One whose body is here is at its commit: that may be what is stored.
-        """
         while (flight := self._flights.get(key)) is not None and not flight.suspect:
-            got = await flight.join()
-            if isinstance(got, GrowingBody) and not flight.complete:
-                return got
             await flight.ended.wait()
         if flight is None:
-            since = self._means.clock()
-            flight = Flight(key, route, variant, since=since, suspect=True, noted=counted)
-            self._flights[key] = flight
-            self._spawn(self._fly(flight), flight)
-        return await flight.join()
+            record = await self._in_thread(self._entries.load_record, key)
+            if record is None:
+                return Problem("upstream-not-found", "there is no record of it")
+            flight = self._flights.get(key) or self._suspect(record, counted=counted)
+        await flight.ended.wait()
+        if flight.problem is None and flight.landing is Landing.UNSTORABLE:
+            return Problem("overloaded", "it is damaged, and can't be stored", retry_after_seconds=10.0)
+        return flight.problem
 
     # --- revalidation
 
@@ -237,7 +234,9 @@ class Cache:
             opened = await self._filled_once(key, route, variant, via, client)
             if opened is not None:
                 return opened
-        raise Problem("overloaded", "what was stored was gone at once, each time", retry_after_seconds=1.0)
+        raise Problem(
+            "overloaded", "the entry was removed while it was opened; try again", retry_after_seconds=1.0
+        )
 
     async def _filled_once(
         self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
@@ -382,8 +381,8 @@ class Cache:
 
     @property
     def fills(self) -> int:
-        """Fills that this process leads or follows."""
-        return len(self._flights)
+        """Fills that this process leads or follows, their last steps included."""
+        return len(self._tasks)
 
     async def stop(self) -> None:
         """End all fills; their parts stay for resuming. Whole bodies are committed first."""

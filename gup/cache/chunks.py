@@ -1,8 +1,8 @@
-"""Chunks of committed bodies read and compared with their sums; blocks on the disk, mends nothing."""
+"""Chunks of committed bodies: read and compared with their sums. Blocks on the disk."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator
 
 from gup.cache.checksum import CHUNK_BYTES, chunk_sum
 from gup.cache.record import Record
@@ -48,9 +48,21 @@ def read_aside(fd: int, record: Record, chunk: int) -> bool:
     return sound
 
 
-def bad_chunks(fd: int, record: Record) -> list[int]:
-    """Chunks that are not what was stored. Blocks for as long as reading the body takes."""
-    return [chunk for chunk in range(len(record.sums)) if read_chunk(fd, record, chunk) is None]
+def is_chunk_sound(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk is what was stored. A mismatch counts when it is seen twice, then from the disk."""
+    if read_chunk(fd, record, chunk) is not None:
+        return True
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, *span_of(record, chunk), os.POSIX_FADV_DONTNEED)
+    return read_chunk(fd, record, chunk) is not None
+
+
+def sound_chunks(fd: int, record: Record) -> int:
+    """How many chunks from the first on are what was stored. Blocks for as long as reading them takes."""
+    for chunk in range(len(record.sums)):
+        if not is_chunk_sound(fd, record, chunk):
+            return chunk
+    return len(record.sums)
 
 
 def in_page_cache(fd: int, start: int, length: int) -> bool:
@@ -64,16 +76,3 @@ def in_page_cache(fd: int, start: int, length: int) -> bool:
         # A file system that can't tell counts as warm; what can't be read is found out in the thread.
         return error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
     return True
-
-
-def runs(chunks: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbours together: first and last chunk of each run of `chunks`, which ascend."""
-    first = last = -1
-    for chunk in chunks:
-        if chunk != last + 1 or first < 0:
-            if first >= 0:
-                yield first, last
-            first = chunk
-        last = chunk
-    if first >= 0:
-        yield first, last

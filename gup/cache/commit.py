@@ -5,7 +5,6 @@ import time
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Means
 from gup.cache.record import Record
-from gup.cache.state import FillState
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem, is_exhausted
@@ -39,22 +38,21 @@ def tell_failure(means: Means, flight: Flight, problem: Problem, seconds: float)
         )
 
 
-def commit(store: Store, state: FillState) -> bool:
+def commit(store: Store, record: Record) -> bool:
     """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
 
     The body's readers have it by now and wait for nothing: rather than to fetch it again it is worth waiting
     until there is a descriptor. Each try goes on where the last one ended.
     """
-    assert state.record is not None
-    replaced = store.body_path(state.key).exists()
     for tries_left in range(_TRIES, -1, -1):
         try:
-            store.commit(state)
+            replaced = store.commit(record)
             break
         except OSError as error:
             if not tries_left or not is_exhausted(error):
                 raise
         time.sleep(_PAUSE_SECONDS)
+    store.drop_journal(record.key.id, record.generation)
     return replaced
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from gup.cache.disk import on_disk
+from gup.cache.durability import read_mark
 from gup.cache.entry import Entry
 from gup.cache.flight import Means
-from gup.cache.prior import load_sound
 from gup.cache.record import Record
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
@@ -37,39 +37,43 @@ class Entries:
         """The entry, opened if need be; None when its record or body is missing or not as recorded."""
         entry = self.known(key)
         if entry is None:
-            record, file = await self._in_thread(self.load, key)
-            if record is None or file is None:
+            found = await self._in_thread(self._load, key)
+            if found is None:
                 return None
-            entry = self._add(record, file)
+            entry = self._add(*found)
         self.used(entry)
         return entry
 
-    async def get_maimed(self, key: ContentKey) -> Entry | None:
+    async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
-        record, file = await self._in_thread(self.load_whatever, key)
-        if record is None or file is None:
+        found = await self._in_thread(self._load_damaged, key)
+        if found is None:
             return None
-        entry = self._add(record, file)
-        entry.noted = True
+        entry = self._add(*found, trusting=False)
+        entry.counted = True
         entry.doubt()
         return entry
 
-    def load(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
-        """Record and body as they lie on disk; blocks."""
-        record = load_sound(self._means, key)
-        return record, self._means.store.open_body(record) if record is not None else None
+    def _load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
+        """Record and body as they lie on disk, and whether they need not be compared; blocks."""
+        record = self.load_record(key)
+        file = self._means.store.open_body(record) if record is not None else None
+        if record is None or file is None:
+            return None
+        return record, file, self._mode == "scrub" and read_mark(self._means.store.run).covers(record)
 
-    def load_whatever(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
-        """The record, and the file that stands for the body, sound or not; blocks."""
-        store = self._means.store
+    def load_record(self, key: ContentKey) -> Record | None:
+        """The record alone, None when there is none or it is damaged; blocks."""
         try:
-            record = store.load(key)
+            return self._means.store.load(key)
         except ValueError:
-            return None, None
-        return record, store.open_whatever(key)
+            return None
 
-    def _add(self, record: Record, file: OpenFile) -> Entry:
-        trusting = self._mode == "scrub"
+    def _load_damaged(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
+        record, file = self.load_record(key), self._means.store.open_whatever(key)
+        return (record, file) if record is not None and file is not None else None
+
+    def _add(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
         entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
         return self._rows.setdefault(record.key, entry)
 
@@ -86,7 +90,7 @@ class Entries:
 
     def adopt(self, entry: Entry, record: Record) -> bool:
         """Take over what another process learned of the same body."""
-        if record.etag != entry.record.etag or record.body_mtime_ns != entry.record.body_mtime_ns:
+        if record.etag != entry.record.etag or record.generation != entry.record.generation:
             self.drop(entry)
             return False
         entry.record = record
@@ -120,8 +124,7 @@ class Entries:
         found = []
         for entry in list(self._rows.values()):
             stat = os.fstat(entry.fd)
-            same = (stat.st_size, stat.st_mtime_ns) == (entry.record.length, entry.record.body_mtime_ns)
-            if not same and stat.st_nlink and not entry.noted:
+            if not entry.record.fits(stat) and stat.st_nlink and not entry.counted:
                 self.drop(entry)
                 entry.doubt()
                 found.append(entry)

@@ -15,8 +15,10 @@ from typing import TypeVar
 from gup.cache.ahead import Courtesy
 from gup.cache.asking import Reread, check_structure, download_of, holds_of, stand_seconds
 from gup.cache.behind import WriteBehind
+from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.claim import passing_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
+from gup.cache.demotions import BadDiskError
 from gup.cache.disk import DiskError, on_disk
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
@@ -25,6 +27,7 @@ from gup.cache.heads import absent, head_of, remote_of
 from gup.cache.part import PartWriter, Salvage
 from gup.cache.passing import NobodyReads, PassingWriter
 from gup.cache.prior import (
+    Damage,
     Prior,
     drop_parts,
     examine,
@@ -36,7 +39,6 @@ from gup.cache.prior import (
     validated_at,
 )
 from gup.cache.record import Head, Record
-from gup.cache.repair import mend
 from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
 from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
@@ -75,6 +77,11 @@ class Leader:
         self._courtesy = Courtesy(means, flight)
         self._told: Mapping[str, Validators] = {}
         """What upstreams told of the part under way, as its state has it."""
+        self._damage: Damage | None = None
+        """Of an entry that is not a part yet: what of it is compared with the upstream's bytes."""
+        self._pinned = False
+        self._stored_at: float | None = None
+        """Of a demoted entry, which the body is again when it is whole."""
         self._is_stored = False
         """Whether there is an older body under this key, which is served on if this fill fails."""
         self._bytes_changed = False
@@ -188,12 +195,10 @@ class Leader:
             self._leave_upstream()
 
     async def _store(self, prior: Prior) -> Problem | UpstreamFailure | None:
-        if prior.damage is not None:
-            if await mend(self._means, self._flight, self._path, self._room, prior.damage):
-                return None
-            self._bytes_changed = True
         body: GrowingBody | None = None
-        if prior.state is not None and prior.salvage is not None:
+        if prior.damage is not None:
+            body = await self._demote(prior.damage)
+        elif prior.state is not None and prior.salvage is not None:
             body = await self._resume(prior.state, prior.salvage)
         for changes_left in range(_MOST_CHANGES, -1, -1):
             if body is None:
@@ -236,8 +241,11 @@ class Leader:
     async def _reread(self, offset: int, length: int) -> bytes:
         """For Download, which compares. What can't be read must not pass for the disk refusing a write."""
         writer = self._passing or self._writer
-        assert writer is not None
         try:
+            if writer is None:
+                assert self._damage is not None
+                assert self._damage.file is not None
+                return await self._in_thread(os.pread, self._damage.file.fd, length, offset)
             return await writer.reread(offset, length)
         except DiskError as error:
             detail = f"what is here can't be compared: {error.strerror or error}"
@@ -255,7 +263,7 @@ class Leader:
     ) -> GrowingBody:
         """A part of a new generation, begun with the good chunks of `old` if there are any."""
         means = self._means
-        self._generation = int(means.wall_clock() * 1_000_000)
+        self._generation = int(means.wall_clock() * 1_000_000_000)
         paths = means.store.part_paths(self._key.id, self._generation)
         writer = PartWriter(*paths, means.executor, head.length, self._published)
         if old is not None and salvage is not None:
@@ -291,6 +299,45 @@ class Leader:
         if body is not None and body.generation == self._generation:
             body.publish(max(size, body.published))
 
+    # --- a damaged entry
+
+    async def _demote(self, damage: Damage) -> GrowingBody | None:
+        """Make the entry a part again, now that an upstream has answered for its rest; None: it has another.
+
+        Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
+        """
+        means, record = self._means, damage.record
+        sound_bytes = min(damage.sound * CHUNK_BYTES, record.length)
+        self._path = record.path or self._path
+        self._damage, self._flight.repairs = damage, True
+        download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
+        try:
+            await download.begin()
+        except BodyChanged as error:
+            self._leave_upstream()
+            self._bytes_changed = True
+            log.warning("%s is damaged and fetched anew: %s", self._key.text, str(error))
+            return None
+        finally:
+            self._damage = None
+        try:
+            await self._in_thread(means.store.demotions.note, self._key.id)
+        except BadDiskError as error:
+            raise Unstorable(str(error), disk=True) from error
+        await self._room.reserve(record.length)
+        self._move(Phase.STREAMING)
+        self._head, self._told = record.head, download.told
+        self._pinned, self._stored_at = record.pinned, record.stored_at
+        self._generation = int(means.wall_clock() * 1_000_000_000)
+        state = self._state(head=record.head)
+        await self._on_disk(means.store.demote, record, damage.file, damage.sound, state)
+        means.raise_store_epoch()
+        log.info("%s is damaged from byte %d on: the rest is fetched again", self._key.text, sound_bytes)
+        body = await self._reopen(state, Salvage(sound_bytes, sound_bytes, list(record.sums[: damage.sound])))
+        self._flight.attach(body)
+        body.publish(max(sound_bytes, body.published))
+        return body
+
     # --- going on with a dead leader's part
 
     async def _resume(self, state: FillState, salvage: Salvage) -> GrowingBody | None:
@@ -301,7 +348,7 @@ class Leader:
         """
         assert state.head is not None
         await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
-        self._head, self._generation, self._told = state.head, state.generation, state.told
+        self._take_over_state(state)
         differs_at = salvage.size
         if salvage.whole:
             try:
@@ -323,6 +370,10 @@ class Leader:
         await self._give_up_generation()
         return None
 
+    def _take_over_state(self, state: FillState) -> None:
+        self._head, self._generation, self._told = state.head, state.generation, state.told
+        self._pinned, self._stored_at = state.pinned, state.stored_at
+
     async def _give_up_generation(self) -> None:
         """Upstream has another body by now: readers are cut, here and elsewhere, and the part goes."""
         self._leave_upstream()
@@ -341,7 +392,7 @@ class Leader:
         assert state is not None
         assert state.head is not None
         assert salvage is not None
-        self._head, self._generation, self._told = state.head, state.generation, state.told
+        self._take_over_state(state)
         self._flight.settling = True
         try:
             body = await self._reopen(state, salvage)
@@ -351,7 +402,7 @@ class Leader:
                 body.complete(salvage.size)
             self._flight.attach(body)
             self._came_at = os.fstat(self._writer.file.fd).st_mtime
-            await self._settle(self._writer, remote_of(state.head), state.head)
+            await self._commit(self._writer, remote_of(state.head), state.head)
         except DiskError as error:
             log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
             self._flight.land(Landing.UNSTORABLE)
@@ -419,7 +470,7 @@ class Leader:
             await self._show(body, whole=True)
         else:
             body.complete(writer.written)
-        await self._settle(writer, download.head, body.head)
+        await self._commit(writer, download.head, body.head)
 
     async def _note_told(self, download: Download) -> None:
         """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
@@ -448,31 +499,21 @@ class Leader:
             await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
         raise unconfirmed(remote.upstream, writer.received)
 
-    async def _settle(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Make the body durable: its readers have it whole by now, and the link is another fill's."""
-        commits = self._means.commits
-        commits.unsettled += 1
-        try:
-            if not commits.far_behind:
-                self._courtesy.leave_place()
-            async with commits.turn:
-                await self._commit(writer, remote, head)
-        finally:
-            commits.unsettled -= 1
-
     async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
+        """Publish the part as the key's body: its readers have it whole by now, and the link is another's."""
         means = self._means
-        sums, mtime_ns = await writer.settle()
+        self._courtesy.leave_place()
+        sums = writer.finish()
         if head.length is None:
             remote = replace(remote, length=writer.written)
             head = head_of(self._key, remote, changed=self._bytes_changed)
         now = means.wall_clock()
         route = self._flight.route
-        record = Record.of(self._key, route.kind, head, sums, now, mtime_ns, self._path)
+        record = Record.of(self._key, route.kind, head, sums, now, self._generation, self._path)
+        record = replace(record, pinned=self._pinned, stored_at=self._stored_at or now)
         valid_at = validated_at(means, remote, route.immutable)
         record = record.validated(valid_at if self._came_at is None else min(valid_at, self._came_at))
-        state = FillState(self._key, record.kind, self._generation, Phase.COMMITTED, head=head, record=record)
-        replaced = await self._on_disk(commit, means.store, state)
+        replaced = await self._on_disk(commit, means.store, record)
         self._move(Phase.COMMITTED)
         self._room.release(committed=True)
         seconds = means.clock() - self._began_at
@@ -505,8 +546,7 @@ class Leader:
         if self._body is not None and self._body.ended:
             self._flight.land(Landing.UNSTORABLE)
             return None
-        mending = self._flight.suspect and self._body is None
-        if mending or not self._flight.wanted:
+        if not self._flight.wanted:
             raise NobodyReads("nobody waits for its bytes")
         if self._download is None:
             self._writer = self._body = None
@@ -603,6 +643,8 @@ class Leader:
             failure,
             path=path,
             ahead=ahead,
+            pinned=self._pinned,
+            stored_at=self._stored_at,
             holds=holds,
             told=told,
         )

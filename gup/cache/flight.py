@@ -10,7 +10,7 @@ from gup import config
 from gup.cache.claim import Claims
 from gup.cache.growing import GrowingBody
 from gup.cache.queue import FillQueue
-from gup.cache.settling import Commits
+from gup.cache.record import Record
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
@@ -48,7 +48,6 @@ class Means:
     """Another path under which upstream may have what it does not have under the client's spelling."""
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
-    commits: Commits = field(default_factory=Commits)
 
     @property
     def longest_wait_seconds(self) -> float:
@@ -89,6 +88,10 @@ class Flight:
     """Whether this process asked an upstream for it."""
     suspect: bool = False
     """Whether the stored body may be damaged, so that being there does not end the flight."""
+    seen: int | None = None
+    """The generation in which damage was seen, if that is known: another one is not suspect."""
+    repairs: bool = False
+    """Whether what it fetches is the rest of a damaged entry."""
     noted: bool = False
     """Whether that damage is counted already."""
     ahead: bool = False
@@ -108,6 +111,10 @@ class Flight:
 
     def __post_init__(self) -> None:
         self.share = Share(AHEAD_PRIORITY if self.ahead else PRIORITIES[self.route.kind])
+
+    def suspects(self, record: Record) -> bool:
+        """Whether the body of `record` may be damaged."""
+        return self.suspect and self.seen in (None, record.generation)
 
     @property
     def wanted(self) -> bool:

@@ -23,7 +23,6 @@ from gup.cache.archive import (
 )
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums
 from gup.cache.record import MAX_RECORD_BYTES, Record
-from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile, Store
 from gup.cache.tar_reader import Member, TarError, TarReader
 from gup.content.key import ContentKey
@@ -207,24 +206,24 @@ def _is_there(store: Store, key: ContentKey) -> bool:
 
 
 def _copied(content: TarReader, path: Path, record: Record) -> bool:
-    """Write the body to `path`, durably; False when a chunk of it is not what was recorded."""
+    """Write the body to `path`; False when a chunk of it is not what was recorded."""
     sums, file = ChunkSums(), OpenFile(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     for wanted in record.sums:
         piece = content.read(CHUNK_BYTES)
         if sums.add(piece) not in ([], [wanted]):
             return False
         write_all(file.fd, piece)
-    os.fsync(file.fd)
     return sums.finish() == record.sums
 
 
 def _commit(temporary: Path, record: Record, store: Store, now: float) -> Record:
     """Publish the body as a fill does. What lay unfinished of the key is of no use any more."""
-    key, generation = record.key, int(now * 1_000_000)
+    key, generation = record.key, int(now * 1_000_000_000)
     for other in store.generations(key.id):
         store.drop_part(key.id, other)
     part = store.part_path(key.id, generation)
     temporary.rename(part)
-    taken = replace(record, pinned=False, body_mtime_ns=part.stat().st_mtime_ns)
-    store.commit(FillState(key, record.kind, generation, Phase.COMMITTED, record.head, None, taken))
+    taken = replace(record, pinned=False, generation=generation)
+    store.commit(taken)
+    store.drop_state(key.id)
     return taken

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums, chunk_sum
-from gup.cache.disk import on_disk
+from gup.cache.disk import on_disk, start_writeback
 from gup.cache.store import OpenFile
 
+_FLUSH_BYTES = 8 << 20
+"""Written to the disk in steps of this size, so that no long burst follows."""
 WITHHELD_BYTES = 4096
 """The end of a body, written only when the whole has been found right: nobody ever holds a bad file whole."""
 _ZIP_END = b"PK\5\6"
@@ -112,6 +114,8 @@ class PartWriter:
         self._in_file = 0
         """How far the file goes: beyond `written` when a write was refused in its middle."""
         self._unsaved_sums = bytearray()
+        self._flushed = 0
+        """How far the kernel was told to write the file to the disk."""
 
     @classmethod
     def reopen(
@@ -197,9 +201,9 @@ class PartWriter:
         """How much the file has, and the sums of that."""
         return self._in_file, self._sums.so_far()
 
-    async def settle(self) -> tuple[tuple[int, ...], int]:
-        """Make it durable; the body's sums and the file's mtime (ns)."""
-        return await on_disk(self._executor, self._sync)
+    def finish(self) -> tuple[int, ...]:
+        """The sums of the whole body, when all of it is written."""
+        return self._sums.finish()
 
     async def reread(self, offset: int, length: int) -> bytes:
         """Bytes received before, be they written, about to be or withheld."""
@@ -241,6 +245,9 @@ class PartWriter:
                 self._unsaved_sums += _packed(self._sums.add(rest[:done]))
                 self._in_file += done
             at += len(piece)
+        if self._in_file - self._flushed >= _FLUSH_BYTES:
+            start_writeback(file.fd, self._flushed, self._in_file - self._flushed)
+            self._flushed = self._in_file
         self._save_sums([])
 
     def _save_sums(self, completed: list[int]) -> None:
@@ -261,10 +268,6 @@ class PartWriter:
         if self._sums_file is None:
             self._sums_file = OpenFile(self._sums_path, os.O_RDWR | os.O_CREAT)
         return self._sums_file
-
-    def _sync(self) -> tuple[tuple[int, ...], int]:
-        os.fsync(self.file.fd)
-        return self._sums.finish(), os.fstat(self.file.fd).st_mtime_ns
 
 
 def _packed(sums: list[int]) -> bytes:

@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gup.cache.chunks import bad_chunks
+from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.chunks import sound_chunks
 from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.part import Salvage, ends_as_named, survey
 from gup.cache.record import Record, is_same_body
 from gup.cache.state import Failure, FillState, Hold, Phase
 from gup.cache.store import OpenFile, Store
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Kind
+from gup.content.routes import Route, path_of
 from gup.upstream.exchange import RemoteHead
 
 _MOST_AGE = 0.9
@@ -22,18 +24,18 @@ log = logging.getLogger("gup.fill")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A body that is not what its record tells, with chunks of it that are: `bad` are the others."""
+    """A body that is not what its record tells; its first `sound` chunks are. `file`: None if it is gone."""
 
     record: Record
     file: OpenFile | None
-    bad: list[int]
+    sound: int
 
 
 @dataclass(frozen=True, slots=True)
 class Prior:
     """What there is to go on with: a record to revalidate, a part to append to, or nothing.
 
-    `damage` is to be mended before anything else is tried.
+    A damaged entry (`damage`) is demoted to such a part as soon as an upstream has answered.
     """
 
     record: Record | None = None
@@ -57,7 +59,9 @@ class Prior:
         return self.salvage.size == self.state.head.length
 
 
-def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
+def examine(  # noqa: C901, PLR0911 - one look after the other, in this order
+    means: Means, flight: Flight
+) -> Prior | Landing | Failure:
     """Look the key up again now that it is claimed.
 
     1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. A
@@ -66,21 +70,25 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
     chunk is looked at: right after all, it ends the flight. 6. Otherwise the part worth going on with is
     kept, others go.
     """
-    key, immutable, suspect = flight.key, flight.route.immutable, flight.suspect
+    key, immutable = flight.key, flight.route.immutable
     state = _load_state(means, key)
-    if state is not None and state.phase is Phase.COMMITTED:
-        means.store.finish_commit(state)
-        if state.record is not None:
-            means.tell(committed(state.record, replaced=False))  # its leader died before it could
+    if state is not None and means.store.finish_journal(state):
         state = None
     record = _load_claimed(means, key)
+    if record is not None and means.store.open_body(record) is None and means.store.finish_commit(record):
+        means.store.drop_journal(key.id, record.generation)
+        means.tell(committed(record, replaced=True))  # its leader died before it could
+        means.raise_store_epoch()
+    suspect = record is not None and flight.suspects(record)
     sound = record is not None and not suspect and means.store.open_body(record) is not None
     if record is not None and sound and (immutable or is_fresh(means, record)):
         return Landing.COMMITTED
     finished = _whole_part(means, key, state) if state is not None and not suspect else None
     if finished is not None:
         return Prior(record, state, finished, finished=True)
-    standing = _standing(means, flight, state, record if sound else None)
+    if (why := means.store.demotions.disk_is_bad()) is not None:
+        return Prior(record if sound else None, unstorable=why)
+    standing = _standing(means, state, record if sound else None)
     if standing is not None:
         return standing
     damage = None
@@ -90,21 +98,32 @@ def examine(means: Means, flight: Flight) -> Prior | Landing | Failure:
             record = None
         elif immutable or suspect or is_fresh(means, record):
             return Landing.COMMITTED
-    if damage is not None and len(damage.bad) < len(damage.record.sums):
-        return Prior(damage=damage)
+    if damage is not None and damage.sound == len(damage.record.sums):
+        return _without_surplus(means, damage)
+    if damage is not None:
+        return Prior(damage=damage, holds=state.holds if state is not None else ())
     return Prior(record, *_salvage(means.store, key, state), holds=state.holds if state is not None else ())
 
 
+def _without_surplus(means: Means, damage: Damage) -> Prior:
+    """The part that an entry becomes whose file is too long: it holds every byte, and nobody is asked."""
+    record = damage.record
+    state = demoted(record, int(means.wall_clock() * 1_000_000_000))
+    means.store.demote(record, damage.file, damage.sound, state)
+    means.raise_store_epoch()
+    sums = list(record.sums[: record.length // CHUNK_BYTES])
+    salvage = Salvage(record.length, len(sums) * CHUNK_BYTES, sums, sealed=True)
+    return Prior(state=state, salvage=salvage, finished=True)
+
+
 def _standing(
-    means: Means, flight: Flight, state: FillState | None, record: Record | None
+    means: Means, state: FillState | None, record: Record | None
 ) -> Prior | Landing | Failure | None:
     """What an earlier fill's end still says of this one."""
     if state is None or state.failure is None or not state.failure.stands(means.clock()):
         return None
     if state.phase is not Phase.UNSTORABLE:
         return state.failure
-    if flight.suspect:  # it was to be mended: nobody reads it here
-        return Landing.UNSTORABLE
     return Prior(record, unstorable=state.failure.detail, told=True)
 
 
@@ -124,15 +143,15 @@ def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
     Another time alone is no damage: a backup that was restored looks so. `noted`: whoever found it has
     counted it.
     """
-    store, key = means.store, record.key
+    store, key, chunks = means.store, record.key, len(record.sums)
     file = store.open_whatever(key)
-    bad = bad_chunks(file.fd, record) if file is not None else list(range(len(record.sums)))
-    if file is not None and not bad and os.fstat(file.fd).st_size == record.length:
+    sound = sound_chunks(file.fd, record) if file is not None else 0
+    if file is not None and sound == chunks and os.fstat(file.fd).st_size == record.length:
         store.set_time(store.body_path(key), record)
         return None
     if not noted:
-        note_damage(means, "body", key, f"{len(bad)} of {len(record.sums)} chunks are missing or wrong")
-    return Damage(record, file, bad)
+        note_damage(means, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
+    return Damage(record, file, sound)
 
 
 def _salvage(
@@ -142,7 +161,7 @@ def _salvage(
     for generation in store.generations(key.id):
         if state is not None and state.head is not None and generation == state.generation:
             salvage = _survey(store, key, generation)
-            if salvage is not None and salvage.size:
+            if salvage is not None:
                 kept = salvage
                 continue
         store.drop_part(key.id, generation)
@@ -187,7 +206,7 @@ def drop_parts(store: Store, key: ContentKey) -> None:
 def give_up(store: Store, state: FillState) -> list[OSError]:
     """Remove what can't be finished and leave `state` instead; what the disk refused of that.
 
-    A commit's journal stays with all it needs: whoever asks next finishes it when there is room again.
+    A part whose record is written stays: whoever asks next finishes its commit when there is room again.
     """
     refused: list[OSError] = []
 
@@ -200,8 +219,8 @@ def give_up(store: Store, state: FillState) -> list[OSError]:
         return True
 
     with contextlib.suppress(ValueError, OSError):
-        before = store.load_state(state.key.id)
-        if before is not None and before.phase is Phase.COMMITTED:
+        record = store.load(state.key)
+        if record is not None and store.part_path(record.key.id, record.generation).exists():
             return []
     try_to(lambda: drop_parts(store, state.key))
     if not try_to(lambda: store.save_state(state)):
@@ -225,6 +244,39 @@ def is_fresh(means: Means, record: Record) -> bool:
     """Whether an index file needs no question upstream yet; a clock set back makes it stale."""
     age = means.wall_clock() - record.validated_at
     return 0 <= age < means.settings.cache.index_ttl
+
+
+def route_of_record(record: Record) -> Route:
+    """The route that led to a committed body."""
+    key = record.key
+    return Route(
+        kind=record.kind,
+        immutable=record.kind is not Kind.INDEX,
+        stream=key.stream,
+        revision=key.revision,
+        file=key.file,
+        upstream_path=path_of_record(record),
+        variant=key.variant,
+    )
+
+
+def demoted(record: Record, generation: int) -> FillState:
+    """The state of the part that a damaged entry becomes."""
+    return FillState(
+        record.key,
+        record.kind,
+        generation,
+        Phase.STREAMING,
+        record.head,
+        path=path_of_record(record),
+        pinned=record.pinned,
+        stored_at=record.stored_at,
+    )
+
+
+def path_of_record(record: Record) -> str:
+    """What upstream is asked for."""
+    return record.path or path_of(record.key)
 
 
 def validated_at(means: Means, remote: RemoteHead, immutable: bool) -> float:

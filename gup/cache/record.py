@@ -1,5 +1,6 @@
 """What is known of a body: the head it was fetched with, and the record of a committed one; opens no file."""
 
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,12 +10,16 @@ from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
 from gup.jsonmodel import Form, InvalidError, Members, shown
 
-FORMAT = 1
-"""Version of the records and state files; others are refused (and fetched anew)."""
+FORMAT = 2
+"""Version of the records and state files that are written."""
+READABLE_FORMATS = (1, 2)
+"""Format 1 ties a record to its body by the time that the body's file happened to have."""
 MAX_BODY_BYTES = 64 << 30
 """Of a body that is stored: what bounds a record's sums. What is larger is unstorable."""
 MAX_RECORD_BYTES = 16 * (MAX_BODY_BYTES // CHUNK_BYTES) + 64 * 1024
 
+_TIME_STEPS_NS = (1, 100, 1_000, 1_000_000_000, 2_000_000_000)
+"""What file systems cut modification times to."""
 _MAX_FIELD = 1024
 _FIELD = Form(re.compile("[\t\x20-\x7e\x80-\xff]+"), "header field's value")
 """A field's value (RFC 9110 section 5.5): no control but the tab; bytes over 127 mean nothing."""
@@ -49,7 +54,7 @@ def read_path(members: Members, key: ContentKey) -> str:
 
 
 def require_format(members: Members) -> None:
-    if members.whole("format") != FORMAT:
+    if members.whole("format") not in READABLE_FORMATS:
         raise InvalidError(f"{members.model}: unknown format {shown(members['format'])}")
 
 
@@ -87,9 +92,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A committed body. Times are Unix seconds; `body_mtime_ns` ties the record to its body file.
+    """A committed body. Times are Unix seconds.
 
-    `path` is what upstream was asked for, "" in records of before it was kept.
+    `generation` is the body file's modification time in ns: it ties the two together. `path` is what upstream
+    was asked for, "" in records of before it was kept.
     """
 
     key: ContentKey
@@ -103,7 +109,7 @@ class Record:
     stored_at: float
     validated_at: float
     pinned: bool
-    body_mtime_ns: int
+    generation: int
     sums: tuple[int, ...]
     path: str = ""
 
@@ -115,7 +121,7 @@ class Record:
         head: Head,
         sums: tuple[int, ...],
         now: float,
-        mtime_ns: int,
+        generation: int,
         path: str = "",
     ) -> "Record":
         """The record of a body that has just been written whole."""
@@ -133,7 +139,7 @@ class Record:
             stored_at=now,
             validated_at=now,
             pinned=False,
-            body_mtime_ns=mtime_ns,
+            generation=generation,
             sums=sums,
             path=path,
         )
@@ -143,6 +149,12 @@ class Record:
         return Head(
             self.length, self.etag, self.content_type, self.last_modified, self.upstream, self.upstream_etag
         )
+
+    def fits(self, body: os.stat_result) -> bool:
+        """Whether this file can be the body: its length, and its time as far as the file system keeps it."""
+        if body.st_size != self.length:
+            return False
+        return any(self.generation // step * step == body.st_mtime_ns for step in _TIME_STEPS_NS)
 
     def with_pin(self, pinned: bool) -> "Record":
         return replace(self, pinned=pinned)
@@ -181,7 +193,7 @@ class Record:
             stored_at=members.time("stored_at"),
             validated_at=members.time("validated_at"),
             pinned=members.flag("pinned"),
-            body_mtime_ns=members.whole("body_mtime_ns", least=-(2**63)),
+            generation=_read_generation(members),
             sums=unpack_sums(members.text("sums", MAX_RECORD_BYTES), head.length),
             path=read_path(members, key),
         )
@@ -195,11 +207,16 @@ class Record:
         return cls.from_json(unseal(text, "record", MAX_RECORD_BYTES).values)
 
 
+def _read_generation(members: Members) -> int:
+    name = "body_mtime_ns" if members["format"] == 1 else "generation"
+    return members.whole(name, least=-(2**63))
+
+
 def is_same_body(one: Record, other: Record) -> bool:
     """Whether two records tell of one body: neither of another generation, nor of one put in its place."""
-    return (one.etag, one.length, one.body_mtime_ns, one.sums) == (
+    return (one.etag, one.length, one.generation, one.sums) == (
         other.etag,
         other.length,
-        other.body_mtime_ns,
+        other.generation,
         other.sums,
     )

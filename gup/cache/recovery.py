@@ -141,22 +141,37 @@ class Recovery:
         except ValueError as error:
             log.warning("damaged state of %s: %s", part.id, error)
             self._counters.add("gup_integrity_failures_total", where="state")
+            store.drop_state(part.id)
             state = None
-        if state is not None and state.phase is Phase.COMMITTED:
-            store.finish_commit(state)
-            if state.record is not None:
-                self._tell(committed(state.record, replaced=False))
-            log.info("finished the commit of %s", state.key.text)
+        if state is not None and self._finish(state):
             return
         resumable = False
         if state is not None and state.head is not None:
             resumable = store.part_path(part.id, state.generation).exists()
+        if state is None and part.generation and time.time() - part.modified_at < _TEMPORARY_SECONDS:
+            return  # a small body's, whose record may be written: whoever claims the key finishes it
         if part.generation and (state is None or state.head is None or part.generation != state.generation):
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         stands = state is not None and state.stands(self._clock())
         if not resumable and not stands:
             store.drop_state(part.id)
+
+    def _finish(self, state: FillState) -> bool:
+        """Finish a commit that was interrupted after its record; whether there was one."""
+        store, record = self._store, None
+        done = store.finish_journal(state)
+        with contextlib.suppress(ValueError):
+            record = store.load(state.key)
+        if record is None:
+            return done
+        if not done and record.generation == state.generation and store.finish_commit(record):
+            store.drop_journal(record.key.id, record.generation)
+            done = True
+        if done:
+            self._tell(committed(record, replaced=True))
+            log.info("finished the commit of %s", record.key.text)
+        return done
 
     def _drop_leftovers(self) -> None:
         """Temporary files of writers that died, and sums without their part."""

@@ -162,6 +162,9 @@ class FillState:
     """Upstreams not to be asked for it, or not to be believed."""
     ahead: bool = False
     """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
+    pinned: bool = False
+    stored_at: float | None = None
+    """Of a demoted entry: they are the entry's again when it is whole. Unix seconds."""
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has given a part of the body: who goes on compares them."""
 
@@ -184,6 +187,8 @@ class FillState:
                 "record": self.record.to_json() if self.record else None,
                 "path": self.path,
                 "ahead": self.ahead,
+                "pinned": self.pinned,
+                "stored_at": self.stored_at,
                 "told": {name: validators.to_json() for name, validators in self.told.items()},
                 "holds": [hold.to_json() for hold in self.holds],
             }
@@ -207,6 +212,8 @@ class FillState:
             record=Record.from_json(members["record"]) if "record" in members else None,
             path=read_path(members, key),
             ahead="ahead" in members and members.flag("ahead"),
+            pinned="pinned" in members and members.flag("pinned"),
+            stored_at=members.time("stored_at") if "stored_at" in members else None,
             told={name: Validators.from_json(row) for name, row in told.values.items()} if told else {},
             holds=tuple(Hold.from_json(row) for row in rows),
         )

@@ -11,13 +11,16 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.chunks import sound_chunks
 from gup.cache.claim import Claims
+from gup.cache.demotions import Demotions
+from gup.cache.disk import sync_file_system
 from gup.cache.record import MAX_RECORD_BYTES, Record
-from gup.cache.state import MAX_STATE_BYTES, FillState, Phase
+from gup.cache.state import MAX_STATE_BYTES, FillState
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 from gup.fsutil import sync_folder, write_all
@@ -80,6 +83,7 @@ class Store:
         self.partial = root / "partial"
         self.index = root / "index"
         self.run = root / "run"
+        self.demotions = Demotions(self.run / "demotions")
 
     def prepare(self) -> None:
         """Make the folders; StoreError says which one can't be used and why."""
@@ -88,6 +92,10 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Make all that was changed durable. Blocks; OSError when the disk refuses."""
+        sync_file_system(self.root)
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
@@ -115,10 +123,7 @@ class Store:
         file = self.open_whatever(record.key)
         if file is None:
             return None
-        found = os.fstat(file.fd)
-        if found.st_size != record.length or found.st_mtime_ns != record.body_mtime_ns:
-            return None
-        return file
+        return file if record.fits(os.fstat(file.fd)) else None
 
     def open_whatever(self, key: ContentKey) -> OpenFile | None:
         """The file that stands for the key's body, whatever is in it; None when there is none to be read.
@@ -133,11 +138,17 @@ class Store:
             return None
         return file if stat.S_ISREG(os.fstat(file.fd).st_mode) else None
 
-    def save(self, record: Record) -> None:
-        """Put the record in place, atomically and durably; OSError when the disk refuses."""
+    def save(self, record: Record, *, durable: bool = False) -> None:
+        """Put the record in place, atomically; `durable`: so that no power cut takes it back.
+
+        One that takes another's place is synced before: a file system may have the new name without the new
+        bytes after a power cut. OSError when the disk refuses.
+        """
         self._require_claim(record.key)
         path = self.record_path(record.key)
-        self._replace(path, record.encode(), durable=True)
+        self._put(path, record.encode(), sync=durable or path.exists())
+        if durable:
+            sync_folder(path.parent)
 
     def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
         """Pin or unpin; False when there is no such entry."""
@@ -147,7 +158,7 @@ class Store:
             return False
         if record.pinned != pinned:
             used_at = self.record_path(key).stat().st_mtime
-            self.save(record.with_pin(pinned))
+            self.save(record.with_pin(pinned), durable=True)
             self.touch(key, used_at)
         return True
 
@@ -178,27 +189,21 @@ class Store:
             with contextlib.suppress(OSError):
                 freed += self.part_path(key.id, generation).stat().st_size
             self.drop_part(key.id, generation)
-        return freed + self.remove(key)
+        freed += self.remove(key)
+        folder = self.body_path(key).parent
+        while not folder.is_dir():
+            folder = folder.parent
+        sync_folder(folder)
+        return freed
 
     def drop_record(self, key: ContentKey) -> None:
         """Remove a record that is of no use."""
         self._require_claim(key)
         _unlink(self.record_path(key))
 
-    def mend(self, record: Record, generation: int) -> None:
-        """Put a part that holds the recorded bytes, and is durable, in the body's place.
-
-        It gets the recorded time, so the record is right before and after: one rename, no journal.
-        """
-        self._require_claim(record.key)
-        part = self.part_path(record.key.id, generation)
-        self.set_time(part, record)
-        for folder in self._rename_into(part, self.body_path(record.key)):
-            sync_folder(folder)
-
     def set_time(self, path: Path, record: Record) -> None:
         """Give a file that has the recorded bytes the recorded time."""
-        os.utime(path, ns=(time.time_ns(), record.body_mtime_ns))
+        os.utime(path, ns=(time.time_ns(), record.generation))
 
     def scan(self) -> Iterator[Stored]:
         """Every body under `content/`, with its record; and every record without one, as of 0 bytes."""
@@ -237,7 +242,7 @@ class Store:
         except FileNotFoundError:
             return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
         record = self._load_or_none(key)
-        if record is None or (record.length, record.body_mtime_ns) != (found.st_size, found.st_mtime_ns):
+        if record is None or not record.fits(found):
             return Stored(key, None, found.st_size, found.st_mtime)
         return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
 
@@ -274,8 +279,8 @@ class Store:
         return state
 
     def save_state(self, state: FillState) -> None:
-        """Put the state in place, atomically; durably when it is a commit's journal."""
-        self._replace(self.state_path(state.key.id), state.encode(), durable=state.record is not None)
+        """Put the state in place, atomically."""
+        self._put(self.state_path(state.key.id), state.encode(), sync=False)
 
     def drop_state(self, id_: str) -> None:
         _unlink(self.state_path(id_))
@@ -294,33 +299,82 @@ class Store:
                         found.append(int(row.name.split(".")[1]))
         return sorted(found)
 
-    def commit(self, state: FillState) -> None:
-        """Publish a whole part as its key's body: the steps that follow the COMMITTED state (its journal).
+    def commit(self, record: Record) -> bool:
+        """Publish the part of the record's generation as its key's body; whether it replaced another.
 
-        1. The state, durable. 2. The part renamed to the body. 3. The record. 4. Their folder made durable.
-        5. State and sums removed. After a crash between any two, `finish_commit` does the rest; a reader
-        meanwhile sees the old entry or none.
+        1. The part gets its generation as its time. If it takes another body's place it is synced. 2. The
+        record, which vouches for the body from now on. 3. The body. A reader that comes between finds no body
+        of that generation and joins the fill; after a crash between, `finish_commit` does step 3. A new entry
+        is not synced: its sums tell if a power cut tore it, and it is fetched again.
         """
-        assert state.record is not None
-        self.save_state(state)
-        self.finish_commit(state)
+        self._require_claim(record.key)
+        part, body = self.part_path(record.key.id, record.generation), self.body_path(record.key)
+        replaced = body.exists()
+        self.set_time(part, record)
+        if replaced:
+            _sync_file(part)
+        self.save(record)
+        self._rename_into(part, body)
+        return replaced
 
-    def finish_commit(self, state: FillState) -> None:
-        """Steps 2 to 5 of a commit, as far as they are still to be done."""
-        record = state.record
-        assert record is not None
+    def finish_commit(self, record: Record) -> bool:
+        """Put the part of the record's generation in its body's place, if it is there and sound.
+
+        Blocks for as long as reading the part takes.
+        """
+        self._require_claim(record.key)
+        part = self.part_path(record.key.id, record.generation)
+        try:
+            file = OpenFile(part)
+        except FileNotFoundError:
+            return False
+        if os.fstat(file.fd).st_size != record.length or sound_chunks(file.fd, record) < len(record.sums):
+            return False
+        self.set_time(part, record)
+        self._rename_into(part, self.body_path(record.key))
+        return True
+
+    def demote(self, record: Record, body: OpenFile | None, sound: int, state: FillState) -> None:
+        """Make a damaged entry a part of `state`'s generation, with its first `sound` chunks.
+
+        1. The part, a copy: whoever reads the old file reads on. 2. Its sums and state, from which anybody
+        goes on with it. 3. Record and body go. After a crash before 3 the entry is there as it was.
+        """
         self._require_claim(record.key)
         id_ = record.key.id
+        for other in self.generations(id_):
+            self.drop_part(id_, other)
         part, sums = self.part_paths(id_, state.generation)
-        try:
-            changed = self._rename_into(part, self.body_path(record.key))
-        except FileNotFoundError:
-            changed = []
-        if self.open_body(record) is not None:
-            changed += self._put(self.record_path(record.key), record.encode(), durable=True)
-        for folder in dict.fromkeys(changed):
-            sync_folder(folder)
-        _unlink(sums)
+        copy, end = (
+            OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL),
+            min(sound * CHUNK_BYTES, record.length),
+        )
+        position = 0
+        while body is not None and position < end:
+            position += os.copy_file_range(body.fd, copy.fd, end - position, position, position)
+        packed = b"".join(value.to_bytes(8, "little") for value in record.sums[:sound])
+        sums_file = OpenFile(sums, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        write_all(sums_file.fd, packed)
+        self.save_state(state)
+        self.remove(record.key)
+
+    def finish_journal(self, state: FillState) -> bool:
+        """Finish a commit of the first edition, whose state held the record; whether it was one."""
+        record = state.record
+        if record is None:
+            return False
+        if self.part_path(record.key.id, state.generation).exists():
+            record = replace(record, generation=state.generation)
+            self.save(record)
+            self.finish_commit(record)
+        elif self._load_or_none(record.key) is None:
+            self.save(record)
+        self.drop_journal(record.key.id, state.generation)
+        return True
+
+    def drop_journal(self, id_: str, generation: int) -> None:
+        """Remove what told of a part that has been committed."""
+        _unlink(self.sums_path(id_, generation))
         self.drop_state(id_)
 
     def parts(self, claims: Claims | None = None) -> list[Part]:
@@ -359,21 +413,6 @@ class Store:
 
     # --- putting right, while nobody uses the directory
 
-    def keep_as_part(self, record: Record, chunks: int, path: str) -> None:
-        """Take a body back into `partial/`, cut to its first `chunks`: whoever fetches it goes on there."""
-        id_, generation = record.key.id, time.time_ns() // 1000
-        for other in self.generations(id_):
-            self.drop_part(id_, other)
-        part = self.part_path(id_, generation)
-        self.body_path(record.key).rename(part)
-        self.sums_path(id_, generation).write_bytes(
-            b"".join(value.to_bytes(8, "little") for value in record.sums[:chunks])
-        )
-        os.truncate(part, chunks * CHUNK_BYTES)
-        self.save_state(
-            FillState(record.key, record.kind, generation, Phase.STREAMING, record.head, path=path)
-        )
-
     def cut_part(self, id_: str, generation: int, size_bytes: int) -> None:
         """Cut a part to what is right of it: whole chunks."""
         os.truncate(self.sums_path(id_, generation), 8 * (size_bytes // CHUNK_BYTES))
@@ -384,31 +423,22 @@ class Store:
 
     # --- files
 
-    def _replace(self, path: Path, text: bytes, *, durable: bool) -> None:
-        for folder in self._put(path, text, durable=durable):
-            if durable:
-                sync_folder(folder)
-
-    def _put(self, path: Path, text: bytes, *, durable: bool) -> list[Path]:
-        """Put a file in place, atomically; `durable`: its bytes are. The folders that are to be synced."""
+    def _put(self, path: Path, text: bytes, *, sync: bool) -> None:
+        """Put a file in place, atomically; `sync`: with its bytes on the disk."""
         temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_all(file.fd, text)
-            if durable:
-                os.fsync(file.fd)
-            return self._rename_into(temporary, path)
+            if sync:
+                os.fdatasync(file.fd)
+            self._rename_into(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
 
-    def _rename_into(self, source: Path, target: Path) -> list[Path]:
-        """Rename, making the folder: one that `remove` prunes in the same moment is made again.
-
-        The folders that changed: a folder that was made is durable only once those above it are (fsync(2)).
-        """
-        folders = [target.parent]
+    def _rename_into(self, source: Path, target: Path) -> None:
+        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -417,12 +447,10 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
-                folders = [target.parent, *(up for up in target.parent.parents if self.root in up.parents)]
             except IsADirectoryError:  # no work of ours
                 if attempt == 4:
                     raise
                 _unlink(target)
-        return folders
 
     def _prune(self, folder: Path) -> None:
         """Remove folders that became empty."""
@@ -466,3 +494,8 @@ def _unlink(path: Path) -> None:
         if not path.is_dir():
             raise
         shutil.rmtree(path)
+
+
+def _sync_file(path: Path) -> None:
+    file = OpenFile(path)
+    os.fdatasync(file.fd)

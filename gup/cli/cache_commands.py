@@ -229,7 +229,7 @@ def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
     with _alone(store):
         for part in store.parts():  # a commit that was interrupted is no damage: its journal finishes it
             if repair and part.state is not None and part.state.phase is Phase.COMMITTED:
-                store.finish_commit(part.state)
+                store.finish_journal(part.state)
         names = contents(store, grace_seconds=0.0)
         checks: list[Callable[[], list[Finding]]] = [
             *(partial(check_entry, store, key) for key in names.keys),

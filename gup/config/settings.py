@@ -88,6 +88,12 @@ class Listen(Section):
     drain_timeout: Duration = row(30.0, "Time for responses under way when the service stops.")
 
 
+def _verify(value: object) -> object:
+    if value == "always":
+        raise ValueError('"always" is gone: "first_use" compares each chunk before it is first sent')
+    return value
+
+
 class Cache(Section):
     """The store on disk, its limits, and how long entries and failures are kept."""
 
@@ -105,9 +111,12 @@ class Cache(Section):
     max_stale: Duration = row(
         parse_duration("7d"), "How long an index file is served stale while no upstream answers."
     )
-    verify: Literal["first_use", "always", "scrub"] = row(
+    verify: Annotated[Literal["first_use", "scrub"], BeforeValidator(_verify)] = row(
         "first_use",
         "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
+    )
+    sync_interval: Duration = row(
+        parse_duration("10s"), "What was stored is durable after so long: a power cut costs what came later."
     )
     scrub_rate: Rate = row(
         parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gup.cache.claim import Claims
-from gup.cache.state import Phase
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind
@@ -84,7 +83,7 @@ def plan_evictions(
 
 def _is_journal(part: Part) -> bool:
     """Whether this is a whole body whose commit was interrupted: recovery finishes it."""
-    return part.state is not None and part.state.phase is Phase.COMMITTED
+    return part.state is not None and part.state.record is not None
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:

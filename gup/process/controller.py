@@ -12,6 +12,7 @@ from typing import cast
 
 from gup import log
 from gup.cache.catalogue_body import read_catalogue
+from gup.cache.durability import Durability
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
@@ -60,6 +61,11 @@ class Controller:
             self._page.raise_policy,
         )
         assembly.pool.lists = self._catalogues.lists
+        self._durability = Durability(
+            assembly.store,
+            lambda: assembly.settings.cache.sync_interval,
+            assembly.shared.sum_of("gup_fills_total", outcome="committed"),
+        )
         self._control = Control(
             ControlDependencies(
                 settings=assembly.settings,
@@ -105,15 +111,17 @@ class Controller:
         beating = loop.create_task(self._beat())
         checking = loop.create_task(Checks(self._assembly.pool).run())
         reading = loop.create_task(self._catalogues.keep())
+        syncing = loop.create_task(self._durability.run())
         told = loop.create_task(until_told(self._parent, self._told))
         stopped = loop.create_task(self._stopped.wait())
         await asyncio.wait((told, stopped), return_when=asyncio.FIRST_COMPLETED)
-        tasks = (beating, checking, reading, told, stopped)
+        tasks = (beating, checking, reading, syncing, told, stopped)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._assembly.cache.stop()  # its commits are told to the control plane
         await self._control.stop()
+        await self._durability.sync()
         await self._assembly.close()
 
     async def _beat(self) -> None:

@@ -230,7 +230,7 @@ class Handler:
                 return await self._span_alone(asked, opened)
             planned = self._plan(asked, opened)
             spans = [segment for segment in planned.segments if isinstance(segment, Span)]
-            if not spans or await self._cache.make_sure(opened, spans[0].start):
+            if not spans or await self._cache.is_sound_at(opened, spans[0].start):
                 return opened
         raise Problem("internal-error", "the stored body changes at every look", retry_after_seconds=1.0)
 

@@ -41,8 +41,8 @@ def commit(store, name, body, *, pinned=False):
     sums = ChunkSums()
     sums.add(body)
     head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
-    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, part.stat().st_mtime_ns, path_of(name))
-    store.commit(FillState(name, Kind.FULL, 1, Phase.COMMITTED, head, None, record.with_pin(pinned)))
+    record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, 1, path_of(name))
+    store.commit(record.with_pin(pinned))
     return record
 
 

@@ -33,8 +33,8 @@ def commit(store: Store, key: ContentKey = KEY) -> Record:
     sums = ChunkSums()
     sums.add(BODY)
     head = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
-    record = Record.of(key, Kind.FULL, head, sums.finish(), 1.0, part.stat().st_mtime_ns, PATH)
-    store.commit(FillState(key, Kind.FULL, 1, Phase.COMMITTED, head, None, record))
+    record = Record.of(key, Kind.FULL, head, sums.finish(), 1.0, 1, PATH)
+    store.commit(record)
     return record
 
 

@@ -54,9 +54,7 @@ async def test_an_error_that_did_not_come_from_the_disk_is_not_told_as_the_disks
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
-@pytest.mark.parametrize(
-    ("owner", "work"), [(PartWriter, "_write_now"), (Store, "commit"), (PartWriter, "_sync")]
-)
+@pytest.mark.parametrize(("owner", "work"), [(PartWriter, "_write_now"), (Store, "commit")])
 async def test_what_the_disk_refuses_is_told_as_the_disks(
     tmp_path, upstream, monkeypatch, until, number, owner, work
 ):

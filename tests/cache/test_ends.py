@@ -11,8 +11,9 @@ from harness.trees import noise, zip_of
 
 from gup.cache.cache import Result
 from gup.cache.checksum import CHUNK_BYTES, chunk_sum
-from gup.cache.part import PartWriter
+from gup.cache.fill import Leader
 from gup.cache.recovery import Recovery
+from gup.cache.store import Store
 from gup.content.key import Variant
 from gup.errors import Problem
 
@@ -33,14 +34,14 @@ BODIES = {
 async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch, body, stopped):
     upstream.answer(FILE, BODIES[body])
     loop, begun = asyncio.get_running_loop(), asyncio.Event()
-    sync = PartWriter._sync
+    commit = Store.commit
 
-    def slowly(writer):
+    def slowly(store, record):
         loop.call_soon_threadsafe(begun.set)
         time.sleep(0.05)
-        return sync(writer)
+        return commit(store, record)
 
-    monkeypatch.setattr(PartWriter, "_sync", slowly)
+    monkeypatch.setattr(Store, "commit", slowly)
     async with working(tmp_path, [upstream.url]) as one:
         opened = await one.open(FILE)
         assert await read(opened.body) == BODIES[body].body
@@ -53,26 +54,6 @@ async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch,
         assert opened.result is Result.HIT
         assert await read(opened.body) == BODIES[body].body
     assert list((tmp_path / "partial").glob("*.part")) == []
-
-
-async def test_commits_that_wait_for_their_turn_are_waited_for(tmp_path, upstream, monkeypatch):
-    paths = [path_of("full.dax", revision=f"2608010{n:02}") for n in range(12)]
-    for path in paths:
-        upstream.answer(path, Answer(noise(path, 2000), etag='"a"'))
-    sync = PartWriter._sync
-
-    def slowly(writer):
-        time.sleep(0.05)
-        return sync(writer)
-
-    monkeypatch.setattr(PartWriter, "_sync", slowly)
-    async with working(tmp_path, [upstream.url], fill={"max": 12}) as one:
-        await asyncio.gather(*(one.get(path) for path in paths))
-        assert one.means.commits.unsettled > 4
-    upstream.stop()
-    async with working(tmp_path, [upstream.url]) as next_one:
-        for path in paths:
-            assert await next_one.get(path) == noise(path, 2000)
 
 
 async def test_a_fill_in_mid_body_holds_no_stop(tmp_path, upstream, until):
@@ -96,7 +77,7 @@ async def dies_before_its_commit(tmp_path, upstream, path: str, answer: Answer) 
     async with working(tmp_path, [upstream.url]) as one:
         with pytest.MonkeyPatch.context() as patch:
             hangs = asyncio.Event()
-            patch.setattr(PartWriter, "settle", lambda _: hangs.wait())
+            patch.setattr(Leader, "_commit", lambda *_: hangs.wait())
             opened = await one.open(path)
             assert await read(opened.body) == answer.body
             for task in list(one.cache._tasks):
@@ -152,7 +133,12 @@ async def test_a_follower_that_has_it_whole_commits_it(tmp_path, upstream, until
         async with working(tmp_path, [upstream.url]) as leader:
             with pytest.MonkeyPatch.context() as patch:
                 hangs = asyncio.Event()
-                patch.setattr(PartWriter, "settle", lambda _: hangs.wait())
+                commit = Leader._commit
+
+                async def hanging(self, *arguments):
+                    await (hangs.wait() if self._means is leader.means else commit(self, *arguments))
+
+                patch.setattr(Leader, "_commit", hanging)
                 led, followed = await leader.open(FILE), await follower.open(FILE)
                 assert await read(led.body) == await read(followed.body) == BODY
                 upstream.stop()

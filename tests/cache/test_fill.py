@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import time
 
@@ -10,11 +11,11 @@ from harness.caches import MONIKER, Cut, path_of, read, route, working
 from harness.scripted import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
-from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.checksum import CHUNK_BYTES, seal, unseal
 from gup.cache.prior import renew
-from gup.cache.state import Phase
+from gup.cache.state import FillState, Phase
 from gup.content.catalog import CATALOG_PATH
-from gup.content.key import Variant
+from gup.content.key import ContentKey, Variant
 from gup.errors import Problem
 
 FILE = path_of("full.dax")
@@ -242,33 +243,73 @@ async def test_a_part_without_a_usable_state_is_fetched_anew(tmp_path, upstream,
     assert not list((tmp_path / "partial").glob("*.part"))
 
 
-@pytest.mark.parametrize("step", ["journal", "renamed"])
-async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monkeypatch, step):
-    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+@pytest.mark.parametrize("size", ["small", "large"])
+async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monkeypatch, size):
+    """Its record is written, and the leader is killed before the body is in its place."""
+    body = BODY if size == "large" else BODY[:5000]
+    upstream.answer(FILE, Answer(body, etag='"a"'))
     async with working(tmp_path, [upstream.url]) as one:
         store = one.means.store
         died = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def dies(state):
-            store.save_state(state)
-            if step == "renamed":
-                store.body_path(state.key).parent.mkdir(parents=True)
-                store.part_path(state.key.id, state.generation).rename(store.body_path(state.key))
+        def dies(record):
+            store.save(record)
             loop.call_soon_threadsafe(died.set)
             raise asyncio.CancelledError  # the leader ends here, as if it had been killed
 
         monkeypatch.setattr(store, "commit", dies)
         opened = await one.open(FILE)
-        assert await read(opened.body) == BODY
+        assert await read(opened.body) == body
         await died.wait()
         await until(lambda: not one.cache.fills, "the fill ends")
+    upstream.stop()
+    async with working(tmp_path, [upstream.url]) as next_one:
+        opened = await next_one.open(FILE)
+        assert opened.result is Result.HIT
+        assert await read(opened.body) == body
+        assert next_one.means.store.load_state(opened.key.id) is None
+    assert len(upstream.requests(FILE)) == 1
+
+
+async def test_a_commit_of_the_first_format_is_finished(tmp_path, upstream, until):
+    """Its state held the record, and was written before the body was in its place."""
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        store = one.means.store
+        opened = await one.open(FILE)
+        assert await read(opened.body) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        record = store.load(opened.key)
+        assert record is not None
+        store.body_path(opened.key).rename(store.part_path(opened.key.id, 7))
+        store.record_path(opened.key).unlink()
+        store.save_state(FillState(opened.key, record.kind, 7, Phase.COMMITTED, record.head, record=record))
+    upstream.stop()
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+        assert (await next_one.open(FILE)).result is Result.HIT
+    assert not list((tmp_path / "partial").glob("*.*"))
+
+
+async def test_a_record_of_the_first_format_is_read(tmp_path, upstream, until):
+    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        assert await one.get(FILE) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        store = one.means.store
+        (path,) = (tmp_path / "content").rglob(".full.dax.gup")
+        members = unseal(path.read_bytes(), "record", 1 << 20).values
+        body = store.body_path(ContentKey.parse(members["key"]))
+        os.utime(body, ns=(1, 1_700_000_000_123_456_789))
+        members |= {"format": 1, "body_mtime_ns": 1_700_000_000_123_456_789}
+        del members["generation"]
+        path.write_bytes(seal(members))
+    upstream.stop()
     async with working(tmp_path, [upstream.url]) as next_one:
         opened = await next_one.open(FILE)
         assert opened.result is Result.HIT
         assert await read(opened.body) == BODY
-        assert next_one.means.store.load_state(opened.key.id) is None
-    assert len(upstream.requests(FILE)) == 1
 
 
 async def test_two_processes_asked_at_once_fetch_once(tmp_path, upstream):
@@ -491,7 +532,6 @@ async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, up
             lambda: store.remove(key),
             lambda: store.purge(key),
             lambda: store.drop_record(key),
-            lambda: store.mend(record, 1),
         )
         for change in changes:
             with pytest.raises(AssertionError, match="is not claimed"):

@@ -98,7 +98,7 @@ def test_what_is_written_is_read_back(state):
 NO_TEXTS = [None, 5, 1.5, True, [], {}, ["x"]]
 CONTROLS = ["a\r\nSet-Cookie: x", "a\0", "a\x7f", "ł", "\udcff"]
 WRONG = {
-    "format": [2, 1.0, True, "1", None],
+    "format": [3, 1.0, True, "1", None],
     "key": [*NO_TEXTS, "", "a/b/c/d", "../../../../x", "a/b/c/d/.e", "/".join("x" * 300 for _ in range(5))],
     "kind": [*NO_TEXTS, "", "FULL", "fulls"],
     "length": [80.0, 0, -1, True, "80", None, 2**63, MAX_BODY_BYTES + 1, 10**400, 2 * CHUNK_BYTES + 5, 5, []],
@@ -119,7 +119,7 @@ WRONG = {
     "stored_at": [None, "1", True, [], 1e12, -1e12, float("inf"), 10**400],
     "validated_at": [None, "1", False, {}, 1e300],
     "pinned": [None, 0, 1, "false", []],
-    "body_mtime_ns": [None, 1.0, "1", True, 2**63, -(2**70)],
+    "generation": [None, 1.0, "1", True, 2**63, -(2**70)],
     "sums": [
         *NO_TEXTS,
         "",

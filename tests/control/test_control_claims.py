@@ -108,7 +108,7 @@ async def test_nothing_of_what_was_purged_comes_back(world, journal):
     """Neither from a part nor from the journal of a commit that was interrupted."""
     record = world.commit(body=OLD)
     world.store.part_path(record.key.id, 7).write_bytes(OLD)
-    os.utime(world.store.part_path(record.key.id, 7), ns=(0, record.body_mtime_ns))
+    os.utime(world.store.part_path(record.key.id, 7), ns=(0, record.generation))
     phase = Phase.COMMITTED if journal else Phase.STREAMING
     kept = FillState(record.key, Kind.FULL, 7, phase, record.head, None, record if journal else None)
     world.store.save_state(kept)

@@ -27,6 +27,7 @@ from harness.service import REPOSITORY
 from harness.trees import zip_of
 
 from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.record import Record
 from gup.cache.store import Store
 from gup.control.index import Index
 from gup.control.reconcile import reconcile
@@ -94,16 +95,19 @@ def _garbage(part: Path) -> None:
         file.write(bytes(1000))
 
 
-async def _journal_left(root: Path, upstream: ScriptedUpstream) -> None:
-    """A commit that was interrupted right after its journal."""
+async def _commit_left(root: Path, upstream: ScriptedUpstream) -> None:
+    """A commit that was interrupted right after its record."""
     upstream.answer(FULL, GOOD)
     async with working(root, [upstream.url]) as worker:
-        store, journal = worker.means.store, []
-        store.commit = journal.append  # type: ignore[method-assign]
+        store = worker.means.store
+
+        def dies(record: Record) -> bool:
+            store.save(record)
+            raise asyncio.CancelledError
+
+        store.commit = dies  # type: ignore[method-assign]
         assert await worker.get(FULL) == BODY
         await _until(lambda: not worker.cache.fills)
-        (state,) = journal
-        store.save_state(state)
 
 
 CASES: dict[str, Case] = {
@@ -119,7 +123,7 @@ CASES: dict[str, Case] = {
     "absent": Case(nothing, Answer(b"", 404)),
     "too large": Case(nothing),
     "rejected": Case(nothing, path=ZIP, bodies=(zip_of("right", len(BODY)),)),
-    "recovery of a commit": Case(_journal_left, DOWN, {FULL: (BODY,)}),
+    "recovery of a commit": Case(_commit_left, DOWN, {FULL: (BODY,)}),
     "recovery of a fill": Case(_part_left()),
     "eviction": Case(_stored(*OLD)),
     "eviction of a part": Case(_part_left(lambda part: os.utime(part, (1, 1)))),

@@ -45,8 +45,7 @@ def _body(store: Store, path: Path, name: str) -> Iterator[str]:
     if record is None:
         yield f"a body without its record: {name}"
         return
-    stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) != (record.length, record.body_mtime_ns):
+    if not record.fits(path.stat()):
         yield f"the record is of another body: {name}"
     yield from _sums(path.read_bytes(), record, name)
 

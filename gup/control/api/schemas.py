@@ -359,7 +359,7 @@ class EntryRecord(Response):
     stored_at: float
     validated_at: float
     pinned: bool
-    body_mtime_ns: int
+    generation: int
     path: str
 
 

@@ -1,0 +1,100 @@
+"""What a power cut can't take: one process syncs the file system now and then, and marks up to when it did.
+
+New entries are not synced one by one. An entry that the mark covers, or that was stored since the machine
+started, is on the disk or in the page cache as it was written; of any other every chunk is compared before it
+is sent, in every mode (cache.verify).
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gup.cache.disk import sync_file_system
+from gup.cache.record import Record
+from gup.cache.store import Store
+from gup.fsutil import replace_file
+
+log = logging.getLogger("gup.durability")
+
+_FILE = "synced"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MARGIN_SECONDS = 5.0
+"""A record's time is taken a moment before its body is in place, and clocks are set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The last sync: the boot of the machine it was made in, and its Unix time. 0: it failed."""
+
+    boot_id: str
+    at: float
+
+    def covers(self, record: Record) -> bool:
+        """Whether no power cut since can have torn the record's body."""
+        if self.at and self.boot_id == boot_id():
+            return True
+        return record.stored_at <= self.at - _MARGIN_SECONDS
+
+
+def boot_id() -> str:
+    """The machine's present boot; another text after each start."""
+    return _BOOT_ID.read_text().strip()
+
+
+def read_mark(run: Path) -> Mark:
+    """The mark as it is kept; one that covers nothing when there is none. Blocks."""
+    try:
+        members = json.loads((run / _FILE).read_bytes())
+        return Mark(str(members["boot_id"]), float(members["at"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Mark("", 0.0)
+
+
+def write_mark(run: Path, mark: Mark) -> None:
+    """Put the mark in place, atomically. Blocks; OSError."""
+    replace_file(run / _FILE, json.dumps({"boot_id": mark.boot_id, "at": mark.at}).encode())
+
+
+class Durability:
+    """Syncs every `interval()` seconds if `committed()`, a count, has changed; in the controller."""
+
+    def __init__(self, store: Store, interval: Callable[[], float], committed: Callable[[], int]) -> None:
+        self._store = store
+        self._interval = interval
+        self._committed = committed
+        self._synced_count = -1
+        self._failed = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.sync()
+            await asyncio.sleep(max(self._interval(), 0.1))
+
+    async def sync(self) -> None:
+        """Sync if something was committed since the last time. A refusal is told once, and tried again."""
+        count = self._committed()
+        if count == self._synced_count:
+            return
+        try:
+            await asyncio.to_thread(self._sync)
+        except OSError as error:
+            if not self._failed:
+                log.warning("the disk refuses to sync: stored bodies are compared before use: %s", error)
+            self._failed = True
+            return
+        self._failed = False
+        self._synced_count = count
+
+    def _sync(self) -> None:
+        began = time.time()
+        try:
+            sync_file_system(self._store.root)
+        except OSError:
+            write_mark(self._store.run, Mark(boot_id(), 0.0))
+            raise
+        write_mark(self._store.run, Mark(boot_id(), began))

@@ -1,0 +1,289 @@
+"""Damaged entries: what is damaged is never sent, sound chunks are kept, the rest is fetched again."""
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from harness.caches import Cut, path_of, read, route, working
+from harness.harm import flip, only, scribble
+from harness.scripted import Answer, Gate
+
+from gup.cache.cache import Result
+from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.durability import Mark, boot_id, write_mark
+from gup.content.key import Variant
+from gup.errors import Problem
+from gup.upstream.download import OVERLAP_BYTES
+
+FILE = path_of("full.dax")
+KEY = route(FILE).key(Variant())
+BODY = random.Random(11).randbytes(5 * CHUNK_BYTES + 777)
+OTHER = random.Random(12).randbytes(len(BODY))
+GOOD = Answer(BODY, etag='"a"')
+
+
+async def filled(one, upstream, until, answer=GOOD) -> Path:
+    """The body is stored, everything closed again; where it lies."""
+    upstream.answer(FILE, answer)
+    assert await one.get(FILE) == answer.body
+    await until(lambda: not one.cache.fills, "the fill ends")
+    one.cache._entries.clear()
+    return only((one.means.store.root / "content").rglob("full.dax"))
+
+
+async def whole_again(one, until) -> None:
+    """Ask until all of it comes, as clients do that are cut: they resume."""
+    got = b""
+    for _ in range(10):
+        opened = await one.open(FILE)
+        if not await one.cache.is_sound_at(opened, len(got)):
+            continue
+        try:
+            got += await read(opened.body, len(got))
+            break
+        except Cut as cut:
+            got += cut.args[0]
+        finally:
+            opened.body.leave()
+    assert got == BODY
+    await until(lambda: not one.cache.fills, "the fill ends")
+
+
+def received(one) -> int:
+    return one.counted("gup_upstream_received_bytes_total", upstream="u0", purpose="fill")
+
+
+def found(one, where="body") -> int:
+    return one.counted("gup_integrity_failures_total", where=where)
+
+
+def record_of(one):
+    record = one.means.store.load(KEY)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 5])
+async def test_readers_are_cut_at_the_damage_and_the_rest_is_fetched_again(tmp_path, upstream, until, chunk):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        tag, before = record_of(one).etag, received(one)
+        flip(body, chunk * CHUNK_BYTES + 7)
+        opened = await one.open(FILE)
+        assert opened.result is Result.HIT
+        with pytest.raises(Cut) as cut:
+            await read(opened.body)
+        assert cut.value.args[0] == BODY[: chunk * CHUNK_BYTES]
+        await whole_again(one, until)
+        assert record_of(one).etag == tag
+        assert body.read_bytes() == BODY
+        fetched = received(one) - before
+        assert len(BODY) - chunk * CHUNK_BYTES <= fetched <= len(BODY) - chunk * CHUNK_BYTES + OVERLAP_BYTES
+        assert found(one) == 1
+        assert one.counted("gup_fills_total", outcome="committed") == 2
+    assert not list((tmp_path / "partial").glob("*.part"))
+
+
+async def test_pin_and_times_are_kept(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        assert one.means.claims.try_claim(KEY.claim_offset)
+        one.means.store.save(replace(record_of(one), pinned=True, stored_at=1_700_000_000.0))
+        one.means.claims.release(KEY.claim_offset)
+        flip(body, 3 * CHUNK_BYTES)
+        await whole_again(one, until)
+        record = record_of(one)
+        assert (record.pinned, record.stored_at) == (True, 1_700_000_000.0)
+
+
+async def test_a_part_that_was_an_entry_survives_a_crash_with_its_pin(tmp_path, upstream, until):
+    gate = Gate()
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        assert one.means.claims.try_claim(KEY.claim_offset)
+        one.means.store.save(replace(record_of(one), pinned=True))
+        one.means.claims.release(KEY.claim_offset)
+        flip(body, 2 * CHUNK_BYTES)
+        upstream.answer(FILE, replace(GOOD, gates=((3 * CHUNK_BYTES, gate),)))
+        opened = await one.open(FILE)
+        with pytest.raises(Cut):
+            await read(opened.body)
+        await until(lambda: not body.exists(), "it is a part")
+    gate.open()
+    async with working(tmp_path, [upstream.url]) as next_one:
+        assert await next_one.get(FILE) == BODY
+        await until(lambda: not next_one.cache.fills, "the fill ends")
+        assert record_of(next_one).pinned
+
+
+def _cut_short(body: Path) -> None:
+    os.truncate(body, 2 * CHUNK_BYTES + 5)
+
+
+def _too_long(body: Path) -> None:
+    with body.open("ab") as file:
+        file.write(b"more")
+
+
+def _other_time(body: Path) -> None:
+    os.utime(body, ns=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "kept"),
+    [(_cut_short, 2 * CHUNK_BYTES), (_too_long, len(BODY)), (_other_time, None)],
+)
+async def test_a_body_that_is_not_as_recorded_is_right_before_it_is_served(
+    tmp_path, upstream, until, harm, kept
+):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        before = received(one)
+        harm(body)
+        assert await one.get(FILE) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert body.read_bytes() == BODY
+        most = 0 if kept is None else len(BODY) - kept + OVERLAP_BYTES
+        assert received(one) - before <= most
+
+
+def _directory(body: Path) -> None:
+    body.unlink()
+    body.mkdir()
+    (body / "something").write_text("in it")
+
+
+def _link(body: Path) -> None:
+    body.rename(body.with_name("elsewhere"))
+    body.symlink_to(body.with_name("elsewhere"))
+
+
+def _fifo(body: Path) -> None:
+    body.unlink()
+    os.mkfifo(body)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, _directory, _link, _fifo])
+@pytest.mark.parametrize("mode", ["first_use", "scrub"])
+async def test_what_is_no_file_any_more_is_fetched_anew(tmp_path, upstream, until, harm, mode):
+    async with working(tmp_path, [upstream.url], cache={"verify": mode}) as one:
+        body = await filled(one, upstream, until)
+        harm(body)
+        assert await one.get(FILE) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert body.read_bytes() == BODY
+        assert not body.is_symlink()
+        assert found(one) == 1
+
+
+async def test_a_directory_in_place_of_a_record_is_a_miss(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        record = body.with_name(".full.dax.gup")
+        record.unlink()
+        record.mkdir()
+        assert await one.get(FILE) == BODY
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert record.is_file()
+        assert found(one, "record") == 1
+        assert await one.get(FILE) == BODY
+
+
+async def test_without_upstream_sound_chunks_are_served_and_kept(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "50ms"}) as one:
+        body = await filled(one, upstream, until)
+        flip(body, 3 * CHUNK_BYTES)
+        upstream.answer(FILE, Answer(b"", 503))
+        for _ in range(2):
+            opened = await one.open(FILE)
+            assert await one.cache.is_sound_at(opened, 4 * CHUNK_BYTES)
+            with pytest.raises(Cut) as cut:
+                await read(opened.body)
+            assert cut.value.args[0] == BODY[: 3 * CHUNK_BYTES]
+            await until(lambda: not one.cache.fills, "the try ends")
+        opened = await one.open(FILE)
+        with pytest.raises(Problem):
+            await one.cache.is_sound_at(opened, 3 * CHUNK_BYTES)
+        assert body.exists()
+        upstream.answer(FILE, GOOD)
+        await until(lambda: one.cache._failures.get(KEY) is None, "the failure expires")
+        await whole_again(one, until)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(OTHER, etag='"a"'),
+        Answer(OTHER, etag='"b"'),
+        Answer(OTHER[:9000], etag='"c"'),
+    ],
+    ids=["other bytes", "another tag", "shorter"],
+)
+async def test_other_bytes_are_never_joined_and_get_another_tag(tmp_path, upstream, until, answer):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        tag = record_of(one).etag
+        flip(body, 3 * CHUNK_BYTES)
+        upstream.answer(FILE, answer)
+        opened = await one.open(FILE)
+        with pytest.raises(Cut) as cut:
+            await read(opened.body)
+        assert cut.value.args[0] == BODY[: 3 * CHUNK_BYTES]
+        await until(lambda: not one.cache.fills, "the fill ends")
+        assert await one.get(FILE) == answer.body
+        assert record_of(one).etag != tag
+
+
+async def test_a_file_that_was_changed_under_a_reader_is_doubted(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        opened = await one.open(FILE)
+        assert await read(opened.body) == BODY
+        scribble(body, 3 * CHUNK_BYTES)
+        one.cache.look_over()
+        with pytest.raises(Cut) as cut:
+            await read(opened.body)
+        assert cut.value.args[0] == BODY[: 3 * CHUNK_BYTES]
+        await whole_again(one, until)
+
+
+async def test_the_scrub_mode_trusts_what_it_opens_until_somebody_looks(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
+        body = await filled(one, upstream, until)
+        write_mark(one.means.store.run, Mark(boot_id(), 1.0))
+        flip(body, 2 * CHUNK_BYTES)
+        opened = await one.open(FILE)
+        assert await read(opened.body) != BODY
+        assert await one.cache.mend(KEY, counted=False) is None
+        assert await one.get(FILE) == BODY
+        assert found(one) == 1
+
+
+async def test_another_generation_than_that_of_the_damage_is_left_alone(tmp_path, upstream, until):
+    async with working(tmp_path, [upstream.url]) as one:
+        await filled(one, upstream, until)
+        flight = one.cache._suspect(record_of(one), counted=False, seen=1)
+        await flight.ended.wait()
+        assert flight.problem is None
+        assert len(upstream.requests(FILE)) == 1
+
+
+async def test_a_disk_that_damages_again_and_again_is_not_written_to(tmp_path, upstream, until):
+    """The third demotion of one key in a day."""
+    async with working(tmp_path, [upstream.url]) as one:
+        body = await filled(one, upstream, until)
+        for _ in range(2):
+            flip(body, 3 * CHUNK_BYTES)
+            await whole_again(one, until)
+            one.cache._entries.clear()
+        flip(body, 3 * CHUNK_BYTES)
+        opened = await one.open(FILE)
+        with pytest.raises(Cut):
+            await read(opened.body)
+        await until(lambda: not one.cache.fills, "the try ends")
+        assert one.counted("gup_fills_total", outcome="unstorable") == 1
+        told = [event for event in one.told if event["type"] == "unstorable"]
+        assert "again and again" in told[-1]["detail"]
+        assert told[-1]["disk"]
