@@ -222,7 +222,7 @@ def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
 def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
     from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents
     from gup.cache.state import Phase
-    from gup.control.index_file import check_index
+    from gup.control.index import check_index
 
     store = _store(directory)
     rows: list[dict[str, Any]] = []
@@ -447,7 +447,7 @@ def _custody(store: "Store", settings: "Settings") -> "Custody":
     """No other process is at work: every claim is free, and room is what the limits leave."""
     from gup.cache.importing import Custody
     from gup.cache.record import Record
-    from gup.control.room import no_room
+    from gup.control.archives import no_room
 
     held = [sum(stored.size_bytes for stored in store.scan())]
 

@@ -23,7 +23,7 @@ _SHOWN = 20
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Content taken here: who stands at which revision, what lags, and who."""
-    from gup.control.reports.table import of_content
+    from gup.control.stats.tables import of_content
 
     _report("content", {}, where, csv_output, json_output, of_content, _show_content)
 
@@ -32,7 +32,7 @@ def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag 
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Clients by the version they state, and those that may wait for a restart after a client patch."""
-    from gup.control.reports.table import of_restarts
+    from gup.control.stats.tables import of_restarts
 
     _report("clients", {}, where, csv_output, json_output, of_restarts, _show_clients)
 
@@ -47,7 +47,7 @@ def savings(
     json_output: JsonFlag = False,
 ) -> None:
     """What was sent, fetched, saved and wasted, by day and by stream."""
-    from gup.control.reports.table import of_savings
+    from gup.control.stats.tables import of_savings
 
     _report("savings", {"days": days}, where, csv_output, json_output, of_savings, _show_savings)
 
@@ -69,7 +69,7 @@ def _report(
         if json_output:
             print_json(answer)
         elif csv_output:
-            from gup.control.reports.table import csv_text
+            from gup.control.stats.tables import csv_text
 
             typer.echo(csv_text(rows(answer)), nl=False)
         else:

@@ -11,7 +11,7 @@ from gup import log
 from gup.config import Settings
 from gup.content.catalog import MAX_CATALOG_BYTES, parse_catalog
 from gup.content.rules import Rulebook
-from gup.control.access import require_access
+from gup.control.auth import require_access
 from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 

@@ -1,43 +1,88 @@
-"""What an operator must know: a table of alarms, each a pure look at a snapshot. Remembers nothing."""
+"""Alarms: what an operator must know. A table of conditions, and the board of the present ones.
 
+Each condition is a pure function of a snapshot, which `alarm_collector` takes once a second.
+"""
+
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gup.control.rejections import Rejection
-from gup.control.storms import Storm
+from gup.control.api.schemas import Alarm
+from gup.control.events import Rejected
+from gup.control.traffic import Storm
 from gup.units import bytes_in_words, time_in_words
+
+_MOST = 1000
+STANDS_SECONDS = 1800.0
+"""Twice the longest back-off of a rejected body: clients do not ask for it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A body that an upstream sent and that can't be the content asked for."""
+
+    key: str
+    upstream: str
+    detail: str
+    at: float
+
+
+class Rejections:
+    """The latest thousand rejections. One ends when the file is stored or not asked for any more."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
+
+    def note(self, event: Rejected, now: float) -> None:
+        """A body was rejected, or is so still."""
+        at = event.key.text, event.upstream
+        self._rows[at] = Rejection(event.key.text, event.upstream, event.detail, now)
+        self._rows.move_to_end(at)
+        while len(self._rows) > _MOST:
+            self._rows.popitem(last=False)
+
+    def clear(self, key: str) -> None:
+        """The file is stored."""
+        for at in [at for at in self._rows if at[0] == key]:
+            del self._rows[at]
+
+    def standing(self, now: float) -> Iterator[Rejection]:
+        """The present rejections, the latest first."""
+        return (row for row in reversed(self._rows.values()) if abs(now - row.at) < STANDS_SECONDS)
+
 
 Severity = Literal["warning", "critical"]
 
 LATELY_SECONDS = 600.0
-"""What counts of events count over, but for damage."""
+"""The window of counts, except that of damage."""
 DAMAGE_SECONDS = 3600.0
 NEAR_LIMIT = 0.95
-"""Of a rate or a size that it is near to."""
+"""The share of a limit that counts as reaching it."""
 RECENT_USE_SECONDS = 86400.0
-"""Content used in so long is missed when it is evicted for space."""
+"""Entries used within this time should not have been evicted for space."""
 MISSED_SECONDS = 300.0
 """A revision that clients ask for in vain for so long is overdue."""
 SILENT_SECONDS = 86400.0
 REGULARS = 3
-"""So many clients of a week make it strange that none comes for a day."""
+"""With so many clients in a week, a day without any is unusual."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamHealth:
-    """One upstream, as requests and checks found it."""
+    """The health of one upstream."""
 
     name: str
     up: bool
     last_error: str = ""
     doubtful: bool = False
-    """Whether it takes connections, and answers not at all or with errors."""
+    """Whether it accepts connections but does not answer, or answers with errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """A revision that clients ask for and that could not be had, and the newest one that is held."""
+    """A revision that clients asked for in vain, and the newest one that is held."""
 
     stream: str
     revision: str
@@ -48,29 +93,29 @@ class Missed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The plane at one moment. Counts named `lately` are of LATELY_SECONDS, `damage` of DAMAGE_SECONDS."""
+    """The state at one moment. Counts named `lately` cover LATELY_SECONDS, `damage` DAMAGE_SECONDS."""
 
     now: float
     upstreams: Sequence[UpstreamHealth] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     unstored: str = ""
-    """The last body that a limit of the settings did not let be stored lately."""
+    """The latest body that a limit of the settings kept from being stored."""
     size_bytes: int = 0
     limit_bytes: int = 1
     free_bytes: int = 1
     min_free_bytes: int = 0
     recent_evicted_lately: int = 0
-    """Entries evicted for space that somebody had used within RECENT_USE_SECONDS."""
+    """Entries evicted for space that had been used within RECENT_USE_SECONDS."""
     damage: int = 0
     storms: Sequence[tuple[str, Storm]] = ()
-    """With what their streams are called."""
+    """With the names of their streams."""
     config_ok: bool = True
     restarts_lately: int = 0
     missed: Sequence[Missed] = ()
     unsure_ends: Sequence[str] = ()
-    """Bodies whose end no upstream told, of LATELY_SECONDS, each in words."""
+    """Descriptions of bodies without a confirmed end, within LATELY_SECONDS."""
     catalogues: Mapping[str, str] = field(default_factory=dict)
-    """What is wrong with the catalogue of an upstream."""
+    """Problems of catalogues by upstream."""
     wan_limit: int = 0
     wan_used: int = 0
     fills_waiting: int = 0
@@ -81,12 +126,12 @@ class Snapshot:
 
 
 Finding = tuple[str, str]
-"""What it is about ("" for the service itself), and the alarm in words."""
+"""Subject ("" for the service itself) and text of an alarm."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlarmType:
-    """One row of ALARMS. It begins when it was found for `after_seconds`, and ends when it was not found for
+    """One row of ALARMS. It begins when found for `after_seconds` and ends when not found for
     `calm_seconds`: nothing flaps.
     """
 
@@ -160,7 +205,7 @@ def _full_storm(now: Snapshot) -> Iterator[Finding]:
 
 
 def storm_in_words(label: str, storm: Storm) -> str:
-    """Who, how many, and what it costs."""
+    """The text of a storm: who asked for how much, and what it costs."""
     shown = ", ".join(storm.addresses[:5])
     others = storm.clients - len(storm.addresses[:5])
     who = f"{storm.clients} clients" if storm.clients else "clients"
@@ -355,4 +400,73 @@ ALARMS: tuple[AlarmType, ...] = (
         "The machine is too busy; look what else runs on it. The figures are put right within ten minutes.",
     ),
 )
-"""One row an alarm. Those that are worse come first."""
+"""One row for each alarm, the worse ones first."""
+
+
+_log = logging.getLogger("gup.control.alarms")
+MAX_OF_A_TYPE = 50
+"""Subjects of one alarm that are shown apart."""
+
+
+@dataclass(slots=True)
+class _Alarm:
+    """One alarm about one subject; `since` is None until it begins."""
+
+    text: str
+    found_since: float
+    found_last: float
+    since: float | None = None
+
+
+class AlarmBoard:
+    """The present alarms. `look` is called about once a second with a monotonic clock; the times shown are
+    those of the snapshots.
+    """
+
+    def __init__(self, types: Sequence[AlarmType] = ALARMS) -> None:
+        self._types = types
+        self._rows: dict[tuple[str, str], _Alarm] = {}
+        self._begun_at: dict[tuple[str, str], float] = {}
+
+    def look(self, snapshot: Snapshot, clock: float) -> None:
+        """Begin and end alarms by this snapshot."""
+        for type_ in self._types:
+            for subject, text in list(type_.find(snapshot))[:MAX_OF_A_TYPE]:
+                self._found(type_, subject, text, snapshot.now, clock)
+        by_name = {type_.name: type_ for type_ in self._types}
+        for (name, subject), alarm in list(self._rows.items()):
+            if alarm.found_last < clock:
+                self._not_found(by_name[name], subject, alarm, clock)
+
+    def _found(self, type_: AlarmType, subject: str, text: str, now: float, clock: float) -> None:
+        alarm = self._rows.setdefault((type_.name, subject), _Alarm(text, clock, clock))
+        alarm.text, alarm.found_last = text, clock
+        if alarm.since is None and clock - alarm.found_since >= type_.after_seconds:
+            alarm.since = clock
+            self._begun_at[type_.name, subject] = now
+            _log.warning("alarm %s: %s", type_.name, text)
+
+    def _not_found(self, type_: AlarmType, subject: str, alarm: _Alarm, clock: float) -> None:
+        if alarm.since is not None and clock - alarm.found_last < type_.calm_seconds:
+            return
+        del self._rows[type_.name, subject]
+        if alarm.since is not None:
+            del self._begun_at[type_.name, subject]
+            _log.warning("alarm %s is over, after %d s: %s", type_.name, clock - alarm.since, alarm.text)
+
+    def standing(self) -> list[Alarm]:
+        """The present alarms, the critical ones first."""
+        found = [
+            Alarm(
+                name=type_.name,
+                severity=type_.severity,
+                since=self._begun_at[type_.name, subject],
+                subject=subject,
+                text=alarm.text,
+                what_to_do=type_.what_to_do,
+            )
+            for type_ in self._types
+            for (name, subject), alarm in self._rows.items()
+            if name == type_.name and alarm.since is not None
+        ]
+        return sorted(found, key=lambda alarm: alarm.severity != "critical")

@@ -1,29 +1,35 @@
-"""Decides what has to go, and in which order; never touches the disk.
+"""Keeps the store within its limits: what to remove, in which order, and removing it."""
 
-Three passes: what is superseded beyond `keep_revisions` or unused too long goes in any case; then, while
-there is too much (or too little left free), abandoned parts, superseded deltas, superseded fulls, the least
-recently used, and index files at the very end. Pinned entries and claimed parts stay whatever happens.
-"""
-
+import asyncio
+import logging
+import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gup.cache.store import Part
-from gup.content.key import Kind
-from gup.control.rows import Row, Stream
+from gup.cache.claim import Claims
+from gup.cache.store import Part, Store
+from gup.config import Cache
+from gup.content.key import ContentKey, Kind
+from gup.control.index import Index, Row, Stream
+from gup.control.reconcile import change, to_its_end
+from gup.errors import GupError
+from gup.metrics import Counters
+
+_log = logging.getLogger("gup.control.eviction")
 
 Reason = Literal["unused", "revision", "size", "free", "part"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What has to hold. A `max_unused_seconds`, `max_part_age_seconds` or `keep_revisions` of 0 is no limit.
+    """Limits. `max_unused_seconds`, `max_part_age_seconds` and `keep_revisions` of 0 mean no limit.
 
-    `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` can't be had and counts as
-    none, since evicting everything would not help either. `refused_bytes` go whatever `free_bytes` says:
-    the disk refused a write, for a quota or for want of inodes.
+    `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` counts as none, since
+    evicting everything would not help. `refused_bytes` are freed whatever `free_bytes` is: the disk refused a
+    write, because of a quota or for lack of inodes.
     """
 
     max_size_bytes: int
@@ -49,7 +55,7 @@ class Eviction:
 def plan_evictions(
     entries: Sequence[Row], parts: Sequence[Part], limits: Limits, now: float
 ) -> list[Eviction]:
-    """What to remove, in this order. `limits.free_bytes` is what is free before anything is removed."""
+    """What to evict, in this order. `limits.free_bytes` is the free space before anything is removed."""
     newest, expendable = _revisions(entries, limits.keep_revisions)
     plan: list[Eviction] = []
     spare_parts: list[Part] = []
@@ -76,12 +82,12 @@ def plan_evictions(
 
 
 def _is_journal(part: Part) -> bool:
-    """A whole body whose commit was interrupted: recovery publishes it soon."""
+    """Whether this is a whole body whose commit was interrupted: recovery finishes it."""
     return part.state is not None and part.state.record is not None
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
-    """The newest revision of each stream, and the keys whose revision is beyond the `keep` newest."""
+    """The newest revision of each stream, and the keys of revisions beyond the `keep` newest."""
     by_stream: dict[Stream, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in entries:
         if (revision := row.content_revision) is not None:
@@ -98,7 +104,7 @@ def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], se
 
 
 def _by_worth(parts: Iterable[Part], rows: Iterable[Row], newest: dict[Stream, str]) -> list[Eviction]:
-    """Everything that may go for space, what is missed least first. The reason is filled in later."""
+    """All that may be evicted for space, the least valuable first. The reason is filled in later."""
 
     def rank(row: Row) -> tuple[int, float]:
         revision = row.content_revision
@@ -130,3 +136,332 @@ def _make_room(plan: list[Eviction], candidates: list[Eviction], total: int, lim
         plan.append(Eviction(candidate.key, reason, candidate.size_bytes, candidate.part))
         too_big -= candidate.size_bytes
         too_little -= candidate.size_bytes
+
+
+_BATCH = 64
+_REST_SECONDS = 0.05
+_RECENT_SECONDS = 86400.0
+_REST_FACTOR = 20
+"""Pause after a plan, as a multiple of its duration: with 1e5 entries a plan takes some 0.3 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """The disk as it was measured. `entries_bytes` is what the index held just before.
+
+    Before, not after: a part that is committed in between would be counted as a part and as an entry, and
+    too much would be evicted. Counted as neither, it is seen by the next look, which its event asks for.
+    """
+
+    parts: tuple[Part, ...]
+    free_bytes: int
+    entries_bytes: int
+
+    @property
+    def parts_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bodies and parts together."""
+        return self.entries_bytes + self.parts_bytes
+
+    @property
+    def idle_parts_bytes(self) -> int:
+        """Size of the parts that nobody fills; for the others their fills have reserved the room."""
+        return sum(part.size_bytes for part in self.parts if not part.claimed)
+
+
+class Evictor:
+    """Keeps the store within its limits, one eviction run at a time. A reload replaces `limits`."""
+
+    def __init__(  # noqa: PLR0913 - its collaborators
+        self,
+        store: Store,
+        claims: Claims,
+        counters: Counters,
+        index: Index,
+        limits: Cache,
+        *,
+        raise_store_epoch: Callable[[], None],
+        set_store_bytes: Callable[[int], None],
+        promised_bytes: Callable[[], int],
+        now: Callable[[Iterable[float]], float],
+        drop_memory: Callable[[ContentKey], int] = lambda _key: 0,
+    ) -> None:
+        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
+        self.limits = limits
+        self._store = store
+        self._claims = claims
+        self._counters = counters
+        self._index = index
+        self._raise_store_epoch = raise_store_epoch
+        self._set_store_bytes = set_store_bytes
+        self._promised_bytes = promised_bytes
+        self._now = now
+        self._drop_memory = drop_memory
+        self._running = asyncio.Lock()
+        self._due = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._need_bytes = 0
+        self._refused_bytes = 0
+        self._stopped = False
+        self._disk = DiskUsage((), 0, 0)  # at the last look
+        self.recent_evicted = 0
+        """Entries evicted for space since the start that had been used within a day."""
+
+    # --- being asked
+
+    def look_soon(self) -> None:
+        """Something was committed: check the limits soon, at once when they are exceeded."""
+        self._due.set()
+        if self._index.complete:
+            self._set_store_bytes(self._index.total_bytes + self._disk.idle_parts_bytes)
+        if self._index.total_bytes + self._disk.parts_bytes > self.limits.max_size:
+            self._urgent.set()
+
+    def need(self, size_bytes: int, *, refused: bool = False) -> None:
+        """A worker needs so much room now. `refused`: the disk refused a write, whatever statvfs says."""
+        self._need_bytes += size_bytes
+        if refused:
+            self._refused_bytes = max(self._refused_bytes, size_bytes)
+        self._due.set()
+        self._urgent.set()
+
+    async def stop(self) -> None:
+        """Evict nothing more; return when the present run has ended."""
+        self._stopped = True
+        async with self._running:
+            return
+
+    async def keep(self, interval_seconds: float) -> None:
+        """Evict when asked to, and every `interval_seconds` in any case; never returns."""
+        while True:
+            await _wait(self._due, interval_seconds)
+            self._due.clear()
+            self._urgent.clear()
+            begun = time.monotonic()
+            try:
+                await self.evict()
+            except OSError as error:
+                _log.warning("eviction could not finish: %s", error)
+            rest = max(_REST_SECONDS, _REST_FACTOR * (time.monotonic() - begun))
+            await _wait(self._urgent, min(rest, interval_seconds))
+
+    # --- looking and removing
+
+    async def measure(self) -> DiskUsage:
+        """Measure the parts and the free space of the file system."""
+        return await asyncio.to_thread(self._measure, self._index.total_bytes)
+
+    def _measure(self, entries_bytes: int) -> DiskUsage:
+        figures = os.statvfs(self._store.root)
+        free_bytes = figures.f_bavail * figures.f_frsize
+        return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
+
+    async def evict(self) -> list[Eviction]:
+        """Evict what exceeds the limits; return what was removed. Nothing before the index is complete."""
+        async with self._running:
+            if self._stopped or not self._index.complete:
+                return []
+            need, self._need_bytes = self._need_bytes, 0
+            refused, self._refused_bytes = self._refused_bytes, 0
+            rows = list(self._index.rows.values())  # before the measuring, see DiskUsage
+            disk = await self.measure()
+            need = max(need, self._promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes)
+            plan = await self._plan(rows, disk, need, refused)
+            done: list[Eviction] = []
+            for at in range(0, len(plan), _BATCH):
+                if self._stopped:
+                    break
+                done += await self._remove(plan[at : at + _BATCH])
+            if done:
+                disk = await self.measure()
+            self._tell(disk)
+            return done
+
+    async def _plan(
+        self, rows: Sequence[Row], disk: DiskUsage, need_bytes: int, refused_bytes: int
+    ) -> list[Eviction]:
+        cache = self.limits
+        limits = Limits(
+            max_size_bytes=cache.max_size,
+            min_free_bytes=cache.min_free,
+            free_bytes=disk.free_bytes,
+            max_unused_seconds=cache.max_unused,
+            keep_revisions=cache.keep_revisions,
+            max_part_age_seconds=cache.max_part_age,
+            need_bytes=need_bytes,
+            refused_bytes=refused_bytes,
+        )
+
+        def plan() -> list[Eviction]:
+            return plan_evictions(rows, disk.parts, limits, self._now(row.used_at for row in rows))
+
+        return await asyncio.to_thread(plan)
+
+    async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
+        """Remove those whose key nobody else claims, holding the claim meanwhile.
+
+        Claims are taken and released on the event loop only: two threads of a process would both get one.
+        """
+        ours: list[Eviction] = []
+        try:
+            for eviction in plan:
+                if self._claims.try_claim(_offset(eviction)):
+                    ours.append(eviction)  # noqa: PERF401 - what was claimed before an OSError is released
+            done = await to_its_end(self._remove_all, ours)
+        finally:
+            for eviction in ours:
+                self._claims.release(_offset(eviction))
+        for eviction in done:
+            if eviction.part is None:
+                self._note_recent(eviction)
+                self._index.discard(eviction.key)
+            self._counters.add("gup_evictions_total", reason=eviction.reason)
+            self._counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
+        if done:
+            self._raise_store_epoch()
+            _log.info(
+                "evicted %d entries and parts, %d bytes",
+                len(done),
+                sum(eviction.size_bytes for eviction in done),
+            )
+        return done
+
+    def _note_recent(self, eviction: Eviction) -> None:
+        row = self._index.rows.get(eviction.key)
+        if row is not None and row.hits and eviction.reason in ("size", "free"):
+            self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
+
+    def _remove_all(self, plan: Sequence[Eviction]) -> list[Eviction]:
+        done: list[Eviction] = []
+        for eviction in plan:
+            try:
+                if eviction.part is None:
+                    self._store.remove(ContentKey.parse(eviction.key))
+                elif not self._remove_part(eviction.part):
+                    continue
+            except (GupError, OSError) as error:
+                _log.warning("can't evict %s: %s", eviction.key, error)
+            else:
+                done.append(eviction)
+        return done
+
+    def _remove_part(self, part: Part) -> bool:
+        """Remove a part unless it changed since the plan was made. The caller holds the key's claim."""
+        store = self._store
+        path = store.part_path(part.id, part.generation) if part.generation else store.state_path(part.id)
+        try:
+            if path.stat().st_mtime != part.modified_at:
+                return False
+        except FileNotFoundError:
+            return False
+        if part.generation and _is_of_another(part, store):
+            store.drop_part(part.id, part.generation)
+        else:
+            store.remove_part(part)
+        return True
+
+    async def purge(self, key: ContentKey) -> int:
+        """Remove an entry, even a pinned one, and its unfinished parts for an operator; the bytes freed.
+
+        Readers read on to the end. The entry of a fill under way is removed when the fill ends soon enough;
+        else BusyError.
+        """
+        freed = await change(self._claims, key, lambda: self._store.purge(key))
+        freed += self._drop_memory(key)
+        self._index.discard(key.text)
+        self._raise_store_epoch()
+        self._tell(await self.measure())
+        return freed
+
+    def _tell(self, disk: DiskUsage) -> None:
+        self._disk = disk
+        if self._index.complete:
+            self._set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)
+
+
+def _is_of_another(part: Part, store: Store) -> bool:
+    """Whether the key's state describes another generation that has a part of its own."""
+    try:
+        state = store.load_state(part.id)
+    except ValueError:
+        return False
+    if state is None or state.generation == part.generation:
+        return False
+    return store.part_path(part.id, state.generation).exists()
+
+
+def _offset(eviction: Eviction) -> int:
+    """The claim offset of the key that is evicted."""
+    if eviction.part is not None:
+        return int(eviction.part.id[:16], 16) >> 2
+    return ContentKey.parse(eviction.key).claim_offset
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+JUMP_SECONDS = 3600.0
+"""A wall clock that gains so much on the time since boot was set by somebody."""
+GAP_SECONDS = 7 * 86400.0
+"""At the start: so long after the last use of anything, the clock may be wrong."""
+BELIEVED_AFTER_SECONDS = 86400.0
+
+
+def boot_clock() -> float:
+    """Seconds since boot, suspension included; nobody can set this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class AgeClock:
+    """The time that ages are measured from: the wall clock, but a jump ahead counts only after a day.
+
+    Otherwise a clock that is a year ahead for an hour would make everything unused for longer than
+    `cache.max_unused` and empty the store. A jump back is followed at once: it makes everything younger.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = boot_clock
+    ) -> None:
+        self._wall = wall
+        self._steady = steady
+        self._made_at = wall()
+        self._offset = self._made_at - steady()
+        """Added to the time since boot."""
+        self._begun = False
+        self._doubted_since: float | None = None
+
+    def begin(self, uses: Iterable[float]) -> None:
+        """Start from the last uses of all that is stored: they tell what the time was before this start.
+
+        Only the first call counts; call it before anything is evicted for its age.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        last = max((used for used in uses if used < self._made_at), default=self._made_at)
+        if self._made_at - last > GAP_SECONDS:
+            self._offset = last - self._steady()
+
+    def __call__(self) -> float:
+        steady, wall = self._steady(), self._wall()
+        ahead = wall - steady - self._offset
+        if ahead <= JUMP_SECONDS:
+            self._believe(wall - steady)
+        elif self._doubted_since is None:
+            self._doubted_since = steady
+            _log.warning("the clock jumped %.0f s ahead: for a day ages are measured as if it had not", ahead)
+        elif steady - self._doubted_since >= BELIEVED_AFTER_SECONDS:
+            self._believe(wall - steady)
+        return steady + self._offset
+
+    def _believe(self, offset: float) -> None:
+        self._offset = offset
+        self._doubted_since = None

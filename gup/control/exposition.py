@@ -1,6 +1,6 @@
-"""What `/metrics` shows: the stored words as Prometheus families, and the figures worked out when asked.
+"""Exposition: the counters and the figures worked out on request as Prometheus families, for `/metrics`.
 
-Names, labels and help stand in gup.metrics alone. Never counts anything itself.
+Names, labels and help of all metrics are in gup.metrics.
 """
 
 import platform
@@ -22,8 +22,47 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
-from gup.control.shown import Label, ProductOf, StreamNames, first_shown, shown_labels
 from gup.metrics import KINDS, MAX_SHOWN, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
+
+Label = tuple[str, str]
+"""Product and language."""
+OTHER: Label = ("other", "other")
+
+StreamNames = Sequence[tuple[str, str, str]]
+ProductOf = Callable[[tuple[str, str, str]], Label | None]
+"""Product and language of a stream (version, language, moniker); None where no catalogue lists it."""
+
+
+def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label:
+    """Product and language of stream `slot`: from the catalogue, else moniker and variant."""
+    if slot >= min(len(names), MAX_STREAMS):
+        return OTHER
+    _, language, stream = names[slot]
+    return product_of(names[slot]) or (stream, language)
+
+
+def shown_labels(names: StreamNames, product_of: ProductOf) -> list[Label]:
+    """The label of each slot: the first MAX_SHOWN products and languages apart, the rest as OTHER.
+
+    A slot is never given to another stream, so the labels stay the same while the catalogue does.
+    """
+    shown: dict[Label, None] = {}
+    labels = []
+    for slot in range(MAX_STREAMS + 1):
+        label = stream_labels(names, slot, product_of)
+        if label not in shown and (label == OTHER or len(shown) >= MAX_SHOWN):
+            label = OTHER
+        else:
+            shown[label] = None
+        labels.append(label)
+    return labels
+
+
+def first_shown(names: StreamNames, product_of: ProductOf, labels: Iterable[Label]) -> list[Label]:
+    """At most MAX_SHOWN of `labels`, in their order: first those whose bytes have series of their own."""
+    apart = set(shown_labels(names, product_of))
+    return sorted(labels, key=lambda label: label not in apart)[:MAX_SHOWN]
+
 
 _NANOSECONDS = 1_000_000_000
 _LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
@@ -32,10 +71,10 @@ _DIRECTIONS: tuple[Literal["sent", "received"], ...] = ("sent", "received")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All that the exposition shows, as it is at this moment.
+    """All that the exposition shows.
 
-    `totals` are the words by series name. `newest` has the Unix time of the newest revision by product,
-    language and where ("held", "requested"); `storms` whether there is one by product and language.
+    `totals` are the counters by series name; `newest` has the Unix time of the newest revision by product,
+    language and where ("held", "requested"); `storms` tells by product and language whether there is one.
     """
 
     totals: Mapping[str, int]
@@ -59,13 +98,13 @@ class Figures:
 
 
 def parse_series(name: str) -> tuple[str, dict[str, str]]:
-    """The metric and the labels in a series' name, as gup.metrics.series spells it."""
+    """Metric and labels of a series name, as gup.metrics.series spells it."""
     base, _, labels = name.partition("{")
     return base, dict(_LABEL.findall(labels))
 
 
 def expose(figures: Figures, accept: str) -> tuple[bytes, str]:
-    """The exposition in the form that `accept` asks for (text or OpenMetrics), and its content type."""
+    """The exposition in the format that `accept` asks for (text or OpenMetrics), and its content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Figures(figures))
     encode, content_type = choose_encoder(accept)
@@ -105,7 +144,7 @@ def _family(metric: Metric, samples: Iterable[tuple[Mapping[str, str], float]]) 
 
 
 def _stored(metric: Metric, words: Mapping[str, int], upstreams: Sequence[str]) -> Family:
-    """Counters and gauges with all that is counted, and 0 for what could be and is not yet."""
+    """Counters and gauges; enumerated labels that were not counted yet are 0."""
     samples = {tuple(sorted(labels.items())): 0 for labels in label_sets(metric, upstreams)}
     samples |= {tuple(sorted(labels.items())): value for labels, value in _labelled(words)}
     return _family(metric, ((dict(labels), value) for labels, value in samples.items()))
@@ -135,7 +174,7 @@ def _histogram(metric: Metric, words: Mapping[str, Mapping[str, int]]) -> Family
 
 
 def _worked_out(metric: Metric, figures: Figures) -> Iterator[Family]:
-    """The families that no word stands for; none where there is nothing to say."""
+    """The families that are worked out on request; none without samples."""
     rows = list(_ROWS[metric.name](figures))
     if rows:
         yield _family(metric, rows)
@@ -145,9 +184,9 @@ _Samples = Iterable[tuple[Mapping[str, str], float]]
 
 
 def _streams(direction: Literal["sent", "received"]) -> Callable[[Figures], _Samples]:
-    """Bytes by product, language and kind, for what was counted at all.
+    """Bytes by product, language and kind, of streams that were counted.
 
-    Both directions appear together, so that a difference can be taken from the first byte on.
+    Both directions appear together, so that their difference is defined from the first byte on.
     """
 
     def samples(figures: Figures) -> _Samples:
@@ -183,7 +222,7 @@ def _newest(figures: Figures) -> _Samples:
 
 
 def _storms(figures: Figures) -> _Samples:
-    """Those that there are first, so that the limit hides none of them without need."""
+    """Present storms come first, so that the limit on series hides calm streams before them."""
     under_way = [label for label, storm in figures.storms.items() if storm]
     calm = [label for label, storm in figures.storms.items() if not storm]
     shown = first_shown(figures.stream_names, figures.product_of, calm)

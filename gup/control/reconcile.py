@@ -1,27 +1,81 @@
-"""Makes the index agree with the disk again. The disk is right; never evicts for space."""
+"""Changes to stored entries under their claim, and making the index agree with the disk."""
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from gup.cache.claim import Claims
 from gup.cache.store import Store, Stored
 from gup.content.key import ContentKey
-from gup.control.claiming import to_its_end
-from gup.control.index import ROWS_AT_ONCE, Index
-from gup.control.rows import Row, row_of
-from gup.errors import Problem
+from gup.control.index import ROWS_AT_ONCE, Index, Row, row_of
+from gup.errors import GupError, Problem
 from gup.metrics import Counters
+
+PATIENCE_SECONDS = 5.0
+"""How long an operator's command waits for a fill of the same key."""
+_POLL_SECONDS = 0.01
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+class BusyError(GupError):
+    """The entry can't be changed now: another process fills, revalidates or mends it."""
+
+    def __init__(self, key: ContentKey) -> None:
+        super().__init__(
+            f"{key.text} is being fetched or checked at this moment, so nothing was changed: "
+            "try again when that has ended"
+        )
+
+
+async def change(
+    claims: Claims,
+    key: ContentKey,
+    work: Callable[[], _Result],
+    *,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> _Result:
+    """Run `work` in a thread, holding the key's claim.
+
+    BusyError when somebody else holds it for longer than `patience_seconds`.
+    """
+    give_up_at = time.monotonic() + patience_seconds
+    while not claims.try_claim(key.claim_offset):
+        if time.monotonic() >= give_up_at:
+            raise BusyError(key)
+        await asyncio.sleep(_POLL_SECONDS)
+    try:
+        return await to_its_end(work)
+    finally:
+        claims.release(key.claim_offset)
+
+
+async def to_its_end(
+    work: Callable[_Given, _Result], *arguments: _Given.args, **named: _Given.kwargs
+) -> _Result:
+    """Run `work` in a thread; a cancelled caller waits until the thread has ended.
+
+    A thread can't be stopped: otherwise the caller would release its claim while the work goes on.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
+
 
 _log = logging.getLogger("gup.control.reconcile")
 ORPHAN_AGE_SECONDS = 600.0
-"""A body without its record is left alone for so long: a commit may be between the two."""
+"""A younger body without a record may belong to a commit that is under way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """What has to change in the index, and bodies whose record is missing or damaged."""
+    """What has to change in the index, and the bodies whose record is missing or damaged."""
 
     put: tuple[Row, ...]
     gone: tuple[str, ...]
@@ -29,7 +83,7 @@ class Differences:
 
 
 def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
-    """What a scan found against what the index knows."""
+    """Compare what a scan found with the rows of the index."""
     put: list[Row] = []
     orphans: list[Stored] = []
     seen: set[str] = set()
@@ -47,13 +101,13 @@ def differences(found: list[Stored], rows: Mapping[str, Row]) -> Differences:
 
 
 Mend = Callable[[ContentKey, bool], Awaitable[Problem | None]]
-"""See Surroundings."""
+"""See ControlDependencies."""
 
 
 async def reconcile(
     index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend, now: float
 ) -> None:
-    """Scan the store and take over what differs, except for what changed during the scan."""
+    """Scan the store and correct the index, except for rows that changed during the scan."""
     known = dict(index.rows)
     with index.watch() as touched:
         found = await asyncio.to_thread(lambda: differences(list(store.scan()), known))
@@ -74,13 +128,13 @@ async def reconcile(
             try:
                 await _settle_orphan(orphan, index, store, claims, counters, mend)
             except Exception:  # noqa: BLE001 - one entry must not keep the others from being looked at
-                _log.exception("%s could not be put right", orphan.key.text)
+                _log.exception("could not repair %s", orphan.key.text)
 
 
 async def _settle_orphan(
     orphan: Stored, index: Index, store: Store, claims: Claims, counters: Counters, mend: Mend
 ) -> None:
-    """Mend a body that has its record. One without, or that no upstream has any more, is removed."""
+    """Mend a body that has its record. Remove one without a record, or that no upstream has any more."""
     recorded = orphan.size_bytes > 0 and await asyncio.to_thread(_has_record, orphan.key, store)
     if recorded:
         problem = await mend(orphan.key, False)
@@ -93,7 +147,7 @@ async def _settle_orphan(
 
 
 async def index_again(key: ContentKey, index: Index, store: Store) -> None:
-    """Take an entry into the index that was mended: damaged, it had no place there."""
+    """Put an entry that was mended or imported into the index."""
     stored = await asyncio.to_thread(store.stored, key)
     if stored is not None and stored.record is not None:
         index.put(row_of(stored, index.rows.get(key.text)))
@@ -109,7 +163,7 @@ def _has_record(key: ContentKey, store: Store) -> bool:
 async def _remove_orphan(
     orphan: Stored, store: Store, claims: Claims, counters: Counters, *, counted: bool
 ) -> None:
-    """Remove a body that nobody can serve, unless a fill works on its key or an interrupted commit waits."""
+    """Remove a body that can't be served, unless a fill holds its claim or an interrupted commit waits."""
     offset = orphan.key.claim_offset
     if not claims.try_claim(offset):
         return

@@ -1,4 +1,4 @@
-"""Tokens in files: made, read, compared. Decides what a token is good for, never what a request needs."""
+"""Tokens of the control plane: made, read from files, and compared."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from gup.files import FileError, read_file
 from gup.fsutil import replace_file
 
 LOCAL_NAME = "admin-token"
-"""In `run/` of the cache directory: made at each start, for commands on the same machine."""
+"""File in `run/` of the cache directory, made at each start for commands on the same machine."""
 
 _TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 has, but what a header can hold in one piece
 _SHORT = 16
@@ -24,11 +24,11 @@ _MAX_BYTES = 4096
 
 
 class TokenError(ValueError):
-    """A file that can't give a token; the text names the file and says what would be right."""
+    """No token in a file; the text names the file and what would be right."""
 
 
 class Right(IntEnum):
-    """What somebody may do; each is more than the one before."""
+    """What a token allows; each includes the one before."""
 
     NONE = 0
     READ = 1
@@ -37,7 +37,7 @@ class Right(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Presented:
-    """What a request's Authorization header holds: a token, and whether a browser may have added it."""
+    """The token of an Authorization header, and whether a browser may have added it."""
 
     token: str
     by_browser: bool = False
@@ -46,7 +46,7 @@ class Presented:
 def presented(header: str | None) -> Presented | None:
     """The token in an Authorization header: Bearer (RFC 6750), or Basic, whose password it is (RFC 7617).
 
-    None without one. What can't be read is a token that fits nothing.
+    None without the header. A malformed one gives a token that matches nothing.
     """
     if header is None:
         return None
@@ -61,7 +61,7 @@ def presented(header: str | None) -> Presented | None:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Digests of the tokens that count, "" for each that there is none of."""
+    """Digests of the valid tokens, empty for those that are not set."""
 
     change: bytes = b""
     read: bytes = b""
@@ -72,10 +72,10 @@ class Tokens:
         return cls(*(_digest(token) if token else b"" for token in (change, read, local)))
 
     def right(self, shown: Presented | None, *, near: bool) -> Right | None:
-        """What the token is good for; None when it is not one of ours. All are compared, in constant time.
+        """What the token allows; None for an unknown one. All are compared, in constant time.
 
-        The local token is good on its own machine only (`near`), and what a browser adds by itself for
-        reading only.
+        The local token is valid on its own machine only (`near`); what a browser adds by itself allows
+        reading.
         """
         if shown is None:
             return Right.NONE
@@ -92,7 +92,7 @@ def _digest(token: str) -> bytes:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file; TokenError when it holds none."""
+    """The token in a file; TokenError."""
     try:
         text = read_file(path, _MAX_BYTES + 1)
     except FileError as error:
@@ -108,8 +108,8 @@ def read_token(path: Path) -> str:
 HOW = "such as made by: openssl rand -hex 32"
 
 
-def doubts(path: Path) -> Iterator[str]:
-    """What makes a token's file less safe than it could be, as sentences."""
+def token_doubts(path: Path) -> Iterator[str]:
+    """What makes a token file unsafe, as sentences."""
     with suppress(OSError, TokenError):
         if path.stat().st_mode & stat.S_IROTH:
             yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
@@ -122,5 +122,5 @@ def local_path(run: Path) -> Path:
 
 
 def make_local_token(run: Path) -> None:
-    """Put a new token into `run/`, for its owner only; OSError when the disk refuses."""
+    """Write a new token into `run/`, readable by its owner only; OSError."""
     replace_file(local_path(run), f"{secrets.token_hex(32)}\n".encode(), durable=False)

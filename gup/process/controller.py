@@ -20,9 +20,10 @@ from gup.content.key import Variant
 from gup.content.routes import Route
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
-from gup.control.ageing import AgeClock
-from gup.control.catalogues import CatalogueKeeper
-from gup.control.service import Control, Surroundings
+from gup.control.catalog_refresh import CatalogRefresher
+from gup.control.dependencies import ControlDependencies
+from gup.control.eviction import AgeClock
+from gup.control.service import Control
 from gup.process.assembly import Assembly, until_told
 from gup.process.child import Parent
 from gup.process.page import CONFIG_OK, STORE_BYTES
@@ -52,7 +53,7 @@ class Controller:
         self._recovery = Recovery(
             assembly.store, assembly.means.claims, assembly.counters, self._take_over, self._tell_itself
         )
-        self._catalogues = CatalogueKeeper(
+        self._catalogues = CatalogRefresher(
             assembly.store.run,
             assembly.settings,
             self._look_up_catalogue,
@@ -66,7 +67,7 @@ class Controller:
             assembly.shared.sum_of("gup_fills_total", outcome="committed"),
         )
         self._control = Control(
-            Surroundings(
+            ControlDependencies(
                 settings=assembly.settings,
                 store=assembly.store,
                 claims=assembly.means.claims,
@@ -165,7 +166,7 @@ class Controller:
 
     def _tell_itself(self, event: Mapping[str, object]) -> None:
         """The way of a worker's events leads here; what this process's own fills tell goes straight in."""
-        self._loop.call_soon_threadsafe(self._control.plane.take_event, json.dumps(event).encode())
+        self._loop.call_soon_threadsafe(self._control.state.take_event, json.dumps(event).encode())
 
     async def _reload(self) -> Sequence[str]:
         """Ask the supervisor, whose answers come in the order of the questions."""

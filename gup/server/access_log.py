@@ -1,7 +1,7 @@
 """The access log, a line a request; request counters; and client records for the controller."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gup import config
@@ -294,15 +294,12 @@ class AccessLog:
         missed, self._missed = list(self._missed.items()), {}
         fulls, self._fulls = [(self._names.of(who), key, n) for (who, key), n in self._fulls.items()], {}
         clients, self._connected = list({self._names.of(peer) for peer in self._connected}), set()
-        for rows in _batches(used, _ROWS):
-            tell({"type": "used", "uses": rows, "at": now})
-        for rows in _batches(missed, _ROWS):
-            tell({"type": "asked", "uses": rows})
-        for takers in _batches(fulls, _ROWS):
-            tell({"type": "fulls", "rows": takers})
-        for names in _batches(clients, 1000):
-            tell({"type": "clients", "addresses": names})
-
-
-def _batches(rows: Sequence[_Row], size: int) -> Iterable[Sequence[_Row]]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))
+        rows: dict[str, Sequence[object]] = {
+            "uses": used,
+            "asked": missed,
+            "fulls": fulls,
+            "clients": clients,
+        }
+        for at in range(0, max(map(len, rows.values())), _ROWS):
+            told = {name: part for name, all_ in rows.items() if (part := all_[at : at + _ROWS])}
+            tell({"type": "used", "at": now, **told})

@@ -22,7 +22,8 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind
-from gup.control.service import Control, Surroundings
+from gup.control.dependencies import ControlDependencies
+from gup.control.service import Control
 from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
@@ -150,8 +151,8 @@ class World:
             kind=str(record.kind),
         )
 
-    def surroundings(self, admin: socket.socket) -> Surroundings:
-        return Surroundings(
+    def surroundings(self, admin: socket.socket) -> ControlDependencies:
+        return ControlDependencies(
             settings=self.settings,
             store=self.store,
             claims=self.claims,
@@ -186,7 +187,7 @@ class World:
         await control.start()
         try:
             if complete:
-                await self.until(lambda: control.plane.index.complete)
+                await self.until(lambda: control.state.index.complete)
             yield control
         finally:
             await control.stop()

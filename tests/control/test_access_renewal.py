@@ -3,8 +3,8 @@
 import socket
 
 from gup.config import Listen
-from gup.control import access
-from gup.control.access import Access
+from gup.control import auth
+from gup.control.auth import Access
 from gup.control.tokens import Presented, Right
 
 
@@ -16,13 +16,13 @@ async def test_a_file_that_changes_while_it_is_read_leaves_the_old_token_in_forc
     held = Access()
     with socket.create_server(("127.0.0.1", 0)) as admin:
         await held.open(listen, tmp_path / "run", admin)
-        checked = access._checked
+        checked = auth._checked
 
         def emptied(listen):
             context = checked(listen)
             file.write_text("\n")
             return context
 
-        monkeypatch.setattr(access, "_checked", emptied)
+        monkeypatch.setattr(auth, "_checked", emptied)
         await held.renew(listen, tmp_path / "run")
     assert held.tokens.right(Presented("a-token-of-this-test"), near=False) is Right.CHANGE

@@ -11,23 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
-from gup.control.access import require_access
-from gup.control.guard import Asked, Door, refusal
-from gup.control.tls import CertificateError, load_context
+from gup.control.auth import (
+    AccessRequest,
+    AdminListener,
+    CertificateError,
+    load_context,
+    refusal,
+    require_access,
+)
 from gup.control.tokens import (
     Presented,
     Right,
     TokenError,
     Tokens,
-    doubts,
     local_path,
     make_local_token,
     presented,
     read_token,
+    token_doubts,
 )
 from gup.errors import SettingsError
 
-LOOPBACK, OPEN = Door("127.0.0.1", token_file="/run/admin-token"), Door("0.0.0.0")
+LOOPBACK, OPEN = AdminListener("127.0.0.1", token_file="/run/admin-token"), AdminListener("0.0.0.0")
 NEAR = {"host": "127.0.0.1:2968", "peer": "127.0.0.1", "local": "127.0.0.1"}
 FAR = {"host": "10.0.0.5:2968", "peer": "10.0.0.9", "local": "10.0.0.5"}
 
@@ -35,7 +40,7 @@ FAR = {"host": "10.0.0.5:2968", "peer": "10.0.0.9", "local": "10.0.0.5"}
 def ask(method="GET", path="/api/v1/status", *, token=Right.NONE, bearer=None, **more):
     parts = {"origin": None, "fetch_site": None} | NEAR | more
     bearer = token is not Right.NONE if bearer is None else bearer
-    return Asked(method=method, path=path, right=token, bearer=bearer, **parts)
+    return AccessRequest(method=method, path=path, right=token, bearer=bearer, **parts)
 
 
 def change(**more):
@@ -49,9 +54,9 @@ def change(**more):
         (ask(), LOOPBACK, None),
         (ask(host="localhost:2968"), LOOPBACK, None),
         (ask(host="LOCALHOST"), LOOPBACK, None),
-        (ask(host="[::1]:2968"), Door("::1"), None),
+        (ask(host="[::1]:2968"), AdminListener("::1"), None),
         (ask(peer="::ffff:127.0.0.1"), LOOPBACK, None),
-        (ask(peer="", local=""), Door(""), None),
+        (ask(peer="", local=""), AdminListener(""), None),
         (ask(host="evil.example:2968"), LOOPBACK, 403),
         (ask(host="localhost.evil.example"), LOOPBACK, 403),
         (ask(host="127.0.0.1.evil.example"), LOOPBACK, 403),
@@ -72,13 +77,13 @@ def change(**more):
         (change(token=Right.READ), LOOPBACK, 403),
         (change(token=Right.READ, bearer=False), LOOPBACK, 401),
         (change(), LOOPBACK, None),
-        (change(token=Right.NONE, peer="", local=""), Door(""), 401),
+        (change(token=Right.NONE, peer="", local=""), AdminListener(""), 401),
         (change(**FAR), OPEN, None),
         (change(**FAR, token=Right.READ), OPEN, 403),
         # forged requests
         (change(origin="http://127.0.0.1:2968"), LOOPBACK, None),
         (change(origin="https://127.0.0.1:2968"), LOOPBACK, 403),
-        (change(origin="https://127.0.0.1:2968"), Door("127.0.0.1", tls=True), None),
+        (change(origin="https://127.0.0.1:2968"), AdminListener("127.0.0.1", tls=True), None),
         (change(origin="http://127.0.0.1:9999"), LOOPBACK, 403),
         (change(origin="https://evil.example"), LOOPBACK, 403),
         (change(origin="null"), LOOPBACK, 403),
@@ -108,7 +113,7 @@ def test_who_may_ask(asked, door, status):
 
 def test_whoever_lacks_a_token_on_this_machine_is_told_where_one_is():
     assert "/run/admin-token" in refusal(change(token=Right.NONE), LOOPBACK).detail
-    far = Door("10.0.0.5", token_file="/run/admin-token")
+    far = AdminListener("10.0.0.5", token_file="/run/admin-token")
     assert "/run" not in refusal(change(token=Right.NONE, **FAR), far).detail
 
 
@@ -181,11 +186,11 @@ def test_tokens_in_files_are_read_and_doubted(tmp_path):
     file.write_text("  s3cret-token-of-some-length==\n")
     file.chmod(0o640)
     assert read_token(file) == "s3cret-token-of-some-length=="
-    assert list(doubts(file)) == []
+    assert list(token_doubts(file)) == []
     file.chmod(0o644)
-    assert [f"chmod o-r {file}" in doubt for doubt in doubts(file)] == [True]
+    assert [f"chmod o-r {file}" in doubt for doubt in token_doubts(file)] == [True]
     file.write_text("short")
-    assert "short enough to be guessed" in list(doubts(file))[1]
+    assert "short enough to be guessed" in list(token_doubts(file))[1]
 
 
 def test_the_local_token_is_new_each_time_and_for_its_owner_only(tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gup.control.ageing import BELIEVED_AFTER_SECONDS, GAP_SECONDS, AgeClock
+from gup.control.eviction import BELIEVED_AFTER_SECONDS, GAP_SECONDS, AgeClock
 
 NOW = 1_800_000_000.0
 MONTH = 30 * 86400.0

@@ -22,10 +22,10 @@ async def imported(browser, world, text):
 
 
 async def purge_all(browser, world, control):
-    for key in list(control.plane.index.rows):
+    for key in list(control.state.index.rows):
         async with browser.delete(f"{world.url}/api/v1/content/{key}") as answer:
             assert answer.status == 200
-    assert control.plane.index.rows == {}
+    assert control.state.index.rows == {}
 
 
 async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
@@ -39,8 +39,8 @@ async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
         status, told = await imported(browser, world, text)
         assert (status, told["imported"], told["imported_bytes"]) == (200, 2, 301_000)
         assert (told["refused"], told["complete"], told["problem"]) == ([], True, None)
-        assert set(control.plane.index.rows) == {first.key.text, second.key.text}
-        assert control.plane.index.total_bytes == 301_000
+        assert set(control.state.index.rows) == {first.key.text, second.key.text}
+        assert control.state.index.total_bytes == 301_000
         again = await imported(browser, world, text)
         assert (again[1]["imported"], again[1]["present"]) == (0, 2)
         assert (await imported(browser, world, b"no archive"))[0] == 400
@@ -63,7 +63,7 @@ async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
             "cache.max_size",
             "it is being fetched at this moment",
         }
-        assert (told["imported"], control.plane.index.rows) == (0, {})
+        assert (told["imported"], control.state.index.rows) == (0, {})
         world.worker_claims.release(held.key.claim_offset)
 
 
@@ -82,7 +82,7 @@ async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, 
 
         sending = asyncio.create_task(imported(browser, world, pieces()))
         await begun.wait()
-        await world.until(lambda: len(control.plane.index.rows) == 1)
+        await world.until(lambda: len(control.state.index.rows) == 1)
         assert (await imported(browser, world, text))[0] == 409
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
@@ -94,7 +94,7 @@ async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, 
             if await taken():
                 break
             await asyncio.sleep(0.02)
-        assert len(control.plane.index.rows) == 2
+        assert len(control.state.index.rows) == 2
         assert list(world.store.partial.glob("*.tmp")) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from gup.cache.catalogue_file import FILE, read_kept
 from gup.config import Settings
-from gup.control.catalogues import CatalogueKeeper
+from gup.control.catalog_refresh import CatalogRefresher
 from gup.upstream.catalogue import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
@@ -46,7 +46,7 @@ class Managers:
         self.published += 1
 
     def keeper(self, catalog=None, names=("fr",)):
-        return CatalogueKeeper(
+        return CatalogRefresher(
             self.run, settings(catalog, names), self.look, self.fetch, self.publish, wall_clock=lambda: 7.0
         )
 
@@ -161,7 +161,7 @@ async def asked(managers, times):
 
 
 async def test_the_unlisted_is_looked_for_once_in_the_background(managers, monkeypatch):
-    monkeypatch.setattr("gup.control.catalogues._LEAST_GAP_SECONDS", 0.05)
+    monkeypatch.setattr("gup.control.catalog_refresh._LEAST_GAP_SECONDS", 0.05)
     managers.answers["fr"] = Fetched(LINE)
     keeper = managers.keeper()
     async with keeping(keeper):

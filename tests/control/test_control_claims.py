@@ -12,7 +12,7 @@ from gup.cache.checksum import seal
 from gup.cache.recovery import Recovery
 from gup.cache.state import FillState, Phase
 from gup.content.key import Kind
-from gup.control.claiming import BusyError, change, to_its_end
+from gup.control.reconcile import BusyError, change, to_its_end
 
 OLD, NEW = b"the old body", b"the new generation"
 
@@ -39,7 +39,7 @@ async def test_a_pin_waits_for_the_fill_and_pins_what_that_has_stored(world, mon
     async with world.running() as control:
         tried = Tried(world, monkeypatch)
         assert world.worker_claims.try_claim(key.claim_offset)
-        pinning = asyncio.create_task(control.plane.set_pinned(key, pinned=True))
+        pinning = asyncio.create_task(control.state.set_pinned(key, pinned=True))
         await tried.refused.wait()
         assert not world.store.load(key).pinned
         fresh = world.commit_claimed(key, NEW, Kind.INDEX)
@@ -96,10 +96,10 @@ async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(wor
         fresh = world.commit_claimed(key, NEW, Kind.INDEX)
         world.tell_committed(fresh, replaced=True)
         await asyncio.wait_for(tried.refused.wait(), 10)
-        assert control.plane.repin == {key.text}
+        assert control.state.repin == {key.text}
         assert world.store.load(key) == fresh
         world.worker_claims.release(key.claim_offset)
-        await world.until(lambda: not control.plane.repin)
+        await world.until(lambda: not control.state.repin)
     assert world.store.load(key) == replace(fresh, pinned=True)
 
 
@@ -113,7 +113,7 @@ async def test_nothing_of_what_was_purged_comes_back(world, journal):
     kept = FillState(record.key, Kind.FULL, 7, phase, record.head, None, record if journal else None)
     world.store.save_state(kept)
     async with world.running() as control:
-        assert await control.plane.space.purge(record.key) == 2 * len(OLD)
+        assert await control.state.evictor.purge(record.key) == 2 * len(OLD)
 
     async def nobody(_route):
         raise AssertionError("a purged body is taken over")
@@ -194,13 +194,13 @@ async def test_one_bad_record_stops_no_pass_over_all(world, browser, harm):
     scrubbing(world)
     records = [world.commit(world.key(f"26010100{n}"), b"body %d" % n, at=1000.0 + n) for n in range(3)]
     async with world.running() as control:
-        plane = control.plane
-        await world.until(lambda: plane.scrubber.progress()["ended_at"] is not None)
+        plane = control.state
+        await world.until(lambda: plane.scrubber.progress().ended_at is not None)
         harm(world, records[1])
-        first = plane.scrubber.progress()["ended_at"]
+        first = plane.scrubber.progress().ended_at
         world.now += 8 * 86400
-        await world.until(lambda: (plane.scrubber.progress()["ended_at"] or 0) > first)
-        assert plane.scrubber.progress()["checked"] == 3
+        await world.until(lambda: (plane.scrubber.progress().ended_at or 0) > first)
+        assert plane.scrubber.progress().checked == 3
         async with browser.get(f"{world.url}/api/v1/content") as answer:
             assert len((await answer.json())["entries"]) == 3
         async with browser.get(f"{world.url}/api/v1/content/{records[1].key.text}") as answer:
@@ -217,8 +217,8 @@ async def test_one_bad_record_stops_no_pass_over_all(world, browser, harm):
         assert (found["where"], found["key"]) == ("record", records[1].key.text)
         await control._reconcile()
         assert set(plane.index.rows) == {records[0].key.text, records[2].key.text}
-        plane.space.limits = plane.space.limits.model_copy(update={"max_size": 1})
-        evicted = {eviction.key for eviction in await plane.space.evict()}
+        plane.evictor.limits = plane.evictor.limits.model_copy(update={"max_size": 1})
+        evicted = {eviction.key for eviction in await plane.evictor.evict()}
         assert evicted == {records[0].key.text, records[2].key.text}
 
 
@@ -233,13 +233,13 @@ async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, brow
         return load(key)
 
     async with world.running() as control:
-        scrub = control.plane.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
-        first = scrub.progress()["ended_at"]
+        scrub = control.state.scrubber
+        await world.until(lambda: scrub.progress().ended_at is not None)
+        first = scrub.progress().ended_at
         monkeypatch.setattr(world.store, "load", broken)
         world.now += 8 * 86400
-        await world.until(lambda: (scrub.progress()["ended_at"] or 0) > first)
-        assert scrub.progress()["checked"] == 3
+        await world.until(lambda: (scrub.progress().ended_at or 0) > first)
+        assert scrub.progress().checked == 3
         async with browser.post(f"{world.url}/api/v1/verify") as answer:
             assert answer.status == 202
         progress = {"running": True}

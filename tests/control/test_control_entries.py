@@ -50,7 +50,7 @@ async def test_purge_removes_while_a_reader_reads_on(world, browser):
         epochs = world.epochs
         async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
             assert (answer.status, (await answer.json())["freed_bytes"]) == (200, 14)
-        assert control.plane.index.rows == {}
+        assert control.state.index.rows == {}
         assert world.epochs == epochs + 1
         async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
             assert answer.status == 404
@@ -65,7 +65,7 @@ async def test_pinning_lasts_and_is_taken_back(world, browser):
         for method, pinned in (("PUT", True), ("DELETE", False)):
             async with browser.request(method, world.url + url) as answer:
                 assert (answer.status, (await answer.json())["pinned"]) == (200, pinned)
-            assert control.plane.index.rows[record.key.text].pinned is pinned
+            assert control.state.index.rows[record.key.text].pinned is pinned
             stored = await asyncio.to_thread(world.store.load, record.key)
             assert stored.pinned is pinned
         async with browser.put(f"{world.url}/api/v1/content/a/b/c/d/e/pin") as answer:
@@ -110,7 +110,7 @@ async def test_reload_is_asked_for(world, browser):
 
 async def test_our_own_mistake_is_a_problem_and_logged(world, browser, caplog):
     async with world.running() as control:
-        control.plane.space.measure = lambda: 1 / 0
+        control.state.evictor.measure = lambda: 1 / 0
         async with browser.get(world.url + "/api/v1/status") as answer:
             assert (answer.status, answer.content_type) == (500, "application/problem+json")
     assert "ZeroDivisionError" in caplog.text
@@ -124,7 +124,7 @@ async def test_commits_and_uses_reach_the_rows(world):
         record = world.commit(body=b"x" * 77)
         world.tell_committed(record)
         world.tell(type="used", uses=[[record.key.text, 3, 231]], at=world.now - 5)
-        rows = control.plane.index.rows
+        rows = control.state.index.rows
         await world.until(lambda: record.key.text in rows and rows[record.key.text].hits == 3)
         row = rows[record.key.text]
         assert (row.length_bytes, row.received_bytes, row.sent_bytes, row.kind) == (77, 77, 231, Kind.FULL)
@@ -137,7 +137,7 @@ async def test_uses_outlive_a_lost_index(world):
     async with world.running() as control:
         world.tell(type="used", uses=[[record.key.text, 1]], at=5000.0)
         world.tell(type="used", uses=[["a/b/c/d/e", 1]], at=5000.0)
-        await world.until(lambda: control.plane.index.rows[record.key.text].hits == 1)
+        await world.until(lambda: control.state.index.rows[record.key.text].hits == 1)
     (found,) = world.store.scan()
     assert found.used_at == 5000.0
 
@@ -146,8 +146,8 @@ async def test_hits_and_clients_survive_a_restart(world, browser):
     record = world.commit()
     async with world.running() as control:
         world.tell(type="used", uses=[[record.key.text, 5]], at=5000.0)
-        world.tell(type="clients", addresses=["10.0.0.1", "10.0.0.2", "10.0.0.1"])
-        await world.until(lambda: len(control.plane.clients) == 2)
+        world.tell(type="used", at=5000.0, clients=["10.0.0.1", "10.0.0.2", "10.0.0.1"])
+        await world.until(lambda: len(control.state.clients) == 2)
     async with world.running():
         _, told = await get(browser, world, f"/api/v1/content/{record.key.text}")
         assert told["hits"] == 5
@@ -161,7 +161,7 @@ async def test_a_damaged_index_is_rebuilt_in_the_background(world):
         pass
     (world.store.index / "cache.db").write_bytes(b"garbage" * 5000)
     async with world.running() as control:
-        assert set(control.plane.index.rows) == {record.key.text}
+        assert set(control.state.index.rows) == {record.key.text}
         assert world.counters.get("gup_integrity_failures_total", where="index") == 1
 
 
@@ -171,7 +171,7 @@ async def test_garbage_is_passed_over_and_counted(world, browser):
         for garbage in (b"", b"\x00\xff", b"{", b"[]", b'{"type":"need","bytes":-5}', b"x" * 60_000):
             world.sender.send(garbage)
         world.tell(type="failed", key=record.key.text, problem="upstream-timeout", detail="15 s")
-        await world.until(lambda: len(control.plane.failures) == 1)
+        await world.until(lambda: len(control.state.failures) == 1)
         _, told = await get(browser, world, "/api/v1/status")
         assert told["malformed_events"] == 6
         assert told["failures"][0]["problem"] == "upstream-timeout"
@@ -184,6 +184,6 @@ async def test_a_pin_outlives_a_new_generation(world):
     async with world.running() as control:
         fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
         world.tell_committed(fresh, replaced=True)
-        await world.until(lambda: control.plane.index.rows[key.text].length_bytes == 5)
-        assert control.plane.index.rows[key.text].pinned
+        await world.until(lambda: control.state.index.rows[key.text].length_bytes == 5)
+        assert control.state.index.rows[key.text].pinned
     assert world.store.load(key).pinned

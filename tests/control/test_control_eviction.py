@@ -6,7 +6,7 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.content.key import ContentKey, Kind
 from gup.control.eviction import Limits, plan_evictions
-from gup.control.rows import Row, make_row
+from gup.control.index import Row, make_row
 
 NOW = 1_000_000.0
 DAY = 86400.0

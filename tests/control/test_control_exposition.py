@@ -2,8 +2,15 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from gup.control.exposition import Figures, expose, parse_series
-from gup.control.shown import OTHER, first_shown, shown_labels, stream_labels
+from gup.control.exposition import (
+    OTHER,
+    Figures,
+    expose,
+    first_shown,
+    parse_series,
+    shown_labels,
+    stream_labels,
+)
 from gup.metrics import CODES_OF_RESULT, MAX_SHOWN, MAX_STREAMS, METRICS, Counters, layout, series
 
 UPSTREAMS = ["manager"]

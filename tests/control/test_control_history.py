@@ -1,14 +1,29 @@
 """The history in memory and on disk: what points hold, what restarts, crashes and wrong clocks do to it."""
 
-import sqlite3
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.control.history.figures import FIGURES, NONE, Reader, by_name, from_names, shown
-from gup.control.history.file import HistoryFile
-from gup.control.history.record import DAY, HOUR, KEPT, MINUTE, Gauges, History, Point, Reached, added
+from gup.control.stats.database import StatsDatabase
+from gup.control.stats.history import (
+    DAY,
+    FIGURES,
+    HOUR,
+    KEPT,
+    MINUTE,
+    NONE,
+    Gauges,
+    History,
+    Point,
+    Reached,
+    Reader,
+    added,
+    by_name,
+    from_names,
+    load_points,
+    shown,
+    write_points,
+)
 from gup.metrics import layout
 
 NOON = 1_800_000_000 // DAY * DAY + 43_200
@@ -40,16 +55,16 @@ def sent(points):
 def saved_and_read(history, path):
     """What a new process finds, when this one is killed after this writing."""
     points, reached = history.due()
-    file = HistoryFile(path)
-    file.write(points, reached)
-    file.close()
+    database = StatsDatabase(path)
+    database.transact(lambda db: write_points(db, points, reached))
+    database.close()
     return load(path)
 
 
 def load(path):
-    file = HistoryFile(path)
-    found = file.load()
-    file.close()
+    database = StatsDatabase(path)
+    found = database.transact(load_points)
+    database.close()
     return found
 
 
@@ -113,9 +128,9 @@ def test_memory_and_file_are_bounded(tmp_path):
         see(history, minute, NOON + 60 * minute)
     for hour in range(KEPT[HOUR] + 50):
         see(history, 10_000 + hour, NOON + 10 * DAY + 3600 * hour)
-    saved, _ = saved_and_read(history, tmp_path / "history.sqlite")
+    saved, _ = saved_and_read(history, tmp_path)
     assert sorted(point.step for point in saved) == [MINUTE] * KEPT[MINUTE] + [HOUR] * KEPT[HOUR]
-    assert (tmp_path / "history.sqlite").stat().st_size < 4_000_000
+    assert (tmp_path / "reports" / "stats.db").stat().st_size < 4_000_000
 
 
 def test_a_killed_service_finds_its_last_counts_in_the_minute_written_last(tmp_path):
@@ -224,42 +239,24 @@ def test_points_add_up_to_the_counters_whatever_happens(steps):
     assert total(history) == sums(count)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "row", "reached", "format"])
-def test_a_damaged_file_is_moved_aside_and_begun_anew(tmp_path, damage, caplog):
-    path = tmp_path / "history.sqlite"
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE points SET fields = '[]'", "UPDATE reached SET fields = '{}'"],
+    ids=["row", "end"],
+)
+def test_a_damaged_history_is_begun_anew_and_leaves_the_rest_of_the_database(tmp_path, damage, caplog):
     history = begun()
     see(history, 10, NOON)
-    saved_and_read(history, path)
-    if damage == "garbage":
-        path.write_bytes(b"no database at all" * 1000)
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    else:
-        statement = {
-            "row": "UPDATE points SET fields = '[]'",
-            "reached": "UPDATE reached SET fields = '{}'",
-            "format": "PRAGMA user_version = 9",
-        }[damage]
-        database = sqlite3.connect(path)
-        database.execute(statement)
-        database.commit()
-        database.close()
-    assert load(path) == ([], None)
-    assert path.with_name("history.sqlite.damaged").exists()
-    assert "begins anew" in caplog.text
+    saved_and_read(history, tmp_path)
+    database = StatsDatabase(tmp_path)
+    database.transact(lambda db: db.execute("INSERT INTO marks VALUES('series', 5)"))
+    database.transact(lambda db: db.execute(damage))
+    database.close()
+    assert load(tmp_path) == ([], None)
+    assert "begun anew" in caplog.text
+    assert database.transact(lambda db: db.execute("SELECT * FROM marks").fetchall()) == [("series", 5)]
+    database.close()
     see(history, 11, NOON + 60)
-    points, reached = saved_and_read(history, path)
+    points, reached = saved_and_read(history, tmp_path)
     assert reached.sums == sums(11)
     assert points
-
-
-def test_a_disk_that_refuses_is_an_os_error_and_keeps_the_file(tmp_path):
-    path = tmp_path / "nowhere" / "history.sqlite"
-    with pytest.raises(OSError, match="can't be opened"):
-        HistoryFile(path).load()
-    history = begun()
-    see(history, 1, NOON)
-    with pytest.raises(OSError, match="can't be written"):
-        HistoryFile(path).write(*history.due())
-    path.parent.mkdir()
-    assert not list(path.parent.iterdir())

@@ -1,16 +1,15 @@
 import asyncio
 import json
 import pickle
+import random
 import sqlite3
 import threading
 
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import Index
-from gup.control.index_file import DamagedIndexError, IndexFile
+from gup.control.index import ORDERS, DamagedIndexError, Index, IndexFile, Row, make_row
 from gup.control.reconcile import ORPHAN_AGE_SECONDS, differences, reconcile
-from gup.control.rows import Row, make_row
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
@@ -342,7 +341,7 @@ async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
     """Another process' lock: it stands for all that SQLite may say at a transaction's beginning."""
-    monkeypatch.setattr("gup.control.index_file.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("gup.control.index.BUSY_SECONDS", 0.05)
     other = sqlite3.connect(tmp_path / "cache.db", isolation_level=None)
     yield lambda taken: other.execute("BEGIN IMMEDIATE" if taken else "ROLLBACK")
     other.close()
@@ -373,3 +372,73 @@ def test_an_index_that_can_not_be_emptied_now_is_no_damage(tmp_path, lock, monke
         file.load()
     lock(False)
     file.close()
+
+
+# --- pages
+
+
+def listed(rows, order, descending):
+    return sorted(rows, key=lambda one: (ORDERS[order](one), one.key), reverse=descending)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("many", [5000, 20])
+async def test_pages_are_what_sorting_all_rows_would_give(opened, seed, many, monkeypatch):
+    """Whatever was put, used and discarded in between, and while the lists are brought up to date."""
+    monkeypatch.setattr("gup.control.index._MANY", many)
+    monkeypatch.setattr("gup.control.index._TURN", 7)
+    chance = random.Random(seed)
+    index, _ = await opened()
+
+    def change():
+        for _ in range(chance.randrange(60)):
+            name = f"f{chance.randrange(50)}"
+            key = row(name).key
+            match chance.randrange(3):
+                case 0:
+                    index.put(row(name, size=chance.randrange(5)))
+                case 1 if key in index.rows:
+                    index.put(index.rows[key].used(1, 0, float(chance.randrange(99))))
+                case 2:
+                    index.discard(key)
+
+    for _ in range(30):
+        change()
+        asyncio.get_running_loop().call_soon(change)
+        order, descending = chance.choice(list(ORDERS)), chance.random() < 0.5
+        found = await index.page(order, 1000, descending=descending)
+        expected = listed(index.rows.values(), order, descending)
+        assert found == expected
+        if expected:
+            last = chance.choice(expected)
+            rest = expected[expected.index(last) + 1 :][:5]
+            place = ORDERS[order](last), last.key
+            assert await index.page(order, 5, descending=descending, after=place) == rest
+
+
+async def test_rows_are_found_by_their_moniker(opened):
+    index, _ = await opened()
+    index.put(row("a"))
+    index.put(row("b"))
+    index.discard(row("b").key)
+    assert index.of_moniker("{s}") == [row("a")]
+    index.discard(row("a").key)
+    assert index.of_moniker("{S}") == index.of_moniker("{T}") == []
+
+
+async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypatch):
+    index, _ = await opened()
+    for number in range(2000):
+        index.put(row(f"f{number:05}"))
+    await index.page("used", 10)
+    looks = 0
+
+    def counted(one):
+        nonlocal looks
+        looks += 1
+        return one.used_at
+
+    monkeypatch.setitem(ORDERS, "used", counted)
+    index.put(index.rows[row("f00005").key].used(1, 0, 9.0))
+    assert [one.file for one in await index.page("used", 2, descending=True)] == ["f00005", "f01999"]
+    assert looks <= 4

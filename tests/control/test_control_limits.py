@@ -1,7 +1,9 @@
 """Limits as they are shown."""
 
 from gup.config import Settings
-from gup.control.limits import Meter, limits_of, numbers
+from gup.control.api.schemas import Ceiling, Limit
+from gup.control.api.status import limits_of
+from gup.control.state import numbers
 
 
 def test_what_is_not_limited_is_not_among_the_numbers():
@@ -19,27 +21,10 @@ def test_each_limit_stands_with_what_is_used_of_it():
         "gup_fills_in_progress": 1,
     }
     found = limits_of(settings, totals, size_bytes=5, wan_rate=0, wan_used=9)
-    assert found["downloads"] == {"limit": 3, "used": 2}
-    assert found["queue"] == {"limit": 1000, "used": 7}
-    assert found["client_rate_bytes_per_second"] == {"limit": 1_000_000}
-    assert found["wan_rate_bytes_per_second"] == {"limit": None, "used": 9}
-    assert found["cache_size_bytes"] == {"limit": 20_000_000_000, "used": 5}
-    assert found["fills"] == {"limit": 8, "used": 1}
-    assert found["connections"] == {"limit": 20_000, "used": 0}
-
-
-def test_the_meter_tells_the_rate_of_the_last_seconds():
-    meter = Meter()
-    assert meter.bytes_per_second() == 0
-    for second in range(100):
-        meter.see(1000 * min(second, 50), float(second))
-        if second == 50:
-            assert meter.bytes_per_second() == 1000
-    assert meter.bytes_per_second() == 0
-
-
-def test_a_total_that_falls_is_no_negative_rate():
-    meter = Meter()
-    meter.see(500, 0.0)
-    meter.see(0, 1.0)
-    assert meter.bytes_per_second() == 0
+    assert found.downloads == Limit(limit=3, used=2)
+    assert found.queue == Limit(limit=1000, used=7)
+    assert found.client_rate_bytes_per_second == Ceiling(limit=1_000_000)
+    assert found.wan_rate_bytes_per_second == Limit(limit=None, used=9)
+    assert found.cache_size_bytes == Limit(limit=20_000_000_000, used=5)
+    assert found.fills == Limit(limit=8, used=1)
+    assert found.connections == Limit(limit=20_000, used=0)

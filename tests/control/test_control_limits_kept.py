@@ -22,7 +22,7 @@ async def test_commits_beyond_the_limit_evict_the_least_recently_used_soon(world
         await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
         assert asyncio.get_running_loop().time() - begun < 5.0
         # The old entry may have gone while the new one was still a part: parts count too.
-        await world.until(lambda: set(control.plane.index.rows) == {new.key.text})
+        await world.until(lambda: set(control.state.index.rows) == {new.key.text})
         await world.until(lambda: world.store_bytes[-1:] == [600])
     assert not world.store.body_path(old.key).exists()
     assert world.counters.get("gup_evicted_bytes_total", reason="size") == 600
@@ -45,7 +45,7 @@ async def test_superseded_revisions_go_after_a_commit(world):
         new = await asyncio.to_thread(world.commit, world.key("260101002"))
         world.tell_committed(new)
         await world.until(lambda: world.counters.get("gup_evictions_total", reason="revision") == 1)
-        assert set(control.plane.index.rows) == {new.key.text}
+        assert set(control.state.index.rows) == {new.key.text}
 
 
 async def test_the_limit_holds_under_a_stream_of_commits(world):
@@ -55,8 +55,8 @@ async def test_the_limit_holds_under_a_stream_of_commits(world):
             key = world.key(revision="_", file=f"{number:03}.7z")
             record = await asyncio.to_thread(world.commit, key, b"x" * 1000, Kind.OTHER, world.now)
             world.tell_committed(record)
-        await world.until(lambda: f"14.3 RU2/French/{world.MONIKER}/_/059.7z" in control.plane.index.rows)
-        await world.until(lambda: control.plane.index.total_bytes <= 10_000)
+        await world.until(lambda: f"14.3 RU2/French/{world.MONIKER}/_/059.7z" in control.state.index.rows)
+        await world.until(lambda: control.state.index.total_bytes <= 10_000)
     bodies = [stored.size_bytes for stored in world.store.scan()]
     assert sum(bodies) == 10_000, "no more is evicted than has to be"
 
@@ -75,7 +75,7 @@ async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
         await control.apply(limited(world.settings, max_size=0))
         async with browser.post(world.url + "/api/v1/evict") as answer:
             assert answer.status == 200
-        await world.until(lambda: set(control.plane.index.rows) == {pinned.key.text, filled.key.text})
+        await world.until(lambda: set(control.state.index.rows) == {pinned.key.text, filled.key.text})
     assert not world.store.body_path(free.key).exists()
     assert not world.store.part_path(abandoned.id, 1).exists()
     assert not world.store.state_path(abandoned.id).exists()
@@ -88,11 +88,11 @@ async def test_nothing_is_evicted_while_the_index_is_incomplete(world):
     record = world.commit()
     world.settings = limited(world.settings, max_size=0)
     async with world.running() as control:
-        control.plane.index.complete = False
-        done = await control.plane.space.evict()
+        control.state.index.complete = False
+        done = await control.state.evictor.evict()
         assert done == []
-        control.plane.index.complete = True
-        await control.plane.space.evict()
+        control.state.index.complete = True
+        await control.state.evictor.evict()
     assert not world.store.body_path(record.key).exists()
 
 
@@ -100,7 +100,7 @@ async def test_a_part_that_went_on_meanwhile_is_not_removed(world):
     key = world.key("260101009")
     world.begin_part(key, b"a" * 9, 99)
     async with world.running() as control:
-        (part,) = (await control.plane.space.measure()).parts
+        (part,) = (await control.state.evictor.measure()).parts
         await asyncio.to_thread(world.begin_part, key, b"more" * 9, 99)
-        assert not await asyncio.to_thread(control.plane.space._remove_part, part)
+        assert not await asyncio.to_thread(control.state.evictor._remove_part, part)
     assert world.store.part_path(key.id, 1).exists()

@@ -6,11 +6,12 @@ import random
 import pytest
 
 from gup.content.key import Kind
-from gup.control.clients import WINDOWS, ClientsBook
-from gup.control.jobs import Jobs
-from gup.control.plane import Plane
-from gup.control.rows import Row
-from gup.control.watch import Watch
+from gup.control.alarm_collector import AlarmCollector
+from gup.control.api.status import status
+from gup.control.index import Row
+from gup.control.service import Jobs
+from gup.control.state import ControlState
+from gup.control.stats.clients import WINDOWS, ClientWindows
 
 ROWS, CLIENTS = 100_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
@@ -27,7 +28,7 @@ def row(number: int) -> Row:
 async def plane(world):
     """A plane that knows all of it, with a storm that stands."""
     world.now = 3_000_000.0
-    made = Plane(world.surroundings(world.sender), lambda: world.now)
+    made = ControlState(world.surroundings(world.sender), lambda: world.now)
     for number in range(ROWS):
         made.index.put(row(number))
     for number in range(CLIENTS):
@@ -37,8 +38,7 @@ async def plane(world):
         made.traffic.storms.count(stream, Kind.FULL, row(0).key, 1, world.now)
     yield made
     made.index._dirty.clear()
-    await made.history.close()
-    await made.reports.stop()
+    await made.database.stop()
     await made.index.close()
 
 
@@ -54,13 +54,13 @@ class Untouched(dict):
 async def test_what_is_done_each_second_goes_through_no_rows(plane):
     """A storm stands, and the metrics are read; it took 0.3 s of the loop."""
     plane.index.rows = Untouched(plane.index.rows)
-    watch = Watch(plane)
+    watch = AlarmCollector(plane)
     await watch.look()
     (storm,) = plane.traffic.standing_storms()
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
     await plane.figures()
-    await plane.status()
+    await status(plane)
 
 
 def counted(seen: dict[str, float], now: float) -> dict[str, int]:
@@ -69,7 +69,7 @@ def counted(seen: dict[str, float], now: float) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_clients_are_counted_as_if_all_were_looked_at(seed):
-    chance, book, seen, now = random.Random(seed), ClientsBook(), {}, 1e6
+    chance, book, seen, now = random.Random(seed), ClientWindows(), {}, 1e6
     for _ in range(600):
         now += chance.choice([0.0, 30.0, 1800.0, 3600.0, 40_000.0])
         names = [f"c{chance.randrange(80)}" for _ in range(chance.randrange(4))]
@@ -77,9 +77,9 @@ def test_clients_are_counted_as_if_all_were_looked_at(seed):
         seen |= dict.fromkeys(names, now)
         assert book.counts(now) == counted(seen, now)
         if chance.random() < 0.02:
-            rows, book = book.to_json(), ClientsBook()
+            rows, book = book.newest(1000)[::-1], ClientWindows()
             assert dict(rows) == seen
-            book.restore([list(row) for row in rows])
+            book.restore(rows)
     newest = [at for _, at in book.newest(1000)]
     assert newest == sorted(newest, reverse=True)
     assert dict(book.newest(1000)) == seen
@@ -87,7 +87,7 @@ def test_clients_are_counted_as_if_all_were_looked_at(seed):
 
 def test_a_crowd_leaves_its_window_in_steps_that_are_bounded():
     """All were there at one moment: an hour later they don't hold up the loop in one go."""
-    book = ClientsBook()
+    book = ClientWindows()
     book.see([str(number) for number in range(20_000)], 1000.0)
     shown = [book.counts(1000.0 + 3601.0)["1h"] for _ in range(11)]
     assert shown == [max(0, 20_000 - 2000 * (turn + 1)) for turn in range(11)]

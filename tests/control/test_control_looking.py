@@ -6,7 +6,8 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.fills import FillRates
+from gup.control.api.status import began_at, fill_of
+from gup.control.state import FillRates
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
@@ -57,10 +58,9 @@ def test_rates_are_those_of_the_last_seconds(world):
         return Part(world.key().id, generation, size_bytes, 0.0, True, state)
 
     def rate(size_bytes: int, **more: int) -> float | None:
-        rates.see([part(size_bytes, **more)])
-        return rates.row(part(size_bytes, **more), lambda stream: (stream[2], stream[1]), 60.0)[
-            "bytes_per_second"
-        ]
+        found = part(size_bytes, **more)
+        rates.see([found])
+        return rates.rate(found, 60.0 - began_at(found))
 
     assert rate(1000) == 100.0  # seen once: 1000 bytes in the ten seconds since it began
     clock[0] += 1
@@ -69,5 +69,5 @@ def test_rates_are_those_of_the_last_seconds(world):
     assert rate(6000) == 0.0  # it hangs
     clock[0] += 1
     assert rate(10, generation=60_000_000) is None  # begun anew at this moment
-    row = rates.row(part(10, 60_000_000), lambda stream: (stream[2], stream[1]), 60.0)
-    assert (row["remaining_seconds"], row["began_at"], row["kind"]) == (None, 60.0, "full")
+    fill = fill_of(part(10, 60_000_000), None, lambda stream: (stream[2], stream[1]))
+    assert (fill.remaining_seconds, fill.began_at, fill.kind) == (None, 60.0, "full")

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
-from gup.control.page import words
-from gup.control.page.held import MAX_REVISIONS, MAX_STREAMS, holdings
+from gup.control.index import make_row
+from gup.control.page import render
 from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
-from gup.control.page.view import Kept
-from gup.control.rows import make_row
+from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
 
 SPACE = "\N{NO-BREAK SPACE}"
 
@@ -34,7 +33,7 @@ SPACE = "\N{NO-BREAK SPACE}"
     ],
 )
 def test_sizes(count, shown):
-    assert words.size(count) == shown.replace(" ", SPACE)
+    assert render.size(count) == shown.replace(" ", SPACE)
 
 
 @pytest.mark.parametrize(
@@ -49,20 +48,20 @@ def test_sizes(count, shown):
     ],
 )
 def test_shares_are_never_rounded_to_all_or_nothing(part, shown):
-    assert words.percent(part) == shown.replace(" ", SPACE)
+    assert render.percent(part) == shown.replace(" ", SPACE)
 
 
 @given(st.floats(-1e18, 1e18))
 def test_every_size_has_at_most_three_digits_before_its_point(count):
-    number = words.size(count).split(SPACE)[0]
-    assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "PB" in words.size(count)
+    number = render.size(count).split(SPACE)[0]
+    assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "PB" in render.size(count)
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(-3, "0 s"), (59.9, "60 s"), (60, "1 min"), (7200, "2 h"), (1e6, "11 d")]
 )
 def test_spans_of_time(seconds, shown):
-    assert words.span(seconds) == shown.replace(" ", SPACE)
+    assert render.span(seconds) == shown.replace(" ", SPACE)
 
 
 def row(stream, revision, file, *, hits=0, length=100, at=5.0):

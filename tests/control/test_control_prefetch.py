@@ -8,9 +8,8 @@ import pytest
 from gup.config import Settings
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
-from gup.control.prefetch import LANES, Prefetcher
-from gup.control.rows import Stream
-from gup.control.wishes import Outcome
+from gup.control.index import Stream
+from gup.control.prefetch import LANES, Outcome, Prefetcher
 from gup.errors import Problem
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -75,14 +74,14 @@ class Site:
         self.settings = settings(**sections)
 
     def outcomes(self) -> dict[str, Outcome]:
-        return {wish.key.file: wish.outcome for wish in self.prefetcher.wishes}
+        return {wish.key.file: wish.outcome for wish in self.prefetcher.queue}
 
     async def settle(self) -> dict[str, Outcome]:
         """Run both lanes until nothing is due."""
         lanes = [asyncio.create_task(self.prefetcher.run(lane)) for lane in range(len(LANES))]
         kinds = LANES[0] | LANES[1]
         async with asyncio.timeout(5):
-            while self.busy or self.prefetcher.wishes.due(kinds, self.now) is not None:  # noqa: ASYNC110
+            while self.busy or self.prefetcher.queue.due(kinds, self.now) is not None:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             await asyncio.sleep(0)
         for lane in lanes:
@@ -205,7 +204,7 @@ async def test_failures_that_may_pass_are_tried_again_later(site):
         site.now += 3600
     assert tries == 3
     assert site.outcomes()[key.file] is Outcome.FAILED
-    [wish] = site.prefetcher.wishes
+    [wish] = site.prefetcher.queue
     assert (wish.detail, wish.ended_at) == ("nobody there", site.now)
 
 

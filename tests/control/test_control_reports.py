@@ -4,7 +4,9 @@ import asyncio
 import csv
 import io
 import re
+import shutil
 import sqlite3
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -12,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.catalog import Label
-from gup.control.reports.database import Database
-from gup.control.reports.ledger import METRICS
-from gup.control.reports.pieces import Pieces, merged
+from gup.control.stats.clients import ReceivedParts, joined
+from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
+from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -266,8 +268,8 @@ async def test_old_days_are_added_up(site, browser):
         async with site.running() as control:
             site.counters.add("gup_client_sent_bytes_total", 10 + number, source="cache")
             total += 10 + number
-            await control.plane.reports.tick()
-            await control.plane.reports.prune()
+            await control.state.reports.write_savings()
+            await control.state.reports.prune()
             found = await get(browser, site, "/savings?days=100")
         site.now += DAY
     assert found["days"][-1]["day"] is None
@@ -286,7 +288,7 @@ async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
         update={"reports": site.settings.reports.model_copy(update={"addresses": "hashed"})}
     )
     async with site.running() as control:
-        await control.plane.reports.flush()
+        await control.state.reports.write_clients()
         tell(site, ["10.0.0.1", key("260801002"), "", "", 1])  # of a worker that has not heard of it yet
         tell(site, ["h-0123456789abcdef", key("260801001"), "", "", 1])
         found = await asked(browser, site, "/clients", clients=2)
@@ -302,7 +304,7 @@ async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
         update={"reports": site.settings.reports.model_copy(update={"addresses": "off"})}
     )
     async with site.running():
-        site.tell(type="clients", addresses=["h-0123456789abcdef"])
+        site.tell(type="used", at=site.now, clients=["h-0123456789abcdef"])
         found = await get(browser, site, "/clients")
         for _ in range(1000):
             if found["seen"]["1h"]:
@@ -321,37 +323,39 @@ async def test_who_was_not_seen_for_long_is_forgotten(site, browser):
         tell(site, *([f"10.0.1.{n}", key("260801001"), "", "", 1] for n in range(5)))
         await asked(browser, site, "/clients", clients=6)
         site.now += 89.5 * DAY
-        await control.plane.reports.prune()
+        await control.state.reports.prune()
         assert (await get(browser, site, "/clients"))["known"] == 5
-        control.plane.settings = site.settings.model_copy(
+        control.state.settings = site.settings.model_copy(
             update={"reports": site.settings.reports.model_copy(update={"max_clients": 3})}
         )
-        await control.plane.reports.prune()
+        await control.state.reports.prune()
         assert (await get(browser, site, "/clients"))["known"] == 3
 
 
-@pytest.mark.parametrize("damage", ["garbage", "tables", "version"])
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "tables", "version"])
 async def test_damaged_files_are_moved_aside(site, browser, damage, caplog):
     async with site.running():
         tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
         site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
         await asked(browser, site, "/clients", clients=1)
     folder = site.store.root / "reports"
-    for name in ("clients.db", "savings.db"):
-        harm(folder / name, damage)
+    harm(folder / "stats.db", damage)
     async with site.running():
         tell(site, ["10.0.0.2", key("260801001"), "", "", 1])
         found = await asked(browser, site, "/clients", clients=1)
         savings = await get(browser, site, "/savings")
     assert found["clients"][0]["address"] == "10.0.0.2"
     assert savings["since_install"]["sent_bytes"] == 900
-    assert {"clients.db.damaged", "savings.db.damaged"} <= {path.name for path in folder.iterdir()}
-    assert "clients.db is begun anew" in caplog.text
+    assert (folder / "stats.db.damaged").exists()
+    assert "stats.db is begun anew" in caplog.text
 
 
 def harm(path, how):
     if how == "garbage":
         path.write_bytes(b"not a database at all" * 500)
+        return
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
         return
     with sqlite3.connect(path) as db:
         if how == "version":
@@ -368,8 +372,8 @@ async def test_a_disk_that_refuses_loses_nothing(site, browser):
     async with site.running() as control:
         tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
         site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
-        while "reports" not in control.plane.refusals.rows:
-            await control.plane.reports.flush()
+        while "reports" not in control.state.refusals.rows:
+            await control.state.reports.write_clients()
             await asyncio.sleep(0.01)
         async with browser.get(site.url + "/api/v1/report/content") as answer:
             assert answer.status == 503
@@ -378,7 +382,7 @@ async def test_a_disk_that_refuses_loses_nothing(site, browser):
         folder.unlink()
         found = await asked(browser, site, "/report/content", clients=1)
         assert found["content"][0]["revisions"][0]["took"] == 1
-        assert "reports" not in control.plane.refusals.rows
+        assert "reports" not in control.state.refusals.rows
 
 
 async def test_what_clients_state_is_no_formula_in_a_table(site, browser):
@@ -405,7 +409,7 @@ async def test_malformed_news_is_passed_over(site, browser):
             tell(site, wrong)
         tell(site, good)
         await asked(browser, site, "/clients", clients=1)
-        assert control.plane.malformed_events == 5
+        assert control.state.malformed_events == 5
 
 
 async def test_counters_that_begin_anew_begin_anew_savings(site, browser):
@@ -423,22 +427,68 @@ async def test_counters_that_begin_anew_begin_anew_savings(site, browser):
     site.counters.add("gup_client_sent_bytes_total", -600, source="cache")
     async with site.running():
         assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 300
-    assert (site.store.root / "reports" / "savings.db.before").exists()
+    with closing(sqlite3.connect(site.store.root / "reports" / "stats.db")) as db:
+        assert db.execute("SELECT sum(value) FROM old_days").fetchone() == (900,)
 
 
 # --- the files and pure parts
 
 
-def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path):
-    database = Database(tmp_path / "full.db", "CREATE TABLE t(x BLOB)", 1)
-    with database.outside() as db:
-        db.execute("PRAGMA max_page_count=20")
-    with pytest.raises(OSError, match="full"), database.transaction() as db:
-        db.execute("INSERT INTO t VALUES(zeroblob(1000000))")
-    with database.transaction() as db:
-        assert db.execute("SELECT count(*) FROM t").fetchone() == (0,)
+def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("gup.control.stats.database._MAX_PAGES", 60)
+    database = StatsDatabase(tmp_path)
+    with pytest.raises(OSError, match="full"):
+        database.transact(lambda db: db.execute("INSERT INTO points VALUES(1, 1, 1, zeroblob(1000000))"))
+    count = database.transact(lambda db: db.execute("SELECT count(*) FROM points").fetchone())
     database.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["full.db"]
+    assert count == (0,)
+    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["stats.db"]
+
+
+def earlier_edition(root):
+    """Files as the edition before wrote them: one a kind, with the same tables as now."""
+    database = StatsDatabase(root)
+    database.transact(
+        lambda db: [
+            db.execute("INSERT INTO clients VALUES(7, '10.0.0.1', 1, 2, '14.3', 'fr')"),
+            db.execute("INSERT INTO days VALUES('2026-08-01', 'gup_x', 5)"),
+            db.execute("INSERT INTO reached VALUES(1, '{}')"),
+        ]
+    )
+    database.close()
+    for name, tables in _EARLIER_EDITION:
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(database.path, root / name)
+        with closing(sqlite3.connect(root / name)) as db:
+            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                if table not in tables:
+                    db.execute(f"DROP TABLE {table}")
+    database.path.unlink()
+
+
+def taken_over(root):
+    database = StatsDatabase(root)
+    found = [
+        database.transact(lambda db, table=table: db.execute(f"SELECT * FROM {table}").fetchall())
+        for table in ("clients", "days", "reached")
+    ]
+    database.close()
+    return found
+
+
+def test_files_of_the_edition_before_are_taken_over(tmp_path):
+    earlier_edition(tmp_path)
+    found = [[(7, "10.0.0.1", 1.0, 2.0, "14.3", "fr")], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
+    assert taken_over(tmp_path) == found
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["stats.db"]
+    assert taken_over(tmp_path) == found
+
+
+def test_a_damaged_file_of_the_edition_before_does_not_keep_the_others_from_being_taken_over(tmp_path):
+    earlier_edition(tmp_path)
+    (tmp_path / "reports" / "clients.db").write_bytes(b"not a database at all" * 500)
+    assert taken_over(tmp_path) == [[], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
+    assert (tmp_path / "reports" / "clients.db.damaged").exists()
 
 
 spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span[0], span[0] + span[1]))
@@ -446,13 +496,13 @@ spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span
 
 @given(st.lists(spans, max_size=12))
 def test_merged_parts_are_the_same_bytes(parts):
-    found = merged(parts)
+    found = joined(parts)
     assert {at for part in parts for at in range(*part)} == {at for part in found for at in range(*part)}
     assert all(one[1] < other[0] for one, other in pairwise(found))
 
 
 def test_pieces_are_forgotten_when_there_are_too_many():
-    pieces = Pieces(most=2)
+    pieces = ReceivedParts(most=2)
     assert not pieces.add("a", "key", 0, 5, 10)
     for client in "bc":
         assert not pieces.add(client, "key", 0, 5, 10)

@@ -7,8 +7,15 @@ import pytest
 from gup.content.deltas import Folder, named
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of
-from gup.control.revisions import MAX_REVISIONS, Revisions
-from gup.control.wishes import MAX_PENDING, MAX_WISHES, Outcome, Wish, Wishes
+from gup.control.prefetch import (
+    MAX_PENDING,
+    MAX_QUEUED,
+    MAX_REVISIONS,
+    Outcome,
+    PrefetchQueue,
+    QueuedFetch,
+    Revisions,
+)
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 STREAM = ("any", "any", MONIKER)
@@ -130,13 +137,13 @@ def test_it_is_kept_over_a_restart_and_what_was_learned_since_stays():
 # --- the list
 
 
-def wish(number: int = 1, *, by="traffic", kind=Kind.DELTA, new="260110001") -> Wish:
+def wish(number: int = 1, *, by="traffic", kind=Kind.DELTA, new="260110001") -> QueuedFetch:
     key = delta(f"2601{number:05}", new)
-    return Wish(key=key, path=path_of(key), kind=kind, by=by, asked_at=float(number))
+    return QueuedFetch(key=key, path=path_of(key), kind=kind, by=by, asked_at=float(number))
 
 
 def test_an_operator_goes_first_then_who_came_first():
-    wishes = Wishes()
+    wishes = PrefetchQueue()
     for one in (wish(1), wish(2), wish(3, by="operator"), wish(4, kind=Kind.FULL, by="operator")):
         assert wishes.add(one)
     deltas = frozenset({Kind.DELTA})
@@ -150,7 +157,7 @@ def test_an_operator_goes_first_then_who_came_first():
 
 
 def test_what_is_to_be_tried_again_waits_for_its_time():
-    wishes = Wishes()
+    wishes = PrefetchQueue()
     one = wish()
     wishes.add(one)
     one.due_at = 5.0
@@ -159,7 +166,7 @@ def test_what_is_to_be_tried_again_waits_for_its_time():
 
 
 def test_a_newer_revision_takes_the_place_of_an_older_one():
-    wishes = Wishes()
+    wishes = PrefetchQueue()
     old, ordered, new, fetching = wish(1), wish(2, by="operator"), wish(3, new="260111001"), wish(4)
     for one in (old, ordered, new, fetching):
         wishes.add(one)
@@ -184,7 +191,7 @@ def test_moves_that_make_no_sense_are_our_mistake():
 
 
 def test_the_list_is_bounded_and_forgets_what_has_ended():
-    wishes = Wishes()
+    wishes = PrefetchQueue()
     for number in range(MAX_PENDING):
         assert wishes.add(wish(number))
     assert not wishes.add(wish(MAX_PENDING))
@@ -193,12 +200,12 @@ def test_the_list_is_bounded_and_forgets_what_has_ended():
         wishes.move(one, Outcome.ABSENT, 2.0)
     for number in range(MAX_PENDING, MAX_PENDING + 500):
         assert wishes.add(wish(number))
-    assert len(wishes) == MAX_WISHES
+    assert len(wishes) == MAX_QUEUED
     assert wishes.pending == 500
 
 
 def test_the_list_is_kept_and_what_was_being_fetched_is_tried_again():
-    wishes, after = Wishes(), Wishes()
+    wishes, after = PrefetchQueue(), PrefetchQueue()
     done, fetching, queued = wish(1), wish(2), wish(3, by="operator")
     for one in (done, fetching, queued):
         wishes.add(one)

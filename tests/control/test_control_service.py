@@ -8,7 +8,7 @@ from harness.control import get, limited
 from prometheus_client.parser import text_string_to_metric_families
 
 from gup.cache.state import Phase
-from gup.control.jobs import Jobs
+from gup.control.service import Jobs
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
@@ -29,7 +29,7 @@ async def test_health_and_readiness(world, browser):
 
 async def test_not_ready_before_the_index_is_open(world, browser):
     async with world.running() as control:
-        control.plane.index.opened = False
+        control.state.index.opened = False
         status, told = await get(browser, world, "/readyz")
         assert (status, told["reasons"]) == (503, ["the index is being opened"])
 
@@ -99,7 +99,7 @@ async def test_files_of_the_page_are_kept_while_their_url_is_the_same(world, bro
 
 async def test_history_is_what_the_counters_gained(world, browser):
     async with world.running() as control:
-        await world.until(lambda: control.plane.history.history.begun)
+        await world.until(lambda: control.state.history.history.begun)
         world.counters.add("gup_client_sent_bytes_total", 500, source="cache")
         world.counters.add("gup_requests_total", 2, result="hit", code="200")
         _, told = await get(browser, world, "/api/v1/history?span=week")
@@ -116,7 +116,7 @@ async def test_history_is_what_the_counters_gained(world, browser):
         assert status == 400
         assert "hour" in wrong["detail"]
     async with world.running() as control:  # and is there after a restart
-        await world.until(lambda: control.plane.history.history.begun)
+        await world.until(lambda: control.state.history.history.begun)
         _, told = await get(browser, world, "/api/v1/history?span=week")
         assert [point["client_sent_bytes"] for point in told["points"]] == [500, 7]
 
@@ -186,10 +186,10 @@ async def test_recovery_runs_and_a_failing_job_hurts_nobody(world, browser, capl
 async def test_eviction_goes_on_after_a_mistake(world, caplog):
     old = world.commit(body=b"o" * 600)
     async with world.running() as control:
-        real, control.plane.space.measure = control.plane.space.measure, lambda: 1 / 0
-        control.plane.space.look_soon()
+        real, control.state.evictor.measure = control.state.evictor.measure, lambda: 1 / 0
+        control.state.evictor.look_soon()
         await world.until(lambda: "ZeroDivisionError" in caplog.text)
-        control.plane.space.measure = real
+        control.state.evictor.measure = real
         await control.apply(limited(world.settings, max_size=0))
         await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
     assert not world.store.body_path(old.key).exists()

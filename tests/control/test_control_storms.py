@@ -3,8 +3,7 @@
 import logging
 
 from gup.content.key import Kind
-from gup.control.storms import CALM_SECONDS, FULLS, MAX_ADDRESSES, WINDOW_SECONDS, Storms
-from gup.control.streams import Demand, Unmet
+from gup.control.traffic import CALM_SECONDS, FULLS, MAX_ADDRESSES, WINDOW_SECONDS, Demand, Storms, Unmet
 
 STREAM = ("any", "any", "{A}")
 FULL, OTHER_FULL = "any/any/{A}/260101002/full.zip", "any/any/{A}/260101001/full.zip"

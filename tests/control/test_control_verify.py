@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from gup.cache.checksum import CHUNK_BYTES
-from gup.control.scrub import Pass
+from gup.control.integrity_jobs import Pass
 from gup.errors import Problem
 
 BODY = bytes(range(256)) * (CHUNK_BYTES * 3 // 256) + b"the end"
@@ -54,13 +54,13 @@ async def test_a_pass_finds_damage_and_has_it_mended(world):
     records = [world.commit(world.key(f"26010100{n}"), BODY) for n in range(4)]
     harm(world, records[2])
     async with world.running() as control:
-        scrub = control.plane.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
+        scrub = control.state.scrubber
+        await world.until(lambda: scrub.progress().ended_at is not None)
         progress = scrub.progress()
-        assert (progress["checked"], progress["damaged"], progress["mended"]) == (4, 1, 1)
-        assert progress["checked_bytes"] == 3 * len(BODY) + 2 * CHUNK_BYTES
-        assert progress["next_at"] == world.now + 7 * 86400
-        assert not progress["running"]
+        assert (progress.checked, progress.damaged, progress.mended) == (4, 1, 1)
+        assert progress.checked_bytes == 3 * len(BODY) + 2 * CHUNK_BYTES
+        assert progress.next_at == world.now + 7 * 86400
+        assert not progress.running
     assert world.mends == [(records[2].key.text, True)]
     assert counted(world) == 1
     assert world.store.body_path(records[2].key).read_bytes() == BODY
@@ -70,15 +70,15 @@ async def test_a_body_that_is_gone_is_mended_and_one_that_was_purged_is_not(worl
     scrubbing(world, scrub_rate=1 << 40)
     lost, kept = world.commit(world.key("260101001"), BODY), world.commit(world.key("260101002"), BODY)
     async with world.running() as control:
-        scrub = control.plane.scrubber
-        await world.until(lambda: scrub.progress()["ended_at"] is not None)
+        scrub = control.state.scrubber
+        await world.until(lambda: scrub.progress().ended_at is not None)
         world.store.body_path(lost.key).unlink()
         world.store.remove(kept.key)
         world.problem = Problem("upstream-unreachable", "nobody there")
         world.now += 8 * 86400
-        await world.until(lambda: scrub.progress()["damaged"] == 1)
-        await world.until(lambda: scrub.progress()["checked"] == 2)
-        assert scrub.progress()["mended"] == 0
+        await world.until(lambda: scrub.progress().damaged == 1)
+        await world.until(lambda: scrub.progress().checked == 2)
+        assert scrub.progress().mended == 0
     assert world.mends == [(lost.key.text, True)]
 
 
@@ -88,15 +88,15 @@ async def test_a_restart_goes_on_where_it_was(world):
     for n in range(20):
         world.commit(world.key(f"2601010{n:02}"), BODY)
     async with world.running() as control:
-        await world.until(lambda: control.plane.scrubber.progress()["checked"] >= 2)
+        await world.until(lambda: control.state.scrubber.progress().checked >= 2)
     async with world.running() as control:
-        first = control.plane.scrubber.progress()
-        assert first["running"]
-        assert 2 <= first["checked"] < 20
+        first = control.state.scrubber.progress()
+        assert first.running
+        assert 2 <= first.checked < 20
         scrubbing(world, scrub_rate=1 << 40)
         await control.apply(world.settings)
-        await world.until(lambda: control.plane.scrubber.progress()["ended_at"] is not None)
-        assert control.plane.scrubber.progress()["checked"] == 20
+        await world.until(lambda: control.state.scrubber.progress().ended_at is not None)
+        assert control.state.scrubber.progress().checked == 20
 
 
 async def test_the_rate_is_kept_and_zero_turns_it_off(world):
@@ -104,13 +104,13 @@ async def test_the_rate_is_kept_and_zero_turns_it_off(world):
     record = world.commit(world.key(), BODY)
     harm(world, record)
     async with world.running() as control:
-        scrub = control.plane.scrubber
-        assert scrub.progress()["rate_bytes_per_second"] is None
+        scrub = control.state.scrubber
+        assert scrub.progress().rate_bytes_per_second is None
         assert not scrub._due()
         scrubbing(world, scrub_rate=CHUNK_BYTES)
         await control.apply(world.settings)
         assert scrub._due()
-        await world.until(lambda: scrub.progress()["running"])
+        await world.until(lambda: scrub.progress().running)
         began = scrub._paid_until = time.monotonic()
         await scrub._pay(CHUNK_BYTES // 2)
         await scrub._pay(CHUNK_BYTES // 8)
@@ -170,7 +170,7 @@ async def test_every_kind_of_damage_is_told_and_mended(world, browser, repair):
 
 
 async def test_what_somebody_works_on_is_left_out(world, browser, monkeypatch):
-    monkeypatch.setattr("gup.control.verify._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("gup.control.integrity_jobs._PATIENCE_SECONDS", 0.1)
     scrubbing(world, scrub_rate=0)
     record = world.commit(world.key(), BODY)
     harm(world, record)
@@ -188,14 +188,14 @@ async def test_what_somebody_has_just_worked_on_is_come_back_to(world):
     harm(world, record)
     assert world.worker_claims.try_claim(record.key.claim_offset)
     async with world.running() as control:
-        verification = control.plane.verification
+        verification = control.state.verification
         assert verification.start(repair=True)
-        await world.until(lambda: verification.progress()["total"] == 1)
+        await world.until(lambda: verification.progress().total == 1)
         await asyncio.sleep(0.1)  # long enough for a first look; the result is the same without
         world.worker_claims.release(record.key.claim_offset)
-        await world.until(lambda: not verification.progress()["running"])
+        await world.until(lambda: not verification.progress().running)
         progress = verification.progress()
-    told = {name: progress[name] for name in ("checked", "busy", "damaged", "mended")}
+    told = {name: getattr(progress, name) for name in ("checked", "busy", "damaged", "mended")}
     assert told == {"checked": 1, "busy": 0, "damaged": 1, "mended": 1}
 
 
@@ -215,7 +215,7 @@ async def test_only_one_verification_at_a_time(world, browser):
     for n in range(5):
         world.commit(world.key(f"26010100{n}"), BODY)
     async with world.running() as control:
-        assert control.plane.verification.start(repair=False)
+        assert control.state.verification.start(repair=False)
         async with browser.post(f"{world.url}/api/v1/verify") as answer:
             assert answer.status == 409
 
@@ -231,7 +231,7 @@ async def test_reconciling_mends_a_body_that_is_not_as_recorded(world):
     os.utime(path, (1, 1))
     world.whole[record.key.text] = BODY
     async with world.running() as control:
-        await world.until(lambda: record.key.text in control.plane.index.rows)
+        await world.until(lambda: record.key.text in control.state.index.rows)
     assert world.mends == [(record.key.text, False)]
     assert path.read_bytes() == BODY
 

@@ -20,10 +20,9 @@ from harness.crashing import Crash, install
 from gup.cache.recovery import Recovery
 from gup.config import Cache
 from gup.content.key import ContentKey, Variant
-from gup.control.claiming import change
+from gup.control.eviction import Evictor
 from gup.control.index import Index
-from gup.control.reconcile import reconcile
-from gup.control.space import Space
+from gup.control.reconcile import change, reconcile
 from gup.errors import Problem
 
 FULL = path_of("full.dax")
@@ -73,14 +72,14 @@ async def unmended(_key: ContentKey, _counted: bool) -> Problem | None:
     return Problem("no-upstream", "none is there")
 
 
-async def space_of(worker: Worker, max_size: int) -> tuple[Space, Index]:
+async def space_of(worker: Worker, max_size: int) -> tuple[Evictor, Index]:
     """The controller's eviction over what is in the store."""
     means = worker.means
     index = Index(means.store.index, lambda: None)
     await reconcile(index, means.store, means.claims, means.counters, unmended, time.time())
     limits = Cache(directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0)
     return (
-        Space(
+        Evictor(
             means.store,
             means.claims,
             means.counters,

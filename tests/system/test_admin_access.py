@@ -112,7 +112,7 @@ def test_beyond_loopback_everything_needs_a_token_and_tokens_and_certificate_are
         assert (refused.returncode, "listen.admin_token_file: " in refused.stderr) == (1, True), refused
         gup.wait_log("settings not reloaded: listen.admin_token_file: ")
         assert ask("POST", "/api/v1/evict", "another-token-of-this-test")[0] == 200
-        gup.wait_log("a wrong token from 127.0.0.1")
+        gup.wait_log("unknown token from 127.0.0.1")
         assert change not in gup.log
 
 

@@ -232,7 +232,7 @@ def test_a_log_is_rotated_sampled_and_tells_of_clients_that_leave(upstream, tmp_
         assert gup.stop() == 0
         for path in (kept, log):
             assert "127.0.0.1" not in {line.get("client") for line in lines(path, "gup.access")}
-        files = list((tmp_path / "cache" / "reports").glob("clients.db*"))
+        files = list((tmp_path / "cache" / "reports").glob("stats.db*"))
         assert files
         assert not any(b"127.0.0.1" in path.read_bytes() for path in files)
 

@@ -1,1 +1,1 @@
-"""The control plane's requests, a module a resource with its `routes`. They ask the plane; no policy."""
+"""The API of the control plane: what an endpoint is, the models of responses, the endpoints by subject."""

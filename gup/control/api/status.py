@@ -1,67 +1,312 @@
-"""The state of the service as JSON: everything at a glance, and parts of it alone. Changes nothing."""
+"""The state of the service: at a glance, in parts, for monitors; the settings and what the rules decide."""
 
-from typing import Any
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
+from pydantic import Field
 
+import gup
+from gup.cache.store import Part
 from gup.config import Settings
 from gup.config.loading import SECRET_KEYS, mask_password
-from gup.control.api.answers import PLANE, answer
-from gup.control.api.described import Answer, describe
-from gup.control.api.shapes import Fill, Status, Upstream
+from gup.content.catalog import normal_moniker
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import explain
+from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
+from gup.control.api.schemas import (
+    Alarms,
+    Cache,
+    Catalog,
+    Ceiling,
+    ClientCounts,
+    Disk,
+    Explanation,
+    Fill,
+    Fills,
+    Limit,
+    Limits,
+    Reload,
+    SeenClients,
+    Status,
+    Totals,
+    TotalsBySpan,
+    Upstream,
+    Upstreams,
+    Worker,
+)
+from gup.control.exposition import expose, parse_series
+from gup.control.index import Stream, stream_of
+from gup.control.state import ControlState, numbers
+from gup.metrics import CODES_OF_RESULT
 
 
-class Fills(Answer):
-    """What is being fetched, and how many requests wait for it."""
+class Question(Request):
+    """Which stream, and what a client states."""
 
-    fills: list[Fill]
-    waiters: int
-
-
-class Upstreams(Answer):
-    """All upstreams."""
-
-    upstreams: list[Upstream]
+    moniker: Text = Field(description="The stream: a GUID, with braces or without.")
+    client_version: str | None = Field(None, description="What the client states, such as 14.3 RU2.")
+    client_language: str | None = Field(None, description="What the client states, such as French or fr.")
+    upstream: Text | None = Field(None, description="Only at the upstream of this name.")
 
 
-@describe(Status)
-async def status(request: web.Request) -> web.Response:
+async def status(state: ControlState) -> Status:
     """Everything at a glance."""
-    return answer(await request.app[PLANE].status())
+    disk = await state.evictor.measure()
+    process, totals = state.dependencies, state.dependencies.totals()
+    return Status(
+        site=state.settings.site.name,
+        version=gup.__version__,
+        started_at=process.started_at,
+        installed_at=process.installed_at,
+        uptime_seconds=max(0.0, state.clock() - process.started_at),
+        ready=not state.not_ready(),
+        totals=TotalsBySpan(since_start=totals_of(process.since_start()), since_install=totals_of(totals)),
+        cache=Cache(
+            entries=len(state.index.rows),
+            entries_bytes=disk.entries_bytes,
+            parts=sum(1 for part in disk.parts if part.generation),
+            parts_bytes=disk.parts_bytes,
+            size_bytes=disk.size_bytes,
+            limit_bytes=state.settings.cache.max_size,
+            free_bytes=disk.free_bytes,
+            complete=state.index.complete,
+        ),
+        disk=Disk(refusals=list(state.refusals.rows.values())),
+        fills=_fills(state, disk.parts),
+        fill_waiters=totals.get("gup_fill_waiters", 0),
+        clients=ClientCounts(
+            connections=totals.get("gup_client_connections", 0),
+            seen=SeenClients.model_validate(state.clients.counts(state.clock())),
+        ),
+        workers=[Worker.model_validate(worker) for worker in process.workers()],
+        upstreams=_upstreams(state),
+        wan_rate_bytes_per_second=process.wan_rate() or None,
+        limits=limits_of(
+            state.settings,
+            totals,
+            size_bytes=disk.size_bytes,
+            wan_rate=process.wan_rate(),
+            wan_used=state.history.wan.bytes_per_second(),
+        ),
+        scrub=state.scrubber.progress(),
+        reload=Reload(successful=process.config_ok()),
+        alarms=state.alarms.standing(),
+        failures=list(state.failures),
+        malformed_events=state.malformed_events,
+    )
 
 
-@describe(Fills)
-async def fills(request: web.Request) -> web.Response:
+async def fills(state: ControlState) -> Fills:
     """What is being fetched now."""
-    return answer(await request.app[PLANE].fills())
+    disk = await state.evictor.measure()
+    waiters = state.dependencies.totals().get("gup_fill_waiters", 0)
+    return Fills(fills=_fills(state, disk.parts), waiters=waiters)
 
 
-@describe(Upstreams)
-async def upstreams(request: web.Request) -> web.Response:
+async def upstreams(state: ControlState) -> Upstreams:
     """Upstreams and their health."""
-    return answer({"upstreams": request.app[PLANE].upstreams()})
+    return Upstreams(upstreams=_upstreams(state))
 
 
-@describe(Settings)
-async def config(request: web.Request) -> web.Response:
+async def alarms(state: ControlState) -> Alarms:
+    """What an operator should look at now."""
+    return Alarms(alarms=state.alarms.standing())
+
+
+async def config(state: ControlState) -> Settings:
     """The settings in force; secrets are masked."""
-    return answer(masked(request.app[PLANE].settings))
+    masked = [
+        upstream.model_copy(
+            update={key: dict.fromkeys(getattr(upstream, key), "***") for key in SECRET_KEYS}
+            | {"proxy": upstream.proxy and mask_password(upstream.proxy)}
+        )
+        for upstream in state.settings.upstream
+    ]
+    return state.settings.model_copy(update={"upstream": masked})
 
 
-def masked(settings: Settings) -> dict[str, Any]:
-    """All settings as they are named in the file, without what is secret in them."""
-    fields = settings.model_dump(mode="json", by_alias=True)
-    for upstream in fields["upstream"]:
-        for key in SECRET_KEYS & set(upstream):
-            upstream[key] = dict.fromkeys(upstream[key], "***")
-        if upstream["proxy"]:
-            upstream["proxy"] = mask_password(upstream["proxy"])
-    return fields
+async def explanation(state: ControlState, query: Question) -> Explanation:
+    """What the delivery rules decide, and why."""
+    moniker = normal_moniker(query.moniker)
+    if moniker is None:
+        raise web.HTTPBadRequest(text=f"moniker: {query.moniker!r} is no GUID, with braces or without")
+    names = [upstream.name for upstream in state.settings.upstream]
+    if query.upstream is not None and query.upstream not in names:
+        raise web.HTTPBadRequest(text=f"upstream: {query.upstream!r} is none of {', '.join(names)}")
+
+    def decide() -> Explanation:
+        """In a thread: the tables of languages are read from a file when they are first used."""
+        settings, book = state.settings, Rulebook(state.settings)
+        client = book.identities.stated(query.client_version, query.client_language)
+        chosen = [upstream for upstream in settings.upstream if query.upstream in (None, upstream.name)]
+        sources = _catalogue_sources(state)
+        told = explain(book, state.dependencies.catalogue_rows(), chosen, sources, moniker, client)
+        return Explanation.model_validate(told)
+
+    return await asyncio.to_thread(decide)
 
 
-routes = [
-    web.get("/api/v1/status", status),
-    web.get("/api/v1/fills", fills),
-    web.get("/api/v1/upstreams", upstreams),
-    web.get("/api/v1/config", config),
-]
+def _catalogue_sources(state: ControlState) -> dict[str, str]:
+    """Where each upstream's catalogue comes from, as for the command."""
+    kinds = {upstream.name: upstream.kind for upstream in state.settings.upstream}
+    sources = {name: "LiveUpdate has no catalogue" for name, kind in kinds.items() if kind == "liveupdate"}
+    for name, kept in state.dependencies.catalogues().items():
+        read, source = kept["streams"] is not None, str(kept["source"])
+        sources[name] = source if read else f"{source} can't be read ({kept['problem']})"
+    return sources
+
+
+async def healthz() -> web.Response:
+    """The process lives and its loop turns."""
+    return web.Response(text="ok\n")
+
+
+async def readyz(state: ControlState) -> web.Response:
+    """Content can be served; 503 says why not."""
+    reasons = state.not_ready()
+    return problem(503, "; ".join(reasons), reasons=reasons) if reasons else web.Response(text="ready\n")
+
+
+async def metrics(state: ControlState, request: web.Request) -> web.Response:
+    """The exposition, as text or OpenMetrics."""
+    figures = await state.figures()
+    body, content_type = expose(figures, request.headers.get("Accept", ""))
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/healthz", healthz, media=(TEXT,)),
+    Endpoint("GET", "/readyz", readyz, media=(TEXT,)),
+    Endpoint("GET", "/metrics", metrics, media=(TEXT, "application/openmetrics-text")),
+    Endpoint("GET", "/api/v1/status", status),
+    Endpoint("GET", "/api/v1/fills", fills),
+    Endpoint("GET", "/api/v1/upstreams", upstreams),
+    Endpoint("GET", "/api/v1/alarms", alarms),
+    Endpoint("GET", "/api/v1/config", config),
+    Endpoint("GET", "/api/v1/rules/explain", explanation),
+)
+
+
+# --- the parts of the status
+
+_FROM_STORE = ("hit", "revalidated", "stale")
+_SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
+
+
+def totals_of(words: Mapping[str, int]) -> Totals:
+    """What was sent, received and saved, and requests by result, from series and their values.
+
+    Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
+    The hit ratio counts requests for content that were answered from the store; None before the first one.
+    """
+    sums: Counter[str] = Counter()
+    results: Counter[str] = Counter()
+    for name, value in words.items():
+        if value:
+            base, labels = parse_series(name)
+            sums[base] += value
+            if base == "gup_requests_total":
+                results[labels["result"]] += value
+    served = sum(results[result] for result in _SERVED)
+    sent, received = sums["gup_client_sent_bytes_total"], sums["gup_upstream_received_bytes_total"]
+    return Totals(
+        client_sent_bytes=sent,
+        upstream_received_bytes=received,
+        saved_bytes=sent - received,
+        requests={result: results[result] for result in CODES_OF_RESULT},
+        requests_total=sum(results.values()),
+        hit_ratio=sum(results[result] for result in _FROM_STORE) / served if served else None,
+        fills=sums["gup_fills_total"],
+        evictions=sums["gup_evictions_total"],
+        evicted_bytes=sums["gup_evicted_bytes_total"],
+        integrity_failures=sums["gup_integrity_failures_total"],
+    )
+
+
+def _fills(state: ControlState, parts: Iterable[Part]) -> list[Fill]:
+    """The parts that some process fetches at this moment."""
+    in_progress = [part for part in parts if part.claimed and part.generation > 0]
+    state.fill_rates.see(in_progress)
+    return [
+        fill_of(part, state.fill_rates.rate(part, state.clock() - began_at(part)), state.label)
+        for part in in_progress
+    ]
+
+
+def began_at(part: Part) -> float:
+    """A generation is the time at which its fill began, in microseconds."""
+    return part.generation / 1e6
+
+
+def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str, str]]) -> Fill:
+    """A fill in progress; `label` gives a stream's product and language."""
+    fill, head = part.state, part.state.head if part.state else None
+    product, language = label(stream_of(fill.key)) if fill else (None, None)
+    left = head.length - part.size_bytes if head is not None and head.length is not None else None
+    return Fill(
+        key=fill.key.text if fill else None,
+        id=part.id,
+        phase=fill.phase if fill else None,
+        received_bytes=part.size_bytes,
+        length_bytes=head.length if head else None,
+        upstream=head.upstream if head else None,
+        product=product,
+        language=language,
+        kind=fill.kind if fill else None,
+        began_at=began_at(part),
+        bytes_per_second=rate,
+        remaining_seconds=left / rate if left is not None and rate else None,
+    )
+
+
+def _upstreams(state: ControlState) -> list[Upstream]:
+    process, rows = state.dependencies, []
+    up, states, catalogues = process.upstreams_up(), process.upstream_states(), process.catalogues()
+    for upstream in state.settings.upstream:
+        health, since = states.get(upstream.name, ("unknown", None))
+        at, detail = state.upstream_errors.get(upstream.name, (None, None))
+        catalogue = catalogues.get(upstream.name)
+        rows.append(
+            Upstream(
+                name=upstream.name,
+                url=upstream.url,
+                kind=upstream.kind,
+                priority=upstream.priority,
+                weight=upstream.weight,
+                version=upstream.version,
+                language=upstream.language,
+                up=up.get(upstream.name, True),
+                state=health,
+                since=since or process.started_at,
+                last_error=detail,
+                last_error_at=at,
+                catalogue=None if catalogue is None else Catalog.model_validate(catalogue),
+            )
+        )
+    return rows
+
+
+def limits_of(
+    settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
+) -> Limits:
+    """Limit (None: unlimited) and use of each; rates are bytes per second.
+
+    What is in use of a limit on each client or each connection is no one number, and so left out.
+    """
+    most = numbers(settings)
+
+    def limit(name: str, word: str) -> Limit:
+        return Limit(limit=most.get(name), used=totals.get(word, 0))
+
+    return Limits(
+        downloads=limit("downloads", "gup_client_downloads_in_progress"),
+        queue=limit("queue", "gup_client_downloads_queued"),
+        connections=limit("connections", "gup_client_connections"),
+        connections_per_address=Ceiling(limit=most.get("connections_per_address")),
+        client_rate_bytes_per_second=Ceiling(limit=settings.clients.rate or None),
+        wan_rate_bytes_per_second=Limit(limit=wan_rate or None, used=wan_used),
+        cache_size_bytes=Limit(limit=settings.cache.max_size, used=size_bytes),
+        fills=limit("fills", "gup_fills_in_progress"),
+    )

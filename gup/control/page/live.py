@@ -1,6 +1,7 @@
-"""Fresh fragments for everybody who looks: one view a second, shared by all. Never more than MAX_LISTENERS.
+"""The page over HTTP, its files, and fresh fragments for everybody who looks.
 
-Nobody is waited for: who reads slowly gets the newest of each fragment, not all of them one after another.
+One view a second is shared by all listeners, MAX_LISTENERS at most. A listener that reads slowly gets the
+newest of each fragment, not all of them one after another.
 """
 
 import asyncio
@@ -11,13 +12,111 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from aiohttp import web
+
+from gup.control.api.endpoint import STATE, Endpoint
+from gup.control.page.render import CONTENT_SECURITY_POLICY, QUICK, SLOW, SLOW_SECONDS, Assets, Renderer
+from gup.control.page.view import Viewer, figures
+
 _log = logging.getLogger("gup.control.page")
 MAX_LISTENERS = 32
 _SECONDS = 1.0
 _REST_FACTOR = 10
-"""After a look so many times what it took of the loop passes."""
+"""After a look, this many times its time on the loop passes before the next."""
 _QUIET_SECONDS = 15.0
-"""So long nothing changes before a comment tells that the connection stands."""
+"""When nothing changes for so long, a comment tells that the connection stands."""
+_WRITE_SECONDS = 30.0
+_RETRY_SECONDS = "10"
+
+
+class Page:
+    """What the handlers share; made when the application starts, ended with it."""
+
+    def __init__(self, viewer: Viewer, assets: Assets, renderer: Renderer) -> None:
+        self.viewer = viewer
+        self.assets = assets
+        self.renderer = renderer
+        self.broadcast = Broadcast(self._look)
+        self._slow_due = 0.0
+
+    async def _look(self) -> tuple[dict[str, Any], dict[str, str]]:
+        view = await self.viewer.view()
+        names: tuple[str, ...] = QUICK
+        if time.monotonic() >= self._slow_due:
+            self._slow_due = time.monotonic() + SLOW_SECONDS
+            names += SLOW
+        return figures(view), self.renderer.fragments(view, names)
+
+
+PAGE: web.AppKey[Page] = web.AppKey("page", Page)
+
+
+def set_up(app: web.Application) -> None:
+    """Give `app` the page. Listeners are ended before the server waits for handlers."""
+    app.add_routes([web.get("/", page), web.get("/assets/{name}", asset)])
+    app.on_startup.append(_begin)
+    app.on_shutdown.append(_end)
+
+
+async def _begin(app: web.Application) -> None:
+    assets, renderer = await asyncio.to_thread(lambda: (Assets(), Renderer()))
+    app[PAGE] = Page(Viewer(app[STATE]), assets, renderer)
+    if assets.missing:
+        missing = ", ".join(assets.missing)
+        _log.warning("the page draws no charts: %s not installed; install gup again", missing)
+
+
+async def _end(app: web.Application) -> None:
+    await app[PAGE].broadcast.stop()
+
+
+async def page(request: web.Request) -> web.Response:
+    """The page for people."""
+    parts = request.app[PAGE]
+    return web.Response(
+        text=parts.renderer.page(await parts.viewer.view(), parts.assets),
+        content_type="text/html",
+        charset="utf-8",
+        headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY},
+    )
+
+
+async def asset(request: web.Request) -> web.Response:
+    """One of the page's files; its URL changes with its bytes, so it may be kept."""
+    found = request.app[PAGE].assets.files.get(request.match_info["name"])
+    if found is None:
+        raise web.HTTPNotFound(text="The page has no such file")
+    current = request.query_string == found.tag
+    headers = {
+        "ETag": f'"{found.tag}"',
+        "Cache-Control": "max-age=31536000, immutable" if current else "no-cache",
+    }
+    return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=headers)
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """Server-sent events: `hello`, then `figures` each second and each `fragment` that changes."""
+    parts = request.app[PAGE]
+    async with parts.broadcast.listening() as listener:
+        if listener is None:
+            told = f"{MAX_LISTENERS} listen already; the page itself can be loaded again"
+            raise web.HTTPServiceUnavailable(text=told, headers={"Retry-After": _RETRY_SECONDS})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        hello = f'retry: 2000\nevent: hello\ndata: {{"edition":"{parts.assets.edition}"}}\n\n'
+        message: bytes | None = hello.encode()
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the client is gone, or takes nothing
+            while message is not None:
+                async with asyncio.timeout(_WRITE_SECONDS):
+                    await response.write(message)
+                message = await listener.message()
+        return response
+
+
+ENDPOINTS = (Endpoint("GET", "/api/v1/events", events, media=("text/event-stream",)),)
+
+
+# --- who looks
 
 
 class Listener:
@@ -46,7 +145,8 @@ class Listener:
             return b":\n\n"
         self.awake.clear()
         events, self.pending = self.pending, {}
-        return None if self.ended else _lines(events)
+        lines = (f"event: {name.split()[0]}\ndata: {text}\n\n" for name, text in events.items())
+        return None if self.ended else "".join(lines).encode()
 
 
 Look = Callable[[], Awaitable[tuple[dict[str, Any], dict[str, str]]]]
@@ -113,13 +213,9 @@ class Broadcast:
     def _events(self, fragments: Mapping[str, str]) -> dict[str, str]:
         """Their data by name; a fragment's name has its id behind `fragment`."""
         events = {"figures": self._figures} if self._figures else {}
-        for name, html in fragments.items():
-            events[f"fragment {name}"] = _text({"id": name, "html": html})
-        return events
-
-
-def _lines(events: Mapping[str, str]) -> bytes:
-    return "".join(f"event: {name.split()[0]}\ndata: {data}\n\n" for name, data in events.items()).encode()
+        return events | {
+            f"fragment {name}": _text({"id": name, "html": html}) for name, html in fragments.items()
+        }
 
 
 def _text(fields: Mapping[str, Any]) -> str:

@@ -1,34 +1,45 @@
-"""Turns a view into HTML by the templates beside this module. Knows no plane; every value is escaped."""
+"""Turns a view into HTML by the templates beside this module; every value is escaped."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
-from gup.control.page import words
+from gup.units import bytes_in_words
 
 QUICK = ("head", "alarms", "saved", "now", "fills", "upstreams")
 SLOW = ("hour", "day", "days", "held", "clients", "service")
 """The parts of the page that change, each by its template; the element with this id holds it."""
 SLOW_SECONDS = 5.0
-"""So long the slow ones stand: they are large."""
+"""How long the slow parts stand: they are large."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """What the page may do: use its own files, and ask its own server."""
-
-
-_FOLDER = Path(__file__).parent / "templates"
+_FOLDER = Path(__file__).parent
+_TEMPLATES = {"hour": "chart", "day": "chart"}
+_FILES = {
+    "page.css": ("static", "text/css"),
+    "page.js": ("static", "text/javascript"),
+    "icon.svg": ("static", "image/svg+xml"),
+    "uPlot.iife.min.js": ("vendor", "text/javascript"),
+    "uPlot.min.css": ("vendor", "text/css"),
+}
+"""Those under `vendor` come with the installation (hatch_build.py)."""
 
 
 class Renderer:
     """The templates, read and compiled once: by the constructor, which blocks."""
 
     def __init__(self) -> None:
-        texts = {path.name: path.read_text(encoding="utf-8") for path in _FOLDER.glob("*.html")}
-        self._templates = Environment(
+        folder = _FOLDER / "templates"
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.html")}
+        self._environment = Environment(
             loader=DictLoader(texts),
             autoescape=True,
             undefined=StrictUndefined,
@@ -36,28 +47,93 @@ class Renderer:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self._templates.filters |= {
-            "size": words.size,
-            "rate": words.rate,
-            "span": words.span,
-            "number": words.number,
-            "percent": words.percent,
-            "iso": words.iso,
-            "clock": words.clock,
+        self._environment.filters |= {
+            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
         }
-        for name in texts:
-            self._templates.get_template(name)
+        self._templates = {name: self._environment.get_template(name) for name in texts}
 
     def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
         """Parts that change, by name."""
-        return {name: self._render(f"{name}.html", view) for name in names}
+        macros = self._templates["macros"].make_module(dict(view))
+        return {
+            name: self._templates[_TEMPLATES.get(name, name)].render(view, m=macros, part=name)
+            for name in names
+        }
 
-    def page(self, view: Mapping[str, Any], *, assets: Mapping[str, str], edition: str) -> str:
-        """The whole document. `assets` are the URLs of its files by name; `edition` tells one set of files
-        from another.
-        """
-        parts = self.fragments(view)
-        return self._render("page.html", {**view, "parts": parts, "assets": assets, "edition": edition})
+    def page(self, view: Mapping[str, Any], assets: "Assets") -> str:
+        """The whole document."""
+        macros = self._templates["macros"].make_module(dict(view))
+        return self._templates["page"].render(view, m=macros, parts=self.fragments(view), assets=assets)
 
-    def _render(self, template: str, view: Mapping[str, Any]) -> str:
-        return self._templates.get_template(template).render(view)
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file that the page uses; `tag` changes with its bytes."""
+
+    body: bytes
+    content_type: str
+    tag: str
+
+
+class Assets:
+    """All files that are there. Without the chart library the page shows its tables only."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Asset] = {}
+        for name, (folder, content_type) in _FILES.items():
+            path = _FOLDER / folder / name
+            if folder == "static" or path.is_file():
+                body = path.read_bytes()
+                self.files[name] = Asset(body, content_type, _digest(body))
+        self.missing = [name for name in _FILES if name not in self.files]
+        self.urls = {name: f"/assets/{name}?{asset.tag}" for name, asset in self.files.items()}
+        self.edition = _digest("".join(asset.tag for asset in self.files.values()).encode())
+        """Changes with any of the files."""
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+# --- figures as people read them
+
+
+def size(count: float) -> str:
+    """Bytes in steps of a thousand: `1.5 GB`."""
+    return bytes_in_words(count).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
+
+
+def rate(bytes_per_second: float) -> str:
+    """`1.5 MB/s`."""
+    return f"{size(bytes_per_second)}/s"
+
+
+def span(seconds: float) -> str:
+    """A span of time in its largest unit: `3 h`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}\N{NO-BREAK SPACE}{unit}"
+    return f"{max(seconds, 0):.0f}\N{NO-BREAK SPACE}s"
+
+
+def number(count: float) -> str:
+    """`12,345`."""
+    return f"{count:,.0f}"
+
+
+def percent(part: float) -> str:
+    """A share of one as `93 %`; next to all and next to nothing keep a decimal."""
+    hundredth = 100 * part
+    decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
+    shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
+    return f"{shown:.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def iso(at: float) -> str:
+    """A moment for `<time datetime>`."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def clock(at: float, zone: tzinfo | None, form: str = "%Y-%m-%d %H:%M") -> str:
+    """A moment on the site's clocks."""
+    return datetime.fromtimestamp(at, zone).strftime(form)

@@ -1,37 +1,42 @@
-"""What the page shows of the plane at one moment, as plain values for the templates. Renders nothing."""
+"""What the page shows of the control state at one moment, as plain values for the templates."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from datetime import tzinfo
+from dataclasses import dataclass
+from heapq import nlargest
 from typing import Any, Generic, TypeVar
+from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
-from gup.control.api.reports import ledger
-from gup.control.history.figures import RECEIVED, SENT
-from gup.control.history.record import HOUR, MINUTE, Point, added
-from gup.control.page.held import Holdings, holdings
-from gup.control.page.words import clock
-from gup.control.plane import Plane
-from gup.control.reports.savings import within
-from gup.control.rows import Stream
+from gup.content.key import ABSENT, Kind
+from gup.control.api import statistics
+from gup.control.api.schemas import Savings
+from gup.control.api.status import status
+from gup.control.index import Row, Stream
+from gup.control.page.render import clock
+from gup.control.state import ControlState
+from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point, added
+from gup.control.stats.savings import within
 
 _T = TypeVar("_T")
 
 _HELD_SECONDS = 5.0
-"""So long a view of all rows stands at least: with 1e5 of them it takes some 0.3 s of a thread."""
+"""How long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
 _REST_FACTOR = 10
 _CHARTS_SECONDS = 5.0
 _LEDGER_SECONDS = 2.0
 _CLIENTS_SECONDS = 10.0
 _DAYS = 30
 _FAILURES_SHOWN = 10
-_CHARTS = {"hour": 5 * MINUTE, "day": HOUR}
-"""Spans that are drawn, and the length of the rows of the tables behind the charts."""
+_CHARTS = {"hour": (5 * MINUTE, "%H:%M"), "day": (HOUR, "%a %H:%M")}
+"""Spans that are drawn: the length of the rows in the tables behind the charts, the form of their times."""
+MAX_STREAMS = 40
+MAX_REVISIONS = 10
 
 
 class Kept(Generic[_T]):
-    """What `find` found, for so many seconds, more if it is dear; who asks meanwhile waits for the same."""
+    """What `find` found, for some seconds, longer if it took long; who asks meanwhile waits for the same."""
 
     def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
         self._seconds = seconds
@@ -50,105 +55,102 @@ class Kept(Generic[_T]):
 
 
 class Viewer:
-    """Looks at the plane, and keeps for some seconds what is dear to find out."""
+    """Looks at the control state, and keeps for some seconds what takes long to find out."""
 
-    def __init__(self, plane: Plane) -> None:
-        self._plane = plane
+    def __init__(self, state: ControlState) -> None:
+        self._state = state
         self._held = Kept(_HELD_SECONDS, self._holdings)
         self._charts = Kept(_CHARTS_SECONDS, self._drawn)
-        self._ledger = Kept(_LEDGER_SECONDS, lambda: ledger(plane, _DAYS))
-        self._content = Kept(_CLIENTS_SECONDS, plane.reports.content)
-        self._restarts = Kept(_CLIENTS_SECONDS, plane.reports.restarts)
+        self._ledger = Kept(
+            _LEDGER_SECONDS, lambda: statistics.saved(state, statistics.Ledger.model_validate({}))
+        )
+        self._content = Kept(_CLIENTS_SECONDS, state.reports.content)
+        self._restarts = Kept(_CLIENTS_SECONDS, state.reports.restarts)
 
     async def view(self) -> dict[str, Any]:
         """All that is shown, by the names that the templates use."""
-        plane = self._plane
-        await plane.meter()
-        status = await plane.status()
-        now, zone = plane.clock(), _zone(plane)
+        state = self._state
+        await state.meter()
+        now, name = state.clock(), state.settings.site.time_zone
+        zone = ZoneInfo(name) if name else None  # the machine's own
+        shown = await status(state)
         return {
             "now": now,
             "zone": zone,
-            "status": status,
-            "not_ready": plane.not_ready(),
+            "status": shown,
+            "not_ready": state.not_ready(),
             "saved": _within_a_month(await self._ledger.value(), clock(now, zone, "%Y-%m-%d")),
             "rates": {
-                "clients": plane.history.clients.bytes_per_second(),
-                "wan": plane.history.wan.bytes_per_second(),
-                "wan_limit": status["wan_rate_bytes_per_second"],
+                "clients": state.history.clients.bytes_per_second(),
+                "wan": state.history.wan.bytes_per_second(),
+                "wan_limit": shown.wan_rate_bytes_per_second,
             },
             "charts": await self._charts.value(),
             "held": await self._held.value(),
             "taken": await self._content.value(),
             "restarts": await self._restarts.value(),
-            "failures": status["failures"][:_FAILURES_SHOWN],
+            "failures": shown.failures[:_FAILURES_SHOWN],
         }
 
     async def _drawn(self) -> dict[str, Any]:
-        history, now = self._plane.history.history, self._plane.clock()
-        return {span: _chart(history.series(span, now), step) for span, step in _CHARTS.items()}
+        history, now = self._state.history.history, self._state.clock()
+        return {span: _chart(list(history.series(span, now)), *form) for span, form in _CHARTS.items()}
 
-    async def _holdings(self) -> Holdings:
-        rows = list(self._plane.index.rows.values())
+    async def _holdings(self) -> "Holdings":
+        rows = list(self._state.index.rows.values())
         return await asyncio.to_thread(holdings, rows, self._label)
 
     def _label(self, stream: Stream) -> tuple[str, str, str]:
         """Product, version and language: the catalogue's words where it has any, else those of the key."""
-        product, language = self._plane.label(stream)
-        label = self._plane.around.label_of(stream, "")
+        product, language = self._state.label(stream)
+        label = self._state.dependencies.label_of(stream, "")
         version = label.version if label and stream[0] == "any" else stream[0]
         return product, version, "all languages" if language == "SymAllLanguages" else language
 
 
 def figures(view: Mapping[str, Any]) -> dict[str, Any]:
     """The few figures of a view that scripts take live, as `/api/v1/events` sends them."""
-    status, saved = view["status"], view["saved"]
+    status, saved, rates = view["status"], view["saved"], view["rates"]
     return {
         "at": view["now"],
-        "ready": status["ready"],
-        "client_bytes_per_second": view["rates"]["clients"],
-        "wan_bytes_per_second": view["rates"]["wan"],
-        "wan_limit_bytes_per_second": view["rates"]["wan_limit"],
-        "client_connections": status["clients"]["connections"],
-        "fills": len(status["fills"]),
-        "fill_waiters": status["fill_waiters"],
-        "cache_size_bytes": status["cache"]["size_bytes"],
-        "saved_today_bytes": saved["today"]["saved_bytes"],
-        "saved_last_30_days_bytes": saved["last_30_days"]["saved_bytes"],
-        "saved_since_install_bytes": saved["since_install"]["saved_bytes"],
+        "ready": status.ready,
+        "client_bytes_per_second": rates["clients"],
+        "wan_bytes_per_second": rates["wan"],
+        "wan_limit_bytes_per_second": rates["wan_limit"],
+        "client_connections": status.clients.connections,
+        "fills": len(status.fills),
+        "fill_waiters": status.fill_waiters,
+        "cache_size_bytes": status.cache.size_bytes,
+        "saved_today_bytes": saved.today.saved_bytes,
+        "saved_last_30_days_bytes": saved.last_30_days.saved_bytes,
+        "saved_since_install_bytes": saved.since_install.saved_bytes,
     }
 
 
-def _zone(plane: Plane) -> tzinfo | None:
-    """The site's; None is the machine's own."""
-    name = plane.settings.site.time_zone
-    return ZoneInfo(name) if name else None
-
-
-def _within_a_month(saved: dict[str, Any], today: str) -> dict[str, Any]:
+def _within_a_month(saved: Savings, today: str) -> Savings:
     """The savings with the days of the last thirty only, those on which anything was counted."""
-    days = [day for day in saved["days"] if day["day"] is not None and within(day["day"], today, _DAYS)]
-    return saved | {"days": days}
+    days = [day for day in saved.days if day.day is not None and within(day.day, today, _DAYS)]
+    return saved.model_copy(update={"days": days})
 
 
-def _chart(points: Iterable[Point], step: int) -> dict[str, Any]:
+# --- charts
+
+
+def _chart(points: list[Point], step: int, form: str) -> dict[str, Any]:
     """What a chart tells in words: its sums, its highest rates, and a row for each `step` seconds."""
-    points = list(points)
     buckets: dict[int, list[Point]] = {}
     for point in points:
         buckets.setdefault(point.at // step * step, []).append(point)
-    total = added(points)
     return {
-        "sent_bytes": total[SENT],
-        "received_bytes": total[RECEIVED],
+        **_row(points),
         "client_peak": max((point.client_peak for point in points), default=0),
         "wan_peak": max((point.wan_peak for point in points), default=0),
         "rows": [{"at": at, **_row(bucket)} for at, bucket in sorted(buckets.items(), reverse=True)],
+        "form": form,
     }
 
 
-def _row(points: Iterable[Point]) -> dict[str, Any]:
-    points = list(points)
+def _row(points: list[Point]) -> dict[str, Any]:
     total, seconds = added(points), max(1.0, sum(point.covered_seconds for point in points))
     return {
         "sent_bytes": total[SENT],
@@ -156,3 +158,95 @@ def _row(points: Iterable[Point]) -> dict[str, Any]:
         "client_rate": total[SENT] / seconds,
         "wan_rate": total[RECEIVED] / seconds,
     }
+
+
+# --- what is held
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """The bodies of one revision together; `wholes` are those that are no deltas. Times are Unix seconds."""
+
+    name: str
+    wholes: int
+    deltas: int
+    size_bytes: int
+    hits: int
+    stored_at: float
+    used_at: float
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One stream: the newest of its revisions, how many more there are, and figures of all of them."""
+
+    product: str
+    version: str
+    language: str
+    revisions: tuple[Revision, ...]
+    more: int
+    entries: int
+    size_bytes: int
+    hits: int
+    sent_bytes: int
+
+    @property
+    def stored_at(self) -> float:
+        """When the newest revision's last body came."""
+        return self.revisions[0].stored_at
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """The largest streams, and how many were left out."""
+
+    streams: tuple[Held, ...]
+    more: int
+
+
+def holdings(rows: Iterable[Row], label: Callable[[Stream], tuple[str, str, str]]) -> Holdings:
+    """The view of all rows; `label` gives a stream's product, version and language."""
+    streams: dict[Stream, list[Row]] = {}
+    for row in rows:
+        streams.setdefault(row.stream_id, []).append(row)
+    largest = nlargest(MAX_STREAMS, streams.items(), key=lambda item: _size(item[1]))
+    held = [_held(*label(stream), rows_of) for stream, rows_of in largest]
+    held.sort(key=lambda one: (one.product.casefold(), one.version, one.language))
+    return Holdings(tuple(held), len(streams) - len(held))
+
+
+def _size(rows: Iterable[Row]) -> int:
+    return sum(row.length_bytes for row in rows)
+
+
+def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
+    by_revision: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row.revision if row.revision != ABSENT else unquote(row.file)
+        by_revision.setdefault(row.content_revision or name, []).append(row)
+    newest = sorted(by_revision, reverse=True)
+    return Held(
+        product,
+        version,
+        language,
+        tuple(_revision(name, by_revision[name]) for name in newest[:MAX_REVISIONS]),
+        max(0, len(newest) - MAX_REVISIONS),
+        len(rows),
+        _size(rows),
+        sum(row.hits for row in rows),
+        sum(row.sent_bytes for row in rows),
+    )
+
+
+def _revision(name: str, rows: list[Row]) -> Revision:
+    return Revision(
+        name,
+        sum(row.kind is not Kind.DELTA for row in rows),
+        sum(row.kind is Kind.DELTA for row in rows),
+        _size(rows),
+        sum(row.hits for row in rows),
+        max(row.stored_at for row in rows),
+        max(row.used_at for row in rows),
+        any(row.pinned for row in rows),
+    )

@@ -1,0 +1,265 @@
+"""Endpoints: functions that take a checked request model and return a response model, as aiohttp routes.
+
+Routes and the OpenAPI document are made from the same rows, so that the document can't say other than what
+holds.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from inspect import signature
+from typing import Annotated, Any
+
+from aiohttp import web
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import models_json_schema
+
+import gup
+from gup.config.loading import complaints
+from gup.control.api.schemas import Problem, Response
+from gup.control.state import ControlState
+from gup.control.stats.tables import Line, csv_text
+
+STATE: web.AppKey[ControlState] = web.AppKey("state", ControlState)
+JSON, CSV, TEXT = "application/json", "text/csv", "text/plain"
+
+
+class Request(BaseModel):
+    """What a request states: parts of its path, parameters, members of its body. By itself: nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _digits(value: object) -> object:
+    """Without signs, spaces and underscores, which pydantic would take."""
+    if isinstance(value, str) and not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise ValueError("must be a whole number")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_digits)]
+Days = Annotated[int, Field(ge=1, le=3660), BeforeValidator(_digits)]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One request and the function that answers it.
+
+    The function gets what the types of its parameters name: the ControlState, the web.Request, a Request
+    model. The model's fields come from the path and the query, or from a JSON body (`takes`). It returns a
+    model, which is sent as JSON, or as lines of `csv` where the request states so; or a response of another
+    of the types in `media`. Its docstring is the summary. `problems` are statuses besides those of every
+    request.
+    """
+
+    method: str
+    path: str
+    function: Callable[..., Awaitable[BaseModel | web.StreamResponse]]
+    status: int = 200
+    problems: tuple[int, ...] = ()
+    media: tuple[str, ...] = (JSON,)
+    takes: str = ""
+    csv: Callable[[Mapping[str, Any]], Iterable[Line]] | None = None
+
+    @property
+    def parameters(self) -> dict[str, type]:
+        return {name: one.annotation for name, one in signature(self.function).parameters.items()}
+
+    @property
+    def request_model(self) -> type[Request]:
+        return next((kind for kind in self.parameters.values() if issubclass(kind, Request)), Request)
+
+    @property
+    def returns(self) -> type[BaseModel | web.StreamResponse]:
+        kind: type[BaseModel | web.StreamResponse] = signature(self.function).return_annotation
+        return kind
+
+    def route(self) -> web.RouteDef:
+        """For aiohttp, which lets parts of a path have braces, as monikers do, only if told so."""
+        path = re.sub(r"{(\w+)}", r"{\1:[^/]+}", self.path)
+        head = {"allow_head": self.returns is not web.StreamResponse} if self.method == "GET" else {}
+        return web.RouteDef(self.method, path, self._handler(), head)
+
+    def _handler(self) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        kinds, model = self.parameters, self.request_model
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            checked = await self._checked(request, model)
+            values = {ControlState: request.app[STATE], web.Request: request, model: checked}
+            answer = await self.function(**{name: values[kind] for name, kind in kinds.items()})
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            if self.csv is not None and getattr(checked, "format", "") == "csv":
+                text = csv_text(self.csv(answer.model_dump(by_alias=True)))
+                return web.Response(text=text, content_type=CSV, charset="utf-8")
+            text = answer.model_dump_json(by_alias=True, exclude_unset=isinstance(answer, Response))
+            return web.json_response(text=text, status=self.status)
+
+        return handle
+
+    async def _checked(self, request: web.Request, model: type[Request]) -> Request:
+        """What the request states; 400 where that is not allowed, with what would be right."""
+        in_path, given, what = dict(request.match_info), {}, "parameter"
+        for name, value in request.query.items():
+            if name in given or name in in_path:
+                raise web.HTTPBadRequest(text=f"the parameter {name} stands twice")
+            given[name] = value
+        takes_any = model.model_fields.keys() > in_path.keys()
+        if self.takes == JSON:
+            takes_any = not given
+            given, what = (given, what) if given else (await _members(request), "member")
+        if given and not takes_any:
+            names = ", ".join(map(repr, given))
+            raise web.HTTPBadRequest(text=f"this request takes no {what}, and {names} was given")
+        try:
+            return model.model_validate(given | in_path)
+        except ValidationError as error:
+            text = "; ".join(complaints(error, model, lambda _: ""))
+            raise web.HTTPBadRequest(text=text.replace("unknown key", f"unknown {what}")) from error
+
+
+async def _members(request: web.Request) -> dict[str, Any]:
+    if request.content_type != JSON:
+        raise web.HTTPUnsupportedMediaType(text=f"the body must be {JSON}")
+    try:
+        values = await request.json()
+    except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
+        raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise web.HTTPBadRequest(text="the body must be a JSON object")
+    return values
+
+
+def problem(status: int, detail: str, **more: object) -> web.Response:
+    """A problem document (RFC 9457); its type is the status code's meaning."""
+    fields = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return web.json_response(fields | more, status=status, content_type="application/problem+json")
+
+
+# --- the OpenAPI document
+
+_REF = "#/components/schemas/"
+_ALWAYS = (400, 401, 403, 503)
+"""Problems of every request: parameters that it does not take, no token, a wrong token or a foreign page,
+something broken.
+"""
+_TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "From listen.admin_token_file, or from listen.admin_read_token_file to read only; on the "
+    "service's own machine also from run/admin-token in its cache directory.",
+}
+
+
+class Document(Response):
+    """An OpenAPI document."""
+
+    openapi: str
+    info: dict[str, Any]
+    servers: list[dict[str, Any]]
+    paths: dict[str, Any]
+    components: dict[str, Any]
+
+
+ENDPOINTS: web.AppKey[Sequence[Endpoint]] = web.AppKey("endpoints", Sequence)
+
+
+async def openapi(request: web.Request) -> Document:
+    """The description of the API."""
+    return await asyncio.to_thread(document, request.app[ENDPOINTS])
+
+
+def document(endpoints: Sequence[Endpoint]) -> Document:
+    """The description of the endpoints (OpenAPI 3.1)."""
+    schemas = _Schemas(endpoints)
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
+    return Document(
+        openapi="3.1.0",
+        info={
+            "title": "gup: the control plane",
+            "version": gup.__version__,
+            "description": "Sizes are bytes, times Unix seconds, durations seconds.",
+        },
+        servers=[{"url": "/"}],
+        paths=paths,
+        components={"schemas": schemas.shown, "securitySchemes": {"token": _TOKEN}},
+    )
+
+
+class _Schemas:
+    """The schemas of all models. `shown` are those of responses and JSON bodies, by name."""
+
+    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
+        shown: dict[type[BaseModel], None] = {Problem: None}
+        stated: dict[type[BaseModel], None] = {}
+        for endpoint in endpoints:
+            if issubclass(endpoint.returns, BaseModel):
+                shown[endpoint.returns] = None
+            (shown if endpoint.takes == JSON else stated)[endpoint.request_model] = None
+        refs, found = models_json_schema(
+            [(model, "serialization") for model in (*shown, *stated)], ref_template=_REF + "{model}"
+        )
+        self._names = {model: str(ref["$ref"]).removeprefix(_REF) for (model, _), ref in refs.items()}
+        self.shown: dict[str, Any] = _plain(found["$defs"])
+        self._stated = {model: self.shown[self._names[model]] for model in stated}
+        for model in stated.keys() - shown.keys():
+            del self.shown[self._names[model]]
+
+    def ref(self, model: type[BaseModel]) -> dict[str, Any]:
+        return {"schema": {"$ref": _REF + self._names[model]}}
+
+    def parameters(self, endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+        schema = self._stated.get(endpoint.request_model, {})
+        for name, field in schema.get("properties", {}).items():
+            in_path = f"{{{name}}}" in endpoint.path
+            choices = [choice for choice in field.get("anyOf", [field]) if choice != {"type": "null"}]
+            yield {
+                "name": name,
+                "in": "path" if in_path else "query",
+                "required": in_path or name in schema.get("required", ()),
+                "schema": {word: value for word, value in choices[0].items() if word not in _WORDS},
+                "description": field.get("description", ""),
+            }
+
+
+_WORDS = ("description", "title")
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _plain(schema: Any) -> Any:
+    """The schema with bounds under the names that JSON Schema has for them."""
+    if isinstance(schema, dict):
+        return {_BOUNDS.get(word, word): _plain(value) for word, value in schema.items()}
+    return [_plain(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def _operation(endpoint: Endpoint, schemas: _Schemas) -> dict[str, Any]:
+    method, path = endpoint.method, endpoint.path
+    returns, text = endpoint.returns, {"schema": {"type": "string"}}
+    content = dict.fromkeys(endpoint.media, text) | ({CSV: text} if endpoint.csv else {})
+    if issubclass(returns, BaseModel):
+        content[JSON] = schemas.ref(returns)
+    refused = {"application/problem+json": schemas.ref(Problem)}
+    problems = {*_ALWAYS, *endpoint.problems, *([415] if endpoint.takes == JSON else [])}
+    contents = {endpoint.status: content} | dict.fromkeys(sorted(problems), refused)
+    described: dict[str, Any] = {
+        "summary": (endpoint.function.__doc__ or "").splitlines()[0].strip(),
+        "operationId": f"{method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path.lower()).strip('_')}",
+        "tags": [path.removeprefix("/api/v1").split("/")[1]],
+        "parameters": list(schemas.parameters(endpoint)),
+        "security": [*([{}] if method == "GET" else []), {"token": []}],
+        "responses": {
+            str(status): {"description": HTTPStatus(status).phrase, "content": content}
+            for status, content in contents.items()
+        },
+    }
+    if endpoint.takes:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        body = schemas.ref(endpoint.request_model) if endpoint.takes == JSON else binary
+        described["requestBody"] = {"required": True, "content": {endpoint.takes: body}}
+    return described

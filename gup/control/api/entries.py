@@ -1,0 +1,217 @@
+"""What is stored: listed, shown, purged, pinned."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from heapq import nlargest, nsmallest
+from typing import Annotated, Literal
+
+from aiohttp import web
+from pydantic import Field, model_validator
+
+from gup.content.catalog import Label
+from gup.content.key import ContentKey, Kind, delta_step
+from gup.content.languages import parse_language
+from gup.control.api.endpoint import Count, Endpoint, Request, Text
+from gup.control.api.schemas import Entries, Entry, EntryCursor, EntryRecord, EntryWithRecord, Pinned, Purged
+from gup.control.index import ORDERS, Index, Place, Row, row_of
+from gup.control.state import ControlState
+
+_SAFE_NAME = r"^[^./\\\u0000-\u001f\u007f-\u009f\u2028\u2029][^/\\\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
+_Part = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 240, "pattern": _SAFE_NAME})]
+_Order = Literal[
+    "key", "-key", "used", "-used", "stored", "-stored", "length", "-length", "hits", "-hits"
+]  # fmt: skip
+
+Labels = Callable[[Row], Label]
+"""What the catalogue calls a row's stream; the moniker, and the type "", where it is not listed."""
+
+
+class Key(Request):
+    """The key in a request's path."""
+
+    version: _Part = Field(description="Version of the content, or any.")
+    language: _Part = Field(description="Language of the content, or any.")
+    stream: _Part = Field(description="The moniker.")
+    revision: _Part = Field(description="The revision's folder.")
+    file: _Part = Field(description="The file's name.")
+
+    @cached_property
+    def key(self) -> ContentKey:
+        return ContentKey(self.version, self.language, self.stream, self.revision, self.file)
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> "Key":
+        _ = self.key  # BadKeyError
+        return self
+
+
+class Filter(Request):
+    """Which entries. Text is compared without regard to capitals."""
+
+    product: Text | None = Field(None, description="Only of this product, as rows show it.")
+    version: Text | None = Field(None, description="Only of this version: the key's or the product's.")
+    language: Text | None = Field(
+        None, description="Only of this language, however it is written: the key's or the product's."
+    )
+    stream: Text | None = Field(None, description="Only of this moniker.")
+    revision: Text | None = Field(None, description="Only of this revision: the folder's or the content's.")
+    kind: Kind | None = Field(None, description="Only files of this kind.")
+
+
+class Listing(Filter):
+    """What to list."""
+
+    order: _Order = Field("key", description="What rows are in order of; a - turns it round.")
+    limit: Count = Field(100, description="Rows of a page, at most.")
+    cursor: EntryCursor | None = Field(
+        None, description="Of the page before, asked for with the same other parameters."
+    )
+
+
+async def listing(state: ControlState, query: Listing) -> Entries:
+    """A page of entries."""
+    return await page_of(state.index, query, labels_of(state))
+
+
+async def entry(state: ControlState, path: Key) -> EntryWithRecord:
+    """One entry, with what its record says."""
+    row = state.index.rows.get(path.key.text)
+    stored = await asyncio.to_thread(state.dependencies.store.stored, path.key)
+    record = stored.record if stored is not None else None
+    if row is None and stored is not None and record is not None:
+        row = row_of(stored)
+    if row is None:
+        raise _not_found(path.key)
+    return EntryWithRecord(
+        **shown(row, labels_of(state)(row)).model_dump(),
+        record=None if record is None else EntryRecord.model_validate(record.to_json()),
+    )
+
+
+async def purge(state: ControlState, path: Key) -> Purged:
+    """Remove an entry, pinned or not, and what lies unfinished of it; whoever reads it reads on."""
+    known = path.key.text in state.index.rows
+    freed = await state.evictor.purge(path.key)
+    if not freed and not known:
+        raise _not_found(path.key)
+    return Purged(key=path.key.text, freed_bytes=freed)
+
+
+async def pin(state: ControlState, path: Key) -> Pinned:
+    """Keep an entry whatever the limits say."""
+    return await _set_pinned(state, path.key, pinned=True)
+
+
+async def unpin(state: ControlState, path: Key) -> Pinned:
+    """Let the limits apply to an entry again."""
+    return await _set_pinned(state, path.key, pinned=False)
+
+
+async def _set_pinned(state: ControlState, key: ContentKey, *, pinned: bool) -> Pinned:
+    if not await state.set_pinned(key, pinned=pinned):
+        raise _not_found(key)
+    return Pinned(key=key.text, pinned=pinned)
+
+
+def _not_found(key: ContentKey) -> web.HTTPNotFound:
+    return web.HTTPNotFound(text=f"There is no entry {key.text}")
+
+
+_KEY = "/api/v1/content/{version}/{language}/{stream}/{revision}/{file}"
+ENDPOINTS = (
+    Endpoint("GET", "/api/v1/content", listing),
+    Endpoint("GET", _KEY, entry, problems=(404,)),
+    Endpoint("DELETE", _KEY, purge, problems=(404, 409)),
+    Endpoint("PUT", f"{_KEY}/pin", pin, problems=(404, 409)),
+    Endpoint("DELETE", f"{_KEY}/pin", unpin, problems=(404, 409)),
+)
+
+
+def labels_of(state: ControlState) -> Labels:
+    """What the catalogue calls the rows' streams at this moment."""
+
+    def label(row: Row) -> Label:
+        found = state.dependencies.label_of(row.stream_id, row.file)
+        return found if found is not None else Label(state.label(row.stream_id)[0], "", "", "")
+
+    return label
+
+
+async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
+    """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
+    order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
+    value, most = ORDERS[order], query.limit + 1
+
+    def place(row: Row) -> Place:
+        return value(row), row.key
+
+    def filtered(rows: list[Row]) -> tuple[int, list[Row]]:
+        found = matching(rows, query, label)
+        rest = found
+        if after is not None:
+            rest = [row for row in found if (place(row) < after if descending else place(row) > after)]
+        return len(found), (nlargest if descending else nsmallest)(most, rest, key=place)
+
+    if query.model_fields_set & Filter.model_fields.keys():
+        candidates = index.of_moniker(query.stream) if query.stream is not None else list(index.rows.values())
+        count, rows = await asyncio.to_thread(filtered, candidates)
+    else:
+        rows = await index.page(order, most, descending=descending, after=after)
+        count = len(index.rows)
+    shown_rows = rows[: query.limit]
+    return Entries(
+        entries=[shown(row, label(row)) for row in shown_rows],
+        matching=count,
+        cursor=place(shown_rows[-1]) if len(rows) > len(shown_rows) else None,
+        complete=index.complete,
+    )
+
+
+def matching(rows: Iterable[Row], query: Filter, label: Labels) -> list[Row]:
+    """All rows that the filter lets through."""
+    return [row for row in rows if _fits(row, query, label)]
+
+
+def _fits(row: Row, query: Filter, label: Labels) -> bool:
+    if query.kind is not None and row.kind is not query.kind:
+        return False
+    if query.stream is not None and not _same(query.stream, row.stream):
+        return False
+    if query.revision is not None and query.revision not in (row.revision, row.content_revision):
+        return False
+    if query.product is None and query.version is None and query.language is None:
+        return True
+    called = label(row)
+    return (
+        (query.product is None or _same(query.product, called.product))
+        and (query.version is None or _same(query.version, row.version, called.version))
+        and (query.language is None or _same_language(query.language, row.language, called.language))
+    )
+
+
+def _same(wanted: str, *found: str) -> bool:
+    return wanted.casefold() in map(str.casefold, found)
+
+
+def _same_language(wanted: str, *found: str) -> bool:
+    """Whether one of them is the language, which may be written in other ways: French, fr, fr-CA."""
+    if _same(wanted, *found):
+        return True
+    language = parse_language(wanted)
+    return language is not None and language in map(parse_language, found)
+
+
+def shown(row: Row, label: Label) -> Entry:
+    """A row of the index with the names that the catalogue has for it."""
+    step = delta_step(row.file) if row.kind is Kind.DELTA else None
+    return Entry(
+        **row.to_json(),
+        product=label.product,
+        product_version=label.version or None,
+        product_language=label.language or None,
+        type=label.type or None,
+        content_revision=row.content_revision,
+        from_revision=step.from_revision if step else None,
+        to_revision=step.to_revision if step else None,
+    )

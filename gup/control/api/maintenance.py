@@ -1,0 +1,128 @@
+"""What an operator orders: content prefetched, limits applied, the store verified, settings read again."""
+
+import re
+from typing import Annotated, Literal
+
+from aiohttp import web
+from pydantic import AfterValidator, Field
+
+from gup.control.api.endpoint import JSON, Count, Endpoint, Request
+from gup.control.api.schemas import (
+    Evictions,
+    Prefetch,
+    PrefetchOrder,
+    PrefetchQueue,
+    Reloaded,
+    SkippedStream,
+    Verification,
+)
+from gup.control.prefetch import NotThereError, QueuedFetch
+from gup.control.state import ControlState
+
+_LETTER = r"[A-Za-z0-9_{}$!&'()*+,;=:@~-]|%7[BbDd]|%2[0-46-9A-Da-d]"
+_NAME = rf"(?:{_LETTER})(?:{_LETTER}|\.){{0,230}}"
+_PATH = f"^(?:/{_NAME}){{1,8}}$"
+
+
+def _path(text: str) -> str:
+    if not re.fullmatch(_PATH, text):
+        raise ValueError("must be a path such as /content/{MONIKER}/260101001/full.zip")
+    return text
+
+
+class Order(Request):
+    """What to prefetch. Without version and language: for each that an upstream has."""
+
+    path: Annotated[str, AfterValidator(_path)] = Field(
+        description="Such as /content/{MONIKER}/260101001/full.zip.", json_schema_extra={"pattern": _PATH}
+    )
+    version: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
+    language: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
+
+
+class Queue(Request):
+    """How much of the queue."""
+
+    limit: Count = Field(100, description="How many at most.")
+
+
+class Verify(Request):
+    """What to do with what is damaged."""
+
+    repair: Literal["0", "1"] = Field("0", description="1 mends what is damaged.")
+
+
+async def order(state: ControlState, query: Order) -> PrefetchOrder:
+    """Fetch something before anybody asks for it, while no client's fill needs the link."""
+    try:
+        queued = state.prefetcher.order(query.path, query.version, query.language)
+    except NotThereError as error:
+        raise web.HTTPNotFound(text=str(error)) from error
+    except ValueError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+    return PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
+
+
+async def queue(state: ControlState, query: Queue) -> PrefetchQueue:
+    """What is being prefetched, what will be, and what became of the rest."""
+    queued = state.prefetcher.queue
+    return PrefetchQueue(
+        enabled=state.settings.prefetch.enabled,
+        pending=queued.pending,
+        wanted=[_prefetch(state, fetch) for fetch in list(queued)[::-1][: query.limit]],
+        left_out=[
+            SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
+            for stream, why in state.prefetcher.left_out.items()
+        ],
+    )
+
+
+def _prefetch(state: ControlState, fetch: QueuedFetch) -> Prefetch:
+    product, language = state.label((fetch.key.version, fetch.key.language, fetch.key.stream))
+    return Prefetch(
+        key=fetch.key.text,
+        path=fetch.path,
+        product=product,
+        language=language,
+        kind=fetch.kind,
+        by=fetch.by,
+        outcome=fetch.outcome.value,
+        detail=fetch.detail,
+        asked_at=fetch.asked_at,
+        ended_at=fetch.ended_at,
+        tries=fetch.tries,
+    )
+
+
+async def evict(state: ControlState) -> Evictions:
+    """Apply the limits now."""
+    done = await state.evictor.evict()
+    return Evictions.model_validate({"evicted": done, "freed_bytes": sum(one.size_bytes for one in done)})
+
+
+async def verification(state: ControlState) -> Verification:
+    """How far the last verification has come, and what it found."""
+    return state.verification.progress()
+
+
+async def verify(state: ControlState, query: Verify) -> Verification:
+    """Begin to look at everything in the cache directory."""
+    if not state.verification.start(repair=query.repair == "1"):
+        raise web.HTTPConflict(text="a verification is in progress")
+    return await verification(state)
+
+
+async def reload(state: ControlState) -> Reloaded:
+    """Have the settings read again."""
+    problems = await state.dependencies.reload()
+    return Reloaded(reloaded=not problems, problems=list(problems))
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/api/v1/prefetch", queue),
+    Endpoint("POST", "/api/v1/prefetch", order, takes=JSON, status=202, problems=(404,)),
+    Endpoint("POST", "/api/v1/evict", evict),
+    Endpoint("GET", "/api/v1/verify", verification),
+    Endpoint("POST", "/api/v1/verify", verify, status=202, problems=(409,)),
+    Endpoint("POST", "/api/v1/reload", reload),
+)

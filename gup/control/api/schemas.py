@@ -1,0 +1,639 @@
+"""The bodies of the API's responses. What a model holds is what is sent, and what the OpenAPI document says.
+
+Sizes are bytes, times Unix seconds, durations seconds. A member that is null is not known or does not apply.
+"""
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, WrapValidator
+
+from gup.content.key import Kind
+
+
+class Response(BaseModel):
+    """Made by name, or from another object's attributes. Members with a default are left out unless set.
+
+    Clients are not promised that there will be no other members.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        from_attributes=True,
+        json_schema_extra=lambda schema: schema.pop("additionalProperties", 0),
+    )
+
+
+class Problem(Response):
+    """What was wrong (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Variant(Response):
+    """A version and a language: of a client as it stated them last, of content, or of an upstream."""
+
+    version: str | None
+    language: str | None
+
+
+# --- status
+
+
+class Totals(Response):
+    client_sent_bytes: int
+    upstream_received_bytes: int
+    saved_bytes: int = Field(description="Sent minus received; may be below zero.")
+    requests: dict[str, int] = Field(description="By result.")
+    requests_total: int
+    hit_ratio: float | None = Field(description="Of the requests for content; null before the first.")
+    fills: int
+    evictions: int
+    evicted_bytes: int
+    integrity_failures: int
+
+
+class TotalsBySpan(Response):
+    since_start: Totals
+    since_install: Totals
+
+
+class Cache(Response):
+    entries: int
+    entries_bytes: int
+    parts: int
+    parts_bytes: int
+    size_bytes: int
+    limit_bytes: int
+    free_bytes: int
+    complete: bool = Field(description="Whether the index covers the whole store yet.")
+
+
+class WriteRefusal(Response):
+    """What the disk refuses to take at present."""
+
+    what: str
+    detail: str
+    since: float
+    last: float
+
+
+class Disk(Response):
+    refusals: list[WriteRefusal]
+
+
+class Fill(Response):
+    key: str | None
+    id: str
+    phase: str | None
+    received_bytes: int
+    length_bytes: int | None
+    upstream: str | None
+    product: str | None
+    language: str | None
+    kind: str | None
+    began_at: float
+    bytes_per_second: float | None = Field(description="Over the last seconds; null when it has just begun.")
+    remaining_seconds: float | None = Field(description="At that rate; null when that can't be told.")
+
+
+class Fills(Response):
+    fills: list[Fill]
+    waiters: int = Field(description="Requests that wait for them.")
+
+
+class SeenClients(Response):
+    """How many clients were seen in an hour, a day, seven days."""
+
+    hour: int = Field(alias="1h")
+    day: int = Field(alias="1d")
+    week: int = Field(alias="7d")
+
+
+class ClientCounts(Response):
+    connections: int
+    seen: SeenClients
+
+
+class Worker(Response):
+    """A process of the data plane."""
+
+    slot: int
+    pid: int
+    up_since: float
+    ready: bool
+
+
+class Catalog(Response):
+    source: str | None
+    streams: int | None
+    read_at: float | None
+    problem: str | None
+
+
+class Upstream(Response):
+    name: str
+    url: str
+    kind: str
+    priority: int
+    weight: int
+    version: str
+    language: str
+    up: bool
+    state: str
+    since: float
+    last_error: str | None
+    last_error_at: float | None
+    catalogue: Catalog | None
+
+
+class Upstreams(Response):
+    upstreams: list[Upstream]
+
+
+class Ceiling(Response):
+    """A limit of each client or connection, null when there is none."""
+
+    limit: int | None
+
+
+class Limit(Ceiling):
+    """A limit of the whole machine, and what is used of it."""
+
+    used: int
+
+
+class Limits(Response):
+    downloads: Limit
+    queue: Limit
+    connections: Limit
+    connections_per_address: Ceiling
+    client_rate_bytes_per_second: Ceiling
+    wan_rate_bytes_per_second: Limit
+    cache_size_bytes: Limit
+    fills: Limit
+
+
+class Scrub(Response):
+    """The present or last pass of the scrubber."""
+
+    running: bool
+    rate_bytes_per_second: int | None
+    began_at: float | None
+    ended_at: float | None
+    next_at: float | None
+    checked: int
+    checked_bytes: int
+    entries: int
+    entries_bytes: int
+    damaged: int
+    mended: int
+
+
+class Reload(Response):
+    successful: bool = Field(description="Whether the last reload took.")
+
+
+class Alarm(Response):
+    """Something that an operator should look at."""
+
+    name: str
+    severity: Literal["warning", "critical"]
+    since: float
+    subject: str = Field(description="What it is about; empty for the service itself.")
+    text: str
+    what_to_do: str
+
+
+class Alarms(Response):
+    alarms: list[Alarm] = Field(description="All that stand, the critical ones first.")
+
+
+class FailedFill(Response):
+    at: float
+    key: str
+    problem: str
+    detail: str
+
+
+class Status(Response):
+    """Everything at a glance."""
+
+    site: str
+    version: str
+    started_at: float
+    installed_at: float
+    uptime_seconds: float
+    ready: bool
+    totals: TotalsBySpan
+    cache: Cache
+    disk: Disk
+    fills: list[Fill]
+    fill_waiters: int
+    clients: ClientCounts
+    workers: list[Worker]
+    upstreams: list[Upstream]
+    wan_rate_bytes_per_second: int | None
+    limits: Limits
+    scrub: Scrub
+    reload: Reload
+    alarms: list[Alarm]
+    failures: list[FailedFill]
+    malformed_events: int
+
+
+# --- rules
+
+
+class Remedy(Response):
+    """A way out of a refusal."""
+
+    action: str = Field(description="A word for programs.")
+    text: str
+    url: str = Field("", description="The LiveUpdate server's, where that is the way.")
+
+
+class Decision(Response):
+    """What the delivery rules decide at one upstream."""
+
+    upstream: str
+    catalogue: str = Field(description="Where its catalogue was read, or why not.")
+    product: str | None
+    product_language: str | None
+    refused: bool = Field(description="Whether that is enforced.")
+    allowed: bool
+    rule: str | None = Field(description="Which rule refuses.")
+    because: str
+    type: str | None = Field(description="Type of content.")
+    client: Variant
+    fits: Variant
+    remedies: list[Remedy]
+    notes: list[str]
+
+
+class Explanation(Response):
+    moniker: str
+    mode: str = Field(description="enforce, report or off.")
+    allowed: bool = Field(description="At any of them that has content under /content/.")
+    served_from: str | None = Field(description="The upstream that the client would be served from.")
+    decisions: list[Decision]
+    client_notes: list[str] = Field(description="What is stated and can't be read.")
+
+
+# --- cursors: the place of a page's last row, as text that is given back to get the next page
+
+
+def _read(value: object, check: Callable[[object], Any]) -> Any:
+    try:
+        return check(json.loads(base64.urlsafe_b64decode(value)) if isinstance(value, str) else value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not the cursor of a page before") from error
+
+
+def _written(place: tuple[float, str | int]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Number = Annotated[int, Field(ge=0, lt=2**63)]
+_AS_TEXT = WithJsonSchema({"type": "string", "minLength": 1})
+EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
+"""What entries are in order of, and the last one's key."""
+ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
+"""When the last client was seen, and its number among those seen at that time."""
+
+
+# --- entries
+
+
+class Entry(Response):
+    key: str
+    version: str
+    language: str
+    stream: str
+    revision: str = Field(description="The folder's.")
+    file: str
+    product: str = Field(description="From the catalogue; the moniker when it is not listed.")
+    product_version: str | None = Field(description="From the catalogue: what the product is made for.")
+    product_language: str | None = Field(description="From the catalogue.")
+    type: str | None = Field(description="Type of content, from the catalogue.")
+    kind: Kind
+    content_revision: str | None = Field(description="What it brings a client to, if the names tell.")
+    from_revision: str | None = Field(description="Of a delta.")
+    to_revision: str | None = Field(description="Of a delta.")
+    length_bytes: int
+    stored_at: float
+    used_at: float
+    hits: int
+    pinned: bool
+    sent_bytes: int
+    received_bytes: int
+
+
+class Entries(Response):
+    entries: list[Entry]
+    matching: int = Field(description="How many match, on all pages.")
+    cursor: EntryCursor | None = Field(description="What the next page is asked for with; null on the last.")
+    complete: bool = Field(description="Whether the index covers the whole store yet.")
+
+
+class EntryRecord(Response):
+    """What the entry's record says; the sums of its chunks are left out."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int
+    key: str
+    kind: Kind
+    length: int
+    etag: str
+    content_type: str
+    last_modified: str | None
+    upstream: str
+    upstream_etag: str | None
+    stored_at: float
+    validated_at: float
+    pinned: bool
+    generation: int
+    path: str
+
+
+class EntryWithRecord(Entry):
+    record: EntryRecord | None = Field(description="Null when it is damaged or has just been removed.")
+
+
+class Purged(Response):
+    key: str
+    freed_bytes: int
+
+
+class Pinned(Response):
+    key: str
+    pinned: bool
+
+
+class RefusedMember(Response):
+    """A member of an archive that was not taken, and why."""
+
+    name: str
+    why: str
+
+
+class Import(Response):
+    imported: int
+    imported_bytes: int
+    present: int = Field(description="Entries that were here already; nothing is overwritten.")
+    refused: list[RefusedMember]
+    complete: bool = Field(description="Whether the archive was read to its last member.")
+    problem: str | None = Field(description="Why it was not.")
+
+
+# --- maintenance
+
+
+class Eviction(Response):
+    key: str
+    reason: str
+    size_bytes: int
+
+
+class Evictions(Response):
+    evicted: list[Eviction]
+    freed_bytes: int
+
+
+class Finding(Response):
+    """What a verification found wrong."""
+
+    where: str = Field(description="body, record, part, state, stray or index.")
+    path: str
+    key: str | None
+    detail: str
+    mended: bool | None = Field(description="Null when that was not asked for.")
+    why_not: str | None
+
+
+class Verification(Response):
+    """How far a verification has come, and what it found."""
+
+    running: bool
+    repair: bool
+    began_at: float | None
+    ended_at: float | None
+    failed: str | None = Field(description="Why it ended early.")
+    checked: int
+    total: int
+    busy: int = Field(description="Left out: another process worked on them.")
+    damaged: int
+    mended: int
+    found: list[Finding]
+
+
+class Reloaded(Response):
+    reloaded: bool = Field(description="Whether the settings took; if not, those before stay in force.")
+    problems: list[str] = Field(description="What is wrong with the settings, each with its key.")
+
+
+class Prefetch(Response):
+    """One body to prefetch, and what became of it."""
+
+    key: str
+    path: str = Field(description="As upstream is asked for it.")
+    product: str
+    language: str
+    kind: Kind
+    by: Literal["traffic", "operator"]
+    outcome: Literal["queued", "fetching", "stored", "present", "absent", "failed", "superseded"]
+    detail: str = Field(description="Why it is absent, failed, superseded, or tried again.")
+    asked_at: float
+    ended_at: float | None
+    tries: int
+
+
+class PrefetchOrder(Response):
+    wanted: list[Prefetch] = Field(description="What was queued, for each variant that fits.")
+
+
+class SkippedStream(Response):
+    """A stream of which nothing is prefetched, and why."""
+
+    stream: str
+    product: str
+    why: str
+
+
+class PrefetchQueue(Response):
+    enabled: bool
+    pending: int
+    wanted: list[Prefetch] = Field(description="The latest first.")
+    left_out: list[SkippedStream]
+
+
+# --- statistics
+
+
+class Client(Variant):
+    """A client, named as `reports.addresses` says."""
+
+    address: str
+    seen_at: float
+
+
+class KnownClient(Client):
+    first_seen_at: float
+
+
+class Clients(Response):
+    seen: SeenClients
+    known: int = Field(description="Clients remembered.")
+    matching: int = Field(description="How many match, on all pages.")
+    clients: list[KnownClient] = Field(description="Those seen last first.")
+    cursor: ClientCursor | None = Field(description="What the next page is asked for with; null on the last.")
+
+
+class Report(Response):
+    """What holds for a whole report on clients."""
+
+    at: float
+    addresses: str = Field(description="reports.addresses: full, hashed or off.")
+    retention_seconds: float = Field(description="A client not seen for so long is forgotten.")
+    note: str | None = Field(description="Why the report is empty, where that is by the settings.")
+
+
+class RevisionClients(Response):
+    revision: str
+    clients: int = Field(description="Clients that stand at it now.")
+    took: int = Field(description="Clients that ever took it here.")
+    first_taken_at: float | None
+    last_taken_at: float | None
+
+
+class LaggingClient(Client):
+    """A client that stands before the newest revision."""
+
+    revision: str | None = Field(description="Where it stands; null when that is not known.")
+    lag_revisions: int
+    lag_seconds: float | None = Field(description="By the dates in the revisions: whole days.")
+    taken_at: float | None
+    asked: str | None = Field(description="The newest revision that it asked for.")
+    asked_at: float | None
+
+
+class StreamReport(Response):
+    product: str
+    version: str
+    language: str
+    type: str | None
+    moniker: str
+    variant: Variant = Field(description="Whose bytes they are: of an upstream of this version and language.")
+    clients: int = Field(description="Clients that asked for any of it.")
+    current: int = Field(description="Of them, those at the newest revision.")
+    behind: int = Field(description="Of them, the others.")
+    newest_held: str | None = Field(description="The newest revision in the store.")
+    newest_taken: str | None
+    newest_asked: str | None
+    lag_revisions: int = Field(description="Known revisions newer than the newest held.")
+    lag_seconds: float | None
+    revisions: list[RevisionClients]
+    lagging: list[LaggingClient] = Field(description="Those furthest behind first; 1000 a stream at most.")
+
+
+class ContentReport(Report):
+    content: list[StreamReport]
+
+
+class ClientGroup(Variant):
+    clients: int
+
+
+class Restart(Client):
+    state: Literal["pending", "unknown"] = Field(description="unknown: it states no build.")
+    version_then: str | None = Field(description="As it stated when it took the patch.")
+    product: str
+    moniker: str
+    revision: str
+    taken_at: float
+
+
+class RestartReport(Report):
+    """Clients by what they state, and those that may wait for a restart."""
+
+    clients: list[ClientGroup]
+    catalogue_known: bool = Field(description="Without a catalogue nobody knows which streams are patches.")
+    pending: int
+    unknown: int
+    saying: str
+    restart_pending: list[Restart]
+
+
+class Traffic(Response):
+    """Bytes of a time. Saved is sent minus received, and may be below zero."""
+
+    sent_bytes: int
+    received_bytes: int
+    saved_bytes: int
+    wasted_bytes: int = Field(description="Of those received, what was of no use.")
+
+
+class TrafficByCause(Traffic):
+    sent: dict[str, int] = Field(description="By source.")
+    received: dict[str, int] = Field(description="By purpose.")
+    wasted: dict[str, int] = Field(description="By reason.")
+
+
+class StreamTraffic(Traffic):
+    product: str
+    language: str
+    kind: str
+
+
+class DayTraffic(TrafficByCause):
+    """One day of the site; null is all that was before single days were kept."""
+
+    day: str | None
+    streams: list[StreamTraffic]
+
+
+class Savings(Response):
+    """The savings ledger. All days together are the counters."""
+
+    counted_since: float
+    time_zone: str = Field(description='Of the days; "" is the machine\'s.')
+    today: TrafficByCause
+    last_30_days: TrafficByCause
+    since_install: TrafficByCause
+    days: list[DayTraffic] = Field(description="The newest first.")
+
+
+class HistoryPoint(Response):
+    """What was moved in one minute or hour, the highest rates in it, and what held at its end."""
+
+    at: int = Field(description="When it began.")
+    covered_seconds: float = Field(description="How much of it was seen; rates are bytes through this.")
+    client_sent_bytes: int
+    upstream_received_bytes: int
+    saved_bytes: int = Field(description="Sent minus received; may be below zero.")
+    upstream_wasted_bytes: int
+    evicted_bytes: int
+    integrity_failures: int
+    requests: dict[str, int] = Field(description="By result.")
+    fills: dict[str, int] = Field(description="By outcome.")
+    client_peak_bytes_per_second: int
+    wan_peak_bytes_per_second: int
+    wan_limit_bytes_per_second: int | None = Field(description="Null when unlimited.")
+    cache_entries_bytes: int
+
+
+class History(Response):
+    """The points of a span, the oldest first; where gup did not run there are none."""
+
+    span: str
+    step_seconds: int
+    since: float
+    until: float
+    points: list[HistoryPoint]

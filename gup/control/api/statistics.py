@@ -1,0 +1,150 @@
+"""Clients, reports, savings and history: what the statistics' database holds."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from gup.control.api.endpoint import Count, Days, Endpoint, Request, Text
+from gup.control.api.schemas import (
+    ClientCursor,
+    Clients,
+    ContentReport,
+    DayTraffic,
+    History,
+    HistoryPoint,
+    KnownClient,
+    RestartReport,
+    Savings,
+    SeenClients,
+)
+from gup.control.state import ControlState
+from gup.control.stats import savings
+from gup.control.stats import tables as table
+from gup.control.stats.clients import WINDOWS, Wanted
+from gup.control.stats.history import SPANS, shown
+from gup.control.stats.savings import EARLIER
+
+_MONTH = 30
+
+
+class Listing(Request):
+    """Which clients to list. Text is compared without regard to capitals."""
+
+    version: Text | None = Field(None, description="Only those that state this version.")
+    language: Text | None = Field(None, description="Only those that state this language.")
+    seen: Literal["1h", "1d", "7d"] | None = Field(
+        None, description="Only those seen within an hour, a day, seven days."
+    )
+    limit: Count = Field(100, description="Rows of a page, at most.")
+    cursor: ClientCursor | None = Field(
+        None, description="Of the page before, asked for with the same other parameters."
+    )
+
+
+class Form(Request):
+    """How a report is written."""
+
+    format: Literal["json", "csv"] = Field("json", description="json, or csv: a table without the rest.")
+
+
+class Ledger(Form):
+    """Which days to list."""
+
+    days: Days = Field(_MONTH, description="The last so many days that something was counted.")
+
+
+class Span(Request):
+    """How far back to look."""
+
+    span: Literal["hour", "day", "week", "quarter"] = Field(
+        "hour", description="An hour or a day by the minute, a week or ninety days by the hour."
+    )
+
+
+async def clients(state: ControlState, query: Listing) -> Clients:
+    """How many clients were seen, and who they are."""
+    now = state.clock()
+    since = now - WINDOWS[query.seen] if query.seen else 0.0
+    wanted = Wanted(query.version, query.language, since, query.cursor, query.limit + 1)
+    known, matching, rows = await state.reports.clients(wanted)
+    page = rows[: query.limit]
+    return Clients(
+        seen=SeenClients.model_validate(state.clients.counts(now)),
+        known=known if state.reports.keeps_clients else len(state.clients),
+        matching=matching,
+        clients=[
+            KnownClient(
+                address=row.name,
+                first_seen_at=row.first_at,
+                seen_at=row.seen_at,
+                version=row.version or None,
+                language=row.language or None,
+            )
+            for row in page
+        ],
+        cursor=(page[-1].seen_at, page[-1].number) if len(rows) > len(page) else None,
+    )
+
+
+async def content(state: ControlState, _query: Form) -> ContentReport:
+    """Content taken here: who stands where, what lags, and who."""
+    return await state.reports.content()
+
+
+async def restarts(state: ControlState, _query: Form) -> RestartReport:
+    """Clients that took a client patch and may wait for a restart."""
+    return await state.reports.restarts()
+
+
+async def saved(state: ControlState, query: Ledger) -> Savings:
+    """What was sent, fetched, saved and wasted, by day and stream."""
+    today, days = await state.reports.savings()
+    dates = [day for day in sorted(days, reverse=True) if day != EARLIER]
+    month = [counts for day, counts in days.items() if savings.within(day, today, _MONTH)]
+    label = state.reports.stream_labels
+    listed = [*dates[: query.days], *([EARLIER] if EARLIER in days and query.days > len(dates) else [])]
+    return Savings(
+        counted_since=state.dependencies.installed_at,
+        time_zone=state.settings.site.time_zone,
+        today=savings.figures(days.get(today, {})),
+        last_30_days=savings.figures(savings.added_up(month)),
+        since_install=savings.figures(savings.added_up(days.values())),
+        days=[
+            DayTraffic(
+                day=day or None,
+                **dict(savings.figures(days[day])),
+                streams=savings.streams(days[day], label),
+            )
+            for day in listed
+        ],
+    )
+
+
+async def history(state: ControlState, query: Span) -> History:
+    """What was moved over a span that ends now."""
+    step, length = SPANS[query.span]
+    await state.meter()
+    now = state.clock()
+    points = [
+        HistoryPoint(
+            at=point.at,
+            covered_seconds=round(point.covered_seconds, 3),
+            **shown(point.sums),
+            client_peak_bytes_per_second=point.client_peak,
+            wan_peak_bytes_per_second=point.wan_peak,
+            wan_limit_bytes_per_second=point.wan_limit or None,
+            cache_entries_bytes=point.entries_bytes,
+        )
+        for point in state.history.history.series(query.span, now)
+    ]
+    return History(span=query.span, step_seconds=step, since=now - length, until=now, points=points)
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/api/v1/clients", clients),
+    Endpoint("GET", "/api/v1/report/content", content, csv=table.of_content),
+    Endpoint("GET", "/api/v1/report/clients", restarts, csv=table.of_restarts),
+    Endpoint("GET", "/api/v1/report/savings", saved, csv=table.of_savings),
+    Endpoint("GET", "/api/v1/savings", saved, csv=table.of_savings),
+    Endpoint("GET", "/api/v1/history", history),
+)

@@ -1,0 +1,221 @@
+"""Catalogue refresh: reads the catalogues of the upstreams when they are due, and keeps the last good ones.
+
+They come from `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after a
+client asked for a moniker that none of them lists. They are read through the store, so that clients and
+controller share one fetch; in the last case and after a reload the upstream is asked itself, since the
+store's copy may be `cache.index_ttl` old. A catalogue that can't be read, or that is empty, leaves the last
+good one in force.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gup import config
+from gup.cache.catalogue_file import Kept, read_kept, write_kept
+from gup.content.catalog import (
+    CATALOG_PATH,
+    MAX_CATALOG_BYTES,
+    Catalogues,
+    Label,
+    Stream,
+    StreamTypes,
+    parse_catalog,
+)
+from gup.errors import Problem
+from gup.files import FileError, read_file
+from gup.upstream.catalogue import Fetched
+from gup.upstream.exchange import UpstreamFailure
+
+_log = logging.getLogger("gup.control.catalog_refresh")
+Fetch = Callable[[str, str | None, str | None], Awaitable[Fetched]]
+"""Asks an upstream by name, with the validators of what is kept; raises UpstreamFailure."""
+Look = Callable[[str], Awaitable[Fetched]]
+"""Reads an upstream's catalogue through the store, as clients do; raises Problem."""
+
+_FIRST_RETRY_SECONDS = 5.0
+_LEAST_GAP_SECONDS = 2.0
+"""Between two readings because of unlisted monikers, which any client may make up."""
+_MOST_UNLISTED = 1000
+
+
+class CatalogRefresher:
+    """Owned by the controller. Only `keep` reads and writes; `catalogues` is replaced, never changed."""
+
+    def __init__(
+        self,
+        run: Path,
+        settings: config.Settings,
+        look: Look,
+        fetch: Fetch,
+        publish: Callable[[], None],
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`run` is the folder in the store; `publish` makes workers read what is kept there."""
+        self._run = run
+        self._settings = settings
+        self._look = look
+        self._fetch = fetch
+        self._publish = publish
+        self._wall_clock = wall_clock
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._asked_for: set[str] = set()
+        self._doubted = False
+        """Whether the store's copy may be too old: a client asked for something that it does not list."""
+        self._failures = 0
+        self._kept: dict[str, Kept] = read_kept(run)
+        self.catalogues = self._assembled()
+
+    def _assembled(self) -> Catalogues:
+        rows = {name: kept.rows for name, kept in self._kept.items() if kept.rows is not None}
+        settings = self._settings
+        return Catalogues(rows, settings.upstream, StreamTypes(settings.catalog.types))
+
+    # --- told by others
+
+    def apply(self, settings: config.Settings) -> None:
+        """Take over reloaded settings; all catalogues are read again."""
+        self._settings = settings
+        self.catalogues = self._assembled()
+        self._doubted = True
+        self._wake.set()
+
+    def unlisted(self, moniker: str) -> None:
+        """A client asked for a moniker that no catalogue lists: read them again, once for each moniker."""
+        if moniker in self._asked_for or len(self._asked_for) >= _MOST_UNLISTED:
+            return
+        if self.catalogues.somewhere(moniker) is None:
+            self._asked_for.add(moniker)
+            self._doubted = True
+            self._wake.set()
+
+    def lists(self, upstream: str, moniker: str) -> bool:
+        """Whether an upstream's catalogue lists a moniker."""
+        return self.catalogues.listed(upstream, moniker) is not None
+
+    def label(self, stream: Stream, file: str = "") -> Label | None:
+        """Product, version, language and type of a stream; see Catalogues.label."""
+        return self.catalogues.label(stream, file)
+
+    def product_of(self, stream: Stream) -> tuple[str, str] | None:
+        """A stream's product and language."""
+        label = self.catalogues.label(stream)
+        return None if label is None else (label.product, label.language)
+
+    def shown(self) -> Mapping[str, dict[str, Any]]:
+        """Each upstream's catalogue for pages: source, number of streams, time of reading, problem."""
+        return {
+            name: {
+                "source": kept.source,
+                "streams": None if kept.rows is None else len(kept.rows),
+                "read_at": kept.read_at,
+                "problem": kept.problem,
+            }
+            for name, kept in self._kept.items()
+        }
+
+    # --- reading
+
+    async def keep(self) -> None:
+        """Read the catalogues whenever they are due; never returns."""
+        while True:
+            self._wake.clear()
+            began = self._clock()
+            await self.read()
+            try:
+                async with asyncio.timeout(self._pause_seconds()):
+                    await self._wake.wait()
+            except TimeoutError:
+                if not self._failures:
+                    self._asked_for.clear()
+            else:
+                await asyncio.sleep(max(0.0, began + self._gap_seconds() - self._clock()))
+
+    def _pause_seconds(self) -> float | None:
+        """Time until the next reading, sooner after a failed one; None for never."""
+        refresh = self._settings.catalog.refresh
+        if not refresh:
+            return None
+        return min(refresh, _FIRST_RETRY_SECONDS * 2.0 ** (self._failures - 1)) if self._failures else refresh
+
+    def _gap_seconds(self) -> float:
+        return _LEAST_GAP_SECONDS if self._asked_for else 0.0
+
+    async def read(self) -> None:
+        """Read all catalogues once; keep and publish what is new."""
+        settings = self._settings
+        doubted, self._doubted = self._doubted, False
+        names = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
+        readings = [self._read(upstream, doubted=doubted) for upstream in names]
+        kept = dict(zip((u.name for u in names), await asyncio.gather(*readings), strict=True))
+        if settings is not self._settings:
+            self._wake.set()  # the settings were changed meanwhile: what was read may be of another upstream
+            return
+        failed = any(one.problem is not None for one in kept.values())
+        self._failures = min(self._failures + 1, 16) if failed else 0
+        await self._take(kept)
+
+    async def _read(self, upstream: config.Upstream, *, doubted: bool) -> Kept:
+        settings = self._settings.catalog
+        source = str(settings.file) if settings.file is not None else upstream.url + CATALOG_PATH
+        old = self._kept.get(upstream.name)
+        if old is None or old.source != source:
+            old = Kept(source)  # another server or file: its rows do not belong to this one
+        if settings.file is None and not settings.refresh:
+            return replace(old, problem=None)
+        try:
+            fetched = await self._fetched(upstream.name, old, doubted=doubted)
+        except (UpstreamFailure, Problem) as failure:
+            return self._failed(old, failure.detail)
+        except FileError as error:
+            return self._failed(old, f"catalog.file: {error}")
+        if fetched.text is None:
+            return replace(old, read_at=self._wall_clock(), problem=None)
+        rows = parse_catalog(fetched.text)
+        if not rows:
+            return self._failed(
+                old, f"{source} lists nothing: no line is {{MONIKER}}: product - … - language"
+            )
+        return Kept(source, rows, self._wall_clock(), None, fetched.etag, fetched.last_modified)
+
+    async def _fetched(self, name: str, old: Kept, *, doubted: bool) -> Fetched:
+        file = self._settings.catalog.file
+        if file is not None:
+            return Fetched(await asyncio.to_thread(read_file, file, MAX_CATALOG_BYTES))
+        if not doubted:
+            return await self._look(name)
+        known = old.rows is not None
+        return await self._fetch(name, old.etag if known else None, old.last_modified if known else None)
+
+    @staticmethod
+    def _failed(old: Kept, problem: str) -> Kept:
+        if old.problem != problem:
+            have = "the last one stays in force" if old.rows is not None else "streams go by their monikers"
+            _log.warning("no catalogue: %s; %s", problem, have)
+        return replace(old, problem=problem)
+
+    async def _take(self, kept: dict[str, Kept]) -> None:
+        before, self._kept = self._kept, kept
+        if kept == before:
+            return
+        self.catalogues = self._assembled()
+        for name, one in kept.items():
+            if one.rows is not None and (name not in before or before[name].rows != one.rows):
+                _log.info("catalogue of %s: %d streams, from %s", name, len(one.rows), one.source)
+        try:
+            await asyncio.to_thread(write_kept, self._run, kept)
+        except OSError as error:
+            _log.warning("can't write the catalogues: %s", error.strerror or error)
+            self._kept = before  # so that the next reading tries again
+            return
+        if {n: (k.source, k.rows) for n, k in kept.items()} != {
+            n: (k.source, k.rows) for n, k in before.items()
+        }:
+            self._publish()

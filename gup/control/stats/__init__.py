@@ -1,0 +1,1 @@
+"""What is remembered over time: clients, savings, history; one SQLite database."""

@@ -1,0 +1,126 @@
+"""What all endpoints of the API have in common: requests are checked, responses are as described."""
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from pydantic import ValidationError
+
+from gup.control.api.endpoint import ENDPOINTS, JSON, STATE, Count, Endpoint, Request, document
+from gup.control.api.entries import Listing as EntryListing
+from gup.control.api.schemas import Entries, Purged, Remedy, Response, SeenClients
+from gup.control.api.statistics import Listing as ClientListing
+from gup.control.application import make_app
+
+
+class Named(Request):
+    name: str
+    limit: Count = 10
+
+
+class Told(Response):
+    text: str
+    more: str = ""
+
+
+async def tell(query: Named) -> Told:
+    """Tell it."""
+    return Told(text=f"{query.name} {query.limit}")
+
+
+async def stream(_request: web.Request) -> web.StreamResponse:
+    """Go on and on."""
+    return web.Response(text="streamed")
+
+
+ALL = (
+    Endpoint("GET", "/named/{name}", tell),
+    Endpoint("POST", "/named", tell, takes=JSON, status=202),
+    Endpoint("GET", "/stream", stream, media=("text/plain",)),
+)
+
+
+@pytest.fixture
+async def client():
+    app = web.Application()
+    app[STATE] = None
+    app.add_routes(endpoint.route() for endpoint in ALL)
+    async with TestClient(TestServer(app)) as found:
+        yield found
+
+
+async def test_parts_of_the_path_parameters_and_members_of_a_body_make_one_request(client):
+    for answer, status, text in (
+        (await client.get("/named/%7BA%7D?limit=3"), 200, "{A} 3"),
+        (await client.post("/named", json={"name": "b", "limit": 5}), 202, "b 5"),
+    ):
+        assert (answer.status, await answer.json()) == (status, {"text": text})
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "status", "words"),
+    [
+        ("GET", "/named/a?name=b", None, 400, "the parameter name stands twice"),
+        ("GET", "/named/a?limit=%2B3", None, 400, "limit: '+3' is not right: must be a whole number"),
+        ("GET", "/named/a?limit=2&limit=3", None, 400, "the parameter limit stands twice"),
+        ("GET", "/named/a?limti=3", None, 400, "limti: unknown parameter; did you mean limit?"),
+        ("GET", "/stream?x=1", None, 400, "this request takes no parameter, and 'x' was given"),
+        ("POST", "/named?x=1", {"name": "a"}, 400, "this request takes no parameter, and 'x' was given"),
+        ("POST", "/named", {"limit": 3}, 400, "name: missing"),
+        ("POST", "/named", {"name": "a", "limti": 3}, 400, "limti: unknown member; did you mean limit?"),
+        ("POST", "/named", [], 400, "the body must be a JSON object"),
+        ("POST", "/named", None, 415, "the body must be application/json"),
+    ],
+)
+async def test_what_a_request_must_not_state_is_named(client, method, target, body, status, words):
+    answer = await client.request(method, target, json=body)
+    assert (answer.status, words in await answer.text()) == (status, True), await answer.text()
+
+
+async def test_a_stream_is_not_begun_for_its_head(client):
+    assert (await client.head("/stream")).status == 405
+    assert (await client.head("/named/a")).status == 200
+
+
+def test_the_document_is_made_from_what_is_checked_and_returned():
+    described = document(ALL)
+    operation = described.paths["/named/{name}"]["get"]
+    assert [(one["name"], one["in"], one["required"]) for one in operation["parameters"]] == [
+        ("name", "path", True),
+        ("limit", "query", False),
+    ]
+    assert operation["parameters"][1]["schema"] == {
+        "default": 10,
+        "maximum": 1000,
+        "minimum": 1,
+        "type": "integer",
+    }
+    assert operation["responses"]["200"]["content"] == {
+        JSON: {"schema": {"$ref": "#/components/schemas/Told"}}
+    }
+    told = described.components["schemas"]["Told"]
+    assert (told["required"], "additionalProperties" in told) == (["text"], False)
+    body = described.paths["/named"]["post"]["requestBody"]["content"][JSON]["schema"]
+    assert described.components["schemas"][body["$ref"].rsplit("/", 1)[1]]["additionalProperties"] is False
+    assert "415" in described.paths["/named"]["post"]["responses"]
+
+
+def test_every_response_is_a_model_or_of_another_type_than_json():
+    for endpoint in make_app(None)[ENDPOINTS]:
+        assert (JSON in endpoint.media) == (not issubclass(endpoint.returns, web.StreamResponse)), (
+            endpoint.path
+        )
+
+
+def test_a_response_holds_nothing_that_the_document_does_not_name():
+    with pytest.raises(ValidationError, match="surprise"):
+        Purged.model_validate({"key": "k", "freed_bytes": 1, "surprise": 2})
+    assert Remedy(action="a", text="t").model_dump_json(exclude_unset=True) == '{"action":"a","text":"t"}'
+    assert SeenClients.model_validate({"1h": 1, "1d": 2, "7d": 3}).model_dump(by_alias=True)["7d"] == 3
+
+
+def test_a_cursor_is_read_back_by_the_listing_that_wrote_it_and_by_no_other():
+    page = Entries(entries=[], matching=2, cursor=(1.5, "a/b/c/d/e"), complete=True)
+    text = page.model_dump(mode="json")["cursor"]
+    assert EntryListing.model_validate({"cursor": text}).cursor == (1.5, "a/b/c/d/e")
+    with pytest.raises(ValidationError, match="it is not the cursor of a page before"):
+        ClientListing.model_validate({"cursor": text})
