@@ -165,7 +165,7 @@ def _row(points: list[Point]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """The bodies of one revision together; `wholes` are those that are no deltas. Times are Unix seconds."""
+    """The bodies of one revision together; `wholes` are not deltas. Times are Unix seconds."""
 
     name: str
     wholes: int
@@ -179,17 +179,15 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One stream: the newest of its revisions, how many more there are, and figures of all of them."""
+    """A stream: the newest of its revisions, how many more there are, and sums over all of them."""
 
     product: str
     version: str
     language: str
     revisions: tuple[Revision, ...]
     more: int
-    entries: int
     size_bytes: int
     hits: int
-    sent_bytes: int
 
     @property
     def stored_at(self) -> float:
@@ -232,10 +230,8 @@ def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
         language,
         tuple(_revision(name, by_revision[name]) for name in newest[:MAX_REVISIONS]),
         max(0, len(newest) - MAX_REVISIONS),
-        len(rows),
         _size(rows),
         sum(row.hits for row in rows),
-        sum(row.sent_bytes for row in rows),
     )
 
 
