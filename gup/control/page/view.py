@@ -22,7 +22,7 @@ from gup.control.stats.savings import within
 _T = TypeVar("_T")
 
 _HELD_SECONDS = 5.0
-"""How long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
+"""How long a view of all rows is kept: with 1e5 of them it takes some 0.3 s of a thread."""
 _REST_FACTOR = 10
 _CHARTS_SECONDS = 5.0
 _LEDGER_SECONDS = 2.0
@@ -36,7 +36,7 @@ MAX_REVISIONS = 10
 
 
 class Kept(Generic[_T]):
-    """What `find` found, for some seconds, longer if it took long; who asks meanwhile waits for the same."""
+    """The result of `find`, kept for some seconds, longer if it took long; concurrent callers share one."""
 
     def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
         self._seconds = seconds
@@ -55,7 +55,7 @@ class Kept(Generic[_T]):
 
 
 class Viewer:
-    """Looks at the control state, and keeps for some seconds what takes long to find out."""
+    """Makes views of the control state; keeps parts that are expensive for some seconds."""
 
     def __init__(self, state: ControlState) -> None:
         self._state = state
