@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from gup import config
 from gup.client_names import ClientNames
@@ -34,7 +34,6 @@ _MOST_FULLS = 5000
 Tell = Callable[[Mapping[str, object]], object]
 ClientRecord = tuple[str, str, Stated | bytes]
 """A client's address, the key's text, and what the client states, or the head that it stands in."""
-_Row = TypeVar("_Row")
 
 
 class AccessLog:
