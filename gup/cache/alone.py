@@ -38,7 +38,7 @@ class Alone:
         failure = self._failures.get(key)
         if failure is not None:
             raise failure
-        remote = await self._ask(route, variant, "HEAD", via, {}, client)
+        remote = await self._ask(route, variant, "HEAD", via, {}, client=client)
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
@@ -105,7 +105,7 @@ class Alone:
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, "GET", via, {}, client)
+            answer = await self._ask(route, variant, "GET", via, {}, client=client)
         except BaseException:
             self._places.give_back(place)
             raise
