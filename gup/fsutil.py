@@ -1,11 +1,14 @@
 """Files: replaced atomically, synced, locked by ranges of bytes."""
 
+import ctypes
 import fcntl
 import os
 import select
 import struct
 from pathlib import Path
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -77,3 +80,20 @@ def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
 
 def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
     return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write these bytes of a file to the disk (sync_file_range(2)); a mere hint."""
+    span = ctypes.c_int64(offset), ctypes.c_int64(length)
+    _LIBC.sync_file_range(ctypes.c_int(fd), *span, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
+def sync_file_system(folder: Path) -> None:
+    """Write all that changed on a folder's file system to the disk (syncfs(2)). Blocks; OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _LIBC.syncfs(ctypes.c_int(fd)) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(fd)

@@ -10,6 +10,7 @@ from gup.cache.flight import Means
 from gup.cache.growing import GrowingBody, Reader
 from gup.cache.heads import head_of
 from gup.cache.opened import Opened, Result
+from gup.cache.part import zip_end_is_right
 from gup.cache.record import Head
 from gup.cache.slots import Slots
 from gup.content.key import Variant
@@ -38,7 +39,7 @@ class Alone:
         failure = self._failures.get(key)
         if failure is not None:
             raise failure
-        remote = await self._ask(route, variant, "HEAD", via, {}, client)
+        remote = await self._ask(route, variant, "HEAD", via, {}, client=client)
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
@@ -105,13 +106,20 @@ class Alone:
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, "GET", via, {}, client)
+            answer = await self._ask(route, variant, "GET", via, {}, client=client)
         except BaseException:
             self._places.give_back(place)
             raise
         assert isinstance(answer, Answer)
         key = route.key(variant)
-        body = BypassBody(head_of(key, answer.head), answer, None, lambda: self._places.give_back(place))
+
+        def ends_right(tail: bytes) -> bool:
+            return not key.file.lower().endswith(".zip") or zip_end_is_right(tail)
+
+        def done() -> None:
+            self._places.give_back(place)
+
+        body = BypassBody(head_of(key, answer.head), answer, None, done, ends_right)
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(

@@ -27,10 +27,6 @@ class Body(Protocol):
     def fd(self) -> int:
         """Descriptor to send from, -1 when the bytes are to be had from `view` only."""
 
-    @property
-    def copied(self) -> bool:
-        """Whether its bytes had better be copied to the socket than lent to it from `fd`."""
-
     def available(self, offset: int, want: int) -> int:
         """How many bytes from `offset` can be sent now without blocking; 0: wait; CUT: never."""
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 
 from gup.cache.body import CUT, Callback
+from gup.cache.part import WITHHELD_BYTES, ZIP_TAIL_BYTES
 from gup.cache.record import Head
 from gup.upstream.connection import Answer
 from gup.upstream.exchange import UpstreamFailure
@@ -16,15 +17,24 @@ WINDOW_BYTES = 256 * 1024
 class BypassBody:
     """Bytes `start` to `stop` of a body, read once and in order.
 
+    `ends_right` tells of a whole body's last 64 KiB whether it may be so; until then its last 4 KiB are
+    withheld, as those of a body that is stored are.
+
     Its own task reads upstream, and pauses while the window is full; the reader's `available` frees what
     lies before the offset it asks for.
     """
 
     source = "bypass"
-    copied = False
     fd = -1
 
-    def __init__(self, head: Head, answer: Answer, stop: int | None, done: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        head: Head,
+        answer: Answer,
+        stop: int | None,
+        done: Callable[[], None],
+        ends_right: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.head = head
         self._answer = answer
         self._stop = stop
@@ -32,7 +42,10 @@ class BypassBody:
         self._pieces: deque[bytes] = deque()
         self._base = answer.head.start
         """Offset of the first byte of `_pieces`."""
+        self._position = self._base
         self._held = 0
+        self._ends_right = ends_right
+        self._withheld = 0 if ends_right is None else WITHHELD_BYTES
         self._ended = False
         self._failed = False
         self._room = asyncio.Event()
@@ -48,8 +61,11 @@ class BypassBody:
 
     def available(self, offset: int, want: int) -> int:
         self._free_before(offset)
-        if self._pieces:
-            return min(want, len(self._pieces[0]) - (offset - self._base))
+        self._position = offset
+        self._room.set()
+        sure = self._base + self._held - self._withheld
+        if self._pieces and offset < sure:
+            return min(want, sure - offset, len(self._pieces[0]) - (offset - self._base))
         return CUT if self._failed else 0
 
     def view(self, offset: int, length: int) -> memoryview:
@@ -74,25 +90,29 @@ class BypassBody:
             gone = len(self._pieces.popleft())
             self._base += gone
             self._held -= gone
-            self._room.set()
 
     async def _pump(self) -> None:
         try:
             expected = self._expected()
-            received = 0
+            received, tail = 0, bytearray()
             while piece := await self._answer.read():
                 received += len(piece)
                 if expected is not None and received > expected:
                     self._failed = True
                     return
+                if self._ends_right is not None:
+                    tail = (tail + piece)[-ZIP_TAIL_BYTES:]
                 self._pieces.append(piece)
                 self._held += len(piece)
                 self._wake()
-                while self._held >= WINDOW_BYTES:
+                while self._base + self._held - self._position >= WINDOW_BYTES + self._withheld:
                     self._room.clear()
                     await self._room.wait()
-            self._failed = received < expected if expected is not None else not self._answer.confirmed
-            self._ended = not self._failed
+            right = received == (expected or received)
+            if right and (self._ends_right is None or self._ends_right(bytes(tail))):
+                self._withheld = 0  # of an end that nobody knows, too: all that came is for the client
+                self._ended = expected is not None or self._answer.confirmed
+            self._failed = not self._ended
         except UpstreamFailure:
             self._failed = True
         finally:

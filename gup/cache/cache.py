@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
@@ -111,6 +112,8 @@ class Cache:
         flight = self._flights.get(key)
         if flight is not None and flight.body is not None:
             return flight.body.head, Result.COLLAPSED, 0
+        if (kept := self._means.memory.finished(key)) is not None:
+            return kept.head, Result.BYPASS, 0
         try:
             return await self.alone.head(route, variant, via, client), Result.MISS, 0
         except Problem as problem:
@@ -243,6 +246,11 @@ class Cache:
     ) -> Opened | None:
         if (failure := self._failures.get(key)) is not None:
             raise failure
+        kept = self._means.memory.finished(key)
+        if kept is not None:
+            self._store_when_due(key, route, variant)
+            age = max(0, int(self._means.wall_clock() - os.fstat(kept.fd).st_mtime))
+            return Opened(kept.reader(), Result.BYPASS, key, route.kind, age)
         await self._refuse_circle(key, variant, via)
         flight = self._flights.get(key)
         first = flight is None
@@ -255,7 +263,8 @@ class Cache:
         joined = await self._joined(flight)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
-            result = Result.HIT if late else result if joined.ring is None else Result.BYPASS
+            result = Result.BYPASS if joined.in_memory else Result.HIT if late else result
+            late = late and not joined.in_memory
             return Opened(joined.reader(self._waiter_left, late=late), result, key, route.kind)
         self._waiter_left()
         if joined is Landing.UNSTORABLE:
@@ -266,6 +275,14 @@ class Cache:
         if joined is Landing.VALIDATED:
             return self._opened(entry, route, Result.REVALIDATED)
         return self._opened(entry, route, result if flight.fetched else Result.HIT)
+
+    def _store_when_due(self, key: ContentKey, route: Route, variant: Variant) -> None:
+        """Have a body that is in memory stored, unless that was tried within `cache.error_ttl`."""
+        error_ttl = self._means.settings.cache.error_ttl
+        if key not in self._flights and self._means.memory.store_is_due(key, error_ttl):
+            flight = Flight(key, route, variant, since=self._means.clock(), from_memory=True)
+            self._flights[key] = flight
+            self._spawn(self._fly(flight), flight)
 
     async def fetch_ahead(self, route: Route, variant: Variant) -> bool:
         """Have a body in the store before anybody asks for it; whether it had to be fetched.
@@ -359,6 +376,7 @@ class Cache:
         elif flight.problem is not None:
             self._failures.put(flight.key, flight.problem, flight.stands_seconds)
         elif flight.landing in (Landing.COMMITTED, Landing.VALIDATED):
+            self._means.memory.drop(flight.key)
             with contextlib.suppress(DiskError):  # the next request tells
                 await self._present_entry(flight.key)
 
@@ -392,6 +410,7 @@ class Cache:
             if flight is None or not flight.settling:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._means.memory.close()
         self._entries.clear()
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:

@@ -6,15 +6,7 @@ from pathlib import Path
 
 from gup.fsutil import is_range_locked, lock_range, unlock_range
 
-_PASSING = 1 << 62  # beyond every claim, which has 62 bits
-
-
-def passing_offset(claim_offset: int) -> int:
-    """The lock beside a claim whose holder passes the body on and does not store it.
-
-    A lock needs no room on a disk that has none: other processes learn of it whatever the disk refuses.
-    """
-    return claim_offset | _PASSING
+_BESIDE = 1 << 62  # beyond every claim, which has 62 bits
 
 
 def want_offset(key_id: str) -> int:
@@ -22,7 +14,7 @@ def want_offset(key_id: str) -> int:
 
     `key_id` is the key's 32 digits, whose other half makes the claim's offset.
     """
-    return passing_offset(int(key_id[16:], 16) >> 2)
+    return int(key_id[16:], 16) >> 2 | _BESIDE
 
 
 class Claims:

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gup.cache.disk import sync_file_system
 from gup.cache.record import Record
 from gup.cache.store import Store
-from gup.fsutil import replace_file
+from gup.fsutil import replace_file, sync_file_system
 
 log = logging.getLogger("gup.durability")
 

@@ -15,8 +15,6 @@ from gup.content.key import ContentKey
 
 _WARM_SECONDS = 30.0
 """A chunk sent within this time is taken to be in the page cache still."""
-_CACHED_BYTES = 2 << 20
-"""A body up to this size stays in the processors' caches while it is sent; see docs/performance.md."""
 
 
 class Entry:
@@ -63,11 +61,6 @@ class Entry:
     @property
     def fd(self) -> int:
         return self.file.fd
-
-    @property
-    def copied(self) -> bool:
-        """See Body. What a receiver takes from pages that are in no processor's cache it takes slowly."""
-        return self.record.length > _CACHED_BYTES
 
     @property
     def key(self) -> ContentKey:

@@ -1,14 +1,14 @@
 """The leader's way of a fill: from the claim to the commit, or to the reason why not; serves nobody itself.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.state holds the table). The
-caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses ends in `_pass_on`.
+caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses ends in `_without_disk`.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from gup.cache.ahead import Courtesy
 from gup.cache.asking import Reread, check_structure, download_of, holds_of, stand_seconds
 from gup.cache.behind import WriteBehind
 from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.claim import passing_offset
+from gup.cache.claim import want_offset
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.demotions import BadDiskError
 from gup.cache.disk import DiskError, on_disk
@@ -24,8 +24,9 @@ from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
 from gup.cache.heads import absent, head_of, remote_of
+from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
+from gup.cache.memory_files import MemoryFile, MemoryFull
 from gup.cache.part import PartWriter, Salvage
-from gup.cache.passing import NobodyReads, PassingWriter
 from gup.cache.prior import (
     Damage,
     Prior,
@@ -69,8 +70,8 @@ class Leader:
         self._writer: PartWriter | None = None
         self._download: Download | None = None
         self._holds = holds_of(means, flight, ())
-        self._passing: PassingWriter | None = None
-        """Takes over from `_writer` when the disk refuses."""
+        self._memory: MemoryFile | None = None
+        """What `_writer` writes to since the disk refused."""
         self._body: GrowingBody | None = None
         """What `_writer` writes, be it shown already or not."""
         self._room = Room(means.space)
@@ -102,17 +103,14 @@ class Leader:
             await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
         except Problem as problem:
             await self._fail(problem, 0.0)
-        except NobodyReads:
-            self._flight.detach()
-            self._flight.land(Landing.UNSTORABLE)
         except OSError as error:
             if not is_exhausted(error):
                 raise
             await self._fail(exhausted(error), 0.0)
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
-            if self._means.claims.held(passing := passing_offset(self._key.claim_offset)):
-                self._means.claims.release(passing)
+            if self._memory is not None and not self._memory.finished:
+                self._memory.drop()
 
     async def _run(self) -> None:
         prior: Prior | Landing | Failure
@@ -127,10 +125,15 @@ class Leader:
         if isinstance(prior, Failure):
             now = self._means.clock()
             self._flight.fail(prior.problem(now), prior.until - now)
-            return
-        if prior.finished:
+        elif self._flight.from_memory:
+            await self._store_memory(prior)
+        elif prior.finished:
             await self._finish_part(prior)
-            return
+        else:
+            await self._fetch_whatever(prior)
+
+    async def _fetch_whatever(self, prior: Prior) -> None:
+        """Fetch it, or the rest of it; under another spelling if upstream does not have this one."""
         if prior.salvage is not None and self._flight.body is not None:
             self._flight.inherits = True
         self._holds = holds_of(self._means, self._flight, prior.holds)
@@ -178,19 +181,19 @@ class Leader:
     # --- fetching
 
     async def _fetch(self, prior: Prior) -> Problem | UpstreamFailure | None:
-        """Fetch and store, or, as soon as that can't be, fetch and pass on."""
+        """Fetch and store, or, as soon as that can't be, fetch into memory."""
         self._move(Phase.REQUESTED)
         self._flight.fetched = True
         self._is_stored = prior.record is not None
         try:
             if prior.unstorable is not None:
-                await self._turn_unstorable(prior.unstorable, told=prior.told)
-                return await self._pass_on(prior.record)
+                return await self._without_disk(
+                    prior.record, Unstorable(prior.unstorable, disk=True), told=prior.told
+                )
             try:
                 return await self._store(prior)
             except (Unstorable, DiskError) as error:
-                await self._turn_unstorable(refusal(error), disk=isinstance(error, DiskError) or error.disk)
-                return await self._pass_on(prior.record)
+                return await self._without_disk(prior.record, error)
         finally:
             self._leave_upstream()
 
@@ -240,7 +243,7 @@ class Leader:
 
     async def _reread(self, offset: int, length: int) -> bytes:
         """For Download, which compares. What can't be read must not pass for the disk refusing a write."""
-        writer = self._passing or self._writer
+        writer = self._writer
         try:
             if writer is None:
                 assert self._damage is not None
@@ -263,7 +266,7 @@ class Leader:
     ) -> GrowingBody:
         """A part of a new generation, begun with the good chunks of `old` if there are any."""
         means = self._means
-        self._generation = int(means.wall_clock() * 1_000_000_000)
+        self._generation = self._next_generation()
         paths = means.store.part_paths(self._key.id, self._generation)
         writer = PartWriter(*paths, means.executor, head.length, self._published)
         if old is not None and salvage is not None:
@@ -278,6 +281,11 @@ class Leader:
         Not before there is something to read: until then whatever fails can be told in a clean answer. Of a
         body that is whole already the readers here wait for no state: it ends in a commit, come what may.
         """
+        if self._memory is not None:
+            self._show_memory(body, self._memory)
+            if whole:
+                body.complete(body.published)
+            return
         self._move(Phase.STREAMING)
         self._head = body.head
         if not whole:
@@ -328,7 +336,7 @@ class Leader:
         self._move(Phase.STREAMING)
         self._head, self._told = record.head, download.told
         self._pinned, self._stored_at = record.pinned, record.stored_at
-        self._generation = int(means.wall_clock() * 1_000_000_000)
+        self._generation = self._next_generation()
         state = self._state(head=record.head)
         await self._on_disk(means.store.demote, record, damage.file, damage.sound, state)
         means.raise_store_epoch()
@@ -444,12 +452,15 @@ class Leader:
         writer, download = self._writer, self._download
         assert writer is not None
         assert download is not None
-        async with WriteBehind(writer, lambda: self._room.twice(writer.write_sure)) as behind:
+        async with WriteBehind(writer, lambda: self._write(writer.write_sure)) as behind:
             while piece := await behind.beside(download.read):
                 if download.told is not self._told:
                     await self._note_told(download)
                 writer.take(piece)
-                await self._room.keep(writer.received)
+                if self._memory is None:
+                    await self._room.keep(writer.received)
+                else:
+                    self._memory.keep(writer.received)
                 if writer.all_held:
                     continue
                 shown = self._flight.body is body
@@ -461,7 +472,7 @@ class Leader:
                 await self._courtesy.give_way()
         self._flight.settling = True  # from here on it ends by itself, and soon
         await self._check_structure(writer.received, writer.reread)
-        await self._room.twice(writer.write_withheld)
+        await self._write(writer.write_withheld)
         assert download.head is not None
         self._leave_upstream()
         if not download.confirmed:
@@ -470,7 +481,12 @@ class Leader:
             await self._show(body, whole=True)
         else:
             body.complete(writer.written)
-        await self._commit(writer, download.head, body.head)
+        if self._memory is None:
+            await self._commit(writer, download.head, body.head)
+
+    async def _write(self, work: Callable[[], Awaitable[None]]) -> None:
+        """On the disk once more when it was full and something could be evicted."""
+        await (self._room.twice(work) if self._memory is None else work())
 
     async def _note_told(self, download: Download) -> None:
         """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
@@ -533,68 +549,158 @@ class Leader:
 
     # --- going on without the disk
 
-    async def _pass_on(self, record: Record | None) -> Problem | UpstreamFailure | None:
-        """UNSTORABLE: what upstream still sends goes to the readers from memory, at their pace.
+    async def _without_disk(
+        self, record: Record | None, refused: Unstorable | DiskError, *, told: bool = False
+    ) -> Problem | UpstreamFailure | None:
+        """UNSTORABLE: what upstream still sends goes to the readers from a memory file.
 
-        Wherever the fill stood: 1. all is here, and only the commit was refused: nobody waits for that.
-        2. A body is arriving: its readers go on. 3. Nothing has arrived: it begins in memory.
+        Wherever the fill stood: 1. All is here, and only the commit was refused. 2. A body is arriving: its
+        readers go on. 3. Nothing has arrived: it begins in memory. What is too large, or finds no room in
+        memory, has its readers cut: each client is passed through alone.
         """
-        if self._body is not None and self._writer is not None:
-            self._body.distrust(*self._writer.sums)
-            if self._writer.written:
-                self._body.file = self._writer.file
-        if self._body is not None and self._body.ended:
-            self._flight.land(Landing.UNSTORABLE)
-            return None
-        if not self._flight.wanted:
-            raise NobodyReads("nobody waits for its bytes")
-        if self._download is None:
-            self._writer = self._body = None
-            remote = await self._ask_upstream(None, record).begin()
-            if remote.status != 200:
-                return await self._without_body(record, remote)
-        await self._stream_past()
+        why, flight = refusal(refused), self._flight
+        disk = isinstance(refused, DiskError) or refused.disk
+        self._move(Phase.UNSTORABLE)
+        self._room.release(committed=False)
+        self._means.counters.add("gup_fills_total", outcome="unstorable")
+        alone = isinstance(refused, Unstorable) and refused.too_large
+        try:
+            if not alone and self._is_worth_memory():
+                if self._download is None and not self._is_whole:
+                    self._writer = self._body = None
+                    remote = await self._ask_upstream(None, record).begin()
+                    if remote.status != 200:
+                        return await self._without_body(record, remote)
+                body = await self._enter_memory()
+                await self._tell_unstorable(why, disk=disk, told=told)
+                told = True
+                await self._stream_to_memory(body)
+        except MemoryFull as error:
+            log.info("%s is passed through: %s", self._key.text, error)
+            alone = True
+        if self._memory is None or not self._memory.finished:
+            await self._tell_unstorable(why, disk=disk, told=told, passed_through=alone)
+            if not await self._is_readable():
+                flight.detach()
+        flight.land(Landing.UNSTORABLE)
         return None
 
-    async def _stream_past(self) -> None:
-        means, flight, body, download = self._means, self._flight, self._body, self._download
-        assert download is not None
-        if body is None:
-            assert download.head is not None
-            head = head_of(self._key, download.head, changed=self._bytes_changed)
-            body = GrowingBody(head, self._generation, None, means.clock())
-        passing = PassingWriter(body, self._writer, lambda: means.settings.listen.write_timeout, means.clock)
-        self._passing = passing
-        if flight.body is not body:
-            flight.attach(body)
-            await asyncio.sleep(0)  # all who waited become its readers before anything can be dropped
-        if self._writer is not None:
-            await passing.add(self._writer.held)
-        self._writer = None
-        while piece := await download.read():
-            await passing.add(piece)
-        await self._check_structure(passing.received, passing.reread)
-        await passing.write_withheld()
-        if not download.confirmed:
-            assert download.head is not None
-            raise unconfirmed(download.head.upstream, passing.received)
-        body.complete(passing.written)
-        flight.land(Landing.UNSTORABLE)
+    @property
+    def _is_whole(self) -> bool:
+        return self._body is not None and self._body.ended
 
-    async def _turn_unstorable(self, why: str, *, told: bool = False, disk: bool = True) -> None:
-        """Unless it is `told` already: tell it, with and without the disk's help, and keep nothing of it."""
+    def _is_worth_memory(self) -> bool:
+        """Whether anybody waits for it, here or elsewhere; what is whole is kept for who comes late."""
+        if self._is_whole:
+            return True
+        return self._flight.wanted or self._means.claims.taken(want_offset(self._key.id))
+
+    async def _enter_memory(self) -> GrowingBody:
+        """Go on in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
+        means, body, writer = self._means, self._body, self._writer
+        if body is None:
+            assert self._download is not None
+            assert self._download.head is not None
+            head = head_of(self._key, self._download.head, changed=self._bytes_changed)
+            self._generation = self._next_generation()
+            body = self._body = GrowingBody(head, self._generation, None, means.clock())
+        arrived = writer.received if writer is not None else 0
+        length = arrived if body.ended else body.head.length
+        amount = length if length is not None else arrived + MEMORY_STEP_BYTES
+        memory = means.memory.begin(self._key, self._generation, amount)
+        self._memory = memory
+        means.memory.hold(self._key, body)
+        if writer is None:
+            self._writer = PartWriter.in_memory(
+                memory.file, means.executor, body.head.length, self._published
+            )
+            return body
+        body.hold_back()
+        try:
+            await self._in_thread(writer.move, memory.file)
+        except DiskError as error:
+            raise Problem("overloaded", f"what was written can't be read back: {error.strerror}") from error
+        if self._flight.body is body:
+            self._show_memory(body, memory)
+        return body
+
+    def _show_memory(self, body: GrowingBody, memory: MemoryFile) -> None:
+        memory.announce(replace(self._state(head=body.head), phase=Phase.STREAMING))
+        body.go_on_in(memory.file)
+        self._flight.attach(body)
+        assert self._writer is not None
+        body.publish(max(self._writer.written, body.published))
+
+    async def _stream_to_memory(self, body: GrowingBody) -> None:
+        means, memory = self._means, self._memory
+        assert memory is not None
+        remote = remote_of(body.head)
+        if not body.ended:
+            assert self._download is not None
+            try:
+                await self._stream(body)
+            except DiskError as error:
+                raise Problem("overloaded", f"memory refuses it: {error.strerror}") from error
+            if self._download is not None and self._download.head is not None:
+                remote = self._download.head
+        expires = None
+        if not self._flight.route.immutable:
+            fresh_until = validated_at(means, remote, immutable=False) + means.settings.cache.index_ttl
+            expires = max(fresh_until - means.wall_clock(), 0.001)
+        error_ttl = means.settings.cache.error_ttl
+        memory.finish(body.published, expires_seconds=expires, store_seconds=error_ttl)
+
+    async def _is_readable(self) -> bool:
+        """Whether readers may go on with the part: it is whole, and as it was when it arrived."""
+        if not self._is_whole or self._writer is None or self._memory is not None:
+            return False
+        try:
+            await self._in_thread(self._writer.move, None)
+        except DiskError:
+            return False
+        return True
+
+    async def _tell_unstorable(
+        self, why: str, *, disk: bool, told: bool, passed_through: bool = False
+    ) -> None:
+        """Keep for `cache.error_ttl` that it is not to be stored; tell the controller unless it is `told`."""
         means, key = self._means, self._key
-        self._move(Phase.UNSTORABLE)
-        means.claims.try_claim(passing_offset(key.claim_offset))
-        self._room.release(committed=False)
-        means.counters.add("gup_fills_total", outcome="unstorable")
-        if told:
+        if told and not passed_through:
             return
-        log_end("unstorable", key, means.clock() - self._began_at, detail=why)
         failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
-        for error in await self._in_thread(give_up, means.store, self._state(failure=failure)):
+        state = replace(self._state(failure=failure), passed_through=passed_through)
+        for error in await self._in_thread(give_up, means.store, state):
             log.warning("of %s something stays on the disk: %s", key.text, error)
-        means.tell({"type": "unstorable", "key": key.text, "detail": why, "disk": disk})
+        if not told:
+            log_end("unstorable", key, means.clock() - self._began_at, detail=why)
+            means.tell({"type": "unstorable", "key": key.text, "detail": why, "disk": disk})
+
+    async def _store_memory(self, prior: Prior) -> None:
+        """Try again to store a body that is whole in memory: nobody is asked for it again."""
+        means, row = self._means, self._means.memory.find(self._key)
+        if prior.unstorable is not None or row is None:
+            self._flight.land(Landing.UNSTORABLE)
+            return
+        try:
+            file, state = means.memory.open(row)
+            assert state.head is not None
+            stat = os.fstat(file.fd)
+            await self._room.reserve(stat.st_size)
+            self._generation = self._next_generation()
+            paths = means.store.part_paths(self._key.id, self._generation)
+            writer = self._writer = PartWriter(*paths, means.executor, stat.st_size, self._published)
+            await self._on_disk(writer.copy_memory, file, stat.st_size)
+            self._came_at, self._path = stat.st_mtime, state.path
+            await self._commit(writer, remote_of(state.head), state.head)
+        except (Unstorable, DiskError) as error:
+            self._move(Phase.UNSTORABLE)
+            self._room.release(committed=False)
+            disk = isinstance(error, DiskError) or error.disk
+            await self._tell_unstorable(refusal(error), disk=disk, told=False)
+            self._flight.land(Landing.UNSTORABLE)
+        except (OSError, ValueError) as error:
+            log.info("%s is not in memory any more: %s", self._key.text, error)
+            self._flight.land(Landing.UNSTORABLE)
 
     # --- ends other than a commit
 
@@ -648,6 +754,9 @@ class Leader:
             holds=holds,
             told=told,
         )
+
+    def _next_generation(self) -> int:
+        return int(self._means.wall_clock() * 1_000_000_000)
 
     def _start_over(self) -> None:
         """What was streaming is given up: another generation begins where a first one would."""

@@ -9,6 +9,7 @@ from enum import Enum
 from gup import config
 from gup.cache.claim import Claims
 from gup.cache.growing import GrowingBody
+from gup.cache.memory_files import MemoryFiles
 from gup.cache.queue import FillQueue
 from gup.cache.record import Record
 from gup.cache.space import Space
@@ -37,6 +38,7 @@ class Means:
     counters: Counters
     queue: FillQueue
     space: Space
+    memory: MemoryFiles
     streams: Streams
     executor: Executor
     settings: config.Settings
@@ -100,6 +102,8 @@ class Flight:
     """Whether it may wait for its place for as long as that takes: no client waits for it."""
     inherits: bool = False
     """Whether its leader died while it streamed: whoever goes on has that leader's place."""
+    from_memory: bool = False
+    """Whether its body is in memory, whole, and is only to be stored. No client waits for it."""
     settling: bool = False
     """Whether all of the body has come: this process does not end before the fill has."""
     share: Share = field(init=False)
@@ -163,10 +167,7 @@ class Flight:
         self._settle()
 
     async def join(self) -> GrowingBody | Landing:
-        """Wait until there is something to read, or nothing will come. Problem when it failed.
-
-        UNSTORABLE too when it goes on from memory, and its beginning is gone already.
-        """
+        """Wait until there is something to read, or nothing will come. Problem when it failed."""
         self._joining += 1
         try:
             while self.body is None and not self.over:
@@ -177,7 +178,7 @@ class Flight:
         if self.problem is not None:
             raise self.problem.again()
         if self.body is not None:
-            return self.body if self.body.whole else Landing.UNSTORABLE
+            return self.body
         assert self.landing is not None
         return self.landing
 

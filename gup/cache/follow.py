@@ -1,15 +1,19 @@
 """The follower's way of a fill: watches what a leader in another process writes; writes nothing itself."""
 
 import asyncio
+import contextlib
+import logging
 import os
 
 from gup.cache.ahead import Want
-from gup.cache.claim import passing_offset
 from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing import GrowingBody
+from gup.cache.memory_files import Row
 from gup.cache.state import FillState, Phase
 from gup.cache.store import OpenFile
 from gup.errors import is_exhausted
+
+log = logging.getLogger("gup.fill")
 
 _POLL_SECONDS = 0.004
 _LONGEST_POLL_SECONDS = 0.25
@@ -32,6 +36,7 @@ class Follower:
         self._state_path = means.store.state_path(flight.key.id)
         self._state_seen: tuple[int, int] | None = None
         self._offset = flight.key.claim_offset
+        self._memory_seen: int | None = None
         self._want = Want(means, flight)
         self._news_at = means.clock()
         """When a look last found something new. A leader in the queue brings nothing new for long."""
@@ -46,7 +51,13 @@ class Follower:
     async def _run(self) -> bool:
         while True:
             if self._means.claims.try_claim(self._offset):
+                if self._ended_in_memory():
+                    self._means.claims.release(self._offset)
+                    return False
                 return True
+            if self._flight.from_memory:  # somebody is at it
+                self._flight.land(Landing.UNSTORABLE)
+                return False
             self._want.tell()
             try:
                 if self._look():
@@ -54,7 +65,8 @@ class Follower:
             except OSError as error:
                 if not is_exhausted(error):
                     raise
-                self._state_seen = None  # looked at again when there is a descriptor to do it with
+                # looked at again when there is a descriptor to do it with
+                self._state_seen = self._memory_seen = None
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
@@ -66,8 +78,7 @@ class Follower:
 
     def _look(self) -> bool:
         """One look; whether the flight is over."""
-        if self._means.claims.taken(passing_offset(self._offset)):
-            self._land_unstorable()
+        if self._look_into_memory():
             return True
         state = self._changed_state()
         if state is not None:
@@ -79,12 +90,76 @@ class Follower:
             self._publish(body)
         return False
 
+    def _ended_in_memory(self) -> bool:
+        """Whether the leader has brought it to its end in memory. What died with a leader is cut here."""
+        if self._flight.suspect or self._flight.from_memory:
+            return False
+        self._memory_seen = None
+        with contextlib.suppress(OSError):  # no descriptor for it: whoever leads will be told the same
+            return self._look_into_memory()
+        return False
+
+    def _look_into_memory(self) -> bool:
+        """Go on in the leader's memory file when there is one; whether the flight is over."""
+        memory, flight = self._means.memory, self._flight
+        if memory.epoch == self._memory_seen:
+            return False
+        self._memory_seen = memory.epoch
+        row = memory.find(flight.key)
+        if row is None:
+            self._lose_memory()
+        elif row.announced:
+            self._news_at = self._means.clock()
+            body = self._body_in_memory(row)
+            if body is None:
+                return flight.over
+            self._publish(body)
+            if row.finished:
+                if not body.ended:
+                    body.complete(body.published)
+                flight.land(Landing.UNSTORABLE)
+        return flight.over
+
+    def _lose_memory(self) -> None:
+        """The memory file has no row any more: what is read here is whole, or never will be."""
+        body = self._flight.body
+        if body is None or not body.in_memory:
+            return
+        self._publish(body)
+        if body.ended:
+            self._flight.land(Landing.UNSTORABLE)
+        else:
+            self._flight.detach()
+
+    def _body_in_memory(self, row: Row) -> GrowingBody | None:
+        """The flight's body, from now on in the leader's memory file; None when that can't be had."""
+        memory, flight, body = self._means.memory, self._flight, self._flight.body
+        if body is not None and body.in_memory and body.generation == row.generation:
+            return body
+        try:
+            file, state = memory.open(row)
+        except PermissionError as error:  # a system that shows no other process's files
+            log.warning("readers of %s are cut: %s", flight.key.text, error)
+            flight.detach()
+            flight.land(Landing.UNSTORABLE)
+            return None
+        except (FileNotFoundError, ValueError):
+            self._memory_seen = None  # it is gone: the next look tells
+            return None
+        assert state.head is not None
+        if body is None or body.generation != row.generation:
+            body = GrowingBody(state.head, row.generation, None, self._means.clock())
+        body.go_on_in(file)
+        memory.hold(flight.key, body)
+        flight.attach(body)
+        return body
+
     def _publish(self, body: GrowingBody) -> None:
         size = os.fstat(body.fd).st_size
         if size > body.published:
             self._news_at = self._means.clock()
             body.publish(size)
-        if size == body.head.length:
+        if size == body.head.length and not body.ended:
             body.complete(size)  # its last bytes are written only when all has been found right
 
     def _follow_state(self, state: FillState) -> bool:
@@ -98,20 +173,16 @@ class Follower:
                 body.publish(state.record.length)
                 body.complete(state.record.length)
         elif state.phase is Phase.UNSTORABLE and self._stands(state):
-            self._land_unstorable()
+            if self._means.memory.find(self._flight.key) is not None and not state.passed_through:
+                return False  # it goes on there
+            self._flight.detach()
+            self._flight.land(Landing.UNSTORABLE)
             return True
         elif state.phase is Phase.FAILED and state.failure is not None and self._stands(state):
             now = self._means.clock()
             self._flight.fail(state.failure.problem(now), state.failure.until - now)
             return True
         return False
-
-    def _land_unstorable(self) -> None:
-        """The leader has the rest in its memory only: readers here are cut, and passed through when they ask
-        again. Each would need a request of its own upstream to go on, and there are places for four.
-        """
-        self._flight.detach()
-        self._flight.land(Landing.UNSTORABLE)
 
     def _stands(self, state: FillState) -> bool:
         return state.failure is not None and state.failure.stands(self._means.clock())

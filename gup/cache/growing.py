@@ -1,7 +1,7 @@
 """Bodies that are still arriving, and their readers; writes and fetches nothing.
 
-What is published of a body may be sent. It lies in the part file, or, from some offset on, in a ring: see
-`gup.cache.ring`.
+What is published of a body may be sent. It lies in the part file, or in a memory file if it can't be stored:
+see `gup.cache.memory_files`.
 """
 
 import asyncio
@@ -9,10 +9,8 @@ import os
 import time
 
 from gup.cache.body import CUT, Callback
-from gup.cache.checksum import CHUNK_BYTES, chunk_sum
 from gup.cache.pace import Pace
 from gup.cache.record import Head
-from gup.cache.ring import Ring
 from gup.cache.store import OpenFile
 
 _WAKE_SECONDS = 0.025
@@ -21,21 +19,14 @@ _WAKE_AT_LATEST_SECONDS = 0.2
 
 
 class Reader:
-    """A growing body as one connection reads it (a Body). Where it stands decides what a ring must keep."""
+    """A growing body as one connection reads it (a Body)."""
 
-    __slots__ = ("_body", "_late", "_on_leave", "begun", "left_behind", "position")
-
-    copied = False
+    __slots__ = ("_body", "_late", "_on_leave")
 
     def __init__(self, body: "GrowingBody", on_leave: Callback | None, *, late: bool) -> None:
         self._body = body
         self._on_leave = on_leave
         self._late = late
-        self.position = 0
-        self.begun = False
-        """Whether it has asked for bytes: one whose turn to download has not come keeps nobody waiting."""
-        self.left_behind = False
-        """Set by a ring that does not wait for it any more."""
 
     @property
     def growing(self) -> "GrowingBody":
@@ -61,11 +52,7 @@ class Reader:
 
     def available(self, offset: int, want: int) -> int:
         """See Body."""
-        self.begun = True
-        if offset != self.position:
-            self.position = offset
-            self._body.moved()
-        return CUT if self.left_behind else self._body.available(offset, want)
+        return self._body.available(offset, want)
 
     def view(self, offset: int, length: int) -> memoryview:
         return self._body.view(offset, length)
@@ -81,7 +68,6 @@ class Reader:
 
     def leave(self) -> None:
         self._body.readers.remove(self)
-        self._body.moved()
         if self._on_leave is not None:
             self._on_leave()
 
@@ -92,25 +78,21 @@ class Reader:
 class GrowingBody:
     """A body that is being written.
 
-    Its fill (leader or follower) alone calls `publish`, `go_on_in`, `complete` and `fail`. Waiters run at the
-    first published byte and at the end at once, in between at most every 25 ms and only for 64 KiB more (or
-    after 200 ms): a thousand waiters must not eat the cores.
+    Its fill (leader or follower) alone calls `publish`, `hold_back`, `go_on_in`, `complete` and `fail`.
+    Waiters run at the first published byte and at the end at once, in between at most every 25 ms and only
+    for 64 KiB more (or after 200 ms): a thousand waiters must not eat the cores.
     """
 
     def __init__(self, head: Head, generation: int, file: OpenFile | None, now: float) -> None:
-        """`now` is on the monotonic clock. Without a file, `go_on_in` must follow."""
+        """`now` is on the monotonic clock."""
         self.head = head
         self.generation = generation
         self.file = file
-        self.ring: Ring | None = None
+        self.in_memory = False
+        """Whether `file` is a memory file."""
         self.published = 0
         self.failed = False
         self.readers: list[Reader] = []
-        self.on_move: Callback | None = None
-        """Called when a reader has gone on or left, once there is a ring."""
-        self._sums: tuple[int, ...] | None = None
-        self._in_file = 0
-        self._chunk: tuple[int, bytes] = -1, b""
         self._length: int | None = None
         self._waiting: dict[Callback, int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -129,18 +111,11 @@ class GrowingBody:
     @property
     def source(self) -> str:
         """See Body."""
-        return "fill" if self.ring is None else "bypass"
-
-    @property
-    def whole(self) -> bool:
-        """Whether a new reader can have it from its first byte on."""
-        return self.ring is None or self.ring.whole
+        return "bypass" if self.in_memory else "fill"
 
     @property
     def fd(self) -> int:
-        """See Body. -1 when the file is not enough or not trusted: `view` then takes from file and memory."""
-        if self.ring is not None or self._sums is not None:
-            return -1
+        """See Body."""
         assert self.file is not None
         return self.file.fd
 
@@ -154,8 +129,8 @@ class GrowingBody:
 
     @property
     def complete_in_file(self) -> bool:
-        """Whether the file has all of it, committed or not."""
-        return self._length is not None and self.ring is None
+        """Whether the part file has all of it, committed or not."""
+        return self._length is not None and not self.in_memory
 
     @property
     def ended(self) -> bool:
@@ -167,60 +142,18 @@ class GrowingBody:
     def available(self, offset: int, want: int) -> int:
         if offset >= self.published:
             return CUT if self.failed else 0
-        want = min(want, self.published - offset)
-        ring = self.ring
-        if ring is None:
-            return self._in_sound_chunk(offset, want)
-        if offset < ring.origin:
-            return self._in_sound_chunk(offset, min(want, ring.origin - offset))
-        return len(ring.view(offset, want)) if offset >= ring.start else CUT
+        if self.file is None:  # held back, or revoked
+            return CUT if self.failed else 0
+        return min(want, self.published - offset)
 
     def view(self, offset: int, length: int) -> memoryview:
-        if self.ring is not None and offset >= self.ring.origin:
-            return self.ring.view(offset, length)
-        if self._sums is not None:
-            chunk, piece = self._chunk
-            at = offset - chunk * CHUNK_BYTES
-            return memoryview(piece)[at : at + length]
-        assert self.file is not None
-        return memoryview(os.pread(self.file.fd, length, offset))
-
-    def _in_sound_chunk(self, offset: int, want: int) -> int:
-        """How much of `want` the file has; of a distrusted one, what lies in one chunk that is as written.
-
-        That blocks for reading a chunk, which is in the page cache as a rule.
-        """
-        if self._sums is None:
-            return want if self.file is not None else CUT
-        chunk = offset // CHUNK_BYTES
-        if self._chunk[0] != chunk:
-            piece = self._read_chunk(chunk)
-            if piece is None:
-                return CUT
-            self._chunk = chunk, piece
-        return min(want, chunk * CHUNK_BYTES + len(self._chunk[1]) - offset)
-
-    def _read_chunk(self, chunk: int) -> bytes | None:
-        assert self._sums is not None
-        start = chunk * CHUNK_BYTES
-        if self.file is None:
-            return None
-        try:
-            piece = os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - start), start)
-        except OSError:
-            return None
-        return piece if chunk_sum(piece) == self._sums[chunk] else None
+        return memoryview(os.pread(self.fd, length, offset))
 
     def wait(self, offset: int, callback: Callback) -> None:
         self._waiting[callback] = offset
 
     def forget(self, callback: Callback) -> None:
         self._waiting.pop(callback, None)
-
-    def moved(self) -> None:
-        """A reader stands elsewhere than before."""
-        if self.on_move is not None:
-            self.on_move()
 
     # --- growing
 
@@ -240,17 +173,21 @@ class GrowingBody:
         elif self._waiting and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
 
-    def distrust(self, size: int, sums: tuple[int, ...]) -> None:
-        """The disk refused: of the `size` bytes in the file nothing is sent that does not agree with its sum.
+    def hold_back(self) -> None:
+        """The disk refused: what is in the file is sent again when it was found right, and is in memory."""
+        self.file = None
 
-        A write that failed late may have lost what was written long before, and a read would not tell.
-        """
-        self._in_file, self._sums = size, sums
+    def go_on_in(self, file: OpenFile) -> None:
+        """From now on `file`, a memory file, has all that is published."""
+        self.file = file
+        self.in_memory = True
+        self.wake()
 
-    def go_on_in(self, ring: Ring) -> None:
-        """From now on bytes come into `ring` only. What the file has of it can still be read."""
-        assert ring.origin >= self.published or ring.whole
-        self.ring = ring
+    def revoke(self) -> None:
+        """Its memory is needed: readers that are left are cut."""
+        self.file = None
+        self.failed = True
+        self.wake()
 
     def complete(self, length: int) -> None:
         """All is published, and right."""

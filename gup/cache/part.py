@@ -1,5 +1,6 @@
 """The file of a body that is arriving: appends, sums and withholds; never fetches, never commits."""
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gup.cache.checksum import CHUNK_BYTES, ChunkSums, chunk_sum
-from gup.cache.disk import on_disk, start_writeback
+from gup.cache.disk import on_disk
 from gup.cache.store import OpenFile
+from gup.fsutil import start_writeback
 
 _FLUSH_BYTES = 8 << 20
 """Written to the disk in steps of this size, so that no long burst follows."""
@@ -116,6 +118,16 @@ class PartWriter:
         self._unsaved_sums = bytearray()
         self._flushed = 0
         """How far the kernel was told to write the file to the disk."""
+        self._in_memory = False
+
+    @classmethod
+    def in_memory(
+        cls, file: OpenFile, executor: Executor, length: int | None, on_published: Callable[[int], None]
+    ) -> "PartWriter":
+        """A part that begins in a memory file."""
+        writer = cls(Path(), Path(), executor, length, on_published)
+        writer._go_on_in(file)
+        return writer
 
     @classmethod
     def reopen(
@@ -152,6 +164,35 @@ class PartWriter:
         self._sums = ChunkSums(list(good))
         self._save_sums(good)
         self.received = self.written = self._in_file = verified
+
+    def copy_memory(self, source: OpenFile, length: int) -> None:
+        """Write a whole body that is in a memory file. Blocks on the disk; it may be asked again."""
+        file = self._opened()
+        while self._in_file < length:
+            self._append(file, os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file))
+        self._save_sums([])
+        self.received = self.written = length
+
+    def move(self, file: OpenFile | None) -> None:
+        """Go on in `file`, a memory file, with all that was written; without one, only compare it.
+
+        OSError when that is not what arrived: a write that failed late may have lost what was written long
+        before, and a read alone would not tell. Blocks on the disk.
+        """
+        for chunk, expected in enumerate(self._sums.so_far()):
+            at = chunk * CHUNK_BYTES
+            piece = memoryview(os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - at), at))
+            if chunk_sum(piece) != expected:
+                raise OSError(errno.EIO, "what was written is not there any more")
+            while file is not None and piece:
+                done = os.pwrite(file.fd, piece, at)
+                piece, at = piece[done:], at + done
+        if file is not None:
+            self._go_on_in(file)
+
+    def _go_on_in(self, file: OpenFile) -> None:
+        self._file, self._sums_file, self._in_memory = file, None, True
+        self._unsaved_sums.clear()
 
     def take(self, piece: bytes) -> None:
         """Take the next bytes into memory; `write_sure` is to follow."""
@@ -191,16 +232,6 @@ class PartWriter:
         assert self._file is not None
         return self._file
 
-    @property
-    def held(self) -> bytes:
-        """What was received and is not published."""
-        return b"".join(self._held)
-
-    @property
-    def sums(self) -> tuple[int, tuple[int, ...]]:
-        """How much the file has, and the sums of that."""
-        return self._in_file, self._sums.so_far()
-
     def finish(self) -> tuple[int, ...]:
         """The sums of the whole body, when all of it is written."""
         return self._sums.finish()
@@ -209,7 +240,7 @@ class PartWriter:
         """Bytes received before, be they written, about to be or withheld."""
         in_file = max(0, min(length, self.written - offset))
         at = offset + in_file - self.written
-        held = self.held[at : at + length - in_file] if in_file < length else b""
+        held = b"".join(self._held)[at : at + length - in_file] if in_file < length else b""
         if not in_file:
             return held
         return await on_disk(self._executor, os.pread, self.file.fd, in_file, offset) + held
@@ -241,17 +272,23 @@ class PartWriter:
             os.pwrite(self._sums_file.fd, sums, 8 * len(self._sums.done))
         for piece in pieces:
             while rest := piece[max(0, self._in_file - at) :]:
-                done = os.pwrite(file.fd, rest, self._in_file)
-                self._unsaved_sums += _packed(self._sums.add(rest[:done]))
-                self._in_file += done
+                self._append(file, rest)
             at += len(piece)
-        if self._in_file - self._flushed >= _FLUSH_BYTES:
+        if not self._in_memory and self._in_file - self._flushed >= _FLUSH_BYTES:
             start_writeback(file.fd, self._flushed, self._in_file - self._flushed)
             self._flushed = self._in_file
         self._save_sums([])
 
+    def _append(self, file: OpenFile, piece: bytes | memoryview) -> None:
+        """Write what the disk takes at once of `piece`."""
+        done = os.pwrite(file.fd, piece, self._in_file)
+        self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:done]))
+        self._in_file += done
+
     def _save_sums(self, completed: list[int]) -> None:
         self._unsaved_sums += _packed(completed)
+        if self._in_memory:  # nobody can take it over
+            self._unsaved_sums.clear()
         while self._unsaved_sums:
             done = os.write(self._opened_sums().fd, self._unsaved_sums)
             del self._unsaved_sums[:done]

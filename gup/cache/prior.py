@@ -124,6 +124,8 @@ def _standing(
         return None
     if state.phase is not Phase.UNSTORABLE:
         return state.failure
+    if state.passed_through:
+        return Landing.UNSTORABLE
     return Prior(record, unstorable=state.failure.detail, told=True)
 
 

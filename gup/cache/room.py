@@ -18,12 +18,14 @@ _Result = TypeVar("_Result")
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
     """The body can't be kept: it is too large, or no room could be made.
 
-    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size.
+    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size. `too_large`:
+    it never can be.
     """
 
-    def __init__(self, detail: str, *, disk: bool = False) -> None:
+    def __init__(self, detail: str, *, disk: bool = False, too_large: bool = False) -> None:
         super().__init__(detail)
         self.disk = disk
+        self.too_large = too_large
 
 
 def refusal(error: DiskError | Unstorable) -> str:
@@ -46,9 +48,11 @@ class Room:
         """Have room for so many bytes more; Unstorable when there is none."""
         wanted = self._promised + amount
         if wanted > MAX_BODY_BYTES:
-            raise Unstorable(f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)")
+            raise Unstorable(
+                f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)", too_large=True
+            )
         if self._space.too_large(wanted):
-            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)")
+            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)", too_large=True)
         if not await self._space.reserve(amount):
             if self._space.short_on_disk(amount) > 0:
                 raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)

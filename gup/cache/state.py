@@ -38,7 +38,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.UNSTORABLE: frozenset({Phase.FAILED}),
 }
 """Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch. UNSTORABLE: the body
-goes on to its readers from memory (gup.cache.passing), which may still break off.
+goes on to its readers from memory (gup.cache.memory_files), which may still break off.
 """
 
 
@@ -165,6 +165,8 @@ class FillState:
     pinned: bool = False
     stored_at: float | None = None
     """Of a demoted entry: they are the entry's again when it is whole. Unix seconds."""
+    passed_through: bool = False
+    """UNSTORABLE, and not for want of the disk alone: each client is passed through."""
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has given a part of the body: who goes on compares them."""
 
@@ -189,6 +191,7 @@ class FillState:
                 "ahead": self.ahead,
                 "pinned": self.pinned,
                 "stored_at": self.stored_at,
+                "passed_through": self.passed_through,
                 "told": {name: validators.to_json() for name, validators in self.told.items()},
                 "holds": [hold.to_json() for hold in self.holds],
             }
@@ -214,6 +217,7 @@ class FillState:
             ahead="ahead" in members and members.flag("ahead"),
             pinned="pinned" in members and members.flag("pinned"),
             stored_at=members.time("stored_at") if "stored_at" in members else None,
+            passed_through="passed_through" in members and members.flag("passed_through"),
             told={name: Validators.from_json(row) for name, row in told.values.items()} if told else {},
             holds=tuple(Hold.from_json(row) for row in rows),
         )

@@ -18,12 +18,11 @@ from gup.cache.checksum import CHUNK_BYTES
 from gup.cache.chunks import sound_chunks
 from gup.cache.claim import Claims
 from gup.cache.demotions import Demotions
-from gup.cache.disk import sync_file_system
 from gup.cache.record import MAX_RECORD_BYTES, Record
 from gup.cache.state import MAX_STATE_BYTES, FillState
 from gup.content.key import ContentKey
 from gup.errors import StoreError
-from gup.fsutil import sync_folder, write_all
+from gup.fsutil import sync_file_system, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _RECORD_SUFFIX = ".gup"

@@ -182,6 +182,11 @@ class Fill(Section):
         30.0, "Time for a request to wait for its fill to begin; 503 at once if that would take longer."
     )
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
+    memory: Size = row(
+        parse_size("256MB"),
+        "Memory for bodies that the disk refuses, over all processes; what finds no room there is passed "
+        "through, four clients at once; 0 takes none.",
+    )
 
 
 class Prefetch(Section):

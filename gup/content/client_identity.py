@@ -163,7 +163,7 @@ class Declarations:
         return self._look_up(tuple([field for field in headers if field[0] in wanted]))
 
     def of_head(self, head: bytes) -> Stated:
-        """The same for the bytes of a head that is known to be well-formed (gup.server.plain)."""
+        """The same for the bytes of a head that is known to be well-formed (gup.server.hot_cache)."""
         lines = self._line.findall(head)
         return self._look_up(
             tuple([(name.lower().decode(), value.strip(b" \t").decode("latin-1")) for name, value in lines])

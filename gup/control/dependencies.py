@@ -62,6 +62,8 @@ class ControlDependencies:
     """Each upstream's state, and since when (Unix seconds; None: since the start)."""
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
     """Cache.fetch_ahead."""
+    drop_memory: Callable[[ContentKey], int] = lambda _key: 0
+    """MemoryFiles.drop."""
     places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
     """Choices.places."""
     link_idle: Callable[[], bool] = lambda: True

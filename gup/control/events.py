@@ -23,7 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
-from gup.addresses import is_name
+from gup.client_names import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to

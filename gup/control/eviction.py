@@ -175,7 +175,7 @@ class DiskUsage:
 class Evictor:
     """Keeps the store within its limits, one eviction run at a time. A reload replaces `limits`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its collaborators
         self,
         store: Store,
         claims: Claims,
@@ -187,6 +187,7 @@ class Evictor:
         set_store_bytes: Callable[[int], None],
         promised_bytes: Callable[[], int],
         now: Callable[[Iterable[float]], float],
+        drop_memory: Callable[[ContentKey], int] = lambda _key: 0,
     ) -> None:
         """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
         self.limits = limits
@@ -198,6 +199,7 @@ class Evictor:
         self._set_store_bytes = set_store_bytes
         self._promised_bytes = promised_bytes
         self._now = now
+        self._drop_memory = drop_memory
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -368,6 +370,7 @@ class Evictor:
         else BusyError.
         """
         freed = await change(self._claims, key, lambda: self._store.purge(key))
+        freed += self._drop_memory(key)
         self._index.discard(key.text)
         self._raise_store_epoch()
         self._tell(await self.measure())

@@ -139,6 +139,7 @@ class ControlState:
             set_store_bytes=dependencies.set_store_bytes,
             promised_bytes=dependencies.promised_bytes,
             now=self._age_now,
+            drop_memory=dependencies.drop_memory,
         )
         self.verification = Verification(dependencies, self.index)
         self.scrubber = Scrubber(dependencies, self.index, lambda: self.settings.cache, clock)

@@ -14,6 +14,7 @@ from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.cache import Cache
 from gup.cache.claim import Claims
 from gup.cache.flight import Means
+from gup.cache.memory_files import MemoryFiles
 from gup.cache.queue import FillQueue
 from gup.cache.slots import Slots
 from gup.cache.space import Space
@@ -22,7 +23,16 @@ from gup.cache.streams import Streams
 from gup.metrics import Counters
 from gup.process.child import Parent
 from gup.process.descriptors import use_all_descriptors
-from gup.process.page import FILL_HELD, MOST_UPSTREAMS, STORE_BYTES, UPSTREAM_HEALTH, WAN_CLOCK, Row
+from gup.process.page import (
+    FILL_HELD,
+    MEMORY,
+    MEMORY_WORDS,
+    MOST_UPSTREAMS,
+    STORE_BYTES,
+    UPSTREAM_HEALTH,
+    WAN_CLOCK,
+    Row,
+)
 from gup.process.shared import SharedFile
 from gup.upstream.bandwidth import Wan
 from gup.upstream.health import Board
@@ -115,6 +125,12 @@ class Assembly:
                     {"type": "need", "bytes": missing, "refused": refused}
                 ),
                 evictions=lambda: self.shared.page.store_epoch,
+            ),
+            memory=MemoryFiles(
+                self.words[MEMORY : MEMORY + MEMORY_WORDS],
+                lambda: self.shared.page.locked(MEMORY),
+                lambda: self.means.settings.fill.memory,
+                lambda: self.means.settings.listen.write_timeout,
             ),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,

@@ -92,6 +92,7 @@ class Controller:
                 started_at=assembly.shared.started_at,
                 installed_at=assembly.shared.installed_at,
                 fetch_ahead=assembly.cache.fetch_ahead,
+                drop_memory=assembly.means.memory.drop,
                 places=self._places,
                 link_idle=assembly.means.queue.idle,
                 fills_waiting=assembly.means.queue.waiting,

@@ -29,7 +29,11 @@ WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
 """Two words: the WAN's time clock and its virtual one."""
 FILL_HELD = WAN_CLOCK + 2
 """First of one word a class of places to fill: see gup.cache.backlog."""
-_NAMED = 64
+MEMORY = 64
+"""First of the words that tell of memory files: see gup.cache.memory_files."""
+MEMORY_ROWS = 64
+MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
+_NAMED = MEMORY + MEMORY_WORDS
 """Words before those that every block has one of."""
 
 
@@ -58,8 +62,9 @@ def page_words(blocks: int) -> int:
 class SharedPage:
     """Words that all processes of one service see. Reading one takes no lock: a word is written whole.
 
-    Who writes: the policy and store epochs, and the WAN clock, whoever holds `locked` of that word; a
-    heartbeat its block's process; CONFIG_* the supervisor; the other words the controller.
+    Who writes: the policy and store epochs, the WAN clock and the table of memory files, whoever holds
+    `locked` of that word; a heartbeat its block's process; CONFIG_* the supervisor; the other words the
+    controller.
     """
 
     def __init__(self, words: "memoryview[int]", blocks: int, fd: int, offset_bytes: int) -> None:

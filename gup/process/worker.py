@@ -12,20 +12,18 @@ from operator import itemgetter
 import uvloop
 
 from gup import log
-from gup.addresses import Names, read_key
+from gup.client_names import ClientNames, read_key
 from gup.config import Settings
 from gup.process.assembly import Assembly, node_name, until_told
 from gup.process.child import Parent
 from gup.process.page import POLICY_EPOCH, STORE_EPOCH, Row
-from gup.server.accounts import Accounts
-from gup.server.addresses import Addresses
-from gup.server.admission import Admission
-from gup.server.deliveries import Deliveries
-from gup.server.downloads import Downloads, Machine
+from gup.server.access_log import AccessLog
+from gup.server.admission import AddressCounts, Admission
+from gup.server.downloads import Downloads, MachineView
 from gup.server.handler import Handler
-from gup.server.hot import HotTable
+from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
-from gup.server.tally import Tally
+from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
 _LOG = logging.getLogger("gup.worker")
@@ -41,39 +39,39 @@ class Worker:
         self._task: asyncio.Task[None] | None = None
         self._drained_soon = False
         page = assembly.shared.page
-        tally = Tally(assembly.counters)
         epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), page.words)  # no frame: asked for each hit
-        hot = HotTable(epochs, assembly.cache.close_removed)
+        hot_cache = HotCache(epochs, assembly.cache.close_removed)
         loop = asyncio.get_running_loop()
         downloads = Downloads(
-            assembly.downloads, lambda: assembly.means.settings.clients, tally, self._machine(), loop
+            assembly.downloads,
+            lambda: assembly.means.settings.clients,
+            assembly.counters,
+            self._machine(),
+            loop,
         )
-        names = Names(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
-        self._accounts = Accounts(assembly.settings, tally, names, assembly.means.clock)
-        deliveries = self._deliveries = Deliveries(
+        names = ClientNames(assembly.settings.reports.addresses, read_key(assembly.store.run / "address-key"))
+        self._access_log = AccessLog(assembly.settings, assembly.counters, names, assembly.means.clock)
+        self._policy = Policy(
             assembly.settings,
             assembly.store.run,
             assembly.counters,
             assembly.executor,
             lambda: page.policy_epoch,
             assembly.tell,
-            hot.drop,
+            hot_cache.drop,
             assembly.means.clock,
         )
-        assembly.pool.lists = deliveries.lists
+        assembly.pool.lists = self._policy.lists
         handler = Handler(
             assembly.means,
             assembly.cache,
-            deliveries,
-            tally,
-            hot,
+            self._policy,
+            hot_cache,
             downloads,
+            self._access_log,
             node=node_name(assembly.settings),
-            wall_clock=assembly.means.wall_clock,
-            accounts=self._accounts,
         )
-        self._tally = tally
-        self._addresses = Addresses(
+        self._addresses = AddressCounts(
             assembly.store.run / "addresses", parent.assignment.slot, assembly.settings.worker_count
         )
         self._listener = Listener(
@@ -81,12 +79,12 @@ class Worker:
             [socket.socket(fileno=fd) for fd in parent.assignment.listen_fds],
             assembly.settings,
             handler,
-            hot,
-            tally,
+            hot_cache,
+            self._access_log,
             downloads,
             Admission(
                 assembly.settings,
-                tally,
+                assembly.counters,
                 self._addresses,
                 assembly.shared.sum_of("gup_client_connections"),
                 most_here=assembly.descriptors * 3 // 4,
@@ -94,7 +92,7 @@ class Worker:
             on_second=self._each_second,
         )
 
-    def _machine(self) -> Machine:
+    def _machine(self) -> MachineView:
         """What the workers show each other of their downloads."""
         shared, block = self._assembly.shared, self._assembly.block
         waiting_since = shared.page.row(Row.DOWNLOAD_WAITING_SINCE)
@@ -102,7 +100,7 @@ class Worker:
         def show(since_ns: int) -> None:
             waiting_since[block] = since_ns
 
-        return Machine(
+        return MachineView(
             in_progress=shared.sum_of("gup_client_downloads_in_progress"),
             queued=shared.sum_of("gup_client_downloads_queued"),
             ended=shared.sum_of("gup_client_downloads_total"),
@@ -113,11 +111,10 @@ class Worker:
 
     def _each_second(self, wall_now: float) -> None:
         self._assembly.shared.page.beat(self._assembly.block)
-        self._listener.hot.refresh()
-        self._listener.hot.forget_ready()
         self._assembly.cache.look_over()
-        self._accounts.each_second(self._assembly.offer, wall_now, all_of_it=self._drained_soon)
-        self._tally.take_news(self._assembly.tell, wall_now, self._accounts.names.of)
+        self._access_log.each_second(
+            self._assembly.tell, self._assembly.offer, wall_now, everything=self._drained_soon
+        )
 
     async def run(self) -> None:
         """Serve until drained, or until the supervisor is gone."""
@@ -134,7 +131,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(told, drained, warming, return_exceptions=True)
         self._addresses.close()
-        await self._deliveries.close()
+        await self._policy.close()
         await self._assembly.close()
 
     async def _warm_up(self) -> None:

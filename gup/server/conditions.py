@@ -1,4 +1,4 @@
-"""Conditional requests (RFC 9110 section 13): does the client want the answer at all; pure decisions."""
+"""Conditional requests (RFC 9110 section 13)."""
 
 import re
 from collections.abc import Callable

@@ -1,130 +1,155 @@
-"""One client's connection: reads heads, sends answers as the socket takes them; knows nothing of content.
+"""One client's connection: reads requests, answers hits from the hot cache, sends responses as the socket
+takes them.
 
-Non-blocking sockets, watched by the worker's poller: no transport, and a task only while an answer has
-to be waited for.
+Sockets are non-blocking and watched by the worker's poller; there is no transport, and a task only while a
+response has to be waited for.
 """
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from enum import Enum
 
-from gup.cache.body import Body
+from gup.config import Listen
+from gup.content.client_identity import Stated
 from gup.errors import Problem
-from gup.server.accounts import Account
-from gup.server.downloads import Turn, stopping
-from gup.server.handler import Reply
-from gup.server.outgoing import BROKEN, FINISHED, Outgoing
+from gup.server.access_log import AccessLog
+from gup.server.downloads import Downloads, Ticket, stopping
+from gup.server.handler import Handler
+from gup.server.hot_cache import HotCache, HotRow
 from gup.server.pacing import Pacer
-from gup.server.phase import Phase, allowed_seconds
-from gup.server.poller import READ, WRITE
-from gup.server.request import MAX_HEAD_BYTES as LONGEST_HEAD_BYTES
-from gup.server.request import Request, check_begun, find_head_end, parse_head, skip_leading_newlines
-
-if TYPE_CHECKING:
-    from gup.server.listener import Listener
+from gup.server.poller import READ, WRITE, Poller
+from gup.server.ranges import Span
+from gup.server.request import (
+    MAX_HEAD_BYTES,
+    Request,
+    check_begun,
+    find_head_end,
+    parse_head,
+    skip_leading_newlines,
+)
+from gup.server.response import Response
+from gup.server.response_writer import BROKEN, FINISHED, ResponseWriter
 
 _READ_BYTES = 4096
 """Heads are short, and memory for more would be taken at every read."""
 _TURN_BYTES = 1 << 20
 """The most one connection sends before others have their turn."""
+_LINGER_SECONDS = 2.0
 _LINGER_BYTES = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
+_CRLF = b"\r\n"
+
+
+class Phase(Enum):
+    """READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED.
+
+    WAITING: the response is not known yet. QUEUED: it is, but it is a download without a slot. A client that
+    closes its end then is taken to be gone, even if it might still read: its place is for those who wait.
+    """
+
+    READING = "reading"
+    WAITING = "waiting"
+    QUEUED = "queued"
+    SENDING = "sending"
+    LINGERING = "lingering"
+    CLOSED = "closed"
 
 
 _READING = Phase.READING
 
 
-class Connection:
-    """States move READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED.
+@dataclass(slots=True)
+class Context:
+    """What the connections of one worker share. The listener alone changes it.
 
-    QUEUED: the answer is ready, but it is a download and its turn has not come. Whoever closes its end then
-    is taken to be gone, even if it might still read: its place is for those who wait.
-
-    `since` is when the present state last made progress, on the listener's coarse clock: its sweep compares
-    it with the timeouts.
+    `now` (monotonic) and `wall_now` move ten times a second, `date` once, to a new object.
     """
 
+    loop: asyncio.AbstractEventLoop
+    listen: Listen
+    poller: Poller
+    handler: Handler
+    hot_cache: HotCache
+    downloads: Downloads
+    access_log: AccessLog
+    on_close: Callable[["Connection"], None]
+    grace_seconds: float = 0.0
+    """How long a paced client may take no byte beyond `listen.write_timeout`."""
+    draining: bool = False
+    now: float = 0.0
+    wall_now: float = 0.0
+    date: bytes = b""
+
+
+class Connection:
+    """`since` is when the present phase last made progress, on the context's coarse clock."""
+
     __slots__ = (
-        "_asked",
         "_began",
-        "_body",
+        "_close_after",
+        "_context",
         "_eof",
+        "_fd",
         "_lingered",
-        "_listener",
-        "_outgoing",
         "_paced",
+        "_pacer",
         "_pending",
-        "_reply",
+        "_phase",
+        "_request",
+        "_response",
+        "_sock",
         "_task",
+        "_ticket",
         "_waits",
         "_watched",
-        "account",
-        "close_after",
-        "fd",
-        "pacer",
+        "_writer",
         "peer",
-        "phase",
         "since",
-        "sock",
-        "turn",
     )
 
-    def __init__(self, listener: "Listener", sock: socket.socket, peer: str, pacer: Pacer | None) -> None:
-        self._listener = listener
-        self.sock = sock
-        self.fd = sock.fileno()
+    def __init__(self, context: Context, sock: socket.socket, peer: str, pacer: Pacer | None) -> None:
+        self._context = context
+        self._sock = sock
+        self._fd = sock.fileno()
         self.peer = peer
-        self.phase = Phase.READING
-        self.since = listener.now
+        self._phase = _READING
+        self.since = context.now
         self._pending = bytearray()
         self._eof = False
         self._watched = 0
         self._task: asyncio.Task[None] | None = None
-        self.pacer = pacer
+        self._pacer = pacer
         self._paced: asyncio.TimerHandle | None = None
         self._lingered = 0
         self._began = 0.0
-        self._asked: Request | None = None
-        self._clear()
-        self._watch(READ)
-
-    def _clear(self) -> None:
-        """Forget the answer that was sent last."""
-        self._reply: Reply | None = None
-        self._body: Body | None = None
-        self._outgoing: Outgoing | None = None
-        self.close_after = False
-        """Whether it ends with the answer that is being sent."""
+        self._request: Request | None = None
+        self._response: Response | None = None
+        self._ticket: Ticket | None = None
+        self._writer: ResponseWriter | None = None
         self._waits = False
-        self.turn: Turn | None = None
-        self.account: Account | None = None
+        self._close_after = False
+        """Whether the connection ends with the response that is being sent."""
+        self._watch(READ)
 
     @property
     def idle(self) -> bool:
-        """Whether it may be closed without anybody losing an answer."""
-        return self.phase is Phase.READING and not self._pending
-
-    @property
-    def head_begun(self) -> bool:
-        return self.phase is Phase.READING and bool(self._pending)
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the client does not take what is offered to it."""
-        return self.phase is Phase.SENDING and bool(self._watched & WRITE)
+        """Whether it may be closed without anybody losing a response."""
+        return self._phase is _READING and not self._pending
 
     @property
     def queued(self) -> bool:
-        """Whether it waits for its turn to download."""
-        return self.phase is Phase.QUEUED
+        """Whether it waits for a download slot."""
+        return self._phase is Phase.QUEUED
 
     # --- reading
 
     def on_ready(self, events: int) -> None:
-        """The socket is ready. Errors and hang-ups are told by trying what was wanted of it."""
+        """The socket is ready. Errors and hang-ups are found by trying what was wanted of it."""
         if events & ~WRITE and self._watched & READ:
             self._readable()
         if events & ~READ and self._watched & WRITE:
@@ -132,7 +157,7 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            piece = self.sock.recv(_READ_BYTES)
+            piece = self._sock.recv(_READ_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -140,36 +165,30 @@ class Connection:
             return
         if not piece:
             self._ended()
-        elif self.phase is _READING:
-            self._arrived(piece)
-        elif self.phase is Phase.LINGERING:
+        elif self._phase is _READING:
+            if not self._pending:
+                found = self._context.hot_cache.look_up(piece)
+                if found is not None and self._send_hot(*found):
+                    return
+                self.since = self._context.now
+            self._pending += piece
+            self._advance()
+        elif self._phase is Phase.LINGERING:
             self._lingered += len(piece)
             if self._lingered > _LINGER_BYTES:
                 self.close()
         else:
             self._pending += piece
-            if len(self._pending) > LONGEST_HEAD_BYTES:
-                self._stop_reading()  # the client waits for answers before it may send more
-
-    def _arrived(self, piece: bytes) -> None:
-        """Bytes at a message start, or more of a head that had begun. The hot lane is the first look-up."""
-        if not self._pending:
-            if self._listener.lane.answer(self, piece):
-                return
-            self.since = self._listener.now
-        self._pending += piece
-        self.advance()
+            if len(self._pending) > MAX_HEAD_BYTES:
+                self._watch(self._watched & ~READ)  # the client waits for responses before it may send more
 
     def _ended(self) -> None:
         """The client sends no more; it may still read what it asked for."""
         self._eof = True
-        if self.phase in (Phase.READING, Phase.QUEUED, Phase.LINGERING):
+        if self._phase in (_READING, Phase.QUEUED, Phase.LINGERING):
             self.close()
         else:
-            self._stop_reading()
-
-    def _stop_reading(self) -> None:
-        self._watch(self._watched & ~READ)
+            self._watch(self._watched & ~READ)
 
     def _go_on_reading(self) -> None:
         if not self._eof:
@@ -177,169 +196,254 @@ class Connection:
 
     def _watch(self, events: int) -> None:
         if events != self._watched:
-            self._listener.poller.watch(self.fd, self, self._watched, events)
+            self._context.poller.watch(self._fd, self, self._watched, events)
             self._watched = events
 
-    def advance(self) -> None:
-        """Answer the heads that have arrived, one after the other, as far as that needs no waiting."""
-        while self.phase is Phase.READING and self._pending:
+    def _advance(self) -> None:
+        """Answer the requests that have arrived, one after the other, as far as that needs no waiting."""
+        while self._phase is _READING and self._pending:
             del self._pending[: skip_leading_newlines(self._pending)]
             end = find_head_end(self._pending)
             if end < 0:
-                self._check_begun()
+                try:
+                    check_begun(self._pending)
+                except Problem as problem:
+                    self._refuse(problem)
                 break
             head = bytes(self._pending[:end])
             del self._pending[:end]
-            self._answer(head)
-        if self.phase is Phase.READING:
+            found = self._context.hot_cache.look_up(head)
+            if found is None or not self._send_hot(*found):
+                self._answer(head)
+        if self._phase is _READING:
             if self._eof:
                 self.close()
             else:
                 self._go_on_reading()
 
-    def _check_begun(self) -> None:
-        """Refuse at once what has no end yet and never can be a head."""
+    # --- answering from the hot cache, in the callback that read the request
+
+    def _send_hot(self, row: HotRow, span: Span, client: Stated | bytes, last: bool) -> bool:
+        """Send a ready-made response; False: nothing was done.
+
+        What a warm hit costs stands here and in the next two functions; docs/performance.md has figures.
+        `last`: the client wants no other response. Then only a whole small body is sent.
+        """
+        context = self._context
+        began = context.access_log.clock()
+        if row.small and span is row.whole and self._pacer is None:
+            message = row.message
+            if row.message_date is not context.date:
+                message = context.hot_cache.make_message(row, context.date, context.wall_now)
+            if message is not None:
+                self._send_message(row, message, client, began, last=last)
+                return True
+        if last:
+            return False
+        if not row.download:
+            self._send_span(row, span, client, began)
+            return True
         try:
-            check_begun(self._pending)
+            self._ticket = context.downloads.take_ticket()
         except Problem as problem:
-            self.refuse(problem)
+            self._send(context.handler.refuse(problem, keep_alive=True), began)
+            return True
+        if self._ticket.slot is None:
+            self._queue(self._ticket, lambda: self._send_span(row, span, client, began))
+        else:
+            self._send_span(row, span, client, began)
+        return True
+
+    def _send_message(
+        self, row: HotRow, message: bytes, client: Stated | bytes, began: float, *, last: bool
+    ) -> None:
+        """Send head and body together."""
+        log = self._context.access_log
+        body_at = len(message) - row.length
+        if last:
+            end = body_at - len(_CRLF)
+            message = b"%bConnection: close\r\n%b" % (message[:end], message[end:])
+            body_at = len(message) - row.length
+        try:
+            sent = self._sock.send(message)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        log.begin_hot(self.peer, row, row.hit_at)
+        self.since = self._context.now
+        body_sent = max(0, sent - body_at)
+        log.words[row.sent_at] += body_sent
+        log.words[row.stream_at] += body_sent
+        if sent < len(message):
+            self._close_after = last
+            self._go_on(row, row.whole, client, began, message[sent:body_at], body_sent)
+            return
+        log.end_hot(self.peer, row, row.hit_at, row.whole, client, began)
+        if last:  # nothing that came is unread, so this resets nothing
+            self.close()
+
+    def _send_span(self, row: HotRow, span: Span, client: Stated | bytes, began: float) -> None:
+        """Send the head with MSG_MORE, then the body with `sendfile`, as far as the socket takes them."""
+        context = self._context
+        log = context.access_log
+        at = row.hit_at if span is row.whole else row.part_hit_at
+        head = row.head(context.date, context.wall_now, span)
+        log.begin_hot(self.peer, row, at)
+        self.since = context.now
+        sent = 0
+        if self._pacer is None and row.in_page_cache(span, context.now):
+            try:
+                head_sent = self._sock.send(head, socket.MSG_MORE)
+            except (BlockingIOError, InterruptedError):
+                head_sent = 0
+            except OSError:
+                self.close()
+                return
+            head = head[head_sent:]
+            if not head:
+                # An error means a full socket or a failing disk, which the next try, in `_write`, tells.
+                with contextlib.suppress(OSError):
+                    sent = os.sendfile(self._fd, row.entry.fd, span.start, span.stop - span.start)
+                log.words[row.sent_at] += sent
+                log.words[row.stream_at] += sent
+                if sent == span.stop - span.start:
+                    log.end_hot(self.peer, row, at, span, client, began)
+                    if row.download:
+                        self._release()
+                    return
+        self._go_on(row, span, client, began, head, sent)
+
+    def _go_on(
+        self, row: HotRow, span: Span, client: Stated | bytes, began: float, head: bytes, body_sent: int
+    ) -> None:
+        """Send what the socket has not taken at once: the rest of the head, and of the body."""
+        self._response = self._context.access_log.of_row(row, head, span, client, began)
+        self._start(self._response, body_sent)
+
+    # --- answering by the handler
 
     def _answer(self, head: bytes) -> None:
-        listener = self._listener
-        if listener.lane.answer(self, head):
-            return
-        self._began = listener.loop.time()
+        context = self._context
+        self._began = began = context.access_log.clock()
         try:
-            request = parse_head(head)
+            request = parse_head(head, self.peer)
         except Problem as problem:
-            self.refuse(problem)
+            self._refuse(problem)
             return
         if request.plain and request.keep_alive and request.minor_version == 1:
-            row = listener.hot.find_target(request.target)
+            row = context.hot_cache.find_target(request.target)
             if row is not None and request.header("via") is None:
-                listener.lane.answer_whole(self, row, listener.accounts.declarations.of(request.headers))
+                client = context.access_log.declarations.of(request.headers)
+                self._send_hot(row, row.whole, client, last=False)
                 return
-        reply = listener.handler.answer_now(request, head)
-        if reply is not None:
-            self.send(reply)
+        response = context.handler.respond(request)
+        if isinstance(response, Response):
+            self._send(response, began)
             return
-        self.phase = Phase.WAITING
-        self._asked = request
-        answering = listener.handler.answer(request, head, self.peer)
-        self._task = listener.loop.create_task(self._answer_later(answering))
+        self._phase = Phase.WAITING
+        self._request = request
+        self._task = context.loop.create_task(self._answer_later(response))
 
-    async def _answer_later(self, answer: Coroutine[None, None, Reply]) -> None:
+    async def _answer_later(self, coming: Coroutine[None, None, Response]) -> None:
         try:
-            reply = await answer
+            response = await coming
         finally:
             self._task = None
-        if self.phase is Phase.WAITING:
-            self.send(reply)
-            self.advance()
+        if self._phase is Phase.WAITING:
+            self._send(response, self._began)
+            self._advance()
             return
-        if reply.body is not None:
-            reply.body.leave()
-        if reply.turn is not None:
-            self._listener.downloads.leave(reply.turn)
+        if response.body is not None:
+            response.body.leave()
+        if response.ticket is not None:
+            self._context.downloads.give_back(response.ticket)
 
-    def refuse(self, problem: Problem) -> None:
-        """Answer with a problem and close: the framing can't be trusted any more."""
-        self.send(self._listener.handler.refusal(problem, close=True))
+    def _refuse(self, problem: Problem) -> None:
+        """Answer with a problem and close: it is not known where the next request begins."""
+        self._send(self._context.handler.refuse(problem, close=True), self._context.access_log.clock())
 
     # --- sending
 
-    def send(self, reply: Reply) -> None:
-        """Send an answer, when its turn has come; the connection reads on when it has left."""
-        self._reply = reply
-        self._body = reply.body
-        self.account = account = reply.account
-        if account is not None:
-            account.began = self._began
-        self.when_due(reply.turn, self._send_reply)
+    def _send(self, response: Response, began: float) -> None:
+        """Send a response, a download when it has a slot; the connection reads on when it has left."""
+        response.began = began
+        self._response, self._ticket = response, response.ticket
+        if self._ticket is not None and self._ticket.slot is None:
+            self._queue(self._ticket, lambda: self._begin(response))
+        else:
+            self._begin(response)
 
-    def _send_reply(self) -> None:
-        reply = self._reply
-        assert reply is not None
-        self._listener.handler.begin(reply, self.peer)
-        self.begin(reply.outgoing(self._listener.tally.words))
-        self.close_after = reply.close
-        self.push()
+    def _queue(self, ticket: Ticket, send: Callable[[], None]) -> None:
+        def admitted() -> None:
+            self._phase = _READING  # what leaves at once has no phase of its own
+            send()
+            self._advance()
 
-    def when_due(self, turn: Turn | None, go: Callable[[], None]) -> None:
-        """Call `go` now, or when the download's turn comes."""
-        self.turn = turn
-        if turn is None or turn.come:
-            go()
-            return
+        ticket.on_admitted = admitted
+        self._phase = Phase.QUEUED
 
-        def due() -> None:
-            self.phase = Phase.READING  # what leaves at once has no phase of its own
-            go()
-            self.advance()
+    def reject(self) -> None:
+        """Reject a queued download: the service stops, and the client may ask another."""
+        self._release()
+        self._refuse(stopping())
 
-        turn.go = due
-        self.phase = Phase.QUEUED
+    def _begin(self, response: Response) -> None:
+        self._context.access_log.begin(self.peer, response)
+        self._close_after = response.close
+        self._start(response)
 
-    def turn_away(self) -> None:
-        """The service stops and the download has not begun: let the client ask another."""
-        self._leave_body()
-        self._clear()
-        self.refuse(stopping())
+    def _start(self, response: Response, body_sent: int = 0) -> None:
+        self._phase = Phase.SENDING
+        self.since = self._context.now
+        if self._writer is None:
+            self._writer = ResponseWriter(self._context.access_log.words)
+        self._writer.start(response, body_sent)
+        self._write(self._writer)
 
-    def begin(self, outgoing: Outgoing) -> None:
-        """An answer is to leave; `push` sends it."""
-        self.phase = Phase.SENDING
-        self.since = self._listener.now
-        self._body = outgoing.body
-        self._outgoing = outgoing
-
-    def push(self, sent_before: int = 0) -> None:
+    def _write(self, writer: ResponseWriter) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
-        budget = _TURN_BYTES if self.pacer is None else self._slice(self.pacer)
-        outgoing = self._outgoing
-        assert outgoing is not None
-        outgoing.sent_bytes += sent_before
+        context, pacer = self._context, self._pacer
+        budget = _TURN_BYTES
+        if pacer is not None:
+            budget = 0 if pacer.delay_seconds(context.loop.time()) else pacer.slice_bytes
         try:
             while budget > 0:
-                done = outgoing.push(self.sock, budget)
+                done = writer.write(self._sock, budget)
                 if done <= 0:
-                    self._stopped(outgoing, done)
+                    self._stopped(writer, done)
                     return
                 budget -= done
-                self.since = self._listener.now
-                if self.pacer is not None:
-                    self.pacer.took(done, self._listener.loop.time())
-                if outgoing.full:
+                self.since = context.now
+                if pacer is not None:
+                    pacer.took(done, context.loop.time())
+                if writer.full:
                     break
-            self._go_on_writing()
         except (BlockingIOError, InterruptedError):
             self._want_write(wanted=True)
+            return
         except OSError:
             self.close()
+            return
+        # go on when the socket takes more, or when what has left is paid for by waiting
+        delay = pacer.delay_seconds(context.loop.time()) if pacer is not None else 0.0
+        if delay and self._paced is None:
+            self._paced = context.loop.call_later(delay, self._paid)
+        self._want_write(wanted=not delay)
 
-    def _stopped(self, outgoing: Outgoing, why: int) -> None:
-        """Nothing more leaves for now: the answer has ended, or its body has no more, or never will."""
+    def _stopped(self, writer: ResponseWriter, why: int) -> None:
+        """The response has ended, or its body has no more for now, or never will."""
         if why == FINISHED:
-            self.finish()
+            self._finish()
         elif why == BROKEN:
-            self._cut()
+            self._reset()
         else:
-            assert self._body is not None
+            assert self._response is not None
+            assert self._response.body is not None
             self._want_write(wanted=False)
             self._waits = True
-            self._body.wait(outgoing.position, self._woken)
-
-    def _slice(self, pacer: Pacer) -> int:
-        """How much may leave at this moment."""
-        return 0 if pacer.delay_seconds(self._listener.loop.time()) else pacer.slice_bytes
-
-    def _go_on_writing(self) -> None:
-        """When the socket takes more; or, paced by ourselves, when what has left is paid for."""
-        loop = self._listener.loop
-        delay = self.pacer.delay_seconds(loop.time()) if self.pacer is not None else 0.0
-        if delay and self._paced is None:
-            self._paced = loop.call_later(delay, self._paid)
-        self._want_write(wanted=not delay)
+            self._response.body.wait(writer.position, self._woken)
 
     def _paid(self) -> None:
         self._paced = None
@@ -350,23 +454,23 @@ class Connection:
         self._writable()
 
     def _writable(self) -> None:
-        if self.phase is Phase.SENDING:
-            self.push()
-            self.advance()
+        if self._phase is Phase.SENDING:
+            assert self._writer is not None
+            self._write(self._writer)
+            self._advance()
 
     def _want_write(self, *, wanted: bool) -> None:
         self._watch(self._watched | WRITE if wanted else self._watched & ~WRITE)
 
-    def finish(self) -> None:
-        """The answer has left: go on with the next request, or end."""
-        close = self.close_after or self._listener.draining
-        self._tell(complete=True)
+    def _finish(self) -> None:
+        """The response has left: go on with the next request, or end."""
+        close = self._close_after or self._context.draining
+        self._log_end(complete=True)
         self._want_write(wanted=False)
-        self._leave_body()
-        self._clear()
-        self.since = self._listener.now
+        self._release()
+        self.since = self._context.now
         if not close:
-            self.phase = Phase.READING
+            self._phase = _READING
         elif self._eof:
             self.close()
         else:
@@ -374,74 +478,77 @@ class Connection:
 
     # --- the end
 
-    def _tell(self, *, complete: bool) -> None:
-        """Say what became of the answer, once."""
-        account, self.account = self.account, None
-        if account is not None:
-            sent = self._outgoing.sent_bytes if self._outgoing is not None else 0
-            self._listener.accounts.end(self.peer, account, sent, complete=complete)
+    def _log_end(self, *, complete: bool) -> None:
+        if self._response is not None:
+            sent = self._writer.sent_bytes if self._phase is Phase.SENDING and self._writer else 0
+            self._context.access_log.end(self.peer, self._response, sent, complete=complete)
 
-    def _leave_body(self) -> None:
-        """Give back what the answer held: its turn, and its place among the body's readers."""
-        self.give_turn_back()
-        body, self._body = self._body, None
-        if body is not None:
+    def _release(self) -> None:
+        """Give back what the response held: its download slot, and its place among the body's readers."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            self._context.downloads.give_back(ticket)
+        response, self._response = self._response, None
+        if response is not None and response.body is not None:
             if self._waits:
-                body.forget(self._woken)
-            body.leave()
-
-    def give_turn_back(self) -> None:
-        """The download has left, or never will."""
-        turn, self.turn = self.turn, None
-        if turn is not None:
-            self._listener.downloads.leave(turn)
+                response.body.forget(self._woken)
+            response.body.leave()
+        self._waits = self._close_after = False
+        if self._writer is not None:
+            self._writer.end()
 
     def _linger(self) -> None:
-        """Let the client read its answer before the connection goes: closing with bytes unread resets it."""
-        self.phase = Phase.LINGERING
+        """Let the client read its response before closing: with bytes unread, that resets the connection."""
+        self._phase = Phase.LINGERING
         self._pending.clear()
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            self._sock.shutdown(socket.SHUT_WR)
         self._go_on_reading()
 
-    def _cut(self) -> None:
+    def _reset(self) -> None:
         """End with a reset: the client must never take a part for the whole."""
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.close()
 
     def close(self) -> None:
-        """End now. Whatever was being fetched goes on without this client."""
-        if self.phase is Phase.CLOSED:
+        """End now. Whatever is being fetched goes on without this client."""
+        if self._phase is Phase.CLOSED:
             return
-        self.phase = Phase.CLOSED
-        self._tell(complete=False)
+        self._log_end(complete=False)
+        self._phase = Phase.CLOSED
         self._watch(0)
-        self._leave_body()
+        self._release()
         if self._paced is not None:
             self._paced.cancel()
             self._paced = None
         if self._task is not None:
-            assert self._asked is not None
+            assert self._request is not None
             self._task.cancel()
             self._task = None
-            self._listener.accounts.left(self.peer, self._asked, self._began)
-        self.sock.close()
-        self._listener.gone(self)
+            self._context.access_log.left(self.peer, self._request, self._began)
+        self._sock.close()
+        self._context.on_close(self)
+
+    # --- time
 
     def expired(self, now: float) -> bool:
-        """Whether the client has used up its time; see Listener's sweep."""
-        listen, grace = self._listener.settings.listen, self._listener.pacing.grace_seconds
-        allowed = allowed_seconds(
-            self.phase, listen, begun=bool(self._pending), stalled=self.stalled, grace_seconds=grace
-        )
+        """Whether the present phase has lasted too long without progress; see Listener's sweep."""
+        listen = self._context.listen
+        allowed = float("inf")
+        if self._phase is _READING:
+            allowed = listen.header_timeout if self._pending else listen.idle_timeout
+        elif self._phase is Phase.LINGERING:
+            allowed = _LINGER_SECONDS
+        elif self._phase is Phase.SENDING and self._watched & WRITE:  # the client takes nothing
+            allowed = listen.write_timeout + self._context.grace_seconds
         return now - self.since > allowed
 
     def expire(self) -> None:
-        """End because time is up: a begun head is told so, a begun answer is cut."""
-        if self.head_begun:
-            self.refuse(Problem("request-timeout", "the request head took too long to arrive"))
-        elif self.phase is Phase.SENDING:
-            self._cut()
+        """End because time is up: a client with a begun head is told so, a begun response is cut."""
+        if self._phase is _READING and self._pending:
+            self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
+        elif self._phase is Phase.SENDING:
+            self._reset()
         else:
             self.close()

@@ -1,4 +1,4 @@
-"""The listening sockets of one worker: accepts, refuses, keeps time for all connections; reads no request."""
+"""The listening sockets of one worker: accepts connections, keeps their time, and closes them at the end."""
 
 import asyncio
 import contextlib
@@ -11,24 +11,23 @@ from collections.abc import Callable, Sequence
 
 from gup import config
 from gup.errors import is_exhausted
+from gup.server.access_log import AccessLog
 from gup.server.admission import Admission
-from gup.server.connection import Connection
+from gup.server.connection import Connection, Context
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
-from gup.server.hot import HotTable
-from gup.server.lane import Lane
+from gup.server.hot_cache import HotCache
 from gup.server.pacing import Pacing, kernel_paces
 from gup.server.poller import Poller
-from gup.server.tally import Tally
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")
 
 _ACCEPTS_A_TURN = 64
 _PAUSE_SECONDS = 0.1
-"""After running out of descriptors: what is open gets time to end."""
+"""After running out of descriptors, so that open connections can end."""
 _QUIET_SECONDS = 60.0
-"""It is logged once, until it has not happened for so long."""
+"""Running out is logged once, until it has not happened for so long."""
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
 _RESET = struct.pack("ii", 1, 0)
@@ -37,8 +36,7 @@ _RESET = struct.pack("ii", 1, 0)
 class Listener:
     """All client connections of one worker, and the coarse clock they share.
 
-    `now` (monotonic) and `wall_now` move ten times a second here, `date` once; timeouts are kept by one sweep
-    a second, not by a timer for each connection.
+    Time-outs are kept by one sweep a second, not by a timer for each connection.
     """
 
     def __init__(
@@ -47,61 +45,54 @@ class Listener:
         sockets: Sequence[socket.socket],
         settings: config.Settings,
         handler: Handler,
-        hot: HotTable,
-        tally: Tally,
+        hot_cache: HotCache,
+        access_log: AccessLog,
         downloads: Downloads,
         admission: Admission,
         *,
         on_second: Callable[[float], None],
     ) -> None:
-        self.loop = loop
-        self.settings = settings
-        self.handler = handler
-        self.tally = tally
-        self.lane = Lane(hot, self)
-        self.poller = Poller(loop)
-        self.hot = hot
-        self.downloads = downloads
-        self.accounts = handler.accounts
-        self.draining = False
+        self._loop = loop
         self._sockets = list(sockets)
+        self._context = Context(
+            loop, settings.listen, Poller(loop), handler, hot_cache, downloads, access_log, self._closed
+        )
         self._admission = admission
+        self._on_second = on_second
         self._kernel_paces: bool | None = None
-        self._choose_pacing()
+        self._choose_pacing(settings)
+        self._connections: set[Connection] = set()
         self._idle: list[Connection] = []
         self._none_idle_at = 0
         self._quiet_until = 0.0
-        self._connections: set[Connection] = set()
-        self._on_second = on_second
         self._empty = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
-        self.date = b""
-        self._read_clocks()
 
     def start(self) -> None:
         """Begin to accept."""
         for listening in self._sockets:
             listening.setblocking(False)
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
-            self.loop.add_reader(listening.fileno(), self._accept, listening)
+            self._loop.add_reader(listening.fileno(), self._accept, listening)
         self._tick()
 
     def apply(self, settings: config.Settings) -> None:
-        """New settings for what connects and times out from now on."""
-        self.settings = settings
-        self.handler.apply(settings)
-        self.accounts.apply(settings)
-        self.hot.drop()
+        """Use new settings for what connects and times out from now on."""
+        self._context.listen = settings.listen
+        self._context.handler.apply(settings)
+        self._context.access_log.apply(settings)
+        self._context.hot_cache.drop()
         self._admission.apply(settings)
-        self._choose_pacing()
+        self._choose_pacing(settings)
 
-    def _choose_pacing(self) -> None:
-        """Who paces is found out once, when there first is a rate; that holds the loop up for 60 ms."""
-        rate = self.settings.clients.rate
+    def _choose_pacing(self, settings: config.Settings) -> None:
+        """Whether the kernel paces is found out once, when there first is a rate; that blocks for 60 ms."""
+        rate = settings.clients.rate
         if rate and self._kernel_paces is None:
             self._kernel_paces = kernel_paces()
-        self.pacing = Pacing(rate, by_kernel=bool(self._kernel_paces))
+        self._pacing = Pacing(rate, by_kernel=bool(self._kernel_paces))
+        self._context.grace_seconds = self._pacing.grace_seconds
 
     # --- accepting
 
@@ -125,12 +116,12 @@ class Listener:
             sock.close()
             return
         sock.setblocking(False)
-        pacer = self.pacing.begin(sock, self.loop.time()) if self.pacing.per_second else None
-        self._connections.add(Connection(self, sock, address, pacer))
-        self.tally.clients.add(address)
+        pacer = self._pacing.begin(sock, self._loop.time())
+        self._connections.add(Connection(self._context, sock, address, pacer))
+        self._context.access_log.connected(address)
 
     def _make_room(self) -> bool:
-        """Close the connection that has idled longest; whether there was one.
+        """Close the connection that has been idle longest; False: there is none.
 
         Refusals must be cheap: a search finds many, and one that finds none is not repeated for a second.
         """
@@ -146,60 +137,61 @@ class Listener:
         return False
 
     def _pause(self, listening: socket.socket, why: OSError) -> None:
-        if self.now >= self._quiet_until:
+        now = self._context.now
+        if now >= self._quiet_until:
             log.warning("no more connections can be accepted for now: %s", why.strerror)
-        self._quiet_until = self.now + _QUIET_SECONDS
-        self.loop.remove_reader(listening.fileno())
+        self._quiet_until = now + _QUIET_SECONDS
+        self._loop.remove_reader(listening.fileno())
         self._make_room()
 
         def resume() -> None:
-            if not self.draining:
-                self.loop.add_reader(listening.fileno(), self._accept, listening)
+            if not self._context.draining:
+                self._loop.add_reader(listening.fileno(), self._accept, listening)
 
-        self.loop.call_later(_PAUSE_SECONDS, resume)
+        self._loop.call_later(_PAUSE_SECONDS, resume)
 
-    def gone(self, connection: Connection) -> None:
-        """A connection has closed."""
+    def _closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        self._admission.left(connection.peer)
+        self._admission.leave(connection.peer)
         if not self._connections:
             self._empty.set()
 
     # --- time
 
-    def _read_clocks(self) -> None:
-        self.now = self.loop.time()
-        self.wall_now = time.time()
-
     def _tick(self) -> None:
-        self._read_clocks()
-        if int(self.wall_now) != self._second:
-            self._second = int(self.wall_now)
+        context = self._context
+        context.now, context.wall_now = self._loop.time(), time.time()
+        if int(context.wall_now) != self._second:
+            self._second = int(context.wall_now)
             self._each_second()
-        self._timer = self.loop.call_later(_TICK_SECONDS, self._tick)
+        self._timer = self._loop.call_later(_TICK_SECONDS, self._tick)
 
     def _each_second(self) -> None:
-        self.date = format_http_date(self.wall_now).encode()
-        for connection in [c for c in self._connections if c.expired(self.now)]:
+        context = self._context
+        context.date = format_http_date(context.wall_now).encode()
+        for connection in [c for c in self._connections if c.expired(context.now)]:
             connection.expire()
-        self.downloads.each_second()
-        self._on_second(self.wall_now)
+        context.hot_cache.refresh()
+        context.hot_cache.forget_messages()
+        context.downloads.each_second()
+        self._on_second(context.wall_now)
 
     # --- the end
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Stop accepting, let answers under way end, then close what is left."""
-        self.draining = self.handler.draining = True
-        self.hot.drop()  # nothing is learned any more: every answer from now on ends its connection
+        """Stop accepting, let responses under way end, then close what is left."""
+        context = self._context
+        context.draining = context.handler.draining = True
+        context.hot_cache.drop()  # nothing is learned any more: every response now ends its connection
         for listening in self._sockets:
-            self.loop.remove_reader(listening.fileno())
+            self._loop.remove_reader(listening.fileno())
             listening.close()
         self._empty.clear()
         for connection in [c for c in self._connections if c.idle]:
             connection.close()
-        self.downloads.stop()
+        context.downloads.stop()
         for connection in [c for c in self._connections if c.queued]:
-            connection.turn_away()
+            connection.reject()
         if self._connections:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
@@ -207,7 +199,7 @@ class Listener:
         for connection in list(self._connections):
             connection.expire()
             connection.close()
-        self.downloads.close()
-        self.poller.close()
+        context.downloads.close()
+        context.poller.close()
         if self._timer is not None:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""The rate to one client: the kernel's pacing, or our own where that does nothing; sends no answer itself."""
+"""The rate to one client (`clients.rate`): the kernel's pacing, or our own where that has no effect."""
 
 import contextlib
 import logging

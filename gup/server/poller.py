@@ -1,8 +1,8 @@
-"""Which client sockets are ready: an epoll of its own that the event loop watches; moves no byte.
+"""Which client sockets are ready: one epoll of the worker's own, which the event loop watches.
 
 The loop sees one descriptor, readable when any client socket is ready. Its own way would cost a handle, a
 selector key and a context for each event (1 µs of the 7 that a small hit takes) and as much memory for each
-idle connection. Level-triggered: what was not read or written is told again.
+idle connection. Level-triggered: what was not read or written is reported again.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ _LOOKS = 4
 
 
 class Watched(Protocol):
-    """What has a socket here."""
+    """The owner of a socket."""
 
     def on_ready(self, events: int) -> None:
-        """The socket is ready for these, or has an error or an end to tell (EPOLLERR, EPOLLHUP)."""
+        """The socket is ready for these, or has an error or an end to report (EPOLLERR, EPOLLHUP)."""
 
 
 class Poller:
-    """Sockets by descriptor. A descriptor must be forgotten before it is closed."""
+    """Sockets by descriptor. A descriptor must be unwatched before it is closed."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -35,7 +35,7 @@ class Poller:
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def watch(self, fd: int, watched: Watched, before: int, events: int) -> None:
-        """Tell `watched` of other `events` than `before`; 0 is none at all, not even errors."""
+        """Report other `events` to `watched` than `before`; 0 is none at all, not even errors."""
         if not before:
             self._watched[fd] = watched
             self._epoll.register(fd, events)
@@ -46,7 +46,6 @@ class Poller:
             del self._watched[fd]
 
     def close(self) -> None:
-        """Nothing is watched any more."""
         assert not self._watched
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()

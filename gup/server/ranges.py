@@ -1,4 +1,4 @@
-"""The Range field (RFC 9110 section 14): which spans of a body are asked for; never touches a body."""
+"""The Range field (RFC 9110 section 14): which spans of a body are asked for."""
 
 import re
 from typing import NamedTuple
@@ -33,20 +33,6 @@ def parse_ranges(header: str, length: int) -> list[Span] | None:
         return None
     spans = [span for span in (_span(first, last, length) for first, last in specs) if span]
     return None if _abusive(spans) else _merged(spans)
-
-
-def parse_open_range(header: str) -> tuple[int, int | None] | None:
-    """The one range asked of a body whose length is not known yet, as start and stop (None: to the end).
-
-    None for several ranges, for a suffix, and for what `parse_ranges` ignores.
-    """
-    specs = _specs(header)
-    if specs is None or len(specs) != 1:
-        return None
-    first, last = specs[0]
-    if first is None:
-        return None
-    return first, None if last is None else last + 1
 
 
 def _specs(header: str) -> list[tuple[int | None, int | None]] | None:

@@ -1,11 +1,11 @@
-"""A request head, from bytes to a checked `Request`; owns the limits of a head, never reads a socket.
+"""Parsing a request head into a checked `Request`, and the limits of a head.
 
 Two parsers must agree: a strict grammar of our own (RFC 9112), which leaves no room for request smuggling,
 and llhttp, which takes the fields apart.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httptools
 
@@ -62,6 +62,10 @@ class Request:
     minor_version: int
     headers: tuple[tuple[str, str], ...]
     keep_alive: bool
+    head: bytes = field(default=b"", compare=False, repr=False)
+    """The bytes that it was parsed from."""
+    peer: str = field(default="", compare=False)
+    """The client's address."""
 
     def header(self, name: str) -> str | None:
         """The field's value, its repetitions joined by ", " (RFC 9110 section 5.3); `name` in lower case."""
@@ -70,7 +74,7 @@ class Request:
 
     @property
     def plain(self) -> bool:
-        """Whether these bytes are a GET that means the same every time: no body, no range, no condition."""
+        """Whether it is a GET without body, range and condition: it means the same every time."""
         return self.method == "GET" and not any(name in _NOT_PLAIN for name, _ in self.headers)
 
 
@@ -106,9 +110,9 @@ def too_large(buffer: bytes | bytearray) -> Problem:
 
 
 def check_begun(buffer: bytes | bytearray) -> None:
-    """Problem when no bytes that may follow can make `buffer` a head: why let its sender wait for that?
+    """Raise Problem when no bytes that may follow can make `buffer` a head.
 
-    A line ended by LF alone, a TLS hello and HTTP/0.9 would otherwise look like a head that is still coming.
+    A line that ends with LF alone, a TLS hello and HTTP/0.9 would otherwise look like an incomplete head.
     """
     if len(buffer) > MAX_HEAD_BYTES:
         raise too_large(buffer)
@@ -121,8 +125,8 @@ def check_begun(buffer: bytes | bytearray) -> None:
         _check_line(buffer)
 
 
-def parse_head(head: bytes) -> Request:
-    """The request of one whole head, from its first letter to its CRLFCRLF.
+def parse_head(head: bytes, peer: str = "") -> Request:
+    """The request of one whole head, from its first letter to its CRLFCRLF, that came from `peer`.
 
     Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
     method that llhttp does not know.
@@ -143,7 +147,9 @@ def parse_head(head: bytes) -> Request:
     headers = tuple(fields.headers)
     _check_framing(method, headers)
     _check_host(minor_version, headers)
-    return Request(method, fields.target, minor_version, headers, _keep_alive(minor_version, headers))
+    return Request(
+        method, fields.target, minor_version, headers, _keep_alive(minor_version, headers), head, peer
+    )
 
 
 def check_method(request: Request) -> None:
@@ -153,7 +159,7 @@ def check_method(request: Request) -> None:
 
 
 class _Fields:
-    """What llhttp calls back with."""
+    """llhttp's callbacks."""
 
     def __init__(self) -> None:
         self.target = b""

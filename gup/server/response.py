@@ -1,270 +1,286 @@
-"""Which response a request for an existing body gets: status, head and spans of the body; sends nothing."""
+"""Responses: what is sent for a body, by the request's conditions and ranges, and what for a problem.
+
+Pure: nothing here reads a body or a socket.
+"""
 
 import hashlib
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
 
+from gup.cache.body import Body
+from gup.cache.record import Head
+from gup.content.client_identity import NOTHING, Stated
+from gup.content.key import Kind
 from gup.errors import Problem
 from gup.server.conditions import Verdict, evaluate, range_allowed
-from gup.server.problem import field_lines, render_parts, status_line
+from gup.server.downloads import Ticket
 from gup.server.ranges import Span, parse_ranges
 from gup.server.request import Request
 
 UNBOUNDED = 1 << 62
-"""Where the span of a body ends whose length is not known yet: wherever the body ends."""
+"""Where the span of a body of unknown length stops: wherever the body ends."""
+
+_UNSAFE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 
 _Fields = list[tuple[str, str]]
 
 
+@dataclass(slots=True)
+class Response:
+    """A response: `head`, then `segments` in order, literal bytes or spans of the body.
+
+    Made by `plan`, `refuse` or the hot cache; the handler adds what is counted and logged, the connection
+    the two times.
+    """
+
+    status: int
+    head: bytes
+    segments: tuple[bytes | Span, ...] = ()
+    chunked: bool = False
+    """Whether the segments go out in chunks."""
+    close: bool = False
+    """Whether the connection ends after it."""
+
+    body: Body | None = None
+    """What the spans are of. Whoever drops the response leaves the body."""
+    ticket: Ticket | None = None
+    """Of a download, which begins when it has a slot."""
+    sent_at: int = 0
+    stream_at: int = 0
+    """The counters' words that count its body bytes."""
+
+    method: str | None = None
+    """None: the request could not be read."""
+    result: str = ""
+    key: str | None = None
+    kind: Kind | None = None
+    stored: bool = False
+    """Whether it is answered from a committed entry."""
+    target: str = ""
+    client: Stated | bytes = NOTHING
+    """What the client states; or its request's head, to be read only if somebody wants to know."""
+    problem: str | None = None
+    began: float = 0.0
+    first_byte: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Representation:
-    """The body as clients are told of it. While `length` is None, `etag` is None too."""
+class Serving:
+    """What a head says of one response besides the body's own head.
 
-    length: int | None
-    etag: str | None
-    last_modified: str | None
-    content_type: str
-    vary: str | None = None
-    """The request's fields that chose it, where any did: a cache on the way must not give it to others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """Values of the fields that tell of this one response."""
+    `vary` names the request's fields that chose the body, where any did: no cache may give it to others.
+    `ranges`: whether spans of the body may be sent.
+    """
 
     date: str
     via: str
     age_seconds: int
     cache_status: str
+    vary: str | None = None
+    ranges: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A response, ready to be sent: `head`, then `segments` in order, literal bytes or spans of the body.
+def plan(request: Request, head: Head, serving: Serving) -> Response:
+    """The response to a GET or HEAD: conditions first (RFC 9110 section 13.2.1), ranges after them.
 
-    `chunked`: what follows the head goes out in chunks. `close`: the connection ends after it.
+    A body of unknown length has no ranges: it goes out in chunks, or to HTTP/1.0 until the connection closes.
     """
+    response = _plan_get(request, head, serving)
+    if request.method == "HEAD":  # RFC 9110 section 9.3.2: the same head as for GET, and no content
+        response.segments, response.chunked = (), False
+    return response
 
-    status: int
-    head: bytes
-    segments: tuple[bytes | Span, ...]
-    chunked: bool
-    close: bool
+
+def _plan_get(request: Request, head: Head, serving: Serving) -> Response:
+    verdict = evaluate(request, head.etag, head.last_modified)
+    if verdict is Verdict.FAILED:
+        problem = Problem("precondition-failed", "The content is not the one that the request means.")
+        return _refused(request, problem, serving)
+    if verdict is Verdict.NOT_MODIFIED:
+        return _response(304, request, serving, _validators(head, serving.vary), ())
+    if head.length is None:
+        return _streamed(request, head, serving)
+    spans = _spans(request, head, head.length) if serving.ranges else None
+    return _of_known_length(request, head, spans, serving)
+
+
+def _spans(request: Request, head: Head, length: int) -> list[Span] | None:
+    """The spans to answer with, empty when none can be satisfied; None: the whole body."""
+    header = request.header("range")
+    # RFC 9110 section 14.2: a range means something with GET only.
+    if header is None or request.method != "GET" or not range_allowed(request, head.etag, head.last_modified):
+        return None
+    return parse_ranges(header, length)
+
+
+def _streamed(request: Request, head: Head, serving: Serving) -> Response:
+    chunked = request.minor_version == 1
+    close = not (chunked and request.keep_alive)
+    fields = [("Content-Type", head.content_type), *_validators(head, serving.vary)]
+    if chunked:
+        fields.append(("Transfer-Encoding", "chunked"))
+    text = _head(200, serving, fields, _connection(close, request.minor_version))
+    return Response(200, text, (Span(0, UNBOUNDED),), chunked, close)
+
+
+def _of_known_length(request: Request, head: Head, spans: list[Span] | None, serving: Serving) -> Response:
+    """`spans` as they are asked for; None: the whole body."""
+    if spans == []:
+        problem = Problem(
+            "range-not-satisfiable",
+            f"The content has {head.length} bytes.",
+            headers=(("Content-Range", f"bytes */{head.length}"),),
+        )
+        return _refused(request, problem, serving)
+    if spans is not None and len(spans) > 1:
+        return _multipart(request, head, spans, serving)
+    template = HeadTemplate(
+        head,
+        serving.via,
+        serving.cache_status,
+        serving.vary,
+        keep_alive=request.keep_alive,
+        minor_version=request.minor_version,
+    )
+    date, age, close = serving.date.encode("ascii"), max(0, serving.age_seconds), not request.keep_alive
+    if spans is not None:
+        return Response(206, template.part(date, age, spans[0]), tuple(spans), close=close)
+    assert head.length is not None
+    whole = (Span(0, head.length),) if head.length else ()
+    return Response(200, template.whole(date, age), whole, close=close)
+
+
+def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
+    """RFC 9110 section 15.3.7.2: a multipart body, each part with its own range and type."""
+    # The same question has the same answer; 128 bits of a hash do not occur in the body by chance.
+    asked = f"{head.etag} {head.length} {spans}".encode()
+    boundary = hashlib.blake2b(asked, digest_size=16).hexdigest()
+    segments: list[bytes | Span] = []
+    for span in spans:
+        part = [
+            ("Content-Type", head.content_type),
+            ("Content-Range", f"bytes {span.start}-{span.stop - 1}/{head.length}"),
+        ]
+        opening = ("\r\n" if segments else "") + f"--{boundary}\r\n"
+        segments += [opening.encode() + field_lines(part) + b"\r\n", span]
+    segments.append(f"\r\n--{boundary}--\r\n".encode())
+    length = sum(len(part) if isinstance(part, bytes) else part.stop - part.start for part in segments)
+    fields = [
+        ("Content-Type", f"multipart/byteranges; boundary={boundary}"),
+        ("Content-Length", str(length)),
+        *_validators(head, serving.vary),
+        ("Accept-Ranges", "bytes"),
+    ]
+    return _response(206, request, serving, fields, tuple(segments))
+
+
+def _refused(request: Request, problem: Problem, serving: Serving) -> Response:
+    return refuse(problem, date=serving.date, via=serving.via, keep_alive=request.keep_alive)
+
+
+def _response(
+    status: int, request: Request, serving: Serving, fields: _Fields, segments: tuple[bytes | Span, ...]
+) -> Response:
+    close = not request.keep_alive
+    head = _head(status, serving, fields, _connection(close, request.minor_version))
+    return Response(status, head, segments, close=close)
+
+
+# --- problems (RFC 9457)
+
+
+def refuse(problem: Problem, *, date: str, via: str, keep_alive: bool) -> Response:
+    """The response to a request that met `problem`. To HEAD its head alone is sent."""
+    document = {
+        **problem.extensions,  # first, so that none of them takes a standard member's place
+        "type": f"urn:gup:problem:{problem.slug}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    body = json.dumps(document, default=str).encode("ascii")
+    retry_after = problem.retry_after_seconds
+    fields = [
+        ("Date", date),
+        ("Content-Type", "application/problem+json"),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),  # RFC 9111 section 4.2.2 would let others keep a 404, 405, 410 or 414
+        # whole seconds, rounded up: nobody is told to come back too early
+        *([] if retry_after is None else [("Retry-After", str(max(0, math.ceil(retry_after))))]),
+        *problem.headers,
+        ("Via", via),
+        ("Cache-Status", f"gup; detail={problem.slug}"),
+        ("Connection", "keep-alive" if keep_alive else "close"),  # HTTP/1.0 must be told that it stays
+    ]
+    head = status_line(problem.status) + field_lines(fields) + b"\r\n"
+    return Response(problem.status, head, (body,), close=not keep_alive)
+
+
+# --- heads
 
 
 class HeadTemplate:
-    """The 200 head of a body of known length, ready but for Date and Age."""
+    """The heads of a body of known length, whole or of one range, ready but for Date, Age and the range."""
 
-    __slots__ = ("_middle", "_prefix", "_suffix")
+    __slots__ = ("_fields", "_length", "_type")
 
     def __init__(
         self,
-        representation: Representation,
+        head: Head,
         via: str,
         cache_status: str,
+        vary: str | None,
         *,
-        keep_alive: bool,
-        minor_version: int,
+        keep_alive: bool = True,
+        minor_version: int = 1,
     ) -> None:
-        assert representation.length is not None
+        assert head.length is not None
         fields = [
-            ("Content-Type", representation.content_type),
-            ("Content-Length", str(representation.length)),
-            *_told_always(representation),
+            *_validators(head, vary),
             ("Accept-Ranges", "bytes"),
             ("Via", via),
             ("Cache-Status", cache_status),
             *_connection(not keep_alive, minor_version),
         ]
-        self._prefix = status_line(200) + b"Date: "
-        self._middle = b"\r\nAge: "
-        self._suffix = b"\r\n" + field_lines(fields) + b"\r\n"
+        self._length = head.length
+        self._type = field_lines([("Content-Type", head.content_type)])
+        self._fields = field_lines(fields) + b"\r\n"
 
-    def render(self, date: bytes, age: int) -> bytes:
-        """The head; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
-        return b"%b%b%b%d%b" % (self._prefix, date, self._middle, age, self._suffix)
+    def whole(self, date: bytes, age: int) -> bytes:
+        """The head of a 200; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
+        return b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%bContent-Length: %d\r\n%b" % (
+            (date, age, self._type, self._length, self._fields)
+        )
 
-
-class PartTemplate:
-    """The 206 head for one range of such a body to HTTP/1.1 on a connection that stays."""
-
-    __slots__ = ("_length", "_prefix", "_suffix", "_type")
-
-    def __init__(self, representation: Representation, via: str, cache_status: str) -> None:
-        assert representation.length is not None
-        self._length = representation.length
-        self._prefix = status_line(206) + b"Date: "
-        self._type = field_lines([("Content-Type", representation.content_type)])
-        fields = [
-            *_told_always(representation),
-            ("Accept-Ranges", "bytes"),
-            ("Via", via),
-            ("Cache-Status", cache_status),
-        ]
-        self._suffix = b"\r\n" + field_lines(fields) + b"\r\n"
-
-    def render(self, date: bytes, age: int, start: int, stop: int) -> bytes:
-        """The head for the bytes from `start` up to, not including, `stop`."""
-        return b"%b%b\r\nAge: %d\r\n%bContent-Length: %d\r\nContent-Range: bytes %d-%d/%d%b" % (
-            self._prefix,
-            date,
-            age,
-            self._type,
-            stop - start,
-            start,
-            stop - 1,
-            self._length,
-            self._suffix,
+    def part(self, date: bytes, age: int, span: Span) -> bytes:
+        """The head of a 206."""
+        range_lines = b"Content-Length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
+            (span.stop - span.start, span.start, span.stop - 1, self._length)
+        )
+        return b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b%b%b" % (
+            (date, age, self._type, range_lines, self._fields)
         )
 
 
-def plan(request: Request, representation: Representation, served: Served) -> Plan:
-    """The response to a GET or HEAD: conditions first (RFC 9110 section 13.2.1), ranges after them.
-
-    A body of unknown length has no ranges: it goes out in chunks, or to HTTP/1.0 until the connection closes.
-    """
-    answer = _plan_get(request, representation, served)
-    # RFC 9110 section 9.3.2: the same head as for GET, and no content.
-    return replace(answer, segments=(), chunked=False) if request.method == "HEAD" else answer
-
-
-def _plan_get(request: Request, representation: Representation, served: Served) -> Plan:
-    verdict = evaluate(request, representation.etag, representation.last_modified)
-    if verdict is Verdict.FAILED:
-        problem = Problem("precondition-failed", "The content is not the one that the request means.")
-        return _refused(request, problem, served)
-    if verdict is Verdict.NOT_MODIFIED:
-        return _not_modified(request, representation, served)
-    return _plan_content(request, representation, served)
-
-
-def _plan_content(request: Request, representation: Representation, served: Served) -> Plan:
-    if representation.length is None:
-        return _streamed(request, representation, served)
-    spans = _spans(request, representation, representation.length)
-    if spans is None:
-        return _whole(request, representation, representation.length, served)
-    if not spans:
-        return _unsatisfiable(request, representation.length, served)
-    if len(spans) == 1:
-        return _one_part(request, representation, spans[0], served)
-    return _several_parts(request, representation, spans, served)
-
-
-def _spans(request: Request, representation: Representation, length: int) -> list[Span] | None:
-    """The spans to answer with, empty when none can be; None: with the whole body."""
-    header = request.header("range")
-    # RFC 9110 section 14.2: a range means something with GET only.
-    if header is None or request.method != "GET":
-        return None
-    if not range_allowed(request, representation.etag, representation.last_modified):
-        return None
-    return parse_ranges(header, length)
-
-
-def _whole(request: Request, representation: Representation, length: int, served: Served) -> Plan:
-    template = HeadTemplate(
-        representation,
-        served.via,
-        served.cache_status,
-        keep_alive=request.keep_alive,
-        minor_version=request.minor_version,
-    )
-    head = template.render(served.date.encode("ascii"), max(0, served.age_seconds))
-    segments = (Span(0, length),) if length else ()
-    return Plan(200, head, segments, chunked=False, close=not request.keep_alive)
-
-
-def _streamed(request: Request, representation: Representation, served: Served) -> Plan:
-    chunked = request.minor_version == 1
-    close = not (chunked and request.keep_alive)
-    fields = [("Content-Type", representation.content_type), *_told_always(representation)]
-    if chunked:
-        fields.append(("Transfer-Encoding", "chunked"))
-    head = _head(200, served, fields, _connection(close, request.minor_version))
-    return Plan(200, head, (Span(0, UNBOUNDED),), chunked, close)
-
-
-def _not_modified(request: Request, representation: Representation, served: Served) -> Plan:
-    return _answer(304, request, served, _told_always(representation), ())
-
-
-def _one_part(request: Request, representation: Representation, span: Span, served: Served) -> Plan:
-    fields = [
-        ("Content-Type", representation.content_type),
-        ("Content-Length", str(span.stop - span.start)),
-        ("Content-Range", _content_range(span, representation)),
-        *_told_always(representation),
-        ("Accept-Ranges", "bytes"),
-    ]
-    return _answer(206, request, served, fields, (span,))
-
-
-def _several_parts(
-    request: Request, representation: Representation, spans: list[Span], served: Served
-) -> Plan:
-    """RFC 9110 section 15.3.7.2: a multipart body, each part with its own range and type."""
-    boundary = _boundary(representation, spans)
-    segments: list[bytes | Span] = []
-    for span in spans:
-        part = [
-            ("Content-Type", representation.content_type),
-            ("Content-Range", _content_range(span, representation)),
-        ]
-        opening = b"\r\n--" if segments else b"--"
-        segments += [opening + boundary + b"\r\n" + field_lines(part) + b"\r\n", span]
-    segments.append(b"\r\n--" + boundary + b"--\r\n")
-    fields = [
-        ("Content-Type", f"multipart/byteranges; boundary={boundary.decode()}"),
-        ("Content-Length", str(sum(_size_bytes(segment) for segment in segments))),
-        *_told_always(representation),
-        ("Accept-Ranges", "bytes"),
-    ]
-    return _answer(206, request, served, fields, tuple(segments))
-
-
-def _unsatisfiable(request: Request, length: int, served: Served) -> Plan:
-    problem = Problem(
-        "range-not-satisfiable",
-        f"The content has {length} bytes.",
-        headers=(("Content-Range", f"bytes */{length}"),),
-    )
-    return _refused(request, problem, served)
-
-
-def _refused(request: Request, problem: Problem, served: Served) -> Plan:
-    head, body = render_parts(
-        problem, date=served.date, via=served.via, instance=None, keep_alive=request.keep_alive
-    )
-    return Plan(problem.status, head, (body,), chunked=False, close=not request.keep_alive)
-
-
-def _answer(
-    status: int, request: Request, served: Served, fields: _Fields, segments: tuple[bytes | Span, ...]
-) -> Plan:
-    close = not request.keep_alive
-    head = _head(status, served, fields, _connection(close, request.minor_version))
-    return Plan(status, head, segments, chunked=False, close=close)
-
-
-def _head(status: int, served: Served, fields: _Fields, connection: _Fields) -> bytes:
+def _head(status: int, serving: Serving, fields: _Fields, connection: _Fields) -> bytes:
     lines = [
-        ("Date", served.date),
-        ("Age", str(max(0, served.age_seconds))),
+        ("Date", serving.date),
+        ("Age", str(max(0, serving.age_seconds))),
         *fields,
-        ("Via", served.via),
-        ("Cache-Status", served.cache_status),
+        ("Via", serving.via),
+        ("Cache-Status", serving.cache_status),
         *connection,
     ]
     return status_line(status) + field_lines(lines) + b"\r\n"
 
 
-def _told_always(representation: Representation) -> _Fields:
+def _validators(head: Head, vary: str | None) -> _Fields:
     """Validators and Vary, which a 304 has as well (RFC 9110 section 15.4.5)."""
-    fields = (
-        ("ETag", representation.etag),
-        ("Last-Modified", representation.last_modified),
-        ("Vary", representation.vary),
-    )
+    fields = (("ETag", head.etag), ("Last-Modified", head.last_modified), ("Vary", vary))
     return [(name, value) for name, value in fields if value is not None]
 
 
@@ -275,15 +291,11 @@ def _connection(close: bool, minor_version: int) -> _Fields:
     return [] if minor_version else [("Connection", "keep-alive")]
 
 
-def _content_range(span: Span, representation: Representation) -> str:
-    return f"bytes {span.start}-{span.stop - 1}/{representation.length}"
+def status_line(status: int) -> bytes:
+    """The first line of a response, with its CRLF; HTTP/1.1 to a client of 1.0 too (RFC 9110 section 6.2)."""
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode("ascii")
 
 
-def _size_bytes(segment: bytes | Span) -> int:
-    return len(segment) if isinstance(segment, bytes) else segment.stop - segment.start
-
-
-def _boundary(representation: Representation, spans: list[Span]) -> bytes:
-    # The same question has the same answer; 128 bits of a hash do not occur in the body by chance.
-    asked = f"{representation.etag} {representation.length} {spans}"
-    return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest().encode("ascii")
+def field_lines(fields: Iterable[tuple[str, str]]) -> bytes:
+    """Fields as they stand in a head, each with its CRLF. No value ends its line (RFC 9110 section 5.5)."""
+    return "".join(f"{name}: {_UNSAFE.sub(' ', value)}\r\n" for name, value in fields).encode("latin-1")

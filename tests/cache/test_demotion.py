@@ -52,7 +52,11 @@ async def whole_again(one, until) -> None:
 
 
 def received(one) -> int:
-    return one.counted("gup_upstream_received_bytes_total", upstream="u0", purpose="fill")
+    """From upstream, for the fill and for what was damaged."""
+    return sum(
+        one.counted("gup_upstream_received_bytes_total", upstream="u0", purpose=purpose)
+        for purpose in ("fill", "repair")
+    )
 
 
 def found(one, where="body") -> int:

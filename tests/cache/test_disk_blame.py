@@ -61,7 +61,11 @@ async def test_what_the_disk_refuses_is_told_as_the_disks(
     body = b"x" * 10_000
     upstream.answer(FILE, Answer(body, etag='"a"'))
 
-    def refuses(*_arguments):
+    original = getattr(owner, work)
+
+    def refuses(self, *arguments):
+        if getattr(self, "_in_memory", False):
+            return original(self, *arguments)
         raise OSError(number, os.strerror(number))
 
     async with working(tmp_path, [upstream.url]) as one:

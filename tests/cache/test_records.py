@@ -399,6 +399,7 @@ KEPT = "ignore::pytest.PytestConfigWarning"
 """pytest warns that it keeps the assertions of tests only."""
 
 
+@pytest.mark.timeout(180)
 def test_keys_paths_records_and_archives_are_as_safe_with_assertions_off():
     """PYTHONOPTIMIZE=1 takes every `assert` out of gup (pytest keeps those of the tests)."""
     if not __debug__:

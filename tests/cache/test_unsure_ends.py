@@ -113,7 +113,7 @@ async def test_a_stale_index_is_better_than_one_of_unsure_end(tmp_path, until):
 
 
 async def test_what_is_passed_through_shows_the_same_doubt(tmp_path):
-    """Too large to be stored: by the fill's ring, and for one client alone."""
+    """Too large to be stored: passed through to one client after the other."""
     path = CASES["full.dax"][0]
     with RawUpstream(until_it_closes(LARGE)) as upstream:
         async with working(tmp_path, [upstream.url], cache={"max_size": "1MB"}) as one:

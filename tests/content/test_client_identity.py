@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gup.config import Rules
 from gup.content.client_identity import NOBODY, NOTHING, Declarations, Identities, Source, parse_source
 from gup.content.releases import Releases
-from gup.server.plain import PLAIN_HEAD
+from gup.server.hot_cache import PLAIN_HEAD
 from gup.server.request import parse_head
 
 VERSIONS = ["GUP-Client-Version", "User-Agent: SEP"]
@@ -148,3 +148,22 @@ def test_bytes_state_what_their_fields_state(lines, stated):
 def test_without_sources_nothing_is_stated():
     declarations = Declarations(Rules(version_sources=[], language_sources=[]))
     assert declarations.of_head(b"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: SEP/14.3\r\n\r\n") is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("headers", "version", "language"),
+    [
+        ({}, "", ""),
+        ({"user-agent": "SEP/14.3.4615.2000 (Windows)"}, "14.3.4615.2000", ""),
+        ({"gup-client-version": "14.3 RU2", "user-agent": "SEP/1.0"}, "14.3 RU2", ""),
+        ({"gup-client-version": "nonsense", "user-agent": "SEP/14.3.4615.2000"}, "14.3.4615.2000", ""),
+        ({"gup-client-version": "nonsense"}, "nonsense", ""),
+        ({"gup-client-language": " French "}, "", "French"),
+        ({"gup-client-version": "\x85\t1" + "2" * 100}, "1" + "2" * 63, ""),
+    ],
+)
+def test_what_clients_state(headers, version, language):
+    declarations = Declarations(Rules())
+    stated = declarations.of(tuple(headers.items()))
+    assert (stated.version, stated.language) == (version, language)
+    assert declarations.of((*headers.items(), ("accept", "*/*"))) is stated

@@ -38,13 +38,13 @@ def content_key(revision: str = "260101001", file: str = "full.zip", **parts: st
 
 def commit(store: Store, key: ContentKey, body: bytes, kind: Kind = Kind.FULL, at: float = 1000.0) -> Record:
     """Bring an entry into the store the way a fill does."""
-    part = store.part_path(key.id, 1)
-    part.write_bytes(body)
+    generation = time.time_ns() // 1000
+    store.part_path(key.id, generation).write_bytes(body)
     sums = ChunkSums()
     sums.add(body)
     head = Head(len(body), f'"{key.id[:8]}"', "application/zip", None, "manager", None)
-    record = Record.of(key, kind, head, sums.finish(), at, part.stat().st_mtime_ns)
-    store.commit(FillState(key, kind, 1, Phase.COMMITTED, head, None, record))
+    record = Record.of(key, kind, head, sums.finish(), at, generation)
+    store.commit(record)
     store.touch(key, at)
     return record
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
 from gup.cache.claim import Claims
 from gup.cache.flight import Means
+from gup.cache.memory_files import ROW_WORDS, MemoryFiles
 from gup.cache.queue import FillQueue
 from gup.cache.slots import Slots
 from gup.cache.space import Space
@@ -26,6 +27,8 @@ from gup.upstream.bandwidth import Wan
 from gup.upstream.pool import Pool
 from gup.upstream.turns import Turns
 
+_MEMORY: dict[Path, "memoryview[int]"] = {}
+"""The table of memory files of all workers on one directory."""
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 
 
@@ -152,6 +155,12 @@ async def working(
             promise=promise,
             need=lambda missing, refused: tell({"type": "need", "bytes": missing, "refused": refused}),
             evictions=lambda: len(epochs),
+        ),
+        memory=MemoryFiles(
+            _MEMORY.setdefault(root, memoryview(bytearray(8 * (1 + 8 * ROW_WORDS))).cast("Q")),
+            nullcontext,
+            lambda: settings.fill.memory,
+            lambda: settings.listen.write_timeout,
         ),
         streams=Streams(store.run / "streams"),
         executor=executor,

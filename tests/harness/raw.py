@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -37,6 +38,12 @@ class Talk:
         self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise Over
 
+    def say_goodbye(self) -> None:
+        """End TLS in order. Without it, closing sends no close_notify."""
+        assert isinstance(self._connection, ssl.SSLSocket)
+        self._connection.unwrap()
+        raise Over
+
 
 def ok(body: bytes, *lines: str) -> bytes:
     """A complete answer."""
@@ -47,10 +54,11 @@ def ok(body: bytes, *lines: str) -> bytes:
 class RawUpstream:
     """Calls `answer` for each request, in a thread a connection; Over closes the connection."""
 
-    def __init__(self, answer: Callable[[Talk], None]) -> None:
+    def __init__(self, answer: Callable[[Talk], None], tls: ssl.SSLContext | None = None) -> None:
         self.answer = answer
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.asked: list[tuple[str, str]] = []
         """Method and path of each request."""
         self.connections = 0
@@ -87,9 +95,13 @@ class RawUpstream:
             self._open.add(connection)
             self._spawn(self._serve, connection)
 
-    def _serve(self, connection: socket.socket) -> None:
-        buffer, number = bytearray(), 0
+    def _serve(self, accepted: socket.socket) -> None:
+        buffer, number, connection = bytearray(), 0, accepted
         try:
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(accepted, server_side=True)
+                self._open.add(connection)
+                self._open.discard(accepted)
             while True:
                 while (end := buffer.find(b"\r\n\r\n")) < 0:
                     piece = connection.recv(65536)

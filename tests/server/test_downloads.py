@@ -1,4 +1,4 @@
-"""Download turns as several workers take them: one process here stands for each, with its own locks."""
+"""Download slots as several workers take them: one process here stands for each, with its own locks."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -11,8 +11,7 @@ from gup.config import Clients
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.server import downloads
-from gup.server.downloads import NO_PLACE, Downloads, Machine, Turn
-from gup.server.tally import Tally
+from gup.server.downloads import NO_SLOT, Downloads, MachineView, Ticket
 
 
 @dataclass
@@ -21,28 +20,28 @@ class Site:
 
     limits: Clients
     workers: list[Downloads] = field(default_factory=list)
-    tallies: list[Tally] = field(default_factory=list)
+    counters: list[Counters] = field(default_factory=list)
     claims: list[Claims] = field(default_factory=list)
     since: list[int] = field(default_factory=list)
     went: list[str] = field(default_factory=list)
 
-    def sum(self, of):
-        return lambda: sum(tally.words[of(tally)] for tally in self.tallies)
+    def sum(self, name):
+        return lambda: sum(counters.get(f"gup_client_downloads_{name}") for counters in self.counters)
 
     @property
     def gauges(self):
         """Under way, and waiting."""
-        return self.sum(lambda t: t.downloads)(), self.sum(lambda t: t.queued)()
+        return self.sum("in_progress")(), self.sum("queued")()
 
-    def ask(self, worker: int, name: str) -> Turn:
-        turn = self.workers[worker].ask()
+    def ask(self, worker: int, name: str) -> Ticket:
+        ticket = self.workers[worker].take_ticket()
 
         def go() -> None:
             self.went.append(name)
 
-        if not turn.come:
-            turn.go = go
-        return turn
+        if ticket.slot is None:
+            ticket.on_admitted = go
+        return ticket
 
     async def until(self, *names: str) -> None:
         async with asyncio.timeout(5):
@@ -60,20 +59,20 @@ def make(tmp_path):
         loop = asyncio.get_running_loop()
         site.since = [0] * workers
         for number in range(workers):
-            tally = Tally(Counters.private())
+            counters = Counters.private()
             claims = Claims(tmp_path / "slots")
-            site.tallies.append(tally)
+            site.counters.append(counters)
             site.claims.append(claims)
-            machine = Machine(
-                in_progress=site.sum(lambda t: t.downloads),
-                queued=site.sum(lambda t: t.queued),
-                ended=site.sum(lambda t: t.downloads_ended),
+            machine = MachineView(
+                in_progress=site.sum("in_progress"),
+                queued=site.sum("queued"),
+                ended=site.sum("total"),
                 waiting_since_ns=site.since,
                 own=number,
                 show=lambda ns, number=number: site.since.__setitem__(number, ns),
             )
             slots = Slots(claims, 0, lambda: site.limits.max_downloads)
-            site.workers.append(Downloads(slots, lambda: site.limits, tally, machine, loop))
+            site.workers.append(Downloads(slots, lambda: site.limits, counters, machine, loop))
         return site
 
     yield make
@@ -82,36 +81,36 @@ def make(tmp_path):
             claims.close()
 
 
-async def test_without_a_limit_every_turn_has_come_and_is_counted(make):
+async def test_without_a_limit_every_download_has_a_ticket_and_is_counted(make):
     site = make(1, max_downloads=0)
-    turns = [site.ask(0, "x") for _ in range(3)]
-    assert [turn.place for turn in turns] == [NO_PLACE] * 3
+    tickets = [site.ask(0, "x") for _ in range(3)]
+    assert [ticket.slot for ticket in tickets] == [NO_SLOT] * 3
     assert site.gauges == (3, 0)
-    for turn in turns:
-        site.workers[0].leave(turn)
+    for ticket in tickets:
+        site.workers[0].give_back(ticket)
     assert site.gauges == (0, 0)
-    assert site.tallies[0].words[site.tallies[0].downloads_ended] == 3
+    assert site.counters[0].get("gup_client_downloads_total") == 3
     site.workers[0].close()
 
 
 async def test_the_limit_holds_over_workers_and_the_longest_waiting_goes_first(make):
     site = make(2, max_downloads=2, queue=10)
     held = [site.ask(0, "a"), site.ask(1, "b")]
-    assert all(turn.come for turn in held)
-    turns = [site.ask(worker, name) for worker, name in ((1, "c"), (0, "d"), (1, "e"), (0, "f"))]
+    assert all(ticket.slot is not None for ticket in held)
+    tickets = [site.ask(worker, name) for worker, name in ((1, "c"), (0, "d"), (1, "e"), (0, "f"))]
     assert site.gauges == (2, 4)
-    site.workers[0].leave(held[0])
+    site.workers[0].give_back(held[0])
     await site.until("c")
-    site.workers[1].leave(turns[0])
+    site.workers[1].give_back(tickets[0])
     await site.until("c", "d")
-    site.workers[1].leave(held[1])
+    site.workers[1].give_back(held[1])
     await site.until("c", "d", "e")
-    site.workers[0].leave(turns[1])
+    site.workers[0].give_back(tickets[1])
     await site.until("c", "d", "e", "f")
     assert site.gauges == (2, 0)
     assert site.since == [0, 0]
-    for worker, turn in ((1, turns[2]), (0, turns[3])):
-        site.workers[worker].leave(turn)
+    for worker, ticket in ((1, tickets[2]), (0, tickets[3])):
+        site.workers[worker].give_back(ticket)
     assert site.gauges == (0, 0)
     for worker in site.workers:
         worker.close()
@@ -121,24 +120,24 @@ async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     site = make(2, max_downloads=1, queue=10)
     held = site.ask(0, "a")
     first = site.ask(1, "b")
-    site.workers[0].leave(held)
+    site.workers[0].give_back(held)
     newcomer = site.ask(0, "c")  # the place is free, and not its own
-    assert not newcomer.come
+    assert newcomer.slot is None
     await site.until("b")
-    site.workers[1].leave(first)
+    site.workers[1].give_back(first)
     await site.until("b", "c")
-    site.workers[0].leave(newcomer)
+    site.workers[0].give_back(newcomer)
 
 
-async def test_nobody_waits_for_the_dead(make):
+async def test_a_dead_workers_place_in_the_queue_is_skipped(make):
     site = make(2, max_downloads=1, queue=10)
     site.since[1] = 1  # a worker that was killed while its clients waited, longest of all
-    turn = site.ask(0, "a")
-    assert not turn.come
+    ticket = site.ask(0, "a")
+    assert ticket.slot is None
     began = asyncio.get_running_loop().time()
     await site.until("a")
     assert asyncio.get_running_loop().time() - began >= downloads._COURTESY_SECONDS
-    site.workers[0].leave(turn)
+    site.workers[0].give_back(ticket)
 
 
 async def test_the_queue_is_full_for_all_workers_together(make):
@@ -150,11 +149,11 @@ async def test_the_queue_is_full_for_all_workers_together(make):
             site.ask(worker, "d")
         assert (caught.value.slug, caught.value.retry_after_seconds) == ("overloaded", 30.0)
     assert site.gauges == (1, 2)
-    site.workers[1].leave(waiting[1])  # the client has gone
+    site.workers[1].give_back(waiting[1])  # the client has gone
     assert site.gauges == (1, 1)
     again = site.ask(0, "e")
-    for turn in (waiting[0], again, held):
-        site.workers[0].leave(turn)
+    for ticket in (waiting[0], again, held):
+        site.workers[0].give_back(ticket)
     for worker in site.workers:
         worker.close()
 
@@ -173,43 +172,43 @@ async def test_the_queue_is_full_for_all_workers_together(make):
 async def test_retry_after_is_the_time_in_which_the_queue_is_served(make, ended, seconds):
     site = make(1, max_downloads=1, queue=1)
     held, waiting = site.ask(0, "a"), site.ask(0, "b")
-    words, at = site.tallies[0].words, site.tallies[0].downloads_ended
+    counters = site.counters[0]
     for total in ended:
-        words[at] = total
+        counters.words[counters.position("gup_client_downloads_total")] = total
         site.workers[0].each_second()
     with pytest.raises(Problem) as caught:
         site.ask(0, "c")
     assert caught.value.retry_after_seconds == seconds
-    for turn in (waiting, held):
-        site.workers[0].leave(turn)
+    for ticket in (waiting, held):
+        site.workers[0].give_back(ticket)
     site.workers[0].close()
 
 
 async def test_a_limit_that_goes_lets_everybody_go_and_one_that_comes_counts_those_before(make):
     site = make(1, max_downloads=1, queue=5)
     held = site.ask(0, "a")
-    turns = [site.ask(0, name) for name in "bc"]
+    tickets = [site.ask(0, name) for name in "bc"]
     site.limits = Clients(max_downloads=0)
     await site.until("b", "c")
     site.limits = Clients(max_downloads=2)
     late = site.ask(0, "d")
-    assert not late.come, "three are under way already"
-    for turn in (held, *turns):
-        site.workers[0].leave(turn)
+    assert late.slot is None, "three are under way already"
+    for ticket in (held, *tickets):
+        site.workers[0].give_back(ticket)
     await site.until("b", "c", "d")
-    assert late.place == 0
-    site.workers[0].leave(late)
+    assert late.slot == 0
+    site.workers[0].give_back(late)
     site.workers[0].close()
 
 
 async def test_a_killed_workers_locks_are_free_when_its_counts_are(make):
     site = make(2, max_downloads=1, queue=5)
     site.ask(1, "dead")
-    turn = site.ask(0, "a")
+    ticket = site.ask(0, "a")
     site.claims.pop(1).close()  # as the kernel does
-    site.tallies[1].words[site.tallies[1].downloads] = 0  # as the supervisor does
+    site.counters[1].add("gup_client_downloads_in_progress", -1)  # as the supervisor does
     await site.until("a")
-    site.workers[0].leave(turn)
+    site.workers[0].give_back(ticket)
 
 
 async def test_nobody_begins_to_wait_when_the_service_stops(make):
@@ -219,5 +218,5 @@ async def test_nobody_begins_to_wait_when_the_service_stops(make):
     with pytest.raises(Problem) as caught:
         site.ask(0, "b")
     assert caught.value.slug == "draining"
-    site.workers[0].leave(held)
-    assert site.ask(0, "c").come, "what needs no waiting is still served"
+    site.workers[0].give_back(held)
+    assert site.ask(0, "c").slot is not None, "what needs no waiting is still served"

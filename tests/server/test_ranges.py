@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.server.ranges import MAX_RANGES, Span, parse_open_range, parse_ranges
+from gup.server.ranges import MAX_RANGES, Span, parse_ranges
 
 RFC_LENGTH = 10_000  # the body of RFC 9110 section 14.1.2's examples
 
@@ -87,7 +87,6 @@ def test_nothing_lies_in_an_empty_body(header):
 )
 def test_a_malformed_field_or_another_unit_is_ignored(header):
     assert parse_ranges(header, 10) is None
-    assert parse_open_range(header) is None
 
 
 def header_of(spans):
@@ -132,22 +131,6 @@ def test_abuse_costs_little(header):
     began = time.process_time()
     assert parse_ranges(header, 10**9) is None
     assert time.process_time() - began < 0.2
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        ("bytes=0-", (0, None)),
-        ("bytes=5-", (5, None)),
-        ("bytes=5-5", (5, 6)),
-        ("bytes=5-9,", (5, 10)),
-        ("bytes=-5", None),
-        ("bytes=0-1,5-9", None),
-        ("lines=0-1", None),
-    ],
-)
-def test_the_range_of_a_body_of_unknown_length(header, expected):
-    assert parse_open_range(header) == expected
 
 
 LENGTHS = st.integers(1, 60)

@@ -3,21 +3,31 @@ import email.policy
 import http.client
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gup.cache.record import Head
+from gup.errors import PROBLEMS, Problem
 from gup.server.ranges import Span
 from gup.server.request import Request
-from gup.server.response import UNBOUNDED, HeadTemplate, Representation, Served, plan
+from gup.server.response import UNBOUNDED, HeadTemplate, Serving, field_lines, plan, refuse, status_line
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CHANGED = "Sat, 05 Nov 1994 08:49:37 GMT"
 BODY = bytes(range(256)) * 40
-WHOLE = Representation(len(BODY), '"tag"', CHANGED, "application/zip")
-GROWING = Representation(None, None, CHANGED, "application/zip")
-SERVED = Served(DATE, "1.1 branch (gup)", 42, "gup; hit")
+
+
+def described(length, etag, last_modified, content_type):
+    """A body's head."""
+    return Head(length, etag, content_type, last_modified, "upstream", None)
+
+
+WHOLE = described(len(BODY), '"tag"', CHANGED, "application/zip")
+GROWING = described(None, None, CHANGED, "application/zip")
+SERVED = Serving(DATE, "1.1 branch (gup)", 42, "gup; hit")
 
 
 def ask(*fields, method="GET", minor_version=1, keep_alive=True):
@@ -92,20 +102,20 @@ def test_a_plain_get_has_the_whole_body():
     ],
 )
 def test_what_the_request_chose_tells_by_which_of_its_fields(fields, status):
-    chosen = Representation(len(BODY), '"tag"', CHANGED, "application/zip", "GUP-Client-Version, User-Agent")
-    response, _ = received(ask(*fields), chosen)
+    chosen = replace(SERVED, vary="GUP-Client-Version, User-Agent")
+    response, _ = received(ask(*fields), served=chosen)
     assert (response.status, response.headers["vary"]) == (status, "GUP-Client-Version, User-Agent")
     assert received(ask(*fields))[0].headers["vary"] is None
 
 
 def test_a_body_without_validators_has_none():
-    response, content = received(ask(), Representation(len(BODY), None, None, "a/b"))
+    response, content = received(ask(), described(len(BODY), None, None, "a/b"))
     assert content == BODY
     assert not VALIDATORS.keys() & fields_of(response).keys()
 
 
 def test_an_empty_body_has_no_segment():
-    planned = plan(ask(), Representation(0, None, None, "a/b"), SERVED)
+    planned = plan(ask(), described(0, None, None, "a/b"), SERVED)
     assert (planned.status, planned.segments) == (200, ())
     assert b"\r\nContent-Length: 0\r\n" in planned.head
 
@@ -126,9 +136,9 @@ def test_the_connection_field(minor_version, keep_alive, connection, fields):
 @pytest.mark.parametrize(
     ("representation", "served"),
     [
-        (Representation(3, '"a\r\nX: b"', "x\nX: b", "text/x\r\n\r\nX: b"), SERVED),
-        (WHOLE, Served(DATE, "1.1 \r\nX: b", 0, "gup\nX: b\0\u2028")),
-        (Representation(None, None, "x\nX: b", "text/x\r\n\r\nX: b"), Served(DATE, "\r", 0, "\n")),
+        (described(3, '"a\r\nX: b"', "x\nX: b", "text/x\r\n\r\nX: b"), SERVED),
+        (WHOLE, Serving(DATE, "1.1 \r\nX: b", 0, "gup\nX: b\0\u2028")),
+        (described(None, None, "x\nX: b", "text/x\r\n\r\nX: b"), Serving(DATE, "\r", 0, "\n")),
     ],
 )
 @pytest.mark.parametrize("fields", [(), (("range", "bytes=0-0"),), (("range", "bytes=0-0,2-2"),)])
@@ -143,7 +153,7 @@ def test_no_value_makes_a_line_of_its_own(representation, served, fields):
 
 def test_a_clock_set_back_makes_no_negative_age():
     for fields in ((), (("range", "bytes=0-0"),)):
-        response, _ = received(ask(*fields), served=Served(DATE, "v", -5, "gup; hit"))
+        response, _ = received(ask(*fields), served=Serving(DATE, "v", -5, "gup; hit"))
         assert response.headers["Age"] == "0"
 
 
@@ -268,7 +278,7 @@ def parts_of(response, content):
 
 def test_several_ranges():
     text = b"".join(b"%04d " % number for number in range(1000))
-    representation = Representation(len(text), '"tag"', CHANGED, "text/plain")
+    representation = described(len(text), '"tag"', CHANGED, "text/plain")
     response, content = received(ask(("range", "bytes=100-104, 0-9, -5")), representation, body=text)
     assert response.status == 206
     assert response.headers["Content-Length"] == str(len(content))
@@ -291,7 +301,7 @@ def test_a_boundary_belongs_to_one_question():
     asked = boundary("bytes=0-0,9-9")
     assert asked == boundary("bytes=0-0, 9-9")
     assert asked != boundary("bytes=0-0,8-8")
-    assert asked != boundary("bytes=0-0,9-9", Representation(len(BODY), '"other"', None, "a/b"))
+    assert asked != boundary("bytes=0-0,9-9", described(len(BODY), '"other"', None, "a/b"))
 
 
 @given(
@@ -305,7 +315,7 @@ def test_a_boundary_belongs_to_one_question():
 def test_the_length_is_always_that_of_what_follows(pairs, length):
     header = "bytes=" + ",".join(f"{first}-{last}" for first, last in pairs)
     body = BODY[:length]
-    representation = Representation(length, '"tag"', None, "a/b")
+    representation = described(length, '"tag"', None, "a/b")
     response, content = received(ask(("range", header)), representation, body=body)
     assert int(response.headers["Content-Length"]) == len(content)
     if response.status == 206 and response.headers["Content-Range"]:
@@ -336,22 +346,118 @@ def test_an_unknown_length_ends_with_the_connection_for_http_1_0(keep_alive):
     assert response.headers["Transfer-Encoding"] is None
 
 
-# --- the hot lane's head
+# --- the hot cache's head
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
 @pytest.mark.parametrize("minor_version", [0, 1])
-@pytest.mark.parametrize("representation", [WHOLE, Representation(1, None, None, "a/b")])
+@pytest.mark.parametrize("representation", [WHOLE, described(1, None, None, "a/b")])
 def test_the_template_is_the_head_of_a_plain_get(keep_alive, minor_version, representation):
     template = HeadTemplate(
-        representation, SERVED.via, SERVED.cache_status, keep_alive=keep_alive, minor_version=minor_version
+        representation,
+        SERVED.via,
+        SERVED.cache_status,
+        None,
+        keep_alive=keep_alive,
+        minor_version=minor_version,
     )
     request = ask(keep_alive=keep_alive, minor_version=minor_version)
-    assert template.render(DATE.encode(), 42) == plan(request, representation, SERVED).head
-    assert b"\r\nAge: 0\r\n" in template.render(b"later", 0)
-    assert b"\r\nDate: later\r\n" in template.render(b"later", 0)
+    assert template.whole(DATE.encode(), 42) == plan(request, representation, SERVED).head
+    assert b"\r\nAge: 0\r\n" in template.whole(b"later", 0)
+    assert b"\r\nDate: later\r\n" in template.whole(b"later", 0)
+    first = plan(replace(request, headers=(*request.headers, ("range", "bytes=0-0"))), representation, SERVED)
+    assert template.part(DATE.encode(), 42, Span(0, 1)) == first.head
 
 
 def test_a_template_needs_a_length():
     with pytest.raises(AssertionError):
-        HeadTemplate(GROWING, "v", "gup; hit", keep_alive=True, minor_version=1)
+        HeadTemplate(GROWING, "v", "gup; hit", None, keep_alive=True, minor_version=1)
+
+
+# --- problems
+
+
+def refused(problem, *, keep_alive=True):
+    made = refuse(problem, date=DATE, via=SERVED.via, keep_alive=keep_alive)
+    assert made.close is not keep_alive
+    response = http.client.HTTPResponse(Wire(wire(made)))
+    response.begin()
+    assert response.status == made.status
+    return response, response.read()
+
+
+@pytest.mark.parametrize("slug", PROBLEMS)
+def test_every_problem_can_be_told(slug):
+    response, body = refused(Problem(slug, "Why."))
+    assert response.status == PROBLEMS[slug].status
+    assert response.reason
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.headers["Content-Length"] == str(len(body))
+    assert response.headers["Cache-Status"] == f"gup; detail={slug}"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["Date"] == DATE
+    assert response.headers["Via"] == SERVED.via
+    assert response.headers["Retry-After"] is None
+    assert json.loads(body) == {
+        "type": f"urn:gup:problem:{slug}",
+        "title": PROBLEMS[slug].title,
+        "status": PROBLEMS[slug].status,
+        "detail": "Why.",
+    }
+
+
+@pytest.mark.parametrize(("keep_alive", "connection"), [(True, "keep-alive"), (False, "close")])
+def test_a_problem_says_whether_the_connection_stays(keep_alive, connection):
+    response, _ = refused(Problem("not-content", "No."), keep_alive=keep_alive)
+    assert response.headers["Connection"] == connection
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0, "0"), (0.2, "1"), (2, "2"), (2.0001, "3"), (-1, "0")])
+def test_nobody_comes_back_too_early(seconds, told):
+    response, _ = refused(Problem("overloaded", "Full.", retry_after_seconds=seconds))
+    assert response.headers["Retry-After"] == told
+
+
+def test_a_problems_own_fields_are_told():
+    problem = Problem(
+        "method-not-allowed", "No.", headers=(("Allow", "GET, HEAD"), ("X", "a\r\nSet-Cookie: b"))
+    )
+    response, _ = refused(problem)
+    assert response.headers["Allow"] == "GET, HEAD"
+    assert response.headers["X"] == "a  Set-Cookie: b"
+    assert response.headers["Set-Cookie"] is None
+
+
+def test_extensions_are_members_that_replace_no_standard_one():
+    problem = Problem("rule-refused", "No.", extensions={"rule": "version", "status": 200, "odd": {1}})
+    _, body = refused(problem)
+    document = json.loads(body)
+    assert document["rule"] == "version"
+    assert document["status"] == 403
+    assert document["odd"] == "{1}"
+
+
+def test_a_problems_head_is_whole_and_tells_the_bodys_length():
+    made = refuse(Problem("not-content", "No."), date=DATE, via=SERVED.via, keep_alive=True)
+    (body,) = made.segments
+    assert made.head.endswith(b"\r\n\r\n")
+    assert f"\r\nContent-Length: {len(body)}\r\n".encode() in made.head
+
+
+def test_status_lines():
+    assert status_line(206) == b"HTTP/1.1 206 Partial Content\r\n"
+
+
+@given(st.text())
+def test_no_value_ends_its_line(value):
+    line = field_lines([("X", value)])
+    assert line.startswith(b"X: ")
+    assert line.endswith(b"\r\n")
+    assert not set(line[:-2]) & {0, 10, 13}
+    assert len(line) == len("X: \r\n") + len(value)
+
+
+@given(st.text())
+def test_any_words_are_told(detail):
+    _, body = refused(Problem("bad-path", detail))
+    assert json.loads(body)["detail"] == detail

@@ -228,7 +228,7 @@ def alarms(gup: Gup) -> dict[str, dict]:
 
 
 def test_a_storm_tells_who_how_many_and_what_it_costs(tmp_path):
-    """Most clients ask while the full is still arriving; the last ones are hits, in the hot lane too."""
+    """Most clients ask while the full is still arriving; the last ones are hits, in the hot cache too."""
     body, gate = zip_of("storm", 300_000), Gate()
     with ScriptedUpstream() as upstream, contextlib.ExitStack() as stack:
         publish(upstream, delta(A, B), size=2_000)

@@ -209,7 +209,7 @@ def test_pipelined_requests_are_answered_in_their_order(warm):
         client.send(lines.encode())
         got = b"".join(client.response().body for _ in asked)
         assert got == warm.body[:400]
-        # mixed: the hot lane's plain GETs between others
+        # mixed: the hot cache's plain GETs between others
         head = f"HEAD {BIG} HTTP/1.1\r\nHost: gup\r\n\r\n"
         plain = f"GET {DELTA} HTTP/1.1\r\nHost: gup\r\n\r\n"
         client.send((plain + head + plain + plain + head).encode())

@@ -1,22 +1,17 @@
 """Several upstreams, TLS with a private CA, a web proxy, extra headers, reload: with real processes."""
 
-import base64
-import contextlib
 import signal
-import socket
-import socketserver
-import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from harness.certificates import Authority
 from harness.clients import assert_problem
 from harness.processes import free_port
 from harness.scripted import Answer, Gate, ScriptedUpstream
@@ -24,6 +19,7 @@ from harness.service import Gup, toml
 from harness.trees import BIG, DELTA, content_path, make_tree, noise, zip_of
 from harness.upstreams import Nginx
 from harness.waiting import until
+from harness.web_proxy import WebProxy
 
 LENGTH = 3_000_000
 INDEX = "/content/ContentInfo.txt"
@@ -141,37 +137,6 @@ def test_changed_upstreams_take_effect_in_running_workers(tmp_path):
 
 
 @dataclass
-class Authority:
-    """A private certificate authority, made with the openssl command."""
-
-    folder: Path
-    name: str = "test authority"
-    ca: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.ca = self.folder / "ca.pem"
-        self._openssl("ca", f"/CN={self.name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
-
-    def _openssl(self, file: str, subject: str, *more: str) -> None:
-        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        command += ["-nodes", "-days", "2", "-subj", subject, *more]
-        command += ["-keyout", str(self.folder / f"{file}.key"), "-out", str(self.folder / f"{file}.pem")]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def server(self, names: str) -> str:
-        """nginx directives of a server with a certificate for these names."""
-        self._openssl(
-            *("server", "/CN=manager", "-CA", str(self.ca), "-CAkey", str(self.folder / "ca.key")),
-            *("-addext", f"subjectAltName={names}", "-addext", "basicConstraints=critical,CA:FALSE"),
-        )
-        return (
-            f"ssl_certificate {self.folder}/server.pem; ssl_certificate_key {self.folder}/server.key; "
-            "ssl_protocols TLSv1.2 TLSv1.3;"
-        )
-
-
-@dataclass
 class Secure:
     """An nginx with TLS; `url` by address, as the certificate may or may not have it."""
 
@@ -242,70 +207,6 @@ def test_a_server_that_speaks_no_tls_is_told(tmp_path):
 # --- a web proxy on the way
 
 
-class _Proxied(socketserver.StreamRequestHandler):
-    server: "WebProxy"
-
-    def handle(self) -> None:
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            line = self.rfile.readline()
-            if not line:
-                return
-            head += line
-        lines = head.decode("latin-1").split("\r\n")
-        method, target, _ = lines[0].split(" ")
-        fields = {n.strip().lower(): v.strip() for n, _, v in (line.partition(":") for line in lines[1:])}
-        self.server.seen.append((method, target, fields))
-        if self.server.password and fields.get("proxy-authorization") != self.server.password:
-            self.wfile.write(b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            return
-        if method == "CONNECT":
-            host, _, port = target.rpartition(":")
-        else:
-            parts = urlsplit(target)
-            host, port = parts.hostname or "", str(parts.port or 80)
-        with socket.create_connection((host, int(port)), 10) as upstream:
-            if method == "CONNECT":
-                self.wfile.write(b"HTTP/1.1 200 Connected\r\n\r\n")
-            else:
-                path = urlsplit(target).path
-                kept = [
-                    line for line in lines[1:-2] if not line.lower().startswith(("proxy-", "connection:"))
-                ]
-                request = "\r\n".join([f"{method} {path} HTTP/1.1", *kept, "Connection: close", "", ""])
-                upstream.sendall(request.encode("latin-1"))
-            back = threading.Thread(target=_pass_on, args=(self.connection, upstream))
-            back.start()
-            _pass_on(upstream, self.connection)
-            back.join()
-
-
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while piece := source.recv(65536):
-            sink.sendall(piece)
-    for one in (source, sink):
-        with contextlib.suppress(OSError):
-            one.shutdown(socket.SHUT_RDWR)
-
-
-class WebProxy(socketserver.ThreadingTCPServer):
-    """A real, small web proxy: absolute-form requests are sent on, CONNECT opens a tunnel."""
-
-    def __init__(self, user: str = "") -> None:
-        super().__init__(("127.0.0.1", 0), _Proxied)
-        self.seen: list[tuple[str, str, dict[str, str]]] = []
-        self.password = f"Basic {base64.b64encode(user.encode()).decode()}" if user else ""
-        self.url = f"http://{user + '@' if user else ''}127.0.0.1:{self.server_address[1]}"
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
-
-
 def test_content_comes_through_a_web_proxy(tmp_path):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
     with (
@@ -340,12 +241,12 @@ def test_a_proxy_that_refuses_or_is_away_is_told(tmp_path, tls):
     with tls_gup(tmp_path / "gone", url, proxy=gone) as gup:
         document = assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
         assert "web proxy" in str(document["detail"])
-    with WebProxy("right:password") as proxy:
+    with WebProxy("right:tops3cret") as proxy:
         wrong = proxy.url.replace("right", "wrong")
         with tls_gup(tmp_path / "refused", url, proxy=wrong) as gup:
             document = assert_problem(gup.get(DELTA), 502)
             assert "407" in str(document["detail"])
-            assert "password" not in gup.log + str(document)
+            assert "tops3cret" not in gup.log + str(document)
 
 
 # --- extra headers
@@ -396,11 +297,8 @@ def test_what_a_check_found_is_shown_as_the_last_error(tmp_path):
 def test_a_spoilt_ca_file_is_refused_by_a_reload_and_never_told_as_the_disks(tmp_path):
     """Each process reads the file when it first connects: one that was spoilt since is named, as the file."""
     authority, ca = Authority(tmp_path / "tls"), tmp_path / "ca.pem"
-    authority.server("IP:127.0.0.1")
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(authority.folder / "server.pem", authority.folder / "server.key")
     good = authority.ca.read_bytes()
-    with ScriptedUpstream(tls) as at:
+    with ScriptedUpstream(authority.context()) as at:
         for path in (DELTA, BIG, INDEX):
             at.answer(path, Answer(zip_of(path, 1000), etag='"a"'))
         ca.write_bytes(good)
@@ -414,8 +312,12 @@ def test_a_spoilt_ca_file_is_refused_by_a_reload_and_never_told_as_the_disks(tmp
             assert gup.get(BIG).status == 200, "what was loaded holds"
             gup.kill_worker(gup.workers()[0])
             until(lambda: gup.metric("gup_worker_restarts_total") == 1 and gup.workers(), "another worker")
-            document = assert_problem(gup.get(INDEX), 502, "upstream-unreachable")
-            assert f"upstream.ca_file: '{ca}' holds no certificate" in str(document["detail"])
+
+            def told() -> bool:
+                document = assert_problem(gup.get(INDEX), 502, "upstream-unreachable")
+                return f"upstream.ca_file: '{ca}' holds no certificate" in str(document["detail"])
+
+            until(told, "the worker's own trial tells why")  # the controller's may have been before it
             assert gup.status()["disk"]["refusals"] == []
             assert gup.metric("gup_fills_total", outcome="unstorable") == 0
             ca.write_bytes(good)

@@ -166,7 +166,7 @@ def test_beyond_the_queue_it_is_503_with_retry_after(tmp_path):
                 assert_problem(response, 503, "overloaded")
                 assert 1 <= int(response.header("retry-after") or 0) <= 300
                 assert client.get(DELTA).complete, "the connection goes on"
-        with gup.connect() as client:  # not from the hot lane
+        with gup.connect() as client:  # not from the hot cache
             assert_problem(client.get(FULL, {"Range": "bytes=0-400000"}), 503, "overloaded")
         assert gup.metric("gup_requests_total", result="refused", code="503") == 3
         assert gup.metric("gup_requests_total", result="hit") == before + 2, "the refused are no hits"

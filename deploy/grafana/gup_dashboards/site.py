@@ -132,7 +132,7 @@ def _fills(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Time to first byte", "From the request to content; the hot lane's hits left out.", "s"),
+            About("Time to first byte", "From the request to content; hits of the hot cache left out.", "s"),
             *(
                 Query(_quantile(q, first_byte, _FILLS, "result"), f"{{{{result}}}} p{round(q * 100)}")
                 for q in (0.5, 0.95)

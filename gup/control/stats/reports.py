@@ -12,7 +12,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
-from gup.addresses import Names, is_hashed, read_key
+from gup.client_names import ClientNames, is_hashed, read_key
 from gup.config import Settings
 from gup.content.catalog import CLIENT_PATCHES, Label
 from gup.content.releases import Releases, Version
@@ -259,7 +259,7 @@ class Reports:
         self._on_written = on_written
         self._batch = Batch()
         self._pieces = ReceivedParts()
-        self._names: Names | None = None
+        self._names: ClientNames | None = None
         self._named_by = ""
 
     # --- news
@@ -334,7 +334,7 @@ class Reports:
             return
         if self._names is None:
             path = self._dependencies.store.run / "address-key"
-            self._names = Names("hashed", await asyncio.to_thread(read_key, path))
+            self._names = ClientNames("hashed", await asyncio.to_thread(read_key, path))
         names = self._names
         by_old_names, self._batch = self._batch, Batch()  # what comes from now on is called right
 

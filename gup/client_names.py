@@ -12,17 +12,16 @@ from typing import Literal
 
 Mode = Literal["full", "hashed", "off"]
 
-_log = logging.getLogger("gup.addresses")
+_log = logging.getLogger("gup.client_names")
 _HASHED = re.compile(r"h-[0-9a-f]{16}")
 _KEY_BYTES = 32
 _MOST_REMEMBERED = 20_000
 
 
 def read_key(path: Path) -> bytes:
-    """The site's key, made when there is none; the first of several processes that make one wins.
+    """The site's key, created if there is none; of several processes that create one the first wins.
 
-    A disk that refuses leaves this process with a key of its own until its end: hashes of it mean nothing to
-    others.
+    If it can't be stored, this process uses a key of its own until it ends, whose hashes no other knows.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -51,7 +50,7 @@ def _read(path: Path) -> bytes:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is a client's name: a well-formed address, or a hash."""
+    """Whether `text` is a client's name: a well-formed address, or a hash."""
     if _HASHED.fullmatch(text):
         return True
     try:
@@ -64,8 +63,8 @@ def is_hashed(name: str) -> bool:
     return bool(_HASHED.fullmatch(name))
 
 
-class Names:
-    """Clients' names under one key. Of several forms of an address one is used, IPv4 before mapped IPv6."""
+class ClientNames:
+    """Clients' names under one key. Each address has one spelling; mapped IPv6 becomes IPv4."""
 
     def __init__(self, mode: Mode, key: bytes) -> None:
         self.mode = mode
@@ -75,11 +74,11 @@ class Names:
         self._hashed: dict[str, str] = {}
 
     def of(self, address: str) -> str:
-        """The name by which a client is told apart; with "off" a hash that no place shows or keeps."""
+        """The name that identifies a client; with mode "off" a hash that is neither shown nor kept."""
         return self._remembered(address, self.mode != "full")
 
     def shown(self, address: str) -> str | None:
-        """The name that the log may show; None when it may show none."""
+        """The name that the log may show, if any."""
         return None if self.mode == "off" else self.of(address)
 
     def hashed(self, address: str) -> str:

@@ -1,4 +1,4 @@
-"""What the rules cost: which lane asks them how often, counted in a whole data plane on one loop."""
+"""How often the rules are asked, counted in a whole data plane on one loop."""
 
 import asyncio
 import contextlib
@@ -13,23 +13,21 @@ from harness.caches import Worker, working
 from harness.scripted import Answer, ScriptedUpstream
 from harness.trees import zip_of
 
-from gup.addresses import Names
 from gup.cache.catalogue_file import Kept, write_kept
 from gup.cache.claim import Claims
 from gup.cache.slots import Slots
+from gup.client_names import ClientNames
 from gup.content.catalog import parse_catalog
 from gup.content.client_identity import Identities
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
-from gup.server.accounts import Accounts
-from gup.server.addresses import Addresses
-from gup.server.admission import Admission
-from gup.server.deliveries import Deliveries
-from gup.server.downloads import Downloads, Machine
+from gup.server.access_log import AccessLog
+from gup.server.admission import AddressCounts, Admission
+from gup.server.downloads import Downloads, MachineView
 from gup.server.handler import Handler
-from gup.server.hot import HotTable
+from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
-from gup.server.tally import Tally
+from gup.server.policy import Policy
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -55,10 +53,10 @@ class Plane:
     """A data plane, who asks it, and how often the rules were asked since the count was last cleared."""
 
     worker: Worker
-    deliveries: Deliveries
+    policy: Policy
     address: tuple[str, int]
     calls: Counter
-    policy: list[int]
+    epoch: list[int]
 
     async def warm(self, moniker: str, headers: dict[str, str]) -> None:
         """Ask until nobody has to think about it."""
@@ -111,45 +109,45 @@ async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
-    means, loop, policy = worker.means, asyncio.get_running_loop(), [0]
+    means, loop, epoch = worker.means, asyncio.get_running_loop(), [0]
     catalogue(means.store.run)
-    tally = Tally(means.counters)
-    hot = HotTable(lambda: (policy[0], means.store_epoch()), worker.cache.close_removed)
-    deliveries = Deliveries(
+    hot_cache = HotCache(lambda: (epoch[0], means.store_epoch()), worker.cache.close_removed)
+    policy = Policy(
         means.settings,
         means.store.run,
         means.counters,
         means.executor,
-        lambda: policy[0],
+        lambda: epoch[0],
         means.tell,
-        hot.drop,
+        hot_cache.drop,
         means.clock,
     )
-    means.pool.lists = deliveries.lists
+    means.pool.lists = policy.lists
     places = Claims(means.store.run / "downloads")
-    machine = Machine(lambda: 0, lambda: 0, lambda: 0, [0], 0, lambda _since: None)
-    downloads = Downloads(Slots(places, 0, lambda: 0), lambda: means.settings.clients, tally, machine, loop)
+    machine = MachineView(lambda: 0, lambda: 0, lambda: 0, [0], 0, lambda _since: None)
+    slots = Slots(places, 0, lambda: 0)
+    downloads = Downloads(slots, lambda: means.settings.clients, means.counters, machine, loop)
+    names = ClientNames("full", b"0" * 16)
+    access_log = AccessLog(means.settings, means.counters, names, means.clock)
     handler = Handler(
         means,
         worker.cache,
-        deliveries,
-        tally,
-        hot,
+        policy,
+        hot_cache,
         downloads,
+        access_log,
         node="test",
-        wall_clock=means.wall_clock,
-        accounts=Accounts(means.settings, tally, Names("full", b"0" * 16), means.clock),
     )
-    addresses = Addresses(means.store.run / "addresses", 0, 1)
-    admission = Admission(means.settings, tally, addresses, lambda: 1, most_here=100)
+    addresses = AddressCounts(means.store.run / "addresses", 0, 1)
+    admission = Admission(means.settings, means.counters, addresses, lambda: 1, most_here=100)
     listening = socket.create_server(("127.0.0.1", 0))
     listener = Listener(
         loop,
         [listening],
         means.settings,
         handler,
-        hot,
-        tally,
+        hot_cache,
+        access_log,
         downloads,
         admission,
         on_second=lambda _now: None,
@@ -157,10 +155,10 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
     address = listening.getsockname()
     listener.start()
     try:
-        yield Plane(worker, deliveries, address, calls, policy)
+        yield Plane(worker, policy, address, calls, epoch)
     finally:
         await listener.drain(1.0)
-        await deliveries.close()
+        await policy.close()
         addresses.close()
         places.close()
 
@@ -176,8 +174,8 @@ def catalogue(run) -> None:
     write_kept(run, kept)
 
 
-async def test_the_hot_lane_never_asks_the_rules(plane):
-    """Where no rule applies neither lane asks; where one does, the same bytes ask no second time."""
+async def test_the_hot_cache_never_asks_the_rules(plane):
+    """Where no rule applies none is asked; where one does, the same bytes ask no second time."""
     for headers in ({}, FRENCH, ENGLISH):
         await plane.warm(VIRUS, headers)
         await plane.warm(PATCH, headers)
@@ -196,7 +194,7 @@ async def test_a_policy_that_changed_is_decided_anew_at_once(plane):
     assert await plane.get(PATCH, FRENCH) == {body(PATCH, "French")}
     lines = f"{PATCH}: SEP Client Patch Win64 14.3 RU2 - Patch - German\n".encode()
     write_kept(plane.worker.means.store.run, {"u0": Kept("a test", parse_catalog(lines))})
-    plane.policy[0] += 1
+    plane.epoch[0] += 1
     (refused,) = await plane.get(PATCH, FRENCH)
     assert b'"rule": "language"' in refused
     assert await plane.get(PATCH, ENGLISH) == {body(PATCH, "English")}, "of whom no catalogue is known now"
@@ -207,7 +205,7 @@ async def test_settings_that_changed_are_decided_by_from_the_next_request_on(pla
     changed = settings.model_dump(mode="json", by_alias=True)
     changed["rules"]["download_client_patches"] = False
     await plane.warm(PATCH, FRENCH)
-    plane.deliveries.apply(type(settings).model_validate(changed))
-    plane.policy[0] += 1  # as the supervisor does
+    plane.policy.apply(type(settings).model_validate(changed))
+    plane.epoch[0] += 1  # as the supervisor does
     (refused,) = await plane.get(PATCH, FRENCH)
     assert b'"rule": "client_patches_off"' in refused

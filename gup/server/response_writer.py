@@ -1,4 +1,4 @@
-"""What of one answer is still to leave: literal bytes and spans of a body, in order; it never waits."""
+"""Writes one response at a time to a client's socket: its head, then its segments, without waiting."""
 
 import errno
 import os
@@ -6,73 +6,69 @@ import socket
 
 from gup.cache.body import CUT, Body
 from gup.server.ranges import Span
+from gup.server.response import Response
 
 WAIT = 0
 """The body has no more for now: `body.wait(position, …)` tells when."""
 FINISHED = -1
 BROKEN = -2
-"""The rest will never come: the connection is to be cut."""
+"""The rest will never come: the connection is to be reset."""
 _DISK_ERRORS = frozenset(
     {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
 )
-"""In what a read from a file can end, and a write to a socket never does."""
+"""Errors that reading a file can have and writing to a socket never has."""
 _LAST_CHUNK = b"0\r\n\r\n"
-_COPY = memoryview(bytearray(256 * 1024))
-"""What is copied passes through here, a piece at a time: it stays in the processor's cache."""
-_LEAST_COPIED_BYTES = 16 * 1024
 
 
-class Outgoing:
-    """One answer on its way. Counts every body byte in two of `words` at the moment it leaves.
-
-    Moved by `push` alone; `body` is the connection's to leave.
-    """
+class ResponseWriter:
+    """One connection's. Counts every body byte in two of `words` at the moment the socket takes it."""
 
     __slots__ = (
+        "_body",
         "_chunk_left",
         "_chunked",
-        "_copied_at_once",
         "_literal",
         "_segments",
         "_sent_at",
         "_stop",
         "_stream_at",
         "_words",
-        "body",
         "full",
         "position",
         "sent_bytes",
     )
 
-    def __init__(
-        self,
-        words: "memoryview[int]",
-        head: bytes,
-        segments: tuple[bytes | Span, ...],
-        body: Body | None,
-        sent_at: int,
-        stream_at: int,
-        *,
-        chunked: bool = False,
-    ) -> None:
-        self.body = body
-        self.position = 0
-        self.sent_bytes = 0
-        self.full = False
-        """Whether the socket took less of the body than it was offered: asking again at once is in vain."""
+    def __init__(self, words: "memoryview[int]") -> None:
         self._words = words
-        self._literal = memoryview(head)
-        self._segments = segments
-        self._sent_at = sent_at
-        self._stream_at = stream_at
-        self._stop = 0
-        self._chunked = chunked
-        self._chunk_left = 0
-        self._copied_at_once = len(_COPY)
-        """Twice what the socket took last, at most: a slow client is not copied for in vain."""
+        self._body: Body | None = None
 
-    def push(self, sock: socket.socket, most: int) -> int:
-        """Send some bytes, at most `most` of the body; how many, or WAIT, FINISHED, BROKEN.
+    def start(self, response: Response, body_sent: int = 0) -> None:
+        """Write `response` from now on, of whose body so many bytes have left already."""
+        self._body = body = response.body
+        self._segments = response.segments
+        self._sent_at, self._stream_at = response.sent_at, response.stream_at
+        self._chunked = response.chunked
+        self._chunk_left = 0
+        self.sent_bytes = body_sent
+        self.position = self._stop = 0
+        self.full = False
+        """Whether the socket took less of the body than it was offered: asking again at once is useless."""
+        literal = response.head
+        if body is None:
+            literal += b"".join(segment for segment in response.segments if isinstance(segment, bytes))
+            self._segments = ()
+        self._literal = memoryview(literal)
+        if body_sent:
+            self._next_segment()
+            self.position += body_sent
+
+    def end(self) -> None:
+        """Let go of the body."""
+        self._body = None
+        self._segments = ()
+
+    def write(self, sock: socket.socket, most: int) -> int:
+        """Send some bytes, at most `most` of the body; returns how many, or WAIT, FINISHED, BROKEN.
 
         BlockingIOError when the socket takes none, another OSError when the client is gone.
         """
@@ -83,22 +79,24 @@ class Outgoing:
                 self._literal = self._literal[done:]
                 return done
             if self.position < self._stop:
-                done = self._push_span(sock, min(most, self._stop - self.position))
+                done = self._write_span(sock, min(most, self._stop - self.position))
                 if done or not self._at_end():
                     return done
                 self._stop = self.position
                 if self._chunked:
                     self._literal = memoryview(_LAST_CHUNK)
-            elif not self._next_segment():
+            elif not self._segments:
                 return FINISHED
+            else:
+                self._next_segment()
 
     def _at_end(self) -> bool:
         """Whether a body whose length was not known at first has turned out to end here."""
-        end = self.body.end() if self.body is not None else None
+        end = self._body.end() if self._body is not None else None
         return end is not None and self.position >= end
 
-    def _push_span(self, sock: socket.socket, want: int) -> int:
-        body = self.body
+    def _write_span(self, sock: socket.socket, want: int) -> int:
+        body = self._body
         assert body is not None
         available = body.available(self.position, want)
         if available <= 0:
@@ -111,11 +109,7 @@ class Outgoing:
                 self._literal = self._literal[done:]
                 return done
             available = min(available, self._chunk_left)
-        if body.copied:
-            available = min(available, self._copied_at_once)
         sent = self._send(sock, body, available)
-        if body.copied:
-            self._copied_at_once = min(max(2 * sent, _LEAST_COPIED_BYTES), len(_COPY))
         self.full = sent < available
         self._count(sent)
         self.position += sent
@@ -129,31 +123,24 @@ class Outgoing:
         return sent
 
     def _send(self, sock: socket.socket, body: Body, amount: int) -> int:
-        """How much was sent; 0 when the body's file can't be read."""
+        """Returns how much was sent; 0 when the body's file can't be read."""
         try:
-            if body.fd < 0:
-                piece = body.view(self.position, amount)
-            elif body.copied:
-                piece = _COPY[: os.preadv(body.fd, [_COPY[:amount]], self.position)]
-            else:
+            if body.fd >= 0:
                 return os.sendfile(sock.fileno(), body.fd, self.position, amount)
+            piece = body.view(self.position, amount)
             return sock.send(piece) if piece else 0
         except OSError as error:
             if error.errno in _DISK_ERRORS:
                 return 0
             raise
 
-    def _next_segment(self) -> bool:
-        if not self._segments:
-            return False
+    def _next_segment(self) -> None:
         segment, self._segments = self._segments[0], self._segments[1:]
         if isinstance(segment, Span):
             self.position, self._stop = segment.start, segment.stop
-        else:
+        else:  # the boundary of a multipart body
             self._literal = memoryview(segment)
-            if self.body is not None:  # boundaries of a multipart body; a problem's text is not content
-                self._count(len(segment))
-        return True
+            self._count(len(segment))
 
     def _count(self, sent: int) -> None:
         self.sent_bytes += sent

@@ -1,7 +1,7 @@
-"""Whose content each request of one worker gets, and whether it may, by the rules in force; fetches nothing.
+"""The policy of one worker: which variant of the content a client gets, and whether it may have it.
 
-Decisions hold for one set of settings and catalogues. Both are told of by the policy epoch: whoever comes
-after it was raised is decided by the new ones, which are read in a thread first.
+A decision holds for one set of settings and catalogues. The policy epoch is raised when either changes:
+requests that come later are decided by the new ones, which are first read in a thread.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from gup.server.request import Request
 log = logging.getLogger("gup.rules")
 
 _FIRST_READING_SECONDS = 15.0
-"""Counted from a worker's start or a reload: nobody waits longer for catalogues that were never read."""
+"""From a worker's start or a reload: no request waits longer for catalogues that were never read."""
 _PATIENCE_SECONDS = 5.0
-"""So long a single request waits for them."""
-_LOOK_SECONDS = 0.02
-_MOST_TOLD = 1000
+"""How long one request waits for them."""
+_POLL_SECONDS = 0.02
+_MOST_REPORTED = 1000
 
 
-class Deliveries:
-    """`choices` are replaced, never changed, by `_load` alone. `on_change` is called when they were."""
+class Policy:
+    """`choices` are replaced by `_load` alone, and `on_change` is called then."""
 
     def __init__(
         self,
@@ -39,28 +39,28 @@ class Deliveries:
         run: Path,
         counters: Counters,
         executor: Executor,
-        policy: Callable[[], int],
+        epoch: Callable[[], int],
         tell: Callable[[Mapping[str, object]], None],
         on_change: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """`run` is the store's folder of that name. Blocks: to be made before anybody is served."""
+        """`run` is the store's folder of that name. Blocks: to be called before the first request."""
         self._settings = settings
         self._run = run
         self._counters = counters
         self._executor = executor
-        self._policy = policy
+        self._epoch = epoch
         self._tell = tell
         self._on_change = on_change
         self._clock = clock
         self._loading: asyncio.Task[None] | None = None
-        self._told: set[tuple[str, ...]] = set()
+        self._reported: set[tuple[str, ...]] = set()
         self._wait_until = clock() + _FIRST_READING_SECONDS
-        self._seen = policy()
+        self._seen = epoch()
         self.choices, self._complete = self._made(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        """Reloaded settings: what is decided from now on is decided by them."""
+        """Decide by reloaded settings from now on."""
         self._settings = settings
         self._seen = -1
         self._wait_until = self._clock() + _FIRST_READING_SECONDS
@@ -70,42 +70,42 @@ class Deliveries:
     @property
     def ready(self) -> bool:
         """Whether a decision can be made at once."""
-        return self._seen == self._policy() and (self._complete or self._clock() >= self._wait_until)
+        return self._seen == self._epoch() and (self._complete or self._clock() >= self._wait_until)
 
     async def until_ready(self) -> None:
-        """Take in what has changed; at the very first, wait for a catalogue to be read.
+        """Load what has changed; at the start, wait until a catalogue was read.
 
-        A client patch must not pass because nobody knows yet that it is one.
+        A client patch must not pass because it is not known yet to be one.
         """
         patience = self._clock() + _PATIENCE_SECONDS
         while not self.ready:
-            if self._seen != self._policy():
+            if self._seen != self._epoch():
                 await self._load_once()
             elif self._clock() >= patience:
                 return
             else:
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def _load_once(self) -> None:
-        """One reading for all who wait for it; it goes on when the one who began it leaves."""
+        """One load for all requests that wait for it; it goes on when the first of them is cancelled."""
         if self._loading is None:
             self._loading = asyncio.get_running_loop().create_task(self._load())
         await asyncio.shield(self._loading)
 
     async def _load(self) -> None:
         try:
-            seen, settings = self._policy(), self._settings
+            seen, settings = self._epoch(), self._settings
             loop = asyncio.get_running_loop()
             choices, complete = await loop.run_in_executor(self._executor, self._made, settings)
             if settings is self._settings:
                 self.choices, self._complete, self._seen = choices, complete, seen
-                self._told.clear()
+                self._reported.clear()
                 self._on_change()
         finally:
             self._loading = None
 
     def _made(self, settings: config.Settings) -> tuple[Choices, bool]:
-        """The choices under these settings, and whether every manager's catalogue was read or tried."""
+        """The choices under these settings, and whether it was tried to read every manager's catalogue."""
         book = Rulebook(settings)
         kept = read_kept(self._run)
         rows = {name: one.rows for name, one in kept.items() if one.rows is not None}
@@ -125,22 +125,26 @@ class Deliveries:
 
     # --- deciding
 
+    @property
+    def vary(self) -> str | None:
+        """The request's fields that a choice may depend on, as a Vary field names them."""
+        return self.choices.book.identities.vary
+
     def choose(self, request: Request, route: Route) -> Choice:
-        """What the client of `request` gets. Problem when it may not have it; nothing was asked for then."""
+        """What the client of `request` gets; called once a request. Problem when it may not have it.
+
+        Where a rule refuses it, or would, that is counted.
+        """
         if not self.choices.any_source and route.stream != LIVEUPDATE_STREAM:
             raise Problem("no-upstream", "no upstream is configured for content")
         choice = self.choices.choose(route.stream, request.header)
-        if choice.unlisted:
-            self._look_for(route.stream)
-        if choice.refused:
-            self._count(choice, route)
-            raise problem(choice.decision, self.choices.book.liveupdate_url)
-        return choice
-
-    def passed(self, choice: Choice, route: Route) -> None:
-        """An answer was made: where a rule would have refused it, that is counted."""
+        if choice.unlisted and self._first((route.stream,)):
+            self._tell({"type": "unlisted", "moniker": route.stream})
         if not choice.decision.allowed:
             self._count(choice, route)
+        if choice.refused:
+            raise problem(choice.decision, self.choices.book.liveupdate_url)
+        return choice
 
     def _count(self, choice: Choice, route: Route) -> None:
         decision, book = choice.decision, self.choices.book
@@ -151,13 +155,9 @@ class Deliveries:
             verb = "refused" if choice.refused else "would be refused"
             log.info("%s %s by the rule %s: %s", route.upstream_path, verb, decision.rule, decision.because)
 
-    def _look_for(self, moniker: str) -> None:
-        if self._first((moniker,)):
-            self._tell({"type": "unlisted", "moniker": moniker})
-
     def _first(self, what: tuple[str, ...]) -> bool:
-        """Whether this happens for the first time under these choices; bounded, so some are not told of."""
-        if what in self._told or len(self._told) >= _MOST_TOLD:
+        """Whether this happens for the first time under these choices. Bounded, so some are not reported."""
+        if what in self._reported or len(self._reported) >= _MOST_REPORTED:
             return False
-        self._told.add(what)
+        self._reported.add(what)
         return True

@@ -1,12 +1,94 @@
-"""What the hot lane recognises without a parser: always what the parser would have said, or nothing."""
+"""The hot cache: what makes it forget, and which heads it recognises without a parser."""
+
+import errno
+import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.errors import Problem
-from gup.server.plain import PLAIN_HEAD, without_close
+from gup.server.hot_cache import PLAIN_HEAD, HotCache, HotRow
+from gup.server.ranges import Span
 from gup.server.request import parse_head
+
+
+class Row:
+    """As much of a HotRow as the cache looks at."""
+
+    class entry:  # noqa: N801 - an attribute
+        all_verified = True
+        fd = 0
+
+    fresh_until = None
+    used = True
+    length = 100
+    whole = Span(0, 100)
+    client = None
+    small = True
+
+
+@pytest.fixture
+def epochs():
+    return {"policy": 1, "store": 1}
+
+
+@pytest.fixture
+def cache(epochs):
+    return HotCache(lambda: (epochs["policy"], epochs["store"]), lambda: None)
+
+
+def test_a_decision_made_before_the_settings_came_is_not_learned_after(cache):
+    """The policy's epoch rises when settings are sent; they arrive later, and `drop` is called then."""
+    before = cache.epochs
+    cache.drop()
+    cache.learn(b"head", b"/x", Row(), before)
+    assert cache.find_target(b"/x") is None
+    cache.learn(b"head", b"/x", Row(), cache.epochs)
+    assert cache.find_target(b"/x") is not None
+    assert cache.look_up(b"head") is not None
+
+
+def test_new_settings_drop_what_was_learned_under_the_new_epoch_by_the_old_ones(cache, epochs):
+    epochs["policy"] += 1
+    cache.learn(b"head", b"/x", Row(), cache.epochs)
+    assert cache.look_up(b"head") is not None
+    cache.drop()
+    assert cache.look_up(b"head") is None
+
+
+def test_the_policys_epoch_drops_the_table_by_itself(cache, epochs):
+    cache.learn(None, b"/x", Row(), cache.epochs)
+    epochs["policy"] += 1
+    assert cache.find_target(b"/x") is None
+
+
+def test_an_entry_that_is_doubted_is_not_answered_hot(cache):
+    row = Row()
+    row.entry = type("entry", (), {"all_verified": False, "fd": 0})
+    cache.learn(None, b"/x", row, cache.epochs)
+    assert cache.find_target(b"/x") is None
+
+
+@pytest.mark.parametrize("read", [OSError(errno.EIO, "broken"), b"short"])
+def test_a_small_body_that_can_not_be_read_is_not_answered_hot_and_its_entry_is_told(monkeypatch, read):
+    told = []
+    entry = SimpleNamespace(fd=0, available=lambda *_: 100, unreadable=lambda: told.append(True))
+
+    def pread(*_):
+        if isinstance(read, OSError):
+            raise read
+        return read
+
+    row = object.__new__(HotRow)
+    row.entry, row.length = entry, 100
+    monkeypatch.setattr(os, "pread", pread)
+    assert row.read() is None
+    assert told == [True]
+
+
+# --- plain heads
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
 FIELDS = [
@@ -48,6 +130,12 @@ def head(line: bytes, fields: list[bytes]) -> bytes:
     return b"\r\n".join([line, *fields]) + b"\r\n\r\n"
 
 
+def knowing(target: bytes) -> HotCache:
+    cache = HotCache(lambda: (1, 1), lambda: None)
+    cache.learn(None, target, Row(), cache.epochs)
+    return cache
+
+
 def agrees(text: bytes) -> bool:
     """Whether it was recognised; AssertionError when the parser sees it otherwise."""
     found = PLAIN_HEAD.fullmatch(text)
@@ -72,13 +160,21 @@ def test_what_is_recognised_is_what_the_parser_sees(fields):
 
 
 @given(st.lists(st.sampled_from(FIELDS[:13]), max_size=6))
-def test_without_the_field_that_ends_the_connection_it_is_the_same_request(fields):
+def test_what_is_found_is_what_the_parser_sees(fields):
     text = head(b"GET " + TARGET + b" HTTP/1.1", [b"Host: gup", *fields])
-    rest = without_close(text)
-    if rest is not None and agrees(rest):
-        request, last = parse_head(rest), parse_head(text)
-        assert (request.target, request.header("range")) == (last.target, last.header("range"))
-        assert not last.keep_alive
+    found = knowing(TARGET).look_up(text)
+    if found is None:
+        return
+    row, span, client, last = found
+    request = parse_head(text)
+    assert request.target == TARGET
+    assert request.keep_alive is not last
+    assert client == text
+    if span is row.whole:
+        assert request.header("range") is None
+    else:
+        assert not last
+        assert request.header("range") == f"bytes={span.start}-{span.stop - 1}"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +190,8 @@ def test_without_the_field_that_ends_the_connection_it_is_the_same_request(field
     ],
 )
 def test_the_field_that_ends_the_connection(fields, closes):
-    assert (without_close(head(b"GET /a HTTP/1.1", [b"Host: gup", *fields])) is not None) is closes
+    found = knowing(b"/a").look_up(head(b"GET /a HTTP/1.1", [b"Host: gup", *fields]))
+    assert (found is not None and found[3]) is closes
 
 
 @given(st.lists(st.sampled_from(FIELDS[:10]), max_size=4), st.binary(min_size=1, max_size=3), st.data())

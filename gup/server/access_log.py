@@ -1,0 +1,300 @@
+"""The access log, a line a request; request counters; and client records for the controller."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from gup import config
+from gup.client_names import ClientNames
+from gup.content.client_identity import NOTHING, Declarations, Stated
+from gup.content.key import Kind
+from gup.log import ACCESS
+from gup.metrics import CODES_OF_RESULT, KINDS, MAX_STREAMS, SOURCES, Counters, stream_series
+from gup.server.hot_cache import HotRow
+from gup.server.ranges import Span
+from gup.server.request import Request
+from gup.server.response import Response
+
+log = logging.getLogger(ACCESS)
+
+_NEVER = 1 << 63
+_LINES_A_SECOND = 100
+"""Of what is no hit, while access is sampled: a flood of refusals must not become one of lines."""
+_ROWS = 200
+"""Of one event, which has to fit a datagram."""
+_EVENTS_A_SECOND = 10
+_MOST_WAITING = 50_000
+_TARGET_LETTERS = 300
+_MOST_HEADS = 1000
+_MOST_PARTS = 2000
+"""Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn."""
+_MOST_FULLS = 5000
+"""Addresses and keys told in a second; there may be more."""
+
+Tell = Callable[[Mapping[str, object]], object]
+ClientRecord = tuple[str, str, Stated | bytes]
+"""A client's address, the key's text, and what the client states, or the head that it stands in."""
+
+
+class AccessLog:
+    """One worker's. The hot path itself uses `words`; a call costs more than an addition.
+
+    A hit is logged when its count divided by `_every` leaves `_first`.
+    """
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        counters: Counters,
+        names: ClientNames,
+        clock: Callable[[], float],
+    ) -> None:
+        position = counters.position
+        self.words = counters.words
+        self.requests = {
+            (result, int(code)): position("gup_requests_total", result=result, code=code)
+            for result, codes in CODES_OF_RESULT.items()
+            for code in codes
+        }
+        self.sent = {source: position("gup_client_sent_bytes_total", source=source) for source in SOURCES}
+        self.stream = {
+            (slot, kind): position(stream_series("sent", slot, kind))
+            for slot in range(MAX_STREAMS + 1)
+            for kind in KINDS
+        }
+        self.clock = clock
+        self._counters = counters
+        self._names = names
+        self._connected: set[str] = set()
+        self._used: dict[str, int] = {}
+        self._missed: dict[str, int] = {}
+        self._fulls: dict[tuple[str, str], int] = {}
+        self._taken: set[ClientRecord] = set()
+        self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
+        self._asked: set[ClientRecord] = set()
+        self._unnoted = 0
+        self._waiting: list[list[object]] = []
+        self._lines_left = _LINES_A_SECOND
+        self._left_out = 0
+        self.apply(settings)
+
+    def apply(self, settings: config.Settings) -> None:
+        """Use new settings for responses that end from now on."""
+        self._access = settings.log.access
+        every = settings.log.access_sample
+        self._every, self._first = {
+            "off": (_NEVER, -1),
+            "sampled": (every, 1 % every),
+            "all": (1, 0),
+        }[self._access]
+        self.declarations = Declarations(settings.rules)
+        if self._names.mode != settings.reports.addresses:
+            self._names.mode = settings.reports.addresses
+            self._waiting.clear()  # they have names of the other kind
+
+    def connected(self, peer: str) -> None:
+        """A client's connection was accepted."""
+        self._connected.add(peer)
+
+    # --- responses
+
+    def begin(self, peer: str, response: Response) -> None:
+        """Count a response that begins to leave."""
+        at = self.requests.get((response.result, response.status))
+        assert at is not None, f"no series for result {response.result} with code {response.status}"
+        self.words[at] += 1
+        response.first_byte = self.clock()
+        key = response.key
+        if key is None or response.kind is None or response.method != "GET":
+            return
+        if response.stored:
+            self._used[key] = self._used.get(key, 0) + 1
+        elif response.kind is not Kind.INDEX:
+            self._missed[key] = self._missed.get(key, 0) + 1
+        if response.kind is Kind.FULL and response.body is not None:
+            self._took_full(peer, key)
+        seconds = response.first_byte - response.began
+        self._counters.observe("gup_time_to_first_byte_seconds", seconds, result=response.result)
+
+    def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+        """The last of a response has left, or never will."""
+        self._note(peer, response, sent, complete=complete)
+        if self._wanted(response):
+            self._line(peer, response, sent, complete=complete)
+
+    def left(self, peer: str, request: Request, began: float) -> None:
+        """A client has gone before there was a response."""
+        self.end(
+            peer, self.describe(request, Response(0, b"", result="gone", began=began)), 0, complete=False
+        )
+
+    def describe(self, request: Request, response: Response) -> Response:
+        """Add to `response` what the log says about its request."""
+        response.method = request.method
+        response.target = request.target[:_TARGET_LETTERS].decode("latin-1")
+        response.client = self.declarations.of(request.headers)
+        return response
+
+    # --- the hot path
+
+    def begin_hot(self, peer: str, row: HotRow, at: int) -> None:
+        """Count a ready-made response that begins to leave."""
+        self.words[at] += 1
+        used, key = self._used, row.key_text
+        used[key] = used.get(key, 0) + 1
+        if row.kind is Kind.FULL:
+            self._took_full(peer, key)
+
+    def end_hot(
+        self, peer: str, row: HotRow, at: int, span: Span, client: Stated | bytes, began: float
+    ) -> None:
+        """All of a ready-made response has left at once.
+
+        In a flood of clients it is noted who took a body, not what they state; of parts not even that.
+        """
+        if span is row.whole:
+            taken = self._taken
+            taken.add((peer, row.key_text, client if len(taken) < _MOST_HEADS else NOTHING))
+        elif len(self._parts) < _MOST_PARTS:
+            self._parts.append(((peer, row.key_text, client), (span.start, span.stop, row.length)))
+        else:
+            self._unnoted += 1
+        if self.words[at] % self._every == self._first:
+            response = self.of_row(row, b"", span, client, began)
+            self._line(peer, response, span.stop - span.start, complete=True)
+
+    def of_row(self, row: HotRow, head: bytes, span: Span, client: Stated | bytes, began: float) -> Response:
+        """A ready-made response that has begun to leave."""
+        return Response(
+            200 if span is row.whole else 206,
+            head,
+            (span,),
+            body=row.entry,
+            sent_at=row.sent_at,
+            stream_at=row.stream_at,
+            method="GET",
+            result="hit",
+            key=row.key_text,
+            kind=row.kind,
+            stored=True,
+            client=client,
+            began=began,
+            first_byte=self.clock(),
+        )
+
+    # --- lines
+
+    def _wanted(self, response: Response) -> bool:
+        if self._access != "sampled":
+            return self._access == "all"
+        if response.result == "hit":
+            at = self.requests.get(("hit", response.status))
+            return at is not None and self.words[at] % self._every == self._first
+        if not self._lines_left:
+            self._left_out += 1
+            return False
+        self._lines_left -= 1
+        return True
+
+    def _line(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+        now, first_byte = self.clock(), response.first_byte
+        stated = self._stated(response.client)
+        sampled = response.result == "hit" and self._access == "sampled"
+        fields: dict[str, Any] = {
+            "client": self._names.shown(peer),
+            "method": response.method,
+            "key": response.key,
+            "target": None if response.key else response.target or None,
+            "result": response.result,
+            "status": response.status or None,
+            "bytes": sent,
+            "complete": complete,
+            "first_byte_seconds": None if first_byte is None else round(first_byte - response.began, 6),
+            "seconds": round(now - response.began, 6),
+            "version": stated.version or None,
+            "language": stated.language or None,
+            "problem": response.problem,
+            "one_in": self._every if sampled else None,
+        }
+        log.info("request", extra=fields)
+
+    def _stated(self, client: Stated | bytes) -> Stated:
+        return self.declarations.of_head(client) if isinstance(client, bytes) else client
+
+    # --- client records
+
+    def _took_full(self, peer: str, key: str) -> None:
+        """Note who asks for a full: the controller tells the operator who makes a storm."""
+        who = (peer, key)
+        if who in self._fulls or len(self._fulls) < _MOST_FULLS:
+            self._fulls[who] = self._fulls.get(who, 0) + 1
+
+    def _note(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+        """Note what a client has now: a whole body, a part of one, or nothing of what it asked for."""
+        if response.key is None or response.method != "GET":
+            return
+        who = (peer, response.key, response.client)
+        spans = [segment for segment in response.segments if isinstance(segment, Span)]
+        if response.body is None or len(spans) != 1 or not sent:
+            if response.problem is None or response.problem.startswith("upstream-"):
+                self._asked.add(who)
+            return
+        (span,), length = spans, response.body.head.length
+        if complete and span.start == 0 and (length is None or span.stop >= length):
+            self._taken.add(who)
+        elif length is None:
+            self._asked.add(who)
+        else:
+            self._parts.append((who, (span.start, min(span.start + sent, span.stop), length)))
+
+    def each_second(self, tell: Tell, offer: Tell, now: float, *, everything: bool = False) -> None:
+        """Send the controller what is new.
+
+        `offer` returns False when the controller's queue is full; who took what is then kept and sent later,
+        `everything` of it when the worker ends.
+        """
+        if self._left_out:
+            log.info("requests left out", extra={"lines": self._left_out})
+            self._left_out = 0
+        self._lines_left = _LINES_A_SECOND
+        self._gather()
+        for _ in range(_EVENTS_A_SECOND if not everything else _MOST_WAITING // _ROWS):
+            rows = self._waiting[:_ROWS]
+            if not rows or not offer({"type": "taken", "rows": rows, "at": now}):
+                break
+            del self._waiting[:_ROWS]
+        self._tell_uses(tell, now)
+
+    def _gather(self) -> None:
+        taken, self._taken = self._taken, set()
+        parts, self._parts = self._parts, []
+        asked, self._asked = self._asked, set()
+        if self._names.mode == "off":
+            self._connected |= {peer for peer, _, _ in taken}
+            return
+        rows = self._waiting
+        rows += [self._row(who, 1) for who in taken]
+        rows += [self._row(who, list(part)) for who, part in parts]
+        rows += [self._row(who, 0) for who in asked - taken]
+        lost, self._unnoted = self._unnoted, 0
+        if lost:
+            self._counters.add("gup_events_lost_total", lost // _ROWS + 1)
+        if (excess := len(rows) - _MOST_WAITING) > 0:
+            self._counters.add("gup_events_lost_total", excess // _ROWS + 1)
+            del rows[:excess]
+
+    def _row(self, record: ClientRecord, what: object) -> list[object]:
+        peer, key, client = record
+        stated = self._stated(client)
+        return [self._names.of(peer), key, stated.version, stated.language, what]
+
+    def _tell_uses(self, tell: Tell, now: float) -> None:
+        used, self._used = list(self._used.items()), {}
+        missed, self._missed = list(self._missed.items()), {}
+        fulls, self._fulls = [(self._names.of(who), key, n) for (who, key), n in self._fulls.items()], {}
+        clients, self._connected = list({self._names.of(peer) for peer in self._connected}), set()
+        kinds: Mapping[str, Sequence[object]]
+        kinds = {"uses": used, "asked": missed, "fulls": fulls, "clients": clients}
+        for at in range(0, max(map(len, kinds.values())), _ROWS):
+            news = {kind: part for kind, rows in kinds.items() if (part := rows[at : at + _ROWS])}
+            tell({"type": "used", "at": now, **news})

@@ -1,0 +1,288 @@
+"""The hot cache: ready-made responses of one worker, found by a request's bytes without parsing them.
+
+A row is found by a request's whole head, byte for byte; or, since heads differ from client to client, by its
+target, once one regular expression has recognised the head as a plain GET. Rows hold only what the handler
+decided before, for entries that are open, verified and fresh: same bytes, same decision.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gup.cache.checksum import CHUNK_BYTES
+from gup.cache.entry import Entry
+from gup.content.client_identity import NOTHING, Stated
+from gup.content.key import Kind
+from gup.server.ranges import Span
+from gup.server.response import HeadTemplate
+
+MAX_HEAD_BYTES = 2048
+"""Longer heads are not learned."""
+_MOST_ROWS = 8192
+SMALL_BODY_BYTES = 32 * 1024
+"""A body up to this size leaves with its head in one `send`."""
+_MOST_MESSAGE_BYTES = 4 << 20
+"""Of all messages that are kept for a second."""
+_WARM_SECONDS = 5.0
+"""How long a body of one chunk is not checked again for being in the page cache; see Entry.available."""
+
+
+@dataclass(slots=True, eq=False)
+class HotRow:
+    """A ready-made response. `fresh_until` is monotonic (None: for ever), `validated_at` wall time, for Age.
+
+    `date` is a new object every second: what was rendered for one is found outdated by identity.
+    """
+
+    entry: Entry
+    kind: Kind
+    key_text: str
+    template: HeadTemplate
+    download: bool
+    """Whether it takes a download slot."""
+    fresh_until: float | None
+    validated_at: float
+    sent_at: int
+    stream_at: int
+    """The counters' words that count its body bytes."""
+    hit_at: int
+    part_hit_at: int
+    """The words that count hits, with status 200 and 206."""
+    client: Stated = NOTHING
+    """What the client states whose head the row is found by; a target alone says nothing about it."""
+    length: int = field(init=False)
+    small: bool = field(init=False)
+    whole: Span = field(init=False)
+    used: bool = True
+    message: bytes | None = None
+    """Head and body together, valid while `message_date` is the date."""
+    message_date: bytes | None = None
+    _head: bytes = b""
+    _head_date: bytes | None = None
+    _warm_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.length = self.entry.record.length
+        self.small = self.length <= SMALL_BODY_BYTES
+        self.whole = Span(0, self.length)
+
+    def head(self, date: bytes, wall_now: float, span: Span) -> bytes:
+        """The head for `span`: a 200 for `whole` itself, else a 206. Age is exact to a second, as Date is."""
+        age = max(0, int(wall_now - self.validated_at))
+        if span is not self.whole:
+            return self.template.part(date, age, span)
+        if self._head_date is not date:
+            self._head = self.template.whole(date, age)
+            self._head_date = date
+        return self._head
+
+    def in_page_cache(self, span: Span, now: float) -> bool:
+        """Whether all of `span` may leave without waiting for the disk."""
+        if now < self._warm_until:
+            return True
+        length = span.stop - span.start
+        if self.entry.available(span.start, length) < length:
+            return False
+        if self.length <= CHUNK_BYTES:
+            self._warm_until = now + _WARM_SECONDS
+        return True
+
+    def read(self) -> bytes | None:
+        """All bytes of a small body, if they are in the page cache."""
+        if self.entry.available(0, 1) <= 0:
+            return None
+        try:
+            body = os.pread(self.entry.fd, self.length, 0)
+        except OSError:
+            body = b""
+        if len(body) != self.length:
+            self.entry.unreadable()
+            return None
+        return body
+
+
+Found = tuple[HotRow, Span, Stated | bytes, bool]
+"""A row, the span of it that is asked for, what tells about the client, whether the connection ends."""
+
+
+class HotCache:
+    """Bounded; rows that were not used since the last pass go first.
+
+    `shared_epochs` reads those of policy and store: a change of the first drops all rows, of the second those
+    whose file has no link left.
+    """
+
+    def __init__(
+        self, shared_epochs: Callable[[], tuple[int, int]], close_removed: Callable[[], object]
+    ) -> None:
+        self._by_head: dict[bytes, HotRow] = {}
+        self._by_target: dict[bytes, HotRow] = {}
+        self._shared = shared_epochs
+        self._close_removed = close_removed
+        self._seen = shared_epochs()
+        self._drops = 0
+        self._with_message: list[HotRow] = []
+        self._message_bytes = 0
+
+    # --- looking up
+
+    def look_up(self, head: bytes) -> Found | None:
+        """What a whole head, or bytes that may be one, asks for; None when they have to be parsed."""
+        row = self._by_head.get(head)
+        if row is not None and self._valid(row):
+            return row, row.whole, row.client, False
+        last = False
+        plain = _plain_head(head)
+        if plain is None:
+            # A client that sends `Connection: close` wants no more than this response; the rest may be plain.
+            rest, found = _CLOSE.subn(b"", head)
+            plain = _plain_head(rest) if found == 1 else None
+            if plain is None:
+                return None
+            last = True
+        target, *positions = plain.groups()
+        row = self.find_target(target)
+        if row is None or (last and not row.small):
+            return None
+        if positions == _NO_RANGE:
+            return row, row.whole, head, last
+        span = _span(row.length, *positions)
+        return None if span is None or last else (row, span, head, False)
+
+    def find_target(self, target: bytes) -> HotRow | None:
+        """The row of a plain, keep-alive HTTP/1.1 GET for `target`."""
+        row = self._by_target.get(target)
+        return row if row is not None and self._valid(row) else None
+
+    def _valid(self, row: HotRow) -> bool:
+        if self._shared() != self._seen:
+            self.refresh()
+            return False
+        if row.fresh_until is not None and time.monotonic() >= row.fresh_until:
+            return False
+        row.used = True
+        return row.entry.all_verified
+
+    # --- learning and forgetting
+
+    @property
+    def epochs(self) -> tuple[int, int, int]:
+        """To be read before a decision; `learn` refuses it when they have changed since."""
+        return (*self._shared(), self._drops)
+
+    def learn(
+        self, head: bytes | None, target: bytes | None, row: HotRow, epochs: tuple[int, int, int]
+    ) -> None:
+        """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
+        if epochs != self.epochs:
+            return
+        if epochs[:2] != self._seen:
+            self.refresh()
+        if head is not None and len(head) <= MAX_HEAD_BYTES:
+            _insert(self._by_head, head, row)
+        if target is not None:
+            _insert(self._by_target, target, row)
+
+    def drop(self) -> None:
+        """Forget everything: the settings that it was decided by are no longer those of this process.
+
+        The policy's epoch alone is not enough: it rises when new settings are sent, so a decision by the old
+        ones may still be learned after it.
+        """
+        self._by_head.clear()
+        self._by_target.clear()
+        self.forget_messages()
+        self._drops += 1
+
+    def refresh(self) -> None:
+        """Follow the epochs' changes."""
+        policy, store = self._shared()
+        if policy != self._seen[0]:
+            self._by_head.clear()
+            self._by_target.clear()
+        if store != self._seen[1]:
+            self._close_removed()
+            for table in (self._by_head, self._by_target):
+                for name in [n for n, row in table.items() if os.fstat(row.entry.fd).st_nlink == 0]:
+                    del table[name]
+        self._seen = (policy, store)
+
+    # --- messages: head and body of small bodies, kept for a second
+
+    def make_message(self, row: HotRow, date: bytes, wall_now: float) -> bytes | None:
+        """Head and body together, kept while the date is right; None when the body is not in the page cache.
+
+        This is no cache of bodies: what is used is read again every second.
+        """
+        body = row.read()
+        if body is None:
+            return None
+        message = row.head(date, wall_now, row.whole) + body
+        if self._message_bytes + len(message) <= _MOST_MESSAGE_BYTES:
+            row.message, row.message_date = message, date
+            self._with_message.append(row)
+            self._message_bytes += len(message)
+        return message
+
+    def forget_messages(self) -> None:
+        """To be called each second."""
+        for row in self._with_message:
+            row.message = row.message_date = None
+        self._with_message.clear()
+        self._message_bytes = 0
+
+
+def _insert(table: dict[bytes, HotRow], name: bytes, row: HotRow) -> None:
+    while len(table) >= _MOST_ROWS:
+        oldest = next(iter(table))
+        candidate = table.pop(oldest)
+        if candidate.used:
+            candidate.used = False
+            table[oldest] = candidate
+    table[name] = row
+
+
+# --- plain heads
+#
+# A strict part of what gup.server.request takes: origin form, HTTP/1.1, keep-alive, one Host, no field that
+# means anything here but perhaps one range. What is not recognised is parsed. With six fields this takes 1.1
+# µs, the parser with its checks 22.
+
+# Names that begin with none of the letters of Connection, Content-Length, Expect, Host, If-…, Range, Upgrade,
+# Proxy-Connection, Transfer-Encoding and Via, and three that do and are harmless. All quantifiers are
+# possessive: a head either matches in one pass or does not.
+_HARMLESS = (
+    rb"(?:[ABDFGJKLMNOQSWXYZabdfgjklmnoqswxyz][!#$%&'*+.^_`|~0-9A-Za-z-]*+|User-Agent|Cache-Control|Pragma)"
+    rb":[\t\x20-\x7e\x80-\xff]*+\r\n"
+)
+_KEEP_ALIVE = rb"(?i:connection):[ \t]*+(?i:keep-alive)[ \t]*+\r\n"
+_HOST = (
+    rb"(?i:host):[ \t]*+(?:[A-Za-z0-9._~!$&'()*+,;=%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5}+)?+[ \t]*+\r\n"
+)
+_RANGE = rb"(?i:range):[ \t]*+bytes=([0-9]{1,18}+)-([0-9]{1,18}+)[ \t]*+\r\n"
+_OTHERS = rb"(?:" + _HARMLESS + rb"|" + _KEEP_ALIVE + rb"){0,30}+"
+_PERHAPS_RANGE = rb"(?:" + _RANGE + _OTHERS + rb")?+"
+
+PLAIN_HEAD = re.compile(
+    rb"GET (/[\x21-\x7e]*+) HTTP/1\.1\r\n"
+    + (_OTHERS + _PERHAPS_RANGE + _HOST + _OTHERS + _PERHAPS_RANGE)
+    + rb"\r\n"
+)
+"""For `fullmatch`. Groups: the target, first and last of a range before Host, the same of one after it."""
+_CLOSE = re.compile(rb"\r\n(?i:connection):[ \t]*+(?i:close)[ \t]*+(?=\r\n)")
+
+_plain_head = PLAIN_HEAD.fullmatch
+_NO_RANGE = [None] * 4
+
+
+def _span(
+    length: int, first: bytes | None, last: bytes | None, other_first: bytes | None, other_last: bytes | None
+) -> Span | None:
+    """One range that can be satisfied, before Host or after it; None for any other."""
+    if first is not None and other_first is not None:
+        return None
+    start, end = int(first or other_first or 0), int(last or other_last or 0)
+    stop = min(end + 1, length)
+    return Span(start, stop) if start < stop else None
