@@ -447,7 +447,7 @@ def _custody(store: "Store", settings: "Settings") -> "Custody":
     """No other process is at work: every claim is free, and room is what the limits leave."""
     from gup.cache.importing import Custody
     from gup.cache.record import Record
-    from gup.control.archives import no_room
+    from gup.control.eviction import no_room
 
     held = [sum(stored.size_bytes for stored in store.scan())]
 

@@ -17,6 +17,7 @@ from gup.control.index import Index, Row, Stream
 from gup.control.reconcile import change, to_its_end
 from gup.errors import GupError
 from gup.metrics import Counters
+from gup.units import format_size
 
 _log = logging.getLogger("gup.control.eviction")
 
@@ -465,3 +466,14 @@ class AgeClock:
     def _believe(self, offset: float) -> None:
         self._offset = offset
         self._doubted_since = None
+
+
+def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
+    """Why so much more can't be imported, "" when it can: an import evicts nothing."""
+    if held_bytes + length_bytes > limits.max_size:
+        return (
+            f"cache.max_size ({format_size(limits.max_size)}) would be exceeded, and an import evicts nothing"
+        )
+    if free_bytes - length_bytes < limits.min_free:
+        return f"the disk would have less than cache.min_free ({format_size(limits.min_free)}) left"
+    return ""

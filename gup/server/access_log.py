@@ -1,8 +1,8 @@
 """The access log, a line a request; request counters; and client records for the controller."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from gup import config
 from gup.client_names import ClientNames
@@ -293,8 +293,12 @@ class AccessLog:
         missed, self._missed = list(self._missed.items()), {}
         fulls, self._fulls = [(self._names.of(who), key, n) for (who, key), n in self._fulls.items()], {}
         clients, self._connected = list({self._names.of(peer) for peer in self._connected}), set()
-        kinds: Mapping[str, Sequence[object]]
-        kinds = {"uses": used, "asked": missed, "fulls": fulls, "clients": clients}
-        for at in range(0, max(map(len, kinds.values())), _ROWS):
-            news = {kind: part for kind, rows in kinds.items() if (part := rows[at : at + _ROWS])}
-            tell({"type": "used", "at": now, **news})
+        rows: dict[str, Sequence[object]] = {
+            "uses": used,
+            "asked": missed,
+            "fulls": fulls,
+            "clients": clients,
+        }
+        for at in range(0, max(map(len, rows.values())), _ROWS):
+            told = {name: part for name, all_ in rows.items() if (part := all_[at : at + _ROWS])}
+            tell({"type": "used", "at": now, **told})

@@ -1,5 +1,5 @@
-"""The page for people: the control state as HTML, once a second for all who look.
+"""The page for people: the control state as HTML, rendered once a second for all viewers.
 
-Everything is rendered here, whole without script; the script puts fresh sections in the place of old ones and
+Everything is rendered on the server, complete without script; the script replaces sections that changed and
 draws the charts. Nothing comes from another host.
 """

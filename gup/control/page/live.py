@@ -1,7 +1,7 @@
-"""The page over HTTP, its files, and fresh fragments for everybody who looks.
+"""The page over HTTP: the document, its files, and a stream of events with what changes.
 
-One view a second is shared by all listeners, MAX_LISTENERS at most. A listener that reads slowly gets the
-newest of each fragment, not all of them one after another.
+One view a second is shared by all listeners, MAX_LISTENERS at most. A slow listener gets the newest of each
+fragment, not all of them one after another.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ _log = logging.getLogger("gup.control.page")
 MAX_LISTENERS = 32
 _SECONDS = 1.0
 _REST_FACTOR = 10
-"""After a look, this many times its time on the loop passes before the next."""
+"""The pause between two views, as a multiple of the time that one takes of the loop."""
 _QUIET_SECONDS = 15.0
-"""When nothing changes for so long, a comment tells that the connection stands."""
+"""When nothing changes for so long, a comment is sent: the connection is alive."""
 _WRITE_SECONDS = 30.0
 _RETRY_SECONDS = "10"
 
 
 class Page:
-    """What the handlers share; made when the application starts, ended with it."""
+    """What the handlers share, from the start of the application to its end."""
 
     def __init__(self, viewer: Viewer, assets: Assets, renderer: Renderer) -> None:
         self.viewer = viewer
@@ -52,7 +52,7 @@ PAGE: web.AppKey[Page] = web.AppKey("page", Page)
 
 
 def set_up(app: web.Application) -> None:
-    """Give `app` the page. Listeners are ended before the server waits for handlers."""
+    """Add the page to `app`. Listeners are ended before the server waits for handlers."""
     app.add_routes([web.get("/", page), web.get("/assets/{name}", asset)])
     app.on_startup.append(_begin)
     app.on_shutdown.append(_end)
@@ -116,11 +116,11 @@ async def events(request: web.Request) -> web.StreamResponse:
 ENDPOINTS = (Endpoint("GET", "/api/v1/events", events, media=("text/event-stream",)),)
 
 
-# --- who looks
+# --- listeners
 
 
 class Listener:
-    """One who looks. `pending` is what it was not yet sent; bounded by the number of event names."""
+    """A client of the events. `pending` is what it was not sent yet, bounded by the number of event names."""
 
     def __init__(self) -> None:
         self.pending: dict[str, str] = {}
@@ -154,7 +154,7 @@ Look = Callable[[], Awaitable[tuple[dict[str, Any], dict[str, str]]]]
 
 
 class Broadcast:
-    """Looks once a second while somebody listens, and tells all what changed. `stop` ends everybody."""
+    """Makes a view a second while anybody listens, and sends all of them what changed."""
 
     def __init__(self, look: Look) -> None:
         self._look = look
@@ -181,7 +181,7 @@ class Broadcast:
             self._listeners.discard(listener)
 
     async def stop(self) -> None:
-        """End all listeners and the task."""
+        """End all listeners and the task; later ones are refused."""
         self._stopped = True
         for listener in self._listeners:
             listener.end()

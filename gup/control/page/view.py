@@ -22,7 +22,7 @@ from gup.control.stats.savings import within
 _T = TypeVar("_T")
 
 _HELD_SECONDS = 5.0
-"""How long a view of all rows stands: with 1e5 of them it takes some 0.3 s of a thread."""
+"""How long a view of all rows is kept: with 1e5 of them it takes some 0.3 s of a thread."""
 _REST_FACTOR = 10
 _CHARTS_SECONDS = 5.0
 _LEDGER_SECONDS = 2.0
@@ -36,7 +36,7 @@ MAX_REVISIONS = 10
 
 
 class Kept(Generic[_T]):
-    """What `find` found, for some seconds, longer if it took long; who asks meanwhile waits for the same."""
+    """The result of `find`, kept for some seconds, longer if it took long; concurrent callers share one."""
 
     def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
         self._seconds = seconds
@@ -55,7 +55,7 @@ class Kept(Generic[_T]):
 
 
 class Viewer:
-    """Looks at the control state, and keeps for some seconds what takes long to find out."""
+    """Makes views of the control state; keeps parts that are expensive for some seconds."""
 
     def __init__(self, state: ControlState) -> None:
         self._state = state
@@ -165,7 +165,7 @@ def _row(points: list[Point]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """The bodies of one revision together; `wholes` are those that are no deltas. Times are Unix seconds."""
+    """The bodies of one revision together; `wholes` are not deltas. Times are Unix seconds."""
 
     name: str
     wholes: int
@@ -179,17 +179,15 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One stream: the newest of its revisions, how many more there are, and figures of all of them."""
+    """A stream: the newest of its revisions, how many more there are, and sums over all of them."""
 
     product: str
     version: str
     language: str
     revisions: tuple[Revision, ...]
     more: int
-    entries: int
     size_bytes: int
     hits: int
-    sent_bytes: int
 
     @property
     def stored_at(self) -> float:
@@ -232,10 +230,8 @@ def _held(product: str, version: str, language: str, rows: list[Row]) -> Held:
         language,
         tuple(_revision(name, by_revision[name]) for name in newest[:MAX_REVISIONS]),
         max(0, len(newest) - MAX_REVISIONS),
-        len(rows),
         _size(rows),
         sum(row.hits for row in rows),
-        sum(row.sent_bytes for row in rows),
     )
 
 

@@ -1,4 +1,4 @@
-"""Parts of the state by themselves: fills with their rate, upstreams, settings in force without secrets."""
+"""The status and its parts: fills with their rate, upstreams, limits, settings without secrets."""
 
 import pytest
 
@@ -6,8 +6,9 @@ from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.api.status import began_at, fill_of
-from gup.control.state import FillRates
+from gup.control.api.schemas import Ceiling, Limit
+from gup.control.api.status import began_at, fill_of, limits_of
+from gup.control.state import FillRates, numbers
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
@@ -71,3 +72,27 @@ def test_rates_are_those_of_the_last_seconds(world):
     assert rate(10, generation=60_000_000) is None  # begun anew at this moment
     fill = fill_of(part(10, 60_000_000), None, lambda stream: (stream[2], stream[1]))
     assert (fill.remaining_seconds, fill.began_at, fill.kind) == (None, 60.0, "full")
+
+
+def test_what_is_not_limited_is_not_among_the_numbers():
+    assert set(numbers(Settings())) == {"connections", "connections_per_address", "fills"}
+    limited = Settings.model_validate({"clients": {"max_downloads": 3, "queue": 0}})
+    assert numbers(limited)["downloads"] == 3
+    assert numbers(limited)["queue"] == 0
+
+
+def test_each_limit_stands_with_what_is_used_of_it():
+    settings = Settings.model_validate({"clients": {"max_downloads": 3, "rate": "1MB/s"}})
+    totals = {
+        "gup_client_downloads_in_progress": 2,
+        "gup_client_downloads_queued": 7,
+        "gup_fills_in_progress": 1,
+    }
+    found = limits_of(settings, totals, size_bytes=5, wan_rate=0, wan_used=9)
+    assert found.downloads == Limit(limit=3, used=2)
+    assert found.queue == Limit(limit=1000, used=7)
+    assert found.client_rate_bytes_per_second == Ceiling(limit=1_000_000)
+    assert found.wan_rate_bytes_per_second == Limit(limit=None, used=9)
+    assert found.cache_size_bytes == Limit(limit=20_000_000_000, used=5)
+    assert found.fills == Limit(limit=8, used=1)
+    assert found.connections == Limit(limit=20_000, used=0)
