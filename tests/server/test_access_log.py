@@ -164,7 +164,7 @@ def test_without_addresses_nobody_is_named(counters, lines):
     take(log, "10.0.0.1")
     events = []
     log.each_second(events.append, lambda _event: True, NOW)
-    (name,) = [event["addresses"] for event in events if event["type"] == "clients"]
+    (name,) = [event["clients"] for event in events if event["type"] == "used"]
     assert [one[:2] for one in name] == ["h-"]  # to be counted
     assert "10.0.0.1" not in json.dumps(events)
 
@@ -188,12 +188,10 @@ def test_what_is_used_missed_and_taken_is_told_once_a_second(counters):
     events = []
     log.each_second(events.append, lambda _event: True, NOW)
     assert [json.loads(json.dumps(event)) for event in events] == [
-        {"type": "used", "uses": [[KEY, 2]], "at": NOW},
-        {"type": "asked", "uses": [[KEY, 1]]},
-        {"type": "fulls", "rows": [["10.0.0.1", KEY, 3]]},
-        {"type": "clients", "addresses": ["10.0.0.1"]},
+        {"type": "used", "at": NOW, "uses": [[KEY, 2]], "asked": [[KEY, 1]]}
+        | {"fulls": [["10.0.0.1", KEY, 3]], "clients": ["10.0.0.1"]},
     ]
     log.each_second(events.append, lambda _event: True, NOW)
-    assert len(events) == 4
+    assert len(events) == 1
     assert counters.get("gup_requests_total", result="hit", code="200") == 3
     assert counters.get("gup_requests_total", result="error", code="502") == 1
