@@ -20,8 +20,7 @@ from gup.content.key import BadKeyError, ContentKey, Kind
 from gup.content.routes import leads_to, path_of
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError
-from gup.upstream.exchange import RemoteHead
-from gup.upstream.validators import Validators
+from gup.upstream.exchange import RemoteHead, Validators
 
 KEY = ContentKey("14.3 RU2", "Français", "{535CB6A4-441F-4E8A-A897-804CD859100E}", "260101001", "full.zip")
 HEAD = Head(CHUNK_BYTES + 5, '"tag"', "application/zip", "Thu, 01 Jan 2026 00:00:00 GMT", "manager", '"u"')
