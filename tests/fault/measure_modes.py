@@ -16,7 +16,7 @@ from harness.scripted import Answer, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import content_path, noise
 
-MODES = ("first_use", "always", "scrub")
+MODES = ("first_use", "scrub")
 SMALL = content_path("xdelta260801000_To_260801001.dax")
 LARGE = content_path("full.dax")
 SECONDS = 3
