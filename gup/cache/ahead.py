@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from gup.cache.claim import want_offset
 from gup.cache.flight import PRIORITIES, Flight, Landing, Means
+from gup.cache.locks import want_offset
 from gup.cache.queue import Place
 from gup.errors import Problem
 

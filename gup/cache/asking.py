@@ -2,11 +2,10 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from gup.cache.failures import Holds
 from gup.cache.flight import Flight, Means
-from gup.cache.part import ZIP_TAIL_BYTES, zip_end_is_right
-from gup.cache.record import Record
-from gup.cache.state import Hold
+from gup.cache.negative_cache import Holds
+from gup.cache.part_file import ZIP_TAIL_BYTES, zip_end_is_right
+from gup.cache.records import Hold, Record
 from gup.content.key import Kind
 from gup.errors import Problem
 from gup.upstream.download import Begun, Download

@@ -8,20 +8,19 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from gup.cache.ahead import hurry, outcome
-from gup.cache.alone import Alone
+from gup.cache.body import Opened, Result
+from gup.cache.catalog_cache import spell
 from gup.cache.disk import DiskError, on_disk
-from gup.cache.entries import Entries
-from gup.cache.entry import Entry
-from gup.cache.failures import Failures
 from gup.cache.fill import Leader
 from gup.cache.flight import PRIORITIES, Flight, Landing, Means
 from gup.cache.follow import Follower
-from gup.cache.growing import GrowingBody
-from gup.cache.opened import Opened, Result
+from gup.cache.growing_body import GrowingBody
+from gup.cache.locks import Slots
+from gup.cache.negative_cache import Failures
+from gup.cache.open_entries import Entries, Entry
+from gup.cache.passthrough import Alone
 from gup.cache.prior import is_fresh, load_sound, note_damage, route_of_record
-from gup.cache.record import Head, Record
-from gup.cache.slots import Slots
-from gup.cache.spelling import spell
+from gup.cache.records import Head, Record
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
@@ -381,7 +380,7 @@ class Cache:
                 await self._present_entry(flight.key)
 
     async def spell(self, route: Route, variant: Variant) -> str | None:
-        """See gup.cache.spelling."""
+        """See gup.cache.catalog_cache."""
         candidates = self._means.pool.candidates(variant, route.key(variant).text)
         return await spell(self.open, route, candidates[0].variant if candidates else variant)
 

@@ -4,7 +4,7 @@ import time
 
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Means
-from gup.cache.record import Record
+from gup.cache.records import Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem, is_exhausted

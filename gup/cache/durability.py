@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gup.cache.record import Record
+from gup.cache.records import Record
 from gup.cache.store import Store
 from gup.fsutil import replace_file, sync_file_system
 

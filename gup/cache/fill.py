@@ -1,6 +1,6 @@
 """The leader's way of a fill: from the claim to the commit, or to the reason why not; serves nobody itself.
 
-CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.state holds the table). The
+CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.records holds the table). The
 caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses ends in `_without_disk`.
 """
 
@@ -14,19 +14,18 @@ from typing import TypeVar
 
 from gup.cache.ahead import Courtesy
 from gup.cache.asking import Reread, check_structure, download_of, holds_of, stand_seconds
-from gup.cache.behind import WriteBehind
-from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.claim import want_offset
+from gup.cache.chunks import CHUNK_BYTES
 from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.demotions import BadDiskError
 from gup.cache.disk import DiskError, on_disk
+from gup.cache.disk_space import STEP_BYTES, Room, Unstorable, refusal
 from gup.cache.ends import log_end
 from gup.cache.flight import Flight, Landing, Means
-from gup.cache.growing import GrowingBody
-from gup.cache.heads import absent, head_of, remote_of
+from gup.cache.growing_body import GrowingBody
+from gup.cache.locks import want_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
-from gup.cache.part import PartWriter, Salvage
+from gup.cache.part_file import PartWriter, Salvage, WriteBehind
 from gup.cache.prior import (
     Damage,
     Prior,
@@ -39,9 +38,7 @@ from gup.cache.prior import (
     save_failure,
     validated_at,
 )
-from gup.cache.record import Head, Record
-from gup.cache.room import STEP_BYTES, Room, Unstorable, refusal
-from gup.cache.state import Failure, FillState, Phase, may_move
+from gup.cache.records import Failure, FillState, Head, Phase, Record, absent, head_of, may_move, remote_of
 from gup.cache.store import OpenFile
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download

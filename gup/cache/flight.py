@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gup import config
-from gup.cache.claim import Claims
-from gup.cache.growing import GrowingBody
+from gup.cache.disk_space import Space
+from gup.cache.growing_body import GrowingBody
+from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.queue import FillQueue
-from gup.cache.record import Record
-from gup.cache.space import Space
+from gup.cache.records import Record
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.content.key import ContentKey, Kind, Variant

@@ -7,9 +7,9 @@ import os
 
 from gup.cache.ahead import Want
 from gup.cache.flight import Flight, Landing, Means
-from gup.cache.growing import GrowingBody
+from gup.cache.growing_body import GrowingBody
 from gup.cache.memory_files import Row
-from gup.cache.state import FillState, Phase
+from gup.cache.records import FillState, Phase
 from gup.cache.store import OpenFile
 from gup.errors import is_exhausted
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from gup.cache.growing import GrowingBody
-from gup.cache.state import MAX_STATE_BYTES, FillState
+from gup.cache.growing_body import GrowingBody
+from gup.cache.records import MAX_STATE_BYTES, FillState
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
 from gup.errors import GupError, is_exhausted

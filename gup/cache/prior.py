@@ -6,13 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.chunks import sound_chunks
+from gup.cache.chunks import CHUNK_BYTES, sound_chunks
 from gup.cache.commit import committed
 from gup.cache.flight import Flight, Landing, Means
-from gup.cache.part import Salvage, ends_as_named, survey
-from gup.cache.record import Record, is_same_body
-from gup.cache.state import Failure, FillState, Hold, Phase
+from gup.cache.part_file import Salvage, ends_as_named, survey
+from gup.cache.records import Failure, FillState, Hold, Phase, Record, is_same_body
 from gup.cache.store import OpenFile, Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import Route, path_of

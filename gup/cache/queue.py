@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from gup.cache.backlog import PRIORITIES, Backlog
-from gup.cache.slots import Slots
+from gup.cache.locks import Slots
 from gup.errors import Problem
 from gup.upstream.bandwidth import Turns, rank
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gup.cache.claim import Claims
 from gup.cache.commit import committed
-from gup.cache.state import FillState, Phase
+from gup.cache.locks import Claims
+from gup.cache.records import FillState, Phase
 from gup.cache.store import Part, Store
 from gup.content.key import Kind
 from gup.content.routes import Route

@@ -23,8 +23,8 @@ from gup.content.key import Kind
 from gup.units import bytes_in_words
 
 if TYPE_CHECKING:
-    from gup.cache.audit import Finding
-    from gup.cache.importing import Custody
+    from gup.cache.archive import Custody
+    from gup.cache.integrity import Finding
     from gup.cache.store import Store
     from gup.cli.admin_client import Admin
     from gup.config import Settings
@@ -220,8 +220,8 @@ def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
 
 
 def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
-    from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents
-    from gup.cache.state import Phase
+    from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents
+    from gup.cache.records import Phase
     from gup.control.index import check_index
 
     store = _store(directory)
@@ -257,7 +257,7 @@ def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
 
 def _put_right(store: "Store", finding: "Finding") -> str:
     """Repair the finding; the reason when that failed, else ""."""
-    from gup.cache.audit import put_right
+    from gup.cache.integrity import put_right
 
     try:
         put_right(store, finding, alone=True)
@@ -361,7 +361,7 @@ def _read_here(directory: Path, filters: Filters) -> Iterator[bytes]:
     import socket
 
     from gup.cache.archive import written
-    from gup.cache.audit import contents
+    from gup.cache.integrity import contents
     from gup.errors import StoreError
 
     odd = sorted({"product", "kind"} & filters.keys())
@@ -425,7 +425,7 @@ def _import_here(source: IO[bytes], directory: Path, settings: "Settings") -> di
     import pwd
     from dataclasses import asdict
 
-    from gup.cache.importing import Import
+    from gup.cache.archive import Import
     from gup.errors import StoreError
 
     store = _store(directory)
@@ -445,8 +445,8 @@ def _import_here(source: IO[bytes], directory: Path, settings: "Settings") -> di
 
 def _custody(store: "Store", settings: "Settings") -> "Custody":
     """No other process is at work: every claim is free, and room is what the limits leave."""
-    from gup.cache.importing import Custody
-    from gup.cache.record import Record
+    from gup.cache.archive import Custody
+    from gup.cache.records import Record
     from gup.control.eviction import no_room
 
     held = [sum(stored.size_bytes for stored in store.scan())]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 
 from gup import config
-from gup.cache.catalogue_file import FILE, read_kept
+from gup.cache.catalog_cache import FILE, read_kept
 from gup.cache.store import Store
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.errors import GupError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gup import config
-from gup.cache.catalogue_file import Kept, read_kept, write_kept
+from gup.cache.catalog_cache import Kept, read_kept, write_kept
 from gup.content.catalog import (
     CATALOG_PATH,
     MAX_CATALOG_BYTES,

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gup.cache.claim import Claims
+from gup.cache.locks import Claims
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gup.cache.claim import Claims
+from gup.cache.locks import Claims
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind

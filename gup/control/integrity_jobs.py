@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.chunks import read_aside, span_of
-from gup.cache.record import Record
+from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
+from gup.cache.records import Record
 from gup.cache.store import OpenFile, Store
 from gup.config import Cache
 from gup.content.key import ContentKey

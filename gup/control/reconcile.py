@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from gup.cache.claim import Claims
+from gup.cache.locks import Claims
 from gup.cache.store import Store, Stored
 from gup.content.key import ContentKey
 from gup.control.index import ROWS_AT_ONCE, Index, Row, row_of

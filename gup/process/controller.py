@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from gup import log
-from gup.cache.catalogue_body import read_catalogue
+from gup.cache.catalog_cache import read_catalogue
 from gup.cache.durability import Durability
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams

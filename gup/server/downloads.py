@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gup.cache.slots import Slots
+from gup.cache.locks import Slots
 from gup.config import Clients
 from gup.content.key import Kind
 from gup.errors import Problem

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.entry import Entry
+from gup.cache.chunks import CHUNK_BYTES
+from gup.cache.open_entries import Entry
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.server.ranges import Span

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from gup import config
-from gup.cache.catalogue_file import read_kept
+from gup.cache.catalog_cache import read_kept
 from gup.content.catalog import Catalogues
 from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Rulebook, problem

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from gup.cache.body import Body
-from gup.cache.record import Head
+from gup.cache.records import Head
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.errors import Problem

@@ -12,12 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gup.cache.archive import FIRST, LAST, ArchiveError, summary, written
-from gup.cache.audit import check_entry, contents
-from gup.cache.checksum import ChunkSums, seal
-from gup.cache.importing import Custody, Import, Imported
-from gup.cache.record import Head, Record
-from gup.cache.state import FillState, Phase
+from gup.cache.archive import FIRST, LAST, ArchiveError, Custody, Import, Imported, summary, written
+from gup.cache.chunks import ChunkSums, seal
+from gup.cache.integrity import check_entry, contents
+from gup.cache.records import FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of

@@ -6,11 +6,10 @@ import time
 import pytest
 from harness.harm import flip
 
-from gup.cache.audit import Finding, check_entry, check_part, check_stray, contents, put_right
-from gup.cache.checksum import CHUNK_BYTES, ChunkSums
-from gup.cache.part import survey
-from gup.cache.record import Head, Record
-from gup.cache.state import FillState, Phase
+from gup.cache.chunks import CHUNK_BYTES, ChunkSums
+from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
+from gup.cache.part_file import survey
+from gup.cache.records import FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of

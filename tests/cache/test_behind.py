@@ -5,7 +5,7 @@ import errno
 
 import pytest
 
-from gup.cache.behind import WriteBehind
+from gup.cache.part_file import WriteBehind
 
 MB = 1 << 20
 

@@ -10,7 +10,7 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.trees import noise, zip_of
 
 from gup.cache.cache import Result
-from gup.cache.checksum import CHUNK_BYTES, chunk_sum
+from gup.cache.chunks import CHUNK_BYTES, chunk_sum
 from gup.cache.fill import Leader
 from gup.cache.recovery import Recovery
 from gup.cache.store import Store

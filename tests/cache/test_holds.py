@@ -2,9 +2,9 @@
 
 import pytest
 
-from gup.cache.checksum import seal, unseal
-from gup.cache.failures import LONGEST_HOLD_SECONDS, Holds
-from gup.cache.state import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase
+from gup.cache.chunks import seal, unseal
+from gup.cache.negative_cache import LONGEST_HOLD_SECONDS, Holds
+from gup.cache.records import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError

@@ -15,13 +15,12 @@ from harness.caches import Cut, path_of, read, route, working
 from harness.scripted import Answer, Gate
 from harness.trees import noise
 
-from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.growing import GrowingBody
+from gup.cache.body import Result
+from gup.cache.chunks import CHUNK_BYTES
+from gup.cache.growing_body import GrowingBody
 from gup.cache.memory_files import ROW_WORDS, STEP_BYTES, MemoryFile, MemoryFiles, MemoryFull
-from gup.cache.opened import Result
-from gup.cache.part import PartWriter
-from gup.cache.record import Head
-from gup.cache.state import FillState, Phase
+from gup.cache.part_file import PartWriter
+from gup.cache.records import FillState, Head, Phase
 from gup.content.key import ContentKey, Kind, Variant
 from gup.errors import Problem
 
@@ -292,8 +291,8 @@ def refuse(monkeypatch, until_bytes: int = 0) -> dict[str, bool]:
         original(self, file, piece)
 
     monkeypatch.setattr(PartWriter, "_append", append)
-    monkeypatch.setattr("gup.cache.space._PATIENCE_SECONDS", 0.02)
-    monkeypatch.setattr("gup.cache.space._SHORT_PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("gup.cache.disk_space._PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("gup.cache.disk_space._SHORT_PATIENCE_SECONDS", 0.02)
     return switch
 
 

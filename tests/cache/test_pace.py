@@ -2,7 +2,7 @@
 
 import pytest
 
-from gup.cache.pace import Pace
+from gup.cache.growing_body import Pace
 
 
 def grown(pace, rate, start, seconds, size=0.0):

@@ -6,9 +6,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from gup.cache.backlog import CLASSES, Backlog
-from gup.cache.claim import Claims
+from gup.cache.locks import Claims, Slots
 from gup.cache.queue import FillQueue
-from gup.cache.slots import Slots
 from gup.upstream.bandwidth import Turns
 
 DELTA, INDEX, FULL, PREFETCH = range(4)

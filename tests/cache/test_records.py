@@ -10,11 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.cache.checksum import CHUNK_BYTES, seal
-from gup.cache.failures import told_by
-from gup.cache.heads import head_of
-from gup.cache.record import MAX_BODY_BYTES, MAX_RECORD_BYTES, Head, Record
-from gup.cache.state import MAX_STATE_BYTES, Failure, FillState, Hold, Phase
+from gup.cache.chunks import CHUNK_BYTES, seal
+from gup.cache.negative_cache import told_by
+from gup.cache.records import (
+    MAX_BODY_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_STATE_BYTES,
+    Failure,
+    FillState,
+    Head,
+    Hold,
+    Phase,
+    Record,
+    head_of,
+)
 from gup.cache.store import Store
 from gup.content.key import BadKeyError, ContentKey, Kind
 from gup.content.routes import leads_to, path_of

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from gup.cache.catalogue_file import Kept, write_kept
+from gup.cache.catalog_cache import Kept, write_kept
 from gup.cli.app import app
 from gup.cli.catalog_reader import read_catalog
 from gup.config import Settings

@@ -15,10 +15,9 @@ import aiohttp
 import pytest
 from blockbuster import blockbuster_ctx
 
-from gup.cache.checksum import ChunkSums
-from gup.cache.claim import Claims
-from gup.cache.record import Head, Record
-from gup.cache.state import FillState, Phase
+from gup.cache.chunks import ChunkSums
+from gup.cache.locks import Claims
+from gup.cache.records import FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind

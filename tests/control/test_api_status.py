@@ -2,7 +2,7 @@
 
 import pytest
 
-from gup.cache.state import FillState, Phase
+from gup.cache.records import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gup.cache.catalogue_file import FILE, read_kept
+from gup.cache.catalog_cache import FILE, read_kept
 from gup.config import Settings
 from gup.control.catalog_refresh import CatalogRefresher
 from gup.upstream.download import Fetched

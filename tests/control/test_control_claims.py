@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from gup.cache.checksum import seal
+from gup.cache.chunks import seal
+from gup.cache.records import FillState, Phase
 from gup.cache.recovery import Recovery
-from gup.cache.state import FillState, Phase
 from gup.content.key import Kind
 from gup.control.reconcile import BusyError, change, to_its_end
 

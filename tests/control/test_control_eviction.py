@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.cache.record import Head
-from gup.cache.state import FillState, Phase
+from gup.cache.records import FillState, Head, Phase
 from gup.cache.store import Part
 from gup.content.key import ContentKey, Kind
 from gup.control.eviction import Limits, plan_evictions

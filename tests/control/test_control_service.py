@@ -7,7 +7,7 @@ import pytest
 from harness.control import get, limited
 from prometheus_client.parser import text_string_to_metric_families
 
-from gup.cache.state import Phase
+from gup.cache.records import Phase
 from gup.control.service import Jobs
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")

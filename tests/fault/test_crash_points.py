@@ -26,8 +26,8 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
 from harness.trees import zip_of
 
-from gup.cache.checksum import CHUNK_BYTES
-from gup.cache.record import Record
+from gup.cache.chunks import CHUNK_BYTES
+from gup.cache.records import Record
 from gup.cache.store import Store
 from gup.control.index import Index
 from gup.control.reconcile import reconcile

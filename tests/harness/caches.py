@@ -11,12 +11,11 @@ from pathlib import Path
 from gup.cache.backlog import Backlog
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
-from gup.cache.claim import Claims
+from gup.cache.disk_space import Space
 from gup.cache.flight import Means
+from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import ROW_WORDS, MemoryFiles
 from gup.cache.queue import FillQueue
-from gup.cache.slots import Slots
-from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Settings

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from gup.cache.checksum import CHUNK_BYTES, chunk_sum
-from gup.cache.record import Record
-from gup.cache.state import FillState
+from gup.cache.chunks import CHUNK_BYTES, chunk_sum
+from gup.cache.records import FillState, Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey
 

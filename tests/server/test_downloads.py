@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gup.cache.claim import Claims
-from gup.cache.slots import Slots
+from gup.cache.locks import Claims, Slots
 from gup.config import Clients
 from gup.errors import Problem
 from gup.metrics import Counters

@@ -13,9 +13,8 @@ from harness.caches import Worker, working
 from harness.scripted import Answer, ScriptedUpstream
 from harness.trees import zip_of
 
-from gup.cache.catalogue_file import Kept, write_kept
-from gup.cache.claim import Claims
-from gup.cache.slots import Slots
+from gup.cache.catalog_cache import Kept, write_kept
+from gup.cache.locks import Claims, Slots
 from gup.client_names import ClientNames
 from gup.content.catalog import parse_catalog
 from gup.content.client_identity import Identities

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.cache.record import Head
+from gup.cache.records import Head
 from gup.errors import PROBLEMS, Problem
 from gup.server.ranges import Span
 from gup.server.request import Request

@@ -10,10 +10,9 @@ from typing import IO, Any, TypeVar, cast
 
 from aiohttp import web
 
-from gup.cache import importing
-from gup.cache.archive import ArchiveError, written
-from gup.cache.record import Record
-from gup.cache.tar_reader import TarError
+from gup.cache.archive import ArchiveError, Custody, Imported, TarError, written
+from gup.cache.archive import Import as ArchiveImport
+from gup.cache.records import Record
 from gup.content.key import ContentKey
 from gup.control.api.endpoint import Endpoint
 from gup.control.api.entries import Filter, labels_of, matching
@@ -106,7 +105,7 @@ class Upload:
         self._closed.set()
 
 
-async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> importing.Imported:
+async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> Imported:
     """Import the entries of an archive; ArchiveError when it is none."""
     upload = Upload()
     taking = asyncio.create_task(asyncio.to_thread(_take, state, upload, asyncio.get_running_loop()))
@@ -124,7 +123,7 @@ async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> i
     return await taking
 
 
-def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) -> importing.Imported:
+def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
     """The import, in a thread; claims and index are used on the event loop."""
 
     def on_loop(work: Coroutine[Any, Any, _T]) -> _T:
@@ -148,15 +147,13 @@ def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) 
         free_bytes = figures.f_bavail * figures.f_frsize
         return no_room(length_bytes, on_loop(held()), free_bytes, state.settings.cache)
 
-    custody = importing.Custody(
+    custody = Custody(
         claim=lambda offset: on_loop(claim(offset)),
         release=lambda offset: on_loop(release(offset)),
         room=room,
         taken=lambda record: on_loop(taken(record)),
     )
     try:
-        return importing.Import(state.dependencies.store, custody, state.clock()).take(
-            cast(IO[bytes], upload)
-        )
+        return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], upload))
     finally:
         upload.close()

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from gup.cache.state import MEMORY_SECONDS, Hold, Told
+from gup.cache.records import MEMORY_SECONDS, Hold, Told
 from gup.content.key import ContentKey
 from gup.errors import Problem
 from gup.jsonmodel import MAX_INTEGER

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gup.cache.chunks import read_aside
-from gup.cache.part import survey
+from gup.cache.part_file import survey
 from gup.cache.prior import demoted
-from gup.cache.record import Record
-from gup.cache.state import FillState, Phase
+from gup.cache.records import FillState, Phase, Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey
 

@@ -1,17 +1,18 @@
-"""The file by which workers learn what the controller read of the catalogues; fetches and decides nothing.
-
-`run/catalogs.json` holds the last good catalogue of each upstream, replaced atomically by the controller
-alone. It outlives restarts: the rules bind before any manager has answered.
-"""
+"""Managers' catalogues: read through the store, kept for the workers, asked how a moniker is spelled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from gup.content.catalog import Listed
+from gup.cache.body import Body, read_whole
+from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
+from gup.content.key import Variant
+from gup.content.routes import Route, Routes
+from gup.errors import Problem
 from gup.fsutil import replace_file
+from gup.upstream.download import Fetched
 
 FILE = "catalogs.json"
 _FORMAT = 1
@@ -71,3 +72,52 @@ def write_kept(run: Path, kept: Mapping[str, Kept]) -> None:
     document = {"format": _FORMAT, "upstreams": {name: one.to_json() for name, one in kept.items()}}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     replace_file(run / FILE, text.encode())
+
+
+_CATALOG = Routes().route(CATALOG_PATH)
+
+
+class _Opened(Protocol):
+    @property
+    def body(self) -> Body: ...
+
+
+Open = Callable[[Route, Variant], Awaitable[_Opened]]
+"""Cache.open."""
+
+
+async def read_catalogue(open_: Open, variant: Variant) -> Fetched:
+    """The catalogue of the variant's manager, with upstream's validators. Problem when it can't be had."""
+    opened = await open_(_CATALOG, variant)
+    try:
+        text = await read_whole(opened.body, MAX_CATALOG_BYTES)
+        if len(text) < MAX_CATALOG_BYTES and len(text) != opened.body.end():
+            raise Problem("upstream-bad-body", f"{CATALOG_PATH} broke off")  # the rest may be what matters
+        head = opened.body.head
+        return Fetched(text, head.upstream_etag, head.last_modified)
+    finally:
+        opened.body.leave()
+
+
+async def spell(open_: Open, route: Route, variant: Variant) -> str | None:
+    """The path with the moniker as the manager's catalogue spells it, or in upper case without one.
+
+    An upstream's file system may tell upper from lower case; clients' spellings differ (FIELD).
+    """
+    if not route.stream.startswith("{"):
+        return None
+    listed = await _catalog(open_, variant)
+    if listed is None:
+        return respelled(route.upstream_path, route.stream)
+    row = listed.get(route.stream)
+    return respelled(route.upstream_path, row.moniker) if row is not None else None
+
+
+async def _catalog(open_: Open, variant: Variant) -> Mapping[str, Listed] | None:
+    """The catalogue of the variant's manager; None when it has none or can't be asked."""
+    try:
+        fetched = await read_catalogue(open_, variant)
+    except Problem:
+        return None
+    assert fetched.text is not None
+    return parse_catalog(fetched.text)

@@ -1,7 +1,8 @@
-"""Claims: which process may fetch a key. Kernel byte-range locks on one file that is never written to."""
+"""Locks that all processes share: claims of keys, and slots for work that is limited on the whole machine."""
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from gup.fsutil import is_range_locked, lock_range, unlock_range
@@ -62,3 +63,33 @@ class Claims:
         """Give up all claims."""
         os.close(self._fd)
         self._held.clear()
+
+
+class Slots:
+    """`count()` byte locks from `first` on: each is one place, freed by the kernel if its holder dies."""
+
+    def __init__(self, claims: Claims, first: int, count: Callable[[], int]) -> None:
+        self._claims = claims
+        self._first = first
+        self._count = count
+
+    def count(self) -> int:
+        """How many places there are, taken or not."""
+        return self._count()
+
+    def try_take(self, most: int | None = None) -> int | None:
+        """A place, if one is free this instant; with `most`, one of the first so many."""
+        count = self._count() if most is None else min(most, self._count())
+        for place in range(self._first, self._first + count):
+            if self._claims.try_claim(place):
+                return place
+        return None
+
+    def give_back(self, place: int) -> None:
+        self._claims.release(place)
+
+    def taken(self) -> int:
+        """How many places all processes hold at this moment: a system call for each, if there are any."""
+        if not self._claims.any_taken(self._first, self._count()):
+            return 0
+        return sum(self._claims.taken(place) for place in range(self._first, self._first + self._count()))
