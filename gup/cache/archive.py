@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import gup
-from gup.cache.chunks import CHUNK_BYTES, ChunkSums, read_aside
-from gup.cache.records import MAX_RECORD_BYTES, Record
+from gup.cache.chunks import read_aside
+from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
 from gup.cache.store import OpenFile, Store
 from gup.content.key import ContentKey
 from gup.errors import GupError

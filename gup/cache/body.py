@@ -2,15 +2,9 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from gup.cache.records import Head
-from gup.content.key import ContentKey, Kind
-
-if TYPE_CHECKING:
-    from gup.cache.open_entries import Entry
 
 CUT = -1
 """What `available` answers when the rest will never come: the connection is to be cut."""
@@ -69,27 +63,3 @@ async def read_whole(body: Body, most: int) -> bytes:
         body.wait(len(got), woken.set)
         await woken.wait()
     return bytes(got)
-
-
-class Result(StrEnum):
-    """How a request came to its body: label `result` of the metrics."""
-
-    HIT = "hit"
-    MISS = "miss"
-    COLLAPSED = "collapsed"
-    REVALIDATED = "revalidated"
-    STALE = "stale"
-    BYPASS = "bypass"
-
-
-@dataclass(slots=True)
-class Opened:
-    """A body to read, and how the request came to it. `ranges`: whether spans of it may be served."""
-
-    body: Body
-    result: Result
-    key: ContentKey
-    kind: Kind
-    age_seconds: int = 0
-    ranges: bool = True
-    entry: "Entry | None" = None

@@ -7,20 +7,18 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
-from gup.cache.ahead import hurry, outcome
-from gup.cache.body import Opened, Result
 from gup.cache.catalog_cache import spell
 from gup.cache.disk import DiskError, on_disk
-from gup.cache.fill import Leader
-from gup.cache.flight import PRIORITIES, Flight, Landing, Means
-from gup.cache.follow import Follower
+from gup.cache.follower import Follower
 from gup.cache.growing_body import GrowingBody
+from gup.cache.inflight import PRIORITIES, Flight, Landing, Means, hurry, outcome
+from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.negative_cache import Failures
-from gup.cache.open_entries import Entries, Entry
+from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import Alone
-from gup.cache.prior import is_fresh, load_sound, note_damage, route_of_record
 from gup.cache.records import Head, Record
+from gup.cache.recovery import is_fresh, load_sound, note_damage, route_of_record
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gup.cache.chunks import read_aside
 from gup.cache.part_file import survey
-from gup.cache.prior import demoted
 from gup.cache.records import FillState, Phase, Record
+from gup.cache.recovery import demoted
 from gup.cache.store import Store
 from gup.content.key import ContentKey
 

@@ -6,16 +6,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypeVar
 
-from gup.cache.body import CUT, Callback
-from gup.cache.chunks import CHUNK_BYTES, in_page_cache, is_chunk_sound, span_of
+from gup.cache.body import CUT, Body, Callback
+from gup.cache.chunks import in_page_cache, is_chunk_sound, span_of
 from gup.cache.disk import on_disk
 from gup.cache.durability import read_mark
-from gup.cache.flight import Means
-from gup.cache.records import Record
+from gup.cache.inflight import Means
+from gup.cache.records import CHUNK_BYTES, Record
 from gup.cache.store import OpenFile
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Kind
 
 _WARM_SECONDS = 30.0
 """A chunk sent within this time is taken to be in the page cache still."""
@@ -289,3 +291,27 @@ class Entries:
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         return await on_disk(self._means.executor, work, *arguments)
+
+
+class Result(StrEnum):
+    """How a request came to its body: label `result` of the metrics."""
+
+    HIT = "hit"
+    MISS = "miss"
+    COLLAPSED = "collapsed"
+    REVALIDATED = "revalidated"
+    STALE = "stale"
+    BYPASS = "bypass"
+
+
+@dataclass(slots=True)
+class Opened:
+    """A body to read, and how the request came to it. `ranges`: whether spans of it may be served."""
+
+    body: Body
+    result: Result
+    key: ContentKey
+    kind: Kind
+    age_seconds: int = 0
+    ranges: bool = True
+    entry: Entry | None = None

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gup.cache.chunks import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.disk import on_disk
+from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
 from gup.fsutil import start_writeback
 

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from gup.cache.body import CUT, Callback, Opened, Result
-from gup.cache.flight import Means
+from gup.cache.body import CUT, Callback
 from gup.cache.growing_body import GrowingBody, Reader
+from gup.cache.inflight import Means
 from gup.cache.locks import Slots
 from gup.cache.negative_cache import Failures
+from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.records import Head, head_of
 from gup.content.key import Variant

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.chunks import CHUNK_BYTES, sound_chunks
+from gup.cache.chunks import sound_chunks
 from gup.cache.demotions import Demotions
 from gup.cache.locks import Claims
-from gup.cache.records import MAX_RECORD_BYTES, MAX_STATE_BYTES, FillState, Record
+from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, MAX_STATE_BYTES, FillState, Record
 from gup.content.key import ContentKey
 from gup.errors import StoreError
 from gup.fsutil import sync_file_system, sync_folder, write_all

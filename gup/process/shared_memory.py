@@ -47,7 +47,7 @@ MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
 """Two words: the WAN's time clock and virtual clock, see gup.upstream.bandwidth."""
 FILL_HELD = WAN_CLOCK + 2
-"""First of one word per class of fill slots: see gup.cache.backlog."""
+"""First of one word per class of fill slots: see gup.cache.scheduler."""
 MEMORY = 64
 """First of the words of the table of memory files: see gup.cache.memory_files."""
 MEMORY_ROWS = 64
@@ -70,7 +70,7 @@ class Row(IntEnum):
     FILL_TURNS = 4
     """Rank of the first waiter for a fill slot."""
     FILL_BACKLOG = 5
-    """Number of waiting fills: see gup.cache.backlog."""
+    """Number of waiting fills: see gup.cache.scheduler."""
 
 
 def page_words(blocks: int) -> int:

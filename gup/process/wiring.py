@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from gup import __version__, config, log
-from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.cache import Cache
 from gup.cache.disk_space import Space
-from gup.cache.flight import Means
+from gup.cache.inflight import Means
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles
-from gup.cache.queue import FillQueue
+from gup.cache.scheduler import CLASSES, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.process.child import Parent

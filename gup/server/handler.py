@@ -7,7 +7,7 @@ from typing import Any
 
 from gup import config
 from gup.cache.cache import Cache, Opened, Result
-from gup.cache.flight import Means
+from gup.cache.inflight import Means
 from gup.content.routes import Route, Routes, parse_target
 from gup.content.variant_choice import Choice
 from gup.errors import Problem, exhausted, is_exhausted

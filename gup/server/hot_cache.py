@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gup.cache.chunks import CHUNK_BYTES
 from gup.cache.open_entries import Entry
+from gup.cache.records import CHUNK_BYTES
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.server.ranges import Span

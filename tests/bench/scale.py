@@ -24,8 +24,7 @@ from bench.measure import cpu_seconds, forget_peaks, median, resident_bytes
 from bench.rig import KIB, Rig, fetch, put, rig, sized_path
 from bench.servers import GupCache, Server
 from bench.table import Table, verdict
-from gup.cache.chunks import ChunkSums
-from gup.cache.records import Head, Record
+from gup.cache.records import ChunkSums, Head, Record
 from gup.cache.store import Store
 from gup.content.key import Variant
 from gup.content.routes import Routes

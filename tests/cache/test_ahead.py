@@ -7,7 +7,7 @@ from harness.caches import path_of, read, route, working
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.trees import noise
 
-from gup.cache.body import Result
+from gup.cache.open_entries import Result
 from gup.content.key import Variant
 from gup.errors import Problem
 from gup.upstream.bandwidth import Share

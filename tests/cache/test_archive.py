@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gup.cache.archive import FIRST, LAST, ArchiveError, Custody, Import, Imported, summary, written
-from gup.cache.chunks import ChunkSums, seal
 from gup.cache.integrity import check_entry, contents
-from gup.cache.records import FillState, Head, Phase, Record
+from gup.cache.records import ChunkSums, FillState, Head, Phase, Record, seal
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of

@@ -6,10 +6,9 @@ import time
 import pytest
 from harness.harm import flip
 
-from gup.cache.chunks import CHUNK_BYTES, ChunkSums
 from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.part_file import survey
-from gup.cache.records import FillState, Head, Phase, Record
+from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of

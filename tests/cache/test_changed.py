@@ -9,7 +9,7 @@ from harness.caches import Cut, path_of, read, route, working
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.trees import noise
 
-from gup.cache.chunks import CHUNK_BYTES
+from gup.cache.records import CHUNK_BYTES
 from gup.content.key import Variant
 
 FILE, INDEX = path_of("full.dax"), "/content/ContentInfo.txt"

@@ -11,8 +11,8 @@ from harness.harm import flip, only, scribble
 from harness.scripted import Answer, Gate
 
 from gup.cache.cache import Result
-from gup.cache.chunks import CHUNK_BYTES
 from gup.cache.durability import Mark, boot_id, write_mark
+from gup.cache.records import CHUNK_BYTES
 from gup.content.key import Variant
 from gup.errors import Problem
 from gup.upstream.download import OVERLAP_BYTES

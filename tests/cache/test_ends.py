@@ -10,8 +10,8 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.trees import noise, zip_of
 
 from gup.cache.cache import Result
-from gup.cache.chunks import CHUNK_BYTES, chunk_sum
-from gup.cache.fill import Leader
+from gup.cache.leader import Leader
+from gup.cache.records import CHUNK_BYTES, chunk_sum
 from gup.cache.recovery import Recovery
 from gup.cache.store import Store
 from gup.content.key import Variant

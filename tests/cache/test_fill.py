@@ -11,9 +11,8 @@ from harness.caches import MONIKER, Cut, path_of, read, route, working
 from harness.scripted import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
-from gup.cache.chunks import CHUNK_BYTES, seal, unseal
-from gup.cache.prior import renew
-from gup.cache.records import FillState, Phase
+from gup.cache.records import CHUNK_BYTES, FillState, Phase, seal, unseal
+from gup.cache.recovery import renew
 from gup.content.catalog import CATALOG_PATH
 from gup.content.key import ContentKey, Variant
 from gup.errors import Problem

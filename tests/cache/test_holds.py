@@ -2,9 +2,8 @@
 
 import pytest
 
-from gup.cache.chunks import seal, unseal
 from gup.cache.negative_cache import LONGEST_HOLD_SECONDS, Holds
-from gup.cache.records import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase
+from gup.cache.records import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase, seal, unseal
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError

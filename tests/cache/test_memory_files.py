@@ -15,12 +15,11 @@ from harness.caches import Cut, path_of, read, route, working
 from harness.scripted import Answer, Gate
 from harness.trees import noise
 
-from gup.cache.body import Result
-from gup.cache.chunks import CHUNK_BYTES
 from gup.cache.growing_body import GrowingBody
 from gup.cache.memory_files import ROW_WORDS, STEP_BYTES, MemoryFile, MemoryFiles, MemoryFull
+from gup.cache.open_entries import Result
 from gup.cache.part_file import PartWriter
-from gup.cache.records import FillState, Head, Phase
+from gup.cache.records import CHUNK_BYTES, FillState, Head, Phase
 from gup.content.key import ContentKey, Kind, Variant
 from gup.errors import Problem
 

@@ -5,9 +5,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.locks import Claims, Slots
-from gup.cache.queue import FillQueue
+from gup.cache.scheduler import CLASSES, Backlog, FillQueue
 from gup.upstream.bandwidth import Turns
 
 DELTA, INDEX, FULL, PREFETCH = range(4)
@@ -171,7 +170,7 @@ async def test_who_waits_in_vain_is_told_when_that_is_known(site):
 
 
 async def test_the_queue_is_bounded(site, monkeypatch):
-    monkeypatch.setattr("gup.cache.queue._MOST_WAITING", 3)
+    monkeypatch.setattr("gup.cache.scheduler._MOST_WAITING", 3)
     async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
         await hold(stack, site.queues[0], FULL, 2)
         for _ in range(3):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.cache.chunks import CHUNK_BYTES, seal
 from gup.cache.negative_cache import told_by
 from gup.cache.records import (
+    CHUNK_BYTES,
     MAX_BODY_BYTES,
     MAX_RECORD_BYTES,
     MAX_STATE_BYTES,
@@ -23,6 +23,7 @@ from gup.cache.records import (
     Phase,
     Record,
     head_of,
+    seal,
 )
 from gup.cache.store import Store
 from gup.content.key import BadKeyError, ContentKey, Kind

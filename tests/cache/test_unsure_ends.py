@@ -5,8 +5,8 @@ from harness.caches import Cut, path_of, read, route, working
 from harness.raw import Over, RawUpstream, Talk, ok
 from harness.trees import noise, zip_of
 
-from gup.cache.body import Result
 from gup.cache.catalog_cache import read_catalogue
+from gup.cache.open_entries import Result
 from gup.content.key import Variant
 from gup.errors import Problem
 from gup.upstream.download import fetch_catalogue

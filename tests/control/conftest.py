@@ -15,9 +15,8 @@ import aiohttp
 import pytest
 from blockbuster import blockbuster_ctx
 
-from gup.cache.chunks import ChunkSums
 from gup.cache.locks import Claims
-from gup.cache.records import FillState, Head, Phase, Record
+from gup.cache.records import ChunkSums, FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.key import ContentKey, Kind

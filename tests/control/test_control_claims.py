@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gup.cache.chunks import seal
-from gup.cache.records import FillState, Phase
+from gup.cache.records import FillState, Phase, seal
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
 from gup.control.reconcile import BusyError, change, to_its_end

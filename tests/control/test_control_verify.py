@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from gup.cache.chunks import CHUNK_BYTES
+from gup.cache.records import CHUNK_BYTES
 from gup.control.integrity_jobs import Pass
 from gup.errors import Problem
 

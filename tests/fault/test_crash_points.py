@@ -26,8 +26,7 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
 from harness.trees import zip_of
 
-from gup.cache.chunks import CHUNK_BYTES
-from gup.cache.records import Record
+from gup.cache.records import CHUNK_BYTES, Record
 from gup.cache.store import Store
 from gup.control.index import Index
 from gup.control.reconcile import reconcile

@@ -8,14 +8,13 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gup.cache.backlog import Backlog
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
 from gup.cache.disk_space import Space
-from gup.cache.flight import Means
+from gup.cache.inflight import Means
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import ROW_WORDS, MemoryFiles
-from gup.cache.queue import FillQueue
+from gup.cache.scheduler import Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Settings

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from gup.cache.chunks import CHUNK_BYTES, chunk_sum
-from gup.cache.records import FillState, Record
+from gup.cache.records import CHUNK_BYTES, FillState, Record, chunk_sum
 from gup.cache.store import Store
 from gup.content.key import ContentKey
 

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gup.cache.backlog import CLASSES
+from gup.cache.scheduler import CLASSES
 from gup.errors import StoreError
 from gup.metrics import BY_NAME
 from gup.process import shared_memory as module

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gup.cache.chunks import ChunkSums
 from gup.cache.open_entries import Entry
-from gup.cache.records import Head, Record
+from gup.cache.records import ChunkSums, Head, Record
 from gup.cache.store import OpenFile
 from gup.client_names import ClientNames
 from gup.config import Settings

@@ -1,4 +1,4 @@
-"""What all who want one missing body in one process share: where its fill stands; does no work itself."""
+"""The fills that a process leads or follows, one a key, and what they need to do their work."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,8 +11,8 @@ from gup.cache.disk_space import Space
 from gup.cache.growing_body import GrowingBody
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
-from gup.cache.queue import FillQueue
 from gup.cache.records import Record
+from gup.cache.scheduler import FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.content.key import ContentKey, Kind, Variant
@@ -185,3 +185,32 @@ class Flight:
     def _settle(self) -> None:
         if self._settled is not None:
             self._settled.set()
+
+
+def hurry(means: Means, flight: Flight) -> None:
+    """Somebody waits for it from now on."""
+    if flight.ahead:
+        flight.ahead = False
+        flight.share.priority = PRIORITIES[flight.route.kind]
+        means.pool.wan.sort_anew(flight.share)
+
+
+async def outcome(flight: Flight) -> bool:
+    """Wait for its end; whether this process fetched it. Problem when it is not stored now."""
+    await flight.ended.wait()
+    if flight.problem is not None:
+        raise flight.problem.again()
+    if flight.landing is Landing.UNSTORABLE:
+        raise Problem("overloaded", "it can't be stored: it is too large, or the disk refuses it")
+    return flight.fetched
+
+
+def committed(record: Record, *, replaced: bool) -> dict[str, object]:
+    """The event that tells the controller of a new body."""
+    return {
+        "type": "committed",
+        "key": record.key.text,
+        "length": record.length,
+        "replaced": replaced,
+        "kind": str(record.kind),
+    }

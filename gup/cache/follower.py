@@ -1,13 +1,13 @@
-"""The follower's way of a fill: watches what a leader in another process writes; writes nothing itself."""
+"""The follower of a fill: watches what a leader in another process writes."""
 
 import asyncio
 import contextlib
 import logging
 import os
 
-from gup.cache.ahead import Want
-from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing_body import GrowingBody
+from gup.cache.inflight import Flight, Landing, Means
+from gup.cache.locks import want_offset
 from gup.cache.memory_files import Row
 from gup.cache.records import FillState, Phase
 from gup.cache.store import OpenFile
@@ -210,3 +210,24 @@ class Follower:
             return self._means.store.load_state(self._flight.key.id)
         except ValueError:
             return None  # whoever claims the key next looks into it
+
+
+class Want:
+    """Tells the leader in another process that somebody waits here. Held until `drop`."""
+
+    def __init__(self, means: Means, flight: Flight) -> None:
+        self._means = means
+        self._flight = flight
+        self._offset = want_offset(flight.key.id)
+        self._held = False
+
+    def tell(self) -> None:
+        """Take the lock when somebody waits; another process's does as well. Cheap (one system call)."""
+        if not self._held and self._flight.wanted:
+            with contextlib.suppress(OSError):  # the kernel has no lock left: the fill is only not hurried
+                self._held = self._means.claims.try_claim(self._offset)
+
+    def drop(self) -> None:
+        if self._held:
+            self._held = False
+            self._means.claims.release(self._offset)

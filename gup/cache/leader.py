@@ -1,32 +1,42 @@
-"""The leader's way of a fill: from the claim to the commit, or to the reason why not; serves nobody itself.
+"""The leader of a fill: from the claim to the commit, or to the reason why not.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.records holds the table). The
-caller holds the key's claim while `Leader.run` runs. Whatever the disk refuses ends in `_without_disk`.
+caller holds the key's claim while `Leader.run` runs. What the disk refuses goes on in a memory file.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.ahead import Courtesy
-from gup.cache.asking import Reread, check_structure, download_of, holds_of, stand_seconds
-from gup.cache.chunks import CHUNK_BYTES
-from gup.cache.commit import begun, commit, tell_commit, tell_failure
 from gup.cache.demotions import BadDiskError
 from gup.cache.disk import DiskError, on_disk
 from gup.cache.disk_space import STEP_BYTES, Room, Unstorable, refusal
-from gup.cache.ends import log_end
-from gup.cache.flight import Flight, Landing, Means
 from gup.cache.growing_body import GrowingBody
+from gup.cache.inflight import PRIORITIES, Flight, Landing, Means, committed, hurry
 from gup.cache.locks import want_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
-from gup.cache.part_file import PartWriter, Salvage, WriteBehind
-from gup.cache.prior import (
+from gup.cache.negative_cache import Holds
+from gup.cache.part_file import ZIP_TAIL_BYTES, PartWriter, Salvage, WriteBehind, zip_end_is_right
+from gup.cache.records import (
+    CHUNK_BYTES,
+    Failure,
+    FillState,
+    Head,
+    Hold,
+    Phase,
+    Record,
+    absent,
+    head_of,
+    may_move,
+    remote_of,
+)
+from gup.cache.recovery import (
     Damage,
     Prior,
     drop_parts,
@@ -38,17 +48,27 @@ from gup.cache.prior import (
     save_failure,
     validated_at,
 )
-from gup.cache.records import Failure, FillState, Head, Phase, Record, absent, head_of, may_move, remote_of
-from gup.cache.store import OpenFile
+from gup.cache.scheduler import Place
+from gup.cache.store import OpenFile, Store
+from gup.content.key import ContentKey, Kind
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, unconfirmed
+from gup.upstream.session import Ask, Upstream
 
 log = logging.getLogger("gup.fill")
+
+_LOOK_SECONDS = 0.02
+"""Between two looks at what others do: a client that asks waits no longer for its fill to be hurried."""
+
 
 _MOST_CHANGES = 2
 """So often upstream may have another body while one is being fetched, before the fill is given up."""
 _Result = TypeVar("_Result")
+
+
+Reread = Callable[[int, int], Awaitable[bytes]]
+"""Gives back so many bytes from an offset on that were received before."""
 
 
 class Leader:
@@ -764,3 +784,231 @@ class Leader:
     async def _on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         """In a thread, and once more when the disk was full and something could be evicted."""
         return await self._room.twice(lambda: self._in_thread(work, *arguments))
+
+
+class Courtesy:
+    """One leader's. The WAN's order alone would not do: without a rate, or with one that is higher than what
+    the link carries, there is none.
+    """
+
+    def __init__(self, means: Means, flight: Flight) -> None:
+        self._means = means
+        self._flight = flight
+        self._next_look = 0.0
+        self._place: Place | None = None
+        self._had_place = False
+        """Whether it has had one already: then it is not the queue that its clients have waited for."""
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[bool]:
+        """Hold a place to fill for the block, or until it is left; False when there is none in time.
+
+        A fill ahead needs none: it streams only while nobody else does, and its caller begins few at once.
+        """
+        means, flight = self._means, self._flight
+        if flight.ahead:
+            watching = asyncio.get_running_loop().create_task(self._watch())
+            try:
+                yield True
+            finally:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
+            return
+        waited_seconds = 0.0 if self._had_place else means.clock() - flight.since
+        async with means.queue.held(
+            PRIORITIES[flight.route.kind], waited_seconds, inherits=flight.inherits, patient=flight.patient
+        ) as held:
+            self._place = held
+            self._had_place = held is not None
+            yield self._had_place
+
+    def leave_place(self) -> None:
+        """The fill needs nothing more of the link."""
+        if self._place is not None:
+            self._place.leave()
+
+    async def _watch(self) -> None:
+        """Until another process's client wants the body: that process holds the lock beside the claim."""
+        offset = want_offset(self._flight.key.id)
+        while self._flight.ahead:
+            if self._means.claims.taken(offset):
+                hurry(self._means, self._flight)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def give_way(self) -> None:
+        """Return when no other fill streams or waits; at once when somebody waits for this one."""
+        while self._flight.ahead and self._means.clock() >= self._next_look:
+            if self._means.queue.idle():
+                self._next_look = self._means.clock() + _LOOK_SECONDS
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+def holds_of(means: Means, flight: Flight, rows: Iterable[Hold]) -> Holds:
+    """The upstreams that a flight's key is not asked for; what is found wrong is told to the controller."""
+
+    def tell(upstream: str, detail: str) -> None:
+        means.tell({"type": "rejected", "key": flight.key.text, "upstream": upstream, "detail": detail})
+
+    return Holds(rows, means.settings.cache.error_ttl, means.clock, tell)
+
+
+def stand_seconds(means: Means, flight: Flight, holds: Holds, failure: UpstreamFailure) -> float:
+    """How long no upstream is to be asked for a flight's body again after it has failed so.
+
+    What took all upstreams down needs no memory of each key: the pool knows.
+    """
+    if failure.slug == "overloaded":
+        return 0.0
+    candidates = means.pool.candidates(flight.variant, flight.key.text)
+    waits = [holds.seconds_left(upstream.name) for upstream in candidates]
+    if waits and all(waits):
+        return min(waits)
+    return 0.0 if failure.outcome == "unreachable" else means.settings.cache.error_ttl
+
+
+def download_of(
+    means: Means,
+    flight: Flight,
+    path: str,
+    reread: Reread,
+    begun: Begun | None,
+    record: Record | None,
+    holds: Holds,
+) -> Download:
+    """The download of a flight's body, or of its rest; with `record`, only if upstream has another by now.
+
+    UpstreamFailure when none is up, or all are on hold.
+    """
+    route, variant, via = flight.route, flight.variant, flight.via
+    resuming = begun is not None and flight.is_read
+    chosen, reserve = means.pool.chosen(variant, flight.key.text, via, resuming=resuming)
+    if not chosen:
+        raise Problem("no-upstream", f"no upstream has {variant}")
+    upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
+    if not upstreams:
+        raise _on_hold(chosen, holds)
+    conditional = record is not None and begun is None
+    ask = Ask(
+        path=path,
+        purpose=_purpose(flight),
+        stream=counted_as(means, flight),
+        if_none_match=record.upstream_etag if conditional and record else None,
+        if_modified_since=record.last_modified if conditional and record else None,
+        share=flight.share,
+        via=via,
+        client=flight.client,
+    )
+    return Download(
+        means.pool,
+        upstreams,
+        ask,
+        means.counters,
+        immutable=route.immutable,
+        reread=reread,
+        begun=begun,
+        reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
+        is_read=lambda: flight.is_read,
+        holds=holds,
+        clock=means.clock,
+    )
+
+
+def _on_hold(upstreams: Sequence[Upstream], holds: Holds) -> UpstreamFailure:
+    names = ", ".join(upstream.name for upstream in upstreams)
+    return UpstreamFailure(
+        "error",
+        "upstream-error",
+        f"{names}: not asked for this again yet, as it said or since what it sent was wrong",
+        again=False,
+        retry_after_seconds=min(holds.seconds_left(upstream.name) for upstream in upstreams),
+    )
+
+
+def _purpose(flight: Flight) -> str:
+    """What the bytes are counted under: what began ahead stays so when somebody asks for it meanwhile."""
+    if flight.repairs:
+        return "repair"
+    if flight.ahead:
+        return "prefetch"
+    return "index" if flight.route.kind is Kind.INDEX else "fill"
+
+
+def counted_as(means: Means, flight: Flight) -> tuple[int, str]:
+    """Number of the stream and kind that a flight's bytes are counted under."""
+    return means.streams.number(flight.key), str(flight.route.kind)
+
+
+async def check_structure(means: Means, flight: Flight, received: int, reread: Reread) -> None:
+    """UpstreamFailure when a whole body of `received` bytes can't be what its name says."""
+    file = flight.key.file
+    if not file.lower().endswith(".zip"):
+        return
+    start = max(0, received - ZIP_TAIL_BYTES)
+    if not zip_end_is_right(await reread(start, received - start)):
+        means.counters.waste("rejected", counted_as(means, flight), received)
+        raise UpstreamFailure(
+            "rejected",
+            "upstream-bad-body",
+            f"what came as {file} does not end as a ZIP file does",
+            again=False,
+        )
+
+
+_TRIES = 50
+_PAUSE_SECONDS = 0.2
+
+
+def begun(key: ContentKey, kind: Kind, path: str) -> dict[str, object]:
+    """The event that tells the controller of a body that clients asked for and that has begun to arrive."""
+    return {"type": "begun", "key": key.text, "kind": str(kind), "path": path}
+
+
+def tell_failure(means: Means, flight: Flight, problem: Problem, seconds: float) -> None:
+    """Tell the log, and the controller of what clients asked for: it knows what it fetches ahead."""
+    log_end("failed", flight.key, seconds, problem=problem.slug, detail=problem.detail)
+    if not flight.ahead:
+        means.tell(
+            {"type": "failed", "key": flight.key.text, "problem": problem.slug, "detail": problem.detail}
+        )
+
+
+def commit(store: Store, record: Record) -> bool:
+    """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
+
+    The body's readers have it by now and wait for nothing: rather than to fetch it again it is worth waiting
+    until there is a descriptor. Each try goes on where the last one ended.
+    """
+    for tries_left in range(_TRIES, -1, -1):
+        try:
+            replaced = store.commit(record)
+            break
+        except OSError as error:
+            if not tries_left or not is_exhausted(error):
+                raise
+        time.sleep(_PAUSE_SECONDS)
+    store.drop_journal(record.key.id, record.generation)
+    return replaced
+
+
+def tell_commit(means: Means, record: Record, *, replaced: bool, seconds: float, upstream: str) -> None:
+    """Tell everybody of a new body: other processes, the controller, metrics and the log."""
+    if replaced:
+        means.raise_store_epoch()
+    means.counters.add("gup_fills_total", outcome="committed")
+    means.counters.observe("gup_fill_duration_seconds", seconds)
+    means.tell(committed(record, replaced=replaced))
+    log_end("stored", record.key, seconds, bytes=record.length, upstream=upstream)
+
+
+_USUAL = frozenset({"upstream-not-found", "upstream-gone"})
+"""Upstream need not have what clients ask for: no reason to be warned."""
+
+
+def log_end(outcome: str, key: ContentKey, seconds: float, **told: object) -> None:
+    """`seconds` since the claim; `told` is what else there is to say of such an end."""
+    good = outcome in ("stored", "validated") or told.get("problem") in _USUAL
+    level = logging.INFO if good else logging.WARNING
+    given = {"outcome": outcome, "key": key.text, **told, "seconds": round(seconds, 6)}
+    log.log(level, "fill", extra=given)
