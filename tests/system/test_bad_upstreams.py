@@ -37,6 +37,7 @@ def site(folder: Path, *urls: str, cache: dict[str, object] | None = None) -> It
                 "priority": number,
                 "connect_timeout": "500ms",
                 "read_timeout": "700ms",
+                "first_byte_timeout": "700ms",
                 "give_up": "2s",
                 "health_interval": "0s",
             }
