@@ -38,7 +38,7 @@ def content_key(revision: str = "260101001", file: str = "full.zip", **parts: st
 
 def commit(store: Store, key: ContentKey, body: bytes, kind: Kind = Kind.FULL, at: float = 1000.0) -> Record:
     """Bring an entry into the store the way a fill does."""
-    generation = time.time_ns() // 1000
+    generation = time.time_ns()
     store.part_path(key.id, generation).write_bytes(body)
     sums = ChunkSums()
     sums.add(body)

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gup.cache.record import Head, Record
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.content.key import ContentKey, Kind
@@ -20,10 +21,10 @@ def row(revision="260101001", kind=Kind.FULL, size=100, age=0.0, *, pinned=False
     return make_row(key, kind, size, stored_at=NOW - age, used_at=NOW - age, pinned=pinned)
 
 
-def part(number=1, size=100, age=0.0, *, claimed=False, phase=None):
+def part(number=1, size=100, age=0.0, *, claimed=False, phase=None, record=None):
     id_ = f"{number:032x}"
     key = ContentKey("v", "l", "{S}", "260101001", f"p{number}")
-    state = FillState(key, Kind.FULL, 1, phase) if phase else None
+    state = FillState(key, Kind.FULL, 1, phase, record=record) if phase else None
     return Part(id_, 1, size, NOW - age, claimed, state)
 
 
@@ -113,7 +114,11 @@ def test_only_as_much_as_needed_goes(given_limits, reasons):
 
 
 def test_a_whole_body_waiting_for_its_commit_is_not_taken_for_space():
-    assert plan_evictions([], [part(phase=Phase.COMMITTED)], limits(size=0), NOW) == []
+    sums = (1,)
+    head = Head(100, '"tag"', "application/zip", None, "manager", None)
+    record = Record.of(ContentKey("v", "l", "{S}", "260101001", "p1"), Kind.FULL, head, sums, 1.0, 1)
+    assert plan_evictions([], [part(phase=Phase.COMMITTED, record=record)], limits(size=0), NOW) == []
+    assert len(plan_evictions([], [part(phase=Phase.STREAMING)], limits(size=0), NOW)) == 1
 
 
 rows_strategy = st.lists(
