@@ -16,7 +16,7 @@ from gup.control.events import Committed, Failed, FullRequests, Need, UpstreamTr
 from gup.control.index import Index, Row, make_row
 from gup.control.integrity_jobs import Pass
 from gup.control.prefetch import PrefetchQueue
-from gup.control.stats.clients import ClientWindows
+from gup.control.stats.client_records import ClientWindows
 from gup.control.traffic import newest_times, revision_time
 from gup.jsonmodel import InvalidError
 
