@@ -27,7 +27,7 @@ STILL_CIRCULAR = {
 }
 """Groups of modules that import each other. Only ever made fewer."""
 
-STILL_RECURRING = {"connection", "entries", "state"}
+STILL_RECURRING = {"entries", "state"}
 """Names of modules that recur in several packages. Only ever made shorter."""
 
 METRIC_NAMES = {f"{metric}{part}" for metric in BY_NAME for part in ("", "_bucket", "_sum", "_count")}

@@ -16,9 +16,8 @@ from gup.cache.slots import Slots
 from gup.content.key import Variant
 from gup.content.routes import Route
 from gup.errors import Problem
-from gup.upstream.connection import Answer, Ask
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
-from gup.upstream.validators import Validators
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
+from gup.upstream.session import Answer, Ask
 
 _RATE_KNOWN_SECONDS = 0.5
 """A fill's rate means nothing before it has gone on for so long."""

@@ -9,9 +9,9 @@ from gup.cache.record import Record
 from gup.cache.state import Hold
 from gup.content.key import Kind
 from gup.errors import Problem
-from gup.upstream.connection import Ask, Upstream
 from gup.upstream.download import Begun, Download
 from gup.upstream.exchange import UpstreamFailure
+from gup.upstream.session import Ask, Upstream
 
 Reread = Callable[[int, int], Awaitable[bytes]]
 """Gives back so many bytes from an offset on that were received before."""

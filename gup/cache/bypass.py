@@ -7,8 +7,8 @@ from collections.abc import Callable
 from gup.cache.body import CUT, Callback
 from gup.cache.part import WITHHELD_BYTES, ZIP_TAIL_BYTES
 from gup.cache.record import Head
-from gup.upstream.connection import Answer
 from gup.upstream.exchange import UpstreamFailure
+from gup.upstream.session import Answer
 
 WINDOW_BYTES = 256 * 1024
 """The most that is held between upstream and the client."""

@@ -8,7 +8,7 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.content.key import Variant
 from gup.content.routes import Route, Routes
 from gup.errors import Problem
-from gup.upstream.catalogue import Fetched
+from gup.upstream.download import Fetched
 
 _CATALOG = Routes().route(CATALOG_PATH)
 

@@ -8,8 +8,7 @@ from gup.cache.state import MEMORY_SECONDS, Hold, Told
 from gup.content.key import ContentKey
 from gup.errors import Problem
 from gup.jsonmodel import MAX_INTEGER
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
-from gup.upstream.validators import bounded
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, bounded
 
 _MOST = 10_000
 LONGEST_HOLD_SECONDS = 900.0

@@ -45,8 +45,7 @@ from gup.cache.state import Failure, FillState, Phase, may_move
 from gup.cache.store import OpenFile
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
-from gup.upstream.validators import Validators
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, unconfirmed
 
 log = logging.getLogger("gup.fill")
 

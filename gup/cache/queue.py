@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from gup.cache.backlog import PRIORITIES, Backlog
 from gup.cache.slots import Slots
 from gup.errors import Problem
-from gup.upstream.turns import Turns, rank
+from gup.upstream.bandwidth import Turns, rank
 
 _BULK_PRIORITY = 2
 """From this priority on a fill is bulk."""

@@ -9,7 +9,7 @@ from gup.cache.record import FORMAT, MAX_RECORD_BYTES, Head, Record, read_key, r
 from gup.content.key import ContentKey, Kind
 from gup.errors import PROBLEMS, Problem
 from gup.jsonmodel import MAX_TIME, InvalidError, Members, number, plain_text, shown, text, whole
-from gup.upstream.validators import Validators
+from gup.upstream.exchange import Validators
 
 MEMORY_SECONDS = 86400.0
 """So long after it was fetched a wrong body is remembered: then it may be fetched once more."""

@@ -163,14 +163,14 @@ def _store(directory: Path) -> "Store":
 @contextmanager
 def _alone(store: "Store") -> Iterator[None]:
     """Hold the locks that a service takes, so that none starts in between; StoreError when one runs."""
-    from gup.process.instance import Instance
+    from gup.process.instance_lock import InstanceLock
 
     store.prepare()
-    instance = Instance(store.run, wait_seconds=0.0)
+    lock = InstanceLock(store.run, wait_seconds=0.0)
     try:
         yield
     finally:
-        instance.close()
+        lock.close()
 
 
 # --- verify

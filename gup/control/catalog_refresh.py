@@ -28,7 +28,7 @@ from gup.content.catalog import (
 )
 from gup.errors import Problem
 from gup.files import FileError, read_file
-from gup.upstream.catalogue import Fetched
+from gup.upstream.download import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
 _log = logging.getLogger("gup.control.catalog_refresh")

@@ -65,7 +65,7 @@ def plan_evictions(
             continue
         if limits.max_part_age_seconds and now - part.modified_at > limits.max_part_age_seconds:
             plan.append(Eviction(part.id, "part", part.size_bytes, part))
-        elif part.size_bytes and not _is_journal(part):
+        elif part.size_bytes and not _is_whole(part):
             spare_parts.append(part)
     spare: list[Row] = []
     for row in entries:
@@ -82,9 +82,12 @@ def plan_evictions(
     return plan
 
 
-def _is_journal(part: Part) -> bool:
-    """Whether this is a whole body whose commit was interrupted: recovery finishes it."""
-    return part.state is not None and part.state.record is not None
+def _is_whole(part: Part) -> bool:
+    """Whether this holds every byte of its body: recovery commits it."""
+    state = part.state
+    if state is None or state.head is None or part.generation != state.generation:
+        return False
+    return part.size_bytes == state.head.length
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:

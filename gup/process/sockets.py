@@ -1,4 +1,4 @@
-"""The listening sockets: bound or taken over here once, then only handed on; accepts no connection."""
+"""The listening sockets: opened by the supervisor, or passed by systemd, and inherited by the children."""
 
 import os
 import socket
@@ -7,22 +7,20 @@ from dataclasses import dataclass
 
 from gup.config import Listen
 from gup.errors import GupError
-from gup.process.notify import PassedSockets
+from gup.process.systemd import PassedSockets
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Open for as long as the service runs, so that connections wait while a child is replaced."""
+    """Open for as long as the service runs: connections wait in their queues while a child is replaced."""
 
     data: tuple[socket.socket, ...]
     admin: tuple[socket.socket, ...]
     shared: bool
-    """Whether every worker listens on all data sockets (systemd's), or each on its own."""
+    """Whether each worker listens on all data sockets (systemd's), or on one of its own."""
 
-    def of_worker(self, slot: int) -> list[int]:
-        if self.shared:
-            return [sock.fileno() for sock in self.data]
-        return [self.data[slot].fileno()]
+    def of_worker(self, number: int) -> list[int]:
+        return [sock.fileno() for sock in (self.data if self.shared else self.data[number : number + 1])]
 
     def of_controller(self) -> list[int]:
         return [sock.fileno() for sock in self.admin]
@@ -37,16 +35,16 @@ class Listeners:
 
 
 def open_listeners(listen: Listen, workers: int, passed: PassedSockets) -> Listeners:
-    """All sockets, listening and non-blocking; GupError names the address that can't be had."""
+    """All sockets, listening and non-blocking. GupError names the address that can't be bound."""
     opened: list[socket.socket] = []
     try:
         if passed.data:
-            opened += (_taken_over(fd, listen.backlog) for fd in passed.data)
+            opened += (_from_systemd(fd, listen.backlog) for fd in passed.data)
         else:
             opened += _bind(listen.address, listen.port, listen.backlog, workers)
         data = len(opened)
         if passed.admin:
-            opened += (_taken_over(fd, listen.backlog) for fd in passed.admin)
+            opened += (_from_systemd(fd, listen.backlog) for fd in passed.admin)
         else:
             opened += _bind(listen.admin_address, listen.admin_port, min(listen.backlog, 128), 1)
     except BaseException:
@@ -57,20 +55,18 @@ def open_listeners(listen: Listen, workers: int, passed: PassedSockets) -> Liste
 
 
 def url(sockets: Sequence[socket.socket], *, tls: bool = False) -> str:
-    """`http://H:P` of the first socket."""
-    scheme = "https" if tls else "http"
+    """The URL of the first socket, or `unix:PATH`."""
     sock = sockets[0]
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
-    host, port = sock.getsockname()[:2]
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"{'https' if tls else 'http'}://{_authority(*sock.getsockname()[:2])}"
 
 
 def _bind(host: str, port: int, backlog: int, count: int) -> list[socket.socket]:
-    """`count` sockets on one address, among which the kernel spreads connections (SO_REUSEPORT, socket(7)).
+    """`count` sockets on one address; the kernel spreads connections among them (SO_REUSEPORT, socket(7)).
 
-    The first is bound without that option, which is refused when any process listens there: else two services
-    would share the port, and each get some of the clients. It gets the option afterwards, for the others.
+    The first is bound without that option, so that binding fails if any other process listens there:
+    otherwise two services would share the port. It gets the option afterwards, for the others.
     """
     sockets: list[socket.socket] = []
     try:
@@ -86,21 +82,21 @@ def _bind(host: str, port: int, backlog: int, count: int) -> list[socket.socket]
             sock.bind(address)
             if not number and count > 1:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            address = sock.getsockname()  # with port 0, the one that the kernel chose
+            address = sock.getsockname()  # for port 0, the port that the kernel chose
             sock.listen(backlog)
             sock.setblocking(False)
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise GupError(f"can't listen on {_shown(host, port)}: {error.strerror}") from error
+        raise GupError(f"can't listen on {_authority(host, port)}: {error.strerror}") from error
     return sockets
 
 
-def _shown(host: str, port: int) -> str:
+def _authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _taken_over(fd: int, backlog: int) -> socket.socket:
+def _from_systemd(fd: int, backlog: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""The WAN's rate, kept over all processes: who may take the next bytes, and when; never reads a byte itself.
+"""The WAN's rate limit, shared by all processes, and its schedule.
 
-One shared word is the nanosecond at which all that was taken is paid for (GCRA: a leaky bucket as one clock).
-Who comes next is start-time fair queueing: every fill carries a tag that grows by what it took, the smallest
-tag of the most urgent class goes first, and a class waits while a more urgent one wants anything.
+The limit is a leaky bucket (GCRA): one shared word holds the time at which all bytes taken so far are paid
+for. Its order is start-time fair queueing: each fill has a tag that grows by the bytes it takes; the smallest
+tag in the most urgent class goes first, and a class waits while a more urgent one has waiters.
 
-What the kernel has received is beyond any limit, so each connection's receive buffer is bounded too.
+Bytes that the kernel has received escape the limit, so each connection's receive buffer is bounded too.
 """
 
 import asyncio
@@ -16,35 +16,37 @@ from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
+from zoneinfo import ZoneInfo
 
+from gup import config
 from gup.fsutil import lock_range, unlock_range
-from gup.upstream.turns import Turns, rank
 
 _BURST_NS = 100_000_000
-"""Credit for time not used: covers a busy machine's late wakes, and is 1 % of any ten seconds."""
+"""Unused time that may be caught up on: covers late wakeups on a busy machine; 1 % of ten seconds."""
 _SLICE_SECONDS = 0.02
-"""Bytes are paid for in slices of so much of the rate: an urgent one waits for no more than that."""
+"""Bytes are paid for in slices of this duration: the longest time that an urgent fill waits for another."""
 _LEAST_SLICE_BYTES = 2048
 _MOST_SLICE_BYTES = 256 * 1024
 _OVERDUE_NS = _BURST_NS + 30_000_000
-"""A process whose turn it is and that does not come is passed over, so that the link never idles."""
+"""A process that does not use its turn for this long is skipped, so that the link does not idle."""
 _SHORTEST_SLEEP_SECONDS = 0.001
 _WINDOW_SLACK_SECONDS = 0.1
-"""Beyond the round trip: a reader takes bytes in steps, and on a busy machine it is late."""
+"""Added to the round trip: readers take bytes in steps, and late on a busy machine."""
 _LONGEST_ROUND_TRIP_SECONDS = 2.0
 _LEAST_WINDOW_BYTES = 8 * 1024
 _MOST_SLACK_BYTES = 2 << 20
 _MOST_WINDOW_BYTES = 8 << 20
 UNBOUNDED = 1 << 30
-"""Bytes of a window beyond what TCP can have: the kernel's own limits hold."""
+"""A window larger than TCP allows: only the kernel's own limits hold."""
 _USUAL_MOST_BUFFER_BYTES = 212_992
 _SO_BUF_LOCK = 72
 _WINDOW_STEP = 16
-"""A buffer is set anew when it is wrong by more than this part of it."""
+"""A buffer is set again when it differs by more than 1/16."""
 _TIMESTAMPS = 1
 _TCP_INFO = struct.Struct("=5xB14xI44xI20xI")
 """Of Linux's `struct tcp_info`: tcpi_options, tcpi_rcv_mss, tcpi_rtt and tcpi_rcv_rtt."""
@@ -52,7 +54,7 @@ _TCP_INFO = struct.Struct("=5xB14xI44xI20xI")
 
 @dataclass(slots=True)
 class Share:
-    """What one download has taken, for fairness. `tag` is in bytes on the machine's virtual clock."""
+    """A download's place in the fair queue. `tag` is in bytes on the shared virtual clock."""
 
     priority: int
     tag: int = 0
@@ -67,15 +69,15 @@ class _Waiter:
 
 
 class Wan:
-    """What all fills of the machine may take together.
+    """The rate limit of all fills on this machine together.
 
-    `words[clock]` is the time clock, `words[clock + 1]` the virtual one; both move under an
-    open-file-description lock that is held for a few instructions and that the kernel frees when its holder
-    dies. `rate` gives bytes per second, 0 for unlimited; it is asked at each slice.
+    `words[clock]` is the time clock, `words[clock + 1]` the virtual clock. Both change under a lock that is
+    held for a few instructions and that the kernel frees when its holder dies. `rate` returns bytes per
+    second, 0 for unlimited; it is called for each slice.
     """
 
     def __init__(
-        self, words: "memoryview[int]", clock: int, turns: Turns, rate: Callable[[], int], lock: Path
+        self, words: "memoryview[int]", clock: int, turns: "Turns", rate: Callable[[], int], lock: Path
     ) -> None:
         self._words = words
         self._clock = clock
@@ -85,7 +87,7 @@ class Wan:
         self._waiting: list[_Waiter] = []
         self._numbers = 0
         self.windows: WeakSet[ReceiveWindow] = WeakSet()
-        """Those of the answers that this process reads; each adds itself."""
+        """Windows of the responses that this process reads; each adds itself."""
 
     @property
     def rate_bytes_per_second(self) -> int:
@@ -94,14 +96,14 @@ class Wan:
 
     @property
     def slice_bytes(self) -> int:
-        """The most to read at once so that nobody waits long behind it; 0 without a rate."""
+        """Limit of one read, so that other waiters come soon; 0 without a rate."""
         return self._slice(self._rate())
 
     def _slice(self, rate: int) -> int:
         return min(max(int(rate * _SLICE_SECONDS), _LEAST_SLICE_BYTES), _MOST_SLICE_BYTES) if rate > 0 else 0
 
     async def pay(self, amount_bytes: int, share: Share) -> None:
-        """Return when `amount_bytes`, just read, are due: the next read then comes in time."""
+        """Wait until `amount_bytes`, just read, are due; the next read may follow then."""
         left = amount_bytes
         while left > 0 and (rate := self._rate()) > 0:
             piece = min(left, self._slice(rate))
@@ -109,7 +111,7 @@ class Wan:
             left -= piece
 
     async def _take(self, amount: int, share: Share) -> None:
-        """Wait for this share's turn and for the clock, then move both on."""
+        """Wait for this share's turn and for the clock, then advance both."""
         share.tag = max(share.tag, self._words[self._clock + 1])
         self._numbers += 1
         me = _Waiter(rank(share.priority, share.tag), self._numbers, share)
@@ -127,7 +129,7 @@ class Wan:
             self._first_changed()
 
     def sort_anew(self, share: Share) -> None:
-        """To be called when the share's priority was changed: what of it waits takes its new place."""
+        """Call this after changing the share's priority: its waiter moves to its new place."""
         for waiter in self._waiting:
             if waiter.share is share:
                 waiter.rank = rank(share.priority, share.tag)
@@ -140,7 +142,7 @@ class Wan:
             self._waiting[0].first.set()
 
     def _try(self, me: _Waiter, amount: int) -> float:
-        """Take now (0), or the seconds until trying again is worth it."""
+        """Take the bytes and return 0, or return the seconds until the next try."""
         rate = self._rate()
         if rate <= 0:
             return 0.0
@@ -167,18 +169,17 @@ class Wan:
 
 
 class Socket(Protocol):
-    """What a receive window needs of a socket; a transport's has it."""
+    """What ReceiveWindow uses of a socket."""
 
     def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
     def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
 
 
 def window_bytes(rate: int, round_trip_seconds: float, segment_bytes: int, readers: int) -> int:
-    """The least receive buffer that carries `rate` bytes a second; unbounded without a rate.
+    """The smallest receive buffer that carries `rate` bytes a second; unbounded without a rate.
 
-    Each connection gets the whole rate's round trip, since any of the `readers` may soon be the only one;
-    what is more than that is there for them together. Below two segments a sender waits for a timer before
-    it sends.
+    Each connection gets the bytes of a round trip at the full rate, since any of the `readers` may soon be
+    the only one; the slack is divided among them. With less than two segments a sender waits for a timer.
     """
     if rate <= 0:
         return UNBOUNDED
@@ -188,12 +189,12 @@ def window_bytes(rate: int, round_trip_seconds: float, segment_bytes: int, reade
 
 
 class ReceiveWindow:
-    """Keeps one connection's receive buffer at what the rate needs: else tens of MB pile up in the kernel.
+    """Bounds one connection's receive buffer by what the rate needs; else the kernel would buffer tens of MB.
 
-    It is set when an answer begins, as the round trip is known then, and follows round trip and rate. Set
-    before connecting, a small buffer would fix a small window scale, and so the largest window, for the
-    connection's life. A buffer above net.core.rmem_max can't be set: there the kernel's tuning stays on,
-    which makes room for about twice what is read in a round trip.
+    The buffer is set when a response begins, when the round trip is known, and follows round trip and rate.
+    If it were set before connecting, a small one would fix a small window scale, and so the largest possible
+    window, for the life of the connection. A buffer above net.core.rmem_max can't be set: the kernel's
+    tuning stays on then, which allows about twice what is read in a round trip.
     """
 
     def __init__(self, wan: Wan, connection: Socket | None) -> None:
@@ -204,7 +205,7 @@ class ReceiveWindow:
         self.follow()
 
     def follow(self) -> None:
-        """Adjust the buffer when rate or round trip have changed; call it at each read."""
+        """Adjust the buffer to rate and round trip. Call this at each read."""
         rate = self._wan.rate_bytes_per_second
         if self._socket is None or (rate <= 0 and self._bytes == UNBOUNDED):
             return
@@ -216,14 +217,14 @@ class ReceiveWindow:
                 _set_buffer(self._socket, wanted)
                 self._bytes = wanted
         except OSError:
-            self._socket = None  # closed: whoever reads is told so
+            self._socket = None  # closed: the next read fails
 
 
 def _path(connection: Socket) -> tuple[float, int]:
-    """Round trip in seconds and the peer's segment.
+    """Round trip in seconds, and the size of the peer's segments.
 
-    The round trip of handshake and request, or the receiver's own estimate when that is longer: it has the
-    queues on the way in it. Without timestamps the latter measures a whole window and would feed on itself.
+    The round trip is that of handshake and request, or the receiver's estimate if longer, which includes
+    queues on the way. Without TCP timestamps that estimate measures a whole window and would only grow.
     """
     answer = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     options, segment_bytes, sent, received = _TCP_INFO.unpack(answer)
@@ -232,20 +233,98 @@ def _path(connection: Socket) -> tuple[float, int]:
 
 
 def _set_buffer(connection: Socket, wanted: int) -> None:
-    """Hold the buffer at `wanted`, or leave it to the kernel where it can't be as large."""
+    """Set the buffer to `wanted`, or leave it to the kernel if it can't be that large."""
     if wanted <= _most_buffer_bytes():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)  # the kernel doubles it
     else:
-        with suppress(OSError):  # Linux before 5.15: what was set before stays set
+        with suppress(OSError):  # Linux before 5.15: the old size stays set
             connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
-    # The kernel bounds the window by the buffer that the connection began with until the clamp is raised.
+    # Until the clamp is raised, the kernel bounds the window by the buffer at the time of connecting.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, UNBOUNDED)
 
 
 @cache
 def _most_buffer_bytes() -> int:
-    """What SO_RCVBUF can be set to; Linux's default where that can't be read."""
+    """The largest value for SO_RCVBUF; Linux's default if it can't be read."""
     try:
         return int(Path("/proc/sys/net/core/rmem_max").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return _USUAL_MOST_BUFFER_BYTES
+
+
+# --- turns
+
+NOBODY = (1 << 64) - 1
+_RANK_BITS = 60
+
+
+def rank(priority: int, tag: int) -> int:
+    """A waiter's rank as one word: priority (0 is the most urgent), then tag; smaller goes first."""
+    return (priority << _RANK_BITS) | min(tag, (1 << _RANK_BITS) - 1)
+
+
+class Turns:
+    """Order among processes that wait for the same thing: one shared word per process.
+
+    The word is the rank of the process's first waiter, or NOBODY. Only its process writes it. Processes that
+    are no longer `alive` are skipped; a successor clears the word when it starts.
+    """
+
+    def __init__(self, words: "memoryview[int]", mine: int, alive: Callable[[int], bool]) -> None:
+        self._words = words
+        self._mine = mine
+        self._alive = alive
+        words[mine] = NOBODY
+
+    @classmethod
+    def alone(cls) -> "Turns":
+        """For a single process."""
+        return cls(memoryview(bytearray(8)).cast("Q"), 0, lambda _block: True)
+
+    def ask(self, first: int | None) -> None:
+        """Publish the rank of this process's first waiter; None without waiters."""
+        self._words[self._mine] = NOBODY if first is None else first
+
+    def free(self) -> bool:
+        """Whether no process has a waiter."""
+        return all(word == NOBODY or not self._alive(block) for block, word in enumerate(self._words))
+
+    def mine(self) -> bool:
+        """Whether no other process has a waiter that goes before this process's first."""
+        own = self._words[self._mine]
+        return not any(
+            other < own and block != self._mine and self._alive(block)
+            for block, other in enumerate(self._words)
+        )
+
+
+# --- the schedule
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
+def rate_at(wan: config.Wan, local: datetime) -> int:
+    """The rate in bytes per second at `local`, the site's wall-clock time; 0 is unlimited.
+
+    The first matching row decides, else `wan.rate`. Also on the day that clocks change, 08:00 is when the
+    site's clocks show it.
+    """
+    for row in wan.schedule:
+        if _matches(row, local):
+            return row.rate
+    return wan.rate
+
+
+def _matches(row: config.WanSchedule, local: datetime) -> bool:
+    minute = f"{local.hour:02}:{local.minute:02}"
+    today = _DAYS[local.weekday()] in row.days
+    if row.from_ < row.to:
+        return today and row.from_ <= minute < row.to
+    yesterday = _DAYS[(local - timedelta(days=1)).weekday()] in row.days
+    return (today and minute >= row.from_) or (yesterday and minute < row.to)
+
+
+def site_time(settings: config.Settings, unix_seconds: float) -> datetime:
+    """The site's wall-clock time: in `site.time_zone`, else in the machine's time zone."""
+    zone = ZoneInfo(settings.site.time_zone) if settings.site.time_zone else None
+    return datetime.fromtimestamp(unix_seconds, zone)

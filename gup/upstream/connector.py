@@ -1,17 +1,25 @@
-"""aiohttp's connections, made strict: one from the pool is used only while it is open and silent.
+"""All that needs aiohttp: its connections, made strict, and its exceptions, translated.
 
-Imports aiohttp, which takes longer than a worker may take to its first hit: imported when first needed.
+Importing aiohttp takes longer than a worker's start up to its first hit, so this module is imported by the
+first request to an upstream (gup.upstream.session).
 """
 
 import asyncio
 import select
-from collections.abc import Callable
+import socket
+import ssl
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import aiohttp
+import yarl
+
+from gup.errors import exhausted, is_exhausted
+from gup.upstream.exchange import UpstreamFailure, proxy_in_words, proxy_refused, unreachable
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
@@ -19,25 +27,85 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
 _SENT_UNASKED = select.POLLIN | select.POLLPRI | select.POLLRDHUP
-"""What a connection without a request must not show; POLLERR and POLLHUP are always told."""
+"""Events that an idle connection must not have; POLLERR and POLLHUP are always reported."""
+_READ_AHEAD_BYTES = 4096
+"""What aiohttp may buffer: it is lost, and fetched again, when a connection breaks."""
+_KEEPALIVE_SECONDS = 4.0
+"""How long an idle connection is kept: shorter than by most servers, proxies and firewalls."""
+_PROBE_AFTER_SECONDS = 10
+_PROBE_EVERY_SECONDS = 5
+
+
+def open_session(tls: ssl.SSLContext | bool, connect_seconds: float) -> aiohttp.ClientSession:
+    """A pool of connections to one upstream."""
+
+    def make_socket(address: Any) -> socket.socket:
+        made = socket.socket(family=address[0], type=address[1], proto=address[2])
+        # The kernel ends a connection whose peer has vanished.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(connect_seconds * 1000)))
+        return made
+
+    return aiohttp.ClientSession(
+        connector=_Connector(ssl=tls, socket_factory=make_socket, keepalive_timeout=_KEEPALIVE_SECONDS),
+        middlewares=(_retry_if_reused,),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=_READ_AHEAD_BYTES,
+        skip_auto_headers=("Accept-Encoding", "Accept"),
+        # No sock_read: its timer also runs while gup itself pauses, and fires on pooled connections (aiohttp
+        # issues 12953 and 13000). `send` and Answer.read have time limits of their own.
+        timeout=aiohttp.ClientTimeout(total=None, connect=connect_seconds, sock_connect=connect_seconds),
+    )
+
+
+async def send(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    *,
+    proxy: str | None,
+    head_seconds: float,
+) -> aiohttp.ClientResponse:
+    """Send a request and return the response once its head is here.
+
+    Connecting is limited by the session; from then on the head may take `head_seconds`, including any 1xx
+    responses before it.
+    """
+    async with asyncio.timeout(None) as limit:
+        attempt = _Attempt(limit, head_seconds)
+        before = _current.set(attempt)
+        try:
+            return await session.request(
+                method,
+                yarl.URL(url, encoded=True),
+                headers=headers,
+                allow_redirects=False,
+                proxy=proxy,
+            )
+        finally:
+            _current.reset(before)
+            attempt.limit = None
 
 
 @dataclass(slots=True)
-class Attempt:
-    """One request on its way to its answer's head. The connector and the middleware change it."""
+class _Attempt:
+    """A request until its response's head is here. Changed by the connector and the middleware."""
 
     limit: asyncio.Timeout | None
-    """Ends the wait for the head; it runs from when the connection stands. None when that is over: asyncio
-    keeps the context, and with it this object, as long as the connection that was made in it.
+    """Limits the wait for the head; starts when there is a connection. None afterwards: asyncio keeps the
+    context, and this object with it, for as long as a connection that was made in it.
     """
     head_seconds: float
     fresh: bool = False
-    """Whether it must go over a new connection."""
+    """Whether a pooled connection must not be used."""
     reused: bool = False
-    """Whether it goes over one that has answered before."""
+    """Whether its connection has been used before."""
 
     def connecting(self) -> None:
-        """Connecting has a limit of its own."""
         assert self.limit is not None
         self.limit.reschedule(None)
 
@@ -46,32 +114,13 @@ class Attempt:
         self.limit.reschedule(asyncio.get_running_loop().time() + self.head_seconds)
 
 
-current: ContextVar[Attempt] = ContextVar("current")
+_current: ContextVar[_Attempt] = ContextVar("_current")
 
 
-class BrokeOff(aiohttp.ClientError):
-    """A connection broke before the answer's head. Its cause is aiohttp's error."""
+class _Connector(aiohttp.TCPConnector):
+    """Reuses a pooled connection only if it is quiet; closes it otherwise and tries the next.
 
-
-def is_quiet(connection: "Connection") -> bool:
-    """Whether a connection is open and nothing has come over it that no request asked for.
-
-    What the event loop has read already is with aiohttp's protocol (`should_close`), and what was encrypted
-    as well; the rest is in the socket. aiohttp writes the request before the loop reads again: what comes
-    unasked must have come by now, or is on the way at that very moment, which no client can tell.
-    """
-    protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None or transport.is_closing() or protocol.should_close:
-        return False
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), _SENT_UNASKED)
-    return not poll.poll(0)
-
-
-class Connector(aiohttp.TCPConnector):
-    """Hands out a pooled connection only if it is quiet; others are closed, and the next one is looked at.
-
-    It has no limit of its own: who waits for a connection would spend the time that connecting may take.
+    The number of connections is not limited here: waiting for one would use up the time for connecting.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -84,8 +133,8 @@ class Connector(aiohttp.TCPConnector):
         traces: "list[Trace]",
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's signature
     ) -> "Connection":
-        """A connection for one request. The time for the head begins when it stands."""
-        attempt = current.get()
+        """A connection for one request."""
+        attempt = _current.get()
         attempt.connecting()
         while True:
             connection = await super().connect(req, traces, timeout)
@@ -102,19 +151,34 @@ class Connector(aiohttp.TCPConnector):
         return connection
 
 
-async def ask_again_if_reused(
+def is_quiet(connection: "Connection") -> bool:
+    """Whether a connection is open and has received nothing since its last response.
+
+    Data that the event loop has read, or that was encrypted, shows in aiohttp's protocol (`should_close`);
+    the rest is still in the socket. aiohttp writes the request before the loop reads again, so only data that
+    arrives at that very moment escapes, which no client can tell from the response.
+    """
+    protocol, transport = connection.protocol, connection.transport
+    if protocol is None or transport is None or transport.is_closing() or protocol.should_close:
+        return False
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), _SENT_UNASKED)
+    return not poll.poll(0)
+
+
+async def _retry_if_reused(
     request: aiohttp.ClientRequest,
     handler: Callable[[aiohttp.ClientRequest], Any],
 ) -> aiohttp.ClientResponse:
-    """A middleware: what fails on a reused connection before the answer's head goes over a fresh one, once.
+    """A middleware: a request that fails on a reused connection is sent once more, on a fresh one.
 
-    Other breaks reach the caller as BrokeOff. aiohttp would send an idempotent request again by itself, over
-    a new connection too; whether and when to try again is decided, and counted, in one place: download.
+    Other breaks are raised as _BrokeOff: aiohttp would repeat an idempotent request by itself, even on a new
+    connection; but retries are decided and counted by gup.upstream.download.
     """
     try:
         return await _once(request, handler)
     except aiohttp.ClientError:
-        attempt = current.get()
+        attempt = _current.get()
         if not attempt.reused:
             raise
         attempt.fresh = True
@@ -129,5 +193,61 @@ async def _once(
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise BrokeOff(str(error)) from error
+        raise _BrokeOff(str(error)) from error
     return response
+
+
+class _BrokeOff(aiohttp.ClientError):
+    """The connection broke before the head of the response; the cause is aiohttp's error."""
+
+
+def failure_of(  # noqa: C901, PLR0911 - a table
+    error: BaseException, name: str, limit: str, proxy: str | None
+) -> UpstreamFailure | None:
+    """The failure that an exception of aiohttp or of the network means; None for any other exception.
+
+    `limit` is the setting that ended a wait in vain.
+    """
+    if isinstance(error, _BrokeOff) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and is_exhausted(error):
+        return UpstreamFailure("unreachable", "overloaded", exhausted(error).detail, again=True)
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return unreachable(f"{name} takes no connection in time")
+    if isinstance(error, (aiohttp.ServerTimeoutError, TimeoutError)):
+        setting = f" ({limit})" if limit else ""
+        detail = f"{name} did not answer in time{setting}"
+        return UpstreamFailure("timeout", "upstream-timeout", detail, again=False)
+    if isinstance(error, aiohttp.ClientSSLError):
+        return unreachable(f"{name}: TLS: {_tls_reason(error)}")
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return unreachable(f"{name}: {proxy_in_words(proxy)} can't be reached: {error.strerror}", again=True)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return proxy_refused(name, proxy, error.status, error.message)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # The proxy's name is looked up first.
+        at_proxy = proxy is not None and error.host == urlsplit(proxy).hostname
+        peer = f"{name}: {proxy_in_words(proxy)}" if at_proxy else name
+        return unreachable(f"{peer} can't be reached: {error.strerror or error}", again=True)
+    if isinstance(error, aiohttp.InvalidURL):
+        return UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}", again=False)
+    if isinstance(error, (aiohttp.ClientResponseError, aiohttp.http.HttpProcessingError)):
+        return UpstreamFailure("error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True)
+    # aiohttp raises RuntimeError when its connection has gone and no reader was told.
+    if isinstance(error, (aiohttp.ClientError, OSError, asyncio.IncompleteReadError, RuntimeError)):
+        detail = f"{name} broke off: {error or type(error).__name__}"
+        return UpstreamFailure("error", "upstream-error", detail, again=True)
+    return None
+
+
+def is_no_http(error: BaseException | None) -> bool:
+    """Whether aiohttp could not parse the received bytes as HTTP."""
+    return isinstance(error, aiohttp.http.HttpProcessingError)
+
+
+def _tls_reason(error: aiohttp.ClientSSLError) -> str:
+    """What is wrong with the certificate or with TLS."""
+    cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
+    reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
+    refused = "certificate refused: " if isinstance(cause, ssl.SSLCertVerificationError) else ""
+    return f"{refused}{reason}"

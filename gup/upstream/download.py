@@ -1,8 +1,8 @@
-"""One body from upstream, over as many tries and upstreams as it takes; never writes it anywhere.
+"""Downloads: one body from the upstreams, with retries, failover and resume; and a manager's catalogue.
 
-A try that breaks off is resumed where the body stands: an overlap is asked for again and compared. Where an
-upstream's validators have changed meanwhile, that is not enough: then all that was received is compared. So
-two halves of different bodies are never joined.
+After a break the download resumes: it requests an overlap again and compares it with the bytes received. If
+the upstream's validators have changed, all bytes received are compared. So parts of different bodies are
+never joined.
 """
 
 import asyncio
@@ -11,25 +11,26 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.errors import GupError
-from gup.metrics import Counters
-from gup.upstream.connection import Answer, Ask, Upstream
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
+from gup.metrics import MAX_STREAMS, Counters
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, rejected, unconfirmed
 from gup.upstream.pool import Pool
-from gup.upstream.validators import Validators
+from gup.upstream.session import Answer, Ask, Upstream
 
 OVERLAP_BYTES = 64 * 1024
-"""Asked for again at a resume and compared with what is there."""
+"""Requested again at a resume, and compared with the bytes received."""
 TRIES = 3
-"""Tries of one upstream without a new byte."""
+"""Tries of one upstream in a row without a new byte."""
 _NEVER = 1 << 62
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 
 
 class BodyChanged(GupError):  # noqa: N818 - an observation, not our error
-    """An upstream has another body under this name than the one begun; `offset` is where they differ, 0 when
-    that is known without a look at the bytes.
+    """An upstream has another body under this name than the one begun.
+
+    `offset` is the first differing byte; 0 when the head alone tells that the body is another.
     """
 
     def __init__(self, detail: str, offset: int = 0) -> None:
@@ -39,9 +40,10 @@ class BodyChanged(GupError):  # noqa: N818 - an observation, not our error
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A body that is partly here: its head as first told, how many of its bytes are here, and how many of
-    these are known to be good; the rest is compared with the upstream's. `told` are the validators of each
-    upstream that has given a part of it.
+    """A part of a body on disk: the first response's head, its bytes, and how many of them are verified.
+
+    The rest is compared with the upstream's bytes. `told` are the validators of each upstream that has sent
+    some of them.
     """
 
     head: RemoteHead
@@ -52,9 +54,9 @@ class Begun:
 
 @dataclass(slots=True)
 class _Source:
-    """What one upstream told of the body, and up to where what is here is known to agree with that.
+    """An upstream's validators, and up to where the bytes received are known to agree with its body.
 
-    `furthest` is where an earlier comparison got to, under whatever validators.
+    `furthest` is the end of the longest comparison so far, under any validators.
     """
 
     validators: Validators
@@ -63,20 +65,20 @@ class _Source:
 
 
 class Remembered(Protocol):
-    """What is known of upstreams' answers that were of no use."""
+    """Remembers upstreams' responses that were rejected."""
 
     def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
-        """An upstream's answer was; `head` is that of its body if some of it was read."""
+        """A response was rejected; `head` is its head if a part of the body was read."""
 
     def is_wrong(self, head: RemoteHead) -> bool:
-        """Whether the body that `head` tells was found wrong before."""
+        """Whether the body with this head was rejected before."""
 
 
 class _Nothing:
     def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
         pass
 
-    def is_wrong(self, head: RemoteHead) -> bool:  # noqa: ARG002 - as the protocol has it
+    def is_wrong(self, head: RemoteHead) -> bool:  # noqa: ARG002 - the protocol's signature
         return False
 
 
@@ -84,16 +86,15 @@ _NOTHING = _Nothing()
 
 
 class Download:
-    """The bytes of one body in order, from `received` on.
+    """The bytes of one body in order, from `received` on; `received` grows with each piece returned.
 
-    `reread(offset, length)` gives back bytes that were received, to compare an overlap with. `reserve` are
-    upstreams that a new request would not be sent to; for a body that clients have a part of they are asked
-    too, after the others. `is_read` tells whether clients have a part: for them an upstream that is away is
-    waited for. `holds` takes in what was of no use, and knows such again. `received` changes here alone, at
-    each piece handed out.
+    `reread(offset, length)` returns bytes received earlier, to compare an overlap with. `reserve` are
+    upstreams that a new request would not be sent to; they are asked, after the others, once some bytes are
+    received. `is_read` tells whether clients have some of the bytes: for them the download waits for an
+    upstream that is unreachable. `holds` remembers rejected responses.
     """
 
-    def __init__(  # noqa: PLR0913 - one body, its ways to upstream and to its fill
+    def __init__(  # noqa: PLR0913 - one body, its upstreams and its fill
         self,
         pool: Pool,
         upstreams: Sequence[Upstream],
@@ -117,7 +118,7 @@ class Download:
         self._reserve = reserve
         self._is_read = is_read
         self._holds = holds
-        self._brought = False  # whether any byte came by this download
+        self._brought = False  # whether this download has received a byte
         self._template = ask
         self._counters = counters
         self._immutable = immutable
@@ -125,14 +126,14 @@ class Download:
         self._clock = clock
         self._answer: Answer | None = None
         self.confirmed = True
-        """Whether the end that `read` has told is known to be the body's."""
-        self._ready = b""  # read beyond an overlap, not yet handed out
+        """Whether the end that `read` has reported is known to be the body's."""
+        self._ready = b""  # read beyond an overlap, not yet returned
         self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
         self._spent: set[str] = set()
         self._asked: set[str] = set()  # since the last new byte
         self._sources: dict[str, _Source] = {}
         self.told: Mapping[str, Validators] = {}
-        """The validators of each upstream whose bytes are in the body; replaced when there is another one."""
+        """Validators of each upstream whose bytes are in the body; a new mapping at each change."""
         self._first = Validators()
         if begun is not None:
             head = begun.head
@@ -143,17 +144,17 @@ class Download:
         self._last_new_byte = clock()
 
     async def begin(self) -> RemoteHead:
-        """The head: 200 or 206, or 304, 404, 410 when there is no body to come. Call once, before `read`.
+        """The head: 200 or 206, or 304, 404, 410 when no body follows. Call it once, before `read`.
 
-        UpstreamFailure when no upstream could be brought to answer.
+        UpstreamFailure when all upstreams have failed.
         """
         return await self._connect()
 
     async def read(self) -> bytes:
-        """The next piece, empty at the body's end.
+        """The next piece; empty at the end of the body.
 
-        UpstreamFailure when nobody could be brought to go on; BodyChanged when the rest is that of another.
-        Cancelled, it loses nothing: who reads on gets what comes next.
+        UpstreamFailure when all upstreams have failed; BodyChanged when only the rest of another body can be
+        had. A cancelled read loses nothing.
         """
         if self._answer is None:
             await self._reconnect()
@@ -172,11 +173,11 @@ class Download:
 
     @property
     def slow(self) -> bool:
-        """Whether it comes slower than `upstream.min_rate`."""
+        """Whether the body comes slower than `upstream.min_rate`."""
         return self._answer is not None and self._answer.slow
 
     def close(self) -> None:
-        """Leave the upstream; what comes afterwards is not read."""
+        """Stop reading and give the connection back."""
         self._drop_answer()
 
     # --- the body
@@ -204,8 +205,8 @@ class Download:
         return piece
 
     async def _ask_length(self, answer: Answer) -> int | None:
-        """What a HEAD tells of a body that ended with its connection: it may have been cut."""
-        answer.close()  # a request more must not need a second connection
+        """The length by a HEAD: a body that ended with its connection may have been cut. None if unknown."""
+        answer.close()  # so that the HEAD does not need a second connection
         length = await self._pool.length_of(self._current(), self._template, answer.head)
         self.confirmed = length is not None
         if length is not None and length < self.received:
@@ -232,7 +233,7 @@ class Download:
         try:
             await self._connect()
         except asyncio.CancelledError:
-            self._drop_answer()  # it may stand anywhere in the overlap
+            self._drop_answer()  # its position in the overlap is unknown
             raise
 
     async def _connect(self) -> RemoteHead:
@@ -252,15 +253,15 @@ class Download:
         return next(upstream for upstream in self._upstreams if upstream.name not in self._spent)
 
     async def _after(self, upstream: Upstream, failure: UpstreamFailure) -> None:
-        """Decide what a failed try means: wait and go on, or raise it.
+        """After a failed try: return to try again, perhaps after a pause, or raise the failure.
 
-        An upstream that answers without bringing the body on is spent after TRIES. One that is away in
-        mid-body is asked until `give_up`; before that nobody waits for it.
+        An upstream that responds without a new byte is given up after TRIES. One that is unreachable is given
+        up at once before the first byte, and after `give_up` in mid-body.
         """
         if failure.outcome == "rejected" or failure.retry_after_seconds is not None:
             own = self.head is not None and self.head.upstream == upstream.name
             self._holds.note(upstream.name, failure, self.head if own else None)
-        self._call_reserve()
+        self._add_reserve()
         self._fruitless[upstream.name] += 1
         in_mid_body = self.received > 0 and (self._brought or self._is_read())
         away = failure.outcome in ("unreachable", "timeout") and in_mid_body
@@ -268,7 +269,7 @@ class Download:
         if not away and (hopeless or self._fruitless[upstream.name] >= TRIES):
             self._spent.add(upstream.name)
         elif away and (failure.outcome == "timeout" or self._fruitless[upstream.name] >= TRIES):
-            self._rotate(upstream)  # one that hung costs its read_timeout at each try: another may not
+            self._rotate(upstream)  # each try of a hanging one costs read_timeout
         silent = self._clock() - self._last_new_byte > upstream.settings.give_up and self._all_were_asked()
         if len(self._spent) == len(self._upstreams) or silent:
             raise failure
@@ -277,10 +278,10 @@ class Download:
             await asyncio.sleep(min(_FIRST_BACKOFF_SECONDS * 2 ** (tries - 1), _LONGEST_BACKOFF_SECONDS))
 
     def _all_were_asked(self) -> bool:
-        """Since the last new byte: that one hung for long is no reason not to ask the others, or it."""
+        """Whether all were tried since the last new byte: a hanging one must not take the others' chance."""
         return all(one.name in self._asked or one.name in self._spent for one in self._upstreams)
 
-    def _call_reserve(self) -> None:
+    def _add_reserve(self) -> None:
         if self.received and self._reserve:
             self._upstreams = [*self._upstreams, *self._reserve]
             self._fruitless |= {upstream.name: 0 for upstream in self._reserve}
@@ -295,7 +296,7 @@ class Download:
             if isinstance(answer, RemoteHead):
                 return answer
             self._answer = answer
-            self._refuse_known(answer.head)
+            self._reject_known(answer.head)
             self.head, self._first = answer.head, answer.head.validators
             self._tell_source(answer.head)
             return self.head
@@ -305,17 +306,17 @@ class Download:
         await self._align(answer)
         return answer.head
 
-    def _refuse_known(self, head: RemoteHead) -> None:
+    def _reject_known(self, head: RemoteHead) -> None:
         if self._holds.is_wrong(head):
             raise rejected(f"{head.upstream} still has the body that was found wrong")
 
     # --- resuming
 
     async def _ask_for_rest(self, upstream: Upstream) -> Answer:
-        """An answer that `_align` brings to where the body stands.
+        """A response that `_align` can read up to the current position.
 
-        From the upstream's first byte when its validators are others than before, or when it has no such
-        range any more: its body may be another one, and an overlap does not tell.
+        It starts at byte 0 if the upstream's validators have changed or it refuses the range: its body may be
+        another one, which an overlap would not show.
         """
         while True:
             ask = self._next_ask(upstream)
@@ -341,14 +342,14 @@ class Download:
             self._drop_answer()
 
     def _doubt(self, name: str, now: Validators) -> None:
-        """The upstream may have another body by now: nothing that is here is known to agree with it."""
+        """The upstream may have another body now: no byte received is known to agree with it."""
         before = self._sources.get(name)
         self._sources[name] = _Source(now, 0, before.furthest if before else 0)
 
     def _next_ask(self, upstream: Upstream) -> Ask:
         source = self._sources.get(upstream.name)
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
-        # Another upstream may tag the same bytes otherwise: of immutable content the overlap decides.
+        # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
         return replace(
             self._template,
@@ -359,17 +360,17 @@ class Download:
         )
 
     def _check_length(self, remote: RemoteHead) -> None:
-        """UpstreamFailure or BodyChanged when `remote` is of another length than this body."""
+        """UpstreamFailure or BodyChanged when `remote` has another length than this body."""
         assert self.head is not None
         if remote.length is None or self.head.length is None or remote.length == self.head.length:
             return
         detail = f"{remote.upstream} now tells {remote.length} bytes, not {self.head.length}"
         if self._immutable and remote.upstream not in self._sources:
-            raise rejected(detail)  # another upstream may have the body that was begun
+            raise rejected(detail)  # another upstream may have the right body
         raise BodyChanged(detail)
 
     def _may_join(self, remote: RemoteHead, *, vouched: bool) -> bool:
-        """Whether an equal overlap is enough to go on with `remote`."""
+        """Whether an equal overlap is enough to continue with `remote`."""
         assert self.head is not None
         source = self._sources.get(remote.upstream)
         if source is not None:
@@ -379,7 +380,7 @@ class Download:
         return self._first.same_as(remote.validators, vouched=vouched)
 
     async def _align(self, answer: Answer) -> None:
-        """Bring a new answer to where the body stands, comparing all it sends until there."""
+        """Read a new response up to the current position, comparing its bytes with those received."""
         head, source = answer.head, self._sources.get(answer.head.upstream)
         position = head.start
         if position > self.received:
@@ -406,7 +407,7 @@ class Download:
             raise rejected(f"{head.upstream} sent more than the {head.length} bytes it announced")
 
     def _note_compared(self, source: _Source | None, position: int) -> None:
-        """What was compared is not asked for again after another break."""
+        """Bytes that were compared are not requested again after another break."""
         further = position > self._unsure_from
         if further:
             self._unsure_from = position
@@ -418,7 +419,7 @@ class Download:
             self._note_gain()
 
     def _tell_source(self, remote: RemoteHead) -> None:
-        """All that is here agrees with what this upstream has under these validators."""
+        """All bytes received agree with this upstream's body under these validators."""
         source = self._sources.get(remote.upstream)
         if source is None or source.compared_to != _NEVER:
             self._sources[remote.upstream] = _Source(remote.validators, furthest=self.received)
@@ -439,3 +440,49 @@ def _first_difference(one: bytes, other: bytes) -> int:
     return next(
         (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A catalogue as received, with its validators. `text` is None when it has not changed."""
+
+    text: bytes | None
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified: str | None) -> Fetched:
+    """Request the catalogue of one upstream, conditionally; UpstreamFailure when it can't be had.
+
+    It bypasses the store, whose copy may be `cache.index_ttl` old: a client may just have asked for content
+    that no known catalogue lists.
+    """
+    upstream = next((upstream for upstream in pool.upstreams if upstream.name == name), None)
+    if upstream is None:
+        raise UpstreamFailure("error", "no-upstream", f"there is no upstream {name}", again=False)
+    ask = Ask(
+        path=CATALOG_PATH,
+        purpose="catalog",
+        stream=(MAX_STREAMS, "index"),
+        if_none_match=etag,
+        if_modified_since=last_modified,
+    )
+    answer = await pool.ask(upstream, ask)
+    if isinstance(answer, RemoteHead):
+        if answer.status == 304:
+            return Fetched(None, etag, last_modified)
+        detail = f"{upstream.url(CATALOG_PATH)}: {name} answered {answer.status}"
+        raise UpstreamFailure("not_found", "upstream-not-found", detail, again=False, status=answer.status)
+    text = bytearray()
+    try:
+        while len(text) <= MAX_CATALOG_BYTES and (piece := await answer.read()):
+            text += piece
+    finally:
+        answer.close()
+    if len(text) > MAX_CATALOG_BYTES:
+        raise rejected(
+            f"{upstream.url(CATALOG_PATH)} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is"
+        )
+    if not answer.confirmed and await pool.length_of(upstream, ask, answer.head) != len(text):
+        raise unconfirmed(name, len(text))
+    return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

@@ -1,11 +1,11 @@
-"""Whether an upstream can be expected to answer: one state each, shared by all processes; and the checks.
+"""Health of the upstreams, shared by all processes, and the active health checks.
 
-Two kinds of failure are told apart. What no request can cause (DNS, refused, no connection in time, TLS, a
-web proxy that can't be reached) takes the upstream down for all. Every other failure (reset, 5xx, silence, a
-body that can't be) may be due to what was asked or to who asked: it counts once for each name and client, and
-makes the upstream doubtful at most, which is then asked after the others.
+There are two kinds of failures. Those that no request can cause (DNS, connection refused or timed out, TLS,
+an unreachable web proxy) take the upstream down for all requests. All others (reset, 5xx, silence, an invalid
+body) may be due to the requested name or to the client: they count once for each name and client, and make
+the upstream doubtful at most; a doubtful upstream is asked after the others.
 
-Each upstream has one 64-bit word, so that it is read and written whole:
+Each upstream has one 64-bit word, which is read and written at once:
 
     state 2 bits | marks 10 | since 32 (Unix seconds) | tried 20 (monotonic tenths of a second)
 
@@ -15,7 +15,6 @@ Signs come from requests (gup.upstream.pool) and from checks (`Checks`, in one p
 import asyncio
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,9 +26,8 @@ import xxhash
 
 from gup import config
 from gup.content.catalog import CATALOG_PATH
-from gup.units import parse_http_date
-from gup.upstream.connection import Ask, Upstream
 from gup.upstream.exchange import UpstreamFailure
+from gup.upstream.session import Ask, Upstream
 
 if TYPE_CHECKING:
     from gup.upstream.pool import Pool
@@ -38,7 +36,7 @@ _LOG = logging.getLogger("gup.upstream")
 
 
 class State(IntEnum):
-    """An upstream's states; the numbers stand in the shared word, 0 is a fresh page's."""
+    """States of an upstream; the numbers are stored in the shared word, where 0 is a new page's."""
 
     UNKNOWN = 0
     UP = 1
@@ -52,45 +50,44 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.DOUBTFUL: frozenset({State.UP, State.DOWN}),
     State.DOWN: frozenset({State.UP, State.DOUBTFUL}),
 }
-"""Where each state can go. From DOWN only an answer leads, of whatever status."""
+"""Only a response, of any status, leads out of DOWN."""
 
 
 class Sign(Enum):
-    """What one request or check tells."""
+    """What one request or check shows."""
 
     ANSWERED = "answered"
     ERRED = "erred"
-    """It answered, with an error of its own or with what can't be the content."""
+    """It responded with an error of its own, or with a body that can't be the content."""
     BROKE = "broke"
-    """It was connected, and reset, fell silent or broke HTTP."""
+    """After connecting it reset, fell silent or violated HTTP."""
     AWAY = "away"
-    """No connection: no request can be the cause."""
+    """There was no connection: no request can be the cause."""
 
 
 _SET_BITS = 5
 _SET = (1 << _SET_BITS) - 1
 EVERY_MARK = _SET << _SET_BITS | _SET
-"""The mark of a check: no client's request is the cause, so one is enough for doubt."""
+"""Mark of a health check: no client's request is the cause, so one failure makes the upstream doubtful."""
 DOUBTFUL_MARKS = 3
-"""So many names, asked for by so many clients, must have failed with nothing good between."""
+"""This many names, requested by this many clients, must have failed without a success in between."""
 _TRYING = 1 << 9
 _MOST_TRIALS = 63
 DOUBT_SECONDS = 5.0
-"""So long after its last failure an upstream in doubt is asked after the others; then it may prove itself."""
+"""How long after its last failure a doubtful upstream is asked after the others."""
 _FIRST_TRIAL_SECONDS = 1.0
 TRIAL_SECONDS = 5.0
-"""The longest time between two trials of an upstream that is down."""
+"""Limit of the time between two trials of an upstream that is down."""
 RARE_TRIAL_SECONDS = 60.0
-"""The same where a client's request makes the trial although another upstream is up."""
+"""The same when a client's request makes the trial although another upstream is up."""
 _TRIED_MASK = (1 << 20) - 1
 _TOLD_SECONDS = 1.0
-LONGEST_RETRY_AFTER_SECONDS = 3600.0
 
 
 def mark(name: str, client: str) -> int:
-    """What a failure of `name`, asked for by `client`, adds to `Health.marks`: one bit in each of two sets.
+    """The bits that a failure of `name` for `client` adds to `Health.marks`: one in each of two sets.
 
-    Several names or clients may have one bit: so a set never holds more bits than there were.
+    Several names or clients may share a bit, so the number of bits is a lower bound.
     """
     return 1 << _SET_BITS + _bit(name) | 1 << _bit(client)
 
@@ -103,9 +100,9 @@ def _bit(text: str) -> int:
 class Health:
     """One upstream's state.
 
-    `marks`: the names and the clients of failures since the last answer, as `mark` puts them; in DOWN the
-    number of trials, and whether one is under way. `since`: Unix seconds of the state's begin. `tried`:
-    tenths of a second on the machine's monotonic clock, modulo 2^20 (29 hours), of the last failure or trial.
+    `marks`: names and clients of failures since the last success, see `mark`; when DOWN the number of trials,
+    and whether one is in progress. `since`: Unix seconds when the state began. `tried`: time of the last
+    failure or trial, in tenths of a second on the monotonic clock, modulo 2^20 (29 hours).
     """
 
     state: State = State.UNKNOWN
@@ -121,13 +118,13 @@ class Health:
         return cls(State(word >> 62), word >> 52 & EVERY_MARK, word >> 20 & 0xFFFF_FFFF, word & _TRIED_MASK)
 
     def quiet_seconds(self, now: float) -> float:
-        """Time since `tried`. It wraps: after 29 idle hours it looks like a moment ago, for one wait."""
+        """Time since `tried`. It wraps: after 29 idle hours `tried` seems recent, for one wait."""
         return ((_tenths(now) - self.tried) & _TRIED_MASK) / 10
 
     def trial_wait_seconds(self, connect_seconds: float, longest_seconds: float = TRIAL_SECONDS) -> float:
-        """Time from `tried` to the next trial of what is down: 1 s, doubled with each.
+        """Time from `tried` to the next trial when DOWN: 1 s, doubled with each trial.
 
-        While one is under way the next waits for as long as connecting may take: there is one at a time.
+        While a trial is in progress, the next one waits as long as connecting may take.
         """
         if self.marks & _TRYING:
             return connect_seconds + 1.0
@@ -144,7 +141,7 @@ def after(health: Health, sign: Sign, failed: int, now: float, wall_now: float) 
     if sign is Sign.ANSWERED:
         return _moved(replace(health, marks=0), State.UP, wall_now)
     if health.state is State.DOWN and sign is not Sign.ERRED:
-        # A trial has ended; failures of requests that began before it went down tell nothing new.
+        # A trial has failed, or a request that began before the upstream went down.
         return replace(health, marks=health.marks & ~_TRYING, tried=_tenths(now))
     if sign is Sign.AWAY:
         return _moved(replace(health, marks=0, tried=_tenths(now)), State.DOWN, wall_now)
@@ -162,53 +159,24 @@ def _moved(health: Health, state: State, wall_now: float) -> Health:
 
 
 def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:
-    """What a failed request tells of the upstream's health; None: nothing."""
+    """What a failed request shows about the upstream's health; None for nothing."""
     if failure.slug == "overloaded":
-        return None  # it is we that have run out of descriptors
+        return None  # gup itself has run out of descriptors or connections
     if failure.outcome == "unreachable":
         return Sign.AWAY
     status = failure.status
     if status is None:
         return Sign.ERRED if failure.outcome == "rejected" else Sign.BROKE
-    # A gup passes on what is wrong above it, and may still hold other content.
+    # Another gup passes on failures of its own upstreams, and may still have other content.
     fine = check or kind == "gup" or status < 500 or status in (501, 508)
     return Sign.ANSWERED if fine else Sign.ERRED
 
 
-def retry_after_seconds(text: str | None, date: str | None, wall_now: float) -> float | None:
-    """Upstream's Retry-After (RFC 9110 section 10.2.3), an hour at most; None when it says nothing of use.
-
-    A date is reckoned from the answer's own `date`, if it has one: clocks differ.
-    """
-    if text is None:
-        return None
-    text = text.strip()
-    if re.fullmatch(r"[0-9]{1,12}", text):
-        seconds = float(text)
-    else:
-        at = parse_http_date(text, now=wall_now)
-        if at is None:
-            return None
-        told = parse_http_date(date.strip(), now=wall_now) if date else None
-        seconds = at - (wall_now if told is None else told)
-    return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else None
-
-
-def rendezvous(key: str, name: str, weight: int) -> float:
-    """How much `key` prefers the upstream: of several the largest wins.
-
-    Weighted rendezvous hashing: each upstream gets keys in proportion to its weight, the same key the same
-    upstream in every process; one that goes away changes nobody's preference but its own keys'.
-    """
-    chance = (xxhash.xxh3_64_intdigest(f"{name}\n{key}".encode()) + 0.5) / 2**64
-    return -weight / math.log(chance)
-
-
 class Board:
-    """All upstreams' health, kept in the words from `first` on; names beyond the words are kept here alone.
+    """The health of all upstreams, in the shared words from `first` on; beyond `most`, in this process only.
 
-    Any process changes a word, under `locked`; an answer of what is up changes nothing and locks nothing.
-    `tell` is called with a name and what went wrong, at most once a second for each.
+    Any process may change a word, under `locked`. A success of an upstream that is up takes no lock. `tell`
+    is called with a name and the failure's detail, at most once a second for each upstream.
     """
 
     def __init__(
@@ -222,7 +190,7 @@ class Board:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        # Sorted: a reload may bring another order, and a process that starts after it must find its words.
+        # Sorted: after a reload with another order, new processes must find the same words.
         self._at = {name: first + number for number, name in enumerate(sorted(names)[:most])}
         self._words = words
         self._own: dict[str, int] = {}
@@ -234,7 +202,7 @@ class Board:
 
     @classmethod
     def private(cls, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> Self:
-        """A board of this process alone, for tests and tools."""
+        """A board for one process: tests and tools."""
         words = memoryview(bytearray(8 * max(1, len(names)))).cast("Q")
         return cls(names, words, 0, len(names), lambda _word: nullcontext(), clock=clock)
 
@@ -246,7 +214,7 @@ class Board:
         return self.get(name).state is State.DOWN
 
     def note(self, name: str, sign: Sign, detail: str = "", failed: int = EVERY_MARK) -> None:
-        """Take a sign in; `detail` says what went wrong, `failed` marks what was asked and by whom."""
+        """Record a sign. `detail` describes the failure; `failed` is the `mark` of name and client."""
         if sign is not Sign.ANSWERED:
             self._tell_sometimes(name, detail)
         now, wall_now = self._clock(), self._wall_clock()
@@ -261,20 +229,20 @@ class Board:
             _log_change(name, before.state, health.state, detail)
 
     def forget(self, name: str) -> None:
-        """Nothing is known of it: its settings changed."""
+        """Forget what is known: the upstream's settings have changed."""
         with self._locked(self._at.get(name, 0)):
             self._set(name, Health(since=int(self._wall_clock())))
 
     def seconds_to_trial(
         self, name: str, connect_seconds: float, longest_seconds: float = TRIAL_SECONDS
     ) -> float:
-        """Time until an upstream that is down may be tried; 0: now."""
+        """Time until an upstream that is down may be tried; 0 for now."""
         health = self.get(name)
         wait = health.trial_wait_seconds(connect_seconds, longest_seconds)
         return max(0.0, wait - health.quiet_seconds(self._clock()))
 
     def may_try(self, name: str, connect_seconds: float, longest_seconds: float = TRIAL_SECONDS) -> bool:
-        """Whether a trial of what is down is due. The first to ask, of all processes, gets True."""
+        """Whether a trial is due. Only the first caller of all processes gets True."""
 
         def due() -> bool:
             return self.is_down(name) and not self.seconds_to_trial(name, connect_seconds, longest_seconds)
@@ -290,7 +258,7 @@ class Board:
             return True
 
     def doubted(self, name: str) -> bool:
-        """Whether others are to be asked before it."""
+        """Whether other upstreams are asked first."""
         health = self.get(name)
         return health.state is State.DOUBTFUL and health.quiet_seconds(self._clock()) < DOUBT_SECONDS
 
@@ -322,20 +290,20 @@ def _log_change(name: str, before: State, now: State, detail: str) -> None:
 _TICK_SECONDS = 0.2
 _DOUBT_INTERVAL_SECONDS = 1.0
 _PATHS = {"manager": CATALOG_PATH, "liveupdate": "/minitri.flg", "gup": "/"}
-"""Managers and LiveUpdate are asked for an index file; another gup for what it refuses by itself: an index
-file would have it ask upstream, and a gup whose upstream is gone still serves.
+"""Managers and LiveUpdate are asked for an index file. Another gup is asked for a path that it refuses by
+itself: for an index file it would ask its upstream, and a gup whose upstream is down still serves.
 """
 
 
 def check_path(settings: config.Upstream) -> str:
-    """What a check asks for, by HEAD."""
+    """The path that a check requests, by HEAD."""
     return settings.health_path or _PATHS[settings.kind]
 
 
 class Checks:
-    """The checks of all upstreams of a pool, each its own task, owned here. `run` goes on until cancelled.
+    """Checks all upstreams of a pool, each in a task of its own; `run` goes on until it is cancelled.
 
-    A check costs a request without a body. Any answer says that the upstream lives.
+    A check is a HEAD request. Any response means that the upstream is up.
     """
 
     def __init__(self, pool: "Pool", clock: Callable[[], float] = time.monotonic) -> None:
@@ -386,4 +354,4 @@ class Checks:
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         del self._running[name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            _LOG.error("a check of %s failed by a mistake of ours", name, exc_info=error)
+            _LOG.error("internal error in a check of %s", name, exc_info=error)

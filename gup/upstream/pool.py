@@ -1,24 +1,25 @@
-"""The upstreams: which one is asked next, and how; never reads a body to its end, never retries.
+"""The upstreams: which ones are asked for a key, in which order; sends single requests, without retries.
 
-Choice: those that are up before those in doubt, by priority; within one priority by weight and key, so that
-the same key prefers the same upstream. What is down is asked only as a trial, one at a time: until the next
-is due, all other requests are answered from the failure that took it down.
+Order: upstreams that are up before doubtful ones, then by priority, then by weight and key, so that a key
+prefers the same upstream. An upstream that is down gets one trial at a time; between trials, requests that
+have no other upstream fail at once.
 """
 
 import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import xxhash
 
 from gup import config
 from gup.content.key import Variant
 from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
-from gup.upstream.connection import Answer, Ask, Upstream
 from gup.upstream.exchange import (
     RemoteHead,
     UpstreamFailure,
@@ -28,33 +29,24 @@ from gup.upstream.exchange import (
     proxy_in_words,
     proxy_refused,
     read_age,
-    read_framing,
-    read_head,
-    translated,
+    refusal,
 )
-from gup.upstream.health import (
-    RARE_TRIAL_SECONDS,
-    Board,
-    Sign,
-    mark,
-    rendezvous,
-    retry_after_seconds,
-    sign_of,
-)
+from gup.upstream.health import RARE_TRIAL_SECONDS, Board, Sign, mark, sign_of
+from gup.upstream.session import Answer, Ask, Upstream, read_framing, read_head, translated
 
 if TYPE_CHECKING:
     import aiohttp
 
 _ERROR_BODY_BYTES = 64 * 1024
-"""An error's body is read this far, so that its connection can be used again."""
+"""Limit for reading the body of an error response, so that its connection can be used again."""
 _LEARN_SECONDS = 1.0
-"""For another gup to tell its name: it answers that by itself."""
+"""Time limit for learning another gup's name, which it answers by itself."""
 _LEARN_AGAIN_SECONDS = 10.0
-"""Where it did not, those who come meanwhile are not kept waiting too."""
+"""After a failure, requests do not wait again for this long."""
 
 
 class Pool:
-    """All upstreams of this process. A reload replaces those whose settings changed."""
+    """All upstreams of this process."""
 
     def __init__(
         self,
@@ -78,15 +70,15 @@ class Pool:
         self._retired: list[Upstream] = []
         self._closing: set[asyncio.Task[None]] = set()
         self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
-        """Whether an upstream's catalogue lists a stream; set by whoever reads catalogues."""
+        """Whether an upstream's catalogue lists a stream; set by the reader of catalogues."""
         self._learning = asyncio.Lock()
         self._learned_at: dict[str, float] = {}
-        """When an upstream was last asked for its name."""
+        """When each upstream was last asked for its name."""
         self.apply(upstreams)
 
     def apply(self, upstreams: Sequence[config.Upstream]) -> None:
-        """Take over settings. Upstreams that stay the same keep their connections; fills under way at one
-        that changed end with the old one.
+        """Take over settings. Unchanged upstreams keep their connections; requests in progress at a changed
+        one finish with the old settings.
         """
         known = {upstream.name: upstream for upstream in self.upstreams}
         kept = [
@@ -99,18 +91,18 @@ class Pool:
         for upstream in old:
             if upstream not in kept:
                 upstream.retired = True
-                self.board.forget(upstream.name)  # what was wrong may be what was changed
+                self.board.forget(upstream.name)  # the new settings may have mended it
                 self._retired.append(upstream)
                 self._close_if_idle(upstream)
 
     # --- choice
 
     def candidates(self, variant: Variant, key: str = "") -> list[Upstream]:
-        """Upstreams of `variant`, the one to ask first at the head, those that are down at the end.
+        """The upstreams of `variant` in the order to ask them, those that are down at the end.
 
-        A wide variant's are all that it covers, of these only such as list the stream if any does. So are
-        those of a key that is for all and that no upstream is set for: a fill that goes on after its leader,
-        or a repair, knows the key alone. LiveUpdate's files are at LiveUpdate, of whatever variant.
+        For a wide variant these are all that it covers; if some of them list the stream, only those. A
+        variant that no upstream is configured for is widened: a takeover or a repair knows only the key.
+        LiveUpdate's files are at LiveUpdate, whatever the variant.
         """
         stream = _stream_of(key)
         if stream == LIVEUPDATE_STREAM:
@@ -134,9 +126,9 @@ class Pool:
         return doubt, settings.priority, -rendezvous(key, upstream.name, settings.weight)
 
     def admitted(self, variant: Variant, key: str, via: str | None = None) -> list[Upstream]:
-        """The candidates that a new request may be sent to, those that are down as far as a trial is due.
+        """The candidates for a new request; of those that are down, the ones with a trial due.
 
-        UpstreamFailure at once when there are upstreams and all are down, and no trial is due.
+        UpstreamFailure when all candidates are down and no trial is due.
         """
         candidates = self.off_the_way(self.candidates(variant, key), via)
         usable = [u for u in candidates if not self.board.is_down(u.name)]
@@ -148,13 +140,13 @@ class Pool:
         return trials
 
     def refuse_while_away(self, variant: Variant, key: str) -> None:
-        """UpstreamFailure where `admitted` would raise it; without beginning a trial where one is due."""
+        """Raise what `admitted` would raise, without beginning a trial."""
         candidates = self.candidates(variant, key)
         if candidates and all(self._seconds_away(upstream) for upstream in candidates):
             raise self._away(candidates)
 
     def _seconds_away(self, upstream: Upstream) -> float:
-        """Time until it may be asked; 0: now."""
+        """Time until it may be asked; 0 for now."""
         if not self.board.is_down(upstream.name):
             return 0.0
         return self.board.seconds_to_trial(upstream.name, upstream.settings.connect_timeout)
@@ -173,16 +165,17 @@ class Pool:
     def chosen(
         self, variant: Variant, key: str, via: str | None, *, resuming: bool
     ) -> tuple[list[Upstream], list[Upstream]]:
-        """Whom to ask, and whom else once clients have a part of the body, which must not wait for a trial.
+        """The upstreams to ask, and a reserve for a body of which clients already have some bytes.
 
-        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`.
+        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`; a resumed body does
+        not wait for a trial.
         """
         candidates = self.off_the_way(self.candidates(variant, key), via)
         admitted = candidates if resuming else self.admitted(variant, key, via)
         return admitted, [upstream for upstream in candidates if upstream not in admitted]
 
     def off_the_way(self, candidates: Sequence[Upstream], via: str | None) -> list[Upstream]:
-        """Those that a request with this Via has not passed through: asking them would close a loop.
+        """The candidates that the request has not passed through by its Via: others would close a loop.
 
         UpstreamFailure when it has passed through all.
         """
@@ -193,7 +186,7 @@ class Pool:
         return left
 
     def _unchecked_trials(self, candidates: Sequence[Upstream], usable: Sequence[Upstream]) -> list[Upstream]:
-        """Without active checks nobody but requests finds out that what was down is up again."""
+        """Those that are down, not checked, and due for a trial: only requests can tell that they are up."""
         return [
             upstream
             for upstream in candidates
@@ -204,10 +197,10 @@ class Pool:
         ]
 
     async def learn_names(self, variant: Variant, key: str) -> None:
-        """Have those candidates tell their names in Via that have not answered yet.
+        """Learn the Via names of candidates that have not responded yet; loops are detected by them.
 
-        A circle is known by them. They are asked for the head of the root, which a gup answers by itself; who
-        does not answer in time stays unknown.
+        Each is sent a HEAD for `/`, which a gup answers by itself. Without a response in time the name stays
+        unknown.
         """
         async with self._learning:
             unknown = [upstream for upstream in self.candidates(variant, key) if upstream.node is None]
@@ -226,14 +219,14 @@ class Pool:
     # --- asking
 
     async def ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
-        """One request. An Answer for 200 and 206; a bare RemoteHead for 304, 404, 410 and for HEAD.
+        """Send one request. An Answer for 200 and 206; a RemoteHead for 304, 404, 410 and for HEAD.
 
-        UpstreamFailure for everything else. The outcome is counted and noted as the upstream's health.
+        UpstreamFailure for everything else. The outcome is counted and recorded in the upstream's health.
         """
         await upstream.take_connection()
         upstream.in_use += 1
         if upstream.retired and upstream not in self._retired:
-            self._retired.append(upstream)  # a fill that began with it tries once more
+            self._retired.append(upstream)  # a retry of a fill that began before the reload
         answer = None
         try:
             answer = await self._ask(upstream, ask)
@@ -250,9 +243,9 @@ class Pool:
         return answer
 
     async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
-        """What a HEAD tells of the length of the body that came under `head`; None when it tells none.
+        """The length of the body with this `head`, by a HEAD; None when the response is another or has none.
 
-        For a body whose end nothing has confirmed.
+        For a body whose end is not confirmed.
         """
         plain = replace(
             ask, method="HEAD", start=0, stop=None, if_range=None, if_none_match=None, if_modified_since=None
@@ -317,7 +310,7 @@ class Pool:
             return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
         if status not in (200, 206) or (status == 206 and not ask.ranged):
             await self._drain(response, count, ask, upstream)
-            failure = _refusal(upstream.name, status, response.headers)
+            failure = refusal(upstream.name, status, response.headers, time.time())
             if proxy is not None:
                 failure.detail += f", by way of {proxy_in_words(proxy)}, whose answer it may be"
             raise failure
@@ -341,15 +334,15 @@ class Pool:
 
     @staticmethod
     def _age(upstream: Upstream, response: "aiohttp.ClientResponse") -> int:
-        """How long a gup has held what it sends (RFC 9111 section 5.1); of others nothing is held."""
+        """How long a gup has stored the response (RFC 9111 section 5.1); 0 for other servers."""
         return read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
 
     async def _drain(
         self, response: "aiohttp.ClientResponse", count: Callable[[int], None], ask: Ask, upstream: Upstream
     ) -> None:
-        """Read what is not wanted, so that the connection can be used again; if that is no use, close it."""
+        """Read a body that is not wanted, so that the connection can be used again; else close it."""
         left = _ERROR_BODY_BYTES
-        # An error's body may break off, hang, or have no certain end: the status is known.
+        # The body may break off, hang, or have no certain end; the status is all that counts.
         with contextlib.suppress(UpstreamFailure, TimeoutError):
             read_framing(response, upstream.name)
             async with asyncio.timeout(upstream.settings.read_timeout):
@@ -382,18 +375,11 @@ def _stream_of(key: str) -> str:
     return parts[2] if len(parts) > 2 else ""
 
 
-def _refusal(name: str, status: int, headers: Mapping[str, str]) -> UpstreamFailure:
-    if status == 508:
-        detail = f"{name} answered 508: the request would go round in a circle"
-        return UpstreamFailure("error", "loop", detail, again=False, status=status)
-    later = None
-    if status in (429, 503):
-        later = retry_after_seconds(headers.get("Retry-After"), headers.get("Date"), time.time())
-    return UpstreamFailure(
-        "error",
-        "upstream-error" if status >= 500 else "upstream-refused",
-        f"{name} answered {status}",
-        again=False,
-        status=status,
-        retry_after_seconds=later,
-    )
+def rendezvous(key: str, name: str, weight: int) -> float:
+    """The score of an upstream for `key`; the largest wins.
+
+    Weighted rendezvous hashing: each upstream gets keys in proportion to its weight, the same in every
+    process. Removing one moves only its own keys.
+    """
+    chance = (xxhash.xxh3_64_intdigest(f"{name}\n{key}".encode()) + 0.5) / 2**64
+    return -weight / math.log(chance)

@@ -9,7 +9,7 @@ from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.claim import Claims
 from gup.cache.queue import FillQueue
 from gup.cache.slots import Slots
-from gup.upstream.turns import Turns
+from gup.upstream.bandwidth import Turns
 
 DELTA, INDEX, FULL, PREFETCH = range(4)
 

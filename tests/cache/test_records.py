@@ -20,8 +20,7 @@ from gup.content.key import BadKeyError, ContentKey, Kind
 from gup.content.routes import leads_to, path_of
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError
-from gup.upstream.exchange import RemoteHead
-from gup.upstream.validators import Validators
+from gup.upstream.exchange import RemoteHead, Validators
 
 KEY = ContentKey("14.3 RU2", "Français", "{535CB6A4-441F-4E8A-A897-804CD859100E}", "260101001", "full.zip")
 HEAD = Head(CHUNK_BYTES + 5, '"tag"', "application/zip", "Thu, 01 Jan 2026 00:00:00 GMT", "manager", '"u"')
@@ -399,7 +398,7 @@ KEPT = "ignore::pytest.PytestConfigWarning"
 """pytest warns that it keeps the assertions of tests only."""
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_keys_paths_records_and_archives_are_as_safe_with_assertions_off():
     """PYTHONOPTIMIZE=1 takes every `assert` out of gup (pytest keeps those of the tests)."""
     if not __debug__:

@@ -9,7 +9,7 @@ from gup.cache.catalogue_body import read_catalogue
 from gup.cache.opened import Result
 from gup.content.key import Variant
 from gup.errors import Problem
-from gup.upstream.catalogue import fetch_catalogue
+from gup.upstream.download import fetch_catalogue
 from gup.upstream.exchange import UpstreamFailure
 
 SLUG = "upstream-unsure-end"

@@ -10,7 +10,7 @@ import pytest
 from gup.cache.catalogue_file import FILE, read_kept
 from gup.config import Settings
 from gup.control.catalog_refresh import CatalogRefresher
-from gup.upstream.catalogue import Fetched
+from gup.upstream.download import Fetched
 from gup.upstream.exchange import UpstreamFailure
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.cache.record import Head, Record
+from gup.cache.record import Head
 from gup.cache.state import FillState, Phase
 from gup.cache.store import Part
 from gup.content.key import ContentKey, Kind
@@ -21,10 +21,12 @@ def row(revision="260101001", kind=Kind.FULL, size=100, age=0.0, *, pinned=False
     return make_row(key, kind, size, stored_at=NOW - age, used_at=NOW - age, pinned=pinned)
 
 
-def part(number=1, size=100, age=0.0, *, claimed=False, phase=None, record=None):
+def part(number=1, size=100, age=0.0, *, claimed=False, length=None):
+    """With `length`, its state tells that the whole body has so many bytes."""
     id_ = f"{number:032x}"
     key = ContentKey("v", "l", "{S}", "260101001", f"p{number}")
-    state = FillState(key, Kind.FULL, 1, phase, record=record) if phase else None
+    head = Head(length, '"tag"', "application/zip", None, "manager", None)
+    state = FillState(key, Kind.FULL, 1, Phase.STREAMING, head) if length else None
     return Part(id_, 1, size, NOW - age, claimed, state)
 
 
@@ -114,11 +116,9 @@ def test_only_as_much_as_needed_goes(given_limits, reasons):
 
 
 def test_a_whole_body_waiting_for_its_commit_is_not_taken_for_space():
-    sums = (1,)
-    head = Head(100, '"tag"', "application/zip", None, "manager", None)
-    record = Record.of(ContentKey("v", "l", "{S}", "260101001", "p1"), Kind.FULL, head, sums, 1.0, 1)
-    assert plan_evictions([], [part(phase=Phase.COMMITTED, record=record)], limits(size=0), NOW) == []
-    assert len(plan_evictions([], [part(phase=Phase.STREAMING)], limits(size=0), NOW)) == 1
+    whole, half = part(1, length=100), part(2, length=200)
+    plan = plan_evictions([], [whole, half], limits(size=0), NOW)
+    assert [eviction.part for eviction in plan] == [half]
 
 
 rows_strategy = st.lists(
@@ -141,7 +141,7 @@ parts_strategy = st.lists(
         size=st.integers(0, 1000),
         age=st.floats(0, 30 * DAY),
         claimed=st.booleans(),
-        phase=st.sampled_from([None, Phase.STREAMING, Phase.COMMITTED]),
+        length=st.sampled_from([None, 100, 1000]),
     ),
     max_size=6,
     unique_by=lambda p: p.id,
@@ -180,7 +180,7 @@ def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[
     movable = {r.key for r in rows if not r.pinned} | {
         p.id
         for p in parts
-        if not p.claimed and p.size_bytes and not (p.state and p.state.phase is Phase.COMMITTED)
+        if not p.claimed and p.size_bytes and not (p.state and p.state.head.length == p.size_bytes)
     }
     assert held or movable <= gone
 

@@ -147,7 +147,7 @@ def test_a_process_that_hangs_is_replaced(tmp_path, role):
                 assert connection.response().body == SMALL
             if role == "controller":
                 assert time.monotonic() - began < 10.0, "it waited for the watchdog"
-            until(lambda: f"{hung}, is killed: it gave no sign of life" in gup.log, "it is noticed", 60)
+            until(lambda: f"{hung}, is killed: it sent no heartbeat for" in gup.log, "it is noticed", 60)
             until(lambda: hung not in gup.children(), "it is gone")
             assert time.monotonic() - began < 35.0
             until(lambda: len(gup.children()) == 2, "it is replaced")

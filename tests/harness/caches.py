@@ -23,9 +23,8 @@ from gup.config import Settings
 from gup.content.key import Variant
 from gup.content.routes import Route, Routes
 from gup.metrics import Counters
-from gup.upstream.bandwidth import Wan
+from gup.upstream.bandwidth import Turns, Wan
 from gup.upstream.pool import Pool
-from gup.upstream.turns import Turns
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""

@@ -23,7 +23,7 @@ from harness.processes import command_line, end, environment, marked, owners_of_
 from harness.waiting import until
 
 READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
-START_TIMEOUT_SECONDS = 45.0
+START_TIMEOUT_SECONDS = 50.0
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from gup.process.child import Parent
-from gup.process.shared import SharedFile
+from gup.process.shared_memory import SharedFile
 
 _BEAT_SECONDS = 0.2
 
@@ -20,7 +20,7 @@ class FakeChild:
     def __init__(self):
         self.parent = Parent.from_argv(sys.argv)
         self.assignment = self.parent.assignment
-        self.shared = SharedFile.attach(os.dup(self.assignment.shared_fd))
+        self.shared = SharedFile(os.dup(self.assignment.shared_fd))
         self.counters = self.shared.counters(self.assignment.block)
         self.selector = selectors.DefaultSelector()
         self.messages = []

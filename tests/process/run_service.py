@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gup.config import Settings
 from gup.errors import SettingsError
-from gup.process import seat
+from gup.process import child
 from gup.process.supervisor import serve
 
 HERE = Path(__file__).parent
@@ -20,8 +20,8 @@ def load():
         raise SettingsError([f"bad: {line}" for line in str(error).splitlines()[:2]]) from error
 
 
-seat.BEAT_SECONDS = float(os.environ.get("TEST_BEAT_SECONDS", seat.BEAT_SECONDS))
-seat.READY_SECONDS = float(os.environ.get("TEST_READY_SECONDS", seat.READY_SECONDS))
+child.BEAT_SECONDS = float(os.environ.get("TEST_BEAT_SECONDS", child.BEAT_SECONDS))
+child.READY_SECONDS = float(os.environ.get("TEST_READY_SECONDS", child.READY_SECONDS))
 environment = os.environ | ({"LISTEN_PID": str(os.getpid())} if "LISTEN_FDS" in os.environ else {})
 sys.exit(
     serve(

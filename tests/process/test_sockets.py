@@ -8,8 +8,8 @@ import pytest
 
 from gup.config import Listen
 from gup.errors import GupError
-from gup.process.notify import PassedSockets
 from gup.process.sockets import open_listeners, url
+from gup.process.systemd import PassedSockets
 
 NONE = PassedSockets()
 

@@ -8,6 +8,9 @@ import time
 
 import pytest
 
+from gup.config import Settings
+from gup.process.supervisor import reloadable
+
 HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
 
@@ -119,7 +122,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(service):
     with running.connect() as client:
         pid = client.ask("who")["pid"]
         client.ask("hang")
-        running.until(rf"worker 0, pid {pid}, is killed: it gave no sign of life for 1 s")
+        running.until(rf"worker 0, pid {pid}, is killed: it sent no heartbeat for 1 s")
         running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
     with running.connect() as client:
         assert client.ask("who")["generation"] == 2
@@ -352,3 +355,59 @@ def test_the_log_is_json_when_asked(service):
     records = [json.loads(line) for line in running.lines if not line.startswith("gup: ")]
     assert all(record["logger"].startswith("gup.") for record in records)
     assert any(record["message"] == "SIGTERM: draining" for record in records)
+
+
+# --- what a reload can change
+
+
+def settings(**changes):
+    return Settings.model_validate({"upstream": [{"url": "http://a"}]} | changes)
+
+
+def test_most_settings_take_effect():
+    new = settings(
+        wan={"rate": "1MB/s"},
+        listen={"idle_timeout": "1s"},
+        cache={"max_size": "1GB"},
+        upstream=[{"url": "https://b", "name": "a", "priority": 3}],
+        log={"level": "debug"},
+    )
+    assert reloadable(settings(), new) == (new, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"listen": {"address": "::"}}, "listen.address"),
+        ({"listen": {"port": 1}}, "listen.port"),
+        ({"listen": {"admin_address": "::1"}}, "listen.admin_address"),
+        ({"listen": {"admin_port": 1}}, "listen.admin_port"),
+        ({"listen": {"backlog": 1}}, "listen.backlog"),
+        ({"cache": {"directory": "/elsewhere"}}, "cache.directory"),
+        ({"workers": {"count": 64}}, "workers.count"),
+        ({"upstream": []}, "upstream"),
+        ({"upstream": [{"url": "http://a"}, {"url": "http://b"}]}, "upstream"),
+    ],
+)
+def test_what_is_made_once_keeps_its_value(changes, key):
+    old = settings()
+    found, late = reloadable(old, settings(**changes, wan={"rate": "5MB/s"}))
+    assert late == [key]
+    assert found == old.model_copy(update={"wan": found.wan})
+    assert found.wan.rate == 5_000_000
+
+
+def test_tokens_and_certificates_change_but_not_whether_they_are_needed():
+    token, other = {"admin_token_file": "/token"}, {"admin_token_file": "/other"}
+    beyond = settings(listen={"admin_address": "::"} | token)
+    new = settings(listen={"admin_address": "::"} | other)
+    assert reloadable(beyond, new) == (new, [])
+    assert reloadable(beyond, settings()) == (
+        beyond,
+        ["listen.admin_address", "listen.admin_token_file"],
+    )
+    tls = {"admin_cert_file": "/cert", "admin_key_file": "/key"}
+    assert reloadable(settings(listen=tls), settings()) == (settings(listen=tls), ["listen.admin_cert_file"])
+    assert reloadable(settings(), settings(listen=tls)) == (settings(), ["listen.admin_cert_file"])
+    renewed = settings(listen=tls | {"admin_cert_file": "/cert2"})
+    assert reloadable(settings(listen=tls), renewed) == (renewed, [])

@@ -19,6 +19,8 @@ from harness.waiting import until
 ALONE = pytest.mark.alone
 
 LENGTH = 6_000_000
+GATES_STAY = "1m"
+"""A `read_timeout` for which nothing is looked for too long: upstream says nothing meanwhile."""
 OVERLAP_BYTES = 2 << 20
 """More than a takeover may fetch twice: the chunk that was open, and the overlap of 64 KiB."""
 
@@ -78,7 +80,8 @@ def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(tmp_path)
             Answer(body, etag='"a"', gates=((half, gate),)),
             Answer(body, etag='"a"', gates=((LENGTH - 500_000, last),)),
         )
-        with Gup(tmp_path / "cache", [upstream.url]) as gup, Swarm(gup.data) as swarm:
+        settings = {"upstream": [{"url": upstream.url, "read_timeout": GATES_STAY}]}
+        with Gup(tmp_path / "cache", settings=settings) as gup, Swarm(gup.data) as swarm:
             workers = set(gup.workers())
             clients = swarm.add(40, BIG)
             gate.wait_reached()
@@ -127,7 +130,7 @@ def test_a_takeover_needs_no_place_and_no_patience(tmp_path):
     others = [content_path("full.dax", revision=f"2608020{n:02}") for n in range(8)]
     settings = {"fill": {"max": 1, "queue_timeout": f"{patience_seconds:g}s"}}
     with ScriptedUpstream() as upstream:
-        settings |= {"upstream": [{"url": upstream.url}]}
+        settings |= {"upstream": [{"url": upstream.url, "read_timeout": GATES_STAY}]}
         upstream.answer(BIG, Answer(body, etag='"a"', gates=((half, gate),)), Answer(body, etag='"a"'))
         for other in others:
             upstream.answer(other, Answer(body, gates=((100_000, stays),)))

@@ -9,10 +9,9 @@ from harness.scripted import ScriptedUpstream
 
 from gup.config import Settings
 from gup.metrics import Counters
-from gup.upstream.bandwidth import Wan
+from gup.upstream.bandwidth import Turns, Wan
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
-from gup.upstream.turns import Turns
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from harness.trees import BIG, noise
 
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
-from gup.upstream.connection import Ask
 from gup.upstream.download import Download
+from gup.upstream.session import Ask
 
 BODY = noise("download", 600_000)
 

@@ -1,7 +1,6 @@
-"""The health of upstreams: pure moves, the shared word, the board over two processes' views, Retry-After."""
+"""The health of upstreams: transitions, the shared word, and the board as two processes see it."""
 
 import threading
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -22,8 +21,6 @@ from gup.upstream.health import (
     after,
     check_path,
     mark,
-    rendezvous,
-    retry_after_seconds,
     sign_of,
 )
 
@@ -185,30 +182,6 @@ def test_what_a_failure_tells(failure, kind, check, sign):
     assert sign_of(failure, kind, check=check) is sign
 
 
-@pytest.mark.parametrize(
-    ("text", "date", "seconds"),
-    [
-        (None, None, None),
-        ("120", None, 120),
-        (" 7 ", None, 7),
-        ("0", None, None),
-        ("-5", None, None),
-        ("1.5", None, None),
-        ("soon", None, None),
-        ("7200", None, 3600),
-        ("9" * 12, None, 3600),
-        ("9" * 4000, None, None),
-        ("Sun, 06 Nov 1994 08:49:37 GMT", None, 37),
-        ("Sun, 06 Nov 1994 08:48:37 GMT", None, None),
-        ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:39:37 GMT", 600),
-        ("Sun, 06 Nov 1994 08:49:37 GMT", "yesterday", 37),
-        ("Mon, 07 Nov 1994 08:49:37 GMT", None, 3600),
-    ],
-)
-def test_retry_after_is_seconds_or_a_date_an_hour_at_most(text, date, seconds):
-    assert retry_after_seconds(text, date, 784111740.0) == seconds
-
-
 # --- the board
 
 
@@ -315,32 +288,6 @@ def test_answers_of_what_is_up_take_no_lock():
     for _ in range(10):
         board.note("a", ANSWERED)
     assert taken == [0]
-
-
-# --- preference
-
-
-def shares(weights: dict[str, int], keys: int = 6000) -> Counter[str]:
-    return Counter(
-        max(weights, key=lambda name: rendezvous(f"key {number}", name, weights[name]))
-        for number in range(keys)
-    )
-
-
-def test_keys_are_shared_out_by_weight():
-    found = shares({"a": 1, "b": 1, "c": 4})
-    assert found["a"] == pytest.approx(1000, rel=0.15)
-    assert found["b"] == pytest.approx(1000, rel=0.15)
-    assert found["c"] == pytest.approx(4000, rel=0.05)
-
-
-def test_an_upstream_that_goes_moves_its_own_keys_only():
-    three, two = {"a": 1, "b": 2, "c": 1}, {"a": 1, "b": 2}
-    for number in range(2000):
-        key = f"key {number}"
-        before = max(three, key=lambda name: rendezvous(key, name, three[name]))
-        if before != "c":
-            assert max(two, key=lambda name: rendezvous(key, name, two[name])) == before
 
 
 # --- checks

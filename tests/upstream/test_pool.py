@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections import Counter
 
 import pytest
 from harness.processes import free_port
@@ -9,9 +10,10 @@ from harness.scripted import Answer as Scripted
 from harness.scripted import Gate
 
 from gup.content.key import Variant
-from gup.upstream.connection import Answer, Ask
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, gup_names, node_names, read_age
+from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.health import Checks, Sign, State
+from gup.upstream.pool import rendezvous
+from gup.upstream.session import Answer, Ask
 
 ANY = Variant()
 PATH = "/content/x.txt"
@@ -362,24 +364,6 @@ async def test_a_508_is_a_loop(pool_of, upstream):
         assert failure.value.slug == "loop"
 
 
-def test_fields_that_others_wrote_are_read_with_care():
-    assert [read_age(text) for text in (None, "", "7", "-7", "7.5", "x", "9" * 12)] == [
-        *(0, 0, 7, 0, 0, 0),
-        1 << 31,
-    ]
-    assert node_names(None) == gup_names(None) == []
-    assert gup_names("1.1 a (gup), 1.0 fred,1.1 b (gup) , HTTP/1.1 p.net:80 (gup), 1.1 c (squid)") == [
-        "a",
-        "b",
-        "p.net:80",
-    ]
-    assert node_names("1.1 a (gup), 1.0 fred, HTTP/1.1 p.example.net:80 (x), ") == [
-        "a",
-        "fred",
-        "p.example.net:80",
-    ]
-
-
 async def test_names_are_learned_before_anything_waits_for_them(pool_of, upstream):
     """Of whatever kind it is set to be: a proxy between has a name that says nothing."""
     upstream.answer("/", Scripted(b"", 404, fields=(("Via", "1.1 top-1 (gup), 1.1 corner (squid)"),)))
@@ -451,3 +435,29 @@ async def test_an_old_upstream_that_is_asked_once_more_is_closed_with_the_pool(p
 async def test_urls_with_the_usual_ports(pool_of, url, asked):
     async with pool_of({"name": "a", "url": url}) as pool:
         assert pool.upstreams[0].url(PATH) == asked
+
+
+# --- preference
+
+
+def shares(weights: dict[str, int], keys: int = 6000) -> Counter[str]:
+    return Counter(
+        max(weights, key=lambda name: rendezvous(f"key {number}", name, weights[name]))
+        for number in range(keys)
+    )
+
+
+def test_keys_are_shared_out_by_weight():
+    found = shares({"a": 1, "b": 1, "c": 4})
+    assert found["a"] == pytest.approx(1000, rel=0.15)
+    assert found["b"] == pytest.approx(1000, rel=0.15)
+    assert found["c"] == pytest.approx(4000, rel=0.05)
+
+
+def test_an_upstream_that_goes_moves_its_own_keys_only():
+    three, two = {"a": 1, "b": 2, "c": 1}, {"a": 1, "b": 2}
+    for number in range(2000):
+        key = f"key {number}"
+        before = max(three, key=lambda name: rendezvous(key, name, three[name]))
+        if before != "c":
+            assert max(two, key=lambda name: rendezvous(key, name, two[name])) == before

@@ -10,8 +10,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from gup.upstream import bandwidth
-from gup.upstream.bandwidth import ReceiveWindow, Wan, window_bytes
-from gup.upstream.turns import Turns
+from gup.upstream.bandwidth import ReceiveWindow, Turns, Wan, window_bytes
 
 KB, MIB, UNBOUNDED = 1000, 1 << 20, 1 << 30
 SEGMENT = 1448

@@ -8,12 +8,16 @@ import time
 
 import pytest
 import uvloop
+import yarl
 from harness.raw import Over, RawUpstream, Talk, ok
 from harness.trees import noise
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gup.upstream.connection import Answer, Ask, Steadiness
+from gup import config
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.health import State
+from gup.upstream.session import Answer, Ask, Steadiness, Upstream
 
 PATH = "/content/x.dax"
 BODY = noise("session", 3_000_000)
@@ -479,3 +483,25 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(pool_of)
                 await trickle
             assert raised.value.outcome == "timeout"
             assert pool.board.get("u").state is State.UP, "to be slow is not to be down"
+
+
+# --- URLs
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "@evil.example:80/x", ":81/x", ".evil.example/x", "evil", "/x\r\nHost: y", "/x y", "/é", "//\0"],
+)
+@pytest.mark.parametrize("url", ["http://manager:8014", "https://manager", "https://[fd00::1]:8443/sepm"])
+async def test_no_path_changes_the_host_that_is_asked(pool_of, url, path):
+    async with pool_of({"name": "a", "url": url}) as pool:
+        with pytest.raises(UpstreamFailure, match="is no path"):
+            pool.upstreams[0].url(path)
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40))
+def test_whatever_follows_a_slash_the_authority_stays(rest):
+    """As aiohttp reads the URL; without what `yarl` refuses to read at all."""
+    upstream = Upstream(config.Upstream.model_validate({"url": "http://manager:8014"}), "gup", "1.1 a")
+    asked = yarl.URL(upstream.url(f"/{rest}"), encoded=True)
+    assert (asked.scheme, asked.host, asked.port, asked.user) == ("http", "manager", 8014, None)

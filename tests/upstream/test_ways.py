@@ -16,10 +16,10 @@ from harness.raw import Over, RawUpstream, Talk, ok
 from harness.trees import noise
 from harness.web_proxy import WebProxy
 
-from gup.upstream.connection import Answer, Ask
 from gup.upstream.connector import is_quiet
 from gup.upstream.exchange import UpstreamFailure
 from gup.upstream.health import State
+from gup.upstream.session import Answer, Ask
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
@@ -154,7 +154,7 @@ def test_an_upstream_that_closes_idle_connections_is_up(reached, pool_of, runner
 
 def idle_and_quiet(pool) -> "list[ResponseHandler]":
     """Connections in the pool over which nothing has come unasked by now."""
-    idle = [one for conns in pool.upstreams[0].session().connector._conns.values() for one, _ in conns]
+    idle = [one for conns in pool.upstreams[0]._session.connector._conns.values() for one, _ in conns]
     return [one for one in idle if is_quiet(SimpleNamespace(protocol=one, transport=one.transport))]
 
 

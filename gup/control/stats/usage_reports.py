@@ -55,7 +55,7 @@ from gup.control.stats.savings import (
     prune_days,
 )
 from gup.control.traffic import revision_time
-from gup.upstream.schedule import site_time
+from gup.upstream.bandwidth import site_time
 
 LabelOf = Callable[[StreamId], Label | None]
 

@@ -1,6 +1,5 @@
-"""What systemd hands to a service and wants to hear from it; does nothing where there is no systemd.
-
-sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
+"""systemd: passed sockets, notifications and the watchdog; sd_listen_fds(3), sd_notify(3),
+sd_watchdog_enabled(3). Nothing happens where the service was not started by systemd.
 """
 
 import logging
@@ -20,19 +19,22 @@ VARIABLES = (
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 )
-"""Meant for the supervisor alone: children get an environment without them."""
+"""For the supervisor only: removed from the environment of children."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassedSockets:
-    """Descriptors that systemd listens on for us."""
+    """Descriptors of the sockets that systemd opened."""
 
     data: tuple[int, ...] = ()
     admin: tuple[int, ...] = ()
 
 
 def passed_sockets(environment: Mapping[str, str], pid: int) -> PassedSockets:
-    """Sockets named "data" and "admin" (FileDescriptorName=); without these names the second is admin's."""
+    """The sockets named "data" and "admin" (FileDescriptorName=).
+
+    If neither name is used, the first is data and the second admin.
+    """
     if environment.get("LISTEN_PID") != str(pid):
         return PassedSockets()
     count = environment.get("LISTEN_FDS", "")
@@ -48,13 +50,13 @@ def passed_sockets(environment: Mapping[str, str], pid: int) -> PassedSockets:
 
 
 class Notifier:
-    """Tells systemd how the service stands."""
+    """Sends the state of the service to systemd."""
 
     def __init__(self, address: str | None, watchdog_seconds: float | None = None) -> None:
-        """`address` is that of NOTIFY_SOCKET; None: nobody listens."""
+        """`address` is the value of NOTIFY_SOCKET; None sends nothing."""
         self._address = "\0" + address[1:] if address and address.startswith("@") else address
         self.watchdog_seconds = watchdog_seconds
-        """Within which `watchdog` must be called again and again; None: nobody watches."""
+        """The longest time between two calls of `watchdog`; None without a watchdog."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], pid: int) -> "Notifier":
@@ -64,7 +66,7 @@ class Notifier:
         return cls(environment.get("NOTIFY_SOCKET"), seconds)
 
     def ready(self, status: str) -> None:
-        """The service serves; also after a reload."""
+        """The service is ready, at the start and after each reload."""
         self._send(f"READY=1\nSTATUS={status}")
 
     def reloading(self) -> None:
@@ -84,4 +86,4 @@ class Notifier:
                 sock.setblocking(False)
                 sock.sendto(text.encode(), self._address)
         except OSError as error:
-            _LOG.warning("systemd could not be told %r: %s", text, error)
+            _LOG.warning("systemd did not get the message %r: %s", text, error)

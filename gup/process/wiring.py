@@ -1,15 +1,18 @@
-"""Puts a child's parts together: what worker and controller have in common; decides and serves nothing."""
+"""Wiring of a child process: makes the objects that worker and controller have in common."""
 
 import asyncio
 import hashlib
 import json
 import os
+import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-from gup import __version__, config
+from gup import __version__, config, log
 from gup.cache.backlog import CLASSES, Backlog
 from gup.cache.cache import Cache
 from gup.cache.claim import Claims
@@ -20,10 +23,8 @@ from gup.cache.slots import Slots
 from gup.cache.space import Space
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.metrics import Counters
 from gup.process.child import Parent
-from gup.process.descriptors import use_all_descriptors
-from gup.process.page import (
+from gup.process.shared_memory import (
     FILL_HELD,
     MEMORY,
     MEMORY_WORDS,
@@ -32,60 +33,60 @@ from gup.process.page import (
     UPSTREAM_HEALTH,
     WAN_CLOCK,
     Row,
+    SharedFile,
 )
-from gup.process.shared import SharedFile
-from gup.upstream.bandwidth import Wan
+from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
-from gup.upstream.schedule import rate_at, site_time
-from gup.upstream.turns import Turns
 
+# First lock number of each kind of slot in run/slots.
+_BULK_FIRST = 0
 _URGENT_FIRST = 10_000
 _INHERITED_FIRST = 20_000
-"""As many as a dead process can have held: `fill.max` of each class."""
-
 _RANGE_BYPASS_FIRST = 100_000
-_RANGE_BYPASS_PLACES = 2
 _BYPASS_FIRST = 200_000
-_BYPASS_PLACES = 4
 _DOWNLOADS_FIRST = 1_000_000
+
+_RANGE_BYPASS_SLOTS = 2
+_BYPASS_SLOTS = 4
 _THREADS = 16
 _RATE_SECONDS = 0.5
 _ALIVE_NS = 3_000_000_000
-"""A process that gave no sign of life for so long keeps nobody waiting."""
+"""Nobody waits for the turn of a process whose last heartbeat is older."""
 
 
 def node_name(settings: config.Settings) -> str:
-    """What the node is called in Via: the site's name, told apart from other nodes of that name."""
+    """The node's name in Via: the site's name, and a hash that differs for each host and cache directory."""
     own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
     site = "".join(c if c.isalnum() or c in "-._" else "-" for c in settings.site.name) or "gup"
     return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
 
 
-class Assembly:
-    """The collaborators of one child process, made from its assignment. `close` ends what has to be ended."""
+class Wiring:
+    """The collaborators of one child process, made from its assignment. Close it at the end."""
 
     def __init__(self, parent: Parent) -> None:
         self.parent = parent
         self.settings = parent.settings()
         self.block = parent.assignment.block
-        self.descriptors = use_all_descriptors()
-        self.shared = SharedFile.attach(parent.assignment.shared_fd)
-        self.counters: Counters = self.shared.counters(self.block)
+        self.descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # raised by the supervisor
+        self.shared = SharedFile(parent.assignment.shared_fd)
+        self.counters = self.shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
+        self.store.claims = Claims(self.store.partial / "claims")
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
-        self.words = self.shared.page.words
-        self._promises = self.shared.page.row(Row.PROMISES)
-        self._promises[self.block] = 0  # a predecessor's promises died with it
+        self._slots = Claims(self.store.run / "slots")
+        self._reserved = self.shared.page.row(Row.PROMISES)
+        self._reserved[self.block] = 0  # reservations of a predecessor in this slot ended with it
         self._events = socket.socket(fileno=os.dup(parent.assignment.event_fd))
         self._events.setblocking(False)
         self._rate = 0
         self._rate_until = 0.0
         self._rate_of: config.Settings | None = None
         self.wan = Wan(
-            self.words,
+            self.shared.page.words,
             WAN_CLOCK,
-            self._turns(Row.WAN_TURNS),
+            Turns(self.shared.page.row(Row.WAN_TURNS), self.block, self._alive),
             self.wan_rate,
             self.store.run / "wan.lock",
         )
@@ -97,37 +98,51 @@ class Assembly:
             via=f"1.1 {node_name(self.settings)} (gup)",
             board=self._board(),
         )
-        self.means = self._means()
+        self.downloads = Slots(
+            self._slots, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads
+        )
+        self.means = self._means(self.store.claims)
         self.cache = Cache(
             self.means,
             max_open=min(4096, self.descriptors // 8),
-            bypass=Slots(self._places, _BYPASS_FIRST, lambda: _BYPASS_PLACES),
-            range_bypass=Slots(self._places, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_PLACES),
+            bypass=Slots(self._slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
+            range_bypass=Slots(self._slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
         )
 
-    def _means(self) -> Means:
-        claims = self.store.claims = Claims(self.store.partial / "claims")
-        places = self._places = Claims(self.store.run / "slots")
-        self.downloads = Slots(places, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads)
+    def _board(self) -> Board:
+        def tell(name: str, detail: str) -> None:
+            # Not self.tell: the controller replaces means.tell.
+            self.means.tell({"type": "upstream", "name": name, "detail": detail[:500]})
+
+        return Board(
+            [upstream.name for upstream in self.settings.upstream],
+            self.shared.page.words,
+            UPSTREAM_HEALTH,
+            MOST_UPSTREAMS,
+            self.shared.page.locked,
+            tell,
+        )
+
+    def _means(self, claims: Claims) -> Means:
         return Means(
             store=self.store,
             claims=claims,
             pool=self.pool,
             counters=self.counters,
-            queue=self._queue(places),
+            queue=self._fill_queue(),
             space=Space(
                 self.store.root,
                 max_size=lambda: self.means.settings.cache.max_size,
                 min_free=lambda: self.means.settings.cache.min_free,
-                used=self._used,
-                promise=self._promise,
+                used=lambda: self.shared.page.words[STORE_BYTES] + self.reserved_bytes(),
+                promise=self._reserve,
                 need=lambda missing, refused: self.tell(
                     {"type": "need", "bytes": missing, "refused": refused}
                 ),
                 evictions=lambda: self.shared.page.store_epoch,
             ),
             memory=MemoryFiles(
-                self.words[MEMORY : MEMORY + MEMORY_WORDS],
+                self.shared.page.words[MEMORY : MEMORY + MEMORY_WORDS],
                 lambda: self.shared.page.locked(MEMORY),
                 lambda: self.means.settings.fill.memory,
                 lambda: self.means.settings.listen.write_timeout,
@@ -143,33 +158,32 @@ class Assembly:
             clock=time.monotonic,
         )
 
-    def _turns(self, row: Row) -> Turns:
-        """Words by which processes that wait for the same thing tell each other who comes next."""
-        return Turns(self.shared.page.row(row), self.block, self._alive)
+    def _fill_queue(self) -> FillQueue:
+        page = self.shared.page
 
-    def _alive(self, block: int) -> bool:
-        return time.monotonic_ns() - self.shared.page.last_beat(block) < _ALIVE_NS
-
-    def _queue(self, places: Claims) -> FillQueue:
         def most() -> int:
             return self.means.settings.fill.max
 
         return FillQueue(
-            Slots(places, _URGENT_FIRST, most),
-            Slots(places, 0, most),
-            Slots(places, _INHERITED_FIRST, lambda: 2 * most()),
+            Slots(self._slots, _URGENT_FIRST, most),
+            Slots(self._slots, _BULK_FIRST, most),
+            # As many as an exited process can have held: `fill.max` of each class.
+            Slots(self._slots, _INHERITED_FIRST, lambda: 2 * most()),
             lambda: self.means.settings.fill.queue_timeout,
-            self._turns(Row.FILL_TURNS),
+            Turns(page.row(Row.FILL_TURNS), self.block, self._alive),
             Backlog(
-                self.shared.page.row(Row.FILL_BACKLOG),
-                self.words[FILL_HELD : FILL_HELD + CLASSES],
+                page.row(Row.FILL_BACKLOG),
+                page.words[FILL_HELD : FILL_HELD + CLASSES],
                 self.block,
                 self._alive,
             ),
         )
 
+    def _alive(self, block: int) -> bool:
+        return time.monotonic_ns() - self.shared.page.last_beat(block) < _ALIVE_NS
+
     def wan_rate(self) -> int:
-        """Bytes per second from upstream, by the schedule; looked up anew twice a second, or on a reload."""
+        """The WAN rate now in bytes per second; the schedule is evaluated twice a second."""
         settings = self.means.settings
         if not settings.wan.schedule:
             return settings.wan.rate
@@ -179,36 +193,20 @@ class Assembly:
             self._rate_until, self._rate_of = now + _RATE_SECONDS, settings
         return self._rate
 
-    def promised_bytes(self) -> int:
-        """What the fills under way in all processes will take."""
-        return sum(self._promises)
+    def reserved_bytes(self) -> int:
+        """Disk space reserved by the fills of all processes."""
+        return sum(self._reserved)
 
-    def _used(self) -> int:
-        return self.words[STORE_BYTES] + self.promised_bytes()
-
-    def _promise(self, change: int) -> None:
-        self._promises[self.block] += change
-
-    def _board(self) -> Board:
-        def tell(name: str, detail: str) -> None:  # by means.tell: the controller tells itself
-            self.means.tell({"type": "upstream", "name": name, "detail": detail[:500]})
-
-        return Board(
-            [upstream.name for upstream in self.settings.upstream],
-            self.words,
-            UPSTREAM_HEALTH,
-            MOST_UPSTREAMS,
-            self.shared.page.locked,
-            tell,
-        )
+    def _reserve(self, change: int) -> None:
+        self._reserved[self.block] += change
 
     def tell(self, event: Mapping[str, object]) -> None:
-        """Send an event to the controller; a lost one is counted, and healed when it looks at the store."""
+        """Send an event to the controller. A lost event is counted, and made up for by the next reconcile."""
         if not self.offer(event):
             self.counters.add("gup_events_lost_total")
 
     def offer(self, event: Mapping[str, object]) -> bool:
-        """The same for what can wait; False: the controller's queue is full, or it is gone."""
+        """Send an event that can be sent later too. False if the queue is full or the controller is gone."""
         try:
             self._events.send(json.dumps(event, separators=(",", ":")).encode())
         except OSError:
@@ -216,7 +214,7 @@ class Assembly:
         return True
 
     def apply(self, settings: config.Settings) -> None:
-        """Reloaded settings: what can change while the process runs does."""
+        """Take over reloaded settings."""
         self.settings = self.means.settings = settings
         self.pool.apply(settings.upstream)
 
@@ -228,21 +226,46 @@ class Assembly:
         self.wan.close()
 
 
-async def until_told(parent: Parent, on_message: Callable[[Mapping[str, object]], None]) -> None:
-    """Hand messages of the supervisor on, until it is gone."""
-    loop = asyncio.get_running_loop()
-    gone = loop.create_future()
+async def handle_messages(
+    parent: Parent, handle: Callable[[Mapping[str, object]], None], stop: asyncio.Event
+) -> bool:
+    """Pass the supervisor's messages to `handle` until `stop` is set. False if the supervisor is gone."""
+    loop, gone = asyncio.get_running_loop(), False
 
     def readable() -> None:
+        nonlocal gone
         messages = parent.receive()
         for message in messages or ():
-            on_message(message)
-        if messages is None and not gone.done():
+            handle(message)
+        if messages is None:
             loop.remove_reader(parent.fileno())
-            gone.set_result(None)
+            gone = True
+            stop.set()
 
     loop.add_reader(parent.fileno(), readable)
     try:
-        await gone
+        await stop.wait()
     finally:
         loop.remove_reader(parent.fileno())
+    return not gone
+
+
+class Runnable(Protocol):
+    """A child's main object."""
+
+    async def run(self) -> None: ...
+
+
+def run_child(
+    make: Callable[[Parent], Runnable],
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> None:
+    """The main function of a child process; `make` is called in the event loop."""
+    parent = Parent.from_argv(sys.argv)
+    log.configure_child(parent.settings().log)
+
+    async def run() -> None:
+        await make(parent).run()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run())

@@ -4,17 +4,19 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from gup.errors import StoreError
-from gup.process.instance import Instance, holders
+from gup.process.instance_lock import InstanceLock, holders
 
 HOLDER = """
 import sys
 from pathlib import Path
-from gup.process.instance import Instance
-instance = Instance(Path(sys.argv[1]))
+from gup.process.instance_lock import InstanceLock
+lock = InstanceLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -37,72 +39,58 @@ def holder(run):
         process.kill()
 
 
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-        self.at = {}
-
-    def sleep(self, seconds):
-        self.now += seconds
-        for when in [when for when in self.at if when <= self.now]:
-            self.at.pop(when)()
-
-    def __call__(self):
-        return self.now
-
-
-def test_the_holder_is_named_after_the_wait(run, holder):
-    clock = Clock()
+def test_after_the_wait_the_holder_is_named(run, holder):
+    began = time.monotonic()
     with pytest.raises(StoreError, match=rf"uses the cache directory {run.parent} \(pid {holder.pid}\)"):
-        Instance(run, 5.0, clock, clock.sleep)
-    assert 5.0 <= clock.now < 5.1
+        InstanceLock(run, 0.2)
+    assert time.monotonic() - began >= 0.2
     assert (run / "instance.lock").read_text() == f"{holder.pid}\n"
 
 
-def test_it_waits_for_the_holder_to_go(run, holder):
-    clock = Clock()
-    clock.at[3.0] = lambda: (holder.kill(), holder.wait())
-    instance = Instance(run, 5.0, clock, clock.sleep)
-    assert 3.0 <= clock.now < 3.1
+def test_it_waits_for_the_holder_to_exit(run, holder):
+    threading.Timer(0.2, holder.kill).start()
+    began = time.monotonic()
+    lock = InstanceLock(run, 20.0)
+    assert 0.15 < time.monotonic() - began < 15
+    holder.wait()
     assert (run / "instance.lock").read_text() == f"{os.getpid()}\n"
     assert holders(run) == []
-    instance.close()
+    lock.close()
 
 
 def test_a_child_that_outlives_its_supervisor_holds_the_directory(run):
-    first = Instance(run)
+    first = InstanceLock(run)
     with subprocess.Popen(
         [sys.executable, "-c", "import sys; sys.stdin.read()"],
         pass_fds=[first.children_fd],
         stdin=subprocess.PIPE,
     ) as child:
         first.close()
-        clock = Clock()
         with pytest.raises(StoreError, match=rf"\(pid {child.pid}\)"):
-            Instance(run, 1.0, clock, clock.sleep)
+            InstanceLock(run, 0.0)
         child.stdin.close()
         child.wait(10)
-        Instance(run, 1.0, clock, clock.sleep).close()
+        InstanceLock(run, 0.0).close()
 
 
 def test_children_hold_their_lock_shared(run):
-    instance = Instance(run)
+    lock = InstanceLock(run)
     other = os.open(run / "children.lock", os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
-    instance.close()
+    lock.close()
 
 
 def test_a_refusal_leaves_no_descriptor(run, holder):
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a count
     with pytest.raises(StoreError):
-        Instance(run, 0.0)
+        InstanceLock(run, 0.0)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - a count
     assert holder.poll() is None
 
 
-def test_a_folder_that_is_missing_is_told(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"can't be locked: .*none"):
-        Instance(tmp_path / "none", 0.0)
+        InstanceLock(tmp_path / "none", 0.0)

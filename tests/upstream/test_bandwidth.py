@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from gup.upstream.bandwidth import Share, Wan
-from gup.upstream.turns import NOBODY, Turns, rank
+from gup.upstream.bandwidth import NOBODY, Share, Turns, Wan, rank
 
 pytestmark = pytest.mark.alone
 

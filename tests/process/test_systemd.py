@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gup.process.notify import Notifier, PassedSockets, passed_sockets
+from gup.process.systemd import Notifier, PassedSockets, passed_sockets
 
 
 @pytest.fixture

@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 from gup.cache.backlog import CLASSES
 from gup.errors import StoreError
 from gup.metrics import BY_NAME
-from gup.process import shared as module
-from gup.process.page import CONFIG_OK, FILL_HELD, POLICY_EPOCH, Row
-from gup.process.shared import CONTROLLER, SUPERVISOR, SharedFile, worker_block
+from gup.process import shared_memory as module
+from gup.process.shared_memory import (
+    CONFIG_OK,
+    CONTROLLER,
+    FILL_HELD,
+    FIRST_WORKER,
+    POLICY_EPOCH,
+    SUPERVISOR,
+    Row,
+    SharedFile,
+)
 
 HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
@@ -47,7 +55,7 @@ def test_a_new_file_counts_from_zero(path):
 
 def test_blocks_do_not_overlap_and_are_summed(path):
     shared = SharedFile.create(path, ["a", "b"], 3)
-    blocks = [SUPERVISOR, CONTROLLER, *(worker_block(slot) for slot in range(3))]
+    blocks = [SUPERVISOR, CONTROLLER, *(FIRST_WORKER + slot for slot in range(3))]
     for block in blocks:
         words = shared.counters(block).words
         for position in range(len(words)):
@@ -62,7 +70,7 @@ def test_blocks_do_not_overlap_and_are_summed(path):
 @pytest.mark.parametrize("workers", [1, 43, 45, 46, 64, 125, 128, 1024])
 def test_the_page_has_words_of_their_own_for_any_number_of_workers(path, workers):
     shared = SharedFile.create(path, ["a"], workers)
-    page, blocks = shared.page, worker_block(workers)
+    page, blocks = shared.page, FIRST_WORKER + workers
     before = list(page.words)
     for row in Row:
         words = page.row(row)
@@ -70,13 +78,13 @@ def test_the_page_has_words_of_their_own_for_any_number_of_workers(path, workers
         assert set(words) == {0}, f"{row.name} shares a word with a row before it"
         for block in range(blocks):
             words[block] = 1000 * (row + 1) + block
-    page.beat(worker_block(workers - 1))
-    page.forget_beat(worker_block(workers - 1))
-    assert page.last_beat(worker_block(workers - 2)) == 1000 + worker_block(workers - 2)
+    page.beat(FIRST_WORKER + workers - 1)
+    page.forget_beat(FIRST_WORKER + workers - 1)
+    assert page.last_beat(FIRST_WORKER + workers - 2) == 1000 + FIRST_WORKER + workers - 2
     named = FILL_HELD + CLASSES
     assert list(page.words[:named]) == before[:named]
-    hit(shared, worker_block(workers - 1), 3)
-    shared.fold(worker_block(workers - 1))
+    hit(shared, FIRST_WORKER + workers - 1, 3)
+    shared.fold(FIRST_WORKER + workers - 1)
     assert shared.totals()[HITS] == 3
     shared.close()
 
@@ -91,7 +99,7 @@ def test_the_counters_of_a_page_of_another_size_are_kept(path, monkeypatch):
         lambda self: _encoded({name: getattr(self, name) for name in self.__slots__ if name != "page_words"}),
     )
     first = SharedFile.create(path, ["a"], 3)
-    hit(first, worker_block(2), 7)
+    hit(first, FIRST_WORKER + 2, 7)
     first.close()
     monkeypatch.undo()
     second = SharedFile.create(path, ["a"], 60)
@@ -116,15 +124,15 @@ def test_no_process_counts_into_the_past(path):
 
 def test_a_fold_keeps_counters_and_drops_gauges(path):
     shared = SharedFile.create(path, ["a"], 1)
-    worker = shared.counters(worker_block(0))
-    hit(shared, worker_block(0), 7)
+    worker = shared.counters(FIRST_WORKER + 0)
+    hit(shared, FIRST_WORKER + 0, 7)
     worker.set("gup_client_connections", 5)
     worker.observe("gup_fill_duration_seconds", 2.0)
     assert shared.totals()["gup_client_connections"] == 5
-    shared.fold(worker_block(0))
+    shared.fold(FIRST_WORKER + 0)
     assert set(worker.words) == {0}
-    hit(shared, worker_block(0), 3)
-    shared.fold(worker_block(0))
+    hit(shared, FIRST_WORKER + 0, 3)
+    shared.fold(FIRST_WORKER + 0)
     totals = shared.totals()
     assert totals[HITS] == 10
     assert totals["gup_client_connections"] == 0
@@ -136,8 +144,8 @@ def test_a_fold_keeps_counters_and_drops_gauges(path):
 def test_totals_go_on_after_a_restart_with_other_upstreams_and_workers(path):
     first = SharedFile.create(path, ["a", "b"], 4)
     for slot in range(4):
-        hit(first, worker_block(slot))
-    worker = first.counters(worker_block(3))
+        hit(first, FIRST_WORKER + slot)
+    worker = first.counters(FIRST_WORKER + 3)
     worker.add("gup_upstream_received_bytes_total", 100, upstream="a", purpose="fill")
     worker.add("gup_upstream_received_bytes_total", 30, upstream="b", purpose="fill")
     worker.set("gup_client_connections", 9)
@@ -151,7 +159,7 @@ def test_totals_go_on_after_a_restart_with_other_upstreams_and_workers(path):
     assert totals["gup_client_connections"] == 0
     assert second.installed_at == installed_at
     assert second.started_at > installed_at
-    hit(second, worker_block(0))
+    hit(second, FIRST_WORKER + 0)
     second.counters(CONTROLLER).add("gup_upstream_received_bytes_total", 5, upstream="b", purpose="fill")
     since = second.since_start()
     assert (since[HITS], since[received("b")]) == (1, 5)
@@ -206,7 +214,7 @@ def _flip_description(text):
 )
 def test_a_damaged_file_is_moved_aside(path, damage, caplog):
     shared = SharedFile.create(path, ["a"], 1)
-    hit(shared, worker_block(0))
+    hit(shared, FIRST_WORKER + 0)
     shared.close()
     damaged = damage(path.read_bytes())
     path.write_bytes(damaged)
@@ -219,7 +227,7 @@ def test_a_damaged_file_is_moved_aside(path, damage, caplog):
 
 def test_a_crash_before_the_rename_keeps_the_old_totals(path, monkeypatch):
     shared = SharedFile.create(path, [], 1)
-    hit(shared, worker_block(0), 3)
+    hit(shared, FIRST_WORKER + 0, 3)
     shared.close()
 
     class Killed(BaseException):
@@ -239,7 +247,7 @@ def test_a_crash_before_the_rename_keeps_the_old_totals(path, monkeypatch):
 
 def test_a_full_disk_counts_in_memory_and_keeps_the_old_file(path, monkeypatch, caplog):
     shared = SharedFile.create(path, [], 1)
-    hit(shared, worker_block(0), 3)
+    hit(shared, FIRST_WORKER + 0, 3)
     shared.close()
 
     def full(_):
@@ -249,7 +257,7 @@ def test_a_full_disk_counts_in_memory_and_keeps_the_old_file(path, monkeypatch, 
     shared = SharedFile.create(path, [], 1)
     assert "will be lost" in caplog.text
     monkeypatch.undo()
-    hit(shared, worker_block(0))
+    hit(shared, FIRST_WORKER + 0)
     assert shared.totals()[HITS] == 4
     shared.close()
     shared = SharedFile.create(path, [], 1)
@@ -285,7 +293,7 @@ def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(tmp_path_fa
         assert shared.totals()[HITS] == counted
         if stores < 4:  # killed: the next life finds the file as it is
             if attach:
-                again = SharedFile.attach(os.dup(shared.fd))
+                again = SharedFile(os.dup(shared.fd))
                 assert again.totals()[HITS] == counted
                 again.close()
             shared.close()
@@ -296,8 +304,8 @@ def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(tmp_path_fa
 
 def test_readers_never_see_a_counter_go_back_or_double(path):
     shared = SharedFile.create(path, [], 1)
-    reader = SharedFile.attach(os.dup(shared.fd))
-    block = worker_block(0)
+    reader = SharedFile(os.dup(shared.fd))
+    block = FIRST_WORKER + 0
     counted = [0]
     wrong = []
     reads = [0]
@@ -335,8 +343,8 @@ def test_readers_never_see_a_counter_go_back_or_double(path):
 
 CHILD = """
 import sys
-from gup.process.shared import SharedFile
-shared = SharedFile.attach(int(sys.argv[1]))
+from gup.process.shared_memory import SharedFile
+shared = SharedFile(int(sys.argv[1]))
 block = int(sys.argv[2])
 for _ in range(2000):
     shared.page.raise_policy()

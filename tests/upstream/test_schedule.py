@@ -6,7 +6,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from gup.config import Settings
-from gup.upstream.schedule import rate_at, site_time
+from gup.upstream.bandwidth import rate_at, site_time
 
 WORKDAYS = ["mon", "tue", "wed", "thu", "fri"]
 OFFICE, NIGHT, ELSE = 1_000_000, 50_000_000, 8_000_000

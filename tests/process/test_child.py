@@ -3,20 +3,33 @@
 import os
 import select
 import signal
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gup.config import Settings
-from gup.process.channel import Channel
-from gup.process.child import Assignment, Child, Parent, command, dump
+from gup.process.child import (
+    TRANSITIONS,
+    Assignment,
+    Channel,
+    Child,
+    ChildSlot,
+    Parent,
+    Phase,
+    command,
+    delay_seconds,
+    dump,
+)
 
 
 @pytest.fixture
 def pair():
-    ours, theirs = Channel.pair()
+    ours, theirs = map(Channel, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     yield ours, theirs
     ours.close()
     theirs.close()
@@ -131,37 +144,37 @@ def child():
     with Path(os.devnull).open() as file:
         child = Child([sys.executable, "-c", ECHO], assignment(many(), file.fileno()), os.environ)
         yield child
-        child.kill()
-        child.wait()
+        child.process.kill()
+        child.process.wait()
         child.close()
 
 
 def answer(child):
-    assert select.select([child.fd], [], [], 30)[0]
+    assert select.select([child], [], [], 30)[0]
     return child.receive()
 
 
 def test_a_child_gets_its_assignment_and_answers(child):
     assert answer(child) == [{"slot": 0, "upstreams": 200}]
-    assert child.poll() is None
+    assert child.process.poll() is None
     assert child.send({"settings": dump(many())})
     assert len(answer(child)[0]["echo"]["settings"]["upstream"]) == 200
-    assert os.getpgid(child.pid) == child.pid
+    assert os.getpgid(child.process.pid) == child.process.pid
 
 
 def test_a_child_sees_that_its_supervisor_is_gone(child):
     answer(child)
-    child._channel.close()
-    assert child.wait() == 7
+    child.close()
+    assert child.process.wait() == 7
 
 
 def test_a_killed_child_ends_the_channel(child):
     answer(child)
-    os.kill(child.pid, signal.SIGKILL)
+    os.kill(child.process.pid, signal.SIGKILL)
     assert answer(child) is None
-    assert child.wait() == -signal.SIGKILL
-    assert child.poll() == -signal.SIGKILL
-    child.kill()  # nothing to kill is no mistake
+    assert child.process.wait() == -signal.SIGKILL
+    assert child.process.poll() == -signal.SIGKILL
+    child.process.kill()  # nothing to kill is no mistake
 
 
 def test_a_command_that_does_not_exist_is_an_oserror_and_leaves_nothing(tmp_path):
@@ -174,3 +187,92 @@ def test_a_command_that_does_not_exist_is_an_oserror_and_leaves_nothing(tmp_path
 @pytest.mark.parametrize("role", ["worker", "controller"])
 def test_children_run_our_own_modules(role):
     assert command(role) == [sys.executable, "-m", f"gup.process.{role}"]
+
+
+# --- when it is started again, and when it is killed
+
+
+def worker(phase=Phase.WAITING, role="worker"):
+    slot = ChildSlot(role, 0, 3)
+    if phase is not Phase.WAITING:
+        slot.start(100.0)
+    if phase is Phase.READY:
+        slot.ready(101.0)
+    return slot
+
+
+def test_short_lives_delay_the_next_start_up_to_five_seconds():
+    assert [round(delay_seconds(n), 3) for n in range(10)] == [0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5]
+    assert delay_seconds(10**9) == 5
+
+
+def test_a_long_life_forgets_short_ones():
+    slot = worker()
+    now = 0.0
+    for _ in range(4):
+        slot.start(now)
+        slot.exited(now + 1, restart=True)
+        now = slot.start_at
+    assert slot.quick_failures == 4
+    slot.start(now)
+    slot.ready(now + 1)
+    slot.exited(now + 5, restart=True)
+    assert (slot.quick_failures, slot.start_at) == (0, now + 5)
+    assert slot.generation == 5
+
+
+def test_the_end_of_the_service_is_for_good():
+    slot = worker(Phase.READY)
+    slot.exited(200.0, restart=False)
+    assert slot.phase is Phase.ENDED
+    with pytest.raises(AssertionError):
+        slot.start(201.0)
+
+
+@given(st.sampled_from(Phase), st.sampled_from(Phase))
+def test_only_the_table_moves(before, after):
+    slot = ChildSlot("worker", 0, 3, phase=before)
+    if after in TRANSITIONS[before]:
+        slot.move(after)
+        assert slot.phase is after
+    else:
+        with pytest.raises(AssertionError):
+            slot.move(after)
+
+
+@pytest.mark.parametrize(
+    ("phase", "role", "now", "last_beat", "watched_from", "reason"),
+    [
+        (Phase.STARTING, "worker", 130.0, 0, 0, None),
+        (Phase.STARTING, "worker", 130.1, 0, 0, "not ready within 30 s"),
+        (Phase.STARTING, "controller", 130.1, 0, 0, "not ready within 30 s"),
+        (Phase.STARTING, "worker", 150.0, 0, 140.0, None),
+        (Phase.READY, "worker", 131.0, 0, 0, None),
+        (Phase.READY, "worker", 131.1, 0, 0, "no heartbeat"),
+        (Phase.READY, "worker", 131.1, 102.0, 0, None),
+        (Phase.READY, "worker", 170.0, 139.0, 0, "no heartbeat"),
+        (Phase.READY, "worker", 1000.0, 139.0, 990.0, None),
+        (Phase.READY, "controller", 1000.0, 0, 0, None),
+        (Phase.READY, "controller", 1000.0, 900.0, 0, "no heartbeat"),
+        (Phase.WAITING, "worker", 1000.0, 0, 0, None),
+    ],
+)
+def test_who_must_be_killed(phase, role, now, last_beat, watched_from, reason):
+    found = worker(phase, role).reason_to_kill(now, last_beat, watched_from)
+    assert found is None if reason is None else reason in found
+
+
+def test_a_closed_channel_must_be_followed_by_an_end():
+    slot = worker(Phase.READY)
+    slot.closed_at = 110.0
+    assert slot.reason_to_kill(112.0, 111.0, 0) is None
+    assert "closed its control channel" in slot.reason_to_kill(112.1, 111.0, 0)
+    slot.move(Phase.KILLED)
+    assert slot.reason_to_kill(200.0, 0, 0) is None
+
+
+def test_a_late_ready_of_a_killed_child_changes_nothing():
+    slot = worker(Phase.STARTING)
+    slot.move(Phase.KILLED)
+    slot.ready(102.0)
+    assert slot.phase is Phase.KILLED

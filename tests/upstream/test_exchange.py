@@ -1,8 +1,16 @@
-"""What validators tell: whether two answers are of one body, and what may go into If-Range."""
+"""The parts of an exchange that need no connection: validators, header fields, Retry-After, failures."""
 
 import pytest
 
-from gup.upstream.validators import Validators
+from gup.errors import SHOWN_BYTES
+from gup.upstream.exchange import (
+    UpstreamFailure,
+    Validators,
+    gup_names,
+    node_names,
+    read_age,
+    retry_after_seconds,
+)
 
 OLD, NEW, SENT = (f"Sat, 01 Aug 2026 09:00:{second:02} GMT" for second in (0, 1, 30))
 
@@ -65,3 +73,53 @@ def test_whether_two_answers_are_of_one_body(before, now, same):
 def test_what_is_no_row_of_validators_is_refused(fields):
     with pytest.raises(ValueError, match=r"validator|unpack"):
         Validators.from_json(fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "date", "seconds"),
+    [
+        (None, None, None),
+        ("120", None, 120),
+        (" 7 ", None, 7),
+        ("0", None, None),
+        ("-5", None, None),
+        ("1.5", None, None),
+        ("soon", None, None),
+        ("7200", None, 3600),
+        ("9" * 12, None, 3600),
+        ("9" * 4000, None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", None, 37),
+        ("Sun, 06 Nov 1994 08:48:37 GMT", None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:39:37 GMT", 600),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", "yesterday", 37),
+        ("Mon, 07 Nov 1994 08:49:37 GMT", None, 3600),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_an_hour_at_most(text, date, seconds):
+    assert retry_after_seconds(text, date, 784111740.0) == seconds
+
+
+def test_fields_that_others_wrote_are_read_with_care():
+    assert [read_age(text) for text in (None, "", "7", "-7", "7.5", "x", "9" * 12)] == [
+        *(0, 0, 7, 0, 0, 0),
+        1 << 31,
+    ]
+    assert node_names(None) == gup_names(None) == []
+    assert gup_names("1.1 a (gup), 1.0 fred,1.1 b (gup) , HTTP/1.1 p.net:80 (gup), 1.1 c (squid)") == [
+        "a",
+        "b",
+        "p.net:80",
+    ]
+    assert node_names("1.1 a (gup), 1.0 fred, HTTP/1.1 p.example.net:80 (x), ") == [
+        "a",
+        "fred",
+        "p.example.net:80",
+    ]
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J\x07", "<script>", "x" * 100_000, "\udcff\u202e"])
+def test_what_an_upstream_wrote_is_bounded_and_printable_in_a_failure(hostile):
+    failure = UpstreamFailure("error", "upstream-error", f"manager broke HTTP: {hostile}", again=True)
+    assert len(failure.detail.encode()) <= SHOWN_BYTES
+    assert failure.detail.isprintable()
+    assert str(failure) == failure.detail
