@@ -27,9 +27,6 @@ STILL_CIRCULAR = {
 }
 """Groups of modules that import each other. Only ever made fewer."""
 
-STILL_RECURRING = {"clients", "reports"}
-"""Names of modules that recur in several packages. Only ever made shorter."""
-
 METRIC_NAMES = {f"{metric}{part}" for metric in BY_NAME for part in ("", "_bucket", "_sum", "_count")}
 METRIC_NAMES.add(STREAM_WASTED.name)
 
@@ -114,7 +111,7 @@ def test_a_name_stands_for_one_module():
     for path in MODULES:
         if not path.stem.startswith("__"):
             places.setdefault(path.stem, set()).add(path)
-    assert {stem for stem, found in places.items() if len(found) > 1} == STILL_RECURRING
+    assert {stem for stem, found in places.items() if len(found) > 1} == set()
 
 
 def test_modules_say_what_they_own():

@@ -57,7 +57,7 @@ async def _guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
         right=access.tokens.right(shown, near=is_near(peer)),
         bearer=shown is not None and not shown.by_browser,
     )
-    refused = refusal(asked, access.door)
+    refused = refusal(asked, access.listener)
     if refused is not None:
         response = problem(refused.status, refused.detail)
         for challenge in refused.challenges:

@@ -154,35 +154,35 @@ def is_near(peer: str | None) -> bool:
     return peer == "" or is_loopback(peer)
 
 
-def refusal(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
+def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """Why the request is refused; None when it is allowed."""
     probe = attempt.path in _FOR_PROBES and not attempt.changes
-    if not _named_rightly(attempt, door, probe=probe):
+    if not _named_rightly(attempt, listener, probe=probe):
         return Refusal(403, "The Host header does not name this control plane")
     if probe:
         return None
-    if attempt.changes and _is_foreign(attempt, door):
+    if attempt.changes and _is_foreign(attempt, listener):
         return Refusal(403, "The request comes from another site's page")
-    return _lacking(attempt, door)
+    return _lacking(attempt, listener)
 
 
-def _named_rightly(attempt: AccessRequest, door: AdminListener, *, probe: bool) -> bool:
+def _named_rightly(attempt: AccessRequest, listener: AdminListener, *, probe: bool) -> bool:
     """Beyond loopback health checks use any name, and a request with a token was made on purpose."""
-    if not door.on_loopback and (probe or (attempt.bearer and attempt.right)):
+    if not listener.on_loopback and (probe or (attempt.bearer and attempt.right)):
         return True
-    return _host_is_ours(attempt, door.address)
+    return _host_is_ours(attempt, listener.address)
 
 
-def _is_foreign(attempt: AccessRequest, door: AdminListener) -> bool:
-    ours = f"{'https' if door.tls else 'http'}://{attempt.host.lower()}"
+def _is_foreign(attempt: AccessRequest, listener: AdminListener) -> bool:
+    ours = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
     return (attempt.origin is not None and attempt.origin.lower() != ours) or (
         attempt.fetch_site not in (None, "same-origin", "none")
     )
 
 
-def _lacking(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
+def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """The refusal of a request whose token does not allow it."""
-    where = _where(attempt, door)
+    where = _where(attempt, listener)
     if attempt.right is None:
         return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
     if attempt.changes and attempt.right < Right.CHANGE:
@@ -190,7 +190,7 @@ def _lacking(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
             challenge = f'{_BEARER}, error="insufficient_scope"'
             return Refusal(403, "That token is good for reading only", (challenge,))
         return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
-    if attempt.right is Right.NONE and not (door.on_loopback and is_near(attempt.peer)):
+    if attempt.right is Right.NONE and not (listener.on_loopback and is_near(attempt.peer)):
         page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
         return Refusal(
             401,
@@ -200,10 +200,10 @@ def _lacking(attempt: AccessRequest, door: AdminListener) -> Refusal | None:
     return None
 
 
-def _where(attempt: AccessRequest, door: AdminListener) -> str:
-    if not (door.token_file and is_near(attempt.peer)):
+def _where(attempt: AccessRequest, listener: AdminListener) -> str:
+    if not (listener.token_file and is_near(attempt.peer)):
         return ""
-    return f"; on this machine there is one in {door.token_file} (gup's commands: --token-file)"
+    return f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
 
 
 def is_loopback(address: str | None) -> bool:
@@ -276,7 +276,7 @@ class Access:
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self.door = AdminListener()
+        self.listener = AdminListener()
         self._tls: Renewable | None = None
         self._wrong_tokens = 0
 
@@ -306,9 +306,9 @@ class Access:
         self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
         name = admin.getsockname()
         address = str(name[0]) if isinstance(name, tuple) else ""
-        self.door = AdminListener(address, tls=tls, token_file=str(local_path(run)))
+        self.listener = AdminListener(address, tls=tls, token_file=str(local_path(run)))
         self.tokens = await asyncio.to_thread(_tokens, listen, run)
-        if not self.door.on_loopback and not tls:
+        if not self.listener.on_loopback and not tls:
             _log.warning("the control plane at %s has no TLS: tokens cross the network unencrypted", address)
 
     async def renew(self, listen: Listen, run: Path) -> None:

@@ -34,10 +34,10 @@ from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
-from gup.control.stats.clients import ClientWindows
+from gup.control.stats.client_records import ClientWindows
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import HistoryRecorder
-from gup.control.stats.reports import Reports
+from gup.control.stats.usage_reports import Reports
 from gup.control.traffic import Traffic, newest_times
 
 _log = logging.getLogger("gup.control.state")

@@ -20,7 +20,7 @@ from gup.control.api.schemas import (
 from gup.control.state import ControlState
 from gup.control.stats import savings
 from gup.control.stats import tables as table
-from gup.control.stats.clients import WINDOWS, Wanted
+from gup.control.stats.client_records import WINDOWS, Wanted
 from gup.control.stats.history import SPANS, shown
 from gup.control.stats.savings import EARLIER
 

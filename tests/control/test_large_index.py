@@ -11,7 +11,7 @@ from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
-from gup.control.stats.clients import WINDOWS, ClientWindows
+from gup.control.stats.client_records import WINDOWS, ClientWindows
 
 ROWS, CLIENTS = 100_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]

@@ -20,7 +20,7 @@ from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Taken
 from gup.control.exposition import stream_labels
-from gup.control.stats.clients import (
+from gup.control.stats.client_records import (
     MAX_CLIENTS,
     Batch,
     ClientRow,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.content.catalog import Label
-from gup.control.stats.clients import ReceivedParts, joined
+from gup.control.stats.client_records import ReceivedParts, joined
 from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
 from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
