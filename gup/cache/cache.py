@@ -18,7 +18,7 @@ from gup.cache.negative_cache import Failures
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import Alone
 from gup.cache.records import Head, Record
-from gup.cache.recovery import is_fresh, load_sound, note_damage, route_of_record
+from gup.cache.recovery import is_fresh, load_sound, route_of_record
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
@@ -142,19 +142,25 @@ class Cache:
     # --- damage
 
     def _damaged(self, entry: Entry) -> None:
-        """A chunk of an entry is not what was stored: have the entry demoted and its rest fetched again."""
-        if not entry.counted:
-            entry.counted = True
-            note_damage(
-                self._means, "body", entry.key, "a chunk can't be read or does not agree with its sum"
-            )
+        """A chunk of an entry is not what was stored: have the entry demoted and its rest fetched again.
+
+        It is counted under the claim, once for all processes that come to the damage at the same time.
+        """
         self._compare_all(entry)
+        entry.counted = True
 
     def _compare_all(self, entry: Entry) -> None:
-        """Begin a fill that compares the whole entry, unless there is one, or it failed a moment ago."""
-        key = entry.key
-        if key not in self._flights and self._failures.get(key) is None:
+        """Begin a fill that compares the whole entry, unless there is one, or one failed a moment ago."""
+        flight = self._flights.get(entry.key)
+        if flight is not None:
+            if not flight.suspect:  # its commit is under way
+                self._spawn(self._compare_after(flight, entry))
+        elif self._failures.get(entry.key) is None:
             self._suspect(entry.record, counted=entry.counted, seen=entry.record.generation)
+
+    async def _compare_after(self, flight: Flight, entry: Entry) -> None:
+        await flight.ended.wait()
+        self._compare_all(entry)
 
     def _suspect(self, record: Record, *, counted: bool, seen: int | None = None) -> Flight:
         key, since = record.key, self._means.clock()

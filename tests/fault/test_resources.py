@@ -74,7 +74,7 @@ def test_whichever_descriptor_a_fill_lacks_the_answer_is_honest_and_nothing_stay
     answers = set()
     with ScriptedUpstream() as upstream:
         for path in paths:
-            upstream.answer(path, Answer(SMALL, etag='"n"', framed=False))  # no connection is kept
+            upstream.answer(path, Answer(SMALL, etag='"n"', announced=len(SMALL)))  # no connection is kept
         settings = {"upstream": [{"name": "u0", "url": upstream.url, "health_interval": "0s"}]}
         with Gup(tmp_path / "cache", settings=settings, workers=1) as gup:
             (worker,) = gup.workers()
