@@ -347,6 +347,8 @@ _ORPHANED_SECONDS = 2.0
 _LONGEST_ORPHANED_SECONDS = 300.0
 _MOST_AT_ONCE = 4
 """Fills that are gone on with at a time, whole bodies aside: each holds its key's claim while it waits."""
+_STATELESS_SECONDS = 600.0
+"""By then all records have been looked at after a start, and what one vouches for is in its place."""
 _TEMPORARY_SECONDS = 3600.0
 """Where a temporary file's name does not tell that its writer is dead."""
 
@@ -399,6 +401,8 @@ class Recovery:
         self._led: set[str] = set()
         """Streaming parts that had a leader at the last look."""
         self._going_on: list[asyncio.Event] = []
+        self._stateless: dict[tuple[str, int], float] = {}
+        """When a part without a state was first seen."""
         self._refused: set[str] = set()
         """What the disk did not let be tidied: told once."""
 
@@ -411,6 +415,7 @@ class Recovery:
         present = {part.id for part in parts}
         self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in present}
         self._refused &= present
+        self._stateless = {key: at for key, at in self._stateless.items() if key[0] in present}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
         for part in orphans:
             state = part.state
@@ -473,7 +478,7 @@ class Recovery:
         resumable = False
         if state is not None and state.head is not None:
             resumable = store.part_path(part.id, state.generation).exists()
-        if state is None and part.generation and time.time() - part.modified_at < _TEMPORARY_SECONDS:
+        if state is None and part.generation and not self._is_left_alone(part):
             return  # a small body's, whose record may be written: whoever claims the key finishes it
         if part.generation and (state is None or state.head is None or part.generation != state.generation):
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
@@ -481,6 +486,14 @@ class Recovery:
         stands = state is not None and state.stands(self._clock())
         if not resumable and not stands:
             store.drop_state(part.id)
+
+    def _is_left_alone(self, part: Part) -> bool:
+        """Whether nobody has finished a part without a state since it was first seen."""
+        first_seen = self._stateless.setdefault((part.id, part.generation), self._clock())
+        if self._clock() - first_seen < _STATELESS_SECONDS:
+            return False
+        del self._stateless[part.id, part.generation]
+        return True
 
     def _finish(self, state: FillState) -> bool:
         """Finish a commit that was interrupted after its record; whether there was one."""
