@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of, unmended
+from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
 from harness.caches import Cut, Worker, working
 from harness.crashing import cut_power
 from harness.invariants import bodies_of, violations
@@ -28,6 +28,7 @@ from harness.trees import zip_of
 
 from gup.cache.records import CHUNK_BYTES, Record
 from gup.cache.store import Store
+from gup.content.key import ContentKey
 from gup.control.index import Index
 from gup.control.reconcile import reconcile
 from gup.errors import Problem
@@ -294,6 +295,16 @@ async def _assert_served(worker: Worker, path: str, bodies: tuple[bytes, ...]) -
 async def _settle(worker: Worker) -> None:
     """The controller's work, with time passing."""
     store, means = worker.means.store, worker.means
+
+    async def look_over(now: float) -> Index:
+        index = Index(store.index, lambda: None)
+        await reconcile(index, store, means.claims, means.counters, mend, now)
+        return index
+
+    def mend(key: ContentKey, counted: bool) -> Awaitable[Problem | None]:
+        return worker.cache.mend(key, counted=counted)
+
+    await look_over(time.time() + A_WHILE_SECONDS)
     ahead = 0.0
     recovery = recovery_of(worker, lambda: time.monotonic() + ahead)
     for _ in range(3):
@@ -307,8 +318,8 @@ async def _settle(worker: Worker) -> None:
             os.utime(path, (stat.st_mtime - A_WHILE_SECONDS, stat.st_mtime - A_WHILE_SECONDS))
     ahead += A_WHILE_SECONDS
     await recovery.run()
-    index = Index(store.index, lambda: None)
-    await reconcile(index, store, means.claims, means.counters, unmended, time.time() + A_WHILE_SECONDS)
+
+    index = await look_over(time.time() + A_WHILE_SECONDS)
     assert set(index.rows) == set(bodies_of(store.root))
 
 
