@@ -98,7 +98,13 @@ def test_what_a_power_cut_leaves_is_served_right_and_what_was_stored_is_served(t
 def _settings(url: str) -> dict[str, object]:
     return {
         "upstream": [{"url": url, "health_interval": 0}],
-        "cache": {"index_ttl": "100ms", "error_ttl": "20ms", "keep_revisions": 0, "min_free": "0B"},
+        "cache": {
+            "index_ttl": "100ms",
+            "error_ttl": "20ms",
+            "keep_revisions": 0,
+            "min_free": "0B",
+            "sync_interval": "1s",
+        },
     }
 
 
