@@ -11,6 +11,7 @@ from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import BIG, DELTA, INDEX, Tree, make_tree, zip_of
 from harness.upstreams import Nginx
+from harness.waiting import until
 
 LENGTH = 3_000_000
 LONG_AGO = "Sun, 06 Nov 1994 08:49:37 GMT"
@@ -327,6 +328,7 @@ def test_far_ahead_a_range_is_fetched_alone(growing):
     assert response.status == 206
     assert response.body == growing.body[2_900_000:2_901_000]
     alone = growing.upstream.requests(BIG)[1]
+    until(lambda: alone.done, "upstream has sent it")
     assert (alone.status, alone.body_bytes) == (206, 1000)
     assert growing.gup.metric("gup_client_sent_bytes_total", source="bypass") == 1000
     assert growing.gup.metric("gup_upstream_received_bytes_total", purpose="bypass") == 1000
