@@ -30,6 +30,8 @@ log = logging.getLogger("gup.cache")
 
 _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served what there is."""
+_CIRCLE_SECONDS = 0.5
+"""Between two looks at whether a gup that waits here is the one that the fill waits for."""
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
 _Result = TypeVar("_Result")
@@ -263,7 +265,7 @@ class Cache:
             flight = self._flights[key] = Flight(key, route, variant, via, client, since=self._means.clock())
             self._spawn(self._fly(flight), flight)
         hurry(self._means, flight)
-        joined = await self._joined(flight)
+        joined = await self._joined(flight, via)
         result = Result.MISS if first and flight.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
             result = Result.BYPASS if joined.in_memory else Result.HIT if late else result
@@ -321,12 +323,20 @@ class Cache:
         self._spawn(self._fly(flight), flight)
         return flight.ended
 
-    async def _joined(self, flight: Flight) -> GrowingBody | Landing:
-        """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem."""
+    async def _joined(self, flight: Flight, via: str | None) -> GrowingBody | Landing:
+        """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem.
+
+        A gup that waits is looked at again and again: its name may be learned only now.
+        """
+        look_seconds = _CIRCLE_SECONDS if gup_names(via) else None
         self._means.counters.add("gup_fill_waiters", 1)
         try:
             async with asyncio.timeout(self._means.longest_wait_seconds):
-                return await flight.join()
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(look_seconds):
+                            return await flight.join()
+                    await self._refuse_circle(flight.key, flight.variant, via)
         except TimeoutError as error:
             self._waiter_left()
             raise Problem(

@@ -41,7 +41,7 @@ _ERROR_BODY_BYTES = 64 * 1024
 """Limit for reading the body of an error response, so that its connection can be used again."""
 _LEARN_SECONDS = 1.0
 """Time limit for learning another gup's name, which it answers by itself."""
-_LEARN_AGAIN_SECONDS = 10.0
+_LEARN_AGAIN_SECONDS = 2.0
 """After a failure, requests do not wait again for this long."""
 
 
@@ -203,13 +203,16 @@ class Pool:
         unknown.
         """
         async with self._learning:
-            unknown = [upstream for upstream in self.candidates(variant, key) if upstream.node is None]
-            now = self._clock()
+            latest = self._clock() - _LEARN_AGAIN_SECONDS
             due = [
-                u for u in unknown if now - self._learned_at.get(u.name, -math.inf) >= _LEARN_AGAIN_SECONDS
+                upstream
+                for upstream in self.candidates(variant, key)
+                if upstream.node is None
+                and not self.board.is_down(upstream.name)
+                and self._learned_at.get(upstream.name, -math.inf) <= latest
             ]
-            self._learned_at |= {upstream.name: now for upstream in due}
-            await asyncio.gather(*(self._learn_name(u) for u in due if not self.board.is_down(u.name)))
+            await asyncio.gather(*(self._learn_name(upstream) for upstream in due))
+            self._learned_at |= {upstream.name: self._clock() for upstream in due}
 
     async def _learn_name(self, upstream: Upstream) -> None:
         with contextlib.suppress(UpstreamFailure, TimeoutError):

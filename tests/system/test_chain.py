@@ -16,7 +16,7 @@ from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, content_path, noise, 
 from harness.waiting import until
 
 LENGTH = 6_000_000
-QUICK = {"connect_timeout": "1s", "read_timeout": "5s", "give_up": "30s"}
+QUICK = {"connect_timeout": "5s", "read_timeout": "5s", "give_up": "30s"}
 
 
 def link(folder: Path, url: str, *, port: int = 0, kind: str = "gup", more: dict | None = None) -> Gup:

@@ -19,7 +19,7 @@ def path_of(number: int, file: str = "full.dax") -> str:
 
 
 def settings_of(url: str, wan: str = "0", **more: object) -> dict:
-    table = {"url": url, "name": "u", "connect_timeout": "2s", "read_timeout": "1s", "health_interval": "0s"}
+    table = {"url": url, "name": "u", "connect_timeout": "5s", "read_timeout": "1s", "health_interval": "0s"}
     return {"upstream": [table | more], "wan": {"rate": wan}}
 
 

@@ -21,7 +21,7 @@ from gup.upstream.session import Answer, Ask, Steadiness, Upstream
 
 PATH = "/content/x.dax"
 BODY = noise("session", 3_000_000)
-QUICK = {"connect_timeout": "1s", "read_timeout": "1s", "first_byte_timeout": "3s"}
+QUICK = {"connect_timeout": "5s", "read_timeout": "1s", "first_byte_timeout": "3s"}
 
 
 async def body_of(answer: Answer | RemoteHead, pause_after: float | None = None) -> bytes:

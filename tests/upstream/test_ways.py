@@ -24,7 +24,7 @@ from gup.upstream.session import Answer, Ask
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
 
-QUICK = {"name": "u", "connect_timeout": "2s", "read_timeout": "500ms", "first_byte_timeout": "3s"}
+QUICK = {"name": "u", "connect_timeout": "5s", "read_timeout": "500ms", "first_byte_timeout": "3s"}
 BODY = noise("ways", 3_000_000)
 WAYS = ["plain", "proxy", "tls", "tunnel"]
 LOOPS = {"std": asyncio.new_event_loop, "uv": uvloop.new_event_loop}
