@@ -323,7 +323,7 @@ class Cache:
         self._spawn(self._fly(flight), flight)
         return flight.ended
 
-    async def _joined(self, flight: Flight, via: str | None) -> GrowingBody | Landing:
+    async def _joined(self, flight: Flight, via: str | None = None) -> GrowingBody | Landing:
         """What the flight has to read. Its waiter is counted until `_waiter_left`, or the Problem.
 
         A gup that waits is looked at again and again: its name may be learned only now.

@@ -165,7 +165,8 @@ class Follower:
     def _follow_state(self, state: FillState) -> bool:
         body = self._flight.body
         if state.phase is Phase.STREAMING and (body is None or body.generation != state.generation):
-            self._attach(state)
+            if state.service_start == self._means.store.service_start:
+                self._attach(state)
         elif state.phase is Phase.REQUESTED:
             self._flight.detach()  # the body that was begun is given up: upstream has another one by now
         elif state.phase is Phase.COMMITTED and state.record is not None:

@@ -767,6 +767,7 @@ class Leader:
             ahead=ahead,
             pinned=self._pinned,
             stored_at=self._stored_at,
+            service_start=self._means.store.service_start,
             holds=holds,
             told=told,
         )

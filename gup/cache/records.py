@@ -479,6 +479,10 @@ class FillState:
     """Of a demoted entry: they are the entry's again when it is whole. Unix seconds."""
     passed_through: bool = False
     """UNSTORABLE, and not for want of the disk alone: each client is passed through."""
+    service_start: float = 0.0
+    """Of the service whose leader wrote this. A part that an earlier service left may be torn: it is not read
+    before the leader of today has compared it and written its own state. Unix seconds.
+    """
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has given a part of the body: who goes on compares them."""
 
@@ -504,6 +508,7 @@ class FillState:
                 "pinned": self.pinned,
                 "stored_at": self.stored_at,
                 "passed_through": self.passed_through,
+                "service_start": self.service_start,
                 "told": {name: validators.to_json() for name, validators in self.told.items()},
                 "holds": [hold.to_json() for hold in self.holds],
             }
@@ -530,6 +535,7 @@ class FillState:
             pinned="pinned" in members and members.flag("pinned"),
             stored_at=members.time("stored_at") if "stored_at" in members else None,
             passed_through="passed_through" in members and members.flag("passed_through"),
+            service_start=members.time("service_start") if "service_start" in members else 0.0,
             told={name: Validators.from_json(row) for name, row in told.values.items()} if told else {},
             holds=tuple(Hold.from_json(row) for row in rows),
         )

@@ -76,6 +76,8 @@ class Store:
     def __init__(self, root: Path, claims: Claims | None = None) -> None:
         self.root = root
         self.claims = claims
+        self.service_start = 0.0
+        """See FillState.service_start."""
         self.content = root / "content"
         self.partial = root / "partial"
         self.index = root / "index"

@@ -71,6 +71,7 @@ class Wiring:
         self.shared = SharedFile(parent.assignment.shared_fd)
         self.counters = self.shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
+        self.store.service_start = self.shared.started_at
         self.store.claims = Claims(self.store.partial / "claims")
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
         self._slots = Claims(self.store.run / "slots")
