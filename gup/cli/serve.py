@@ -112,18 +112,11 @@ def demo(
     json_output: JsonFlag = False,
 ) -> None:
     """Show gup at work: a simulated manager behind a slow WAN, a real gup, and a site of clients."""
-    from gup.demo.run import demo as run
+    from gup.demo import run
 
     with exiting():
-        status = run(
-            clients=clients,
-            seconds=seconds,
-            wan_rate_bytes_per_second=wan_rate,
-            workers=workers,
-            keep=keep,
-            json_output=json_output,
-            seed=seed,
-        )
+        plan = run.Plan(clients, seconds, wan_rate, workers, keep, seed)
+        status = run.demo(plan, json_output=json_output)
     raise typer.Exit(status)
 
 
@@ -145,9 +138,10 @@ def simulate_manager(
     from gup.demo.manager import simulate_manager as run
 
     with exiting():
-        host_port("--listen", listen)
+        host, port = host_port("--listen", listen)
         status = run(
-            listen=listen,
+            host,
+            port,
             seed=seed,
             wan_rate_bytes_per_second=wan_rate,
             publish_interval_seconds=publish_interval,
@@ -173,12 +167,5 @@ def simulate_clients(
     from gup.demo.clients import simulate_clients as run
 
     with exiting():
-        status = run(
-            url=url,
-            count=clients,
-            seconds=seconds,
-            seed=seed,
-            json_output=json_output,
-            manager_url=manager,
-        )
+        status = run(url, manager or url, count=clients, seconds=seconds, seed=seed, json_output=json_output)
     raise typer.Exit(status)

@@ -1,9 +1,8 @@
 """The output of the demo: progress while it runs, then the summary with its verdict."""
 
-import re
 import statistics
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,38 +11,21 @@ from rich.table import Table
 
 from gup.content.key import Kind
 from gup.demo.clients import Figures
-from gup.demo.content import Counts
+from gup.demo.manager import Counts
 from gup.units import bytes_in_words
 
 RIGHT, WRONG_BYTE, FETCHED_TWICE, NOT_STARTED, FIGURES_DISAGREE = range(5)
 """Exit statuses of the demo; the lowest that applies (but 0) is given."""
 
-_SAMPLE = re.compile(r"([a-z_]+)(?:\{([^}]*)\})? ([0-9.eE+-]+)")
+_PLAIN_EVERY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class OwnFigures:
-    """What gup says of itself on `/metrics`; bytes are of bodies."""
+    """What gup says of itself; bytes are of bodies."""
 
     upstream_received_bytes: int
     client_sent_bytes: int
-    fills_committed: int
-
-
-def own_figures(exposition: str) -> OwnFigures:
-    """The sums that matter here, from the Prometheus text format."""
-    sums = {
-        "gup_upstream_received_bytes_total": 0.0,
-        "gup_client_sent_bytes_total": 0.0,
-        "gup_fills_total": 0.0,
-    }
-    for line in exposition.splitlines():
-        match = _SAMPLE.match(line)
-        if match is None or match[1] not in sums:
-            continue
-        if match[1] != "gup_fills_total" or 'outcome="committed"' in (match[2] or ""):
-            sums[match[1]] += float(match[3])
-    return OwnFigures(*(round(value) for value in sums.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,277 +41,170 @@ class Herd:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything the demo reports, and judges by."""
+    """A finished run: `counts` are the management server's, `own` is gup's view (None: no answer)."""
 
+    figures: Figures
+    counts: Counts
+    own: OwnFigures | None
     clients: int
     seconds: float
-    requests: int
-    received_bytes: int
-    wan_bytes: int
-    saved_bytes: int
-    saved_share: float | None
-    deltas: int
-    fulls: int
-    resumes: int
-    retries: int
-    files_fetched: int
-    fetches_per_file_min: int
-    fetches_per_file_median: float
-    fetches_per_file_max: int
-    files_fetched_twice: int
-    index_fetches: int
-    index_not_modified: int
-    wrong: int
-    failed: int
-    median_time_to_first_byte_seconds: float | None
-    p99_time_to_first_byte_seconds: float | None
-    hit_median_time_to_first_byte_seconds: float | None
-    cache_status: dict[str, int]
-    herd: Herd | None
-    own: OwnFigures | None
-    own_figures_agree: bool
-    complaints: tuple[str, ...]
+    herd: Herd | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether gup took from the WAN what the manager sent, and sent at least what clients got.
+
+        More may have been sent than received: a client that breaks off leaves bytes on the way.
+        """
+        own = self.own
+        return (
+            own is not None
+            and own.upstream_received_bytes == self.counts.sent_bytes
+            and own.client_sent_bytes >= self.figures.received_bytes
+        )
 
     @property
     def status(self) -> int:
         """The exit status; a download that failed for good counts as bytes that were not right."""
-        if self.wrong or self.failed or not self.deltas + self.fulls:
+        if not self.figures.right:
             return WRONG_BYTE
-        if self.files_fetched_twice:
+        if self.counts.refetched:
             return FETCHED_TWICE
-        return RIGHT if self.own_figures_agree else FIGURES_DISAGREE
+        return RIGHT if self.agrees else FIGURES_DISAGREE
 
-    def document(self) -> dict[str, object]:
+    def document(self) -> dict[str, Any]:
         """The summary as plain values, ready for JSON."""
-        return {"status": self.status, **asdict(self)}
+        figures, counts = self.figures, self.counts
+        fetches = [row.fetches for row in counts.files.values() if row.kind is not Kind.INDEX and row.fetches]
+        index = [row for row in counts.files.values() if row.kind is Kind.INDEX]
+        saved_bytes = figures.received_bytes - counts.sent_bytes
+        return figures.document() | {
+            "status": self.status,
+            "clients": self.clients,
+            "seconds": self.seconds,
+            "wan_bytes": counts.sent_bytes,
+            "saved_bytes": saved_bytes,
+            "saved_share": saved_bytes / figures.received_bytes if figures.received_bytes else None,
+            "deltas": figures.downloads[Kind.DELTA],
+            "fulls": figures.downloads[Kind.FULL],
+            "files_fetched": len(fetches),
+            "fetches_per_file_min": min(fetches, default=0),
+            "fetches_per_file_median": statistics.median(fetches) if fetches else 0,
+            "fetches_per_file_max": max(fetches, default=0),
+            "files_fetched_twice": counts.refetched,
+            "index_fetches": sum(row.fetches for row in index),
+            "index_not_modified": sum(row.not_modified for row in index),
+            "hit_median_time_to_first_byte_seconds": figures.hit_time_to_first_byte.quantile(0.5),
+            "herd": self.herd and asdict(self.herd),
+            "own": self.own and asdict(self.own),
+            "own_figures_agree": self.agrees,
+        }
 
 
-def agree(own: OwnFigures, counts: Counts, figures: Figures) -> bool:
-    """Whether gup took from the WAN what the manager sent, and sent at least what clients got.
-
-    More may have been sent than received: a client that breaks off leaves bytes on the way.
-    """
-    return (
-        own.upstream_received_bytes == counts.sent_bytes and own.client_sent_bytes >= figures.received_bytes
-    )
-
-
-def summarise(
-    figures: Figures,
-    counts: Counts,
-    own: OwnFigures | None,
-    *,
-    clients: int,
-    seconds: float,
-    herd: Herd | None = None,
-) -> Summary:
-    """The summary of a run; `counts` are the management server's, `own` is gup's view (None: no answer)."""
-    content = [row for row in counts.files.values() if row.kind is not Kind.INDEX]
-    index = [row for row in counts.files.values() if row.kind is Kind.INDEX]
-    fetches = [row.fetches for row in content if row.fetches]
-    saved_bytes = figures.received_bytes - counts.sent_bytes
-    return Summary(
-        clients=clients,
-        seconds=seconds,
-        requests=figures.requests,
-        received_bytes=figures.received_bytes,
-        wan_bytes=counts.sent_bytes,
-        saved_bytes=saved_bytes,
-        saved_share=saved_bytes / figures.received_bytes if figures.received_bytes else None,
-        deltas=figures.downloads[Kind.DELTA],
-        fulls=figures.downloads[Kind.FULL],
-        resumes=figures.resumes,
-        retries=figures.retries,
-        files_fetched=len(fetches),
-        fetches_per_file_min=min(fetches, default=0),
-        fetches_per_file_median=statistics.median(fetches) if fetches else 0,
-        fetches_per_file_max=max(fetches, default=0),
-        files_fetched_twice=sum(count > 1 for count in fetches) + counts.withdrawn_fetched_again,
-        index_fetches=sum(row.fetches for row in index),
-        index_not_modified=sum(row.not_modified for row in index),
-        wrong=figures.wrong,
-        failed=figures.failed,
-        median_time_to_first_byte_seconds=figures.time_to_first_byte.quantile(0.5),
-        p99_time_to_first_byte_seconds=figures.time_to_first_byte.quantile(0.99),
-        hit_median_time_to_first_byte_seconds=figures.hit_time_to_first_byte.quantile(0.5),
-        cache_status=dict(figures.cache_status),
-        herd=herd,
-        own=own,
-        own_figures_agree=own is not None and agree(own, counts, figures),
-        complaints=tuple(figures.complaints),
-    )
-
-
-_PLAIN_EVERY_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One moment of a run. `wan_bytes` is the management server's count."""
-
-    elapsed_seconds: float
-    total_seconds: float
-    figures: Figures
-    wan_bytes: int
-    wan_bytes_per_second: float
-
-
-class Screen:
-    """Where progress and notes go, a context manager around the run. This one shows nothing: for JSON."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def note(self, sentence: str) -> None:
-        """Show an event."""
-
-    def show(self, progress: Progress) -> None:
-        """Show the progress; may be called at any rate."""
-
-
-class Plain(Screen):
-    """Plain lines, one every two seconds: for pipes and logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._next_seconds = 0.0
-
-    def note(self, sentence: str) -> None:
-        self._console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-    def show(self, progress: Progress) -> None:
-        if progress.elapsed_seconds < self._next_seconds:
-            return
-        self._next_seconds = progress.elapsed_seconds + _PLAIN_EVERY_SECONDS
-        cells = "; ".join(f"{name}: {value}" for name, value in progress_rows(progress))
-        self.note(f"{progress.elapsed_seconds:5.1f} s  {cells}")
-
-
-class Terminal(Screen):
-    """A table that stays in place, with notes scrolling above it."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def note(self, sentence: str) -> None:
-        self._console.print(f"[dim]·[/] {sentence}", highlight=False)
-
-    def show(self, progress: Progress) -> None:
-        bar = ProgressBar(
-            total=progress.total_seconds,
-            completed=min(progress.elapsed_seconds, progress.total_seconds),
-            width=60,
-        )
-        self._live.update(Group(bar, _table(progress_rows(progress))), refresh=True)
-
-
-def progress_rows(progress: Progress) -> list[tuple[str, str]]:
-    """What is shown while it runs."""
-    figures = progress.figures
-    saved = figures.received_bytes - progress.wan_bytes
-    share = f" ({saved / figures.received_bytes:.1%})" if figures.received_bytes else ""
-    now = bytes_in_words(progress.wan_bytes_per_second)
-    results = ", ".join(f"{count:,} {word}" for word, count in sorted(figures.cache_status.items()))
+def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
+    """What is shown while it runs, and first at the end."""
+    told, figures = summary.document(), summary.figures
+    got, wan_bytes, share = told["received_bytes"], told["wan_bytes"], told["saved_share"]
+    results = ", ".join(f"{count:,} {word}" for word, count in told["cache_status"].items())
+    if figures.wrong or figures.failed:
+        compared = f"{figures.wrong} bodies WRONG, {figures.failed} downloads FAILED"
+    else:
+        compared = f"all {got:,}, all right" if got else "NOTHING was received"
     return [
-        ("clients got", bytes_in_words(figures.received_bytes)),
-        (
-            "over the WAN",
-            f"{bytes_in_words(progress.wan_bytes)}, now {now}/s",
-        ),
-        ("saved", bytes_in_words(saved) + share),
-        ("downloads", f"{figures.downloads[Kind.DELTA]:,} deltas, {figures.downloads[Kind.FULL]:,} fulls"),
-        ("requests", f"{figures.requests:,} ({results})"),
-        ("wrong or failed", f"{figures.wrong} or {figures.failed}"),
+        ("clients got", bytes_in_words(got)),
+        ("over the WAN", f"{bytes_in_words(wan_bytes)}, as the management server counted"),
+        ("saved", bytes_in_words(told["saved_bytes"]) + (f" ({share:.1%})" if got else "")),
+        ("downloads", f"{told['deltas']:,} deltas, {told['fulls']:,} fulls, {figures.resumes:,} resumed"),
+        ("requests", f"{figures.requests:,} ({results}), {figures.retries:,} repeated"),
+        ("bytes compared", compared),
     ]
 
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     """What is shown at the end."""
-    share = "" if summary.saved_share is None else f" ({summary.saved_share:.1%})"
-    results = ", ".join(f"{count:,} {word}" for word, count in sorted(summary.cache_status.items()))
+    told, herd, own = summary.document(), summary.herd, summary.own
+    least, middle, most = (told[f"fetches_per_file_{which}"] for which in ("min", "median", "max"))
+    each = f"min {least}, median {middle:g}, max {most} of {told['files_fetched']} files"
+    median, p99, hits = (
+        milliseconds(told[f"{which}_time_to_first_byte_seconds"]) for which in ("median", "p99", "hit_median")
+    )
     rows = [
         ("clients", f"{summary.clients:,} for {summary.seconds:.1f} s"),
-        ("clients got", bytes_in_words(summary.received_bytes)),
-        ("over the WAN", f"{bytes_in_words(summary.wan_bytes)}, as the management server counted"),
-        ("saved", bytes_in_words(summary.saved_bytes) + share),
-        ("downloads", f"{summary.deltas:,} deltas, {summary.fulls:,} fulls, {summary.resumes:,} resumed"),
-        ("fetches per file", _fetches(summary)),
-        ("ContentInfo.txt", f"fetched {summary.index_fetches}, confirmed (304) {summary.index_not_modified}"),
-        ("requests", f"{summary.requests:,} ({results}), {summary.retries:,} repeated"),
-        ("time to first byte", _time_to_first_byte(summary)),
+        *rows_so_far(summary),
+        ("fetches per file", f"{each}; {told['files_fetched_twice']} fetched more than once"),
+        ("ContentInfo.txt", f"fetched {told['index_fetches']}, confirmed (304) {told['index_not_modified']}"),
+        ("time to first byte", f"median {median}, p99 {p99}; hits' median {hits}"),
     ]
-    if summary.herd is not None:
-        rows.append(("the herd", _herd(summary)))
-    return [*rows, ("gup's own figures", _own(summary)), ("bytes compared", _compared(summary))]
-
-
-def _fetches(summary: Summary) -> str:
-    return (
-        f"min {summary.fetches_per_file_min}, median {summary.fetches_per_file_median:g}, "
-        f"max {summary.fetches_per_file_max} of {summary.files_fetched} files; "
-        f"{summary.files_fetched_twice} fetched more than once"
-    )
-
-
-def _time_to_first_byte(summary: Summary) -> str:
-    return (
-        f"median {milliseconds(summary.median_time_to_first_byte_seconds)}, "
-        f"p99 {milliseconds(summary.p99_time_to_first_byte_seconds)}; "
-        f"hits' median {milliseconds(summary.hit_median_time_to_first_byte_seconds)}"
-    )
-
-
-def _herd(summary: Summary) -> str:
-    herd = summary.herd
-    assert herd is not None
-    return (
-        f"{herd.clients:,} clients at once: {herd.downloads:,} downloads in {herd.seconds:.1f} s, "
-        f"{bytes_in_words(herd.received_bytes)} to clients, {bytes_in_words(herd.wan_bytes)} over the WAN"
-    )
-
-
-def _own(summary: Summary) -> str:
-    if summary.own is None:
-        return "not available"
-    word = "they agree" if summary.own_figures_agree else "THEY DISAGREE"
-    return (
-        f"received {bytes_in_words(summary.own.upstream_received_bytes)}, "
-        f"sent {bytes_in_words(summary.own.client_sent_bytes)}, "
-        f"{summary.own.fills_committed} fills: {word}"
-    )
-
-
-def _compared(summary: Summary) -> str:
-    if summary.wrong or summary.failed:
-        return f"{summary.wrong} bodies WRONG, {summary.failed} downloads FAILED"
-    return f"all {summary.received_bytes:,}, all right" if summary.received_bytes else "NOTHING was received"
+    if herd is not None:
+        words = f"{herd.clients:,} clients at once: {herd.downloads:,} downloads in {herd.seconds:.1f} s"
+        got, fetched = bytes_in_words(herd.received_bytes), bytes_in_words(herd.wan_bytes)
+        rows.append(("the herd", f"{words}, {got} to clients, {fetched} over the WAN"))
+    words = "not available"
+    if own is not None:
+        words = "they agree" if summary.agrees else "THEY DISAGREE"
+        fetched, sent = bytes_in_words(own.upstream_received_bytes), bytes_in_words(own.client_sent_bytes)
+        words = f"received {fetched}, sent {sent}: {words}"
+    return [*rows, ("gup's own figures", words)]
 
 
 def print_summary(console: Console, summary: Summary) -> None:
     """The summary's table, and what went wrong."""
     colour = "green" if summary.status == RIGHT else "red"
     console.print(_table(summary_rows(summary), title="gup demo", style=colour))
-    for complaint in summary.complaints:
+    for complaint in summary.figures.complaints:
         console.print(complaint, highlight=False, soft_wrap=True, markup=False, style="red")
+
+
+class Screen:
+    """Where progress and notes go, a context manager around the run.
+
+    On a terminal a table that stays in place, with notes scrolling above it; else plain lines, one every two
+    seconds. Nothing when `silent`: standard output is JSON then.
+    """
+
+    def __init__(self, console: Console, total_seconds: float, *, silent: bool = False) -> None:
+        self._console = console
+        self._total_seconds = total_seconds
+        self._silent = silent
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._drawn = console.is_terminal and not silent
+        self._next_seconds = self._shown_seconds = 0.0
+        self._shown_bytes = 0
+
+    def __enter__(self) -> Self:
+        if self._drawn:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def note(self, sentence: str) -> None:
+        """Show an event."""
+        if not self._silent:
+            self._console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, summary: Summary) -> None:
+        """Show how far it is; may be called at any rate."""
+        elapsed, wan_bytes = summary.seconds, summary.counts.sent_bytes
+        rate = (wan_bytes - self._shown_bytes) / max(elapsed - self._shown_seconds, 0.001)
+        self._shown_seconds, self._shown_bytes = elapsed, wan_bytes
+        rows = [*rows_so_far(summary), ("WAN now", f"{bytes_in_words(rate)}/s")]
+        if self._drawn:
+            done = min(elapsed, self._total_seconds)
+            bar = ProgressBar(total=self._total_seconds, completed=done, width=60)
+            self._live.update(Group(bar, _table(rows)), refresh=True)
+        elif elapsed >= self._next_seconds:
+            self._next_seconds = elapsed + _PLAIN_EVERY_SECONDS
+            self.note(f"{elapsed:5.1f} s  " + "; ".join(f"{name}: {value}" for name, value in rows))
 
 
 def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "") -> Table:
     table = Table(title=title, show_header=False, border_style=style)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

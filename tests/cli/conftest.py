@@ -1,8 +1,5 @@
 """An environment without gup's own variables, and stand-ins for the parts that do the work."""
 
-import sys
-from types import ModuleType
-
 import pytest
 
 
@@ -15,9 +12,9 @@ def _plain_environment(monkeypatch):
 
 @pytest.fixture
 def called(monkeypatch):
-    """Stands in for the parts that do the work: `called(module, function)` gives the calls."""
+    """Stands in for the parts that do the work: `called("module.function")` gives the calls."""
 
-    def stand_in(module, function, answer=0):
+    def stand_in(function, answer=0):
         calls = []
 
         def recorded(*positional, **named):
@@ -26,9 +23,7 @@ def called(monkeypatch):
                 raise answer
             return answer
 
-        fake = ModuleType(module)
-        setattr(fake, function, recorded)
-        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setattr(function, recorded)
         return calls
 
     return stand_in

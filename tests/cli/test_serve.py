@@ -7,6 +7,7 @@ from harness.commands import run
 
 from gup.cli.serve import host_port, serve_flags
 from gup.config import Settings, load
+from gup.demo.run import Plan
 from gup.errors import GupError, SettingsError
 
 # --- addresses
@@ -49,7 +50,7 @@ def test_flags_become_settings_nested_like_the_file(tmp_path):
 
 
 def test_serve_hands_the_settings_to_the_supervisor(called, tmp_path):
-    calls = called("gup.process.supervisor", "serve", 7)
+    calls = called("gup.process.supervisor.serve", 7)
     file = tmp_path / "gup.toml"
     file.write_text('[[upstream]]\nurl = "http://file"\n[listen]\nbacklog = 9\n')
     result = run(
@@ -66,7 +67,7 @@ def test_serve_hands_the_settings_to_the_supervisor(called, tmp_path):
 
 
 def test_reload_reads_the_file_again_under_the_same_flags(called, tmp_path):
-    calls = called("gup.process.supervisor", "serve")
+    calls = called("gup.process.supervisor.serve")
     file = tmp_path / "gup.toml"
     file.write_text('[wan]\nrate = "1MB/s"\n')
     assert run("serve", "--config", file, "--upstream", "http://a").exit_code == 0
@@ -80,7 +81,7 @@ def test_reload_reads_the_file_again_under_the_same_flags(called, tmp_path):
 
 
 def test_serve_finds_its_file_by_the_environment(called, tmp_path, monkeypatch):
-    calls = called("gup.process.supervisor", "serve")
+    calls = called("gup.process.supervisor.serve")
     file = tmp_path / "gup.toml"
     file.write_text('[[upstream]]\nurl = "http://file"\n')
     monkeypatch.setenv("GUP_CONFIG", str(file))
@@ -91,7 +92,7 @@ def test_serve_finds_its_file_by_the_environment(called, tmp_path, monkeypatch):
 
 
 def test_each_problem_stands_on_its_line_and_nothing_starts(called, tmp_path):
-    calls = called("gup.process.supervisor", "serve")
+    calls = called("gup.process.supervisor.serve")
     file = tmp_path / "gup.toml"
     file.write_text('[cache]\nmax_sise = 1\n[log]\nlevel = "loud"\n')
     result = run("serve", "--config", file, "--workers", "-4", "--upstream", "manager:8014")
@@ -110,7 +111,7 @@ def test_each_problem_stands_on_its_line_and_nothing_starts(called, tmp_path):
 
 
 def test_serve_without_an_upstream_says_what_to_add(called):
-    calls = called("gup.process.supervisor", "serve")
+    calls = called("gup.process.supervisor.serve")
     result = run("serve")
     assert result.exit_code == 2
     assert "--upstream http://manager:8014" in result.stderr
@@ -118,7 +119,7 @@ def test_serve_without_an_upstream_says_what_to_add(called):
 
 
 def test_both_bad_addresses_are_named(called):
-    called("gup.process.supervisor", "serve")
+    called("gup.process.supervisor.serve")
     result = run("serve", "--upstream", "http://a", "--listen", "x", "--admin", "y:99999")
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 2
@@ -127,7 +128,7 @@ def test_both_bad_addresses_are_named(called):
 
 
 def test_what_goes_wrong_in_serving_is_a_sentence(called):
-    called("gup.process.supervisor", "serve", GupError("the disk is gone"))
+    called("gup.process.supervisor.serve", GupError("the disk is gone"))
     result = run("serve", "--upstream", "http://a")
     assert (result.exit_code, result.stderr) == (1, "gup: the disk is gone\n")
 
@@ -136,23 +137,21 @@ def test_what_goes_wrong_in_serving_is_a_sentence(called):
 
 
 def test_demo_passes_its_flags_on(called):
-    calls = called("gup.demo.run", "demo", 2)
+    calls = called("gup.demo.run.demo", 2)
     assert run("demo").exit_code == 2
     result = run(
         *("demo", "--clients", 5, "--seconds", 2.5, "--workers", 1, "--seed", 9, "--wan-rate", "1MB/s"),
         *("--keep", "--json"),
     )
     assert result.exit_code == 2, result.output
-    names = ("clients", "seconds", "workers", "seed", "wan_rate_bytes_per_second", "keep", "json_output")
-    assert [tuple(named[name] for name in names) for _, named in calls] == [
-        (200, 30.0, 2, 1, 10_000_000, False, False),
-        (5, 2.5, 1, 9, 1_000_000, True, True),
+    assert calls == [
+        ((Plan(200, 30.0, 10_000_000, 2, keep=False, seed=1),), {"json_output": False}),
+        ((Plan(5, 2.5, 1_000_000, 1, keep=True, seed=9),), {"json_output": True}),
     ]
-    assert all(set(named) == set(names) and not positional for positional, named in calls)
 
 
 def test_simulate_manager_passes_its_flags_on(called):
-    calls = called("gup.demo.manager", "simulate_manager")
+    calls = called("gup.demo.manager.simulate_manager")
     result = run(
         *("simulate", "manager", "--listen", "127.0.0.1:0", "--seed", 3, "--wan-rate", "0"),
         *("--publish-interval", "250ms", "--products", 2, "--full-size", "64KiB"),
@@ -160,9 +159,8 @@ def test_simulate_manager_passes_its_flags_on(called):
     assert result.exit_code == 0, result.output
     assert calls == [
         (
-            (),
+            ("127.0.0.1", 0),
             {
-                "listen": "127.0.0.1:0",
                 "seed": 3,
                 "wan_rate_bytes_per_second": 0,
                 "publish_interval_seconds": 0.25,
@@ -174,7 +172,7 @@ def test_simulate_manager_passes_its_flags_on(called):
 
 
 def test_simulate_manager_has_defaults_in_the_same_units(called):
-    calls = called("gup.demo.manager", "simulate_manager")
+    calls = called("gup.demo.manager.simulate_manager")
     assert run("simulate", "manager").exit_code == 0
     named = calls[0][1]
     assert named["wan_rate_bytes_per_second"] == 10_000_000
@@ -183,25 +181,14 @@ def test_simulate_manager_has_defaults_in_the_same_units(called):
 
 
 def test_simulate_clients_passes_its_flags_on(called):
-    calls = called("gup.demo.clients", "simulate_clients", 1)
+    calls = called("gup.demo.clients.simulate_clients", 1)
     result = run(
         *("simulate", "clients", "--url", "http://g", "--manager", "http://m"),
         *("--clients", 7, "--seconds", 3, "--json"),
     )
     assert result.exit_code == 1, result.output
-    assert calls == [
-        (
-            (),
-            {
-                "url": "http://g",
-                "count": 7,
-                "seconds": 3.0,
-                "seed": 1,
-                "json_output": True,
-                "manager_url": "http://m",
-            },
-        )
-    ]
+    named = {"count": 7, "seconds": 3.0, "seed": 1, "json_output": True}
+    assert calls == [(("http://g", "http://m"), named)]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +202,7 @@ def test_simulate_clients_passes_its_flags_on(called):
     ],
 )
 def test_bad_quantities_are_named(called, flags, words):
-    calls = called("gup.demo.manager", "simulate_manager")
+    calls = called("gup.demo.manager.simulate_manager")
     result = run("simulate", "manager", *flags)
     assert result.exit_code == 2
     for word in words:

@@ -4,28 +4,20 @@ import aiohttp
 import pytest
 
 from gup.demo import content
-from gup.demo.content import Shelf
-from gup.demo.manager import Link, Listening, Site
+from gup.demo.manager import Link, Manager
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    directory = tmp_path / "shelf"
-    directory.mkdir()
-    return Shelf(directory, 1, content.streams(4, 60_000))
+async def manager(tmp_path):
+    manager = Manager(tmp_path / "manager", 1, content.streams(4, 60_000), Link(0))
+    await manager.publish()
+    return manager
 
 
 @pytest.fixture
-async def site(shelf):
-    site = Site(shelf, Link(0))
-    await site.publish(len(shelf.streams))
-    return site
-
-
-@pytest.fixture
-async def manager_url(site):
-    async with Listening(site, "127.0.0.1:0") as listening:
-        yield listening.url
+async def manager_url(manager):
+    async with manager.listening("127.0.0.1", 0) as url:
+        yield url
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 import aiohttp
 from aiohttp import web
 
-from gup.demo.content import Validators, decide
+from gup.demo.content import decide
+
+MODIFIED_AT = datetime(2025, 3, 3, tzinfo=UTC).timestamp()
 
 
 class StandIn:
@@ -40,24 +42,17 @@ class StandIn:
         body = await self.body(request.path)
         if self.mode == "corrupt" and request.path.endswith(".dax"):
             body = body[:-1] + bytes([body[-1] ^ 1])
-        known = Validators('"fixed"', datetime(2025, 3, 3, tzinfo=UTC).timestamp())
-        answer = decide(request.headers, known, len(body))
-        headers = {"ETag": known.etag, "Cache-Status": "stand-in; hit"}
-        if answer.status == 206:
-            headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{len(body)}"
-        self.sent += answer.stop - answer.start
-        return web.Response(status=answer.status, body=body[answer.start : answer.stop], headers=headers)
+        status, start, stop = decide(request.headers, '"fixed"', MODIFIED_AT, len(body))
+        headers = {"ETag": '"fixed"', "Cache-Status": "stand-in; hit"}
+        if status == 206:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+        self.sent += stop - start
+        return web.Response(status=status, body=body[start:stop], headers=headers)
 
-    async def metrics(self, _request):
+    async def status(self, _request):
         received = self.received + (1 if self.mode == "boast" else 0)
-        return web.Response(
-            text=(
-                "# HELP gup_upstream_received_bytes_total x\n"
-                f'gup_upstream_received_bytes_total{{purpose="fill",upstream="a"}} {received}\n'
-                f'gup_client_sent_bytes_total{{source="cache"}} {self.sent}\n'
-                f'gup_fills_total{{outcome="committed"}} {len(self.bodies)}\n'
-            )
-        )
+        totals = {"upstream_received_bytes": received, "client_sent_bytes": self.sent}
+        return web.json_response({"totals": {"since_start": totals}})
 
 
 async def listen(application):
@@ -72,7 +67,7 @@ async def main(mode, upstream):
         stand_in = StandIn(mode, upstream, session)
         content, control = web.Application(), web.Application()
         content.router.add_get("/content/{rest:.*}", stand_in.content)
-        control.router.add_get("/metrics", stand_in.metrics)
+        control.router.add_get("/api/v1/status", stand_in.status)
         urls = await listen(content), await listen(control)
         line = f"gup: serving on {urls[0]}, control plane on {urls[1]}, 1 workers"
         sys.stderr.write(f"a line before\n{line}\n")

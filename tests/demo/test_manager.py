@@ -1,4 +1,4 @@
-"""The simulated management server, over HTTP and as a process."""
+"""The simulated management server: its link, over HTTP, and as a process."""
 
 import asyncio
 import os
@@ -9,116 +9,149 @@ import sys
 import time
 
 import pytest
+import xxhash
 
 from gup.content.key import Kind
-from gup.demo.content import (
-    CATALOGUE_JSON,
+from gup.demo import content
+from gup.demo.content import CATALOGUE_JSON
+from gup.demo.manager import (
     CATALOGUE_PATH,
-    COUNTS_JSON,
     COUNTS_PATH,
+    KEEP_PUBLICATIONS,
+    PIECE_BYTES,
     PUBLISH_PATH,
-    digest_of,
+    Link,
+    ListenError,
+    Manager,
+    simulate_manager,
 )
-from gup.demo.manager import Link, ListenError, Listening, Site, simulate_manager
-from gup.errors import SettingsError
 
 
-async def catalogue_of(session, url):
-    async with session.get(url + CATALOGUE_PATH) as response:
-        return CATALOGUE_JSON.validate_json(await response.read())
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
 
 
-async def counts_of(session, url):
-    async with session.get(url + COUNTS_PATH) as response:
-        return COUNTS_JSON.validate_json(await response.read())
+def test_each_piece_waits_for_the_ones_before_it_and_idle_time_is_not_saved_up():
+    clock = Clock()
+    link = Link(1000, clock)
+    assert link.reserve(1000) == pytest.approx(1.0)
+    assert link.reserve(500) == pytest.approx(1.5)
+    clock.now += 1.5
+    assert link.reserve(100) == pytest.approx(0.1)
+    clock.now += 3600
+    assert link.reserve(1000) == pytest.approx(1.0, abs=0.011)
+    assert Link(0, clock).reserve(10**9) == 0.0
 
 
-async def test_every_file_of_the_catalogue_is_served_right_and_counted_once(session, manager_url):
-    catalogue = await catalogue_of(session, manager_url)
+@pytest.mark.alone
+async def test_all_connections_together_get_the_rate_and_each_its_share():
+    rate, link = 4_000_000, Link(4_000_000)
+    begin = time.monotonic()
+    passed = [0] * 5
+
+    async def connection(at):
+        while time.monotonic() - begin < 0.5:
+            await link.pass_through(PIECE_BYTES)
+            passed[at] += PIECE_BYTES
+
+    await asyncio.gather(*map(connection, range(5)))
+    elapsed = time.monotonic() - begin
+    # Never faster (but for the slack); slower only when the machine is busy with other things.
+    assert rate * elapsed * 0.5 <= sum(passed) <= rate * (elapsed + 0.02) + 5 * PIECE_BYTES
+    assert max(passed) - min(passed) <= 2 * PIECE_BYTES
+
+
+async def got(session, url, **headers):
+    async with session.get(url, headers=headers) as response:
+        return response, await response.read()
+
+
+async def test_every_file_of_the_catalogue_is_served_right_and_counted_once(session, manager, manager_url):
+    _, told = await got(session, manager_url + CATALOGUE_PATH)
+    catalogue = CATALOGUE_JSON.validate_json(told)
+    assert catalogue == manager.catalogue
     offered = [file for stream in catalogue.streams for file in (stream.full, *stream.deltas)]
     for file in [*offered, catalogue.content_info]:
-        async with session.get(manager_url + file.path) as response:
-            body = await response.read()
-            assert response.status == 200
-            assert (len(body), digest_of(body)) == (file.length, file.digest)
-            assert response.headers["ETag"].startswith('"')
-            assert "Last-Modified" in response.headers
-    counts = await counts_of(session, manager_url)
+        response, body = await got(session, manager_url + file.path)
+        assert response.status == 200
+        assert (len(body), xxhash.xxh3_128_hexdigest(body)) == (file.length, file.digest)
+        assert response.headers["ETag"] == file.etag
+        assert "Last-Modified" in response.headers
+    counts = manager.counts
     assert counts.sent_bytes == sum(file.length for file in offered) + catalogue.content_info.length
-    assert counts.requests == len(offered) + 1
-    assert counts.sending == 0
+    assert (counts.requests, counts.sending, counts.refetched) == (len(offered) + 1, 0, 0)
     assert {counts.files[file.path].fetches for file in offered} == {1}
     assert counts.files[catalogue.content_info.path].kind is Kind.INDEX
+    response, _ = await got(session, manager_url + COUNTS_PATH)
+    assert (await response.json())["sent_bytes"] == counts.sent_bytes
 
 
-async def test_range_head_condition_and_absence(session, manager_url):
-    full = (await catalogue_of(session, manager_url)).streams[0].full
+async def test_range_head_condition_and_absence(session, manager, manager_url):
+    full = manager.catalogue.streams[0].full
     url = manager_url + full.path
     async with session.head(url) as response:
-        etag = response.headers["ETag"]
         assert response.content_length == full.length
-    async with session.get(url, headers={"Range": "bytes=100-", "If-Range": etag}) as response:
-        tail = await response.read()
-        assert response.status == 206
-        assert response.headers["Content-Range"] == f"bytes 100-{full.length - 1}/{full.length}"
-    async with session.get(url) as response:
-        assert (await response.read())[100:] == tail
-    async with session.get(url, headers={"If-None-Match": etag}) as response:
-        assert (response.status, await response.read()) == (304, b"")
-    async with session.get(url, headers={"Range": f"bytes={full.length}-"}) as response:
-        assert response.status == 416
-        assert response.headers["Content-Range"] == f"bytes */{full.length}"
-    async with session.get(manager_url + "/content/nothing") as response:
-        assert response.status == 404
-        absent = await response.read()
-    counts = await counts_of(session, manager_url)
-    row = counts.files[full.path]
+    response, tail = await got(session, url, **{"Range": "bytes=100-", "If-Range": full.etag})
+    assert response.status == 206
+    assert response.headers["Content-Range"] == f"bytes 100-{full.length - 1}/{full.length}"
+    assert (await got(session, manager_url + full.path.lower()))[1][100:] == tail
+    response, body = await got(session, url, **{"If-None-Match": full.etag})
+    assert (response.status, body) == (304, b"")
+    response, _ = await got(session, url, Range=f"bytes={full.length}-")
+    assert (response.status, response.headers["Content-Range"]) == (416, f"bytes */{full.length}")
+    response, absent = await got(session, manager_url + "/content/nothing")
+    assert response.status == 404
+    counts, row = manager.counts, manager.counts.files[full.path]
     assert (row.fetches, row.not_modified, row.other_requests) == (2, 1, 2)
     assert row.sent_bytes == 2 * full.length - 100
     assert counts.sent_bytes == row.sent_bytes + len(absent)
-    assert counts.not_found == 1
+    assert (counts.not_found, counts.refetched) == (1, 1)
 
 
-async def test_publishing_on_request_moves_the_streams_in_turn(session, manager_url):
-    before = await catalogue_of(session, manager_url)
+async def test_publishing_on_request_moves_the_streams_in_turn(session, manager, manager_url):
+    before = manager.catalogue
     for at in range(len(before.streams)):
         async with session.post(manager_url + PUBLISH_PATH, params={"streams": "1"}) as response:
             after = CATALOGUE_JSON.validate_json(await response.read())
         moved = [new.newest != old.newest for new, old in zip(after.streams, before.streams, strict=True)]
         assert moved == [number <= at for number in range(len(moved))]
+        assert after.serial == before.serial + at + 1
+    assert after.streams[0].delta_from(before.streams[0].newest) is not None
+    assert after.streams[0].delta_from(after.streams[0].revisions[0]) is None
     async with session.post(manager_url + PUBLISH_PATH, params={"streams": "-1"}) as response:
         assert response.status == 400
 
 
-async def test_withdrawn_files_keep_their_verdict_in_the_counts(session, site, manager_url):
-    full = (await catalogue_of(session, manager_url)).streams[0].full
+async def test_old_publications_are_withdrawn_and_leave_the_disk_but_not_the_verdict(
+    session, manager, manager_url, tmp_path
+):
+    full = manager.catalogue.streams[0].full
     for _ in range(2):
-        async with session.get(manager_url + full.path) as response:
-            await response.read()
-    while (await counts_of(session, manager_url)).withdrawn_files == 0:
-        await site.publish(4)
-    counts = await counts_of(session, manager_url)
-    assert full.path not in counts.files
-    assert counts.withdrawn_fetched_again == 1
-    assert counts.sent_bytes == 2 * full.length
+        await got(session, manager_url + full.path)
+    for _ in range(KEEP_PUBLICATIONS - 1):
+        await manager.publish()
+    most = sum(path.is_file() for path in tmp_path.rglob("*"))
+    assert full.path in manager.counts.files
+    await manager.publish()
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == most
+    assert full.path not in manager.counts.files
+    assert (await got(session, manager_url + full.path))[0].status == 404
+    assert manager.counts.refetched == 1
 
 
-async def test_all_connections_share_the_wan(session, shelf):
+async def test_all_connections_share_the_wan(session, tmp_path):
     rate = 1_000_000
-    site = Site(shelf, Link(rate))
-    await site.publish(2)
-    async with Listening(site, "127.0.0.1:0") as listening:
-        deltas = (await catalogue_of(session, listening.url)).streams[0].deltas
-
-        async def fetch(file):
-            async with session.get(listening.url + file.path) as response:
-                return len(await response.read())
-
+    manager = Manager(tmp_path / "manager", 1, content.streams(1, 60_000), Link(rate))
+    await manager.publish()
+    async with manager.listening("127.0.0.1", 0) as url:
         begin = time.monotonic()
-        total = sum(await asyncio.gather(*map(fetch, deltas)))
+        deltas = manager.catalogue.streams[0].deltas[:2]
+        bodies = await asyncio.gather(*(got(session, url + delta.path) for delta in deltas))
         elapsed = time.monotonic() - begin
-    assert total / elapsed < rate * 1.1
-    assert total / elapsed > rate * 0.4
+    assert rate * 0.4 < sum(len(body) for _, body in bodies) / elapsed < rate * 1.1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -142,37 +175,11 @@ def test_the_process_says_where_it_listens_and_stops_when_told(number, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-GOOD = {
-    "listen": "127.0.0.1:0",
-    "seed": 1,
-    "wan_rate_bytes_per_second": 0,
-    "publish_interval_seconds": 0,
-    "products": 1,
-    "full_bytes": 1000,
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"listen": "8014"},
-        {"listen": "host:port"},
-        {"listen": "127.0.0.1:70000"},
-        {"products": 0},
-        {"full_bytes": 0},
-        {"wan_rate_bytes_per_second": -1},
-        {"publish_interval_seconds": -1},
-    ],
-)
-def test_arguments_out_of_range_are_told(change):
-    with pytest.raises(SettingsError):
-        simulate_manager(**GOOD | change)
-
-
 def test_an_address_that_is_taken_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match=f"127.0.0.1:{port}"):
-            simulate_manager(**GOOD | {"listen": f"127.0.0.1:{port}"})
+            simulate_manager("127.0.0.1", port, seed=1, wan_rate_bytes_per_second=0,
+                             publish_interval_seconds=0, products=1, full_bytes=1000)  # fmt: skip
     assert list(tmp_path.iterdir()) == []

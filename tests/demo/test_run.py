@@ -10,15 +10,18 @@ import psutil
 import pytest
 
 from gup.demo import run
-from gup.demo.run import COMMANDS, INTERRUPTED, Commands, Plan, play, timeline
+from gup.demo.run import INTERRUPTED, Plan, demo, timeline
 from gup.demo.screen import FETCHED_TWICE, FIGURES_DISAGREE, NOT_STARTED, RIGHT, WRONG_BYTE
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
-PLAN = Plan(clients=10, seconds=3.0, wan_rate_bytes_per_second=0, workers=1, keep=False, seed=1)
+PLAN = Plan(clients=10, seconds=2.0, wan_rate_bytes_per_second=0, workers=1, keep=False, seed=1)
 
 
-def with_stand_in(mode):
-    return Commands(run.manager_command, lambda _plan, url, _directory: [sys.executable, STAND_IN, mode, url])
+def play(mode, *, json_output=False):
+    def stand_in(_plan, url, _directory):
+        return [sys.executable, STAND_IN, mode, url]
+
+    return demo(PLAN, json_output=json_output, command=stand_in)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,7 @@ def _nothing_left_behind(tmp_path, monkeypatch):
 
 
 def test_a_right_run(capsys):
-    assert play(PLAN, with_stand_in("right"), json_output=True) == RIGHT
+    assert play("right", json_output=True) == RIGHT
     document = json.loads(capsys.readouterr().out)
     assert document["status"] == 0
     assert (document["fetches_per_file_min"], document["fetches_per_file_max"]) == (1, 1)
@@ -53,7 +56,7 @@ def test_a_right_run(capsys):
 )
 def test_what_is_wrong_is_told_in_plain_lines_and_in_the_status(mode, status, words, capsys, monkeypatch):
     monkeypatch.setattr("gup.demo.run._SETTLE_SECONDS", 0.5)
-    assert play(PLAN, with_stand_in(mode), json_output=False) == status
+    assert play(mode) == status
     out = capsys.readouterr().out
     assert words in re.sub(r"\s*│\n│\s+│\s*", " ", out)
     assert "the herd" in out
@@ -69,29 +72,25 @@ def test_what_is_wrong_is_told_in_plain_lines_and_in_the_status(mode, status, wo
     ],
 )
 def test_a_gup_that_does_not_stay_up_is_told(mode, words, capsys):
-    assert play(PLAN, with_stand_in(mode), json_output=False) == NOT_STARTED
+    assert play(mode) == NOT_STARTED
     err = capsys.readouterr().err
     assert "gup serve" in err
     assert words in err
 
 
-def test_a_command_that_is_none_is_told(capsys):
-    commands = Commands(COMMANDS.manager, lambda *_: ["/nowhere/gup"])
-    assert play(PLAN, commands, json_output=False) == NOT_STARTED
+def test_a_gup_that_does_not_start_or_says_nothing_is_given_up(capsys, monkeypatch):
+    assert demo(PLAN, json_output=False, command=lambda *_: ["/nowhere/gup"]) == NOT_STARTED
     assert "can't be started" in capsys.readouterr().err
-
-
-def test_a_child_that_says_nothing_is_given_up(capsys, monkeypatch):
     monkeypatch.setattr(run, "_READY_SECONDS", 0.5)
-    commands = Commands(lambda _: [sys.executable, "-c", "import signal; signal.pause()"], COMMANDS.gup)
-    assert play(PLAN, commands, json_output=False) == NOT_STARTED
+    silent = [sys.executable, "-c", "import signal; signal.pause()"]
+    assert demo(PLAN, json_output=False, command=lambda *_: silent) == NOT_STARTED
     assert "was not ready after 0.5 s" in capsys.readouterr().err
 
 
 def test_settings_of_the_caller_do_not_reach_the_children(tmp_path, monkeypatch):
     monkeypatch.setenv("GUP_WAN__RATE", "1kB/s")
     monkeypatch.setenv("GUP_RULES__MODE", "off")
-    environment = run._environment(tmp_path)
+    environment = run.environment(tmp_path)
     assert environment["GUP_WAN__RATE"] == "0"
     assert "GUP_RULES__MODE" not in environment
     assert environment["PATH"] == os.environ["PATH"]
@@ -105,12 +104,11 @@ def test_the_real_commands_name_the_real_thing(tmp_path):
 
 PROGRAM = """
 import sys
-from gup.demo.run import Commands, manager_command, play
-from gup.demo.run import Plan
+from gup.demo.run import Plan, demo
 keep, seconds, stand_in = sys.argv[1] == "keep", float(sys.argv[2]), sys.argv[3]
 plan = Plan(clients=4, seconds=seconds, wan_rate_bytes_per_second=0, workers=1, keep=keep, seed=1)
-commands = Commands(manager_command, lambda _plan, url, _directory: [sys.executable, stand_in, "right", url])
-sys.exit(play(plan, commands, json_output=False))
+command = lambda _plan, url, _directory: [sys.executable, stand_in, "right", url]
+sys.exit(demo(plan, json_output=False, command=command))
 """
 
 
@@ -142,16 +140,16 @@ def test_a_signal_ends_everything_in_order(keep, seconds, wait_for, status, numb
             assert process.stderr.read() == ""
         finally:
             process.kill()
-    assert len(children) == 2
+    assert len(children) == 1
     assert not any(child.is_running() for child in children)
 
 
 def test_the_timeline_fits_the_time_and_has_one_herd():
     for seconds in (1.0, 30.0, 600.0):
-        moments = timeline(seconds)
-        assert [moment.at_seconds for moment in moments] == sorted(moment.at_seconds for moment in moments)
-        assert all(0 < moment.at_seconds < seconds for moment in moments)
-        assert sum(moment.herd for moment in moments) == 1
+        moments, herds = zip(*timeline(seconds), strict=True)
+        assert list(moments) == sorted(moments)
+        assert all(0 < moment < seconds for moment in moments)
+        assert sum(herds) == 1
 
 
 def test_fulls_shrink_with_the_link():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from gup.demo.content import Validators, decide
+from gup.demo.content import decide
 from harness.waiting import until
 
 PIECE_BYTES = 1 << 14
@@ -300,12 +300,12 @@ def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
         return whole
     heeded = {"range": answer.ranges, "if-range": answer.if_range}
     headers = {name.title(): value for name, value in seen.fields if heeded.get(name, True)}
-    decided = decide(headers, Validators(answer.etag, answer.last_modified), len(answer.body))
-    if decided.status == 200:
+    status, start, stop = decide(headers, answer.etag, answer.last_modified, len(answer.body))
+    if status == 200:
         return whole
-    if decided.status == 304:
+    if status == 304:
         return replace(answer, status=304, body=b""), 0, 0
-    start, stop = decided.start + answer.range_shift, decided.stop
+    start += answer.range_shift
     if start >= stop:
         return replace(answer, status=416, body=b""), 0, 0
     if answer.range_body is not None:
