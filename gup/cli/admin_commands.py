@@ -1,21 +1,14 @@
 """`gup status`, `gup reload`, `gup prefetch`: asked of a running service."""
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.format import (
-    FILL_HEADS,
-    UPSTREAM_HEADS,
-    fill_row,
-    print_json,
-    printable,
-    show_table,
-    status_lines,
-    upstream_row,
-)
+from gup.cli.format import Columns, Row, print_json, printable, show_table
 from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags
+from gup.units import bytes_in_words, format_rate, time_in_words
 
 if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
@@ -38,29 +31,84 @@ _GOOD = ("stored", "present", *_PENDING)
 def status(*, where: Where, json_output: JsonFlag = False) -> None:
     """Show what a running service saved, keeps and does."""
     with asking(where) as admin:
-        answer = admin.status()
+        answer = admin.ask("GET", "status")
         if json_output:
             print_json(answer)
             return
         for line in status_lines(answer):
             typer.echo(line)
-        show_table(UPSTREAM_HEADS, [upstream_row(row) for row in answer["upstreams"]])
-        show_table(FILL_HEADS, [fill_row(row) for row in answer["fills"]])
+        show_table(_UPSTREAMS, answer["upstreams"])
+        show_table(_FILLS, answer["fills"])
+
+
+def status_lines(status: Row) -> Iterator[str]:
+    """The control plane's status, as lines."""
+    cache = status["cache"]
+    ready = "ready" if status["ready"] else "not ready"
+    up = time_in_words(status["uptime_seconds"])
+    yield f"gup {status['version']} at {status['site']}: {ready}, up {up}"
+    for since in ("since_install", "since_start"):
+        totals = status["totals"][since]
+        sent, saved, ratio = totals["client_sent_bytes"], totals["saved_bytes"], totals["hit_ratio"]
+        share = f" ({saved / sent:.1%})" if sent else ""
+        hits = f", {ratio:.1%} hits" if ratio is not None else ""
+        got = bytes_in_words(totals["upstream_received_bytes"])
+        flow = f"{bytes_in_words(sent)} to clients, {got} over the WAN, {bytes_in_words(saved)} saved"
+        yield f"{since.replace('_', ' ')}: {flow}{share}{hits}"
+    size, limit, free = (bytes_in_words(cache[name]) for name in ("size_bytes", "limit_bytes", "free_bytes"))
+    yield f"cache: {cache['entries']} entries, {size} of {limit}, {free} free on disk"
+    rate = status["wan_rate_bytes_per_second"]
+    yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
+    yield f"clients: {status['clients']['connections']} connections"
+    if not status["reload"]["successful"]:
+        yield "the last reload FAILED: the settings before it are in force; the log says why"
+    for alarm in status["alarms"]:
+        words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
+        yield printable(words)
+
+
+def _state(upstream: Row) -> str:
+    state = str(upstream["state"])
+    return "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
+
+
+def _here(fill: Row) -> str:
+    received, length = fill["received_bytes"], fill["length_bytes"]
+    share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
+    return bytes_in_words(received) + share
+
+
+def _left(fill: Row) -> str | None:
+    left = fill["remaining_seconds"]
+    return None if left is None else time_in_words(left)
+
+
+def _speed(fill: Row) -> str | None:
+    rate = fill["bytes_per_second"]
+    return None if rate is None else bytes_in_words(rate)
+
+
+_UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last error": "last_error"}
+_FILLS: Columns = {
+    "fill": lambda fill: fill["key"] or fill["id"],
+    "from": "upstream",
+    "#here": _here,
+    "#a second": _speed,
+    "#left": _left,
+}
 
 
 @with_connection_flags
 def reload(*, where: Where, json_output: JsonFlag = False) -> None:
     """Have a running service read its settings again; exit status 1 if it can't use them."""
     with asking(where) as admin:
-        answer = admin.reload()
+        answer = admin.ask("POST", "reload")
     if json_output:
         print_json(answer)
     elif answer["reloaded"]:
         typer.echo("the settings were read again and are in force")
     else:
-        typer.echo("the settings before stay in force:", err=True)
-        for problem in answer["problems"]:
-            typer.echo(f"  {problem}", err=True)
+        typer.echo("\n  ".join(["the settings before stay in force:", *answer["problems"]]), err=True)
     if not answer["reloaded"]:
         raise typer.Exit(FAILED)
 
@@ -87,8 +135,11 @@ def prefetch(
 
     It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends the waiting only.
     """
+    given = {"version": version, "language": language}
+    order = {name: value for name, value in given.items() if value is not None}
     with asking(where) as admin:
-        wanted = [row for path in paths for row in admin.prefetch(path, version, language)["wanted"]]
+        answers = [admin.ask("POST", "prefetch", {"path": path} | order) for path in paths]
+        wanted = [row for answer in answers for row in answer["wanted"]]
         if not no_wait:
             wanted = _wait(admin, wanted)
     if json_output:
@@ -103,11 +154,9 @@ def prefetch(
 
 def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows when none of them is pending any more."""
-    latest = {row["key"]: row for row in wanted}
-    while any(row["outcome"] in _PENDING for row in latest.values()):
+    while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
-        listed = {row["key"]: row for row in admin.prefetched()["wanted"]}
-        for key, row in latest.items():
-            gone = {**row, "outcome": "failed", "detail": "it is not on the service's list any more"}
-            latest[key] = listed.get(key, gone)
-    return list(latest.values())
+        listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
+        gone = {"outcome": "failed", "detail": "it is not on the service's list any more"}
+        wanted = [listed.get(row["key"], row | gone) for row in wanted]
+    return wanted

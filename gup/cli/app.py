@@ -1,13 +1,31 @@
 """The command line `gup`: all its commands. What is heavy is imported by the command that needs it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import gup
 from gup.cli import admin_commands, cache_commands, reports, serve, settings_commands
+from gup.cli.options import FAILED, UNUSABLE
+from gup.errors import GupError, SettingsError
+
+
+class _Commands(TyperGroup):
+    """Errors of all commands become lines on standard error and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GupError as error:
+            unusable = isinstance(error, SettingsError)
+            for problem in error.problems if isinstance(error, SettingsError) else [str(error)]:
+                typer.echo(f"gup: {problem}", err=True)
+            raise typer.Exit(UNUSABLE if unusable else FAILED) from error
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="A Group Update Provider: fetches content over the WAN once, serves it to the whole site.",
     no_args_is_help=True,
     add_completion=False,

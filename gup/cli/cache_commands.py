@@ -13,18 +13,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import typer
 
-from gup.cli.format import ENTRY_HEADS, entry_row, print_json, show_table
-from gup.cli.options import FAILED, JsonFlag, Where, asking, exiting, with_connection_flags, with_flags
+from gup.cli.format import Columns, print_json, show_table
+from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags, with_flags
 from gup.content.key import Kind
 from gup.units import bytes_in_words
 
 if TYPE_CHECKING:
-    from gup.cache.archive import Custody
-    from gup.cache.integrity import Finding
     from gup.cache.store import Store
     from gup.cli.admin_client import Admin
     from gup.config import Settings
@@ -33,9 +31,9 @@ cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_
 
 T = TypeVar("T")
 Filters = dict[str, str]
+_PAGE = 1000
 _POLL_SECONDS = 0.2
 _SHOWN_EACH_SECONDS = 1.0
-_PIECE_BYTES = 1 << 20
 _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
@@ -61,6 +59,17 @@ def _filter_flags(
 
 _with_filters = with_flags(filters=_filter_flags)
 
+_ENTRIES: Columns = {
+    "product": lambda entry: entry["product"] if entry["product"] != entry["stream"] else "",
+    "revision": lambda entry: entry["content_revision"] or entry["revision"],
+    "kind": "kind",
+    "#size": "length_bytes",
+    "#hits": "hits",
+    "last used": "used_at",
+    "": lambda entry: "pinned" if entry["pinned"] else "",
+    "key": "key",
+}
+
 
 @cache.command("list")
 @_with_filters
@@ -76,53 +85,50 @@ def list_entries(
     json_output: JsonFlag = False,
 ) -> None:
     """List entries; with --json each is one line."""
+    left, query = limit or sys.maxsize, filters | {"order": order}
     with asking(where) as admin:
-        for page in admin.entries(filters | {"order": order}, limit):
+        while left:
+            query["limit"] = str(min(left, _PAGE))
+            answer = admin.ask("GET", "content?" + urlencode(query))
             if json_output:
-                for entry in page:
+                for entry in answer["entries"]:
                     typer.echo(json.dumps(entry, ensure_ascii=False))
             else:
-                show_table(ENTRY_HEADS, [entry_row(entry) for entry in page])
+                show_table(_ENTRIES, answer["entries"])
+            left -= len(answer["entries"])
+            if answer["cursor"] is None:
+                return
+            query["cursor"] = answer["cursor"]
 
 
 @cache.command("purge")
 @with_connection_flags
 def purge(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
     """Remove entries; clients that are being sent one get the whole of it."""
-
-    def purged(admin: "Admin", key: str) -> tuple[dict[str, Any], str]:
-        answer = admin.purge(key)
-        return answer, f"purged {key}: {bytes_in_words(answer['freed_bytes'])}"
-
-    _each(keys, where, purged, json_output=json_output)
+    _each("DELETE", "", keys, where, "purged", json_output=json_output)
 
 
 @cache.command("pin")
 @with_connection_flags
 def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
     """Keep entries whatever the limits say."""
-    _each(keys, where, lambda a, key: (a.pin(key, pinned=True), f"pinned {key}"), json_output=json_output)
+    _each("PUT", "/pin", keys, where, "pinned", json_output=json_output)
 
 
 @cache.command("unpin")
 @with_connection_flags
 def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
     """Let the limits apply to entries again."""
-    _each(keys, where, lambda a, key: (a.pin(key, pinned=False), f"unpinned {key}"), json_output=json_output)
+    _each("DELETE", "/pin", keys, where, "unpinned", json_output=json_output)
 
 
-def _each(
-    keys: list[str],
-    where: Where,
-    change: Callable[["Admin", str], tuple[dict[str, Any], str]],
-    *,
-    json_output: bool,
-) -> None:
+def _each(method: str, below: str, keys: list[str], where: Where, done: str, *, json_output: bool) -> None:
     """One line for one key, printed as soon as it is done."""
     with asking(where) as admin:
         for key in keys:
-            answer, words = change(admin, key)
-            typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
+            answer = admin.ask(method, f"content/{quote(key)}{below}")
+            freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+            typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else f"{done} {key}{freed}")
 
 
 # --- by a service, or here
@@ -132,32 +138,27 @@ def _by_service_or_here(
     where: Where,
     directory: Path | None,
     by_service: Callable[["Admin"], T],
-    here: Callable[[Path], T],
+    here: Callable[["Store"], T],
 ) -> T:
     """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
     when no service answers where the settings put it.
     """
-    from gup.cli.admin_client import NobodyThereError, admin_at
-    from gup.config import load
-
-    if directory is not None:
-        return here(directory.absolute())
-    try:
-        return by_service(admin_at(where))
-    except NobodyThereError:
-        if where.url is not None:
-            raise
-    return here(load(where.config).cache.directory)
-
-
-def _store(directory: Path) -> "Store":
     from gup.cache.store import Store
+    from gup.cli.admin_client import NobodyThereError
+    from gup.config import load
     from gup.errors import StoreError
 
-    store = Store(directory)
+    if directory is None:
+        try:
+            with asking(where) as admin:
+                return by_service(admin)
+        except NobodyThereError:
+            if where.url is not None:
+                raise
+    store = Store(directory.absolute() if directory is not None else load(where.config).cache.directory)
     if not store.content.is_dir():
-        raise StoreError(f"{directory} is no cache directory: it has no content/")
-    return store
+        raise StoreError(f"{store.root} is no cache directory: it has no content/")
+    return here(store)
 
 
 @contextmanager
@@ -192,40 +193,49 @@ def verify(
 
     A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
     """
-    with exiting():
-        result = _by_service_or_here(
-            where,
-            cache_dir,
-            lambda admin: _verify_by_service(admin, repair=repair),
-            lambda directory: _verify_here(directory, repair=repair),
-        )
+    result = _by_service_or_here(
+        where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
+    )
     if json_output:
         print_json(result)
     else:
-        _show_verified(result)
+        for row in result["found"]:
+            end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
+            typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
+        if result["failed"]:
+            typer.echo(f"ended early: {result['failed']}")
+        busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
+        mended = f", {result['mended']} mended" if repair else ""
+        typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
 
 
 def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
-    result = admin.verify(repair=repair)
+    result = admin.ask("POST", f"verify?repair={int(repair)}")
     shown_at = 0.0
     while result["running"]:
         if time.monotonic() - shown_at > _SHOWN_EACH_SECONDS:
             _show_progress(result["checked"], result["total"], result["damaged"])
             shown_at = time.monotonic()
         time.sleep(_POLL_SECONDS)
-        result = admin.verification()
+        result = admin.ask("GET", "verify")
     return result
 
 
-def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
-    from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents
+def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
+    from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
     from gup.cache.records import Phase
     from gup.control.index import check_index
 
-    store = _store(directory)
     rows: list[dict[str, Any]] = []
+
+    def note(finding: Finding, why_not: str = "") -> None:
+        """A finding as the API shows it."""
+        key, mended = finding.key.text if finding.key else None, not why_not if repair else None
+        row = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
+        rows.append(row | {"mended": mended, "why_not": why_not or None})
+
     with _alone(store):
         for part in store.parts():  # a commit that was interrupted is no damage: its journal finishes it
             if repair and part.state is not None and part.state.phase is Phase.COMMITTED:
@@ -238,60 +248,25 @@ def _verify_here(directory: Path, *, repair: bool) -> dict[str, Any]:
         ]
         total = len(checks) + 1  # the index is one more
         for number, check in enumerate(checks, 1):
-            rows += [_finding_row(found, _put_right(store, found) if repair else None) for found in check()]
+            for finding in check():
+                why_not = ""
+                try:
+                    if repair:
+                        put_right(store, finding, alone=True)
+                except (OSError, ValueError) as error:
+                    why_not = str(error)
+                note(finding, why_not)
             _show_progress(number, total, len(rows))
         if (why := check_index(store.index, repair=repair)) is not None:
-            rows.append(_finding_row(Finding("index", "index", why), "" if repair else None))
-    return {
-        "running": False,
-        "repair": repair,
-        "failed": None,
-        "checked": total,
-        "total": total,
-        "busy": 0,
-        "damaged": len(rows),
-        "mended": sum(row["mended"] is True for row in rows),
-        "found": rows,
-    }
-
-
-def _put_right(store: "Store", finding: "Finding") -> str:
-    """Repair the finding; the reason when that failed, else ""."""
-    from gup.cache.integrity import put_right
-
-    try:
-        put_right(store, finding, alone=True)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
-
-
-def _finding_row(finding: "Finding", why: str | None) -> dict[str, Any]:
-    """A finding as the API shows it; `why` it could not be put right, None when that was not tried."""
-    return {
-        "where": finding.where,
-        "path": finding.path,
-        "key": finding.key.text if finding.key else None,
-        "detail": finding.detail,
-        "mended": None if why is None else not why,
-        "why_not": why or None,
-    }
+            note(Finding("index", "index", why))
+    done = {"running": False, "repair": repair, "failed": None, "checked": total, "total": total, "busy": 0}
+    mended = sum(row["mended"] is True for row in rows)
+    return done | {"damaged": len(rows), "mended": mended, "found": rows}
 
 
 def _show_progress(checked: int, total: int, damaged: int) -> None:
     if sys.stderr.isatty():
         typer.echo(f"\r{checked} of {total} looked at, {damaged} damaged ", err=True, nl=checked == total)
-
-
-def _show_verified(result: dict[str, Any]) -> None:
-    for row in result["found"]:
-        end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
-        typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
-    if result["failed"]:
-        typer.echo(f"ended early: {result['failed']}")
-    busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-    mended = f", {result['mended']} mended" if result["repair"] else ""
-    typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
 
 
 # --- export
@@ -312,21 +287,17 @@ def export(
 
     Status 1 when something had to be left out because it is damaged. Without a service all is exported.
     """
-    target = "/api/v1/export?" + urlencode(filters)
-    with exiting():
-        from gup.cache.archive import summary
+    from gup.cache.archive import summary
 
-        with _new(file) as (archive, path):
-            pieces = _by_service_or_here(
-                where,
-                cache_dir,
-                lambda admin: admin.opened("GET", target).pieces(_PIECE_BYTES),
-                lambda directory: _read_here(directory, filters),
-            )
-            for piece in pieces:
-                archive.write(piece)
-            archive.flush()
-            told = summary(path)
+    with _new(file) as (archive, path):
+        _by_service_or_here(
+            where,
+            cache_dir,
+            lambda admin: archive.writelines(admin.pieces("GET", "export?" + urlencode(filters))),
+            lambda store: archive.writelines(_read_here(store, filters)),
+        )
+        archive.flush()
+        told = summary(path)
     if json_output:
         print_json(told | {"file": str(file)})
     else:
@@ -356,7 +327,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
         path.unlink(missing_ok=True)
 
 
-def _read_here(directory: Path, filters: Filters) -> Iterator[bytes]:
+def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
     """Committed bodies never change, so they can be read whoever else is at work there."""
     import socket
 
@@ -364,10 +335,8 @@ def _read_here(directory: Path, filters: Filters) -> Iterator[bytes]:
     from gup.cache.integrity import contents
     from gup.errors import StoreError
 
-    odd = sorted({"product", "kind"} & filters.keys())
-    if odd:
+    if odd := sorted({"product", "kind"} & filters.keys()):
         raise StoreError(f"--{odd[0]}: only a running service can tell; none answers")
-    store = _store(directory)
     keys = [
         key
         for key in contents(store, grace_seconds=0.0).keys
@@ -392,43 +361,41 @@ def import_(
 
     Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
     """
-    with exiting():
-        from gup.cli.admin_client import AdminError
-        from gup.config import load
+    from gup.cli.admin_client import AdminError
+    from gup.config import load
 
-        try:
-            with file.open("rb") as source:
-                done = _by_service_or_here(
-                    where,
-                    cache_dir,
-                    lambda admin: admin.send("/api/v1/import", source, "application/x-tar", _IMPORT_SECONDS),
-                    lambda directory: _import_here(source, directory, load(where.config)),
-                )
-        except OSError as error:
-            raise AdminError(f"{file} can't be read: {error.strerror or error}") from error
+    try:
+        with file.open("rb") as source:
+            done = _by_service_or_here(
+                where,
+                cache_dir,
+                lambda admin: admin.send("POST", "import", source, "application/x-tar", _IMPORT_SECONDS),
+                lambda store: _import_here(source, store, load(where.config)),
+            )
+    except OSError as error:
+        raise AdminError(f"{file} can't be read: {error.strerror or error}") from error
     if json_output:
         print_json(done)
     else:
-        show_table(("refused", "why"), [(row["name"], row["why"]) for row in done["refused"]])
+        show_table({"refused": "name", "why": "why"}, done["refused"])
         if done["problem"]:
             typer.echo(done["problem"], err=True)
             sys.stderr.flush()
-        typer.echo(
-            f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}; "
-            f"{done['present']} were here already, {len(done['refused'])} refused"
-        )
+        took = f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}"
+        typer.echo(f"{took}; {done['present']} were here already, {len(done['refused'])} refused")
     if done["refused"] or not done["complete"]:
         raise typer.Exit(FAILED)
 
 
-def _import_here(source: IO[bytes], directory: Path, settings: "Settings") -> dict[str, Any]:
+def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dict[str, Any]:
     import pwd
     from dataclasses import asdict
 
-    from gup.cache.archive import Import
+    from gup.cache.archive import Custody, Import
+    from gup.cache.records import Record
+    from gup.control.eviction import no_room
     from gup.errors import StoreError
 
-    store = _store(directory)
     owner = store.content.stat().st_uid
     if owner != os.geteuid():
         try:
@@ -436,26 +403,20 @@ def _import_here(source: IO[bytes], directory: Path, settings: "Settings") -> di
         except KeyError:
             name = str(owner)
         raise StoreError(
-            f"{directory} belongs to user {name}, who could not use what another user puts there: "
+            f"{store.root} belongs to user {name}, who could not use what another user puts there: "
             "run this as that user"
         )
-    with _alone(store):
-        return asdict(Import(store, _custody(store, settings), time.time()).take(source))
-
-
-def _custody(store: "Store", settings: "Settings") -> "Custody":
-    """No other process is at work: every claim is free, and room is what the limits leave."""
-    from gup.cache.archive import Custody
-    from gup.cache.records import Record
-    from gup.control.eviction import no_room
-
-    held = [sum(stored.size_bytes for stored in store.scan())]
+    held_bytes = 0
 
     def room(length_bytes: int) -> str:
         figures = os.statvfs(store.root)
-        return no_room(length_bytes, held[0], figures.f_bavail * figures.f_frsize, settings.cache)
+        return no_room(length_bytes, held_bytes, figures.f_bavail * figures.f_frsize, settings.cache)
 
     def taken(record: Record) -> None:
-        held[0] += record.length
+        nonlocal held_bytes
+        held_bytes += record.length
 
-    return Custody(claim=lambda _: True, release=lambda _: None, room=room, taken=taken)
+    with _alone(store):  # no other process is at work: every claim is free
+        held_bytes = sum(stored.size_bytes for stored in store.scan())
+        custody = Custody(claim=lambda _: True, release=lambda _: None, room=room, taken=taken)
+        return asdict(Import(store, custody, time.time()).take(source))

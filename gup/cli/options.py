@@ -1,44 +1,29 @@
-"""Flags that several commands share, and how commands end."""
+"""Flags that several commands share, and the exit statuses."""
 # ruff: noqa: PLC0415 - the control plane's client is for commands that ask
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.errors import GupError, SettingsError
-from gup.units import parse_duration, parse_rate, parse_size
-
 if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
-
-Command = Callable[..., None]
 
 FAILED = 1
 UNUSABLE = 2
 """Exit statuses: the work failed; flags or settings can't be used (as for unknown flags)."""
 
-
-@contextmanager
-def exiting() -> Iterator[None]:
-    """Around a command's work: errors become lines on standard error and an exit status."""
-    try:
-        yield
-    except SettingsError as error:
-        for problem in error.problems:
-            typer.echo(f"gup: {problem}", err=True)
-        raise typer.Exit(UNUSABLE) from error
-    except GupError as error:
-        typer.echo(f"gup: {error}", err=True)
-        raise typer.Exit(FAILED) from error
-
-
-# --- quantities
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SeedFlag = Annotated[int, typer.Option(help="Another number makes other content and other clients.")]
 
 
 def quantity(parse: Callable[[object], float], metavar: str, help_: str, default: str) -> Any:
@@ -53,81 +38,18 @@ def quantity(parse: Callable[[object], float], metavar: str, help_: str, default
     return typer.Option(parser=parser, metavar=metavar, help=help_, show_default=default)
 
 
-def size(help_: str, default: str) -> Any:
-    return quantity(parse_size, "SIZE", help_, default)
-
-
-def rate(help_: str, default: str) -> Any:
-    return quantity(parse_rate, "RATE", help_, default)
-
-
-def duration(help_: str, default: str) -> Any:
-    return quantity(parse_duration, "DURATION", help_, default)
-
-
-# --- the control plane
-
-
-ConfigFlag = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SeedFlag = Annotated[int, typer.Option(help="Another number makes other content and other clients.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """What the flags say of the control plane. Without a `url` the settings tell where it is."""
-
-    url: str | None = None
-    config: Path | None = None
-    token_file: Path | None = None
-    ca_file: Path | None = None
-
-
-def _connection_flags(
-    *,
-    admin: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            envvar="GUP_ADMIN",
-            help="The control plane; without it, where the settings put it.",
-        ),
-    ] = None,
-    config: ConfigFlag = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            envvar="GUP_TOKEN_FILE",
-            help="A file with a token; without it, what the settings name, or what the service left in run/.",
-        ),
-    ] = None,
-    ca_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", envvar="GUP_CA_FILE", help="Certificates (PEM) to trust for an https:// URL."
-        ),
-    ] = None,
-) -> Where:
-    return Where(admin, config, token_file, ca_file)
-
-
-def with_flags(**bundles: Callable[..., Any]) -> Callable[[Command], Command]:
+def with_flags(**bundles: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command whose parameter of each bundle's name is made from the flags that the bundle has.
 
     So flags that stand on many commands stand here once; in the help they stand in the parameter's place.
     """
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def flagged(**given: Any) -> None:
             for name, bundle in bundles.items():
-                given[name] = bundle(
-                    **{flag: given.pop(flag) for flag in inspect.signature(bundle).parameters}
-                )
+                flags = inspect.signature(bundle).parameters
+                given[name] = bundle(**{flag: given.pop(flag) for flag in flags})
             command(**given)
 
         own = inspect.signature(command)
@@ -141,19 +63,47 @@ def with_flags(**bundles: Callable[..., Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+# --- the control plane
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What the flags say of the control plane. Without a `url` the settings tell where it is."""
+
+    url: str | None
+    config: Path | None
+    token_file: Path | None
+    ca_file: Path | None
+
+
+_ADMIN = "The control plane; without it, where the settings put it."
+_TOKEN_FILE = "A file with a token; without it, what the settings name, or what the service left in run/."  # noqa: S105
+_CA_FILE = "Certificates (PEM) to trust for an https:// URL."
+
+
+def _connection_flags(
+    *,
+    admin: Annotated[str | None, typer.Option(metavar="URL", envvar="GUP_ADMIN", help=_ADMIN)] = None,
+    config: ConfigFlag = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", envvar="GUP_TOKEN_FILE", help=_TOKEN_FILE)
+    ] = None,
+    ca_file: Annotated[Path | None, typer.Option(metavar="FILE", envvar="GUP_CA_FILE", help=_CA_FILE)] = None,
+) -> Where:
+    return Where(admin, config, token_file, ca_file)
+
+
 with_connection_flags = with_flags(where=_connection_flags)
 
 
 @contextmanager
 def asking(where: Where) -> Iterator["Admin"]:
-    """The control plane; its refusals become sentences and an exit status."""
-    with exiting():
-        from gup.cli.admin_client import AdminError, admin_at
+    """The control plane. An answer without the members that are looked for is another version's."""
+    from gup.cli.admin_client import AdminError, admin_at
 
-        admin = admin_at(where)
-        try:
-            yield admin
-        except KeyError as error:
-            raise AdminError(
-                f"{admin.url}: the answer has no {error}: that gup is of another version"
-            ) from error
+    admin = admin_at(*astuple(where))
+    try:
+        yield admin
+    except KeyError as error:
+        words = f"{admin.url}: the answer has no {error}: that gup is of another version"
+        raise AdminError(words) from error

@@ -1,7 +1,6 @@
 """The commands that run something: the service, the demo, and each side of a simulated site."""
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, duration, exiting, rate, size
+from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, quantity
 from gup.errors import SettingsError
+from gup.units import parse_duration, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from gup.config import Settings
@@ -20,6 +20,8 @@ _HOST_PORT = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*):([0-9]{1,5})")
 simulate = typer.Typer(
     help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
 )
+ClientsFlag = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
+SecondsFlag = Annotated[float, typer.Option(min=1, help="How long they run.")]
 
 
 def serve(
@@ -39,47 +41,41 @@ def serve(
     ] = None,
 ) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reads the settings again."""
-    with exiting():
-        given = serve_flags(
-            upstream=upstream or [], listen=listen, admin=admin, cache_dir=cache_dir, workers=workers
-        )
-        read = functools.partial(_servable, config, given)
-        first = read()
-        from gup.process.supervisor import serve as supervise
+    flags = serve_flags(upstream or [], listen, admin, cache_dir, workers)
 
-        status = supervise(first, reload=read)
-    raise typer.Exit(status)
+    def read() -> "Settings":
+        from gup.cli.usable import require_usable
+        from gup.config import load, require_servable
 
+        settings = load(config, flags=flags)
+        require_servable(settings)
+        require_usable(settings)
+        return settings
 
-def _servable(config: Path | None, given: dict[str, Any]) -> "Settings":
-    from gup.cli.usable import require_usable
-    from gup.config import load, require_servable
+    first = read()
+    from gup.process import supervisor
 
-    loaded = load(config, flags=given)
-    require_servable(loaded)
-    require_usable(loaded)
-    return loaded
+    raise typer.Exit(supervisor.serve(first, reload=read))
 
 
 def serve_flags(
-    *,
     upstream: Sequence[str],
-    listen: str | None,
-    admin: str | None,
-    cache_dir: Path | None,
-    workers: int | None,
+    listen: str | None = None,
+    admin: str | None = None,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):
-        try:
-            host, port = host_port(flag, text) if text is not None else ("", None)
-        except SettingsError as error:
-            problems += error.problems
-            continue
-        addresses |= {f"{prefix}address": host} if host else {}
-        addresses |= {f"{prefix}port": port} if port is not None else {}
+        if text is not None:
+            try:
+                host, addresses[f"{prefix}port"] = host_port(flag, text)
+            except SettingsError as error:
+                problems += error.problems
+                continue
+            addresses |= {f"{prefix}address": host} if host else {}
     if problems:
         raise SettingsError(problems)
     flags: dict[str, Any] = {
@@ -95,18 +91,17 @@ def host_port(flag: str, text: str) -> tuple[str, int]:
     """Host ("" when left out) and port of "127.0.0.1:2967", "[::1]:2967" or ":2967"; SettingsError else."""
     match = _HOST_PORT.fullmatch(text.strip())
     if match is None or int(match[2]) > 65535 or match[1] == "[]":
-        raise SettingsError(
-            [f"{flag}: {text!r} is not right: must be HOST:PORT, such as 127.0.0.1:2967, [::1]:2967 or :2967"]
-        )
+        right = "must be HOST:PORT, such as 127.0.0.1:2967, [::1]:2967 or :2967"
+        raise SettingsError([f"{flag}: {text!r} is not right: {right}"])
     return match[1].strip("[]"), int(match[2])
 
 
 def demo(
     *,
-    clients: Annotated[int, typer.Option(min=1, help="Simulated clients.")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="How long they run.")] = 30.0,
+    clients: ClientsFlag = 200,
+    seconds: SecondsFlag = 30.0,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes of gup.")] = 2,
-    wan_rate: Annotated[int, rate("Of the simulated WAN.", "10MB/s")] = 10_000_000,
+    wan_rate: Annotated[int, quantity(parse_rate, "RATE", "Of the simulated WAN.", "10MB/s")] = 10_000_000,
     seed: SeedFlag = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Stay up after the summary.")] = False,
     json_output: JsonFlag = False,
@@ -114,10 +109,8 @@ def demo(
     """Show gup at work: a simulated manager behind a slow WAN, a real gup, and a site of clients."""
     from gup.demo import run
 
-    with exiting():
-        plan = run.Plan(clients, seconds, wan_rate, workers, keep, seed)
-        status = run.demo(plan, json_output=json_output)
-    raise typer.Exit(status)
+    plan = run.Plan(clients, seconds, wan_rate, workers, keep, seed)
+    raise typer.Exit(run.demo(plan, json_output=json_output))
 
 
 @simulate.command("manager")
@@ -127,28 +120,29 @@ def simulate_manager(
         str, typer.Option(metavar="HOST:PORT", help="Where it listens; port 0 takes a free one.")
     ] = "127.0.0.1:8014",
     seed: SeedFlag = 1,
-    wan_rate: Annotated[int, rate('Of the WAN in front of it; "0" is unlimited.', "10MB/s")] = 10_000_000,
+    wan_rate: Annotated[
+        int, quantity(parse_rate, "RATE", 'Of the WAN in front of it; "0" is unlimited.', "10MB/s")
+    ] = 10_000_000,
     publish_interval: Annotated[
-        float, duration("Between new revisions; 0 publishes none by itself.", "10s")
+        float,
+        quantity(parse_duration, "DURATION", "Between new revisions; 0 publishes none by itself.", "10s"),
     ] = 10.0,
     products: Annotated[int, typer.Option(min=1, help="Streams of content.")] = 4,
-    full_size: Annotated[int, size("Of a full package.", "4MB")] = 4_000_000,
+    full_size: Annotated[int, quantity(parse_size, "SIZE", "Of a full package.", "4MB")] = 4_000_000,
 ) -> None:
     """Play a management server with a tree of content until SIGTERM or SIGINT."""
-    from gup.demo.manager import simulate_manager as run
+    from gup.demo import manager
 
-    with exiting():
-        host, port = host_port("--listen", listen)
-        status = run(
-            host,
-            port,
-            seed=seed,
-            wan_rate_bytes_per_second=wan_rate,
-            publish_interval_seconds=publish_interval,
-            products=products,
-            full_bytes=full_size,
-        )
-    raise typer.Exit(status)
+    host, port = host_port("--listen", listen)
+    manager.simulate_manager(
+        host,
+        port,
+        seed=seed,
+        wan_rate_bytes_per_second=wan_rate,
+        publish_interval_seconds=publish_interval,
+        products=products,
+        full_bytes=full_size,
+    )
 
 
 @simulate.command("clients")
@@ -158,14 +152,14 @@ def simulate_clients(
     manager: Annotated[
         str, typer.Option(metavar="URL", help="The simulated manager; without it, asked at --url.")
     ] = "",
-    clients: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="How long they run.")] = 30.0,
+    clients: ClientsFlag = 200,
+    seconds: SecondsFlag = 30.0,
     seed: SeedFlag = 1,
     json_output: JsonFlag = False,
 ) -> None:
     """Play a site's clients, which compare every byte."""
     from gup.demo.clients import simulate_clients as run
 
-    with exiting():
-        status = run(url, manager or url, count=clients, seconds=seconds, seed=seed, json_output=json_output)
-    raise typer.Exit(status)
+    raise typer.Exit(
+        run(url, manager or url, count=clients, seconds=seconds, seed=seed, json_output=json_output)
+    )

@@ -2,12 +2,12 @@
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gup.cli.format import print_json
-from gup.cli.options import ConfigFlag, JsonFlag, exiting
+from gup.cli.options import ConfigFlag, JsonFlag
 
 config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
 
@@ -19,9 +19,8 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The setting
     from gup.config import load
     from gup.units import format_size
 
-    with exiting():
-        settings = load(file)
-        require_usable(settings)
+    settings = load(file)
+    require_usable(settings)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(
@@ -39,9 +38,7 @@ def show(
     from gup.cli.reference import settings_toml
     from gup.config import load
 
-    with exiting():
-        text = settings_toml(load(file))
-    typer.echo(text, nl=False)
+    typer.echo(settings_toml(load(file)), nl=False)
 
 
 rules = typer.Typer(help="Ask what the delivery rules decide.", no_args_is_help=True)
@@ -70,31 +67,16 @@ def explain(
     json_output: JsonFlag = False,
 ) -> None:
     """Say for each upstream whether the client may have the stream from it, and why."""
+    from gup.cli.catalog_reader import read_catalog
     from gup.cli.serve import serve_flags
     from gup.config import load, require_servable
-    from gup.content.variant_choice import explained
-
-    with exiting():
-        given = serve_flags(upstream=upstream or [], listen=None, admin=None, cache_dir=None, workers=None)
-        settings = load(config, flags=given)
-        require_servable(settings)
-        told = _explain(settings, moniker, client_version, client_language)
-    if json_output:
-        print_json(told)
-        return
-    for line in explained(told):
-        typer.echo(line)
-
-
-def _explain(
-    settings: Any, moniker: str, client_version: str | None, client_language: str | None
-) -> dict[str, Any]:
-    from gup.cli.catalog_reader import read_catalog
+    from gup.content import variant_choice
     from gup.content.catalog import Catalogues, normal_moniker
     from gup.content.rules import Rulebook
-    from gup.content.variant_choice import explain as explanation
     from gup.errors import SettingsError
 
+    settings = load(config, flags=serve_flags(upstream=upstream or []))
+    require_servable(settings)
     stream = normal_moniker(moniker)
     if stream is None:
         raise SettingsError([f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without"])
@@ -104,4 +86,9 @@ def _explain(
     rows = {name: one.rows for name, one in found.items() if one.rows is not None}
     sources = {name: one.source for name, one in found.items()}
     catalogues = Catalogues(rows, settings.upstream, book.types)
-    return explanation(book, catalogues, settings.upstream, sources, stream, client)
+    told = variant_choice.explain(book, catalogues, settings.upstream, sources, stream, client)
+    if json_output:
+        print_json(told)
+    else:
+        for line in variant_choice.explained(told):
+            typer.echo(line)

@@ -258,8 +258,8 @@ def simulate_manager(
     publish_interval_seconds: float,
     products: int,
     full_bytes: int,
-) -> int:
-    """Serve the simulated content until SIGINT or SIGTERM; then returns 0.
+) -> None:
+    """Serve the simulated content until SIGINT or SIGTERM.
 
     Writes `simulated manager: serving on http://H:P` to stderr when ready. A publish interval of 0 publishes
     only when asked to. ListenError when the address can't be had.
@@ -288,4 +288,3 @@ def simulate_manager(
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(serve(Path(directory)))
-    return 0

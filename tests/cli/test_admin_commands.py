@@ -9,7 +9,7 @@ import pytest
 from harness.commands import run
 
 from gup.cli.admin_client import Admin, AdminError, admin_url
-from gup.cli.format import status_lines
+from gup.cli.admin_commands import status_lines
 from gup.config import Settings
 
 # --- a running service
@@ -154,7 +154,7 @@ def test_status_in_words(plane):
     assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
     assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
     assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
-    assert lines[13].split() == ["0e", "1.5", "kB"]
+    assert lines[13].split() == ["0e", "-", "1.5", "kB", "-", "-"]
 
 
 def test_status_as_json(plane):

@@ -1,16 +1,12 @@
 """`gup rules explain`, and what it reads; mistakes of the rules stop the start."""
 
 import json
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import ModuleType
 
 import pytest
-from typer.testing import CliRunner
+from harness.commands import run
+from harness.scripted import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
-from gup.cli.app import app
 from gup.cli.catalog_reader import read_catalog
 from gup.config import Settings
 from gup.content.catalog import parse_catalog
@@ -23,40 +19,13 @@ CATALOGUE = (
 ).encode("utf-16")
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch):
-    monkeypatch.delenv("GUP_CONFIG", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture
 def manager():
-    """A manager that has a catalogue; `asked` are the requests, `body` what it answers with."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append((self.path, self.headers["X-Site"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.server.body)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = False
-    server.asked, server.body = [], CATALOGUE
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    """A manager that has a catalogue, at two places."""
+    with ScriptedUpstream() as manager:
+        for path in ("/content/ContentInfo.txt", "/b/content/ContentInfo.txt"):
+            manager.answer(path, Answer(CATALOGUE))
+        yield manager
 
 
 def settings_file(tmp_path, text):
@@ -81,7 +50,8 @@ def test_each_manager_has_its_decision(tmp_path, manager):
     file = settings_file(tmp_path, upstream(manager.url, paris) + upstream(f"{manager.url}/b", berlin))
     told = explained(file, "--moniker", PATCH[1:-1].lower(), "--client-version", "14.3.4700.2000",
                      "--client-language", "fr-CA")  # fmt: skip
-    assert manager.asked == [("/content/ContentInfo.txt", "lyon"), ("/b/content/ContentInfo.txt", None)]
+    asked = [(seen.path, seen.header("x-site")) for seen in manager.seen]
+    assert asked == [("/content/ContentInfo.txt", "lyon"), ("/b/content/ContentInfo.txt", None)]
     assert (told["moniker"], told["mode"], told["allowed"]) == (PATCH, "enforce", True)
     first, second = told["decisions"]
     assert (first["upstream"], first["allowed"], first["refused"]) == ("paris", True, False)
@@ -119,7 +89,7 @@ def test_the_decision_in_words(tmp_path):
 
 
 def test_without_a_catalogue_nothing_is_known_to_be_bound(tmp_path, manager):
-    manager.body = b"<html>sign in</html>"
+    manager.answer("/content/ContentInfo.txt", Answer(b"<html>sign in</html>"))
     told = explained(
         settings_file(tmp_path, f'[cache]\ndirectory = "{tmp_path}"\n'),
         "--upstream",
@@ -178,11 +148,8 @@ def test_without_an_upstream_there_is_nothing_to_explain():
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["serve", "--config"]])
-def test_rules_that_cannot_be_applied_stop_the_start(tmp_path, monkeypatch, command):
-    started = []
-    supervisor = ModuleType("gup.process.supervisor")
-    supervisor.serve = lambda *_, **__: started.append(True) or 0
-    monkeypatch.setitem(sys.modules, "gup.process.supervisor", supervisor)
+def test_rules_that_cannot_be_applied_stop_the_start(tmp_path, called, command):
+    started = called("gup.process.supervisor.serve")
     file = settings_file(tmp_path, upstream("http://m:1", 'version = "newest"\nlanguage = "Frrench"'))
     result = run(*command, file)
     assert result.exit_code == 2
