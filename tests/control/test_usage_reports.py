@@ -4,7 +4,6 @@ import asyncio
 import csv
 import io
 import re
-import shutil
 import sqlite3
 from contextlib import closing
 from itertools import pairwise
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from gup.content.catalog import Label
 from gup.control.stats.client_records import ReceivedParts, joined
-from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
+from gup.control.stats.database import StatsDatabase
 from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
 
@@ -443,52 +442,6 @@ def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path, monkeypa
     database.close()
     assert count == (0,)
     assert [path.name for path in (tmp_path / "reports").iterdir()] == ["stats.db"]
-
-
-def earlier_edition(root):
-    """Files as the edition before wrote them: one a kind, with the same tables as now."""
-    database = StatsDatabase(root)
-    database.transact(
-        lambda db: [
-            db.execute("INSERT INTO clients VALUES(7, '10.0.0.1', 1, 2, '14.3', 'fr')"),
-            db.execute("INSERT INTO days VALUES('2026-08-01', 'gup_x', 5)"),
-            db.execute("INSERT INTO reached VALUES(1, '{}')"),
-        ]
-    )
-    database.close()
-    for name, tables in _EARLIER_EDITION:
-        (root / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(database.path, root / name)
-        with closing(sqlite3.connect(root / name)) as db:
-            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                if table not in tables:
-                    db.execute(f"DROP TABLE {table}")
-    database.path.unlink()
-
-
-def taken_over(root):
-    database = StatsDatabase(root)
-    found = [
-        database.transact(lambda db, table=table: db.execute(f"SELECT * FROM {table}").fetchall())
-        for table in ("clients", "days", "reached")
-    ]
-    database.close()
-    return found
-
-
-def test_files_of_the_edition_before_are_taken_over(tmp_path):
-    earlier_edition(tmp_path)
-    found = [[(7, "10.0.0.1", 1.0, 2.0, "14.3", "fr")], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
-    assert taken_over(tmp_path) == found
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["stats.db"]
-    assert taken_over(tmp_path) == found
-
-
-def test_a_damaged_file_of_the_edition_before_does_not_keep_the_others_from_being_taken_over(tmp_path):
-    earlier_edition(tmp_path)
-    (tmp_path / "reports" / "clients.db").write_bytes(b"not a database at all" * 500)
-    assert taken_over(tmp_path) == [[], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
-    assert (tmp_path / "reports" / "clients.db.damaged").exists()
 
 
 spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span[0], span[0] + span[1]))
