@@ -267,7 +267,7 @@ async def test_old_days_are_added_up(site, browser):
         async with site.running() as control:
             site.counters.add("gup_client_sent_bytes_total", 10 + number, source="cache")
             total += 10 + number
-            await control.state.reports.write_savings()
+            await control.state.history.write()
             await control.state.reports.prune()
             found = await get(browser, site, "/savings?days=100")
         site.now += DAY
@@ -465,4 +465,4 @@ def test_pieces_are_forgotten_when_there_are_too_many():
 
 def test_every_counter_of_bytes_over_the_links_is_in_the_ledger():
     links = {name for name in BY_NAME if re.search("(sent|received|wasted)_bytes_total$", name)}
-    assert links | {STREAM_WASTED.name} == set(METRICS)
+    assert links | {STREAM_WASTED.name} <= set(METRICS)

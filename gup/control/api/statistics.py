@@ -74,12 +74,13 @@ async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
 
 async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
     """What was sent, fetched, saved and wasted, by day and stream."""
-    today, days = await state.reports.savings()
+    today, days = await state.history.savings()
+    process = state.dependencies
     dates = sorted(days.keys() - {EARLIER}, reverse=True)
     month = [counts for day, counts in days.items() if savings.within(day, today, _MONTH)]
     listed = [*dates[: query.days], *([EARLIER] if EARLIER in days and query.days > len(dates) else [])]
     return schemas.Savings(
-        counted_since=state.dependencies.installed_at,
+        counted_since=process.installed_at,
         time_zone=state.settings.site.time_zone,
         today=savings.figures(days.get(today, {})),
         last_30_days=savings.figures(savings.added_up(month)),
@@ -88,7 +89,7 @@ async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
             schemas.DayTraffic(
                 day=day or None,
                 **dict(savings.figures(days[day])),
-                streams=savings.streams(days[day], state.reports.stream_labels),
+                streams=savings.streams(days[day], process.stream_names(), process.product_of),
             )
             for day in listed
         ],
@@ -98,7 +99,6 @@ async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
 async def history(state: ControlState, query: Span) -> schemas.History:
     """What was moved over a span that ends now."""
     step, length = SPANS[query.span]
-    await state.meter()
     now = state.clock()
     points = [
         schemas.HistoryPoint(
@@ -110,7 +110,7 @@ async def history(state: ControlState, query: Span) -> schemas.History:
             wan_limit_bytes_per_second=point.wan_limit or None,
             cache_entries_bytes=point.entries_bytes,
         )
-        for point in state.history.history.series(query.span, now)
+        for point in await state.history.series(query.span)
     ]
     return schemas.History(span=query.span, step_seconds=step, since=now - length, until=now, points=points)
 

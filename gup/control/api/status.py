@@ -1,7 +1,6 @@
 """The state of the service: at a glance, in parts, for monitors; the settings and what the rules decide."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
@@ -16,10 +15,10 @@ from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
 from gup.control.api import schemas
 from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
-from gup.control.exposition import expose, parse_series
+from gup.control.exposition import expose
 from gup.control.index import stream_of
 from gup.control.state import ControlState, numbers
-from gup.metrics import CODES_OF_RESULT
+from gup.control.stats.history import RECEIVED, SENT, shown, sums_of
 
 
 class Question(Request):
@@ -174,6 +173,7 @@ ENDPOINTS = (
 
 _FROM_STORE = ("hit", "revalidated", "stale")
 _SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
+_SUMS = (SENT, RECEIVED, "saved_bytes", "evicted_bytes", "integrity_failures")
 
 
 def totals_of(words: Mapping[str, int]) -> schemas.Totals:
@@ -182,27 +182,17 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
     Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
     The hit ratio counts requests for content that were answered from the store; None before the first one.
     """
-    sums: Counter[str] = Counter()
-    results: Counter[str] = Counter()
-    for name, value in words.items():
-        if value:
-            base, labels = parse_series(name)
-            sums[base] += value
-            if base == "gup_requests_total":
-                results[labels["result"]] += value
-    served = sum(results[result] for result in _SERVED)
-    sent, received = sums["gup_client_sent_bytes_total"], sums["gup_upstream_received_bytes_total"]
+    sums = sums_of(words)
+    told = shown(sums)
+    requests = told["requests"]
+    served = sum(requests[result] for result in _SERVED)
     return schemas.Totals(
-        client_sent_bytes=sent,
-        upstream_received_bytes=received,
-        saved_bytes=sent - received,
-        requests={result: results[result] for result in CODES_OF_RESULT},
-        requests_total=sum(results.values()),
-        hit_ratio=sum(results[result] for result in _FROM_STORE) / served if served else None,
-        fills=sums["gup_fills_total"],
-        evictions=sums["gup_evictions_total"],
-        evicted_bytes=sums["gup_evicted_bytes_total"],
-        integrity_failures=sums["gup_integrity_failures_total"],
+        **{name: told[name] for name in _SUMS},
+        requests=requests,
+        requests_total=sum(requests.values()),
+        hit_ratio=sum(requests[result] for result in _FROM_STORE) / served if served else None,
+        fills=sum(told["fills"].values()),
+        evictions=sum(count for name, count in sums.items() if name.startswith("evictions.")),
     )
 
 

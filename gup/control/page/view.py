@@ -92,8 +92,8 @@ class Viewer:
         return saved.model_copy(update={"days": days})
 
     async def _charts(self) -> dict[str, Any]:
-        history, now = self._state.history.history, self._state.clock()
-        return {span: _chart(history.series(span, now), *form) for span, form in _CHARTS.items()}
+        history = self._state.history
+        return {span: _chart(await history.series(span), *form) for span, form in _CHARTS.items()}
 
     async def _held(self) -> dict[str, Any]:
         return await asyncio.to_thread(holdings, list(self._state.index.rows.values()), self._label)

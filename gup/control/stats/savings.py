@@ -7,14 +7,16 @@ was killed in between: what was counted meanwhile belongs to the day of the next
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
-from gup.control.exposition import parse_series
+from gup.control.exposition import ProductOf, StreamNames, parse_series, stream_labels
 from gup.metrics import KINDS, PURPOSES, SOURCES, STREAM_WASTED, WASTED
+from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.stats")
 METRICS = (
@@ -24,7 +26,13 @@ METRICS = (
     "gup_stream_sent_bytes_total",
     "gup_stream_received_bytes_total",
     STREAM_WASTED.name,
+    "gup_requests_total",
+    "gup_fills_total",
+    "gup_evictions_total",
+    "gup_evicted_bytes_total",
+    "gup_integrity_failures_total",
 )
+"""What a day and the history are made of."""
 EARLIER = ""
 """The row of all that was counted before the days that are kept."""
 
@@ -35,30 +43,50 @@ Days = dict[str, Counts]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The counters at one moment, and since when they count. Days are dates in the site's time zone."""
+    """The counters at one moment, and since when they count (Unix seconds)."""
 
     totals: Counts
+    at: float
     installed_at: float
-    installed_on: str
-    today: str
+    settings: Settings
+
+    @property
+    def today(self) -> str:
+        """The date in the site's time zone, whose file is read when it is first used."""
+        return site_time(self.settings, self.at).date().isoformat()
 
     def counted(self) -> dict[str, int]:
         """The counters that savings are made of."""
         return {name: n for name, n in self.totals.items() if n and name.partition("{")[0] in METRICS}
 
 
-def add_reading(db: sqlite3.Connection, reading: Reading) -> None:
-    """Add what was counted since the last reading to the day of this one."""
+def last_reading_at(db: sqlite3.Connection) -> float | None:
+    """When the counters were last read; None when never, or when they began anew since."""
+    row = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
+    return None if row is None else row[0]
+
+
+def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = False) -> dict[str, int]:
+    """Add what was counted since the last reading to the day of this one; returns that.
+
+    `gains_only`: counters below those of the last reading are left as they are.
+    """
     since = db.execute("SELECT value FROM about WHERE name = 'installed_at'").fetchone()
     if since is not None and since[0] != reading.installed_at:  # other counters than those of the marks
         db.execute("INSERT INTO old_days SELECT ?, day, series, value FROM days", since)
         db.execute("DELETE FROM days")
         db.execute("DELETE FROM marks")
         _log.warning("the counters are counted anew: savings begin anew, those before are in table old_days")
-    db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?)", (reading.installed_at,))
+    about = (reading.installed_at, reading.at)
+    db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?), ('read_at', ?)", about)
     marks = dict(db.execute("SELECT series, value FROM marks"))
-    day = reading.today if marks or reading.installed_on == reading.today else EARLIER
+    fresh = (
+        not marks and site_time(reading.settings, reading.installed_at).date().isoformat() != reading.today
+    )
     gained = _difference(reading.counted(), marks)
+    if gains_only:
+        gained = {name: value for name, value in gained.items() if value > 0}
+    day = EARLIER if fresh else reading.today
     db.executemany(
         "INSERT INTO days VALUES(?, ?, ?) "
         "ON CONFLICT(day, series) DO UPDATE SET value = value + excluded.value",
@@ -68,6 +96,7 @@ def add_reading(db: sqlite3.Connection, reading: Reading) -> None:
         "INSERT INTO marks VALUES(?, ?) ON CONFLICT(series) DO UPDATE SET value = value + excluded.value",
         list(gained.items()),
     )
+    return gained
 
 
 def _difference(now: Counts, before: Counts) -> dict[str, int]:
@@ -127,16 +156,13 @@ def figures(counts: Counts) -> TrafficByCause:
     return TrafficByCause(**members | parts)
 
 
-def streams(counts: Counts, label: Callable[[int], tuple[str, str]]) -> list[StreamTraffic]:
-    """Sent, received and wasted bytes by product, language and kind, the most sent first.
-
-    `label` gives product and language of a stream's slot.
-    """
+def streams(counts: Counts, names: StreamNames, product_of: ProductOf) -> list[StreamTraffic]:
+    """Sent, received and wasted bytes by product, language and kind, the most sent first."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, value in counts.items():
         metric, series = parse_series(name)
         if metric.startswith("gup_stream_") and value:
-            product, language = label(int(series["slot"]))
+            product, language = stream_labels(names, int(series["slot"]), product_of)
             row = rows.setdefault(
                 (product, language, series["kind"]), {"sent_bytes": 0, "received_bytes": 0, "wasted_bytes": 0}
             )

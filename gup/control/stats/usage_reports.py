@@ -1,4 +1,4 @@
-"""The reports: content taken, restarts pending, clients, savings.
+"""The reports on clients: content taken, restarts pending, who they are.
 
 "Taken" is not "installed": gup sees what was sent and which version a client states, never a client's disk.
 """
@@ -18,7 +18,6 @@ from gup.content.releases import Releases, Version
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Taken
-from gup.control.exposition import stream_labels
 from gup.control.stats.client_records import (
     MAX_CLIENTS,
     Batch,
@@ -30,7 +29,7 @@ from gup.control.stats.client_records import (
     write_batch,
 )
 from gup.control.stats.database import StatsDatabase
-from gup.control.stats.savings import Days, Reading, add_reading, days_until, prune_days
+from gup.control.stats.savings import prune_days
 from gup.control.traffic import revision_time
 from gup.upstream.bandwidth import site_time
 
@@ -82,7 +81,7 @@ AND (:seen_at IS NULL OR (seen_at, id) < (:seen_at, :id)) ORDER BY seen_at DESC,
 
 
 class Reports:
-    """Takes in news of clients, keeps the savings ledger, and answers what is asked of both.
+    """Takes in news of clients, and answers what is asked of them.
 
     All methods belong to the event loop. What the disk refuses to take is tried again; nobody waits for it.
     """
@@ -148,11 +147,6 @@ class Reports:
         batch, self._batch = self._batch, Batch()
         if batch.seen and not await self._written("reports", lambda db: write_batch(db, batch)):
             self._put_back(batch)
-
-    async def write_savings(self) -> None:
-        """Store what the counters have counted."""
-        reading = self._reading()
-        await self._written("savings", lambda db: add_reading(db, reading()))
 
     async def prune(self) -> None:
         """Delete what is older than the settings allow."""
@@ -308,21 +302,6 @@ class Reports:
 
         return await self._database.run(look)
 
-    async def savings(self) -> tuple[str, Days]:
-        """Today's date, and what each day counted, the oldest first: together the present counters."""
-        await self.write_savings()
-        reading = await asyncio.to_thread(self._reading())
-        try:
-            return reading.today, await self._database.run(lambda db: days_until(db, reading))
-        except OSError:  # what single days counted can't be read now; what all did is known
-            return reading.today, days_until(None, reading)
-
-    def stream_labels(self, slot: int) -> tuple[str, str]:
-        """Product and language of a stream's slot, as in the metrics."""
-        return stream_labels(self._dependencies.stream_names(), slot, self._dependencies.product_of)
-
-    # ---
-
     def _head(self) -> dict[str, Any]:
         own = self._settings().reports
         return {
@@ -334,17 +313,6 @@ class Reports:
 
     def _label(self, stream: Stream) -> Label | None:
         return self._dependencies.label_of(stream, "")
-
-    def _reading(self) -> Callable[[], Reading]:
-        """Returns the present counters; to be called in a thread, since it reads a time zone's file."""
-        settings, installed = self._settings(), self._dependencies.installed_at
-        now, totals = self._clock(), self._dependencies.totals()
-        return lambda: Reading(
-            totals,
-            installed,
-            site_time(settings, installed).date().isoformat(),
-            site_time(settings, now).date().isoformat(),
-        )
 
 
 def _rows(db: sqlite3.Connection, query: str, given: Any = ()) -> Iterator[dict[str, Any]]:
