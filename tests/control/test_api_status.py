@@ -6,7 +6,7 @@ from gup.cache.records import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.api.schemas import Ceiling, Limit
+from gup.control.api.schemas import Limit
 from gup.control.api.status import began_at, fill_of, limits_of
 from gup.control.state import FillRates, numbers
 
@@ -91,7 +91,7 @@ def test_each_limit_stands_with_what_is_used_of_it():
     found = limits_of(settings, totals, size_bytes=5, wan_rate=0, wan_used=9)
     assert found.downloads == Limit(limit=3, used=2)
     assert found.queue == Limit(limit=1000, used=7)
-    assert found.client_rate_bytes_per_second == Ceiling(limit=1_000_000)
+    assert found.client_rate_bytes_per_second == Limit(limit=1_000_000)
     assert found.wan_rate_bytes_per_second == Limit(limit=None, used=9)
     assert found.cache_size_bytes == Limit(limit=20_000_000_000, used=5)
     assert found.fills == Limit(limit=8, used=1)

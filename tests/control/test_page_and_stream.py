@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gup.content.key import ContentKey, Kind
 from gup.control.index import make_row
 from gup.control.page import render
-from gup.control.page.live import MAX_LISTENERS, Broadcast
+from gup.control.page.live import MAX_LISTENERS, Page
 from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
 
 SPACE = "\N{NO-BREAK SPACE}"
@@ -158,10 +158,11 @@ async def test_listeners_share_looks_and_get_the_newest_of_what_changed(monkeypa
             raise ValueError("one look fails")
         return {"n": looks}, {"still": "<p>\nsame</p>", "new": f"<b>{looks}</b>"}
 
-    broadcast = Broadcast(look)
-    with broadcast.listening() as admitted:
+    page = Page(None, None)
+    page.look = look
+    with page.listening() as admitted:
         assert admitted
-        one, two = broadcast.messages(), broadcast.messages()
+        one, two = page.messages(), page.messages()
         first = parsed(await anext(one))
         assert first == parsed(await anext(two))
         assert ("fragment", {"id": "still", "html": "<p>\nsame</p>"}) in first
@@ -172,28 +173,29 @@ async def test_listeners_share_looks_and_get_the_newest_of_what_changed(monkeypa
         missed = parsed(await anext(two))  # a slow one: each event once, as it is by now
         assert [name for name, _ in missed] == ["figures", "fragment"]
         assert missed[0][1]["n"] >= 4
-        late = parsed(await anext(broadcast.messages()))  # who comes later is told all at once
+        late = parsed(await anext(page.messages()))  # who comes later is told all at once
         assert {data.get("id") for _, data in late} == {None, "still", "new"}
-    await broadcast.stop()
+    await page.stop()
 
 
 async def test_listeners_are_bounded_and_a_stop_ends_them():
     async def look():
         return {}, {}
 
-    broadcast = Broadcast(look)
+    page = Page(None, None)
+    page.look = look
     with contextlib.ExitStack() as listeners:
-        admitted = [listeners.enter_context(broadcast.listening()) for _ in range(MAX_LISTENERS - 1)]
-        with broadcast.listening() as last, broadcast.listening() as refused:
+        admitted = [listeners.enter_context(page.listening()) for _ in range(MAX_LISTENERS - 1)]
+        with page.listening() as last, page.listening() as refused:
             assert all((*admitted, last))
             assert not refused
-        with broadcast.listening() as again:
+        with page.listening() as again:
             assert again
-        messages = broadcast.messages()
+        messages = page.messages()
         await anext(messages)
         ending = asyncio.create_task(anext(messages, None))
         await asyncio.sleep(0)
-        await broadcast.stop()
+        await page.stop()
         assert await ending is None
-        with broadcast.listening() as late:
+        with page.listening() as late:
             assert not late

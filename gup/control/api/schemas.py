@@ -139,24 +139,17 @@ class Upstreams(Response):
     upstreams: list[Upstream]
 
 
-class Ceiling(Response):
-    """A limit of each client or connection, null when there is none."""
-
-    limit: int | None
-
-
-class Limit(Ceiling):
-    """A limit of the whole machine, and what is used of it."""
-
-    used: int
+class Limit(Response):
+    limit: int | None = Field(description="Null when there is none.")
+    used: int = Field(0, description="Left out where each client or connection has a limit of its own.")
 
 
 class Limits(Response):
     downloads: Limit
     queue: Limit
     connections: Limit
-    connections_per_address: Ceiling
-    client_rate_bytes_per_second: Ceiling
+    connections_per_address: Limit
+    client_rate_bytes_per_second: Limit
     wan_rate_bytes_per_second: Limit
     cache_size_bytes: Limit
     fills: Limit

@@ -254,25 +254,24 @@ def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     return rows
 
 
+_USED = {
+    "downloads": "gup_client_downloads_in_progress",
+    "queue": "gup_client_downloads_queued",
+    "connections": "gup_client_connections",
+    "fills": "gup_fills_in_progress",
+}
+
+
 def limits_of(
     settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
 ) -> schemas.Limits:
-    """Limit (None: unlimited) and use of each; rates are bytes per second.
-
-    What is in use of a limit on each client or each connection is no one number, and so left out.
-    """
+    """Limit (None: unlimited) and use of each; rates are bytes per second."""
     most = numbers(settings)
-
-    def limit(name: str, word: str) -> schemas.Limit:
-        return schemas.Limit(limit=most.get(name), used=totals.get(word, 0))
-
-    return schemas.Limits(
-        downloads=limit("downloads", "gup_client_downloads_in_progress"),
-        queue=limit("queue", "gup_client_downloads_queued"),
-        connections=limit("connections", "gup_client_connections"),
-        connections_per_address=schemas.Ceiling(limit=most.get("connections_per_address")),
-        client_rate_bytes_per_second=schemas.Ceiling(limit=settings.clients.rate or None),
-        wan_rate_bytes_per_second=schemas.Limit(limit=wan_rate or None, used=wan_used),
-        cache_size_bytes=schemas.Limit(limit=settings.cache.max_size, used=size_bytes),
-        fills=limit("fills", "gup_fills_in_progress"),
-    )
+    used = {name: {"limit": most.get(name), "used": totals.get(word, 0)} for name, word in _USED.items()}
+    each = {
+        "connections_per_address": {"limit": most.get("connections_per_address")},
+        "client_rate_bytes_per_second": {"limit": settings.clients.rate or None},
+        "wan_rate_bytes_per_second": {"limit": wan_rate or None, "used": wan_used},
+        "cache_size_bytes": {"limit": settings.cache.max_size, "used": size_bytes},
+    }
+    return schemas.Limits.model_validate(used | each)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -34,99 +34,27 @@ _CONTENT_SECURITY_POLICY = (
 
 
 class Page:
-    """What the handlers share, from the start of the application to its end."""
+    """Makes a view a second while anybody listens, and tells all listeners what changed."""
 
     def __init__(self, viewer: Viewer, renderer: Renderer) -> None:
         self.viewer = viewer
         self.renderer = renderer
-        self.broadcast = Broadcast(self._look)
         self._slow_due = 0.0
-
-    async def _look(self) -> tuple[dict[str, Any], dict[str, str]]:
-        view = await self.viewer.view()
-        names: tuple[str, ...] = QUICK
-        if time.monotonic() >= self._slow_due:
-            self._slow_due = time.monotonic() + SLOW_SECONDS
-            names += SLOW
-        return figures(view), self.renderer.fragments(view, names)
-
-
-PAGE: web.AppKey[Page] = web.AppKey("page", Page)
-
-
-def set_up(app: web.Application) -> None:
-    """Add the page to `app`. Listeners are ended before the server waits for handlers."""
-    app.add_routes([web.get("/", page), web.get("/assets/{name}", asset)])
-    app.on_startup.append(_begin)
-    app.on_shutdown.append(_end)
-
-
-async def _begin(app: web.Application) -> None:
-    app[PAGE] = Page(Viewer(app[STATE]), await asyncio.to_thread(Renderer))
-    if missing := ", ".join(app[PAGE].renderer.missing):
-        _log.warning("the page draws no charts: %s not installed; install gup again", missing)
-
-
-async def _end(app: web.Application) -> None:
-    await app[PAGE].broadcast.stop()
-
-
-async def page(request: web.Request) -> web.Response:
-    """The page for people."""
-    parts = request.app[PAGE]
-    return web.Response(
-        text=parts.renderer.page(await parts.viewer.view()),
-        content_type="text/html",
-        charset="utf-8",
-        headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY},
-    )
-
-
-async def asset(request: web.Request) -> web.Response:
-    """One of the page's files; its URL changes with its bytes, so it may be kept."""
-    found = request.app[PAGE].renderer.assets.get(request.match_info["name"])
-    if found is None:
-        raise web.HTTPNotFound(text="The page has no such file")
-    kept = "max-age=31536000, immutable" if request.query_string == found.tag else "no-cache"
-    headers = {"ETag": f'"{found.tag}"', "Cache-Control": kept}
-    return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=headers)
-
-
-async def events(request: web.Request) -> web.StreamResponse:
-    """Server-sent events: `hello`, then `figures` each second and each `fragment` that changes."""
-    parts = request.app[PAGE]
-    with parts.broadcast.listening() as admitted:
-        if not admitted:
-            told = f"{MAX_LISTENERS} listen already; the page itself can be loaded again"
-            raise web.HTTPServiceUnavailable(text=told, headers={"Retry-After": "10"})
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(request)
-        hello = f'retry: 2000\nevent: hello\ndata: {{"edition":"{parts.renderer.edition}"}}\n\n'
-        with contextlib.suppress(ConnectionError, TimeoutError):  # the client is gone, or takes nothing
-            await response.write(hello.encode())
-            async for message in parts.broadcast.messages():
-                async with asyncio.timeout(_WRITE_SECONDS):
-                    await response.write(message)
-        return response
-
-
-ENDPOINTS = (Endpoint("GET", "/api/v1/events", events, media=("text/event-stream",)),)
-
-
-class Broadcast:
-    """Makes a view a second while anybody listens, and tells all of them what changed.
-
-    `look` returns the figures as they are now, and the fragments that were rendered anew.
-    """
-
-    def __init__(self, look: Callable[[], Awaitable[tuple[dict[str, Any], dict[str, str]]]]) -> None:
-        self._look = look
         self._events: dict[str, str] = {}
         """The newest data of each event; a fragment's name has its id behind `fragment`."""
         self._changed = asyncio.Event()
         self._listeners = 0
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+
+    async def look(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The figures as they are now, and the fragments that were rendered anew."""
+        view = await self.viewer.view()
+        names: tuple[str, ...] = QUICK
+        if time.monotonic() >= self._slow_due:
+            self._slow_due = time.monotonic() + SLOW_SECONDS
+            names += SLOW
+        return figures(view), self.renderer.fragments(view, names)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[bool]:
@@ -172,11 +100,11 @@ class Broadcast:
         while self._listeners:
             began = time.thread_time()
             try:
-                figures, fragments = await self._look()
+                at_present, fragments = await self.look()
             except Exception:  # noqa: BLE001 - a mistake of ours must not end the page for good
                 _log.exception("the page's figures could not be gathered")
             else:
-                self._events["figures"] = _text(figures)
+                self._events["figures"] = _text(at_present)
                 for name, html in fragments.items():
                     self._events[f"fragment {name}"] = _text({"id": name, "html": html})
                 self._changed.set()
@@ -188,3 +116,65 @@ class Broadcast:
 def _text(fields: Mapping[str, Any]) -> str:
     """JSON on one line: an event's data ends at the line's end."""
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+
+PAGE: web.AppKey[Page] = web.AppKey("page", Page)
+
+
+def set_up(app: web.Application) -> None:
+    """Add the page to `app`. Listeners are ended before the server waits for handlers."""
+    app.add_routes([web.get("/", page), web.get("/assets/{name}", asset)])
+    app.on_startup.append(_begin)
+    app.on_shutdown.append(_end)
+
+
+async def _begin(app: web.Application) -> None:
+    app[PAGE] = Page(Viewer(app[STATE]), await asyncio.to_thread(Renderer))
+    if missing := ", ".join(app[PAGE].renderer.missing):
+        _log.warning("the page draws no charts: %s not installed; install gup again", missing)
+
+
+async def _end(app: web.Application) -> None:
+    await app[PAGE].stop()
+
+
+async def page(request: web.Request) -> web.Response:
+    """The page for people."""
+    parts = request.app[PAGE]
+    return web.Response(
+        text=parts.renderer.page(await parts.viewer.view()),
+        content_type="text/html",
+        charset="utf-8",
+        headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY},
+    )
+
+
+async def asset(request: web.Request) -> web.Response:
+    """One of the page's files; its URL changes with its bytes, so it may be kept."""
+    found = request.app[PAGE].renderer.assets.get(request.match_info["name"])
+    if found is None:
+        raise web.HTTPNotFound(text="The page has no such file")
+    kept = "max-age=31536000, immutable" if request.query_string == found.tag else "no-cache"
+    headers = {"ETag": f'"{found.tag}"', "Cache-Control": kept}
+    return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=headers)
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """Server-sent events: `hello`, then `figures` each second and each `fragment` that changes."""
+    parts = request.app[PAGE]
+    with parts.listening() as admitted:
+        if not admitted:
+            told = f"{MAX_LISTENERS} listen already; the page itself can be loaded again"
+            raise web.HTTPServiceUnavailable(text=told, headers={"Retry-After": "10"})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        hello = f'retry: 2000\nevent: hello\ndata: {{"edition":"{parts.renderer.edition}"}}\n\n'
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the client is gone, or takes nothing
+            await response.write(hello.encode())
+            async for message in parts.messages():
+                async with asyncio.timeout(_WRITE_SECONDS):
+                    await response.write(message)
+        return response
+
+
+ENDPOINTS = (Endpoint("GET", "/api/v1/events", events, media=("text/event-stream",)),)
