@@ -1,7 +1,7 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -22,18 +22,18 @@ _SHOWN = 20
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Content taken here: who stands at which revision, what lags, and who."""
-    from gup.control.stats.tables import of_content
+    from gup.control.stats.tables import CONTENT
 
-    _report("content", where, csv_output, json_output, of_content, _show_content)
+    _report("content", where, csv_output, json_output, CONTENT.csv, _show_content)
 
 
 @report.command()
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Clients by the version they state, and those that may wait for a restart after a client patch."""
-    from gup.control.stats.tables import of_restarts
+    from gup.control.stats.tables import RESTARTS
 
-    _report("clients", where, csv_output, json_output, of_restarts, _show_clients)
+    _report("clients", where, csv_output, json_output, RESTARTS.csv, _show_clients)
 
 
 @report.command()
@@ -46,9 +46,9 @@ def savings(
     json_output: JsonFlag = False,
 ) -> None:
     """What was sent, fetched, saved and wasted, by day and by stream."""
-    from gup.control.stats.tables import of_savings
+    from gup.control.stats.tables import SAVINGS
 
-    _report(f"savings?days={days}", where, csv_output, json_output, of_savings, _show_savings)
+    _report(f"savings?days={days}", where, csv_output, json_output, SAVINGS.csv, _show_savings)
 
 
 def _report(
@@ -56,7 +56,7 @@ def _report(
     where: Where,
     csv_output: bool,
     json_output: bool,
-    lines: Callable[[Row], Iterable[tuple[object, ...]]],
+    as_csv: Callable[[Row], str],
     show: Callable[[Row], None],
 ) -> None:
     if csv_output and json_output:
@@ -67,9 +67,7 @@ def _report(
         if json_output:
             print_json(answer)
         elif csv_output:
-            from gup.control.stats.tables import csv_text
-
-            typer.echo(csv_text(lines(answer)), nl=False)
+            typer.echo(as_csv(answer), nl=False)
         else:
             show(answer)
 

@@ -18,7 +18,6 @@ from gup.control.eviction import AgeClock
 from gup.control.prefetch import LANES
 from gup.control.reconcile import BusyError, change, reconcile
 from gup.control.state import ControlState
-from gup.control.stats.history import WRITE_SECONDS
 
 _log = logging.getLogger("gup.control.service")
 
@@ -70,7 +69,7 @@ _TOUCH_SECONDS = 60.0
 _REVISIONS_SECONDS = 60.0
 _SPACE_SECONDS = 5.0
 _REPORTS_SECONDS = 2.0
-_LEDGER_SECONDS = 10.0
+_HISTORY_SECONDS = 10.0
 _PRUNE_SECONDS = 3600.0
 _RESTART_SECONDS = 1.0
 _RECONCILE_SECONDS = 600.0
@@ -120,10 +119,9 @@ class Control:
         self._jobs.start("open statistics", self._open_statistics())
 
     async def _open_statistics(self) -> None:
-        await self.state.history.open()
         self.state.clients.restore(await self.state.reports.newest_clients())
         self._jobs.every(_METER_SECONDS, "meter", self.state.meter)
-        self._jobs.every(WRITE_SECONDS, "history", self.state.history.write)
+        self._jobs.every(_HISTORY_SECONDS, "history", self.state.history.write)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
@@ -138,7 +136,6 @@ class Control:
         jobs.every(_FLUSH_SECONDS, "flush", self._flush)
         jobs.every(_TOUCH_SECONDS, "touch", self._touch)
         jobs.every(_REPORTS_SECONDS, "reports", state.reports.write_clients)
-        jobs.every(_LEDGER_SECONDS, "ledger", state.reports.write_savings)
         jobs.every(_PRUNE_SECONDS, "prune", state.reports.prune)
         jobs.every(_RECOVER_SECONDS, "recover", self._dependencies.recover)
         jobs.every(_RESTART_SECONDS, "scrub", state.scrubber.keep)
@@ -164,7 +161,6 @@ class Control:
         await self.state.meter()
         await self.state.history.write()
         await self.state.reports.write_clients()
-        await self.state.reports.write_savings()
         await self.state.database.stop()
         await self.state.index.close()
 

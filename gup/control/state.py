@@ -36,7 +36,7 @@ from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
 from gup.control.stats.client_records import ClientWindows
 from gup.control.stats.database import StatsDatabase
-from gup.control.stats.history import HistoryRecorder
+from gup.control.stats.history import Recorder
 from gup.control.stats.usage_reports import Reports
 from gup.control.traffic import Traffic, newest_times
 
@@ -165,13 +165,12 @@ class ControlState:
             held=self.index.newest_held,
             on_written=lambda what, refusal: self.refusals.note(what, refusal, self.clock()),
         )
-        self.history = HistoryRecorder(
+        self.history = Recorder(
+            dependencies,
             self.database,
-            lambda refusal: self.refusals.note("history", refusal, self.clock()),
-            totals=dependencies.totals,
-            since_start=dependencies.since_start,
-            installed_at=dependencies.installed_at,
-            clock=clock,
+            lambda: self.settings,
+            clock,
+            lambda refusal: self.refusals.note("savings", refusal, self.clock()),
         )
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
@@ -305,8 +304,8 @@ class ControlState:
         return True
 
     async def meter(self) -> None:
-        """Take in the counters for history and rates; to be called once a second."""
-        self.history.look(wan_limit=self.dependencies.wan_rate(), entries_bytes=self.index.total_bytes)
+        """Take in the counters for rates; to be called once a second."""
+        self.history.look(self.index.total_bytes)
 
     # --- what is shown
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from gup.control.api.endpoint import ENDPOINTS, JSON, STATE, Count, Endpoint, Request, document
 from gup.control.api.entries import Listing as EntryListing
-from gup.control.api.schemas import Entries, Purged, Remedy, Response, SeenClients
+from gup.control.api.schemas import Entries, Purged, Remedy, Response
 from gup.control.api.statistics import Listing as ClientListing
 from gup.control.application import make_app
 
@@ -115,7 +115,6 @@ def test_a_response_holds_nothing_that_the_document_does_not_name():
     with pytest.raises(ValidationError, match="surprise"):
         Purged.model_validate({"key": "k", "freed_bytes": 1, "surprise": 2})
     assert Remedy(action="a", text="t").model_dump_json(exclude_unset=True) == '{"action":"a","text":"t"}'
-    assert SeenClients.model_validate({"1h": 1, "1d": 2, "7d": 3}).model_dump(by_alias=True)["7d"] == 3
 
 
 def test_a_cursor_is_read_back_by_the_listing_that_wrote_it_and_by_no_other():

@@ -1,22 +1,16 @@
 """The status and its parts: fills with their rate, upstreams, limits, settings without secrets."""
 
 import pytest
+from harness.control import get
 
 from gup.cache.records import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.api.schemas import Ceiling, Limit
-from gup.control.api.status import began_at, fill_of, limits_of
+from gup.control.api.status import began_at, fill_of, limits_of, totals_of
 from gup.control.state import FillRates, numbers
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
-
-
-async def told(browser, world, path):
-    async with browser.get(world.url + path) as answer:
-        assert answer.status == 200
-        return await answer.json()
 
 
 async def test_fills_and_upstreams_are_those_of_the_status(world, browser):
@@ -24,9 +18,9 @@ async def test_fills_and_upstreams_are_those_of_the_status(world, browser):
     world.begin_part(key, b"z" * 250, 1000)
     assert world.claims.try_claim(key.claim_offset)
     async with world.running():
-        status = await told(browser, world, "/api/v1/status")
-        fills = await told(browser, world, "/api/v1/fills")
-        upstreams = await told(browser, world, "/api/v1/upstreams")
+        status = (await get(browser, world, "/api/v1/status"))[1]
+        fills = (await get(browser, world, "/api/v1/fills"))[1]
+        upstreams = (await get(browser, world, "/api/v1/upstreams"))[1]
     assert [fill["key"] for fill in fills["fills"]] == [fill["key"] for fill in status["fills"]] == [key.text]
     assert (fills["waiters"], upstreams["upstreams"]) == (0, status["upstreams"])
 
@@ -42,7 +36,7 @@ async def test_settings_are_shown_without_their_secrets(world, browser):
         world.settings.model_dump(by_alias=True) | {"upstream": [upstream], "wan": {"schedule": schedule}}
     )
     async with world.running():
-        config = await told(browser, world, "/api/v1/config")
+        _, config = await get(browser, world, "/api/v1/config")
     assert "s3cret" not in str(config)
     assert config["upstream"][0]["headers"] == {"X-Key": "***"}
     assert config["upstream"][0]["proxy"] == "http://me:***@proxy:1"
@@ -83,16 +77,34 @@ def test_what_is_not_limited_is_not_among_the_numbers():
 
 def test_each_limit_stands_with_what_is_used_of_it():
     settings = Settings.model_validate({"clients": {"max_downloads": 3, "rate": "1MB/s"}})
-    totals = {
-        "gup_client_downloads_in_progress": 2,
-        "gup_client_downloads_queued": 7,
-        "gup_fills_in_progress": 1,
-    }
+    totals = {"downloads_in_progress": 2, "downloads_queued": 7}
+    totals = {f"gup_client_{name}": used for name, used in totals.items()} | {"gup_fills_in_progress": 1}
     found = limits_of(settings, totals, size_bytes=5, wan_rate=0, wan_used=9)
-    assert found.downloads == Limit(limit=3, used=2)
-    assert found.queue == Limit(limit=1000, used=7)
-    assert found.client_rate_bytes_per_second == Ceiling(limit=1_000_000)
-    assert found.wan_rate_bytes_per_second == Limit(limit=None, used=9)
-    assert found.cache_size_bytes == Limit(limit=20_000_000_000, used=5)
-    assert found.fills == Limit(limit=8, used=1)
-    assert found.connections == Limit(limit=20_000, used=0)
+    assert found.model_dump(exclude_unset=True) == {
+        "downloads": {"limit": 3, "used": 2},
+        "queue": {"limit": 1000, "used": 7},
+        "connections": {"limit": 20_000, "used": 0},
+        "connections_per_address": {"limit": numbers(settings)["connections_per_address"]},
+        "client_rate_bytes_per_second": {"limit": 1_000_000},
+        "wan_rate_bytes_per_second": {"limit": None, "used": 9},
+        "cache_size_bytes": {"limit": 20_000_000_000, "used": 5},
+        "fills": {"limit": 8, "used": 1},
+    }
+
+
+def test_totals_are_added_up_and_savings_not_clipped():
+    totals = totals_of(
+        {
+            'gup_requests_total{code="200",result="hit"}': 6,
+            'gup_requests_total{code="206",result="hit"}': 1,
+            'gup_requests_total{code="200",result="miss"}': 1,
+            'gup_requests_total{code="403",result="refused"}': 5,
+            'gup_client_sent_bytes_total{source="cache"}': 100,
+            'gup_upstream_received_bytes_total{purpose="fill",upstream="m"}': 150,
+            'gup_upstream_received_bytes_total{purpose="index",upstream="m"}': 50,
+        }
+    )
+    assert totals.saved_bytes == -100
+    assert totals.hit_ratio == 7 / 8
+    assert (totals.requests["hit"], totals.requests_total) == (7, 13)
+    assert totals_of({}).hit_ratio is None

@@ -1,6 +1,8 @@
 """Clients by the window in which they were seen."""
 
-from gup.control.stats.client_records import ClientWindows
+import random
+
+from gup.control.stats.client_records import WINDOWS, ClientWindows
 
 
 def test_clients_are_counted_by_window_and_forgotten_beyond_the_limit():
@@ -14,9 +16,27 @@ def test_clients_are_counted_by_window_and_forgotten_beyond_the_limit():
     assert len(book.newest(1)) == 1
 
 
-def test_clients_survive_a_restart_and_newer_sightings_win():
+def test_newer_sightings_stay_when_clients_are_taken_back():
     before, after = ClientWindows(), ClientWindows()
     before.see(["a", "b"], 1.0)
     after.see(["a"], 5.0)
-    after.restore(before.newest(9)[::-1])
+    after.restore(before.newest(9))
     assert after.newest(9) == [("a", 5.0), ("b", 1.0)]
+
+
+def test_clients_are_counted_as_if_all_were_looked_at():
+    chance, book, seen, now = random.Random(1), ClientWindows(), {}, 1e6
+    for _ in range(600):
+        now += chance.choice([0.0, 30.0, 1800.0, 3600.0, 40_000.0])
+        names = [f"c{chance.randrange(80)}" for _ in range(chance.randrange(4))]
+        book.see(names, now)
+        seen |= dict.fromkeys(names, now)
+        assert book.counts(now) == {
+            window: sum(now - at <= seconds for at in seen.values()) for window, seconds in WINDOWS.items()
+        }
+        if chance.random() < 0.05:
+            rows, book = book.newest(1000), ClientWindows()
+            assert dict(rows) == seen
+            book.restore(rows)
+    newest = [at for _, at in book.newest(1000)]
+    assert newest == sorted(newest, reverse=True)

@@ -98,8 +98,7 @@ async def test_files_of_the_page_are_kept_while_their_url_is_the_same(world, bro
 
 
 async def test_history_is_what_the_counters_gained(world, browser):
-    async with world.running() as control:
-        await world.until(lambda: control.state.history.history.begun)
+    async with world.running():
         world.counters.add("gup_client_sent_bytes_total", 500, source="cache")
         world.counters.add("gup_requests_total", 2, result="hit", code="200")
         _, told = await get(browser, world, "/api/v1/history?span=week")
@@ -115,8 +114,7 @@ async def test_history_is_what_the_counters_gained(world, browser):
         status, wrong = await get(browser, world, "/api/v1/history?span=year")
         assert status == 400
         assert "hour" in wrong["detail"]
-    async with world.running() as control:  # and is there after a restart
-        await world.until(lambda: control.state.history.history.begun)
+    async with world.running():  # and is there after a restart
         _, told = await get(browser, world, "/api/v1/history?span=week")
         assert [point["client_sent_bytes"] for point in told["points"]] == [500, 7]
 

@@ -1,27 +1,8 @@
-"""Figures for pages and metrics."""
+"""The dates of revisions, as metrics show them."""
 
 import pytest
 
-from gup.control.api.status import totals_of
 from gup.control.traffic import newest_times, revision_time
-
-
-def test_totals_are_added_up_and_savings_not_clipped():
-    totals = totals_of(
-        {
-            'gup_requests_total{code="200",result="hit"}': 6,
-            'gup_requests_total{code="206",result="hit"}': 1,
-            'gup_requests_total{code="200",result="miss"}': 1,
-            'gup_requests_total{code="403",result="refused"}': 5,
-            'gup_client_sent_bytes_total{source="cache"}': 100,
-            'gup_upstream_received_bytes_total{purpose="fill",upstream="m"}': 150,
-            'gup_upstream_received_bytes_total{purpose="index",upstream="m"}': 50,
-        }
-    )
-    assert totals.saved_bytes == -100
-    assert totals.hit_ratio == 7 / 8
-    assert (totals.requests["hit"], totals.requests_total) == (7, 13)
-    assert totals_of({}).hit_ratio is None
 
 
 @pytest.mark.parametrize(

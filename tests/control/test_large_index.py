@@ -1,7 +1,6 @@
 """A large store and many clients: what is done each second looks at none of them one by one."""
 
 import asyncio
-import random
 
 import pytest
 
@@ -11,7 +10,6 @@ from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
-from gup.control.stats.client_records import WINDOWS, ClientWindows
 
 ROWS, CLIENTS = 100_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
@@ -61,37 +59,6 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     await plane.meter()
     await plane.figures()
     await status(plane)
-
-
-def counted(seen: dict[str, float], now: float) -> dict[str, int]:
-    return {window: sum(now - at <= seconds for at in seen.values()) for window, seconds in WINDOWS.items()}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_clients_are_counted_as_if_all_were_looked_at(seed):
-    chance, book, seen, now = random.Random(seed), ClientWindows(), {}, 1e6
-    for _ in range(600):
-        now += chance.choice([0.0, 30.0, 1800.0, 3600.0, 40_000.0])
-        names = [f"c{chance.randrange(80)}" for _ in range(chance.randrange(4))]
-        book.see(names, now)
-        seen |= dict.fromkeys(names, now)
-        assert book.counts(now) == counted(seen, now)
-        if chance.random() < 0.02:
-            rows, book = book.newest(1000)[::-1], ClientWindows()
-            assert dict(rows) == seen
-            book.restore(rows)
-    newest = [at for _, at in book.newest(1000)]
-    assert newest == sorted(newest, reverse=True)
-    assert dict(book.newest(1000)) == seen
-
-
-def test_a_crowd_leaves_its_window_in_steps_that_are_bounded():
-    """All were there at one moment: an hour later they don't hold up the loop in one go."""
-    book = ClientWindows()
-    book.see([str(number) for number in range(20_000)], 1000.0)
-    shown = [book.counts(1000.0 + 3601.0)["1h"] for _ in range(11)]
-    assert shown == [max(0, 20_000 - 2000 * (turn + 1)) for turn in range(11)]
-    assert book.counts(1000.0 + 3601.0)["1d"] == 20_000
 
 
 async def test_two_jobs_of_one_name_never_run():

@@ -1,6 +1,7 @@
 """The page's parts: words for figures, what is held, templates that escape, and who is told what when."""
 
 import asyncio
+import contextlib
 import json
 import re
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from gup.content.key import ContentKey, Kind
 from gup.control.index import make_row
 from gup.control.page import render
-from gup.control.page.live import MAX_LISTENERS, Broadcast, Listener
+from gup.control.page.live import MAX_LISTENERS, Page
 from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
 
 SPACE = "\N{NO-BREAK SPACE}"
@@ -83,33 +84,29 @@ def test_what_is_held_is_told_by_stream_and_revision():
         row("{B}", "260101001", "full.zip"),
     ]
     found = holdings(rows, label)
-    first, second = found.streams
-    assert (first.product, first.version, first.language) == ("{A}", "14.3", "French")
-    assert (first.size_bytes, first.hits) == (210, 10)
-    assert [(one.name, one.wholes, one.deltas, one.hits) for one in first.revisions] == [
+    first, second = found["streams"]
+    assert (first["product"], first["version"], first["language"]) == ("{A}", "14.3", "French")
+    assert (first["size_bytes"], first["hits"], first["stored_at"]) == (210, 10, 9.0)
+    assert [(one["name"], one["wholes"], one["deltas"], one["hits"]) for one in first["revisions"]] == [
         ("260102001", 1, 1, 7),
         ("260101001", 1, 0, 3),
     ]
-    assert first.stored_at == 9.0
-    assert second.size_bytes == 100
-    assert found.more == 0
+    assert (second["size_bytes"], found["more"]) == (100, 0)
 
 
 def test_of_many_streams_and_revisions_the_largest_and_newest_are_told():
     rows = [row(f"{{{n}}}", "260101001", "full.zip", length=n) for n in range(MAX_STREAMS + 7)]
     rows += [row("{0}", f"2601010{n:02}", "full.zip", length=10_000) for n in range(2, MAX_REVISIONS + 5)]
     found = holdings(rows, label)
-    assert len(found.streams) == MAX_STREAMS
-    assert found.more == 7
-    (zero,) = [stream for stream in found.streams if stream.product == "{0}"]
-    assert len(zero.revisions) == MAX_REVISIONS
-    assert zero.more == 4
-    assert zero.revisions[0].name == f"2601010{MAX_REVISIONS + 4:02}"
+    assert (len(found["streams"]), found["more"]) == (MAX_STREAMS, 7)
+    (zero,) = [stream for stream in found["streams"] if stream["product"] == "{0}"]
+    assert (len(zero["revisions"]), zero["more"]) == (MAX_REVISIONS, 4)
+    assert zero["revisions"][0]["name"] == f"2601010{MAX_REVISIONS + 4:02}"
 
 
 def test_bodies_without_a_revision_are_told_by_their_file():
-    (held,) = holdings([row("_", "_", "ContentInfo.txt"), row("_", "_", "a%2Fb.flg")], label).streams
-    assert {revision.name for revision in held.revisions} == {"ContentInfo.txt", "a/b.flg"}
+    (held,) = holdings([row("_", "_", "ContentInfo.txt"), row("_", "_", "a%2Fb.flg")], label)["streams"]
+    assert {revision["name"] for revision in held["revisions"]} == {"ContentInfo.txt", "a/b.flg"}
 
 
 async def test_what_is_dear_is_found_once_for_all_and_stands():
@@ -150,16 +147,7 @@ def parsed(message):
     return [(name, json.loads(data)) for name, data in found]
 
 
-async def test_a_slow_listener_gets_the_newest_of_each_fragment_only():
-    listener = Listener()
-    for turn in range(1000):
-        listener.tell({"figures": json.dumps(turn), "fragment a": '{"id":"a"}'})
-    assert parsed(await listener.message()) == [("figures", 999), ("fragment", {"id": "a"})]
-    listener.end()
-    assert await listener.message() is None
-
-
-async def test_listeners_share_looks_and_get_what_changed(monkeypatch):
+async def test_listeners_share_looks_and_get_the_newest_of_what_changed(monkeypatch):
     monkeypatch.setattr("gup.control.page.live._SECONDS", 0.01)
     looks = 0
 
@@ -170,36 +158,44 @@ async def test_listeners_share_looks_and_get_what_changed(monkeypatch):
             raise ValueError("one look fails")
         return {"n": looks}, {"still": "<p>\nsame</p>", "new": f"<b>{looks}</b>"}
 
-    broadcast = Broadcast(look)
-    async with broadcast.listening() as one, broadcast.listening() as two:
-        first, other = parsed(await one.message()), parsed(await two.message())
-        assert first == other
+    page = Page(None, None)
+    page.look = look
+    with page.listening() as admitted:
+        assert admitted
+        one, two = page.messages(), page.messages()
+        first = parsed(await anext(one))
+        assert first == parsed(await anext(two))
         assert ("fragment", {"id": "still", "html": "<p>\nsame</p>"}) in first
         later = []
         while not any(name == "figures" and data["n"] > 3 for name, data in later):
-            later += parsed(await one.message())
+            later += parsed(await anext(one))
         assert "still" not in {data.get("id") for _, data in later}
-        async with broadcast.listening() as third:  # who comes later is told all at once
-            assert {data.get("id") for _, data in parsed(await third.message())} == {None, "still", "new"}
-    await broadcast.stop()
+        missed = parsed(await anext(two))  # a slow one: each event once, as it is by now
+        assert [name for name, _ in missed] == ["figures", "fragment"]
+        assert missed[0][1]["n"] >= 4
+        late = parsed(await anext(page.messages()))  # who comes later is told all at once
+        assert {data.get("id") for _, data in late} == {None, "still", "new"}
+    await page.stop()
 
 
 async def test_listeners_are_bounded_and_a_stop_ends_them():
     async def look():
         return {}, {}
 
-    broadcast = Broadcast(look)
-    entered = [broadcast.listening() for _ in range(MAX_LISTENERS)]
-    listeners = [await one.__aenter__() for one in entered]
-    assert None not in listeners
-    async with broadcast.listening() as refused:
-        assert refused is None
-    await entered.pop().__aexit__(None, None, None)
-    async with broadcast.listening() as admitted:
-        assert admitted is not None
-    await broadcast.stop()
-    assert [await listener.message() for listener in listeners[:-1]] == [None] * (MAX_LISTENERS - 1)
-    async with broadcast.listening() as late:
-        assert late is None
-    for one in entered:
-        await one.__aexit__(None, None, None)
+    page = Page(None, None)
+    page.look = look
+    with contextlib.ExitStack() as listeners:
+        admitted = [listeners.enter_context(page.listening()) for _ in range(MAX_LISTENERS - 1)]
+        with page.listening() as last, page.listening() as refused:
+            assert all((*admitted, last))
+            assert not refused
+        with page.listening() as again:
+            assert again
+        messages = page.messages()
+        await anext(messages)
+        ending = asyncio.create_task(anext(messages, None))
+        await asyncio.sleep(0)
+        await page.stop()
+        assert await ending is None
+        with page.listening() as late:
+            assert not late

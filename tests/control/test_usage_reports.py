@@ -4,18 +4,18 @@ import asyncio
 import csv
 import io
 import re
-import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.content.catalog import Label
 from gup.control.stats.client_records import ReceivedParts, joined
-from gup.control.stats.database import _EARLIER_EDITION, StatsDatabase
+from gup.control.stats.database import StatsDatabase
 from gup.control.stats.savings import METRICS
 from gup.metrics import BY_NAME, STREAM_WASTED
 
@@ -28,6 +28,7 @@ LABELS = {
     MONIKER: Label("Virus Definitions Win32", "14.3", "French", "virus_definitions"),
     PATCHES: Label("Client Patch 14.3", "14.3", "French", "client_patches"),
 }
+OLD, NEW = "14.3.4615.2000", "14.3.4615.2100"
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
@@ -35,28 +36,31 @@ pytestmark = pytest.mark.usefixtures("no_blocking_call")
 @pytest.fixture
 def site(world):
     """A world whose catalogue lists two streams, and whose time is that of the revisions in these tests."""
-    world.now = NOON
-    world.settings = world.settings.model_copy(
-        update={"site": world.settings.site.model_copy(update={"time_zone": "UTC"})}
-    )
+    world.now, world.installed_at = NOON, NOON - 3600
+    own = world.settings.site.model_copy(update={"time_zone": "UTC"})
+    world.settings = world.settings.model_copy(update={"site": own})
     before = world.surroundings
-
-    def surroundings(admin):
-        found = before(admin)
-        object.__setattr__(found, "installed_at", NOON - 3600)
-        object.__setattr__(found, "label_of", lambda stream, _file: LABELS.get(stream[2]))
-        return found
-
-    world.surroundings = surroundings
+    world.surroundings = lambda admin: replace(
+        before(admin), label_of=lambda stream, _file: LABELS.get(stream[2])
+    )
     return world
+
+
+def reporting(site, **changes):
+    """The settings with other `[reports]`."""
+    return site.settings.model_copy(update={"reports": site.settings.reports.model_copy(update=changes)})
 
 
 def key(revision, file="full.zip", moniker=MONIKER):
     return f"14.3 RU2/French/{moniker}/{revision}/{file}"
 
 
-def tell(world, *rows, at=None):
-    world.tell(type="taken", at=world.now if at is None else at, rows=rows)
+def take(client, key_text, version="", language="", sent=1):
+    return [f"10.0.0.{client}", key_text, version, language, sent]
+
+
+def tell(world, *rows):
+    world.tell(type="taken", at=world.now, rows=rows)
 
 
 async def get(browser, world, path):
@@ -68,10 +72,16 @@ async def get(browser, world, path):
 async def asked(browser, world, path, *, clients):
     """The answer, once so many clients are known."""
     while True:
-        known = (await get(browser, world, "/clients"))["known"]
-        if known == clients:
+        if (await get(browser, world, "/clients"))["known"] == clients:
             return await get(browser, world, path)
         await asyncio.sleep(0.01)
+
+
+def sent(site, count, **labels):
+    site.counters.add("gup_client_sent_bytes_total", count, **labels or {"source": "cache"})
+
+
+# --- clients
 
 
 async def test_content_taken_here(site, browser):
@@ -81,31 +91,29 @@ async def test_content_taken_here(site, browser):
         delta = "xdelta260801001_To_260801002.dax"
         tell(
             site,
-            ["10.0.0.1", key("260801001"), "14.3.4615.2000", "fr", 1],
-            ["10.0.0.1", key("260801001", delta), "14.3.4615.2000", "fr", 1],
-            ["10.0.0.2", key("260801001"), "", "", 1],
-            ["10.0.0.3", key("260801001", delta), "", "", 0],  # asked only; says that it holds 001
-            ["10.0.0.4", key("260731003"), "", "", [0, 60, 100]],
-            ["10.0.0.5", key("260731003"), "", "", [0, 60, 100]],
-            ["10.0.0.5", key("260731003"), "", "", [50, 100, 100]],
-            ["10.0.0.6", key("991231001"), "", "", 1],  # no revision of this century's
+            take(1, key("260801001"), OLD, "fr"),
+            take(1, key("260801001", delta), OLD, "fr"),
+            take(2, key("260801001")),
+            take(3, key("260801001", delta), sent=0),  # asked only; says that it holds 001
+            take(4, key("260731003"), sent=[0, 60, 100]),
+            take(5, key("260731003"), sent=[0, 60, 100]),
+            take(5, key("260731003"), sent=[50, 100, 100]),
+            take(6, key("991231001")),  # no revision of this century's
         )
-        found = (await asked(browser, site, "/report/content", clients=6))["content"]
-    assert len(found) == 1
-    stream = found[0]
-    assert (stream["product"], stream["language"], stream["type"], stream["moniker"]) == (
-        "Virus Definitions Win32",
-        "French",
-        "virus_definitions",
-        MONIKER,
-    )
+        (stream,) = (await asked(browser, site, "/report/content", clients=6))["content"]
+    assert {name: stream[name] for name in ("product", "language", "type", "moniker")} == {
+        "product": "Virus Definitions Win32",
+        "language": "French",
+        "type": "virus_definitions",
+        "moniker": MONIKER,
+    }
     assert (stream["newest_held"], stream["newest_asked"], stream["newest_taken"]) == ("260801002",) * 3
     assert (stream["clients"], stream["current"], stream["behind"]) == (5, 1, 4)
-    assert {row["revision"]: (row["clients"], row["took"]) for row in stream["revisions"]} == {
-        "260801002": (1, 1),
-        "260801001": (2, 2),
-        "260731003": (1, 1),
-    }
+    assert [(row["revision"], row["clients"], row["took"]) for row in stream["revisions"]] == [
+        ("260801002", 1, 1),
+        ("260801001", 2, 2),
+        ("260731003", 1, 1),
+    ]
     assert [
         (c["address"], c["revision"], c["lag_revisions"], c["lag_seconds"]) for c in stream["lagging"]
     ] == [
@@ -118,10 +126,10 @@ async def test_content_taken_here(site, browser):
 
 async def test_a_machine_set_up_anew_stands_where_it_was_put(site, browser):
     async with site.running():
-        tell(site, ["10.0.0.1", key("260801002"), "", "", 1])
+        tell(site, take(1, key("260801002")))
         site.now += 3600
-        tell(site, ["10.0.0.1", key("260731001"), "", "", 1])
-        found = (await asked(browser, site, "/report/content", clients=1))["content"][0]
+        tell(site, take(1, key("260731001")))
+        (found,) = (await asked(browser, site, "/report/content", clients=1))["content"]
     assert [(row["revision"], row["clients"], row["took"]) for row in found["revisions"]] == [
         ("260801002", 0, 1),
         ("260731001", 1, 1),
@@ -133,60 +141,48 @@ async def test_what_the_site_lacks_is_its_lag(site, browser):
     record = site.commit(site.key("260730001"), b"x")
     async with site.running():
         site.tell_committed(record)
-        tell(site, ["10.0.0.1", key("260801001"), "", "", 0])
-        found = (await asked(browser, site, "/report/content", clients=1))["content"][0]
+        tell(site, take(1, key("260801001"), sent=0))
+        (found,) = (await asked(browser, site, "/report/content", clients=1))["content"]
     assert (found["newest_held"], found["newest_asked"]) == ("260730001", "260801001")
     assert (found["lag_revisions"], found["lag_seconds"]) == (1, 2 * DAY)
 
 
 async def test_restart_pending(site, browser):
-    builds = {
-        "10.0.0.1": "14.3.4615.2000",
-        "10.0.0.2": "14.3.4615.2000",
-        "10.0.0.3": "",
-        "10.0.0.4": "14.3 RU2",
-    }
+    patch = key("260801001", moniker=PATCHES)
     async with site.running():
-        tell(
-            site,
-            *(
-                [client, key("260801001", moniker=PATCHES), build, "fr", 1]
-                for client, build in builds.items()
-            ),
-        )
-        tell(site, ["10.0.0.5", key("260801001"), "14.3.4615.2000", "fr", 1])  # definitions need no restart
+        builds = {1: OLD, 2: OLD, 3: "", 4: "14.3 RU2"}
+        tell(site, *(take(client, patch, build, "fr") for client, build in builds.items()))
+        tell(site, take(5, key("260801001"), OLD, "fr"))  # definitions need no restart
         site.now += 3600
         tell(
             site,
-            ["10.0.0.1", key("260801002"), "14.3.4615.2000", "fr", 1],
-            ["10.0.0.2", key("260801002"), "14.3.4615.2100", "fr", 1],
-            ["10.0.0.2", key("260801001", moniker=PATCHES), "14.3.4615.2100", "fr", 1],  # the same once more
+            take(1, key("260801002"), OLD, "fr"),
+            take(2, key("260801002"), NEW, "fr"),
+            take(2, patch, NEW, "fr"),  # the same once more
         )
         found = await asked(browser, site, "/report/clients", clients=5)
     assert found["catalogue_known"]
     assert (found["pending"], found["unknown"]) == (1, 2)
     assert [(row["address"], row["state"], row["version"]) for row in found["restart_pending"]] == [
-        ("10.0.0.1", "pending", "14.3.4615.2000"),
+        ("10.0.0.1", "pending", OLD),
         ("10.0.0.3", "unknown", None),
         ("10.0.0.4", "unknown", "14.3 RU2"),
     ]
     assert "Taken is not installed" in found["saying"]
-    assert {"version": "14.3.4615.2100", "language": "fr", "clients": 1} in found["clients"]
+    assert {"version": NEW, "language": "fr", "clients": 1} in found["clients"]
 
 
 async def test_clients_page_by_page(site, browser):
     async with site.running():
         for number in range(1, 8):
             site.now += 1
-            tell(site, [f"10.0.0.{number}", key("260801001"), "14.3 RU2" if number % 2 else "", "fr", 1])
-        first = await asked(browser, site, "/clients?limit=3", clients=7)
-        assert [row["address"] for row in first["clients"]] == ["10.0.0.7", "10.0.0.6", "10.0.0.5"]
-        second = await get(browser, site, f"/clients?limit=3&cursor={first['cursor']}")
-        third = await get(browser, site, f"/clients?limit=3&cursor={second['cursor']}")
-        assert [row["address"] for row in (*second["clients"], *third["clients"])] == [
-            f"10.0.0.{number}" for number in (4, 3, 2, 1)
-        ]
-        assert third["cursor"] is None
+            tell(site, take(number, key("260801001"), "14.3 RU2" if number % 2 else "", "fr"))
+        page, found = await asked(browser, site, "/clients?limit=3", clients=7), []
+        while page["cursor"]:
+            found += page["clients"]
+            page = await get(browser, site, f"/clients?limit=3&cursor={page['cursor']}")
+        found += page["clients"]
+        assert [row["address"] for row in found] == [f"10.0.0.{n}" for n in range(7, 0, -1)]
         some = await get(browser, site, "/clients?version=14.3%20ru2&seen=1h")
         assert (some["matching"], some["known"]) == (4, 7)
         for wrong in (
@@ -201,116 +197,51 @@ async def test_clients_page_by_page(site, browser):
                 assert answer.status == 400, wrong
 
 
-# --- the ledger
-
-
-async def test_savings_by_day_add_up_over_restarts(site, browser):
-    site.streams = [("14.3 RU2", "French", MONIKER)]
-    add = site.counters.add
+async def test_what_clients_state_is_no_formula_in_a_table(site, browser):
     async with site.running():
-        add("gup_client_sent_bytes_total", 1000, source="cache")
-        site.counters.add_stream("sent", 0, "full", 1000)
-        add("gup_upstream_received_bytes_total", 300, upstream="manager", purpose="fill")
-        site.counters.add_stream("received", 0, "full", 300)
-        first = await get(browser, site, "/savings")
-    add("gup_client_sent_bytes_total", 50, source="fill")  # while no controller runs
-    site.now += DAY
-    async with site.running():
-        add("gup_client_sent_bytes_total", 7, source="cache")
-        site.counters.waste("overlap", (0, "full"), 5)
-        add("gup_upstream_received_bytes_total", 100, upstream="manager", purpose="prefetch")
-        second = await get(browser, site, "/report/savings")
-        only_one = await get(browser, site, "/savings?days=1")
-        async with browser.get(f"{site.url}/api/v1/report/savings?format=csv") as answer:
-            table = list(csv.DictReader(io.StringIO(await answer.text())))
-    assert first["today"] == first["since_install"]
-    assert (first["today"]["saved_bytes"], first["days"][0]["day"]) == (700, "2026-08-01")
-    assert first["days"][0]["streams"] == [
-        {
-            "product": MONIKER,
-            "language": "French",
-            "kind": "full",
-            "sent_bytes": 1000,
-            "received_bytes": 300,
-            "saved_bytes": 700,
-            "wasted_bytes": 0,
-        }
-    ]
-    assert [day["day"] for day in second["days"]] == ["2026-08-02", "2026-08-01"]
-    today = second["today"]
-    assert (today["sent_bytes"], today["received_bytes"], today["saved_bytes"]) == (57, 100, -43)
-    assert today["wasted"]["overlap"] == today["wasted_bytes"] == 5
-    assert second["since_install"]["sent_bytes"] == 1057 == sum(day["sent_bytes"] for day in second["days"])
-    assert second["last_30_days"] == second["since_install"]
-    assert [day["day"] for day in only_one["days"]] == ["2026-08-02"]
-    assert only_one["since_install"] == second["since_install"]
-    assert sum(int(row["wasted_overlap_bytes"]) for row in table) == 5
-    assert sum(int(row["wasted_bytes"]) for row in table) == 5
-    assert sum(int(row["sent_bytes"]) for row in table) == 1000  # of streams: the rest was counted for none
-
-
-async def test_what_was_counted_before_the_ledger_is_of_no_day(site, browser):
-    site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
-    site.now += 10 * DAY
-    async with site.running():
-        found = await get(browser, site, "/savings")
-    assert [day["day"] for day in found["days"]] == [None]
-    assert found["today"]["sent_bytes"] == 0
-    assert found["since_install"]["sent_bytes"] == 900
-
-
-async def test_old_days_are_added_up(site, browser):
-    site.settings = site.settings.model_copy(
-        update={"reports": site.settings.reports.model_copy(update={"ledger": 5 * DAY})}
-    )
-    total = 0
-    for number in range(8):
-        async with site.running() as control:
-            site.counters.add("gup_client_sent_bytes_total", 10 + number, source="cache")
-            total += 10 + number
-            await control.state.reports.write_savings()
-            await control.state.reports.prune()
-            found = await get(browser, site, "/savings?days=100")
-        site.now += DAY
-    assert found["days"][-1]["day"] is None
-    assert len(found["days"]) == 7
-    assert sum(day["sent_bytes"] for day in found["days"]) == total
-
-
-# --- addresses, retention, trouble
-
-
-async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
-    async with site.running():
-        tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
+        tell(site, take(1, key("260801001", moniker=PATCHES), "=cmd|' /C calc'!A0", '"a",b'))
         await asked(browser, site, "/clients", clients=1)
-    site.settings = site.settings.model_copy(
-        update={"reports": site.settings.reports.model_copy(update={"addresses": "hashed"})}
-    )
+        async with browser.get(site.url + "/api/v1/report/clients?format=csv") as answer:
+            assert answer.content_type == "text/csv"
+            row = next(csv.DictReader(io.StringIO(await answer.text())))
+    assert (row["version"], row["language"]) == ("'=cmd|' /C calc'!A0", '"a",b')
+
+
+async def test_malformed_news_is_passed_over(site, browser):
+    async with site.running() as control:
+        for wrong in (
+            ["<script>", key("260801001"), "", "", 1],
+            take(1, "no key"),
+            take(1, key("260801001"), sent=[5, 5, 10]),
+            take(1, key("260801001"), sent=2),
+            take(1, key("260801001"))[:2],
+        ):
+            tell(site, wrong)
+        tell(site, take(1, key("260801001")))
+        await asked(browser, site, "/clients", clients=1)
+        assert control.state.malformed_events == 5
+
+
+async def test_addresses_are_hashed_or_left_out_when_the_settings_say_so(site, browser):
+    async with site.running():
+        tell(site, take(1, key("260801001")))
+        await asked(browser, site, "/clients", clients=1)
+    site.settings = reporting(site, addresses="hashed")
     async with site.running() as control:
         await control.state.reports.write_clients()
-        tell(site, ["10.0.0.1", key("260801002"), "", "", 1])  # of a worker that has not heard of it yet
+        tell(site, take(1, key("260801002")))  # of a worker that has not heard of it yet
         tell(site, ["h-0123456789abcdef", key("260801001"), "", "", 1])
         found = await asked(browser, site, "/clients", clients=2)
         content = (await get(browser, site, "/report/content"))["content"][0]
     assert all(row["address"].startswith("h-") for row in found["clients"])
-    assert {row["revision"]: row["clients"] for row in content["revisions"]} == {
-        "260801002": 1,
-        "260801001": 1,
-    }
+    assert [row["clients"] for row in content["revisions"]] == [1, 1]
     for path in (site.store.root / "reports").iterdir():
         assert b"10.0.0.1" not in path.read_bytes(), path
-    site.settings = site.settings.model_copy(
-        update={"reports": site.settings.reports.model_copy(update={"addresses": "off"})}
-    )
-    async with site.running():
+    site.settings = reporting(site, addresses="off")
+    async with site.running() as control:
         site.tell(type="used", at=site.now, clients=["h-0123456789abcdef"])
+        await site.until(lambda: control.state.clients.counts(site.now)["1h"])
         found = await get(browser, site, "/clients")
-        for _ in range(1000):
-            if found["seen"]["1h"]:
-                break
-            await asyncio.sleep(0.01)
-            found = await get(browser, site, "/clients")
         content = await get(browser, site, "/report/content")
     assert (found["known"], found["clients"], content["content"]) == (1, [], [])
     assert "reports.addresses is off" in content["note"]
@@ -318,120 +249,141 @@ async def test_addresses_are_hashed_when_the_settings_say_so(site, browser):
 
 async def test_who_was_not_seen_for_long_is_forgotten(site, browser):
     async with site.running() as control:
-        tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
+        tell(site, take(1, key("260801001")))
         site.now += DAY
-        tell(site, *([f"10.0.1.{n}", key("260801001"), "", "", 1] for n in range(5)))
+        tell(site, *(take(n, key("260801001")) for n in range(2, 7)))
         await asked(browser, site, "/clients", clients=6)
         site.now += 89.5 * DAY
-        await control.state.reports.prune()
-        assert (await get(browser, site, "/clients"))["known"] == 5
-        control.state.settings = site.settings.model_copy(
-            update={"reports": site.settings.reports.model_copy(update={"max_clients": 3})}
-        )
-        await control.state.reports.prune()
-        assert (await get(browser, site, "/clients"))["known"] == 3
+        for changes, known in (({}, 5), ({"max_clients": 3}, 3)):
+            control.state.settings = reporting(site, **changes)
+            await control.state.reports.prune()
+            assert (await get(browser, site, "/clients"))["known"] == known
 
 
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "tables", "version"])
-async def test_damaged_files_are_moved_aside(site, browser, damage, caplog):
+# --- the ledger
+
+
+async def test_savings_by_day_add_up_over_restarts(site, browser):
+    site.streams = [("14.3 RU2", "French", MONIKER)]
+    received = "gup_upstream_received_bytes_total"
     async with site.running():
-        tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
-        site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
-        await asked(browser, site, "/clients", clients=1)
-    folder = site.store.root / "reports"
-    harm(folder / "stats.db", damage)
+        sent(site, 1000)
+        site.counters.add_stream("sent", 0, "full", 1000)
+        site.counters.add(received, 300, upstream="manager", purpose="fill")
+        site.counters.add_stream("received", 0, "full", 300)
+        first = await get(browser, site, "/savings")
+    sent(site, 50, source="fill")  # while no controller runs
+    site.now += DAY
     async with site.running():
-        tell(site, ["10.0.0.2", key("260801001"), "", "", 1])
-        found = await asked(browser, site, "/clients", clients=1)
-        savings = await get(browser, site, "/savings")
-    assert found["clients"][0]["address"] == "10.0.0.2"
-    assert savings["since_install"]["sent_bytes"] == 900
-    assert (folder / "stats.db.damaged").exists()
-    assert "stats.db is begun anew" in caplog.text
+        sent(site, 7)
+        site.counters.waste("overlap", (0, "full"), 5)
+        site.counters.add(received, 100, upstream="manager", purpose="prefetch")
+        second = await get(browser, site, "/report/savings")
+        only_one = await get(browser, site, "/savings?days=1")
+        async with browser.get(f"{site.url}/api/v1/report/savings?format=csv") as answer:
+            table = list(csv.DictReader(io.StringIO(await answer.text())))
+    assert first["today"] == first["since_install"]
+    assert (first["today"]["saved_bytes"], first["days"][0]["day"]) == (700, "2026-08-01")
+    whole = {"sent_bytes": 1000, "received_bytes": 300, "saved_bytes": 700, "wasted_bytes": 0}
+    named = {"product": MONIKER, "language": "French", "kind": "full"}
+    assert first["days"][0]["streams"] == [named | whole]
+    assert [day["day"] for day in second["days"]] == ["2026-08-02", "2026-08-01"]
+    today = second["today"]
+    assert (today["sent_bytes"], today["received_bytes"], today["saved_bytes"]) == (57, 100, -43)
+    assert today["wasted"]["overlap"] == today["wasted_bytes"] == 5
+    assert second["since_install"]["sent_bytes"] == 1057 == sum(day["sent_bytes"] for day in second["days"])
+    assert second["last_30_days"] == second["since_install"] == only_one["since_install"]
+    assert [day["day"] for day in only_one["days"]] == ["2026-08-02"]
+    sums = {name: sum(int(row[name]) for row in table) for name in table[0] if name.endswith("_bytes")}
+    assert (sums["wasted_overlap_bytes"], sums["wasted_bytes"]) == (5, 5)
+    assert sums["sent_bytes"] == 1000  # of streams: the rest was counted for none
 
 
-def harm(path, how):
-    if how == "garbage":
-        path.write_bytes(b"not a database at all" * 500)
-        return
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-        return
-    with sqlite3.connect(path) as db:
-        if how == "version":
-            db.execute("PRAGMA user_version = 99")
-        else:
-            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                db.execute(f"DROP TABLE {table}")
-    db.close()
+async def test_what_was_counted_before_the_ledger_is_of_no_day(site, browser):
+    sent(site, 900)
+    site.now += 10 * DAY
+    async with site.running():
+        found = await get(browser, site, "/savings")
+    assert [day["day"] for day in found["days"]] == [None]
+    assert (found["today"]["sent_bytes"], found["since_install"]["sent_bytes"]) == (0, 900)
 
 
-async def test_a_disk_that_refuses_loses_nothing(site, browser):
-    folder = site.store.root / "reports"
-    folder.write_text("a file where the folder should be")
+async def test_old_days_are_added_up(site, browser):
+    site.settings = reporting(site, ledger=5 * DAY)
     async with site.running() as control:
-        tell(site, ["10.0.0.1", key("260801001"), "", "", 1])
-        site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
-        while "reports" not in control.state.refusals.rows:
-            await control.state.reports.write_clients()
-            await asyncio.sleep(0.01)
-        async with browser.get(site.url + "/api/v1/report/content") as answer:
-            assert answer.status == 503
-        savings = await get(browser, site, "/savings")
-        assert savings["since_install"]["sent_bytes"] == 900
-        folder.unlink()
-        found = await asked(browser, site, "/report/content", clients=1)
-        assert found["content"][0]["revisions"][0]["took"] == 1
-        assert "reports" not in control.state.refusals.rows
-
-
-async def test_what_clients_state_is_no_formula_in_a_table(site, browser):
-    async with site.running():
-        tell(site, ["10.0.0.1", key("260801001", moniker=PATCHES), "=cmd|' /C calc'!A0", '"a",b', 1])
-        await asked(browser, site, "/clients", clients=1)
-        async with browser.get(site.url + "/api/v1/report/clients?format=csv") as answer:
-            assert answer.content_type == "text/csv"
-            row = next(csv.DictReader(io.StringIO(await answer.text())))
-    assert row["version"] == "'=cmd|' /C calc'!A0"
-    assert row["language"] == '"a",b'
-
-
-async def test_malformed_news_is_passed_over(site, browser):
-    async with site.running() as control:
-        good = ["10.0.0.1", key("260801001"), "", "", 1]
-        for wrong in (
-            ["<script>", key("260801001"), "", "", 1],
-            ["10.0.0.1", "no key", "", "", 1],
-            ["10.0.0.1", key("260801001"), "", "", [5, 5, 10]],
-            ["10.0.0.1", key("260801001"), "", "", 2],
-            ["10.0.0.1", key("260801001")],
-        ):
-            tell(site, wrong)
-        tell(site, good)
-        await asked(browser, site, "/clients", clients=1)
-        assert control.state.malformed_events == 5
+        for _ in range(8):
+            sent(site, 10)
+            await control.state.history.write()
+            await control.state.reports.prune()
+            found = await get(browser, site, "/savings?days=100")
+            site.now += DAY
+    assert found["days"][-1]["day"] is None
+    assert len(found["days"]) == 7
+    assert sum(day["sent_bytes"] for day in found["days"]) == 80
 
 
 async def test_counters_that_begin_anew_begin_anew_savings(site, browser):
-    site.counters.add("gup_client_sent_bytes_total", 900, source="cache")
+    sent(site, 900)
     async with site.running():
         assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 900
-    before = site.surroundings
-
-    def surroundings(admin):
-        found = before(admin)
-        object.__setattr__(found, "installed_at", NOON)
-        return found
-
-    site.surroundings = surroundings
-    site.counters.add("gup_client_sent_bytes_total", -600, source="cache")
+    site.installed_at = NOON
+    sent(site, -600)
     async with site.running():
         assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 300
     with closing(sqlite3.connect(site.store.root / "reports" / "stats.db")) as db:
         assert db.execute("SELECT sum(value) FROM old_days").fetchone() == (900,)
 
 
-# --- the files and pure parts
+def test_every_counter_of_bytes_over_the_links_is_in_the_ledger():
+    links = {name for name in BY_NAME if re.search("(sent|received|wasted)_bytes_total$", name)}
+    assert links | {STREAM_WASTED.name} <= set(METRICS)
+
+
+# --- the file
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "tables", "version"])
+async def test_damaged_files_are_moved_aside(site, browser, damage, caplog):
+    path = site.store.root / "reports" / "stats.db"
+    async with site.running():
+        tell(site, take(1, key("260801001")))
+        sent(site, 900)
+        await asked(browser, site, "/clients", clients=1)
+    if damage == "garbage":
+        path.write_bytes(b"not a database at all" * 500)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        statement = "DROP TABLE streams" if damage == "tables" else "PRAGMA user_version = 99"
+        with closing(sqlite3.connect(path)) as db:
+            db.execute(statement)
+    async with site.running():
+        tell(site, take(2, key("260801001")))
+        found = await asked(browser, site, "/clients", clients=1)
+        savings = await get(browser, site, "/savings")
+    assert found["clients"][0]["address"] == "10.0.0.2"
+    assert savings["since_install"]["sent_bytes"] == 900
+    assert path.with_name("stats.db.damaged").exists()
+    assert "stats.db is begun anew" in caplog.text
+
+
+async def test_a_disk_that_refuses_loses_nothing(site, browser):
+    folder = site.store.root / "reports"
+    folder.write_text("a file where the folder should be")
+    async with site.running() as control:
+        refused = control.state.refusals.rows
+        tell(site, take(1, key("260801001")))
+        sent(site, 900)
+        while "reports" not in refused:
+            await control.state.reports.write_clients()
+            await asyncio.sleep(0.01)
+        async with browser.get(site.url + "/api/v1/report/content") as answer:
+            assert answer.status == 503
+        assert (await get(browser, site, "/savings"))["since_install"]["sent_bytes"] == 900
+        folder.unlink()
+        found = await asked(browser, site, "/report/content", clients=1)
+        assert found["content"][0]["revisions"][0]["took"] == 1
+        assert "reports" not in refused
 
 
 def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path, monkeypatch):
@@ -445,71 +397,22 @@ def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "reports").iterdir()] == ["stats.db"]
 
 
-def earlier_edition(root):
-    """Files as the edition before wrote them: one a kind, with the same tables as now."""
-    database = StatsDatabase(root)
-    database.transact(
-        lambda db: [
-            db.execute("INSERT INTO clients VALUES(7, '10.0.0.1', 1, 2, '14.3', 'fr')"),
-            db.execute("INSERT INTO days VALUES('2026-08-01', 'gup_x', 5)"),
-            db.execute("INSERT INTO reached VALUES(1, '{}')"),
-        ]
-    )
-    database.close()
-    for name, tables in _EARLIER_EDITION:
-        (root / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(database.path, root / name)
-        with closing(sqlite3.connect(root / name)) as db:
-            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                if table not in tables:
-                    db.execute(f"DROP TABLE {table}")
-    database.path.unlink()
-
-
-def taken_over(root):
-    database = StatsDatabase(root)
-    found = [
-        database.transact(lambda db, table=table: db.execute(f"SELECT * FROM {table}").fetchall())
-        for table in ("clients", "days", "reached")
-    ]
-    database.close()
-    return found
-
-
-def test_files_of_the_edition_before_are_taken_over(tmp_path):
-    earlier_edition(tmp_path)
-    found = [[(7, "10.0.0.1", 1.0, 2.0, "14.3", "fr")], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
-    assert taken_over(tmp_path) == found
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["stats.db"]
-    assert taken_over(tmp_path) == found
-
-
-def test_a_damaged_file_of_the_edition_before_does_not_keep_the_others_from_being_taken_over(tmp_path):
-    earlier_edition(tmp_path)
-    (tmp_path / "reports" / "clients.db").write_bytes(b"not a database at all" * 500)
-    assert taken_over(tmp_path) == [[], [("2026-08-01", "gup_x", 5)], [(1, "{}")]]
-    assert (tmp_path / "reports" / "clients.db.damaged").exists()
-
+# --- parts of bodies
 
 spans = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda span: (span[0], span[0] + span[1]))
 
 
 @given(st.lists(spans, max_size=12))
+@settings(max_examples=50)
 def test_merged_parts_are_the_same_bytes(parts):
     found = joined(parts)
     assert {at for part in parts for at in range(*part)} == {at for part in found for at in range(*part)}
     assert all(one[1] < other[0] for one, other in pairwise(found))
 
 
-def test_pieces_are_forgotten_when_there_are_too_many():
-    pieces = ReceivedParts(most=2)
-    assert not pieces.add("a", "key", 0, 5, 10)
-    for client in "bc":
-        assert not pieces.add(client, "key", 0, 5, 10)
-    assert not pieces.add("a", "key", 5, 10, 10)
-    assert pieces.add("c", "key", 5, 10, 10)
-
-
-def test_every_counter_of_bytes_over_the_links_is_in_the_ledger():
-    links = {name for name in BY_NAME if re.search("(sent|received|wasted)_bytes_total$", name)}
-    assert links | {STREAM_WASTED.name} == set(METRICS)
+def test_parts_are_forgotten_when_there_are_too_many():
+    parts = ReceivedParts(most=2)
+    for client in "abc":
+        assert not parts.add(client, "key", 0, 5, 10)
+    assert not parts.add("a", "key", 5, 10, 10)
+    assert parts.add("c", "key", 5, 10, 10)

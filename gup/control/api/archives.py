@@ -3,12 +3,10 @@
 import asyncio
 import logging
 import os
-import queue
-import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import IO, Any, TypeVar, cast
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from gup.cache.archive import ArchiveError, Custody, Imported, TarError, written
 from gup.cache.archive import Import as ArchiveImport
@@ -25,8 +23,6 @@ _log = logging.getLogger("gup.control.archives")
 TAR = "application/x-tar"
 _EXPORTS_AT_ONCE = 2
 """Each reads bodies twice, with the threads that all jobs share."""
-_PIECES = 8
-_TURN_SECONDS = 1.0
 _T = TypeVar("_T")
 
 
@@ -51,7 +47,7 @@ class Archives:
         async with self._exporting:
             rows = list(state.index.rows.values())
             found = await asyncio.to_thread(matching, rows, query, labels_of(state))
-            keys = [ContentKey.parse(row.key) for row in sorted(found, key=lambda row: row.key)]
+            keys = [ContentKey.parse(key) for key in sorted(row.key for row in found)]
             pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock())
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
@@ -72,88 +68,51 @@ class Archives:
         if self._importing.locked():
             raise web.HTTPConflict(text="an import is in progress")
         async with self._importing:
-            return Import.model_validate(await import_archive(state, request.content.iter_any()))
-
-
-class Upload:
-    """A bounded queue of pieces from the event loop to a thread, which reads them as a file."""
-
-    def __init__(self) -> None:
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
-        self._closed = threading.Event()
-
-    def put(self, piece: bytes | None) -> None:
-        """Add a piece, b"" at the end, None when the sender is gone; blocks while the queue is full."""
-        while not self._closed.is_set():
+            loop, content = asyncio.get_running_loop(), request.content
+            taking = asyncio.create_task(asyncio.to_thread(_take, state, content, loop))
             try:
-                self._pieces.put(piece, timeout=_TURN_SECONDS)
-            except queue.Full:
-                continue
-            return
-
-    def read(self, _size: int = -1) -> bytes:
-        """The next piece, b"" at the end. TarError when the sender is gone."""
-        piece = self._pieces.get()
-        if piece is None:
-            raise TarError("the connection broke off")
-        if not piece:
-            self._pieces.put(piece)
-        return piece
-
-    def close(self) -> None:
-        """The reader has ended."""
-        self._closed.set()
+                return Import.model_validate(await asyncio.shield(taking))
+            except asyncio.CancelledError:  # the service stops: let the thread end, at an entry's border
+                content.set_exception(ConnectionResetError("the service stops"))
+                await asyncio.gather(taking, return_exceptions=True)
+                raise
 
 
-async def import_archive(state: ControlState, pieces: AsyncIterator[bytes]) -> Imported:
-    """Import the entries of an archive; ArchiveError when it is none."""
-    upload = Upload()
-    taking = asyncio.create_task(asyncio.to_thread(_take, state, upload, asyncio.get_running_loop()))
-    try:
-        async for piece in pieces:
-            if piece:
-                await asyncio.to_thread(upload.put, piece)
-            if taking.done():
-                break
-        await asyncio.to_thread(upload.put, b"")
-    except (asyncio.CancelledError, OSError):  # the sender has gone, or the service stops
-        await asyncio.shield(asyncio.to_thread(upload.put, None))
-        await asyncio.gather(asyncio.shield(taking), return_exceptions=True)
-        raise
-    return await taking
+def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
+    """The import, in a thread. Body, claims and index are used on the event loop."""
 
-
-def _take(state: ControlState, upload: Upload, loop: asyncio.AbstractEventLoop) -> Imported:
-    """The import, in a thread; claims and index are used on the event loop."""
-
-    def on_loop(work: Coroutine[Any, Any, _T]) -> _T:
+    def wait_for(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
-    async def claim(offset: int) -> bool:
-        return state.dependencies.claims.try_claim(offset)
+    def call(work: Callable[..., _T], *arguments: object) -> _T:
+        async def run() -> _T:
+            return work(*arguments)
 
-    async def release(offset: int) -> None:
-        state.dependencies.claims.release(offset)
+        return wait_for(run())
 
-    async def held() -> int:
-        return state.index.total_bytes + state.dependencies.promised_bytes()
+    class Body:
+        """What is sent, as a file: it is taken from the connection as fast as it is read here."""
+
+        def read(self, _size: int = -1) -> bytes:
+            try:
+                return wait_for(content.readany())
+            except Exception as error:  # whatever aiohttp makes of a broken connection
+                raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:
         await index_again(record.key, state.index, state.dependencies.store)
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
+        held = call(lambda: state.index.total_bytes + state.dependencies.promised_bytes())
         figures = os.statvfs(state.dependencies.store.root)
-        free_bytes = figures.f_bavail * figures.f_frsize
-        return no_room(length_bytes, on_loop(held()), free_bytes, state.settings.cache)
+        return no_room(length_bytes, held, figures.f_bavail * figures.f_frsize, state.settings.cache)
 
+    claims = state.dependencies.claims
     custody = Custody(
-        claim=lambda offset: on_loop(claim(offset)),
-        release=lambda offset: on_loop(release(offset)),
+        claim=lambda offset: call(claims.try_claim, offset),
+        release=lambda offset: call(claims.release, offset),
         room=room,
-        taken=lambda record: on_loop(taken(record)),
+        taken=lambda record: wait_for(taken(record)),
     )
-    try:
-        return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], upload))
-    finally:
-        upload.close()
+    return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], Body()))

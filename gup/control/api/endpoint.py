@@ -6,7 +6,7 @@ holds.
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from inspect import signature
@@ -20,7 +20,7 @@ import gup
 from gup.config.loading import complaints
 from gup.control.api.schemas import Problem, Response
 from gup.control.state import ControlState
-from gup.control.stats.tables import Line, csv_text
+from gup.control.stats.tables import Table
 
 STATE: web.AppKey[ControlState] = web.AppKey("state", ControlState)
 JSON, CSV, TEXT = "application/json", "text/csv", "text/plain"
@@ -62,7 +62,7 @@ class Endpoint:
     problems: tuple[int, ...] = ()
     media: tuple[str, ...] = (JSON,)
     takes: str = ""
-    csv: Callable[[Mapping[str, Any]], Iterable[Line]] | None = None
+    csv: Table | None = None
 
     @property
     def parameters(self) -> dict[str, type]:
@@ -81,32 +81,27 @@ class Endpoint:
         """For aiohttp, which lets parts of a path have braces, as monikers do, only if told so."""
         path = re.sub(r"{(\w+)}", r"{\1:[^/]+}", self.path)
         head = {"allow_head": self.returns is not web.StreamResponse} if self.method == "GET" else {}
-        return web.RouteDef(self.method, path, self._handler(), head)
+        return web.RouteDef(self.method, path, self._handle, head)
 
-    def _handler(self) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        kinds, model = self.parameters, self.request_model
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        checked = await self._checked(request)
+        values = {ControlState: request.app[STATE], web.Request: request, type(checked): checked}
+        answer = await self.function(**{name: values[kind] for name, kind in self.parameters.items()})
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        if self.csv is not None and getattr(checked, "format", "") == "csv":
+            return web.Response(text=self.csv.csv(answer.model_dump()), content_type=CSV, charset="utf-8")
+        text = answer.model_dump_json(by_alias=True, exclude_unset=isinstance(answer, Response))
+        return web.json_response(text=text, status=self.status)
 
-        async def handle(request: web.Request) -> web.StreamResponse:
-            checked = await self._checked(request, model)
-            values = {ControlState: request.app[STATE], web.Request: request, model: checked}
-            answer = await self.function(**{name: values[kind] for name, kind in kinds.items()})
-            if isinstance(answer, web.StreamResponse):
-                return answer
-            if self.csv is not None and getattr(checked, "format", "") == "csv":
-                text = csv_text(self.csv(answer.model_dump(by_alias=True)))
-                return web.Response(text=text, content_type=CSV, charset="utf-8")
-            text = answer.model_dump_json(by_alias=True, exclude_unset=isinstance(answer, Response))
-            return web.json_response(text=text, status=self.status)
-
-        return handle
-
-    async def _checked(self, request: web.Request, model: type[Request]) -> Request:
+    async def _checked(self, request: web.Request) -> Request:
         """What the request states; 400 where that is not allowed, with what would be right."""
-        in_path, given, what = dict(request.match_info), {}, "parameter"
-        for name, value in request.query.items():
-            if name in given or name in in_path:
-                raise web.HTTPBadRequest(text=f"the parameter {name} stands twice")
-            given[name] = value
+        model, in_path = self.request_model, dict(request.match_info)
+        given, what = dict[str, Any](request.query), "parameter"
+        if twice := next(
+            (name for name in given if name in in_path or len(request.query.getall(name)) > 1), ""
+        ):
+            raise web.HTTPBadRequest(text=f"the parameter {twice} stands twice")
         takes_any = model.model_fields.keys() > in_path.keys()
         if self.takes == JSON:
             takes_any = not given
@@ -141,7 +136,6 @@ def problem(status: int, detail: str, **more: object) -> web.Response:
 
 # --- the OpenAPI document
 
-_REF = "#/components/schemas/"
 _ALWAYS = (400, 401, 403, 503)
 """Problems of every request: parameters that it does not take, no token, a wrong token or a foreign page,
 something broken.
@@ -152,6 +146,8 @@ _TOKEN = {
     "description": "From listen.admin_token_file, or from listen.admin_read_token_file to read only; on the "
     "service's own machine also from run/admin-token in its cache directory.",
 }
+_REF = "#/components/schemas/{model}"
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 class Document(Response):
@@ -174,10 +170,15 @@ async def openapi(request: web.Request) -> Document:
 
 def document(endpoints: Sequence[Endpoint]) -> Document:
     """The description of the endpoints (OpenAPI 3.1)."""
-    schemas = _Schemas(endpoints)
+    models: dict[type[BaseModel], None] = {Problem: None}
+    for endpoint in endpoints:
+        models |= {endpoint.returns: None} if issubclass(endpoint.returns, BaseModel) else {}
+        models |= {endpoint.request_model: None} if endpoint.takes == JSON else {}
+    refs, found = models_json_schema([(model, "serialization") for model in models], ref_template=_REF)
+    contents = {model: {"schema": ref} for (model, _), ref in refs.items()}
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, contents)
     return Document(
         openapi="3.1.0",
         info={
@@ -187,48 +188,8 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
         },
         servers=[{"url": "/"}],
         paths=paths,
-        components={"schemas": schemas.shown, "securitySchemes": {"token": _TOKEN}},
+        components={"schemas": _plain(found["$defs"]), "securitySchemes": {"token": _TOKEN}},
     )
-
-
-class _Schemas:
-    """The schemas of all models. `shown` are those of responses and JSON bodies, by name."""
-
-    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
-        shown: dict[type[BaseModel], None] = {Problem: None}
-        stated: dict[type[BaseModel], None] = {}
-        for endpoint in endpoints:
-            if issubclass(endpoint.returns, BaseModel):
-                shown[endpoint.returns] = None
-            (shown if endpoint.takes == JSON else stated)[endpoint.request_model] = None
-        refs, found = models_json_schema(
-            [(model, "serialization") for model in (*shown, *stated)], ref_template=_REF + "{model}"
-        )
-        self._names = {model: str(ref["$ref"]).removeprefix(_REF) for (model, _), ref in refs.items()}
-        self.shown: dict[str, Any] = _plain(found["$defs"])
-        self._stated = {model: self.shown[self._names[model]] for model in stated}
-        for model in stated.keys() - shown.keys():
-            del self.shown[self._names[model]]
-
-    def ref(self, model: type[BaseModel]) -> dict[str, Any]:
-        return {"schema": {"$ref": _REF + self._names[model]}}
-
-    def parameters(self, endpoint: Endpoint) -> Iterator[dict[str, Any]]:
-        schema = self._stated.get(endpoint.request_model, {})
-        for name, field in schema.get("properties", {}).items():
-            in_path = f"{{{name}}}" in endpoint.path
-            choices = [choice for choice in field.get("anyOf", [field]) if choice != {"type": "null"}]
-            yield {
-                "name": name,
-                "in": "path" if in_path else "query",
-                "required": in_path or name in schema.get("required", ()),
-                "schema": {word: value for word, value in choices[0].items() if word not in _WORDS},
-                "description": field.get("description", ""),
-            }
-
-
-_WORDS = ("description", "title")
-_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def _plain(schema: Any) -> Any:
@@ -238,28 +199,41 @@ def _plain(schema: Any) -> Any:
     return [_plain(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def _operation(endpoint: Endpoint, schemas: _Schemas) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, contents: dict[type[Any], dict[str, Any]]) -> dict[str, Any]:
     method, path = endpoint.method, endpoint.path
-    returns, text = endpoint.returns, {"schema": {"type": "string"}}
+    text = {"schema": {"type": "string"}}
     content = dict.fromkeys(endpoint.media, text) | ({CSV: text} if endpoint.csv else {})
-    if issubclass(returns, BaseModel):
-        content[JSON] = schemas.ref(returns)
-    refused = {"application/problem+json": schemas.ref(Problem)}
+    if endpoint.returns in contents:
+        content[JSON] = contents[endpoint.returns]
+    refused = {"application/problem+json": contents[Problem]}
     problems = {*_ALWAYS, *endpoint.problems, *([415] if endpoint.takes == JSON else [])}
-    contents = {endpoint.status: content} | dict.fromkeys(sorted(problems), refused)
+    answers = {endpoint.status: content} | dict.fromkeys(sorted(problems), refused)
     described: dict[str, Any] = {
         "summary": (endpoint.function.__doc__ or "").splitlines()[0].strip(),
         "operationId": f"{method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path.lower()).strip('_')}",
         "tags": [path.removeprefix("/api/v1").split("/")[1]],
-        "parameters": list(schemas.parameters(endpoint)),
+        "parameters": [] if endpoint.takes == JSON else list(_parameters(endpoint)),
         "security": [*([{}] if method == "GET" else []), {"token": []}],
         "responses": {
             str(status): {"description": HTTPStatus(status).phrase, "content": content}
-            for status, content in contents.items()
+            for status, content in answers.items()
         },
     }
     if endpoint.takes:
-        binary = {"schema": {"type": "string", "format": "binary"}}
-        body = schemas.ref(endpoint.request_model) if endpoint.takes == JSON else binary
+        body = contents.get(endpoint.request_model, {"schema": {"type": "string", "format": "binary"}})
         described["requestBody"] = {"required": True, "content": {endpoint.takes: body}}
     return described
+
+
+def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    schema = _plain(endpoint.request_model.model_json_schema(ref_template=_REF))
+    for name, field in schema.get("properties", {}).items():
+        in_path = f"{{{name}}}" in endpoint.path
+        choice = next(one for one in field.get("anyOf", [field]) if one != {"type": "null"})
+        yield {
+            "name": name,
+            "in": "path" if in_path else "query",
+            "required": in_path or name in schema.get("required", ()),
+            "schema": {word: value for word, value in choice.items() if word not in ("description", "title")},
+            "description": field.get("description", ""),
+        }

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind, delta_step
 from gup.content.languages import parse_language
+from gup.control.api import schemas
 from gup.control.api.endpoint import Count, Endpoint, Request, Text
-from gup.control.api.schemas import Entries, Entry, EntryCursor, EntryRecord, EntryWithRecord, Pinned, Purged
 from gup.control.index import ORDERS, Index, Place, Row, row_of
 from gup.control.state import ControlState
 
@@ -64,17 +64,15 @@ class Listing(Filter):
 
     order: _Order = Field("key", description="What rows are in order of; a - turns it round.")
     limit: Count = Field(100, description="Rows of a page, at most.")
-    cursor: EntryCursor | None = Field(
-        None, description="Of the page before, asked for with the same other parameters."
-    )
+    cursor: schemas.EntryCursor | None = Field(None, description=schemas.CURSOR)
 
 
-async def listing(state: ControlState, query: Listing) -> Entries:
+async def listing(state: ControlState, query: Listing) -> schemas.Entries:
     """A page of entries."""
     return await page_of(state.index, query, labels_of(state))
 
 
-async def entry(state: ControlState, path: Key) -> EntryWithRecord:
+async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
     """One entry, with what its record says."""
     row = state.index.rows.get(path.key.text)
     stored = await asyncio.to_thread(state.dependencies.store.stored, path.key)
@@ -83,35 +81,35 @@ async def entry(state: ControlState, path: Key) -> EntryWithRecord:
         row = row_of(stored)
     if row is None:
         raise _not_found(path.key)
-    return EntryWithRecord(
+    return schemas.EntryWithRecord(
         **shown(row, labels_of(state)(row)).model_dump(),
-        record=None if record is None else EntryRecord.model_validate(record.to_json()),
+        record=None if record is None else schemas.EntryRecord.model_validate(record.to_json()),
     )
 
 
-async def purge(state: ControlState, path: Key) -> Purged:
+async def purge(state: ControlState, path: Key) -> schemas.Purged:
     """Remove an entry, pinned or not, and what lies unfinished of it; whoever reads it reads on."""
     known = path.key.text in state.index.rows
     freed = await state.evictor.purge(path.key)
     if not freed and not known:
         raise _not_found(path.key)
-    return Purged(key=path.key.text, freed_bytes=freed)
+    return schemas.Purged(key=path.key.text, freed_bytes=freed)
 
 
-async def pin(state: ControlState, path: Key) -> Pinned:
+async def pin(state: ControlState, path: Key) -> schemas.Pinned:
     """Keep an entry whatever the limits say."""
     return await _set_pinned(state, path.key, pinned=True)
 
 
-async def unpin(state: ControlState, path: Key) -> Pinned:
+async def unpin(state: ControlState, path: Key) -> schemas.Pinned:
     """Let the limits apply to an entry again."""
     return await _set_pinned(state, path.key, pinned=False)
 
 
-async def _set_pinned(state: ControlState, key: ContentKey, *, pinned: bool) -> Pinned:
+async def _set_pinned(state: ControlState, key: ContentKey, *, pinned: bool) -> schemas.Pinned:
     if not await state.set_pinned(key, pinned=pinned):
         raise _not_found(key)
-    return Pinned(key=key.text, pinned=pinned)
+    return schemas.Pinned(key=key.text, pinned=pinned)
 
 
 def _not_found(key: ContentKey) -> web.HTTPNotFound:
@@ -130,15 +128,11 @@ ENDPOINTS = (
 
 def labels_of(state: ControlState) -> Labels:
     """What the catalogue calls the rows' streams at this moment."""
-
-    def label(row: Row) -> Label:
-        found = state.dependencies.label_of(row.stream_id, row.file)
-        return found if found is not None else Label(state.label(row.stream_id)[0], "", "", "")
-
-    return label
+    label_of = state.dependencies.label_of
+    return lambda row: label_of(row.stream_id, row.file) or Label(state.label(row.stream_id)[0], "", "", "")
 
 
-async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
+async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entries:
     """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, most = ORDERS[order], query.limit + 1
@@ -148,9 +142,7 @@ async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
 
     def filtered(rows: list[Row]) -> tuple[int, list[Row]]:
         found = matching(rows, query, label)
-        rest = found
-        if after is not None:
-            rest = [row for row in found if (place(row) < after if descending else place(row) > after)]
+        rest = [r for r in found if after is None or (place(r) < after if descending else place(r) > after)]
         return len(found), (nlargest if descending else nsmallest)(most, rest, key=place)
 
     if query.model_fields_set & Filter.model_fields.keys():
@@ -159,11 +151,11 @@ async def page_of(index: Index, query: Listing, label: Labels) -> Entries:
     else:
         rows = await index.page(order, most, descending=descending, after=after)
         count = len(index.rows)
-    shown_rows = rows[: query.limit]
-    return Entries(
-        entries=[shown(row, label(row)) for row in shown_rows],
+    page = rows[: query.limit]
+    return schemas.Entries(
+        entries=[shown(row, label(row)) for row in page],
         matching=count,
-        cursor=place(shown_rows[-1]) if len(rows) > len(shown_rows) else None,
+        cursor=place(page[-1]) if len(rows) > len(page) else None,
         complete=index.complete,
     )
 
@@ -196,16 +188,14 @@ def _same(wanted: str, *found: str) -> bool:
 
 def _same_language(wanted: str, *found: str) -> bool:
     """Whether one of them is the language, which may be written in other ways: French, fr, fr-CA."""
-    if _same(wanted, *found):
-        return True
     language = parse_language(wanted)
-    return language is not None and language in map(parse_language, found)
+    return _same(wanted, *found) or (language is not None and language in map(parse_language, found))
 
 
-def shown(row: Row, label: Label) -> Entry:
+def shown(row: Row, label: Label) -> schemas.Entry:
     """A row of the index with the names that the catalogue has for it."""
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
-    return Entry(
+    return schemas.Entry(
         **row.to_json(),
         product=label.product,
         product_version=label.version or None,

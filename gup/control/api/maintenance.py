@@ -6,16 +6,8 @@ from typing import Annotated, Literal
 from aiohttp import web
 from pydantic import AfterValidator, Field
 
+from gup.control.api import schemas
 from gup.control.api.endpoint import JSON, Count, Endpoint, Request
-from gup.control.api.schemas import (
-    Evictions,
-    Prefetch,
-    PrefetchOrder,
-    PrefetchQueue,
-    Reloaded,
-    SkippedStream,
-    Verification,
-)
 from gup.control.prefetch import NotThereError, QueuedFetch
 from gup.control.state import ControlState
 
@@ -52,7 +44,7 @@ class Verify(Request):
     repair: Literal["0", "1"] = Field("0", description="1 mends what is damaged.")
 
 
-async def order(state: ControlState, query: Order) -> PrefetchOrder:
+async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
     """Fetch something before anybody asks for it, while no client's fill needs the link."""
     try:
         queued = state.prefetcher.order(query.path, query.version, query.language)
@@ -60,62 +52,51 @@ async def order(state: ControlState, query: Order) -> PrefetchOrder:
         raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-    return PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
+    return schemas.PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
 
 
-async def queue(state: ControlState, query: Queue) -> PrefetchQueue:
+async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
     """What is being prefetched, what will be, and what became of the rest."""
     queued = state.prefetcher.queue
-    return PrefetchQueue(
+    return schemas.PrefetchQueue(
         enabled=state.settings.prefetch.enabled,
         pending=queued.pending,
         wanted=[_prefetch(state, fetch) for fetch in list(queued)[::-1][: query.limit]],
         left_out=[
-            SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
+            schemas.SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
             for stream, why in state.prefetcher.left_out.items()
         ],
     )
 
 
-def _prefetch(state: ControlState, fetch: QueuedFetch) -> Prefetch:
+def _prefetch(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
     product, language = state.label((fetch.key.version, fetch.key.language, fetch.key.stream))
-    return Prefetch(
-        key=fetch.key.text,
-        path=fetch.path,
-        product=product,
-        language=language,
-        kind=fetch.kind,
-        by=fetch.by,
-        outcome=fetch.outcome.value,
-        detail=fetch.detail,
-        asked_at=fetch.asked_at,
-        ended_at=fetch.ended_at,
-        tries=fetch.tries,
-    )
+    return schemas.Prefetch(**fetch.to_json(), product=product, language=language)
 
 
-async def evict(state: ControlState) -> Evictions:
+async def evict(state: ControlState) -> schemas.Evictions:
     """Apply the limits now."""
     done = await state.evictor.evict()
-    return Evictions.model_validate({"evicted": done, "freed_bytes": sum(one.size_bytes for one in done)})
+    freed_bytes = sum(one.size_bytes for one in done)
+    return schemas.Evictions.model_validate({"evicted": done, "freed_bytes": freed_bytes})
 
 
-async def verification(state: ControlState) -> Verification:
+async def verification(state: ControlState) -> schemas.Verification:
     """How far the last verification has come, and what it found."""
     return state.verification.progress()
 
 
-async def verify(state: ControlState, query: Verify) -> Verification:
+async def verify(state: ControlState, query: Verify) -> schemas.Verification:
     """Begin to look at everything in the cache directory."""
     if not state.verification.start(repair=query.repair == "1"):
         raise web.HTTPConflict(text="a verification is in progress")
-    return await verification(state)
+    return state.verification.progress()
 
 
-async def reload(state: ControlState) -> Reloaded:
+async def reload(state: ControlState) -> schemas.Reloaded:
     """Have the settings read again."""
     problems = await state.dependencies.reload()
-    return Reloaded(reloaded=not problems, problems=list(problems))
+    return schemas.Reloaded(reloaded=not problems, problems=list(problems))
 
 
 ENDPOINTS = (

@@ -27,8 +27,6 @@ class Response(BaseModel):
 
 
 class Problem(Response):
-    """What was wrong (RFC 9457)."""
-
     type: str
     title: str
     status: int
@@ -40,9 +38,6 @@ class Variant(Response):
 
     version: str | None
     language: str | None
-
-
-# --- status
 
 
 class Totals(Response):
@@ -75,8 +70,6 @@ class Cache(Response):
 
 
 class WriteRefusal(Response):
-    """What the disk refuses to take at present."""
-
     what: str
     detail: str
     since: float
@@ -107,22 +100,12 @@ class Fills(Response):
     waiters: int = Field(description="Requests that wait for them.")
 
 
-class SeenClients(Response):
-    """How many clients were seen in an hour, a day, seven days."""
-
-    hour: int = Field(alias="1h")
-    day: int = Field(alias="1d")
-    week: int = Field(alias="7d")
-
-
 class ClientCounts(Response):
     connections: int
-    seen: SeenClients
+    seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
 
 
 class Worker(Response):
-    """A process of the data plane."""
-
     slot: int
     pid: int
     up_since: float
@@ -156,32 +139,23 @@ class Upstreams(Response):
     upstreams: list[Upstream]
 
 
-class Ceiling(Response):
-    """A limit of each client or connection, null when there is none."""
-
-    limit: int | None
-
-
-class Limit(Ceiling):
-    """A limit of the whole machine, and what is used of it."""
-
-    used: int
+class Limit(Response):
+    limit: int | None = Field(description="Null when there is none.")
+    used: int = Field(0, description="Left out where each client or connection has a limit of its own.")
 
 
 class Limits(Response):
     downloads: Limit
     queue: Limit
     connections: Limit
-    connections_per_address: Ceiling
-    client_rate_bytes_per_second: Ceiling
+    connections_per_address: Limit
+    client_rate_bytes_per_second: Limit
     wan_rate_bytes_per_second: Limit
     cache_size_bytes: Limit
     fills: Limit
 
 
 class Scrub(Response):
-    """The present or last pass of the scrubber."""
-
     running: bool
     rate_bytes_per_second: int | None
     began_at: float | None
@@ -200,8 +174,6 @@ class Reload(Response):
 
 
 class Alarm(Response):
-    """Something that an operator should look at."""
-
     name: str
     severity: Literal["warning", "critical"]
     since: float
@@ -222,8 +194,6 @@ class FailedFill(Response):
 
 
 class Status(Response):
-    """Everything at a glance."""
-
     site: str
     version: str
     started_at: float
@@ -247,20 +217,13 @@ class Status(Response):
     malformed_events: int
 
 
-# --- rules
-
-
 class Remedy(Response):
-    """A way out of a refusal."""
-
     action: str = Field(description="A word for programs.")
     text: str
     url: str = Field("", description="The LiveUpdate server's, where that is the way.")
 
 
 class Decision(Response):
-    """What the delivery rules decide at one upstream."""
-
     upstream: str
     catalogue: str = Field(description="Where its catalogue was read, or why not.")
     product: str | None
@@ -306,9 +269,7 @@ EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializ
 """What entries are in order of, and the last one's key."""
 ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
 """When the last client was seen, and its number among those seen at that time."""
-
-
-# --- entries
+CURSOR = "Of the page before, asked for with the same other parameters."
 
 
 class Entry(Response):
@@ -378,8 +339,6 @@ class Pinned(Response):
 
 
 class RefusedMember(Response):
-    """A member of an archive that was not taken, and why."""
-
     name: str
     why: str
 
@@ -391,9 +350,6 @@ class Import(Response):
     refused: list[RefusedMember]
     complete: bool = Field(description="Whether the archive was read to its last member.")
     problem: str | None = Field(description="Why it was not.")
-
-
-# --- maintenance
 
 
 class Eviction(Response):
@@ -408,8 +364,6 @@ class Evictions(Response):
 
 
 class Finding(Response):
-    """What a verification found wrong."""
-
     where: str = Field(description="body, record, part, state, stray or index.")
     path: str
     key: str | None
@@ -419,8 +373,6 @@ class Finding(Response):
 
 
 class Verification(Response):
-    """How far a verification has come, and what it found."""
-
     running: bool
     repair: bool
     began_at: float | None
@@ -440,8 +392,6 @@ class Reloaded(Response):
 
 
 class Prefetch(Response):
-    """One body to prefetch, and what became of it."""
-
     key: str
     path: str = Field(description="As upstream is asked for it.")
     product: str
@@ -460,8 +410,6 @@ class PrefetchOrder(Response):
 
 
 class SkippedStream(Response):
-    """A stream of which nothing is prefetched, and why."""
-
     stream: str
     product: str
     why: str
@@ -472,9 +420,6 @@ class PrefetchQueue(Response):
     pending: int
     wanted: list[Prefetch] = Field(description="The latest first.")
     left_out: list[SkippedStream]
-
-
-# --- statistics
 
 
 class Client(Variant):
@@ -489,7 +434,7 @@ class KnownClient(Client):
 
 
 class Clients(Response):
-    seen: SeenClients
+    seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
     known: int = Field(description="Clients remembered.")
     matching: int = Field(description="How many match, on all pages.")
     clients: list[KnownClient] = Field(description="Those seen last first.")
@@ -497,8 +442,6 @@ class Clients(Response):
 
 
 class Report(Response):
-    """What holds for a whole report on clients."""
-
     at: float
     addresses: str = Field(description="reports.addresses: full, hashed or off.")
     retention_seconds: float = Field(description="A client not seen for so long is forgotten.")
@@ -514,8 +457,6 @@ class RevisionClients(Response):
 
 
 class LaggingClient(Client):
-    """A client that stands before the newest revision."""
-
     revision: str | None = Field(description="Where it stands; null when that is not known.")
     lag_revisions: int
     lag_seconds: float | None = Field(description="By the dates in the revisions: whole days.")

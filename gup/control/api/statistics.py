@@ -4,23 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from gup.control.api import schemas
 from gup.control.api.endpoint import Count, Days, Endpoint, Request, Text
-from gup.control.api.schemas import (
-    ClientCursor,
-    Clients,
-    ContentReport,
-    DayTraffic,
-    History,
-    HistoryPoint,
-    KnownClient,
-    RestartReport,
-    Savings,
-    SeenClients,
-)
 from gup.control.state import ControlState
-from gup.control.stats import savings
-from gup.control.stats import tables as table
-from gup.control.stats.client_records import WINDOWS, Wanted
+from gup.control.stats import savings, tables
+from gup.control.stats.client_records import WINDOWS
 from gup.control.stats.history import SPANS, shown
 from gup.control.stats.savings import EARLIER
 
@@ -36,9 +24,7 @@ class Listing(Request):
         None, description="Only those seen within an hour, a day, seven days."
     )
     limit: Count = Field(100, description="Rows of a page, at most.")
-    cursor: ClientCursor | None = Field(
-        None, description="Of the page before, asked for with the same other parameters."
-    )
+    cursor: schemas.ClientCursor | None = Field(None, description=schemas.CURSOR)
 
 
 class Form(Request):
@@ -61,72 +47,61 @@ class Span(Request):
     )
 
 
-async def clients(state: ControlState, query: Listing) -> Clients:
+async def clients(state: ControlState, query: Listing) -> schemas.Clients:
     """How many clients were seen, and who they are."""
     now = state.clock()
-    since = now - WINDOWS[query.seen] if query.seen else 0.0
-    wanted = Wanted(query.version, query.language, since, query.cursor, query.limit + 1)
-    known, matching, rows = await state.reports.clients(wanted)
-    page = rows[: query.limit]
-    return Clients(
-        seen=SeenClients.model_validate(state.clients.counts(now)),
-        known=known if state.reports.keeps_clients else len(state.clients),
-        matching=matching,
-        clients=[
-            KnownClient(
-                address=row.name,
-                first_seen_at=row.first_at,
-                seen_at=row.seen_at,
-                version=row.version or None,
-                language=row.language or None,
-            )
-            for row in page
-        ],
-        cursor=(page[-1].seen_at, page[-1].number) if len(rows) > len(page) else None,
+    page = await state.reports.clients(
+        since=now - WINDOWS[query.seen] if query.seen else 0.0,
+        version=query.version,
+        language=query.language,
+        after=query.cursor,
+        most=query.limit,
     )
+    if not state.reports.keeps_clients:
+        page["known"] = len(state.clients)
+    return schemas.Clients(seen=state.clients.counts(now), **page)
 
 
-async def content(state: ControlState, _query: Form) -> ContentReport:
+async def content(state: ControlState, _query: Form) -> schemas.ContentReport:
     """Content taken here: who stands where, what lags, and who."""
     return await state.reports.content()
 
 
-async def restarts(state: ControlState, _query: Form) -> RestartReport:
+async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
     """Clients that took a client patch and may wait for a restart."""
     return await state.reports.restarts()
 
 
-async def saved(state: ControlState, query: Ledger) -> Savings:
+async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
     """What was sent, fetched, saved and wasted, by day and stream."""
-    today, days = await state.reports.savings()
-    dates = [day for day in sorted(days, reverse=True) if day != EARLIER]
+    today, days = await state.history.savings()
+    process = state.dependencies
+    dates = sorted(days.keys() - {EARLIER}, reverse=True)
     month = [counts for day, counts in days.items() if savings.within(day, today, _MONTH)]
-    label = state.reports.stream_labels
     listed = [*dates[: query.days], *([EARLIER] if EARLIER in days and query.days > len(dates) else [])]
-    return Savings(
-        counted_since=state.dependencies.installed_at,
+    return schemas.Savings(
+        counted_since=process.installed_at,
         time_zone=state.settings.site.time_zone,
         today=savings.figures(days.get(today, {})),
         last_30_days=savings.figures(savings.added_up(month)),
         since_install=savings.figures(savings.added_up(days.values())),
         days=[
-            DayTraffic(
+            schemas.DayTraffic(
                 day=day or None,
                 **dict(savings.figures(days[day])),
-                streams=savings.streams(days[day], label),
+                streams=savings.streams(days[day], process.stream_names(), process.product_of),
             )
             for day in listed
         ],
     )
 
 
-async def history(state: ControlState, query: Span) -> History:
+async def history(state: ControlState, query: Span) -> schemas.History:
     """What was moved over a span that ends now."""
     step, length = SPANS[query.span]
-    await state.meter()
     now = state.clock()
     points = [
-        HistoryPoint(
+        schemas.HistoryPoint(
             at=point.at,
             covered_seconds=round(point.covered_seconds, 3),
             **shown(point.sums),
@@ -135,16 +110,16 @@ async def history(state: ControlState, query: Span) -> History:
             wan_limit_bytes_per_second=point.wan_limit or None,
             cache_entries_bytes=point.entries_bytes,
         )
-        for point in state.history.history.series(query.span, now)
+        for point in await state.history.series(query.span)
     ]
-    return History(span=query.span, step_seconds=step, since=now - length, until=now, points=points)
+    return schemas.History(span=query.span, step_seconds=step, since=now - length, until=now, points=points)
 
 
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/clients", clients),
-    Endpoint("GET", "/api/v1/report/content", content, csv=table.of_content),
-    Endpoint("GET", "/api/v1/report/clients", restarts, csv=table.of_restarts),
-    Endpoint("GET", "/api/v1/report/savings", saved, csv=table.of_savings),
-    Endpoint("GET", "/api/v1/savings", saved, csv=table.of_savings),
+    Endpoint("GET", "/api/v1/report/content", content, csv=tables.CONTENT),
+    Endpoint("GET", "/api/v1/report/clients", restarts, csv=tables.RESTARTS),
+    Endpoint("GET", "/api/v1/report/savings", saved, csv=tables.SAVINGS),
+    Endpoint("GET", "/api/v1/savings", saved, csv=tables.SAVINGS),
     Endpoint("GET", "/api/v1/history", history),
 )

@@ -1,7 +1,6 @@
 """The state of the service: at a glance, in parts, for monitors; the settings and what the rules decide."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
@@ -11,35 +10,15 @@ import gup
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.config.loading import SECRET_KEYS, mask_password
-from gup.content.catalog import normal_moniker
+from gup.content.catalog import Stream, normal_moniker
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
+from gup.control.api import schemas
 from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
-from gup.control.api.schemas import (
-    Alarms,
-    Cache,
-    Catalog,
-    Ceiling,
-    ClientCounts,
-    Disk,
-    Explanation,
-    Fill,
-    Fills,
-    Limit,
-    Limits,
-    Reload,
-    SeenClients,
-    Status,
-    Totals,
-    TotalsBySpan,
-    Upstream,
-    Upstreams,
-    Worker,
-)
-from gup.control.exposition import expose, parse_series
-from gup.control.index import Stream, stream_of
+from gup.control.exposition import expose
+from gup.control.index import stream_of
 from gup.control.state import ControlState, numbers
-from gup.metrics import CODES_OF_RESULT
+from gup.control.stats.history import RECEIVED, SENT, shown, sums_of
 
 
 class Question(Request):
@@ -51,19 +30,21 @@ class Question(Request):
     upstream: Text | None = Field(None, description="Only at the upstream of this name.")
 
 
-async def status(state: ControlState) -> Status:
+async def status(state: ControlState) -> schemas.Status:
     """Everything at a glance."""
     disk = await state.evictor.measure()
     process, totals = state.dependencies, state.dependencies.totals()
-    return Status(
+    return schemas.Status(
         site=state.settings.site.name,
         version=gup.__version__,
         started_at=process.started_at,
         installed_at=process.installed_at,
         uptime_seconds=max(0.0, state.clock() - process.started_at),
         ready=not state.not_ready(),
-        totals=TotalsBySpan(since_start=totals_of(process.since_start()), since_install=totals_of(totals)),
-        cache=Cache(
+        totals=schemas.TotalsBySpan(
+            since_start=totals_of(process.since_start()), since_install=totals_of(totals)
+        ),
+        cache=schemas.Cache(
             entries=len(state.index.rows),
             entries_bytes=disk.entries_bytes,
             parts=sum(1 for part in disk.parts if part.generation),
@@ -73,14 +54,13 @@ async def status(state: ControlState) -> Status:
             free_bytes=disk.free_bytes,
             complete=state.index.complete,
         ),
-        disk=Disk(refusals=list(state.refusals.rows.values())),
+        disk=schemas.Disk(refusals=list(state.refusals.rows.values())),
         fills=_fills(state, disk.parts),
         fill_waiters=totals.get("gup_fill_waiters", 0),
-        clients=ClientCounts(
-            connections=totals.get("gup_client_connections", 0),
-            seen=SeenClients.model_validate(state.clients.counts(state.clock())),
+        clients=schemas.ClientCounts(
+            connections=totals.get("gup_client_connections", 0), seen=state.clients.counts(state.clock())
         ),
-        workers=[Worker.model_validate(worker) for worker in process.workers()],
+        workers=[schemas.Worker.model_validate(worker) for worker in process.workers()],
         upstreams=_upstreams(state),
         wan_rate_bytes_per_second=process.wan_rate() or None,
         limits=limits_of(
@@ -91,28 +71,28 @@ async def status(state: ControlState) -> Status:
             wan_used=state.history.wan.bytes_per_second(),
         ),
         scrub=state.scrubber.progress(),
-        reload=Reload(successful=process.config_ok()),
+        reload=schemas.Reload(successful=process.config_ok()),
         alarms=state.alarms.standing(),
         failures=list(state.failures),
         malformed_events=state.malformed_events,
     )
 
 
-async def fills(state: ControlState) -> Fills:
+async def fills(state: ControlState) -> schemas.Fills:
     """What is being fetched now."""
     disk = await state.evictor.measure()
     waiters = state.dependencies.totals().get("gup_fill_waiters", 0)
-    return Fills(fills=_fills(state, disk.parts), waiters=waiters)
+    return schemas.Fills(fills=_fills(state, disk.parts), waiters=waiters)
 
 
-async def upstreams(state: ControlState) -> Upstreams:
+async def upstreams(state: ControlState) -> schemas.Upstreams:
     """Upstreams and their health."""
-    return Upstreams(upstreams=_upstreams(state))
+    return schemas.Upstreams(upstreams=_upstreams(state))
 
 
-async def alarms(state: ControlState) -> Alarms:
+async def alarms(state: ControlState) -> schemas.Alarms:
     """What an operator should look at now."""
-    return Alarms(alarms=state.alarms.standing())
+    return schemas.Alarms(alarms=state.alarms.standing())
 
 
 async def config(state: ControlState) -> Settings:
@@ -127,7 +107,7 @@ async def config(state: ControlState) -> Settings:
     return state.settings.model_copy(update={"upstream": masked})
 
 
-async def explanation(state: ControlState, query: Question) -> Explanation:
+async def explanation(state: ControlState, query: Question) -> schemas.Explanation:
     """What the delivery rules decide, and why."""
     moniker = normal_moniker(query.moniker)
     if moniker is None:
@@ -136,14 +116,14 @@ async def explanation(state: ControlState, query: Question) -> Explanation:
     if query.upstream is not None and query.upstream not in names:
         raise web.HTTPBadRequest(text=f"upstream: {query.upstream!r} is none of {', '.join(names)}")
 
-    def decide() -> Explanation:
+    def decide() -> schemas.Explanation:
         """In a thread: the tables of languages are read from a file when they are first used."""
         settings, book = state.settings, Rulebook(state.settings)
         client = book.identities.stated(query.client_version, query.client_language)
         chosen = [upstream for upstream in settings.upstream if query.upstream in (None, upstream.name)]
         sources = _catalogue_sources(state)
         told = explain(book, state.dependencies.catalogue_rows(), chosen, sources, moniker, client)
-        return Explanation.model_validate(told)
+        return schemas.Explanation.model_validate(told)
 
     return await asyncio.to_thread(decide)
 
@@ -193,39 +173,30 @@ ENDPOINTS = (
 
 _FROM_STORE = ("hit", "revalidated", "stale")
 _SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
+_SUMS = (SENT, RECEIVED, "saved_bytes", "evicted_bytes", "integrity_failures")
 
 
-def totals_of(words: Mapping[str, int]) -> Totals:
+def totals_of(words: Mapping[str, int]) -> schemas.Totals:
     """What was sent, received and saved, and requests by result, from series and their values.
 
     Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
     The hit ratio counts requests for content that were answered from the store; None before the first one.
     """
-    sums: Counter[str] = Counter()
-    results: Counter[str] = Counter()
-    for name, value in words.items():
-        if value:
-            base, labels = parse_series(name)
-            sums[base] += value
-            if base == "gup_requests_total":
-                results[labels["result"]] += value
-    served = sum(results[result] for result in _SERVED)
-    sent, received = sums["gup_client_sent_bytes_total"], sums["gup_upstream_received_bytes_total"]
-    return Totals(
-        client_sent_bytes=sent,
-        upstream_received_bytes=received,
-        saved_bytes=sent - received,
-        requests={result: results[result] for result in CODES_OF_RESULT},
-        requests_total=sum(results.values()),
-        hit_ratio=sum(results[result] for result in _FROM_STORE) / served if served else None,
-        fills=sums["gup_fills_total"],
-        evictions=sums["gup_evictions_total"],
-        evicted_bytes=sums["gup_evicted_bytes_total"],
-        integrity_failures=sums["gup_integrity_failures_total"],
+    sums = sums_of(words)
+    told = shown(sums)
+    requests = told["requests"]
+    served = sum(requests[result] for result in _SERVED)
+    return schemas.Totals(
+        **{name: told[name] for name in _SUMS},
+        requests=requests,
+        requests_total=sum(requests.values()),
+        hit_ratio=sum(requests[result] for result in _FROM_STORE) / served if served else None,
+        fills=sum(told["fills"].values()),
+        evictions=sum(count for name, count in sums.items() if name.startswith("evictions.")),
     )
 
 
-def _fills(state: ControlState, parts: Iterable[Part]) -> list[Fill]:
+def _fills(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
     """The parts that some process fetches at this moment."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
     state.fill_rates.see(in_progress)
@@ -240,12 +211,12 @@ def began_at(part: Part) -> float:
     return part.generation / 1e6
 
 
-def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str, str]]) -> Fill:
+def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str, str]]) -> schemas.Fill:
     """A fill in progress; `label` gives a stream's product and language."""
     fill, head = part.state, part.state.head if part.state else None
     product, language = label(stream_of(fill.key)) if fill else (None, None)
     left = head.length - part.size_bytes if head is not None and head.length is not None else None
-    return Fill(
+    return schemas.Fill(
         key=fill.key.text if fill else None,
         id=part.id,
         phase=fill.phase if fill else None,
@@ -261,52 +232,46 @@ def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str,
     )
 
 
-def _upstreams(state: ControlState) -> list[Upstream]:
+_CONFIGURED = ("name", "url", "kind", "priority", "weight", "version", "language")
+
+
+def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     process, rows = state.dependencies, []
     up, states, catalogues = process.upstreams_up(), process.upstream_states(), process.catalogues()
     for upstream in state.settings.upstream:
         health, since = states.get(upstream.name, ("unknown", None))
         at, detail = state.upstream_errors.get(upstream.name, (None, None))
-        catalogue = catalogues.get(upstream.name)
-        rows.append(
-            Upstream(
-                name=upstream.name,
-                url=upstream.url,
-                kind=upstream.kind,
-                priority=upstream.priority,
-                weight=upstream.weight,
-                version=upstream.version,
-                language=upstream.language,
-                up=up.get(upstream.name, True),
-                state=health,
-                since=since or process.started_at,
-                last_error=detail,
-                last_error_at=at,
-                catalogue=None if catalogue is None else Catalog.model_validate(catalogue),
-            )
-        )
+        found = {
+            "up": up.get(upstream.name, True),
+            "state": health,
+            "since": since or process.started_at,
+            "last_error": detail,
+            "last_error_at": at,
+            "catalogue": catalogues.get(upstream.name),
+        }
+        configured = {name: getattr(upstream, name) for name in _CONFIGURED}
+        rows.append(schemas.Upstream.model_validate(configured | found))
     return rows
+
+
+_USED = {
+    "downloads": "gup_client_downloads_in_progress",
+    "queue": "gup_client_downloads_queued",
+    "connections": "gup_client_connections",
+    "fills": "gup_fills_in_progress",
+}
 
 
 def limits_of(
     settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
-) -> Limits:
-    """Limit (None: unlimited) and use of each; rates are bytes per second.
-
-    What is in use of a limit on each client or each connection is no one number, and so left out.
-    """
+) -> schemas.Limits:
+    """Limit (None: unlimited) and use of each; rates are bytes per second."""
     most = numbers(settings)
-
-    def limit(name: str, word: str) -> Limit:
-        return Limit(limit=most.get(name), used=totals.get(word, 0))
-
-    return Limits(
-        downloads=limit("downloads", "gup_client_downloads_in_progress"),
-        queue=limit("queue", "gup_client_downloads_queued"),
-        connections=limit("connections", "gup_client_connections"),
-        connections_per_address=Ceiling(limit=most.get("connections_per_address")),
-        client_rate_bytes_per_second=Ceiling(limit=settings.clients.rate or None),
-        wan_rate_bytes_per_second=Limit(limit=wan_rate or None, used=wan_used),
-        cache_size_bytes=Limit(limit=settings.cache.max_size, used=size_bytes),
-        fills=limit("fills", "gup_fills_in_progress"),
-    )
+    used = {name: {"limit": most.get(name), "used": totals.get(word, 0)} for name, word in _USED.items()}
+    each = {
+        "connections_per_address": {"limit": most.get("connections_per_address")},
+        "client_rate_bytes_per_second": {"limit": settings.clients.rate or None},
+        "wan_rate_bytes_per_second": {"limit": wan_rate or None, "used": wan_used},
+        "cache_size_bytes": {"limit": settings.cache.max_size, "used": size_bytes},
+    }
+    return schemas.Limits.model_validate(used | each)

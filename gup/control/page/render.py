@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gup.units import bytes_in_words
 
@@ -16,13 +15,7 @@ SLOW = ("hour", "day", "days", "held", "clients", "service")
 """The parts of the page that change, each by its template; the element with this id holds it."""
 SLOW_SECONDS = 5.0
 """How long the slow parts stand: they are large."""
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""What the page may do: use its own files, and ask its own server."""
 _FOLDER = Path(__file__).parent
-_TEMPLATES = {"hour": "chart", "day": "chart"}
 _FILES = {
     "page.css": ("static", "text/css"),
     "page.js": ("static", "text/javascript"),
@@ -30,44 +23,10 @@ _FILES = {
     "uPlot.iife.min.js": ("vendor", "text/javascript"),
     "uPlot.min.css": ("vendor", "text/css"),
 }
-"""Those under `vendor` come with the installation (hatch_build.py)."""
+"""Those under `vendor` come with the installation (hatch_build.py); without them there are no charts."""
 
 
-class Renderer:
-    """The templates, read and compiled once: by the constructor, which blocks."""
-
-    def __init__(self) -> None:
-        folder = _FOLDER / "templates"
-        texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.html")}
-        self._environment = Environment(
-            loader=DictLoader(texts),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        self._environment.filters |= {
-            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
-        }
-        self._templates = {name: self._environment.get_template(name) for name in texts}
-
-    def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
-        """Parts that change, by name."""
-        macros = self._templates["macros"].make_module(dict(view))
-        return {
-            name: self._templates[_TEMPLATES.get(name, name)].render(view, m=macros, part=name)
-            for name in names
-        }
-
-    def page(self, view: Mapping[str, Any], assets: "Assets") -> str:
-        """The whole document."""
-        macros = self._templates["macros"].make_module(dict(view))
-        return self._templates["page"].render(view, m=macros, parts=self.fragments(view), assets=assets)
-
-
-@dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(NamedTuple):
     """A file that the page uses; `tag` changes with its bytes."""
 
     body: bytes
@@ -75,20 +34,49 @@ class Asset:
     tag: str
 
 
-class Assets:
-    """All files that are there. Without the chart library the page shows its tables only."""
+class Renderer:
+    """Templates and files, read once: by the constructor, which blocks."""
 
     def __init__(self) -> None:
-        self.files: dict[str, Asset] = {}
+        environment = Environment(
+            loader=FileSystemLoader(_FOLDER / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        environment.filters |= {
+            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
+        }
+        names = (name.removesuffix(".html") for name in environment.list_templates())
+        self._templates = {name: environment.get_template(f"{name}.html") for name in names}
+        self.assets: dict[str, Asset] = {}
         for name, (folder, content_type) in _FILES.items():
-            path = _FOLDER / folder / name
-            if folder == "static" or path.is_file():
+            if (path := _FOLDER / folder / name).is_file():
                 body = path.read_bytes()
-                self.files[name] = Asset(body, content_type, _digest(body))
-        self.missing = [name for name in _FILES if name not in self.files]
-        self.urls = {name: f"/assets/{name}?{asset.tag}" for name, asset in self.files.items()}
-        self.edition = _digest("".join(asset.tag for asset in self.files.values()).encode())
+                self.assets[name] = Asset(body, content_type, _digest(body))
+        self.missing = [name for name in _FILES if name not in self.assets]
+        self.edition = _digest("".join(asset.tag for asset in self.assets.values()).encode())
         """Changes with any of the files."""
+
+    def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
+        """Parts that change, by name."""
+        macros = self._templates["macros"].make_module(dict(view))
+        return {
+            name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
+            for name in names
+        }
+
+    def page(self, view: Mapping[str, Any]) -> str:
+        """The whole document."""
+        return self._templates["page"].render(
+            view,
+            m=self._templates["macros"].make_module(dict(view)),
+            parts=self.fragments(view),
+            urls={name: f"/assets/{name}?{asset.tag}" for name, asset in self.assets.items()},
+            edition=self.edition,
+        )
 
 
 def _digest(body: bytes) -> str:

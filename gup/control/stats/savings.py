@@ -7,13 +7,16 @@ was killed in between: what was counted meanwhile belongs to the day of the next
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
+from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
-from gup.control.exposition import parse_series
+from gup.control.exposition import ProductOf, StreamNames, parse_series, stream_labels
 from gup.metrics import KINDS, PURPOSES, SOURCES, STREAM_WASTED, WASTED
+from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.stats")
 METRICS = (
@@ -23,58 +26,96 @@ METRICS = (
     "gup_stream_sent_bytes_total",
     "gup_stream_received_bytes_total",
     STREAM_WASTED.name,
+    "gup_requests_total",
+    "gup_fills_total",
+    "gup_evictions_total",
+    "gup_evicted_bytes_total",
+    "gup_integrity_failures_total",
 )
+"""What a day and the history are made of."""
 EARLIER = ""
 """The row of all that was counted before the days that are kept."""
 
-Counts = dict[str, int]
+Counts = Mapping[str, int]
+"""Counters by series name."""
 Days = dict[str, Counts]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The counters at one moment, and since when they count. Days are dates in the site's time zone."""
+    """The counters at one moment, and since when they count (Unix seconds)."""
 
-    totals: Mapping[str, int]
+    totals: Counts
+    at: float
     installed_at: float
-    installed_on: str
-    today: str
+    settings: Settings
+
+    @property
+    def today(self) -> str:
+        """The date in the site's time zone, whose file is read when it is first used."""
+        return site_time(self.settings, self.at).date().isoformat()
+
+    def counted(self) -> dict[str, int]:
+        """The counters that savings are made of."""
+        return {name: n for name, n in self.totals.items() if n and name.partition("{")[0] in METRICS}
 
 
-def counted(totals: Mapping[str, int]) -> Counts:
-    """The counters that savings are made of."""
-    return {name: value for name, value in totals.items() if value and name.partition("{")[0] in METRICS}
+def last_reading_at(db: sqlite3.Connection) -> float | None:
+    """When the counters were last read; None when never, or when they began anew since."""
+    row = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
+    return None if row is None else row[0]
 
 
-def add_reading(db: sqlite3.Connection, reading: Reading) -> None:
-    """Add what was counted since the last reading to the day of this one."""
+def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = False) -> dict[str, int]:
+    """Add what was counted since the last reading to the day of this one; returns that.
+
+    `gains_only`: counters below those of the last reading are left as they are.
+    """
     since = db.execute("SELECT value FROM about WHERE name = 'installed_at'").fetchone()
     if since is not None and since[0] != reading.installed_at:  # other counters than those of the marks
         db.execute("INSERT INTO old_days SELECT ?, day, series, value FROM days", since)
         db.execute("DELETE FROM days")
         db.execute("DELETE FROM marks")
         _log.warning("the counters are counted anew: savings begin anew, those before are in table old_days")
-    db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?)", (reading.installed_at,))
-    marks: Counts = dict(db.execute("SELECT series, value FROM marks"))
-    fresh = not marks and reading.installed_on != reading.today
-    day = EARLIER if fresh else reading.today
-    now = counted(reading.totals)
-    names = [name for name in marks.keys() | now if marks.get(name) != now.get(name)]
-    changed = {name: now.get(name, 0) for name in names}
-    db.executemany(
-        "INSERT INTO days VALUES(?, ?, ?) ON CONFLICT(day, series) "
-        "DO UPDATE SET value = value + excluded.value",
-        [(day, name, value - marks.get(name, 0)) for name, value in changed.items()],
+    about = (reading.installed_at, reading.at)
+    db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?), ('read_at', ?)", about)
+    marks = dict(db.execute("SELECT series, value FROM marks"))
+    fresh = (
+        not marks and site_time(reading.settings, reading.installed_at).date().isoformat() != reading.today
     )
-    db.executemany("INSERT OR REPLACE INTO marks VALUES(?, ?)", list(changed.items()))
+    gained = _difference(reading.counted(), marks)
+    if gains_only:
+        gained = {name: value for name, value in gained.items() if value > 0}
+    day = EARLIER if fresh else reading.today
+    db.executemany(
+        "INSERT INTO days VALUES(?, ?, ?) "
+        "ON CONFLICT(day, series) DO UPDATE SET value = value + excluded.value",
+        [(day, name, value) for name, value in gained.items()],
+    )
+    db.executemany(
+        "INSERT INTO marks VALUES(?, ?) ON CONFLICT(series) DO UPDATE SET value = value + excluded.value",
+        list(gained.items()),
+    )
+    return gained
 
 
-def days_counted(db: sqlite3.Connection) -> Days:
-    """What each day counted, the oldest first."""
-    found: Days = {}
-    for day, series, value in db.execute("SELECT day, series, value FROM days ORDER BY day"):
-        found.setdefault(day, {})[series] = value
-    return found
+def _difference(now: Counts, before: Counts) -> dict[str, int]:
+    """What has changed, and by how much."""
+    gained = {name: now.get(name, 0) - before.get(name, 0) for name in now.keys() | before.keys()}
+    return {name: value for name, value in gained.items() if value}
+
+
+def days_until(db: sqlite3.Connection | None, reading: Reading) -> Days:
+    """What each day counted, the oldest first; what is not stored yet is today's. None: nothing is stored."""
+    found: dict[str, dict[str, int]] = {}
+    if db is not None:
+        for day, series, value in db.execute("SELECT day, series, value FROM days ORDER BY day"):
+            found.setdefault(day, {})[series] = value
+    rest = _difference(reading.counted(), added_up(found.values()))
+    if rest:
+        day = EARLIER if db is None else reading.today
+        found[day] = dict(added_up([found.get(day, {}), rest]))
+    return dict(found)
 
 
 def prune_days(db: sqlite3.Connection, oldest: str) -> None:
@@ -87,64 +128,53 @@ def prune_days(db: sqlite3.Connection, oldest: str) -> None:
     db.execute("DELETE FROM days WHERE day < ? AND day <> ?", (oldest, EARLIER))
 
 
-StreamLabels = Callable[[int], tuple[str, str]]
-"""Product and language of a stream's slot."""
-
-
 def added_up(days: Iterable[Counts]) -> Counts:
     """The sum of several days."""
     total: Counter[str] = Counter()
     for counts in days:
         total.update(counts)  # unlike +, this keeps what is below zero
-    return dict(total)
+    return total
+
+
+_CAUSES = {
+    "gup_client_sent_bytes_total": ("sent", "source", SOURCES),
+    "gup_upstream_received_bytes_total": ("received", "purpose", PURPOSES),
+    "gup_upstream_wasted_bytes_total": ("wasted", "reason", WASTED),
+}
 
 
 def figures(counts: Counts) -> TrafficByCause:
     """Sent, received, saved and wasted bytes with their parts. Saved may be below zero."""
-    sent: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
-    received: Counter[str] = Counter(dict.fromkeys(PURPOSES, 0))
-    wasted: Counter[str] = Counter(dict.fromkeys(WASTED, 0))
-    tables: Mapping[str, tuple[Counter[str], str]] = {
-        "gup_client_sent_bytes_total": (sent, "source"),
-        "gup_upstream_received_bytes_total": (received, "purpose"),
-        "gup_upstream_wasted_bytes_total": (wasted, "reason"),
-    }
+    parts = {way: dict.fromkeys(causes, 0) for way, _, causes in _CAUSES.values()}
     for name, value in counts.items():
-        metric, series = parse_series(name)
-        if metric in tables:
-            table, label = tables[metric]
-            table[series[label]] += value
-    total_sent, total_received = sum(sent.values()), sum(received.values())
-    return TrafficByCause(
-        sent_bytes=total_sent,
-        received_bytes=total_received,
-        saved_bytes=total_sent - total_received,
-        wasted_bytes=sum(wasted.values()),
-        sent=dict(sent),
-        received=dict(received),
-        wasted=dict(wasted),
-    )
+        metric, labels = parse_series(name)
+        if metric in _CAUSES:
+            way, label, _ = _CAUSES[metric]
+            parts[way][labels[label]] = parts[way].get(labels[label], 0) + value
+    members: dict[str, Any] = {f"{way}_bytes": sum(by_cause.values()) for way, by_cause in parts.items()}
+    members["saved_bytes"] = members["sent_bytes"] - members["received_bytes"]
+    return TrafficByCause(**members | parts)
 
 
-def streams(counts: Counts, label: StreamLabels) -> list[StreamTraffic]:
+def streams(counts: Counts, names: StreamNames, product_of: ProductOf) -> list[StreamTraffic]:
     """Sent, received and wasted bytes by product, language and kind, the most sent first."""
-    rows: dict[tuple[str, str, str], Counter[str]] = {}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, value in counts.items():
         metric, series = parse_series(name)
-        if not metric.startswith("gup_stream_") or not value:
-            continue
-        where = (*label(int(series["slot"])), series["kind"])
-        way = metric.removeprefix("gup_stream_").removesuffix("_total")
-        rows.setdefault(where, Counter(sent_bytes=0, received_bytes=0, wasted_bytes=0))[way] += value
+        if metric.startswith("gup_stream_") and value:
+            product, language = stream_labels(names, int(series["slot"]), product_of)
+            row = rows.setdefault(
+                (product, language, series["kind"]), {"sent_bytes": 0, "received_bytes": 0, "wasted_bytes": 0}
+            )
+            row[metric.removeprefix("gup_stream_").removesuffix("_total")] += value
     order = sorted(rows, key=lambda where: (-rows[where]["sent_bytes"], where[:2], KINDS.index(where[2])))
     return [
         StreamTraffic(
             product=product,
             language=language,
             kind=kind,
-            **rows[product, language, kind],
-            saved_bytes=rows[product, language, kind]["sent_bytes"]
-            - rows[product, language, kind]["received_bytes"],
+            **(row := rows[product, language, kind]),
+            saved_bytes=row["sent_bytes"] - row["received_bytes"],
         )
         for product, language, kind in order
     ]
@@ -155,14 +185,3 @@ def within(day: str, today: str, days: int) -> bool:
     if not day or day > today:
         return False
     return (date.fromisoformat(today) - date.fromisoformat(day)).days < days
-
-
-def completed(days: Mapping[str, Counts], now: Counts, rest_on: str) -> dict[str, Counts]:
-    """The days, with what was counted since they were stored added to `rest_on`."""
-    before = added_up(days.values())
-    rest = {name: now.get(name, 0) - before.get(name, 0) for name in now.keys() | before}
-    rest = {name: value for name, value in rest.items() if value}
-    found = dict(days)
-    if rest:
-        found[rest_on] = added_up([found.get(rest_on, {}), rest])
-    return found

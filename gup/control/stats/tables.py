@@ -2,96 +2,75 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from gup.metrics import WASTED
 
-Line = tuple[object, ...]
+Row = Mapping[str, Any]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet takes for a formula: clients may state any text."""
 
 
-def csv_text(lines: Iterable[Line]) -> str:
-    """The lines as CSV; texts that look like formulas are quoted."""
-    text = io.StringIO()
-    csv.writer(text).writerows([_cell(value) for value in line] for line in lines)
-    return text.getvalue()
+class Table(NamedTuple):
+    """The columns of a table, and its rows from a report."""
+
+    columns: tuple[str, ...]
+    rows: Callable[[Row], Iterable[Row]]
+
+    def csv(self, report: Row) -> str:
+        """The table as text; texts that look like formulas are quoted, times are UTC."""
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(self.columns)
+        table.writerows([_cell(name, row.get(name)) for name in self.columns] for row in self.rows(report))
+        return text.getvalue()
 
 
-def _cell(value: object) -> object:
-    if isinstance(value, str) and value.startswith(_FORMULA):
-        return "'" + value
-    return "" if value is None else value
-
-
-def _time(at: float | None) -> str | None:
-    return None if not at else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+def _cell(name: str, value: Any) -> object:
+    if name.endswith("_at") and value:
+        return datetime.fromtimestamp(value, UTC).isoformat(timespec="seconds")
+    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 _STREAM = ("product", "version", "language", "type", "moniker")
 
 
-def of_content(report: Mapping[str, Any]) -> Iterator[Line]:
+def _content(report: Row) -> Iterator[Row]:
     """One line for each revision of a stream, then one for each lagging client."""
-    yield (
-        *("line", *_STREAM),
-        *("revision", "clients", "took", "first_taken_at", "last_taken_at"),
-        *("address", "lag_revisions", "lag_seconds", "seen_at"),
-    )
     for stream in report["content"]:
-        of_stream = tuple(stream[name] for name in _STREAM)
-        for row in stream["revisions"]:
-            times = _time(row["first_taken_at"]), _time(row["last_taken_at"])
-            yield (
-                "revision",
-                *of_stream,
-                row["revision"],
-                row["clients"],
-                row["took"],
-                *times,
-                None,
-                None,
-                None,
-                None,
-            )
+        named = {name: stream[name] for name in _STREAM}
+        yield from ({**row, **named, "line": "revision"} for row in stream["revisions"])
         for row in stream["lagging"]:
-            lag = row["lag_revisions"], row["lag_seconds"]
-            taken = _time(row["taken_at"])
-            counts = (None, None, None, taken)
-            yield (
-                "client",
-                *of_stream,
-                row["revision"],
-                *counts,
-                row["address"],
-                *lag,
-                _time(row["seen_at"]),
-            )
+            yield {**row, **named, "line": "client", "last_taken_at": row["taken_at"]}
 
 
-_RESTART = ("address", "state", "version", "language", "version_then", "product", "moniker", "revision")
+_TRAFFIC = ("sent_bytes", "received_bytes", "saved_bytes", "wasted_bytes")
+_WASTED = tuple(f"wasted_{reason}_bytes" for reason in WASTED)
 
 
-def of_restarts(report: Mapping[str, Any]) -> Iterator[Line]:
-    """One line for each client that may wait for a restart."""
-    yield (*_RESTART, "taken_at", "seen_at")
-    for row in report["restart_pending"]:
-        yield (*(row[name] for name in _RESTART), _time(row["taken_at"]), _time(row["seen_at"]))
-
-
-def of_savings(report: Mapping[str, Any]) -> Iterator[Line]:
+def _savings(report: Row) -> Iterator[Row]:
     """One line for each day and stream, and one for each day's waste: columns add up to the counters."""
-    yield (
-        *("day", "product", "language", "kind"),
-        *("sent_bytes", "received_bytes", "saved_bytes", "wasted_bytes"),
-        *(f"wasted_{reason}_bytes" for reason in WASTED),
-    )
-    nothing = tuple(0 for _ in WASTED)
+    nothing = dict.fromkeys((*_TRAFFIC, *_WASTED), 0)
     for day in report["days"]:
-        on = day["day"] or "earlier"
-        for row in day["streams"]:
-            figures = row["sent_bytes"], row["received_bytes"], row["saved_bytes"], row["wasted_bytes"]
-            yield (on, row["product"], row["language"], row["kind"], *figures, *nothing)
-        yield (on, "", "", "wasted", 0, 0, 0, 0, *(day["wasted"][reason] for reason in WASTED))
+        on = {"day": day["day"] or "earlier", **nothing}
+        yield from ({**on, **row} for row in day["streams"])
+        yield {**on, "kind": "wasted", **{f"wasted_{why}_bytes": day["wasted"][why] for why in WASTED}}
+
+
+CONTENT = Table(
+    (
+        *("line", *_STREAM, "revision", "clients", "took", "first_taken_at", "last_taken_at"),
+        *("address", "lag_revisions", "lag_seconds", "seen_at"),
+    ),
+    _content,
+)
+RESTARTS = Table(
+    (
+        *("address", "state", "version", "language", "version_then", "product", "moniker", "revision"),
+        *("taken_at", "seen_at"),
+    ),
+    lambda report: report["restart_pending"],
+)
+SAVINGS = Table(("day", "product", "language", "kind", *_TRAFFIC, *_WASTED), _savings)
