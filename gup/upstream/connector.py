@@ -8,15 +8,13 @@ import asyncio
 import select
 import socket
 import ssl
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import aiohttp
-import yarl
+from yarl import URL
 
 from gup.errors import exhausted, is_exhausted
 from gup.upstream.exchange import UpstreamFailure, proxy_in_words, proxy_refused, unreachable
@@ -26,18 +24,25 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
 
+__all__ = ["URL", "is_no_http", "is_quiet", "open_session", "translated"]
+
 _SENT_UNASKED = select.POLLIN | select.POLLPRI | select.POLLRDHUP
 """Events that an idle connection must not have; POLLERR and POLLHUP are always reported."""
-_READ_AHEAD_BYTES = 4096
-"""What aiohttp may buffer: it is lost, and fetched again, when a connection breaks."""
 _KEEPALIVE_SECONDS = 4.0
 """How long an idle connection is kept: shorter than by most servers, proxies and firewalls."""
 _PROBE_AFTER_SECONDS = 10
 _PROBE_EVERY_SECONDS = 5
+_Result = TypeVar("_Result")
 
 
-def open_session(tls: ssl.SSLContext | bool, connect_seconds: float) -> aiohttp.ClientSession:
-    """A pool of connections to one upstream."""
+def open_session(
+    tls: ssl.SSLContext | bool, connect_seconds: float, head_seconds: float
+) -> aiohttp.ClientSession:
+    """A pool of connections to one upstream.
+
+    Connecting may take `connect_seconds`; from then on the response's head may take `head_seconds`, including
+    any 1xx responses before it.
+    """
 
     def make_socket(address: Any) -> socket.socket:
         made = socket.socket(family=address[0], type=address[1], proto=address[2])
@@ -49,72 +54,29 @@ def open_session(tls: ssl.SSLContext | bool, connect_seconds: float) -> aiohttp.
         return made
 
     return aiohttp.ClientSession(
-        connector=_Connector(ssl=tls, socket_factory=make_socket, keepalive_timeout=_KEEPALIVE_SECONDS),
+        connector=_Connector(
+            head_seconds, ssl=tls, socket_factory=make_socket, keepalive_timeout=_KEEPALIVE_SECONDS
+        ),
+        request_class=_Request,
         middlewares=(_retry_if_reused,),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
-        read_bufsize=_READ_AHEAD_BYTES,
         skip_auto_headers=("Accept-Encoding", "Accept"),
         # No sock_read: its timer also runs while gup itself pauses, and fires on pooled connections (aiohttp
-        # issues 12953 and 13000). `send` and Answer.read have time limits of their own.
+        # issues 12953 and 13000). The head and Answer.read have time limits of their own.
         timeout=aiohttp.ClientTimeout(total=None, connect=connect_seconds, sock_connect=connect_seconds),
     )
 
 
-async def send(
-    session: aiohttp.ClientSession,
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    *,
-    proxy: str | None,
-    head_seconds: float,
-) -> aiohttp.ClientResponse:
-    """Send a request and return the response once its head is here.
+class _Request(aiohttp.ClientRequest):
+    """A request with what the connector and the middleware tell each other."""
 
-    Connecting is limited by the session; from then on the head may take `head_seconds`, including any 1xx
-    responses before it.
-    """
-    async with asyncio.timeout(None) as limit:
-        attempt = _Attempt(limit, head_seconds)
-        before = _current.set(attempt)
-        try:
-            return await session.request(
-                method,
-                yarl.URL(url, encoded=True),
-                headers=headers,
-                allow_redirects=False,
-                proxy=proxy,
-            )
-        finally:
-            _current.reset(before)
-            attempt.limit = None
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """A request until its response's head is here. Changed by the connector and the middleware."""
-
-    limit: asyncio.Timeout | None
-    """Limits the wait for the head; starts when there is a connection. None afterwards: asyncio keeps the
-    context, and this object with it, for as long as a connection that was made in it.
-    """
-    head_seconds: float
-    fresh: bool = False
+    limit: asyncio.Timeout
+    """Limits the wait for the head; starts when there is a connection."""
+    fresh = False
     """Whether a pooled connection must not be used."""
-    reused: bool = False
+    reused = False
     """Whether its connection has been used before."""
-
-    def connecting(self) -> None:
-        assert self.limit is not None
-        self.limit.reschedule(None)
-
-    def connected(self) -> None:
-        assert self.limit is not None
-        self.limit.reschedule(asyncio.get_running_loop().time() + self.head_seconds)
-
-
-_current: ContextVar[_Attempt] = ContextVar("_current")
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -123,8 +85,9 @@ class _Connector(aiohttp.TCPConnector):
     The number of connections is not limited here: waiting for one would use up the time for connecting.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, head_seconds: float, **options: Any) -> None:
         super().__init__(limit=0, **options)
+        self._head_seconds = head_seconds
         self._used: WeakSet[ResponseHandler] = WeakSet()
 
     async def connect(
@@ -134,20 +97,17 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's signature
     ) -> "Connection":
         """A connection for one request."""
-        attempt = _current.get()
-        attempt.connecting()
+        assert isinstance(req, _Request)
         while True:
             connection = await super().connect(req, traces, timeout)
             protocol = connection.protocol
             assert protocol is not None
-            attempt.reused = protocol in self._used
-            if not attempt.reused:
-                self._used.add(protocol)
-                break
-            if not attempt.fresh and is_quiet(connection):
+            req.reused = protocol in self._used
+            if not req.reused or (not req.fresh and is_quiet(connection)):
                 break
             connection.close()
-        attempt.connected()
+        self._used.add(protocol)
+        req.limit.reschedule(asyncio.get_running_loop().time() + self._head_seconds)
         return connection
 
 
@@ -167,57 +127,63 @@ def is_quiet(connection: "Connection") -> bool:
 
 
 async def _retry_if_reused(
-    request: aiohttp.ClientRequest,
-    handler: Callable[[aiohttp.ClientRequest], Any],
+    request: aiohttp.ClientRequest, handler: Callable[[aiohttp.ClientRequest], Any]
 ) -> aiohttp.ClientResponse:
     """A middleware: a request that fails on a reused connection is sent once more, on a fresh one.
 
     Other breaks are raised as _BrokeOff: aiohttp would repeat an idempotent request by itself, even on a new
     connection; but retries are decided and counted by gup.upstream.download.
     """
-    try:
-        return await _once(request, handler)
-    except aiohttp.ClientError:
-        attempt = _current.get()
-        if not attempt.reused:
+    assert isinstance(request, _Request)
+    while True:
+        try:
+            async with asyncio.timeout(None) as request.limit:
+                response: aiohttp.ClientResponse = await handler(request)
+            return response  # noqa: TRY300 - the way out of the loop
+        except aiohttp.ClientError as error:
+            if request.reused and not request.fresh:
+                request.fresh = True
+                continue
+            broke = isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError)
+            if broke and not isinstance(error, aiohttp.ClientConnectorError):
+                raise _BrokeOff(str(error)) from error
             raise
-        attempt.fresh = True
-    return await _once(request, handler)
-
-
-async def _once(
-    request: aiohttp.ClientRequest, handler: Callable[[aiohttp.ClientRequest], Any]
-) -> aiohttp.ClientResponse:
-    try:
-        response: aiohttp.ClientResponse = await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise _BrokeOff(str(error)) from error
-    return response
 
 
 class _BrokeOff(aiohttp.ClientError):
     """The connection broke before the head of the response; the cause is aiohttp's error."""
 
 
+async def translated(
+    step: Awaitable[_Result], name: str, limit: str = "", proxy: str | None = None
+) -> _Result:
+    """Await one step of aiohttp's. Any failure of the network or the upstream becomes UpstreamFailure.
+
+    `limit` is the setting that ends the wait. `proxy` is the URL of the web proxy in between: failures of its
+    own are reported as such. A failure for lack of descriptors says nothing about the upstream.
+    """
+    try:
+        return await step
+    except Exception as error:
+        failure = failure_of(error, name, limit, proxy)
+        if failure is None:
+            raise
+        raise failure from error
+
+
 def failure_of(  # noqa: C901, PLR0911 - a table
     error: BaseException, name: str, limit: str, proxy: str | None
 ) -> UpstreamFailure | None:
-    """The failure that an exception of aiohttp or of the network means; None for any other exception.
-
-    `limit` is the setting that ended a wait in vain.
-    """
+    """The failure that an exception of aiohttp or of the network means; None for any other exception."""
     if isinstance(error, _BrokeOff) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError) and is_exhausted(error):
         return UpstreamFailure("unreachable", "overloaded", exhausted(error).detail, again=True)
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return unreachable(f"{name} takes no connection in time")
-    if isinstance(error, (aiohttp.ServerTimeoutError, TimeoutError)):
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
         setting = f" ({limit})" if limit else ""
-        detail = f"{name} did not answer in time{setting}"
-        return UpstreamFailure("timeout", "upstream-timeout", detail, again=False)
+        return UpstreamFailure("timeout", "upstream-timeout", f"{name} did not answer in time{setting}")
     if isinstance(error, aiohttp.ClientSSLError):
         return unreachable(f"{name}: TLS: {_tls_reason(error)}")
     if isinstance(error, aiohttp.ClientProxyConnectionError):
@@ -230,11 +196,11 @@ def failure_of(  # noqa: C901, PLR0911 - a table
         peer = f"{name}: {proxy_in_words(proxy)}" if at_proxy else name
         return unreachable(f"{peer} can't be reached: {error.strerror or error}", again=True)
     if isinstance(error, aiohttp.InvalidURL):
-        return UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}", again=False)
-    if isinstance(error, (aiohttp.ClientResponseError, aiohttp.http.HttpProcessingError)):
+        return UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}")
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
         return UpstreamFailure("error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True)
     # aiohttp raises RuntimeError when its connection has gone and no reader was told.
-    if isinstance(error, (aiohttp.ClientError, OSError, asyncio.IncompleteReadError, RuntimeError)):
+    if isinstance(error, aiohttp.ClientError | OSError | asyncio.IncompleteReadError | RuntimeError):
         detail = f"{name} broke off: {error or type(error).__name__}"
         return UpstreamFailure("error", "upstream-error", detail, again=True)
     return None

@@ -12,10 +12,10 @@ from gup.jsonmodel import Form, InvalidError, shown, text
 from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
+MOST_FIELD_BYTES = 512
 _GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
 _AGE = re.compile(r"[0-9]{1,12}")
 _SENDABLE = Form(re.compile("[ -~]*"), "text of a header field")
-MOST_FIELD_BYTES = 512
 
 
 # --- failures
@@ -34,27 +34,27 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
         slug: str,
         detail: str,
         *,
-        again: bool,
+        again: bool = False,
         status: int | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
         self.detail = quoted(detail)  # it may contain text from the upstream
         super().__init__(self.detail)
         self.outcome = outcome
-        self.status = status
         self.slug = slug
         self.again = again
+        self.status = status
         self.retry_after_seconds = retry_after_seconds
 
 
 def rejected(detail: str) -> UpstreamFailure:
     """The response can't be the requested content."""
-    return UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
+    return UpstreamFailure("rejected", "upstream-bad-body", detail)
 
 
 def misframed(detail: str) -> UpstreamFailure:
     """The end of the response can't be told for certain."""
-    return UpstreamFailure("rejected", "upstream-error", detail, again=False)
+    return UpstreamFailure("rejected", "upstream-error", detail)
 
 
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
@@ -63,7 +63,7 @@ def unconfirmed(name: str, received: int) -> UpstreamFailure:
         f"{name} sent {received} bytes and closed the connection, without a Content-Length or a last chunk "
         "to tell that this is all: it is passed on and not stored"
     )
-    return UpstreamFailure("rejected", "upstream-unsure-end", detail, again=False)
+    return UpstreamFailure("rejected", "upstream-unsure-end", detail)
 
 
 def unreachable(detail: str, *, again: bool = False) -> UpstreamFailure:
@@ -75,18 +75,13 @@ def refusal(name: str, status: int, headers: Mapping[str, str], now: float) -> U
     """A response with an error status. `now` is in Unix seconds."""
     if status == 508:
         detail = f"{name} answered 508: the request would go round in a circle"
-        return UpstreamFailure("error", "loop", detail, again=False, status=status)
+        return UpstreamFailure("error", "loop", detail, status=status)
     later = None
     if status in (429, 503):
         later = retry_after_seconds(headers.get("Retry-After"), headers.get("Date"), now)
-    return UpstreamFailure(
-        "error",
-        "upstream-error" if status >= 500 else "upstream-refused",
-        f"{name} answered {status}",
-        again=False,
-        status=status,
-        retry_after_seconds=later,
-    )
+    slug = "upstream-error" if status >= 500 else "upstream-refused"
+    detail = f"{name} answered {status}"
+    return UpstreamFailure("error", slug, detail, status=status, retry_after_seconds=later)
 
 
 def retry_after_seconds(text: str | None, date: str | None, now: float) -> float | None:
@@ -94,9 +89,7 @@ def retry_after_seconds(text: str | None, date: str | None, now: float) -> float
 
     A date is compared with the response's own `date` if there is one, because clocks differ.
     """
-    if text is None:
-        return None
-    text = text.strip()
+    text = (text or "").strip()
     if re.fullmatch(r"[0-9]{1,12}", text):
         seconds = float(text)
     else:
@@ -154,9 +147,8 @@ class Validators:
         """From header fields. A value that can't be sent back is replaced by a hash, for comparison only."""
         modified_at, sent_at = (parse_http_date(text) if text else None for text in (last_modified, date))
         strong_date = modified_at is not None and sent_at is not None and sent_at > modified_at
-        return cls(
-            bounded(etag) if etag else None, bounded(last_modified) if last_modified else None, strong_date
-        )
+        etag, last_modified = (bounded(text) if text else None for text in (etag, last_modified))
+        return cls(etag, last_modified, strong_date)
 
     @property
     def if_range(self) -> str | None:
@@ -165,7 +157,7 @@ class Validators:
         A strong date is sent even if there is a weak tag, which section 13.1.5 does not provide for: servers
         with weak tags compare the date, and one that does not sends the whole body.
         """
-        if self.etag is not None and not _is_weak(self.etag):
+        if self.etag is not None and self.etag.startswith('"'):
             return self.etag
         return self.last_modified if self.strong_date else None
 
@@ -180,13 +172,13 @@ class Validators:
         if self.etag is not None and now.etag is not None:
             if self.etag.removeprefix("W/") != now.etag.removeprefix("W/"):
                 return False
-            if not _is_weak(self.etag) and not _is_weak(now.etag):
+            if self.etag.startswith('"') and now.etag.startswith('"'):
                 return True
         if self.last_modified is not None and now.last_modified is not None:
             return self.last_modified == now.last_modified
-        nothing = (None, None)
-        both = (self.etag, self.last_modified), (now.etag, now.last_modified)
-        return tagged or (vouched and both[1] == nothing) or both == (nothing, nothing)
+        silent_before = self.etag is None and self.last_modified is None
+        silent_now = now.etag is None and now.last_modified is None
+        return tagged or (silent_now and (vouched or silent_before))
 
     def to_json(self) -> list[object]:
         return [self.etag, self.last_modified, self.strong_date]
@@ -201,10 +193,6 @@ class Validators:
             for one in fields[:2]
         )
         return cls(etag, last_modified, fields[2])
-
-
-def _is_weak(etag: str) -> bool:
-    return not etag.startswith('"')
 
 
 def bounded(text: str) -> str:
@@ -222,7 +210,8 @@ class RemoteHead:
     """The head of a response. `length` is that of the whole body, `start` the offset of the first byte sent.
 
     `etag` is the tag with its quotes, None for a weak one (RFC 9110 section 8.8.3). `age_seconds` is how long
-    another gup has stored it. `stop` is the offset after the last byte sent, None when unknown.
+    another gup has stored it. `stop` is the offset after the last byte sent, None when unknown. `validators`
+    are as received. `delimited`: a length or a last chunk will confirm the end; else the connection closes.
     """
 
     status: int
@@ -234,10 +223,8 @@ class RemoteHead:
     upstream: str
     age_seconds: int = 0
     validators: Validators = field(default_factory=Validators)
-    """As received, including a weak tag."""
     stop: int | None = None
     delimited: bool = True
-    """Whether a length or a last chunk will confirm the end; else the connection just closes."""
 
 
 def read_age(text: str | None) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -31,8 +30,8 @@ from gup.upstream.exchange import (
     read_age,
     refusal,
 )
-from gup.upstream.health import RARE_TRIAL_SECONDS, Board, Sign, mark, sign_of
-from gup.upstream.session import Answer, Ask, Upstream, read_framing, read_head, translated
+from gup.upstream.health import EVERY_MARK, RARE_TRIAL_SECONDS, Board, Sign, mark, sign_of
+from gup.upstream.session import Answer, Ask, Fields, Upstream
 
 if TYPE_CHECKING:
     import aiohttp
@@ -43,6 +42,7 @@ _LEARN_SECONDS = 1.0
 """Time limit for learning another gup's name, which it answers by itself."""
 _LEARN_AGAIN_SECONDS = 2.0
 """After a failure, requests do not wait again for this long."""
+_OUTCOMES = {304: "not_modified", 404: "not_found", 410: "not_found"}
 
 
 class Pool:
@@ -67,7 +67,8 @@ class Pool:
         self._counters = counters
         self._clock = clock
         self._last_detail = ""
-        self._retired: list[Upstream] = []
+        self._asked: set[Upstream] = set()
+        """Those that may be open, the retired among them."""
         self._closing: set[asyncio.Task[None]] = set()
         self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
         """Whether an upstream's catalogue lists a stream; set by the reader of catalogues."""
@@ -80,20 +81,17 @@ class Pool:
         """Take over settings. Unchanged upstreams keep their connections; requests in progress at a changed
         one finish with the old settings.
         """
-        known = {upstream.name: upstream for upstream in self.upstreams}
-        kept = [
-            known[settings.name]
-            if settings.name in known and known[settings.name].stays(settings)
+        old = {upstream.name: upstream for upstream in self.upstreams}
+        self.upstreams = [
+            old.pop(settings.name)
+            if settings.name in old and old[settings.name].stays(settings)
             else Upstream(settings, self._user_agent, self._via)
             for settings in sorted(upstreams, key=lambda settings: settings.priority)
         ]
-        old, self.upstreams = self.upstreams, kept
-        for upstream in old:
-            if upstream not in kept:
-                upstream.retired = True
-                self.board.forget(upstream.name)  # the new settings may have mended it
-                self._retired.append(upstream)
-                self._close_if_idle(upstream)
+        for upstream in old.values():
+            upstream.retired = True
+            self.board.forget(upstream.name)  # the new settings may have mended it
+            self._close_if_idle(upstream)
 
     # --- choice
 
@@ -105,25 +103,32 @@ class Pool:
         LiveUpdate's files are at LiveUpdate, whatever the variant.
         """
         stream = _stream_of(key)
-        if stream == LIVEUPDATE_STREAM:
-            fitting = [upstream for upstream in self.upstreams if upstream.settings.kind == "liveupdate"]
-        else:
-            fitting = self._of_variant(variant, stream)
-        return sorted(fitting, key=lambda upstream: self._rank(upstream, key))
-
-    def _of_variant(self, variant: Variant, stream: str) -> list[Upstream]:
-        managers = [upstream for upstream in self.upstreams if upstream.settings.kind != "liveupdate"]
-        found = [upstream for upstream in managers if variant.covers(upstream.variant)]
-        wide = variant if variant.is_wide else variant.widened()
-        if wide.is_wide and (variant.is_wide or not found):
-            found = [upstream for upstream in managers if wide.covers(upstream.variant)]
-            found = [upstream for upstream in found if self.lists(upstream.name, stream)] or found
-        return found
+        from_liveupdate = stream == LIVEUPDATE_STREAM
+        found = [one for one in self.upstreams if (one.settings.kind == "liveupdate") is from_liveupdate]
+        if not from_liveupdate:
+            managers, found = found, [one for one in found if variant.covers(one.variant)]
+            wide = variant if variant.is_wide else variant.widened()
+            if wide.is_wide and (variant.is_wide or not found):
+                found = [one for one in managers if wide.covers(one.variant)]
+                found = [one for one in found if self.lists(one.name, stream)] or found
+        return sorted(found, key=lambda upstream: self._rank(upstream, key))
 
     def _rank(self, upstream: Upstream, key: str) -> tuple[int, int, float]:
         settings = upstream.settings
         doubt = 2 if self.board.is_down(upstream.name) else int(self.board.doubted(upstream.name))
         return doubt, settings.priority, -rendezvous(key, upstream.name, settings.weight)
+
+    def chosen(
+        self, variant: Variant, key: str, via: str | None, *, resuming: bool
+    ) -> tuple[list[Upstream], list[Upstream]]:
+        """The upstreams to ask, and a reserve for a body of which clients already have some bytes.
+
+        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`; a resumed body does
+        not wait for a trial.
+        """
+        candidates = self.off_the_way(self.candidates(variant, key), via)
+        admitted = candidates if resuming else self.admitted(variant, key, via)
+        return admitted, [upstream for upstream in candidates if upstream not in admitted]
 
     def admitted(self, variant: Variant, key: str, via: str | None = None) -> list[Upstream]:
         """The candidates for a new request; of those that are down, the ones with a trial due.
@@ -133,11 +138,31 @@ class Pool:
         candidates = self.off_the_way(self.candidates(variant, key), via)
         usable = [u for u in candidates if not self.board.is_down(u.name)]
         if usable:
-            return self._unchecked_trials(candidates, usable) + usable
+            # Of those that are not checked only requests can tell that they are up.
+            trials = [
+                u
+                for u in candidates
+                if u not in usable
+                and u.settings.health_interval <= 0
+                and u.settings.priority <= usable[0].settings.priority
+                and self.board.may_try(u.name, u.settings.connect_timeout, RARE_TRIAL_SECONDS)
+            ]
+            return trials + usable
         trials = [u for u in candidates if self.board.may_try(u.name, u.settings.connect_timeout)]
         if candidates and not trials:
             raise self._away(candidates)
         return trials
+
+    def off_the_way(self, candidates: Sequence[Upstream], via: str | None) -> list[Upstream]:
+        """The candidates that the request has not passed through by its Via: others would close a loop.
+
+        UpstreamFailure when it has passed through all.
+        """
+        passed = node_names(via)
+        left = [upstream for upstream in candidates if upstream.node not in passed]
+        if candidates and not left:
+            raise UpstreamFailure("error", "loop", "the request came from the upstream itself")
+        return left
 
     def refuse_while_away(self, variant: Variant, key: str) -> None:
         """Raise what `admitted` would raise, without beginning a trial."""
@@ -153,48 +178,11 @@ class Pool:
 
     def _away(self, candidates: Sequence[Upstream]) -> UpstreamFailure:
         last = f"; the last error was: {self._last_detail}" if self._last_detail else ""
-        names = ", ".join(upstream.name for upstream in candidates)
+        detail = f"no upstream is up ({', '.join(upstream.name for upstream in candidates)}){last}"
+        wait_seconds = max(1.0, min(map(self._seconds_away, candidates)))
         return UpstreamFailure(
-            "unreachable",
-            "upstream-unreachable",
-            f"no upstream is up ({names}){last}",
-            again=False,
-            retry_after_seconds=max(1.0, min(map(self._seconds_away, candidates))),
+            "unreachable", "upstream-unreachable", detail, retry_after_seconds=wait_seconds
         )
-
-    def chosen(
-        self, variant: Variant, key: str, via: str | None, *, resuming: bool
-    ) -> tuple[list[Upstream], list[Upstream]]:
-        """The upstreams to ask, and a reserve for a body of which clients already have some bytes.
-
-        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`; a resumed body does
-        not wait for a trial.
-        """
-        candidates = self.off_the_way(self.candidates(variant, key), via)
-        admitted = candidates if resuming else self.admitted(variant, key, via)
-        return admitted, [upstream for upstream in candidates if upstream not in admitted]
-
-    def off_the_way(self, candidates: Sequence[Upstream], via: str | None) -> list[Upstream]:
-        """The candidates that the request has not passed through by its Via: others would close a loop.
-
-        UpstreamFailure when it has passed through all.
-        """
-        passed = node_names(via)
-        left = [upstream for upstream in candidates if upstream.node not in passed]
-        if candidates and not left:
-            raise UpstreamFailure("error", "loop", "the request came from the upstream itself", again=False)
-        return left
-
-    def _unchecked_trials(self, candidates: Sequence[Upstream], usable: Sequence[Upstream]) -> list[Upstream]:
-        """Those that are down, not checked, and due for a trial: only requests can tell that they are up."""
-        return [
-            upstream
-            for upstream in candidates
-            if upstream not in usable
-            and upstream.settings.health_interval <= 0
-            and upstream.settings.priority <= usable[0].settings.priority
-            and self.board.may_try(upstream.name, upstream.settings.connect_timeout, RARE_TRIAL_SECONDS)
-        ]
 
     async def learn_names(self, variant: Variant, key: str) -> None:
         """Learn the Via names of candidates that have not responded yet; loops are detected by them.
@@ -228,20 +216,23 @@ class Pool:
         """
         await upstream.take_connection()
         upstream.in_use += 1
-        if upstream.retired and upstream not in self._retired:
-            self._retired.append(upstream)  # a retry of a fill that began before the reload
+        self._asked.add(upstream)
         answer = None
         try:
-            answer = await self._ask(upstream, ask)
+            response = await upstream.request(ask, limited=self.wan.rate_bytes_per_second > 0)
+            try:
+                answer = await self._judge(upstream, ask, response)
+            except BaseException:
+                response.close()
+                raise
         except UpstreamFailure as failure:
             self._count(upstream, failure.outcome)
-            self._note_failure(upstream, ask, failure)
+            self.note_failure(upstream, ask, failure)
             raise
         finally:
             if not isinstance(answer, Answer):
-                self._done(upstream)
-        status = answer.status if isinstance(answer, RemoteHead) else answer.head.status
-        self._count(upstream, {304: "not_modified", 404: "not_found", 410: "not_found"}.get(status, "ok"))
+                self.done(upstream)
+        self._count(upstream, _OUTCOMES.get(response.status, "ok"))
         self.board.note(upstream.name, Sign.ANSWERED)
         return answer
 
@@ -250,124 +241,90 @@ class Pool:
 
         For a body whose end is not confirmed.
         """
-        plain = replace(
-            ask, method="HEAD", start=0, stop=None, if_range=None, if_none_match=None, if_modified_since=None
-        )
         try:
-            told = await self.ask(upstream, plain)
+            told = await self.ask(
+                upstream, Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via)
+            )
         except UpstreamFailure:
             return None
-        same = isinstance(told, RemoteHead) and (told.etag, told.last_modified) == (
-            head.etag,
-            head.last_modified,
-        )
-        return told.length if same and isinstance(told, RemoteHead) and told.status == 200 else None
+        assert isinstance(told, RemoteHead)
+        same = (told.status, told.etag, told.last_modified) == (200, head.etag, head.last_modified)
+        return told.length if same else None
 
     def _count(self, upstream: Upstream, outcome: str) -> None:
         self._counters.add("gup_upstream_requests_total", upstream=upstream.name, outcome=outcome)
 
-    def _note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
+    def count_received(self, upstream: Upstream, ask: Ask, amount: int) -> None:
+        """Count bytes of a body."""
+        counters, name = self._counters, "gup_upstream_received_bytes_total"
+        counters.add(name, amount, upstream=upstream.name, purpose=ask.purpose)
+        counters.add_stream("received", *ask.stream, amount)
+
+    def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
+        """Record in the upstream's health what a failure shows."""
         sign = sign_of(failure, upstream.settings.kind, check=ask.check)
         if sign is Sign.AWAY:
             self._last_detail = failure.detail
-        if sign is not None and ask.check:
-            self.board.note(upstream.name, sign, failure.detail)
-        elif sign is not None:
-            self.board.note(upstream.name, sign, failure.detail, mark(ask.path, ask.client))
+        if sign is not None:
+            failed = EVERY_MARK if ask.check else mark(ask.path, ask.client)
+            self.board.note(upstream.name, sign, failure.detail, failed)
 
-    def _done(self, upstream: Upstream) -> None:
+    def done(self, upstream: Upstream) -> None:
+        """A request, or the reading of its response, is over."""
         upstream.in_use -= 1
         upstream.give_connection()
         self._close_if_idle(upstream)
 
     def _close_if_idle(self, upstream: Upstream) -> None:
-        if not upstream.retired or upstream.in_use:
-            return
-        if upstream in self._retired:
-            self._retired.remove(upstream)
-        if upstream.is_open:
+        if upstream.retired and not upstream.in_use and upstream in self._asked:
+            self._asked.remove(upstream)
             task = asyncio.get_running_loop().create_task(upstream.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
-        response = await upstream.request(ask)
-        try:
-            return await self._judge(upstream, ask, response)
-        except BaseException:
-            response.close()
-            raise
-
     async def _judge(
         self, upstream: Upstream, ask: Ask, response: "aiohttp.ClientResponse"
     ) -> Answer | RemoteHead:
-        count = self._counter(upstream.name, ask)
-        status = response.status
+        status, name, proxy = response.status, upstream.name, upstream.settings.proxy
+        fields = Fields(response, name)
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
-        proxy = upstream.settings.proxy
         if proxy is not None and answered_by_proxy(status, response.headers):
-            await self._drain(response, count, ask, upstream)
-            raise proxy_refused(upstream.name, proxy, status)
+            await self._drain(fields, ask, upstream)
+            raise proxy_refused(name, proxy, status)
+        # How long another gup has stored it (RFC 9111 section 5.1).
+        age = read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
         if status in (304, 404, 410):
-            await self._drain(response, count, ask, upstream)
-            return RemoteHead(status, 0, None, None, None, "", upstream.name, self._age(upstream, response))
+            await self._drain(fields, ask, upstream)
+            return RemoteHead(status, 0, None, None, None, "", name, age)
         if status not in (200, 206) or (status == 206 and not ask.ranged):
-            await self._drain(response, count, ask, upstream)
-            failure = refusal(upstream.name, status, response.headers, time.time())
+            await self._drain(fields, ask, upstream)
+            failure = refusal(name, status, response.headers, time.time())
             if proxy is not None:
                 failure.detail += f", by way of {proxy_in_words(proxy)}, whose answer it may be"
             raise failure
-        if ask.check:
-            response.release()
-            return RemoteHead(status, 0, None, None, None, "", upstream.name)
-        head = replace(read_head(response, upstream.name), age_seconds=self._age(upstream, response))
+        head = RemoteHead(status, 0, None, None, None, "", name) if ask.check else fields.head(age)
         if ask.method == "HEAD":
             response.release()
             return head
-        return Answer(
-            head,
-            response,
-            upstream,
-            count,
-            self.wan,
-            ask.share,
-            broke=lambda failure: self._note_failure(upstream, ask, failure),
-            closed=lambda: self._done(upstream),
-        )
+        return Answer(self, upstream, ask, head, response)
 
-    @staticmethod
-    def _age(upstream: Upstream, response: "aiohttp.ClientResponse") -> int:
-        """How long a gup has stored the response (RFC 9111 section 5.1); 0 for other servers."""
-        return read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
-
-    async def _drain(
-        self, response: "aiohttp.ClientResponse", count: Callable[[int], None], ask: Ask, upstream: Upstream
-    ) -> None:
+    async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
         """Read a body that is not wanted, so that the connection can be used again; else close it."""
-        left = _ERROR_BODY_BYTES
+        from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
+
+        left, response = _ERROR_BODY_BYTES, fields.response
         # The body may break off, hang, or have no certain end; the status is all that counts.
         with contextlib.suppress(UpstreamFailure, TimeoutError):
-            read_framing(response, upstream.name)
+            fields.framing()
             async with asyncio.timeout(upstream.settings.read_timeout):
                 while left > 0 and (piece := await translated(response.content.read(left), upstream.name)):
-                    count(len(piece))
+                    self.count_received(upstream, ask, len(piece))
                     self._counters.waste("rejected", ask.stream, len(piece))
                     left -= len(piece)
         response.release() if response.content.at_eof() else response.close()
 
-    def _counter(self, name: str, ask: Ask) -> Callable[[int], None]:
-        counters = self._counters
-        at = counters.position("gup_upstream_received_bytes_total", upstream=name, purpose=ask.purpose)
-        slot, kind = ask.stream
-
-        def count(amount: int) -> None:
-            counters.words[at] += amount
-            counters.add_stream("received", slot, kind, amount)
-
-        return count
-
     async def close(self) -> None:
-        for upstream in (*self.upstreams, *self._retired):
+        for upstream in self._asked:
             await upstream.close()
         await asyncio.gather(*self._closing)
 

@@ -5,15 +5,14 @@ import contextlib
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from gup import config
 from gup.content.key import ANY, Variant
 from gup.files import PEM_BYTES, FileError, read_file, trust
 from gup.units import parse_http_date
-from gup.upstream.bandwidth import ReceiveWindow, Share, Wan
+from gup.upstream.bandwidth import ReceiveWindow, Share
 from gup.upstream.exchange import (
     MOST_FIELD_BYTES,
     RemoteHead,
@@ -27,6 +26,8 @@ from gup.upstream.exchange import (
 if TYPE_CHECKING:
     import aiohttp
 
+    from gup.upstream.pool import Pool
+
 # gup.upstream.connector imports aiohttp, so it is imported where it is used: see there.
 
 _PATH = re.compile(r"/[!-~]*")
@@ -37,49 +38,39 @@ _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 _UNKNOWN_TYPE = "application/octet-stream"
 _SLOW_READS = 4
 """`min_rate` must be reached over this many times `read_timeout`: a minute by default."""
-_Result = TypeVar("_Result")
+_READ_AHEAD_BYTES = 1 << 20
+"""What aiohttp may buffer without a rate; it is lost, and fetched again, when a connection breaks."""
+_LIMITED_READ_AHEAD_BYTES = 4096
+"""The same with a rate, which these bytes escape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request to an upstream."""
+    """One request to an upstream.
+
+    `stream` is the slot and the kind that the bytes are counted for. `stop` is the offset after the last
+    requested byte; None requests all from `start` on. The bytes are charged to `share`, which all requests of
+    a download have in common. This node is appended to `via`, the client's. `client` is the client's address,
+    "" for a request of gup's own. `check`: a health check, for which any response means that it is up.
+    """
 
     path: str
     purpose: str
     stream: tuple[int, str] = (0, "other")
-    """Slot and kind of the stream that the bytes are counted for."""
     start: int = 0
     stop: int | None = None
-    """Offset after the last requested byte; None requests all from `start` on."""
     if_range: str | None = None
     if_none_match: str | None = None
     if_modified_since: str | None = None
     method: str = "GET"
     share: Share = field(default_factory=lambda: Share(2))
-    """The WAN share that its bytes are charged to; all requests of a download have the same."""
     via: str | None = None
-    """Via of the client's request; this node's is appended."""
     client: str = ""
-    """The client's address; "" for a request of gup's own."""
     check: bool = False
-    """Whether it is a health check: any response then means that the upstream is up."""
 
     @property
     def ranged(self) -> bool:
         return bool(self.start) or self.stop is not None
-
-    def headers(self, own_via: str) -> dict[str, str]:
-        via = f"{self.via}, {own_via}" if self.via else own_via
-        fields = {"Accept-Encoding": "identity", "Via": via}
-        if self.ranged:
-            fields["Range"] = f"bytes={self.start}-{'' if self.stop is None else self.stop - 1}"
-            if self.if_range:
-                fields["If-Range"] = self.if_range
-        if self.if_none_match:
-            fields["If-None-Match"] = self.if_none_match
-        if self.if_modified_since:
-            fields["If-Modified-Since"] = self.if_modified_since
-        return fields
 
 
 class Upstream:
@@ -95,46 +86,53 @@ class Upstream:
         self.node: str | None = None
         """A gup's name in Via, "" for another server; None until its first response."""
         self._via = via
-        self._fixed = {"User-Agent": user_agent, **_declared(settings), **settings.headers}
+        self._fixed = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
+        self._fixed |= {**_declared(settings), **settings.headers}
         self._certificates = _certificates(settings)
         self._session: aiohttp.ClientSession | None = None
         self._free = asyncio.Semaphore(settings.max_connections)
         self._waiting = 0
 
-    async def request(self, ask: Ask) -> "aiohttp.ClientResponse":
+    async def request(self, ask: Ask, *, limited: bool = False) -> "aiohttp.ClientResponse":
         """Send one request and return the response once its head is here; UpstreamFailure without one.
 
-        Connecting may take `connect_timeout`, the head `first_byte_timeout` after that. The caller must have
-        a connection by `take_connection`.
+        `limited`: the WAN has a rate. The caller must have a connection by `take_connection`.
         """
-        return await translated(
-            self._request(ask), self.name, "upstream.first_byte_timeout", self.settings.proxy
-        )
-
-    async def _request(self, ask: Ask) -> "aiohttp.ClientResponse":
         from gup.upstream import connector  # noqa: PLC0415 - imports aiohttp
 
         settings, url = self.settings, self.url(ask.path)
         if self._session is None:
-            self._session = connector.open_session(self._tls(), settings.connect_timeout)
-        return await connector.send(
-            self._session,
+            self._session = connector.open_session(
+                self._tls(), settings.connect_timeout, settings.first_byte_timeout
+            )
+        step = self._session.request(
             ask.method,
-            url,
-            self.headers(ask),
+            connector.URL(url, encoded=True),
+            headers=self.headers(ask),
+            allow_redirects=False,
             proxy=settings.proxy,
-            head_seconds=settings.first_byte_timeout,
+            read_bufsize=_LIMITED_READ_AHEAD_BYTES if limited else _READ_AHEAD_BYTES,
         )
+        return await connector.translated(step, self.name, "upstream.first_byte_timeout", settings.proxy)
 
     def url(self, path: str) -> str:
         """The URL of a percent-encoded path. UpstreamFailure for anything else, which could name a host."""
         if not _PATH.fullmatch(path):
             detail = f"{self.name} is not asked: {path[:80]!a} is no path"
-            raise UpstreamFailure("error", "upstream-refused", detail, again=False)
+            raise UpstreamFailure("error", "upstream-refused", detail)
         return self.settings.url + path
 
     def headers(self, ask: Ask) -> dict[str, str]:
-        return {**self._fixed, **ask.headers(self._via)}
+        fields = {**self._fixed, "Via": f"{ask.via}, {self._via}" if ask.via else self._via}
+        if ask.ranged:
+            fields["Range"] = f"bytes={ask.start}-{'' if ask.stop is None else ask.stop - 1}"
+            if ask.if_range:
+                fields["If-Range"] = ask.if_range
+        if ask.if_none_match:
+            fields["If-None-Match"] = ask.if_none_match
+        if ask.if_modified_since:
+            fields["If-Modified-Since"] = ask.if_modified_since
+        return fields
 
     def _tls(self) -> ssl.SSLContext | bool:
         settings = self.settings
@@ -157,10 +155,9 @@ class Upstream:
             async with asyncio.timeout(self.settings.first_byte_timeout):
                 await self._free.acquire()
         except TimeoutError as error:
-            detail = (
-                f"all of upstream.max_connections ({self.settings.max_connections}) to {self.name} are in use"
-            )
-            raise UpstreamFailure("unreachable", "overloaded", detail, again=False) from error
+            most = f"upstream.max_connections ({self.settings.max_connections})"
+            detail = f"all of {most} to {self.name} are in use"
+            raise UpstreamFailure("unreachable", "overloaded", detail) from error
         finally:
             self._waiting -= 1
 
@@ -199,65 +196,34 @@ def _declared(settings: config.Upstream) -> dict[str, str]:
 
 def _certificates(settings: config.Upstream) -> bytes:
     """The content of `ca_file`; empty if it can't be read, which connecting reports."""
-    if settings.ca_file is None:
-        return b""
-    with contextlib.suppress(FileError):
-        return read_file(settings.ca_file, PEM_BYTES)
+    if settings.ca_file is not None:
+        with contextlib.suppress(FileError):
+            return read_file(settings.ca_file, PEM_BYTES)
     return b""
-
-
-async def translated(
-    step: Awaitable[_Result], name: str, limit: str = "", proxy: str | None = None
-) -> _Result:
-    """Await one step of aiohttp's. Any failure of the network or the upstream becomes UpstreamFailure.
-
-    `limit` is the setting that ends the wait. `proxy` is the URL of the web proxy in between: failures of its
-    own are reported as such. A failure for lack of descriptors says nothing about the upstream.
-    """
-    try:
-        return await step
-    except Exception as error:
-        from gup.upstream.connector import failure_of  # noqa: PLC0415 - imports aiohttp
-
-        failure = failure_of(error, name, limit, proxy)
-        if failure is None:
-            raise
-        raise failure from error
 
 
 class Answer:
     """A response whose body is still to be read. Counts every byte that it returns."""
 
     def __init__(
-        self,
-        head: RemoteHead,
-        response: "aiohttp.ClientResponse",
-        upstream: Upstream,
-        count: Callable[[int], None],
-        wan: Wan,
-        share: Share,
-        broke: Callable[[UpstreamFailure], None],
-        closed: Callable[[], None],
+        self, pool: "Pool", upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
     ) -> None:
         self.head = head
-        self._response = response
+        self._pool = pool
         self._upstream = upstream
-        self._count = count
-        self._wan = wan
-        self._share = share
-        self._broke = broke
-        self._closed: Callable[[], None] | None = closed
-        self._unread = b""
-        """Taken from the connection by a `read` that was cancelled; already counted."""
+        self._ask = ask
+        self._response = response
+        self._unpaid = 0
+        """Bytes returned that the WAN's rate has not been charged for."""
         self._position = head.start
         self._ended = False
+        self._closed = False
         settings = upstream.settings
         self._steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
         connection = response.connection
         transport = connection.transport if connection is not None else None
-        self._window = ReceiveWindow(
-            wan, transport.get_extra_info("socket") if transport is not None else None
-        )
+        socket = transport.get_extra_info("socket") if transport is not None else None
+        self._window = ReceiveWindow(pool.wan, socket)
         self._protocol = connection.protocol if connection is not None else None
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
@@ -282,55 +248,55 @@ class Answer:
         return self._steadiness.slow
 
     async def read(self) -> bytes:
-        """The next piece, paid for; empty at the end. UpstreamFailure when the body breaks off.
+        """The next piece, once the one before is paid for; empty at the end.
 
-        `read_timeout` limits this wait alone: pauses between two reads don't count. A cancelled read loses
-        nothing.
+        UpstreamFailure when the body breaks off. `read_timeout` limits the wait for the upstream alone:
+        pauses between two reads don't count. A cancelled read loses nothing.
         """
-        if self._unread:
-            piece, self._unread = self._unread, b""
-            return piece
+        if self._unpaid:
+            await self._pool.wan.pay(self._unpaid, self._ask.share)
+            self._unpaid = 0
         if self._ended:
             return b""
         if self.slow and self._upstream.crowded:
             detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
-        # Without a rate not read(n): aiohttp would buffer n bytes, which are lost when the connection breaks.
-        content, slice_bytes = self._response.content, self._wan.slice_bytes
-        step = content.read(slice_bytes) if slice_bytes else content.readany()
-        began = time.monotonic()
+        from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
+
         try:
-            piece = await translated(self._in_time(step), self.head.upstream, "upstream.read_timeout")
+            piece = await translated(self._take(), self.head.upstream, "upstream.read_timeout")
             self._advance(len(piece))
         except UpstreamFailure as failure:
-            self._broke(failure)
+            self._pool.note_failure(self._upstream, self._ask, failure)
             raise
-        self._steadiness.note(time.monotonic() - began, len(piece))
-        try:
-            await self._wan.pay(len(piece), self._share)
-        except asyncio.CancelledError:
-            self._unread = piece
-            raise
-        finally:
-            self._count(len(piece))
         return piece
 
-    async def _in_time(self, step: Awaitable[bytes]) -> bytes:
-        async with asyncio.timeout(self._upstream.settings.read_timeout):
-            return await step
+    async def _take(self) -> bytes:
+        content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
+        piece = content.read_nowait(slice_bytes or -1)
+        if not piece and not content.at_eof():
+            began = time.monotonic()
+            async with asyncio.timeout(self._upstream.settings.read_timeout):
+                # Without a rate not read(n): aiohttp would buffer n bytes.
+                piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
+            self._steadiness.note(time.monotonic() - began, len(piece))
+        else:
+            self._steadiness.note(0.0, len(piece))
+        return piece
 
     def _advance(self, amount: int) -> None:
-        """UpstreamFailure when fewer or more bytes come than the head announced."""
+        """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
+        self._pool.count_received(self._upstream, self._ask, amount)
+        self._unpaid = amount
         self._position += amount
         self._ended = not amount
-        stop = self.head.stop
+        stop, name = self.head.stop, self.head.upstream
         if stop is not None and self._ended and self._position < stop:
-            detail = f"{self.head.upstream} ended at byte {self._position}, not at {stop} as announced"
+            detail = f"{name} ended at byte {self._position}, not at {stop} as announced"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
         if stop is not None and (self._position > stop or (self._ended and self._trailed())):
-            self._count(amount)
-            raise rejected(f"{self.head.upstream} sent more bytes than it announced")
+            raise rejected(f"{name} sent more bytes than it announced")
 
     def _trailed(self) -> bool:
         """Whether invalid HTTP followed the body: then the announced length was not the body's."""
@@ -344,9 +310,9 @@ class Answer:
             self._connection_end.remove_done_callback(self._lost)
             self._connection_end = None
         self._response.close() if not self._response.content.at_eof() else self._response.release()
-        closed, self._closed = self._closed, None
-        if closed is not None:
-            closed()
+        if not self._closed:
+            self._closed = True
+            self._pool.done(self._upstream)
 
 
 def _take_exception(end: asyncio.Future[None]) -> None:
@@ -382,81 +348,87 @@ class Steadiness:
 # --- the head of a response
 
 
-def read_head(response: "aiohttp.ClientResponse", name: str) -> RemoteHead:
-    """The head of a 200 or 206; UpstreamFailure when it can't be content."""
-    encoding = ", ".join(_values(response, b"content-encoding")).lower()
-    if encoding not in ("", "identity"):
-        raise rejected(f"{name} sent Content-Encoding {encoding!r} though identity was asked for")
-    for content_type in _values(response, b"content-type"):
-        if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
-            raise rejected(f"{name} sent a web page ({content_type})")
-    start, stop, length, delimited = _extent(response, name)
-    if length == 0:
-        raise rejected(f"{name} sent an empty body")
-    headers = response.headers
-    modified = _one(response, b"last-modified", _TEXT)
-    return RemoteHead(
-        response.status,
-        start,
-        length,
-        _one(response, b"etag", _ETAG),
-        modified if modified is not None and parse_http_date(modified) is not None else None,
-        _one(response, b"content-type", _TEXT) or _UNKNOWN_TYPE,
-        name,
-        validators=Validators.of(headers.get("ETag"), headers.get("Last-Modified"), headers.get("Date")),
-        stop=stop,
-        delimited=delimited,
-    )
+class Fields:
+    """The fields of a response's head, each line apart. Bytes over 127 are kept as Latin-1 (RFC 9110 5.5)."""
 
+    def __init__(self, response: "aiohttp.ClientResponse", name: str) -> None:
+        self.response = response
+        self.name = name
+        """The upstream's."""
+        self._lines: dict[bytes, list[str]] = {}
+        for field_, value in response.raw_headers:
+            self._lines.setdefault(field_.lower(), []).append(value.strip(b" \t").decode("latin-1"))
 
-def read_framing(response: "aiohttp.ClientResponse", name: str) -> tuple[int | None, bool]:
-    """The Content-Length, and whether the body is chunked (RFC 9112 section 6).
+    def all(self, name: bytes) -> list[str]:
+        return self._lines.get(name, [])
 
-    UpstreamFailure for ambiguous framing: two recipients could end such a body at different bytes, so it must
-    not be stored.
-    """
-    codings = _values(response, b"transfer-encoding")
-    lengths = _values(response, b"content-length")
-    if codings:
-        if [coding.lower() for coding in codings] != ["chunked"] or response.version != (1, 1):
+    def one(self, name: bytes, form: re.Pattern[str]) -> str | None:
+        """A field's value; None when it is missing, ambiguous, too long, or does not match `form`."""
+        values = set(self.all(name))
+        value = values.pop() if len(values) == 1 else ""
+        return value if len(value) <= MOST_FIELD_BYTES and form.fullmatch(value) else None
+
+    def head(self, age_seconds: int) -> RemoteHead:
+        """The head of a 200 or 206; UpstreamFailure when it can't be content."""
+        encoding = ", ".join(self.all(b"content-encoding")).lower()
+        if encoding not in ("", "identity"):
+            raise rejected(f"{self.name} sent Content-Encoding {encoding!r} though identity was asked for")
+        for content_type in self.all(b"content-type"):
+            if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
+                raise rejected(f"{self.name} sent a web page ({content_type})")
+        start, stop, length, delimited = self._extent()
+        if length == 0:
+            raise rejected(f"{self.name} sent an empty body")
+        headers = self.response.headers
+        modified = self.one(b"last-modified", _TEXT)
+        return RemoteHead(
+            self.response.status,
+            start,
+            length,
+            self.one(b"etag", _ETAG),
+            modified if modified is not None and parse_http_date(modified) is not None else None,
+            self.one(b"content-type", _TEXT) or _UNKNOWN_TYPE,
+            self.name,
+            age_seconds,
+            Validators.of(headers.get("ETag"), headers.get("Last-Modified"), headers.get("Date")),
+            stop,
+            delimited,
+        )
+
+    def framing(self) -> tuple[int | None, bool]:
+        """The Content-Length, and whether the body is chunked (RFC 9112 section 6).
+
+        UpstreamFailure for ambiguous framing: two recipients could end such a body at different bytes, so it
+        must not be stored.
+        """
+        codings, lengths = self.all(b"transfer-encoding"), self.all(b"content-length")
+        if codings:
+            if [coding.lower() for coding in codings] != ["chunked"] or self.response.version != (1, 1):
+                sent = f"Transfer-Encoding {', '.join(codings)!r}"
+                raise misframed(f"{self.name} sent {sent}, which is not just chunked")
+            if lengths:
+                raise misframed(f"{self.name} sent Content-Length beside Transfer-Encoding")
+            return None, True
+        if not lengths:
+            return None, False
+        if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
             raise misframed(
-                f"{name} sent Transfer-Encoding {', '.join(codings)!r}, which is not just chunked"
+                f"{self.name} sent Content-Length {', '.join(lengths)!r}, which is not one number"
             )
-        if lengths:
-            raise misframed(f"{name} sent Content-Length beside Transfer-Encoding")
-        return None, True
-    if not lengths:
-        return None, False
-    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
-        raise misframed(f"{name} sent Content-Length {', '.join(lengths)!r}, which is not one number")
-    return int(lengths[0]), False
+        return int(lengths[0]), False
 
-
-def _extent(response: "aiohttp.ClientResponse", name: str) -> tuple[int, int | None, int | None, bool]:
-    """First byte, the one after the last, the whole body's length, and whether the end is confirmed."""
-    own_length, chunked = read_framing(response, name)
-    if response.status == 200:
-        return 0, own_length, own_length, chunked or own_length is not None
-    ranges = _values(response, b"content-range")
-    match = _CONTENT_RANGE.fullmatch(ranges[0]) if len(ranges) == 1 else None
-    if match is None:
-        raise rejected(f"{name} sent 206 without a usable Content-Range")
-    start, stop, total = int(match[1]), int(match[2]) + 1, match[3]
-    if stop <= start or (total != "*" and stop > int(total)):
-        raise rejected(f"{name} sent a Content-Range that contradicts itself: {match[0]}")
-    if own_length not in (None, stop - start):
-        raise rejected(f"{name} sent Content-Length {own_length} for {match[0]}")
-    return start, stop, None if total == "*" else int(total), True
-
-
-def _values(response: "aiohttp.ClientResponse", name: bytes) -> list[str]:
-    """Each line of a field. Bytes over 127 are kept as Latin-1 (RFC 9110 section 5.5)."""
-    found = (value for field, value in response.raw_headers if field.lower() == name)
-    return [value.strip(b" \t").decode("latin-1") for value in found]
-
-
-def _one(response: "aiohttp.ClientResponse", name: bytes, form: re.Pattern[str]) -> str | None:
-    """A field's value; None when it is missing, ambiguous, too long, or does not match `form`."""
-    values = set(_values(response, name))
-    value = values.pop() if len(values) == 1 else ""
-    return value if len(value) <= MOST_FIELD_BYTES and form.fullmatch(value) else None
+    def _extent(self) -> tuple[int, int | None, int | None, bool]:
+        """First byte, the one after the last, the whole body's length, and whether the end is confirmed."""
+        own_length, chunked = self.framing()
+        if self.response.status == 200:
+            return 0, own_length, own_length, chunked or own_length is not None
+        ranges = self.all(b"content-range")
+        match = _CONTENT_RANGE.fullmatch(ranges[0]) if len(ranges) == 1 else None
+        if match is None:
+            raise rejected(f"{self.name} sent 206 without a usable Content-Range")
+        start, stop, total = int(match[1]), int(match[2]) + 1, match[3]
+        if stop <= start or (total != "*" and stop > int(total)):
+            raise rejected(f"{self.name} sent a Content-Range that contradicts itself: {match[0]}")
+        if own_length not in (None, stop - start):
+            raise rejected(f"{self.name} sent Content-Length {own_length} for {match[0]}")
+        return start, stop, None if total == "*" else int(total), True
