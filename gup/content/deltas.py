@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gup.content.key import ContentKey, DeltaStep, Kind, delta_step
+from gup.content.key import ContentKey, Kind, delta_step
 
 _REVISION = re.compile(r"[0-9]{9}")
 _FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
@@ -38,18 +38,13 @@ def named(key: ContentKey) -> Named | None:
     """
     step = delta_step(key.file)
     if step is not None:
-        if not (_REVISION.fullmatch(step.from_revision) and _REVISION.fullmatch(step.to_revision)):
+        if not all(map(_REVISION.fullmatch, step)):
             return None
-        return Named(Kind.DELTA, step.to_revision, step.from_revision, _folder(key.revision, step))
+        folders = {step.to_revision: Folder.TO, step.from_revision: Folder.FROM}
+        return Named(Kind.DELTA, step.to_revision, step.from_revision, folders.get(key.revision))
     if _FULL.fullmatch(key.file) and _REVISION.fullmatch(key.revision):
         return Named(Kind.FULL, key.revision)
     return None
-
-
-def _folder(revision: str, step: DeltaStep) -> Folder | None:
-    if revision == step.from_revision:
-        return Folder.FROM
-    return Folder.TO if revision == step.to_revision else None
 
 
 def spelled_moniker(upstream_path: str) -> str:

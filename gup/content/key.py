@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from gup.jsonmodel import InvalidError
 
@@ -17,7 +18,6 @@ EVERY = "*"
 
 ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
-
 
 MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
@@ -32,21 +32,6 @@ class BadKeyError(InvalidError):
     """A text that is no content key: a file of such a name could lie anywhere."""
 
 
-def _wrong_with(part: str) -> str:
-    """Why `part` is no safe file name; "" when it is one."""
-    if not part:
-        return "it is empty"
-    if part[0] == ".":
-        return "it begins with a dot"
-    if "/" in part:
-        return "it contains '/'"
-    if _UNFIT.search(part):
-        return "it contains a control character"
-    if len(part) > MAX_PART_BYTES or len(part.encode()) > MAX_PART_BYTES:
-        return f"it is longer than {MAX_PART_BYTES} bytes"
-    return ""
-
-
 class Kind(StrEnum):
     """The kind of a file; decides freshness, priority in the fill queue and labels."""
 
@@ -56,8 +41,7 @@ class Kind(StrEnum):
     OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaStep:
+class DeltaStep(NamedTuple):
     """Which revision a delta takes a client from, and to which."""
 
     from_revision: str
@@ -87,8 +71,7 @@ class Variant:
 
     def widened(self) -> "Variant":
         """The variant with EVERY for ANY."""
-        parts = (EVERY if part == ANY else part for part in (self.version, self.language))
-        return Variant(*parts)
+        return Variant(*(EVERY if part == ANY else part for part in (self.version, self.language)))
 
 
 @dataclass(frozen=True)
@@ -103,9 +86,17 @@ class ContentKey:
 
     def __post_init__(self) -> None:
         for part in (self.version, self.language, self.stream, self.revision, self.file):
-            why = _wrong_with(part)
-            if why:
-                raise BadKeyError(f"not a content key: its part {part!r:.80} is wrong: {why}")
+            if not part:
+                why = "it is empty"
+            elif part[0] == "." or "/" in part:
+                why = "it begins with a dot or contains '/'"
+            elif _UNFIT.search(part):
+                why = "it contains a control character"
+            elif len(part) > MAX_PART_BYTES or len(part.encode()) > MAX_PART_BYTES:
+                why = f"it is longer than {MAX_PART_BYTES} bytes"
+            else:
+                continue
+            raise BadKeyError(f"not a content key: its part {part!r:.80} is wrong: {why}")
 
     @property
     def variant(self) -> Variant:
@@ -138,9 +129,7 @@ class ContentKey:
     @classmethod
     def parse(cls, text: str) -> "ContentKey":
         """The key that `text` (as made by `text`) stands for; BadKeyError if it is none."""
-        if not isinstance(text, str):  # of a JSON file
-            raise BadKeyError(f"not a content key: {text!r:.80}")
-        parts = text.split("/", 5)
+        parts = text.split("/", 5) if isinstance(text, str) else ()  # a JSON file may hold anything
         if len(parts) != 5:
             raise BadKeyError(f"a content key has five parts separated by '/': {text!r:.80}")
         return cls(*parts)

@@ -5,7 +5,7 @@ language and script are: a region changes words, not whether a person can read t
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -23,17 +23,10 @@ _WORDS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """A language. `text` is as it was written and is not compared."""
+    """A language: its macro language and script ("fr-Latn"), "" for all; and how it was written."""
 
     code: str
-    """Macro language and script ("fr-Latn"); "" is all languages."""
-    text: str
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Language) and self.code == other.code
-
-    def __hash__(self) -> int:
-        return hash(self.code)
+    text: str = field(compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -55,13 +48,11 @@ ENGLISH = Language("en-Latn", "English")
 def parse_language(text: str) -> Language | None:
     """The language that `text` names; None when it names none."""
     text = text.strip()
-    if not 0 < len(text) <= _MAX_LENGTH:
-        return None
     if text.casefold() in _ALL:
         return Language("", text)
-    tag = text.replace("_", "-") if _TAG.fullmatch(text) else None
-    found = _by_tag(tag) if tag else None
-    found = found or _by_name(text)
+    if not 0 < len(text) <= _MAX_LENGTH:
+        return None
+    found = (_by_tag(text.replace("_", "-")) if _TAG.fullmatch(text) else None) or _by_name(text)
     return Language(found, text) if found else None
 
 

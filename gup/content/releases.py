@@ -54,9 +54,8 @@ class Release:
     maintenance: int = 0
 
     def __str__(self) -> str:
-        name = f"{self.major}.{self.minor}"
-        name += f" RU{self.update}" if self.update else ""
-        return name + (f" MP{self.maintenance}" if self.maintenance else "")
+        update = f" RU{self.update}" if self.update else ""
+        return f"{self.major}.{self.minor}{update}" + (f" MP{self.maintenance}" if self.maintenance else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +117,8 @@ class Releases:
         return Version(text, release, None if patch else self._first.get(release), patch)
 
     def _release_of(self, build: Build) -> Release:
-        for release, first in self._newest_first:
-            if first <= build and first[:2] == build[:2]:
-                return release
-        return Release(build[0], build[1])
+        known = (row[0] for row in self._newest_first if row[1] <= build and row[1][:2] == build[:2])
+        return next(known, Release(build[0], build[1]))
 
 
 def mistakes(releases: Mapping[str, str]) -> Iterable[tuple[str, str]]:
@@ -142,12 +139,10 @@ def find_release(text: str) -> str:
 def _parse_name(text: str) -> Release | None:
     named = _NAME.fullmatch(text)
     if named is not None:
-        major, minor, update, maintenance = (int(number or 0) for number in named.groups()[:4])
-        return Release(major, minor, update, maintenance)
+        return Release(*(int(number or 0) for number in named.groups()[:4]))
     dotted = _DOTTED.fullmatch(text)
-    if dotted is None or int(dotted[3]) > _MAX_DOTTED_UPDATE or int(dotted[4] or 0) > _MAX_DOTTED_UPDATE:
-        return None
-    return Release(int(dotted[1]), int(dotted[2]), int(dotted[3]), int(dotted[4] or 0))
+    release = Release(*(int(number or 0) for number in dotted.groups())) if dotted else None
+    return release if release and max(release.update, release.maintenance) <= _MAX_DOTTED_UPDATE else None
 
 
 def _parse_build(text: str) -> Build | None:
@@ -155,4 +150,5 @@ def _parse_build(text: str) -> Build | None:
     dotted = _DOTTED.fullmatch(text)
     if dotted is None or dotted[4] is None or int(dotted[3]) <= _MAX_DOTTED_UPDATE:
         return None
-    return int(dotted[1]), int(dotted[2]), int(dotted[3]), int(dotted[4])
+    major, minor, update, maintenance = map(int, dotted.groups())
+    return major, minor, update, maintenance

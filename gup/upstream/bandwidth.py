@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 from weakref import WeakSet
 from zoneinfo import ZoneInfo
 
@@ -97,18 +96,14 @@ class Wan:
     @property
     def slice_bytes(self) -> int:
         """Limit of one read, so that other waiters come soon; 0 without a rate."""
-        return self._slice(self._rate())
-
-    def _slice(self, rate: int) -> int:
+        rate = self._rate()
         return min(max(int(rate * _SLICE_SECONDS), _LEAST_SLICE_BYTES), _MOST_SLICE_BYTES) if rate > 0 else 0
 
     async def pay(self, amount_bytes: int, share: Share) -> None:
         """Wait until `amount_bytes`, just read, are due; the next read may follow then."""
-        left = amount_bytes
-        while left > 0 and (rate := self._rate()) > 0:
-            piece = min(left, self._slice(rate))
-            await self._take(piece, share)
-            left -= piece
+        while amount_bytes > 0 and (slice_bytes := self.slice_bytes):
+            await self._take(min(amount_bytes, slice_bytes), share)
+            amount_bytes -= slice_bytes
 
     async def _take(self, amount: int, share: Share) -> None:
         """Wait for this share's turn and for the clock, then advance both."""
@@ -168,13 +163,6 @@ class Wan:
         os.close(self._fd)
 
 
-class Socket(Protocol):
-    """What ReceiveWindow uses of a socket."""
-
-    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
-    def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
-
-
 def window_bytes(rate: int, round_trip_seconds: float, segment_bytes: int, readers: int) -> int:
     """The smallest receive buffer that carries `rate` bytes a second; unbounded without a rate.
 
@@ -197,7 +185,7 @@ class ReceiveWindow:
     tuning stays on then, which allows about twice what is read in a round trip.
     """
 
-    def __init__(self, wan: Wan, connection: Socket | None) -> None:
+    def __init__(self, wan: Wan, connection: socket.socket | None) -> None:
         self._wan = wan
         self._socket = connection
         self._bytes = 0
@@ -210,9 +198,7 @@ class ReceiveWindow:
         if self._socket is None or (rate <= 0 and self._bytes == UNBOUNDED):
             return
         try:
-            wanted = (
-                window_bytes(rate, *_path(self._socket), len(self._wan.windows)) if rate > 0 else UNBOUNDED
-            )
+            wanted = window_bytes(rate, *_path(self._socket), len(self._wan.windows))
             if abs(wanted - self._bytes) > self._bytes // _WINDOW_STEP:
                 _set_buffer(self._socket, wanted)
                 self._bytes = wanted
@@ -220,7 +206,7 @@ class ReceiveWindow:
             self._socket = None  # closed: the next read fails
 
 
-def _path(connection: Socket) -> tuple[float, int]:
+def _path(connection: socket.socket) -> tuple[float, int]:
     """Round trip in seconds, and the size of the peer's segments.
 
     The round trip is that of handshake and request, or the receiver's estimate if longer, which includes
@@ -232,7 +218,7 @@ def _path(connection: Socket) -> tuple[float, int]:
     return microseconds / 1e6, segment_bytes
 
 
-def _set_buffer(connection: Socket, wanted: int) -> None:
+def _set_buffer(connection: socket.socket, wanted: int) -> None:
     """Set the buffer to `wanted`, or leave it to the kernel if it can't be that large."""
     if wanted <= _most_buffer_bytes():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)  # the kernel doubles it

@@ -7,6 +7,7 @@ never joined.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -65,24 +66,13 @@ class _Source:
 
 
 class Remembered(Protocol):
-    """Remembers upstreams' responses that were rejected."""
+    """Remembers upstreams' responses that were rejected (gup.cache.negative_cache)."""
 
     def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
         """A response was rejected; `head` is its head if a part of the body was read."""
 
     def is_wrong(self, head: RemoteHead) -> bool:
         """Whether the body with this head was rejected before."""
-
-
-class _Nothing:
-    def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
-        pass
-
-    def is_wrong(self, head: RemoteHead) -> bool:  # noqa: ARG002 - the protocol's signature
-        return False
-
-
-_NOTHING = _Nothing()
 
 
 class Download:
@@ -106,13 +96,9 @@ class Download:
         begun: Begun | None = None,
         reserve: Sequence[Upstream] = (),
         is_read: Callable[[], bool] = lambda: True,
-        holds: Remembered = _NOTHING,
+        holds: Remembered | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.head = begun.head if begun else None
-        self.received = begun.received if begun else 0
-        self._unsure_from = begun.verified if begun else _NEVER
-        self._resumed = "takeover" if begun else ""
         self._pool = pool
         self._upstreams = upstreams
         self._reserve = reserve
@@ -128,20 +114,26 @@ class Download:
         self.confirmed = True
         """Whether the end that `read` has reported is known to be the body's."""
         self._ready = b""  # read beyond an overlap, not yet returned
-        self._fruitless = {upstream.name: 0 for upstream in upstreams}  # tries since the last new byte
+        self._fruitless: Counter[str] = Counter()  # tries since the last new byte, by upstream
         self._spent: set[str] = set()
         self._asked: set[str] = set()  # since the last new byte
-        self._sources: dict[str, _Source] = {}
+        self._last_new_byte = clock()
+        self.head: RemoteHead | None = None
+        self.received = 0
+        self._unsure_from = _NEVER
+        self._resumed = ""
+        self._last_upstream: str | None = None
+        self._first = Validators()
         self.told: Mapping[str, Validators] = {}
         """Validators of each upstream whose bytes are in the body; a new mapping at each change."""
-        self._first = Validators()
         if begun is not None:
-            head = begun.head
-            self.told = begun.told or {head.upstream: Validators(head.etag, head.last_modified)}
-            self._sources = {name: _Source(validators) for name, validators in self.told.items()}
-            self._first = self.told.get(head.upstream) or Validators(head.etag, head.last_modified)
-        self._last_upstream: str | None = begun.head.upstream if begun else None
-        self._last_new_byte = clock()
+            head = self.head = begun.head
+            self.received, self._unsure_from = begun.received, begun.verified
+            self._resumed, self._last_upstream = "takeover", head.upstream
+            own = Validators(head.etag, head.last_modified)
+            self.told = begun.told or {head.upstream: own}
+            self._first = self.told.get(head.upstream, own)
+        self._sources = {name: _Source(validators) for name, validators in self.told.items()}
 
     async def begin(self) -> RemoteHead:
         """The head: 200 or 206, or 304, 404, 410 when no body follows. Call it once, before `read`.
@@ -162,13 +154,15 @@ class Download:
             try:
                 piece = self._ready or await self._read_answer()
             except UpstreamFailure as failure:
-                self._drop_answer()
+                self.close()
                 self._resumed = "timeout" if failure.outcome == "timeout" else "cut"
                 await self._after(self._current(), failure)
                 await self._reconnect()
                 continue
             self._ready = b""
-            self._note_progress(len(piece))
+            if piece:
+                self.received += len(piece)
+                self._note_gain()
             return piece
 
     @property
@@ -178,31 +172,32 @@ class Download:
 
     def close(self) -> None:
         """Stop reading and give the connection back."""
-        self._drop_answer()
+        self._ready = b""
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
 
     # --- the body
 
     async def _read_answer(self) -> bytes:
-        assert self._answer is not None
-        assert self.head is not None
-        piece = await self._answer.read()
-        length = self.head.length if self.head.length is not None else self._answer.head.length
-        if not piece and length is None and not self._answer.confirmed and self.received:
-            length = await self._ask_length(self._answer)
-        if not piece:
-            if self.received == 0:
-                raise rejected(f"{self._answer.head.upstream} sent an empty body")
-            if length is not None and self.received < length:
-                raise UpstreamFailure(
-                    "error",
-                    "upstream-bad-body",
-                    f"{self._answer.head.upstream} sent {self.received} bytes of {length}",
-                    again=True,
-                )
-        elif length is not None and self.received + len(piece) > length:
-            self._waste("rejected", len(piece))
-            raise rejected(f"{self._answer.head.upstream} sent more than the {length} bytes it announced")
-        return piece
+        answer, head = self._answer, self.head
+        assert answer is not None
+        assert head is not None
+        piece, name = await answer.read(), answer.head.upstream
+        length = head.length if head.length is not None else answer.head.length
+        if piece:
+            if length is not None and self.received + len(piece) > length:
+                self._waste("rejected", len(piece))
+                raise rejected(f"{name} sent more than the {length} bytes it announced")
+            return piece
+        if not self.received:
+            raise rejected(f"{name} sent an empty body")
+        if length is None and not answer.confirmed:
+            length = await self._ask_length(answer)
+        if length is not None and self.received < length:
+            detail = f"{name} sent {self.received} bytes of {length}"
+            raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
+        return b""
 
     async def _ask_length(self, answer: Answer) -> int | None:
         """The length by a HEAD: a body that ended with its connection may have been cut. None if unknown."""
@@ -212,11 +207,6 @@ class Download:
         if length is not None and length < self.received:
             raise rejected(f"{answer.head.upstream} sent {self.received} bytes and tells {length} by HEAD")
         return length
-
-    def _note_progress(self, amount: int) -> None:
-        if amount:
-            self.received += amount
-            self._note_gain()
 
     def _note_gain(self) -> None:
         self._brought = True
@@ -233,7 +223,7 @@ class Download:
         try:
             await self._connect()
         except asyncio.CancelledError:
-            self._drop_answer()  # its position in the overlap is unknown
+            self.close()  # its position in the overlap is unknown
             raise
 
     async def _connect(self) -> RemoteHead:
@@ -246,7 +236,7 @@ class Download:
             try:
                 return await self._try(upstream)
             except UpstreamFailure as failure:
-                self._drop_answer()
+                self.close()
                 await self._after(upstream, failure)
 
     def _choose(self) -> Upstream:
@@ -258,37 +248,29 @@ class Download:
         An upstream that responds without a new byte is given up after TRIES. One that is unreachable is given
         up at once before the first byte, and after `give_up` in mid-body.
         """
-        if failure.outcome == "rejected" or failure.retry_after_seconds is not None:
-            own = self.head is not None and self.head.upstream == upstream.name
-            self._holds.note(upstream.name, failure, self.head if own else None)
-        self._add_reserve()
-        self._fruitless[upstream.name] += 1
+        name = upstream.name
+        if self._holds and (failure.outcome == "rejected" or failure.retry_after_seconds is not None):
+            own = self.head is not None and self.head.upstream == name
+            self._holds.note(name, failure, self.head if own else None)
+        if self.received:
+            self._upstreams, self._reserve = [*self._upstreams, *self._reserve], ()
+        self._fruitless[name] += 1
         in_mid_body = self.received > 0 and (self._brought or self._is_read())
         away = failure.outcome in ("unreachable", "timeout") and in_mid_body
         hopeless = not failure.again or failure.outcome == "unreachable"
-        if not away and (hopeless or self._fruitless[upstream.name] >= TRIES):
-            self._spent.add(upstream.name)
-        elif away and (failure.outcome == "timeout" or self._fruitless[upstream.name] >= TRIES):
-            self._rotate(upstream)  # each try of a hanging one costs read_timeout
-        silent = self._clock() - self._last_new_byte > upstream.settings.give_up and self._all_were_asked()
+        if not away and (hopeless or self._fruitless[name] >= TRIES):
+            self._spent.add(name)
+        elif away and (failure.outcome == "timeout" or self._fruitless[name] >= TRIES):
+            # Each try of a hanging one costs read_timeout.
+            self._upstreams = [*(other for other in self._upstreams if other is not upstream), upstream]
+        # All must have been tried since the last new byte: a hanging one must not take the others' chance.
+        all_asked = all(one.name in self._asked | self._spent for one in self._upstreams)
+        silent = self._clock() - self._last_new_byte > upstream.settings.give_up and all_asked
         if len(self._spent) == len(self._upstreams) or silent:
             raise failure
         if self._choose() is upstream:
-            tries = self._fruitless[upstream.name]
-            await asyncio.sleep(min(_FIRST_BACKOFF_SECONDS * 2 ** (tries - 1), _LONGEST_BACKOFF_SECONDS))
-
-    def _all_were_asked(self) -> bool:
-        """Whether all were tried since the last new byte: a hanging one must not take the others' chance."""
-        return all(one.name in self._asked or one.name in self._spent for one in self._upstreams)
-
-    def _add_reserve(self) -> None:
-        if self.received and self._reserve:
-            self._upstreams = [*self._upstreams, *self._reserve]
-            self._fruitless |= {upstream.name: 0 for upstream in self._reserve}
-            self._reserve = ()
-
-    def _rotate(self, upstream: Upstream) -> None:
-        self._upstreams = [*(other for other in self._upstreams if other is not upstream), upstream]
+            wait_seconds = _FIRST_BACKOFF_SECONDS * 2 ** (self._fruitless[name] - 1)
+            await asyncio.sleep(min(wait_seconds, _LONGEST_BACKOFF_SECONDS))
 
     async def _try(self, upstream: Upstream) -> RemoteHead:
         if self.head is None:
@@ -296,7 +278,8 @@ class Download:
             if isinstance(answer, RemoteHead):
                 return answer
             self._answer = answer
-            self._reject_known(answer.head)
+            if self._holds and self._holds.is_wrong(answer.head):
+                raise rejected(f"{upstream.name} still has the body that was found wrong")
             self.head, self._first = answer.head, answer.head.validators
             self._tell_source(answer.head)
             return self.head
@@ -305,10 +288,6 @@ class Download:
             self._counters.add("gup_fill_resumes_total", reason=self._resumed)
         await self._align(answer)
         return answer.head
-
-    def _reject_known(self, head: RemoteHead) -> None:
-        if self._holds.is_wrong(head):
-            raise rejected(f"{head.upstream} still has the body that was found wrong")
 
     # --- resuming
 
@@ -329,7 +308,7 @@ class Download:
                 raise
             if isinstance(answer, RemoteHead):
                 detail = f"{upstream.name} answered {answer.status} in mid-body"
-                raise UpstreamFailure("not_found", "upstream-error", detail, again=False)
+                raise UpstreamFailure("not_found", "upstream-error", detail)
             self._answer = answer
             self._check_length(answer.head)
             if self._may_join(answer.head, vouched=answer.head.status == 206 and bool(ask.if_range)):
@@ -339,7 +318,7 @@ class Download:
             self._doubt(upstream.name, answer.head.validators)
             if answer.head.start == 0:
                 return answer
-            self._drop_answer()
+            self.close()
 
     def _doubt(self, name: str, now: Validators) -> None:
         """The upstream may have another body now: no byte received is known to agree with it."""
@@ -351,13 +330,9 @@ class Download:
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
         # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
-        return replace(
-            self._template,
-            start=max(0, sure_to - OVERLAP_BYTES),
-            if_range=validators.if_range,
-            if_none_match=None,
-            if_modified_since=None,
-        )
+        start, if_range = max(0, sure_to - OVERLAP_BYTES), validators.if_range
+        plain = replace(self._template, if_none_match=None, if_modified_since=None)
+        return replace(plain, start=start, if_range=if_range)
 
     def _check_length(self, remote: RemoteHead) -> None:
         """UpstreamFailure or BodyChanged when `remote` has another length than this body."""
@@ -388,9 +363,8 @@ class Download:
         while position < self.received:
             piece = await answer.read()
             if not piece:
-                raise UpstreamFailure(
-                    "error", "upstream-error", f"{head.upstream} broke off again", again=True
-                )
+                detail = f"{head.upstream} broke off again"
+                raise UpstreamFailure("error", "upstream-error", detail, again=True)
             known = piece[: self.received - position]
             self._waste("overlap", len(known))
             here = await self._reread(position, len(known))
@@ -429,12 +403,6 @@ class Download:
         if amount:
             self._counters.waste(reason, self._template.stream, amount)
 
-    def _drop_answer(self) -> None:
-        self._ready = b""
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
-
 
 def _first_difference(one: bytes, other: bytes) -> int:
     return next(
@@ -459,20 +427,15 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
     """
     upstream = next((upstream for upstream in pool.upstreams if upstream.name == name), None)
     if upstream is None:
-        raise UpstreamFailure("error", "no-upstream", f"there is no upstream {name}", again=False)
-    ask = Ask(
-        path=CATALOG_PATH,
-        purpose="catalog",
-        stream=(MAX_STREAMS, "index"),
-        if_none_match=etag,
-        if_modified_since=last_modified,
-    )
-    answer = await pool.ask(upstream, ask)
+        raise UpstreamFailure("error", "no-upstream", f"there is no upstream {name}")
+    stream = (MAX_STREAMS, "index")
+    ask = Ask(CATALOG_PATH, "catalog", stream, if_none_match=etag, if_modified_since=last_modified)
+    answer, url = await pool.ask(upstream, ask), upstream.url(CATALOG_PATH)
     if isinstance(answer, RemoteHead):
         if answer.status == 304:
             return Fetched(None, etag, last_modified)
-        detail = f"{upstream.url(CATALOG_PATH)}: {name} answered {answer.status}"
-        raise UpstreamFailure("not_found", "upstream-not-found", detail, again=False, status=answer.status)
+        detail = f"{url}: {name} answered {answer.status}"
+        raise UpstreamFailure("not_found", "upstream-not-found", detail, status=answer.status)
     text = bytearray()
     try:
         while len(text) <= MAX_CATALOG_BYTES and (piece := await answer.read()):
@@ -480,9 +443,7 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
     finally:
         answer.close()
     if len(text) > MAX_CATALOG_BYTES:
-        raise rejected(
-            f"{upstream.url(CATALOG_PATH)} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is"
-        )
+        raise rejected(f"{url} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is")
     if not answer.confirmed and await pool.length_of(upstream, ask, answer.head) != len(text):
         raise unconfirmed(name, len(text))
     return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

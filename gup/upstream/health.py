@@ -57,12 +57,9 @@ class Sign(Enum):
     """What one request or check shows."""
 
     ANSWERED = "answered"
-    ERRED = "erred"
-    """It responded with an error of its own, or with a body that can't be the content."""
-    BROKE = "broke"
-    """After connecting it reset, fell silent or violated HTTP."""
-    AWAY = "away"
-    """There was no connection: no request can be the cause."""
+    ERRED = "erred"  # an error of its own, or a body that can't be the content
+    BROKE = "broke"  # after connecting it reset, fell silent or violated HTTP
+    AWAY = "away"  # there was no connection: no request can be the cause
 
 
 _SET_BITS = 5
@@ -215,9 +212,10 @@ class Board:
 
     def note(self, name: str, sign: Sign, detail: str = "", failed: int = EVERY_MARK) -> None:
         """Record a sign. `detail` describes the failure; `failed` is the `mark` of name and client."""
-        if sign is not Sign.ANSWERED:
-            self._tell_sometimes(name, detail)
         now, wall_now = self._clock(), self._wall_clock()
+        if sign is not Sign.ANSWERED and detail and now - self._told.get(name, -math.inf) >= _TOLD_SECONDS:
+            self._told[name] = now
+            self._tell(name, detail)
         before = self.get(name)
         if after(before, sign, failed, now, wall_now) == before:
             return
@@ -233,28 +231,26 @@ class Board:
         with self._locked(self._at.get(name, 0)):
             self._set(name, Health(since=int(self._wall_clock())))
 
-    def seconds_to_trial(
-        self, name: str, connect_seconds: float, longest_seconds: float = TRIAL_SECONDS
-    ) -> float:
+    def seconds_to_trial(self, name: str, connect_seconds: float, longest: float = TRIAL_SECONDS) -> float:
         """Time until an upstream that is down may be tried; 0 for now."""
         health = self.get(name)
-        wait = health.trial_wait_seconds(connect_seconds, longest_seconds)
+        wait = health.trial_wait_seconds(connect_seconds, longest)
         return max(0.0, wait - health.quiet_seconds(self._clock()))
 
-    def may_try(self, name: str, connect_seconds: float, longest_seconds: float = TRIAL_SECONDS) -> bool:
+    def may_try(self, name: str, connect_seconds: float, longest: float = TRIAL_SECONDS) -> bool:
         """Whether a trial is due. Only the first caller of all processes gets True."""
 
         def due() -> bool:
-            return self.is_down(name) and not self.seconds_to_trial(name, connect_seconds, longest_seconds)
+            return self.is_down(name) and not self.seconds_to_trial(name, connect_seconds, longest)
 
         if not due():
             return False
         with self._locked(self._at.get(name, 0)):
-            if not due():
+            if not due():  # another process has taken it
                 return False
-            health = self.get(name)
-            trials = min((health.marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
-            self._set(name, replace(health, marks=_TRYING | trials, tried=_tenths(self._clock())))
+            trials = min((self.get(name).marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
+            tried = _tenths(self._clock())
+            self._set(name, replace(self.get(name), marks=_TRYING | trials, tried=tried))
             return True
 
     def doubted(self, name: str) -> bool:
@@ -268,12 +264,6 @@ class Board:
             self._own[name] = health.encode()
         else:
             self._words[at] = health.encode()
-
-    def _tell_sometimes(self, name: str, detail: str) -> None:
-        now = self._clock()
-        if detail and now - self._told.get(name, -math.inf) >= _TOLD_SECONDS:
-            self._told[name] = now
-            self._tell(name, detail)
 
 
 def _log_change(name: str, before: State, now: State, detail: str) -> None:
@@ -311,25 +301,16 @@ class Checks:
         self._clock = clock
         self._began = clock()
         self._last: dict[str, float] = {}
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: set[str] = set()
 
     async def run(self) -> None:
-        try:
+        async with asyncio.TaskGroup() as group:
             while True:
-                self._begin_due()
+                for upstream in self._pool.upstreams:
+                    if upstream.name not in self._running and self._is_due(upstream):
+                        self._running.add(upstream.name)
+                        group.create_task(self._check(upstream))
                 await asyncio.sleep(_TICK_SECONDS)
-        finally:
-            tasks = list(self._running.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _begin_due(self) -> None:
-        for upstream in list(self._pool.upstreams):
-            if upstream.name not in self._running and self._is_due(upstream):
-                task = asyncio.get_running_loop().create_task(self._check(upstream))
-                self._running[upstream.name] = task
-                task.add_done_callback(lambda done, name=upstream.name: self._ended(name, done))  # type: ignore[misc]
 
     def _is_due(self, upstream: Upstream) -> bool:
         name, board, settings = upstream.name, self._pool.board, upstream.settings
@@ -344,14 +325,15 @@ class Checks:
         return self._clock() - self._last.get(name, self._began) >= wait
 
     async def _check(self, upstream: Upstream) -> None:
-        self._last[upstream.name] = self._clock()
-        ask = Ask(path=check_path(upstream.settings), purpose="index", method="HEAD", check=True)
+        name = upstream.name
+        self._last[name] = self._clock()
         try:
-            await self._pool.ask(upstream, ask)
+            await self._pool.ask(
+                upstream, Ask(check_path(upstream.settings), "index", method="HEAD", check=True)
+            )
         except UpstreamFailure as failure:
-            _LOG.debug("check of %s: %s", upstream.name, failure.detail)
-
-    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._running[name]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _LOG.error("internal error in a check of %s", name, exc_info=error)
+            _LOG.debug("check of %s: %s", name, failure.detail)
+        except Exception:  # noqa: BLE001 - the other checks go on
+            _LOG.exception("internal error in a check of %s", name)
+        finally:
+            self._running.discard(name)

@@ -274,15 +274,16 @@ class Answer:
 
     async def _take(self) -> bytes:
         content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
-        piece = content.read_nowait(slice_bytes or -1)
+        # What came before a break is good. aiohttp's public way to read raises at once, and would lose it.
+        piece = content._read_nowait(slice_bytes or -1)  # noqa: SLF001
+        waited_seconds = 0.0
         if not piece and not content.at_eof():
             began = time.monotonic()
             async with asyncio.timeout(self._upstream.settings.read_timeout):
                 # Without a rate not read(n): aiohttp would buffer n bytes.
                 piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
-            self._steadiness.note(time.monotonic() - began, len(piece))
-        else:
-            self._steadiness.note(0.0, len(piece))
+            waited_seconds = time.monotonic() - began
+        self._steadiness.note(waited_seconds, len(piece))
         return piece
 
     def _advance(self, amount: int) -> None:
