@@ -1,21 +1,22 @@
 """Names of clients in the log and in reports: their addresses, or keyed hashes of them."""
 
-import contextlib
 import hashlib
 import ipaddress
 import logging
 import os
 import re
 import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+
+from gup.fsutil import lock_range
 
 Mode = Literal["full", "hashed", "off"]
 
 _log = logging.getLogger("gup.client_names")
 _HASHED = re.compile(r"h-[0-9a-f]{16}")
 _KEY_BYTES = 32
-_MOST_REMEMBERED = 20_000
 
 
 def read_key(path: Path) -> bytes:
@@ -24,37 +25,28 @@ def read_key(path: Path) -> bytes:
     If it can't be stored, this process uses a key of its own until it ends, whose hashes no other knows.
     """
     try:
-        with contextlib.suppress(FileNotFoundError):
-            return _read(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, secrets.token_bytes(_KEY_BYTES).hex().encode())
-            os.fsync(fd)
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        finally:
-            os.close(fd)
-            temporary.unlink()
-        return _read(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "r+", encoding="ascii") as file:
+            lock_range(fd, 0, wait=True)  # closing frees it
+            text = file.read()
+            if not text:
+                text = secrets.token_hex(_KEY_BYTES)
+                file.write(text)
+                file.flush()
+                os.fsync(fd)
+        key = bytes.fromhex(text)
+        if len(key) != _KEY_BYTES:
+            raise ValueError(f"{path} is no key")
     except (OSError, ValueError) as error:
         _log.warning("the key of hashed addresses can't be kept, so they change at the next start: %s", error)
         return secrets.token_bytes(_KEY_BYTES)
-
-
-def _read(path: Path) -> bytes:
-    key = bytes.fromhex(path.read_text())
-    if len(key) != _KEY_BYTES:
-        raise ValueError(f"{path} is no key")
     return key
 
 
 def is_name(text: str) -> bool:
     """Whether `text` is a client's name: a well-formed address, or a hash."""
-    if _HASHED.fullmatch(text):
-        return True
     try:
-        return str(ipaddress.ip_address(text)) == text
+        return is_hashed(text) or str(ipaddress.ip_address(text)) == text
     except ValueError:
         return False
 
@@ -69,32 +61,16 @@ class ClientNames:
     def __init__(self, mode: Mode, key: bytes) -> None:
         self.mode = mode
         """Replaced by a reload only."""
-        self._key = key
-        self._plain: dict[str, str] = {}
-        self._hashed: dict[str, str] = {}
+        self._plain = lru_cache(20_000)(_plain)
+        self.hashed = lru_cache(20_000)(lambda address: _hashed(address, key))
 
     def of(self, address: str) -> str:
         """The name that identifies a client; with mode "off" a hash that is neither shown nor kept."""
-        return self._remembered(address, self.mode != "full")
+        return self._plain(address) if self.mode == "full" else self.hashed(address)
 
     def shown(self, address: str) -> str | None:
         """The name that the log may show, if any."""
         return None if self.mode == "off" else self.of(address)
-
-    def hashed(self, address: str) -> str:
-        return self._remembered(address, True)
-
-    def _remembered(self, address: str, hashed: bool) -> str:
-        table = self._hashed if hashed else self._plain
-        name = table.get(address)
-        if name is None:
-            name = _plain(address)
-            if hashed:
-                name = "h-" + hashlib.blake2b(name.encode(), key=self._key, digest_size=8).hexdigest()
-            if len(table) >= _MOST_REMEMBERED:
-                table.clear()
-            table[address] = name
-        return name
 
 
 def _plain(address: str) -> str:
@@ -104,3 +80,7 @@ def _plain(address: str) -> str:
         return address
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return str(mapped or parsed)
+
+
+def _hashed(address: str, key: bytes) -> str:
+    return "h-" + hashlib.blake2b(_plain(address).encode(), key=key, digest_size=8).hexdigest()

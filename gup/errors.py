@@ -1,12 +1,10 @@
 """Every error of gup: one family, the table of problems that a client can be told; never any I/O."""
 
 import errno
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SHOWN_BYTES = 512
 """The most of anybody else's text that a message shows."""
-
-_CUT = "…"
 
 
 def quoted(text: str | bytes) -> str:
@@ -22,7 +20,7 @@ def quoted(text: str | bytes) -> str:
     encoded = shown.encode()
     if len(encoded) <= SHOWN_BYTES:
         return shown
-    return encoded[: SHOWN_BYTES - len(_CUT.encode())].decode("utf-8", "ignore") + _CUT
+    return encoded[: SHOWN_BYTES - len("…".encode())].decode("utf-8", "ignore") + "…"
 
 
 def _printable(character: str) -> str:
@@ -53,8 +51,7 @@ class StoreError(GupError):
     """The cache directory could not be used as asked (full, read-only, foreign)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProblemType:
+class ProblemType(NamedTuple):
     """One row of PROBLEMS: status code and title of an RFC 9457 problem."""
 
     status: int
@@ -115,13 +112,9 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
 
     def again(self) -> "Problem":
         """The same problem for one more request (an exception raised twice would gather tracebacks)."""
-        return Problem(
-            self.slug,
-            self.detail,
-            retry_after_seconds=self.retry_after_seconds,
-            headers=self.headers,
-            extensions=self.extensions,
-        )
+        problem = Problem(self.slug, self.detail, headers=self.headers, extensions=self.extensions)
+        problem.retry_after_seconds = self.retry_after_seconds
+        return problem
 
     @property
     def status(self) -> int:

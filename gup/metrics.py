@@ -40,149 +40,116 @@ TTFB_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
 FILL_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 14400.0)
 _NANOSECONDS = 1_000_000_000
 
+Direction = Literal["sent", "received", "wasted"]
+
+
+Label = tuple[str, tuple[str, ...]]
+"""A label with its values, without these where they are not known before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One row of METRICS.
 
-    `labels` are the labels with their values, without these where they are not known before; `upstream` adds
-    that label with the configured names.
-    `stored` figures live in the blocks (one word a series, histograms one a bucket and one for the sum);
-    the others the controller works out when it is asked.
+    `upstream` adds that label with the configured names. `stored` figures live in the blocks: one word a
+    series, histograms one a bucket and one for the sum. The others the controller works out when asked.
     """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
-    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    labels: tuple[Label, ...] = ()
     upstream: bool = False
     buckets: tuple[float, ...] = ()
     stored: bool = True
 
 
-def _counter(name: str, help_: str, *labels: tuple[str, tuple[str, ...]], upstream: bool = False) -> Metric:
-    return Metric(name, "counter", help_, labels, upstream)
+def _counter(name: str, text: str, *labels: Label, upstream: bool = False, stored: bool = True) -> Metric:
+    return Metric(name, "counter", text, labels, upstream, stored=stored)
 
 
-def _gauge(
-    name: str,
-    help_: str,
-    *labels: tuple[str, tuple[str, ...]],
-    stored: bool = False,
-    upstream: bool = False,
-) -> Metric:
-    return Metric(name, "gauge", help_, labels, upstream, stored=stored)
+def _level(name: str, text: str) -> Metric:
+    """A gauge that processes count up and down."""
+    return Metric(name, "gauge", text)
 
 
-_RESULTS = tuple(CODES_OF_RESULT)
-_WITH_CONTENT = tuple(result for result, codes in CODES_OF_RESULT.items() if codes is _SERVED)
-_LABELS_OF_STREAM: tuple[tuple[str, tuple[str, ...]], ...] = (("product", ()), ("language", ()))
-_OF_STREAM = (*_LABELS_OF_STREAM, ("kind", KINDS))
+def _gauge(name: str, text: str, *labels: Label, upstream: bool = False) -> Metric:
+    """A gauge that the controller works out."""
+    return Metric(name, "gauge", text, labels, upstream, stored=False)
+
+
+_RESULT = ("result", tuple(CODES_OF_RESULT))
+_RESULT_WITH_CONTENT = ("result", tuple(name for name, codes in CODES_OF_RESULT.items() if codes is _SERVED))
+_PURPOSE = ("purpose", PURPOSES)
+_OUTCOMES = ("ok", "not_modified", "not_found", "error", "timeout", "unreachable", "rejected")
+_ENDS = ("outcome", ("committed", "failed", "unstorable"))
+_EVICTED = ("reason", ("unused", "revision", "size", "free", "part"))
+_WHERE = ("where", ("body", "part", "record", "index", "state"))
+_RULES = (
+    "client_patches_off",
+    "content_type",
+    "manager_too_old",
+    "version",
+    "language",
+    "undeclared",
+    "unlisted",
+)
+_CLOSED = ("reason", ("network", "limit", "address"))
+_LIMITED = ("of", ("connections", "connections_per_address", "downloads", "fills", "queue"))
+_PRODUCT: Label = ("product", ())
+_LANGUAGE: Label = ("language", ())
+_NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
+_STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
+_TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
+_DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
+_UP_HELP = "Whether content is asked of the upstream; 0 while it is down."
+_RULES_HELP = "Requests that a rule refused or would refuse."
+_LIMIT_HELP = "Limit in force; absent when unlimited."
+_STORM_HELP = "Whether clients ask for fulls where deltas exist."
 
 METRICS: tuple[Metric, ...] = (
-    _counter("gup_requests_total", "Requests answered.", ("result", _RESULTS), ("code", ())),
+    _counter("gup_requests_total", "Requests answered.", _RESULT, ("code", ())),
     _counter("gup_client_sent_bytes_total", "Body bytes sent to clients.", ("source", SOURCES)),
     _counter(
-        "gup_upstream_received_bytes_total",
-        "Body bytes received from upstream.",
-        ("purpose", PURPOSES),
-        upstream=True,
+        "gup_upstream_received_bytes_total", "Body bytes received from upstream.", _PURPOSE, upstream=True
     ),
-    _counter(
-        "gup_upstream_requests_total",
-        "Requests sent upstream.",
-        ("outcome", ("ok", "not_modified", "not_found", "error", "timeout", "unreachable", "rejected")),
-        upstream=True,
-    ),
+    _counter("gup_upstream_requests_total", "Requests sent upstream.", ("outcome", _OUTCOMES), upstream=True),
     _counter("gup_upstream_wasted_bytes_total", "Bytes received and not used.", ("reason", WASTED)),
-    _counter("gup_fills_total", "Fills ended.", ("outcome", ("committed", "failed", "unstorable"))),
+    _counter("gup_fills_total", "Fills ended.", _ENDS),
     _counter("gup_fill_resumes_total", "Fills resumed.", ("reason", RESUME_REASONS)),
     Metric("gup_fill_duration_seconds", "histogram", "From claim to commit.", buckets=FILL_BUCKETS),
     Metric(
         "gup_time_to_first_byte_seconds",
         "histogram",
-        "From a request's head to the first byte of content, hot hits left out.",
-        labels=(("result", _WITH_CONTENT),),
+        _TTFB_HELP,
+        (_RESULT_WITH_CONTENT,),
         buckets=TTFB_BUCKETS,
     ),
-    _gauge("gup_fills_in_progress", "Fills under way.", stored=True),
-    _gauge("gup_fill_waiters", "Requests attached to fills under way.", stored=True),
-    _gauge("gup_client_connections", "Client connections open.", stored=True),
-    _gauge(
-        "gup_client_downloads_in_progress",
-        "Bodies over 256 KiB being sent, index files left out.",
-        stored=True,
-    ),
-    _gauge("gup_client_downloads_queued", "Requests waiting for a download slot.", stored=True),
+    _level("gup_fills_in_progress", "Fills under way."),
+    _level("gup_fill_waiters", "Requests attached to fills under way."),
+    _level("gup_client_connections", "Client connections open."),
+    _level("gup_client_downloads_in_progress", _DOWNLOADS_HELP),
+    _level("gup_client_downloads_queued", "Requests waiting for a download slot."),
     _counter("gup_client_downloads_total", "Such bodies that were sent, or broken off."),
-    _counter(
-        "gup_evictions_total", "Entries evicted.", ("reason", ("unused", "revision", "size", "free", "part"))
-    ),
-    _counter(
-        "gup_evicted_bytes_total",
-        "Bytes evicted.",
-        ("reason", ("unused", "revision", "size", "free", "part")),
-    ),
-    _counter(
-        "gup_integrity_failures_total",
-        "Damage found in the store.",
-        ("where", ("body", "part", "record", "index", "state")),
-    ),
-    _counter(
-        "gup_rule_refusals_total",
-        "Requests that a rule refused or would refuse.",
-        (
-            "rule",
-            (
-                "client_patches_off",
-                "content_type",
-                "manager_too_old",
-                "version",
-                "language",
-                "undeclared",
-                "unlisted",
-            ),
-        ),
-        ("mode", ("enforce", "report")),
-    ),
-    _counter(
-        "gup_connections_refused_total",
-        "Connections closed at accept.",
-        ("reason", ("network", "limit", "address")),
-    ),
+    _counter("gup_evictions_total", "Entries evicted.", _EVICTED),
+    _counter("gup_evicted_bytes_total", "Bytes evicted.", _EVICTED),
+    _counter("gup_integrity_failures_total", "Damage found in the store.", _WHERE),
+    _counter("gup_rule_refusals_total", _RULES_HELP, ("rule", _RULES), ("mode", ("enforce", "report"))),
+    _counter("gup_connections_refused_total", "Connections closed at accept.", _CLOSED),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
-    Metric("gup_stream_sent_bytes_total", "counter", "Body bytes sent, by stream.", _OF_STREAM, stored=False),
-    Metric(
-        "gup_stream_received_bytes_total",
-        "counter",
-        "Body bytes received, by stream.",
-        _OF_STREAM,
-        stored=False,
-    ),
+    _counter("gup_stream_sent_bytes_total", "Body bytes sent, by stream.", *_STREAM, stored=False),
+    _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
     _gauge("gup_cache_entries", "Entries in the store."),
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),
     _gauge("gup_disk_free_bytes", "Free on the cache's file system."),
-    _gauge("gup_upstream_up", "Whether content is asked of the upstream; 0 while it is down.", upstream=True),
-    _gauge(
-        "gup_bandwidth_limit_bytes_per_second",
-        "Limit in force; absent when unlimited.",
-        ("direction", ("upstream", "client")),
-    ),
-    _gauge(
-        "gup_allowed_at_once",
-        "How many may be at once; absent when unlimited.",
-        ("of", ("connections", "connections_per_address", "downloads", "fills", "queue")),
-    ),
-    _gauge(
-        "gup_newest_content_timestamp_seconds",
-        "Date of the newest revision.",
-        *_LABELS_OF_STREAM,
-        ("where", ("held", "requested")),
-    ),
-    _gauge("gup_full_storm", "Whether clients ask for fulls where deltas exist.", *_LABELS_OF_STREAM),
+    _gauge("gup_upstream_up", _UP_HELP, upstream=True),
+    _gauge("gup_bandwidth_limit_bytes_per_second", _LIMIT_HELP, ("direction", ("upstream", "client"))),
+    _gauge("gup_allowed_at_once", "How many may be at once; absent when unlimited.", _LIMITED),
+    _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision.", *_NEWEST),
+    _gauge("gup_full_storm", _STORM_HELP, _PRODUCT, _LANGUAGE),
     _gauge("gup_config_last_reload_successful", "Whether the last reload took."),
     _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
@@ -214,7 +181,7 @@ def label_sets(metric: Metric, upstreams: Sequence[str]) -> Iterator[dict[str, s
         yield dict(combination)
 
 
-def stream_series(direction: Literal["sent", "received", "wasted"], slot: int, kind: str) -> str:
+def stream_series(direction: Direction, slot: int, kind: str) -> str:
     """The series that counts stream number `slot` (0…MAX_STREAMS); names come when it is read."""
     return series(f"gup_stream_{direction}_bytes_total", {"slot": str(slot), "kind": kind})
 
@@ -232,10 +199,9 @@ def layout(upstreams: Sequence[str]) -> list[str]:
             edges = [f"{edge:g}" for edge in metric.buckets] + ["+Inf"]
             words += [series(metric.name + "_bucket", {**labels, "le": edge}) for edge in edges]
             words.append(series(metric.name + "_sum", labels))
-    for slot in range(MAX_STREAMS + 1):
-        for kind in KINDS:
-            words += [stream_series("sent", slot, kind), stream_series("received", slot, kind)]
-            words.append(stream_series("wasted", slot, kind))
+    directions: tuple[Direction, ...] = ("sent", "received", "wasted")
+    for slot, kind, direction in product(range(MAX_STREAMS + 1), KINDS, directions):
+        words.append(stream_series(direction, slot, kind))
     return words
 
 
@@ -250,31 +216,29 @@ class Counters:
     def private(cls, upstreams: Sequence[str] = ()) -> "Counters":
         """Counters in memory of this process alone, for tests and tools."""
         names = layout(upstreams)
-        return cls(
-            memoryview(bytearray(8 * len(names))).cast("Q"),
-            {name: position for position, name in enumerate(names)},
-        )
+        words = memoryview(bytearray(8 * len(names))).cast("Q")
+        return cls(words, {name: position for position, name in enumerate(names)})
 
     def position(self, name: str, /, **labels: str) -> int:
         """The word of a series, for callers that count often: `counters.words[position] += n`."""
         return self._positions[series(name, labels)]
 
     def add(self, name: str, amount: int = 1, /, **labels: str) -> None:
-        self.words[self._positions[series(name, labels)]] += amount
+        self.words[self.position(name, **labels)] += amount
 
     def set(self, name: str, amount: int, /, **labels: str) -> None:
-        self.words[self._positions[series(name, labels)]] = amount
+        self.words[self.position(name, **labels)] = amount
 
     def get(self, name: str, /, **labels: str) -> int:
-        return self.words[self._positions[series(name, labels)]]
+        return self.words[self.position(name, **labels)]
 
-    def add_stream(self, direction: Literal["sent", "received"], slot: int, kind: str, amount: int) -> None:
+    def add_stream(self, direction: Direction, slot: int, kind: str, amount: int) -> None:
         self.words[self._positions[stream_series(direction, slot, kind)]] += amount
 
     def waste(self, reason: str, stream: tuple[int, str], amount: int) -> None:
         """Count bytes that came from upstream for nothing; `stream` is the number and the kind."""
         self.add("gup_upstream_wasted_bytes_total", amount, reason=reason)
-        self.words[self._positions[stream_series("wasted", *stream)]] += amount
+        self.add_stream("wasted", *stream, amount)
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """Count `seconds` into a histogram."""

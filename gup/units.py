@@ -4,18 +4,10 @@ import re
 import time
 from calendar import timegm
 from datetime import date
+from email.utils import formatdate
 
-_SIZE_UNITS = {
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
+_SIZE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
 
@@ -153,9 +145,5 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
 
 
 def format_http_date(seconds: float) -> str:
-    """`seconds` (Unix time, cut to whole ones) as an IMF-fixdate, whatever the locale."""
-    moment = time.gmtime(seconds // 1)
-    return (
-        f"{_DAYS[moment.tm_wday]}, {moment.tm_mday:02} {_MONTHS[moment.tm_mon - 1]} {moment.tm_year:04} "
-        f"{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02} GMT"
-    )
+    """`seconds` (Unix time, cut to whole ones) as an IMF-fixdate."""
+    return formatdate(seconds // 1, usegmt=True)

@@ -1,46 +1,15 @@
 """Settings: one table of all, and how they are read."""
 
-from gup.config.loading import load, require_servable
-from gup.config.settings import (
-    CONTENT_TYPES,
-    PRIVATE_NETWORKS,
-    Cache,
-    Catalog,
-    Clients,
-    Fill,
-    Listen,
-    Log,
-    Prefetch,
-    Reports,
-    Rules,
-    Section,
-    Settings,
-    Site,
-    Upstream,
-    Wan,
-    WanSchedule,
-    Workers,
-)
-
-__all__ = [
-    "CONTENT_TYPES",
-    "PRIVATE_NETWORKS",
-    "Cache",
-    "Catalog",
-    "Clients",
-    "Fill",
-    "Listen",
-    "Log",
-    "Prefetch",
-    "Reports",
-    "Rules",
-    "Section",
-    "Settings",
-    "Site",
-    "Upstream",
-    "Wan",
-    "WanSchedule",
-    "Workers",
-    "load",
-    "require_servable",
-]
+from gup.config.loading import load as load
+from gup.config.loading import require_servable as require_servable
+from gup.config.settings import CONTENT_TYPES as CONTENT_TYPES
+from gup.config.settings import PRIVATE_NETWORKS as PRIVATE_NETWORKS
+from gup.config.settings import Cache as Cache
+from gup.config.settings import Clients as Clients
+from gup.config.settings import Listen as Listen
+from gup.config.settings import Log as Log
+from gup.config.settings import Rules as Rules
+from gup.config.settings import Settings as Settings
+from gup.config.settings import Upstream as Upstream
+from gup.config.settings import Wan as Wan
+from gup.config.settings import WanSchedule as WanSchedule

@@ -38,12 +38,22 @@ def load(
     `flags` is nested like the file. SettingsError names every key that is wrong. The files that settings name
     are not looked at: gup.cli.usable does that.
     """
-    layers = Layers.read(Settings, file, flags or {}, os.environ if environment is None else environment)
-    problems = list(layers.problems)
+    given = os.environ if environment is None else environment
+    variables = {name: text for name, text in given.items() if name.upper().startswith(PREFIX)}
+    layers: list[tuple[str, Values]] = [
+        ("the command line", flags or {}),
+        (PREFIX, _read_environment(variables) if variables else {}),
+        (str(file), _read_toml(file) if file else {}),
+    ]
+    problems = _unknown_variables(variables)
+    values: dict[str, Any] = {}
+    for _, layer in reversed(layers):
+        values = _merge(values, layer)
     try:
-        settings = Settings.model_validate(layers.merged())
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(problems + complaints(error, Settings, layers.origin)) from error
+        problems += complaints(error, Settings, lambda location: _origin(location, layers))
+        raise SettingsError(problems) from error
     if problems:
         raise SettingsError(problems)
     return settings
@@ -57,56 +67,14 @@ def require_servable(settings: Settings) -> None:
         )
 
 
-# --- file, environment, flags
-
-
-class Layers:
-    """The values of each place, in order of precedence. `problems` are variables without a meaning."""
-
-    def __init__(self, named: list[tuple[str, Values]], problems: list[str]) -> None:
-        self._named = named
-        self.problems = problems
-
-    @classmethod
-    def read(
-        cls, table: type[BaseModel], file: Path | None, flags: Values, environment: Mapping[str, str]
-    ) -> "Layers":
-        """SettingsError when the file can't be read or is no TOML."""
-        variables = {name: text for name, text in environment.items() if name.upper().startswith(PREFIX)}
-        return cls(
-            [
-                ("the command line", flags),
-                (PREFIX, _read_environment(table, variables) if variables else {}),
-                (str(file), _read_toml(file) if file else {}),
-            ],
-            _unknown_variables(variables, table),
-        )
-
-    def merged(self) -> dict[str, Any]:
-        """One nested mapping; lists are replaced whole, tables key by key."""
-        values: dict[str, Any] = {}
-        for _, layer in reversed(self._named):
-            values = _merge(values, layer)
-        return values
-
-    def origin(self, location: Location) -> str:
-        """Where the value at `location` came from, "" when it stands nowhere."""
-        keys = [part for part in location if isinstance(part, str)]
-        for name, layer in self._named:
-            depth = _depth(keys, layer)
-            if depth == len(keys) or (depth and not isinstance(_at(keys[:depth], layer), Mapping)):
-                return name + DELIMITER.join(keys[:depth]).upper() if name == PREFIX else name
-        return ""
-
-
-def _read_environment(table: type[BaseModel], variables: Mapping[str, str]) -> dict[str, Any]:
+def _read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
     """Variables nested like the file. What is no JSON stays text: the table's types check it."""
     # pydantic-settings takes 0.1 s to import, and most starts have no such variables.
     from pydantic_settings import BaseSettings, EnvSettingsSource  # noqa: PLC0415
 
     class Environment(EnvSettingsSource):
         def __init__(self) -> None:
-            bases: Any = (table, BaseSettings)  # the source wants settings of its own kind
+            bases: Any = (Settings, BaseSettings)  # the source wants settings of its own kind
             layered: type[BaseSettings] = create_model("Layered", __base__=bases)
             super().__init__(layered, case_sensitive=False, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)
             self.env_vars = {name.lower(): value for name, value in variables.items() if value}
@@ -130,51 +98,44 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _merge(below: Values, above: Values) -> dict[str, Any]:
+    """Lists are replaced whole, tables key by key."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
-def _depth(keys: list[str], values: Any) -> int:
-    """How many of `keys` can be followed into `values`."""
-    for depth, key in enumerate(keys):
-        if not isinstance(values, Mapping) or key not in values:
-            return depth
-        values = values[key]
-    return len(keys)
+def _origin(location: Location, layers: list[tuple[str, Values]]) -> str:
+    """Where the value at `location` came from, "" when it stands nowhere."""
+    keys = [part for part in location if isinstance(part, str)]
+    for name, layer in layers:
+        value, depth = layer, 0
+        while depth < len(keys) and isinstance(value, Mapping) and keys[depth] in value:
+            value, depth = value[keys[depth]], depth + 1
+        if depth == len(keys) or (depth and not isinstance(value, Mapping)):
+            return name + DELIMITER.join(keys[:depth]).upper() if name == PREFIX else name
+    return ""
 
 
-def _at(keys: list[str], values: Any) -> Any:
-    for key in keys:
-        values = values[key]
-    return values
-
-
-def _unknown_variables(variables: Mapping[str, str], table: type[BaseModel]) -> list[str]:
+def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
     """Sentences on variables of no section, and on known keys written with a single underscore.
 
     A wrong key of a known section is found with the file's. Other names are left alone: container platforms
     set their own, such as GUP_PORT or GUP_SERVICE_HOST for a service called gup.
     """
-    sections = keys_at((), table)
-    single = {
-        f"{section}_{key}".upper(): f"{PREFIX}{section}{DELIMITER}{key}".upper()
-        for section in sections
-        if model_at((section,), table)
-        for key in keys_at((section,), table)
-    }
+    sections = keys_at((), Settings)
+    keys = [(section, key) for section in sections for key in keys_at((section,), Settings)]
     problems = []
     for name in sorted(variables):
-        rest = name.upper().removeprefix(PREFIX)
-        if DELIMITER in rest and rest.split(DELIMITER)[0].lower() not in sections:
+        rest = name.lower().removeprefix(PREFIX.lower())
+        if DELIMITER in rest and rest.split(DELIMITER)[0] not in sections:
             problems.append(f"{name}: unknown section; sections are {', '.join(sections)}")
-        elif rest in single:
-            problems.append(f"{name}: unknown variable; did you mean {single[rest]}?")
+        for section, key in keys:
+            if rest == f"{section}_{key}":
+                right = f"{PREFIX}{section}{DELIMITER}{key}".upper()
+                problems.append(f"{name}: unknown variable; did you mean {right}?")
     return problems
 
 
@@ -229,11 +190,16 @@ def complaints(
 
 def _sentence(details: ErrorDetails, table: type[BaseModel]) -> str:
     location = details["loc"]
-    key = spell(location)
+    key, model = spell(location), model_at(location[:-1], table)
     if details["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_suggestion(location, table)}"
+        names = keys_at(location[:-1], table)
+        close = difflib.get_close_matches(str(location[-1]).lower(), names, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"here are: {', '.join(names)}"
+        return f"{key}: unknown key; {remedy}"
     if details["type"] == "missing":
-        return f"{key}: missing; {_help(location, table)}"
+        fields = model.model_fields.items() if model else ()
+        texts = [field.description for name, field in fields if location[-1] in (name, field.alias)]
+        return f"{key}: missing; {next(iter(texts), 'it must be given')}"
     return f"{key}: {_shown(location, details['input'])} is not right: {_reason(details)}"
 
 
@@ -257,22 +223,6 @@ def _shown(location: Location, value: object) -> str:
         shown = mask_password(value)
         return repr(shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "…")
     return repr(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _suggestion(location: Location, table: type[BaseModel]) -> str:
-    names = keys_at(location[:-1], table)
-    close = difflib.get_close_matches(str(location[-1]).lower(), names, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"here are: {', '.join(names)}"
-
-
-def _help(location: Location, table: type[BaseModel]) -> str:
-    model = model_at(location[:-1], table)
-    for name, field in (model.model_fields if model else {}).items():
-        if location[-1] in (name, field.alias):
-            return field.description or ""
-    return "it must be given"
 
 
 def keys_at(location: Location, table: type[BaseModel]) -> list[str]:

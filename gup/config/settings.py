@@ -45,14 +45,20 @@ from gup.config.types import (
     Words,
     is_token,
 )
-from gup.units import parse_duration, parse_rate, parse_size
+from gup.units import parse_duration, parse_size
 
 T = TypeVar("T")
 
 
-def row(default: T, description: str) -> T:
-    """One setting: its default and its sentence."""
-    return Field(default=default, description=description)
+GB = parse_size("1GB")
+DAY = parse_duration("1d")
+WEEK = 7 * DAY
+Serve = Literal["serve", "refuse"]
+
+
+def row(default: T, description: str, *, repr: bool = True) -> T:  # noqa: A002 - pydantic's name
+    """One setting: its default and its sentence; `repr` is false for a secret."""
+    return Field(default=default, description=description, repr=repr)
 
 
 class Section(BaseModel):
@@ -98,32 +104,22 @@ class Cache(Section):
     """The store on disk, its limits, and how long entries and failures are kept."""
 
     directory: Absolute = row(Path("/var/lib/gup"), "The cache directory.")
-    max_size: CacheSize = row(parse_size("20GB"), "Limit of all bodies and parts together.")
-    min_free: Size = row(parse_size("1GB"), "Space to leave free on the file system.")
-    max_unused: Duration = row(parse_duration("30d"), "An entry not used for this time is evicted.")
+    max_size: CacheSize = row(20 * GB, "Limit of all bodies and parts together.")
+    min_free: Size = row(GB, "Space to leave free on the file system.")
+    max_unused: Duration = row(30 * DAY, "An entry not used for this time is evicted.")
     keep_revisions: Count = row(10, "Newest revisions kept of each stream; 0 keeps all.")
-    max_part_age: Duration = row(
-        parse_duration("7d"), "An unfinished part that has not grown for this time is removed."
-    )
+    max_part_age: Duration = row(WEEK, "An unfinished part that has not grown for this time is removed.")
     negative_ttl: Duration = row(10.0, "How long an upstream's 404 or 410 is remembered and answered.")
     error_ttl: Duration = row(2.0, "How long an upstream's failure is remembered and answered.")
     index_ttl: Duration = row(60.0, "How long an index file is fresh.")
-    max_stale: Duration = row(
-        parse_duration("7d"), "How long an index file is served stale while no upstream answers."
-    )
+    max_stale: Duration = row(WEEK, "How long an index file is served stale while no upstream answers.")
     verify: Annotated[Literal["first_use", "scrub"], BeforeValidator(_verify)] = row(
         "first_use",
         "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
     )
-    sync_interval: Duration = row(
-        parse_duration("10s"), "What was stored is durable after so long: a power cut costs what came later."
-    )
-    scrub_rate: Rate = row(
-        parse_rate("20MB/s"), 'Rate at which stored bodies are read to find damage; "0" reads none.'
-    )
-    scrub_interval: Duration = row(
-        parse_duration("7d"), "Time between the beginnings of two passes over all bodies."
-    )
+    sync_interval: Duration = row(10.0, "What was stored so long ago is durable: a power cut costs the rest.")
+    scrub_rate: Rate = row(20_000_000, 'Rate of reading stored bodies to find damage; "0" reads none.')
+    scrub_interval: Duration = row(WEEK, "Time between the beginnings of two passes over all bodies.")
 
 
 class Upstream(Section):
@@ -138,16 +134,14 @@ class Upstream(Section):
     language: Variant = row("any", "The manager's language, such as French or fr.")
     ca_file: Absolute | None = row(None, "Certificates (PEM) to trust in place of the system's.")
     verify_tls: bool = row(True, "Whether its certificate must be right.")
-    proxy: Proxy | None = Field(
-        default=None, repr=False, description="URL of a web proxy on the way; its password is kept secret."
-    )
+    proxy: Proxy | None = row(None, "URL of a web proxy on the way; its password is kept secret.", repr=False)
     headers: Headers = Field(
         default_factory=dict, repr=False, description="Sent with every request; the values are kept secret."
     )
     max_connections: Positive = row(16, "Connections at once, of each worker.")
     connect_timeout: Timeout = row(5.0, "Time for a connection to stand, TLS included.")
     first_byte_timeout: Timeout = row(
-        60.0, "Time for the head of an answer to be there whole, from when the connection stands."
+        60.0, "Time for an answer's whole head, from when the connection stands."
     )
     read_timeout: Timeout = row(15.0, "Time for any byte of a body, while gup is ready to take it.")
     min_rate: LeastRate = row(
@@ -174,12 +168,9 @@ class Upstream(Section):
 class Fill(Section):
     """Fetching from upstream."""
 
-    max: Positive = row(
-        8,
-        "Fills that stream at once, over all workers; beside fulls under way as many deltas and index files.",
-    )
+    max: Positive = row(8, "Fills that stream at once; beside fulls as many deltas and index files.")
     queue_timeout: Duration = row(
-        30.0, "Time for a request to wait for its fill to begin; 503 at once if that would take longer."
+        30.0, "Time to wait for a fill to begin; 503 at once if it would take longer."
     )
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
     memory: Size = row(
@@ -200,10 +191,7 @@ class Prefetch(Section):
     max: Annotated[Count, Field(le=16)] = row(
         8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
     )
-    seen_within: Duration = row(
-        parse_duration("7d"),
-        "No deltas are fetched from a revision that no client has named for this time.",
-    )
+    seen_within: Duration = row(WEEK, "Revisions that no client has named for this time get no deltas.")
     unlisted: Literal["skip", "fetch"] = row(
         "skip", "Whether streams are fetched that no catalogue lists: they might be client patches."
     )
@@ -229,7 +217,7 @@ class WanSchedule(Section):
 class Wan(Section):
     """The rate of all fills together."""
 
-    rate: Rate = row(parse_rate("8MB/s"), 'Rate from upstream, over all workers; "0" is unlimited.')
+    rate: Rate = row(8_000_000, 'Rate from upstream, over all workers; "0" is unlimited.')
     schedule: list[WanSchedule] = Field(default_factory=list, description="Other rates at certain hours.")
 
 
@@ -276,12 +264,8 @@ def _with_known_types(types: dict[str, list[str]]) -> dict[str, list[str]]:
 class Catalog(Section):
     """Names of streams, and the type of content of each."""
 
-    file: Absolute | None = row(
-        None, "A ContentInfo.txt to read in place of the managers' own, such as a copy of one."
-    )
-    refresh: Duration = row(
-        parse_duration("1h"), "Time between readings of the managers' catalogues; 0 reads none."
-    )
+    file: Absolute | None = row(None, "A ContentInfo.txt to read in place of the managers' own.")
+    refresh: Duration = row(3600.0, "Time between readings of the managers' catalogues; 0 reads none.")
     types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
         CONTENT_TYPES,
         "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "
@@ -292,22 +276,12 @@ class Catalog(Section):
 class Rules(Section):
     """Delivery rules for client patches."""
 
-    mode: Literal["enforce", "report", "off"] = row(
-        "enforce", "Whether to refuse, only to count, or neither."
-    )
-    version_match: Literal["release", "build"] = row(
-        "release", "Whether equal versions means the same release or the same build."
-    )
-    undeclared: Literal["serve", "refuse"] = row(
-        "serve", "Whether a client is served that does not state the version or language that a rule needs."
-    )
-    unlisted: Literal["serve", "refuse"] = row(
-        "serve", "Whether content is served whose moniker no catalogue lists."
-    )
+    mode: Literal["enforce", "report", "off"] = row("enforce", "Whether to refuse, to count, or neither.")
+    version_match: Literal["release", "build"] = row("release", "What must be the same in equal versions.")
+    undeclared: Serve = row("serve", "Whether a client is served that does not state what a rule needs.")
+    unlisted: Serve = row("serve", "Whether content is served whose moniker no catalogue lists.")
     download_client_patches: bool = row(True, "Whether client patches are served at all.")
-    content_types: Words = row(
-        [], 'Content types served, of those in catalog.types and "other"; empty is all.'
-    )
+    content_types: Words = row([], 'Types served, of those in catalog.types and "other"; empty is all.')
     english_after_autoupgrade: bool = row(
         False, "Whether a manager of another language may give English patches to English clients."
     )
@@ -325,9 +299,7 @@ class Rules(Section):
         ["GUP-Client-Language"],
         "Where a client states its language, likewise; Accept-Language may be added, but tells Windows' own.",
     )
-    liveupdate: Url | None = row(
-        None, "The LiveUpdate server that a refused client is shown; left out, an upstream's of that kind."
-    )
+    liveupdate: Url | None = row(None, "LiveUpdate server shown to refused clients; left out, an upstream's.")
     releases: dict[str, str] = row(
         {},
         'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".',
@@ -349,9 +321,7 @@ class Log(Section):
     access: Literal["off", "sampled", "all"] = row(
         "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
     )
-    access_sample: Positive = row(
-        100, "Of how many hits one is logged while access is sampled, in each worker: the first, and so on."
-    )
+    access_sample: Positive = row(100, "Of how many hits each worker logs one while access is sampled.")
 
 
 class Reports(Section):
@@ -363,17 +333,10 @@ class Reports(Section):
         "or not at all: then there are no records of clients.",
     )
     retention: Timeout = row(
-        parse_duration("90d"),
-        "A client not seen for this time is forgotten; so are older records of content taken.",
+        90 * DAY, "Clients not seen, and records of content taken, are forgotten after it."
     )
-    max_clients: Positive = row(
-        100_000,
-        "Clients remembered; beyond it those not seen for the longest are forgotten.",
-    )
-    ledger: Timeout = row(
-        parse_duration("400d"),
-        "How long the savings of single days are kept; older ones are added up.",
-    )
+    max_clients: Positive = row(100_000, "Clients remembered; of more the longest unseen are forgotten.")
+    ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
 
 
 class Workers(Section):

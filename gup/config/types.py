@@ -17,7 +17,6 @@ MIN_CACHE_BYTES = 10**6
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#\"\\]+)(?::[0-9]{1,5})?"
-_URL_PATH = re.compile(r"/[!-\"$->@-~]*")
 _URL = re.compile(rf"https?://{_HOST}(?:/[^\s?#]*)?")
 _PROXY = re.compile(rf"https?://(?:[^\s/@]+@)?{_HOST}/?")
 _GUP_SETS = frozenset(
@@ -46,16 +45,24 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _rate(value: int) -> int:
-    if 0 < value < MIN_RATE_BYTES_PER_SECOND:
-        raise ValueError('must be at least "1kB/s", or "0" for unlimited')
-    return value
+def _at_least(least: int, right: str, *besides: int) -> AfterValidator:
+    def check(value: int) -> int:
+        if value < least and value not in besides:
+            raise ValueError(f"must be at least {right}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _cache_size(value: int) -> int:
-    if value < MIN_CACHE_BYTES:
-        raise ValueError('must be at least "1MB"')
-    return value
+def _matching(form: str, right: str) -> AfterValidator:
+    pattern = re.compile(form)
+
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(right)
+        return value
+
+    return AfterValidator(check)
 
 
 def _address(value: str) -> str:
@@ -72,12 +79,6 @@ def _network(value: str) -> str:
         raise ValueError(f"must be a network, such as 10.0.0.0/8 ({error})") from error
 
 
-def _minute(value: str) -> str:
-    if not re.fullmatch(r"(?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00", value):
-        raise ValueError('must be a time from "00:00" to "24:00", such as "07:30"')
-    return value
-
-
 def _port_fits(url: str) -> bool:
     try:
         return urlsplit(url).port != 0
@@ -89,12 +90,6 @@ def _url(value: str) -> str:
     if not _URL.fullmatch(value) or not _port_fits(value):
         raise ValueError("must be http://host:port or https://host:port, without user or query")
     return value.rstrip("/")
-
-
-def _url_path(value: str) -> str:
-    if not _URL_PATH.fullmatch(value):
-        raise ValueError("must be a URL's path that begins with /, without query; spaces as %20")
-    return value
 
 
 def _proxy(value: str) -> str:
@@ -113,12 +108,6 @@ def _variant(value: str) -> str:
 def _label(value: str) -> str:
     if not 0 < len(value) <= 64 or re.search(r'["\\]', value) or not value.isprintable():
         raise ValueError('must be 1 to 64 printable characters without " or \\')
-    return value
-
-
-def _site_name(value: str) -> str:
-    if not is_token(value) or len(value) > 64:
-        raise ValueError("must be 1 to 64 letters, digits, dots, dashes or underscores (it stands in Via)")
     return value
 
 
@@ -148,8 +137,10 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-CacheSize = Annotated[Size, AfterValidator(_cache_size)]
-Rate = Annotated[int, BeforeValidator(parse_rate), AfterValidator(_rate)]
+CacheSize = Annotated[Size, _at_least(MIN_CACHE_BYTES, '"1MB"')]
+Rate = Annotated[
+    int, BeforeValidator(parse_rate), _at_least(MIN_RATE_BYTES_PER_SECOND, '"1kB/s", or "0" for unlimited', 0)
+]
 LeastRate = Annotated[int, BeforeValidator(parse_rate)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Timeout = Annotated[Duration, Field(gt=0)]
@@ -159,14 +150,29 @@ Positive = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=2**31)]
 Weight = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=1000)]
 Address = Annotated[str, AfterValidator(_address)]
 Network = Annotated[str, AfterValidator(_network)]
-Minute = Annotated[str, AfterValidator(_minute)]
+Minute = Annotated[
+    str,
+    _matching(
+        r"(?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00",
+        'must be a time from "00:00" to "24:00", such as "07:30"',
+    ),
+]
 Absolute = Annotated[Path, AfterValidator(Path.absolute)]
 Url = Annotated[str, AfterValidator(_url)]
-UrlPath = Annotated[str, AfterValidator(_url_path)]
+UrlPath = Annotated[
+    str,
+    _matching(r"/[!-\"$->@-~]*", "must be a URL's path that begins with /, without query; spaces as %20"),
+]
 Proxy = Annotated[str, AfterValidator(_proxy)]
 Variant = Annotated[str, AfterValidator(_variant)]
 Label = Annotated[str, AfterValidator(_label)]
-SiteName = Annotated[str, AfterValidator(_site_name)]
+SiteName = Annotated[
+    str,
+    _matching(
+        rf"{_TOKEN.pattern[:-1]}{{1,64}}",
+        "must be 1 to 64 letters, digits, dots, dashes or underscores (it stands in Via)",
+    ),
+]
 LogDestination = Annotated[str, AfterValidator(_log_destination)]
 TimeZone = Annotated[str, AfterValidator(_time_zone)]
 Headers = Annotated[dict[str, str], AfterValidator(_headers)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from types import MappingProxyType
 
 from gup import config
 from gup.content.key import ANY, Variant
@@ -47,8 +48,7 @@ class Listed:
 
     @property
     def all_languages(self) -> bool:
-        stated = parse_language(self.language)
-        return stated is not None and stated.is_all
+        return (stated := parse_language(self.language)) is not None and stated.is_all
 
 
 Rows = Mapping[str, Listed]
@@ -92,12 +92,12 @@ class Catalogues:
 
     def __init__(
         self,
-        rows: Mapping[str, Rows] | None = None,
+        rows: Mapping[str, Rows] = MappingProxyType({}),
         upstreams: Sequence[config.Upstream] = (),
         types: StreamTypes | None = None,
     ) -> None:
         """`rows` by the upstream's name. Rows of upstreams that are not configured are ignored."""
-        self._rows = {u.name: (rows or {})[u.name] for u in upstreams if u.name in (rows or {})}
+        self._rows = {u.name: rows[u.name] for u in upstreams if u.name in rows}
         self._variants = {u.name: Variant(u.version, u.language) for u in upstreams}
         self._types = types or StreamTypes(config.CONTENT_TYPES)
 
@@ -135,8 +135,7 @@ class Catalogues:
             product = named[1].replace("$20", " ") if named else LIVEUPDATE_PRODUCT
             return Label(product, "" if version == ANY else version, language, self._types.of(product))
         own = (name for name, variant in self._variants.items() if variant == Variant(version, language))
-        rows = (self.listed(name, moniker) for name in own)
-        row = next((row for row in rows if row is not None), None) or self.somewhere(moniker)
+        row = next(filter(None, (self.listed(name, moniker) for name in own)), self.somewhere(moniker))
         if row is None:
             return None
         return Label(row.product, row.version, row.language or language, self._types.of(row.product))
@@ -150,8 +149,14 @@ def parse_catalog(text: bytes) -> Rows:
     rows: dict[str, Listed] = {}
     for line in _decoded(text).splitlines():
         match = _LINE.match(line.strip())
-        if match is not None:
-            rows[match[1].upper()] = _listed(match[1], match[2])
+        if match is None:
+            continue
+        # From the right: a product's name may itself contain " - ".
+        parts, language = [part.strip() for part in match[2].split(" - ")], ""
+        if len(parts) > 2 or (len(parts) == 2 and parse_language(parts[1])):
+            language = parts.pop()
+        product = " - ".join(parts[:-1] if len(parts) > 1 else parts)
+        rows[match[1].upper()] = Listed(match[1], product, language, find_release(product))
     return rows
 
 
@@ -161,16 +166,6 @@ def _decoded(text: bytes) -> str:
     if text[:1] == b"\0" or text[1:2] == b"\0":  # without a mark; a line begins with a letter or a brace
         return text.decode("utf-16-be" if text[:1] == b"\0" else "utf-16-le", errors="replace")
     return text.decode("utf-8-sig", errors="replace")
-
-
-def _listed(moniker: str, rest: str) -> Listed:
-    # From the right: a product's name may itself contain " - ".
-    parts = [part.strip() for part in rest.split(" - ")]
-    language = ""
-    if len(parts) > 2 or (len(parts) == 2 and parse_language(parts[1])):
-        language = parts.pop()
-    product = " - ".join(parts[:-1] if len(parts) > 1 else parts)
-    return Listed(moniker, product, language, find_release(product))
 
 
 def normal_moniker(text: str) -> str | None:

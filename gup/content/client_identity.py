@@ -6,9 +6,9 @@ read counts as not stated. Two readers share this: `Identities` for the rules, w
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from gup.config import Rules
 from gup.config.types import is_token
@@ -25,6 +25,8 @@ _ACCEPT_LANGUAGE = "accept-language"
 _MAX_SHOWN = 64
 _MOST_REMEMBERED = 4096
 
+Texts = list[tuple[str, str]]
+"""Places where something is stated, and what is."""
 T = TypeVar("T")
 
 
@@ -40,8 +42,7 @@ class Client:
 NOBODY = Client()
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A header, or the version of `product` in it (`PRODUCT/VERSION`, RFC 9110 section 10.1.5)."""
 
     header: str
@@ -59,9 +60,7 @@ class Source:
         if self.product:
             found = re.search(rf"(?<![^\s(;]){re.escape(self.product)}/([^\s();,]+)", value, re.IGNORECASE)
             return found[1] if found else None
-        if self.header.lower() == _ACCEPT_LANGUAGE:
-            return _most_wanted(value)
-        return value.strip()
+        return _most_wanted(value) if self.header.lower() == _ACCEPT_LANGUAGE else value.strip()
 
 
 def parse_source(text: str) -> Source | None:
@@ -72,52 +71,58 @@ def parse_source(text: str) -> Source | None:
     return Source(header, product)
 
 
-def _sources(texts: Sequence[str]) -> list[Source]:
-    return [source for text in texts if (source := parse_source(text))]
+class _Sources:
+    """Where versions and languages are stated, as the settings have it."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._versions = list(filter(None, map(parse_source, rules.version_sources)))
+        self._languages = list(filter(None, map(parse_source, rules.language_sources)))
+        self.headers = list(dict.fromkeys(source.header for source in (*self._versions, *self._languages)))
+
+    def read(self, header: Header) -> tuple[Texts, Texts]:
+        """What is stated of the version, and of the language."""
+
+        def read(sources: list[Source]) -> Texts:
+            texts = ((source.name, source.read(header)) for source in sources)
+            return [(name, text) for name, text in texts if text is not None]
+
+        return read(self._versions), read(self._languages)
 
 
 class Identities:
     """Reads versions and languages to compare, from the headers that `rules` name."""
 
     def __init__(self, rules: Rules, releases: Releases) -> None:
-        self._versions = _sources(rules.version_sources)
-        self._languages = _sources(rules.language_sources)
+        self._sources = _Sources(rules)
         self._releases = releases
-        read = (source.header for source in (*self._versions, *self._languages))
-        self.vary = ", ".join(dict.fromkeys(read)) or None
+        self.vary = ", ".join(self._sources.headers) or None
         """The headers that are read, as the Vary of an answer that depends on them; None when none is."""
 
     def read(self, header: Header) -> Client:
-        return self._client(self._versions, self._languages, header)
+        return self._client(*self._sources.read(header))
 
     def stated(self, version: str | None, language: str | None) -> Client:
         """The client that states these, wherever it does."""
-        fields = {"client-version": version, "client-language": language}
-        return self._client([Source("client-version")], [Source("client-language")], fields.get)
+        versions, languages = (
+            [(name, text)] if text and text.strip() else []
+            for name, text in (("client-version", version), ("client-language", language))
+        )
+        return self._client(versions, languages)
 
-    def _client(self, versions: Sequence[Source], languages: Sequence[Source], header: Header) -> Client:
+    def _client(self, versions: Texts, languages: Texts) -> Client:
         notes: list[str] = []
-        version = _first(versions, header, self._releases.version, "version", notes)
-        language = _first(languages, header, parse_language, "language", notes)
+        version = _first(versions, self._releases.version, "version", notes)
+        language = _first(languages, parse_language, "language", notes)
         return Client(version, language, tuple(notes))
 
 
-def _first(
-    sources: Sequence[Source],
-    header: Header,
-    parse: Callable[[str], T | None],
-    what: str,
-    notes: list[str],
-) -> T | None:
-    for source in sources:
-        text = source.read(header)
-        if text is None:
-            continue
+def _first(texts: Texts, parse: Callable[[str], T | None], what: str, notes: list[str]) -> T | None:
+    for name, text in texts:
         found = parse(text)
         if found is not None:
             return found
         shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
-        notes.append(f"the {what} stated in {source.name}, {shown!r}, can't be read and counts as not stated")
+        notes.append(f"the {what} stated in {name}, {shown!r}, can't be read and counts as not stated")
     return None
 
 
@@ -148,9 +153,8 @@ class Declarations:
     """Reads them as text. Clients send the same headers all day, so what was read is remembered."""
 
     def __init__(self, rules: Rules) -> None:
-        self._versions = _sources(rules.version_sources)
-        self._languages = _sources(rules.language_sources)
-        self._wanted = frozenset(source.header.lower() for source in (*self._versions, *self._languages))
+        self._sources = _Sources(rules)
+        self._wanted = frozenset(header.lower() for header in self._sources.headers)
         self._is_version = Releases().version
         names = b"|".join(re.escape(name.encode("latin-1")) for name in sorted(self._wanted))
         self._line = re.compile(rb"\n(" + (names or rb"(?!)") + rb"):[ \t]*+([^\r\n]*)", re.IGNORECASE)
@@ -179,11 +183,11 @@ class Declarations:
         fields: dict[str, str] = {}
         for name, value in found:
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        versions = [text for source in self._versions if (text := source.read(fields.get))]
+        versions, languages = self._sources.read(fields.get)
         # As for the rules: a version that cannot be read does not hide that of a later source.
-        readable = next((text for text in versions if self._is_version(text)), None)
-        languages = [text for source in self._languages if (text := source.read(fields.get))]
-        pair = (_printable(readable or next(iter(versions), "")), _printable(next(iter(languages), "")))
+        readable = [text for _, text in versions if self._is_version(text)]
+        version = next(iter(readable + [text for _, text in versions]), "")
+        pair = (_printable(version), _printable(languages[0][1] if languages else ""))
         if len(self._known) >= _MOST_REMEMBERED:
             self._known.clear()
             self._stated = {("", ""): NOTHING}

@@ -131,5 +131,5 @@ class ContentKey:
         """The key that `text` (as made by `text`) stands for; BadKeyError if it is none."""
         parts = text.split("/", 5) if isinstance(text, str) else ()  # a JSON file may hold anything
         if len(parts) != 5:
-            raise BadKeyError(f"a content key has five parts separated by '/': {text!r:.80}")
+            raise BadKeyError(f"not a content key, which has five parts separated by '/': {text!r:.80}")
         return cls(*parts)

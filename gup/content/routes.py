@@ -129,71 +129,39 @@ def leads_to(path: str, key: ContentKey) -> bool:
 
 def path_of(key: ContentKey) -> str:
     """A path that leads to `key`, with the moniker in upper case: for what does not tell its own."""
-    folders = [part for part in (key.stream, key.revision) if part != ABSENT]
+    folders = [part for part in ("content", key.stream, key.revision) if part != ABSENT]
     if key.stream == LIVEUPDATE_STREAM:
         folders = []
-    else:
-        folders.insert(0, "content")
-    names = [unquote(part) for part in (*folders, *key.file.split("%2F"))]
-    return _encode_path("/" + "/".join(names))
+    return _encode_path("/".join(("", *map(unquote, (*folders, *key.file.split("%2F"))))))
 
 
 def _content_route(path: str, segments: list[str]) -> Route:
-    if not _MONIKER.fullmatch(segments[0]):
-        return _index_route(path, ABSENT, ABSENT, segments)
-    moniker, *rest = segments
-    if not rest:  # the moniker alone is a folder
-        raise _not_content()
-    if len(rest) == 1:
-        return _index_route(path, moniker.upper(), ABSENT, rest)
-    revision, *files = rest
-    kind = _kind(revision, files)
-    return Route(
-        kind=kind,
-        immutable=kind is not Kind.INDEX,
-        stream=moniker.upper(),
-        revision=_part(revision),
-        file=_file(files),
-        upstream_path=_encode_path(path),
-    )
-
-
-def _kind(revision: str, files: list[str]) -> Kind:
+    stream, revision, files = ABSENT, ABSENT, segments
+    if _MONIKER.fullmatch(segments[0]):
+        stream, files = segments[0].upper(), segments[1:]
+        if not files:  # the moniker alone is a folder
+            raise _not_content()
+        if len(files) > 1:
+            revision, files = _part(files[0]), files[1:]
+    kind = Kind.INDEX
     # Only a number names content that never changes; a folder called "latest" must be asked for again.
     if len(files) == 1 and _REVISION.fullmatch(revision):
         if _FULL.fullmatch(files[0]):
-            return Kind.FULL
-        if _DELTA.fullmatch(files[0]):
-            return Kind.DELTA
-    return Kind.INDEX
-
-
-def _index_route(path: str, stream: str, revision: str, files: list[str]) -> Route:
-    return Route(Kind.INDEX, False, stream, revision, _file(files), _encode_path(path))
+            kind = Kind.FULL
+        elif _DELTA.fullmatch(files[0]):
+            kind = Kind.DELTA
+    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), _encode_path(path))
 
 
 def _liveupdate_route(path: str, name: str) -> Route:
-    index = _LIVEUPDATE_INDEX.fullmatch(name)
+    index = bool(_LIVEUPDATE_INDEX.fullmatch(name))
     if not index and not _LIVEUPDATE_PAYLOAD.fullmatch(name):
         raise _not_content()
-    return Route(
-        kind=Kind.INDEX if index else Kind.OTHER,
-        immutable=not index,
-        stream=LIVEUPDATE_STREAM,
-        revision=ABSENT,
-        file=_file([name]),
-        upstream_path=_encode_path(path),
-        variant=_stated_variant(name),
-    )
-
-
-def _stated_variant(name: str) -> Variant | None:
     # Taken from the right: a product's name may contain underscores, a version or a language does not.
-    found = _LIVEUPDATE_VARIANT.fullmatch(name)
-    if not found:
-        return None
-    version, language = (_part(part.replace("$20", " ")) for part in found.groups())
-    return Variant(version, language)
+    stated = _LIVEUPDATE_VARIANT.fullmatch(name)
+    variant = Variant(*(_part(part.replace("$20", " ")) for part in stated.groups())) if stated else None
+    kind, file = Kind.INDEX if index else Kind.OTHER, _file([name])
+    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, _encode_path(path), variant)
 
 
 def _file(segments: list[str]) -> str:
@@ -240,18 +208,13 @@ def _decode_path(raw: bytes) -> str:
         raise _bad_path("a character that cannot be printed")
     if "\\" in path:
         raise _bad_path("a backslash")
-    _check_segments(path.split("/")[1:])
-    return path
-
-
-def _check_segments(segments: list[str]) -> None:
-    for segment in segments[:-1]:
-        if not segment:
-            raise _bad_path("'//'")
-    for segment in segments:
+    if "//" in path:
+        raise _bad_path("'//'")
+    for segment in path.split("/"):
         if segment.startswith("."):  # also "." and "..": none of them leads anywhere
             raise _bad_path("a name that begins with a dot")
         _checked(segment)
+    return path
 
 
 def _bad_path(found: str) -> Problem:

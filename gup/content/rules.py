@@ -7,7 +7,7 @@ is switched off.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gup import config
 from gup.content.catalog import CLIENT_PATCHES, Listed, StreamTypes
@@ -45,8 +45,7 @@ class Action(StrEnum):
     LIVEUPDATE = "liveupdate"
 
 
-@dataclass(frozen=True, slots=True)
-class Remedy:
+class Remedy(NamedTuple):
     """What would help; `text` is a sentence for people."""
 
     action: Action
@@ -67,29 +66,19 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """The client that a stream is for; None is any."""
-
-    version: Version | None = None
-    language: Language | None = None
-
-
-ANYBODY = Fit()
-
-
-@dataclass(frozen=True, slots=True)
 class Decision:
     """May the client have it. `rule` is None exactly when it may; `because` is a sentence either way.
 
     `type` is the stream's type, "" for an unlisted one. `client` is NOBODY where the decision holds for
-    every client. `notes` tell what was not as stated, or could not be compared.
+    every client. `fits` is the client that the stream is for, without what is for any. `notes` tell what was
+    not as stated, or could not be compared.
     """
 
     because: str
     type: str
     rule: Rule | None = None
     client: Client = NOBODY
-    fits: Fit = ANYBODY
+    fits: Client = NOBODY
     remedies: tuple[Remedy, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,16 +89,26 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Patch:
-    """A client patch at an upstream: whom it is for. None is anybody, or not known."""
+    """A client patch at an upstream: whom it is for. None is anybody, or not known.
+
+    `own_language` is as the catalogue lists it; it differs from the manager's where AutoUpgrade brings
+    clients to English.
+    """
 
     version: Version | None
     manager_language: Language | None
     own_language: Language | None
-    """As the catalogue lists it; differs from the manager's where AutoUpgrade brings clients to English."""
 
     @property
-    def fits(self) -> Fit:
-        return Fit(self.version, self.own_language or self.manager_language)
+    def fits(self) -> Client:
+        return Client(self.version, self.own_language or self.manager_language)
+
+    def decision(
+        self, because: str, client: Client, rule: Rule | None = None, *remedies: Remedy, note: str = ""
+    ) -> Decision:
+        notes = (*client.notes, note) if note else client.notes
+        remedies = (*remedies, LIVEUPDATE) if rule else ()
+        return Decision(because, CLIENT_PATCHES, rule, client, self.fits, remedies, notes)
 
 
 class Rulebook:
@@ -137,6 +136,11 @@ class Rulebook:
         servers = (upstream.url for upstream in settings.upstream if upstream.kind == "liveupdate")
         self.liveupdate_url = own.liveupdate or next(servers, None)
 
+    def _origin(self, upstream: config.Upstream) -> Origin:
+        version = None if upstream.version == ANY else self.releases.version(upstream.version)
+        language = None if upstream.language == ANY else parse_language(upstream.language)
+        return Origin(upstream.name, upstream.kind, version, language if language and language.code else None)
+
     def standing(self, stream: Listed | None, origin: Origin) -> Decision | None:
         """The decision that holds for every client; None when it depends on the client: see `decide`.
 
@@ -160,55 +164,42 @@ class Rulebook:
         """Whether a decision is enforced: with `rules.mode` "report" it is only counted and logged."""
         return not decision.allowed and self.mode == "enforce"
 
-    def _origin(self, upstream: config.Upstream) -> Origin:
-        version = None if upstream.version == ANY else self.releases.version(upstream.version)
-        language = None if upstream.language == ANY else parse_language(upstream.language)
-        if language is not None and language.is_all:
-            language = None
-        return Origin(upstream.name, upstream.kind, version, language)
-
     # --- the same for every client
 
-    def _decide_for_all(self, stream: Listed | None, origin: Origin) -> Decision | _Patch:
+    def _decide_for_all(  # noqa: C901, PLR0911 - the rules in their order
+        self, stream: Listed | None, origin: Origin
+    ) -> Decision | _Patch:
+        settings, type_ = self._settings, "" if stream is None else self.types.of(stream.product)
+
+        def refused(rule: Rule, because: str, *remedies: Remedy) -> Decision:
+            return Decision(because, type_, rule, remedies=remedies)
+
         if self.mode == "off":
-            return Decision("the rules are off", "" if stream is None else self.types.of(stream.product))
+            return Decision("the rules are off", type_)
         if stream is None:
-            return self._decide_unlisted(origin)
-        return self._decide_by_type(stream) or self._decide_by_origin(stream, origin)
-
-    def _decide_unlisted(self, origin: Origin) -> Decision:
-        if self._settings.unlisted == "serve" or origin.kind == "liveupdate":  # LiveUpdate has no catalogue
-            return Decision("no catalogue lists it, so no rule binds it", "")
-        remedy = _change('rules.unlisted = "serve"')
-        return Decision("no catalogue lists it", "", Rule.UNLISTED, remedies=(remedy,))
-
-    def _decide_by_type(self, stream: Listed) -> Decision | None:
-        settings, type_ = self._settings, self.types.of(stream.product)
+            if settings.unlisted == "serve" or origin.kind == "liveupdate":  # LiveUpdate has no catalogue
+                return Decision("no catalogue lists it, so no rule binds it", "")
+            return refused(Rule.UNLISTED, "no catalogue lists it", _change('rules.unlisted = "serve"'))
         if settings.content_types and type_ not in settings.content_types:
-            because = f"content of the type {type_} is not served here"
             remedy = _change(f"{type_} among rules.content_types")
-            return Decision(because, type_, Rule.CONTENT_TYPE, remedies=(remedy,))
+            return refused(Rule.CONTENT_TYPE, f"content of the type {type_} is not served here", remedy)
         if type_ != CLIENT_PATCHES:
             return Decision(f"content of the type {type_} is for every client", type_)
         if not settings.download_client_patches:
             remedy = _change("rules.download_client_patches = true")
-            because = "client patches are switched off here"
-            return Decision(because, type_, Rule.CLIENT_PATCHES_OFF, remedies=(remedy,))
-        return None
-
-    def _decide_by_origin(self, stream: Listed, origin: Origin) -> Decision | _Patch:
+            return refused(Rule.CLIENT_PATCHES_OFF, "client patches are switched off here", remedy)
         if origin.kind == "liveupdate":
-            return Decision("LiveUpdate serves clients of every version", CLIENT_PATCHES)
+            return Decision("LiveUpdate serves clients of every version", type_)
         if origin.version is not None and origin.version.release < FIRST_WITH_PATCHES:
             because = f"{origin.name} is {origin.version}, and client patches come with {FIRST_WITH_PATCHES}"
             upgrade = Remedy(Action.UPGRADE_MANAGER, f"Bring the manager to {FIRST_WITH_PATCHES} or later.")
-            return Decision(because, CLIENT_PATCHES, Rule.MANAGER_TOO_OLD, remedies=(upgrade, LIVEUPDATE))
+            return refused(Rule.MANAGER_TOO_OLD, because, upgrade, LIVEUPDATE)
         patch = self._patch(stream, origin)
-        if patch.fits == ANYBODY:
-            because = "neither settings nor catalogue tell which version and language it is for"
-            note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
-            return Decision(because, CLIENT_PATCHES, notes=(note,))
-        return patch
+        if patch.fits != NOBODY:
+            return patch
+        because = "neither settings nor catalogue tell which version and language it is for"
+        note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
+        return patch.decision(because, NOBODY, note=note)
 
     def _patch(self, stream: Listed, origin: Origin) -> _Patch:
         version = origin.version
@@ -216,10 +207,9 @@ class Rulebook:
             # The catalogue's word, if that is a release with patches: "14.3" alone names a line of products.
             listed = self.releases.version(stream.version)
             version = listed if listed is not None and listed.release >= FIRST_WITH_PATCHES else None
-        language = parse_language(stream.language)
-        if language is not None and language.is_all:
+        if stream.all_languages:
             return _Patch(version, None, None)
-        return _Patch(version, origin.language, language)
+        return _Patch(version, origin.language, parse_language(stream.language))
 
     # --- by client
 
@@ -231,23 +221,16 @@ class Rulebook:
         if (wanted == has) if exact else wanted.same_release(has):
             return None
         remedies = [Remedy(Action.UPGRADE_CLIENT, f"Bring the client to {wanted}, the manager's version.")]
-        notes = client.notes
+        note = ""
         if has.release < FIRST_WITH_PATCHES:
-            notes = (*notes, f"no manager has client patches for {has}: they come with {FIRST_WITH_PATCHES}")
+            note = f"no manager has client patches for {has}: they come with {FIRST_WITH_PATCHES}"
         else:
             at = 0 if wanted.older_than(has) else 1  # versions only go up: first what the older side can do
             manager = Remedy(Action.UPGRADE_MANAGER, f"Bring the manager to {has}, the client's version.")
             remedies.insert(at, manager)
-        return Decision(
-            f"the client is {has} and the manager {wanted}; client patches need the same "
-            f"{'build' if exact else 'release'} on both",
-            CLIENT_PATCHES,
-            Rule.VERSION,
-            client,
-            patch.fits,
-            (*remedies, LIVEUPDATE),
-            notes,
-        )
+        same = "build" if exact else "release"
+        because = f"the client is {has} and the manager {wanted}; client patches need the same {same} on both"
+        return patch.decision(because, client, Rule.VERSION, *remedies, note=note)
 
     def _refuse_language(self, patch: _Patch, client: Client) -> Decision | None:
         has = client.language
@@ -261,15 +244,8 @@ class Rulebook:
             because = f"the client is {has} and the patch {own}"
         else:
             return None
-        return Decision(
-            f"{because}; client patches need the same language on both",
-            CLIENT_PATCHES,
-            Rule.LANGUAGE,
-            client,
-            patch.fits,
-            (*self._language_remedies(patch, has), LIVEUPDATE),
-            client.notes,
-        )
+        because += "; client patches need the same language on both"
+        return patch.decision(because, client, Rule.LANGUAGE, *self._language_remedies(patch, has))
 
     def _language_remedies(self, patch: _Patch, has: Language) -> Iterator[Remedy]:
         yield Remedy(Action.MANAGER_OF_LANGUAGE, f"Let a manager whose language is {has} serve it.")
@@ -279,14 +255,11 @@ class Rulebook:
                 yield _change("rules.english_after_autoupgrade = true, for English patches")
         elif has not in self._supported:  # FIELD, rule 3: such a client becomes an English one
             whether = f"{has} is not supported" if self._supported else f"If {has} is not supported"
-            text = (
-                f"{whether}: enable AutoUpgrade, which installs the English package "
-                "and English client patches."
-            )
+            english = "enable AutoUpgrade, which installs the English package and English client patches."
+            text = f"{whether}: {english}"
             if patch.manager_language not in (None, ENGLISH) and not after_autoupgrade:
-                text += (
-                    " To get those here then, set rules.english_after_autoupgrade or add an English manager."
-                )
+                here = "set rules.english_after_autoupgrade or add an English manager"
+                text += f" To get those here then, {here}."
             yield Remedy(Action.AUTOUPGRADE_TO_ENGLISH, text)
 
     def _decide_undeclared(self, patch: _Patch, client: Client) -> Decision:
@@ -297,16 +270,13 @@ class Rulebook:
         if fits.language is not None and client.language is None:
             silent["language"] = settings.language_sources
         if not silent:
-            because = "the client's version and language are right for it"
-            return Decision(because, CLIENT_PATCHES, None, client, fits, (), client.notes)
+            return patch.decision("the client's version and language are right for it", client)
         because = f"the client does not state its {' or '.join(silent)}"
         if settings.undeclared == "serve":
-            because += ', and rules.undeclared is "serve"'
-            return Decision(because, CLIENT_PATCHES, None, client, fits, (), client.notes)
+            return patch.decision(f'{because}, and rules.undeclared is "serve"', client)
         places = " and ".join(sources[0] for sources in silent.values() if sources)
         text = f"Let the client state its {' and '.join(silent)}" + (f", as in {places}." if places else ".")
-        remedies = (Remedy(Action.DECLARE, text), LIVEUPDATE)
-        return Decision(because, CLIENT_PATCHES, Rule.UNDECLARED, client, fits, remedies, client.notes)
+        return patch.decision(because, client, Rule.UNDECLARED, Remedy(Action.DECLARE, text))
 
 
 def _change(setting: str) -> Remedy:
@@ -314,18 +284,17 @@ def _change(setting: str) -> Remedy:
 
 
 def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases) -> Iterator[str]:
+    own = settings.rules
     language = "must be a language, such as French or fr"
     version = "must be a release or a build, such as 14.3 RU2 or 14.3.4615.2000"
     names = f"must be one of {', '.join(sorted(types.names))}"
     source = "must be HEADER or HEADER: PRODUCT, such as User-Agent: SEP"
-    own = settings.rules
     rows: list[tuple[str, Sequence[str], Callable[[str], object], str]] = []
     for number, upstream in enumerate(settings.upstream, 1):
-        at = f"upstream#{number}"
-        rows += [
-            (f"{at}.version", [upstream.version], releases.version, f'{version}, or "any"'),
-            (f"{at}.language", [upstream.language], parse_language, f'{language}, or "any"'),
-        ]
+        stated = [text for text in (upstream.version,) if text != ANY]
+        rows.append((f"upstream#{number}.version", stated, releases.version, f'{version}, or "any"'))
+        stated = [text for text in (upstream.language,) if text != ANY]
+        rows.append((f"upstream#{number}.language", stated, parse_language, f'{language}, or "any"'))
     rows += [
         ("rules.content_types", own.content_types, types.names.__contains__, names),
         ("rules.supported_languages", own.supported_languages, parse_language, language),
@@ -333,9 +302,7 @@ def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases)
         ("rules.language_sources", own.language_sources, parse_source, source),
     ]
     for key, texts, good, right in rows:
-        for text in texts:
-            if not good(text) and not (text == ANY and key.startswith("upstream")):
-                yield f"{key}: {text!r} is not right: {right}"
+        yield from (f"{key}: {text!r} is not right: {right}" for text in texts if not good(text))
 
 
 # --- how a decision is told
@@ -373,11 +340,9 @@ def document(decision: Decision, liveupdate_url: str | None) -> dict[str, Any]:
     }
 
 
-def _stated(who: Client | Fit) -> dict[str, str | None]:
-    return {
-        "version": None if who.version is None else str(who.version),
-        "language": None if who.language is None else str(who.language),
-    }
+def _stated(client: Client) -> dict[str, str | None]:
+    stated = {"version": client.version, "language": client.language}
+    return {name: None if what is None else str(what) for name, what in stated.items()}
 
 
 def lines(told: Mapping[str, Any]) -> Iterator[str]:

@@ -59,12 +59,8 @@ class _Source:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """A source that may have a stream, and how it lists that."""
-
-    source: _Source
-    listed: Listed | None
+_Option = tuple[_Source, Listed | None]
+"""A source that may have a stream, and how it lists that."""
 
 
 class Choices:
@@ -86,17 +82,15 @@ class Choices:
 
     def choose(self, stream: str, header: Header) -> Choice:
         """For the client whose request has these headers; they are read only where they matter."""
-        choice = self.standing(stream)
-        return choice if choice is not None else self.choose_for(stream, self.book.identities.read(header))
+        return self.standing(stream) or self.choose_for(stream, self.book.identities.read(header))
 
     def standing(self, stream: str) -> Choice | None:
         """The choice for every client; None where it depends on the client."""
         if stream == LIVEUPDATE_STREAM:
             return self._liveupdate
-        try:
-            return self._everybody[stream]
-        except KeyError:
-            return _remembered(self._everybody, stream, self._for_everybody(stream))
+        if stream not in self._everybody:
+            _remember(self._everybody, stream, self._for_everybody(stream))
+        return self._everybody[stream]
 
     def choose_for(self, stream: str, client: Client) -> Choice:
         """For a client that states this."""
@@ -107,14 +101,15 @@ class Choices:
         version = "" if client.version is None else client.version.text
         language = "" if client.language is None else client.language.text
         stated = (stream, version, language, *client.notes)
-        known = self._by_client.get(stated)
-        return known or _remembered(self._by_client, stated, self._decide(stream, client))
+        if stated not in self._by_client:
+            _remember(self._by_client, stated, self._decide(stream, client))
+        return self._by_client[stated]
 
     def variants(self, stream: str) -> list[tuple[Variant, Variant]]:
         """Each variant that may have a stream, and the one that its content is stored under."""
         if stream == LIVEUPDATE_STREAM:
             return [(_ALL, _ALL)]
-        found = [option.source.variant for option in self._options_of(stream)]
+        found = [source.variant for source, _ in self._options_of(stream)]
         return [(variant, self._where(stream, variant)[1]) for variant in found]
 
     def _for_everybody(self, stream: str) -> Choice | None:
@@ -128,9 +123,7 @@ class Choices:
         return self._made(stream, options[0], first, for_everybody=True)
 
     def _standing(self, stream: str, option: _Option) -> Decision | None:
-        if stream == ABSENT:
-            return _NOT_A_STREAM
-        return self.book.standing(option.listed, option.source.origin)
+        return _NOT_A_STREAM if stream == ABSENT else self.book.standing(option[1], option[0].origin)
 
     def _is_bound(self, stream: str) -> bool:
         """Whether a stream is a client patch: it belongs to a version even where it is for all languages."""
@@ -138,12 +131,11 @@ class Choices:
 
     def _options_of(self, stream: str) -> tuple[_Option, ...]:
         """The sources that have a stream, as far as catalogues tell; all when none does."""
-        found = self._options.get(stream)
-        if found is None:
-            every = tuple(_Option(source, self._listed(source, stream)) for source in self._sources)
-            found = tuple(option for option in every if option.listed is not None) or every
-            _remembered(self._options, stream, found)
-        return found
+        if stream not in self._options:
+            every = tuple((source, self._listed(source, stream)) for source in self._sources)
+            listing = tuple(option for option in every if option[1] is not None)
+            _remember(self._options, stream, listing or every)
+        return self._options[stream]
 
     def _listed(self, source: _Source, stream: str) -> Listed | None:
         """How a source lists a stream. Until its catalogue is known the rows of others stand for it, so that
@@ -161,30 +153,23 @@ class Choices:
 
         Where none may, the one whose refusal tells most: of the client's language, else of its version.
         """
-        ranked = []
-        for at, option in enumerate(self._options_of(stream)):
-            decision = self._standing(stream, option)
-            if decision is None:
-                decision = self.book.decide(option.listed, option.source.origin, client)
-            language = _language_distance(option.source.origin, client)
-            version = _version_distance(option.source.origin, client)
-            nearness = (language, version) if decision.allowed else (min(language, 1), version, language)
-            ranked.append(((not decision.allowed, *nearness, at), option, decision))
-        _, option, decision = min(ranked, key=lambda row: row[0])
-        return self._made(stream, option, decision, for_everybody=False)
+
+        def rank(row: tuple[_Option, Decision]) -> tuple[int, ...]:
+            origin, allowed = row[0][0].origin, row[1].allowed
+            language, version = _language_distance(origin, client), _version_distance(origin, client)
+            return (0, language, version) if allowed else (1, min(language, 1), version, language)
+
+        rows = [
+            (option, self._standing(stream, option) or self.book.decide(option[1], option[0].origin, client))
+            for option in self._options_of(stream)
+        ]
+        return self._made(stream, *min(rows, key=rank), for_everybody=False)
 
     def _made(self, stream: str, option: _Option, decision: Decision, *, for_everybody: bool) -> Choice:
-        asked, stored, elsewhere = self._where(stream, option.source.variant)
-        return Choice(
-            option.source.origin.name,
-            asked,
-            stored,
-            elsewhere,
-            decision,
-            self.book.refuses(decision),
-            for_everybody,
-            option.listed is None and stream != ABSENT,
-        )
+        source, listed = option
+        where, refused = self._where(stream, source.variant), self.book.refuses(decision)
+        unlisted = listed is None and stream != ABSENT
+        return Choice(source.origin.name, *where, decision, refused, for_everybody, unlisted)
 
     def _where(self, stream: str, variant: Variant) -> tuple[Variant, Variant, tuple[Variant, ...]]:
         """Whom to ask, where it is stored, and where else the same bytes may be stored already."""
@@ -225,12 +210,11 @@ def _version_distance(origin: Origin, client: Client) -> int:
     return 1 if origin.version.same_release(client.version) else 3
 
 
-def _remembered(memory: dict[Key, Value], key: Key, value: Value) -> Value:
-    """`value`, kept under `key`. Bounded: clients may invent monikers and versions without end."""
+def _remember(memory: dict[Key, Value], key: Key, value: Value) -> None:
+    """Keep `value`. Bounded: clients may invent monikers and versions without end."""
     if len(memory) >= _MOST_REMEMBERED:
         memory.clear()
     memory[key] = value
-    return value
 
 
 # --- why, for people and programs
@@ -253,25 +237,25 @@ def explain(
     choices = Choices(book, catalogues, upstreams)
     choice = choices.choose_for(moniker, client) if choices.any_source else None
     answers: list[dict[str, Any]] = []
+    managers: list[dict[str, Any]] = []
     for upstream in upstreams:
         listed = catalogues.listed(upstream.name, moniker)
         decision = book.decide(listed, book.origins[upstream.name], client)
-        answers.append(
-            {
-                "upstream": upstream.name,
-                "catalogue": read_from.get(upstream.name, "not read yet"),
-                "product": None if listed is None else listed.product,
-                "product_language": None if listed is None else listed.language or None,
-                "refused": book.refuses(decision),
-                **document(decision, book.liveupdate_url),
-            }
-        )
-    # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
-    kinds = {upstream.name: upstream.kind for upstream in upstreams}
-    managers = [answer for answer in answers if kinds[answer["upstream"]] != "liveupdate"]
+        answer = {
+            "upstream": upstream.name,
+            "catalogue": read_from.get(upstream.name, "not read yet"),
+            "product": None if listed is None else listed.product,
+            "product_language": None if listed is None else listed.language or None,
+            "refused": book.refuses(decision),
+            **document(decision, book.liveupdate_url),
+        }
+        answers.append(answer)
+        if upstream.kind != "liveupdate":
+            managers.append(answer)
     return {
         "moniker": moniker,
         "mode": book.mode,
+        # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
         "allowed": any(answer["allowed"] for answer in managers or answers),
         "served_from": None if choice is None or choice.refused else choice.upstream,
         "decisions": answers,
