@@ -36,7 +36,7 @@ def read_key(path: Path) -> bytes:
                 os.fsync(fd)
         key = bytes.fromhex(text)
         if len(key) != _KEY_BYTES:
-            raise ValueError(f"{path} is no key")
+            raise ValueError(f"{path} is no key")  # noqa: TRY301 - told as what can not be read is
     except (OSError, ValueError) as error:
         _log.warning("the key of hashed addresses can't be kept, so they change at the next start: %s", error)
         return secrets.token_bytes(_KEY_BYTES)

@@ -53,40 +53,16 @@ def test_targets_are_decoded_once(target, expected):
 @pytest.mark.parametrize(
     "path",
     [
-        b"/content/%00",
-        b"/content/a%0d%0ab",
-        b"/content/%1f",
-        b"/content/%7f",
-        b"/content/\x7f",
-        b"/content/%C2%85",
-        b"/content/%E2%80%AE",
-        b"/content/a\\b",
-        b"/content/a%5Cb",
-        b"/content/../x",
-        b"/content/./x",
-        b"/content/..",
-        b"/content/%2e%2E/x",
-        b"/content/.%2e",
-        b"/content/.hidden",
-        b"/content/%2ehidden",
-        b"/content//x",
-        b"//content/x",
-        b"/content//",
-        b"/content/a%2Fb",
-        b"/content/a%2fb",
-        b"/content/%",
-        b"/content/%2",
-        b"/content/%zz",
-        b"/content/%u0041",
-        b"/content/\xff",
-        b"/content/%ff",
-        b"/content/%C0%AE%C0%AE",
-        b"/content/%ED%A0%80",
-        b"/content/a#b",
+        *b"""
+            /content/%00 /content/a%0d%0ab /content/%1f /content/%7f /content/\x7f /content/%C2%85
+            /content/%E2%80%AE /content/a\\b /content/a%5Cb /content/../x /content/./x /content/..
+            /content/%2e%2E/x /content/.%2e /content/.hidden /content/%2ehidden /content//x
+            //content/x /content// /content/a%2Fb /content/a%2fb /content/% /content/%2 /content/%zz
+            /content/%u0041 /content/\xff /content/%ff /content/%C0%AE%C0%AE /content/%ED%A0%80
+            /content/a#b http://manager/../x http://manager//x
+        """.split(),
         b"/content/" + b"a" * 241,
         b"/content/" + b"%C3%A9" * 121,
-        b"http://manager/../x",
-        b"http://manager//x",
     ],
 )
 def test_paths_with_two_meanings_are_refused(path):
@@ -96,27 +72,14 @@ def test_paths_with_two_meanings_are_refused(path):
 @pytest.mark.parametrize(
     "target",
     [
+        *b"""
+            * manager:443 content/a ftp://manager/a http:/manager/a http:///a http://:80/a
+            http://user@manager/a http://user:secret@manager/a http://manager:80:80/a
+            http://manager:0/a http://manager:65536/a http://manager:999999/a http://manager:8o/a
+            http://[::1/a http://::1/a http://man%61ger/a http://m\xc3\xa4nager/a http://manager#/a
+        """.split(),
         b"",
-        b"*",
-        b"manager:443",
-        b"content/a",
-        b"ftp://manager/a",
-        b"http:/manager/a",
-        b"http:///a",
-        b"http://:80/a",
-        b"http://user@manager/a",
-        b"http://user:secret@manager/a",
-        b"http://manager:80:80/a",
-        b"http://manager:0/a",
-        b"http://manager:65536/a",
-        b"http://manager:999999/a",
-        b"http://manager:8o/a",
-        b"http://[::1/a",
-        b"http://::1/a",
         b"http://man ager/a",
-        b"http://man%61ger/a",
-        b"http://m\xc3\xa4nager/a",
-        b"http://manager#/a",
     ],
 )
 def test_other_forms_are_refused(target):
@@ -210,19 +173,11 @@ def test_upstream_paths_are_encoded_again():
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
-        "/content",
-        "/content/",
-        "/content/folder/",
+        *("/", "/content", "/content/", "/content/folder/", "/Content/ContentInfo.txt", "/favicon.ico"),
+        *("/secars/secars.dll", "/minitri.flg", "/a_1_b_livetri.zip", "/payload.zip"),
         f"/content/{MIXED}",
         f"/content/{MIXED}/",
         f"/content/{MIXED}/190815061/",
-        "/Content/ContentInfo.txt",
-        "/secars/secars.dll",
-        "/favicon.ico",
-        "/minitri.flg",
-        "/a_1_b_livetri.zip",
-        "/payload.zip",
     ],
 )
 def test_everything_else_is_not_content(path):

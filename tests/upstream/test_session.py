@@ -24,16 +24,12 @@ BODY = noise("session", 3_000_000)
 QUICK = {"connect_timeout": "5s", "read_timeout": "1s", "first_byte_timeout": "3s"}
 
 
-async def body_of(answer: Answer | RemoteHead, pause_after: float | None = None) -> bytes:
-    """All of it; with `pause_after`, nothing is read for so many seconds in its middle."""
+async def body_of(answer: Answer | RemoteHead) -> bytes:
     assert isinstance(answer, Answer)
     got = bytearray()
     try:
         while piece := await answer.read():
             got += piece
-            if pause_after is not None and len(got) > 100_000:
-                await asyncio.sleep(pause_after)
-                pause_after = None
     finally:
         answer.close()
     return bytes(got)
@@ -43,32 +39,7 @@ async def get(pool, path: str = PATH, **more: object) -> bytes:
     return await body_of(await pool.ask(pool.upstreams[0], Ask(path, "fill", **more)))
 
 
-def both_loops(test):
-    """Run an async test on the standard loop and on the one that workers have."""
-
-    @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["std", "uv"])
-    def run(pool_of, new_loop):
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(test(pool_of))
-
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
-
-
 # --- pauses
-
-
-@both_loops
-async def test_pauses_of_ours_are_no_timeouts(pool_of):
-    """In mid-body and between two requests, both longer than read_timeout, with the connection used again."""
-    with RawUpstream(lambda talk: talk.send(ok(BODY))) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK, "read_timeout": "300ms"}) as pool:
-            for _ in range(3):
-                answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-                assert await body_of(answer, pause_after=0.5) == BODY
-                await asyncio.sleep(0.5)
-        assert upstream.connections == 1
 
 
 async def test_silence_in_mid_body_ends_by_read_timeout(pool_of):
@@ -92,14 +63,13 @@ async def test_silence_in_mid_body_ends_by_read_timeout(pool_of):
 STRAY = ok(b"stray " * 20)
 
 
-@pytest.mark.parametrize("asks", [300, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["std", "uv"])
-def test_what_no_request_asked_for_is_nobodys_answer(pool_of, asks, new_loop):
+def test_what_no_request_asked_for_is_nobodys_answer(pool_of, new_loop):
     """After each answer the upstream sends a second one, or a part of one: at once, or a moment later.
 
     The next request goes out as soon as that was sent, before the loop may have seen it.
     """
-    chance = random.Random(asks)
+    asks, chance = 300, random.Random(300)
     said: set[str] = set()
 
     def answer(talk: Talk) -> None:
@@ -147,27 +117,23 @@ def garbage(talk: Talk) -> None:
     raise Over
 
 
-@pytest.mark.parametrize("again", [close, reset, garbage])
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_a_failure_on_a_reused_connection_is_no_failure(pool_of, again, method):
+async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(pool_of):
+    """GET: test_ways."""
+
     def answer(talk: Talk) -> None:
         if talk.number > 1:
-            again(talk)
-        talk.send(ok(b"fine") if talk.method == "GET" else ok(b"fine")[:-4])
+            raise Over
+        talk.send(ok(b"fine")[:-4])
 
     with RawUpstream(answer) as upstream:
         async with pool_of({"name": "u", "url": upstream.url, **QUICK}) as pool:
-            for _ in range(10):
-                if method == "GET":
-                    assert await get(pool) == b"fine"
-                else:
-                    told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill", method="HEAD"))
-                    assert isinstance(told, RemoteHead)
-                    assert told.length == 4
+            for _ in range(5):
+                told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill", method="HEAD"))
+                assert isinstance(told, RemoteHead)
+                assert told.length == 4
             assert pool.board.get("u").state is State.UP
-            assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 10
-        # the first, and for each of the others one that was stale and the fresh one, which is used again
-        assert 10 <= len(upstream.asked) <= 20
+            assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 5
+        assert 5 <= len(upstream.asked) <= 10
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
@@ -205,7 +171,7 @@ async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_no
         talk.send(ok(BODY)[:1000])
         talk.pause(30)
 
-    table = {"name": "u", "max_connections": 1, "first_byte_timeout": "2s", "read_timeout": "9s"}
+    table = {"name": "u", "max_connections": 1, "first_byte_timeout": "400ms", "read_timeout": "9s"}
     with RawUpstream(answer) as upstream:
         async with pool_of({"url": upstream.url, **table}) as pool:
             held = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
@@ -383,7 +349,7 @@ async def test_a_head_may_take_longer_than_read_timeout(pool_of):
     """A manager that builds a delta for 20 s, scaled."""
 
     def answer(talk: Talk) -> None:
-        talk.pause(1.0)
+        talk.pause(0.5)
         talk.send(ok(b"built"))
 
     with RawUpstream(answer) as upstream:
@@ -412,7 +378,7 @@ def dribbling(talk: Talk) -> None:
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh", "reused"])
 async def test_a_head_must_be_here_within_its_limit(pool_of, answer, reused):
     with RawUpstream(lambda talk: talk.send(ok(b"fine"))) as upstream:
-        table = {"url": upstream.url, "read_timeout": "5s", "first_byte_timeout": "1s"}
+        table = {"url": upstream.url, "read_timeout": "5s", "first_byte_timeout": "500ms"}
         async with pool_of(table) as pool:
             if reused:
                 assert await get(pool) == b"fine"
@@ -421,7 +387,7 @@ async def test_a_head_must_be_here_within_its_limit(pool_of, answer, reused):
             with pytest.raises(UpstreamFailure, match="first_byte_timeout") as raised:
                 await get(pool)
             assert raised.value.outcome == "timeout"
-            assert 0.9 < time.monotonic() - began < 4
+            assert 0.45 < time.monotonic() - began < 3
             assert len(upstream.asked) - before == 1, "a slow head is no stale connection"
 
 
