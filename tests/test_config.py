@@ -2,14 +2,13 @@
 
 import json
 import socket
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gup.config import Cache, Settings, Upstream, load, require_servable
+from gup.config import Settings, Upstream, load, require_servable
 from gup.errors import SettingsError
 from gup.units import (
     MAX_SIZE_BYTES,
@@ -173,6 +172,8 @@ def test_lists_are_replaced_whole(toml):
     assert [u.name for u in load(file, environment={}).upstream] == ["a:1", "b:2"]
     flags = {"upstream": [{"url": "http://c:3"}]}
     assert [u.name for u in load(file, environment={}, flags=flags).upstream] == ["c:3"]
+    table = toml('[upstream]\nurl = "http://m:1"\n')  # a single one
+    assert load(table, environment={}).upstream[0].name == "m:1"
     environment = {"GUP_UPSTREAM": "http://d:4, https://e"}
     assert [u.url for u in load(file, environment=environment).upstream] == ["http://d:4", "https://e"]
 
@@ -194,15 +195,8 @@ def test_lists_and_tables_from_the_environment():
     assert settings.upstream[0].headers == {"X-Site": "1"}
     assert settings.log.level == "debug"
     assert settings.listen.port == 2967
-
-
-def test_upstreams_as_json_from_the_environment():
-    settings = load(environment={"GUP_UPSTREAM": '[{"url": "http://m:1", "priority": 3}]'})
-    assert [(u.url, u.priority) for u in settings.upstream] == [("http://m:1", 3)]
-
-
-def test_a_single_upstream_table_is_one_upstream(toml):
-    assert load(toml('[upstream]\nurl = "http://m:1"\n'), environment={}).upstream[0].name == "m:1"
+    as_json = load(environment={"GUP_UPSTREAM": '[{"url": "http://m:1", "priority": 3}]'})
+    assert [(u.url, u.priority) for u in as_json.upstream] == [("http://m:1", 3)]
 
 
 def test_the_process_environment_is_the_default(monkeypatch):
@@ -213,6 +207,8 @@ def test_the_process_environment_is_the_default(monkeypatch):
 def test_what_a_container_platform_sets_is_left_alone():
     environment = {"GUP_PORT": "tcp://10.0.0.1:2967", "GUP_SERVICE_HOST": "10.0.0.1", "GUP_CONFIG": "/x"}
     assert load(environment=environment) == Settings()
+    alone = problems_of(environment={"GUP_LISTN__PORT": "1"})
+    assert alone[0].startswith("GUP_LISTN__PORT: unknown section")
 
 
 def test_settings_survive_the_way_to_a_child(toml):
@@ -394,10 +390,6 @@ def test_a_missing_or_broken_file_is_named(tmp_path, toml):
     assert "is not TOML" in problems_of(binary)[0]
 
 
-def test_variables_that_fit_nowhere_stop_the_start_even_alone():
-    assert problems_of(environment={"GUP_LISTN__PORT": "1"})[0].startswith("GUP_LISTN__PORT: unknown section")
-
-
 def test_without_an_upstream_nothing_can_be_served():
     with pytest.raises(SettingsError, match="--upstream"):
         require_servable(Settings())
@@ -420,7 +412,3 @@ def test_equal_ports_on_different_addresses_are_allowed():
 def test_a_name_wins_over_the_url():
     assert Upstream(url="http://m:1", name="hq").name == "hq"
     assert Upstream(url="http://[::1]:8014/x").name == "[::1]:8014"
-
-
-def test_the_directory_is_a_path():
-    assert Cache(directory=Path("/tmp/x")).directory == Path("/tmp/x")

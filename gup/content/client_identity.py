@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from gup.config import Rules
-from gup.config.types import is_token
+from gup.config.settings import is_token
 from gup.content.languages import Language, parse_language
 from gup.content.releases import Releases, Version
 

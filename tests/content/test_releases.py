@@ -41,24 +41,9 @@ def test_names_and_builds_are_one_thing(text, release):
     assert RELEASES.version(text).same_release(RELEASES.version(release))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "any",
-        "v1",
-        "RU2",
-        "14.3 RU",
-        "14.3.4615",
-        "14.3 RU2 x",
-        "SEP 14.3",
-        "1" * 65,
-        "14,3",
-        "\u0661\u0664.3",
-    ],
-)
-def test_what_is_no_version_is_none(text):
-    assert RELEASES.version(text) is None
+def test_what_is_no_version_is_none():
+    texts = ("", "any", "v1", "RU2", "14.3 RU", "14.3.4615", "14.3 RU2 x", "SEP 14.3", "1" * 65, "14,3")
+    assert not any(RELEASES.version(text) for text in (*texts, "\u0661\u0664.3"))
 
 
 def test_every_known_release_begins_at_its_build():
