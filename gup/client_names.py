@@ -25,22 +25,26 @@ def read_key(path: Path) -> bytes:
     If it can't be stored, this process uses a key of its own until it ends, whose hashes no other knows.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "r+", encoding="ascii") as file:
-            lock_range(fd, 0, wait=True)  # closing frees it
-            text = file.read()
-            if not text:
-                text = secrets.token_hex(_KEY_BYTES)
-                file.write(text)
-                file.flush()
-                os.fsync(fd)
-        key = bytes.fromhex(text)
+        key = bytes.fromhex((path.read_text() if path.exists() else "") or _create(path))
         if len(key) != _KEY_BYTES:
             raise ValueError(f"{path} is no key")  # noqa: TRY301 - told as what can not be read is
     except (OSError, ValueError) as error:
         _log.warning("the key of hashed addresses can't be kept, so they change at the next start: %s", error)
         return secrets.token_bytes(_KEY_BYTES)
     return key
+
+
+def _create(path: Path) -> str:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "r+", encoding="ascii") as file:
+        lock_range(fd, 0, wait=True)  # closing frees it
+        text = file.read()  # of another process, which was first
+        if not text:
+            text = secrets.token_hex(_KEY_BYTES)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        return text
 
 
 def is_name(text: str) -> bool:

@@ -18,7 +18,8 @@ from gup.content.key import Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
-from gup.upstream.session import Answer, Ask
+from gup.upstream.pool import Answer
+from gup.upstream.session import Ask
 
 WINDOW_BYTES = 256 * 1024
 """The most that is held between upstream and the client."""

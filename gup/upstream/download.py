@@ -16,8 +16,8 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.errors import GupError
 from gup.metrics import MAX_STREAMS, Counters
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, rejected, unconfirmed
-from gup.upstream.pool import Pool
-from gup.upstream.session import Answer, Ask, Upstream
+from gup.upstream.pool import Answer, Pool
+from gup.upstream.session import Ask, Upstream
 
 OVERLAP_BYTES = 64 * 1024
 """Requested again at a resume, and compared with the bytes received."""

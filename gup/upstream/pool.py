@@ -18,7 +18,7 @@ from gup import config
 from gup.content.key import Variant
 from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
-from gup.upstream.bandwidth import Wan
+from gup.upstream.bandwidth import ReceiveWindow, Wan
 from gup.upstream.exchange import (
     RemoteHead,
     UpstreamFailure,
@@ -29,13 +29,16 @@ from gup.upstream.exchange import (
     proxy_refused,
     read_age,
     refusal,
+    rejected,
 )
 from gup.upstream.health import EVERY_MARK, RARE_TRIAL_SECONDS, Board, Sign, mark, sign_of
-from gup.upstream.session import Answer, Ask, Fields, Upstream
+from gup.upstream.session import Ask, Fields, Upstream
 
 if TYPE_CHECKING:
     import aiohttp
 
+_SLOW_READS = 4
+"""`min_rate` must be reached over this many times `read_timeout`: a minute by default."""
 _ERROR_BODY_BYTES = 64 * 1024
 """Limit for reading the body of an error response, so that its connection can be used again."""
 _LEARN_SECONDS = 1.0
@@ -102,7 +105,7 @@ class Pool:
         variant that no upstream is configured for is widened: a takeover or a repair knows only the key.
         LiveUpdate's files are at LiveUpdate, whatever the variant.
         """
-        stream = _stream_of(key)
+        stream = next(iter(key.split("/")[2:]), "")
         from_liveupdate = stream == LIVEUPDATE_STREAM
         found = [one for one in self.upstreams if (one.settings.kind == "liveupdate") is from_liveupdate]
         if not from_liveupdate:
@@ -209,7 +212,7 @@ class Pool:
 
     # --- asking
 
-    async def ask(self, upstream: Upstream, ask: Ask) -> Answer | RemoteHead:
+    async def ask(self, upstream: Upstream, ask: Ask) -> "Answer | RemoteHead":
         """Send one request. An Answer for 200 and 206; a RemoteHead for 304, 404, 410 and for HEAD.
 
         UpstreamFailure for everything else. The outcome is counted and recorded in the upstream's health.
@@ -241,10 +244,9 @@ class Pool:
 
         For a body whose end is not confirmed.
         """
+        plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via, client=ask.client)
         try:
-            told = await self.ask(
-                upstream, Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via)
-            )
+            told = await self.ask(upstream, plain)
         except UpstreamFailure:
             return None
         assert isinstance(told, RemoteHead)
@@ -272,7 +274,7 @@ class Pool:
     def done(self, upstream: Upstream) -> None:
         """A request, or the reading of its response, is over."""
         upstream.in_use -= 1
-        upstream.give_connection()
+        upstream.free.release()
         self._close_if_idle(upstream)
 
     def _close_if_idle(self, upstream: Upstream) -> None:
@@ -284,7 +286,7 @@ class Pool:
 
     async def _judge(
         self, upstream: Upstream, ask: Ask, response: "aiohttp.ClientResponse"
-    ) -> Answer | RemoteHead:
+    ) -> "Answer | RemoteHead":
         status, name, proxy = response.status, upstream.name, upstream.settings.proxy
         fields = Fields(response, name)
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
@@ -329,12 +331,6 @@ class Pool:
         await asyncio.gather(*self._closing)
 
 
-def _stream_of(key: str) -> str:
-    """The stream in a content key's text."""
-    parts = key.split("/")
-    return parts[2] if len(parts) > 2 else ""
-
-
 def rendezvous(key: str, name: str, weight: int) -> float:
     """The score of an upstream for `key`; the largest wins.
 
@@ -343,3 +339,150 @@ def rendezvous(key: str, name: str, weight: int) -> float:
     """
     chance = (xxhash.xxh3_64_intdigest(f"{name}\n{key}".encode()) + 0.5) / 2**64
     return -weight / math.log(chance)
+
+
+# --- a body
+
+
+class Answer:
+    """A response whose body is still to be read. Counts every byte that it returns."""
+
+    def __init__(
+        self, pool: Pool, upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
+    ) -> None:
+        self.head = head
+        self._pool = pool
+        self._upstream = upstream
+        self._ask = ask
+        self._response = response
+        self._unpaid = 0
+        """Bytes returned that the WAN's rate has not been charged for."""
+        self._position = head.start
+        self._ended = False
+        self._closed = False
+        settings = upstream.settings
+        self._steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
+        connection = response.connection
+        transport = connection.transport if connection is not None else None
+        socket = transport.get_extra_info("socket") if transport is not None else None
+        self._window = ReceiveWindow(pool.wan, socket)
+        self._protocol = connection.protocol if connection is not None else None
+        self._connection_end = self._protocol.closed if self._protocol is not None else None
+        if self._connection_end is not None:
+            self._connection_end.remove_done_callback(_take_exception)  # an earlier response's
+            self._connection_end.add_done_callback(_take_exception)
+            self._connection_end.add_done_callback(self._lost)
+
+    def _lost(self, _end: object) -> None:
+        """The connection has ended. After invalid HTTP aiohttp does not wake a reader, who would wait on."""
+        content = self._response.content
+        if content.exception() is None and not content.is_eof():
+            content.set_exception(ConnectionResetError("the connection ended in mid-body"))
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the end that `read` reports is certain: by a length or a last chunk."""
+        return self.head.delimited
+
+    @property
+    def slow(self) -> bool:
+        """Whether the body comes slower than `upstream.min_rate`."""
+        return self._steadiness.slow
+
+    async def read(self) -> bytes:
+        """The next piece, once the one before is paid for; empty at the end.
+
+        UpstreamFailure when the body breaks off. `read_timeout` limits the wait for the upstream alone:
+        pauses between two reads don't count. A cancelled read loses nothing.
+        """
+        if self._unpaid:
+            await self._pool.wan.pay(self._unpaid, self._ask.share)
+            self._unpaid = 0
+        if self._ended:
+            return b""
+        if self.slow and self._upstream.waiting:  # all of max_connections are in use
+            detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
+            raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
+        self._window.follow()
+        from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
+
+        try:
+            piece = await translated(self._take(), self.head.upstream, "upstream.read_timeout")
+            self._advance(len(piece))
+        except UpstreamFailure as failure:
+            self._pool.note_failure(self._upstream, self._ask, failure)
+            raise
+        return piece
+
+    async def _take(self) -> bytes:
+        content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
+        # What came before a break is good. aiohttp's public way to read raises at once, and would lose it.
+        piece = content._read_nowait(slice_bytes or -1)  # noqa: SLF001
+        waited_seconds = 0.0
+        if not piece and not content.at_eof():
+            began = time.monotonic()
+            async with asyncio.timeout(self._upstream.settings.read_timeout):
+                # Without a rate not read(n): aiohttp would buffer n bytes.
+                piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
+            waited_seconds = time.monotonic() - began
+        self._steadiness.note(waited_seconds, len(piece))
+        return piece
+
+    def _advance(self, amount: int) -> None:
+        """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
+        self._pool.count_received(self._upstream, self._ask, amount)
+        self._unpaid = amount
+        self._position += amount
+        self._ended = not amount
+        stop, name = self.head.stop, self.head.upstream
+        if stop is not None and self._ended and self._position < stop:
+            detail = f"{name} ended at byte {self._position}, not at {stop} as announced"
+            raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
+        if stop is not None and (self._position > stop or (self._ended and self._trailed())):
+            raise rejected(f"{name} sent more bytes than it announced")
+
+    def _trailed(self) -> bool:
+        """Whether invalid HTTP followed the body: then the announced length was not the body's."""
+        from gup.upstream.connector import is_no_http  # noqa: PLC0415 - imports aiohttp
+
+        return self._protocol is not None and is_no_http(self._protocol.exception())
+
+    def close(self) -> None:
+        """Return the connection to the pool if the body was read to its end, else close it."""
+        if self._connection_end is not None:  # the connection may be used again
+            self._connection_end.remove_done_callback(self._lost)
+            self._connection_end = None
+        self._response.close() if not self._response.content.at_eof() else self._response.release()
+        if not self._closed:
+            self._closed = True
+            self._pool.done(self._upstream)
+
+
+def _take_exception(end: asyncio.Future[None]) -> None:
+    """Retrieve the exception of an ended connection: asyncio logs those that nobody retrieves."""
+    if not end.cancelled():
+        end.exception()
+
+
+class Steadiness:
+    """Whether a body comes slower than its minimum rate. Only time spent waiting for the upstream counts.
+
+    Waits of gup's own, for the WAN, the disk or a queue, are not noted here.
+    """
+
+    __slots__ = ("_amount", "_least_rate", "_waited", "_window", "slow")
+
+    def __init__(self, least_rate_bytes_per_second: int, window_seconds: float) -> None:
+        self._least_rate = least_rate_bytes_per_second
+        self._window = window_seconds
+        self._waited = 0.0
+        self._amount = 0
+        self.slow = False
+        """The result of the last complete window."""
+
+    def note(self, waited_seconds: float, amount: int) -> None:
+        self._waited += waited_seconds
+        self._amount += amount
+        if self._waited >= self._window:
+            self.slow = self._amount < self._least_rate * self._waited
+            self._waited, self._amount = 0.0, 0

@@ -1,10 +1,9 @@
-"""One upstream: requests to it, its pool of connections, and a response whose body is being read."""
+"""One upstream: requests to it, its connections, and how the head of a response is read."""
 
 import asyncio
 import contextlib
 import re
 import ssl
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from gup import config
 from gup.content.key import ANY, Variant
 from gup.files import PEM_BYTES, FileError, read_file, trust
 from gup.units import parse_http_date
-from gup.upstream.bandwidth import ReceiveWindow, Share
+from gup.upstream.bandwidth import Share
 from gup.upstream.exchange import (
     MOST_FIELD_BYTES,
     RemoteHead,
@@ -26,8 +25,6 @@ from gup.upstream.exchange import (
 if TYPE_CHECKING:
     import aiohttp
 
-    from gup.upstream.pool import Pool
-
 # gup.upstream.connector imports aiohttp, so it is imported where it is used: see there.
 
 _PATH = re.compile(r"/[!-~]*")
@@ -36,8 +33,6 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 _UNKNOWN_TYPE = "application/octet-stream"
-_SLOW_READS = 4
-"""`min_rate` must be reached over this many times `read_timeout`: a minute by default."""
 _READ_AHEAD_BYTES = 1 << 20
 """What aiohttp may buffer without a rate; it is lost, and fetched again, when a connection breaks."""
 _LIMITED_READ_AHEAD_BYTES = 4096
@@ -90,8 +85,10 @@ class Upstream:
         self._fixed |= {**_declared(settings), **settings.headers}
         self._certificates = _certificates(settings)
         self._session: aiohttp.ClientSession | None = None
-        self._free = asyncio.Semaphore(settings.max_connections)
-        self._waiting = 0
+        self.free = asyncio.Semaphore(settings.max_connections)
+        """Taken by `take_connection`; Pool releases it."""
+        self.waiting = 0
+        """Requests that wait for a connection."""
 
     async def request(self, ask: Ask, *, limited: bool = False) -> "aiohttp.ClientResponse":
         """Send one request and return the response once its head is here; UpstreamFailure without one.
@@ -146,29 +143,20 @@ class Upstream:
             raise unreachable(f"{self.name} can't be asked: upstream.ca_file: {error}") from error
 
     async def take_connection(self) -> None:
-        """Wait until a request may be sent; `give_connection` must follow.
+        """Wait until a request may be sent; `free.release` must follow.
 
         UpstreamFailure, which does not count against the upstream, after `first_byte_timeout`.
         """
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout):
-                await self._free.acquire()
+                await self.free.acquire()
         except TimeoutError as error:
             most = f"upstream.max_connections ({self.settings.max_connections})"
             detail = f"all of {most} to {self.name} are in use"
             raise UpstreamFailure("unreachable", "overloaded", detail) from error
         finally:
-            self._waiting -= 1
-
-    def give_connection(self) -> None:
-        """Give back what `take_connection` took."""
-        self._free.release()
-
-    @property
-    def crowded(self) -> bool:
-        """Whether requests wait because all of `max_connections` are in use."""
-        return self._waiting > 0
+            self.waiting -= 1
 
     def stays(self, settings: config.Upstream) -> bool:
         """Whether these settings, and the certificates in `ca_file`, are the same as this upstream's."""
@@ -200,150 +188,6 @@ def _certificates(settings: config.Upstream) -> bytes:
         with contextlib.suppress(FileError):
             return read_file(settings.ca_file, PEM_BYTES)
     return b""
-
-
-class Answer:
-    """A response whose body is still to be read. Counts every byte that it returns."""
-
-    def __init__(
-        self, pool: "Pool", upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
-    ) -> None:
-        self.head = head
-        self._pool = pool
-        self._upstream = upstream
-        self._ask = ask
-        self._response = response
-        self._unpaid = 0
-        """Bytes returned that the WAN's rate has not been charged for."""
-        self._position = head.start
-        self._ended = False
-        self._closed = False
-        settings = upstream.settings
-        self._steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
-        connection = response.connection
-        transport = connection.transport if connection is not None else None
-        socket = transport.get_extra_info("socket") if transport is not None else None
-        self._window = ReceiveWindow(pool.wan, socket)
-        self._protocol = connection.protocol if connection is not None else None
-        self._connection_end = self._protocol.closed if self._protocol is not None else None
-        if self._connection_end is not None:
-            self._connection_end.remove_done_callback(_take_exception)  # an earlier response's
-            self._connection_end.add_done_callback(_take_exception)
-            self._connection_end.add_done_callback(self._lost)
-
-    def _lost(self, _end: object) -> None:
-        """The connection has ended. After invalid HTTP aiohttp does not wake a reader, who would wait on."""
-        content = self._response.content
-        if content.exception() is None and not content.is_eof():
-            content.set_exception(ConnectionResetError("the connection ended in mid-body"))
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether the end that `read` reports is certain: by a length or a last chunk."""
-        return self.head.delimited
-
-    @property
-    def slow(self) -> bool:
-        """Whether the body comes slower than `upstream.min_rate`."""
-        return self._steadiness.slow
-
-    async def read(self) -> bytes:
-        """The next piece, once the one before is paid for; empty at the end.
-
-        UpstreamFailure when the body breaks off. `read_timeout` limits the wait for the upstream alone:
-        pauses between two reads don't count. A cancelled read loses nothing.
-        """
-        if self._unpaid:
-            await self._pool.wan.pay(self._unpaid, self._ask.share)
-            self._unpaid = 0
-        if self._ended:
-            return b""
-        if self.slow and self._upstream.crowded:
-            detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
-            raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
-        self._window.follow()
-        from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
-
-        try:
-            piece = await translated(self._take(), self.head.upstream, "upstream.read_timeout")
-            self._advance(len(piece))
-        except UpstreamFailure as failure:
-            self._pool.note_failure(self._upstream, self._ask, failure)
-            raise
-        return piece
-
-    async def _take(self) -> bytes:
-        content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
-        # What came before a break is good. aiohttp's public way to read raises at once, and would lose it.
-        piece = content._read_nowait(slice_bytes or -1)  # noqa: SLF001
-        waited_seconds = 0.0
-        if not piece and not content.at_eof():
-            began = time.monotonic()
-            async with asyncio.timeout(self._upstream.settings.read_timeout):
-                # Without a rate not read(n): aiohttp would buffer n bytes.
-                piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
-            waited_seconds = time.monotonic() - began
-        self._steadiness.note(waited_seconds, len(piece))
-        return piece
-
-    def _advance(self, amount: int) -> None:
-        """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
-        self._pool.count_received(self._upstream, self._ask, amount)
-        self._unpaid = amount
-        self._position += amount
-        self._ended = not amount
-        stop, name = self.head.stop, self.head.upstream
-        if stop is not None and self._ended and self._position < stop:
-            detail = f"{name} ended at byte {self._position}, not at {stop} as announced"
-            raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
-        if stop is not None and (self._position > stop or (self._ended and self._trailed())):
-            raise rejected(f"{name} sent more bytes than it announced")
-
-    def _trailed(self) -> bool:
-        """Whether invalid HTTP followed the body: then the announced length was not the body's."""
-        from gup.upstream.connector import is_no_http  # noqa: PLC0415 - imports aiohttp
-
-        return self._protocol is not None and is_no_http(self._protocol.exception())
-
-    def close(self) -> None:
-        """Return the connection to the pool if the body was read to its end, else close it."""
-        if self._connection_end is not None:  # the connection may be used again
-            self._connection_end.remove_done_callback(self._lost)
-            self._connection_end = None
-        self._response.close() if not self._response.content.at_eof() else self._response.release()
-        if not self._closed:
-            self._closed = True
-            self._pool.done(self._upstream)
-
-
-def _take_exception(end: asyncio.Future[None]) -> None:
-    """Retrieve the exception of an ended connection: asyncio logs those that nobody retrieves."""
-    if not end.cancelled():
-        end.exception()
-
-
-class Steadiness:
-    """Whether a body comes slower than its minimum rate. Only time spent waiting for the upstream counts.
-
-    Waits of gup's own, for the WAN, the disk or a queue, are not noted here.
-    """
-
-    __slots__ = ("_amount", "_least_rate", "_waited", "_window", "slow")
-
-    def __init__(self, least_rate_bytes_per_second: int, window_seconds: float) -> None:
-        self._least_rate = least_rate_bytes_per_second
-        self._window = window_seconds
-        self._waited = 0.0
-        self._amount = 0
-        self.slow = False
-        """The result of the last complete window."""
-
-    def note(self, waited_seconds: float, amount: int) -> None:
-        self._waited += waited_seconds
-        self._amount += amount
-        if self._waited >= self._window:
-            self.slow = self._amount < self._least_rate * self._waited
-            self._waited, self._amount = 0.0, 0
 
 
 # --- the head of a response

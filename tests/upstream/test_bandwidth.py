@@ -87,14 +87,14 @@ async def test_an_urgent_download_gets_the_link_and_the_others_go_on_after(tmp_p
 
         async def urgent():
             await asyncio.sleep(0.5)
-            await reader(wans[0], Share(0), delta, began + 1.5, 8192)
+            await reader(wans[0], Share(0), delta, began + 1.2, 8192)
 
         await asyncio.gather(
-            urgent(), *(reader(wans[n % 2], Share(2), fulls[n], began + 2.5) for n in range(8))
+            urgent(), *(reader(wans[n % 2], Share(2), fulls[n], began + 2.0) for n in range(8))
         )
-    assert rate_between(delta, began + 0.6, began + 1.5) >= 800_000
+    assert rate_between(delta, began + 0.6, began + 1.2) >= 800_000
     flat = [row for taken in fulls for row in taken]
-    assert rate_between(flat, began + 1.7, began + 2.5) >= 700_000
+    assert rate_between(flat, began + 1.4, began + 2.0) >= 700_000
 
 
 async def test_a_change_of_the_rate_holds_at_once(tmp_path):

@@ -13,8 +13,8 @@ from harness.scripted import Gate
 from gup.content.key import Variant
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.health import Checks, Sign, State
-from gup.upstream.pool import rendezvous
-from gup.upstream.session import Answer, Ask
+from gup.upstream.pool import Answer, rendezvous
+from gup.upstream.session import Ask
 
 ANY = Variant()
 PATH = "/content/x.txt"

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from gup import config
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
 from gup.upstream.health import State
-from gup.upstream.session import Answer, Ask, Steadiness, Upstream
+from gup.upstream.pool import Answer, Steadiness
+from gup.upstream.session import Ask, Upstream
 
 PATH = "/content/x.dax"
 BODY = noise("session", 3_000_000)
@@ -162,8 +163,7 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of
             fine = [one for one in asked if one == b"fine"]
             assert len(fine) >= 3
             assert {one.outcome for one in asked if isinstance(one, UpstreamFailure)} == {"error"}
-            pool.upstreams[0]._free.release()  # all given back: there is one, and this one
-            assert pool.upstreams[0]._free._value == 2
+            assert not pool.upstreams[0].free.locked(), "all are given back"
 
 
 async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_not_blamed(pool_of):

@@ -19,7 +19,8 @@ from harness.web_proxy import WebProxy
 from gup.upstream.connector import is_quiet
 from gup.upstream.exchange import UpstreamFailure
 from gup.upstream.health import State
-from gup.upstream.session import Answer, Ask
+from gup.upstream.pool import Answer
+from gup.upstream.session import Ask
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
