@@ -101,34 +101,25 @@ def list_entries(
             query["cursor"] = answer["cursor"]
 
 
-@cache.command("purge")
-@with_connection_flags
-def purge(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Remove entries; clients that are being sent one get the whole of it."""
-    _each("DELETE", "", keys, where, "purged", json_output=json_output)
+def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
+    """A command that changes entries: one line for one key, printed as soon as it is done."""
+
+    @cache.command(name, help=help_)
+    @with_connection_flags
+    def change(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+        with asking(where) as admin:
+            for key in keys:
+                answer = admin.ask(method, f"content/{quote(key)}{below}")
+                freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+                words = f"{done} {key}{freed}"
+                typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 
-@cache.command("pin")
-@with_connection_flags
-def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Keep entries whatever the limits say."""
-    _each("PUT", "/pin", keys, where, "pinned", json_output=json_output)
-
-
-@cache.command("unpin")
-@with_connection_flags
-def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Let the limits apply to entries again."""
-    _each("DELETE", "/pin", keys, where, "unpinned", json_output=json_output)
-
-
-def _each(method: str, below: str, keys: list[str], where: Where, done: str, *, json_output: bool) -> None:
-    """One line for one key, printed as soon as it is done."""
-    with asking(where) as admin:
-        for key in keys:
-            answer = admin.ask(method, f"content/{quote(key)}{below}")
-            freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
-            typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else f"{done} {key}{freed}")
+_change(
+    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
+)
+_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
+_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
 
 
 # --- by a service, or here
@@ -369,7 +360,9 @@ def import_(
             done = _by_service_or_here(
                 where,
                 cache_dir,
-                lambda admin: admin.send("POST", "import", source, "application/x-tar", _IMPORT_SECONDS),
+                lambda admin: admin.understood(
+                    admin.pieces("POST", "import", source, "application/x-tar", _IMPORT_SECONDS)
+                ),
                 lambda store: _import_here(source, store, load(where.config)),
             )
     except OSError as error:

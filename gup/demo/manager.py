@@ -20,19 +20,8 @@ import uvloop
 from aiohttp import web
 
 from gup.content.key import Kind
-from gup.demo.content import (
-    CATALOGUE_JSON,
-    FIRST_NEWEST,
-    Catalogue,
-    PublishedFile,
-    PublishedStream,
-    Stream,
-    decide,
-    revision,
-    streams,
-    write_content_info,
-    write_revision,
-)
+from gup.demo import content
+from gup.demo.content import CATALOGUE_JSON, FIRST_NEWEST, Catalogue, PublishedFile, PublishedStream, Stream
 from gup.errors import GupError
 from gup.units import format_http_date
 
@@ -116,7 +105,7 @@ class Manager:
         self._ordinals = [FIRST_NEWEST - 1] * len(offered)
         self._files: dict[str, PublishedFile] = {}
         self.counts = Counts()
-        self.catalogue = Catalogue(0, write_content_info(directory, offered), ())
+        self.catalogue = Catalogue(0, content.write_content_info(directory, offered), ())
         self._offer(self.catalogue.content_info)
 
     async def publish(self, count: int = sys.maxsize) -> None:
@@ -127,7 +116,11 @@ class Manager:
             self._turn = (self._turn + len(chosen)) % total
             written = {
                 at: await asyncio.to_thread(
-                    write_revision, self._directory, self._seed, self._streams[at], self._ordinals[at] + 1
+                    content.write_revision,
+                    self._directory,
+                    self._seed,
+                    self._streams[at],
+                    self._ordinals[at] + 1,
                 )
                 for at in chosen
             }
@@ -154,7 +147,7 @@ class Manager:
     def _published(self, at: int) -> PublishedStream:
         stream, newest = self._streams[at], self._ordinals[at]
         full, *deltas = self._publications[at][-1]
-        revisions = tuple(map(revision, range(newest - FIRST_NEWEST, newest + 1)))
+        revisions = tuple(map(content.revision, range(newest - FIRST_NEWEST, newest + 1)))
         return PublishedStream(
             stream.moniker, stream.product, stream.language, revisions, full, tuple(deltas)
         )
@@ -201,7 +194,7 @@ class Manager:
             counts.not_found += 1
             counts.sent_bytes += len(_ABSENT) if request.method == "GET" else 0  # it passes the link too
             raise web.HTTPNotFound(text=_ABSENT)
-        status, start, stop = decide(request.headers, file.etag, file.modified_at, file.length)
+        status, start, stop = content.decide(request.headers, file.etag, file.modified_at, file.length)
         row = counts.files[file.path]
         sends = request.method == "GET" and stop > start
         row.fetches += sends
@@ -269,7 +262,9 @@ def simulate_manager(
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        manager = Manager(directory, seed, streams(products, full_bytes), Link(wan_rate_bytes_per_second))
+        manager = Manager(
+            directory, seed, content.streams(products, full_bytes), Link(wan_rate_bytes_per_second)
+        )
         await manager.publish()
         async with manager.listening(host, port) as url, asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publish_regularly(manager))

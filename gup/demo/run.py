@@ -21,7 +21,7 @@ from rich.console import Console
 from gup.demo.clients import Crowd, new_session
 from gup.demo.content import streams
 from gup.demo.manager import COUNTS_PATH, Link, Manager
-from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Herd, OwnFigures, Screen, Summary, print_summary
+from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Screen, Summary, print_summary
 from gup.errors import GupError
 
 INTERRUPTED = 130
@@ -227,12 +227,9 @@ def environment(directory: Path) -> dict[str, str]:
 # --- the show
 
 
-def timeline(seconds: float) -> list[tuple[float, bool]]:
-    """When new revisions come out, and whether as a herd: of all streams, known to all clients at once.
-
-    One stream every tenth of the time, the herd past the middle, and quiet at the end.
-    """
-    return [(seconds * tenth / 10, tenth == 5) for tenth in (1, 2, 3, 4, 5, 7.5, 8.5)]
+def timeline(seconds: float) -> list[tuple[float, int]]:
+    """When how many streams have new revisions: one every tenth of the time, all in the middle, then calm."""
+    return [(seconds * tenth / 10, PRODUCTS if tenth == 5 else 1) for tenth in (1, 2, 3, 4, 5, 7.5, 8.5)]
 
 
 class Show:
@@ -251,20 +248,21 @@ class Show:
         screen.note(f"{self._plan.clients} clients start, a quarter of them up to date")
         async with asyncio.TaskGroup() as tasks:
             showing = tasks.create_task(self._show_progress(screen))
-            playing = tasks.create_task(self._play(screen))
+            tasks.create_task(self._play(screen))
             await self._crowd.run()
-            herd = await playing
             showing.cancel()
-        summary = self._summary(await self._own_figures(), herd)
+        summary = replace(self._summary(), own=await self._own_totals())
         deadline = time.monotonic() + _SETTLE_SECONDS
         while (self._manager.counts.sending or not summary.agrees) and time.monotonic() < deadline:
             await asyncio.sleep(0.2)  # fills may still be ending
-            summary = replace(summary, own=await self._own_figures())
+            summary = replace(summary, own=await self._own_totals())
         return summary
 
-    def _summary(self, own: OwnFigures | None = None, herd: Herd | None = None) -> Summary:
-        seconds = time.monotonic() - self._begin_seconds
-        return Summary(self._crowd.figures, self._manager.counts, own, self._plan.clients, seconds, herd)
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._begin_seconds
+
+    def _summary(self) -> Summary:
+        return Summary(self._crowd.figures, self._manager.counts, self._plan.clients, self._elapsed())
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Go on calmly until `stop`."""
@@ -280,38 +278,17 @@ class Show:
             await asyncio.sleep(_CALM_PUBLISH_SECONDS)
             await self._publish(1)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._begin_seconds
-
-    async def _play(self, screen: Screen) -> Herd:
-        for at_seconds, together in timeline(self._plan.seconds):
+    async def _play(self, screen: Screen) -> None:
+        for at_seconds, count in timeline(self._plan.seconds):
             await asyncio.sleep(at_seconds - self._elapsed())
-            if together:
-                herd = await self._play_herd(screen)
-            else:
-                await self._publish(1)
-                screen.note(f"{self._elapsed():.1f} s: a stream has a new revision")
+            await self._publish(count)
+            news = "a stream has a new revision"
+            if count > 1:
+                news = "the herd: every stream has a new revision, and all clients ask at once"
+                self._crowd.ring()
+            screen.note(f"{self._elapsed():.1f} s: {news}")
         await asyncio.sleep(self._plan.seconds - self._elapsed())
         self._crowd.stop()
-        return herd
-
-    async def _play_herd(self, screen: Screen) -> Herd:
-        """Everybody at once; measured until nobody lacks anything, or for a fifth of the run."""
-        figures, counts, begin_seconds = self._crowd.figures, self._manager.counts, self._elapsed()
-        downloads, got, fetched = figures.downloads.total(), figures.received_bytes, counts.sent_bytes
-        await self._publish(PRODUCTS)
-        screen.note(f"{begin_seconds:.1f} s: the herd, all clients learn of new revisions at once")
-        self._crowd.ring()
-        limit_seconds = begin_seconds + self._plan.seconds / 5
-        while self._crowd.behind() and self._elapsed() < limit_seconds:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)  # clients tell nobody what they have; a look is cheap
-        return Herd(
-            clients=self._plan.clients,
-            downloads=figures.downloads.total() - downloads,
-            seconds=self._elapsed() - begin_seconds,
-            received_bytes=figures.received_bytes - got,
-            wan_bytes=counts.sent_bytes - fetched,
-        )
 
     async def _publish(self, count: int) -> None:
         await self._manager.publish(count)
@@ -322,11 +299,11 @@ class Show:
             await asyncio.sleep(_SHOW_SECONDS)
             screen.show(self._summary())
 
-    async def _own_figures(self) -> OwnFigures | None:
+    async def _own_totals(self) -> dict[str, int] | None:
         url = self.gup.control_url + "/api/v1/status"
         try:
             async with self._session.get(url, raise_for_status=True) as response:
-                totals = (await response.json())["totals"]["since_start"]
+                totals: dict[str, int] = (await response.json())["totals"]["since_start"]
         except (aiohttp.ClientError, TimeoutError):
             return None
-        return OwnFigures(totals["upstream_received_bytes"], totals["client_sent_bytes"])
+        return totals
