@@ -70,19 +70,11 @@ def close() -> None:
 
 def require_destination(own: config.Log) -> None:
     """SettingsError when the log could not be written there. Makes no file: that is the service's."""
-    name, why = own.destination.partition(":")[0], ""
-    if name == "journald":
+    file = Path(own.destination)
+    if not own.destination.startswith("/") or file.exists():
         _destination(own).close()
-    elif name.startswith("/"):
-        file = Path(own.destination)
-        if file.is_dir():
-            why = "Is a directory"
-        elif file.exists():
-            why = "" if os.access(file, os.W_OK) else "Permission denied"
-        elif not file.parent.is_dir():
-            why = f"there is no folder {str(file.parent)!r}"
-    if why:
-        raise SettingsError([_unwritable(own.destination, why)])
+    elif not file.parent.is_dir():
+        raise SettingsError([_unwritable(own.destination, f"there is no folder {str(file.parent)!r}")])
 
 
 def _unwritable(destination: str, why: str) -> str:
@@ -127,7 +119,7 @@ class WritingHandler(QueueHandler):
         self._failed = self._told = 0  # the thread's, as what follows
         self._complain_at = 0.0
         self._retired = False
-        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -151,7 +143,7 @@ class WritingHandler(QueueHandler):
         self._thread.join(_CLOSE_SECONDS)
         super().close()
 
-    def _write_all(self) -> None:
+    def _run(self) -> None:
         """The thread. Takes no lock that a waiting thread could hold: `logging` locks while it closes."""
         batch: list[logging.LogRecord | None] = []
         while None not in batch[-1:]:

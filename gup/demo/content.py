@@ -96,7 +96,6 @@ _KNOWN = (
 _LANGUAGES = ("English", "French", "German", "Spanish", "Japanese")
 _FULL_SCALE = (2.0, 1.5, 1.0, 0.75, 0.5, 1.25)
 """Streams differ in size; the scale of each in turn, times the size asked for."""
-_MEMBERS = ("virscan1.dat", "virscan2.dat", "virscan3.dat", "catalog.dat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +187,8 @@ def _write_full(stream: Stream, ordinal: int, out: BinaryIO, chance: Random) -> 
     with zipfile.ZipFile(out, "w") as archive:
         note = f"[DefDates]\r\nCurDefs=20{number[:6]}.{number[6:]}\r\nProduct={stream.product}\r\n"
         archive.writestr(zipfile.ZipInfo("definfo.dat", stamp), note)
-        for name in _MEMBERS:
-            with archive.open(zipfile.ZipInfo(name, stamp), "w") as member:
-                for piece in _noise(chance, total_bytes // len(_MEMBERS)):
-                    member.write(piece)
+        with archive.open(zipfile.ZipInfo("virscan.dat", stamp), "w") as member:
+            member.writelines(_noise(chance, total_bytes))
 
 
 def _write_delta(out: BinaryIO, chance: Random) -> None:

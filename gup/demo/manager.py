@@ -71,7 +71,6 @@ class FileCounts:
     length: int
     fetches: int = 0
     not_modified: int = 0
-    other_requests: int = 0
     sent_bytes: int = 0
 
 
@@ -199,7 +198,6 @@ class Manager:
         sends = request.method == "GET" and stop > start
         row.fetches += sends
         row.not_modified += status == 304
-        row.other_requests += not sends and status != 304
         counts.refetched += sends and row.fetches == 2 and file.kind is not Kind.INDEX
         # Opened before the head leaves: a file that is withdrawn meanwhile is still sent to its end.
         async with aiofiles.open(self._directory / file.path[1:], "rb") as body:

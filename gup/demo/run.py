@@ -17,11 +17,12 @@ from pathlib import Path
 import aiohttp
 import uvloop
 from rich.console import Console
+from rich.live import Live
 
 from gup.demo.clients import Crowd, new_session
 from gup.demo.content import streams
 from gup.demo.manager import COUNTS_PATH, Link, Manager
-from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Screen, Summary, print_summary
+from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Summary, print_summary, progress
 from gup.errors import GupError
 
 INTERRUPTED = 130
@@ -117,8 +118,9 @@ async def _demo(plan: Plan, command: Command, directory: Path, console: Console,
         new_session(plan.clients + 8) as session,
     ):
         show = Show(plan, manager, gup, session)
-        with Screen(console, plan.seconds, silent=json_output) as screen:
-            summary = await show.run(screen)
+        shown = Console(quiet=True) if json_output else console
+        with Live(console=shown, auto_refresh=False, transient=True) as live:
+            summary = await show.run(live)
         if json_output:
             sys.stdout.write(json.dumps(summary.document(), indent=2) + "\n")
             sys.stdout.flush()
@@ -243,12 +245,12 @@ class Show:
         self._begin_seconds = time.monotonic()
         self.gup = gup
 
-    async def run(self, screen: Screen) -> Summary:
+    async def run(self, live: Live) -> Summary:
         """Play the timeline, let the clients finish, compare the figures."""
-        screen.note(f"{self._plan.clients} clients start, a quarter of them up to date")
+        live.console.print(f"{self._plan.clients} clients start, a quarter of them up to date")
         async with asyncio.TaskGroup() as tasks:
-            showing = tasks.create_task(self._show_progress(screen))
-            tasks.create_task(self._play(screen))
+            showing = tasks.create_task(self._show_progress(live))
+            tasks.create_task(self._play(live.console))
             await self._crowd.run()
             showing.cancel()
         summary = replace(self._summary(), own=await self._own_totals())
@@ -278,7 +280,7 @@ class Show:
             await asyncio.sleep(_CALM_PUBLISH_SECONDS)
             await self._publish(1)
 
-    async def _play(self, screen: Screen) -> None:
+    async def _play(self, console: Console) -> None:
         for at_seconds, count in timeline(self._plan.seconds):
             await asyncio.sleep(at_seconds - self._elapsed())
             await self._publish(count)
@@ -286,7 +288,7 @@ class Show:
             if count > 1:
                 news = "the herd: every stream has a new revision, and all clients ask at once"
                 self._crowd.ring()
-            screen.note(f"{self._elapsed():.1f} s: {news}")
+            console.print(f"{self._elapsed():.1f} s: {news}", highlight=False)
         await asyncio.sleep(self._plan.seconds - self._elapsed())
         self._crowd.stop()
 
@@ -294,10 +296,10 @@ class Show:
         await self._manager.publish(count)
         self._crowd.catalogue = self._manager.catalogue
 
-    async def _show_progress(self, screen: Screen) -> None:
+    async def _show_progress(self, live: Live) -> None:
         while True:
             await asyncio.sleep(_SHOW_SECONDS)
-            screen.show(self._summary())
+            live.update(progress(self._summary(), self._plan.seconds), refresh=True)
 
     async def _own_totals(self) -> dict[str, int] | None:
         url = self.gup.control_url + "/api/v1/status"

@@ -3,10 +3,9 @@
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -17,8 +16,6 @@ from gup.units import bytes_in_words
 
 RIGHT, WRONG_BYTE, FETCHED_TWICE, NOT_STARTED, FIGURES_DISAGREE = range(5)
 """Exit statuses of the demo; the lowest that applies (but 0) is given."""
-
-_PLAIN_EVERY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,48 +122,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(complaint, highlight=False, soft_wrap=True, markup=False, style="red")
 
 
-class Screen:
-    """Where progress and notes go, a context manager around the run.
-
-    On a terminal a table that stays in place, with notes scrolling above it; else plain lines, one every two
-    seconds. Nothing when `silent`: standard output is JSON then.
-    """
-
-    def __init__(self, console: Console, total_seconds: float, *, silent: bool = False) -> None:
-        self._console = console
-        self._total_seconds = total_seconds
-        self._silent = silent
-        self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._drawn = console.is_terminal and not silent
-        self._next_seconds = self._shown_seconds = 0.0
-        self._shown_bytes = 0
-
-    def __enter__(self) -> Self:
-        if self._drawn:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def note(self, sentence: str) -> None:
-        """Show an event."""
-        if not self._silent:
-            self._console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-    def show(self, summary: Summary) -> None:
-        """Show how far it is; may be called at any rate."""
-        elapsed, wan_bytes = summary.seconds, summary.counts.sent_bytes
-        rate = (wan_bytes - self._shown_bytes) / max(elapsed - self._shown_seconds, 0.001)
-        self._shown_seconds, self._shown_bytes = elapsed, wan_bytes
-        rows = [*rows_so_far(summary), ("WAN now", f"{bytes_in_words(rate)}/s")]
-        if self._drawn:
-            done = min(elapsed, self._total_seconds)
-            bar = ProgressBar(total=self._total_seconds, completed=done, width=60)
-            self._live.update(Group(bar, _table(rows)), refresh=True)
-        elif elapsed >= self._next_seconds:
-            self._next_seconds = elapsed + _PLAIN_EVERY_SECONDS
-            self.note(f"{elapsed:5.1f} s  " + "; ".join(f"{name}: {value}" for name, value in rows))
+def progress(summary: Summary, total_seconds: float) -> Group:
+    """What stands in place on a terminal while it runs."""
+    done = min(summary.seconds, total_seconds)
+    return Group(ProgressBar(total=total_seconds, completed=done, width=60), _table(rows_so_far(summary)))
 
 
 def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "") -> Table:

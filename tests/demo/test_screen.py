@@ -8,7 +8,7 @@ from rich.console import Console
 from gup.content.key import Kind
 from gup.demo.clients import Figures
 from gup.demo.manager import Counts, FileCounts
-from gup.demo.screen import Screen, Summary, milliseconds, print_summary, summary_rows
+from gup.demo.screen import Summary, milliseconds, print_summary, progress, summary_rows
 
 
 def totals(received, sent):
@@ -19,7 +19,7 @@ OWN = totals(1600, 10_000)
 
 
 def row(fetches, kind=Kind.DELTA, not_modified=0):
-    return FileCounts(kind, 100, fetches, not_modified, 0, 100 * fetches)
+    return FileCounts(kind, 100, fetches, not_modified, 100 * fetches)
 
 
 def figures(**changes):
@@ -89,35 +89,10 @@ def test_what_went_wrong_is_readable():
     assert ("bytes compared", "NOTHING was received") in summary_rows(summary(Figures()))
 
 
-def test_plain_lines_come_every_two_seconds():
+def test_progress_is_a_table():
     out = io.StringIO()
-    with Screen(Console(file=out, width=80), 30.0) as screen:
-        for tenth in range(45):
-            screen.show(summary(seconds=tenth / 10))
-        screen.note("something happened")
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 4
-    assert "over the WAN: 1.6 kB" in lines[0]
-    assert lines[-1] == "something happened"
-
-
-def test_the_terminal_shows_a_table_and_cleans_up():
-    out = io.StringIO()
-    with Screen(Console(file=out, width=100, force_terminal=True), 30.0) as screen:
-        screen.show(summary(seconds=3.0))
-        screen.note("something happened")
-    text = out.getvalue()
-    assert "clients got" in text
-    assert "something happened" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
-
-
-def test_beside_json_nothing_is_shown():
-    out = io.StringIO()
-    with Screen(Console(file=out, force_terminal=True), 30.0, silent=True) as screen:
-        screen.show(summary())
-        screen.note("something happened")
-    assert out.getvalue() == ""
+    Console(file=out, width=100).print(progress(summary(seconds=3.0), 30.0))
+    assert "over the WAN" in out.getvalue()
 
 
 def test_milliseconds_are_for_people():
