@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gup.cache.store import Store
     from gup.cli.admin_client import Admin
     from gup.config import Settings
+    from gup.process.instance_lock import InstanceLock
 
 cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
 
@@ -33,7 +34,6 @@ T = TypeVar("T")
 Filters = dict[str, str]
 _PAGE = 1000
 _POLL_SECONDS = 0.2
-_SHOWN_EACH_SECONDS = 1.0
 _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
@@ -152,17 +152,12 @@ def _by_service_or_here(
     return here(store)
 
 
-@contextmanager
-def _alone(store: "Store") -> Iterator[None]:
+def _alone(store: "Store") -> "closing[InstanceLock]":
     """Hold the locks that a service takes, so that none starts in between; StoreError when one runs."""
     from gup.process.instance_lock import InstanceLock
 
     store.prepare()
-    lock = InstanceLock(store.run, wait_seconds=0.0)
-    try:
-        yield
-    finally:
-        lock.close()
+    return closing(InstanceLock(store.run, wait_seconds=0.0))
 
 
 # --- verify
@@ -196,7 +191,7 @@ def verify(
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
         busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if repair else ""
+        mended = f", {result['mended']} mended" if result["repair"] else ""
         typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
@@ -204,11 +199,8 @@ def verify(
 
 def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
     result = admin.ask("POST", f"verify?repair={int(repair)}")
-    shown_at = 0.0
     while result["running"]:
-        if time.monotonic() - shown_at > _SHOWN_EACH_SECONDS:
-            _show_progress(result["checked"], result["total"], result["damaged"])
-            shown_at = time.monotonic()
+        _show_progress(result["checked"], result["total"], result["damaged"])
         time.sleep(_POLL_SECONDS)
         result = admin.ask("GET", "verify")
     return result

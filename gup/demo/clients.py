@@ -109,69 +109,56 @@ def cache_result(cache_status: str | None) -> str:
     return next((result for word, result in known if word in words), "none")
 
 
+@dataclass(slots=True)
 class Download:
-    """One client's download of one published file, through `url` (scheme, host and port)."""
+    """One client's download of one published file, through `url` (scheme, host and port).
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        file: PublishedFile,
-        figures: Figures,
-        *,
-        client: str = "",
-        cut_after_bytes: int | None = None,
-        held_etag: str | None = None,
-    ) -> None:
-        """`client` is the User-Agent. `cut_after_bytes` breaks the first connection there, to resume.
+    `client` is the User-Agent. `cut_after_bytes` breaks the first connection there, to resume. `held_etag` is
+    the entity tag of the copy that the client has: an unchanged file is not sent again.
+    """
 
-        `held_etag` is the entity tag of the copy that the client has: an unchanged file is not sent again.
-        """
-        self._session = session
-        self._url = url + file.path
-        self._file = file
-        self._figures = figures
-        self._headers = {"User-Agent": client} if client else {}
-        self._cut_after_bytes = cut_after_bytes
-        self._held_etag = held_etag
-        self._received_bytes = 0
-        self._received_etag: str | None = None
-        self._digest = xxhash.xxh3_128()
-
-    @property
-    def etag(self) -> str | None:
-        """The entity tag of what was received, or of the copy held."""
-        return self._received_etag or self._held_etag
+    session: aiohttp.ClientSession
+    url: str
+    file: PublishedFile
+    figures: Figures
+    client: str = "simulated-client"
+    cut_after_bytes: int | None = None
+    held_etag: str | None = None
+    received_bytes: int = 0
+    received_etag: str | None = None
+    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
     async def run(self) -> bool:
         """Fetch it, with as many attempts as a patient client makes; whether its bytes are right."""
         for attempt in range(_ATTEMPTS):
             problem = "it was asked to try again"
-            cuts = self._cut_after_bytes
+            cuts = self.cut_after_bytes
             try:
                 done = await self._attempt()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 done, problem = None, f"{type(error).__name__}: {error}"
             if done is not None:
                 return done
-            if cuts == self._cut_after_bytes:  # else the client itself broke off
-                self._figures.retries += 1
+            if cuts == self.cut_after_bytes:  # else the client itself broke off
+                self.figures.retries += 1
                 await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt))
         return self._ended("failed", f"gave up after {_ATTEMPTS} attempts, the last one: {problem}")
 
     async def _attempt(self) -> bool | None:
         """One request; None when another one should follow."""
         begin = time.perf_counter()
-        self._figures.requests += 1
-        async with self._session.get(self._url, headers=self._asked(), allow_redirects=False) as response:
-            self._figures.answered(time.perf_counter() - begin, response.headers.get("Cache-Status"))
+        self.figures.requests += 1
+        async with self.session.get(
+            self.url + self.file.path, headers=self._asked(), allow_redirects=False
+        ) as response:
+            self.figures.answered(time.perf_counter() - begin, response.headers.get("Cache-Status"))
             if response.status in (200, 206):
                 return await self._receive(response)
-            if response.status == 304 and self._held_etag is not None:
-                self._figures.not_modified += 1
+            if response.status == 304 and self.held_etag is not None:
+                self.figures.not_modified += 1
                 return True
             if response.status in (404, 410):
-                self._figures.gone += 1
+                self.figures.gone += 1
                 return False
             return (
                 None if response.status in _TRY_AGAIN else self._ended("failed", f"status {response.status}")
@@ -179,39 +166,41 @@ class Download:
 
     def _asked(self) -> dict[str, str]:
         """Headers for the whole, or for the rest if there is something to go on from."""
-        if self._received_etag is not None and 0 < self._received_bytes < self._file.length:
-            rest = {"Range": f"bytes={self._received_bytes}-", "If-Range": self._received_etag}
-            return self._headers | rest
-        return self._headers | ({"If-None-Match": self._held_etag} if self._held_etag else {})
+        headers = {"User-Agent": self.client}
+        if self.received_etag is not None and 0 < self.received_bytes < self.file.length:
+            headers |= {"Range": f"bytes={self.received_bytes}-", "If-Range": self.received_etag}
+        elif self.held_etag is not None:
+            headers["If-None-Match"] = self.held_etag
+        return headers
 
     async def _receive(self, response: aiohttp.ClientResponse) -> bool | None:
-        length = self._file.length
+        length = self.file.length
         if response.status == 200:
-            self._received_bytes = 0
-            self._digest.reset()
+            self.received_bytes = 0
+            self.digest.reset()
         else:  # RFC 9110 section 14.4: the part must be the rest of a body of the published length
             given = response.headers.get("Content-Range")
-            if given != f"bytes {self._received_bytes}-{length - 1}/{length}":
+            if given != f"bytes {self.received_bytes}-{length - 1}/{length}":
                 return self._ended("wrong", f"a range that was not asked for: {given}")
-            self._figures.resumes += 1
-        self._received_etag = response.headers.get("ETag")
+            self.figures.resumes += 1
+        self.received_etag = response.headers.get("ETag")
         async for piece in response.content.iter_any():
-            self._figures.received_bytes += len(piece)
-            self._received_bytes += len(piece)
-            self._digest.update(piece)
-            if self._cut_after_bytes is not None and self._cut_after_bytes <= self._received_bytes < length:
-                self._cut_after_bytes = None
+            self.figures.received_bytes += len(piece)
+            self.received_bytes += len(piece)
+            self.digest.update(piece)
+            if self.cut_after_bytes is not None and self.cut_after_bytes <= self.received_bytes < length:
+                self.cut_after_bytes = None
                 response.close()
                 return None
-        if self._received_bytes != length:
-            return self._ended("wrong", f"{self._received_bytes} bytes instead of {length}")
-        if self._digest.hexdigest() != self._file.digest:
+        if self.received_bytes != length:
+            return self._ended("wrong", f"{self.received_bytes} bytes instead of {length}")
+        if self.digest.hexdigest() != self.file.digest:
             return self._ended("wrong", "other bytes than published")
-        self._figures.downloads[self._file.kind] += 1
+        self.figures.downloads[self.file.kind] += 1
         return True
 
     def _ended(self, counted: Literal["wrong", "failed"], what: str) -> bool:
-        return self._figures.complain(counted, f"{self._file.path}: {what}")
+        return self.figures.complain(counted, f"{self.file.path}: {what}")
 
 
 @dataclass(slots=True)
@@ -330,7 +319,7 @@ class Crowd:
         begin = partial(Download, self._session, self._url, figures=self.figures, client=client.user_agent)
         index = begin(catalogue.content_info, held_etag=client.content_info_etag)
         if await index.run():
-            client.content_info_etag = index.etag
+            client.content_info_etag = index.received_etag or client.content_info_etag
         streams = [stream for stream in catalogue.streams if client.takes(stream)]
         client.chance.shuffle(streams)
         for stream in streams:

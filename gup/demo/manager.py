@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import aiofiles
@@ -100,7 +100,7 @@ class Manager:
         self._link = link
         self._publishing = asyncio.Lock()
         self._turn = 0
-        self._publications: list[deque[tuple[PublishedFile, ...]]] = [deque() for _ in offered]
+        self._publications: list[deque[PublishedStream]] = [deque() for _ in offered]
         self._ordinals = [FIRST_NEWEST - 1] * len(offered)
         self._files: dict[str, PublishedFile] = {}
         self.counts = Counts()
@@ -113,43 +113,27 @@ class Manager:
             total = len(self._streams)
             chosen = [(self._turn + step) % total for step in range(min(count, total))]
             self._turn = (self._turn + len(chosen)) % total
-            written = {
-                at: await asyncio.to_thread(
-                    content.write_revision,
-                    self._directory,
-                    self._seed,
-                    self._streams[at],
-                    self._ordinals[at] + 1,
-                )
-                for at in chosen
-            }
             withdrawn: list[PublishedFile] = []
-            for at, files in written.items():
-                self._ordinals[at] += 1
-                self._publications[at].append(files)
-                for file in files:
+            written = {at: await asyncio.to_thread(self._write_next, at) for at in chosen}
+            for at, stream in written.items():
+                self._publications[at].append(stream)
+                for file in stream.files:
                     self._offer(file)
                 if len(self._publications[at]) > KEEP_PUBLICATIONS:
-                    withdrawn += self._publications[at].popleft()
-            published = [self._published(at) for at, held in enumerate(self._publications) if held]
-            self.catalogue = Catalogue(
-                self.catalogue.serial + 1, self.catalogue.content_info, tuple(published)
-            )
+                    withdrawn += self._publications[at].popleft().files
+            newest = tuple(held[-1] for held in self._publications if held)
+            self.catalogue = replace(self.catalogue, serial=self.catalogue.serial + 1, streams=newest)
             for file in withdrawn:
                 del self._files[file.path.casefold()], self.counts.files[file.path]
                 await asyncio.to_thread((self._directory / file.path[1:]).unlink)
 
+    def _write_next(self, at: int) -> PublishedStream:
+        self._ordinals[at] += 1
+        return content.write_revision(self._directory, self._seed, self._streams[at], self._ordinals[at])
+
     def _offer(self, file: PublishedFile) -> None:
         self._files[file.path.casefold()] = file  # monikers are compared without case
         self.counts.files[file.path] = FileCounts(file.kind, file.length)
-
-    def _published(self, at: int) -> PublishedStream:
-        stream, newest = self._streams[at], self._ordinals[at]
-        full, *deltas = self._publications[at][-1]
-        revisions = tuple(map(content.revision, range(newest - FIRST_NEWEST, newest + 1)))
-        return PublishedStream(
-            stream.moniker, stream.product, stream.language, revisions, full, tuple(deltas)
-        )
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[str]:
