@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from io import TextIOWrapper
-from logging.handlers import QueueHandler, QueueListener, WatchedFileHandler
+from logging.handlers import QueueHandler, WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,11 @@ def close() -> None:
 
 def require_destination(own: config.Log) -> None:
     """SettingsError when the log could not be written there. Makes no file: that is the service's."""
-    name, why = own.destination.partition(":")[0], ""
-    if name == "journald":
+    file = Path(own.destination)
+    if not own.destination.startswith("/") or file.exists():
         _destination(own).close()
-    elif name.startswith("/"):
-        file = Path(own.destination)
-        if file.is_dir():
-            why = "Is a directory"
-        elif file.exists():
-            why = "" if os.access(file, os.W_OK) else "Permission denied"
-        elif not file.parent.is_dir():
-            why = f"there is no folder {str(file.parent)!r}"
-    if why:
-        raise SettingsError([_unwritable(own.destination, why)])
+    elif not file.parent.is_dir():
+        raise SettingsError([_unwritable(own.destination, f"there is no folder {str(file.parent)!r}")])
 
 
 def _unwritable(destination: str, why: str) -> str:
@@ -118,15 +110,17 @@ def _destination(own: config.Log) -> "Destination":
 class WritingHandler(QueueHandler):
     """Queues records from any thread, at most 8192, for a thread that writes them to `destination`."""
 
-    queue: "queue.SimpleQueue[logging.LogRecord]"
+    queue: "queue.SimpleQueue[logging.LogRecord | None]"
 
     def __init__(self, destination: "Destination") -> None:
         super().__init__(queue.SimpleQueue())
-        self.dropped = 0
-        """Changed under the handler's lock."""
-        self._writer = _Writer(self, destination)
+        self._destination = destination
+        self._dropped = 0  # changed under the handler's lock
+        self._failed = self._told = 0  # the thread's, as what follows
+        self._complain_at = 0.0
         self._retired = False
-        self._writer.start()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record.msg, record.args = record.getMessage(), None  # now: the arguments may change later
@@ -136,59 +130,41 @@ class WritingHandler(QueueHandler):
         if self.queue.qsize() < _MOST_RECORDS:
             self.queue.put(record)
         else:
-            self.dropped += 1
+            self._dropped += 1
 
     def retire(self) -> None:
         """Take no more; the queue is still written, then the destination is closed. Never waits."""
         if not self._retired:
             self._retired = True
-            self.queue.put(_LAST)
-            self._writer.enqueue_sentinel()
+            self.queue.put(None)
 
     def close(self) -> None:
         self.retire()
-        self._writer.ended.wait(_CLOSE_SECONDS)
+        self._thread.join(_CLOSE_SECONDS)
         super().close()
 
+    def _run(self) -> None:
+        """The thread. Takes no lock that a waiting thread could hold: `logging` locks while it closes."""
+        batch: list[logging.LogRecord | None] = []
+        while None not in batch[-1:]:
+            batch = [self.queue.get()]
+            while batch[-1] is not None and len(batch) < _BATCH and not self.queue.empty():
+                batch.append(self.queue.get())
+            self._write([record for record in batch if record is not None])
+        self._destination.close()
 
-_LAST = logging.makeLogRecord({})
-
-
-class _Writer(QueueListener):
-    """Takes no lock that a waiting thread could hold: `logging` locks the handler while it closes it."""
-
-    def __init__(self, handler: WritingHandler, destination: "Destination") -> None:
-        super().__init__(handler.queue)
-        self.ended = threading.Event()
-        self._handler = handler
-        self._destination = destination
-        self._batch: list[logging.LogRecord] = []
-        self._failed = 0
-        self._told = 0
-        self._complain_at = 0.0
-
-    def handle(self, record: logging.LogRecord) -> None:
+    def _write(self, batch: list[logging.LogRecord]) -> None:
         """Write what is queued together: one call of the system for many lines."""
-        if record is not _LAST:
-            self._batch.append(record)
-            if len(self._batch) < _BATCH and not self._handler.queue.empty():
-                return
-        self._write()
-        if record is _LAST:
-            self._destination.close()
-            self.ended.set()
-
-    def _write(self) -> None:
-        batch, self._batch = self._batch, []
-        lost = self._handler.dropped + self._failed - self._told
+        count, lost = len(batch), self._dropped + self._failed - self._told
         if lost:
             text = "%d lines of the log were dropped: they came too fast, or could not be written"
             batch.append(logging.LogRecord("gup.log", logging.WARNING, __file__, 0, text, (lost,), None))
         try:
-            self._destination.write(batch)
+            if batch:
+                self._destination.write(batch)
             self._told += lost
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
-            self._failed += len(batch) - bool(lost)
+            self._failed += count
             self._complain(error)
 
     def _complain(self, error: Exception) -> None:
@@ -246,14 +222,14 @@ class _FileHandler(WatchedFileHandler, Destination):
         self._torn = False
 
 
+def _line(handler: logging.Handler, record: logging.LogRecord) -> bytes:
+    return (handler.format(record) + "\n").encode(errors="backslashreplace")
+
+
 def _open_log(path: str, flags: int) -> int:
     fd = os.open(path, flags | os.O_NOCTTY | os.O_NONBLOCK, 0o640)  # a pipe without a reader is an error
     os.set_blocking(fd, True)
     return fd
-
-
-def _line(handler: logging.Handler, record: logging.LogRecord) -> bytes:
-    return (handler.format(record) + "\n").encode(errors="backslashreplace")
 
 
 _JOURNAL = "/run/systemd/journal/socket"
@@ -277,18 +253,7 @@ class _JournalHandler(Destination):
             raise
 
     def emit(self, record: logging.LogRecord) -> None:
-        given = _extras(record)
-        text = record.getMessage() + "".join(f" {name}={value}" for name, value in given.items())
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        fields: dict[str, object] = {
-            "MESSAGE": text,
-            "PRIORITY": _PRIORITIES.get(record.levelno, 6),
-            "SYSLOG_IDENTIFIER": "gup",
-            "LOGGER": record.name,
-        }
-        fields |= {f"GUP_{name.upper()}": value for name, value in given.items()}
-        message = b"".join(_journal_field(name, str(value)) for name, value in fields.items())
+        message = _journal_message(record)
         try:
             self._send(message)
         except (ConnectionError, FileNotFoundError):  # the journal was restarted: its socket is another one
@@ -313,12 +278,20 @@ class _JournalHandler(Destination):
         super().close()
 
 
-def _journal_field(name: str, value: str) -> bytes:
+def _journal_message(record: logging.LogRecord) -> bytes:
     """The journal's own form: NAME=value, or with a length where the value has several lines."""
-    text = value.encode(errors="backslashreplace")
-    if b"\n" not in text:
-        return name.encode() + b"=" + text + b"\n"
-    return name.encode() + b"\n" + len(text).to_bytes(8, "little") + text + b"\n"
+    given = _extras(record)
+    text = record.getMessage() + "".join(f" {name}={value}" for name, value in given.items())
+    if record.exc_info:
+        text += "\n" + logging.Formatter().formatException(record.exc_info)
+    fields = {"MESSAGE": text, "PRIORITY": _PRIORITIES.get(record.levelno, 6), "SYSLOG_IDENTIFIER": "gup"}
+    fields |= {"LOGGER": record.name} | {f"GUP_{name.upper()}": value for name, value in given.items()}
+    message = b""
+    for name, value in fields.items():
+        content = str(value).encode(errors="backslashreplace")
+        length = b"\n" + len(content).to_bytes(8, "little") if b"\n" in content else b"="
+        message += name.encode() + length + content + b"\n"
+    return message
 
 
 # --- formats
@@ -326,13 +299,7 @@ def _journal_field(name: str, value: str) -> bytes:
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """Attributes of every record; whatever else a record has was given by `extra=`."""
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))} | {
-    10: "\\n",
-    13: "\\r",
-    9: "\\t",
-    0x2028: "\\u2028",
-    0x2029: "\\u2029",
-}
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BARE = re.compile(r'[^\s"=]+')
 
 
@@ -360,11 +327,15 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head = f"{_time(record)} {record.levelname.lower()} {record.name}[{record.process}]: "
         more = "".join(f" {name}={_shown(value)}" for name, value in _extras(record).items())
-        line = head + (record.getMessage() + more).translate(_ESCAPES)
+        line = head + _escaped(record.getMessage() + more)
         if record.exc_info:
             trace = self.formatException(record.exc_info)
-            line += "".join("\n    " + row.translate(_ESCAPES) for row in trace.splitlines())
+            line += "".join("\n    " + _escaped(row) for row in trace.splitlines())
         return line
+
+
+def _escaped(text: str) -> str:
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _shown(value: object) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import IO, Any
@@ -57,46 +58,36 @@ def admin_url(settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listen.admin_port}"
 
 
+@dataclass
 class Admin:
-    """The control plane at `url`. Every method raises AdminError."""
+    """The control plane at `url`. Every method raises AdminError.
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str = "",
-        lack: str = "",
-        ca_file: Path | None = None,
-        pinned: Path | None = None,
-    ) -> None:
-        """`lack` says why there is no `token`. `ca_file` is trusted besides what the machine trusts.
+    `lack` says why there is no `token`. `ca_file` is trusted besides what the machine trusts. `pinned` is the
+    service's own certificate (PEM): it must show that very one, under whatever name.
+    """
 
-        `pinned` is the service's own certificate (PEM): it must show that very one, under whatever name.
-        """
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+    url: str
+    token: str = field(default="", repr=False)
+    lack: str = ""
+    ca_file: Path | None = None
+    pinned: Path | None = None
+
+    def __post_init__(self) -> None:
+        given, self.url = self.url, self.url.rstrip("/")
+        if "://" not in given:
+            self.url = f"http://{self.url}"
         if not self.url.startswith(("http://", "https://")):
-            raise AdminError(f"{url}: the control plane's URL begins with http:// or https://")
-        self._token = token
-        self._lack = lack
-        self._ca_file = ca_file
-        self._pinned = pinned
+            raise AdminError(f"{given}: the control plane's URL begins with http:// or https://")
 
     def ask(self, method: str, resource: str, given: object = None) -> dict[str, Any]:
         """One request for what is below /api/v1/, with `given` as its JSON, and the JSON that answers it."""
         body = None if given is None else json.dumps(given).encode()
-        return self.send(method, resource, body, "application/json")
+        return self.understood(self.pieces(method, resource, body))
 
-    def send(
-        self,
-        method: str,
-        resource: str,
-        body: bytes | IO[bytes] | None,
-        media: str,
-        patience_seconds: float = _TIMEOUT_SECONDS,
-    ) -> dict[str, Any]:
-        """The same with any body: a file is sent piece by piece."""
+    def understood(self, pieces: Iterable[bytes]) -> dict[str, Any]:
+        """The JSON object in an answer."""
         try:
-            answer = json.loads(b"".join(self.pieces(method, resource, body, media, patience_seconds)))
+            answer = json.loads(b"".join(pieces))
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -108,12 +99,12 @@ class Admin:
         method: str,
         resource: str,
         body: bytes | IO[bytes] | None = None,
-        media: str = "",
+        media: str = "application/json",
         patience_seconds: float = _TIMEOUT_SECONDS,
     ) -> Iterator[bytes]:
-        """One request, and its good answer as it comes."""
+        """One request, its body sent piece by piece if it is a file, and its good answer as it comes."""
         headers = {"Content-Type": media} if body is not None else {}
-        headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connection = self._connected()
         try:
             connection.sock.settimeout(patience_seconds)
@@ -140,13 +131,13 @@ class Admin:
             connection = self._connection()
             try:
                 connection.connect()
-                if self._pinned is not None:  # nothing was sent yet
-                    self._compare(connection.sock, self._pinned)
+                if self.pinned is not None:  # nothing was sent yet
+                    self._compare(connection.sock, self.pinned)
             except BaseException:
                 connection.close()
                 raise
         except FileError as error:
-            flag = "listen.admin_cert_file" if self._ca_file is None else "--ca-file"
+            flag = "listen.admin_cert_file" if self.ca_file is None else "--ca-file"
             raise AdminError(f"{flag}: {error}") from error
         except ssl.SSLError as error:
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
@@ -168,11 +159,11 @@ class Admin:
         if parts.scheme == "http":
             return HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS, blocksize=_PIECE_BYTES)
         context = ssl.create_default_context()
-        if self._pinned is not None:
+        if self.pinned is not None:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        elif self._ca_file is not None:
-            trust(self._ca_file)
-            context.load_verify_locations(self._ca_file)
+        elif self.ca_file is not None:
+            trust(self.ca_file)
+            context.load_verify_locations(self.ca_file)
         return HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
 
     def _compare(self, connected: Any, pinned: Path) -> None:
@@ -192,6 +183,6 @@ class Admin:
             detail = str(problem.get("detail") or problem.get("title") or detail)
         except (ValueError, AttributeError):
             pass
-        if response.status == 401 and self._lack not in detail:
-            detail += f" ({self._lack})"
+        if response.status == 401 and self.lack not in detail:
+            detail += f" ({self.lack})"
         return AdminError(f"{self.url}: {detail}")

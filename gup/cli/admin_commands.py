@@ -78,23 +78,13 @@ def _here(fill: Row) -> str:
     return bytes_in_words(received) + share
 
 
-def _left(fill: Row) -> str | None:
-    left = fill["remaining_seconds"]
-    return None if left is None else time_in_words(left)
-
-
-def _speed(fill: Row) -> str | None:
-    rate = fill["bytes_per_second"]
-    return None if rate is None else bytes_in_words(rate)
-
-
 _UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last error": "last_error"}
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
     "#here": _here,
-    "#a second": _speed,
-    "#left": _left,
+    "#a second": "bytes_per_second",
+    "#left": "remaining_seconds",
 }
 
 

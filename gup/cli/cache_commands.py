@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gup.cache.store import Store
     from gup.cli.admin_client import Admin
     from gup.config import Settings
+    from gup.process.instance_lock import InstanceLock
 
 cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
 
@@ -33,7 +34,6 @@ T = TypeVar("T")
 Filters = dict[str, str]
 _PAGE = 1000
 _POLL_SECONDS = 0.2
-_SHOWN_EACH_SECONDS = 1.0
 _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
@@ -101,34 +101,25 @@ def list_entries(
             query["cursor"] = answer["cursor"]
 
 
-@cache.command("purge")
-@with_connection_flags
-def purge(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Remove entries; clients that are being sent one get the whole of it."""
-    _each("DELETE", "", keys, where, "purged", json_output=json_output)
+def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
+    """A command that changes entries: one line for one key, printed as soon as it is done."""
+
+    @cache.command(name, help=help_)
+    @with_connection_flags
+    def change(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+        with asking(where) as admin:
+            for key in keys:
+                answer = admin.ask(method, f"content/{quote(key)}{below}")
+                freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+                words = f"{done} {key}{freed}"
+                typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 
-@cache.command("pin")
-@with_connection_flags
-def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Keep entries whatever the limits say."""
-    _each("PUT", "/pin", keys, where, "pinned", json_output=json_output)
-
-
-@cache.command("unpin")
-@with_connection_flags
-def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Let the limits apply to entries again."""
-    _each("DELETE", "/pin", keys, where, "unpinned", json_output=json_output)
-
-
-def _each(method: str, below: str, keys: list[str], where: Where, done: str, *, json_output: bool) -> None:
-    """One line for one key, printed as soon as it is done."""
-    with asking(where) as admin:
-        for key in keys:
-            answer = admin.ask(method, f"content/{quote(key)}{below}")
-            freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
-            typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else f"{done} {key}{freed}")
+_change(
+    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
+)
+_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
+_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
 
 
 # --- by a service, or here
@@ -161,17 +152,12 @@ def _by_service_or_here(
     return here(store)
 
 
-@contextmanager
-def _alone(store: "Store") -> Iterator[None]:
+def _alone(store: "Store") -> "closing[InstanceLock]":
     """Hold the locks that a service takes, so that none starts in between; StoreError when one runs."""
     from gup.process.instance_lock import InstanceLock
 
     store.prepare()
-    lock = InstanceLock(store.run, wait_seconds=0.0)
-    try:
-        yield
-    finally:
-        lock.close()
+    return closing(InstanceLock(store.run, wait_seconds=0.0))
 
 
 # --- verify
@@ -205,7 +191,7 @@ def verify(
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
         busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if repair else ""
+        mended = f", {result['mended']} mended" if result["repair"] else ""
         typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
@@ -213,11 +199,8 @@ def verify(
 
 def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
     result = admin.ask("POST", f"verify?repair={int(repair)}")
-    shown_at = 0.0
     while result["running"]:
-        if time.monotonic() - shown_at > _SHOWN_EACH_SECONDS:
-            _show_progress(result["checked"], result["total"], result["damaged"])
-            shown_at = time.monotonic()
+        _show_progress(result["checked"], result["total"], result["damaged"])
         time.sleep(_POLL_SECONDS)
         result = admin.ask("GET", "verify")
     return result
@@ -369,7 +352,9 @@ def import_(
             done = _by_service_or_here(
                 where,
                 cache_dir,
-                lambda admin: admin.send("POST", "import", source, "application/x-tar", _IMPORT_SECONDS),
+                lambda admin: admin.understood(
+                    admin.pieces("POST", "import", source, "application/x-tar", _IMPORT_SECONDS)
+                ),
                 lambda store: _import_here(source, store, load(where.config)),
             )
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from gup.units import bytes_in_words
+from gup.units import bytes_in_words, time_in_words
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str | Callable[[Row], object]]
@@ -52,7 +52,11 @@ def _cell(column: str | Callable[[Row], object], row: Row) -> str:
     value: Any = column(row) if callable(column) else row[column]
     if name.endswith(("_at", "since")):
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(value)) if value else "-"
-    return "-" if value is None else bytes_in_words(value) if name.endswith("_bytes") else str(value)
+    if value is None:
+        return "-"
+    if name.endswith(("_bytes", "bytes_per_second")):
+        return bytes_in_words(value)
+    return time_in_words(value) if name.endswith("_seconds") else str(value)
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -15,17 +15,16 @@ from pydantic.fields import FieldInfo
 
 from gup.config import Settings
 from gup.config.loading import DELIMITER, PREFIX, SECRET_KEYS, mask_password, model_of
-from gup.metrics import MAX_SHOWN, METRICS, Metric
+from gup.metrics import MAX_SHOWN, METRICS
 from gup.units import format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
 
 _WIDTH = 100
-_FORMATS = {parse_size: format_size, parse_rate: format_rate, parse_duration: format_duration}
-_QUANTITIES = {
-    parse_size: "size",
-    parse_rate: "rate",
-    parse_duration: "duration",
+_QUANTITIES: dict[Any, tuple[str, Callable[[Any], str]]] = {
+    parse_size: ("size", format_size),
+    parse_rate: ("rate", format_rate),
+    parse_duration: ("duration", format_duration),
 }
-_PLAIN = {bool: "true or false", int: "whole number", str: "text", Path: "path", dict: "table of texts"}
+_PLAIN: dict[Any, str] = {bool: "true or false", int: "whole number"}
 _EXAMPLES: dict[str, Any] = {
     "name": "headquarters",
     "url": "http://manager:8014",
@@ -101,6 +100,14 @@ class Row:
     field: FieldInfo
 
 
+def tables(table: type[BaseModel] = Settings, above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every table with its head, `[path]` or `[[path]]`; those in a table follow it."""
+    for name, field in table.model_fields.items():
+        if (model := model_of(field.annotation)) is not None:
+            yield f"[[{above}{name}]]" if get_origin(field.annotation) is list else f"[{above}{name}]", model
+            yield from tables(model, f"{above}{name}.")
+
+
 def rows(table: type[BaseModel]) -> Iterator[Row]:
     """The keys of `table` that hold values; tables in it are not among them."""
     for name, field in table.model_fields.items():
@@ -109,38 +116,35 @@ def rows(table: type[BaseModel]) -> Iterator[Row]:
 
 
 def _default(field: FieldInfo) -> Any:
-    if field.is_required() or field.default == "":
-        return None
-    if field.default_factory not in (None, dict, list):
-        return None  # worked out by each machine, such as the host's name
+    if field.is_required() or field.default == "" or field.default_factory not in (None, dict, list):
+        return None  # a factory of another kind: worked out by each machine, such as the host's name
     return field.get_default(call_default_factory=True)
 
 
 def _type(field: FieldInfo) -> str:
-    for known, word in _QUANTITIES.items():
-        if _is_written(field, known):
-            return word
     annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(f'"{value}"' for value in get_args(annotation))
-    if get_origin(annotation) is list:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if (quantity := _quantity(field)) is not None:
+        return quantity[0]
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{value}"' for value in parts)
+    if origin is list:
         return "list of texts"
-    if get_origin(annotation) is dict:
-        return "table of lists" if get_origin(get_args(annotation)[1]) is list else _PLAIN[dict]
-    plain = annotation if annotation in _PLAIN else str  # the rest are kinds of text, or None besides
-    return "path" if "Path" in str(annotation) else _PLAIN[plain]
+    if origin is dict:
+        return "table of lists" if get_origin(parts[1]) is list else "table of texts"
+    # The rest are kinds of text, or None besides.
+    return "path" if "Path" in str(annotation) else _PLAIN.get(annotation, "text")
 
 
-def _is_written(field: FieldInfo, parse: Any) -> bool:
-    return any(getattr(checked, "func", None) is parse for checked in field.metadata)
+def _quantity(field: FieldInfo) -> tuple[str, Callable[[Any], str]] | None:
+    parsers = (getattr(checked, "func", None) for checked in field.metadata)
+    return next((_QUANTITIES[parse] for parse in parsers if parse in _QUANTITIES), None)
 
 
 def written(field: FieldInfo, value: Any) -> str:
     """`value` as it is written in TOML, with its unit."""
-    for parse, spelled in _FORMATS.items():
-        if _is_written(field, parse):
-            return _toml(spelled(value))
-    return _toml(value)
+    quantity = _quantity(field)
+    return _toml(value if quantity is None else quantity[1](value))
 
 
 def _toml(value: Any) -> str:
@@ -153,89 +157,54 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-# --- the commented reference
+# --- the texts
 
 
 def reference_toml() -> str:
     """The text of config/gup.toml."""
     lines = [f"# {line}" for line in wrap(_TOML_HEAD, _WIDTH)]
-    for section, field in Settings.model_fields.items():
-        lines += ["", "", *_section(section, field)]
+    for head, table in tables():
+        several = head.startswith("[[")
+        lines += [*([""] if "." in head else ["", ""]), f"# {table.__doc__}", f"#{head}" if several else head]
+        for row in rows(table):
+            absent = row.default is None
+            value = _EXAMPLES[row.key] if absent and row.key in _EXAMPLES else row.default
+            hidden = "#" if several or absent else ""
+            meaning = wrap(f"{row.field.description} ({row.type})", _WIDTH)
+            lines += ["", *(f"# {line}" for line in meaning)]
+            lines.append(f"{hidden}{row.key} = {written(row.field, value)}")
     return "\n".join(lines) + "\n"
-
-
-def _section(path: str, field: FieldInfo) -> Iterator[str]:
-    table = model_of(field.annotation)
-    assert table is not None
-    several = get_origin(field.annotation) is list
-    yield f"# {table.__doc__}"
-    yield f"#[[{path}]]" if several else f"[{path}]"
-    for row in rows(table):
-        yield ""
-        yield from (f"# {line}" for line in wrap(f"{row.field.description} ({row.type})", _WIDTH))
-        absent = row.default is None
-        value = _EXAMPLES[row.key] if absent and row.key in _EXAMPLES else row.default
-        hidden = "#" if several or absent else ""
-        yield f"{hidden}{row.key} = {written(row.field, value)}"
-    for name, inner in table.model_fields.items():
-        if model_of(inner.annotation) is not None:
-            yield ""
-            yield from _section(f"{path}.{name}", inner)
-
-
-# --- the page
 
 
 def reference_page() -> str:
     """The text of docs/settings.md."""
-    text = [_PAGE_HEAD]
-    for section, field in Settings.model_fields.items():
-        text += list(_page_section(section, field))
-    return "\n".join(text)
-
-
-def _page_section(path: str, field: FieldInfo) -> Iterator[str]:
-    table = model_of(field.annotation)
-    assert table is not None
-    several = get_origin(field.annotation) is list
-    yield f"## `{'[[' if several else '['}{path}{']]' if several else ']'}`\n\n{table.__doc__}\n"
-    yield "| key | type | default | meaning |\n|---|---|---|---|"
-    for row in rows(table):
-        default = f"`{written(row.field, row.default)}`" if row.default is not None else "none"
-        if row.field.is_required():
-            default = "required"
-        yield f"| `{row.key}` | {row.type} | {default} | {row.field.description} |"
-    yield ""
-    for name, inner in table.model_fields.items():
-        if model_of(inner.annotation) is not None:
-            yield from _page_section(f"{path}.{name}", inner)
-
-
-# --- the page of metrics
+    lines = [_PAGE_HEAD]
+    for head, table in tables():
+        lines += [
+            f"## `{head}`\n\n{table.__doc__}\n",
+            "| key | type | default | meaning |\n|---|---|---|---|",
+        ]
+        for row in rows(table):
+            default = "required" if row.field.is_required() else "none"
+            if row.default is not None:
+                default = f"`{written(row.field, row.default)}`"
+            lines.append(f"| `{row.key}` | {row.type} | {default} | {row.field.description} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def metrics_page() -> str:
     """The text of docs/metrics.md."""
-    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{row.name}` | {row.kind} | {_labels(row)} | {_meaning(row)} |" for row in METRICS]
-    return "\n".join([_METRICS_HEAD, *rows, ""])
-
-
-def _labels(metric: Metric) -> str:
-    return "<br>".join(_each_label(metric)) or "none"
-
-
-def _each_label(metric: Metric) -> Iterator[str]:
-    if metric.upstream:
-        yield "`upstream`: the settings' names"
-    for label, values in metric.labels:
-        yield f"`{label}`: {', '.join(values)}" if values else f"`{label}`"
-
-
-def _meaning(metric: Metric) -> str:
-    if metric.kind != "histogram":
-        return metric.help
-    return f"{metric.help} Buckets end at {', '.join(f'{edge:g}' for edge in metric.buckets)} s."
+    lines = [_METRICS_HEAD, "| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ["`upstream`: the settings' names"] if metric.upstream else []
+        labels += [
+            f"`{name}`: {', '.join(values)}" if values else f"`{name}`" for name, values in metric.labels
+        ]
+        edges = ", ".join(f"{edge:g}" for edge in metric.buckets)
+        meaning = metric.help + (f" Buckets end at {edges} s." if metric.kind == "histogram" else "")
+        lines.append(f"| `{metric.name}` | {metric.kind} | {'<br>'.join(labels) or 'none'} | {meaning} |")
+    return "\n".join([*lines, ""])
 
 
 # --- settings in force
@@ -243,28 +212,24 @@ def _meaning(metric: Metric) -> str:
 
 def settings_toml(settings: Settings) -> str:
     """`settings` as a TOML file that gives them again, but for secrets, which are masked."""
-    lines: list[str] = []
-    for section in Settings.model_fields:
-        lines += _tables(section, getattr(settings, section))
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(_in_force(settings, "")).lstrip("\n") + "\n"
 
 
-def _tables(path: str, value: Any) -> Iterator[str]:
-    for item in value if isinstance(value, list) else [value]:
-        yield from ("", f"[[{path}]]" if isinstance(value, list) else f"[{path}]")
-        for row in rows(type(item)):
-            shown = _masked(row.key, getattr(item, row.name))
-            if shown is not None:
-                yield f"{row.key} = {written(row.field, shown)}"
-        for name, field in type(item).model_fields.items():
-            if model_of(field.annotation) is not None:
-                yield from _tables(f"{path}.{name}", getattr(item, name))
-
-
-def _masked(key: str, value: Any) -> Any:
-    if key in SECRET_KEYS:
-        return dict.fromkeys(value, "***")
-    return mask_password(value) if key == "proxy" and value else value
+def _in_force(table: BaseModel, above: str) -> Iterator[str]:
+    for row in rows(type(table)):
+        value = getattr(table, row.name)
+        if row.key in SECRET_KEYS:
+            value = dict.fromkeys(value, "***")
+        elif row.key == "proxy" and value:
+            value = mask_password(value)
+        if value is not None:
+            yield f"{row.key} = {written(row.field, value)}"
+    for name, field in type(table).model_fields.items():
+        if model_of(field.annotation) is not None:
+            value = getattr(table, name)
+            for item in value if isinstance(value, list) else [value]:
+                yield from ("", f"[[{above}{name}]]" if isinstance(value, list) else f"[{above}{name}]")
+                yield from _in_force(item, f"{above}{name}.")
 
 
 def write_all(root: Path) -> None:

@@ -83,8 +83,8 @@ def explain(
     book = Rulebook(settings)
     client = book.identities.stated(client_version, client_language)
     found = {upstream.name: read_catalog(settings, upstream) for upstream in settings.upstream}
-    rows = {name: one.rows for name, one in found.items() if one.rows is not None}
-    sources = {name: one.source for name, one in found.items()}
+    rows = {name: listed for name, (listed, _) in found.items() if listed is not None}
+    sources = {name: source for name, (_, source) in found.items()}
     catalogues = Catalogues(rows, settings.upstream, book.types)
     told = variant_choice.explain(book, catalogues, settings.upstream, sources, stream, client)
     if json_output:

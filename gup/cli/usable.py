@@ -4,7 +4,8 @@
 """
 
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gup import log
@@ -18,42 +19,43 @@ from gup.files import FileError, read_file, trust
 
 def require_usable(settings: Settings) -> None:
     """SettingsError with every problem: the setting, the file, the cause and what would be right."""
-    problems = [*_untrusted(settings), *_catalogue(settings.catalog.file), *_folder(settings.cache.directory)]
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: require_access(settings.listen),
-        lambda: log.require_destination(settings.log),
-        lambda: Rulebook(settings),
-    )
-    for check in checks:
+    problems: list[str] = []
+    checks: list[tuple[str, Callable[[], object]]] = [
+        (f"upstream#{number}.ca_file", partial(trust, upstream.ca_file))
+        for number, upstream in enumerate(settings.upstream, 1)
+        if upstream.ca_file is not None
+    ]
+    checks += [
+        ("catalog.file", lambda: _require_catalogue(settings.catalog.file)),
+        ("cache.directory", lambda: _require_folder(settings.cache.directory)),
+        ("listen", lambda: require_access(settings.listen)),
+        ("log", lambda: log.require_destination(settings.log)),
+        ("rules", lambda: Rulebook(settings)),
+    ]
+    for setting, check in checks:
         try:
             check()
+        except FileError as error:
+            problems.append(f"{setting}: {error}")
         except SettingsError as error:
             problems += error.problems
     if problems:
         raise SettingsError(problems)
 
 
-def _untrusted(settings: Settings) -> Iterator[str]:
-    for number, upstream in enumerate(settings.upstream, 1):
-        if upstream.ca_file is not None:
-            try:
-                trust(upstream.ca_file)
-            except FileError as error:
-                yield f"upstream#{number}.ca_file: {error}"
-
-
-def _catalogue(file: Path | None) -> Iterator[str]:
+def _require_catalogue(file: Path | None) -> None:
     right = "it must be a manager's ContentInfo.txt, with lines {MONIKER}: product - … - language"
     if file is None:
         return
     try:
-        if not parse_catalog(read_file(file, MAX_CATALOG_BYTES)):
-            yield f"catalog.file: {str(file)!r} lists nothing: {right}"
+        if parse_catalog(read_file(file, MAX_CATALOG_BYTES)):
+            return
     except FileError as error:
-        yield f"catalog.file: {error}: {right}"
+        raise FileError(f"{error}: {right}") from error
+    raise FileError(f"{str(file)!r} lists nothing: {right}")
 
 
-def _folder(folder: Path) -> Iterator[str]:
+def _require_folder(folder: Path) -> None:
     """The folder may be missing, but no file may stand in its place or in that of a folder above it."""
     for path in (folder, *folder.parents):
         try:
@@ -61,8 +63,7 @@ def _folder(folder: Path) -> Iterator[str]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            yield f"cache.directory: {str(path)!r} can't be looked at: {error.strerror}"
-            return
+            raise FileError(f"{str(path)!r} can't be looked at: {error.strerror}") from error
         if not stat.S_ISDIR(mode):
-            yield f"cache.directory: {str(path)!r} is no folder: it must be one, or not be there yet"
+            raise FileError(f"{str(path)!r} is no folder: it must be one, or not be there yet")
         return

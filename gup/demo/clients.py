@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate
 from random import Random
+from typing import Literal
 
 import aiohttp
 import uvloop
@@ -73,7 +74,6 @@ class Figures:
     cache_status: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
     time_to_first_byte: Latencies = field(default_factory=Latencies)
-    hit_time_to_first_byte: Latencies = field(default_factory=Latencies)
 
     @property
     def right(self) -> bool:
@@ -89,18 +89,17 @@ class Figures:
             "p99_time_to_first_byte_seconds": self.time_to_first_byte.quantile(0.99),
         }
 
-    def complain(self, sentence: str) -> None:
-        """Keep a sentence about a failure, if there is room."""
+    def complain(self, counted: Literal["wrong", "failed"], sentence: str) -> bool:
+        """Count a failure, and keep the sentence about it if there is room; False."""
+        setattr(self, counted, getattr(self, counted) + 1)
         if len(self.complaints) < MAX_COMPLAINTS:
             self.complaints.append(sentence)
+        return False
 
     def answered(self, seconds: float, cache_status: str | None) -> None:
         """Count an answer that began after `seconds`, with its Cache-Status field (RFC 9211)."""
-        result = cache_result(cache_status)
-        self.cache_status[result] += 1
+        self.cache_status[cache_result(cache_status)] += 1
         self.time_to_first_byte.add(seconds)
-        if result == "hit":
-            self.hit_time_to_first_byte.add(seconds)
 
 
 def cache_result(cache_status: str | None) -> str:
@@ -110,118 +109,98 @@ def cache_result(cache_status: str | None) -> str:
     return next((result for word, result in known if word in words), "none")
 
 
+@dataclass(slots=True)
 class Download:
-    """One client's download of one published file, through `url` (scheme, host and port)."""
+    """One client's download of one published file, through `url` (scheme, host and port).
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        file: PublishedFile,
-        figures: Figures,
-        *,
-        client: str = "",
-        cut_after_bytes: int | None = None,
-        held_etag: str | None = None,
-    ) -> None:
-        """`client` is the User-Agent. `cut_after_bytes` breaks the first connection there, to resume.
+    `client` is the User-Agent. `cut_after_bytes` breaks the first connection there, to resume. `held_etag` is
+    the entity tag of the copy that the client has: an unchanged file is not sent again.
+    """
 
-        `held_etag` is the entity tag of the copy that the client has: an unchanged file is not sent again.
-        """
-        self._session = session
-        self._url = url + file.path
-        self._file = file
-        self._figures = figures
-        self._headers = {"User-Agent": client} if client else {}
-        self._cut_after_bytes = cut_after_bytes
-        self._held_etag = held_etag
-        self._received_bytes = 0
-        self._received_etag: str | None = None
-        self._digest = xxhash.xxh3_128()
-
-    @property
-    def etag(self) -> str | None:
-        """The entity tag of what was received, or of the copy held."""
-        return self._received_etag or self._held_etag
+    session: aiohttp.ClientSession
+    url: str
+    file: PublishedFile
+    figures: Figures
+    client: str = "simulated-client"
+    cut_after_bytes: int | None = None
+    held_etag: str | None = None
+    received_bytes: int = 0
+    received_etag: str | None = None
+    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
     async def run(self) -> bool:
         """Fetch it, with as many attempts as a patient client makes; whether its bytes are right."""
         for attempt in range(_ATTEMPTS):
             problem = "it was asked to try again"
-            cuts = self._cut_after_bytes
+            cuts = self.cut_after_bytes
             try:
                 done = await self._attempt()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 done, problem = None, f"{type(error).__name__}: {error}"
             if done is not None:
                 return done
-            if cuts == self._cut_after_bytes:  # else the client itself broke off
-                self._figures.retries += 1
+            if cuts == self.cut_after_bytes:  # else the client itself broke off
+                self.figures.retries += 1
                 await asyncio.sleep(min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt))
-        return self._failed(f"gave up after {_ATTEMPTS} attempts, the last one: {problem}")
+        return self._ended("failed", f"gave up after {_ATTEMPTS} attempts, the last one: {problem}")
 
     async def _attempt(self) -> bool | None:
         """One request; None when another one should follow."""
         begin = time.perf_counter()
-        self._figures.requests += 1
-        async with self._session.get(self._url, headers=self._asked(), allow_redirects=False) as response:
-            self._figures.answered(time.perf_counter() - begin, response.headers.get("Cache-Status"))
+        self.figures.requests += 1
+        async with self.session.get(
+            self.url + self.file.path, headers=self._asked(), allow_redirects=False
+        ) as response:
+            self.figures.answered(time.perf_counter() - begin, response.headers.get("Cache-Status"))
             if response.status in (200, 206):
                 return await self._receive(response)
-            if response.status == 304 and self._held_etag is not None:
-                self._figures.not_modified += 1
+            if response.status == 304 and self.held_etag is not None:
+                self.figures.not_modified += 1
                 return True
             if response.status in (404, 410):
-                self._figures.gone += 1
+                self.figures.gone += 1
                 return False
-            return None if response.status in _TRY_AGAIN else self._failed(f"status {response.status}")
+            return (
+                None if response.status in _TRY_AGAIN else self._ended("failed", f"status {response.status}")
+            )
 
     def _asked(self) -> dict[str, str]:
         """Headers for the whole, or for the rest if there is something to go on from."""
-        if self._received_etag is not None and 0 < self._received_bytes < self._file.length:
-            rest = {"Range": f"bytes={self._received_bytes}-", "If-Range": self._received_etag}
-            return self._headers | rest
-        self._restart()
-        return self._headers | ({"If-None-Match": self._held_etag} if self._held_etag else {})
-
-    def _restart(self) -> None:
-        self._received_bytes = 0
-        self._digest.reset()
+        headers = {"User-Agent": self.client}
+        if self.received_etag is not None and 0 < self.received_bytes < self.file.length:
+            headers |= {"Range": f"bytes={self.received_bytes}-", "If-Range": self.received_etag}
+        elif self.held_etag is not None:
+            headers["If-None-Match"] = self.held_etag
+        return headers
 
     async def _receive(self, response: aiohttp.ClientResponse) -> bool | None:
-        length = self._file.length
+        length = self.file.length
         if response.status == 200:
-            self._restart()
+            self.received_bytes = 0
+            self.digest.reset()
         else:  # RFC 9110 section 14.4: the part must be the rest of a body of the published length
             given = response.headers.get("Content-Range")
-            if given != f"bytes {self._received_bytes}-{length - 1}/{length}":
-                return self._wrong(f"a range that was not asked for: {given}")
-            self._figures.resumes += 1
-        self._received_etag = response.headers.get("ETag")
+            if given != f"bytes {self.received_bytes}-{length - 1}/{length}":
+                return self._ended("wrong", f"a range that was not asked for: {given}")
+            self.figures.resumes += 1
+        self.received_etag = response.headers.get("ETag")
         async for piece in response.content.iter_any():
-            self._figures.received_bytes += len(piece)
-            self._received_bytes += len(piece)
-            self._digest.update(piece)
-            if self._cut_after_bytes is not None and self._cut_after_bytes <= self._received_bytes < length:
-                self._cut_after_bytes = None
+            self.figures.received_bytes += len(piece)
+            self.received_bytes += len(piece)
+            self.digest.update(piece)
+            if self.cut_after_bytes is not None and self.cut_after_bytes <= self.received_bytes < length:
+                self.cut_after_bytes = None
                 response.close()
                 return None
-        if self._received_bytes != length:
-            return self._wrong(f"{self._received_bytes} bytes instead of {length}")
-        if self._digest.hexdigest() != self._file.digest:
-            return self._wrong("other bytes than published")
-        self._figures.downloads[self._file.kind] += 1
+        if self.received_bytes != length:
+            return self._ended("wrong", f"{self.received_bytes} bytes instead of {length}")
+        if self.digest.hexdigest() != self.file.digest:
+            return self._ended("wrong", "other bytes than published")
+        self.figures.downloads[self.file.kind] += 1
         return True
 
-    def _wrong(self, what: str) -> bool:
-        self._figures.wrong += 1
-        self._figures.complain(f"{self._file.path}: {what}")
-        return False
-
-    def _failed(self, what: str) -> bool:
-        self._figures.failed += 1
-        self._figures.complain(f"{self._file.path}: {what}")
-        return False
+    def _ended(self, counted: Literal["wrong", "failed"], what: str) -> bool:
+        return self.figures.complain(counted, f"{self.file.path}: {what}")
 
 
 @dataclass(slots=True)
@@ -314,9 +293,7 @@ class Crowd:
             _, late = await asyncio.wait(tasks, timeout=_FINISH_SECONDS)
             for task in late:
                 task.cancel()
-        if late:
-            self.figures.failed += len(late)
-            self.figures.complain(f"{len(late)} clients did not finish within {_FINISH_SECONDS:g} s")
+                self.figures.complain("failed", f"a client did not finish within {_FINISH_SECONDS:g} s")
 
     def ring(self) -> None:
         """Make every client poll at once: the herd."""
@@ -327,13 +304,6 @@ class Crowd:
         """Let the clients finish; `run` returns when they have."""
         self._stopping.set()
         self.ring()
-
-    def behind(self) -> int:
-        """How many clients lack something that the catalogue tells them to have."""
-        newest = {stream.moniker: stream.newest for stream in self.catalogue.streams}
-        return sum(
-            any(newest[moniker] != held for moniker, held in client.held.items()) for client in self._clients
-        )
 
     async def _live(self, client: Client) -> None:
         await _rest(client.chance.uniform(0, self.poll_seconds), self._bell)
@@ -349,7 +319,7 @@ class Crowd:
         begin = partial(Download, self._session, self._url, figures=self.figures, client=client.user_agent)
         index = begin(catalogue.content_info, held_etag=client.content_info_etag)
         if await index.run():
-            client.content_info_etag = index.etag
+            client.content_info_etag = index.received_etag or client.content_info_etag
         streams = [stream for stream in catalogue.streams if client.takes(stream)]
         client.chance.shuffle(streams)
         for stream in streams:

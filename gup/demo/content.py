@@ -53,6 +53,10 @@ class PublishedStream:
     def newest(self) -> str:
         return self.revisions[-1]
 
+    @property
+    def files(self) -> tuple[PublishedFile, ...]:
+        return self.full, *self.deltas
+
     def delta_from(self, revision: str) -> PublishedFile | None:
         """The delta that leads from `revision` to the newest, if one reaches back that far."""
         return next((delta for delta in self.deltas if delta.from_revision == revision), None)
@@ -96,7 +100,6 @@ _KNOWN = (
 _LANGUAGES = ("English", "French", "German", "Spanish", "Japanese")
 _FULL_SCALE = (2.0, 1.5, 1.0, 0.75, 0.5, 1.25)
 """Streams differ in size; the scale of each in turn, times the size asked for."""
-_MEMBERS = ("virscan1.dat", "virscan2.dat", "virscan3.dat", "catalog.dat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +145,18 @@ def revision(ordinal: int) -> str:
 # --- files: written below a folder by their URL's path, the same bytes for the same seed
 
 
-def write_revision(root: Path, seed: int, stream: Stream, ordinal: int) -> tuple[PublishedFile, ...]:
+def write_revision(root: Path, seed: int, stream: Stream, ordinal: int) -> PublishedStream:
     """Write a revision's full, then its deltas from the revisions before it. Blocks on the disk."""
-    newest, number = revision(ordinal), released_at(ordinal).timestamp()
+    newest, moment = revision(ordinal), released_at(ordinal).timestamp()
     path = f"/content/{stream.moniker}/{newest}/full.zip"
-    files = [_written(root, seed, path, Kind.FULL, number, partial(_write_full, stream, ordinal))]
+    full = _written(root, seed, path, Kind.FULL, moment, partial(_write_full, stream, ordinal))
+    deltas = []
     for start in map(revision, range(max(0, ordinal - DELTA_DEPTH), ordinal)):
         # A delta lies in its *from* revision's folder, as in the public log.
         path = f"/content/{stream.moniker}/{start}/xdelta{start}_To_{newest}.dax"
-        files.append(_written(root, seed, path, Kind.DELTA, number, _write_delta, start))
-    return tuple(files)
+        deltas.append(_written(root, seed, path, Kind.DELTA, moment, _write_delta, start))
+    known = tuple(map(revision, range(max(0, ordinal - FIRST_NEWEST), ordinal + 1)))
+    return PublishedStream(stream.moniker, stream.product, stream.language, known, full, tuple(deltas))
 
 
 def write_content_info(root: Path, offered: tuple[Stream, ...]) -> PublishedFile:
@@ -188,10 +193,8 @@ def _write_full(stream: Stream, ordinal: int, out: BinaryIO, chance: Random) -> 
     with zipfile.ZipFile(out, "w") as archive:
         note = f"[DefDates]\r\nCurDefs=20{number[:6]}.{number[6:]}\r\nProduct={stream.product}\r\n"
         archive.writestr(zipfile.ZipInfo("definfo.dat", stamp), note)
-        for name in _MEMBERS:
-            with archive.open(zipfile.ZipInfo(name, stamp), "w") as member:
-                for piece in _noise(chance, total_bytes // len(_MEMBERS)):
-                    member.write(piece)
+        with archive.open(zipfile.ZipInfo("virscan.dat", stamp), "w") as member:
+            member.writelines(_noise(chance, total_bytes))
 
 
 def _write_delta(out: BinaryIO, chance: Random) -> None:

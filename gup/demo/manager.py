@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import aiofiles
@@ -20,19 +20,8 @@ import uvloop
 from aiohttp import web
 
 from gup.content.key import Kind
-from gup.demo.content import (
-    CATALOGUE_JSON,
-    FIRST_NEWEST,
-    Catalogue,
-    PublishedFile,
-    PublishedStream,
-    Stream,
-    decide,
-    revision,
-    streams,
-    write_content_info,
-    write_revision,
-)
+from gup.demo import content
+from gup.demo.content import CATALOGUE_JSON, FIRST_NEWEST, Catalogue, PublishedFile, PublishedStream, Stream
 from gup.errors import GupError
 from gup.units import format_http_date
 
@@ -82,7 +71,6 @@ class FileCounts:
     length: int
     fetches: int = 0
     not_modified: int = 0
-    other_requests: int = 0
     sent_bytes: int = 0
 
 
@@ -112,11 +100,11 @@ class Manager:
         self._link = link
         self._publishing = asyncio.Lock()
         self._turn = 0
-        self._publications: list[deque[tuple[PublishedFile, ...]]] = [deque() for _ in offered]
+        self._publications: list[deque[PublishedStream]] = [deque() for _ in offered]
         self._ordinals = [FIRST_NEWEST - 1] * len(offered)
         self._files: dict[str, PublishedFile] = {}
         self.counts = Counts()
-        self.catalogue = Catalogue(0, write_content_info(directory, offered), ())
+        self.catalogue = Catalogue(0, content.write_content_info(directory, offered), ())
         self._offer(self.catalogue.content_info)
 
     async def publish(self, count: int = sys.maxsize) -> None:
@@ -125,39 +113,27 @@ class Manager:
             total = len(self._streams)
             chosen = [(self._turn + step) % total for step in range(min(count, total))]
             self._turn = (self._turn + len(chosen)) % total
-            written = {
-                at: await asyncio.to_thread(
-                    write_revision, self._directory, self._seed, self._streams[at], self._ordinals[at] + 1
-                )
-                for at in chosen
-            }
             withdrawn: list[PublishedFile] = []
-            for at, files in written.items():
-                self._ordinals[at] += 1
-                self._publications[at].append(files)
-                for file in files:
+            written = {at: await asyncio.to_thread(self._write_next, at) for at in chosen}
+            for at, stream in written.items():
+                self._publications[at].append(stream)
+                for file in stream.files:
                     self._offer(file)
                 if len(self._publications[at]) > KEEP_PUBLICATIONS:
-                    withdrawn += self._publications[at].popleft()
-            published = [self._published(at) for at, held in enumerate(self._publications) if held]
-            self.catalogue = Catalogue(
-                self.catalogue.serial + 1, self.catalogue.content_info, tuple(published)
-            )
+                    withdrawn += self._publications[at].popleft().files
+            newest = tuple(held[-1] for held in self._publications if held)
+            self.catalogue = replace(self.catalogue, serial=self.catalogue.serial + 1, streams=newest)
             for file in withdrawn:
                 del self._files[file.path.casefold()], self.counts.files[file.path]
                 await asyncio.to_thread((self._directory / file.path[1:]).unlink)
 
+    def _write_next(self, at: int) -> PublishedStream:
+        self._ordinals[at] += 1
+        return content.write_revision(self._directory, self._seed, self._streams[at], self._ordinals[at])
+
     def _offer(self, file: PublishedFile) -> None:
         self._files[file.path.casefold()] = file  # monikers are compared without case
         self.counts.files[file.path] = FileCounts(file.kind, file.length)
-
-    def _published(self, at: int) -> PublishedStream:
-        stream, newest = self._streams[at], self._ordinals[at]
-        full, *deltas = self._publications[at][-1]
-        revisions = tuple(map(revision, range(newest - FIRST_NEWEST, newest + 1)))
-        return PublishedStream(
-            stream.moniker, stream.product, stream.language, revisions, full, tuple(deltas)
-        )
 
     @contextlib.asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[str]:
@@ -201,12 +177,11 @@ class Manager:
             counts.not_found += 1
             counts.sent_bytes += len(_ABSENT) if request.method == "GET" else 0  # it passes the link too
             raise web.HTTPNotFound(text=_ABSENT)
-        status, start, stop = decide(request.headers, file.etag, file.modified_at, file.length)
+        status, start, stop = content.decide(request.headers, file.etag, file.modified_at, file.length)
         row = counts.files[file.path]
         sends = request.method == "GET" and stop > start
         row.fetches += sends
         row.not_modified += status == 304
-        row.other_requests += not sends and status != 304
         counts.refetched += sends and row.fetches == 2 and file.kind is not Kind.INDEX
         # Opened before the head leaves: a file that is withdrawn meanwhile is still sent to its end.
         async with aiofiles.open(self._directory / file.path[1:], "rb") as body:
@@ -269,7 +244,9 @@ def simulate_manager(
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        manager = Manager(directory, seed, streams(products, full_bytes), Link(wan_rate_bytes_per_second))
+        manager = Manager(
+            directory, seed, content.streams(products, full_bytes), Link(wan_rate_bytes_per_second)
+        )
         await manager.publish()
         async with manager.listening(host, port) as url, asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publish_regularly(manager))

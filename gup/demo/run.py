@@ -17,11 +17,12 @@ from pathlib import Path
 import aiohttp
 import uvloop
 from rich.console import Console
+from rich.live import Live
 
 from gup.demo.clients import Crowd, new_session
 from gup.demo.content import streams
 from gup.demo.manager import COUNTS_PATH, Link, Manager
-from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Herd, OwnFigures, Screen, Summary, print_summary
+from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Summary, print_summary, progress
 from gup.errors import GupError
 
 INTERRUPTED = 130
@@ -117,8 +118,9 @@ async def _demo(plan: Plan, command: Command, directory: Path, console: Console,
         new_session(plan.clients + 8) as session,
     ):
         show = Show(plan, manager, gup, session)
-        with Screen(console, plan.seconds, silent=json_output) as screen:
-            summary = await show.run(screen)
+        shown = Console(quiet=True) if json_output else console
+        with Live(console=shown, auto_refresh=False, transient=True) as live:
+            summary = await show.run(live)
         if json_output:
             sys.stdout.write(json.dumps(summary.document(), indent=2) + "\n")
             sys.stdout.flush()
@@ -227,12 +229,9 @@ def environment(directory: Path) -> dict[str, str]:
 # --- the show
 
 
-def timeline(seconds: float) -> list[tuple[float, bool]]:
-    """When new revisions come out, and whether as a herd: of all streams, known to all clients at once.
-
-    One stream every tenth of the time, the herd past the middle, and quiet at the end.
-    """
-    return [(seconds * tenth / 10, tenth == 5) for tenth in (1, 2, 3, 4, 5, 7.5, 8.5)]
+def timeline(seconds: float) -> list[tuple[float, int]]:
+    """When how many streams have new revisions: one every tenth of the time, all in the middle, then calm."""
+    return [(seconds * tenth / 10, PRODUCTS if tenth == 5 else 1) for tenth in (1, 2, 3, 4, 5, 7.5, 8.5)]
 
 
 class Show:
@@ -246,25 +245,26 @@ class Show:
         self._begin_seconds = time.monotonic()
         self.gup = gup
 
-    async def run(self, screen: Screen) -> Summary:
+    async def run(self, live: Live) -> Summary:
         """Play the timeline, let the clients finish, compare the figures."""
-        screen.note(f"{self._plan.clients} clients start, a quarter of them up to date")
+        live.console.print(f"{self._plan.clients} clients start, a quarter of them up to date")
         async with asyncio.TaskGroup() as tasks:
-            showing = tasks.create_task(self._show_progress(screen))
-            playing = tasks.create_task(self._play(screen))
+            showing = tasks.create_task(self._show_progress(live))
+            tasks.create_task(self._play(live.console))
             await self._crowd.run()
-            herd = await playing
             showing.cancel()
-        summary = self._summary(await self._own_figures(), herd)
+        summary = replace(self._summary(), own=await self._own_totals())
         deadline = time.monotonic() + _SETTLE_SECONDS
         while (self._manager.counts.sending or not summary.agrees) and time.monotonic() < deadline:
             await asyncio.sleep(0.2)  # fills may still be ending
-            summary = replace(summary, own=await self._own_figures())
+            summary = replace(summary, own=await self._own_totals())
         return summary
 
-    def _summary(self, own: OwnFigures | None = None, herd: Herd | None = None) -> Summary:
-        seconds = time.monotonic() - self._begin_seconds
-        return Summary(self._crowd.figures, self._manager.counts, own, self._plan.clients, seconds, herd)
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._begin_seconds
+
+    def _summary(self) -> Summary:
+        return Summary(self._crowd.figures, self._manager.counts, self._plan.clients, self._elapsed())
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Go on calmly until `stop`."""
@@ -280,53 +280,32 @@ class Show:
             await asyncio.sleep(_CALM_PUBLISH_SECONDS)
             await self._publish(1)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._begin_seconds
-
-    async def _play(self, screen: Screen) -> Herd:
-        for at_seconds, together in timeline(self._plan.seconds):
+    async def _play(self, console: Console) -> None:
+        for at_seconds, count in timeline(self._plan.seconds):
             await asyncio.sleep(at_seconds - self._elapsed())
-            if together:
-                herd = await self._play_herd(screen)
-            else:
-                await self._publish(1)
-                screen.note(f"{self._elapsed():.1f} s: a stream has a new revision")
+            await self._publish(count)
+            news = "a stream has a new revision"
+            if count > 1:
+                news = "the herd: every stream has a new revision, and all clients ask at once"
+                self._crowd.ring()
+            console.print(f"{self._elapsed():.1f} s: {news}", highlight=False)
         await asyncio.sleep(self._plan.seconds - self._elapsed())
         self._crowd.stop()
-        return herd
-
-    async def _play_herd(self, screen: Screen) -> Herd:
-        """Everybody at once; measured until nobody lacks anything, or for a fifth of the run."""
-        figures, counts, begin_seconds = self._crowd.figures, self._manager.counts, self._elapsed()
-        downloads, got, fetched = figures.downloads.total(), figures.received_bytes, counts.sent_bytes
-        await self._publish(PRODUCTS)
-        screen.note(f"{begin_seconds:.1f} s: the herd, all clients learn of new revisions at once")
-        self._crowd.ring()
-        limit_seconds = begin_seconds + self._plan.seconds / 5
-        while self._crowd.behind() and self._elapsed() < limit_seconds:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)  # clients tell nobody what they have; a look is cheap
-        return Herd(
-            clients=self._plan.clients,
-            downloads=figures.downloads.total() - downloads,
-            seconds=self._elapsed() - begin_seconds,
-            received_bytes=figures.received_bytes - got,
-            wan_bytes=counts.sent_bytes - fetched,
-        )
 
     async def _publish(self, count: int) -> None:
         await self._manager.publish(count)
         self._crowd.catalogue = self._manager.catalogue
 
-    async def _show_progress(self, screen: Screen) -> None:
+    async def _show_progress(self, live: Live) -> None:
         while True:
             await asyncio.sleep(_SHOW_SECONDS)
-            screen.show(self._summary())
+            live.update(progress(self._summary(), self._plan.seconds), refresh=True)
 
-    async def _own_figures(self) -> OwnFigures | None:
+    async def _own_totals(self) -> dict[str, int] | None:
         url = self.gup.control_url + "/api/v1/status"
         try:
             async with self._session.get(url, raise_for_status=True) as response:
-                totals = (await response.json())["totals"]["since_start"]
+                totals: dict[str, int] = (await response.json())["totals"]["since_start"]
         except (aiohttp.ClientError, TimeoutError):
             return None
-        return OwnFigures(totals["upstream_received_bytes"], totals["client_sent_bytes"])
+        return totals

@@ -1,11 +1,11 @@
 """The output of the demo: progress while it runs, then the summary with its verdict."""
 
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -17,38 +17,16 @@ from gup.units import bytes_in_words
 RIGHT, WRONG_BYTE, FETCHED_TWICE, NOT_STARTED, FIGURES_DISAGREE = range(5)
 """Exit statuses of the demo; the lowest that applies (but 0) is given."""
 
-_PLAIN_EVERY_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class OwnFigures:
-    """What gup says of itself; bytes are of bodies."""
-
-    upstream_received_bytes: int
-    client_sent_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Herd:
-    """The moment when all clients learned of new revisions at once, until they had them."""
-
-    clients: int
-    downloads: int
-    seconds: float
-    received_bytes: int
-    wan_bytes: int
-
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A finished run: `counts` are the management server's, `own` is gup's view (None: no answer)."""
+    """A run so far: `counts` are the management server's, `own` are gup's totals (None: no answer)."""
 
     figures: Figures
     counts: Counts
-    own: OwnFigures | None
     clients: int
     seconds: float
-    herd: Herd | None = None
+    own: Mapping[str, int] | None = None
 
     @property
     def agrees(self) -> bool:
@@ -56,12 +34,8 @@ class Summary:
 
         More may have been sent than received: a client that breaks off leaves bytes on the way.
         """
-        own = self.own
-        return (
-            own is not None
-            and own.upstream_received_bytes == self.counts.sent_bytes
-            and own.client_sent_bytes >= self.figures.received_bytes
-        )
+        sent, got, own = self.counts.sent_bytes, self.figures.received_bytes, self.own
+        return own is not None and own["upstream_received_bytes"] == sent and own["client_sent_bytes"] >= got
 
     @property
     def status(self) -> int:
@@ -94,9 +68,7 @@ class Summary:
             "files_fetched_twice": counts.refetched,
             "index_fetches": sum(row.fetches for row in index),
             "index_not_modified": sum(row.not_modified for row in index),
-            "hit_median_time_to_first_byte_seconds": figures.hit_time_to_first_byte.quantile(0.5),
-            "herd": self.herd and asdict(self.herd),
-            "own": self.own and asdict(self.own),
+            "own": self.own,
             "own_figures_agree": self.agrees,
         }
 
@@ -122,29 +94,24 @@ def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     """What is shown at the end."""
-    told, herd, own = summary.document(), summary.herd, summary.own
+    told, own, words = summary.document(), summary.own, "not available"
     least, middle, most = (told[f"fetches_per_file_{which}"] for which in ("min", "median", "max"))
     each = f"min {least}, median {middle:g}, max {most} of {told['files_fetched']} files"
-    median, p99, hits = (
-        milliseconds(told[f"{which}_time_to_first_byte_seconds"]) for which in ("median", "p99", "hit_median")
-    )
-    rows = [
+    median, p99 = (milliseconds(told[f"{which}_time_to_first_byte_seconds"]) for which in ("median", "p99"))
+    if own is not None:
+        words = "they agree" if summary.agrees else "THEY DISAGREE"
+        fetched, sent = (
+            bytes_in_words(own[name]) for name in ("upstream_received_bytes", "client_sent_bytes")
+        )
+        words = f"received {fetched}, sent {sent}: {words}"
+    return [
         ("clients", f"{summary.clients:,} for {summary.seconds:.1f} s"),
         *rows_so_far(summary),
         ("fetches per file", f"{each}; {told['files_fetched_twice']} fetched more than once"),
         ("ContentInfo.txt", f"fetched {told['index_fetches']}, confirmed (304) {told['index_not_modified']}"),
-        ("time to first byte", f"median {median}, p99 {p99}; hits' median {hits}"),
+        ("time to first byte", f"median {median}, p99 {p99}"),
+        ("gup's own figures", words),
     ]
-    if herd is not None:
-        words = f"{herd.clients:,} clients at once: {herd.downloads:,} downloads in {herd.seconds:.1f} s"
-        got, fetched = bytes_in_words(herd.received_bytes), bytes_in_words(herd.wan_bytes)
-        rows.append(("the herd", f"{words}, {got} to clients, {fetched} over the WAN"))
-    words = "not available"
-    if own is not None:
-        words = "they agree" if summary.agrees else "THEY DISAGREE"
-        fetched, sent = bytes_in_words(own.upstream_received_bytes), bytes_in_words(own.client_sent_bytes)
-        words = f"received {fetched}, sent {sent}: {words}"
-    return [*rows, ("gup's own figures", words)]
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -155,48 +122,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(complaint, highlight=False, soft_wrap=True, markup=False, style="red")
 
 
-class Screen:
-    """Where progress and notes go, a context manager around the run.
-
-    On a terminal a table that stays in place, with notes scrolling above it; else plain lines, one every two
-    seconds. Nothing when `silent`: standard output is JSON then.
-    """
-
-    def __init__(self, console: Console, total_seconds: float, *, silent: bool = False) -> None:
-        self._console = console
-        self._total_seconds = total_seconds
-        self._silent = silent
-        self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._drawn = console.is_terminal and not silent
-        self._next_seconds = self._shown_seconds = 0.0
-        self._shown_bytes = 0
-
-    def __enter__(self) -> Self:
-        if self._drawn:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def note(self, sentence: str) -> None:
-        """Show an event."""
-        if not self._silent:
-            self._console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-    def show(self, summary: Summary) -> None:
-        """Show how far it is; may be called at any rate."""
-        elapsed, wan_bytes = summary.seconds, summary.counts.sent_bytes
-        rate = (wan_bytes - self._shown_bytes) / max(elapsed - self._shown_seconds, 0.001)
-        self._shown_seconds, self._shown_bytes = elapsed, wan_bytes
-        rows = [*rows_so_far(summary), ("WAN now", f"{bytes_in_words(rate)}/s")]
-        if self._drawn:
-            done = min(elapsed, self._total_seconds)
-            bar = ProgressBar(total=self._total_seconds, completed=done, width=60)
-            self._live.update(Group(bar, _table(rows)), refresh=True)
-        elif elapsed >= self._next_seconds:
-            self._next_seconds = elapsed + _PLAIN_EVERY_SECONDS
-            self.note(f"{elapsed:5.1f} s  " + "; ".join(f"{name}: {value}" for name, value in rows))
+def progress(summary: Summary, total_seconds: float) -> Group:
+    """What stands in place on a terminal while it runs."""
+    done = min(summary.seconds, total_seconds)
+    return Group(ProgressBar(total=total_seconds, completed=done, width=60), _table(rows_so_far(summary)))
 
 
 def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "") -> Table:

@@ -17,7 +17,7 @@ STREAMS = content.streams(9, 200_000)
 
 def test_the_same_seed_makes_the_same_bytes_and_another_others(tmp_path):
     files, again, other = (
-        write_revision(tmp_path / name, seed, STREAMS[2], 7)
+        write_revision(tmp_path / name, seed, STREAMS[2], 7).files
         for name, seed in (("one", 1), ("again", 1), ("other", 2))
     )
     assert files == again
@@ -28,13 +28,13 @@ def test_the_same_seed_makes_the_same_bytes_and_another_others(tmp_path):
 
 
 def test_files_differ_from_one_another(tmp_path):
-    files = [file for stream in STREAMS for file in write_revision(tmp_path, 1, stream, 7)]
+    files = [file for stream in STREAMS for file in write_revision(tmp_path, 1, stream, 7).files]
     assert len({file.path for file in files}) == len({file.digest for file in files}) == len(files)
 
 
 @pytest.mark.parametrize("stream", STREAMS[:3], ids=lambda stream: stream.product)
 def test_a_full_is_a_zip_that_unpacks(tmp_path, stream):
-    full = write_revision(tmp_path, 3, stream, 5)[0]
+    full = write_revision(tmp_path, 3, stream, 5).full
     assert full.kind is Kind.FULL
     with zipfile.ZipFile(tmp_path / full.path[1:]) as archive:
         assert archive.testzip() is None
@@ -44,9 +44,9 @@ def test_a_full_is_a_zip_that_unpacks(tmp_path, stream):
 
 
 def test_deltas_reach_back_as_far_as_they_should(tmp_path):
-    _, *deltas = write_revision(tmp_path, 1, STREAMS[0], 5)
+    deltas = write_revision(tmp_path, 1, STREAMS[0], 5).deltas
     assert [delta.from_revision for delta in deltas] == [content.revision(start) for start in (2, 3, 4)]
-    assert len(write_revision(tmp_path, 1, STREAMS[0], 1)) == 2
+    assert len(write_revision(tmp_path, 1, STREAMS[0], 1).deltas) == 1
     for delta in deltas:
         assert delta.kind is Kind.DELTA
         assert 100_000 <= delta.length <= 300_000
