@@ -1,4 +1,4 @@
-"""Bodies as a connection reads them, of whatever kind, and how a request came to one."""
+"""The interface of a body as a connection reads it."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,50 +7,48 @@ from typing import Protocol
 from gup.cache.records import Head
 
 CUT = -1
-"""What `available` answers when the rest will never come: the connection is to be cut."""
+"""Returned by `available` when the rest will never come: the connection is to be cut."""
 
 Callback = Callable[[], None]
 
 
 class Body(Protocol):
-    """What a connection needs of a body. Offsets and lengths in bytes."""
+    """A body, complete or growing. Offsets and lengths are in bytes."""
 
     @property
-    def head(self) -> Head:
-        """What is told of it."""
+    def head(self) -> Head: ...
 
     @property
     def source(self) -> str:
-        """Under which name its bytes are counted."""
+        """Label `source` of gup_client_sent_bytes_total."""
 
     @property
     def fd(self) -> int:
-        """Descriptor to send from, -1 when the bytes are to be had from `view` only."""
+        """Descriptor to send from; -1 when the bytes are available from `view` only."""
 
     def available(self, offset: int, want: int) -> int:
-        """How many bytes from `offset` can be sent now without blocking; 0: wait; CUT: never."""
+        """How many bytes from `offset` on can be sent now without blocking; 0: wait; CUT: never."""
 
-    def view(self, offset: int, length: int) -> memoryview:
-        """The bytes themselves, for bodies without a descriptor."""
+    def view(self, offset: int, length: int) -> memoryview: ...
 
     def wait(self, offset: int, callback: Callback) -> None:
-        """Call back once when asking for `offset` again is worth it."""
+        """Call back once when `available` may return something else for `offset`."""
 
     def forget(self, callback: Callback) -> None:
-        """Take a `wait` back."""
+        """Cancel a `wait`."""
 
     def end(self) -> int | None:
-        """The body's length as soon as it is sure."""
+        """The length, once it is certain."""
 
     def leave(self) -> None:
-        """A reader is gone. Called once by each."""
+        """A reader is done. Each calls it once."""
 
     def unreadable(self) -> None:
-        """Sending from `fd`, or `view`, raised an error of the disk: this reader is being cut."""
+        """Reading the body raised an error of the disk: this reader is being cut."""
 
 
 async def read_whole(body: Body, most: int) -> bytes:
-    """The first `most` bytes of a body, for use in this process; what can't be had is left out."""
+    """The first `most` bytes, fewer if the body breaks off; for use in this process."""
     got = bytearray()
     while len(got) < min(most, body.end() or most):
         amount = body.available(len(got), most - len(got))

@@ -26,11 +26,10 @@ class Demotions:
         self._clock = clock
 
     def note(self, id_: str) -> None:
-        """Count one more. BadDiskError instead, when there were too many. Blocks; DiskError."""
-        now = self._clock()
-        rows = self._rows()
+        """Count one more. BadDiskError instead, when there were too many. Blocks; OSError."""
+        now, rows = self._clock(), self._rows()
         of_key = sum(1 for at, other in rows if other == id_ and 0 <= now - at < _DAY_SECONDS)
-        if of_key >= _MOST_A_DAY or self._many(rows, now):
+        if of_key >= _MOST_A_DAY or _many(rows, now):
             raise BadDiskError(_WHY)
         with self._path.open("a") as file:
             file.write(f"{int(now)} {id_}\n")
@@ -42,21 +41,19 @@ class Demotions:
             recent = 0 <= now - self._path.stat().st_mtime < 60.0
         except OSError:
             return None
-        return _WHY if recent and self._many(self._rows(), now) else None
-
-    def _many(self, rows: list[tuple[float, str]], now: float) -> bool:
-        return sum(1 for at, _ in rows if 0 <= now - at < 60.0) >= _MOST_A_MINUTE
+        return _WHY if recent and _many(self._rows(), now) else None
 
     def _rows(self) -> list[tuple[float, str]]:
         try:
             lines = self._path.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
-        rows = []
-        for line in lines[-_KEPT_LINES:]:
-            at, _, id_ = line.partition(" ")
-            if at.isdecimal() and len(id_) == 32:
-                rows.append((float(at), id_))
+        split = (line.partition(" ") for line in lines[-_KEPT_LINES:])
+        rows = [(float(at), id_) for at, _, id_ in split if at.isdecimal() and len(id_) == 32]
         if len(lines) > 2 * _KEPT_LINES:
             self._path.write_text("".join(f"{int(at)} {id_}\n" for at, id_ in rows))
         return rows
+
+
+def _many(rows: list[tuple[float, str]], now: float) -> bool:
+    return sum(1 for at, _ in rows if 0 <= now - at < 60.0) >= _MOST_A_MINUTE

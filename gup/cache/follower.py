@@ -6,7 +6,7 @@ import logging
 import os
 
 from gup.cache.growing_body import GrowingBody
-from gup.cache.inflight import Flight, Landing, Means
+from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.locks import want_offset
 from gup.cache.memory_files import Row
 from gup.cache.records import FillState, Phase
@@ -24,178 +24,157 @@ _IDLE_POLL_SECONDS = 0.1
 
 
 class Follower:
-    """One key's fill seen from outside; a look is a `stat` of the state, one of the part, a try at the claim.
+    """One key's fill seen from outside; a look is a `stat` of the state, one of the part, one at the claim.
 
     Those are calls on the loop that touch no disk (0.9 µs, 0.9 µs and 1.6 µs measured): a thread would
     cost more than it spares.
     """
 
-    def __init__(self, means: Means, flight: Flight) -> None:
-        self._means = means
-        self._flight = flight
-        self._state_path = means.store.state_path(flight.key.id)
+    def __init__(self, dependencies: FillDependencies, fill: Fill) -> None:
+        self._deps = dependencies
+        self._fill = fill
+        self._state_path = dependencies.store.state_path(fill.key.id)
         self._state_seen: tuple[int, int] | None = None
-        self._offset = flight.key.claim_offset
         self._memory_seen: int | None = None
-        self._want = Want(means, flight)
-        self._news_at = means.clock()
+        self._want = want_offset(fill.key.id)
+        self._news_at = dependencies.clock()
         """When a look last found something new. A leader in the queue brings nothing new for long."""
 
-    async def run(self) -> bool:
-        """Follow until the flight is over (False) or the claim is free and is now ours (True)."""
+    async def run(self) -> None:
+        """Follow until the fill is over or nobody has the claim any more."""
+        claims, told = self._deps.claims, False
         try:
-            return await self._run()
+            while claims.taken(self._fill.key.claim_offset):
+                if not told and self._fill.wanted:  # the leader is told that somebody waits
+                    with contextlib.suppress(OSError):  # no lock left: the fill is only not promoted
+                        told = claims.try_claim(self._want)
+                try:
+                    if self._look():
+                        return
+                except OSError as error:
+                    if not is_exhausted(error):
+                        raise
+                    self._state_seen = self._memory_seen = None  # look again when there is a descriptor
+                await asyncio.sleep(self._pause())
         finally:
-            self._want.drop()
+            if told:
+                claims.release(self._want)
 
-    async def _run(self) -> bool:
-        while True:
-            if self._means.claims.try_claim(self._offset):
-                if self._ended_in_memory():
-                    self._means.claims.release(self._offset)
-                    return False
-                return True
-            if self._flight.from_memory:  # somebody is at it
-                self._flight.land(Landing.UNSTORABLE)
-                return False
-            self._want.tell()
-            try:
-                if self._look():
-                    return False
-            except OSError as error:
-                if not is_exhausted(error):
-                    raise
-                # looked at again when there is a descriptor to do it with
-                self._state_seen = self._memory_seen = None
-            await asyncio.sleep(self._pause())
-
-    def _pause(self) -> float:
-        body = self._flight.body
-        if body is not None and not body.readers:
-            return _IDLE_POLL_SECONDS
-        silent_seconds = self._means.clock() - self._news_at
-        return min(max(_POLL_SECONDS, _LATE * silent_seconds), _LONGEST_POLL_SECONDS)
-
-    def _look(self) -> bool:
-        """One look; whether the flight is over."""
-        if self._look_into_memory():
-            return True
-        state = self._changed_state()
-        if state is not None:
-            self._news_at = self._means.clock()
-            if self._follow_state(state):
-                return True
-        body = self._flight.body
-        if body is not None and not body.ended:
-            self._publish(body)
-        return False
-
-    def _ended_in_memory(self) -> bool:
+    def ended_in_memory(self) -> bool:
         """Whether the leader has brought it to its end in memory. What died with a leader is cut here."""
-        if self._flight.suspect or self._flight.from_memory:
-            return False
         self._memory_seen = None
         with contextlib.suppress(OSError):  # no descriptor for it: whoever leads will be told the same
             return self._look_into_memory()
         return False
 
+    def _pause(self) -> float:
+        body = self._fill.body
+        if body is not None and not body.readers:
+            return _IDLE_POLL_SECONDS
+        silent_seconds = self._deps.clock() - self._news_at
+        return min(max(_POLL_SECONDS, _LATE * silent_seconds), _LONGEST_POLL_SECONDS)
+
+    def _look(self) -> bool:
+        """One look; whether the fill is over."""
+        if self._look_into_memory():
+            return True
+        state = self._changed_state()
+        if state is not None:
+            self._news_at = self._deps.clock()
+            self._follow_state(state)
+        body = self._fill.body
+        if not self._fill.over and body is not None and not body.ended:
+            self._publish(body)
+        return self._fill.over
+
+    # --- memory files
+
     def _look_into_memory(self) -> bool:
-        """Go on in the leader's memory file when there is one; whether the flight is over."""
-        memory, flight = self._means.memory, self._flight
+        """Go on in the leader's memory file when there is one; whether the fill is over."""
+        memory, fill = self._deps.memory, self._fill
         if memory.epoch == self._memory_seen:
             return False
         self._memory_seen = memory.epoch
-        row = memory.find(flight.key)
+        row = memory.find(fill.key)
         if row is None:
             self._lose_memory()
         elif row.announced:
-            self._news_at = self._means.clock()
+            self._news_at = self._deps.clock()
             body = self._body_in_memory(row)
-            if body is None:
-                return flight.over
-            self._publish(body)
-            if row.finished:
-                if not body.ended:
+            if body is not None:
+                self._publish(body)
+                if row.finished:
                     body.complete(body.published)
-                flight.land(Landing.UNSTORABLE)
-        return flight.over
+                    fill.land(FillEnd.UNSTORABLE)
+        return fill.over
 
     def _lose_memory(self) -> None:
         """The memory file has no row any more: what is read here is whole, or never will be."""
-        body = self._flight.body
+        body = self._fill.body
         if body is None or not body.in_memory:
             return
         self._publish(body)
         if body.ended:
-            self._flight.land(Landing.UNSTORABLE)
+            self._fill.land(FillEnd.UNSTORABLE)
         else:
-            self._flight.detach()
+            self._fill.detach()
 
     def _body_in_memory(self, row: Row) -> GrowingBody | None:
-        """The flight's body, from now on in the leader's memory file; None when that can't be had."""
-        memory, flight, body = self._means.memory, self._flight, self._flight.body
+        """The body that goes on in the row's memory file; None when it can't be read here, or is gone."""
+        memory, fill = self._deps.memory, self._fill
+        body = fill.body
         if body is not None and body.in_memory and body.generation == row.generation:
             return body
         try:
             file, state = memory.open(row)
-        except PermissionError as error:  # a system that shows no other process's files
-            log.warning("readers of %s are cut: %s", flight.key.text, error)
-            flight.detach()
-            flight.land(Landing.UNSTORABLE)
+        except PermissionError as error:
+            log.warning("%s is in another process's memory, which can't be read: %s", fill.key.text, error)
+            fill.detach()
+            fill.land(FillEnd.UNSTORABLE)
             return None
         except (FileNotFoundError, ValueError):
             self._memory_seen = None  # it is gone: the next look tells
             return None
         assert state.head is not None
         if body is None or body.generation != row.generation:
-            body = GrowingBody(state.head, row.generation, None, self._means.clock())
+            body = GrowingBody(state.head, row.generation, None, self._deps.clock())
         body.go_on_in(file)
-        memory.hold(flight.key, body)
-        flight.attach(body)
+        memory.hold(fill.key, body)
+        fill.attach(body)
         return body
 
+    # --- parts
+
     def _publish(self, body: GrowingBody) -> None:
+        if body.file is None:  # revoked
+            return
         size = os.fstat(body.fd).st_size
         if size > body.published:
-            self._news_at = self._means.clock()
+            self._news_at = self._deps.clock()
             body.publish(size)
-        if size == body.head.length and not body.ended:
+        if size == body.head.length:
             body.complete(size)  # its last bytes are written only when all has been found right
 
-    def _follow_state(self, state: FillState) -> bool:
-        body = self._flight.body
-        if state.phase is Phase.STREAMING and (body is None or body.generation != state.generation):
-            if state.service_start == self._means.store.service_start:
+    def _follow_state(self, state: FillState) -> None:
+        fill, now = self._fill, self._deps.clock()
+        stands = state.failure is not None and state.failure.stands(now)
+        if state.phase is Phase.STREAMING and (fill.body is None or fill.body.generation != state.generation):
+            if state.service_start == self._deps.store.service_start:
                 self._attach(state)
         elif state.phase is Phase.REQUESTED:
-            self._flight.detach()  # the body that was begun is given up: upstream has another one by now
-        elif state.phase is Phase.COMMITTED and state.record is not None:
-            if body is not None and body.generation == state.generation and not body.ended:
-                body.publish(state.record.length)
-                body.complete(state.record.length)
-        elif state.phase is Phase.UNSTORABLE and self._stands(state):
-            if self._means.memory.find(self._flight.key) is not None and not state.passed_through:
-                return False  # it goes on there
-            self._flight.detach()
-            self._flight.land(Landing.UNSTORABLE)
-            return True
-        elif state.phase is Phase.FAILED and state.failure is not None and self._stands(state):
-            now = self._means.clock()
-            self._flight.fail(state.failure.problem(now), state.failure.until - now)
-            return True
-        return False
-
-    def _stands(self, state: FillState) -> bool:
-        return state.failure is not None and state.failure.stands(self._means.clock())
+            fill.detach()  # the body that was begun is given up: upstream has another one by now
+        elif state.phase is Phase.UNSTORABLE and stands:
+            if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it goes on there
+                fill.detach()
+                fill.land(FillEnd.UNSTORABLE)
+        elif state.phase is Phase.FAILED and state.failure is not None and stands:
+            fill.fail(state.failure.problem(now))
 
     def _attach(self, state: FillState) -> None:
         assert state.head is not None
-        store = self._means.store
-        try:
-            file = OpenFile(store.part_path(self._flight.key.id, state.generation))
-        except FileNotFoundError:
-            return  # committed or given up since: the next look, or the claim, tells
-        self._flight.attach(GrowingBody(state.head, state.generation, file, self._means.clock()))
+        path = self._deps.store.part_path(self._fill.key.id, state.generation)
+        with contextlib.suppress(FileNotFoundError):  # committed or given up since: the next look tells
+            self._fill.attach(GrowingBody(state.head, state.generation, OpenFile(path), self._deps.clock()))
 
     def _changed_state(self) -> FillState | None:
         """The state file, if it is another one than at the last look."""
@@ -208,27 +187,6 @@ class Follower:
             return None
         self._state_seen = seen
         try:
-            return self._means.store.load_state(self._flight.key.id)
+            return self._deps.store.load_state(self._fill.key.id)
         except ValueError:
             return None  # whoever claims the key next looks into it
-
-
-class Want:
-    """Tells the leader in another process that somebody waits here. Held until `drop`."""
-
-    def __init__(self, means: Means, flight: Flight) -> None:
-        self._means = means
-        self._flight = flight
-        self._offset = want_offset(flight.key.id)
-        self._held = False
-
-    def tell(self) -> None:
-        """Take the lock when somebody waits; another process's does as well. Cheap (one system call)."""
-        if not self._held and self._flight.wanted:
-            with contextlib.suppress(OSError):  # the kernel has no lock left: the fill is only not hurried
-                self._held = self._means.claims.try_claim(self._offset)
-
-    def drop(self) -> None:
-        if self._held:
-            self._held = False
-            self._means.claims.release(self._offset)

@@ -1,9 +1,10 @@
-"""Bodies that are still arriving, and their readers."""
+"""Bodies that are still arriving."""
 
 import asyncio
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 
 from gup.cache.body import CUT, Callback
 from gup.cache.records import Head
@@ -12,12 +13,14 @@ from gup.cache.store import OpenFile
 _WINDOW_SECONDS = 4.0
 _STEP_SECONDS = 0.5
 """Between two marks: with the window, what bounds their number."""
+_WAKE_SECONDS = 0.025
+_WAKE_BYTES = 64 * 1024
+_WAKE_AT_LATEST_SECONDS = 0.2
 
 
 class Pace:
-    """How fast a body grows at present. Times are on the monotonic clock and never go back.
-
-    The mean over its whole life would be wrong for minutes after a link has become slow.
+    """The present rate of a growing body: the mean over its whole life would be wrong for minutes after a
+    link has become slow. Times are monotonic.
     """
 
     __slots__ = ("_came_at", "_marks", "began_at")
@@ -27,7 +30,7 @@ class Pace:
         self._marks = deque([(now, 0)])
 
     def begin_with(self, size: int, now: float) -> None:
-        """The first `size` bytes were there before, which tells nothing of the rate."""
+        """The first `size` bytes were there before, which says nothing of the rate."""
         self._came_at = now
         self._marks = deque([(now, size)])
 
@@ -40,89 +43,24 @@ class Pace:
                 self._marks.popleft()
 
     def seconds_for(self, missing: int, size: int, now: float) -> float:
-        """How long `missing` bytes beyond `size` will take.
-
-        Where nothing has come for a while, the time of that silence is the best guess.
-        """
+        """How long `missing` bytes beyond `size` will take; at least as long as nothing has come."""
         if missing <= 0:
             return 0.0
         since, size_then = self._marks[0]
-        gained, silent_seconds = size - size_then, now - self._came_at
-        return max(missing * (now - since) / gained if gained > 0 else 0.0, silent_seconds)
-
-
-_WAKE_SECONDS = 0.025
-_WAKE_BYTES = 64 * 1024
-_WAKE_AT_LATEST_SECONDS = 0.2
-
-
-class Reader:
-    """A growing body as one connection reads it (a Body)."""
-
-    __slots__ = ("_body", "_late", "_on_leave")
-
-    def __init__(self, body: "GrowingBody", on_leave: Callback | None, *, late: bool) -> None:
-        self._body = body
-        self._on_leave = on_leave
-        self._late = late
-
-    @property
-    def growing(self) -> "GrowingBody":
-        return self._body
-
-    @property
-    def published(self) -> int:
-        """How much of it is there."""
-        return self._body.published
-
-    @property
-    def head(self) -> Head:
-        return self._body.head
-
-    @property
-    def source(self) -> str:
-        """See Body."""
-        return "cache" if self._late else self._body.source
-
-    @property
-    def fd(self) -> int:
-        return self._body.fd
-
-    def available(self, offset: int, want: int) -> int:
-        """See Body."""
-        return self._body.available(offset, want)
-
-    def view(self, offset: int, length: int) -> memoryview:
-        return self._body.view(offset, length)
-
-    def wait(self, offset: int, callback: Callback) -> None:
-        self._body.wait(offset, callback)
-
-    def forget(self, callback: Callback) -> None:
-        self._body.forget(callback)
-
-    def end(self) -> int | None:
-        return self._body.end()
-
-    def leave(self) -> None:
-        self._body.readers.remove(self)
-        if self._on_leave is not None:
-            self._on_leave()
-
-    def unreadable(self) -> None:
-        """Nothing: the fill will find out by itself, if it reads."""
+        gained = size - size_then
+        return max(missing * (now - since) / gained if gained > 0 else 0.0, now - self._came_at)
 
 
 class GrowingBody:
-    """A body that is being written.
+    """A body that is being written, and read by many connections (a Body).
 
-    Its fill (leader or follower) alone calls `publish`, `hold_back`, `go_on_in`, `complete` and `fail`.
-    Waiters run at the first published byte and at the end at once, in between at most every 25 ms and only
-    for 64 KiB more (or after 200 ms): a thousand waiters must not eat the cores.
+    Its fill alone, leader or follower, calls what stands below `growing`. Waiters run at the first published
+    byte and at the end at once, in between at most every 25 ms and only for 64 KiB more (or after 200 ms): a
+    thousand waiters must not eat the cores.
     """
 
     def __init__(self, head: Head, generation: int, file: OpenFile | None, now: float) -> None:
-        """`now` is on the monotonic clock."""
+        """`now` is monotonic."""
         self.head = head
         self.generation = generation
         self.file = file
@@ -130,7 +68,9 @@ class GrowingBody:
         """Whether `file` is a memory file."""
         self.published = 0
         self.failed = False
-        self.readers: list[Reader] = []
+        self.readers = 0
+        self.count_readers: Callable[[int], None] | None = None
+        """Called with the change of their number."""
         self._length: int | None = None
         self._waiting: dict[Callback, int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -140,20 +80,25 @@ class GrowingBody:
 
     # --- reading
 
-    def reader(self, on_leave: Callback | None = None, *, late: bool = False) -> Reader:
-        """One reader more; it calls `leave` when it is done. `late`: it came when all was there."""
-        reader = Reader(self, on_leave, late=late)
-        self.readers.append(reader)
-        return reader
+    def reader(self) -> "GrowingBody":
+        """Count one reader more; it calls `leave` when it is done."""
+        self._change_readers(1)
+        return self
+
+    def leave(self) -> None:
+        self._change_readers(-1)
+
+    def _change_readers(self, change: int) -> None:
+        self.readers += change
+        if self.count_readers is not None:
+            self.count_readers(change)
 
     @property
     def source(self) -> str:
-        """See Body."""
         return "bypass" if self.in_memory else "fill"
 
     @property
     def fd(self) -> int:
-        """See Body."""
         assert self.file is not None
         return self.file.fd
 
@@ -166,11 +111,6 @@ class GrowingBody:
         return now - self._pace.began_at
 
     @property
-    def complete_in_file(self) -> bool:
-        """Whether the part file has all of it, committed or not."""
-        return self._length is not None and not self.in_memory
-
-    @property
     def ended(self) -> bool:
         return self.failed or self._length is not None
 
@@ -178,9 +118,7 @@ class GrowingBody:
         return self._length if self._length is not None else self.head.length
 
     def available(self, offset: int, want: int) -> int:
-        if offset >= self.published:
-            return CUT if self.failed else 0
-        if self.file is None:  # held back, or revoked
+        if offset >= self.published or self.file is None:  # not there yet; held back, or revoked
             return CUT if self.failed else 0
         return min(want, self.published - offset)
 
@@ -193,12 +131,14 @@ class GrowingBody:
     def forget(self, callback: Callback) -> None:
         self._waiting.pop(callback, None)
 
+    def unreadable(self) -> None:
+        """Nothing: the fill notices the error itself when it reads."""
+
     # --- growing
 
     def publish(self, size: int) -> None:
         """The first `size` bytes are there."""
-        assert size >= self.published
-        if size == self.published:
+        if size <= self.published:
             return
         first, now = self.published == 0, time.monotonic()
         if first and size > _WAKE_BYTES:
@@ -212,7 +152,7 @@ class GrowingBody:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
 
     def hold_back(self) -> None:
-        """The disk refused: what is in the file is sent again when it was found right, and is in memory."""
+        """The disk refused: what is in the file is sent again once it is in memory and found right."""
         self.file = None
 
     def go_on_in(self, file: OpenFile) -> None:
@@ -228,10 +168,12 @@ class GrowingBody:
         self.wake()
 
     def complete(self, length: int) -> None:
-        """All is published, and right."""
+        """All of it is there, and right."""
+        self.publish(length)
         assert self.published == length
-        self._length = length
-        self.wake()
+        if self._length is None:
+            self._length = length
+            self.wake()
 
     def fail(self) -> None:
         """The rest will never come: readers are cut when they have sent what there is."""
@@ -248,7 +190,7 @@ class GrowingBody:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
 
     def wake(self) -> None:
-        """Let all look again at once who would find something."""
+        """Call every waiter that would find something."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,7 +1,7 @@
 """The leader of a fill: from the claim to the commit, or to the reason why not.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.records holds the table). The
-caller holds the key's claim while `Leader.run` runs. What the disk refuses goes on in a memory file.
+caller holds the key's claim. What the disk refuses goes on in a memory file.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,18 +17,17 @@ from gup.cache.demotions import BadDiskError
 from gup.cache.disk import DiskError, on_disk
 from gup.cache.disk_space import STEP_BYTES, Room, Unstorable, refusal
 from gup.cache.growing_body import GrowingBody
-from gup.cache.inflight import PRIORITIES, Flight, Landing, Means, committed, hurry
+from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import want_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
-from gup.cache.negative_cache import Holds
+from gup.cache.negative_cache import Holds, problem_that_stands
 from gup.cache.part_file import ZIP_TAIL_BYTES, PartWriter, Salvage, WriteBehind, zip_end_is_right
 from gup.cache.records import (
     CHUNK_BYTES,
     Failure,
     FillState,
     Head,
-    Hold,
     Phase,
     Record,
     absent,
@@ -40,193 +39,157 @@ from gup.cache.recovery import (
     Damage,
     Prior,
     drop_parts,
-    examine,
     give_up,
-    is_the_entry,
     note_damage,
     renew,
     save_failure,
     validated_at,
 )
-from gup.cache.scheduler import Place
+from gup.cache.scheduler import FillSlot
 from gup.cache.store import OpenFile, Store
-from gup.content.key import ContentKey, Kind
+from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
-from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, unconfirmed
-from gup.upstream.session import Ask, Upstream
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
+from gup.upstream.session import Ask
 
 log = logging.getLogger("gup.fill")
 
+_SMALL_BYTES = CHUNK_BYTES
+_SMALL_SECONDS = 0.05
+"""A body that is whole within these limits is written in one step. What is larger or slower opens a part."""
 _LOOK_SECONDS = 0.02
-"""Between two looks at what others do: a client that asks waits no longer for its fill to be hurried."""
-
-
+"""Between two looks of a background fill at the others, and at who waits for it."""
 _MOST_CHANGES = 2
 """So often upstream may have another body while one is being fetched, before the fill is given up."""
+_COMMIT_TRIES = 50
+_COMMIT_PAUSE_SECONDS = 0.2
+_EXPECTED = frozenset({"upstream-not-found", "upstream-gone"})
+"""Upstream need not have what clients ask for: no reason to be warned."""
 _Result = TypeVar("_Result")
 
 
-Reread = Callable[[int, int], Awaitable[bytes]]
-"""Gives back so many bytes from an offset on that were received before."""
-
-
 class Leader:
-    """One fill, led by this process. Everything that can go wrong ends in a state file and in the flight."""
+    """One fill, led by this process. Whatever goes wrong ends in the fill, and in what others see."""
 
-    def __init__(self, means: Means, flight: Flight) -> None:
-        self._means = means
-        self._flight = flight
-        self._key = flight.key
-        self._phase = Phase.CLAIMED
-        self._generation = 0
-        self._path = flight.route.upstream_path
-        self._head: Head | None = None
-        """Of the part under way: what makes it worth going on with."""
+    def __init__(self, dependencies: FillDependencies, fill: Fill, prior: Prior) -> None:
+        """`prior` is what earlier fills left."""
+        self._deps = dependencies
+        self._fill = fill
+        self._key = fill.key
+        self._prior = prior
+        self._record = prior.record
+        """The older body under this key, which is served on if this fill fails."""
+        self._state = FillState(fill.key, fill.route.kind, 0, Phase.CLAIMED, path=fill.route.upstream_path)
+        """As others are to see it; its head is there while the part is worth resuming."""
+        self._has_state = prior.state is not None
+        """Whether there is a state file."""
         self._writer: PartWriter | None = None
-        self._download: Download | None = None
-        self._holds = holds_of(means, flight, ())
-        self._memory: MemoryFile | None = None
-        """What `_writer` writes to since the disk refused."""
         self._body: GrowingBody | None = None
-        """What `_writer` writes, be it shown already or not."""
-        self._room = Room(means.space)
-        self._courtesy = Courtesy(means, flight)
-        self._told: Mapping[str, Validators] = {}
-        """What upstreams told of the part under way, as its state has it."""
+        """What the writer writes, whether it is shown already or not."""
+        self._whole = False
+        """Whether all of the body was received and found right."""
+        self._memory: MemoryFile | None = None
+        """What the writer writes to since the disk refused."""
+        self._download: Download | None = None
         self._damage: Damage | None = None
         """Of an entry that is not a part yet: what of it is compared with the upstream's bytes."""
-        self._pinned = False
-        self._stored_at: float | None = None
-        """Of a demoted entry, which the body is again when it is whole."""
-        self._is_stored = False
-        """Whether there is an older body under this key, which is served on if this fill fails."""
         self._bytes_changed = False
-        """Whether upstream has other bytes than were stored: their ETag must be another, too."""
+        """Whether upstream has other bytes than were known: their ETag must be another, too."""
         self._came_at: float | None = None
         """When a part's last byte came, if it was found whole; Unix seconds."""
-        self._began_at = means.clock()
+        self._room = Room(dependencies.space)
+        self._slot: FillSlot | None = None
+        self._had_slot = False
+        """Whether it had one before: then it is not the queue that its clients have waited for."""
+        self._next_look = 0.0
+        self._began_at = dependencies.clock()
+        self._holds = Holds(
+            prior.holds, dependencies.settings.cache.error_ttl, dependencies.clock, self._tell_rejected
+        )
 
-    async def run(self) -> None:
-        """Bring the flight to its end. Cancelled: the part stays for whoever claims the key next."""
+    async def run(self, path: str) -> Problem | None:
+        """Bring the fill to its end, or return the problem that no upstream has anything under `path`.
+
+        Cancelled: the part stays for whoever claims the key next.
+        """
         try:
-            await self._run()
+            if self._fill.from_memory:
+                await self._store_memory()
+            elif self._prior.finished:
+                await self._finish_part()
+            else:
+                return await self._fetch(path)
         except UpstreamFailure as failure:
-            stands = stand_seconds(self._means, self._flight, self._holds, failure)
-            told = failure.retry_after_seconds if not stands else None
-            await self._fail(Problem(failure.slug, failure.detail, retry_after_seconds=told), stands)
+            stands = self._stand_seconds(failure)
+            retry = failure.retry_after_seconds if not stands else None
+            await self.fail(Problem(failure.slug, failure.detail, retry_after_seconds=retry), stands)
         except BodyChanged as error:
-            await self._fail(Problem("upstream-bad-body", str(error)), 0.0, drop=True)
+            await self.fail(Problem("upstream-bad-body", str(error)), drop=True)
         except Problem as problem:
-            await self._fail(problem, 0.0)
+            await self.fail(problem)
         except OSError as error:
             if not is_exhausted(error):
                 raise
-            await self._fail(exhausted(error), 0.0)
+            await self.fail(exhausted(error))
         finally:
             self._writer = None  # its descriptors close when no thread writes any more
             if self._memory is not None and not self._memory.finished:
                 self._memory.drop()
-
-    async def _run(self) -> None:
-        prior: Prior | Landing | Failure
-        try:
-            prior = await self._on_disk(examine, self._means, self._flight)
-        except DiskError as error:
-            prior = Prior(unstorable=refusal(error))
-        if isinstance(prior, Landing):
-            await self._end_body()
-            self._flight.land(prior)
-            return
-        if isinstance(prior, Failure):
-            now = self._means.clock()
-            self._flight.fail(prior.problem(now), prior.until - now)
-        elif self._flight.from_memory:
-            await self._store_memory(prior)
-        elif prior.finished:
-            await self._finish_part(prior)
-        else:
-            await self._fetch_whatever(prior)
-
-    async def _fetch_whatever(self, prior: Prior) -> None:
-        """Fetch it, or the rest of it; under another spelling if upstream does not have this one."""
-        if prior.salvage is not None and self._flight.body is not None:
-            self._flight.inherits = True
-        self._holds = holds_of(self._means, self._flight, prior.holds)
-        if prior.state is not None:
-            self._head, self._generation = prior.state.head, prior.state.generation
-        absent = await self._in_a_slot(prior)
-        if isinstance(absent, Problem) and absent.slug == "upstream-not-found":
-            # No slot is held meanwhile: the catalogue may have to be fetched itself.
-            other = await self._means.spell(self._flight.route, self._flight.variant)
-            if other is not None:
-                self._path = other
-                self._start_over()
-                absent = await self._in_a_slot(prior)
-        if absent is not None:
-            raise absent
-
-    async def _in_a_slot(self, prior: Prior) -> Problem | UpstreamFailure | None:
-        """Fetch when a slot is free. What is returned tells that upstream does not have it.
-
-        Nobody waits for a slot while no upstream can be reached.
-        """
-        if prior.damage is None and not prior.is_whole and not self._flight.is_read:
-            self._means.pool.refuse_while_away(self._flight.variant, self._key.text)
-        async with self._courtesy.place() as held:
-            if not held:
-                raise self._means.queue.refusal(self._flight.share.priority)
-            self._means.counters.add("gup_fills_in_progress", 1)
-            try:
-                return await self._fetch(prior)
-            finally:
-                self._means.counters.add("gup_fills_in_progress", -1)
-
-    async def _end_body(self) -> None:
-        """Another leader has committed meanwhile: what was followed is whole if it became the entry."""
-        body = self._flight.body
-        if body is None or body.ended:
-            return
-        if await self._in_thread(is_the_entry, self._means.store, self._key, body.fd):
-            length = os.fstat(body.fd).st_size
-            body.publish(length)
-            body.complete(length)
-        else:
-            body.fail()
+        return None
 
     # --- fetching
 
-    async def _fetch(self, prior: Prior) -> Problem | UpstreamFailure | None:
-        """Fetch and store, or, as soon as that can't be, fetch into memory."""
-        self._move(Phase.REQUESTED)
-        self._flight.fetched = True
-        self._is_stored = prior.record is not None
-        try:
-            if prior.unstorable is not None:
-                return await self._without_disk(
-                    prior.record, Unstorable(prior.unstorable, disk=True), told=prior.told
-                )
-            try:
-                return await self._store(prior)
-            except (Unstorable, DiskError) as error:
-                return await self._without_disk(prior.record, error)
-        finally:
-            self._leave_upstream()
+    async def _fetch(self, path: str) -> Problem | None:
+        """Fetch it, or the rest of it, when a slot is free.
 
-    async def _store(self, prior: Prior) -> Problem | UpstreamFailure | None:
+        Nobody waits for a slot while no upstream can be reached, except for what is here.
+        """
+        fill, prior = self._fill, self._prior
+        self._state = replace(self._state, path=path, phase=Phase.CLAIMED)
+        if prior.salvage is not None and fill.body is not None:
+            fill.inherits = True
+        if prior.damage is None and not prior.is_whole and not fill.is_read:
+            self._deps.pool.refuse_while_away(fill.variant, self._key.text)
+        async with self._fill_slot():
+            self._deps.counters.add("gup_fills_in_progress", 1)
+            try:
+                self._move(Phase.REQUESTED)
+                fill.fetched = True
+                nothing = await self._fetch_or_bypass_disk()
+            finally:
+                self._leave_upstream()
+                self._deps.counters.add("gup_fills_in_progress", -1)
+        if nothing is None or (isinstance(nothing, Problem) and nothing.slug == "upstream-not-found"):
+            return nothing
+        raise nothing
+
+    async def _fetch_or_bypass_disk(self) -> Problem | UpstreamFailure | None:
+        """Store it, or, as soon as that can't be, go on in memory. Returned is why it has no body."""
+        if self._prior.unstorable is not None:
+            refused = Unstorable(self._prior.unstorable, disk=True)
+            return await self._go_on_in_memory(refused, told=self._prior.told)
+        try:
+            return await self._fetch_to_disk()
+        except (Unstorable, DiskError) as error:
+            return await self._go_on_in_memory(error)
+
+    async def _fetch_to_disk(self) -> Problem | UpstreamFailure | None:
         body: GrowingBody | None = None
-        if prior.damage is not None:
-            body = await self._demote(prior.damage)
-        elif prior.state is not None and prior.salvage is not None:
-            body = await self._resume(prior.state, prior.salvage)
+        if self._prior.damage is not None:
+            body = await self._demote(self._prior.damage)
+        elif self._prior.state is not None and self._prior.salvage is not None:
+            body = await self._resume(self._prior.state, self._prior.salvage)
         for changes_left in range(_MOST_CHANGES, -1, -1):
             if body is None:
-                remote = await self._ask_upstream(None, prior.record).begin()
+                remote = await self._ask_upstream(None, self._record).begin()
                 if remote.status != 200:
-                    return await self._without_body(prior.record, remote)
-                body = await self._open_part(remote)
+                    return await self._end_without_body(remote)
+                await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
+                head = head_of(self._key, remote, changed=self._bytes_changed)
+                body = self._begin_generation(head)
             try:
-                await self._stream(body)
+                await self._receive(body)
                 break
             except BodyChanged as error:
                 if not changes_left:
@@ -236,19 +199,65 @@ class Leader:
                 body = None
         return None
 
-    async def _without_body(
-        self, record: Record | None, remote: RemoteHead
-    ) -> Problem | UpstreamFailure | None:
-        if remote.status == 304 and record is not None:
-            await self._validated(record, remote)
-            return None
-        return absent(remote)
+    async def _end_without_body(self, remote: RemoteHead) -> Problem | UpstreamFailure | None:
+        """Upstream says that the stored index file is still right, or that it has nothing."""
+        deps, record = self._deps, self._record
+        if remote.status != 304 or record is None:
+            return absent(remote)
+        at = validated_at(deps, remote, self._fill.route.immutable)
+        try:
+            await self._on_disk(renew, deps, record, at)
+        except DiskError as error:  # asked again at the next request: what is stored is right all the same
+            log.warning("that %s is still right could not be kept: %s", self._key.text, error)
+        else:
+            self._fill.record = record.validated(at)
+        self._fill.land(FillEnd.VALIDATED)
+        self._log_end("validated")
+        return None
 
     def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
-        """A new download, to be begun; one that was under way is given up."""
+        """A new download, to be begun; with `record`, only if upstream has another body by now.
+
+        UpstreamFailure when no upstream is up, or all are on hold.
+        """
         self._leave_upstream()
-        self._download = download_of(
-            self._means, self._flight, self._path, self._reread, begun, record, self._holds
+        deps, fill, holds = self._deps, self._fill, self._holds
+        resuming = begun is not None and fill.is_read
+        chosen, reserve = deps.pool.chosen(fill.variant, self._key.text, fill.via, resuming=resuming)
+        if not chosen:
+            raise Problem("no-upstream", f"no upstream has {fill.variant}")
+        upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
+        if not upstreams:
+            raise UpstreamFailure(
+                "error",
+                "upstream-error",
+                ", ".join(upstream.name for upstream in chosen)
+                + ": not asked for this again yet, as it said or since what it sent was wrong",
+                again=False,
+                retry_after_seconds=min(holds.seconds_left(upstream.name) for upstream in chosen),
+            )
+        ask = Ask(
+            path=self._state.path,
+            purpose=self._purpose(),
+            stream=self._stream(),
+            if_none_match=record.upstream_etag if record else None,
+            if_modified_since=record.last_modified if record else None,
+            share=fill.share,
+            via=fill.via,
+            client=fill.client,
+        )
+        self._download = Download(
+            deps.pool,
+            upstreams,
+            ask,
+            deps.counters,
+            immutable=fill.route.immutable,
+            reread=self._reread,
+            begun=begun,
+            reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
+            is_read=lambda: fill.is_read,
+            holds=holds,
+            clock=deps.clock,
         )
         return self._download
 
@@ -257,83 +266,182 @@ class Leader:
             self._download.close()
             self._download = None
 
+    def _purpose(self) -> str:
+        """What the bytes are counted under: a background fill stays one if somebody asks for it meanwhile."""
+        if self._fill.repairs:
+            return "repair"
+        if self._fill.background:
+            return "prefetch"
+        return "index" if self._fill.route.kind is Kind.INDEX else "fill"
+
+    def _stream(self) -> tuple[int, str]:
+        return self._deps.streams.number(self._key), str(self._fill.route.kind)
+
     async def _reread(self, offset: int, length: int) -> bytes:
         """For Download, which compares. What can't be read must not pass for the disk refusing a write."""
-        writer = self._writer
         try:
-            if writer is None:
-                assert self._damage is not None
-                assert self._damage.file is not None
-                return await self._in_thread(os.pread, self._damage.file.fd, length, offset)
-            return await writer.reread(offset, length)
+            if self._writer is not None:
+                return await self._writer.reread(offset, length)
+            assert self._damage is not None
+            assert self._damage.file is not None
+            return await self._in_thread(os.pread, self._damage.file.fd, length, offset)
         except DiskError as error:
             detail = f"what is here can't be compared: {error.strerror or error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 
-    async def _open_part(self, remote: RemoteHead) -> GrowingBody:
-        """Make room and a new part for the body that `remote` announces."""
-        await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
-        assert self._download is not None
-        self._told = self._download.told
-        return await self._new_generation(head_of(self._key, remote, changed=self._bytes_changed))
+    # --- the fill slot
 
-    async def _new_generation(
-        self, head: Head, old: OpenFile | None = None, salvage: Salvage | None = None
-    ) -> GrowingBody:
-        """A part of a new generation, begun with the good chunks of `old` if there are any."""
-        means = self._means
-        self._generation = self._next_generation()
-        paths = means.store.part_paths(self._key.id, self._generation)
-        writer = PartWriter(*paths, means.executor, head.length, self._published)
-        if old is not None and salvage is not None:
-            await self._on_disk(writer.copy_from, old, salvage.verified, salvage.sums)
-        self._writer = writer
-        self._body = GrowingBody(head, self._generation, None, means.clock())
+    @contextlib.asynccontextmanager
+    async def _fill_slot(self) -> AsyncIterator[None]:
+        """Hold a slot for the block, or until it is left; Problem when there is none in time.
+
+        A background fill needs none: it streams only while nobody else does, and few are begun at once. (The
+        WAN's order would not do: without a rate, or with one above what the link carries, there is none.)
+        """
+        deps, fill = self._deps, self._fill
+        if fill.background:
+            watching = asyncio.get_running_loop().create_task(self._watch_for_waiters())
+            try:
+                yield
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+            return
+        waited_seconds = 0.0 if self._had_slot else deps.clock() - fill.since
+        async with deps.queue.held(
+            PRIORITIES[fill.route.kind], waited_seconds, inherits=fill.inherits, patient=fill.patient
+        ) as slot:
+            if slot is None:
+                raise deps.queue.refusal(fill.share.priority)
+            self._slot, self._had_slot = slot, True
+            yield
+
+    async def _watch_for_waiters(self) -> None:
+        """Until another process's client wants the body: that process holds the lock beside the claim."""
+        while self._fill.background:
+            if self._deps.claims.taken(want_offset(self._key.id)):
+                self._fill.promote(self._deps.pool.wan)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _yield_to_others(self) -> None:
+        """A background fill waits here while others stream or wait, unless somebody waits for it."""
+        while self._fill.background and self._deps.clock() >= self._next_look:
+            if self._deps.queue.idle():
+                self._next_look = self._deps.clock() + _LOOK_SECONDS
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _leave_slot(self) -> None:
+        """The fill needs nothing more of the link."""
+        if self._slot is not None:
+            self._slot.leave()
+
+    # --- generations
+
+    def _new_writer(self, length: int | None) -> PartWriter:
+        paths = self._deps.store.part_paths(self._key.id, self._state.generation)
+        self._writer = PartWriter(*paths, self._deps.executor, length)
+        return self._writer
+
+    def _begin_generation(self, head: Head) -> GrowingBody:
+        """A new part, which is not on the disk yet."""
+        generation = int(self._deps.wall_clock() * 1_000_000_000)
+        self._state = replace(self._state, generation=generation, head=None)
+        if self._download is not None:
+            self._state = replace(self._state, told=self._download.told)
+        self._new_writer(head.length)
+        self._body = GrowingBody(head, generation, None, self._deps.clock())
         return self._body
 
-    async def _show(self, body: GrowingBody, *, whole: bool = False) -> None:
-        """STREAMING: the state for other processes, the body for this one.
+    async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
+        """The part of `state`; its readers, if there are any, read on."""
+        head = state.head
+        assert head is not None
+        self._take_over(state)
+        writer = self._new_writer(head.length)
+        await self._on_disk(writer.reopen, salvage)
+        body = self._fill.body
+        if body is None or body.generation != state.generation:
+            body = GrowingBody(head, state.generation, writer.file, self._deps.clock())
+        self._body = body
+        return body
 
-        Not before there is something to read: until then whatever fails can be told in a clean answer. Of a
-        body that is whole already the readers here wait for no state: it ends in a commit, come what may.
+    def _take_over(self, state: FillState) -> None:
+        own = self._state
+        self._state = replace(state, phase=own.phase, path=own.path, failure=None, passed_through=False)
+
+    async def _give_up_generation(self) -> None:
+        """Upstream has another body by now: readers are cut, here and elsewhere, and the part goes."""
+        self._leave_upstream()
+        self._fill.detach()
+        self._fill.finishing = self._whole = False
+        self._bytes_changed = True
+        self._writer = self._body = None
+        self._state = replace(self._state, phase=Phase.REQUESTED, head=None, told={})
+        await self._in_thread(drop_parts, self._deps.store, self._key)
+        await self._save_state()  # followers see it
+        self._room.release(committed=False)
+
+    async def _resume(self, state: FillState, salvage: Salvage) -> GrowingBody | None:
+        """Go on with a dead leader's part; None when it turned out to be worth nothing (and is gone).
+
+        Undamaged, the same generation goes on and its readers notice nothing. Where a chunk or the tail is
+        bad, the good chunks go to a new generation and readers of the old one are cut.
         """
-        if self._memory is not None:
-            self._show_memory(body, self._memory)
-            if whole:
-                body.complete(body.published)
-            return
-        self._move(Phase.STREAMING)
-        self._head = body.head
-        if not whole:
-            await self._on_disk(self._means.store.save_state, self._state(head=body.head))
-        writer = self._writer
-        assert writer is not None
-        body.file = writer.file
-        self._flight.attach(body)
-        body.publish(max(writer.written, body.published))
-        if whole:
-            body.complete(writer.written)
-            await asyncio.sleep(0)  # its readers first
-            await self._on_disk(self._means.store.save_state, self._state(head=body.head))
-        if not self._flight.ahead:
-            self._means.tell(begun(self._key, self._flight.route.kind, self._path))
+        assert state.head is not None
+        await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
+        self._take_over(state)
+        differs_at = salvage.size
+        if salvage.whole:
+            try:
+                return await self._ask_for_rest(await self._reopen(state, salvage), salvage)
+            except BodyChanged as error:
+                differs_at = error.offset
+                log.warning("the part of %s is not what upstream has: %s", self._key.text, str(error))
+        if differs_at >= salvage.verified:
+            detail = f"good up to byte {salvage.verified} of {salvage.size}"
+            note_damage(self._deps, "part", self._key, detail)
+        if 0 < salvage.verified <= differs_at:
+            body = await self._keep_good_chunks(state, salvage)
+            try:
+                return await self._ask_for_rest(body, replace(salvage, size=salvage.verified))
+            except BodyChanged:
+                log.warning("upstream now has other bytes for %s: fetched anew", self._key.text)
+        await self._give_up_generation()
+        return None
 
-    def _published(self, size: int) -> None:
-        body = self._flight.body
-        if body is not None and body.generation == self._generation:
-            body.publish(max(size, body.published))
+    async def _keep_good_chunks(self, state: FillState, salvage: Salvage) -> GrowingBody:
+        assert state.head is not None
+        store, id_ = self._deps.store, self._key.id
+        self._leave_upstream()
+        old = await self._in_thread(OpenFile, store.part_path(id_, state.generation))
+        body = self._begin_generation(state.head)
+        assert self._writer is not None
+        await self._on_disk(self._writer.copy_from, old, salvage)
+        self._state = replace(self._state, phase=Phase.REQUESTED, head=state.head)
+        await self._save_state()
+        await self._in_thread(store.drop_part, id_, state.generation)
+        return body
 
-    # --- a damaged entry
+    async def _ask_for_rest(self, body: GrowingBody, salvage: Salvage) -> GrowingBody:
+        """The body is shown when upstream has confirmed what of it was unsure."""
+        begun = Begun(remote_of(body.head), salvage.size, salvage.verified, self._state.told)
+        download = self._ask_upstream(begun, None)
+        await download.begin()
+        self._state = replace(self._state, told=download.told)
+        await self._show(body)
+        return body
 
     async def _demote(self, damage: Damage) -> GrowingBody | None:
-        """Make the entry a part again, now that an upstream has answered for its rest; None: it has another.
+        """Make a damaged entry a part again, now that an upstream has answered for its rest; None: it has
+        another body.
 
         Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
         """
-        means, record = self._means, damage.record
+        deps, record = self._deps, damage.record
         sound_bytes = min(damage.sound * CHUNK_BYTES, record.length)
-        self._path = record.path or self._path
-        self._damage, self._flight.repairs = damage, True
+        self._state = replace(self._state, path=record.path or self._state.path)
+        self._damage, self._fill.repairs = damage, True
         download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
         try:
             await download.begin()
@@ -345,333 +453,335 @@ class Leader:
         finally:
             self._damage = None
         try:
-            await self._in_thread(means.store.demotions.note, self._key.id)
-        except BadDiskError as error:
-            raise Unstorable(str(error), disk=True) from error
-        await self._room.reserve(record.length)
-        self._move(Phase.STREAMING)
-        self._head, self._told = record.head, download.told
-        self._pinned, self._stored_at = record.pinned, record.stored_at
-        self._generation = self._next_generation()
-        state = self._state(head=record.head)
-        await self._on_disk(means.store.demote, record, damage.file, damage.sound, state)
-        means.raise_store_epoch()
+            await self._in_thread(deps.store.demotions.note, self._key.id)
+            await self._room.reserve(record.length)
+            self._move(Phase.STREAMING)
+            self._state = replace(
+                self._current_state(),
+                generation=int(deps.wall_clock() * 1_000_000_000),
+                head=record.head,
+                told=download.told,
+                pinned=record.pinned,
+                stored_at=record.stored_at,
+            )
+            await self._on_disk(deps.store.demote, record, damage.file, damage.sound, self._state)
+        except (BadDiskError, Unstorable, DiskError) as error:
+            self._leave_upstream()  # it sends the rest only
+            if isinstance(error, BadDiskError):
+                raise Unstorable(str(error), disk=True) from error
+            raise
+        self._has_state = True
+        deps.raise_store_epoch()
         log.info("%s is damaged from byte %d on: the rest is fetched again", self._key.text, sound_bytes)
-        body = await self._reopen(state, Salvage(sound_bytes, sound_bytes, list(record.sums[: damage.sound])))
-        self._flight.attach(body)
-        body.publish(max(sound_bytes, body.published))
-        return body
-
-    # --- going on with a dead leader's part
-
-    async def _resume(self, state: FillState, salvage: Salvage) -> GrowingBody | None:
-        """Go on with a part; None when it turned out to be worth nothing (and is gone).
-
-        Undamaged, the same generation goes on and its readers notice nothing. Where a chunk or the tail is
-        bad, the good chunks go to a new generation and readers of the old one are cut.
-        """
-        assert state.head is not None
-        await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
-        self._take_over_state(state)
-        differs_at = salvage.size
-        if salvage.whole:
-            try:
-                return await self._begin_again(state.head, await self._reopen(state, salvage), salvage)
-            except BodyChanged as error:
-                self._leave_upstream()
-                differs_at = error.offset
-                log.warning("the part of %s is not what upstream has: %s", self._key.text, str(error))
-        if differs_at >= salvage.verified:
-            detail = f"good up to byte {salvage.verified} of {salvage.size}"
-            note_damage(self._means, "part", self._key, detail)
-        if 0 < salvage.verified <= differs_at:
-            body = await self._keep_good_chunks(state, salvage)
-            try:
-                return await self._begin_again(state.head, body, replace(salvage, size=salvage.verified))
-            except BodyChanged:
-                self._leave_upstream()
-                log.warning("upstream now has other bytes for %s: fetched anew", self._key.text)
-        await self._give_up_generation()
-        return None
-
-    def _take_over_state(self, state: FillState) -> None:
-        self._head, self._generation, self._told = state.head, state.generation, state.told
-        self._pinned, self._stored_at = state.pinned, state.stored_at
-
-    async def _give_up_generation(self) -> None:
-        """Upstream has another body by now: readers are cut, here and elsewhere, and the part goes."""
-        self._leave_upstream()
-        self._flight.detach()
-        self._flight.settling = False
-        self._head, self._told, self._bytes_changed = None, {}, True
-        self._writer = self._body = None
-        self._start_over()
-        await self._in_thread(drop_parts, self._means.store, self._key)
-        await self._on_disk(self._means.store.save_state, self._state())  # followers see it
-        self._room.release(committed=False)
-
-    async def _finish_part(self, prior: Prior) -> None:
-        """Commit a part that holds every byte: nobody has to be asked for anything."""
-        state, salvage = prior.state, prior.salvage
-        assert state is not None
-        assert state.head is not None
-        assert salvage is not None
-        self._take_over_state(state)
-        self._flight.settling = True
-        try:
-            body = await self._reopen(state, salvage)
-            assert self._writer is not None
-            if not body.ended:
-                body.publish(max(salvage.size, body.published))
-                body.complete(salvage.size)
-            self._flight.attach(body)
-            self._came_at = os.fstat(self._writer.file.fd).st_mtime
-            await self._commit(self._writer, remote_of(state.head), state.head)
-        except DiskError as error:
-            log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
-            self._flight.land(Landing.UNSTORABLE)
-
-    async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
-        assert state.head is not None
-        means, head = self._means, state.head
-        paths = means.store.part_paths(self._key.id, self._generation)
-        self._writer = await self._on_disk(
-            PartWriter.reopen, *paths, means.executor, head.length, self._published, salvage
-        )
-        body = self._flight.body
-        if body is None or body.generation != self._generation:
-            body = GrowingBody(head, self._generation, self._writer.file, means.clock())
-        self._body = body
-        return body
-
-    async def _begin_again(self, head: Head, body: GrowingBody, salvage: Salvage) -> GrowingBody:
-        """Ask for the rest; the body is shown when upstream has confirmed what of it was unsure."""
-        begun = Begun(remote_of(head), salvage.size, salvage.verified, self._told)
-        download = self._ask_upstream(begun, None)
-        await download.begin()
-        self._told = download.told
-        await self._show(body)
-        return body
-
-    async def _keep_good_chunks(self, state: FillState, salvage: Salvage) -> GrowingBody:
-        assert state.head is not None
-        old = await self._in_thread(OpenFile, self._means.store.part_path(self._key.id, state.generation))
-        self._start_over()
-        body = await self._new_generation(state.head, old, salvage)
-        await self._in_thread(self._means.store.save_state, self._state(head=state.head))
-        await self._in_thread(self._means.store.drop_part, self._key.id, state.generation)
+        salvage = Salvage(sound_bytes, sound_bytes, list(record.sums[: damage.sound]))
+        body = await self._reopen(self._state, salvage)
+        self._fill.attach(body)
+        body.publish(sound_bytes)
         return body
 
     # --- the body
 
-    async def _stream(self, body: GrowingBody) -> None:
+    async def _receive(self, body: GrowingBody) -> None:
+        """Read the body to its end, check it, and commit it."""
         writer, download = self._writer, self._download
         assert writer is not None
         assert download is not None
-        async with WriteBehind(writer, lambda: self._write(writer.write_sure)) as behind:
-            while piece := await behind.beside(download.read):
-                if download.told is not self._told:
+        if self._fill.body is body or self._memory is not None or not await self._receive_small():
+            await self._receive_large(body)
+        self._fill.finishing = True  # from here on it ends by itself, and soon
+        await self._check_structure(writer)
+        remote = download.head
+        assert remote is not None
+        if not download.confirmed:
+            await self._pass_on_unconfirmed(body, writer, remote)
+        self._whole = True
+        self._leave_upstream()
+        await self._finish(body, remote)
+
+    async def _receive_small(self) -> bool:
+        """Receive the body into memory; False when it takes too much of that, or too long."""
+        writer, download = self._writer, self._download
+        assert writer is not None
+        assert download is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SMALL_SECONDS):
+                while writer.received <= _SMALL_BYTES:
+                    piece = await download.read()
+                    if not piece:
+                        return True
+                    writer.take(piece)
+        return False
+
+    async def _receive_large(self, body: GrowingBody) -> None:
+        """Receive the body into a part, or a memory file, where others read along."""
+        writer, download = self._writer, self._download
+        assert writer is not None
+        assert download is not None
+        async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
+            more = True
+            while more:
+                if writer.unwritten:
+                    shown = self._fill.body is body
+                    await behind.begin(wait=not shown)
+                    if not shown:
+                        await self._show(body)
+                piece = await download.read()
+                more = bool(piece)
+                if download.told is not self._state.told:
                     await self._note_told(download)
-                writer.take(piece)
+                if more:
+                    writer.take(piece)
                 if self._memory is None:
                     await self._room.keep(writer.received)
                 else:
                     self._memory.keep(writer.received)
-                if writer.all_held:
-                    continue
-                shown = self._flight.body is body
-                await behind.begin(wait=not shown)
-                if writer.written and not shown:
-                    await self._show(body)
                 if download.slow:
-                    self._courtesy.leave_place()
-                await self._courtesy.give_way()
-        self._flight.settling = True  # from here on it ends by itself, and soon
-        await self._check_structure(writer.received, writer.reread)
-        await self._write(writer.write_withheld)
-        assert download.head is not None
-        self._leave_upstream()
-        if not download.confirmed:
-            await self._pass_on_unconfirmed(body, writer, download.head)
-        if self._flight.body is not body:
-            await self._show(body, whole=True)
-        else:
-            body.complete(writer.written)
-        if self._memory is None:
-            await self._commit(writer, download.head, body.head)
+                    self._leave_slot()
+                await self._yield_to_others()
 
-    async def _write(self, work: Callable[[], Awaitable[None]]) -> None:
-        """On the disk once more when it was full and something could be evicted."""
-        await (self._room.twice(work) if self._memory is None else work())
+    async def _write_sure(self, body: GrowingBody) -> None:
+        assert self._writer is not None
+        await self._twice(self._writer.write_sure)
+        if self._fill.body is body:
+            body.publish(self._writer.written)
+
+    async def _show(self, body: GrowingBody) -> None:
+        """STREAMING: the state for other processes, the body for this one.
+
+        Not before there is something to read: until then whatever fails can be told in a clean answer.
+        """
+        writer = self._writer
+        assert writer is not None
+        if self._memory is None:
+            self._move(Phase.STREAMING)
+            await self._save_state(head=body.head)
+        self._attach(body)
+        body.publish(writer.written)
+
+    def _attach(self, body: GrowingBody) -> None:
+        """Let readers have what is in the file."""
+        fill = self._fill
+        assert self._writer is not None
+        if self._memory is None:
+            body.file = self._writer.file
+        elif not body.in_memory:
+            self._memory.announce(replace(self._current_state(), head=body.head, phase=Phase.STREAMING))
+            body.go_on_in(self._memory.file)
+        if fill.body is not body:
+            fill.attach(body)
+            if not fill.background:  # the controller may want what belongs to it
+                event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
+                self._deps.tell({**event, "path": self._state.path})
 
     async def _note_told(self, download: Download) -> None:
         """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
-        self._told = download.told
-        if self._phase is Phase.STREAMING:
+        self._state = replace(self._state, told=download.told)
+        if self._state.phase is Phase.STREAMING:
             with contextlib.suppress(OSError):  # the next write will tell
-                await self._in_thread(self._means.store.save_state, self._state(head=self._head))
+                await self._save_state()
 
-    async def _check_structure(self, received: int, reread: Reread) -> None:
-        try:
-            await check_structure(self._means, self._flight, received, reread)
-        except UpstreamFailure as failure:
-            assert self._download is not None
-            head = self._download.head
-            assert head is not None
-            self._holds.note(head.upstream, failure, head)
-            raise
+    async def _check_structure(self, writer: PartWriter) -> None:
+        """UpstreamFailure when the whole body can't be what its name says."""
+        file, received = self._key.file, writer.received
+        if not file.lower().endswith(".zip"):
+            return
+        start = max(0, received - ZIP_TAIL_BYTES)
+        if zip_end_is_right(await self._reread(start, received - start)):
+            return
+        self._deps.counters.waste("rejected", self._stream(), received)
+        detail = f"what came as {file} does not end as a ZIP file does"
+        failure = UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
+        assert self._download is not None
+        assert self._download.head is not None
+        self._holds.note(self._download.head.upstream, failure, self._download.head)
+        raise failure
 
     async def _pass_on_unconfirmed(self, body: GrowingBody, writer: PartWriter, remote: RemoteHead) -> None:
         """All that came is for those who wait, without an end that nobody knows; then UpstreamFailure.
 
         A stored index file that is stale is better than one that may lack its end.
         """
-        if self._flight.body is not body and not self._is_stored:
+        if self._fill.body is body or self._record is None:
+            await self._twice(lambda: writer.write_all(lambda _sums: None))
             await self._show(body)
             await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
         raise unconfirmed(remote.upstream, writer.received)
 
-    async def _commit(self, writer: PartWriter, remote: RemoteHead, head: Head) -> None:
-        """Publish the part as the key's body: its readers have it whole by now, and the link is another's."""
-        means = self._means
-        self._courtesy.leave_place()
-        sums = writer.finish()
-        if head.length is None:
-            remote = replace(remote, length=writer.written)
-            head = head_of(self._key, remote, changed=self._bytes_changed)
-        now = means.wall_clock()
-        route = self._flight.route
-        record = Record.of(self._key, route.kind, head, sums, now, self._generation, self._path)
-        record = replace(record, pinned=self._pinned, stored_at=self._stored_at or now)
-        valid_at = validated_at(means, remote, route.immutable)
-        record = record.validated(valid_at if self._came_at is None else min(valid_at, self._came_at))
-        replaced = await self._on_disk(commit, means.store, record)
-        self._move(Phase.COMMITTED)
-        self._room.release(committed=True)
-        seconds = means.clock() - self._began_at
-        tell_commit(means, record, replaced=replaced, seconds=seconds, upstream=head.upstream)
-        self._flight.land(Landing.COMMITTED)
+    async def _finish(self, body: GrowingBody, remote: RemoteHead) -> None:
+        """Commit the whole body, and show its end.
 
-    async def _validated(self, record: Record, remote: RemoteHead) -> None:
-        """Upstream says that the stored index file is still right."""
-        means = self._means
-        at = validated_at(means, remote, self._flight.route.immutable)
+        In this order: nobody has a whole body that a crash could take back. Only of a body that takes
+        another's place the readers wait for nothing: the disk syncs it, and either may be served.
+        """
+        deps, writer = self._deps, self._writer
+        assert writer is not None
+        self._leave_slot()
+        head = body.head
+        if head.length is None:
+            remote = replace(remote, length=writer.received)
+            head = head_of(self._key, remote, changed=self._bytes_changed)
+            writer.length = writer.received
+            if self._fill.body is not body:
+                body.head = head
+        if self._memory is not None or self._record is not None:
+            await self._twice(lambda: writer.write_all(lambda _sums: None))
+            self._show_end(body)
+            if self._memory is not None:
+                return
+            await asyncio.sleep(0)  # its readers first
+        now = deps.wall_clock()
+        record = Record.of(
+            self._key, self._fill.route.kind, head, (), now, self._state.generation, self._state.path
+        )
+        valid_at = validated_at(deps, remote, self._fill.route.immutable)
+        record = replace(
+            record,
+            pinned=self._state.pinned,
+            stored_at=self._state.stored_at or now,
+            validated_at=valid_at if self._came_at is None else min(valid_at, self._came_at),
+        )
+
+        def write_record(sums: tuple[int, ...]) -> tuple[Record, bool]:
+            nonlocal record
+            record = replace(record, sums=sums)
+            return record, _commit(deps.store, record)
+
+        record, replaced = await self._twice(lambda: writer.write_all(write_record))
+        self._fill.record, self._fill.file = record, writer.file
+        if not body.ended:
+            self._show_end(body)
+        self._state = replace(self._state, phase=Phase.COMMITTED)
+        self._room.release(committed=True)
+        if replaced:
+            deps.raise_store_epoch()
+        deps.failures.forget(self._key)
+        deps.counters.add("gup_fills_total", outcome="committed")
+        deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
+        deps.tell(committed(record, replaced=replaced))
+        self._log_end("stored", bytes=record.length, upstream=head.upstream)
+        self._fill.land(FillEnd.COMMITTED)
+
+    def _show_end(self, body: GrowingBody) -> None:
+        assert self._writer is not None
+        self._attach(body)
+        body.complete(self._writer.received)
+
+    async def _finish_part(self) -> None:
+        """Commit a part that holds every byte: nobody has to be asked for anything."""
+        state, salvage = self._prior.state, self._prior.salvage
+        assert state is not None
+        assert state.head is not None
+        assert salvage is not None
+        self._fill.finishing = self._whole = True
         try:
-            await self._on_disk(renew, means, record, at)
-        except DiskError as error:  # asked again at the next request: what is stored is right all the same
-            log.warning("that %s is still right could not be kept: %s", self._key.text, error)
-        self._flight.land(Landing.VALIDATED)
-        log_end("validated", self._key, means.clock() - self._began_at)
+            self._state = replace(self._state, path=state.path)
+            body = await self._reopen(state, salvage)
+            self._came_at = os.fstat(body.fd).st_mtime
+            self._fill.attach(body)
+            await self._finish(body, remote_of(state.head))
+        except DiskError as error:
+            log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
+            self._fill.land(FillEnd.UNSTORABLE)
 
     # --- going on without the disk
 
-    async def _without_disk(
-        self, record: Record | None, refused: Unstorable | DiskError, *, told: bool = False
+    async def _go_on_in_memory(
+        self, refused: Unstorable | DiskError, *, told: bool = False
     ) -> Problem | UpstreamFailure | None:
         """UNSTORABLE: what upstream still sends goes to the readers from a memory file.
 
         Wherever the fill stood: 1. All is here, and only the commit was refused. 2. A body is arriving: its
         readers go on. 3. Nothing has arrived: it begins in memory. What is too large, or finds no room in
-        memory, has its readers cut: each client is passed through alone.
+        memory, has its readers cut: each client is passed through alone. `told`: the state has it already.
         """
-        why, flight = refusal(refused), self._flight
+        why, fill = refusal(refused), self._fill
         disk = isinstance(refused, DiskError) or refused.disk
-        self._move(Phase.UNSTORABLE)
+        passed_through = isinstance(refused, Unstorable) and refused.too_large
+        self._state = replace(self._state, phase=Phase.UNSTORABLE)
         self._room.release(committed=False)
-        self._means.counters.add("gup_fills_total", outcome="unstorable")
-        alone = isinstance(refused, Unstorable) and refused.too_large
+        self._deps.counters.add("gup_fills_total", outcome="unstorable")
         try:
-            if not alone and self._is_worth_memory():
-                if self._download is None and not self._is_whole:
+            if not passed_through and self._is_worth_memory():
+                if self._download is None and not self._whole:
                     self._writer = self._body = None
-                    remote = await self._ask_upstream(None, record).begin()
+                    remote = await self._ask_upstream(None, self._record).begin()
                     if remote.status != 200:
-                        return await self._without_body(record, remote)
+                        return await self._end_without_body(remote)
                 body = await self._enter_memory()
                 await self._tell_unstorable(why, disk=disk, told=told)
                 told = True
-                await self._stream_to_memory(body)
+                await self._finish_in_memory(body)
         except MemoryFull as error:
             log.info("%s is passed through: %s", self._key.text, error)
-            alone = True
+            passed_through = True
         if self._memory is None or not self._memory.finished:
-            await self._tell_unstorable(why, disk=disk, told=told, passed_through=alone)
-            if not await self._is_readable():
-                flight.detach()
-        flight.land(Landing.UNSTORABLE)
+            await self._tell_unstorable(why, disk=disk, told=told, passed_through=passed_through)
+            if self._body is not None and await self._is_readable():
+                self._show_end(self._body)
+            else:
+                fill.detach()
+        fill.land(FillEnd.UNSTORABLE)
         return None
-
-    @property
-    def _is_whole(self) -> bool:
-        return self._body is not None and self._body.ended
 
     def _is_worth_memory(self) -> bool:
         """Whether anybody waits for it, here or elsewhere; what is whole is kept for who comes late."""
-        if self._is_whole:
-            return True
-        return self._flight.wanted or self._means.claims.taken(want_offset(self._key.id))
+        return self._whole or self._fill.wanted or self._deps.claims.taken(want_offset(self._key.id))
 
     async def _enter_memory(self) -> GrowingBody:
         """Go on in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
-        means, body, writer = self._means, self._body, self._writer
+        deps, body = self._deps, self._body
         if body is None:
             assert self._download is not None
             assert self._download.head is not None
-            head = head_of(self._key, self._download.head, changed=self._bytes_changed)
-            self._generation = self._next_generation()
-            body = self._body = GrowingBody(head, self._generation, None, means.clock())
-        arrived = writer.received if writer is not None else 0
-        length = arrived if body.ended else body.head.length
-        amount = length if length is not None else arrived + MEMORY_STEP_BYTES
-        memory = means.memory.begin(self._key, self._generation, amount)
-        self._memory = memory
-        means.memory.hold(self._key, body)
-        if writer is None:
-            self._writer = PartWriter.in_memory(
-                memory.file, means.executor, body.head.length, self._published
+            body = self._begin_generation(
+                head_of(self._key, self._download.head, changed=self._bytes_changed)
             )
+        writer = self._writer
+        assert writer is not None
+        length = writer.received if self._whole else body.head.length
+        amount = length if length is not None else writer.received + MEMORY_STEP_BYTES
+        memory = deps.memory.begin(self._key, self._state.generation, amount)
+        self._memory = memory
+        deps.memory.hold(self._key, body)
+        if not writer.exists:
+            writer.begin_in_memory(memory.file)
             return body
         body.hold_back()
         try:
             await self._in_thread(writer.move, memory.file)
         except DiskError as error:
             raise Problem("overloaded", f"what was written can't be read back: {error.strerror}") from error
-        if self._flight.body is body:
-            self._show_memory(body, memory)
+        if self._fill.body is body:
+            await self._show(body)
         return body
 
-    def _show_memory(self, body: GrowingBody, memory: MemoryFile) -> None:
-        memory.announce(replace(self._state(head=body.head), phase=Phase.STREAMING))
-        body.go_on_in(memory.file)
-        self._flight.attach(body)
-        assert self._writer is not None
-        body.publish(max(self._writer.written, body.published))
-
-    async def _stream_to_memory(self, body: GrowingBody) -> None:
-        means, memory = self._means, self._memory
+    async def _finish_in_memory(self, body: GrowingBody) -> None:
+        deps, memory = self._deps, self._memory
         assert memory is not None
         remote = remote_of(body.head)
-        if not body.ended:
-            assert self._download is not None
-            try:
-                await self._stream(body)
-            except DiskError as error:
-                raise Problem("overloaded", f"memory refuses it: {error.strerror}") from error
-            if self._download is not None and self._download.head is not None:
-                remote = self._download.head
+        try:
+            if self._whole:
+                await self._finish(body, remote)
+            else:
+                download = self._download
+                await self._receive(body)
+                remote = download.head or remote if download is not None else remote
+        except DiskError as error:
+            raise Problem("overloaded", f"memory refuses it: {error.strerror}") from error
         expires = None
-        if not self._flight.route.immutable:
-            fresh_until = validated_at(means, remote, immutable=False) + means.settings.cache.index_ttl
-            expires = max(fresh_until - means.wall_clock(), 0.001)
-        error_ttl = means.settings.cache.error_ttl
+        if not self._fill.route.immutable:
+            fresh_until = validated_at(deps, remote, immutable=False) + deps.settings.cache.index_ttl
+            expires = max(fresh_until - deps.wall_clock(), 0.001)
+        error_ttl = deps.settings.cache.error_ttl
         memory.finish(body.published, expires_seconds=expires, store_seconds=error_ttl)
 
     async def _is_readable(self) -> bool:
         """Whether readers may go on with the part: it is whole, and as it was when it arrived."""
-        if not self._is_whole or self._writer is None or self._memory is not None:
+        writer = self._writer
+        if not self._whole or writer is None or not writer.is_complete or self._memory is not None:
             return False
         try:
-            await self._in_thread(self._writer.move, None)
+            await self._in_thread(writer.move, None)
         except DiskError:
             return False
         return True
@@ -680,336 +790,146 @@ class Leader:
         self, why: str, *, disk: bool, told: bool, passed_through: bool = False
     ) -> None:
         """Keep for `cache.error_ttl` that it is not to be stored; tell the controller unless it is `told`."""
-        means, key = self._means, self._key
+        deps = self._deps
         if told and not passed_through:
             return
-        failure = Failure.of(Problem("overloaded", why), means.settings.cache.error_ttl, means.clock())
-        state = replace(self._state(failure=failure), passed_through=passed_through)
-        for error in await self._in_thread(give_up, means.store, state):
-            log.warning("of %s something stays on the disk: %s", key.text, error)
+        failure = Failure.of(Problem("overloaded", why), deps.settings.cache.error_ttl, deps.clock())
+        state = replace(self._current_state(), head=None, failure=failure, passed_through=passed_through)
+        for error in await self._in_thread(give_up, deps.store, state):
+            log.warning("of %s something stays on the disk: %s", self._key.text, error)
         if not told:
-            log_end("unstorable", key, means.clock() - self._began_at, detail=why)
-            means.tell({"type": "unstorable", "key": key.text, "detail": why, "disk": disk})
+            self._log_end("unstorable", detail=why)
+            deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
 
-    async def _store_memory(self, prior: Prior) -> None:
+    async def _store_memory(self) -> None:
         """Try again to store a body that is whole in memory: nobody is asked for it again."""
-        means, row = self._means, self._means.memory.find(self._key)
-        if prior.unstorable is not None or row is None:
-            self._flight.land(Landing.UNSTORABLE)
+        deps, row = self._deps, self._deps.memory.find(self._key)
+        if self._prior.unstorable is not None or row is None:
+            self._fill.land(FillEnd.UNSTORABLE)
             return
         try:
-            file, state = means.memory.open(row)
+            file, state = deps.memory.open(row)
             assert state.head is not None
             stat = os.fstat(file.fd)
             await self._room.reserve(stat.st_size)
-            self._generation = self._next_generation()
-            paths = means.store.part_paths(self._key.id, self._generation)
-            writer = self._writer = PartWriter(*paths, means.executor, stat.st_size, self._published)
-            await self._on_disk(writer.copy_memory, file, stat.st_size)
-            self._came_at, self._path = stat.st_mtime, state.path
-            await self._commit(writer, remote_of(state.head), state.head)
+            body = self._begin_generation(state.head)
+            self._state = replace(self._state, path=state.path)
+            self._came_at = stat.st_mtime
+            assert self._writer is not None
+            await self._on_disk(self._writer.copy_memory, file, stat.st_size)
+            await self._finish(body, remote_of(state.head))
         except (Unstorable, DiskError) as error:
-            self._move(Phase.UNSTORABLE)
+            self._state = replace(self._state, phase=Phase.UNSTORABLE)
             self._room.release(committed=False)
             disk = isinstance(error, DiskError) or error.disk
             await self._tell_unstorable(refusal(error), disk=disk, told=False)
-            self._flight.land(Landing.UNSTORABLE)
+            self._fill.land(FillEnd.UNSTORABLE)
         except (OSError, ValueError) as error:
             log.info("%s is not in memory any more: %s", self._key.text, error)
-            self._flight.land(Landing.UNSTORABLE)
+            self._fill.land(FillEnd.UNSTORABLE)
 
     # --- ends other than a commit
 
-    async def _fail(self, problem: Problem, ttl_seconds: float, *, drop: bool = False) -> None:
-        """FAILED: told to the clients, and kept so that nobody asks upstream before it has passed.
+    async def fail(self, problem: Problem, stands_seconds: float = 0.0, *, drop: bool = False) -> None:
+        """FAILED: told to the clients, and remembered so that nobody asks upstream before it has passed.
 
-        A part is kept for resuming, but not one whose bytes were found wrong.
+        A part is kept for resuming, but not one whose bytes were found wrong; beside it the state is kept.
         """
-        means = self._means
-        absent = problem.slug in ("upstream-not-found", "upstream-gone")
-        if absent:
-            ttl_seconds = means.settings.cache.negative_ttl
+        deps, fill = self._deps, self._fill
+        if problem.slug in _EXPECTED:
+            stands_seconds = deps.settings.cache.negative_ttl
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
-        failure = Failure.of(problem, ttl_seconds, means.clock())
-        self._move(Phase.FAILED)
-        head = None if drop else self._head
-        state = self._state(head, failure)
-        try:
-            await self._in_thread(save_failure, means.store, state, drop)
-        except DiskError as error:
-            log.warning("the failure of %s could not be kept: %s", self._key.text, error)
+        deps.failures.put(self._key, problem, stands_seconds)
+        if self._has_state or self._holds.rows or (self._writer is not None and self._writer.exists):
+            failure = Failure.of(problem, stands_seconds, deps.clock())
+            state = replace(self._current_state(), phase=Phase.FAILED, failure=failure)
+            state = replace(state, head=None) if drop else state
+            try:
+                await self._in_thread(save_failure, deps.store, state, drop)
+            except DiskError as error:
+                log.warning("the failure of %s could not be kept: %s", self._key.text, error)
         self._room.release(committed=False)
         if problem.retry_after_seconds is None:
-            problem = failure.problem(means.clock())
-        self._flight.fail(problem, ttl_seconds)
-        if not absent:
-            means.counters.add("gup_fills_total", outcome="failed")
-        tell_failure(means, self._flight, problem, means.clock() - self._began_at)
+            problem = problem_that_stands(problem.slug, problem.detail, stands_seconds)
+        fill.fail(problem)
+        if problem.slug not in _EXPECTED:
+            deps.counters.add("gup_fills_total", outcome="failed")
+        self._log_end("failed", problem=problem.slug, detail=problem.detail)
+        if not fill.background:  # the controller knows of what it fetches itself
+            event = {"type": "failed", "key": self._key.text, "problem": problem.slug}
+            deps.tell({**event, "detail": problem.detail})
+
+    def _stand_seconds(self, failure: UpstreamFailure) -> float:
+        """How long no upstream is to be asked for this key again after it has failed so.
+
+        What took all upstreams down needs no memory of each key: the pool knows.
+        """
+        if failure.slug == "overloaded":
+            return 0.0
+        candidates = self._deps.pool.candidates(self._fill.variant, self._key.text)
+        waits = [self._holds.seconds_left(upstream.name) for upstream in candidates]
+        if waits and all(waits):
+            return min(waits)
+        return 0.0 if failure.outcome == "unreachable" else self._deps.settings.cache.error_ttl
 
     # --- bookkeeping
 
     def _move(self, phase: Phase) -> None:
-        assert phase is self._phase or may_move(self._phase, phase), (self._phase, phase)
-        self._phase = phase
+        assert phase is self._state.phase or may_move(self._state.phase, phase), (self._state.phase, phase)
+        self._state = replace(self._state, phase=phase)
 
-    def _state(self, head: Head | None = None, failure: Failure | None = None) -> FillState:
-        phase, path = self._phase, self._path
-        kind, ahead = self._flight.route.kind, self._flight.ahead
-        holds, told = self._holds.rows, self._told
-        return FillState(
-            self._key,
-            kind,
-            self._generation,
-            phase,
-            head,
-            failure,
-            path=path,
-            ahead=ahead,
-            pinned=self._pinned,
-            stored_at=self._stored_at,
-            service_start=self._means.store.service_start,
-            holds=holds,
-            told=told,
+    def _current_state(self) -> FillState:
+        return replace(
+            self._state,
+            ahead=self._fill.background,
+            holds=self._holds.rows,
+            service_start=self._deps.store.service_start,
         )
 
-    def _next_generation(self) -> int:
-        return int(self._means.wall_clock() * 1_000_000_000)
-
-    def _start_over(self) -> None:
-        """What was streaming is given up: another generation begins where a first one would."""
-        self._phase = Phase.REQUESTED
+    async def _save_state(self, head: Head | None = None) -> None:
+        if head is not None:
+            self._state = replace(self._state, head=head)
+        self._state = self._current_state()
+        self._has_state = True
+        await self._on_disk(self._deps.store.save_state, self._state)
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        return await on_disk(self._means.executor, work, *arguments)
+        return await on_disk(self._deps.executor, work, *arguments)
 
     async def _on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         """In a thread, and once more when the disk was full and something could be evicted."""
         return await self._room.twice(lambda: self._in_thread(work, *arguments))
 
+    async def _twice(self, write: Callable[[], Awaitable[_Result]]) -> _Result:
+        """A step of the writer, with the same second chance."""
+        return await (self._room.twice(write) if self._memory is None else write())
 
-class Courtesy:
-    """One leader's. The WAN's order alone would not do: without a rate, or with one that is higher than what
-    the link carries, there is none.
-    """
+    def _tell_rejected(self, upstream: str, detail: str) -> None:
+        self._deps.tell({"type": "rejected", "key": self._key.text, "upstream": upstream, "detail": detail})
 
-    def __init__(self, means: Means, flight: Flight) -> None:
-        self._means = means
-        self._flight = flight
-        self._next_look = 0.0
-        self._place: Place | None = None
-        self._had_place = False
-        """Whether it has had one already: then it is not the queue that its clients have waited for."""
-
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[bool]:
-        """Hold a place to fill for the block, or until it is left; False when there is none in time.
-
-        A fill ahead needs none: it streams only while nobody else does, and its caller begins few at once.
-        """
-        means, flight = self._means, self._flight
-        if flight.ahead:
-            watching = asyncio.get_running_loop().create_task(self._watch())
-            try:
-                yield True
-            finally:
-                watching.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watching
-            return
-        waited_seconds = 0.0 if self._had_place else means.clock() - flight.since
-        async with means.queue.held(
-            PRIORITIES[flight.route.kind], waited_seconds, inherits=flight.inherits, patient=flight.patient
-        ) as held:
-            self._place = held
-            self._had_place = held is not None
-            yield self._had_place
-
-    def leave_place(self) -> None:
-        """The fill needs nothing more of the link."""
-        if self._place is not None:
-            self._place.leave()
-
-    async def _watch(self) -> None:
-        """Until another process's client wants the body: that process holds the lock beside the claim."""
-        offset = want_offset(self._flight.key.id)
-        while self._flight.ahead:
-            if self._means.claims.taken(offset):
-                hurry(self._means, self._flight)
-            await asyncio.sleep(_LOOK_SECONDS)
-
-    async def give_way(self) -> None:
-        """Return when no other fill streams or waits; at once when somebody waits for this one."""
-        while self._flight.ahead and self._means.clock() >= self._next_look:
-            if self._means.queue.idle():
-                self._next_look = self._means.clock() + _LOOK_SECONDS
-                return
-            await asyncio.sleep(_LOOK_SECONDS)
+    def _log_end(self, outcome: str, **told: object) -> None:
+        good = outcome in ("stored", "validated") or told.get("problem") in _EXPECTED
+        seconds = round(self._deps.clock() - self._began_at, 6)
+        extra = {"outcome": outcome, "key": self._key.text, **told, "seconds": seconds}
+        log.log(logging.INFO if good else logging.WARNING, "fill", extra=extra)
 
 
-def holds_of(means: Means, flight: Flight, rows: Iterable[Hold]) -> Holds:
-    """The upstreams that a flight's key is not asked for; what is found wrong is told to the controller."""
-
-    def tell(upstream: str, detail: str) -> None:
-        means.tell({"type": "rejected", "key": flight.key.text, "upstream": upstream, "detail": detail})
-
-    return Holds(rows, means.settings.cache.error_ttl, means.clock, tell)
-
-
-def stand_seconds(means: Means, flight: Flight, holds: Holds, failure: UpstreamFailure) -> float:
-    """How long no upstream is to be asked for a flight's body again after it has failed so.
-
-    What took all upstreams down needs no memory of each key: the pool knows.
-    """
-    if failure.slug == "overloaded":
-        return 0.0
-    candidates = means.pool.candidates(flight.variant, flight.key.text)
-    waits = [holds.seconds_left(upstream.name) for upstream in candidates]
-    if waits and all(waits):
-        return min(waits)
-    return 0.0 if failure.outcome == "unreachable" else means.settings.cache.error_ttl
-
-
-def download_of(
-    means: Means,
-    flight: Flight,
-    path: str,
-    reread: Reread,
-    begun: Begun | None,
-    record: Record | None,
-    holds: Holds,
-) -> Download:
-    """The download of a flight's body, or of its rest; with `record`, only if upstream has another by now.
-
-    UpstreamFailure when none is up, or all are on hold.
-    """
-    route, variant, via = flight.route, flight.variant, flight.via
-    resuming = begun is not None and flight.is_read
-    chosen, reserve = means.pool.chosen(variant, flight.key.text, via, resuming=resuming)
-    if not chosen:
-        raise Problem("no-upstream", f"no upstream has {variant}")
-    upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
-    if not upstreams:
-        raise _on_hold(chosen, holds)
-    conditional = record is not None and begun is None
-    ask = Ask(
-        path=path,
-        purpose=_purpose(flight),
-        stream=counted_as(means, flight),
-        if_none_match=record.upstream_etag if conditional and record else None,
-        if_modified_since=record.last_modified if conditional and record else None,
-        share=flight.share,
-        via=via,
-        client=flight.client,
-    )
-    return Download(
-        means.pool,
-        upstreams,
-        ask,
-        means.counters,
-        immutable=route.immutable,
-        reread=reread,
-        begun=begun,
-        reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
-        is_read=lambda: flight.is_read,
-        holds=holds,
-        clock=means.clock,
-    )
-
-
-def _on_hold(upstreams: Sequence[Upstream], holds: Holds) -> UpstreamFailure:
-    names = ", ".join(upstream.name for upstream in upstreams)
-    return UpstreamFailure(
-        "error",
-        "upstream-error",
-        f"{names}: not asked for this again yet, as it said or since what it sent was wrong",
-        again=False,
-        retry_after_seconds=min(holds.seconds_left(upstream.name) for upstream in upstreams),
-    )
-
-
-def _purpose(flight: Flight) -> str:
-    """What the bytes are counted under: what began ahead stays so when somebody asks for it meanwhile."""
-    if flight.repairs:
-        return "repair"
-    if flight.ahead:
-        return "prefetch"
-    return "index" if flight.route.kind is Kind.INDEX else "fill"
-
-
-def counted_as(means: Means, flight: Flight) -> tuple[int, str]:
-    """Number of the stream and kind that a flight's bytes are counted under."""
-    return means.streams.number(flight.key), str(flight.route.kind)
-
-
-async def check_structure(means: Means, flight: Flight, received: int, reread: Reread) -> None:
-    """UpstreamFailure when a whole body of `received` bytes can't be what its name says."""
-    file = flight.key.file
-    if not file.lower().endswith(".zip"):
-        return
-    start = max(0, received - ZIP_TAIL_BYTES)
-    if not zip_end_is_right(await reread(start, received - start)):
-        means.counters.waste("rejected", counted_as(means, flight), received)
-        raise UpstreamFailure(
-            "rejected",
-            "upstream-bad-body",
-            f"what came as {file} does not end as a ZIP file does",
-            again=False,
-        )
-
-
-_TRIES = 50
-_PAUSE_SECONDS = 0.2
-
-
-def begun(key: ContentKey, kind: Kind, path: str) -> dict[str, object]:
-    """The event that tells the controller of a body that clients asked for and that has begun to arrive."""
-    return {"type": "begun", "key": key.text, "kind": str(kind), "path": path}
-
-
-def tell_failure(means: Means, flight: Flight, problem: Problem, seconds: float) -> None:
-    """Tell the log, and the controller of what clients asked for: it knows what it fetches ahead."""
-    log_end("failed", flight.key, seconds, problem=problem.slug, detail=problem.detail)
-    if not flight.ahead:
-        means.tell(
-            {"type": "failed", "key": flight.key.text, "problem": problem.slug, "detail": problem.detail}
-        )
-
-
-def commit(store: Store, record: Record) -> bool:
+def _commit(store: Store, record: Record) -> bool:
     """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
 
-    The body's readers have it by now and wait for nothing: rather than to fetch it again it is worth waiting
-    until there is a descriptor. Each try goes on where the last one ended.
+    Rather than to fetch the body again it is worth waiting until there is a descriptor. Each try goes on
+    where the last one ended.
     """
-    for tries_left in range(_TRIES, -1, -1):
+    for tries_left in range(_COMMIT_TRIES, -1, -1):
         try:
             replaced = store.commit(record)
             break
         except OSError as error:
             if not tries_left or not is_exhausted(error):
                 raise
-        time.sleep(_PAUSE_SECONDS)
-    store.drop_journal(record.key.id, record.generation)
+        time.sleep(_COMMIT_PAUSE_SECONDS)
+    if record.length < CHUNK_BYTES:  # it has no file of sums
+        store.drop_state(record.key.id)
+    else:
+        store.drop_journal(record.key.id, record.generation)
     return replaced
-
-
-def tell_commit(means: Means, record: Record, *, replaced: bool, seconds: float, upstream: str) -> None:
-    """Tell everybody of a new body: other processes, the controller, metrics and the log."""
-    if replaced:
-        means.raise_store_epoch()
-    means.counters.add("gup_fills_total", outcome="committed")
-    means.counters.observe("gup_fill_duration_seconds", seconds)
-    means.tell(committed(record, replaced=replaced))
-    log_end("stored", record.key, seconds, bytes=record.length, upstream=upstream)
-
-
-_USUAL = frozenset({"upstream-not-found", "upstream-gone"})
-"""Upstream need not have what clients ask for: no reason to be warned."""
-
-
-def log_end(outcome: str, key: ContentKey, seconds: float, **told: object) -> None:
-    """`seconds` since the claim; `told` is what else there is to say of such an end."""
-    good = outcome in ("stored", "validated") or told.get("problem") in _USUAL
-    level = logging.INFO if good else logging.WARNING
-    given = {"outcome": outcome, "key": key.text, **told, "seconds": round(seconds, 6)}
-    log.log(level, "fill", extra=given)

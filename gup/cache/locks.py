@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,23 +29,26 @@ class Claims:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._held: set[int] = set()
+        self._threads = threading.Lock()
 
     def try_claim(self, offset: int) -> bool:
         """Take the claim at `offset` (62 bits) if nobody has it; OSError when the lock table is full."""
-        if offset in self._held:
-            return False
-        try:
-            lock_range(self._fd, offset, wait=False)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+        with self._threads:
+            if offset in self._held:
                 return False
-            raise
-        self._held.add(offset)
-        return True
+            try:
+                lock_range(self._fd, offset, wait=False)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    return False
+                raise
+            self._held.add(offset)
+            return True
 
     def release(self, offset: int) -> None:
-        self._held.remove(offset)
-        unlock_range(self._fd, offset)
+        with self._threads:
+            self._held.remove(offset)
+            unlock_range(self._fd, offset)
 
     def held(self, offset: int) -> bool:
         """Whether this process holds the claim."""

@@ -1,8 +1,8 @@
-"""Bodies that can't be stored, in anonymous memory files; and the table that tells every process of them.
+"""Bodies that can't be stored, in anonymous memory files, and the table by which every process finds them.
 
 The table stands in shared memory: one word that changes with it (`epoch`), then one row a body. A row names
 the process that owns the memory file and the file's descriptor there: others open `/proc/<pid>/fd/<n>`. The
-file's name is that of key and generation, so a process number or a descriptor that was given anew is noticed.
+file is named after key and generation, so a process number or a descriptor that was given anew is noticed.
 When the owner dies the kernel frees the memory, and whoever sees such a row removes it.
 """
 
@@ -10,8 +10,8 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -94,7 +94,9 @@ class _Held:
 
 
 class MemoryFile:
-    """One body's memory file, of the leader that writes it."""
+    """One body's memory file, of the leader that writes it. No other process removes its row before it is
+    finished.
+    """
 
     def __init__(self, files: "MemoryFiles", slot: int, file: OpenFile, generation: int) -> None:
         self.file = file
@@ -105,20 +107,41 @@ class MemoryFile:
         self._state_file: OpenFile | None = None
         """Open for as long as this is: others open it by its number."""
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether it has its row still."""
+        words = self._files.row(self.slot)
+        own = (os.getpid(), self.generation, self.file.fd)
+        return own == (words[_Word.PID], words[_Word.GENERATION], words[_Word.DESCRIPTORS] >> 32)
+
     def keep(self, received: int) -> None:
         """Have memory for so many bytes. MemoryFull when there is none."""
-        self._files.keep(self, received)
+        assert self.is_listed
+        words = self._files.row(self.slot)
+        if received > words[_Word.BYTES]:
+            with self._files.changing():
+                self._files.make_room(STEP_BYTES, for_new=False)
+                words[_Word.BYTES] += STEP_BYTES
 
     def announce(self, state: FillState) -> None:
         """Readers in all processes may have it from now on; `state` tells them its head."""
         if self._state_file is None:
             self._state_file = _sealed(f"{_name(state.key.id, self.generation)}-state", state.encode())
-            self._files.announce(self, self._state_file.fd)
+            with self._files.changing():
+                words = self._files.row(self.slot)
+                words[_Word.DESCRIPTORS] = self.file.fd << 32 | self._state_file.fd
 
     def finish(self, size: int, *, expires_seconds: float | None, store_seconds: float) -> None:
         """All of it is there. It stays until memory is needed, or until it expires."""
         self.finished = True
-        self._files.finish(self, size, expires_seconds, store_seconds)
+        now = time.monotonic_ns()
+        with self._files.changing():
+            words = self._files.row(self.slot)
+            words[_Word.BYTES] = size
+            words[_Word.EXPIRES_AT] = 0 if expires_seconds is None else now + int(expires_seconds * _NS)
+            words[_Word.STORE_AT] = now + int(store_seconds * _NS)
+            words[_Word.USED_AT] = now
+            words[_Word.FINISHED] = 1
 
     def drop(self) -> None:
         """It is of no use any more."""
@@ -128,8 +151,8 @@ class MemoryFile:
 class MemoryFiles:
     """The memory files of all processes, as one of them sees them; used on its event loop alone.
 
-    `words` are shared, and changed while `locked` is held. `limit_bytes` is for all processes together; a
-    body that has lost its row to another one may be read for `grace_seconds` more.
+    `words` are shared, and change while `locked` is held. `limit_bytes` is for all processes together; a body
+    that has lost its row to another one may be read for `grace_seconds` more.
     """
 
     def __init__(
@@ -143,6 +166,7 @@ class MemoryFiles:
         self._locked = locked
         self._limit_bytes = limit_bytes
         self._grace_seconds = grace_seconds
+        self._slots = range((len(words) - 1) // ROW_WORDS)
         self._seen: int | None = None
         self._rows: dict[str, Row] = {}
         self._own: dict[int, MemoryFile] = {}
@@ -159,9 +183,7 @@ class MemoryFiles:
     def find(self, key: ContentKey) -> Row | None:
         """The key's row; None when there is none, or its owner is gone, or it has expired."""
         row = self._now().get(key.id)
-        if row is None:
-            return None
-        if row.expired or not _is_there(row):
+        if row is not None and (row.expired or not _is_there(row)):
             self._free(row)
             return None
         return row
@@ -179,8 +201,6 @@ class MemoryFiles:
 
     def finished(self, key: ContentKey) -> GrowingBody | None:
         """A body that is there whole, for whoever comes late; None when there is none."""
-        if not self._now():
-            return None
         row = self.find(key)
         if row is None or not row.finished:
             return None
@@ -195,9 +215,7 @@ class MemoryFiles:
         assert state.head is not None
         body = GrowingBody(state.head, row.generation, None, time.monotonic())
         body.go_on_in(file)
-        size = os.fstat(file.fd).st_size
-        body.publish(size)
-        body.complete(size)
+        body.complete(os.fstat(file.fd).st_size)
         self.hold(key, body)
         return body
 
@@ -208,16 +226,15 @@ class MemoryFiles:
 
     def store_is_due(self, key: ContentKey, again_seconds: float) -> bool:
         """Whether to try to store a finished body now: True once in `again_seconds`, over all processes."""
-        row = self.find(key)
-        now = time.monotonic_ns()
-        if row is None or not row.finished or self._at(row.slot)[_Word.STORE_AT] > now:
+        row, now = self.find(key), time.monotonic_ns()
+        if row is None or not row.finished:
             return False
         with self._locked():
-            words = self._at(row.slot)
-            if not _is(words, row) or words[_Word.STORE_AT] > now:
-                return False
-            words[_Word.STORE_AT] = now + int(again_seconds * _NS)
-        return True
+            words = self.row(row.slot)
+            due = _is(words, row) and words[_Word.STORE_AT] <= now
+            if due:
+                words[_Word.STORE_AT] = now + int(again_seconds * _NS)
+        return due
 
     def drop(self, key: ContentKey) -> int:
         """Remove a finished body, whoever owns it: it is stored by now, or was purged. Bytes freed."""
@@ -240,62 +257,60 @@ class MemoryFiles:
             if is_exhausted(error):
                 raise
             raise MemoryFull(f"the system gives no memory file: {error.strerror}") from error
-        with self._locked():
-            for slot in self._slots():
-                row = _row(slot, self._at(slot))
+        with self.changing():
+            for slot in self._slots:
+                row = _row(slot, self.row(slot))
                 if row is not None and (row.id == key.id or row.expired or not _is_there(row)):
-                    self._at(slot)[_Word.PID] = 0
-            slot = self._make_room(amount)
-            words = self._at(slot)
-            words[_Word.KEY_HIGH], words[_Word.KEY_LOW] = _halves(key.id)
+                    self.row(slot)[_Word.PID] = 0
+            slot = self.make_room(amount)
+            words = self.row(slot)
+            words[_Word.KEY_HIGH], words[_Word.KEY_LOW] = int(key.id[:16], 16), int(key.id[16:], 16)
             words[_Word.GENERATION] = generation
             words[_Word.DESCRIPTORS] = file.fd << 32
             words[_Word.BYTES] = amount
             words[_Word.FINISHED] = words[_Word.EXPIRES_AT] = words[_Word.STORE_AT] = 0
             words[_Word.USED_AT] = time.monotonic_ns()
             words[_Word.PID] = os.getpid()
-            self._words[0] += 1
         own = self._own[slot] = MemoryFile(self, slot, file, generation)
         self._look_later()
         return own
 
-    def keep(self, own: MemoryFile, received: int) -> None:
-        """See MemoryFile."""
-        assert self._is_own(own)  # nobody else removes a row that is not finished
-        words = self._at(own.slot)
-        if received <= words[_Word.BYTES]:
-            return
+    def row(self, slot: int) -> "memoryview[int]":
+        first = 1 + slot * ROW_WORDS
+        return self._words[first : first + ROW_WORDS]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change of the table; an exception counts as none."""
         with self._locked():
-            self._make_room(STEP_BYTES, for_new=False)
-            words[_Word.BYTES] += STEP_BYTES
+            yield
             self._words[0] += 1
 
-    def announce(self, own: MemoryFile, state_fd: int) -> None:
-        """See MemoryFile."""
-        with self._locked():
-            self._at(own.slot)[_Word.DESCRIPTORS] = own.file.fd << 32 | state_fd
-            self._words[0] += 1
+    def make_room(self, amount: int, *, for_new: bool = True) -> int:
+        """Remove finished rows until `amount` fits; a free row's number. MemoryFull changes nothing.
 
-    def finish(self, own: MemoryFile, size: int, expires_seconds: float | None, store_seconds: float) -> None:
-        """See MemoryFile."""
-        now = time.monotonic_ns()
-        with self._locked():
-            words = self._at(own.slot)
-            words[_Word.BYTES] = size
-            words[_Word.EXPIRES_AT] = 0 if expires_seconds is None else now + int(expires_seconds * _NS)
-            words[_Word.STORE_AT] = now + int(store_seconds * _NS)
-            words[_Word.USED_AT] = now
-            words[_Word.FINISHED] = 1
-            self._words[0] += 1
+        The caller is `changing` the table. With `for_new` a free row is needed, too.
+        """
+        used = {slot: self.row(slot)[_Word.BYTES] for slot in self._slots if self.row(slot)[_Word.PID]}
+        idle = [slot for slot in used if self.row(slot)[_Word.FINISHED]]
+        idle.sort(key=lambda slot: self.row(slot)[_Word.USED_AT], reverse=True)
+        gone: list[int] = []
+        while sum(used.values()) + amount > self._limit_bytes() or (
+            for_new and len(used) == len(self._slots)
+        ):
+            if not idle:
+                raise MemoryFull("fill.memory is used up by bodies that are arriving")
+            gone.append(idle.pop())
+            del used[gone[-1]]
+        for slot in gone:
+            self.row(slot)[_Word.PID] = 0
+        return next((slot for slot in self._slots if not self.row(slot)[_Word.PID]), -1)
 
     def give_back(self, own: MemoryFile) -> None:
-        """See MemoryFile."""
-        if self._own.get(own.slot) is own:
-            del self._own[own.slot]
-            with self._locked():
-                if self._is_own(own):
-                    self._at(own.slot)[_Word.PID] = 0
-                    self._words[0] += 1
+        """See MemoryFile.drop."""
+        if self._own.pop(own.slot, None) is own and own.is_listed:
+            with self.changing():
+                self.row(own.slot)[_Word.PID] = 0
 
     def close(self) -> None:
         """The process ends: its memory is nobody's any more."""
@@ -319,9 +334,7 @@ class MemoryFiles:
         for row in [row for row in self._now().values() if row.expired]:
             self._free(row)
         rows = self._now()
-        for slot, own in list(self._own.items()):
-            if not self._is_own(own):
-                del self._own[slot]
+        self._own = {slot: own for slot, own in self._own.items() if own.is_listed}
         for (id_, generation), held in list(self._held.items()):
             present = rows.get(id_)
             if present is not None and present.generation == generation:
@@ -336,7 +349,7 @@ class MemoryFiles:
             self._look_later()
 
     def _use(self, row: Row) -> None:
-        words = self._at(row.slot)
+        words = self.row(row.slot)
         if _is(words, row):
             words[_Word.USED_AT] = time.monotonic_ns()
 
@@ -345,50 +358,18 @@ class MemoryFiles:
         if self._seen != self._words[0]:
             with self._locked():
                 self._seen = self._words[0]
-                rows = [_row(slot, self._at(slot)) for slot in self._slots()]
+                rows = [_row(slot, self.row(slot)) for slot in self._slots]
             self._rows = {row.id: row for row in rows if row is not None}
         return self._rows
 
     def _free(self, row: Row) -> int:
         """Remove a row if it is still the same; the bytes that were reserved."""
-        with self._locked():
-            words = self._at(row.slot)
+        with self.changing():
+            words = self.row(row.slot)
             if not _is(words, row):
                 return 0
             words[_Word.PID] = 0
-            self._words[0] += 1
             return words[_Word.BYTES]
-
-    def _make_room(self, amount: int, *, for_new: bool = True) -> int:
-        """Remove finished rows until `amount` fits; a free row's number. MemoryFull changes nothing.
-
-        The caller holds the lock. With `for_new` a free row is needed, too.
-        """
-        slots = self._slots()
-        used = {slot: self._at(slot)[_Word.BYTES] for slot in slots if self._at(slot)[_Word.PID]}
-        idle = [slot for slot in used if self._at(slot)[_Word.FINISHED]]
-        idle.sort(key=lambda slot: self._at(slot)[_Word.USED_AT], reverse=True)
-        gone: list[int] = []
-        while sum(used.values()) + amount > self._limit_bytes() or (for_new and len(used) == len(slots)):
-            if not idle:
-                raise MemoryFull("fill.memory is used up by bodies that are arriving")
-            gone.append(idle.pop())
-            del used[gone[-1]]
-        for slot in gone:
-            self._at(slot)[_Word.PID] = 0
-        return next((slot for slot in slots if not self._at(slot)[_Word.PID]), -1)
-
-    def _slots(self) -> range:
-        return range((len(self._words) - 1) // ROW_WORDS)
-
-    def _at(self, slot: int) -> "memoryview[int]":
-        first = 1 + slot * ROW_WORDS
-        return self._words[first : first + ROW_WORDS]
-
-    def _is_own(self, own: MemoryFile) -> bool:
-        words = self._at(own.slot)
-        same = words[_Word.PID] == os.getpid() and words[_Word.GENERATION] == own.generation
-        return same and words[_Word.DESCRIPTORS] >> 32 == own.file.fd
 
 
 def _row(slot: int, words: "memoryview[int]") -> Row | None:
@@ -411,10 +392,6 @@ def _is(words: "memoryview[int]", row: Row) -> bool:
     """Whether a row still tells of the same memory file."""
     found = (words[_Word.PID], words[_Word.GENERATION], words[_Word.DESCRIPTORS] >> 32)
     return found == (row.pid, row.generation, row.body_fd)
-
-
-def _halves(id_: str) -> tuple[int, int]:
-    return int(id_[:16], 16), int(id_[16:], 16)
 
 
 def _name(id_: str, generation: int) -> str:

@@ -1,45 +1,112 @@
-"""Failures that still stand, in memory: asking again costs no disk. Upstreams that are on hold for a key."""
+"""Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
 
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from enum import IntEnum
 
 from gup.cache.records import MEMORY_SECONDS, Hold, Told
 from gup.content.key import ContentKey
-from gup.errors import Problem
+from gup.errors import PROBLEMS, Problem
 from gup.jsonmodel import MAX_INTEGER
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, bounded
 
-_MOST = 10_000
+FAILURE_WORDS = 32
+"""Words of one row of the table of failures."""
+_WAYS = 4
+"""A key's failure stands in one of so many rows."""
+_SLUGS = tuple(PROBLEMS)
 LONGEST_HOLD_SECONDS = 900.0
 """Between two looks at a body that was found wrong."""
 
 
-@dataclass(slots=True)
-class Failures:
-    """Failures that still stand, remembered in this process so that they cost no look at the disk."""
+class _Word(IntEnum):
+    """The words of a row."""
 
-    clock: Callable[[], float]
-    rows: OrderedDict[ContentKey, tuple[float, Problem]] = field(default_factory=OrderedDict)
+    KEY_HIGH = 0
+    """0: the row is free, or being written."""
+    KEY_LOW = 1
+    UNTIL = 2
+    """Monotonic nanoseconds."""
+    WHAT = 3
+    """The slug's place in PROBLEMS in the upper half, the detail's length in bytes in the lower one."""
+    DETAIL = 4
+    """The first of the words with the detail in UTF-8, cut to what has room."""
+
+
+class NegativeCache:
+    """What could not be had, and need not be asked for again yet: one table in shared memory.
+
+    Bounded: a new row replaces the one of its four that ends first. `words` change while `locked` is held;
+    a reader that finds its key takes the lock, too, so that it reads no row by half.
+    """
+
+    def __init__(self, words: "memoryview[int]", locked: Callable[[], AbstractContextManager[None]]) -> None:
+        self._words = words
+        self._locked = locked
+        self._sets = len(words) // FAILURE_WORDS // _WAYS
 
     def get(self, key: ContentKey) -> Problem | None:
-        row = self.rows.get(key)
-        if row is None:
+        """The problem to answer with while the failure stands, with the time that is left."""
+        high = _halves(key)[0]
+        if not any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
             return None
-        left = row[0] - self.clock()
-        if left <= 0:
-            del self.rows[key]
-            return None
-        problem = row[1].again()
-        if problem.retry_after_seconds is not None:
-            problem.retry_after_seconds = max(left, 1.0)
-        return problem
+        with self._locked():
+            row = self._find(key)
+            if row is None:
+                return None
+            left = (row[_Word.UNTIL] - time.monotonic_ns()) / 1e9
+            if left <= 0:
+                row[_Word.KEY_HIGH] = 0
+                return None
+            slug, size = _SLUGS[row[_Word.WHAT] >> 32], row[_Word.WHAT] & 0xFFFF_FFFF
+            detail = row[_Word.DETAIL :].tobytes()[:size].decode(errors="ignore")
+        return problem_that_stands(slug, detail, left)
 
-    def put(self, key: ContentKey, problem: Problem, ttl_seconds: float) -> None:
-        self.rows[key] = (self.clock() + ttl_seconds, problem)
-        self.rows.move_to_end(key)
-        while len(self.rows) > _MOST:
-            self.rows.popitem(last=False)
+    def put(self, key: ContentKey, problem: Problem, seconds: float) -> None:
+        """Remember a failure for so long."""
+        if seconds <= 0:
+            return
+        high, low = _halves(key)
+        room = 8 * (FAILURE_WORDS - _Word.DETAIL)
+        detail = problem.detail.encode(errors="replace")[:room]
+        with self._locked():
+            row = self._find(key) or min(self._rows(high), key=lambda row: row[_Word.UNTIL] * bool(row[0]))
+            row[_Word.KEY_HIGH] = 0
+            row[_Word.KEY_LOW] = low
+            row[_Word.UNTIL] = time.monotonic_ns() + int(seconds * 1e9)
+            row[_Word.WHAT] = _SLUGS.index(problem.slug) << 32 | len(detail)
+            row[_Word.DETAIL :] = memoryview(detail.ljust(room, b"\0")).cast("Q")
+            row[_Word.KEY_HIGH] = high
+
+    def forget(self, key: ContentKey) -> None:
+        """It is here by now."""
+        high = _halves(key)[0]
+        if any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
+            with self._locked():
+                row = self._find(key)
+                if row is not None:
+                    row[_Word.KEY_HIGH] = 0
+
+    def _find(self, key: ContentKey) -> "memoryview[int] | None":
+        high, low = _halves(key)
+        rows = self._rows(high)
+        return next((r for r in rows if r[_Word.KEY_HIGH] == high and r[_Word.KEY_LOW] == low), None)
+
+    def _rows(self, high: int) -> "list[memoryview[int]]":
+        first = high % self._sets * _WAYS * FAILURE_WORDS
+        starts = range(first, first + _WAYS * FAILURE_WORDS, FAILURE_WORDS)
+        return [self._words[at : at + FAILURE_WORDS] for at in starts]
+
+
+def _halves(key: ContentKey) -> tuple[int, int]:
+    return int(key.id[:16], 16) or 1, int(key.id[16:], 16)
+
+
+def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:
+    """A remembered failure for one more client. `Retry-After` stands where trying again may help."""
+    absent = PROBLEMS[slug].status in (404, 410)
+    return Problem(slug, detail, retry_after_seconds=None if absent else max(left_seconds, 1.0))
 
 
 def told_by(head: RemoteHead) -> Told:

@@ -4,22 +4,25 @@ import asyncio
 import errno
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 from gup.cache.disk import on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
 from gup.fsutil import start_writeback
 
+_Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20
 """Written to the disk in steps of this size, so that no long burst follows."""
 WITHHELD_BYTES = 4096
 """The end of a body, written only when the whole has been found right: nobody ever holds a bad file whole."""
+_MOST_PIECES = 1000
+"""Written with one call: IOV_MAX is 1024."""
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
 ZIP_TAIL_BYTES = _ZIP_END_BYTES + 0xFFFF
@@ -88,22 +91,14 @@ def zip_end_is_right(tail: bytes) -> bool:
 
 
 class PartWriter:
-    """One part under one leader. `received` counts what was added, `written` what is published.
+    """One part under one leader. `received` counts what was taken, `written` what clients may be sent.
 
-    Writing happens in a thread, one step at a time; `on_published` is called on the loop after each. Files
-    are made with the first write; descriptors close with the last reference: never under a thread that still
-    writes.
+    Writing happens in a thread, one step at a time, and goes on where a refused step ended. Files are made
+    with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        sums_path: Path,
-        executor: Executor,
-        length: int | None,
-        on_published: Callable[[int], None],
-    ) -> None:
-        """A part that is not there yet."""
+    def __init__(self, path: Path, sums_path: Path, executor: Executor, length: int | None) -> None:
+        """A part that is not there yet, of a body of this length."""
         self.received = 0
         self.written = 0
         self._path = path
@@ -112,67 +107,52 @@ class PartWriter:
         self._sums_file: OpenFile | None = None
         self._sums = ChunkSums()
         self._executor = executor
-        self._length = length
-        self._on_published = on_published
+        self.length = length
         self._held: deque[memoryview] = deque()
-        """What was received and is not published, as it came: offsets from `written` on."""
+        """What was received and is not `written`, as it came."""
         self._in_file = 0
-        """How far the file goes: beyond `written` when a write was refused in its middle."""
+        """How far the file goes: beyond `written` when a step was refused in its middle."""
         self._unsaved_sums = bytearray()
         self._flushed = 0
         """How far the kernel was told to write the file to the disk."""
         self._in_memory = False
 
-    @classmethod
-    def in_memory(
-        cls, file: OpenFile, executor: Executor, length: int | None, on_published: Callable[[int], None]
-    ) -> "PartWriter":
-        """A part that begins in a memory file."""
-        writer = cls(Path(), Path(), executor, length, on_published)
-        writer._go_on_in(file)
-        return writer
+    def begin_in_memory(self, file: OpenFile) -> None:
+        """Write to `file`, a memory file, from now on."""
+        self._file, self._sums_file, self._in_memory = file, None, True
+        self._unsaved_sums.clear()
 
-    @classmethod
-    def reopen(
-        cls,
-        path: Path,
-        sums_path: Path,
-        executor: Executor,
-        length: int | None,
-        on_published: Callable[[int], None],
-        salvage: Salvage,
-    ) -> "PartWriter":
+    def reopen(self, salvage: Salvage) -> None:
         """Go on with a part that `survey` found whole; its unsummed tail is summed. Blocks on the disk."""
-        writer = cls(path, sums_path, executor, length, on_published)
-        file = writer._file = OpenFile(path, os.O_RDWR)
+        file = self._file = OpenFile(self._path, os.O_RDWR)
         if salvage.sums:
-            sums_fd = writer._opened_sums().fd
+            sums_fd = self._opened_sums().fd
             os.ftruncate(sums_fd, 8 * len(salvage.sums))
             os.lseek(sums_fd, 0, os.SEEK_END)
-        writer._sums = ChunkSums(list(salvage.sums))
+        self._sums = ChunkSums(list(salvage.sums))
         position = salvage.verified
         while position < salvage.size:
             piece = os.pread(file.fd, CHUNK_BYTES, position)
-            writer._save_sums(writer._sums.add(piece))
+            self._save_sums(self._sums.add(piece))
             position += len(piece)
-        writer.received = writer.written = writer._in_file = salvage.size
-        return writer
+        self.received = self.written = self._in_file = salvage.size
 
-    def copy_from(self, source: OpenFile, verified: int, sums: list[int]) -> None:
+    def copy_from(self, source: OpenFile, salvage: Salvage) -> None:
         """Begin with the good chunks of a damaged part. Blocks on the disk."""
         position, own = 0, self._opened()
-        while position < verified:
-            position += os.copy_file_range(source.fd, own.fd, verified - position, position, position)
-        good = sums[: verified // CHUNK_BYTES]
+        while position < salvage.verified:
+            rest = salvage.verified - position
+            position += os.copy_file_range(source.fd, own.fd, rest, position, position)
+        good = salvage.sums[: salvage.verified // CHUNK_BYTES]
         self._sums = ChunkSums(list(good))
         self._save_sums(good)
-        self.received = self.written = self._in_file = verified
+        self.received = self.written = self._in_file = salvage.verified
 
     def copy_memory(self, source: OpenFile, length: int) -> None:
         """Write a whole body that is in a memory file. Blocks on the disk; it may be asked again."""
         file = self._opened()
         while self._in_file < length:
-            self._append(file, os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file))
+            self._append(file, [os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file)])
         self._save_sums([])
         self.received = self.written = length
 
@@ -191,43 +171,7 @@ class PartWriter:
                 done = os.pwrite(file.fd, piece, at)
                 piece, at = piece[done:], at + done
         if file is not None:
-            self._go_on_in(file)
-
-    def _go_on_in(self, file: OpenFile) -> None:
-        self._file, self._sums_file, self._in_memory = file, None, True
-        self._unsaved_sums.clear()
-
-    def take(self, piece: bytes) -> None:
-        """Take the next bytes into memory; `write_sure` is to follow."""
-        self._held.append(memoryview(piece))
-        self.received += len(piece)
-
-    @property
-    def unwritten(self) -> int:
-        """How many bytes `write_sure` would write."""
-        last_sure = (self._length or self.received) - WITHHELD_BYTES
-        return min(self.received, max(last_sure, self.written)) - self.written
-
-    async def write_sure(self) -> None:
-        """Write all but what is withheld. DiskError when the disk refuses; it may be asked again."""
-        await self._write(self.unwritten)
-
-    async def add(self, piece: bytes) -> None:
-        """Take and write."""
-        self.take(piece)
-        await self.write_sure()
-
-    @property
-    def all_held(self) -> bool:
-        """Whether the whole body is in memory and none of it is written: it goes to the disk in one step."""
-        return not self._in_file and self.received == self._length
-
-    async def write_withheld(self) -> None:
-        """Publish the end: the whole has been found right.
-
-        The sum of a last short chunk is written before: a part of full size can be told to be whole.
-        """
-        await self._write(self.received - self.written, last=True)
+            self.begin_in_memory(file)
 
     @property
     def file(self) -> OpenFile:
@@ -235,9 +179,55 @@ class PartWriter:
         assert self._file is not None
         return self._file
 
-    def finish(self) -> tuple[int, ...]:
-        """The sums of the whole body, when all of it is written."""
-        return self._sums.finish()
+    @property
+    def exists(self) -> bool:
+        """Whether there may be something of it on the disk."""
+        return (self._file is not None or self._sums_file is not None) and not self._in_memory
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that was received is in the file."""
+        return self._file is not None and self._in_file == self.received
+
+    # --- writing
+
+    def take(self, piece: bytes) -> None:
+        """Take the next bytes into memory; `write_sure` or `write_all` is to follow."""
+        self._held.append(memoryview(piece))
+        self.received += len(piece)
+
+    @property
+    def unwritten(self) -> int:
+        """How many bytes `write_sure` would write."""
+        last_sure = (self.length or self.received) - WITHHELD_BYTES
+        return min(self.received, max(last_sure, self.written)) - self.written
+
+    async def write_sure(self) -> None:
+        """Write all but what is withheld. DiskError when the disk refuses; it may be asked again."""
+        amount = self.unwritten
+        if amount > 0:
+            pieces = self._first_held(amount)
+            await on_disk(self._executor, self._write_now, pieces)
+            self._note_written(pieces)
+
+    async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
+        """Write what is left, since the whole has been found right; then call `then` with the sums of the
+        whole body in the same thread. DiskError as above.
+
+        The sum of a last short chunk is written before its bytes: a part of full size is known to be whole.
+        """
+        pieces = list(self._held)
+
+        def write() -> _Result:
+            if self._sums_file is not None and self._in_file == self.written:
+                foretold = _packed(self._sums.foretold(pieces))
+                os.pwrite(self._sums_file.fd, foretold, 8 * len(self._sums.done))
+            self._write_now(pieces)
+            return then(self._sums.so_far())
+
+        result = await on_disk(self._executor, write)
+        self._note_written(pieces)
+        return result
 
     async def reread(self, offset: int, length: int) -> bytes:
         """Bytes received before, be they written, about to be or withheld."""
@@ -248,45 +238,41 @@ class PartWriter:
             return held
         return await on_disk(self._executor, os.pread, self.file.fd, in_file, offset) + held
 
-    async def _write(self, amount: int, *, last: bool = False) -> None:
-        if amount <= 0:
-            return
-        pieces = list(self._first_held(amount))
-        await on_disk(self._executor, self._write_now, pieces, last)
+    def _first_held(self, amount: int) -> list[memoryview]:
+        pieces = []
+        for piece in self._held:
+            if amount <= 0:
+                break
+            pieces.append(piece[:amount])
+            amount -= len(piece)
+        return pieces
+
+    def _note_written(self, pieces: list[memoryview]) -> None:
         for piece in pieces:
             whole = self._held.popleft()
             if len(piece) < len(whole):
                 self._held.appendleft(whole[len(piece) :])
-        self.written += amount
-        self._on_published(self.written)
+            self.written += len(piece)
 
-    def _first_held(self, amount: int) -> Iterator[memoryview]:
-        for piece in self._held:
-            if amount <= 0:
-                return
-            yield piece[:amount]
-            amount -= len(piece)
-
-    def _write_now(self, pieces: list[memoryview], last: bool) -> None:
+    def _write_now(self, pieces: list[memoryview]) -> None:
         """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
-        file, at = self._opened(), self.written
-        if last and self._sums_file is not None and self._in_file == at:
-            sums = _packed(self._sums.foretold(pieces))
-            os.pwrite(self._sums_file.fd, sums, 8 * len(self._sums.done))
-        for piece in pieces:
-            while rest := piece[max(0, self._in_file - at) :]:
-                self._append(file, rest)
-            at += len(piece)
+        file = self._opened()
+        rest = _after(pieces, self._in_file - self.written)
+        while rest:
+            rest = _after(rest, self._append(file, rest[:_MOST_PIECES]))
         if not self._in_memory and self._in_file - self._flushed >= _FLUSH_BYTES:
             start_writeback(file.fd, self._flushed, self._in_file - self._flushed)
             self._flushed = self._in_file
         self._save_sums([])
 
-    def _append(self, file: OpenFile, piece: bytes | memoryview) -> None:
-        """Write what the disk takes at once of `piece`."""
-        done = os.pwrite(file.fd, piece, self._in_file)
-        self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:done]))
+    def _append(self, file: OpenFile, pieces: Sequence[bytes | memoryview]) -> int:
+        """Write what the disk takes at once of `pieces`; how much that was."""
+        done = left = os.pwritev(file.fd, pieces, self._in_file)
+        for piece in pieces:
+            self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:left]))
+            left -= min(left, len(piece))
         self._in_file += done
+        return done
 
     def _save_sums(self, completed: list[int]) -> None:
         self._unsaved_sums += _packed(completed)
@@ -299,7 +285,7 @@ class PartWriter:
     def _opened(self) -> OpenFile:
         """The part. Its sums' file is made with it if there will be any: later there may be no descriptor."""
         if self._file is None:
-            if self._length is None or self._length >= CHUNK_BYTES:
+            if (self.length or CHUNK_BYTES) >= CHUNK_BYTES:
                 self._opened_sums()
             self._file = OpenFile(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         return self._file
@@ -308,6 +294,15 @@ class PartWriter:
         if self._sums_file is None:
             self._sums_file = OpenFile(self._sums_path, os.O_RDWR | os.O_CREAT)
         return self._sums_file
+
+
+def _after(pieces: list[memoryview], amount: int) -> list[memoryview]:
+    """What is left of `pieces` after the first `amount` bytes."""
+    for number, piece in enumerate(pieces):
+        if amount < len(piece):
+            return [piece[amount:], *pieces[number + 1 :]]
+        amount -= len(piece)
+    return []
 
 
 def _packed(sums: list[int]) -> bytes:
@@ -319,55 +314,27 @@ _MOST_HELD_BYTES = 2 << 20
 
 
 class WriteBehind:
-    """Has what `writer` takes written by `write`, a step of it, as long as something is left to write.
+    """Has `write` called in a task of its own for as long as `writer` has something sure to be written.
 
-    An error of the disk is raised at the next call, or at the end of the `async with` block; `beside` raises
-    it at once. When the block has been left, however that came, no write is under way.
+    An error of the disk is raised at the next call, or at the end of the `async with` block. When the block
+    has been left, however that came, no write is under way.
     """
 
     def __init__(self, writer: PartWriter, write: Callable[[], Awaitable[None]]) -> None:
         self._writer = writer
         self._write = write
         self._writing: asyncio.Task[None] | None = None
-        self._reader: asyncio.Task[Any] | None = None
-        """Who is in `beside`."""
-        self._interrupted = False
 
     async def begin(self, *, wait: bool = False) -> None:
         """Have all that is sure written soon; with `wait`, or when too much is held, return when it is."""
         if self._writing is not None and self._writing.done():
-            await self.finish()
+            await self._finish()
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_all())
-            self._writing.add_done_callback(self._interrupt)
         if wait or self._writer.unwritten >= _MOST_HELD_BYTES:
-            await self.finish()
+            await self._finish()
 
-    async def beside(self, read: Callable[[], Awaitable[bytes]]) -> bytes:
-        """What `read` brings. It is cancelled when the disk refuses: upstream may be silent for long.
-
-        `read` must be fit for that: nothing may be lost for whoever reads on. Costs no task of its own.
-        """
-        if self._writing is not None and self._writing.done():
-            await self.finish()
-        self._reader = asyncio.current_task()
-        try:
-            return await read()
-        except asyncio.CancelledError:
-            if not self._interrupted or self._reader is None or self._reader.uncancel():
-                raise
-        finally:
-            self._reader = None
-        await self.finish()
-        raise AssertionError("interrupted by a write that did not fail")
-
-    def _interrupt(self, writing: asyncio.Task[None]) -> None:
-        if self._reader is not None and not writing.cancelled() and writing.exception() is not None:
-            self._interrupted = True
-            self._reader.cancel()
-
-    async def finish(self) -> None:
-        """Return when nothing is being written."""
+    async def _finish(self) -> None:
         if self._writing is not None:
             await asyncio.wait([self._writing])
             writing, self._writing = self._writing, None
@@ -384,7 +351,7 @@ class WriteBehind:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if kind is None:
-            await self.finish()
+            await self._finish()
         elif self._writing is not None:
             await asyncio.wait([self._writing])
-            self._writing.exception()  # taken note of: the other error says what becomes of the fill
+            self._writing.exception()  # retrieved: the other error decides what becomes of the fill

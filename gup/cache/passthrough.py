@@ -1,4 +1,4 @@
-"""What is fetched for one client and not stored: a head, a span far ahead of a fill, too large a body."""
+"""What is fetched for one client and not stored: a head, a range far ahead of a fill, too large a body."""
 
 import asyncio
 import contextlib
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gup.cache.body import CUT, Callback
-from gup.cache.growing_body import GrowingBody, Reader
-from gup.cache.inflight import Means
+from gup.cache.growing_body import GrowingBody
+from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Slots
-from gup.cache.negative_cache import Failures
 from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.records import Head, head_of
@@ -23,10 +22,12 @@ from gup.upstream.session import Ask
 
 WINDOW_BYTES = 256 * 1024
 """The most that is held between upstream and the client."""
+_RATE_KNOWN_SECONDS = 0.5
+"""A fill's rate means nothing before it has gone on for so long."""
 
 
 class BypassBody:
-    """Bytes `start` to `stop` of a body, read once and in order.
+    """The bytes of one response, read once and in order (a Body); `stop` is the offset after the last.
 
     `ends_right` tells of a whole body's last 64 KiB whether it may be so; until then its last 4 KiB are
     withheld, as those of a body that is stored are.
@@ -48,12 +49,11 @@ class BypassBody:
     ) -> None:
         self.head = head
         self._answer = answer
-        self._stop = stop
+        self._stop = stop if stop is not None else head.length
         self._done = done
         self._pieces: deque[bytes] = deque()
-        self._base = answer.head.start
-        """Offset of the first byte of `_pieces`."""
-        self._position = self._base
+        self._base = self._position = answer.head.start
+        """Offset of the first byte of `_pieces`, and the one asked for last."""
         self._held = 0
         self._ends_right = ends_right
         self._withheld = 0 if ends_right is None else WITHHELD_BYTES
@@ -66,12 +66,13 @@ class BypassBody:
     def end(self) -> int | None:
         if self._stop is not None:
             return self._stop
-        if self.head.length is not None:
-            return self.head.length
         return self._base + self._held if self._ended else None
 
     def available(self, offset: int, want: int) -> int:
-        self._free_before(offset)
+        while self._pieces and self._base + len(self._pieces[0]) <= offset:
+            gone = len(self._pieces.popleft())
+            self._base += gone
+            self._held -= gone
         self._position = offset
         self._room.set()
         sure = self._base + self._held - self._withheld
@@ -96,15 +97,9 @@ class BypassBody:
     def unreadable(self) -> None:
         """Nothing: it never touches the disk."""
 
-    def _free_before(self, offset: int) -> None:
-        while self._pieces and self._base + len(self._pieces[0]) <= offset:
-            gone = len(self._pieces.popleft())
-            self._base += gone
-            self._held -= gone
-
     async def _pump(self) -> None:
         try:
-            expected = self._expected()
+            expected = None if self._stop is None else self._stop - self._answer.head.start
             received, tail = 0, bytearray()
             while piece := await self._answer.read():
                 received += len(piece)
@@ -131,82 +126,71 @@ class BypassBody:
             self._done()
             self._wake()
 
-    def _expected(self) -> int | None:
-        end = self._stop if self._stop is not None else self.head.length
-        return None if end is None else end - self._answer.head.start
-
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting()
 
 
-_RATE_KNOWN_SECONDS = 0.5
-"""A fill's rate means nothing before it has gone on for so long."""
+class PassThrough:
+    """`bodies` are slots for bodies that are passed through whole, `ranges` for ranges of growing ones."""
 
-
-class Alone:
-    """`places` are for bodies passed on whole, `spans` for spans of those that are being stored."""
-
-    def __init__(self, means: Means, failures: Failures, places: Slots, spans: Slots) -> None:
-        self._means = means
-        self._failures = failures
-        self._places = places
-        self._spans = spans
+    def __init__(self, dependencies: FillDependencies, bodies: Slots, ranges: Slots) -> None:
+        self._deps = dependencies
+        self._bodies = bodies
+        self._ranges = ranges
 
     async def head(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Head:
         """What GET would tell of a body that is not here. Problem when there is none to be had."""
         key = route.key(variant)
-        failure = self._failures.get(key)
-        if failure is not None:
+        if (failure := self._deps.failures.get(key)) is not None:
             raise failure
-        remote = await self._ask(route, variant, "HEAD", via, {}, client=client)
+        remote = await self._ask(
+            route, variant, via, Ask(route.upstream_path, "bypass", method="HEAD", client=client)
+        )
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
             head = replace(head, etag=None)  # it would be one of chance, and GET's another
         return head
 
-    async def span(
+    async def range(
         self, opened: Opened, route: Route, variant: Variant, start: int, stop: int, via: str | None = None
     ) -> BypassBody | None:
-        """A span far ahead of the fill; None when waiting for the fill is as good, or right.
+        """A range far ahead of the fill; None when waiting for the fill is as good, or right.
 
-        Decided as DESIGN says: further ahead than `fill.range_wait` at the present rate, at most two at once.
-        It goes out under the fill's ETag, and no overlap can be compared: so only the upstream that the fill
-        began with is asked, and its validators must be those of then.
+        Far ahead is what the fill does not reach within `fill.range_wait` at its present rate; at most two are
+        fetched at once. It goes out under the fill's ETag, and no overlap can be compared: so only the
+        upstream that the fill began with is asked, and its validators must be those of then.
         """
-        reader = opened.body
-        if not isinstance(reader, Reader) or reader.end() is None:
+        body = opened.body
+        if not isinstance(body, GrowingBody) or body.end() is None or not await self._is_far(body, start):
             return None
-        body = reader.growing
-        if not await self._is_far(body, start):
+        slot = self._ranges.try_take()
+        if slot is None:
             return None
-        place = self._spans.try_take()
-        if place is None:
-            return None
-        head = body.head
-        span: dict[str, object] = {"start": start, "stop": stop, "if_range": head.upstream_etag}
+        head, answer = body.head, None
         try:
-            answer = await self._ask(route, variant, "GET", via, span, only=head.upstream)
+            ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
+            answer = await self._ask(route, variant, via, ask, only=head.upstream)
             assert isinstance(answer, Answer)
             told = Validators(head.upstream_etag, head.last_modified)
             same = told.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
-            if not same or answer.head.start != start or answer.head.length != head.length:
-                answer.close()
-                self._spans.give_back(place)
-                return None
+            if same and answer.head.start == start and answer.head.length == head.length:
+                return BypassBody(head, answer, stop, lambda: self._ranges.give_back(slot))
         except Problem:
-            self._spans.give_back(place)
-            return None
+            pass
         except BaseException:
-            self._spans.give_back(place)
+            self._ranges.give_back(slot)
             raise
-        return BypassBody(head, answer, stop, lambda: self._spans.give_back(place))
+        if isinstance(answer, Answer):
+            answer.close()
+        self._ranges.give_back(slot)
+        return None
 
     async def _is_far(self, body: GrowingBody, offset: int) -> bool:
         """Whether the fill will take longer than `fill.range_wait`; a young fill's rate is waited for."""
-        clock = self._means.clock
+        clock = self._deps.clock
         left = _RATE_KNOWN_SECONDS - body.age_seconds(clock())
         if left > 0 and offset >= body.published:
             reached = asyncio.Event()
@@ -215,65 +199,50 @@ class Alone:
                 async with asyncio.timeout(left):
                     await reached.wait()
             body.forget(reached.set)
-        return body.seconds_to(offset, clock()) > self._means.settings.fill.range_wait
+        return body.seconds_to(offset, clock()) > self._deps.settings.fill.range_wait
 
     async def whole(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Opened:
-        """What can't be stored. Problem when as many clients as may be are being passed through."""
-        place = self._places.try_take()
-        if place is None:
+        """A body that can't be stored. Problem when as many clients as may be are being passed through."""
+        slot = self._bodies.try_take()
+        if slot is None:
             raise Problem(
                 "overloaded",
                 "this content can't be stored here, and as many clients as may be are being passed through",
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, "GET", via, {}, client=client)
+            answer = await self._ask(route, variant, via, Ask(route.upstream_path, "bypass", client=client))
         except BaseException:
-            self._places.give_back(place)
+            self._bodies.give_back(slot)
             raise
         assert isinstance(answer, Answer)
         key = route.key(variant)
-
-        def ends_right(tail: bytes) -> bool:
-            return not key.file.lower().endswith(".zip") or zip_end_is_right(tail)
-
-        def done() -> None:
-            self._places.give_back(place)
-
-        body = BypassBody(head_of(key, answer.head), answer, None, done, ends_right)
+        is_zip = key.file.lower().endswith(".zip")
+        body = BypassBody(
+            head_of(key, answer.head),
+            answer,
+            None,
+            lambda: self._bodies.give_back(slot),
+            lambda tail: not is_zip or zip_end_is_right(tail),
+        )
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(
-        self,
-        route: Route,
-        variant: Variant,
-        method: str,
-        via: str | None,
-        span: dict[str, object],
-        client: str = "",
-        only: str | None = None,
+        self, route: Route, variant: Variant, via: str | None, ask: Ask, only: str | None = None
     ) -> Answer | RemoteHead:
-        """One request, at each upstream in turn until one answers, or at one `only`."""
-        pool = self._means.pool
-        problem, key = Problem("no-upstream", f"no upstream has {variant}"), route.key(variant)
+        """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
+        pool, key = self._deps.pool, route.key(variant)
+        ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), via=via)
         try:
             admitted = pool.admitted(variant, key.text, via)
         except UpstreamFailure as failure:
             retry = failure.retry_after_seconds or 2.0
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
+        problem = Problem("no-upstream", f"no upstream has {variant}")
         waits: list[float] = []
         for upstream in admitted:
             if only not in (None, upstream.name):
                 continue
-            ask = Ask(
-                path=route.upstream_path,
-                purpose="bypass",
-                stream=(self._means.streams.number(key), str(route.kind)),
-                method=method,
-                via=via,
-                client=client,
-                **span,  # type: ignore[arg-type]
-            )
             try:
                 answer = await pool.ask(upstream, ask)
             except UpstreamFailure as failure:
@@ -283,10 +252,10 @@ class Alone:
             if isinstance(answer, RemoteHead) and answer.status != 200:
                 slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
                 problem = Problem(slug, f"{answer.upstream} answered {answer.status}")
-                self._failures.put(key, problem, self._means.settings.cache.negative_ttl)
+                self._deps.failures.put(key, problem, self._deps.settings.cache.negative_ttl)
                 break
             return answer
         if waits and len(waits) == len(admitted):  # all of them want to be left alone for a while
             problem.retry_after_seconds = min(waits)
-            self._failures.put(key, problem, min(waits))
+            self._deps.failures.put(key, problem, min(waits))
         raise problem

@@ -1,16 +1,15 @@
-"""The queue of fills for their places: who goes next, and who had better not wait; never fills anything.
+"""The queue for fill slots: which fill streams next, and which had better not wait.
 
-Two classes of places, `fill.max` of each. Deltas and index files (*urgent*) take places of their own, so that
-fulls under way never hold them up; everything else (*bulk*) takes one only while fewer than `fill.max` fills
-of both classes stream. In each class the more urgent priority goes first, then who came first, over all
+There are two classes of slots, `fill.max` of each. Deltas and index files (*urgent*) take slots of their own,
+so that fulls never hold them up; everything else (*bulk*) takes one only while fewer than `fill.max` fills of
+both classes stream. In each class the more urgent priority goes first, then who came first, over all
 processes.
 
-A fill that will not have its place within its patience is refused at once rather than when its patience has
-ended: by what waits before it and by how long fills held their places lately.
+A fill that will not have its slot within its patience is refused at once, by what waits before it and by how
+long fills held their slots lately.
 
-Who goes on with a fill whose leader died *inherits* that leader's place. The kernel has freed it by then, and
-another fill may have it already: so there are places for heirs alone, and as long as one is taken, a bulk
-place less is given.
+Who takes over a fill *inherits* its dead leader's slot. The kernel has freed it by then, and another fill may
+have it already: so there are slots for heirs alone, and as long as one is taken, a bulk slot less is given.
 """
 
 import asyncio
@@ -32,23 +31,19 @@ _SMOOTHING = 4
 """A new duration counts for a quarter, what was known before for the rest."""
 PRIORITIES = 4
 CLASSES = 2
-"""Deltas and index files are one class of places, all else the other (gup.cache.scheduler)."""
+"""Deltas and index files are one class, all else the other."""
 
 
 class Backlog:
-    """One word a process, four counts of waiting fills by priority; and one word a class for all.
+    """How many fills wait, and how long they hold their slots, over all processes.
 
-    A process writes its own word alone, and one that is `alive` no more is passed over. The class's word,
-    the mean microseconds that a fill held its place lately, is written by whoever ends a fill: a lost update
-    costs one sample.
+    One word a process has four counts of waiting fills by priority. A process writes its own word alone, and
+    one that is not `alive` is skipped. One word a class, the mean microseconds that a fill held its slot
+    lately, is written by whoever ends a fill: a lost update costs one sample.
     """
 
     def __init__(
-        self,
-        waiting: "memoryview[int]",
-        held: "memoryview[int]",
-        mine: int,
-        alive: Callable[[int], bool],
+        self, waiting: "memoryview[int]", held: "memoryview[int]", mine: int, alive: Callable[[int], bool]
     ) -> None:
         self._waiting = waiting
         self._held = held
@@ -58,59 +53,55 @@ class Backlog:
 
     @classmethod
     def alone(cls) -> "Backlog":
-        """For a process that shares with nobody."""
+        """For a single process."""
         words = memoryview(bytearray(8 * (1 + CLASSES))).cast("Q")
         return cls(words[:1], words[1:], 0, lambda _block: True)
 
-    def enter(self, priority: int) -> None:
-        self._waiting[self._mine] += 1 << (_FIELD_BITS * priority)
-
-    def leave(self, priority: int) -> None:
-        self._waiting[self._mine] -= 1 << (_FIELD_BITS * priority)
+    def change(self, priority: int, count: int) -> None:
+        """So many fills more wait here."""
+        self._waiting[self._mine] += count << (_FIELD_BITS * priority)
 
     def waiting(self, priority: int) -> int:
         """Fills of this priority that wait in all processes."""
         shift = _FIELD_BITS * priority
-        return sum(
-            (word >> shift) & _FIELD_MASK
-            for block, word in enumerate(self._waiting)
-            if word and self._alive(block)
-        )
+        words = [(block, word >> shift & _FIELD_MASK) for block, word in enumerate(self._waiting) if word]
+        return sum(count for block, count in words if count and self._alive(block))
 
     def held(self, class_: int, seconds: float) -> None:
-        """Note that a fill had its place for so long."""
+        """Note that a fill had its slot for so long."""
         sample = max(1, int(seconds * 1_000_000))
         before = self._held[class_] or sample
         self._held[class_] = before + (sample - before) // _SMOOTHING
 
     def mean_held_seconds(self, class_: int) -> float:
-        """How long a fill holds its place; 0.0 while that is unknown."""
+        """How long a fill holds its slot; 0.0 while that is unknown."""
         return self._held[class_] / 1_000_000
 
 
 _BULK_PRIORITY = 2
 """From this priority on a fill is bulk."""
 _POLL_SECONDS = 0.01
-"""Between two looks at places that other processes hold: the kernel tells nobody when a lock is freed."""
+"""Between two looks at slots that other processes hold: the kernel tells nobody when a lock is freed."""
 _THINK_AGAIN_SECONDS = 1.0
-"""Between two looks of one who waits at whether it still makes sense."""
+"""Between two looks of a waiting fill at whether it still makes sense."""
 _DOUBT = 2.0
-"""Who waits already gives up only when its turn is expected so many times later than its patience ends."""
+"""A waiting fill gives up only when its turn is expected so many times later than its patience ends."""
 _MOST_WAITING = 1000
 """In one process. Each holds a claim, and a task."""
 _LONGEST_RETRY_SECONDS = 300.0
 
 
 @dataclass(slots=True, order=True)
-class _Waiter:
+class _Waiting:
     priority: int
     number: int
     since_ns: int = field(compare=False, default_factory=time.monotonic_ns)
-    first: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
+    look: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
+    """Set when it has become the first, or a slot of this process is free again."""
 
 
-class Place:
-    """A place that is held. It may be left early, by a fill that needs nothing more of the link."""
+class FillSlot:
+    """A slot that is held. A fill that needs nothing more of the link may leave it early."""
 
     __slots__ = ("_leave",)
 
@@ -118,10 +109,14 @@ class Place:
         self._leave: Callable[[], None] | None = leave
 
     def leave(self) -> None:
-        """Give the place back, unless that was done."""
+        """Give the slot back, unless that was done."""
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()
+
+
+_Taken = tuple[Slots, int]
+"""Of which slots, and its number."""
 
 
 class FillQueue:
@@ -141,7 +136,7 @@ class FillQueue:
         self._patience_seconds = patience_seconds
         self._turns = turns
         self._backlog = backlog
-        self._waiting: list[_Waiter] = []
+        self._waiting: list[_Waiting] = []
         self._numbers = 0
 
     # --- whether to wait
@@ -149,18 +144,16 @@ class FillQueue:
     def expected_seconds(self, priority: int, *, ahead: float = 1.0) -> float:
         """How long a fill of this priority will wait, if its equals ahead of it are that share of all.
 
-        0.0 when a place is free or nothing is known yet.
+        0.0 when a slot is free or nothing is known yet.
         """
-        slots = self._classes[_class(priority)]
-        if not any(self._backlog.waiting(other) for other in range(priority + 1)) and self._room(priority):
+        class_ = _class(priority)
+        before: list[float] = [self._backlog.waiting(other) for other in range(priority + 1)]
+        if not any(before) and self._has_free(class_):
             return 0.0
-        seconds = 0.0
-        for other in range(priority + 1):
-            waiting = self._backlog.waiting(other) * (ahead if other == priority else 1.0)
-            if _class(other) == _class(priority):
-                seconds += waiting * self._backlog.mean_held_seconds(_class(other))
-        seconds += self._backlog.mean_held_seconds(_class(priority))  # until the next place is free
-        return seconds / max(1, slots.count())
+        before[-1] *= ahead
+        rivals = sum(count for other, count in enumerate(before) if _class(other) == class_)
+        seconds = (rivals + 1) * self._backlog.mean_held_seconds(class_)  # one: until the next slot is free
+        return seconds / max(1, self._classes[class_].count())
 
     def hopeless(self, priority: int) -> bool:
         """Whether a fill that comes now had better be refused at once."""
@@ -168,22 +161,19 @@ class FillQueue:
             return True
         return self.expected_seconds(priority) > self._patience_seconds()
 
-    def retry_seconds(self, priority: int) -> float:
-        """When one that was refused may try again with hope: spread, so that not all come at once.
+    def refusal(self, priority: int) -> Problem:
+        """For the clients of a fill that would not get its slot in time.
 
-        The queue is never much longer than the patience, so it has room again within that time.
+        The queue is never much longer than the patience, so it has room again within that time. Retries are
+        spread, so that not all come at once.
         """
         patience = max(1.0, self._patience_seconds())
         expected = self.expected_seconds(priority) or patience
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        return min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS)
-
-    def refusal(self, priority: int) -> Problem:
-        """Told to the clients of a fill that would not get its place in time."""
         return Problem(
             "overloaded",
-            "as much as the link to upstream can carry is being fetched, and more waits before this",
-            retry_after_seconds=self.retry_seconds(priority),
+            "the queue for fills is full: too much is waiting for the link to upstream",
+            retry_after_seconds=min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS),
         )
 
     def idle(self) -> bool:
@@ -191,7 +181,7 @@ class FillQueue:
         return not self.waiting() and not any(slots.taken() for slots in (*self._classes, self._inherited))
 
     def waiting(self) -> int:
-        """Fills that wait for their place, in all processes."""
+        """Fills that wait for their slot, in all processes."""
         return sum(self._backlog.waiting(priority) for priority in range(PRIORITIES))
 
     # --- waiting
@@ -199,11 +189,11 @@ class FillQueue:
     @contextlib.asynccontextmanager
     async def held(
         self, priority: int, waited_seconds: float, *, inherits: bool = False, patient: bool = False
-    ) -> AsyncIterator[Place | None]:
-        """Hold a place for the block, or until it is left; None when there is none in what patience is left.
+    ) -> AsyncIterator[FillSlot | None]:
+        """Hold a slot for the block, or until it is left; None when there is none in what patience is left.
 
-        `waited_seconds` is how long those who want this fill have waited already. Who `inherits` waits for
-        nothing, who is `patient` for as long as it takes: neither is refused.
+        `waited_seconds` is how long this fill's clients have waited already. One that `inherits` waits for
+        nothing, a `patient` one for as long as it takes: neither is refused.
         """
         taken = self._inherit(priority) if inherits else None
         if taken is None:
@@ -218,61 +208,64 @@ class FillQueue:
         def leave() -> None:
             slots.give_back(number)
             self._backlog.held(_class(priority), time.monotonic() - began)
+            self._wake_first()
 
-        place = Place(leave)
+        slot = FillSlot(leave)
         try:
-            yield place
+            yield slot
         finally:
-            place.leave()
+            slot.leave()
 
-    def _inherit(self, priority: int) -> "_Taken | None":
-        """A dead leader's place, or what stands for it."""
+    def _inherit(self, priority: int) -> _Taken | None:
+        """A dead leader's slot, or what stands for it."""
         taken = self._try(priority)
         if taken is None and (number := self._inherited.try_take()) is not None:
             taken = self._inherited, number
         return taken
 
-    async def _take(self, priority: int, patience_seconds: float) -> "_Taken | None":
-        if not self._waiting and self._turns.free() and (place := self._try(priority)) is not None:
-            return place
+    async def _take(self, priority: int, patience_seconds: float) -> _Taken | None:
+        if not self._waiting and self._turns.free() and (taken := self._try(priority)) is not None:
+            return taken
         if patience_seconds < math.inf and self.hopeless(priority):
             return None
         self._numbers += 1
-        me = _Waiter(priority, self._numbers)
+        me = _Waiting(priority, self._numbers)
         insort(self._waiting, me)
-        self._backlog.enter(priority)
+        self._backlog.change(priority, 1)
         self._first_changed()
         try:
             return await self._wait(me, time.monotonic() + patience_seconds)
         finally:
             self._waiting.remove(me)
-            self._backlog.leave(priority)
+            self._backlog.change(priority, -1)
             self._first_changed()
 
     def _first_changed(self) -> None:
         first = self._waiting[0] if self._waiting else None
         self._turns.ask(rank(first.priority, first.since_ns) if first is not None else None)
-        if first is not None:
-            first.first.set()
+        self._wake_first()
 
-    async def _wait(self, me: _Waiter, deadline: float) -> "_Taken | None":
+    def _wake_first(self) -> None:
+        if self._waiting:
+            self._waiting[0].look.set()
+
+    async def _wait(self, me: _Waiting, deadline: float) -> _Taken | None:
         while (left := deadline - time.monotonic()) > 0:
-            if self._waiting[0] is me:
-                if self._turns.mine() and (place := self._try(me.priority)) is not None:
-                    return place
-                await asyncio.sleep(min(_POLL_SECONDS, left))
-                continue
+            first = self._waiting[0] is me
+            if first and self._turns.mine() and (taken := self._try(me.priority)) is not None:
+                return taken
             ahead = self._waiting.index(me) / len(self._waiting)
-            if self.expected_seconds(me.priority, ahead=ahead) > _DOUBT * left:
+            if not first and self.expected_seconds(me.priority, ahead=ahead) > _DOUBT * left:
                 return None
-            me.first.clear()
+            me.look.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(me.first.wait(), min(left, _THINK_AGAIN_SECONDS))
+                async with asyncio.timeout(min(left, _POLL_SECONDS if first else _THINK_AGAIN_SECONDS)):
+                    await me.look.wait()
         return None
 
-    # --- places
+    # --- slots
 
-    def _try(self, priority: int) -> "_Taken | None":
+    def _try(self, priority: int) -> _Taken | None:
         urgent, bulk = self._classes
         if _class(priority) == 0:
             number = urgent.try_take()
@@ -280,17 +273,13 @@ class FillQueue:
         number = bulk.try_take(bulk.count() - urgent.taken() - self._inherited.taken())
         return None if number is None else (bulk, number)
 
-    def _room(self, priority: int) -> bool:
-        """Whether a place is free, as far as one can tell without taking it."""
+    def _has_free(self, class_: int) -> bool:
+        """Whether a slot is free, as far as one can tell without taking it."""
         urgent, bulk = self._classes
         taken = urgent.taken()
-        if _class(priority):
+        if class_:
             taken += bulk.taken() + self._inherited.taken()
         return taken < urgent.count()
-
-
-_Taken = tuple[Slots, int]
-"""A place: of which slots, and its number."""
 
 
 def _class(priority: int) -> int:

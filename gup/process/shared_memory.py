@@ -52,7 +52,10 @@ MEMORY = 64
 """First of the words of the table of memory files: see gup.cache.memory_files."""
 MEMORY_ROWS = 64
 MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
-_NAMED = MEMORY + MEMORY_WORDS
+FAILURES = MEMORY + MEMORY_WORDS
+"""First of the words of the table of failures: see gup.cache.negative_cache."""
+FAILURES_WORDS = 32 * 1024
+_NAMED = FAILURES + FAILURES_WORDS
 """Number of words before the rows."""
 
 

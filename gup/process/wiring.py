@@ -15,14 +15,17 @@ from typing import Protocol
 from gup import __version__, config, log
 from gup.cache.cache import Cache
 from gup.cache.disk_space import Space
-from gup.cache.inflight import Means
+from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles
+from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import CLASSES, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.process.child import Parent
 from gup.process.shared_memory import (
+    FAILURES,
+    FAILURES_WORDS,
     FILL_HELD,
     MEMORY,
     MEMORY_WORDS,
@@ -122,8 +125,8 @@ class Wiring:
             tell,
         )
 
-    def _means(self, claims: Claims) -> Means:
-        return Means(
+    def _means(self, claims: Claims) -> FillDependencies:
+        return FillDependencies(
             store=self.store,
             claims=claims,
             pool=self.pool,
@@ -146,13 +149,16 @@ class Wiring:
                 lambda: self.means.settings.fill.memory,
                 lambda: self.means.settings.listen.write_timeout,
             ),
+            failures=NegativeCache(
+                self.shared.page.words[FAILURES : FAILURES + FAILURES_WORDS],
+                lambda: self.shared.page.locked(FAILURES),
+            ),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
             settings=self.settings,
             tell=self.tell,
             raise_store_epoch=self.shared.page.raise_store,
             store_epoch=lambda: self.shared.page.store_epoch,
-            spell=lambda route, variant: self.cache.spell(route, variant),  # noqa: PLW0108 - made after this
             wall_clock=time.time,
             clock=time.monotonic,
         )

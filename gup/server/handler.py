@@ -7,7 +7,7 @@ from typing import Any
 
 from gup import config
 from gup.cache.cache import Cache, Opened, Result
-from gup.cache.inflight import Means
+from gup.cache.inflight import FillDependencies
 from gup.content.routes import Route, Routes, parse_target
 from gup.content.variant_choice import Choice
 from gup.errors import Problem, exhausted, is_exhausted
@@ -43,7 +43,7 @@ class Handler:
 
     def __init__(
         self,
-        means: Means,
+        means: FillDependencies,
         cache: Cache,
         policy: Policy,
         hot_cache: HotCache,
@@ -155,7 +155,7 @@ class Handler:
         (span,) = response.segments
         assert isinstance(span, Span)
         via = request.header("via")
-        body = await self._cache.alone.span(opened, route, choice.asked, span.start, span.stop, via)
+        body = await self._cache.pass_through.range(opened, route, choice.asked, span.start, span.stop, via)
         if body is None:
             return opened, response
         opened.body.leave()
@@ -163,7 +163,7 @@ class Handler:
         return opened, self._plan(request, choice, opened)
 
     async def _head(self, request: Request, route: Route, choice: Choice) -> Response:
-        head, result, age = await self._cache.look(route, choice.asked, request.header("via"), request.peer)
+        head, result, age = await self._cache.head(route, choice.asked, request.header("via"), request.peer)
         cache_status = _CACHE_STATUS_OF_HEAD_MISS if result is Result.MISS else _CACHE_STATUS[result]
         response = plan(request, head, self._serving(choice, age, cache_status))
         response.result, response.key = result, route.key(choice.asked).text

@@ -35,8 +35,8 @@ def upstream():
 async def test_what_was_fetched_ahead_is_a_hit_and_is_not_fetched_again(tmp_path, upstream):
     upstream.answer(AHEAD, Answer(BODY))
     async with working(tmp_path, [upstream.url]) as worker:
-        assert await worker.cache.fetch_ahead(route(AHEAD), Variant())
-        assert not await worker.cache.fetch_ahead(route(AHEAD), Variant())
+        assert await worker.cache.prefetch(route(AHEAD), Variant())
+        assert not await worker.cache.prefetch(route(AHEAD), Variant())
         opened = await worker.open(AHEAD)
         assert opened.result is Result.HIT
         assert await read(opened.body) == BODY
@@ -50,7 +50,7 @@ async def test_what_was_fetched_ahead_is_a_hit_and_is_not_fetched_again(tmp_path
 async def test_what_can_not_be_had_raises_and_is_no_failure_of_clients(tmp_path, upstream):
     async with working(tmp_path, [upstream.url]) as worker:
         with pytest.raises(Problem) as caught:
-            await worker.cache.fetch_ahead(route(AHEAD), Variant())
+            await worker.cache.prefetch(route(AHEAD), Variant())
         assert caught.value.status == 404
         with pytest.raises(Problem):  # the client's answer is there already
             await worker.open(AHEAD)
@@ -63,7 +63,7 @@ async def test_it_takes_nobodys_place_and_stands_still_while_others_fill(tmp_pat
     upstream.answer(AHEAD, Answer(BODY, gates=((200_000, first),)))
     upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
     async with working(tmp_path, [upstream.url], fill={"max": 1}) as worker:
-        ahead = asyncio.create_task(worker.cache.fetch_ahead(route(AHEAD), Variant()))
+        ahead = asyncio.create_task(worker.cache.prefetch(route(AHEAD), Variant()))
         await until(lambda: first.is_reached, "it is under way")
         client = await worker.open(CLIENTS)  # there is one place, and it is free
         await until(lambda: blocking.is_reached, "the client's fill is under way")
@@ -84,7 +84,7 @@ async def test_a_client_that_asks_hurries_it(tmp_path, upstream, elsewhere):
     upstream.answer(AHEAD, Answer(BODY, gates=((200_000, first),)))
     upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
     async with working(tmp_path, [upstream.url]) as controller, working(tmp_path, [upstream.url]) as worker:
-        ahead = asyncio.create_task(controller.cache.fetch_ahead(route(AHEAD), Variant()))
+        ahead = asyncio.create_task(controller.cache.prefetch(route(AHEAD), Variant()))
         await until(lambda: first.is_reached, "it is under way")
         client = await worker.open(CLIENTS)
         await until(lambda: blocking.is_reached, "a client's fill is under way")

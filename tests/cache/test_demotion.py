@@ -212,7 +212,7 @@ async def test_without_upstream_sound_chunks_are_served_and_kept(tmp_path, upstr
             await one.cache.is_sound_at(opened, 3 * CHUNK_BYTES)
         assert body.exists()
         upstream.answer(FILE, GOOD)
-        await until(lambda: one.cache._failures.get(KEY) is None, "the failure expires")
+        await until(lambda: one.means.failures.get(KEY) is None, "the failure expires")
         await whole_again(one, until)
 
 
@@ -260,7 +260,7 @@ async def test_the_scrub_mode_trusts_what_it_opens_until_somebody_looks(tmp_path
         flip(body, 2 * CHUNK_BYTES)
         opened = await one.open(FILE)
         assert await read(opened.body) != BODY
-        assert await one.cache.mend(KEY, counted=False) is None
+        assert await one.cache.repair(KEY, counted=False) is None
         assert await one.get(FILE) == BODY
         assert found(one) == 1
 

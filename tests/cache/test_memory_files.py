@@ -234,17 +234,18 @@ async def test_who_reads_what_is_gone_has_a_time_of_grace(table, until):
 
 
 def writer_of(tmp_path, executor) -> PartWriter:
-    return PartWriter(tmp_path / "part", tmp_path / "sums", executor, len(BODY), lambda _: None)
+    return PartWriter(tmp_path / "part", tmp_path / "sums", executor, len(BODY))
 
 
 async def test_a_part_goes_over_byte_for_byte_and_goes_on(tmp_path, executor, table):
     writer = writer_of(tmp_path, executor)
-    await writer.add(BODY[: 2 * CHUNK_BYTES + 500])
+    writer.take(BODY[: 2 * CHUNK_BYTES + 500])
+    await writer.write_sure()
     memory = table.process().begin(key_of(0), 1, len(BODY))
     writer.move(memory.file)
     assert os.pread(memory.file.fd, len(BODY), 0) == BODY[: writer.written]
-    await writer.add(BODY[2 * CHUNK_BYTES + 500 :])
-    await writer.write_withheld()
+    writer.take(BODY[2 * CHUNK_BYTES + 500 :])
+    await writer.write_all(lambda sums: None)
     assert os.pread(memory.file.fd, len(BODY) + 1, 0) == BODY
     assert (tmp_path / "part").stat().st_size < len(BODY)
 
@@ -253,7 +254,8 @@ async def test_a_part_goes_over_byte_for_byte_and_goes_on(tmp_path, executor, ta
 @pytest.mark.parametrize("lost", [b"\0\0\0\0", None])
 async def test_a_part_that_is_not_what_arrived_does_not_go_over(tmp_path, executor, table, at, lost):
     writer = writer_of(tmp_path, executor)
-    await writer.add(BODY[: 2 * CHUNK_BYTES + 50_000])
+    writer.take(BODY[: 2 * CHUNK_BYTES + 50_000])
+    await writer.write_sure()
     with (tmp_path / "part").open("r+b") as part:
         if lost is None:
             part.truncate(at)
@@ -284,10 +286,10 @@ def refuse(monkeypatch, until_bytes: int = 0) -> dict[str, bool]:
     """The disk refuses from so many bytes on, while `on`."""
     original, switch = PartWriter._append, {"on": True}
 
-    def append(self, file, piece):
+    def append(self, file, pieces):
         if switch["on"] and not self._in_memory and self._in_file >= until_bytes:
             raise OSError(28, "No space left on device")
-        original(self, file, piece)
+        return original(self, file, pieces)
 
     monkeypatch.setattr(PartWriter, "_append", append)
     monkeypatch.setattr("gup.cache.disk_space._PATIENCE_SECONDS", 0.02)
@@ -436,10 +438,11 @@ async def test_of_unknown_length_its_readers_are_cut_at_the_limit_and_then_passe
     tmp_path, upstream, monkeypatch
 ):
     refuse(monkeypatch)
-    body = noise("long", 12 * MB)
-    upstream.answer(FILE, Answer(body, chunked=True))
-    async with working(tmp_path, [upstream.url], fill={"memory": "5MB"}) as one:
+    body, gate = noise("long", 12 * MB), Gate()
+    upstream.answer(FILE, Answer(body, chunked=True, gates=((2 * MB, gate),)), Answer(body, chunked=True))
+    async with working(tmp_path, [upstream.url], fill={"memory": "6MB"}) as one:
         opened = await one.open(FILE)
+        gate.open()
         with pytest.raises(Cut) as cut:
             await read(opened.body)
         assert body.startswith(cut.value.args[0])

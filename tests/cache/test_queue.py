@@ -147,7 +147,7 @@ async def test_the_wait_is_foretold_over_all_processes(site):
         site.patience = 14.0
         assert site.queues[1].hopeless(FULL)
         assert not site.queues[1].hopeless(DELTA)
-        assert 7.0 <= site.queues[1].retry_seconds(FULL) <= 14.0
+        assert 7.0 <= site.queues[1].refusal(FULL).retry_after_seconds <= 14.0
         async with site.queues[0].held(FULL, 0.0) as held:
             assert not held
         site.live.remove(0)  # its two waiters are gone with it
@@ -252,7 +252,7 @@ async def test_places_of_a_dead_process_are_free(site):
     dead, alive = site.queues
     for slots in (*dead._classes, dead._inherited):
         assert slots.try_take() is not None
-    assert not alive._room(FULL)
+    assert not alive._has_free(1)
     site.claims.pop(0).close()
     async with alive.held(FULL, 0.0) as held:
         assert held

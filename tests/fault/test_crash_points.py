@@ -302,7 +302,7 @@ async def _settle(worker: Worker) -> None:
         return index
 
     def mend(key: ContentKey, counted: bool) -> Awaitable[Problem | None]:
-        return worker.cache.mend(key, counted=counted)
+        return worker.cache.repair(key, counted=counted)
 
     await look_over(time.time() + A_WHILE_SECONDS)
     ahead = 0.0

@@ -11,9 +11,10 @@ from pathlib import Path
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
 from gup.cache.disk_space import Space
-from gup.cache.inflight import Means
+from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import ROW_WORDS, MemoryFiles
+from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
 from gup.cache.scheduler import Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
@@ -26,6 +27,8 @@ from gup.upstream.pool import Pool
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
+_FAILURES: dict[Path, "memoryview[int]"] = {}
+"""Their table of failures."""
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 
 
@@ -34,7 +37,7 @@ class Worker:
     """One worker's cache, and what it told and counted."""
 
     cache: Cache
-    means: Means
+    means: FillDependencies
     told: list[dict] = field(default_factory=list)
 
     async def open(self, path: str) -> Opened:
@@ -138,7 +141,7 @@ async def working(
     )
     epochs: list[None] = []
 
-    means = Means(
+    means = FillDependencies(
         store=store,
         claims=claims,
         pool=pool,
@@ -159,13 +162,15 @@ async def working(
             lambda: settings.fill.memory,
             lambda: settings.listen.write_timeout,
         ),
+        failures=NegativeCache(
+            _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
+        ),
         streams=Streams(store.run / "streams"),
         executor=executor,
         settings=settings,
         tell=tell,
         raise_store_epoch=lambda: epochs.append(None),
         store_epoch=lambda: len(epochs),
-        spell=lambda route, variant: cache.spell(route, variant),  # noqa: PLW0108 - made after this
         wall_clock=time.time,
         clock=time.monotonic,
     )
