@@ -173,8 +173,9 @@ class Cache:
         if fill is None:
             fill = self._begin(Fill(key, route, variant, via, client))
         fill.promote(deps.pool.wan)
+        late = fill.body is not None and fill.body.ended
         joined = await self._joined(fill, via)
-        result = Result.MISS if first and fill.fetched else Result.COLLAPSED
+        result = Result.HIT if late else Result.MISS if first and fill.fetched else Result.COLLAPSED
         if isinstance(joined, GrowingBody):
             result = Result.BYPASS if joined.in_memory else result
             return Opened(joined, result, key, route.kind)

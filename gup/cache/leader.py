@@ -146,7 +146,6 @@ class Leader:
         Nobody waits for a slot while no upstream can be reached, except for what is here.
         """
         fill, prior = self._fill, self._prior
-        self._state = replace(self._state, path=path, phase=Phase.CLAIMED)
         if prior.salvage is not None and fill.body is not None:
             fill.inherits = True
         if prior.damage is None and not prior.is_whole and not fill.is_read:
@@ -154,7 +153,7 @@ class Leader:
         async with self._fill_slot():
             self._deps.counters.add("gup_fills_in_progress", 1)
             try:
-                self._move(Phase.REQUESTED)
+                self._state = replace(self._state, path=path, phase=Phase.REQUESTED)
                 fill.fetched = True
                 nothing = await self._fetch_or_bypass_disk()
             finally:
@@ -346,9 +345,8 @@ class Leader:
     def _begin_generation(self, head: Head) -> GrowingBody:
         """A new part, which is not on the disk yet."""
         generation = int(self._deps.wall_clock() * 1_000_000_000)
-        self._state = replace(self._state, generation=generation, head=None)
-        if self._download is not None:
-            self._state = replace(self._state, told=self._download.told)
+        told = self._download.told if self._download is not None else self._state.told
+        self._state = replace(self._state, generation=generation, head=None, told=told)
         self._new_writer(head.length)
         self._body = GrowingBody(head, generation, None, self._deps.clock())
         return self._body
@@ -629,28 +627,22 @@ class Leader:
             if self._memory is not None:
                 return
             await asyncio.sleep(0)  # its readers first
-        now = deps.wall_clock()
-        record = Record.of(
-            self._key, self._fill.route.kind, head, (), now, self._state.generation, self._state.path
-        )
+        now, kind, state = deps.wall_clock(), self._fill.route.kind, self._state
         valid_at = validated_at(deps, remote, self._fill.route.immutable)
-        record = replace(
-            record,
-            pinned=self._state.pinned,
-            stored_at=self._state.stored_at or now,
-            validated_at=valid_at if self._came_at is None else min(valid_at, self._came_at),
-        )
 
-        def write_record(sums: tuple[int, ...]) -> tuple[Record, bool]:
-            nonlocal record
-            record = replace(record, sums=sums)
+        def commit(sums: tuple[int, ...]) -> tuple[Record, bool]:
+            record = replace(
+                Record.of(self._key, kind, head, sums, now, state.generation, state.path),
+                pinned=state.pinned,
+                stored_at=state.stored_at or now,
+                validated_at=valid_at if self._came_at is None else min(valid_at, self._came_at),
+            )
             return record, _commit(deps.store, record)
 
-        record, replaced = await self._twice(lambda: writer.write_all(write_record))
+        record, replaced = await self._twice(lambda: writer.write_all(commit))
         self._fill.record, self._fill.file = record, writer.file
         if not body.ended:
             self._show_end(body)
-        self._state = replace(self._state, phase=Phase.COMMITTED)
         self._room.release(committed=True)
         if replaced:
             deps.raise_store_epoch()

@@ -159,8 +159,8 @@ class PassThrough:
     ) -> BypassBody | None:
         """A range far ahead of the fill; None when waiting for the fill is as good, or right.
 
-        Far ahead is what the fill does not reach within `fill.range_wait` at its present rate; at most two are
-        fetched at once. It goes out under the fill's ETag, and no overlap can be compared: so only the
+        Far ahead is what the fill does not reach within `fill.range_wait` at its present rate; at most two
+        are fetched at once. It goes out under the fill's ETag, and no overlap can be compared: so only the
         upstream that the fill began with is asked, and its validators must be those of then.
         """
         body = opened.body
