@@ -245,7 +245,7 @@ async def test_a_part_goes_over_byte_for_byte_and_goes_on(tmp_path, executor, ta
     writer.move(memory.file)
     assert os.pread(memory.file.fd, len(BODY), 0) == BODY[: writer.written]
     writer.take(BODY[2 * CHUNK_BYTES + 500 :])
-    await writer.write_all(lambda sums: None)
+    await writer.write_all(lambda _sums: None)
     assert os.pread(memory.file.fd, len(BODY) + 1, 0) == BODY
     assert (tmp_path / "part").stat().st_size < len(BODY)
 

@@ -1,0 +1,54 @@
+"""What a small body that nobody has costs: system calls of the worker, as strace counts them."""
+
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+from harness.scripted import Answer, ScriptedUpstream
+from harness.service import Gup
+from harness.trees import content_path, noise
+from harness.waiting import until
+
+MISSES = 40
+MOST = {"openat": 8, "rename": 2, "futex": 60, "mkdir": 1, "fsync": 0, "fdatasync": 0, "syncfs": 0}
+"""Calls a miss. Other work of the process, and taking turns for the interpreter, are among them."""
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_a_small_miss_costs_few_system_calls(tmp_path):
+    paths = [content_path(f"xdelta2607{n:05d}_To_260801001.dax") for n in range(MISSES + 1)]
+    body = noise("small", 100_000)
+    with ScriptedUpstream() as upstream:
+        for path in paths:
+            upstream.answer(path, Answer(body, etag='"a"'))
+        with Gup(tmp_path / "cache", [upstream.url], {"workers": {"count": 1}}) as gup:
+            with gup.connect() as client:
+                assert client.get(paths[0]).body == body
+                counts = tmp_path / "counts"
+                (worker,) = gup.workers()
+                tracer = subprocess.Popen(
+                    ["strace", "-f", "-c", "-S", "name", "-o", str(counts), "-p", str(worker)],
+                    stderr=subprocess.PIPE,
+                )
+                assert tracer.stderr
+                if b"attached" not in tracer.stderr.readline():
+                    pytest.skip("this system does not let strace attach")
+                for path in paths[1:]:
+                    assert client.get(path).body == body
+                tracer.send_signal(signal.SIGINT)
+                tracer.communicate(timeout=20)
+            for path in paths:
+                assert "hit" in gup.get(path).header("cache-status")
+            until(lambda: len(gup.bodies()) == len(paths), "all are stored")
+            assert not gup.parts()
+    calls = {
+        fields[-1]: int(fields[3])
+        for line in counts.read_text().splitlines()
+        if re.fullmatch(r"[\d.]+", (fields := line.split() or [""])[0]) and fields[-1] != "total"
+    }
+    assert calls["pwritev2" if "pwritev2" in calls else "pwritev"] == MISSES
+    for call, most in MOST.items():
+        assert calls.get(call, 0) <= most * MISSES + (5 if most else 0), calls
