@@ -45,7 +45,7 @@ async def test_a_miss_is_two_jobs_and_leaves_body_and_record(tmp_path, upstream,
     assert kept == {"claims", route(FILE).file, f".{route(FILE).file}.gup"}
 
 
-async def test_a_slow_one_opens_a_part_and_is_shown(tmp_path, upstream, until):
+async def test_a_slow_one_opens_a_part_and_is_shown(tmp_path, upstream):
     upstream.answer(FILE, Answer(BODY, etag='"a"', piece_seconds=0.03))
     async with working(tmp_path, [upstream.url]) as one:
         opened = await one.open(FILE)
@@ -55,7 +55,7 @@ async def test_a_slow_one_opens_a_part_and_is_shown(tmp_path, upstream, until):
         assert await read(opened.body) == BODY
 
 
-async def test_one_404_is_asked_once_for_all_workers_and_makes_no_file(tmp_path, upstream, monkeypatch):
+async def test_one_404_is_asked_once_for_all_workers_and_makes_no_file(tmp_path, upstream):
     async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
         asked = await asyncio.gather(
             *(worker.cache.open(route(FILE), Variant()) for worker in (one, two, one)), return_exceptions=True
