@@ -414,8 +414,7 @@ class Leader:
         self._leave_upstream()
         old = await self._in_thread(OpenFile, store.part_path(id_, state.generation))
         body = self._begin_generation(state.head)
-        assert self._writer is not None
-        await self._on_disk(self._writer.copy_from, old, salvage)
+        await self._on_disk(self._part.copy_from, old, salvage)
         self._state = replace(self._state, phase=Phase.REQUESTED, head=state.head)
         await self._save_state()
         await self._in_thread(store.drop_part, id_, state.generation)
@@ -479,28 +478,24 @@ class Leader:
 
     # --- the body
 
-    async def _receive(self, body: GrowingBody) -> None:
-        """Read the body to its end, check it, and commit it."""
-        writer, download = self._writer, self._download
-        assert writer is not None
-        assert download is not None
+    async def _receive(self, body: GrowingBody) -> RemoteHead:
+        """Read the body to its end, check it, and commit it; what its upstream told of it."""
+        writer, download = self._part, self._source
         if self._fill.body is body or self._memory is not None or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends by itself, and soon
         await self._check_structure(writer)
-        remote = download.head
-        assert remote is not None
+        remote = self._source_head
         if not download.confirmed:
             await self._pass_on_unconfirmed(body, writer, remote)
         self._whole = True
         self._leave_upstream()
         await self._finish(body, remote)
+        return remote
 
     async def _receive_small(self) -> bool:
         """Receive the body into memory; False when it takes too much of that, or too long."""
-        writer, download = self._writer, self._download
-        assert writer is not None
-        assert download is not None
+        writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
                 while writer.received <= _SMALL_BYTES:
@@ -512,9 +507,7 @@ class Leader:
 
     async def _receive_large(self, body: GrowingBody) -> None:
         """Receive the body into a part, or a memory file, where others read along."""
-        writer, download = self._writer, self._download
-        assert writer is not None
-        assert download is not None
+        writer, download = self._part, self._source
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
             while more:
@@ -538,30 +531,26 @@ class Leader:
                 await self._yield_to_others()
 
     async def _write_sure(self, body: GrowingBody) -> None:
-        assert self._writer is not None
-        await self._twice(self._writer.write_sure)
+        await self._twice(self._part.write_sure)
         if self._fill.body is body:
-            body.publish(self._writer.written)
+            body.publish(self._part.written)
 
     async def _show(self, body: GrowingBody) -> None:
         """STREAMING: the state for other processes, the body for this one.
 
         Not before there is something to read: until then whatever fails can be told in a clean answer.
         """
-        writer = self._writer
-        assert writer is not None
         if self._memory is None:
             self._move(Phase.STREAMING)
             await self._save_state(head=body.head)
         self._attach(body)
-        body.publish(writer.written)
+        body.publish(self._part.written)
 
     def _attach(self, body: GrowingBody) -> None:
         """Let readers have what is in the file."""
         fill = self._fill
-        assert self._writer is not None
         if self._memory is None:
-            body.file = self._writer.file
+            body.file = self._part.file
         elif not body.in_memory:
             self._memory.announce(replace(self._current_state(), head=body.head, phase=Phase.STREAMING))
             body.go_on_in(self._memory.file)
@@ -589,9 +578,7 @@ class Leader:
         self._deps.counters.waste("rejected", self._stream(), received)
         detail = f"what came as {file} does not end as a ZIP file does"
         failure = UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
-        assert self._download is not None
-        assert self._download.head is not None
-        self._holds.note(self._download.head.upstream, failure, self._download.head)
+        self._holds.note(self._source_head.upstream, failure, self._source_head)
         raise failure
 
     async def _pass_on_unconfirmed(self, body: GrowingBody, writer: PartWriter, remote: RemoteHead) -> None:
@@ -611,8 +598,7 @@ class Leader:
         In this order: nobody has a whole body that a crash could take back. Only of a body that takes
         another's place the readers wait for nothing: the disk syncs it, and either may be served.
         """
-        deps, writer = self._deps, self._writer
-        assert writer is not None
+        deps, writer = self._deps, self._part
         self._leave_slot()
         head = body.head
         if head.length is None:
@@ -654,9 +640,8 @@ class Leader:
         self._fill.land(FillEnd.COMMITTED)
 
     def _show_end(self, body: GrowingBody) -> None:
-        assert self._writer is not None
         self._attach(body)
-        body.complete(self._writer.received)
+        body.complete(self._part.received)
 
     async def _finish_part(self) -> None:
         """Commit a part that holds every byte: nobody has to be asked for anything."""
@@ -708,10 +693,7 @@ class Leader:
             passed_through = True
         if self._memory is None or not self._memory.finished:
             await self._tell_unstorable(why, disk=disk, told=told, passed_through=passed_through)
-            if self._body is not None and await self._is_readable():
-                self._show_end(self._body)
-            else:
-                fill.detach()
+            fill.detach()
         fill.land(FillEnd.UNSTORABLE)
         return None
 
@@ -723,13 +705,9 @@ class Leader:
         """Go on in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
         deps, body = self._deps, self._body
         if body is None:
-            assert self._download is not None
-            assert self._download.head is not None
-            body = self._begin_generation(
-                head_of(self._key, self._download.head, changed=self._bytes_changed)
-            )
-        writer = self._writer
-        assert writer is not None
+            head = head_of(self._key, self._source_head, changed=self._bytes_changed)
+            body = self._begin_generation(head)
+        writer = self._part
         length = writer.received if self._whole else body.head.length
         amount = length if length is not None else writer.received + MEMORY_STEP_BYTES
         memory = deps.memory.begin(self._key, self._state.generation, amount)
@@ -755,9 +733,7 @@ class Leader:
             if self._whole:
                 await self._finish(body, remote)
             else:
-                download = self._download
-                await self._receive(body)
-                remote = download.head or remote if download is not None else remote
+                remote = await self._receive(body)
         except DiskError as error:
             raise Problem("overloaded", f"memory refuses it: {error.strerror}") from error
         expires = None
@@ -766,17 +742,6 @@ class Leader:
             expires = max(fresh_until - deps.wall_clock(), 0.001)
         error_ttl = deps.settings.cache.error_ttl
         memory.finish(body.published, expires_seconds=expires, store_seconds=error_ttl)
-
-    async def _is_readable(self) -> bool:
-        """Whether readers may go on with the part: it is whole, and as it was when it arrived."""
-        writer = self._writer
-        if not self._whole or writer is None or not writer.is_complete or self._memory is not None:
-            return False
-        try:
-            await self._in_thread(writer.move, None)
-        except DiskError:
-            return False
-        return True
 
     async def _tell_unstorable(
         self, why: str, *, disk: bool, told: bool, passed_through: bool = False
@@ -807,8 +772,7 @@ class Leader:
             body = self._begin_generation(state.head)
             self._state = replace(self._state, path=state.path)
             self._came_at = stat.st_mtime
-            assert self._writer is not None
-            await self._on_disk(self._writer.copy_memory, file, stat.st_size)
+            await self._on_disk(self._part.copy_memory, file, stat.st_size)
             await self._finish(body, remote_of(state.head))
         except (Unstorable, DiskError) as error:
             self._state = replace(self._state, phase=Phase.UNSTORABLE)
@@ -865,6 +829,22 @@ class Leader:
         return 0.0 if failure.outcome == "unreachable" else self._deps.settings.cache.error_ttl
 
     # --- bookkeeping
+
+    @property
+    def _part(self) -> PartWriter:
+        assert self._writer is not None
+        return self._writer
+
+    @property
+    def _source(self) -> Download:
+        assert self._download is not None
+        return self._download
+
+    @property
+    def _source_head(self) -> RemoteHead:
+        head = self._source.head
+        assert head is not None
+        return head
 
     def _move(self, phase: Phase) -> None:
         assert phase is self._state.phase or may_move(self._state.phase, phase), (self._state.phase, phase)

@@ -156,8 +156,8 @@ class PartWriter:
         self._save_sums([])
         self.received = self.written = length
 
-    def move(self, file: OpenFile | None) -> None:
-        """Go on in `file`, a memory file, with all that was written; without one, only compare it.
+    def move(self, file: OpenFile) -> None:
+        """Go on in `file`, a memory file, with all that was written.
 
         OSError when that is not what arrived: a write that failed late may have lost what was written long
         before, and a read alone would not tell. Blocks on the disk.
@@ -167,11 +167,10 @@ class PartWriter:
             piece = memoryview(os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - at), at))
             if chunk_sum(piece) != expected:
                 raise OSError(errno.EIO, "what was written is not there any more")
-            while file is not None and piece:
+            while piece:
                 done = os.pwrite(file.fd, piece, at)
                 piece, at = piece[done:], at + done
-        if file is not None:
-            self.begin_in_memory(file)
+        self.begin_in_memory(file)
 
     @property
     def file(self) -> OpenFile:
@@ -183,11 +182,6 @@ class PartWriter:
     def exists(self) -> bool:
         """Whether there may be something of it on the disk."""
         return (self._file is not None or self._sums_file is not None) and not self._in_memory
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all that was received is in the file."""
-        return self._file is not None and self._in_file == self.received
 
     # --- writing
 
