@@ -69,8 +69,9 @@ class Cache:
             fill = self._fills.get(key)
             if fill is not None and fill.suspect and fill.body is not None:  # the entry was demoted
                 return await self._filled(key, route, variant, via, client)
-            # Of an index file the entry is wanted even if it is stale. Any other is looked up by its fill.
-            entry = self._entries.known(key) if route.immutable else await self._entries.get(key)
+            entry = self._entries.known(key)
+            if entry is None and not route.immutable and fill is None:
+                entry = await self._entries.get(key)  # wanted even if it is stale; others their fill looks up
             if entry is None:
                 continue
             self._entries.used(entry)
@@ -146,48 +147,41 @@ class Cache:
         self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
     ) -> Opened:
         """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
+        deps = self._deps
         for _ in range(_MOST_FILLS):
-            opened = await self._filled_once(key, route, variant, via, client)
-            if opened is not None:
-                return opened
+            if (failure := deps.failures.get(key)) is not None:
+                raise failure
+            kept = deps.memory.finished(key)
+            if kept is not None:
+                return self._kept_in_memory(kept, key, route, variant)
+            if via is not None:
+                await self._refuse_circle(key, variant, via)
+            fill = self._fills.get(key)
+            first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
+            fill = fill or self._begin(Fill(key, route, variant, via, client))
+            fill.promote(deps.pool.wan)
+            joined = await self._joined(fill, via)
+            result = Result.HIT if late else Result.MISS if first and fill.fetched else Result.COLLAPSED
+            if isinstance(joined, GrowingBody):
+                return Opened(joined, Result.BYPASS if joined.in_memory else result, key, route.kind)
+            if joined is FillEnd.UNSTORABLE:
+                return await self.pass_through.whole(route, variant, via, client)
+            entry = next(filter(None, map(self._entries.known, (key, *route.keys(variant)))), None)
+            entry = entry or await self._entries.get(key)
+            if entry is not None:
+                result = Result.REVALIDATED if joined is FillEnd.VALIDATED else result
+                return self._opened(entry, route, result if fill.fetched else Result.HIT)
         raise Problem(
             "overloaded", "the entry was removed while it was opened; try again", retry_after_seconds=1.0
         )
 
-    async def _filled_once(
-        self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
-    ) -> Opened | None:
+    def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
+        """A body that could not be stored; that is tried again now and then."""
         deps = self._deps
-        if (failure := deps.failures.get(key)) is not None:
-            raise failure
-        kept = deps.memory.finished(key)
-        if kept is not None:
-            if key not in self._fills and deps.memory.store_is_due(key, deps.settings.cache.error_ttl):
-                self._begin(Fill(key, route, variant, from_memory=True))
-            age = max(0, int(deps.wall_clock() - os.fstat(kept.fd).st_mtime))
-            return Opened(kept.reader(), Result.BYPASS, key, route.kind, age)
-        if via is not None:
-            await self._refuse_circle(key, variant, via)
-        fill = self._fills.get(key)
-        first = fill is None
-        if fill is None:
-            fill = self._begin(Fill(key, route, variant, via, client))
-        fill.promote(deps.pool.wan)
-        late = fill.body is not None and fill.body.ended
-        joined = await self._joined(fill, via)
-        result = Result.HIT if late else Result.MISS if first and fill.fetched else Result.COLLAPSED
-        if isinstance(joined, GrowingBody):
-            result = Result.BYPASS if joined.in_memory else result
-            return Opened(joined, result, key, route.kind)
-        if joined is FillEnd.UNSTORABLE:
-            return await self.pass_through.whole(route, variant, via, client)
-        entry = next(filter(None, map(self._entries.known, (key, *route.keys(variant)))), None)
-        entry = entry or await self._entries.get(key)
-        if entry is None:
-            return None
-        if joined is FillEnd.VALIDATED:
-            result = Result.REVALIDATED
-        return self._opened(entry, route, result if fill.fetched else Result.HIT)
+        if key not in self._fills and deps.memory.store_is_due(key, deps.settings.cache.error_ttl):
+            self._begin(Fill(key, route, variant, from_memory=True))
+        age = max(0, int(deps.wall_clock() - os.fstat(body.fd).st_mtime))
+        return Opened(body.reader(), Result.BYPASS, key, route.kind, age)
 
     async def _joined(self, fill: Fill, via: str | None) -> GrowingBody | FillEnd:
         """What there is to read. A gup that waits is looked at again and again: its name may be learned only

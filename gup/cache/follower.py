@@ -33,7 +33,6 @@ class Follower:
     def __init__(self, dependencies: FillDependencies, fill: Fill) -> None:
         self._deps = dependencies
         self._fill = fill
-        self._state_path = dependencies.store.state_path(fill.key.id)
         self._state_seen: tuple[int, int] | None = None
         self._memory_seen: int | None = None
         self._want = want_offset(fill.key.id)
@@ -179,7 +178,7 @@ class Follower:
     def _changed_state(self) -> FillState | None:
         """The state file, if it is another one than at the last look."""
         try:
-            stat = self._state_path.stat()
+            stat = self._deps.store.state_path(self._fill.key.id).stat()
         except FileNotFoundError:
             return None
         seen = (stat.st_ino, stat.st_mtime_ns)
