@@ -84,6 +84,8 @@ class Leader:
         """As others are to see it; its head is there while the part is worth resuming."""
         self._has_state = prior.state is not None
         """Whether there is a state file."""
+        if prior.state is not None:
+            self._take_over(prior.state)
         self._writer: PartWriter | None = None
         self._body: GrowingBody | None = None
         """What the writer writes, whether it is shown already or not."""
@@ -388,7 +390,6 @@ class Leader:
         """
         assert state.head is not None
         await self._room.reserve(state.head.length or salvage.size + STEP_BYTES)
-        self._take_over(state)
         differs_at = salvage.size
         if salvage.whole:
             try:

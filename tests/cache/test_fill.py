@@ -463,6 +463,25 @@ async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_par
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
 
 
+async def test_an_upstream_that_can_not_be_reached_costs_nothing_of_the_part_either(
+    tmp_path, upstream, until
+):
+    """Neither at the try that finds it out, nor at those that are refused at once for as long."""
+    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
+    upstream.stop()
+    async with working(tmp_path, [upstream.url], cache={"error_ttl": "10ms"}) as next_one:
+        key = route(FILE).key(Variant())
+        for _ in range(3):
+            with pytest.raises(Problem) as told:
+                await next_one.get(FILE)
+            assert told.value.slug == "upstream-unreachable"
+            await until(lambda: next_one.means.failures.get(key) is None, "the failure expires")
+        state = next_one.means.store.load_state(key.id)
+        assert state is not None
+        assert state.head is not None
+    assert list((tmp_path / "partial").glob("*.part"))
+
+
 async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_the_same(
     tmp_path, upstream, until
 ):
