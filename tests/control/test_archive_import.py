@@ -98,7 +98,8 @@ async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, 
         assert list(world.store.partial.glob("*.tmp")) == []
 
 
-async def test_the_control_plane_stops_while_an_archive_is_coming(world, browser):
+async def test_the_control_plane_stops_while_an_archive_is_coming(world, browser, monkeypatch):
+    monkeypatch.setattr("gup.control.service._SHUTDOWN_SECONDS", 0.1)
     world.commit(world.key("260101001"), b"a" * 1000)
     begun = asyncio.Event()
     async with world.running():

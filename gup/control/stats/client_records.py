@@ -173,7 +173,7 @@ class Batch:
 
     def _ask(self, what: tuple[str, Stream, str], asked: Asked) -> None:
         before = self.asked.get(what)
-        if before is None and self.full:
+        if before is None and (self.full or what[0] not in self.seen):
             return
         if before is not None and (asked.taken_at is None or before.taken_at is not None):
             asked = asked._replace(taken_at=before.taken_at, version_then=before.version_then)
@@ -196,8 +196,8 @@ INSERT OR IGNORE INTO streams(version, language, moniker)
 SELECT ?, ?, ? WHERE (SELECT count(*) FROM streams) < ?
 """
 _ASK = """
-INSERT INTO standings SELECT :stream, id, '', 0, '', :revision, :asked_at, :came_from FROM clients
-WHERE name = :client ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
+INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :asked_at, :came_from)
+ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
   came_from = iif(excluded.asked_at >= asked_at AND excluded.came_from <> '', excluded.came_from, came_from),
   asked_at = max(asked_at, excluded.asked_at)
 """
@@ -205,28 +205,29 @@ WHERE name = :client ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked
 # counts. Else the one taken last does, since a machine that was set up anew takes an older one.
 _STAND = """
 UPDATE standings SET revision = :revision, taken_at = :taken_at, version_then = coalesce(
-  nullif(:version_then, ''), nullif((SELECT version FROM clients WHERE id = client), ''), version_then)
-WHERE stream = :stream AND client = (SELECT id FROM clients WHERE name = :client) AND revision <> :revision
+  nullif(:version_then, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
+WHERE stream = :stream AND client = :client AND revision <> :revision
   AND iif(abs(:taken_at - taken_at) <= 3, :revision > revision, :taken_at > taken_at)
 """
-_TAKE = (
-    "INSERT OR IGNORE INTO takes SELECT :stream, :revision, id, :taken_at FROM clients WHERE name = :client"
-)
+_TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :taken_at)"
 
 
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     """Write a batch. Streams beyond MAX_STREAMS are left out."""
     db.executemany(_SEE, [(name, *seen) for name, seen in batch.seen.items()])
-    streams = {stream for _, stream, _ in batch.asked}
-    db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in streams])
-    ids = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}
-    for (client, stream, revision), asked in batch.asked.items():
-        if stream in ids:
-            row = {"client": client, "stream": ids[stream], "revision": revision, **asked._asdict()}
-            db.execute(_ASK, row)
-            if asked.taken_at is not None:
-                db.execute(_STAND, row)
-                db.execute(_TAKE, row)
+    named = {stream for _, stream, _ in batch.asked}
+    db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in named])
+    streams = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}
+    number = "SELECT id FROM clients WHERE name = ?"
+    clients = {name: db.execute(number, (name,)).fetchone()[0] for name in batch.seen}
+    asked = [
+        {"client": clients[name], "stream": streams[stream], "revision": revision, **asked._asdict()}
+        for (name, stream, revision), asked in batch.asked.items()
+        if stream in streams
+    ]
+    taken = [row for row in asked if row["taken_at"] is not None]
+    for statement, rows in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
+        db.executemany(statement, rows)
 
 
 def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
