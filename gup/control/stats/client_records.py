@@ -109,12 +109,11 @@ _AHEAD_SECONDS = 2 * 86400.0
 
 
 class Seen(NamedTuple):
-    """When a client was seen since the last write, and what it stated ("" for nothing)."""
+    """When a client was seen last, and what it stated ("" for nothing)."""
 
-    first_at: float
-    seen_at: float
-    version: str = ""
-    language: str = ""
+    at: float
+    version: str
+    language: str
 
 
 class Asked(NamedTuple):
@@ -140,19 +139,16 @@ class Batch:
     def absorb(self, newer: "Batch") -> None:
         """Add what came after this batch, which could not be written; as much as there is room for."""
         for client, seen in newer.seen.items():
-            self.see(client, seen.seen_at, seen.version, seen.language)
+            self.see(client, *seen)
         for what, asked in newer.asked.items():
             self._ask(what, asked)
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         """A client asked for something."""
-        before = self.seen.get(client, Seen(at, at))
         if client in self.seen or not self.full:
+            before = self.seen.get(client, Seen(at, "", ""))
             self.seen[client] = Seen(
-                before.first_at,
-                max(before.seen_at, at),
-                version or before.version,
-                language or before.language,
+                max(before.at, at), version or before.version, language or before.language
             )
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
@@ -186,7 +182,7 @@ MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
 """Newest revisions of each stream of which it is kept who took them."""
 _SEE = """
-INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?, ?, ?, ?, ?)
+INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?1, ?2, ?2, ?3, ?4)
 ON CONFLICT(name) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at),
   version = coalesce(nullif(excluded.version, ''), version),
   language = coalesce(nullif(excluded.language, ''), language)
@@ -258,19 +254,8 @@ def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> No
     _drop_orphans(db)
 
 
-def forget_clients(db: sqlite3.Connection) -> None:
-    """Delete all clients."""
-    db.execute("DELETE FROM clients")
-    _drop_orphans(db)
-
-
 def _drop_orphans(db: sqlite3.Connection) -> None:
     """Delete the rows of clients that were deleted, and the streams that nobody stands in."""
     db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
-
-
-def newest_clients(db: sqlite3.Connection, most: int) -> list[tuple[str, float]]:
-    """Clients and when they were seen last."""
-    return db.execute("SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT ?", (most,)).fetchall()
