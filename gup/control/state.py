@@ -163,7 +163,7 @@ class ControlState:
             clock=clock,
             age_clock=self._believed,
             held=self.index.newest_held,
-            on_written=lambda what, refusal: self.refusals.note(what, refusal, self.clock()),
+            on_written=lambda refusal: self.refusals.note("reports", refusal, self.clock()),
         )
         self.history = Recorder(
             dependencies,

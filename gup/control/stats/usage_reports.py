@@ -94,11 +94,11 @@ class Reports:
         clock: Callable[[], float],
         age_clock: Callable[[], float],
         held: Callable[[], Mapping[Stream, str]],
-        on_written: Callable[[str, str | None], None],
+        on_written: Callable[[str | None], None],
     ) -> None:
         """`age_clock` returns the time that ages are measured from, `held` the newest revisions in the store.
 
-        `on_written` is told after each try to write what it was, and why the disk refused (None: it did not).
+        `on_written` as in StatsDatabase.store.
         """
         self._dependencies = dependencies
         self._database = database
@@ -144,7 +144,7 @@ class Reports:
         """Store what is new about clients."""
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
-        if batch.seen and not await self._written("reports", lambda db: write_batch(db, batch)):
+        if batch.seen and not await self._database.store(lambda db: write_batch(db, batch), self._on_written):
             self._put_back(batch)
 
     async def prune(self) -> None:
@@ -158,16 +158,7 @@ class Reports:
             prune_days(db, oldest.date().isoformat())
             db.execute("PRAGMA incremental_vacuum").fetchall()
 
-        await self._written("reports", forget)
-
-    async def _written(self, what: str, work: Callable[[sqlite3.Connection], None]) -> bool:
-        refusal = None
-        try:
-            await self._database.run(work)
-        except OSError as error:
-            refusal = str(error)
-        self._on_written(what, refusal)
-        return refusal is None
+        await self._database.store(forget, self._on_written)
 
     def _put_back(self, batch: Batch) -> None:
         batch.absorb(self._batch)
@@ -192,7 +183,7 @@ class Reports:
             elif mode == "hashed":
                 rename_clients(db, lambda name: name if is_hashed(name) else names.hashed(name))
 
-        if await self._written("reports", rename):
+        if await self._database.store(rename, self._on_written):
             self._named_by = mode
         elif mode == "full":
             self._put_back(by_old_names)
