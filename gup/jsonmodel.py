@@ -1,21 +1,26 @@
 """Reads JSON that others may have written: every value of its type and within bounds, or InvalidError.
 
 Records, states, archives and events are read with it. A text is bounded before it is parsed, so that none of
-them costs more memory than its model allows.
+them costs more memory than its model allows. pydantic checks the values; the types below do not convert.
 """
 
 import json
 import re
 from enum import Enum
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
-from gup.errors import GupError
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+from gup.errors import GupError, quoted
 
 MAX_INTEGER = 2**63 - 1
 MAX_TIME = 1e11
-"""Times are Unix seconds between minus and plus this."""
 _MOST_SHOWN = 60
 
+Count = Annotated[int, Strict(), Field(ge=0, le=MAX_INTEGER)]
+Time = Annotated[float, Strict(), Field(ge=-MAX_TIME, le=MAX_TIME, allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+_Model = TypeVar("_Model")
 _Enum = TypeVar("_Enum", bound=Enum)
 
 
@@ -30,15 +35,23 @@ def parse(text: bytes, model: str, most_bytes: int) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise InvalidError(f"{model}: not JSON: {_clipped(str(error))}") from error
+        raise InvalidError(f"{model}: not JSON: {quoted(str(error))[: 2 * _MOST_SHOWN]}") from error
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= 2 * _MOST_SHOWN else text[: 2 * _MOST_SHOWN] + "…"
+def read(model: TypeAdapter[_Model], value: object, name: str) -> _Model:
+    """`value` as the model; InvalidError, which begins with `name`, tells the first thing that is wrong."""
+    try:
+        return model.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"{quoted(str(part))[:_MOST_SHOWN]!r}: " for part in first["loc"])
+        why = quoted(first["msg"].removeprefix("Value error, "))[:200]
+        given = "" if first["type"] in ("missing", "value_error") else f", not {shown(first['input'])}"
+        raise InvalidError(f"{name}: {where}{why}{given}") from error
 
 
 def shown(value: object) -> str:
@@ -55,7 +68,7 @@ def shown(value: object) -> str:
 
 
 def plain_text(given: str, most: int) -> str:
-    """`given` as `text` takes it back: cut to so many characters, what UTF-8 can't encode as an escape."""
+    """`given` as a model takes it back: cut to so many characters, what UTF-8 can't encode as an escape."""
     return given.encode(errors="backslashreplace").decode()[:most]
 
 

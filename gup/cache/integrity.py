@@ -13,9 +13,9 @@ from pathlib import Path
 
 from gup.cache.chunks import read_aside
 from gup.cache.part_file import survey
-from gup.cache.records import FillState, Phase, Record
+from gup.cache.records import CHUNK_BYTES, FillState, Phase, Record
 from gup.cache.recovery import demoted
-from gup.cache.store import Store
+from gup.cache.store import Store, unlink
 from gup.content.key import ContentKey
 
 
@@ -197,6 +197,8 @@ def put_right(store: Store, finding: Finding, *, alone: bool) -> None:
     `alone`: no service runs, so files may be cut: what is right at a beginning stays, as a part.
     """
     if finding.where == "body" and finding.key is not None:
+        if (record := store.load(finding.key)) is not None and store.finish_commit(record):
+            return
         if alone:
             _keep_beginning(store, finding.key)
         store.remove(finding.key)
@@ -205,7 +207,7 @@ def put_right(store: Store, finding: Finding, *, alone: bool) -> None:
     elif finding.where in ("part", "state"):
         _mend_parts(store, finding.id, alone=alone)
     else:
-        store.drop_stray(store.root / finding.path)
+        unlink(store.root / finding.path)
 
 
 def _keep_beginning(store: Store, key: ContentKey) -> None:
@@ -230,7 +232,8 @@ def _mend_parts(store: Store, id_: str, *, alone: bool) -> None:
         if alone and state is not None and state.generation == generation and part.is_file():
             good = survey(part, sums).verified
         if good:
-            store.cut_part(id_, generation, good)
+            os.truncate(sums, 8 * (good // CHUNK_BYTES))
+            os.truncate(part, good)
         else:
             store.drop_part(id_, generation)
     if state is None or state.generation not in store.generations(id_):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def commit(store, name, body, *, pinned=False):
     sums.add(body)
     head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
     record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, 1, path_of(name))
-    store.commit(record.with_pin(pinned))
+    store.commit(replace(record, pinned=pinned))
     return record
 
 

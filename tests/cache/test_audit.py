@@ -92,8 +92,8 @@ def test_what_gup_leaves_behind_by_itself_is_clean(store):
         (lambda body, _: (body.unlink(), os.mkfifo(body)), "body", "there is no plain file in its place"),
         (lambda _, record: record.unlink(), "record", "a body without a record"),
         (lambda _, record: flip(record, 40), "record", "a damaged record"),
-        (lambda _, record: (record.unlink(), record.mkdir()), "record", "it is no plain file"),
-        (lambda _, record: (record.unlink(), os.mkfifo(record)), "record", "it is no plain file"),
+        (lambda _, record: (record.unlink(), record.mkdir()), "record", "it can't be read: Is a directory"),
+        (lambda _, record: (record.unlink(), os.mkfifo(record)), "record", "It is a pipe"),
     ],
     ids=[
         "flipped",
