@@ -50,8 +50,11 @@ def read(model: TypeAdapter[_Model], value: object, name: str) -> _Model:
         first = error.errors(include_url=False, include_context=False)[0]
         where = "".join(f"{quoted(str(part))[:_MOST_SHOWN]!r}: " for part in first["loc"])
         why = quoted(first["msg"].removeprefix("Value error, "))[:200]
-        given = "" if first["type"] in ("missing", "value_error") else f", not {shown(first['input'])}"
-        raise InvalidError(f"{name}: {where}{why}{given}") from error
+        if first["type"] == "missing":
+            why = "it is missing"
+        elif first["type"] != "value_error":
+            why += f", not {shown(first['input'])}"
+        raise InvalidError(f"{name}: {where}{why}") from error
 
 
 def shown(value: object) -> str:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, NamedTuple
 
 import xxhash
@@ -233,7 +234,7 @@ class Record(Head):
         return replace(self, validated_at=at)
 
     def to_json(self) -> dict[str, Any]:
-        return {**_RECORD.dump_python(self, mode="json"), "format": FORMAT}
+        return {**_record_model().dump_python(self, mode="json"), "format": FORMAT}
 
     def encode(self) -> bytes:
         return seal(self.to_json())
@@ -244,14 +245,18 @@ class Record(Head):
         members = unseal(text, "record", MAX_RECORD_BYTES)
         if members["format"] == 1:
             members["generation"] = members.get("body_mtime_ns")
-        record = read(_RECORD, members, "record")
+        record = read(_record_model(), members, "record")
         if len(record.sums) != -(-record.length // CHUNK_BYTES):
             raise InvalidError(f"record: {len(record.sums)} sums of a body of {record.length} bytes")
         _require_path(record.path, record.key, "record")
         return record
 
 
-_RECORD = TypeAdapter(Record)
+@cache
+def _record_model() -> TypeAdapter[Record]:
+    """Made when it is first used: a process that starts does not wait 4 ms for it."""
+    return TypeAdapter(Record)
+
 
 MEMORY_SECONDS = 86400.0
 """So long after it was fetched a wrong body is remembered: then it may be fetched once more."""
@@ -383,12 +388,12 @@ class FillState:
         return failed or any(hold.remembers(monotonic_now) for hold in self.holds)
 
     def encode(self) -> bytes:
-        return seal({**_STATE.dump_python(self, mode="json"), "format": FORMAT})
+        return seal({**_state_model().dump_python(self, mode="json"), "format": FORMAT})
 
     @classmethod
     def decode(cls, sealed: bytes) -> "FillState":
         """InvalidError when the text is damaged, of another format or contradicts itself."""
-        state = read(_STATE, unseal(sealed, "state", MAX_STATE_BYTES), "state")
+        state = read(_state_model(), unseal(sealed, "state", MAX_STATE_BYTES), "state")
         _require_path(state.path, state.key, "state")
         if state.phase is Phase.STREAMING and state.head is None:
             raise InvalidError("state: a body under way without its head")
@@ -397,7 +402,9 @@ class FillState:
         return state
 
 
-_STATE = TypeAdapter(FillState)
+@cache
+def _state_model() -> TypeAdapter[FillState]:
+    return TypeAdapter(FillState)
 
 
 def route_of(kept: Record | FillState) -> Route:

@@ -13,7 +13,7 @@ from gup.cache.chunks import sound_chunks
 from gup.cache.inflight import Flight, Landing, Means, committed
 from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
-from gup.cache.records import CHUNK_BYTES, Failure, FillState, Hold, Phase, Record, route_of
+from gup.cache.records import Failure, FillState, Hold, Phase, Record, route_of
 from gup.cache.store import OpenFile, Part, Store, unlink
 from gup.content.key import ContentKey
 from gup.content.routes import Route
@@ -99,8 +99,6 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
         damage = _compare(means, record, noted=flight.noted)
         if damage is None and (immutable or suspect or is_fresh(means, record)):
             return Landing.COMMITTED
-        if damage is not None and damage.sound == len(record.sums):
-            return _without_surplus(means, damage)
         if damage is not None:
             return Prior(damage=damage, holds=holds)
     salvage = None
@@ -127,17 +125,6 @@ def _load_claimed(means: Means, key: ContentKey) -> tuple[FillState | None, Reco
     return state, record
 
 
-def _without_surplus(means: Means, damage: Damage) -> Prior:
-    """The part that an entry becomes whose file is too long: it holds every byte, and nobody is asked."""
-    record = damage.record
-    state = demoted(record, int(means.wall_clock() * 1_000_000_000))
-    means.store.demote(record, damage.file, damage.sound, state)
-    means.raise_store_epoch()
-    sums = list(record.sums[: record.length // CHUNK_BYTES])
-    salvage = Salvage(record.length, len(sums) * CHUNK_BYTES, sums, sealed=True)
-    return Prior(state=state, salvage=salvage, finished=True)
-
-
 def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
     """What is wrong with a body, None when all of it is right after all.
 
@@ -152,7 +139,7 @@ def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
         return None
     if not noted:
         note_damage(means, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
-    return Damage(record, file, sound)
+    return Damage(record, file, min(sound, chunks - 1))
 
 
 def _whole_part(means: Means, state: FillState) -> Salvage | None:
@@ -303,6 +290,21 @@ def _has_all(part: Part, state: FillState) -> bool:
     return head is not None and part.generation == state.generation and part.size_bytes == head.length
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What the passes before this one saw of a part."""
+
+    due_at: float | None = None
+    """When it is to be taken over, if nobody leads it."""
+    led: bool = False
+    """Whether it had a leader."""
+    tries: int = 0
+    stateless_at: float = 0.0
+    """When it was first seen without a state."""
+    refused: bool = False
+    """Whether the disk did not let it be tidied: told once."""
+
+
 class Recovery:
     """One pass at a time, in the controller.
 
@@ -325,69 +327,57 @@ class Recovery:
         self._take_over = take_over
         self._tell = tell
         self._clock = clock
-        self._orphans: dict[str, float] = {}
-        """When a streaming part is to be taken over, by id."""
-        self._tries: dict[str, int] = {}
-        self._led: set[str] = set()
-        """Streaming parts that had a leader at the last look."""
+        self._seen: dict[str, _Seen] = {}
         self._going_on: list[asyncio.Event] = []
-        self._stateless: dict[str, float] = {}
-        """When a part without a state was first seen, by id."""
-        self._refused: set[str] = set()
-        """What the disk did not let be tidied: told once."""
 
     async def run(self) -> None:
         """Look at everything in `partial/` once."""
         parts = await asyncio.to_thread(self._store.parts, self._claims)
-        orphans = [part for part in parts if not part.claimed]
-        here, present = {part.id for part in orphans}, {part.id for part in parts}
-        self._orphans = {id_: at for id_, at in self._orphans.items() if id_ in here}
-        self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in present}
-        self._stateless = {id_: at for id_, at in self._stateless.items() if id_ in present}
-        self._refused &= present
+        self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
-        for part in orphans:
-            state = part.state
-            streaming = state is not None and state.phase is Phase.STREAMING
-            if state is not None and part.generation and state.path and _has_all(part, state):
-                self._watch(part, state, first_seconds=0.0)
-            elif state is None or not part.generation or not state.path or not streaming:
-                await self._tidy_or_tell(part)
+        for part in parts:
+            state, seen = part.state, self._seen[part.id]
+            if part.claimed:
+                seen.due_at, seen.led = None, seen.led or bool(part.generation)
+            elif state is None or not part.generation or not state.path:
+                await self._tidy_or_tell(part, seen)
+            elif _has_all(part, state):
+                self._watch(state, seen, first_seconds=0.0)
+            elif state.phase is not Phase.STREAMING:
+                await self._tidy_or_tell(part, seen)
             elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
-                self._watch(part, state, first_seconds=_ORPHANED_SECONDS)
-        led = {part.id for part in parts if part.claimed and part.generation}
-        self._led = led | (self._led & set(self._orphans))
+                self._watch(state, seen, first_seconds=_ORPHANED_SECONDS)
         await asyncio.to_thread(self._drop_leftovers)
 
-    def _watch(self, part: Part, state: FillState, *, first_seconds: float) -> None:
+    def _watch(self, state: FillState, seen: _Seen, *, first_seconds: float) -> None:
         """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
-        tries = self._tries.get(part.id, 0)
-        patience = min(first_seconds + _ORPHANED_SECONDS * (2**tries - 1), _LONGEST_ORPHANED_SECONDS)
+        patience = min(first_seconds + _ORPHANED_SECONDS * (2**seen.tries - 1), _LONGEST_ORPHANED_SECONDS)
         now = self._clock()
-        if now >= self._orphans.setdefault(part.id, now + patience):
-            del self._orphans[part.id]
-            self._tries[part.id] = min(tries + 1, 16)
+        if seen.due_at is None:
+            seen.due_at = now + patience
+        if now >= seen.due_at:
             log.info("nobody goes on with %s: taking it over", state.key.text)
-            ended = self._take_over(route_of(state), part.id in self._led)
+            ended = self._take_over(route_of(state), seen.led)
+            seen.due_at, seen.led, seen.tries = None, False, min(seen.tries + 1, 16)
             if ended is not None:
                 self._going_on.append(ended)
 
-    async def _tidy_or_tell(self, part: Part) -> None:
+    async def _tidy_or_tell(self, part: Part, seen: _Seen) -> None:
         """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
         offset = int(part.id[:16], 16) >> 2
         if not self._claims.try_claim(offset):
             return
         try:
-            await asyncio.to_thread(self._tidy, part)
-            self._refused.discard(part.id)
+            await asyncio.to_thread(self._tidy, part, seen)
+            seen.refused = False
         except OSError as error:
-            if part.id not in self._refused:
+            if not seen.refused:
                 log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
-            self._refused.add(part.id)
+            seen.refused = True
         finally:
             self._claims.release(offset)
 
-    def _tidy(self, part: Part) -> None:
+    def _tidy(self, part: Part, seen: _Seen) -> None:
         store = self._store
         try:
             state = store.load_state(part.id)
@@ -400,10 +390,9 @@ class Recovery:
             return
         generation = state.generation if state is not None and state.head is not None else 0
         if part.generation and part.generation != generation:
-            first_seen = self._stateless.setdefault(part.id, self._clock())
-            if state is None and self._clock() - first_seen < _STATELESS_SECONDS:
+            seen.stateless_at = seen.stateless_at or self._clock()
+            if state is None and self._clock() - seen.stateless_at < _STATELESS_SECONDS:
                 return  # a small body's, whose record may be written: whoever claims the key finishes it
-            self._stateless.pop(part.id)
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         resumable = generation and store.part_path(part.id, generation).exists()
