@@ -16,18 +16,7 @@ from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Str
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import Route, leads_to, path_of
 from gup.errors import PROBLEMS, Problem
-from gup.jsonmodel import (
-    MAX_INTEGER,
-    MAX_TIME,
-    Count,
-    Flag,
-    InvalidError,
-    Time,
-    parse,
-    plain_text,
-    read,
-    shown,
-)
+from gup.jsonmodel import Count, Flag, InvalidError, Time, parse, plain_text, read, shown
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
 
 CHUNK_BYTES = 1 << 20
@@ -44,19 +33,19 @@ class ChunkSums:
 
     def add(self, piece: bytes | memoryview) -> list[int]:
         """Sum `piece`; the sums of the chunks that it completed."""
-        rest = memoryview(piece)
-        completed: list[int] = []
+        rest, before = memoryview(piece), len(self.done)
         while rest:
             part = rest[: CHUNK_BYTES - self._open_bytes]
             self._open.update(part)
             self._open_bytes += len(part)
             rest = rest[len(part) :]
             if self._open_bytes == CHUNK_BYTES:
-                completed.append(self._close())
-        return completed
+                self.done.append(self._open.intdigest())
+                self._open, self._open_bytes = xxhash.xxh3_64(), 0
+        return self.done[before:]
 
-    def so_far(self) -> tuple[int, ...]:
-        """The sums of all that was added; the last may be that of a chunk that is not whole yet."""
+    def finish(self) -> tuple[int, ...]:
+        """The sums of all that was added, that of a last short chunk included."""
         return (*self.done, self._open.intdigest()) if self._open_bytes else tuple(self.done)
 
     def foretold(self, pieces: list[memoryview]) -> list[int]:
@@ -67,30 +56,15 @@ class ChunkSums:
             other.add(piece)
         return list(other.finish())
 
-    def finish(self) -> tuple[int, ...]:
-        """All sums of the body, a last short chunk included."""
-        if self._open_bytes:
-            self._close()
-        return tuple(self.done)
 
-    def _close(self) -> int:
-        value = self._open.intdigest()
-        self.done.append(value)
-        self._open = xxhash.xxh3_64()
-        self._open_bytes = 0
-        return value
-
-
-def chunk_sum(piece: bytes | memoryview) -> int:
-    """The sum of one whole chunk."""
-    return xxhash.xxh3_64_intdigest(piece)
+chunk_sum = xxhash.xxh3_64_intdigest
+"""The sum of one whole chunk."""
 
 
 def seal(fields: dict[str, Any]) -> bytes:
     """`fields` as JSON with a `checksum` member over the rest."""
-    return (
-        json.dumps({**fields, "checksum": _checksum(fields)}, ensure_ascii=False, indent=1).encode() + b"\n"
-    )
+    text = json.dumps({**fields, "checksum": _checksum(fields)}, ensure_ascii=False, indent=1)
+    return f"{text}\n".encode()
 
 
 def unseal(text: bytes, model: str, most_bytes: int) -> dict[str, Any]:
@@ -191,7 +165,7 @@ class Record(Head):
     stored_at: Time
     validated_at: Time
     pinned: Flag
-    generation: Annotated[int, Strict(), Field(ge=-(2**63), le=MAX_INTEGER)]
+    generation: Count
     sums: Annotated[tuple[int, ...], PlainValidator(_unpack_sums), PlainSerializer(_pack_sums)]
     path: _Path = ""
 
@@ -262,7 +236,6 @@ MEMORY_SECONDS = 86400.0
 """So long after it was fetched a wrong body is remembered: then it may be fetched once more."""
 _MAX_DETAIL = 2000
 _Detail = Annotated[str, Field(max_length=_MAX_DETAIL)]
-_Seconds = Annotated[float, Strict(), Field(ge=0, le=MAX_TIME, allow_inf_nan=False)]
 
 
 class Phase(StrEnum):
@@ -309,7 +282,7 @@ class Failure:
 
     slug: Annotated[str, AfterValidator(_known_problem)]
     detail: _Detail
-    ttl: _Seconds
+    ttl: Time
     until: Time
 
     def stands(self, monotonic_now: float) -> bool:
@@ -339,7 +312,7 @@ class Hold(NamedTuple):
 
     upstream: _Detail
     until: Time
-    wait: _Seconds
+    wait: Time
     times: Count = 0
     told: Told | None = None
     forgotten_at: Time = 0.0
