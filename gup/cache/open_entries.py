@@ -178,24 +178,22 @@ class Entries:
         """The entry, opened if need be; None when its record or body is missing or not as recorded."""
         entry = self.known(key)
         if entry is None:
-            found = await on_disk(self._means.executor, self._load, key)
-            if found is None:
-                return None
-            entry = self._add(*found)
+            found = await on_disk(self._means.executor, self.load, key)
+            return None if found is None else self.put(*found)
         self.used(entry)
         return entry
 
     async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
-        found = await on_disk(self._means.executor, self._load_damaged, key)
-        if found is None:
+        record, file = await on_disk(self._means.executor, self._load_damaged, key)
+        if record is None or file is None:
             return None
-        entry = self._add(*found, trusting=False)
+        entry = self.put(record, file, trusting=False)
         entry.counted = True
         entry.doubt()
         return entry
 
-    def _load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
+    def load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
         """Record and body as they lie on disk, and whether they need not be compared; blocks."""
         record = self.load_record(key)
         file = self._means.store.open_body(record) if record is not None else None
@@ -207,13 +205,17 @@ class Entries:
         """The record alone, None when there is none or it is damaged; blocks."""
         return self._means.store.load_or_none(key)
 
-    def _load_damaged(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
-        record, file = self.load_record(key), self._means.store.open_whatever(key)
-        return (record, file) if record is not None and file is not None else None
+    def _load_damaged(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        return self.load_record(key), self._means.store.open_whatever(key)
 
-    def _add(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
-        entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
-        return self._rows.setdefault(record.key, entry)
+    def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
+        """The entry as it was found on disk; one that is open already takes over its record."""
+        entry = self._rows.get(record.key)
+        if entry is None or not self.adopt(entry, record):
+            entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
+            self._rows[record.key] = entry
+        self.used(entry)
+        return entry
 
     def used(self, entry: Entry) -> None:
         if self._rows.get(entry.key) is entry:
