@@ -181,7 +181,7 @@ class TarReader:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._source = _Source(stream)
-        self._archive: tarfile.TarFile | None = None
+        self._archive: Any = None
         self._content: IO[bytes] | None = None
 
     def next(self) -> tarfile.TarInfo | None:
@@ -202,8 +202,10 @@ class TarReader:
         return member
 
     def _open(self) -> tarfile.TarFile:
-        source, mode = cast(IO[bytes], self._source), "r:" if self._source.seeks else "r|"
-        return tarfile.open(fileobj=source, mode=mode, bufsize=_READ_BYTES, errors="replace")
+        source = cast(IO[bytes], self._source)
+        if self._source.seeks:
+            return tarfile.open(fileobj=source, mode="r:")
+        return tarfile.open(fileobj=source, mode="r|", bufsize=_READ_BYTES)
 
     def read(self, size_bytes: int) -> bytes:
         """So many bytes of the member's content, fewer at its end only; TarError when it is cut off."""

@@ -1,7 +1,7 @@
 """Managers' catalogues: read through the store, kept for the workers, asked how a moniker is spelled."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -23,7 +23,7 @@ def _by_moniker(rows: list[list[str]] | None) -> dict[str, Listed] | None:
 
 
 def _as_rows(rows: Mapping[str, Listed] | None) -> list[tuple[str, ...]] | None:
-    return rows and [(row.moniker, row.product, row.language, row.version) for row in rows.values()]
+    return None if rows is None else [astuple(row) for row in rows.values()]
 
 
 @dataclass(frozen=True, slots=True)
