@@ -190,7 +190,8 @@ class TarReader:
             pass
         self._content, self._source.allowed = None, _MAX_HEADERS_BYTES
         try:
-            archive = self._archive = self._archive or self._open()
+            archive: Any = self._archive or self._open()
+            self._archive = archive
             member = archive.next()
             archive.members = []  # or it would keep them all
             if member is not None and member.isreg():
