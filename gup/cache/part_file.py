@@ -66,6 +66,16 @@ def survey(part: Path, sums_file: Path) -> Salvage:
     return Salvage(size, good * CHUNK_BYTES, sums, sealed)
 
 
+def ends_as_named(part: Path, file: str) -> bool:
+    """Whether a whole part can be the file of this name: see `zip_end_is_right`."""
+    if not file.lower().endswith(".zip"):
+        return True
+    with part.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = max(0, size - ZIP_TAIL_BYTES)
+        return zip_end_is_right(os.pread(opened.fileno(), size - start, start))
+
+
 def zip_end_is_right(tail: bytes) -> bool:
     """Whether `tail`, the last bytes of a body, ends in a ZIP's end record (APPNOTE.TXT 4.3.16)."""
     at = tail.rfind(_ZIP_END)

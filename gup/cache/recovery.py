@@ -12,7 +12,7 @@ from pathlib import Path
 from gup.cache.chunks import sound_chunks
 from gup.cache.inflight import Flight, Landing, Means, committed
 from gup.cache.locks import Claims
-from gup.cache.part_file import Salvage, survey
+from gup.cache.part_file import Salvage, ends_as_named, survey
 from gup.cache.records import Failure, FillState, Hold, Phase, Record, route_of
 from gup.cache.store import OpenFile, Part, Store, unlink
 from gup.content.key import ContentKey
@@ -143,13 +143,19 @@ def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
 
 
 def _whole_part(means: Means, state: FillState) -> Salvage | None:
-    """The part, if it holds every byte of its body."""
+    """The part, if it holds every byte of its body; one that does and can't be what its name says goes."""
     store, key, head = means.store, state.key, state.head
     path = store.part_path(key.id, state.generation)
     if head is None or not path.is_file() or head.length not in (None, path.stat().st_size):
         return None
     salvage = _survey(store, key, state.generation)
-    return salvage if salvage is not None and salvage.holds(head.length) else None
+    if salvage is None or not salvage.holds(head.length):
+        return None
+    if ends_as_named(path, key.file):
+        return salvage
+    note_damage(means, "part", key, f"it does not end as {key.file} should")
+    store.drop_part(key.id, state.generation)
+    return None
 
 
 def _survey(store: Store, key: ContentKey, generation: int) -> Salvage | None:
