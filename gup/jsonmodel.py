@@ -5,9 +5,8 @@ them costs more memory than its model allows. pydantic checks the values; the ty
 """
 
 import json
-import re
 from enum import Enum
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
@@ -90,21 +89,12 @@ def number(value: object, name: str, least: float, most: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-class Form(NamedTuple):
-    """What a text has to match, and how that is called."""
-
-    pattern: re.Pattern[str]
-    called: str
-
-
-def text(value: object, name: str, most: int, form: Form | None = None) -> str:
-    """A text of so many characters at most, of `form` if one is given, that UTF-8 can encode."""
+def text(value: object, name: str, most: int) -> str:
+    """A text of so many characters at most that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidError(f"{name} must be a text, not {shown(value)}")
     if len(value) > most:
         raise InvalidError(f"{name} is {len(value)} characters long; {most} are allowed")
-    if form is not None and not form.pattern.fullmatch(value):
-        raise InvalidError(f"{name} is no {form.called}: {shown(value)}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InvalidError(f"{name} is no text that UTF-8 can encode: {shown(value)}")
     return value
@@ -137,18 +127,12 @@ class Members:
     def whole(self, name: str, least: int = 0, most: int = MAX_INTEGER) -> int:
         return whole(self[name], self._named(name), least, most)
 
-    def number(self, name: str, least: float, most: float) -> float:
-        return number(self[name], self._named(name), least, most)
-
     def time(self, name: str) -> float:
         """Unix seconds."""
         return number(self[name], self._named(name), -MAX_TIME, MAX_TIME)
 
-    def text(self, name: str, most: int, form: Form | None = None) -> str:
-        return text(self[name], self._named(name), most, form)
-
-    def text_or_none(self, name: str, most: int, form: Form | None = None) -> str | None:
-        return None if self[name] is None else self.text(name, most, form)
+    def text(self, name: str, most: int) -> str:
+        return text(self[name], self._named(name), most)
 
     def flag(self, name: str) -> bool:
         value = self[name]
@@ -163,10 +147,3 @@ class Members:
             if member.value == value:
                 return member
         raise InvalidError(f"{self._named(name)} is unknown: {shown(value)}")
-
-    def rows(self, name: str, most: int) -> list[Any]:
-        """An array of so many elements at most."""
-        value = self[name]
-        if not isinstance(value, list) or len(value) > most:
-            raise InvalidError(f"{self._named(name)} must be an array of at most {most}, not {shown(value)}")
-        return value

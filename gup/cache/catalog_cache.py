@@ -3,11 +3,12 @@
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
-from gup.cache.body import Body, read_whole
+from gup.cache.body import read_whole
+from gup.cache.open_entries import Opened
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
 from gup.content.key import Variant
 from gup.content.routes import Route, Routes
@@ -69,12 +70,7 @@ def write_kept(run: Path, kept: dict[str, Kept]) -> None:
 _CATALOG = Routes().route(CATALOG_PATH)
 
 
-class _Opened(Protocol):
-    @property
-    def body(self) -> Body: ...
-
-
-Open = Callable[[Route, Variant], Awaitable[_Opened]]
+Open = Callable[[Route, Variant], Awaitable[Opened]]
 """Cache.open."""
 
 
