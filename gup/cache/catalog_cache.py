@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import astuple, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,20 +52,22 @@ class _Document:
     format: Literal[1] = 1
 
 
-_DOCUMENT = TypeAdapter(_Document)
+@cache
+def _model() -> TypeAdapter[_Document]:
+    return TypeAdapter(_Document)
 
 
 def read_kept(run: Path) -> dict[str, Kept]:
     """What is kept, by the upstream's name; empty when there is nothing, or it can't be read. Blocks."""
     try:
-        return _DOCUMENT.validate_json((run / FILE).read_bytes()).upstreams
+        return _model().validate_json((run / FILE).read_bytes()).upstreams
     except (OSError, ValueError, TypeError):
         return {}
 
 
 def write_kept(run: Path, kept: dict[str, Kept]) -> None:
     """Replace the file, durably. OSError when the disk refuses: the old one stays. Blocks."""
-    replace_file(run / FILE, _DOCUMENT.dump_json(_Document(kept)))
+    replace_file(run / FILE, _model().dump_json(_Document(kept)))
 
 
 _CATALOG = Routes().route(CATALOG_PATH)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -39,7 +40,9 @@ class Mark:
         return this_boot or record.stored_at <= self.at - _MARGIN_SECONDS
 
 
-_MARK = TypeAdapter(Mark)
+@cache
+def _model() -> TypeAdapter[Mark]:
+    return TypeAdapter(Mark)
 
 
 def boot_id() -> str:
@@ -50,14 +53,14 @@ def boot_id() -> str:
 def read_mark(run: Path) -> Mark:
     """The mark as it is kept; one that covers nothing when there is none. Blocks."""
     try:
-        return _MARK.validate_json((run / _FILE).read_bytes())
+        return _model().validate_json((run / _FILE).read_bytes())
     except (OSError, ValueError):
         return Mark("", 0.0)
 
 
 def write_mark(run: Path, mark: Mark) -> None:
     """Put the mark in place, atomically. Blocks; OSError."""
-    replace_file(run / _FILE, _MARK.dump_json(mark))
+    replace_file(run / _FILE, _model().dump_json(mark))
 
 
 class Durability:
