@@ -192,7 +192,7 @@ class TarReader:
         try:
             archive: Any = self._archive or self._open()
             self._archive = archive
-            member = archive.next()
+            member: tarfile.TarInfo | None = archive.next()
             archive.members = []  # or it would keep them all
             if member is not None and member.isreg():
                 if member.issparse() or member.size < 0:
