@@ -127,7 +127,8 @@ class Entry:
         if chunk not in self._reading:
             self._reading.add(chunk)
             future = asyncio.get_running_loop().run_in_executor(self._executor, self._compare, chunk)
-            future.add_done_callback(lambda done: self._compared(chunk, done))
+            trusted = self._trusting
+            future.add_done_callback(lambda done: self._compared(chunk, done, trusted))
 
     def _compare(self, chunk: int) -> bool:
         if not self._trusting:
@@ -138,11 +139,14 @@ class Entry:
         except OSError:
             return False
 
-    def _compared(self, chunk: int, done: "asyncio.Future[bool]") -> None:
+    def _compared(self, chunk: int, done: "asyncio.Future[bool]", trusted: bool) -> None:
         self._reading.discard(chunk)
         if done.cancelled():
             return
-        self._chunks[chunk] = _SOUND if done.result() else _BAD
+        if not done.result():
+            self._chunks[chunk] = _BAD
+        elif self._trusting or not trusted:  # else it was only read, before it was doubted
+            self._chunks[chunk] = _SOUND
         self._warm[chunk] = time.monotonic()
         self.all_verified = self._chunks.count(_SOUND) == len(self._chunks)
         if not done.result():
