@@ -17,8 +17,8 @@ from gup.cache.locks import Slots
 from gup.cache.negative_cache import Failures
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import Alone
-from gup.cache.records import Head, Record
-from gup.cache.recovery import is_fresh, load_sound, route_of_record
+from gup.cache.records import Head, Record, route_of
+from gup.cache.recovery import is_fresh, load_sound
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
@@ -167,7 +167,7 @@ class Cache:
     def _suspect(self, record: Record, *, counted: bool, seen: int | None = None) -> Flight:
         key, since = record.key, self._means.clock()
         flight = Flight(
-            key, route_of_record(record), key.variant, since=since, suspect=True, seen=seen, noted=counted
+            key, route_of(record), key.variant, since=since, suspect=True, seen=seen, noted=counted
         )
         self._flights[key] = flight
         self._spawn(self._fly(flight), flight)

@@ -169,10 +169,6 @@ class Follower:
                 self._attach(state)
         elif state.phase is Phase.REQUESTED:
             self._flight.detach()  # the body that was begun is given up: upstream has another one by now
-        elif state.phase is Phase.COMMITTED and state.record is not None:
-            if body is not None and body.generation == state.generation and not body.ended:
-                body.publish(state.record.length)
-                body.complete(state.record.length)
         elif state.phase is Phase.UNSTORABLE and self._stands(state):
             if self._means.memory.find(self._flight.key) is not None and not state.passed_through:
                 return False  # it goes on there

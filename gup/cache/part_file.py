@@ -182,7 +182,7 @@ class PartWriter:
         OSError when that is not what arrived: a write that failed late may have lost what was written long
         before, and a read alone would not tell. Blocks on the disk.
         """
-        for chunk, expected in enumerate(self._sums.so_far()):
+        for chunk, expected in enumerate(self._sums.finish()):
             at = chunk * CHUNK_BYTES
             piece = memoryview(os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - at), at))
             if chunk_sum(piece) != expected:

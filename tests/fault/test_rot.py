@@ -122,7 +122,7 @@ def _record(body: Path) -> Path:
 HARMS = {
     "flipped": (lambda body: flip(body, 2 * CHUNK + 99), LENGTH - 2 * CHUNK, "body"),
     "truncated": (lambda body: os.truncate(body, 3 * CHUNK + 1), LENGTH - 3 * CHUNK, "body"),
-    "too long": (lambda body: os.truncate(body, LENGTH + 1), 0, "body"),
+    "too long": (lambda body: os.truncate(body, LENGTH + 1), (LENGTH - 1) % CHUNK + 1, "body"),
     "deleted": (Path.unlink, LENGTH, "body"),
     "directory": (_directory, LENGTH, "body"),
     "link": (_link, LENGTH, "body"),
