@@ -68,7 +68,7 @@ class Rig:
                 fetch(server.port, path)
             if isinstance(server, GupCache):
                 for name in {path.rpartition("/")[2] for path in paths}:
-                    server.service.wait_stored(name, 30)
+                    server.service.wait_stored(name)
 
     def keep(self, found: Callable[[Server], bool]) -> None:
         """Stop the servers that are not wanted."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from harness.internals import ChunkSums, Head, Record, Routes, Store, Variant
 from harness.processes import free_port
 from harness.trees import content_path
 from harness.waiting import until
@@ -24,10 +25,6 @@ from bench.measure import cpu_seconds, forget_peaks, median, resident_bytes
 from bench.rig import KIB, Rig, fetch, put, rig, sized_path
 from bench.servers import GupCache, Server
 from bench.table import Table, verdict
-from gup.cache.records import ChunkSums, Head, Record
-from gup.cache.store import Store
-from gup.content.key import Variant
-from gup.content.routes import Routes
 
 IDLE = 10_000
 IDLE_STEPS = (0, 1000, 2500, 5000, IDLE)

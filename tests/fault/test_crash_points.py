@@ -21,17 +21,11 @@ import pytest
 from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
 from harness.caches import Cut, Worker, working
 from harness.crashing import cut_power
+from harness.internals import CHUNK_BYTES, ContentKey, Index, Problem, Record, Store, reconcile
 from harness.invariants import bodies_of, violations
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
 from harness.trees import zip_of
-
-from gup.cache.records import CHUNK_BYTES, Record
-from gup.cache.store import Store
-from gup.content.key import ContentKey
-from gup.control.index import Index
-from gup.control.reconcile import reconcile
-from gup.errors import Problem
 
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 BODY = random.Random("body").randbytes(CHUNK_BYTES + 200_000)

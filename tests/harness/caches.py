@@ -8,25 +8,34 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gup.cache.body import CUT, Body
-from gup.cache.cache import Cache, Opened
-from gup.cache.disk_space import Space
-from gup.cache.inflight import Means
-from gup.cache.locks import Claims, Slots
-from gup.cache.memory_files import ROW_WORDS, MemoryFiles
-from gup.cache.scheduler import Backlog, FillQueue
-from gup.cache.store import Store
-from gup.cache.streams import Streams
-from gup.config import Settings
-from gup.content.key import Variant
-from gup.content.routes import Route, Routes
-from gup.metrics import Counters
-from gup.upstream.bandwidth import Turns, Wan
-from gup.upstream.pool import Pool
+from harness.internals import (
+    CUT,
+    ROW_WORDS,
+    Backlog,
+    Body,
+    Cache,
+    Claims,
+    Counters,
+    FillQueue,
+    Means,
+    MemoryFiles,
+    Opened,
+    Pool,
+    Route,
+    Routes,
+    Settings,
+    Slots,
+    Space,
+    Store,
+    Streams,
+    Turns,
+    Variant,
+    Wan,
+)
+from harness.trees import MONIKER
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
-MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 
 
 @dataclass

@@ -58,7 +58,7 @@ class RawConnection:
     def __init__(
         self,
         address: tuple[str, int],
-        timeout_seconds: float = 15.0,
+        timeout_seconds: float = 30.0,
         receive_buffer_bytes: int | None = None,
         source: str = "",
     ) -> None:
@@ -149,8 +149,17 @@ class RawConnection:
         self.finish(response, method)
         return response
 
+    def begin(self, target: str, count: int = 0) -> Response:
+        """Ask, and read the head of a 200 and so much of its body; `finish` reads the rest."""
+        self.ask(target)
+        response = self.head()
+        assert response.status == 200, response
+        response.body = self.read(count)
+        assert len(response.body) == count, (target, len(response.body))
+        return response
+
     def finish(self, response: Response, method: str = "GET") -> Response:
-        """Read the body that belongs to `response`."""
+        """Read the body that belongs to `response`, or the rest of it."""
         if method == "HEAD" or response.status in (204, 304):
             return response
         length = response.header("content-length")
@@ -159,21 +168,13 @@ class RawConnection:
             response.complete = self._chunks(response)
         elif length is not None:
             assert length.isdecimal(), length
-            response.body = self.read(int(length))
+            response.body += self.read(int(length) - len(response.body))
             response.complete = len(response.body) == int(length)
         else:
             response.body = self.rest()
             response.complete = not self._reset
         response.reset = self._reset
         return response
-
-    def rest_of(self, response: Response, offset: int) -> bytes:
-        """Read the body of `response` on from `offset`; `complete` and `reset` are set."""
-        length = int(response.header("content-length") or 0)
-        rest = self.read(length - offset)
-        response.complete = offset + len(rest) == length
-        response.reset = self._reset
-        return rest
 
     def _chunks(self, response: Response) -> bool:
         pieces = []
@@ -246,7 +247,7 @@ def fetch(
     headers: dict[str, str] | None = None,
     *,
     method: str = "GET",
-    timeout_seconds: float = 15.0,
+    timeout_seconds: float = 30.0,
     body: bytes = b"",
     source: str = "",
 ) -> Response:
@@ -272,7 +273,7 @@ def assert_problem(response: Response, status: int, slug: str | None = None) -> 
     return document
 
 
-def send_raw(address: tuple[str, int], text: bytes, timeout_seconds: float = 15.0) -> Response:
+def send_raw(address: tuple[str, int], text: bytes, timeout_seconds: float = 30.0) -> Response:
     """Send these bytes; the first response."""
     with RawConnection(address, timeout_seconds) as connection:
         connection.send(text)

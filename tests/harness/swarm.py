@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -109,20 +108,19 @@ class Swarm:
         self._wake_write.send(b"x")
         return clients
 
-    def wait(self, timeout_seconds: float, clients: list[Client] | None = None) -> list[Client]:
+    def wait(self, clients: list[Client] | None = None, timeout_seconds: float = 60.0) -> list[Client]:
         """Until all (or these) clients have ended."""
         waited = self.clients if clients is None else clients
-        return self.wait_for(lambda: all(c.end for c in waited), "all clients ended", timeout_seconds, waited)
+        until(lambda: all(c.end for c in waited), "all clients ended", timeout_seconds)
+        return waited
 
-    def wait_for(
-        self,
-        condition: Callable[[], bool],
-        what: str,
-        timeout_seconds: float,
-        clients: list[Client] | None = None,
-    ) -> list[Client]:
-        until(condition, what, timeout_seconds)
-        return self.clients if clients is None else clients
+    def reach(self, body_bytes: int, clients: list[Client] | None = None, spare: int = 0) -> None:
+        """Until all (or these) clients have so many bytes and no more, or up to `spare` fewer."""
+        waited = self.clients if clients is None else clients
+        until(
+            lambda: all(body_bytes - spare <= c.body_bytes <= body_bytes for c in waited),
+            f"all have {body_bytes} bytes",
+        )
 
     # --- the thread
 
