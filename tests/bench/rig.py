@@ -70,12 +70,6 @@ class Rig:
                 for name in {path.rpartition("/")[2] for path in paths}:
                     server.service.wait_stored(name)
 
-    def keep(self, found: Callable[[Server], bool]) -> None:
-        """Stop the servers that are not wanted."""
-        for server in [server for server in self.servers if not found(server)]:
-            server.stop()
-            self.servers.remove(server)
-
 
 def fetch(port: int, path: str) -> int:
     """One GET whose body is thrown away as it comes; its length."""
@@ -100,14 +94,13 @@ def rig(folder: Path, *, servers: Sequence[str] = ("on", "off", "varnish", "gup"
     made: list[Server] = []
     with Nginx(tree, folder / "upstream", extra="keepalive_requests 1000000;") as upstream:
         try:
-            if "on" in servers:
-                made.append(NginxCache(folder, upstream.port, nopush=True))
-            if "off" in servers:
-                made.append(NginxCache(folder, upstream.port, nopush=False))
-            if "varnish" in servers:
-                made.append(VarnishCache(folder, upstream.port))
-            if "gup" in servers:
-                made.append(GupCache(folder, upstream.port))
+            makers: dict[str, Callable[[], Server]] = {
+                "on": lambda: NginxCache(folder, upstream.port, nopush=True),
+                "off": lambda: NginxCache(folder, upstream.port, nopush=False),
+                "varnish": lambda: VarnishCache(folder, upstream.port),
+                "gup": lambda: GupCache(folder, upstream.port),
+            }
+            made += [make() for name, make in makers.items() if name in servers]
             yield Rig(folder, tree, upstream, made)
         finally:
             for server in made:

@@ -58,17 +58,18 @@ def ok(body: bytes, *lines: str) -> bytes:
 
 
 class RawUpstream:
-    """Calls `reply` for each request, in a thread a connection; Over closes the connection."""
+    """Calls `answer` for each request, in a thread a connection; Over closes the connection."""
 
     def __init__(
         self,
-        reply: Callable[[Talk], None],
+        answer: Callable[[Talk], None] | None = None,
         tls: ssl.SSLContext | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
-        self._reply = reply
+        if answer is not None:
+            self.answer = answer
         self._tls = tls
         self._listener = socket.create_server((host, port), backlog=512)
         self.port: int = self._listener.getsockname()[1]
@@ -111,6 +112,9 @@ class RawUpstream:
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join()
+
+    def _reply(self, talk: Talk) -> None:
+        self.answer(talk)
 
     def _spawn(self, run: Callable[..., None], *given: object) -> threading.Thread:
         thread = threading.Thread(target=run, args=given, name="upstream")

@@ -124,7 +124,7 @@ class ScriptedUpstream(RawUpstream):
         self._scripts: dict[str, _Script] = {}
         self.seen: list[Seen] = []
         self.exact = False
-        super().__init__(self._respond, tls, host=host, port=port)
+        super().__init__(tls=tls, host=host, port=port)
         if congestion:
             self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
 
@@ -156,7 +156,7 @@ class ScriptedUpstream(RawUpstream):
         until(lambda: seen.done, f"request {number} for {path} is answered")
         return seen
 
-    def _respond(self, talk: Talk) -> None:
+    def _reply(self, talk: Talk) -> None:
         seen = Seen(talk.method, talk.path, talk.lines, talk.peer_port, talk.at)
         try:
             self._send(talk, seen, self._next(seen))
