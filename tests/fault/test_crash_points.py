@@ -156,8 +156,6 @@ class Runner:
         log = self.folder / f"{self._runs}.log"
         shutil.copytree(template, root)
         order = {"scenario": scenario, "root": str(root), "url": url, "log": str(log), "at": at, "torn": torn}
-        assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         status = int(self._process.stdout.readline())
@@ -166,11 +164,7 @@ class Runner:
         return Run(root, log, status, [line for line in lines if not line.startswith("mark ")], marks)
 
     def close(self) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()
 
 
 @dataclass(frozen=True)
@@ -195,22 +189,15 @@ def upstream() -> Iterator[ScriptedUpstream]:
         yield scripted
 
 
-@pytest.mark.parametrize("scenario", CASES)
-async def test_a_few_points(tmp_path, runner, upstream, scenario):
-    await _crash_at_points(tmp_path, runner, upstream, scenario, POINTS)
-
-
-@pytest.mark.long
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "most", [POINTS, pytest.param(None, marks=pytest.mark.long)], ids=["a few", "every one"]
+)
 @pytest.mark.parametrize("scenario", CASES)
-async def test_every_point(tmp_path, runner, upstream, scenario):
-    await _crash_at_points(tmp_path, runner, upstream, scenario, None)
-
-
-async def _crash_at_points(
-    folder: Path, runner: Runner, upstream: ScriptedUpstream, scenario: str, most: int | None
-) -> None:
-    case, template = CASES[scenario], folder / "template"
+async def test_a_crash_at_any_point_loses_nothing_and_leaves_nothing(
+    tmp_path, runner, upstream, scenario, most
+):
+    case, template = CASES[scenario], tmp_path / "template"
     await case.prepare(template, upstream)
     whole = await _run(runner, upstream, scenario, template, 0, torn=False)
     assert (whole.status, whole.marks[-1]) == (0, "ended"), whole.marks

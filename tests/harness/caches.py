@@ -98,31 +98,19 @@ async def working(
 ) -> AsyncIterator[Worker]:
     """`tables` are settings of single upstreams, in the order of `upstreams`."""
     own = dict(enumerate(tables))
-    settings = Settings.model_validate(
-        {
-            "cache": {"directory": str(root), "min_free": 0, **sections.get("cache", {})},
-            "upstream": [
-                {"url": url, "name": f"u{number}", "priority": number, **sections.get("each", {})}
-                | own.get(number, {})
-                for number, url in enumerate(upstreams)
-            ],
-            "wan": {"rate": "0"},
-            "fill": sections.get("fill", {}),
-            "catalog": sections.get("catalog", {}),
-            "rules": sections.get("rules", {}),
-        }
-    )
+    each = sections.pop("each", {})
+    sections["cache"] = {"directory": str(root), "min_free": 0, **sections.get("cache", {})}
+    rows = [
+        {"url": url, "name": f"u{number}", "priority": number, **each, **own.get(number, {})}
+        for number, url in enumerate(upstreams)
+    ]
+    settings = Settings.model_validate({**sections, "upstream": rows, "wan": {"rate": "0"}})
     store = Store(root)
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
     counters = Counters.private(names)
-    wan = Wan(
-        memoryview(bytearray(16)).cast("Q"),
-        0,
-        Turns.alone(),
-        lambda: settings.wan.rate,
-        store.run / "wan.lock",
-    )
+    words = memoryview(bytearray(16)).cast("Q")
+    wan = Wan(words, 0, Turns.alone(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
     promised = [0]

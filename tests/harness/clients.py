@@ -1,7 +1,7 @@
 """Clients over raw sockets: one connection under byte-exact control. Never retries, never follows."""
 
-import contextlib
 import json
+import select
 import socket
 from dataclasses import dataclass, field
 from typing import Self
@@ -50,6 +50,20 @@ def address_of(url: str) -> tuple[str, int]:
     assert parts.hostname is not None
     assert parts.port is not None
     return parts.hostname, parts.port
+
+
+def request_text(
+    target: str, fields: dict[str, str], method: str = "GET", version: str = "HTTP/1.1"
+) -> bytes:
+    lines = [f"{method} {target} {version}", *(f"{name}: {value}" for name, value in fields.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def parsed_head(text: bytes) -> Response:
+    status_line, *lines = text.decode("latin-1").split("\r\n")
+    version, status, reason = (*status_line.split(" ", 2), "")[:3]
+    fields = [(name.strip().lower(), value.strip()) for name, _, value in (x.partition(":") for x in lines)]
+    return Response(version, int(status), reason, fields)
 
 
 class RawConnection:
@@ -102,8 +116,7 @@ class RawConnection:
     ) -> None:
         """Send one request, Host included unless given."""
         fields = {"Host": f"{self.address[0]}:{self.address[1]}", **(headers or {})}
-        lines = [f"{method} {target} {version}", *(f"{name}: {value}" for name, value in fields.items())]
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        self.send(request_text(target, fields, method, version))
 
     def half_close(self) -> None:
         """Nothing more will be sent from here; answers are still read."""
@@ -132,14 +145,9 @@ class RawConnection:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if not self._more():
                 raise Ended(bytes(self._buffer), reset=self._reset)
-        text = bytes(self._buffer[:end]).decode("latin-1")
+        response = parsed_head(bytes(self._buffer[:end]))
         del self._buffer[: end + 4]
-        status_line, *lines = text.split("\r\n")
-        version, status, reason = (*status_line.split(" ", 2), "")[:3]
-        fields = [
-            (name.strip().lower(), value.strip()) for name, _, value in (x.partition(":") for x in lines)
-        ]
-        return Response(version, int(status), reason, fields)
+        return response
 
     def response(self, method: str = "GET") -> Response:
         """The next final response with its body. A cut body is told by `complete`."""
@@ -225,16 +233,7 @@ class RawConnection:
         """Whether nothing arrives (not even the end) for that long: to show that gup waits."""
         if self._buffer or self._ended:
             return False
-        before = self._socket.gettimeout()
-        self._socket.settimeout(seconds)
-        try:
-            self._more()
-        except TimeoutError:
-            return True
-        finally:
-            with contextlib.suppress(OSError):
-                self._socket.settimeout(before)
-        return False
+        return not select.select([self._socket], [], [], seconds)[0]
 
     @property
     def was_reset(self) -> bool:

@@ -33,6 +33,12 @@ class At:
         pass
 
 
+class Unknown(At):
+    """Whether it is a gup is not known."""
+
+    table = MappingProxyType({"kind": "manager"})
+
+
 def chain(serve):
     """The upstream, and the top, the middle and the bottom."""
     top, upstream = serve(folder="top", each=QUICK, site={"name": "top"})
@@ -127,19 +133,11 @@ def test_ages_of_index_files_add_up(serve, told, least):
 
 def circle(serve, neighbour: type = At, **settings):
     """Two whose upstream is the other one."""
-    ports = free_port(), free_port()
-    return [
-        serve(
-            folder=name,
-            before=neighbour(there),
-            bind=f"127.0.0.1:{here}",
-            workers=1,
-            each=QUICK,
-            site={"name": name},
-            **settings,
-        )[0]
-        for name, here, there in (("a", *ports), ("b", *reversed(ports)))
-    ]
+    ports, gups = (free_port(), free_port()), []
+    for name, here, there in (("a", *ports), ("b", *reversed(ports))):
+        how = {"folder": name, "before": neighbour(there), "bind": f"127.0.0.1:{here}", "workers": 1}
+        gups.append(serve(**how, each=QUICK, site={"name": name}, **settings)[0])
+    return gups
 
 
 def all_ask(gups, path: str) -> tuple[set[int], float]:
@@ -165,10 +163,6 @@ def test_a_circle_of_two_ends_at_once_at_both(serve):
         assert seconds < 4
 
 
-class Unknown(At):
-    table = MappingProxyType({"kind": "manager"})
-
-
 @pytest.mark.parametrize("neighbour", [At, Unknown])
 def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, neighbour):
     """At their first start neither knows the other's name, and either's fill waits for the other's answer."""
@@ -192,16 +186,11 @@ def test_neighbours_that_help_each_other_ask_no_circle(serve):
     """Each has the manager first and the other second; with the manager gone nothing goes round."""
     ports = free_port(), free_port()
     each = {"connect_timeout": "5s", "read_timeout": "5s"}
-    one, manager = serve(
-        {DELTA: noise("d", 100_000)},
-        folder="a",
-        bind=f"127.0.0.1:{ports[0]}",
-        behind=[At(ports[1])],
-        each=each,
-    )
-    two, _ = serve(
-        folder="b", before=At(manager.port), bind=f"127.0.0.1:{ports[1]}", behind=[At(ports[0])], each=each
-    )
+    binds, neighbours = [f"127.0.0.1:{port}" for port in ports], [[At(port)] for port in reversed(ports)]
+    answers = {DELTA: noise("d", 100_000)}
+    one, manager = serve(answers, folder="a", bind=binds[0], behind=neighbours[0], each=each)
+    above = Unknown(manager.port)
+    two, _ = serve(folder="b", before=above, bind=binds[1], behind=neighbours[1], each=each)
     one.serves(DELTA, noise("d", 100_000))
     one.wait_stored(DELTA)
     manager.stop()

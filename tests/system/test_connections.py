@@ -37,7 +37,10 @@ def test_a_pause_longer_than_read_timeout_is_no_failure(serve, tmp_path, rate, p
     tree, number = Tree(tmp_path / "tree"), 0
     tree.root.mkdir()
     gup, _ = serve(
-        before=Nginx(tree, tmp_path / "nginx"), each={"read_timeout": read_timeout}, wan={"rate": rate}
+        before=Nginx(tree, tmp_path / "nginx"),
+        workers=1,
+        each={"read_timeout": read_timeout},
+        wan={"rate": rate},
     )
     for pause in pauses:
         for size in sizes:
@@ -53,7 +56,9 @@ def test_a_client_that_pauses_is_not_upstreams_silence(serve):
     """The body is passed through at the client's pace: it stops for longer than read_timeout."""
     body = noise("pass", 8_000_000)
     upstream = RawUpstream(lambda talk: talk.send(ok(body)))
-    gup, _ = serve(before=upstream, each=EACH | {"read_timeout": "500ms"}, cache={"max_size": "1MB"})
+    gup, _ = serve(
+        before=upstream, workers=1, each=EACH | {"read_timeout": "500ms"}, cache={"max_size": "1MB"}
+    )
     client, response = gup.begin(path_of(1), 100_000)
     time.sleep(1.0)  # the case itself
     assert client.finish(response).body == body
@@ -67,7 +72,7 @@ def test_strays_of_one_key_are_never_anothers_body(serve):
         talk.pause(0.02)
         talk.send(ok(b"stray of " + talk.path.encode()))
 
-    gup, _ = serve(before=RawUpstream(answer), each=EACH)
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=EACH)
     for number in range(30):
         asked = gup.get(path_of(number))
         assert (asked.status, asked.body.split(b"/")[-2:]) == (200, path_of(number).encode().split(b"/")[-2:])
@@ -81,7 +86,7 @@ def test_an_upstream_that_closes_each_reused_connection_is_up(serve):
             raise Over
         talk.send(ok(talk.path.encode()))
 
-    gup, _ = serve(before=RawUpstream(answer), each=EACH)
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=EACH)
     assert {gup.get(path_of(number)).status for number in range(20)} == {200}
     metrics = gup.metrics()
     assert metrics("gup_upstream_requests_total", outcome="ok") == 20
@@ -96,7 +101,7 @@ def test_an_unsure_end_is_passed_on_as_one_and_told(serve):
         talk.send(b"HTTP/1.0 200 OK\r\n\r\n" + (bodies[talk.path[-3:]] if talk.method == "GET" else b""))
         raise Over
 
-    gup, _ = serve(before=RawUpstream(answer), each=EACH)
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=EACH)
     for number, file in enumerate((DELTA, "full.dax", "full.zip")):
         for version in ("HTTP/1.1", "HTTP/1.0"):
             path = path_of(2 * number + (version == "HTTP/1.0"), file)
@@ -127,7 +132,7 @@ def test_a_trickle_gives_its_place_to_others(serve):
             talk.pause(0.1)
 
     each = EACH | {"read_timeout": "500ms", "min_rate": "1kB/s"}
-    gup, _ = serve(before=RawUpstream(answer), each=each, fill={"max": 1, "queue_timeout": "20s"})
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=each, fill={"max": 1, "queue_timeout": "20s"})
     client, _ = gup.begin(path_of(1, "full.zip"))
     began = time.monotonic()
     gup.serves(path_of(2), b"another full")
@@ -137,7 +142,7 @@ def test_a_trickle_gives_its_place_to_others(serve):
 
 def test_odd_bytes_in_a_head_are_no_error(serve):
     lines = ('ETag: "\xff"', "Content-Type: \xe9/x", "Last-Modified: \xff yesterday")
-    gup, _ = serve(before=RawUpstream(lambda talk: talk.send(ok(b"fine", *lines))), each=EACH)
+    gup, _ = serve(before=RawUpstream(lambda talk: talk.send(ok(b"fine", *lines))), workers=1, each=EACH)
     for _ in range(2):
         response = gup.serves(path_of(1), b"fine")
         assert response.header("content-type") == "application/octet-stream"
@@ -158,7 +163,7 @@ def test_what_is_no_http_or_never_ends_is_told_in_bounds(serve):
         raise Over
 
     each = EACH | {"first_byte_timeout": "700ms", "give_up": "1s"}
-    gup, _ = serve(before=RawUpstream(answer), each=each)
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=each)
     document = assert_problem(gup.get(path_of(1)), 502)
     assert len(json.dumps(document)) < 4000
     gup.wait_log("broke HTTP")
@@ -175,5 +180,5 @@ def test_a_manager_that_builds_for_long_delivers(serve):
         talk.pause(1.2)
         talk.send(ok(b"a delta"))
 
-    gup, _ = serve(before=RawUpstream(answer), each=EACH | {"read_timeout": "500ms"})
+    gup, _ = serve(before=RawUpstream(answer), workers=1, each=EACH | {"read_timeout": "500ms"})
     gup.serves(path_of(1, DELTA), b"a delta")

@@ -44,7 +44,7 @@ def until_evicted(gup: Gup, gone, what: str) -> None:
 
 def test_max_size_holds_under_load_and_the_pinned_stays(serve):
     limit = 8 * MB
-    gup, upstream = serve(cache={"max_size": limit})
+    gup, upstream = serve(workers=1, cache={"max_size": limit})
     pinned, *others = DELTAS[:25]
     fill(gup, upstream, pinned)
     gup.wait_metric(1, "gup_cache_entries")
@@ -69,7 +69,7 @@ def test_max_size_holds_under_load_and_the_pinned_stays(serve):
 
 
 def test_the_least_recently_used_goes_first(serve):
-    gup, upstream = serve(cache={"max_size": 5 * MB})
+    gup, upstream = serve(workers=1, cache={"max_size": 5 * MB})
     fill(gup, upstream, *DELTAS[:4])
 
     def used_at() -> float:
@@ -88,7 +88,7 @@ def test_the_least_recently_used_goes_first(serve):
 @pytest.mark.parametrize(("cache", "times"), [({"min_free": "4000000GB"}, 3), ({"max_size": "1MB"}, 1)])
 def test_what_can_not_be_kept_is_passed_through(serve, cache, times):
     body = zip_of("no room", 3 * MB)
-    gup, _ = serve({BIG: body}, cache=cache)
+    gup, _ = serve({BIG: body}, workers=1, cache=cache)
     for _ in range(times):
         gup.serves(BIG, body)
     until_evicted(gup, lambda: on_disk(gup) == 0, "nothing is kept")
@@ -98,7 +98,7 @@ def test_what_can_not_be_kept_is_passed_through(serve, cache, times):
 
 
 def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(serve):
-    gup, upstream = serve(cache={"max_unused": "1s"})
+    gup, upstream = serve(workers=1, cache={"max_unused": "1s"})
     began = time.monotonic()
     fill(gup, upstream, DELTA, BIG)
     gup.wait_metric(2, "gup_cache_entries")
@@ -114,7 +114,7 @@ def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(serve):
 
 def test_keep_revisions_keeps_the_newest(serve):
     revisions = [f"26080{n}001" for n in range(1, 7)]
-    gup, upstream = serve({INDEX: CONTENT_INFO}, cache={"keep_revisions": 2})
+    gup, upstream = serve({INDEX: CONTENT_INFO}, workers=1, cache={"keep_revisions": 2})
     gup.get(INDEX)
     for number in (3, 0, 5, 1, 4, 2):
         path = content_path("full.zip", MONIKER, revisions[number])
