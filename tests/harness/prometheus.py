@@ -1,4 +1,4 @@
-"""A real Prometheus with the configuration of deploy/, scraping every 2 s; asked over its own API."""
+"""A real Prometheus with the configuration of deploy/, scraping every second; asked over its own API."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ class Prometheus:
         command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={self._url[7:]}"]
         shutil.copytree(DEPLOY / "prometheus", folder)
         config = yaml.safe_load((folder / "prometheus.yml").read_text())
-        config["global"] |= {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s"}
+        config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         rows = [
             {"targets": [f"{host}:{port}"], "labels": {"site": site}}

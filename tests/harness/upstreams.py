@@ -123,3 +123,16 @@ def same(one: str, other: str) -> bool:
 def _nginx_row(line: str) -> Logged:
     method, path, status, size, range_, ended, took = line.split("|")
     return Logged(method, path, int(status), int(size), range_.removeprefix("-"), float(ended), float(took))
+
+
+class Elsewhere:
+    """What a service stands before and nobody starts here: another gup, or nothing. `table`: its settings."""
+
+    def __init__(self, port: int, **table: str) -> None:
+        self.port, self.url, self.table = port, f"http://127.0.0.1:{port}", table
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was started."""

@@ -1,7 +1,6 @@
 """Chains of gups: three in a row, one request at the top, a middle that dies; circles that end at once."""
 
 import time
-from types import MappingProxyType
 
 import pytest
 from harness.clients import assert_problem
@@ -9,6 +8,7 @@ from harness.processes import free_port
 from harness.scripted import Answer, Gate
 from harness.swarm import End, body_digest
 from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
+from harness.upstreams import Elsewhere
 from harness.waiting import until
 
 LENGTH = 6_000_000
@@ -18,34 +18,13 @@ QUICK = {"connect_timeout": "5s", "read_timeout": "5s", "give_up": "30s"}
 MISSING = "/content/none.txt"
 
 
-class At:
-    """What stands before a gup, by its port: another gup, which need not be there yet."""
-
-    table = MappingProxyType({"kind": "gup"})
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class Unknown(At):
-    """Whether it is a gup is not known."""
-
-    table = MappingProxyType({"kind": "manager"})
-
-
 def chain(serve):
     """The upstream, and the top, the middle and the bottom."""
     top, upstream = serve(folder="top", each=QUICK, site={"name": "top"})
     gups = [top]
     for name in ("middle", "bottom"):
         bind = f"127.0.0.1:{free_port()}"  # on a port of its own, to come back there
-        before = At(gups[-1].data[1])
+        before = Elsewhere(gups[-1].data[1], kind="gup")
         gups.append(serve(folder=name, before=before, each=QUICK, bind=bind, site={"name": name})[0])
     return upstream, *gups
 
@@ -131,11 +110,16 @@ def test_ages_of_index_files_add_up(serve, told, least):
 # --- circles
 
 
-def circle(serve, neighbour: type = At, **settings):
+def circle(serve, kind: str = "gup", **settings):
     """Two whose upstream is the other one."""
     ports, gups = (free_port(), free_port()), []
     for name, here, there in (("a", *ports), ("b", *reversed(ports))):
-        how = {"folder": name, "before": neighbour(there), "bind": f"127.0.0.1:{here}", "workers": 1}
+        how = {
+            "folder": name,
+            "before": Elsewhere(there, kind=kind),
+            "bind": f"127.0.0.1:{here}",
+            "workers": 1,
+        }
         gups.append(serve(**how, each=QUICK, site={"name": name}, **settings)[0])
     return gups
 
@@ -163,10 +147,10 @@ def test_a_circle_of_two_ends_at_once_at_both(serve):
         assert seconds < 4
 
 
-@pytest.mark.parametrize("neighbour", [At, Unknown])
-def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, neighbour):
+@pytest.mark.parametrize("kind", ["gup", "manager"])
+def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, kind):
     """At their first start neither knows the other's name, and either's fill waits for the other's answer."""
-    gups = circle(serve, neighbour, catalog={})
+    gups = circle(serve, kind, catalog={})
     for gup in gups:  # the first one's catalogue was asked for before the other was there
         until(lambda g=gup: g.upstream()["up"], "the other is seen")
     for path in (DELTA, BIG, "/content/circle.txt"):
@@ -177,7 +161,7 @@ def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, neighbo
 
 def test_a_gup_that_is_its_own_upstream(serve):
     port = free_port()
-    gup, _ = serve(before=At(port), bind=f"127.0.0.1:{port}", workers=1, each=QUICK)
+    gup, _ = serve(before=Elsewhere(port, kind="gup"), bind=f"127.0.0.1:{port}", workers=1, each=QUICK)
     assert_problem(gup.get(DELTA), 508, "loop")
     assert gup.metric("gup_requests_total", result="refused", code="508") >= 1
 
@@ -186,10 +170,13 @@ def test_neighbours_that_help_each_other_ask_no_circle(serve):
     """Each has the manager first and the other second; with the manager gone nothing goes round."""
     ports = free_port(), free_port()
     each = {"connect_timeout": "5s", "read_timeout": "5s"}
-    binds, neighbours = [f"127.0.0.1:{port}" for port in ports], [[At(port)] for port in reversed(ports)]
+    binds, neighbours = (
+        [f"127.0.0.1:{port}" for port in ports],
+        [[Elsewhere(port, kind="gup")] for port in reversed(ports)],
+    )
     answers = {DELTA: noise("d", 100_000)}
     one, manager = serve(answers, folder="a", bind=binds[0], behind=neighbours[0], each=each)
-    above = Unknown(manager.port)
+    above = Elsewhere(manager.port)
     two, _ = serve(folder="b", before=above, bind=binds[1], behind=neighbours[1], each=each)
     one.serves(DELTA, noise("d", 100_000))
     one.wait_stored(DELTA)

@@ -11,6 +11,7 @@ from harness.clients import assert_problem, fetch
 from harness.processes import free_port
 from harness.scripted import Answer, ScriptedUpstream
 from harness.trees import BIG, DELTA, content_path, noise, zip_of
+from harness.upstreams import Elsewhere
 from harness.waiting import until
 
 QUICK = {"connect_timeout": "1s", "read_timeout": "2s", "health_interval": "0s"}
@@ -20,19 +21,6 @@ OTHERS = 100
 
 def path_of(number: int, file: str = "full.dax") -> str:
     return content_path(file, revision=f"26{number:03}001")
-
-
-class Absent:
-    """Nobody listens there yet, or nobody takes a connection."""
-
-    def __init__(self, port: int) -> None:
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def busy(seconds: int, status: int = 503) -> Answer:
@@ -84,7 +72,7 @@ def test_one_client_s_failing_names_take_the_upstream_from_nobody(serve):
 
 
 def test_a_refused_connection_answers_everybody_at_once_and_is_tried_again_soon(serve):
-    gone = Absent(free_port())
+    gone = Elsewhere(free_port())
     gup, _ = serve(before=gone, each=QUICK)
     assert_problem(gup.get(DELTA), 502, "upstream-unreachable")
     row = gup.upstream()
@@ -115,8 +103,10 @@ def test_the_controller_finds_a_dead_upstream_before_any_request_does(serve):
     """Checks alone tell, and the state with its last error is shown; the second is asked at once."""
     with ScriptedUpstream() as second:
         second.answer(DELTA, noise("d", 1000))
-        gone = Absent(free_port())
-        gup, _ = serve(before=gone, behind=[Absent(second.port)], each=QUICK | {"health_interval": "300ms"})
+        gone = Elsewhere(free_port())
+        gup, _ = serve(
+            before=gone, behind=[Elsewhere(second.port)], each=QUICK | {"health_interval": "300ms"}
+        )
         until(lambda: gup.upstream("u0")["state"] == "down", "checked and found down")
         until(lambda: "can't be reached" in (gup.upstream("u0")["last_error"] or ""), "the error")
         tried = gup.metric("gup_upstream_requests_total", upstream="u0")
@@ -136,7 +126,7 @@ def black_hole():
         for one in held:
             one.setblocking(False)
             one.connect_ex(full.getsockname())
-        yield Absent(full.getsockname()[1])
+        yield Elsewhere(full.getsockname()[1])
         for one in held:
             one.close()
 
@@ -164,7 +154,7 @@ def test_half_a_part_and_nobody_there_is_told_in_time_and_the_part_is_kept(serve
     gup.kill()
     (part,) = gup.parts()
     with black_hole() as hole:
-        gone = hole if way == "black hole" else Absent(free_port())
+        gone = hole if way == "black hole" else Elsewhere(free_port())
         with serve(before=gone, each=QUICK)[0] as again:
             for _ in range(2):
                 began = time.monotonic()
@@ -174,7 +164,7 @@ def test_half_a_part_and_nobody_there_is_told_in_time_and_the_part_is_kept(serve
                 assert time.monotonic() - began < 4
             assert list(again.parts()) == [part]
     upstream.answer(FULL, Answer(body, etag='"h"'))
-    serve(before=Absent(upstream.port), each=QUICK)[0].serves(FULL, body)
+    serve(before=Elsewhere(upstream.port), each=QUICK)[0].serves(FULL, body)
     assert upstream.requests(FULL)[-1].status == 206
 
 
