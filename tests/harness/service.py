@@ -347,10 +347,14 @@ class Gup:
         until(lambda: text in self.log, f"{text!r} is logged", timeout_seconds)
 
     def wait_stored(self, *paths: str, timeout_seconds: float = 30.0) -> None:
-        """Until bodies with these file names are committed with their records."""
+        """Until bodies with these file names are committed: the record is there before its body is."""
         root = self.cache_dir / "content"
+
+        def there(name: str) -> bool:
+            return any(record.with_name(name).exists() for record in root.rglob(f".{name}.gup"))
+
         for name in map(name_of, paths):
-            until(lambda name=name: list(root.rglob(f".{name}.gup")), f"{name} is committed", timeout_seconds)
+            until(lambda name=name: there(name), f"{name} is committed", timeout_seconds)
 
     def parts(self) -> dict[str, int]:
         return {path.name: size for path, size in _sizes(self.cache_dir / "partial", ".part")}
