@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from harness.deployed import DEPLOY, load
-from harness.processes import needs
+from harness.processes import needs, needs_root
 from harness.service import Gup
 from harness.trees import DELTA, make_tree
 from harness.upstreams import Nginx
@@ -24,6 +24,7 @@ exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
+    needs_root()
     unshare = [needs("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
 
     class Confined(Gup):

@@ -10,19 +10,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from harness.certificates import NEW_KEY
 from harness.commands import command, started
+from harness.processes import needs
 from harness.service import Gup, toml
 from harness.waiting import until
 
 
 def certificate(folder: Path, name: str) -> None:
     """A certificate of its own for 127.0.0.1 and its key, in the files that the settings name."""
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", folder / "key.pem", "-out", folder / "cert.pem", "-days", "2", "-subj", f"/CN={name}",
-         "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
+    files = ("-keyout", folder / "key.pem", "-out", folder / "cert.pem")
+    names = ("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run([needs("openssl"), *NEW_KEY, *files, *names], check=True, capture_output=True, timeout=30)
 
 
 def ask(gup: Gup, cert: Path, method: str, path: str, token: str = "", **headers: str) -> int:
