@@ -10,6 +10,7 @@ from typing import Self
 import psutil
 import pytest
 from harness.probe import probing
+from harness.processes import needs_root
 from harness.swarm import End, body_digest
 from harness.trees import content_path, noise
 from harness.waiting import until
@@ -93,6 +94,7 @@ class Nuisances:
     ],
 )
 def test_bad_clients_slow_nobody(serve, each, seconds, figures):
+    needs_root()  # to let connections vanish
     warm, cold = noise("warm", 20 * MB), noise("cold", 20 * MB)
     gup, upstream = serve(
         {HIT: noise("hit", 4096), WARM: warm, COLD: cold},
