@@ -186,7 +186,7 @@ class Cache:
         self._entries.drop(entry)
         flight = self._flights.get(entry.key)
         if flight is not None:
-            await self._joined(flight)
+            await self._joined(flight, None)
             self._waiter_left()
         elif (failure := self._failures.get(entry.key)) is not None:
             raise failure
