@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gup.content.key import Kind
+from gup.content.key import ContentKey, Kind
 from gup.control.alarm_collector import AlarmCollector
 from gup.control.api.status import status
 from gup.control.index import Row
@@ -26,14 +26,13 @@ def row(number: int) -> Row:
 async def plane(world):
     """A plane that knows all of it, with a storm that stands."""
     world.now = 3_000_000.0
-    made = ControlState(world.surroundings(world.sender), lambda: world.now)
+    made = ControlState(world.surroundings(), lambda: world.now)
     for number in range(ROWS):
         made.index.put(row(number))
     for number in range(CLIENTS):
         made.clients.see([f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"], world.now - number)
     stream = ("any", "any", MONIKERS[0])
-    for _ in range(50):
-        made.traffic.storms.count(stream, Kind.FULL, row(0).key, 1, world.now)
+    made.traffic.sent(ContentKey(*stream, "260000000", "full.zip"), 50)
     yield made
     made.index._dirty.clear()
     await made.database.stop()
@@ -54,7 +53,7 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     plane.index.rows = Untouched(plane.index.rows)
     watch = AlarmCollector(plane)
     await watch.look()
-    (storm,) = plane.traffic.standing_storms()
+    (storm,) = plane.traffic.storms()
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
     await plane.figures()

@@ -72,7 +72,7 @@ async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
     for key in (filled.key, under_way):
         assert world.claims.try_claim(key.claim_offset)
     async with world.running() as control:
-        await control.apply(limited(world.settings, max_size=0))
+        await world.apply(control, limited(world.settings, max_size=0))
         async with browser.post(world.url + "/api/v1/evict") as answer:
             assert answer.status == 200
         await world.until(lambda: set(control.state.index.rows) == {pinned.key.text, filled.key.text})
