@@ -332,7 +332,8 @@ def _is_of_another(part: Part, store: Store) -> bool:
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
+            await event.wait()
 
 
 JUMP_SECONDS = 3600.0

@@ -273,7 +273,8 @@ class Revisions:
                 continue
             self._streams[stored.stream] = stored
         for stream, new in newer.items():
-            old = self._streams.met(stream)
+            if (old := self._streams.met(stream)) is new:
+                continue
             for revision, at in new.seen.items():
                 old.see(revision, at)
             old.moniker, old.folder = new.moniker or old.moniker, new.folder or old.folder
@@ -435,7 +436,8 @@ class Prefetcher:
             item = self.queue.due(LANES[lane], self._clock())
             if item is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news[lane].wait(), _LOOK_SECONDS)
+                    async with asyncio.timeout(_LOOK_SECONDS):
+                        await self._news[lane].wait()
             elif self._dependencies.link_idle() or item.key.text in self._index.rows:
                 await self._one(item)
             else:

@@ -193,7 +193,7 @@ class World:
     async def apply(self, control: Control, settings: Settings) -> None:
         """What the controller process does with reloaded settings."""
         self.settings = settings
-        await world.apply(control, settings)
+        await control.apply(settings)
 
     @asynccontextmanager
     async def running(self, *, complete: bool = True) -> AsyncIterator[Control]:

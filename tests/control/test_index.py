@@ -4,6 +4,7 @@ import pickle
 import random
 import sqlite3
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -126,53 +127,32 @@ async def test_a_damaged_index_is_replaced_and_counted(opened, tmp_path, harm):
     assert set(again.rows) == {row("new").key}
 
 
-def change(folder, statement, *values):
-    with sqlite3.connect(folder / "cache.db") as database:
-        database.execute(statement, values)
-    database.close()
-
-
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit('unpickled')",)
 
 
-async def test_a_planted_pickle_is_damage_and_never_loaded(opened, tmp_path):
+PICKLE = pickle.dumps(Bomb())
+IS_ROW = "WHERE key LIKE 'entry:%'"
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ("UPDATE Cache SET mode = 4, value = ?", [PICKLE]),
+        (f"UPDATE Cache SET raw = 0, key = ? {IS_ROW}", [PICKLE]),
+        *((f"UPDATE Cache SET value = ? {IS_ROW}", [text]) for text in ("{", "[]", '{"key": "a/b/c/d/e"}')),
+        (f"UPDATE Cache SET key = 'entry:a/b/c/d/e' {IS_ROW}", []),
+        ("UPDATE Cache SET value = '99' WHERE key = 'about:format'", []),
+    ],
+    ids=["pickled value", "pickled key", "no JSON", "no row", "half a row", "another key", "another format"],
+)
+async def test_a_changed_file_is_damage_and_no_pickle_is_ever_loaded(opened, tmp_path, change, values):
     await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET mode = 4, value = ?", pickle.dumps(Bomb()))
-    index, damage = await opened()
-    assert (index.rows, damage.times) == ({}, 1)
-
-
-async def test_a_planted_pickled_key_is_damage_and_never_loaded(opened, tmp_path):
-    await closed_with(opened, row())
-    change(
-        tmp_path / "index", "UPDATE Cache SET raw = 0, key = ? WHERE key LIKE 'entry:%'", pickle.dumps(Bomb())
-    )
-    index, damage = await opened()
-    assert (index.rows, damage.times) == ({}, 1)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '"x"', "null", '{"key": "a/b/c/d/e"}'])
-async def test_a_changed_row_is_damage(opened, tmp_path, text):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET value = ? WHERE key LIKE 'entry:%'", text)
+    with closing(sqlite3.connect(tmp_path / "index" / "cache.db", isolation_level=None)) as database:
+        database.execute(change, values)
     index, damage = await opened()
     assert (index.rows, index.complete, damage.times) == ({}, False, 1)
-
-
-async def test_a_row_under_another_key_is_damage(opened, tmp_path):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET key = 'entry:a/b/c/d/e' WHERE key LIKE 'entry:%'")
-    _, damage = await opened()
-    assert damage.times == 1
-
-
-async def test_another_format_is_refused(opened, tmp_path):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET value = '99' WHERE key = 'about:format'")
-    index, damage = await opened()
-    assert (index.complete, damage.times) == (False, 1)
 
 
 async def test_nothing_on_disk_is_a_pickle(opened, tmp_path):

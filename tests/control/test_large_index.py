@@ -11,13 +11,13 @@ from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
 
-ROWS, CLIENTS = 100_000, 20_000
+ROWS, CLIENTS = 20_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
 
 
 def row(number: int) -> Row:
-    stream, revision = MONIKERS[number % 50], f"26{number // 2500:07d}"
-    file = f"xdelta{number % 2500:09d}_To_{revision}.dax"
+    stream, revision = MONIKERS[number % 50], f"26{number // 500:07d}"
+    file = f"xdelta{number % 500:09d}_To_{revision}.dax"
     key = f"any/any/{stream}/{revision}/{file}"
     return Row(key, "any", "any", stream, revision, file, Kind.DELTA, 1000, 1.0, 1.0 + number)
 

@@ -34,7 +34,7 @@ def test_a_row_survives_json():
     assert read_row(row_text(ROW)) == ROW
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.sampled_from(list(FIELDS)), anything)
 def test_a_row_of_the_index_is_a_row_or_invalid(name, value):
     try:
@@ -44,7 +44,7 @@ def test_a_row_of_the_index_is_a_row_or_invalid(name, value):
     assert read_row(row_text(read)) == read
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(anything)
 def test_what_was_noted_is_taken_back_or_left_out(value):
     assert isinstance(read_pass(value), Pass)
