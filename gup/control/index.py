@@ -140,8 +140,8 @@ ORDERS: dict[str, Callable[[Row], float]] = {
     "hits": lambda row: row.hits,
 }
 """The orders that rows are listed in, with their sort keys."""
-ROWS_AT_ONCE = 1000
-"""A loop over all rows yields to other tasks after so many."""
+ROWS_AT_ONCE = 200
+"""A loop over all rows yields to other tasks after so many: some 8 ms."""
 
 
 @dataclass(slots=True)
