@@ -27,7 +27,7 @@ class LatestStreams(OrderedDict[Stream, _Known], Generic[_Known]):
     def met(self, stream: Stream) -> _Known:
         """What is known of a stream that is met now."""
         known = self[stream] = self.pop(stream) if stream in self else self._make()
-        if len(self) > MAX_STREAMS:
+        while len(self) > MAX_STREAMS:
             self.popitem(last=False)
         return known
 
