@@ -57,7 +57,7 @@ async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
         await purge_all(browser, world, control)
         assert world.worker_claims.try_claim(held.key.claim_offset)
         limited = world.settings.cache.model_copy(update={"max_size": 500_000})
-        await control.apply(Settings.model_copy(world.settings, update={"cache": limited}))
+        await world.apply(control, Settings.model_copy(world.settings, update={"cache": limited}))
         _, told = await imported(browser, world, text)
         assert {row["why"].split(" (")[0].split(",")[0] for row in told["refused"]} == {
             "cache.max_size",

@@ -12,6 +12,8 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp  # noqa: F401 - imported late otherwise, in each run
 from harness.caches import Cut, Worker, path_of, read, route, working
@@ -78,22 +80,23 @@ async def unmended(_key: ContentKey, _counted: bool) -> Problem | None:
 async def space_of(worker: Worker, max_size: int) -> Evictor:
     """The controller's eviction over what is in the store."""
     means = worker.means
-    index = Index(means.store.index, lambda: None)
-    await reconcile(index, means.store, means.claims, means.counters, unmended, time.time())
-    limits = CacheSettings(
+    cache = CacheSettings(
         directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0
     )
-    return Evictor(
-        means.store,
-        means.claims,
-        means.counters,
-        index,
-        limits,
+    dependencies: Any = SimpleNamespace(
+        settings=lambda: SimpleNamespace(cache=cache),
+        store=means.store,
+        claims=means.claims,
+        counters=means.counters,
+        mend=unmended,
         raise_store_epoch=means.raise_store_epoch,
         set_store_bytes=lambda _: None,
         promised_bytes=lambda: 0,
-        now=lambda _uses: time.time(),
+        drop_memory=lambda _key: 0,
     )
+    index = Index(means.store.index, lambda: None, lambda _refusal: None)
+    await reconcile(dependencies, index, time.time())
+    return Evictor(dependencies, index, lambda _uses: time.time())
 
 
 async def _recover(worker: Worker, crash: Crash) -> None:

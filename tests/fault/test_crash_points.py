@@ -16,6 +16,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
@@ -278,12 +280,14 @@ async def _settle(worker: Worker) -> None:
     store, means = worker.means.store, worker.means
 
     async def look_over(now: float) -> Index:
-        index = Index(store.index, lambda: None)
-        await reconcile(index, store, means.claims, means.counters, mend, now)
+        index = Index(store.index, lambda: None, lambda _: None)
+        await reconcile(dependencies, index, now)
         return index
 
     def mend(key: ContentKey, counted: bool) -> Awaitable[Problem | None]:
         return worker.cache.mend(key, counted=counted)
+
+    dependencies: Any = SimpleNamespace(store=store, claims=means.claims, counters=means.counters, mend=mend)
 
     await look_over(time.time() + A_WHILE_SECONDS)
     ahead = 0.0
