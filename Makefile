@@ -28,17 +28,17 @@ imports: $(VENV)/.installed
 check: lint types imports
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 4 -m "not alone and not long"
+	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
 
 # All faults, the long and the random ones too; another SEED makes other random ones.
 fault: $(VENV)/.installed
-	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 -m "not alone" tests/fault
+	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not alone" tests/fault
 	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m alone tests/fault
 
 # The longer forms of what `make test` runs, faults aside.
 long: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 3 --ignore tests/fault -m "long and not alone"
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --ignore tests/fault -m "long and not alone"
 	$(BIN)/python -m pytest --ignore tests/fault -m "long and alone"
 
 # Everything at once against a model of what is right.

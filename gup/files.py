@@ -1,11 +1,10 @@
 """Files that settings and flags name: read whole, bounded, and what is wrong with one is said in words."""
 
-import os
 import ssl
-import stat
 from pathlib import Path
 
 from gup.errors import GupError
+from gup.fsutil import read_regular
 
 PEM_BYTES = 16 << 20
 """No bundle of certificates is larger; what the largest systems trust takes 0.3 MB."""
@@ -18,29 +17,11 @@ class FileError(GupError, ValueError):
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
-    """The file, or its first `most_bytes`. FileError unless it is a regular file that can be read.
-
-    A pipe or a device in its place does not block.
-    """
+    """The file, or its first `most_bytes`. FileError unless it is a regular file that can be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode):
-                raise FileError(f"{str(path)!r} can't be read: {_kind(mode)}")
-            pieces, left = [], most_bytes
-            while left > 0 and (piece := os.read(fd, left)):
-                pieces.append(piece)
-                left -= len(piece)
-        finally:
-            os.close(fd)
+        return read_regular(path, most_bytes)
     except OSError as error:
         raise FileError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
-    return b"".join(pieces)
-
-
-def _kind(mode: int) -> str:
-    return "Is a directory" if stat.S_ISDIR(mode) else "It is a pipe, a socket or a device"
 
 
 def trust(path: Path) -> ssl.SSLContext:

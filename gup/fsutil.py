@@ -1,15 +1,33 @@
-"""Files: replaced atomically, synced, locked by ranges of bytes."""
+"""Files: read bounded, replaced atomically, synced, locked by ranges of bytes."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import select
+import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+
+
+def read_regular(path: Path, most_bytes: int, flags: int = 0) -> bytes:
+    """A regular file, or its first `most_bytes`; OSError for all else. A pipe in its place does not block."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | flags)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "It is a pipe, a socket or a device")
+        return os.read(fd, most_bytes)
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, content: bytes | memoryview) -> None:
@@ -50,13 +68,19 @@ def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:
     return fd
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable (fsync(2)): a new file's, a renamed one's, a removed one's."""
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable (fsync(2)): a new file's, a renamed one's, a removed one's."""
+    with _opened(folder) as fd:
+        os.fsync(fd)
 
 
 def lock_range(fd: int, start: int, length: int = 1, *, wait: bool) -> None:
@@ -90,10 +114,7 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 def sync_file_system(folder: Path) -> None:
     """Write all that changed on a folder's file system to the disk (syncfs(2)). Blocks; OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(folder) as fd:
         if _LIBC.syncfs(ctypes.c_int(fd)) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-    finally:
-        os.close(fd)

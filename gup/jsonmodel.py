@@ -1,21 +1,25 @@
 """Reads JSON that others may have written: every value of its type and within bounds, or InvalidError.
 
 Records, states, archives and events are read with it. A text is bounded before it is parsed, so that none of
-them costs more memory than its model allows.
+them costs more memory than its model allows. pydantic checks the values; the types below do not convert.
 """
 
 import json
-import re
 from enum import Enum
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from gup.errors import GupError
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+
+from gup.errors import GupError, quoted
 
 MAX_INTEGER = 2**63 - 1
 MAX_TIME = 1e11
-"""Times are Unix seconds between minus and plus this."""
 _MOST_SHOWN = 60
 
+Count = Annotated[int, Strict(), Field(ge=0, le=MAX_INTEGER)]
+Time = Annotated[float, Strict(), Field(ge=-MAX_TIME, le=MAX_TIME, allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+_Model = TypeVar("_Model")
 _Enum = TypeVar("_Enum", bound=Enum)
 
 
@@ -30,15 +34,26 @@ def parse(text: bytes, model: str, most_bytes: int) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise InvalidError(f"{model}: not JSON: {_clipped(str(error))}") from error
+        raise InvalidError(f"{model}: not JSON: {quoted(str(error))[: 2 * _MOST_SHOWN]}") from error
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= 2 * _MOST_SHOWN else text[: 2 * _MOST_SHOWN] + "…"
+def read(model: TypeAdapter[_Model], value: object, name: str) -> _Model:
+    """`value` as the model; InvalidError, which begins with `name`, tells the first thing that is wrong."""
+    try:
+        return model.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"{quoted(str(part))[:_MOST_SHOWN]!r}: " for part in first["loc"])
+        why = quoted(first["msg"].removeprefix("Value error, "))[:200]
+        if first["type"] == "missing":
+            why = "it is missing"
+        elif first["type"] != "value_error":
+            why += f", not {shown(first['input'])}"
+        raise InvalidError(f"{name}: {where}{why}") from error
 
 
 def shown(value: object) -> str:
@@ -55,7 +70,7 @@ def shown(value: object) -> str:
 
 
 def plain_text(given: str, most: int) -> str:
-    """`given` as `text` takes it back: cut to so many characters, what UTF-8 can't encode as an escape."""
+    """`given` as a model takes it back: cut to so many characters, what UTF-8 can't encode as an escape."""
     return given.encode(errors="backslashreplace").decode()[:most]
 
 
@@ -74,21 +89,12 @@ def number(value: object, name: str, least: float, most: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-class Form(NamedTuple):
-    """What a text has to match, and how that is called."""
-
-    pattern: re.Pattern[str]
-    called: str
-
-
-def text(value: object, name: str, most: int, form: Form | None = None) -> str:
-    """A text of so many characters at most, of `form` if one is given, that UTF-8 can encode."""
+def text(value: object, name: str, most: int) -> str:
+    """A text of so many characters at most that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InvalidError(f"{name} must be a text, not {shown(value)}")
     if len(value) > most:
         raise InvalidError(f"{name} is {len(value)} characters long; {most} are allowed")
-    if form is not None and not form.pattern.fullmatch(value):
-        raise InvalidError(f"{name} is no {form.called}: {shown(value)}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InvalidError(f"{name} is no text that UTF-8 can encode: {shown(value)}")
     return value
@@ -121,18 +127,12 @@ class Members:
     def whole(self, name: str, least: int = 0, most: int = MAX_INTEGER) -> int:
         return whole(self[name], self._named(name), least, most)
 
-    def number(self, name: str, least: float, most: float) -> float:
-        return number(self[name], self._named(name), least, most)
-
     def time(self, name: str) -> float:
         """Unix seconds."""
         return number(self[name], self._named(name), -MAX_TIME, MAX_TIME)
 
-    def text(self, name: str, most: int, form: Form | None = None) -> str:
-        return text(self[name], self._named(name), most, form)
-
-    def text_or_none(self, name: str, most: int, form: Form | None = None) -> str | None:
-        return None if self[name] is None else self.text(name, most, form)
+    def text(self, name: str, most: int) -> str:
+        return text(self[name], self._named(name), most)
 
     def flag(self, name: str) -> bool:
         value = self[name]
@@ -147,10 +147,3 @@ class Members:
             if member.value == value:
                 return member
         raise InvalidError(f"{self._named(name)} is unknown: {shown(value)}")
-
-    def rows(self, name: str, most: int) -> list[Any]:
-        """An array of so many elements at most."""
-        value = self[name]
-        if not isinstance(value, list) or len(value) > most:
-            raise InvalidError(f"{self._named(name)} must be an array of at most {most}, not {shown(value)}")
-        return value

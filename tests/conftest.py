@@ -6,14 +6,21 @@ import gc
 import inspect
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
+from harness.processes import NEEDS
+from harness.scripted import Answer, ScriptedUpstream
+from harness.service import Gup
 from harness.waiting import until
+
+Answers = Mapping[str, Answer | bytes | Sequence[Answer | bytes]]
 
 _SETTLE_SECONDS = 3.0
 uvloop.new_event_loop().close()  # libuv opens one pipe a process, at its first loop, for good
@@ -104,3 +111,81 @@ def figures(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             sys.stdout.write(f"\n{line}\n")
 
     return show
+
+
+def _service(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    answers: Answers,
+    before: Any = None,
+    each: Mapping[str, Any] | None = None,
+    behind: Sequence[Any] = (),
+    settings: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> tuple[Gup, ScriptedUpstream]:
+    upstream = stack.enter_context(before or ScriptedUpstream())
+    for path, answer in answers.items():
+        upstream.answer(path, *([answer] if isinstance(answer, Answer | bytes) else answer))
+    urls, sections = [upstream.url], dict(settings or {})
+    if each is not None or behind:
+        all_ = [upstream, *map(stack.enter_context, behind)]
+        sections["upstream"] = [
+            {
+                "name": f"u{number}",
+                "url": one.url,
+                "priority": number,
+                **(each or {}),
+                **getattr(one, "table", {}),
+            }
+            for number, one in enumerate(all_)
+        ]
+        urls = []
+    return stack.enter_context(Gup(folder, urls, settings=sections, **how)), upstream
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[Gup, ScriptedUpstream]]]:
+    """`serve(answers, section={...})`: a started service, and the scripted upstream that it stands before.
+
+    `before` is another upstream instead. With `each` (settings of an upstream) or `behind` (more of them,
+    of lower priority) they stand in the file, as u0, u1, and so on; else it is a flag, which a reload keeps.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(answers: Answers | None = None, /, *, folder: str = "cache", **given: Any):
+            how = {name: given.pop(name) for name in _HOW if name in given}
+            return _service(stack, tmp_path / folder, answers or {}, settings=given, **how)
+
+        yield start
+
+
+_HOW = ("before", "each", "behind", "workers", "env", "bind", "admin", "start")
+
+
+@pytest.fixture(scope="module")
+def _shared(request, tmp_path_factory) -> Iterator[tuple[Gup, ScriptedUpstream]]:
+    given = dict(getattr(request.module, "SHARED", {}))
+    how = {name: given.pop(name) for name in _HOW if name in given}
+    how["each"] = {"health_interval": "0s", **how.get("each", {})}
+    with contextlib.ExitStack() as stack:
+        yield _service(stack, tmp_path_factory.mktemp("shared") / "cache", {}, settings=given, **how)
+
+
+@pytest.fixture
+def shared(_shared) -> Iterator[tuple[Gup, ScriptedUpstream]]:
+    """One service for all tests of a module, with its SHARED settings: they must not disturb each other."""
+    gup, upstream = _shared
+    yield gup, upstream
+    gup.close_clients()
+    upstream.hang_up()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Which tests were not run for want of a tool."""
+    reasons = [
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+    ]
+    lacking = Counter(reason.removeprefix(NEEDS) for reason in reasons if reason.startswith(NEEDS))
+    for tool, count in sorted(lacking.items()):
+        terminalreporter.write_line(f"not run here: {count} tests, need {tool}")

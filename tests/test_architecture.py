@@ -66,16 +66,8 @@ def imports(path):
 
 
 def dotted(path):
-    return {
-        f"{node.value.id}.{node.attr}"
-        for node in nodes(path, ast.Attribute)
-        if isinstance(node.value, ast.Name)
-    }
-
-
-def test_there_is_something_to_look_at():
-    assert len(MODULES) > 10
-    assert len(PAGES) > 2
+    found = [node for node in nodes(path, ast.Attribute) if isinstance(node.value, ast.Name)]
+    return {f"{node.value.id}.{node.attr}" for node in found}
 
 
 def test_no_module_imports_itself_by_way_of_others():
@@ -140,14 +132,33 @@ def test_work_on_the_cache_directory_goes_through_the_one_place_that_names_the_d
     assert set(breaking(goes_around, cache)) == allowed
 
 
+THROUGH_THE_FACADE = ("system", "fault", "soak", "bench", "pictures", "harness")
+MAY_IMPORT = {
+    "harness/internals.py",  # the façade
+    "harness/commands.py",  # runs the command line in the test's process
+    "harness/scripted.py",  # shares its answers to conditions with the demo
+    "harness/control.py",
+    "system/test_reports.py",
+}
+
+
+def test_tests_of_behaviour_know_gups_inside_through_the_facade_alone():
+    files = [path for folder in THROUGH_THE_FACADE for path in (ROOT / "tests" / folder).glob("*.py")]
+    assert len(files) > 30
+
+    def direct(path):
+        allowed = str(path.relative_to(ROOT / "tests")) in MAY_IMPORT
+        return set() if allowed else {module for module in imports(path) if module.split(".")[0] == "gup"}
+
+    assert breaking(direct, files) == {}
+
+
 def test_nothing_is_pickled_or_evaluated():
     def dangerous(path):
         modules = {module.split(".")[0] for module in imports(path)}
         called = {node.func.id for node in nodes(path, ast.Call) if isinstance(node.func, ast.Name)}
-        return modules & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"} | called & {
-            "eval",
-            "exec",
-        }
+        pickles = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+        return modules & pickles | called & {"eval", "exec"}
 
     assert breaking(dangerous, MODULES) == {}
 
@@ -162,19 +173,10 @@ def test_no_unfinished_piece_is_handed_over():
 
 
 def test_what_the_drawings_name_exists():
-    functions = {
-        (owner.name, node.name)
-        for path in MODULES
-        for owner in nodes(path, ast.ClassDef)
-        for node in ast.walk(owner)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-    plain = {
-        node.name
-        for path in MODULES
-        for node in syntax(path).body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
+    function = (ast.FunctionDef, ast.AsyncFunctionDef)
+    owners = [owner for path in MODULES for owner in nodes(path, ast.ClassDef)]
+    functions = {(owner.name, n.name) for owner in owners for n in ast.walk(owner) if isinstance(n, function)}
+    plain = {node.name for path in MODULES for node in syntax(path).body if isinstance(node, function)}
     page = text(ROOT / "docs" / "architecture.md")
     methods = set(re.findall(r"\b([A-Z]\w+)\.(\w+)\(\)", page))
     assert len(methods) > 10
@@ -229,10 +231,7 @@ def test_dependencies_have_their_reasons():
     assert explained(develop) == packages(project["optional-dependencies"]["dev"])
 
 
-def test_the_command_is_where_the_package_says():
+def test_the_changelog_has_a_place_for_what_is_new_and_the_command_is_where_the_package_says():
     project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
     assert project["scripts"] == {"gup": "gup.cli:main"}
-
-
-def test_the_changelog_has_a_place_for_what_is_new():
     assert re.search(r"^## \[Unreleased\]$", text(ROOT / "CHANGELOG.md"), re.MULTILINE)

@@ -61,13 +61,8 @@ def test_what_a_client_sent_cannot_begin_a_line(file, form):
 def test_json_is_one_object_a_line(file):
     configure(file, form="json")
     logging.getLogger("gup.test").info("ready", extra={"slot": 2, "message_": object})
-    fields = json.loads(written(file))
-    assert (fields["level"], fields["logger"], fields["message"], fields["slot"]) == (
-        "info",
-        "gup.test",
-        "ready",
-        2,
-    )
+    found = json.loads(written(file))
+    assert found | {"level": "info", "logger": "gup.test", "message": "ready", "slot": 2} == found
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -136,12 +131,12 @@ def test_lines_of_several_processes_stay_whole(tmp_path):
     program = (
         "import logging; from gup import log; from gup.config import Log\n"
         f"log.configure(Log(destination={str(path)!r}, format='json'))\n"
-        "for n in range(2000): logging.getLogger('gup.test').info('%d %s', n, 'x' * (n % 3000))\n"
+        "for n in range(700): logging.getLogger('gup.test').info('%d %s', n, 'x' * (n % 3000))\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
     assert [process.wait(30) for process in running] == [0, 0, 0]
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(found) == 6000
+    assert len(found) == 2100
     assert len({line["pid"] for line in found}) == 3
 
 

@@ -1,4 +1,4 @@
-"""Dates as HTTP writes them: read and written."""
+"""Quantities as settings spell them, and dates as HTTP writes them: read and written."""
 
 import time
 
@@ -6,71 +6,108 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.units import format_http_date, parse_http_date
+from gup import units
+from gup.units import (
+    MAX_SIZE_BYTES,
+    format_http_date,
+    parse_duration,
+    parse_http_date,
+    parse_rate,
+    parse_size,
+)
 
 EXAMPLE = 784111777  # the moment of RFC 9110's own examples
-IN_2025 = 1750000000.0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Sun, 06 Nov 1994 08:49:37 GMT",
-        "Sunday, 06-Nov-94 08:49:37 GMT",
-        "Sun Nov  6 08:49:37 1994",
+RIGHT = {
+    parse_size: {
+        "20GB": 20 * 10**9, "512 KiB": 524_288, "1.5MB": 1_500_000, "4096": 4096, 96: 96, 0: 0, "1TiB": 2**40,
+    },
+    parse_rate: {"8MB/s": 8 * 10**6, "500 kB/s": 500_000, "0": 0, 0: 0, "unlimited": 0, 125_000: 125_000},
+    parse_duration: {"30d": 2_592_000, "10s": 10, "250ms": 0.25, "1.5h": 5400, "2m": 120, 7: 7, "3": 3},
+}  # fmt: skip
+WRONG = {
+    parse_size: [
+        "20 apples",
+        "",
+        "GB",
+        "-1",
+        -1,
+        2.5,
+        True,
+        None,
+        "\u0661GB",
+        "1e3",
+        "2^4",
+        MAX_SIZE_BYTES + 1,
     ],
-)
-def test_the_three_forms_are_one_moment(text):
-    assert parse_http_date(text) == EXAMPLE
+    parse_rate: ["8MB", "8Mbit/s", "fast", "8", True, -5, None],
+    parse_duration: ["10 years", "", -1, True, float("inf"), float("nan"), "99999999999d", None],
+}
 
 
-def test_an_asctime_day_may_have_two_digits():
-    assert parse_http_date("Wed Nov 16 08:49:37 1994") == EXAMPLE + 10 * 86400
+@pytest.mark.parametrize("parse", RIGHT)
+def test_quantities_are_read_and_others_are_refused(parse):
+    assert {text: parse(text) for text in RIGHT[parse]} == pytest.approx(RIGHT[parse])
+    for text in WRONG[parse]:
+        with pytest.raises(ValueError, match="a duration" if parse is parse_duration else "size"):
+            parse(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "year"),
-    [
-        ("Sunday, 06-Nov-75 08:49:37 GMT", 2075),
-        ("Sunday, 06-Nov-76 08:49:37 GMT", 1976),
-        ("Sunday, 06-Nov-00 08:49:37 GMT", 2000),
-        ("Sunday, 06-Nov-24 08:49:37 GMT", 2024),
-    ],
-)
-def test_two_digits_of_a_year_mean_at_most_fifty_years_ahead(text, year):
-    seconds = parse_http_date(text, now=IN_2025)
-    assert seconds is not None
-    assert time.gmtime(seconds).tm_year == year
+@given(st.sampled_from(["size", "rate", "duration"]), st.integers(0, 10**11))
+def test_a_formatted_quantity_reads_back_the_same(kind, amount):
+    value = amount / 1000 if kind == "duration" else amount
+    text = getattr(units, f"format_{kind}")(value)
+    assert getattr(units, f"parse_{kind}")(text) == pytest.approx(value)
 
 
-def test_a_leap_second_is_a_date():
-    assert parse_http_date("Sat, 31 Dec 2016 23:59:60 GMT") == 1483228800
+def test_quantities_are_spelled_shortly():
+    sizes = [units.format_size(size) for size in (0, 20 * 10**9, 65536, 1_000_001)]
+    assert sizes == ["0B", "20GB", "64KiB", "1000001B"]
+    assert [units.format_rate(rate) for rate in (0, 8_000_000)] == ["0", "8MB/s"]
+    durations = [units.format_duration(d) for d in (0, 0.25, 60, 3600, 86400, 604800)]
+    assert durations == ["0s", "250ms", "60s", "60m", "24h", "7d"]
 
 
-def test_dates_before_1970_are_negative():
-    assert parse_http_date("Wed, 31 Dec 1969 23:59:59 GMT") == -1
+DATES = {
+    "Sun, 06 Nov 1994 08:49:37 GMT": EXAMPLE,
+    "Sunday, 06-Nov-94 08:49:37 GMT": EXAMPLE,
+    "Sun Nov  6 08:49:37 1994": EXAMPLE,
+    "Wed Nov 16 08:49:37 1994": EXAMPLE + 10 * 86400,
+    "Sat, 31 Dec 2016 23:59:60 GMT": 1483228800,  # a leap second is a date
+    "Wed, 31 Dec 1969 23:59:59 GMT": -1,
+}
+NO_DATES = [
+    "",
+    "Sun, 06 Nov 1994 08:49:37",
+    "Sun, 06 Nov 1994 08:49:37 UTC",
+    "Sun, 06 Nov 1994 08:49:37 +0000",
+    "Sun, 6 Nov 1994 08:49:37 GMT",
+    "sun, 06 nov 1994 08:49:37 gmt",
+    "Sun, 06 Nov 1994 24:00:00 GMT",
+    "Sun, 06 Nov 1994 08:60:37 GMT",
+    "Sun, 06 Nov 1994 08:49:61 GMT",
+    "Sun, 31 Nov 1994 08:49:37 GMT",
+    "Sun, 00 Nov 1994 08:49:37 GMT",
+    "Sun, 06 Nov 0000 08:49:37 GMT",
+    "Sun, 29 Feb 1900 08:49:37 GMT",
+    "Sun, 06 Nov 1994 08:49:37 GMT ",
+    "Sun, 06 Nov 1994 08:49:37 GMT\n",
+    "Sun, 06 Nov 1994 08:49:37 GMT, Sun, 06 Nov 1994 08:49:37 GMT",
+    "Sunday, 06-Nov-1994 08:49:37 GMT",
+    "Sun, \u0660\u0666 Nov 1994 08:49:37 GMT",
+    "784111777",
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "Sun, 06 Nov 1994 08:49:37", "Sun, 06 Nov 1994 08:49:37 UTC"),
-        *("Sun, 06 Nov 1994 08:49:37 +0000", "Sun, 6 Nov 1994 08:49:37 GMT"),
-        *("sun, 06 nov 1994 08:49:37 gmt", "Sun, 06 Nov 1994 24:00:00 GMT"),
-        *("Sun, 06 Nov 1994 08:60:37 GMT", "Sun, 06 Nov 1994 08:49:61 GMT"),
-        *("Sun, 31 Nov 1994 08:49:37 GMT", "Sun, 00 Nov 1994 08:49:37 GMT"),
-        *("Sun, 06 Nov 0000 08:49:37 GMT", "Sun, 29 Feb 1900 08:49:37 GMT"),
-        *("Sun, 06 Nov 1994 08:49:37 GMT ", "Sun, 06 Nov 1994 08:49:37 GMT\n"),
-        "Sun, 06 Nov 1994 08:49:37 GMT, Sun, 06 Nov 1994 08:49:37 GMT",
-        *("Sunday, 06-Nov-1994 08:49:37 GMT", "Sun, \u0660\u0666 Nov 1994 08:49:37 GMT", "784111777"),
-    ],
-)
-def test_malformed_dates_are_none(text):
-    assert parse_http_date(text) is None
-
-
-def test_fractions_are_cut():
+def test_dates_in_all_three_forms_are_read_and_others_are_none():
+    assert {text: parse_http_date(text) for text in DATES} == DATES
+    assert [text for text in NO_DATES if parse_http_date(text) is not None] == []
     assert format_http_date(EXAMPLE + 0.999) == "Sun, 06 Nov 1994 08:49:37 GMT"
+
+
+def test_two_digits_of_a_year_mean_at_most_fifty_years_ahead():
+    for text, year in (("75", 2075), ("76", 1976), ("00", 2000), ("24", 2024)):
+        seconds = parse_http_date(f"Sunday, 06-Nov-{text} 08:49:37 GMT", now=1750000000.0)  # in 2025
+        assert time.gmtime(seconds).tm_year == year
 
 
 @given(st.integers(min_value=-2_000_000_000, max_value=250_000_000_000))

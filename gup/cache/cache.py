@@ -17,8 +17,8 @@ from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import PassThrough
-from gup.cache.records import Failure, Head, Record
-from gup.cache.recovery import Prior, examine, is_fresh, route_of_record
+from gup.cache.records import Failure, Head, Record, route_of
+from gup.cache.recovery import Prior, examine, is_fresh
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
@@ -388,7 +388,7 @@ class Cache:
         self._compare_all(entry)
 
     def _suspect(self, record: Record, *, counted: bool, seen: int | None = None) -> Fill:
-        key, route = record.key, route_of_record(record)
+        key, route = record.key, route_of(record)
         return self._begin(Fill(key, route, key.variant, suspect=True, seen=seen, noted=counted))
 
     async def is_sound_at(self, opened: Opened, offset: int) -> bool:

@@ -1,12 +1,15 @@
 """Managers' catalogues: read through the store, kept for the workers, asked how a moniker is spelled."""
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Literal
 
-from gup.cache.body import Body, read_whole
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
+
+from gup.cache.body import read_whole
+from gup.cache.open_entries import Opened
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog, respelled
 from gup.content.key import Variant
 from gup.content.routes import Route, Routes
@@ -15,7 +18,14 @@ from gup.fsutil import replace_file
 from gup.upstream.download import Fetched
 
 FILE = "catalogs.json"
-_FORMAT = 1
+
+
+def _by_moniker(rows: list[list[str]] | None) -> dict[str, Listed] | None:
+    return None if rows is None else {row[0].upper(): Listed(*row) for row in rows}
+
+
+def _as_rows(rows: Mapping[str, Listed] | None) -> list[tuple[str, ...]] | None:
+    return None if rows is None else [astuple(row) for row in rows.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,62 +37,43 @@ class Kept:
     """
 
     source: str
-    rows: Mapping[str, Listed] | None = field(default=None, repr=False)
+    rows: Annotated[Mapping[str, Listed] | None, BeforeValidator(_by_moniker), PlainSerializer(_as_rows)] = (
+        field(default=None, repr=False)
+    )
     read_at: float | None = None
     problem: str | None = None
     etag: str | None = None
     last_modified: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        rows = None
-        if self.rows is not None:
-            rows = [[row.moniker, row.product, row.language, row.version] for row in self.rows.values()]
-        return {name: getattr(self, name) for name in self.__slots__} | {"rows": rows}
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Kept":
-        """KeyError, TypeError or ValueError when `fields` are none."""
-        rows = None
-        if fields["rows"] is not None:
-            listed = [Listed(*(str(text) for text in row)) for row in fields["rows"]]
-            rows = {row.moniker.upper(): row for row in listed}
-        read_at = fields["read_at"]
-        texts = {name: fields[name] for name in ("problem", "etag", "last_modified")}
-        return cls(
-            source=str(fields["source"]),
-            rows=rows,
-            read_at=None if read_at is None else float(read_at),
-            **{name: None if text is None else str(text) for name, text in texts.items()},
-        )
+@dataclass(frozen=True, slots=True)
+class _Document:
+    upstreams: dict[str, Kept]
+    format: Literal[1] = 1
+
+
+@cache
+def _model() -> TypeAdapter[_Document]:
+    return TypeAdapter(_Document)
 
 
 def read_kept(run: Path) -> dict[str, Kept]:
     """What is kept, by the upstream's name; empty when there is nothing, or it can't be read. Blocks."""
     try:
-        document = json.loads((run / FILE).read_bytes())
-        if document["format"] != _FORMAT:
-            return {}
-        return {str(name): Kept.from_json(fields) for name, fields in document["upstreams"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _model().validate_json((run / FILE).read_bytes()).upstreams
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def write_kept(run: Path, kept: Mapping[str, Kept]) -> None:
+def write_kept(run: Path, kept: dict[str, Kept]) -> None:
     """Replace the file, durably. OSError when the disk refuses: the old one stays. Blocks."""
-    document = {"format": _FORMAT, "upstreams": {name: one.to_json() for name, one in kept.items()}}
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    replace_file(run / FILE, text.encode())
+    replace_file(run / FILE, _model().dump_json(_Document(kept)))
 
 
 _CATALOG = Routes().route(CATALOG_PATH)
 
 
-class _Opened(Protocol):
-    @property
-    def body(self) -> Body: ...
-
-
-Open = Callable[[Route, Variant], Awaitable[_Opened]]
+Open = Callable[[Route, Variant], Awaitable[Opened]]
 """Cache.open."""
 
 
@@ -106,18 +97,10 @@ async def spell(open_: Open, route: Route, variant: Variant) -> str | None:
     """
     if not route.stream.startswith("{"):
         return None
-    listed = await _catalog(open_, variant)
-    if listed is None:
-        return respelled(route.upstream_path, route.stream)
-    row = listed.get(route.stream)
-    return respelled(route.upstream_path, row.moniker) if row is not None else None
-
-
-async def _catalog(open_: Open, variant: Variant) -> Mapping[str, Listed] | None:
-    """The catalogue of the variant's manager; None when it has none or can't be asked."""
     try:
         fetched = await read_catalogue(open_, variant)
     except Problem:
-        return None
+        return respelled(route.upstream_path, route.stream)
     assert fetched.text is not None
-    return parse_catalog(fetched.text)
+    row = parse_catalog(fetched.text).get(route.stream)
+    return respelled(route.upstream_path, row.moniker) if row is not None else None

@@ -15,19 +15,14 @@ def span_of(record: Record, chunk: int) -> tuple[int, int]:
     return start, min(CHUNK_BYTES, record.length - start)
 
 
-def read_chunk(fd: int, record: Record, chunk: int) -> bytes | None:
-    """The chunk's bytes if they are those that were stored, else None: so is what can't be read at all."""
+def _agrees(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk's bytes are those that were stored; what can't be read at all is not."""
     start, length = span_of(record, chunk)
     try:
         piece = os.pread(fd, length, start)
     except OSError:
-        return None
-    return piece if is_sound(piece, record, chunk) else None
-
-
-def is_sound(piece: bytes | bytearray, record: Record, chunk: int) -> bool:
-    """Whether `piece` is the whole chunk that was stored."""
-    return len(piece) == span_of(record, chunk)[1] and chunk_sum(memoryview(piece)) == record.sums[chunk]
+        return False
+    return len(piece) == length and chunk_sum(piece) == record.sums[chunk]
 
 
 def read_aside(fd: int, record: Record, chunk: int) -> bool:
@@ -39,7 +34,7 @@ def read_aside(fd: int, record: Record, chunk: int) -> bool:
     known = in_page_cache(fd, start, length)
     try:
         os.posix_fadvise(fd, start, length, os.POSIX_FADV_RANDOM)  # no reading ahead into the next chunk
-        sound = read_chunk(fd, record, chunk) is not None
+        sound = _agrees(fd, record, chunk)
         if not known:
             os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
     except OSError:
@@ -49,11 +44,11 @@ def read_aside(fd: int, record: Record, chunk: int) -> bool:
 
 def is_chunk_sound(fd: int, record: Record, chunk: int) -> bool:
     """Whether the chunk is what was stored. A mismatch counts when it is seen twice, then from the disk."""
-    if read_chunk(fd, record, chunk) is not None:
+    if _agrees(fd, record, chunk):
         return True
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, *span_of(record, chunk), os.POSIX_FADV_DONTNEED)
-    return read_chunk(fd, record, chunk) is not None
+    return _agrees(fd, record, chunk)
 
 
 def sound_chunks(fd: int, record: Record) -> int:

@@ -30,9 +30,4 @@ def told_apart() -> Iterator[None]:
 
 async def on_disk(executor: Executor, work: Callable[..., _Result], *arguments: object) -> _Result:
     """`work` on files of the cache directory, in a thread. DiskError when the disk refuses."""
-
-    def apart() -> _Result:
-        with told_apart():
-            return work(*arguments)
-
-    return await asyncio.get_running_loop().run_in_executor(executor, apart)
+    return await asyncio.get_running_loop().run_in_executor(executor, told_apart()(work), *arguments)

@@ -25,6 +25,19 @@ _SETTLE_SECONDS = 0.25
 """A committed body is counted here for so long, until the controller has surely done so."""
 
 
+class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
+    """The body can't be kept: it is too large, or no room could be made.
+
+    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size. `too_large`:
+    it never can be.
+    """
+
+    def __init__(self, detail: str, *, disk: bool = False, too_large: bool = False) -> None:
+        super().__init__(detail)
+        self.disk = disk
+        self.too_large = too_large
+
+
 class Space:
     """Promises of room, kept over all workers.
 
@@ -54,40 +67,33 @@ class Space:
         self._settling = 0
         self._in_vain_until = 0.0
 
-    def too_large(self, amount_bytes: int) -> bool:
-        """Whether a body of this size can never be stored."""
-        return amount_bytes > self._max_size()
-
-    async def reserve(self, amount_bytes: int) -> bool:
-        """Promise room, evicting if need be; False when there is none in time.
+    async def reserve(self, amount_bytes: int, held_bytes: int) -> None:
+        """Promise room, evicting if need be, to a body that has `held_bytes` already. Unstorable without.
 
         The promise comes first: whoever makes room sees it, and of two that want the last room none
         oversteps. Nothing is evicted for what would not fit into the room of all that is stored.
         """
-        if self._hopeless(amount_bytes):
-            return False
-        self._promise(amount_bytes)
-        patience = self._patience_seconds()
-        deadline, least = time.monotonic() + patience, 1 << 62
-        ask_at = 0.0
-        try:
-            while (missing := self._missing(amount_bytes)) > 0:
-                now = time.monotonic()
-                if missing < least:
-                    least, deadline = missing, now + patience
-                if now >= deadline:
+        wanted = held_bytes + amount_bytes
+        if wanted > MAX_BODY_BYTES:
+            detail = f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)"
+            raise Unstorable(detail, too_large=True)
+        if wanted > self._max_size():
+            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)", too_large=True)
+        stored, made = self._used(), False  # 0 stored as long as it is not known
+        if not 0 < stored < self._short_on_disk(amount_bytes):
+            self._promise(amount_bytes)
+            try:
+                made = await self._made(
+                    lambda: self._missing(amount_bytes),
+                    lambda missing: self._need(min(missing, amount_bytes), False),
+                )
+            finally:
+                if not made:
                     self._promise(-amount_bytes)
-                    self._in_vain_until = now + _VAIN_SECONDS
-                    return False
-                if now >= ask_at:
-                    self._need(min(missing, amount_bytes), False)
-                    ask_at = now + _ASK_AGAIN_SECONDS
-                await asyncio.sleep(_POLL_SECONDS)
-        except BaseException:
-            self._promise(-amount_bytes)
-            raise
-        self._in_vain_until = 0.0
-        return True
+        if not made and self._short_on_disk(amount_bytes) > 0:
+            raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
+        if not made:
+            raise Unstorable("no room could be made below cache.max_size")
 
     async def make_room(self) -> bool:
         """Evict for a disk that is full though its figures told otherwise: a quota, inodes, another's files.
@@ -95,39 +101,42 @@ class Space:
         False when nothing was evicted in time.
         """
         before = self._evictions()
-        deadline = time.monotonic() + self._patience_seconds()
         self._need(_MAKE_BYTES, True)
-        while self._evictions() == before:
-            if time.monotonic() >= deadline:
-                self._in_vain_until = deadline + _VAIN_SECONDS
+        return await self._made(lambda: int(self._evictions() == before), lambda _: None)
+
+    async def _made(self, missing: Callable[[], int], ask: Callable[[int], None]) -> bool:
+        """Wait until nothing is missing, as long as it gets less; False when it does not in time."""
+        patience = _SHORT_PATIENCE_SECONDS if time.monotonic() < self._in_vain_until else _PATIENCE_SECONDS
+        least, deadline, ask_at = 1 << 62, 0.0, 0.0
+        while (amount := missing()) > 0:
+            now = time.monotonic()
+            if amount < least:
+                least, deadline = amount, now + patience
+            if now >= deadline:
+                self._in_vain_until = now + _VAIN_SECONDS
                 return False
+            if now >= ask_at:
+                ask(amount)
+                ask_at = now + _ASK_AGAIN_SECONDS
             await asyncio.sleep(_POLL_SECONDS)
         self._in_vain_until = 0.0
         return True
-
-    def _patience_seconds(self) -> float:
-        return _SHORT_PATIENCE_SECONDS if time.monotonic() < self._in_vain_until else _PATIENCE_SECONDS
 
     def release(self, amount_bytes: int, *, committed: bool) -> None:
         """Take a promise back. A committed body counts on here until the controller has surely counted it."""
         self._promise(-amount_bytes)
         if committed:
-            self._settling += amount_bytes
-            asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._settle, amount_bytes)
+            self._settle(amount_bytes)
+            asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._settle, -amount_bytes)
 
     def _settle(self, amount_bytes: int) -> None:
-        self._settling -= amount_bytes
-
-    def _hopeless(self, amount_bytes: int) -> bool:
-        """Whether the disk has too little room even without anything stored."""
-        stored = self._used()  # 0 as long as it is not known
-        return 0 < stored < self.short_on_disk(amount_bytes)
+        self._settling += amount_bytes
 
     def _missing(self, amount_bytes: int) -> int:
         over = self._used() + self._settling - self._max_size()
-        return max(over, self.short_on_disk(amount_bytes))
+        return max(over, self._short_on_disk(amount_bytes))
 
-    def short_on_disk(self, amount_bytes: int) -> int:
+    def _short_on_disk(self, amount_bytes: int) -> int:
         """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""
         with told_apart():
             disk = os.statvfs(self._folder)
@@ -138,19 +147,6 @@ STEP_BYTES = 16 << 20
 """Room is promised in steps of this size while a body's length is unknown."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _Result = TypeVar("_Result")
-
-
-class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
-    """The body can't be kept: it is too large, or no room could be made.
-
-    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size. `too_large`:
-    it never can be.
-    """
-
-    def __init__(self, detail: str, *, disk: bool = False, too_large: bool = False) -> None:
-        super().__init__(detail)
-        self.disk = disk
-        self.too_large = too_large
 
 
 def refusal(error: DiskError | Unstorable) -> str:
@@ -171,18 +167,8 @@ class Room:
 
     async def reserve(self, amount: int) -> None:
         """Have room for so many bytes more; Unstorable when there is none."""
-        wanted = self._promised + amount
-        if wanted > MAX_BODY_BYTES:
-            raise Unstorable(
-                f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)", too_large=True
-            )
-        if self._space.too_large(wanted):
-            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)", too_large=True)
-        if not await self._space.reserve(amount):
-            if self._space.short_on_disk(amount) > 0:
-                raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
-            raise Unstorable("no room could be made below cache.max_size")
-        self._promised = wanted
+        await self._space.reserve(amount, self._promised)
+        self._promised += amount
 
     async def keep(self, received: int) -> None:
         """Have room for a body of which so much is here; for one of unknown length it grows by steps."""

@@ -6,12 +6,14 @@ is sent, in every mode (cache.verify).
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from gup.cache.records import Record
 from gup.cache.store import Store
@@ -34,9 +36,13 @@ class Mark:
 
     def covers(self, record: Record) -> bool:
         """Whether no power cut since can have torn the record's body."""
-        if self.at and self.boot_id == boot_id():
-            return True
-        return record.stored_at <= self.at - _MARGIN_SECONDS
+        this_boot = self.at > 0 and self.boot_id == boot_id()
+        return this_boot or record.stored_at <= self.at - _MARGIN_SECONDS
+
+
+@cache
+def _model() -> TypeAdapter[Mark]:
+    return TypeAdapter(Mark)
 
 
 def boot_id() -> str:
@@ -47,15 +53,14 @@ def boot_id() -> str:
 def read_mark(run: Path) -> Mark:
     """The mark as it is kept; one that covers nothing when there is none. Blocks."""
     try:
-        members = json.loads((run / _FILE).read_bytes())
-        return Mark(str(members["boot_id"]), float(members["at"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _model().validate_json((run / _FILE).read_bytes())
+    except (OSError, ValueError):
         return Mark("", 0.0)
 
 
 def write_mark(run: Path, mark: Mark) -> None:
     """Put the mark in place, atomically. Blocks; OSError."""
-    replace_file(run / _FILE, json.dumps({"boot_id": mark.boot_id, "at": mark.at}).encode())
+    replace_file(run / _FILE, _model().dump_json(mark))
 
 
 class Durability:
@@ -85,9 +90,8 @@ class Durability:
             if not self._failed:
                 log.warning("the disk refuses to sync: stored bodies are compared before use: %s", error)
             self._failed = True
-            return
-        self._failed = False
-        self._synced_count = count
+        else:
+            self._failed, self._synced_count = False, count
 
     def _sync(self) -> None:
         began = time.time()

@@ -210,8 +210,3 @@ def committed(record: Record, *, replaced: bool) -> dict[str, object]:
         "replaced": replaced,
         "kind": str(record.kind),
     }
-
-
-Means = FillDependencies
-Flight = Fill
-Landing = FillEnd

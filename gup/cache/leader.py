@@ -38,7 +38,6 @@ from gup.cache.records import (
 from gup.cache.recovery import (
     Damage,
     Prior,
-    drop_parts,
     give_up,
     note_damage,
     renew,
@@ -378,7 +377,7 @@ class Leader:
         self._bytes_changed = True
         self._writer = self._body = None
         self._state = replace(self._state, phase=Phase.REQUESTED, head=None, told={})
-        await self._in_thread(drop_parts, self._deps.store, self._key)
+        await self._in_thread(self._deps.store.drop_parts, self._key.id)
         await self._save_state()  # followers see it
         self._room.release(committed=False)
 

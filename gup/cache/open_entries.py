@@ -8,19 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
 
 from gup.cache.body import CUT, Body, Callback
 from gup.cache.chunks import in_page_cache, is_chunk_sound, span_of
 from gup.cache.disk import on_disk
 from gup.cache.durability import read_mark
-from gup.cache.inflight import Means
+from gup.cache.inflight import FillDependencies
 from gup.cache.records import CHUNK_BYTES, Record
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Kind
 
 _WARM_SECONDS = 30.0
 """A chunk sent within this time is taken to be in the page cache still."""
+_UNKNOWN, _SOUND, _BAD = range(3)
 
 
 class Entry:
@@ -45,36 +45,24 @@ class Entry:
     ) -> None:
         self.record = record
         self.head = record.head
+        self.key = record.key
         self.file = file
+        self.fd = file.fd
         self.counted = False
         """Whether its damage is counted."""
+        self.all_verified = trusting
+        """Whether all of it may be sent without another look."""
         self._trusting = trusting
-        self._bad: set[int] = set()
+        self._chunks = bytearray([_SOUND if trusting else _UNKNOWN]) * len(record.sums)
         self._warm = [0.0] * len(record.sums)
         self._reading: set[int] = set()
         self._waiting: dict[Callback, int] = {}
         self._executor = executor
         self._on_damage = on_damage
-        self._begin_comparing()
-
-    def _begin_comparing(self) -> None:
-        chunks = len(self.record.sums)
-        self._verified = bytearray(b"\1" * chunks if self._trusting else chunks)
-        self._unverified = 0 if self._trusting else chunks
-        self.all_verified = self._trusting
-        """Whether all of it may be sent without another look."""
-
-    @property
-    def fd(self) -> int:
-        return self.file.fd
-
-    @property
-    def key(self) -> ContentKey:
-        return self.record.key
 
     @property
     def damaged(self) -> bool:
-        return bool(self._bad)
+        return _BAD in self._chunks
 
     def end(self) -> int:
         return self.record.length
@@ -82,35 +70,38 @@ class Entry:
     def leave(self) -> None:
         """Nothing: the descriptor lives as long as somebody holds the entry."""
 
+    def doubt(self) -> None:
+        """The file is not as it was: every chunk is compared again before it is sent."""
+        self._trusting = self.all_verified = False
+        self._chunks = self._chunks.replace(bytes([_SOUND]), bytes([_UNKNOWN]))
+
     def unreadable(self) -> None:
         """See Body. Every chunk is compared again before it is sent: that finds the bad one."""
         self.doubt()
         self._on_damage(self)
 
     def view(self, offset: int, length: int) -> memoryview:
-        return memoryview(os.pread(self.file.fd, length, offset))
+        return memoryview(os.pread(self.fd, length, offset))
 
     # --- reading
 
     def available(self, offset: int, want: int) -> int:
         """See Body. Compares a chunk before its first byte leaves, and reads cold ones ahead in a thread."""
         chunk = offset // CHUNK_BYTES
-        if chunk in self._bad:
+        if self._chunks[chunk] == _BAD:
             return CUT
-        if not self._ready(chunk, time.monotonic()):
+        if not self._is_ready(chunk, time.monotonic()):
             self._read_ahead(chunk)
-            if (chunk + 1) < len(self._verified) and not self._verified[chunk + 1]:
+            if chunk + 1 < len(self._chunks) and self._chunks[chunk + 1] == _UNKNOWN:
                 self._read_ahead(chunk + 1)
             return 0
-        end = min((chunk + 1) * CHUNK_BYTES, self.record.length)
-        return min(want, end - offset)
+        return min(want, min((chunk + 1) * CHUNK_BYTES, self.record.length) - offset)
 
-    def _ready(self, chunk: int, now: float) -> bool:
-        if not self._verified[chunk]:
+    def _is_ready(self, chunk: int, now: float) -> bool:
+        if self._chunks[chunk] != _SOUND:
             return False
-        if now - self._warm[chunk] > _WARM_SECONDS and not in_page_cache(
-            self.file.fd, *span_of(self.record, chunk)
-        ):
+        cold = now - self._warm[chunk] > _WARM_SECONDS
+        if cold and not in_page_cache(self.fd, *span_of(self.record, chunk)):
             return False
         self._warm[chunk] = now
         return True
@@ -133,82 +124,75 @@ class Entry:
         return amount != CUT
 
     def _read_ahead(self, chunk: int) -> None:
-        if chunk in self._reading or chunk in self._bad:
-            return
-        self._reading.add(chunk)
-        future = asyncio.get_running_loop().run_in_executor(self._executor, self._compare, chunk)
-        future.add_done_callback(lambda done: self._compared(chunk, done))
+        if chunk not in self._reading:
+            self._reading.add(chunk)
+            future = asyncio.get_running_loop().run_in_executor(self._executor, self._compare, chunk)
+            trusted = self._trusting
+            future.add_done_callback(lambda done: self._compared(chunk, done, trusted))
 
     def _compare(self, chunk: int) -> bool:
         if not self._trusting:
-            return is_chunk_sound(self.file.fd, self.record, chunk)
+            return is_chunk_sound(self.fd, self.record, chunk)
         start, length = span_of(self.record, chunk)
         try:
-            return len(os.pread(self.file.fd, length, start)) == length
+            return len(os.pread(self.fd, length, start)) == length
         except OSError:
             return False
 
-    def _compared(self, chunk: int, done: "asyncio.Future[bool]") -> None:
+    def _compared(self, chunk: int, done: "asyncio.Future[bool]", trusted: bool) -> None:
         self._reading.discard(chunk)
         if done.cancelled():
             return
-        if done.result():
-            self._warm[chunk] = time.monotonic()
-            if not self._verified[chunk]:
-                self._verified[chunk] = 1
-                self._unverified -= 1
-                self.all_verified = self._unverified == 0 and not self._bad
-        else:
-            self._bad.add(chunk)
-            self.all_verified = False
+        if not done.result():
+            self._chunks[chunk] = _BAD
+        elif self._trusting or not trusted:  # else it was only read, before it was doubted
+            self._chunks[chunk] = _SOUND
+        self._warm[chunk] = time.monotonic()
+        self.all_verified = self._chunks.count(_SOUND) == len(self._chunks)
+        if not done.result():
             self._on_damage(self)
         for callback in [call for call, at in self._waiting.items() if at == chunk]:
             self._waiting.pop(callback, None)
             callback()
 
-    def doubt(self) -> None:
-        """The file is not as it was: every chunk is compared again before it is sent."""
-        self._trusting = False
-        self._begin_comparing()
-
-
-_Result = TypeVar("_Result")
-
 
 class Entries:
     """Bounded; the least recently used is closed first. Changes here alone, on the loop."""
 
-    def __init__(self, means: Means, max_open: int) -> None:
+    def __init__(self, dependencies: FillDependencies, max_open: int) -> None:
         self.on_damage: Callable[[Entry], None]
         """Told of every damaged chunk that a reader comes to; set once, before any entry is opened."""
-        self._means = means
+        self._deps = dependencies
         self._max_open = max_open
         self._rows: OrderedDict[ContentKey, Entry] = OrderedDict()
-        self._epoch = means.store_epoch()
-        self._mode = means.settings.cache.verify
+        self._epoch = dependencies.store_epoch()
+        self._mode = dependencies.settings.cache.verify
 
     def known(self, key: ContentKey) -> Entry | None:
-        """The entry if it is open."""
-        self._heed()
+        """The entry if it is open. What others did meanwhile is looked at first."""
+        if self._deps.settings.cache.verify != self._mode:  # a reload: what was trusted is verified now
+            self._mode = self._deps.settings.cache.verify
+            self._rows.clear()
+        if self._deps.store_epoch() != self._epoch:
+            self._epoch = self._deps.store_epoch()
+            self.close_removed()
         return self._rows.get(key)
 
     async def get(self, key: ContentKey) -> Entry | None:
         """The entry, opened if need be; None when its record or body is missing or not as recorded."""
         entry = self.known(key)
         if entry is None:
-            found = await self._in_thread(self.load, key)
-            if found is None:
-                return None
-            entry = self.put(*found)
+            found = await on_disk(self._deps.executor, self.load, key)
+            return None if found is None else self.put(*found)
         self.used(entry)
         return entry
 
     async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
-        found = await self._in_thread(self._load_damaged, key)
-        if found is None:
+        record, file = await on_disk(self._deps.executor, self._load_damaged, key)
+        if record is None or file is None:
             return None
-        entry = self.put(*found, trusting=False)
+        entry = self.put(record, file, trusting=False)
         entry.counted = True
         entry.doubt()
         return entry
@@ -216,27 +200,23 @@ class Entries:
     def load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
         """Record and body as they lie on disk, and whether they need not be compared; blocks."""
         record = self.load_record(key)
-        file = self._means.store.open_body(record) if record is not None else None
+        file = self._deps.store.open_body(record) if record is not None else None
         if record is None or file is None:
             return None
-        return record, file, self._mode == "scrub" and read_mark(self._means.store.run).covers(record)
+        return record, file, self._mode == "scrub" and read_mark(self._deps.store.run).covers(record)
 
     def load_record(self, key: ContentKey) -> Record | None:
         """The record alone, None when there is none or it is damaged; blocks."""
-        try:
-            return self._means.store.load(key)
-        except ValueError:
-            return None
+        return self._deps.store.load_or_none(key)
 
-    def _load_damaged(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
-        record, file = self.load_record(key), self._means.store.open_whatever(key)
-        return (record, file) if record is not None and file is not None else None
+    def _load_damaged(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        return self.load_record(key), self._deps.store.open_whatever(key)
 
     def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
         """The entry as it was found on disk; one that is open already takes over its record."""
         entry = self._rows.get(record.key)
         if entry is None or not self.adopt(entry, record):
-            entry = Entry(record, file, self._means.executor, self.on_damage, trusting=trusting)
+            entry = Entry(record, file, self._deps.executor, self.on_damage, trusting=trusting)
             self._rows[record.key] = entry
         self.used(entry)
         return entry
@@ -263,18 +243,6 @@ class Entries:
     def clear(self) -> None:
         self._rows.clear()
 
-    # --- what others did
-
-    def _heed(self) -> None:
-        mode = self._means.settings.cache.verify
-        if mode != self._mode:  # a reload: what was trusted may have to be verified now
-            self._mode = mode
-            self._rows.clear()
-        epoch = self._means.store_epoch()
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.close_removed()
-
     def close_removed(self) -> None:
         """Close every entry whose file has no link left; call when the store's epoch was raised."""
         for entry in [entry for entry in self._rows.values() if os.fstat(entry.fd).st_nlink == 0]:
@@ -293,9 +261,6 @@ class Entries:
                 entry.doubt()
                 found.append(entry)
         return found
-
-    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        return await on_disk(self._means.executor, work, *arguments)
 
 
 class Result(StrEnum):

@@ -162,7 +162,7 @@ class PartWriter:
         OSError when that is not what arrived: a write that failed late may have lost what was written long
         before, and a read alone would not tell. Blocks on the disk.
         """
-        for chunk, expected in enumerate(self._sums.so_far()):
+        for chunk, expected in enumerate(self._sums.finish()):
             at = chunk * CHUNK_BYTES
             piece = memoryview(os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - at), at))
             if chunk_sum(piece) != expected:
@@ -217,7 +217,7 @@ class PartWriter:
                 foretold = _packed(self._sums.foretold(pieces))
                 os.pwrite(self._sums_file.fd, foretold, 8 * len(self._sums.done))
             self._write_now(pieces)
-            return then(self._sums.so_far())
+            return then(self._sums.finish())
 
         result = await on_disk(self._executor, write)
         self._note_written(pieces)

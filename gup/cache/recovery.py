@@ -6,24 +6,23 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gup.cache.chunks import sound_chunks
-from gup.cache.inflight import Flight, Landing, Means, committed
+from gup.cache.infill import Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
-from gup.cache.records import CHUNK_BYTES, Failure, FillState, Hold, Phase, Record, is_same_body
-from gup.cache.store import OpenFile, Part, Store
-from gup.content.key import ContentKey, Kind
-from gup.content.routes import Route, path_of
+from gup.cache.records import Failure, FillState, Hold, Phase, Record, route_of
+from gup.cache.store import OpenFile, Part, Store, unlink
+from gup.content.key import ContentKey
+from gup.content.routes import Route
 from gup.metrics import Counters
 from gup.upstream.exchange import RemoteHead
 
 log = logging.getLogger("gup.recovery")
 
-
-_MOST_AGE = 0.9
+# --- what a new leader finds
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,150 +62,117 @@ class Prior:
         return self.salvage.size == self.state.head.length
 
 
-def examine(  # noqa: C901, PLR0911 - one look after the other, in this order
-    means: Means, flight: Flight
-) -> Prior | Landing | Failure:
+def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this order
+    dependencies: FillDependencies, fill: Fill
+) -> Prior | FillEnd | Failure:
     """Look the key up again now that it is claimed.
 
-    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the flight. 3. A
-    part that holds every byte is to be committed. 4. A failure that still stands ends the flight; what can't
+    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the fill. 3. A
+    part that holds every byte is to be committed. 4. A failure that still stands ends the fill; what can't
     be stored is not tried to be stored for as long. 5. Of a body that is suspect, or not as recorded, every
-    chunk is looked at: right after all, it ends the flight. 6. Otherwise the part worth going on with is
+    chunk is looked at: right after all, it ends the fill. 6. Otherwise the part worth going on with is
     kept, others go.
     """
-    key, immutable = flight.key, flight.route.immutable
-    state = _load_state(means, key)
-    if state is not None and means.store.finish_journal(state):
-        state = None
-    record = _load_claimed(means, key)
-    if record is not None and means.store.open_body(record) is None and means.store.finish_commit(record):
-        means.store.drop_journal(key.id, record.generation)
-        means.tell(committed(record, replaced=True))  # its leader died before it could
-        means.raise_store_epoch()
-    suspect = record is not None and flight.suspects(record)
-    sound = record is not None and not suspect and means.store.open_body(record) is not None
-    if record is not None and sound and (immutable or is_fresh(means, record)):
-        return Landing.COMMITTED
-    finished = _whole_part(means, key, state) if state is not None and not suspect else None
-    if finished is not None:
+    store, key, immutable = dependencies.store, fill.key, fill.route.immutable
+    state, record = _load_claimed(dependencies, key)
+    holds = state.holds if state is not None else ()
+    if record is not None and store.open_body(record) is None and store.finish_commit(record):
+        dependencies.tell(committed(record, replaced=True))  # its leader died before it could
+        dependencies.raise_store_epoch()
+        state, holds = None, ()
+    suspect = record is not None and fill.suspects(record)
+    sound = record is not None and not suspect and store.open_body(record) is not None
+    if record is not None and sound and (immutable or is_fresh(dependencies, record)):
+        return FillEnd.COMMITTED
+    if state is not None and not suspect and (finished := _whole_part(dependencies, state)) is not None:
         return Prior(record, state, finished, finished=True)
-    if (why := means.store.demotions.disk_is_bad()) is not None:
-        return Prior(record if sound else None, unstorable=why)
-    standing = _standing(means, state, record if sound else None)
-    if standing is not None:
-        return standing
-    damage = None
+    revalidated = record if sound else None
+    if (why := store.demotions.disk_is_bad()) is not None:
+        return Prior(revalidated, unstorable=why)
+    if state is not None and state.failure is not None and state.failure.stands(dependencies.clock()):
+        if state.phase is not Phase.UNSTORABLE:
+            return state.failure
+        if state.passed_through:
+            return FillEnd.UNSTORABLE
+        return Prior(revalidated, unstorable=state.failure.detail, told=True)
     if record is not None and not sound:
-        damage = _compare(means, record, noted=flight.noted)
+        damage = _compare(dependencies, record, noted=fill.noted)
+        if damage is None and (immutable or suspect or is_fresh(dependencies, record)):
+            return FillEnd.COMMITTED
         if damage is not None:
-            record = None
-        elif immutable or suspect or is_fresh(means, record):
-            return Landing.COMMITTED
-    if damage is not None and damage.sound == len(damage.record.sums):
-        return _without_surplus(means, damage)
-    if damage is not None:
-        return Prior(damage=damage, holds=state.holds if state is not None else ())
-    return Prior(record, *_salvage(means.store, key, state), holds=state.holds if state is not None else ())
+            return Prior(damage=damage, holds=holds)
+    salvage = None
+    for generation in store.generations(key.id):
+        if state is not None and state.head is not None and generation == state.generation:
+            salvage = _survey(store, key, generation)
+        if salvage is None or state is None or generation != state.generation:
+            store.drop_part(key.id, generation)
+    return Prior(record, state if salvage is not None else None, salvage, holds=holds)
 
 
-def _without_surplus(means: Means, damage: Damage) -> Prior:
-    """The part that an entry becomes whose file is too long: it holds every byte, and nobody is asked."""
-    record = damage.record
-    state = demoted(record, int(means.wall_clock() * 1_000_000_000))
-    means.store.demote(record, damage.file, damage.sound, state)
-    means.raise_store_epoch()
-    sums = list(record.sums[: record.length // CHUNK_BYTES])
-    salvage = Salvage(record.length, len(sums) * CHUNK_BYTES, sums, sealed=True)
-    return Prior(state=state, salvage=salvage, finished=True)
-
-
-def _standing(
-    means: Means, state: FillState | None, record: Record | None
-) -> Prior | Landing | Failure | None:
-    """What an earlier fill's end still says of this one."""
-    if state is None or state.failure is None or not state.failure.stands(means.clock()):
-        return None
-    if state.phase is not Phase.UNSTORABLE:
-        return state.failure
-    if state.passed_through:
-        return Landing.UNSTORABLE
-    return Prior(record, unstorable=state.failure.detail, told=True)
-
-
-def _load_claimed(means: Means, key: ContentKey) -> Record | None:
-    """The record. A damaged one is counted, and removed: nothing can be done with it, nor with its body."""
+def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[FillState | None, Record | None]:
+    """State and record. Damaged ones are counted; a damaged record goes: nothing can be done with it."""
+    state = record = None
     try:
-        return means.store.load(key)
+        state = dependencies.store.load_state(key.id)
     except ValueError as error:
-        note_damage(means, "record", key, str(error))
-        means.store.drop_record(key)
-        return None
+        note_damage(dependencies, "state", key, str(error))
+    try:
+        record = dependencies.store.load(key)
+    except ValueError as error:
+        note_damage(dependencies, "record", key, str(error))
+        unlink(dependencies.store.record_path(key))
+    return state, record
 
 
-def _compare(means: Means, record: Record, *, noted: bool) -> Damage | None:
+def _compare(dependencies: FillDependencies, record: Record, *, noted: bool) -> Damage | None:
     """What is wrong with a body, None when all of it is right after all.
 
     Another time alone is no damage: a backup that was restored looks so. `noted`: whoever found it has
     counted it.
     """
-    store, key, chunks = means.store, record.key, len(record.sums)
+    store, key, chunks = dependencies.store, record.key, len(record.sums)
     file = store.open_whatever(key)
     sound = sound_chunks(file.fd, record) if file is not None else 0
     if file is not None and sound == chunks and os.fstat(file.fd).st_size == record.length:
         store.set_time(store.body_path(key), record)
         return None
     if not noted:
-        note_damage(means, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
-    return Damage(record, file, sound)
+        note_damage(dependencies, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
+    return Damage(record, file, min(sound, chunks - 1))
 
 
-def _salvage(
-    store: Store, key: ContentKey, state: FillState | None
-) -> tuple[FillState | None, Salvage | None]:
-    kept = None
-    for generation in store.generations(key.id):
-        if state is not None and state.head is not None and generation == state.generation:
-            salvage = _survey(store, key, generation)
-            if salvage is not None:
-                kept = salvage
-                continue
-        store.drop_part(key.id, generation)
-    return (state, kept) if kept is not None else (None, None)
-
-
-def _whole_part(means: Means, key: ContentKey, state: FillState) -> Salvage | None:
+def _whole_part(dependencies: FillDependencies, state: FillState) -> Salvage | None:
     """The part, if it holds every byte of its body; one that does and can't be what its name says goes."""
-    store, head = means.store, state.head
-    if head is None:
-        return None
+    store, key, head = dependencies.store, state.key, state.head
     path = store.part_path(key.id, state.generation)
-    try:
-        if head.length is not None and path.stat().st_size != head.length:
-            return None
-        salvage = _survey(store, key, state.generation)
-        if salvage is None or not salvage.holds(head.length):
-            return None
-        if ends_as_named(path, key.file):
-            return salvage
-    except OSError:
+    if head is None or not path.is_file() or head.length not in (None, path.stat().st_size):
         return None
-    note_damage(means, "part", key, f"it does not end as {key.file} should")
+    salvage = _survey(store, key, state.generation)
+    if salvage is None or not salvage.holds(head.length):
+        return None
+    if ends_as_named(path, key.file):
+        return salvage
+    note_damage(dependencies, "part", key, f"it does not end as {key.file} should")
     store.drop_part(key.id, state.generation)
     return None
 
 
 def _survey(store: Store, key: ContentKey, generation: int) -> Salvage | None:
     try:
-        return survey(store.part_path(key.id, generation), store.sums_path(key.id, generation))
+        return survey(*store.part_paths(key.id, generation))
     except OSError as error:
         log.warning("the part of %s can't be read: %s", key.text, error)
         return None
 
 
-def drop_parts(store: Store, key: ContentKey) -> None:
-    """Remove every part of `key`. The caller holds the claim."""
-    for generation in store.generations(key.id):
-        store.drop_part(key.id, generation)
+def note_damage(dependencies: FillDependencies, where: str, key: ContentKey, detail: str) -> None:
+    """Count and log damage found in the store."""
+    log.warning("damaged %s of %s: %s", where, key.text, detail)
+    dependencies.counters.add("gup_integrity_failures_total", where=where)
+
+
+# --- what a leader leaves, and what is looked up by other processes
 
 
 def give_up(store: Store, state: FillState) -> list[OSError]:
@@ -215,132 +181,81 @@ def give_up(store: Store, state: FillState) -> list[OSError]:
     A part whose record is written stays: whoever asks next finishes its commit when there is room again.
     """
     refused: list[OSError] = []
-
-    def try_to(work: Callable[[], None]) -> bool:
-        try:
-            work()
-        except OSError as error:
-            refused.append(error)
-            return False
-        return True
-
     with contextlib.suppress(ValueError, OSError):
         record = store.load(state.key)
         if record is not None and store.part_path(record.key.id, record.generation).exists():
-            return []
-    try_to(lambda: drop_parts(store, state.key))
-    if not try_to(lambda: store.save_state(state)):
-        try_to(lambda: store.drop_state(state.key.id))
+            return refused
+    try:
+        store.drop_parts(state.key.id)
+    except OSError as error:
+        refused.append(error)
+    try:
+        store.save_state(state)
+    except OSError as error:
+        refused.append(error)
+        with contextlib.suppress(OSError):
+            store.drop_state(state.key.id)
     return refused
 
 
 def save_failure(store: Store, state: FillState, drop: bool) -> None:
     """Keep a failure as long as it stands, and the part for resuming unless it is to be dropped."""
     if drop:
-        drop_parts(store, state.key)
-    if state.holds or (state.failure is not None and state.failure.ttl > 0):
+        store.drop_parts(state.key.id)
+    stands = bool(state.holds) or (state.failure is not None and state.failure.ttl > 0)
+    if stands or (state.head is not None and not drop):
         store.save_state(state)
     elif drop:
         store.drop_state(state.key.id)
-    elif state.head is not None:
-        store.save_state(state)
 
 
-def is_fresh(means: Means, record: Record) -> bool:
+def is_fresh(dependencies: FillDependencies, record: Record) -> bool:
     """Whether an index file needs no question upstream yet; a clock set back makes it stale."""
-    age = means.wall_clock() - record.validated_at
-    return 0 <= age < means.settings.cache.index_ttl
-
-
-def route_of_record(record: Record) -> Route:
-    """The route that led to a committed body."""
-    key = record.key
-    return Route(
-        kind=record.kind,
-        immutable=record.kind is not Kind.INDEX,
-        stream=key.stream,
-        revision=key.revision,
-        file=key.file,
-        upstream_path=path_of_record(record),
-        variant=key.variant,
-    )
+    age = dependencies.wall_clock() - record.validated_at
+    return 0 <= age < dependencies.settings.cache.index_ttl
 
 
 def demoted(record: Record, generation: int) -> FillState:
     """The state of the part that a damaged entry becomes."""
-    return FillState(
-        record.key,
-        record.kind,
-        generation,
-        Phase.STREAMING,
-        record.head,
-        path=path_of_record(record),
-        pinned=record.pinned,
-        stored_at=record.stored_at,
+    state = FillState(
+        record.key, record.kind, generation, Phase.STREAMING, record.head, path=record.asked_path
     )
+    return replace(state, pinned=record.pinned, stored_at=record.stored_at)
 
 
-def path_of_record(record: Record) -> str:
-    """What upstream is asked for."""
-    return record.path or path_of(record.key)
-
-
-def validated_at(means: Means, remote: RemoteHead, immutable: bool) -> float:
+def validated_at(dependencies: FillDependencies, remote: RemoteHead, immutable: bool) -> float:
     """Since when what just came is known to be right: another gup may have held it for a while.
 
     Its Age counts (RFC 9111 section 4.2.3), so that ages and waiting add up over a chain. But a tenth of
     `index_ttl` is left, or an old index file would be asked for at every request.
     """
     age: float = remote.age_seconds
-    if not immutable:
-        age = min(age, _MOST_AGE * means.settings.cache.index_ttl)
-    return means.wall_clock() - age
+    return dependencies.wall_clock() - (
+        age if immutable else min(age, 0.9 * dependencies.settings.cache.index_ttl)
+    )
 
 
-def load_sound(means: Means, key: ContentKey) -> Record | None:
+def load_sound(dependencies: FillDependencies, key: ContentKey) -> Record | None:
     """The record, if it is undamaged and its body is there. Anything else is a miss.
 
     What is wrong is found out, and counted, under the key's claim: here a commit may be under way.
     """
-    try:
-        record = means.store.load(key)
-    except ValueError:
-        return None
-    return record if record is not None and means.store.open_body(record) is not None else None
+    record = dependencies.store.load_or_none(key)
+    return record if record is not None and dependencies.store.open_body(record) is not None else None
 
 
-def renew(means: Means, record: Record, validated_at: float) -> None:
+def renew(dependencies: FillDependencies, record: Record, validated_at: float) -> None:
     """Note that an upstream finds `record`'s body right still. The caller holds the claim.
 
     The record is read again: it is not put back in the place of another body's, nor of one that is gone.
     """
-    present = load_sound(means, record.key)
-    if present is not None and is_same_body(present, record):
-        means.store.save(present.validated(validated_at))
-    means.store.drop_state(record.key.id)
+    present = load_sound(dependencies, record.key)
+    if present is not None and present.is_same_body(record):
+        dependencies.store.save(present.validated(validated_at))
+    dependencies.store.drop_state(record.key.id)
 
 
-def is_the_entry(store: Store, key: ContentKey, fd: int) -> bool:
-    """Whether the file that was followed as a part has become the body."""
-    try:
-        return store.body_path(key).stat().st_ino == os.fstat(fd).st_ino
-    except OSError:
-        return False
-
-
-def _load_state(means: Means, key: ContentKey) -> FillState | None:
-    try:
-        return means.store.load_state(key.id)
-    except ValueError as error:
-        note_damage(means, "state", key, str(error))
-        return None
-
-
-def note_damage(means: Means, where: str, key: ContentKey, detail: str) -> None:
-    """Count and log damage found in the store."""
-    log.warning("damaged %s of %s: %s", where, key.text, detail)
-    means.counters.add("gup_integrity_failures_total", where=where)
-
+# --- what nobody has claimed
 
 _ORPHANED_SECONDS = 2.0
 """A fill without a leader for this long is taken over even if no client waits for it."""
@@ -353,24 +268,25 @@ _TEMPORARY_SECONDS = 3600.0
 """Where a temporary file's name does not tell that its writer is dead."""
 
 
-def route_of(state: FillState) -> Route:
-    """The route that led to a fill, from its state file."""
-    key = state.key
-    return Route(
-        kind=state.kind,
-        immutable=state.kind is not Kind.INDEX,
-        stream=key.stream,
-        revision=key.revision,
-        file=key.file,
-        upstream_path=state.path,
-        variant=key.variant,
-    )
-
-
 def _has_all(part: Part, state: FillState) -> bool:
     """Whether the part has as many bytes as its body: then it needs no upstream, if they are right."""
     head = state.head
     return head is not None and part.generation == state.generation and part.size_bytes == head.length
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the passes before this one saw of a part."""
+
+    due_at: float | None = None
+    """When it is to be taken over, if nobody leads it."""
+    led: bool = False
+    """Whether it had a leader."""
+    tries: int = 0
+    stateless_at: float = 0.0
+    """When it was first seen without a state."""
+    refused: bool = False
+    """Whether the disk did not let it be tidied: told once."""
 
 
 class Recovery:
@@ -395,76 +311,57 @@ class Recovery:
         self._take_over = take_over
         self._tell = tell
         self._clock = clock
-        self._orphans: dict[str, float] = {}
-        """When a streaming part is to be taken over, by id."""
-        self._tries: dict[str, int] = {}
-        self._led: set[str] = set()
-        """Streaming parts that had a leader at the last look."""
+        self._seen: dict[str, _Seen] = {}
         self._going_on: list[asyncio.Event] = []
-        self._stateless: dict[tuple[str, int], float] = {}
-        """When a part without a state was first seen."""
-        self._refused: set[str] = set()
-        """What the disk did not let be tidied: told once."""
 
     async def run(self) -> None:
         """Look at everything in `partial/` once."""
         parts = await asyncio.to_thread(self._store.parts, self._claims)
-        orphans = [part for part in parts if not part.claimed]
-        here = {part.id for part in orphans}
-        self._orphans = {id_: at for id_, at in self._orphans.items() if id_ in here}
-        present = {part.id for part in parts}
-        self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in present}
-        self._refused &= present
-        self._stateless = {key: at for key, at in self._stateless.items() if key[0] in present}
+        self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
-        for part in orphans:
-            state = part.state
-            if state is None or not part.generation or not state.path:
-                await self._tidy_or_tell(part)
+        for part in parts:
+            state, seen = part.state, self._seen[part.id]
+            if part.claimed:
+                seen.due_at, seen.led = None, seen.led or bool(part.generation)
+            elif state is None or not part.generation or not state.path:
+                await self._tidy_or_tell(part, seen)
             elif _has_all(part, state):
-                self._watch(part, state, first_seconds=0.0)
+                self._watch(state, seen, first_seconds=0.0)
             elif state.phase is not Phase.STREAMING:
-                await self._tidy_or_tell(part)
+                await self._tidy_or_tell(part, seen)
             elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
-                self._watch(part, state, first_seconds=_ORPHANED_SECONDS)
-        led = {part.id for part in parts if part.claimed and part.generation}
-        self._led = led | (self._led & set(self._orphans))
+                self._watch(state, seen, first_seconds=_ORPHANED_SECONDS)
         await asyncio.to_thread(self._drop_leftovers)
 
-    def _watch(self, part: Part, state: FillState, *, first_seconds: float) -> None:
+    def _watch(self, state: FillState, seen: _Seen, *, first_seconds: float) -> None:
         """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
-        tries = self._tries.get(part.id, 0)
-        patience = min(first_seconds + _ORPHANED_SECONDS * (2**tries - 1), _LONGEST_ORPHANED_SECONDS)
+        patience = min(first_seconds + _ORPHANED_SECONDS * (2**seen.tries - 1), _LONGEST_ORPHANED_SECONDS)
         now = self._clock()
-        if now >= self._orphans.setdefault(part.id, now + patience):
-            del self._orphans[part.id]
-            self._tries[part.id] = min(tries + 1, 16)
+        if seen.due_at is None:
+            seen.due_at = now + patience
+        if now >= seen.due_at:
             log.info("nobody goes on with %s: taking it over", state.key.text)
-            ended = self._take_over(route_of(state), part.id in self._led)
+            ended = self._take_over(route_of(state), seen.led)
+            seen.due_at, seen.led, seen.tries = None, False, min(seen.tries + 1, 16)
             if ended is not None:
                 self._going_on.append(ended)
 
-    async def _tidy_or_tell(self, part: Part) -> None:
-        try:
-            await self._tidy(part)
-        except OSError as error:
-            if part.id not in self._refused:
-                log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
-            self._refused.add(part.id)
-        else:
-            self._refused.discard(part.id)
-
-    async def _tidy(self, part: Part) -> None:
+    async def _tidy_or_tell(self, part: Part, seen: _Seen) -> None:
         """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
         offset = int(part.id[:16], 16) >> 2
         if not self._claims.try_claim(offset):
             return
         try:
-            await asyncio.to_thread(self._tidy_claimed, part)
+            await asyncio.to_thread(self._tidy, part, seen)
+            seen.refused = False
+        except OSError as error:
+            if not seen.refused:
+                log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
+            seen.refused = True
         finally:
             self._claims.release(offset)
 
-    def _tidy_claimed(self, part: Part) -> None:
+    def _tidy(self, part: Part, seen: _Seen) -> None:
         store = self._store
         try:
             state = store.load_state(part.id)
@@ -475,41 +372,25 @@ class Recovery:
             state = None
         if state is not None and self._finish(state):
             return
-        resumable = False
-        if state is not None and state.head is not None:
-            resumable = store.part_path(part.id, state.generation).exists()
-        if state is None and part.generation and not self._is_left_alone(part):
-            return  # a small body's, whose record may be written: whoever claims the key finishes it
-        if part.generation and (state is None or state.head is None or part.generation != state.generation):
+        generation = state.generation if state is not None and state.head is not None else 0
+        if part.generation and part.generation != generation:
+            seen.stateless_at = seen.stateless_at or self._clock()
+            if state is None and self._clock() - seen.stateless_at < _STATELESS_SECONDS:
+                return  # a small body's, whose record may be written: whoever claims the key finishes it
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
-        stands = state is not None and state.stands(self._clock())
-        if not resumable and not stands:
+        resumable = generation and store.part_path(part.id, generation).exists()
+        if not resumable and (state is None or not state.stands(self._clock())):
             store.drop_state(part.id)
-
-    def _is_left_alone(self, part: Part) -> bool:
-        """Whether nobody has finished a part without a state since it was first seen."""
-        first_seen = self._stateless.setdefault((part.id, part.generation), self._clock())
-        if self._clock() - first_seen < _STATELESS_SECONDS:
-            return False
-        del self._stateless[part.id, part.generation]
-        return True
 
     def _finish(self, state: FillState) -> bool:
         """Finish a commit that was interrupted after its record; whether there was one."""
-        store, record = self._store, None
-        done = store.finish_journal(state)
-        with contextlib.suppress(ValueError):
-            record = store.load(state.key)
-        if record is None:
-            return done
-        if not done and record.generation == state.generation and store.finish_commit(record):
-            store.drop_journal(record.key.id, record.generation)
-            done = True
-        if done:
-            self._tell(committed(record, replaced=True))
-            log.info("finished the commit of %s", record.key.text)
-        return done
+        record = self._store.load_or_none(state.key)
+        if record is None or record.generation != state.generation or not self._store.finish_commit(record):
+            return False
+        self._tell(committed(record, replaced=True))
+        log.info("finished the commit of %s", record.key.text)
+        return True
 
     def _drop_leftovers(self) -> None:
         """Temporary files of writers that died, and sums without their part."""

@@ -20,14 +20,9 @@ from gup.cache.locks import Claims
 from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, MAX_STATE_BYTES, FillState, Record
 from gup.content.key import ContentKey
 from gup.errors import StoreError
-from gup.fsutil import sync_file_system, sync_folder, write_all
+from gup.fsutil import read_regular, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
-_RECORD_SUFFIX = ".gup"
-_PART_SUFFIX = ".part"
-_STATE_SUFFIX = ".state"
-_SUMS_SUFFIX = ".sums"
-_TEMPORARY = ".tmp"
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 """They tell of this process, not of the file that was to be opened."""
 
@@ -92,10 +87,6 @@ class Store:
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
 
-    def sync(self) -> None:
-        """Make all that was changed durable. Blocks; OSError when the disk refuses."""
-        sync_file_system(self.root)
-
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
 
@@ -105,7 +96,7 @@ class Store:
         return self.content / key.path
 
     def record_path(self, key: ContentKey) -> Path:
-        return self.content / key.path.with_name(f".{key.file}{_RECORD_SUFFIX}")
+        return self.content / key.path.with_name(f".{key.file}.gup")
 
     def load(self, key: ContentKey) -> Record | None:
         """The key's record; None when there is none. InvalidError when it is damaged or can't be read."""
@@ -117,12 +108,17 @@ class Store:
             raise InvalidError(f"the record is that of {record.key.text}")
         return record
 
+    def load_or_none(self, key: ContentKey) -> Record | None:
+        """The key's record; None too when it is damaged."""
+        try:
+            return self.load(key)
+        except ValueError:
+            return None
+
     def open_body(self, record: Record) -> OpenFile | None:
         """The record's body, or None when the file is missing or is not the body that was recorded."""
         file = self.open_whatever(record.key)
-        if file is None:
-            return None
-        return file if record.fits(os.fstat(file.fd)) else None
+        return file if file is not None and record.fits(os.fstat(file.fd)) else None
 
     def open_whatever(self, key: ContentKey) -> OpenFile | None:
         """The file that stands for the key's body, whatever is in it; None when there is none to be read.
@@ -152,12 +148,12 @@ class Store:
     def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
         """Pin or unpin; False when there is no such entry."""
         self._require_claim(key)
-        record = self._load_or_none(key)
+        record = self.load_or_none(key)
         if record is None:
             return False
         if record.pinned != pinned:
             used_at = self.record_path(key).stat().st_mtime
-            self.save(record.with_pin(pinned), durable=True)
+            self.save(replace(record, pinned=pinned), durable=True)
             self.touch(key, used_at)
         return True
 
@@ -166,65 +162,58 @@ class Store:
         with contextlib.suppress(OSError):  # gone, or on a disk that takes nothing now
             os.utime(self.record_path(key), (used_at, used_at))
 
+    def set_time(self, path: Path, record: Record) -> None:
+        """Give a file that has the recorded bytes the recorded time."""
+        os.utime(path, ns=(time.time_ns(), record.generation))
+
     def remove(self, key: ContentKey) -> int:
         """Unlink the record, then the body; bytes freed, 0 when it was gone. Readers read on to the end."""
         self._require_claim(key)
         path = self.body_path(key)
-        _unlink(self.record_path(key))
+        unlink(self.record_path(key))
         try:
             size = path.lstat().st_size
         except (FileNotFoundError, NotADirectoryError):
             size = 0
-        _unlink(path)
-        self._prune(path.parent)
+        unlink(path)
+        with contextlib.suppress(OSError):  # a folder in which something is, or that has gone
+            for folder in path.relative_to(self.content).parents[:-1]:
+                (self.content / folder).rmdir()
         return size
 
     def purge(self, key: ContentKey) -> int:
         """Remove the body and all that a fill left of the key: nothing of it comes back. Bytes freed."""
         self._require_claim(key)
-        freed = 0
-        self.drop_state(key.id)  # first: an interrupted commit would be finished
-        for generation in self.generations(key.id):
-            with contextlib.suppress(OSError):
-                freed += self.part_path(key.id, generation).stat().st_size
-            self.drop_part(key.id, generation)
-        freed += self.remove(key)
+        freed = self.drop_parts(key.id) + self.remove(key)
+        self.drop_state(key.id)
         folder = self.body_path(key).parent
         while not folder.is_dir():
             folder = folder.parent
         sync_folder(folder)
         return freed
 
-    def drop_record(self, key: ContentKey) -> None:
-        """Remove a record that is of no use."""
-        self._require_claim(key)
-        _unlink(self.record_path(key))
-
-    def set_time(self, path: Path, record: Record) -> None:
-        """Give a file that has the recorded bytes the recorded time."""
-        os.utime(path, ns=(time.time_ns(), record.generation))
-
     def scan(self) -> Iterator[Stored]:
         """Every body under `content/`, with its record; and every record without one, as of 0 bytes."""
         for folder, _, names in os.walk(self.content):
             parts = Path(folder).relative_to(self.content).parts
-            if len(parts) != 4:
-                continue
-            present = set(names)
-            for name in names:
-                of_body = name[1:].removesuffix(_RECORD_SUFFIX)
-                if name.startswith(".") and (of_body in present or not name.endswith(_RECORD_SUFFIX)):
-                    continue
-                try:
-                    key = ContentKey.parse("/".join((*parts, of_body if name.startswith(".") else name)))
-                    yield self._stored(key)
-                except (ValueError, OSError):  # no name of ours, gone, or not to be read: nothing to serve
-                    continue
+            files = {name[1:-4] if name.startswith(".") and name.endswith(".gup") else name for name in names}
+            for file in sorted(files) if len(parts) == 4 else ():
+                with contextlib.suppress(ValueError):  # no name of ours
+                    stored = self.stored(ContentKey.parse("/".join((*parts, file))))
+                    if stored is not None:
+                        yield stored
 
     def stored(self, key: ContentKey) -> Stored | None:
         """The body as a scan finds it; None when there is none."""
         try:
-            return self._stored(key)
+            try:
+                found = self.body_path(key).stat()
+            except FileNotFoundError:
+                return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
+            record = self.load_or_none(key)
+            if record is None or not record.fits(found):
+                return Stored(key, None, found.st_size, found.st_mtime)
+            return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
         except OSError:
             return None
 
@@ -235,37 +224,21 @@ class Store:
                 with contextlib.suppress(OSError):
                     Path(folder).rmdir()
 
-    def _stored(self, key: ContentKey) -> Stored:
-        try:
-            found = self.body_path(key).stat()
-        except FileNotFoundError:
-            return Stored(key, None, 0, self.record_path(key).stat().st_mtime)
-        record = self._load_or_none(key)
-        if record is None or not record.fits(found):
-            return Stored(key, None, found.st_size, found.st_mtime)
-        return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
-
-    def _load_or_none(self, key: ContentKey) -> Record | None:
-        try:
-            return self.load(key)
-        except ValueError:
-            return None
-
     # --- parts and states
 
     def part_path(self, id_: str, generation: int) -> Path:
-        return self.partial / f"{id_}.{generation}{_PART_SUFFIX}"
+        return self.partial / f"{id_}.{generation}.part"
 
     def sums_path(self, id_: str, generation: int) -> Path:
         """Sums of the part's whole chunks, 8 bytes each: what a takeover verifies it with."""
-        return self.partial / f"{id_}.{generation}{_SUMS_SUFFIX}"
+        return self.partial / f"{id_}.{generation}.sums"
 
     def part_paths(self, id_: str, generation: int) -> tuple[Path, Path]:
         """The part and its sums."""
         return self.part_path(id_, generation), self.sums_path(id_, generation)
 
     def state_path(self, id_: str) -> Path:
-        return self.partial / f"{id_}{_STATE_SUFFIX}"
+        return self.partial / f"{id_}.state"
 
     def load_state(self, id_: str) -> FillState | None:
         """The state file; None when missing. InvalidError when it is damaged or can't be read."""
@@ -282,21 +255,29 @@ class Store:
         self._put(self.state_path(state.key.id), state.encode(), sync=False)
 
     def drop_state(self, id_: str) -> None:
-        _unlink(self.state_path(id_))
+        unlink(self.state_path(id_))
 
-    def drop_part(self, id_: str, generation: int) -> None:
-        _unlink(self.part_path(id_, generation))
-        _unlink(self.sums_path(id_, generation))
+    def drop_part(self, id_: str, generation: int) -> int:
+        """Remove a part and its sums; bytes freed."""
+        part, sums = self.part_paths(id_, generation)
+        freed = part.stat().st_size if part.is_file() else 0
+        unlink(part)
+        unlink(sums)
+        return freed
+
+    def drop_parts(self, id_: str) -> int:
+        """Remove every part of a key; bytes freed. The caller holds the claim."""
+        return sum(self.drop_part(id_, generation) for generation in self.generations(id_))
+
+    def drop_journal(self, id_: str, generation: int) -> None:
+        """Remove what told of a part that has been committed."""
+        unlink(self.sums_path(id_, generation))
+        self.drop_state(id_)
 
     def generations(self, id_: str) -> list[int]:
         """The generations of which there is a part, ascending."""
-        found = []
-        with os.scandir(self.partial) as rows:
-            for row in rows:
-                if row.name.startswith(id_) and row.name.endswith(_PART_SUFFIX):
-                    with contextlib.suppress(ValueError):
-                        found.append(int(row.name.split(".")[1]))
-        return sorted(found)
+        names = (path.name.split(".") for path in self.partial.iterdir() if path.name.startswith(id_))
+        return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
     def commit(self, record: Record) -> bool:
         """Publish the part of the record's generation as its key's body; whether it replaced another.
@@ -311,7 +292,8 @@ class Store:
         replaced = body.exists()
         self.set_time(part, record)
         if replaced:
-            _sync_file(part)
+            file = OpenFile(part)
+            os.fdatasync(file.fd)
         self.save(record)
         self._rename_into(part, body)
         return replaced
@@ -331,6 +313,7 @@ class Store:
             return False
         self.set_time(part, record)
         self._rename_into(part, self.body_path(record.key))
+        self.drop_journal(record.key.id, record.generation)
         return True
 
     def demote(self, record: Record, body: OpenFile | None, sound: int, state: FillState) -> None:
@@ -340,91 +323,49 @@ class Store:
         goes on with it. 3. Record and body go. After a crash before 3 the entry is there as it was.
         """
         self._require_claim(record.key)
-        id_ = record.key.id
-        for other in self.generations(id_):
-            self.drop_part(id_, other)
-        part, sums = self.part_paths(id_, state.generation)
-        copy, end = (
-            OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL),
-            min(sound * CHUNK_BYTES, record.length),
-        )
-        position = 0
+        self.drop_parts(record.key.id)
+        part, sums = self.part_paths(record.key.id, state.generation)
+        copy = OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        position, end = 0, min(sound * CHUNK_BYTES, record.length)
         while body is not None and position < end:
             position += os.copy_file_range(body.fd, copy.fd, end - position, position, position)
-        packed = b"".join(value.to_bytes(8, "little") for value in record.sums[:sound])
-        sums_file = OpenFile(sums, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        write_all(sums_file.fd, packed)
+        sums.write_bytes(b"".join(value.to_bytes(8, "little") for value in record.sums[:sound]))
         self.save_state(state)
         self.remove(record.key)
 
-    def finish_journal(self, state: FillState) -> bool:
-        """Finish a commit of the first edition, whose state held the record; whether it was one."""
-        record = state.record
-        if record is None:
-            return False
-        if self.part_path(record.key.id, state.generation).exists():
-            record = replace(record, generation=state.generation)
-            self.save(record)
-            self.finish_commit(record)
-        elif self._load_or_none(record.key) is None:
-            self.save(record)
-        self.drop_journal(record.key.id, state.generation)
-        return True
-
-    def drop_journal(self, id_: str, generation: int) -> None:
-        """Remove what told of a part that has been committed."""
-        _unlink(self.sums_path(id_, generation))
-        self.drop_state(id_)
-
     def parts(self, claims: Claims | None = None) -> list[Part]:
         """What lies in `partial/`: one row a part, and one for a state that has no part."""
-        rows: list[Part] = []
-        seen: set[str] = set()
-        for path in sorted(self.partial.glob(f"*{_PART_SUFFIX}")) + sorted(
-            self.partial.glob(f"*{_STATE_SUFFIX}")
-        ):
-            id_, _, rest = path.name.partition(".")
-            is_part = path.name.endswith(_PART_SUFFIX)
-            if (not is_part and id_ in seen) or len(id_) != 32:
-                continue
-            seen.add(id_)
-            with contextlib.suppress(OSError, ValueError):
-                generation = int(rest.split(".")[0]) if is_part else 0
-                rows.append(self._part(path, id_, generation, claims))
+        rows, names = [], sorted(path.name for path in self.partial.iterdir())
+        with_part = {name[:32] for name in names if name.endswith(".part")}
+        for name in names:
+            id_, _, rest = name.partition(".")
+            number = rest.removesuffix(".part")
+            generation = int(number) if number != rest and number.isdecimal() else 0
+            if len(id_) == 32 and (generation or (rest == "state" and id_ not in with_part)):
+                with contextlib.suppress(OSError):
+                    stat = (self.partial / name).stat()
+                    claimed = claims is not None and claims.taken(int(id_[:16], 16) >> 2)
+                    size = stat.st_size if generation else 0
+                    rows.append(Part(id_, generation, size, stat.st_mtime, claimed, self._state_or_none(id_)))
         return rows
 
-    def _part(self, path: Path, id_: str, generation: int, claims: Claims | None) -> Part:
-        stat = path.stat()
+    def _state_or_none(self, id_: str) -> FillState | None:
         try:
-            state = self.load_state(id_)
+            return self.load_state(id_)
         except (ValueError, OSError):
-            state = None
-        size = stat.st_size if path.name.endswith(_PART_SUFFIX) else 0
-        claimed = claims.taken(int(id_[:16], 16) >> 2) if claims else False
-        return Part(id_, generation, size, stat.st_mtime, claimed, state)
+            return None
 
-    def remove_part(self, part: Part) -> int:
-        """Remove a part with its state; bytes freed. The caller holds the key's claim or knows it free."""
+    def remove_part(self, part: Part) -> None:
+        """Remove a part with its state. The caller holds the key's claim or knows it free."""
         if part.generation:
             self.drop_part(part.id, part.generation)
         self.drop_state(part.id)
-        return part.size_bytes
-
-    # --- putting right, while nobody uses the directory
-
-    def cut_part(self, id_: str, generation: int, size_bytes: int) -> None:
-        """Cut a part to what is right of it: whole chunks."""
-        os.truncate(self.sums_path(id_, generation), 8 * (size_bytes // CHUNK_BYTES))
-        os.truncate(self.part_path(id_, generation), size_bytes)
-
-    def drop_stray(self, path: Path) -> None:
-        _unlink(path)
 
     # --- files
 
     def _put(self, path: Path, text: bytes, *, sync: bool) -> None:
         """Put a file in place, atomically; `sync`: with its bytes on the disk."""
-        temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}{_TEMPORARY}"
+        temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}.tmp"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_all(file.fd, text)
@@ -449,41 +390,22 @@ class Store:
             except IsADirectoryError:  # no work of ours
                 if attempt == 4:
                     raise
-                _unlink(target)
-
-    def _prune(self, folder: Path) -> None:
-        """Remove folders that became empty."""
-        while folder != self.content and self.content in folder.parents:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
-            folder = folder.parent
+                unlink(target)
 
 
 def _read(path: Path, most_bytes: int) -> bytes | None:
-    """The file's bytes, one more than `most_bytes` at most; None when there is none.
-
-    InvalidError when it can't be read, or is no plain file: a pipe would keep its reader waiting.
-    """
+    """The file's bytes, one more than `most_bytes` at most; None when there is none. InvalidError."""
     try:
-        file = OpenFile(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
-            raise InvalidError("it is no plain file")
-        pieces = []
-        while most_bytes >= 0 and (piece := os.read(file.fd, most_bytes + 1)):
-            pieces.append(piece)
-            most_bytes -= len(piece)
+        return read_regular(path, most_bytes + 1, os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise
         raise InvalidError(f"it can't be read: {error.strerror}") from error
-    return b"".join(pieces)
 
 
-def _unlink(path: Path) -> None:
+def unlink(path: Path) -> None:
     """Remove what is there under a name of ours, be it what it may."""
     try:
         path.unlink(missing_ok=True)
@@ -493,8 +415,3 @@ def _unlink(path: Path) -> None:
         if not path.is_dir():
             raise
         shutil.rmtree(path)
-
-
-def _sync_file(path: Path) -> None:
-    file = OpenFile(path)
-    os.fdatasync(file.fd)

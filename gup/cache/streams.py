@@ -12,10 +12,9 @@ from gup.metrics import MAX_STREAMS
 def read_streams(path: Path) -> list[tuple[str, str, str]]:
     """Version, language and stream of each number in use, in order."""
     try:
-        lines = path.read_text().splitlines()
+        rows = [line.split("/") for line in path.read_text().splitlines()[:MAX_STREAMS]]
     except FileNotFoundError:
         return []
-    rows = [tuple(line.split("/")) for line in lines[:MAX_STREAMS]]
     return [(row[0], row[1], row[2]) if len(row) == 3 else ("", "", "") for row in rows]
 
 
@@ -31,29 +30,27 @@ class Streams:
 
     def number(self, key: ContentKey) -> int:
         name = f"{key.version}/{key.language}/{key.stream}"
-        number = self._numbers.get(name)
-        if number is None:
-            try:
-                number = self._numbers[name] = self._find(name)
-            except OSError:  # a full disk: its bytes count as those of any other, until there is room
-                return MAX_STREAMS
+        if name not in self._numbers:
             if len(self._numbers) > 10 * MAX_STREAMS:
                 self._numbers.clear()
-        return number
+            try:
+                self._numbers[name] = self._find(name)
+            except OSError:  # a full disk: its bytes count as those of any other, until there is room
+                return MAX_STREAMS
+        return self._numbers[name]
 
     def _find(self, name: str) -> int:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            lines = os.pread(fd, 1 << 20, 0).decode(errors="replace").splitlines()
-            if name in lines[:MAX_STREAMS]:
+            lines = os.pread(fd, 1 << 20, 0).decode(errors="replace").splitlines()[:MAX_STREAMS]
+            if name in lines:
                 return lines.index(name)
-            if len(lines) >= MAX_STREAMS:
-                return MAX_STREAMS
-            line, end = f"{name}\n".encode(), os.fstat(fd).st_size
-            if os.write(fd, line) < len(line):  # the disk became full: no half line may stay
-                os.ftruncate(fd, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if len(lines) < MAX_STREAMS:
+                line, end = f"{name}\n".encode(), os.fstat(fd).st_size
+                if os.write(fd, line) < len(line):  # the disk became full: no half line may stay
+                    os.ftruncate(fd, end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return len(lines)
         finally:
             os.close(fd)

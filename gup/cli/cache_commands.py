@@ -208,7 +208,6 @@ def _verify_by_service(admin: "Admin", *, repair: bool) -> dict[str, Any]:
 
 def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
     from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
-    from gup.cache.records import Phase
     from gup.control.index import check_index
 
     rows: list[dict[str, Any]] = []
@@ -220,9 +219,6 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
         rows.append(row | {"mended": mended, "why_not": why_not or None})
 
     with _alone(store):
-        for part in store.parts():  # a commit that was interrupted is no damage: its journal finishes it
-            if repair and part.state is not None and part.state.phase is Phase.COMMITTED:
-                store.finish_journal(part.state)
         names = contents(store, grace_seconds=0.0)
         checks: list[Callable[[], list[Finding]]] = [
             *(partial(check_entry, store, key) for key in names.keys),

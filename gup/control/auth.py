@@ -11,8 +11,7 @@ import ipaddress
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,35 +20,13 @@ from gup.control.tokens import Right, TokenError, Tokens, local_path, read_token
 from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 
+_log = logging.getLogger("gup.control.auth")
+_RIGHT_CERT = "it must hold the control plane's certificate with its chain, in PEM"
+_RIGHT_KEY = "it must hold the certificate's key, in PEM, without a password"
+
 
 class CertificateError(ValueError):
-    """Files that can't be used; the text tells which and why. `setting` is the one at fault."""
-
-    def __init__(self, text: str, setting: str) -> None:
-        super().__init__(text)
-        self.setting = setting
-
-
-_CERT, _KEY = "admin_cert_file", "admin_key_file"
-_RIGHT = {
-    _CERT: "it must hold the control plane's certificate with its chain, in PEM",
-    _KEY: "it must hold the certificate's key, in PEM, without a password",
-}
-
-
-def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
-    """A server's TLS context; CertificateError when the files can't be read or don't match."""
-    for setting, file in ((_CERT, cert_file), (_KEY, key_file)):
-        try:
-            read_file(file, 1)
-        except FileError as error:
-            raise CertificateError(f"{error}: {_RIGHT[setting]}", setting) from error
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(cert_file, key_file, password=_no_password)
-    except (ssl.SSLError, ValueError) as error:
-        raise _told(error, cert_file, key_file) from error
-    return context
+    """Files that can't be used; the text names the setting and tells why."""
 
 
 class _EncryptedKeyError(ValueError):
@@ -60,41 +37,32 @@ def _no_password() -> str:
     raise _EncryptedKeyError
 
 
-def _told(error: Exception, cert_file: Path, key_file: Path) -> CertificateError:
-    reason = getattr(error, "reason", None) or str(error)
+def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
+    """A server's TLS context; CertificateError when the files can't be read or don't match."""
+    for setting, file, right in (("cert", cert_file, _RIGHT_CERT), ("key", key_file, _RIGHT_KEY)):
+        try:
+            read_file(file, 1)
+        except FileError as error:
+            raise CertificateError(f"listen.admin_{setting}_file: {error}: {right}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise CertificateError(_told(error, cert_file, key_file)) from error
+    return context
+
+
+def _told(error: Exception, cert_file: Path, key_file: Path) -> str:
+    key = f"listen.admin_key_file: {str(key_file)!r}"
     if isinstance(error, _EncryptedKeyError):
-        words = f"{str(key_file)!r} is encrypted; gup can ask nobody for its password: {_RIGHT[_KEY]}"
-        return CertificateError(words, _KEY)
-    if reason == "KEY_VALUES_MISMATCH":
-        words = f"{str(key_file)!r} is not the key of the certificate in {str(cert_file)!r}"
-        return CertificateError(words, _KEY)
+        return f"{key} is encrypted; gup can ask nobody for its password: {_RIGHT_KEY}"
+    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+        return f"{key} is not the key of the certificate in {str(cert_file)!r}"
     try:
         trust(cert_file)
     except FileError as lacking:
-        return CertificateError(str(lacking), _CERT)
-    return CertificateError(f"{str(key_file)!r} holds no key: {_RIGHT[_KEY]}", _KEY)
-
-
-class Renewable:
-    """The TLS context of a listening socket; `renew` changes the certificate of later connections."""
-
-    def __init__(self, first: ssl.SSLContext) -> None:
-        self.context = first
-        self._current = first
-        first.sni_callback = self._choose
-
-    def renew(self, context: ssl.SSLContext) -> None:
-        self._current = context
-
-    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        connection.context = self._current
-
-
-def key_doubts(key_file: Path) -> Iterator[str]:
-    """What makes the key file unsafe, as sentences."""
-    with suppress(OSError):
-        if key_file.stat().st_mode & 0o004:
-            yield f"{key_file} can be read by everybody on this machine: chmod o-r {key_file}"
+        return f"listen.admin_cert_file: {lacking}"
+    return f"{key} holds no key: {_RIGHT_KEY}"
 
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -157,32 +125,25 @@ def is_near(peer: str | None) -> bool:
 def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """Why the request is refused; None when it is allowed."""
     probe = attempt.path in _FOR_PROBES and not attempt.changes
-    if not _named_rightly(attempt, listener, probe=probe):
+    # Beyond loopback health checks use any name, and a request with a token was made on purpose.
+    any_name = not listener.on_loopback and (probe or (attempt.bearer and attempt.right))
+    if not any_name and not _host_is_ours(attempt, listener.address):
         return Refusal(403, "The Host header does not name this control plane")
     if probe:
         return None
-    if attempt.changes and _is_foreign(attempt, listener):
-        return Refusal(403, "The request comes from another site's page")
+    if attempt.changes:
+        ours = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
+        foreign = attempt.origin is not None and attempt.origin.lower() != ours
+        if foreign or attempt.fetch_site not in (None, "same-origin", "none"):
+            return Refusal(403, "The request comes from another site's page")
     return _lacking(attempt, listener)
-
-
-def _named_rightly(attempt: AccessRequest, listener: AdminListener, *, probe: bool) -> bool:
-    """Beyond loopback health checks use any name, and a request with a token was made on purpose."""
-    if not listener.on_loopback and (probe or (attempt.bearer and attempt.right)):
-        return True
-    return _host_is_ours(attempt, listener.address)
-
-
-def _is_foreign(attempt: AccessRequest, listener: AdminListener) -> bool:
-    ours = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
-    return (attempt.origin is not None and attempt.origin.lower() != ours) or (
-        attempt.fetch_site not in (None, "same-origin", "none")
-    )
 
 
 def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """The refusal of a request whose token does not allow it."""
-    where = _where(attempt, listener)
+    where = ""
+    if listener.token_file and is_near(attempt.peer):
+        where = f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
     if attempt.right is None:
         return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
     if attempt.changes and attempt.right < Right.CHANGE:
@@ -192,18 +153,9 @@ def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
         return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
     if attempt.right is Right.NONE and not (listener.on_loopback and is_near(attempt.peer)):
         page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
-        return Refusal(
-            401,
-            f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}",
-            (_BEARER, *page),
-        )
+        detail = f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}"
+        return Refusal(401, detail, (_BEARER, *page))
     return None
-
-
-def _where(attempt: AccessRequest, listener: AdminListener) -> str:
-    if not (listener.token_file and is_near(attempt.peer)):
-        return ""
-    return f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
 
 
 def is_loopback(address: str | None) -> bool:
@@ -240,35 +192,50 @@ def _without_port(host: str) -> str:
     return name if not port or port.isdigit() else ""
 
 
-_log = logging.getLogger("gup.control.auth")
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What the files hold that the settings name: what can be used; what can't, and what is unsafe."""
+
+    change: str
+    read: str
+    context: ssl.SSLContext | None
+    problems: list[str]
+    doubts: list[str]
+
+
+def _read_files(listen: Listen) -> _Files:
+    tokens, context = {"admin_token_file": "", "admin_read_token_file": ""}, None
+    problems: list[str] = []
+    doubts: list[str] = []
+    for name in tokens:
+        file = getattr(listen, name)
+        if file is not None:
+            doubts += token_doubts(file)
+            try:
+                tokens[name] = read_token(file)
+            except TokenError as error:
+                problems.append(f"listen.{name}: {error}")
+    change, read = tokens.values()
+    if change and change == read:
+        problems.append(
+            "listen.admin_read_token_file: it holds the token of admin_token_file; they must differ"
+        )
+    if listen.admin_cert_file is not None and (key := listen.admin_key_file) is not None:
+        try:
+            context = load_context(listen.admin_cert_file, key)
+            if key.stat().st_mode & stat.S_IROTH:
+                doubts.append(f"{key} can be read by everybody on this machine: chmod o-r {key}")
+        except CertificateError as error:
+            problems.append(str(error))
+        except OSError:  # gone again
+            problems.append(f"listen.admin_key_file: {str(key)!r} can't be read")
+    return _Files(change, read, context, problems, doubts)
 
 
 def require_access(listen: Listen) -> None:
     """SettingsError with a sentence for each token or certificate that can't be used."""
-    problems: list[str] = []
-    tokens = {}
-    for name in ("admin_token_file", "admin_read_token_file"):
-        file = getattr(listen, name)
-        try:
-            tokens[name] = read_token(file) if file is not None else name
-        except TokenError as error:
-            problems.append(f"listen.{name}: {error}")
-    if len(tokens) == 2 and len(set(tokens.values())) == 1:
-        problems.append(
-            "listen.admin_read_token_file: it holds the token of admin_token_file; they must differ"
-        )
-    try:
-        _context(listen)
-    except CertificateError as error:
-        problems.append(f"listen.{error.setting}: {error}")
-    if problems:
+    if problems := _read_files(listen).problems:
         raise SettingsError(problems)
-
-
-def _context(listen: Listen) -> ssl.SSLContext | None:
-    if listen.admin_cert_file is None or listen.admin_key_file is None:
-        return None
-    return load_context(listen.admin_cert_file, listen.admin_key_file)
 
 
 class Access:
@@ -277,13 +244,10 @@ class Access:
     def __init__(self) -> None:
         self.tokens = Tokens()
         self.listener = AdminListener()
-        self._tls: Renewable | None = None
+        self.tls: ssl.SSLContext | None = None
+        """For the listening socket; None without TLS. Each connection gets the certificate in force."""
+        self._certificate: ssl.SSLContext | None = None
         self._wrong_tokens = 0
-
-    @property
-    def tls(self) -> ssl.SSLContext | None:
-        """For the listening socket; None without TLS."""
-        return self._tls.context if self._tls is not None else None
 
     def note_wrong_token(self, peer: str | None) -> None:
         """Count an unknown token; the 1st, 2nd, 4th, 8th … is logged."""
@@ -297,82 +261,36 @@ class Access:
         The supervisor checked them before it started this process. If they are unusable now (the controller
         may be restarted at any time), nobody gets in until a reload, and the controller goes on working.
         """
-        try:
-            context = await asyncio.to_thread(_checked, listen)
-        except SettingsError as error:
-            _complain(error, "nobody gets in until a reload")
-            context = await asyncio.to_thread(_context_or_none, listen)
-        tls = listen.admin_cert_file is not None
-        self._tls = Renewable(context or ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) if tls else None
-        name = admin.getsockname()
+        name, tls = admin.getsockname(), listen.admin_cert_file is not None
         address = str(name[0]) if isinstance(name, tuple) else ""
         self.listener = AdminListener(address, tls=tls, token_file=str(local_path(run)))
-        self.tokens = await asyncio.to_thread(_tokens, listen, run)
-        if not self.listener.on_loopback and not tls:
+        if tls:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.sni_callback = self._choose
+        elif not self.listener.on_loopback:
             _log.warning("the control plane at %s has no TLS: tokens cross the network unencrypted", address)
+        await self._read(listen, run, at_start=True)
 
     async def renew(self, listen: Listen, run: Path) -> None:
         """Read tokens and certificate again; unusable files leave the old ones in force."""
+        await self._read(listen, run, at_start=False)
+
+    async def _read(self, listen: Listen, run: Path, *, at_start: bool) -> None:
+        files = await asyncio.to_thread(_read_files, listen)
+        local = ""
         try:
-            context, tokens = await asyncio.to_thread(_checked_with_tokens, listen, run)
-        except SettingsError as error:
-            _complain(error, "the old ones stay in force")
-            return
-        if self._tls is not None and context is not None:
-            self._tls.renew(context)
-        self.tokens = tokens
-
-
-def _complain(error: SettingsError, what_now: str) -> None:
-    for problem in error.problems:
-        _log.error("%s; %s", problem, what_now)
-
-
-def _checked(listen: Listen) -> ssl.SSLContext | None:
-    require_access(listen)
-    for file, look in _files(listen):
-        for doubt in look(file):
+            local = await asyncio.to_thread(read_token, local_path(run))
+        except TokenError:
+            _log.warning("commands on this machine find no token in %s", local_path(run))
+        for doubt in files.doubts:
             _log.warning("%s", doubt)
-    return _context_or_none(listen)
+        what_now = "nobody gets in until a reload" if at_start else "the old ones stay in force"
+        for problem in files.problems:
+            _log.error("%s; %s", problem, what_now)
+        if at_start or not files.problems:
+            self.tokens = Tokens.of(change=files.change, read=files.read, local=local)
+            self._certificate = files.context
 
-
-def _checked_with_tokens(listen: Listen, run: Path) -> tuple[ssl.SSLContext | None, Tokens]:
-    """SettingsError also when a file was changed between the check and the reading."""
-    context, tokens = _checked(listen), _tokens(listen, run)
-    require_access(listen)
-    return context, tokens
-
-
-def _context_or_none(listen: Listen) -> ssl.SSLContext | None:
-    try:
-        return _context(listen)
-    except CertificateError:
-        return None
-
-
-def _files(listen: Listen) -> list[tuple[Path, Callable[[Path], Iterable[str]]]]:
-    rows = (
-        (listen.admin_token_file, token_doubts),
-        (listen.admin_read_token_file, token_doubts),
-        (listen.admin_key_file, key_doubts),
-    )
-    return [(file, look) for file, look in rows if file is not None]
-
-
-def _tokens(listen: Listen, run: Path) -> Tokens:
-    local = _token_or_none(local_path(run))
-    if not local:
-        _log.warning("commands on this machine find no token in %s", local_path(run))
-    return Tokens.of(
-        change=_token_or_none(listen.admin_token_file),
-        read=_token_or_none(listen.admin_read_token_file),
-        local=local,
-    )
-
-
-def _token_or_none(file: Path | None) -> str:
-    """The token in a file; empty when there is none. The check has told what is wrong with it."""
-    try:
-        return read_token(file) if file is not None else ""
-    except TokenError:
-        return ""
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        if self._certificate is not None:
+            connection.context = self._certificate

@@ -43,6 +43,9 @@ _LEAST_GAP_SECONDS = 2.0
 _MOST_UNLISTED = 1000
 
 
+_NONE = Kept("")
+
+
 class CatalogRefresher:
     """Owned by the controller. Only `keep` reads and writes; `catalogues` is replaced, never changed."""
 
@@ -96,16 +99,11 @@ class CatalogRefresher:
             self._doubted = True
             self._wake.set()
 
-    def lists(self, upstream: str, moniker: str) -> bool:
-        """Whether an upstream's catalogue lists a moniker."""
-        return self.catalogues.listed(upstream, moniker) is not None
-
     def label(self, stream: Stream, file: str = "") -> Label | None:
-        """Product, version, language and type of a stream; see Catalogues.label."""
-        return self.catalogues.label(stream, file)
+        return self.catalogues.label(stream, file)  # a reading replaces `catalogues`
 
     def product_of(self, stream: Stream) -> tuple[str, str] | None:
-        """A stream's product and language."""
+        """A stream's product and language; None when no catalogue lists it."""
         label = self.catalogues.label(stream)
         return None if label is None else (label.product, label.language)
 
@@ -136,7 +134,8 @@ class CatalogRefresher:
                 if not self._failures:
                     self._asked_for.clear()
             else:
-                await asyncio.sleep(max(0.0, began + self._gap_seconds() - self._clock()))
+                gap = _LEAST_GAP_SECONDS if self._asked_for else 0.0
+                await asyncio.sleep(max(0.0, began + gap - self._clock()))
 
     def _pause_seconds(self) -> float | None:
         """Time until the next reading, sooner after a failed one; None for never."""
@@ -144,9 +143,6 @@ class CatalogRefresher:
         if not refresh:
             return None
         return min(refresh, _FIRST_RETRY_SECONDS * 2.0 ** (self._failures - 1)) if self._failures else refresh
-
-    def _gap_seconds(self) -> float:
-        return _LEAST_GAP_SECONDS if self._asked_for else 0.0
 
     async def read(self) -> None:
         """Read all catalogues once; keep and publish what is new."""
@@ -206,8 +202,9 @@ class CatalogRefresher:
         if kept == before:
             return
         self.catalogues = self._assembled()
-        for name, one in kept.items():
-            if one.rows is not None and (name not in before or before[name].rows != one.rows):
+        changed = [n for n in kept | before if kept.get(n, _NONE).rows != before.get(n, _NONE).rows]
+        for name in changed:
+            if (one := kept.get(name, _NONE)).rows is not None:
                 _log.info("catalogue of %s: %d streams, from %s", name, len(one.rows), one.source)
         try:
             await asyncio.to_thread(write_kept, self._run, kept)
@@ -215,7 +212,5 @@ class CatalogRefresher:
             _log.warning("can't write the catalogues: %s", error.strerror or error)
             self._kept = before  # so that the next reading tries again
             return
-        if {n: (k.source, k.rows) for n, k in kept.items()} != {
-            n: (k.source, k.rows) for n, k in before.items()
-        }:
+        if changed or {n: k.source for n, k in kept.items()} != {n: k.source for n, k in before.items()}:
             self._publish()

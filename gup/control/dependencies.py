@@ -14,66 +14,69 @@ from gup.errors import Problem
 from gup.metrics import Counters
 
 
-async def _nobody_fetches(_route: Route, _variant: Variant) -> bool:
-    raise Problem("no-upstream", "nothing can be fetched here")
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControlDependencies:
-    """`counters` is the controller's own block; `totals` (since installed) and `since_start` are the sums of
-    all blocks, by series name: counters, histogram words and gauges alike.
-
-    `stream_names` has version, language and moniker of each slot; `product_of` a stream's product and
-    language from the catalogue; `label_of` the same with version and type, for a stream of a variant and a
-    file of it (LiveUpdate's index files tell by their names what they are), None for what nothing lists.
-    `raise_store_epoch` is called after bodies were unlinked, `set_store_bytes`
-    with bodies and those parts together that nobody fills; `promised_bytes` is what all fills
-    under way will take. `wan_rate` is bytes per second, 0 unlimited. `workers` are mappings with
-    `slot`, `pid`, `up_since` and `ready`. `recover` takes over or clears parts that nobody works on. `mend`
-    looks at all of a stored body and fetches its damaged chunks anew; what it returns is why it could not.
-    Its second argument tells whether the damage is counted already. `reload` has the settings read again and
-    returns what is wrong with them: nothing, if they took. `events` is the receiving end of a
-    datagram socket, `admin` a listening socket. Times are Unix seconds.
+    """Times are Unix seconds. `totals` (since installed) and `since_start` are the sums of all blocks of
+    counters, by series name: counters, histogram words and gauges alike.
     """
 
-    settings: Settings
+    settings: Callable[[], Settings]
+    """Those in force; a reload replaces them."""
     store: Store
     claims: Claims
     counters: Counters
+    """The controller's own block."""
     totals: Callable[[], Mapping[str, int]]
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
+    """Version, language and moniker of each slot."""
     product_of: Callable[[Stream], tuple[str, str] | None]
+    """A stream's product and language from the catalogue."""
+    label_of: Callable[[Stream, str], Label | None]
+    """The same with version and type, for a file of a stream of a variant (LiveUpdate's index files tell by
+    their names what they are); None for what nothing lists.
+    """
     raise_store_epoch: Callable[[], None]
+    """Called after bodies were unlinked."""
     set_store_bytes: Callable[[int], None]
+    """Called with the bytes of bodies, and of parts that nobody fills."""
     promised_bytes: Callable[[], int]
+    """What all fills under way will take."""
     upstreams_up: Callable[[], Mapping[str, bool]]
+    upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
+    """Each upstream's state, and since when; None: since the start."""
     wan_rate: Callable[[], int]
+    """Bytes per second, 0 unlimited."""
     workers: Callable[[], Sequence[Mapping[str, object]]]
+    """`slot`, `pid`, `up_since` and `ready` of each."""
     config_ok: Callable[[], bool]
     reload: Callable[[], Awaitable[Sequence[str]]]
+    """Has the settings read again; returns what is wrong with them: nothing, if they took."""
     recover: Callable[[], Awaitable[None]]
+    """Takes over or clears parts that nobody works on."""
     mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
+    """Looks at all of a stored body and fetches its damaged chunks anew; returns why it could not. The flag
+    tells whether the damage is counted already.
+    """
     events: socket.socket
+    """The receiving end of a datagram socket."""
     admin: socket.socket
+    """A listening socket."""
     started_at: float
     installed_at: float
-    upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]] = dict
-    """Each upstream's state, and since when (Unix seconds; None: since the start)."""
-    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]] = _nobody_fetches
+    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]
     """Cache.fetch_ahead."""
-    drop_memory: Callable[[ContentKey], int] = lambda _key: 0
+    drop_memory: Callable[[ContentKey], int]
     """MemoryFiles.drop."""
-    places: Callable[[str], Sequence[tuple[Variant, Variant]]] = lambda _stream: ()
-    """Choices.places."""
-    link_idle: Callable[[], bool] = lambda: True
+    places: Callable[[str], Sequence[tuple[Variant, Variant]]]
+    """Choices.variants: whose a stream may be, as the variant of upstreams and that of what is stored."""
+    link_idle: Callable[[], bool]
     """Whether no fill but background fills streams or waits, in any process."""
-    fills_waiting: Callable[[], int] = lambda: 0
+    fills_waiting: Callable[[], int]
     """Fills that wait for a slot, in all processes."""
-    label_of: Callable[[Stream, str], Label | None] = lambda _stream, _file: None
-    catalogues: Callable[[], Mapping[str, Mapping[str, object]]] = dict
+    catalogues: Callable[[], Mapping[str, Mapping[str, object]]]
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
-    catalogue_rows: Callable[[], Catalogues] = Catalogues
+    catalogue_rows: Callable[[], Catalogues]
     """The present rows of the upstreams' catalogues."""
-    unlisted: Callable[[str], None] = lambda _moniker: None
+    unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""

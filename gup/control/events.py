@@ -4,8 +4,7 @@ Events may be lost (a full queue) or doubled: nothing may rely on them that reco
 are checked like any input, since whoever may write to the socket may send anything.
 """
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    PlainSerializer,
     PlainValidator,
     Strict,
     StrictBool,
@@ -27,15 +27,14 @@ from gup.client_names import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
+from gup.control.index import Count, Time
 from gup.errors import PROBLEMS, quoted
-from gup.jsonmodel import MAX_INTEGER, MAX_TIME, InvalidError, parse, plain_text, shown, text
+from gup.jsonmodel import InvalidError, parse, plain_text, shown, text
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000
-_MAX_NAME = 200
 _MAX_KEY = 5 * 241
 _MAX_STATED = 64
-_BATCH = 256
 
 _parsed_key = lru_cache(maxsize=4096)(ContentKey.parse)
 
@@ -44,37 +43,33 @@ def _key(value: object) -> ContentKey:
     return value if isinstance(value, ContentKey) else _parsed_key(text(value, "a key", _MAX_KEY))
 
 
-def _client(name: str) -> str:
-    if not is_name(name):
-        raise InvalidError(f"not a client: {shown(name)}")
-    return name
+def _normal(moniker: str) -> str:
+    normal = normal_moniker(moniker)
+    if normal is None:
+        raise ValueError(f"not a moniker: {shown(moniker)}")
+    return normal
 
 
-def _problem(slug: str) -> str:
-    if slug not in PROBLEMS:
-        raise InvalidError(f"unknown problem: {shown(slug)}")
-    return slug
+def _that(is_right: Callable[[Any], object], what: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not is_right(value):
+            raise ValueError(f"not {what}: {shown(value)}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _moniker(name: str) -> str:
-    moniker = normal_moniker(name)
-    if moniker is None:
-        raise InvalidError(f"not a moniker: {shown(name)}")
-    return moniker
+def _cut(most: int) -> BeforeValidator:
+    return BeforeValidator(lambda v: plain_text(v[:most], most) if isinstance(v, str) else v)
 
 
-def _cut(most: int) -> Callable[[Any], Any]:
-    return lambda value: plain_text(value[:most], most) if isinstance(value, str) else value
-
-
-Key = Annotated[ContentKey, PlainValidator(_key)]
-Count = Annotated[int, Strict(), Field(ge=0, le=MAX_INTEGER)]
-Time = Annotated[float, Strict(), Field(ge=0, le=MAX_TIME)]
-Name = Annotated[str, Strict(), Field(max_length=_MAX_NAME)]
-Client = Annotated[Name, AfterValidator(_client)]
-Stated = Annotated[str, Strict(), BeforeValidator(_cut(_MAX_STATED))]
+Key = Annotated[ContentKey, PlainValidator(_key), PlainSerializer(lambda key: key.text)]
+Moment = Annotated[Time, Field(ge=0)]
+Name = Annotated[str, Strict(), Field(max_length=200)]
+Client = Annotated[Name, _that(is_name, "a client")]
+Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
 """What others say of themselves: it may be of any length and hold anything."""
-Detail = Annotated[str, Strict(), BeforeValidator(_cut(MAX_DATAGRAM_BYTES)), AfterValidator(quoted)]
+Detail = Annotated[str, Strict(), _cut(MAX_DATAGRAM_BYTES), AfterValidator(quoted)]
 
 
 class Use(NamedTuple):
@@ -101,12 +96,6 @@ class Part(NamedTuple):
     length: Count
 
 
-def _part(part: Part) -> Part:
-    if not part.start < part.stop <= part.length:
-        raise InvalidError(f"not a part of a body: {part.start} to {part.stop} of {part.length}")
-    return part
-
-
 class Take(NamedTuple):
     """What a client was sent of a body, with what the client states of itself.
 
@@ -117,7 +106,10 @@ class Take(NamedTuple):
     key: Key
     version: Stated
     language: Stated
-    sent: Annotated[Part, AfterValidator(_part)] | Annotated[int, Strict(), Field(ge=0, le=1)]
+    sent: (
+        Annotated[Part, _that(lambda part: part.start < part.stop <= part.length, "a part of a body")]
+        | Annotated[int, Strict(), Field(ge=0, le=1)]
+    )
 
 
 def _rows(row: Any) -> Any:
@@ -147,7 +139,7 @@ class Usage(_Event):
     """
 
     type: Literal["used"] = "used"
-    at: Time
+    at: Moment
     uses: _rows(Use) = ()  # type: ignore[valid-type]
     asked: _rows(Use) = ()  # type: ignore[valid-type]
     fulls: _rows(FullRequests) = ()  # type: ignore[valid-type]
@@ -158,7 +150,7 @@ class Taken(_Event):
     """What one worker's clients were sent, once a second."""
 
     type: Literal["taken"] = "taken"
-    at: Time
+    at: Moment
     rows: _rows(Take)  # type: ignore[valid-type]
 
 
@@ -192,7 +184,7 @@ class Failed(_Event):
 
     type: Literal["failed"] = "failed"
     key: Key
-    problem: Annotated[Name, AfterValidator(_problem)]
+    problem: Annotated[Name, _that(PROBLEMS.__contains__, "a problem")]
     detail: Detail = ""
 
 
@@ -217,7 +209,7 @@ class Unlisted(_Event):
     """A client asked for a moniker that no catalogue lists."""
 
     type: Literal["unlisted"] = "unlisted"
-    moniker: Annotated[Name, AfterValidator(_moniker)]
+    moniker: Annotated[Name, AfterValidator(_normal)]
 
 
 Event = Committed | Usage | Taken | Begun | Need | Unstorable | Failed | Rejected | UpstreamTrouble | Unlisted
@@ -236,13 +228,3 @@ def parse_event(datagram: bytes) -> Event:
     if isinstance(event, Begun) and not leads_to(event.path, event.key):
         raise InvalidError(f"event: 'path' does not lead to {event.key.text[:200]}: {shown(event.path)}")
     return event
-
-
-def receive(source: socket.socket) -> Iterator[bytes]:
-    """The datagrams that are waiting, at most 256 at once so that the loop gets its turn."""
-    for _ in range(_BATCH):
-        try:
-            datagram = source.recv(MAX_DATAGRAM_BYTES)
-        except (BlockingIOError, InterruptedError):
-            return
-        yield datagram

@@ -1,152 +1,27 @@
 """Keeps the store within its limits: what to remove, in which order, and removing it."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from gup.cache.locks import Claims
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind
+from gup.control.dependencies import ControlDependencies
 from gup.control.index import Index, Row, Stream
 from gup.control.reconcile import change, to_its_end
 from gup.errors import GupError
-from gup.metrics import Counters
 from gup.units import format_size
 
 _log = logging.getLogger("gup.control.eviction")
 
 Reason = Literal["unused", "revision", "size", "free", "part"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits. `max_unused_seconds`, `max_part_age_seconds` and `keep_revisions` of 0 mean no limit.
-
-    `need_bytes` is room that a worker asks for on top; more than `max_size_bytes` counts as none, since
-    evicting everything would not help. `refused_bytes` are freed whatever `free_bytes` is: the disk refused a
-    write, because of a quota or for lack of inodes.
-    """
-
-    max_size_bytes: int
-    min_free_bytes: int
-    free_bytes: int
-    max_unused_seconds: float
-    keep_revisions: int
-    max_part_age_seconds: float
-    need_bytes: int = 0
-    refused_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Eviction:
-    """One thing to remove: an entry (`key`) or a part (`part`, then `key` is its id)."""
-
-    key: str
-    reason: Reason
-    size_bytes: int
-    part: Part | None = None
-
-
-def plan_evictions(
-    entries: Sequence[Row], parts: Sequence[Part], limits: Limits, now: float
-) -> list[Eviction]:
-    """What to evict, in this order. `limits.free_bytes` is the free space before anything is removed."""
-    newest, expendable = _revisions(entries, limits.keep_revisions)
-    plan: list[Eviction] = []
-    spare_parts: list[Part] = []
-    for part in parts:
-        if part.claimed:
-            continue
-        if limits.max_part_age_seconds and now - part.modified_at > limits.max_part_age_seconds:
-            plan.append(Eviction(part.id, "part", part.size_bytes, part))
-        elif part.size_bytes and not _is_whole(part):
-            spare_parts.append(part)
-    spare: list[Row] = []
-    for row in entries:
-        if row.pinned:
-            continue
-        if row.key in expendable:
-            plan.append(Eviction(row.key, "revision", row.length_bytes))
-        elif limits.max_unused_seconds and now - row.used_at > limits.max_unused_seconds:
-            plan.append(Eviction(row.key, "unused", row.length_bytes))
-        else:
-            spare.append(row)
-    total = sum(row.length_bytes for row in entries) + sum(part.size_bytes for part in parts)
-    _make_room(plan, _by_worth(spare_parts, spare, newest), total, limits)
-    return plan
-
-
-def _is_whole(part: Part) -> bool:
-    """Whether this holds every byte of its body: recovery commits it."""
-    state = part.state
-    if state is None or state.head is None or part.generation != state.generation:
-        return False
-    return part.size_bytes == state.head.length
-
-
-def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
-    """The newest revision of each stream, and the keys of revisions beyond the `keep` newest."""
-    by_stream: dict[Stream, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in entries:
-        if (revision := row.content_revision) is not None:
-            by_stream[row.stream_id][revision].append(row.key)
-    newest: dict[Stream, str] = {}
-    expendable: set[str] = set()
-    for stream, keys_of in by_stream.items():
-        ordered = sorted(keys_of, reverse=True)  # equal length: text order is number order
-        newest[stream] = ordered[0]
-        if keep:
-            for revision in ordered[keep:]:
-                expendable.update(keys_of[revision])
-    return newest, expendable
-
-
-def _by_worth(parts: Iterable[Part], rows: Iterable[Row], newest: dict[Stream, str]) -> list[Eviction]:
-    """All that may be evicted for space, the least valuable first. The reason is filled in later."""
-
-    def rank(row: Row) -> tuple[int, float]:
-        revision = row.content_revision
-        superseded = revision is not None and revision != newest[row.stream_id]
-        if row.kind is Kind.INDEX:
-            return 3, row.used_at
-        if not superseded:
-            return 2, row.used_at
-        return (0 if row.kind is Kind.DELTA else 1), row.used_at
-
-    ordered_parts = sorted(parts, key=lambda part: part.modified_at)
-    return [Eviction(part.id, "part", part.size_bytes, part) for part in ordered_parts] + [
-        Eviction(row.key, "size", row.length_bytes) for row in sorted(rows, key=rank)
-    ]
-
-
-def _make_room(plan: list[Eviction], candidates: list[Eviction], total: int, limits: Limits) -> None:
-    """Add candidates to `plan` until size and free space hold."""
-    freed = sum(eviction.size_bytes for eviction in plan)
-    need = limits.need_bytes if limits.need_bytes <= limits.max_size_bytes else 0
-    too_big = total + need - limits.max_size_bytes - freed
-    too_little = max(limits.min_free_bytes + need - limits.free_bytes, limits.refused_bytes) - freed
-    for candidate in candidates:
-        if too_big <= 0 and too_little <= 0:
-            return
-        reason: Reason = "size" if too_big > 0 else "free"
-        if candidate.part is not None:
-            reason = "part"
-        plan.append(Eviction(candidate.key, reason, candidate.size_bytes, candidate.part))
-        too_big -= candidate.size_bytes
-        too_little -= candidate.size_bytes
-
-
-_BATCH = 64
-_REST_SECONDS = 0.05
-_RECENT_SECONDS = 86400.0
-_REST_FACTOR = 20
-"""Pause after a plan, as a multiple of its duration: with 1e5 entries a plan takes some 0.3 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,34 +51,115 @@ class DiskUsage:
         return sum(part.size_bytes for part in self.parts if not part.claimed)
 
 
-class Evictor:
-    """Keeps the store within its limits, one eviction run at a time. A reload replaces `limits`."""
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """One thing to remove: an entry (`key`) or a part (`part`, then `key` is its id)."""
 
-    def __init__(  # noqa: PLR0913 - its collaborators
-        self,
-        store: Store,
-        claims: Claims,
-        counters: Counters,
-        index: Index,
-        limits: Cache,
-        *,
-        raise_store_epoch: Callable[[], None],
-        set_store_bytes: Callable[[int], None],
-        promised_bytes: Callable[[], int],
-        now: Callable[[Iterable[float]], float],
-        drop_memory: Callable[[ContentKey], int] = lambda _key: 0,
+    key: str
+    reason: Reason
+    size_bytes: int
+    part: Part | None = None
+
+    @property
+    def claim_offset(self) -> int:
+        return int(self.key[:16], 16) >> 2 if self.part else ContentKey.parse(self.key).claim_offset
+
+
+def plan_evictions(
+    entries: Sequence[Row], disk: DiskUsage, limits: Cache, now: float, *, need: int = 0, refused: int = 0
+) -> list[Eviction]:
+    """What to evict, in this order. Limits of 0 on age and revisions are none.
+
+    `need` is room that workers ask for on top, in bytes; more than `max_size` counts as none, since evicting
+    everything would not help. `refused` bytes are freed however much is free: the disk refused a write,
+    because of a quota or for lack of inodes.
+    """
+    newest, expendable = _revisions(entries, limits.keep_revisions)
+    plan: list[Eviction] = []
+    spare: list[Eviction] = []
+    for part in sorted(disk.parts, key=lambda part: part.modified_at):
+        eviction = Eviction(part.id, "part", part.size_bytes, part)
+        if not part.claimed:
+            if limits.max_part_age and now - part.modified_at > limits.max_part_age:
+                plan.append(eviction)
+            elif part.size_bytes and not _is_whole(part):
+                spare.append(eviction)
+    for row in _by_worth(entries, newest):
+        if row.key in expendable:
+            plan.append(Eviction(row.key, "revision", row.length_bytes))
+        elif limits.max_unused and now - row.used_at > limits.max_unused:
+            plan.append(Eviction(row.key, "unused", row.length_bytes))
+        else:
+            spare.append(Eviction(row.key, "size", row.length_bytes))
+    freed = sum(eviction.size_bytes for eviction in plan)
+    need = need if need <= limits.max_size else 0
+    total = sum(row.length_bytes for row in entries) + disk.parts_bytes
+    too_big = total + need - limits.max_size - freed
+    too_little = max(limits.min_free + need - disk.free_bytes, refused) - freed
+    for eviction in spare:
+        if too_big <= 0 and too_little <= 0:
+            break
+        free = too_big <= 0 and eviction.part is None
+        plan.append(replace(eviction, reason="free") if free else eviction)
+        too_big -= eviction.size_bytes
+        too_little -= eviction.size_bytes
+    return plan
+
+
+def _is_whole(part: Part) -> bool:
+    """Whether this holds every byte of its body: recovery commits it."""
+    state = part.state
+    if state is None or state.head is None or part.generation != state.generation:
+        return False
+    return part.size_bytes == state.head.length
+
+
+def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
+    """The newest revision of each stream, and the keys of revisions beyond the `keep` newest."""
+    by_stream: dict[Stream, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in entries:
+        if (revision := row.content_revision) is not None:
+            by_stream[row.stream_id][revision].append(row.key)
+    expendable: set[str] = set()
+    for keys_of in by_stream.values() if keep else ():
+        for revision in sorted(keys_of, reverse=True)[keep:]:  # equal length: text order is number order
+            expendable.update(keys_of[revision])
+    return {stream: max(keys_of) for stream, keys_of in by_stream.items()}, expendable
+
+
+def _by_worth(rows: Iterable[Row], newest: dict[Stream, str]) -> list[Row]:
+    """The unpinned, the least valuable first: superseded deltas, superseded fulls, all else, index files."""
+
+    def rank(row: Row) -> tuple[int, float]:
+        revision = row.content_revision
+        if row.kind is Kind.INDEX:
+            return 3, row.used_at
+        if revision is None or revision == newest[row.stream_id]:
+            return 2, row.used_at
+        return (0 if row.kind is Kind.DELTA else 1), row.used_at
+
+    return sorted((row for row in rows if not row.pinned), key=rank)
+
+
+_BATCH = 64
+_REST_SECONDS = 0.05
+_REST_FACTOR = 20
+"""Pause after a plan, as a multiple of its duration: with 1e5 entries a plan takes some 0.3 s."""
+_RECENT_SECONDS = 86400.0
+
+
+class Evictor:
+    """Keeps the store within its limits, one eviction run at a time."""
+
+    def __init__(
+        self, dependencies: ControlDependencies, index: Index, now: Callable[[Iterable[float]], float]
     ) -> None:
         """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
-        self.limits = limits
-        self._store = store
-        self._claims = claims
-        self._counters = counters
+        self._dependencies = dependencies
+        self._store = dependencies.store
+        self._claims = dependencies.claims
         self._index = index
-        self._raise_store_epoch = raise_store_epoch
-        self._set_store_bytes = set_store_bytes
-        self._promised_bytes = promised_bytes
         self._now = now
-        self._drop_memory = drop_memory
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -219,9 +175,8 @@ class Evictor:
     def look_soon(self) -> None:
         """Something was committed: check the limits soon, at once when they are exceeded."""
         self._due.set()
-        if self._index.complete:
-            self._set_store_bytes(self._index.total_bytes + self._disk.idle_parts_bytes)
-        if self._index.total_bytes + self._disk.parts_bytes > self.limits.max_size:
+        self._tell(self._disk)
+        if self._index.total_bytes + self._disk.parts_bytes > self._dependencies.settings().cache.max_size:
             self._urgent.set()
 
     def need(self, size_bytes: int, *, refused: bool = False) -> None:
@@ -256,12 +211,14 @@ class Evictor:
 
     async def measure(self) -> DiskUsage:
         """Measure the parts and the free space of the file system."""
-        return await asyncio.to_thread(self._measure, self._index.total_bytes)
+        entries_bytes = self._index.total_bytes
 
-    def _measure(self, entries_bytes: int) -> DiskUsage:
-        figures = os.statvfs(self._store.root)
-        free_bytes = figures.f_bavail * figures.f_frsize
-        return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
+        def measured() -> DiskUsage:
+            figures = os.statvfs(self._store.root)
+            free_bytes = figures.f_bavail * figures.f_frsize
+            return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
+
+        return await asyncio.to_thread(measured)
 
     async def evict(self) -> list[Eviction]:
         """Evict what exceeds the limits; return what was removed. Nothing before the index is complete."""
@@ -272,71 +229,48 @@ class Evictor:
             refused, self._refused_bytes = self._refused_bytes, 0
             rows = list(self._index.rows.values())  # before the measuring, see DiskUsage
             disk = await self.measure()
-            need = max(need, self._promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes)
-            plan = await self._plan(rows, disk, need, refused)
+            promised = self._dependencies.promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes
+            limits = self._dependencies.settings().cache
+
+            def planned() -> list[Eviction]:
+                now = self._now(row.used_at for row in rows)
+                return plan_evictions(rows, disk, limits, now, need=max(need, promised), refused=refused)
+
+            plan = await asyncio.to_thread(planned)
             done: list[Eviction] = []
             for at in range(0, len(plan), _BATCH):
                 if self._stopped:
                     break
                 done += await self._remove(plan[at : at + _BATCH])
-            if done:
-                disk = await self.measure()
-            self._tell(disk)
+            self._tell(await self.measure() if done else disk)
             return done
-
-    async def _plan(
-        self, rows: Sequence[Row], disk: DiskUsage, need_bytes: int, refused_bytes: int
-    ) -> list[Eviction]:
-        cache = self.limits
-        limits = Limits(
-            max_size_bytes=cache.max_size,
-            min_free_bytes=cache.min_free,
-            free_bytes=disk.free_bytes,
-            max_unused_seconds=cache.max_unused,
-            keep_revisions=cache.keep_revisions,
-            max_part_age_seconds=cache.max_part_age,
-            need_bytes=need_bytes,
-            refused_bytes=refused_bytes,
-        )
-
-        def plan() -> list[Eviction]:
-            return plan_evictions(rows, disk.parts, limits, self._now(row.used_at for row in rows))
-
-        return await asyncio.to_thread(plan)
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
         """Remove those whose key nobody else claims, holding the claim meanwhile.
 
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
-        ours: list[Eviction] = []
-        try:
+        with contextlib.ExitStack() as claimed:
+            ours: list[Eviction] = []
             for eviction in plan:
-                if self._claims.try_claim(_offset(eviction)):
-                    ours.append(eviction)  # noqa: PERF401 - what was claimed before an OSError is released
+                if self._claims.try_claim(eviction.claim_offset):
+                    claimed.callback(self._claims.release, eviction.claim_offset)
+                    ours.append(eviction)
             done = await to_its_end(self._remove_all, ours)
-        finally:
-            for eviction in ours:
-                self._claims.release(_offset(eviction))
+        counters = self._dependencies.counters
         for eviction in done:
             if eviction.part is None:
-                self._note_recent(eviction)
+                row = self._index.rows.get(eviction.key)
+                if row is not None and row.hits and eviction.reason in ("size", "free"):
+                    self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
                 self._index.discard(eviction.key)
-            self._counters.add("gup_evictions_total", reason=eviction.reason)
-            self._counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
+            counters.add("gup_evictions_total", reason=eviction.reason)
+            counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
         if done:
-            self._raise_store_epoch()
-            _log.info(
-                "evicted %d entries and parts, %d bytes",
-                len(done),
-                sum(eviction.size_bytes for eviction in done),
-            )
+            self._dependencies.raise_store_epoch()
+            freed = sum(eviction.size_bytes for eviction in done)
+            _log.info("evicted %d entries and parts, %d bytes", len(done), freed)
         return done
-
-    def _note_recent(self, eviction: Eviction) -> None:
-        row = self._index.rows.get(eviction.key)
-        if row is not None and row.hits and eviction.reason in ("size", "free"):
-            self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
 
     def _remove_all(self, plan: Sequence[Eviction]) -> list[Eviction]:
         done: list[Eviction] = []
@@ -344,28 +278,12 @@ class Evictor:
             try:
                 if eviction.part is None:
                     self._store.remove(ContentKey.parse(eviction.key))
-                elif not self._remove_part(eviction.part):
+                elif not remove_part(self._store, eviction.part):
                     continue
+                done.append(eviction)
             except (GupError, OSError) as error:
                 _log.warning("can't evict %s: %s", eviction.key, error)
-            else:
-                done.append(eviction)
         return done
-
-    def _remove_part(self, part: Part) -> bool:
-        """Remove a part unless it changed since the plan was made. The caller holds the key's claim."""
-        store = self._store
-        path = store.part_path(part.id, part.generation) if part.generation else store.state_path(part.id)
-        try:
-            if path.stat().st_mtime != part.modified_at:
-                return False
-        except FileNotFoundError:
-            return False
-        if part.generation and _is_of_another(part, store):
-            store.drop_part(part.id, part.generation)
-        else:
-            store.remove_part(part)
-        return True
 
     async def purge(self, key: ContentKey) -> int:
         """Remove an entry, even a pinned one, and its unfinished parts for an operator; the bytes freed.
@@ -374,16 +292,31 @@ class Evictor:
         else BusyError.
         """
         freed = await change(self._claims, key, lambda: self._store.purge(key))
-        freed += self._drop_memory(key)
+        freed += self._dependencies.drop_memory(key)
         self._index.discard(key.text)
-        self._raise_store_epoch()
+        self._dependencies.raise_store_epoch()
         self._tell(await self.measure())
         return freed
 
     def _tell(self, disk: DiskUsage) -> None:
         self._disk = disk
         if self._index.complete:
-            self._set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)
+            self._dependencies.set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)
+
+
+def remove_part(store: Store, part: Part) -> bool:
+    """Remove a part unless it changed since the plan was made. The caller holds the key's claim."""
+    path = store.part_path(part.id, part.generation) if part.generation else store.state_path(part.id)
+    try:
+        if path.stat().st_mtime != part.modified_at:
+            return False
+    except FileNotFoundError:
+        return False
+    if part.generation and _is_of_another(part, store):
+        store.drop_part(part.id, part.generation)
+    else:
+        store.remove_part(part)
+    return True
 
 
 def _is_of_another(part: Part, store: Store) -> bool:
@@ -397,19 +330,10 @@ def _is_of_another(part: Part, store: Store) -> bool:
     return store.part_path(part.id, state.generation).exists()
 
 
-def _offset(eviction: Eviction) -> int:
-    """The claim offset of the key that is evicted."""
-    if eviction.part is not None:
-        return int(eviction.part.id[:16], 16) >> 2
-    return ContentKey.parse(eviction.key).claim_offset
-
-
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
             await event.wait()
-    except TimeoutError:
-        return
 
 
 JUMP_SECONDS = 3600.0
@@ -437,8 +361,7 @@ class AgeClock:
         self._wall = wall
         self._steady = steady
         self._made_at = wall()
-        self._offset = self._made_at - steady()
-        """Added to the time since boot."""
+        self._offset = self._made_at - steady()  # to be added to the time since boot
         self._begun = False
         self._doubted_since: float | None = None
 
@@ -456,27 +379,20 @@ class AgeClock:
 
     def __call__(self) -> float:
         steady, wall = self._steady(), self._wall()
-        ahead = wall - steady - self._offset
-        if ahead <= JUMP_SECONDS:
-            self._believe(wall - steady)
-        elif self._doubted_since is None:
+        ahead, since = wall - steady - self._offset, self._doubted_since
+        if ahead <= JUMP_SECONDS or (since is not None and steady - since >= BELIEVED_AFTER_SECONDS):
+            self._offset, self._doubted_since = wall - steady, None
+        elif since is None:
             self._doubted_since = steady
             _log.warning("the clock jumped %.0f s ahead: for a day ages are measured as if it had not", ahead)
-        elif steady - self._doubted_since >= BELIEVED_AFTER_SECONDS:
-            self._believe(wall - steady)
         return steady + self._offset
-
-    def _believe(self, offset: float) -> None:
-        self._offset = offset
-        self._doubted_since = None
 
 
 def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
     """Why so much more can't be imported, "" when it can: an import evicts nothing."""
     if held_bytes + length_bytes > limits.max_size:
-        return (
-            f"cache.max_size ({format_size(limits.max_size)}) would be exceeded, and an import evicts nothing"
-        )
+        limit = format_size(limits.max_size)
+        return f"cache.max_size ({limit}) would be exceeded, and an import evicts nothing"
     if free_bytes - length_bytes < limits.min_free:
         return f"the disk would have less than cache.min_free ({format_size(limits.min_free)}) left"
     return ""

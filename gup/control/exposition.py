@@ -6,17 +6,13 @@ Names, labels and help of all metrics are in gup.metrics.
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -116,25 +112,28 @@ class _Figures(Collector):
         self._figures = figures
 
     def collect(self) -> Iterable[Family]:
-        words: dict[str, dict[str, int]] = defaultdict(dict)
+        words: dict[str, dict[_Labels, int]] = defaultdict(dict)
         for name, value in self._figures.totals.items():
-            words[name.partition("{")[0]][name] = value
+            base, labels = parse_series(name)
+            words[base][tuple(sorted(labels.items()))] = value
         for metric in METRICS:
-            if not metric.stored:
-                yield from _worked_out(metric, self._figures)
-            elif metric.kind == "histogram":
+            if metric.kind == "histogram":
                 yield _histogram(metric, words)
-            else:
-                yield _stored(metric, words[metric.name], self._figures.upstreams)
+            elif metric.stored:  # enumerated labels that were not counted yet are 0
+                samples = {
+                    tuple(sorted(row.items())): 0 for row in label_sets(metric, self._figures.upstreams)
+                }
+                samples |= words[metric.name]
+                yield _family(metric, [(dict(labels), value) for labels, value in samples.items()])
+            elif rows := list(_ROWS[metric.name](self._figures)):
+                yield _family(metric, rows)
 
 
-def _labelled(words: Mapping[str, int]) -> Iterator[tuple[dict[str, str], int]]:
-    for name, value in words.items():
-        yield parse_series(name)[1], value
+_Labels = tuple[tuple[str, str], ...]
+"""Sorted pairs of name and value."""
 
 
-def _family(metric: Metric, samples: Iterable[tuple[Mapping[str, str], float]]) -> Family:
-    rows = list(samples)
+def _family(metric: Metric, rows: Sequence[tuple[Mapping[str, str], float]]) -> Family:
     names = sorted(rows[0][0]) if rows else []
     make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     family = make(metric.name, metric.help, labels=names)
@@ -143,41 +142,18 @@ def _family(metric: Metric, samples: Iterable[tuple[Mapping[str, str], float]]) 
     return family
 
 
-def _stored(metric: Metric, words: Mapping[str, int], upstreams: Sequence[str]) -> Family:
-    """Counters and gauges; enumerated labels that were not counted yet are 0."""
-    samples = {tuple(sorted(labels.items())): 0 for labels in label_sets(metric, upstreams)}
-    samples |= {tuple(sorted(labels.items())): value for labels, value in _labelled(words)}
-    return _family(metric, ((dict(labels), value) for labels, value in samples.items()))
-
-
-def _histogram(metric: Metric, words: Mapping[str, Mapping[str, int]]) -> Family:
-    edges = [f"{edge:g}" for edge in metric.buckets] + ["+Inf"]
-    counts: dict[tuple[tuple[str, str], ...], dict[str, int]] = {
-        tuple(sorted(labels.items())): {} for labels in label_sets(metric, ())
-    }
-    for labels, value in _labelled(words.get(metric.name + "_bucket", {})):
-        edge = labels.pop("le")
-        counts.setdefault(tuple(sorted(labels.items())), {})[edge] = value
-    sums = {
-        tuple(sorted(labels.items())): value
-        for labels, value in _labelled(words.get(metric.name + "_sum", {}))
-    }
+def _histogram(metric: Metric, words: Mapping[str, Mapping[_Labels, int]]) -> Family:
     family = HistogramMetricFamily(metric.name, metric.help, labels=sorted(dict(metric.labels)))
-    for series, by_edge in counts.items():
-        buckets: list[tuple[str, float]] = []
-        cumulated = 0
-        for edge in edges:
-            cumulated += by_edge.get(edge, 0)
+    for row in label_sets(metric, ()):
+        buckets, cumulated = [], 0
+        for edge in [*(f"{edge:g}" for edge in metric.buckets), "+Inf"]:
+            labels = tuple(sorted({**row, "le": edge}.items()))
+            cumulated += words.get(metric.name + "_bucket", {}).get(labels, 0)
             buckets.append((edge, cumulated))
-        family.add_metric([value for _, value in series], buckets, sums.get(series, 0) / _NANOSECONDS)
+        labels = tuple(sorted(row.items()))
+        total = words.get(metric.name + "_sum", {}).get(labels, 0)
+        family.add_metric([value for _, value in labels], buckets, total / _NANOSECONDS)
     return family
-
-
-def _worked_out(metric: Metric, figures: Figures) -> Iterator[Family]:
-    """The families that are worked out on request; none without samples."""
-    rows = list(_ROWS[metric.name](figures))
-    if rows:
-        yield _family(metric, rows)
 
 
 _Samples = Iterable[tuple[Mapping[str, str], float]]

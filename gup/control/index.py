@@ -14,24 +14,31 @@ import shutil
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import diskcache
+from pydantic import AfterValidator, Field, Strict, TypeAdapter
 from sortedcontainers import SortedList
 
 from gup.cache.store import Stored
 from gup.content.key import ContentKey, Kind, delta_step
-from gup.jsonmodel import Members
+from gup.jsonmodel import MAX_INTEGER, MAX_TIME, InvalidError
 
+_log = logging.getLogger("gup.control.index")
 _REVISION = re.compile(r"\d{9}")
+_T = TypeVar("_T")
 
 Stream = tuple[str, str, str]
 """Version, language and moniker: revisions are compared within a stream."""
+Count = Annotated[int, Strict(), Field(ge=0, le=MAX_INTEGER)]
+Time = Annotated[float, Strict(), Field(ge=-MAX_TIME, le=MAX_TIME)]
+Name = Annotated[str, AfterValidator(sys.intern)]
+"""Many rows share a name: interned, it is in memory once."""
 
 
 def stream_of(key: ContentKey) -> Stream:
@@ -54,19 +61,19 @@ class Row:
     """An entry: what its record says, and hits and bytes, which no record has. Times are Unix seconds."""
 
     key: str
-    version: str
-    language: str
-    stream: str
-    revision: str
-    file: str
+    version: Name
+    language: Name
+    stream: Name
+    revision: Name
+    file: Name
     kind: Kind
-    length_bytes: int
-    stored_at: float
-    used_at: float
-    hits: int = 0
+    length_bytes: Count
+    stored_at: Time
+    used_at: Time
+    hits: Count = 0
     pinned: bool = False
-    sent_bytes: int = 0
-    received_bytes: int = 0
+    sent_bytes: Count = 0
+    received_bytes: Count = 0
 
     @property
     def stream_id(self) -> Stream:
@@ -74,55 +81,36 @@ class Row:
 
     @property
     def content_revision(self) -> str | None:
-        """The revision that the body brings a client to; None when the names do not tell."""
         return content_revision(self.kind, self.revision, self.file)
 
     def used(self, count: int, sent_bytes: int, at: float) -> "Row":
-        return replace(
-            self,
-            hits=self.hits + count,
-            sent_bytes=self.sent_bytes + sent_bytes,
-            used_at=max(self.used_at, at),
-        )
+        hits, sent_bytes = self.hits + count, self.sent_bytes + sent_bytes
+        return replace(self, hits=hits, sent_bytes=sent_bytes, used_at=max(self.used_at, at))
 
-    def to_json(self) -> dict[str, Any]:
-        """All members; `from_json` reads them back."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"kind": str(self.kind)}
 
-    @classmethod
-    def from_json(cls, fields: object) -> "Row":
-        """Read what `to_json` gave; InvalidError."""
-        members = Members(fields, "row of the index")
-        return make_row(
-            ContentKey.parse(members["key"]),
-            members.one_of("kind", Kind),
-            members.whole("length_bytes"),
-            stored_at=members.time("stored_at"),
-            used_at=members.time("used_at"),
-            hits=members.whole("hits"),
-            pinned=members.flag("pinned"),
-            sent_bytes=members.whole("sent_bytes"),
-            received_bytes=members.whole("received_bytes"),
-        )
+_ROW = TypeAdapter(Row)
+
+
+def row_text(row: Row) -> str:
+    """A row as JSON; `read_row` reads it back."""
+    return _ROW.dump_json(row).decode()
+
+
+def read_row(text: str) -> Row:
+    """The row in a JSON text; ValueError."""
+    row = _ROW.validate_json(text, strict=True)
+    if ContentKey.parse(row.key).text != "/".join((*row.stream_id, row.revision, row.file)):
+        raise InvalidError(f"a row whose names are not those of its key {row.key!r:.60}")
+    return row
 
 
 def make_row(
     key: ContentKey, kind: Kind, length_bytes: int, *, stored_at: float, used_at: float, **more: Any
 ) -> Row:
-    """A row. Names that many rows share are interned, to save memory."""
-    return Row(
-        key.text,
-        sys.intern(key.version),
-        sys.intern(key.language),
-        sys.intern(key.stream),
-        sys.intern(key.revision),
-        sys.intern(key.file),
-        kind,
-        length_bytes,
-        stored_at,
-        used_at,
-        **more,
-    )
+    names = (key.version, key.language, key.stream, key.revision, key.file)
+    version, language, stream, revision, file = map(sys.intern, names)
+    where = (key.text, version, language, stream, revision, file)
+    return Row(*where, kind, length_bytes, stored_at, used_at, **more)
 
 
 def row_of(stored: Stored, known: Row | None = None) -> Row:
@@ -142,14 +130,6 @@ def row_of(stored: Stored, known: Row | None = None) -> Row:
     )
 
 
-_log = logging.getLogger("gup.control.index")
-_ENTRY = "entry:"
-_NOTE = "note:"
-_T = TypeVar("_T")
-ROWS_AT_ONCE = 1000
-"""A loop over all rows yields to other tasks after so many."""
-
-
 Place = tuple[float, str]
 """Where a row stands in a sorted list: its value and its key."""
 ORDERS: dict[str, Callable[[Row], float]] = {
@@ -160,10 +140,31 @@ ORDERS: dict[str, Callable[[Row], float]] = {
     "hits": lambda row: row.hits,
 }
 """The orders that rows are listed in, with their sort keys."""
-_MANY = 5000
-"""When more rows have changed, the sorted lists are rebuilt in a thread."""
-_TURN = 100
-"""Rows moved in the sorted lists before other tasks get their turn: some 3 ms with 1e5 rows."""
+ROWS_AT_ONCE = 200
+"""A loop over all rows yields to other tasks after so many: some 8 ms."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is held of one stream: keys, entries by revision, the newest revision, deltas."""
+
+    keys: set[str] = field(default_factory=set)
+    revisions: Counter[str] = field(default_factory=Counter)
+    newest: str = ""
+    deltas: int = 0
+    delta_bytes: int = 0
+
+    def count(self, row: Row, step: int) -> None:
+        if row.kind is Kind.DELTA:
+            self.deltas += step
+            self.delta_bytes += step * row.length_bytes
+        if (revision := row.content_revision) is not None:
+            self.revisions[revision] += step
+            if self.revisions[revision]:
+                self.newest = max(revision, self.newest)
+            else:
+                del self.revisions[revision]
+                self.newest = self.newest if revision != self.newest else max(self.revisions, default="")
 
 
 class Index:
@@ -173,30 +174,20 @@ class Index:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        on_damage: Callable[[], None],
-        on_written: Callable[[str | None], None] = lambda _refusal: None,
+        self, folder: Path, on_damage: Callable[[], None], on_written: Callable[[str | None], None]
     ) -> None:
         """`on_written` is called after each write with the reason of a refusal, None for success."""
         self.rows: dict[str, Row] = {}
         self.total_bytes = 0
         self.opened = False
         self.complete = False
-        self._keys: dict[Stream, set[str]] = {}
-        self._held: dict[Stream, dict[str, int]] = {}
-        self._newest: dict[Stream, str] = {}
-        self._deltas: Counter[Stream] = Counter()
-        self._delta_bytes: Counter[Stream] = Counter()
+        self._streams: dict[Stream, _Held] = {}
         self._on_damage = on_damage
         self._on_written = on_written
         self._file = IndexFile(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-index")
         self._dirty: set[str] = set()
-        self._sorted = _sorted([])
-        self._sorting = asyncio.Lock()
-        self._moved: dict[str, Row | None] = {}
-        """Rows that changed since the sorted lists were updated, as they are in these lists."""
+        self._sorted = {order: SortedList() for order in ORDERS}
         self._notes: dict[str, Any] = {}
         self._dirty_notes: set[str] = set()
         self._watchers: list[set[str]] = []
@@ -217,50 +208,38 @@ class Index:
 
     def _apply(self, key: str, row: Row | None) -> None:
         before = self.rows.pop(key, None) if row is None else self.rows.get(key)
-        self._moved.setdefault(key, before)
-        if before is not None:
-            self.total_bytes -= before.length_bytes
-            keys = self._keys[before.stream_id]
-            keys.discard(key)
-            if not keys:
-                del self._keys[before.stream_id]
-            self._count_revision(before, -1)
         if row is not None:
             self.rows[key] = row
+            held = self._streams.setdefault(row.stream_id, _Held())
+            held.keys.add(key)
+            held.count(row, 1)
             self.total_bytes += row.length_bytes
-            self._keys.setdefault(row.stream_id, set()).add(key)
-            self._count_revision(row, 1)
+        if before is not None:
+            held = self._streams[before.stream_id]
+            held.count(before, -1)
+            self.total_bytes -= before.length_bytes
+            if row is None:
+                held.keys.remove(key)
+                if not held.keys:
+                    del self._streams[before.stream_id]
+        for order, value in ORDERS.items():  # some 20 µs with 1e5 rows
+            old = None if before is None else (value(before), key)
+            new = None if row is None else (value(row), key)
+            if old != new:
+                if old is not None:
+                    self._sorted[order].remove(old)
+                if new is not None:
+                    self._sorted[order].add(new)
         for watcher in self._watchers:
             watcher.add(key)
 
-    def _count_revision(self, row: Row, step: int) -> None:
-        revision, stream = row.content_revision, row.stream_id
-        if row.kind is Kind.DELTA:
-            self._deltas[stream] += step
-            self._delta_bytes[stream] += step * row.length_bytes
-            if not self._deltas[stream]:
-                del self._deltas[stream], self._delta_bytes[stream]
-        if revision is None:
-            return
-        counts = self._held.setdefault(stream, {})
-        counts[revision] = counts.get(revision, 0) + step
-        if counts[revision]:
-            self._newest[stream] = max(revision, self._newest.get(stream, ""))
-            return
-        del counts[revision]
-        if not counts:
-            del self._held[stream], self._newest[stream]
-        elif revision == self._newest[stream]:
-            self._newest[stream] = max(counts)
-
-    async def page(
+    def page(
         self, order: str, limit: int, *, descending: bool = False, after: Place | None = None
     ) -> list[Row]:
         """Rows in one of ORDERS, ties by key; those after the place `after`, `limit` at most.
 
-        Costs what it returns, and what has changed since the last call or `flush`; not what is stored.
+        Costs what it returns, not what is stored.
         """
-        await self._sort()
         least, most = (None, after) if descending else (after, None)
         places = self._sorted[order].irange(least, most, inclusive=(False, False), reverse=descending)
         return [self.rows[key] for _, key in islice(places, limit)]
@@ -268,46 +247,17 @@ class Index:
     def of_moniker(self, moniker: str) -> list[Row]:
         """The rows of all streams of this moniker, whatever its case."""
         wanted = moniker.casefold()
-        streams = [keys for (_, _, name), keys in self._keys.items() if name.casefold() == wanted]
-        return [self.rows[key] for keys in streams for key in keys]
-
-    async def _sort(self) -> None:
-        """Update the sorted lists with all changes."""
-        async with self._sorting:
-            if len(self._moved) > _MANY:
-                self._moved = {}  # what changes from here on is relative to the rows as they are now
-                self._sorted = await asyncio.to_thread(_sorted, list(self.rows.values()))
-            while self._moved:
-                changes = [(before, self.rows.get(key)) for key, before in self._moved.items()]
-                self._moved = {}
-                for at in range(0, len(changes), _TURN):
-                    if at:
-                        await asyncio.sleep(0)
-                    self._move(changes[at : at + _TURN])
-
-    def _move(self, changes: Sequence[tuple[Row | None, Row | None]]) -> None:
-        """Move rows from their old places to their new ones."""
-        for order, value in ORDERS.items():
-            places = self._sorted[order]
-            for before, after in changes:
-                if before is not None and after is not None and value(before) == value(after):
-                    continue
-                if before is not None:
-                    places.remove((value(before), before.key))
-                if after is not None:
-                    places.add((value(after), after.key))
+        found = (held for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
+        return [self.rows[key] for held in found for key in held.keys]
 
     def newest_held(self) -> Mapping[Stream, str]:
-        """The newest revision held of each stream; a live view."""
-        return self._newest
+        """The newest revision held of each stream."""
+        return {stream: held.newest for stream, held in self._streams.items() if held.newest}
 
-    def has_deltas(self, stream: Stream) -> bool:
-        return self._deltas[stream] > 0
-
-    def mean_delta_bytes(self, stream: Stream) -> int:
-        """Mean length of the stream's deltas that are held; 0 without any."""
-        count = self._deltas[stream]
-        return self._delta_bytes[stream] // count if count else 0
+    def deltas(self, stream: Stream) -> tuple[int, int]:
+        """How many deltas of a stream are held, and their bytes."""
+        held = self._streams.get(stream)
+        return (held.deltas, held.delta_bytes) if held is not None else (0, 0)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -325,41 +275,31 @@ class Index:
         return self._notes.get(name)
 
     def set_note(self, name: str, value: Any) -> None:
-        self._notes[name] = value
-        self._dirty_notes.add(name)
-
-    def drop_note(self, name: str) -> None:
-        if self._notes.pop(name, None) is not None:
+        if self._notes.get(name) != value:
+            self._notes[name] = value
             self._dirty_notes.add(name)
 
     # --- the file
 
     async def open(self) -> None:
         """Load the stored rows. `complete` is set when they were usable."""
+        found: Contents | None = None
         with self.watch() as touched:
-            values = await self._load()
-            rows, notes = await self._in_thread(lambda: _decode(values or {}))
-            if rows is None:
-                await self._start_anew("a row is not what was written")
-            for number, (key, row) in enumerate((rows or {}).items(), 1):
-                if key not in touched:
-                    self._apply(key, row)
+            try:
+                found = await self._in_thread(self._file.load)
+            except DamagedIndexError as error:
+                await self._start_anew(str(error))
+            except OSError as error:
+                self._on_written(f"kept in memory only: {error}")
+            rows, notes = found or ([], {})
+            for number, row in enumerate(rows, 1):
+                if row.key not in touched:
+                    self._apply(row.key, row)
                 if number % ROWS_AT_ONCE == 0:
                     await asyncio.sleep(0)
             self._notes = {**notes, **self._notes}
-        await self._sort()
-        self.complete = values is not None and rows is not None
+        self.complete = found is not None
         self.opened = True
-
-    async def _load(self) -> dict[str, Any] | None:
-        try:
-            return await self._in_thread(self._file.load)
-        except DamagedIndexError as error:
-            await self._start_anew(str(error))
-        except OSError as error:
-            self._on_written(f"kept in memory only: {error}")
-            await self._in_thread(self._file.close)
-        return None
 
     async def _start_anew(self, why: str) -> None:
         _log.warning("the index is damaged and is made anew from the records: %s", why)
@@ -371,27 +311,16 @@ class Index:
 
     async def flush(self) -> None:
         """Write what changed. What the disk refuses stays due; a damaged file is written anew."""
-        await self._sort()
-        await self._write()
-
-    async def _write(self) -> None:
         async with self._writing:
-            keys, notes = self._dirty, self._dirty_notes
-            if not (keys or notes or self.complete != self._written_whole):
+            keys, notes, whole = self._dirty, self._dirty_notes, self.complete
+            if not (keys or notes or whole != self._written_whole):
                 return
             self._dirty, self._dirty_notes = set(), set()
             rows = [self.rows[key] for key in keys if key in self.rows]
-            gone = [_ENTRY + key for key in keys if key not in self.rows]
-            noted = {_NOTE + name: self._notes[name] for name in notes if name in self._notes}
-            gone += [_NOTE + name for name in notes if name not in self._notes]
-            whole = self.complete
-
-            def write() -> None:
-                values = {_ENTRY + row.key: row.to_json() for row in rows}
-                self._file.write(values | noted, gone, whole=whole)
-
+            gone = [key for key in keys if key not in self.rows]
+            noted = {name: self._notes[name] for name in notes}
             try:
-                await self._in_thread(write)
+                await self._in_thread(lambda: self._file.write(rows, gone, noted, whole=whole))
                 self._written_whole = whole
                 self._on_written(None)
             except DamagedIndexError as error:
@@ -408,7 +337,7 @@ class Index:
 
     async def close(self) -> None:
         """Write what is due and end the thread."""
-        await self._write()
+        await self.flush()
         await self._in_thread(self._file.close)
         await asyncio.to_thread(self._thread.shutdown)
 
@@ -416,39 +345,18 @@ class Index:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _sorted(rows: Sequence[Row]) -> dict[str, SortedList]:
-    """The places of these rows in each order."""
-    return {order: SortedList((value(row), row.key) for row in rows) for order, value in ORDERS.items()}
-
-
-def _decode(values: Mapping[str, Any]) -> tuple[dict[str, Row] | None, dict[str, Any]]:
-    """Rows and notes; no rows (None) when one of them is damaged."""
-    rows: dict[str, Row] = {}
-    notes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key.startswith(_NOTE):
-            notes[key.removeprefix(_NOTE)] = value
-            continue
-        try:
-            row = Row.from_json(value)
-        except ValueError:
-            return None, notes
-        if _ENTRY + row.key != key:
-            return None, notes
-        rows[row.key] = row
-    return rows, notes
-
-
-_FORMAT = 1
+_ENTRY = "entry:"
+_NOTE = "note:"
 _FORMAT_KEY = "about:format"
+_FORMAT = "1"
 _MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
 BUSY_SECONDS = 5.0
 """How long to wait for another process's lock."""
 _UNLIMITED_BYTES = 1 << 62
-_REFUSALS = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
-)
+_REFUSALS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 """Errors of the disk or of another process, not of the file."""
+Contents = tuple[list[Row], dict[str, Any]]
+"""Rows and notes."""
 
 
 class DamagedIndexError(Exception):
@@ -456,14 +364,13 @@ class DamagedIndexError(Exception):
 
 
 class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Texts as keys, JSON texts as values; anything else is damage.
+    """Texts as keys and values; anything else is damage.
 
     diskcache pickles what is not a plain type, and unpickles what a row's mode column tells it to
     (CVE-2025-69872). This class does neither, and makes no side files.
     """
 
-    def put(self, key: object) -> tuple[str, bool]:
-        assert isinstance(key, str)
+    def put(self, key: object) -> tuple[object, bool]:
         return key, True
 
     def get(self, key: object, raw: object) -> str:
@@ -471,54 +378,60 @@ class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
             raise DamagedIndexError(f"a key is no text: {key!r:.60}")
         return key
 
-    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
-        assert not read
-        assert key is not None
-        return 0, _MODE_TEXT, None, json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, object]:  # noqa: ARG002 - diskcache's signature
+        return 0, _MODE_TEXT, None, value
 
-    def fetch(self, mode: object, filename: object, value: object, read: object) -> Any:
+    def fetch(self, mode: object, filename: object, value: object, read: object) -> str:
         if mode != _MODE_TEXT or filename is not None or read or not isinstance(value, str):
             raise DamagedIndexError(f"a value is no text but of mode {mode!r:.20}")
-        return json.loads(value)
+        return value
 
 
 class IndexFile:
-    """The index on disk: a diskcache. `load` opens it; all methods block and belong to one thread."""
+    """The index on disk: a diskcache of JSON texts. All methods block and belong to one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._cache: Any = None  # made by `_open`, in the thread that uses it
 
-    def load(self) -> dict[str, Any] | None:
-        """All values by key; None when there is no complete index yet.
+    def load(self) -> Contents | None:
+        """Rows and notes; None when there is no complete index yet.
 
-        DamagedIndexError when it can't be read or is of another format; OSError when the folder is unusable.
+        DamagedIndexError when it can't be read or is of another format; OSError when it can't be used now.
         """
         try:
             self._open()
             return self._read()
-        except (OSError, DamagedIndexError):
+        except OSError:
             raise
-        except diskcache.Timeout as error:
-            raise OSError(f"the index can't be opened: {_cause(error)}") from error
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF in _REFUSALS:
-                raise OSError(f"the index can't be opened: {error}") from error
-            raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
         except Exception as error:  # whatever diskcache or sqlite make of damaged pages
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if isinstance(error, diskcache.Timeout) or code in _REFUSALS:
+                self.close()
+                raise OSError(f"the index can't be opened: {_cause(error)}") from error
             raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Contents | None:
         found = self._cache.get(_FORMAT_KEY)
         if found is None:  # new, or never came to stand for the whole store
             self._cache.clear()
             return None
         if found != _FORMAT:
             raise DamagedIndexError(f"its format is {found!r:.20}")
-        return {key: self._cache[key] for key in self._cache.iterkeys() if key != _FORMAT_KEY}
+        rows, notes = [], {}
+        for name in self._cache.iterkeys():
+            if name.startswith(_NOTE):
+                notes[name.removeprefix(_NOTE)] = json.loads(self._cache[name])
+            elif name != _FORMAT_KEY:
+                rows.append(row := read_row(self._cache[name]))
+                if _ENTRY + row.key != name:
+                    raise DamagedIndexError(f"a row stands under another key: {name!r:.60}")
+        return rows, notes
 
-    def write(self, values: Mapping[str, Any], gone: Iterable[str], *, whole: bool) -> None:
-        """Put `values` in and take `gone` out, in one transaction; opens the file when it is not open.
+    def write(
+        self, rows: Iterable[Row], gone: Iterable[str], notes: Mapping[str, Any], *, whole: bool
+    ) -> None:
+        """Put rows and notes in and take `gone` out, in one transaction.
 
         `whole` says that the rows then stand for all of the store: only such an index is loaded again.
         OSError when the disk refuses for now, DamagedIndexError when the file is beyond use.
@@ -527,23 +440,23 @@ class IndexFile:
             if self._cache is None:
                 self._open()
             with self._cache.transact():  # a retry of diskcache's has no end, whatever the error
-                for key, value in values.items():
-                    self._cache[key] = value
+                for row in rows:
+                    self._cache[_ENTRY + row.key] = row_text(row)
                 for key in gone:
-                    self._cache.delete(key)
+                    self._cache.delete(_ENTRY + key)
+                for name, value in notes.items():
+                    self._cache[_NOTE + name] = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
                 if whole:
                     self._cache[_FORMAT_KEY] = _FORMAT
-        except diskcache.Timeout as error:
+        except (diskcache.Timeout, sqlite3.OperationalError) as error:  # locked, full, read-only, I/O error
             raise OSError(f"the index can't be written: {_cause(error)}") from error
-        except sqlite3.OperationalError as error:  # full, read-only, I/O error
-            raise OSError(f"the index can't be written: {error}") from error
         except sqlite3.DatabaseError as error:
             raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
 
     def delete(self) -> None:
         """Delete the index; OSError."""
         self.close()
-        shutil.rmtree(self._folder, ignore_errors=False)
+        shutil.rmtree(self._folder)
 
     def close(self) -> None:
         if self._cache is not None:

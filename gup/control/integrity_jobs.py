@@ -4,65 +4,57 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 from gup.cache.chunks import read_aside, span_of
 from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.records import Record
-from gup.cache.store import OpenFile, Store
-from gup.config import Cache
+from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
-from gup.control.index import Index
+from gup.control.index import Count, Index, Time
 from gup.control.reconcile import index_again, to_its_end
-from gup.jsonmodel import InvalidError, Members
 
 _log = logging.getLogger("gup.control.integrity")
 
 _SCRUB_NOTE = "scrub"
-_MAX_KEY = 5 * 241
 _IDLE_SECONDS = 1.0
 """Between two checks whether a pass is due."""
 _MOST_BEHIND_SECONDS = 1.0
 """Time on a slow disk that the scrubber makes up for by reading faster, at most."""
 
 
-@dataclass(slots=True)
-class Pass:
+class Pass(BaseModel):
     """One pass over the store in the order of keys. `after` is the last key that was read.
 
     Only the scrubber changes it; it is stored with the index, so that a restart continues the pass.
     """
 
-    began_at: float = 0.0
-    ended_at: float = 0.0
+    began_at: Time = 0.0
+    ended_at: Time = 0.0
     after: str = ""
-    checked: int = 0
-    checked_bytes: int = 0
-    damaged: int = 0
-    mended: int = 0
+    checked: Count = 0
+    checked_bytes: Count = 0
+    damaged: Count = 0
+    mended: Count = 0
 
     @property
     def running(self) -> bool:
         return self.began_at > self.ended_at
 
-    @classmethod
-    def from_json(cls, fields: object) -> "Pass":
-        """The stored pass; a new one when that is malformed."""
-        try:
-            members = Members(fields, "pass")
-            return cls(
-                members.time("began_at"),
-                members.time("ended_at"),
-                members.text("after", _MAX_KEY),
-                *(members.whole(name) for name in ("checked", "checked_bytes", "damaged", "mended")),
-            )
-        except InvalidError:
-            return cls()
+
+def read_pass(note: object) -> Pass:
+    """The stored pass; a new one when that is malformed."""
+    try:
+        return Pass.model_validate(note)
+    except ValueError:
+        return Pass()
 
 
 class Scrubber:
@@ -71,92 +63,68 @@ class Scrubber:
     What it read does not stay in the page cache.
     """
 
-    def __init__(
-        self,
-        dependencies: ControlDependencies,
-        index: Index,
-        settings: Callable[[], Cache],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, dependencies: ControlDependencies, index: Index, clock: Callable[[], float]) -> None:
         self._dependencies = dependencies
         self._index = index
-        self._settings = settings
         self._clock = clock
         self._pass = Pass()
         self._paid_until = 0.0
 
     def restore(self) -> None:
         """Continue the stored pass; after the index was opened."""
-        self._pass = Pass.from_json(self._index.note(_SCRUB_NOTE))
+        self._pass = read_pass(self._index.note(_SCRUB_NOTE))
 
     def save(self) -> None:
-        self._index.set_note(_SCRUB_NOTE, asdict(self._pass))
+        self._index.set_note(_SCRUB_NOTE, self._pass.model_dump())
 
     def progress(self) -> schemas.Scrub:
         """The pass for `/api/v1/status`."""
-        now, settings = self._pass, self._settings()
-        left = now.began_at + settings.scrub_interval if now.began_at else None
+        now, settings = self._pass, self._dependencies.settings().cache
+        waits = not now.running and settings.scrub_rate and now.began_at
         return schemas.Scrub(
             running=now.running and settings.scrub_rate > 0,
             rate_bytes_per_second=settings.scrub_rate or None,
             began_at=now.began_at or None,
             ended_at=now.ended_at if not now.running and now.ended_at else None,
-            next_at=left if not now.running and settings.scrub_rate else None,
-            checked=now.checked,
-            checked_bytes=now.checked_bytes,
+            next_at=now.began_at + settings.scrub_interval if waits else None,
             entries=len(self._index.rows),
             entries_bytes=self._index.total_bytes,
-            damaged=now.damaged,
-            mended=now.mended,
+            **now.model_dump(include={"checked", "checked_bytes", "damaged", "mended"}),
         )
 
     async def keep(self) -> None:
         """Run the passes that are due; never returns."""
         while True:
-            if not self._due():
-                await asyncio.sleep(_IDLE_SECONDS)
-                continue
-            if not self._pass.running:
-                self._pass = Pass(began_at=self._clock())
-            if await self._go_through():
-                self._pass.ended_at = max(self._clock(), self._pass.began_at)
-                self.save()
-                _log.info(
-                    "read %d bodies, %d bytes: %d damaged, %d mended",
-                    self._pass.checked,
-                    self._pass.checked_bytes,
-                    self._pass.damaged,
-                    self._pass.mended,
-                )
+            if self._due():
+                if not self._pass.running:
+                    self._pass = Pass(began_at=self._clock())
+                await self._go_through()
             await asyncio.sleep(_IDLE_SECONDS)  # also where scrub_interval is 0
 
     def _due(self) -> bool:
-        settings = self._settings()
+        settings = self._dependencies.settings().cache
         if not self._index.complete or settings.scrub_rate <= 0:
             return False
-        now = self._clock()
         # A clock set back must not put the next pass off for years.
-        waited = not 0 <= now - self._pass.began_at < settings.scrub_interval
-        return self._pass.running or waited
+        return self._pass.running or not 0 <= self._clock() - self._pass.began_at < settings.scrub_interval
 
-    async def _go_through(self) -> bool:
-        """Read the bodies that this pass has not read; False when scrubbing was turned off."""
-        self._paid_until = time.monotonic()
-        while rows := await self._index.page("key", 1, after=(0, self._pass.after)):
-            if self._settings().scrub_rate <= 0:
-                return False
-            await self._scrub_or_tell(rows[0].key)
-            self._pass.after = rows[0].key
-            self._pass.checked += 1
+    async def _go_through(self) -> None:
+        """Read the bodies that this pass has not read, while scrubbing is on."""
+        self._paid_until, now = time.monotonic(), self._pass
+        while rows := self._index.page("key", 1, after=(0, now.after)):
+            if self._dependencies.settings().cache.scrub_rate <= 0:
+                return
+            try:
+                await self._scrub(ContentKey.parse(rows[0].key))
+            except Exception:  # noqa: BLE001 - one entry must not stop the pass over all
+                _log.exception("%s could not be scrubbed", rows[0].key)
+            now.after = rows[0].key
+            now.checked += 1
             self.save()
-        return True
-
-    async def _scrub_or_tell(self, text: str) -> None:
-        """Read one body. An error is logged and the pass goes on."""
-        try:
-            await self._scrub(ContentKey.parse(text))
-        except Exception:  # noqa: BLE001 - one entry must not stop the pass over all
-            _log.exception("%s could not be scrubbed", text)
+        now.ended_at = max(self._clock(), now.began_at)
+        self.save()
+        text = "read %d bodies, %d bytes: %d damaged, %d mended"
+        _log.info(text, now.checked, now.checked_bytes, now.damaged, now.mended)
 
     async def _scrub(self, key: ContentKey) -> None:
         record, file = await asyncio.to_thread(self._open, key)
@@ -174,11 +142,12 @@ class Scrubber:
                 return
 
     def _open(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+        store = self._dependencies.store
         try:
-            record = self._dependencies.store.load(key)
+            record = store.load(key)
         except ValueError:
             return None, None
-        return record, self._dependencies.store.open_body(record) if record is not None else None
+        return record, store.open_body(record) if record is not None else None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Check under the claim whether the entry is damaged, or was just removed or replaced."""
@@ -186,7 +155,7 @@ class Scrubber:
         if not claims.try_claim(key.claim_offset):
             return
         try:
-            found = await asyncio.to_thread(check_entry, self._dependencies.store, key)
+            found = await to_its_end(check_entry, self._dependencies.store, key)
         finally:
             claims.release(key.claim_offset)
         for finding in found:
@@ -206,8 +175,7 @@ class Scrubber:
 
     async def _pay(self, amount_bytes: int) -> None:
         """Wait until the rate allows to read so much."""
-        now = time.monotonic()
-        rate = self._settings().scrub_rate
+        now, rate = time.monotonic(), self._dependencies.settings().cache.scrub_rate
         self._paid_until = max(self._paid_until, now - _MOST_BEHIND_SECONDS)
         if rate:
             self._paid_until += amount_bytes / rate
@@ -220,6 +188,7 @@ _PATIENCE_SECONDS = 10.0
 """How long to wait at the end for the claims of entries that look damaged."""
 _PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
+_NOTHING: dict[str, Any] = {"failed": None, "checked": 0, "total": 0, "busy": 0, "damaged": 0, "mended": 0}
 
 
 class Verification:
@@ -228,25 +197,19 @@ class Verification:
     def __init__(self, dependencies: ControlDependencies, index: Index) -> None:
         self._dependencies = dependencies
         self._index = index
-        self._store: Store = dependencies.store
-        self._claims = dependencies.claims
+        self._store = dependencies.store
         self._task: asyncio.Task[None] | None = None
-        self._repair = False
-        self._found: list[schemas.Finding] = []
-        self._damaged = self._mended = 0
-        self._checked = self._total = self._busy = 0
-        self._began_at: float | None = None
-        self._ended_at: float | None = None
-        self._failed = ""
+        self._told = schemas.Verification(
+            running=False, repair=False, began_at=None, ended_at=None, found=[], **_NOTHING
+        )
 
     def start(self, *, repair: bool) -> bool:
         """Start; False when one is running."""
-        if self._task is not None and not self._task.done():
+        if self._told.running:
             return False
-        self._repair = repair
-        self._found = []
-        self._damaged = self._mended = self._checked = self._total = self._busy = 0
-        self._began_at, self._ended_at, self._failed = time.time(), None, ""
+        self._told = schemas.Verification(
+            running=True, repair=repair, began_at=time.time(), ended_at=None, found=[], **_NOTHING
+        )
         self._task = asyncio.create_task(self._run(), name="control verify")
         return True
 
@@ -257,106 +220,88 @@ class Verification:
 
     def progress(self) -> schemas.Verification:
         """Progress and findings."""
-        return schemas.Verification(
-            running=self._began_at is not None and self._ended_at is None,
-            repair=self._repair,
-            began_at=self._began_at,
-            ended_at=self._ended_at,
-            failed=self._failed or None,
-            checked=self._checked,
-            total=self._total,
-            busy=self._busy,
-            damaged=self._damaged,
-            mended=self._mended,
-            found=list(self._found),
-        )
+        return self._told.model_copy(update={"found": list(self._told.found)})
 
     async def _run(self) -> None:
+        told = self._told
         try:
             await self._look()
         except asyncio.CancelledError:
-            self._failed = "the service stopped"
+            told.failed = "the service stopped"
             raise
         except Exception as error:  # noqa: BLE001 - whoever asked must be told
-            self._failed = str(error) or type(error).__name__
+            told.failed = str(error) or type(error).__name__
             _log.exception("the verification ended early")
         finally:
-            self._ended_at = time.time()
+            told.running, told.ended_at = False, time.time()
 
     async def _look(self) -> None:
-        names = await asyncio.to_thread(contents, self._store, _GRACE_SECONDS)
-        self._total = len(names.keys) + len(names.ids) + len(names.strays)
-        claimed: list[ContentKey] = []
-        for key in names.keys:
-            with self._telling("body", self._store.body_path(key), key):
-                if await self._entry_is_claimed(key):
-                    claimed.append(key)
-                    continue
-            self._checked += 1
+        store, told = self._store, self._told
+        names = await asyncio.to_thread(contents, store, _GRACE_SECONDS)
+        told.total = len(names.keys) + len(names.ids) + len(names.strays)
+        claimed = [key for key in names.keys if not await self._is_checked(key)]
         for id_ in names.ids:
-            with self._telling("state", self._store.state_path(id_)):
-                self._busy += await self._is_claimed(int(id_[:16], 16) >> 2, id_=id_)
-            self._checked += 1
+            check, path = partial(check_part, store, id_), store.state_path(id_)
+            told.busy += not await self._check(check, "state", path, int(id_[:16], 16) >> 2)
+            told.checked += 1
         for path in names.strays:
-            with self._telling("stray", path):
-                for finding in await asyncio.to_thread(check_stray, self._store, path):
-                    self._note(finding, mended=await self._put_right(finding))
-            self._checked += 1
-        await self._come_back(claimed)
-
-    @contextmanager
-    def _telling(self, where: str, path: Path, key: ContentKey | None = None) -> Iterator[None]:
-        """An exception becomes a finding; the other files are looked at all the same."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - see above
-            detail = f"it can't be looked at: {error or type(error).__name__}"
-            finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
-            self._count(finding)
-            self._keep(finding, False if self._repair else None, str(error))
-
-    async def _come_back(self, claimed: list[ContentKey]) -> None:
-        """Check again the entries that looked damaged while somebody held their claim."""
+            await self._check(partial(check_stray, store, path), "stray", path)
+            told.checked += 1
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while claimed and time.monotonic() < give_up_at:
             await asyncio.sleep(_PAUSE_SECONDS)
-            still = []
-            for key in claimed:
-                with self._telling("body", self._store.body_path(key), key):
-                    if await self._entry_is_claimed(key):
-                        still.append(key)
-            self._checked += len(claimed) - len(still)
-            claimed = still
-        self._checked += len(claimed)
-        self._busy += len(claimed)
+            claimed = [key for key in claimed if not await self._is_checked(key)]
+        told.checked += len(claimed)
+        told.busy += len(claimed)
 
-    async def _entry_is_claimed(self, key: ContentKey) -> bool:
-        """Whether the entry looks damaged and somebody holds its claim."""
-        if not await asyncio.to_thread(check_entry, self._store, key):
-            return False
-        return await self._is_claimed(key.claim_offset, key=key)
+    async def _is_checked(self, key: ContentKey) -> bool:
+        """Check an entry; False when it looks damaged while somebody holds its claim."""
+        check, path = partial(check_entry, self._store, key), self._store.body_path(key)
+        checked = await self._check(check, "body", path, key.claim_offset, key)
+        self._told.checked += checked
+        return checked
 
-    async def _is_claimed(self, offset: int, *, key: ContentKey | None = None, id_: str = "") -> bool:
-        """Whether somebody holds the claim: a commit under way looks like damage. If not, check again."""
-        if not self._claims.try_claim(offset):
-            return True
-        mends: list[Finding] = []
+    async def _check(
+        self,
+        check: Callable[[], list[Finding]],
+        where: str,
+        path: Path,
+        offset: int | None = None,
+        key: ContentKey | None = None,
+    ) -> bool:
+        """Check and note what is wrong; False when somebody holds the claim: a commit under way looks like
+        damage. An entry is read without its claim first. An exception becomes a finding.
+        """
+        claims, mends = self._dependencies.claims, []
         try:
-            work = (check_entry, self._store, key) if key is not None else (check_part, self._store, id_)
-            for finding in await to_its_end(*work):
-                if finding.where == "body" and self._repair:
-                    mends.append(finding)  # a fill, which takes the claim itself
-                else:
-                    self._note(finding, mended=await self._put_right(finding))
-        finally:
-            self._claims.release(offset)
-        for finding in mends:
-            await self._mend(finding)
-        return False
+            if key is not None and not await asyncio.to_thread(check):
+                return True
+            if offset is not None and not claims.try_claim(offset):
+                return False
+            try:
+                for finding in await to_its_end(check):
+                    if finding.where == "body" and self._told.repair:
+                        mends.append(finding)  # by a fill, which takes the claim itself
+                    else:
+                        self._note(finding, await self._put_right(finding))
+            finally:
+                if offset is not None:
+                    claims.release(offset)
+            for finding in mends:
+                assert key is not None
+                problem = await self._dependencies.mend(key, True)
+                if problem is None:
+                    await index_again(key, self._index, self._store)
+                self._note(finding, problem is None, problem.detail if problem is not None else None)
+        except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
+            detail = f"it can't be looked at: {error or type(error).__name__}"
+            finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
+            self._note(finding, False if self._told.repair else None, str(error) or None)
+        return True
 
     async def _put_right(self, finding: Finding) -> bool | None:
         """Remove what nobody can use, under the claim."""
-        if not self._repair:
+        if not self._told.repair:
             return None
         await to_its_end(put_right, self._store, finding, alone=False)
         if finding.key is not None and finding.where == "record":
@@ -364,34 +309,22 @@ class Verification:
             self._dependencies.raise_store_epoch()
         return True
 
-    async def _mend(self, finding: Finding) -> None:
-        assert finding.key is not None
-        self._count(finding)
-        problem = await self._dependencies.mend(finding.key, True)
-        if problem is None:
-            await index_again(finding.key, self._index, self._store)
-        self._keep(finding, problem is None, problem.detail if problem is not None else "")
-
-    def _note(self, finding: Finding, *, mended: bool | None) -> None:
-        self._count(finding)
-        self._keep(finding, mended)
-
-    def _count(self, finding: Finding) -> None:
+    def _note(self, finding: Finding, mended: bool | None, why_not: str | None = None) -> None:
+        told, where = self._told, finding.where
         _log.warning("%s: %s", finding.path, finding.detail)
-        if finding.where != "stray":
-            self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
-
-    def _keep(self, finding: Finding, mended: bool | None, why_not: str = "") -> None:
-        self._damaged += 1
-        self._mended += bool(mended)
-        if len(self._found) < _MOST_FINDINGS:
-            self._found.append(
+        if where != "stray":
+            self._dependencies.counters.add("gup_integrity_failures_total", where=where)
+        told.damaged += 1
+        told.mended += bool(mended)
+        if len(told.found) < _MOST_FINDINGS:
+            key = finding.key.text if finding.key else None
+            told.found.append(
                 schemas.Finding(
-                    where=finding.where,
+                    where=where,
                     path=finding.path,
-                    key=finding.key.text if finding.key else None,
+                    key=key,
                     detail=finding.detail,
                     mended=mended,
-                    why_not=why_not or None,
+                    why_not=why_not,
                 )
             )

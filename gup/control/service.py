@@ -1,10 +1,10 @@
 """The control plane as a service: its server and periodic jobs, from start to stop."""
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 
 from aiohttp import web
 
@@ -63,22 +63,9 @@ class Jobs:
             _log.exception("the job %r failed", name)
 
 
-_FLUSH_SECONDS = 1.0
-_METER_SECONDS = 1.0
-_TOUCH_SECONDS = 60.0
-_REVISIONS_SECONDS = 60.0
-_SPACE_SECONDS = 5.0
-_REPORTS_SECONDS = 2.0
-_HISTORY_SECONDS = 10.0
-_PRUNE_SECONDS = 3600.0
-_RESTART_SECONDS = 1.0
-_RECONCILE_SECONDS = 600.0
-_RECOVER_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 2.0
-_LOOK_OVER_SECONDS = 5.0
-_WATCH_SECONDS = 1.0
-_OLD_CLIENTS_NOTE = "clients"
-"""Of earlier editions: it held as many rows as there were clients."""
+_RESTART_SECONDS = 1.0
+_SPACE_SECONDS = 5.0
 
 
 class Control:
@@ -98,118 +85,98 @@ class Control:
         self._dependencies = dependencies
         self._jobs = Jobs()
         self._access = Access()
-        self._runner: web.AppRunner | None = None
-
-    async def start(self) -> None:
-        """Answer requests, take events, and begin the jobs."""
-        await self._access.open(
-            self.state.settings.listen, self._dependencies.store.run, self._dependencies.admin
-        )
-        self._dependencies.events.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._dependencies.events, self.state.take_events)
         self._runner = web.AppRunner(
             make_app(self.state, self._access),
             access_log=None,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
+
+    async def start(self) -> None:
+        """Answer requests, take events, and begin the jobs."""
+        dependencies = self._dependencies
+        await self._access.open(dependencies.settings().listen, dependencies.store.run, dependencies.admin)
+        dependencies.events.setblocking(False)
+        asyncio.get_running_loop().add_reader(dependencies.events, self.state.take_events)
         await self._runner.setup()
-        await web.SockSite(self._runner, self._dependencies.admin, ssl_context=self._access.tls).start()
+        await web.SockSite(self._runner, dependencies.admin, ssl_context=self._access.tls).start()
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
 
     async def _open_statistics(self) -> None:
         self.state.clients.restore(await self.state.reports.newest_clients())
-        self._jobs.every(_METER_SECONDS, "meter", self.state.meter)
-        self._jobs.every(_HISTORY_SECONDS, "history", self.state.history.write)
+        self._jobs.every(1.0, "meter", self.state.meter)
+        self._jobs.every(10.0, "history", self.state.history.write)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
-        await self.state.index.open()
-        self.state.index.drop_note(_OLD_CLIENTS_NOTE)
-        self.state.scrubber.restore()
-        self.state.prefetcher.restore(self.state.index.note)
         jobs, state = self._jobs, self.state
-        # `keep` ends only by a mistake of ours; eviction must go on after it.
+        await state.index.open()
+        state.scrubber.restore()
+        state.prefetcher.restore()
+        # What never returns ends only by a mistake of ours; it must go on after it.
         jobs.every(_RESTART_SECONDS, "space", lambda: state.evictor.keep(_SPACE_SECONDS))
-        jobs.every(_RECONCILE_SECONDS, "reconcile", self._reconcile)
-        jobs.every(_FLUSH_SECONDS, "flush", self._flush)
-        jobs.every(_TOUCH_SECONDS, "touch", self._touch)
-        jobs.every(_REPORTS_SECONDS, "reports", state.reports.write_clients)
-        jobs.every(_PRUNE_SECONDS, "prune", state.reports.prune)
-        jobs.every(_RECOVER_SECONDS, "recover", self._dependencies.recover)
         jobs.every(_RESTART_SECONDS, "scrub", state.scrubber.keep)
         for lane in range(len(LANES)):
-            jobs.every(_RESTART_SECONDS, f"prefetch {lane}", functools.partial(state.prefetcher.run, lane))
-        jobs.every(_WATCH_SECONDS, "watch", AlarmCollector(state).look)
-        jobs.every(_LOOK_OVER_SECONDS, "prefetch", self._look_over)
-        jobs.every(_REVISIONS_SECONDS, "revisions", self._note_all)
+            jobs.every(_RESTART_SECONDS, f"prefetch {lane}", partial(state.prefetcher.run, lane))
+        jobs.every(600.0, "reconcile", self._reconcile)
+        jobs.every(1.0, "flush", self._flush)
+        jobs.every(60.0, "touch", self._touch)
+        jobs.every(2.0, "reports", state.reports.write_clients)
+        jobs.every(3600.0, "prune", state.reports.prune)
+        jobs.every(2.0, "recover", self._dependencies.recover)
+        jobs.every(1.0, "watch", AlarmCollector(state).look)
+        jobs.every(5.0, "prefetch", state.prefetcher.look_over)
 
     async def stop(self) -> None:
         """Write what is due and end everything."""
+        state = self.state
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
-        self.state.take_events()
-        if self._runner is not None:
-            await self._runner.cleanup()
-        await self.state.evictor.stop()
-        await self.state.verification.stop()
+        state.take_events()
+        await self._runner.cleanup()
+        await state.evictor.stop()
+        await state.verification.stop()
         await self._jobs.stop()
-        self.state.scrubber.save()
-        self.state.prefetcher.save(self.state.index.set_note, all_=True)
+        state.scrubber.save()
+        state.prefetcher.save(all_=True)
         await self._repin()
         await self._touch()
-        await self.state.meter()
-        await self.state.history.write()
-        await self.state.reports.write_clients()
-        await self.state.database.stop()
-        await self.state.index.close()
+        await state.meter()
+        await state.history.write()
+        await state.reports.write_clients()
+        await state.database.stop()
+        await state.index.close()
 
     async def apply(self, settings: Settings) -> None:
         """Take over reloaded settings; the listening address stays."""
-        self.state.settings = settings
-        self.state.evictor.limits = settings.cache
         await self._access.renew(settings.listen, self._dependencies.store.run)
         self.state.evictor.look_soon()
 
     # --- jobs
 
     async def _reconcile(self) -> None:
-        dependencies, state = self._dependencies, self.state
-        await reconcile(
-            state.index,
-            dependencies.store,
-            dependencies.claims,
-            dependencies.counters,
-            dependencies.mend,
-            state.clock(),
-        )
-        state.evictor.look_soon()
-
-    async def _look_over(self) -> None:
-        self.state.prefetcher.look_over()
-
-    async def _note_all(self) -> None:
-        self.state.prefetcher.save(self.state.index.set_note, all_=True)
+        await reconcile(self._dependencies, self.state.index, self.state.clock())
+        self.state.evictor.look_soon()
 
     async def _flush(self) -> None:
         await self._repin()
-        self.state.prefetcher.save(self.state.index.set_note)
+        self.state.prefetcher.save()
         await self.state.index.flush()
 
     async def _repin(self) -> None:
         """Pin new generations of pinned entries on disk too; what fails is tried again at the next turn."""
+        claims, store, refusals = self._dependencies.claims, self._dependencies.store, self.state.refusals
         for text in list(self.state.repin):
             key = ContentKey.parse(text)
             try:
-                pin = functools.partial(self._dependencies.store.set_pinned, key, True)
-                await change(self._dependencies.claims, key, pin, patience_seconds=0.0)
+                await change(claims, key, partial(store.set_pinned, key, True), patience_seconds=0.0)
             except BusyError:
                 continue
             except OSError as error:
-                self.state.refusals.tell("pins", error.strerror or str(error), self.state.clock())
+                refusals.note("pins", error.strerror or str(error))
                 return
             self.state.repin.discard(text)
-        self.state.refusals.clear("pins")
+        refusals.note("pins", None)
 
     async def _touch(self) -> None:
         """Write times of last use to the bodies, where they survive the loss of the index."""
@@ -220,3 +187,4 @@ class Control:
                 self._dependencies.store.touch(ContentKey.parse(key), used_at)
 
         await asyncio.to_thread(touch_all)
+        self.state.prefetcher.save(all_=True)

@@ -2,17 +2,20 @@
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.alarms import AlarmBoard, Rejections
+from gup.control.alarms import AlarmBoard, Rejection
 from gup.control.api.schemas import FailedFill, WriteRefusal
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import (
+    MAX_DATAGRAM_BYTES,
     Begun,
     Committed,
     Event,
@@ -24,12 +27,12 @@ from gup.control.events import (
     Unstorable,
     UpstreamTrouble,
     Usage,
+    Use,
     parse_event,
-    receive,
 )
 from gup.control.eviction import AgeClock, Evictor
 from gup.control.exposition import Figures
-from gup.control.index import Index, Stream, make_row, stream_of
+from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.rate_window import RateWindow
@@ -39,6 +42,7 @@ from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import Recorder
 from gup.control.stats.usage_reports import Reports
 from gup.control.traffic import Traffic, newest_times
+from gup.jsonmodel import InvalidError
 
 _log = logging.getLogger("gup.control.state")
 
@@ -46,33 +50,20 @@ _log = logging.getLogger("gup.control.state")
 class Refusals:
     """What the disk refuses to store at present; each is logged once when it begins and when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.rows: dict[str, WriteRefusal] = {}
 
-    def note(self, what: str, refusal: str | None, now: float) -> None:
+    def note(self, what: str, refusal: str | None) -> None:
         """The result of a write: why it was refused, None for success."""
-        if refusal is None:
-            self.clear(what)
-        else:
-            self.tell(what, refusal, now)
-
-    def tell(self, what: str, detail: str, now: float) -> None:
-        """A write was refused."""
-        known = self.rows.get(what)
-        if known is None:
-            _log.warning("not written: %s: %s", what, detail)
-        since = now if known is None else known.since
-        self.rows[what] = WriteRefusal(what=what, detail=detail, since=since, last=now)
-
-    def clear(self, what: str) -> None:
-        """A write succeeded."""
-        if self.rows.pop(what, None) is not None:
+        known, now = self.rows.pop(what, None), self._clock()
+        if refusal is not None:
+            since = now if known is None else known.since
+            self.rows[what] = WriteRefusal(what=what, detail=refusal, since=since, last=now)
+            if known is None:
+                _log.warning("not written: %s: %s", what, refusal)
+        elif known is not None:
             _log.warning("written again: %s", what)
-
-
-def sum_of(totals: Mapping[str, int], metric: str) -> int:
-    """The sum of all series of a metric."""
-    return sum(count for name, count in totals.items() if name.partition("{")[0] == metric)
 
 
 def numbers(settings: Settings) -> dict[str, int]:
@@ -115,6 +106,10 @@ class FillRates:
 
 _FAILURES = 50
 _MALFORMED_LOGGED = 20
+_EVENTS_AT_ONCE = 256
+_MOST_REJECTIONS = 1000
+REJECTED_SECONDS = 1800.0
+"""Twice the longest back-off of a rejected body: after that clients do not ask for it any more."""
 
 
 class ControlState:
@@ -123,58 +118,43 @@ class ControlState:
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
     ) -> None:
+        """`ages` is the clock that ages are measured with, by default `clock`."""
         self.dependencies = dependencies
-        self.settings: Settings = dependencies.settings  # replaced by a reload only
         self.clock = clock
         self._ages = ages
-        self.refusals = Refusals()
-        self.index = Index(dependencies.store.index, self._index_damaged, self._index_written)
-        self.evictor = Evictor(
-            dependencies.store,
-            dependencies.claims,
-            dependencies.counters,
-            self.index,
-            dependencies.settings.cache,
-            raise_store_epoch=dependencies.raise_store_epoch,
-            set_store_bytes=dependencies.set_store_bytes,
-            promised_bytes=dependencies.promised_bytes,
-            now=self._age_now,
-            drop_memory=dependencies.drop_memory,
-        )
+        self._age_clock = ages or clock
+        """A use in the future would make all else look old."""
+        self.refusals = Refusals(clock)
+        damaged = partial(dependencies.counters.add, "gup_integrity_failures_total", where="index")
+        self.index = Index(dependencies.store.index, damaged, partial(self.refusals.note, "index"))
+        self.evictor = Evictor(dependencies, self.index, self._age_now)
         self.verification = Verification(dependencies, self.index)
-        self.scrubber = Scrubber(dependencies, self.index, lambda: self.settings.cache, clock)
+        self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
-        self.prefetcher = Prefetcher(
-            settings=lambda: self.settings,
-            fetch=dependencies.fetch_ahead,
-            idle=dependencies.link_idle,
-            type_of=self.type_of,
-            places=dependencies.places,
-            holds=self.index.rows.__contains__,
-            clock=clock,
-        )
-        self.traffic = Traffic(self.prefetcher, self.index, clock)
+        self.prefetcher = Prefetcher(dependencies, self.index, clock)
+        self.traffic = Traffic(self.index, clock)
         self.alarms = AlarmBoard()
         self.database = StatsDatabase(dependencies.store.root)
         self.reports = Reports(
             dependencies,
             self.database,
-            settings=lambda: self.settings,
+            settings=dependencies.settings,
             clock=clock,
-            age_clock=self._believed,
+            age_clock=self._age_clock,
             held=self.index.newest_held,
-            on_written=lambda what, refusal: self.refusals.note(what, refusal, self.clock()),
+            on_written=partial(self.refusals.note, "reports"),
         )
         self.history = Recorder(
             dependencies,
             self.database,
-            lambda: self.settings,
+            dependencies.settings,
             clock,
-            lambda refusal: self.refusals.note("savings", refusal, self.clock()),
+            partial(self.refusals.note, "savings"),
         )
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
-        self.rejections = Rejections()
+        self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
+        """The latest ones by key and upstream."""
         self.upstream_errors: dict[str, tuple[float, str]] = {}
         """Time and text of each configured upstream's last error."""
         self.unstored: tuple[float, str] | None = None
@@ -183,115 +163,103 @@ class ControlState:
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
 
-    def _believed(self) -> float:
-        """The time that ages are measured from: a use in the future would make all else look old."""
-        return self._ages() if self._ages is not None else self.clock()
+    @property
+    def settings(self) -> Settings:
+        return self.dependencies.settings()
 
     def _age_now(self, uses: Iterable[float]) -> float:
         if self._ages is not None:
             self._ages.begin(uses)
-        return self._believed()
-
-    def _index_damaged(self) -> None:
-        self.dependencies.counters.add("gup_integrity_failures_total", where="index")
-
-    def _index_written(self, refusal: str | None) -> None:
-        self.refusals.note("index", refusal, self.clock())
+        return self._age_clock()
 
     # --- events
 
     def take_events(self) -> None:
-        """Apply the events that are waiting; malformed ones are counted and ignored."""
-        for datagram in receive(self.dependencies.events):
+        """Apply the events that are waiting, so many at most that the loop gets its turn."""
+        for _ in range(_EVENTS_AT_ONCE):
+            try:
+                datagram = self.dependencies.events.recv(MAX_DATAGRAM_BYTES)
+            except (BlockingIOError, InterruptedError):
+                return
             self.take_event(datagram)
 
     def take_event(self, datagram: bytes) -> None:
+        """Apply an event; a malformed one is counted and ignored."""
         try:
-            event = parse_event(datagram)
-        except ValueError as error:
+            self._take(parse_event(datagram))
+        except InvalidError as error:
             self.malformed_events += 1
             if self.malformed_events <= _MALFORMED_LOGGED:
                 _log.warning("malformed event: %s", error)
-        else:
-            self._take(event)
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
+        now = self.clock()
         match event:
             case Committed():
-                self._committed(event)
+                self._committed(event, now)
             case Usage():
-                self._used(event)
+                self._used(event, now)
             case Taken():
-                self.clients.see({take.client for take in event.rows}, self.clock())
+                self.clients.see({take.client for take in event.rows}, now)
                 self.reports.take(event)
             case Begun():
                 self.prefetcher.asked(event.key, event.path)
             case Need():
                 self.evictor.need(event.bytes, refused=event.refused)
+            case Unstorable(disk=True):
+                self.refusals.note("content", event.detail)
             case Unstorable():
-                self._not_stored(event)
-            case Failed():
-                self.failures.appendleft(
-                    FailedFill(
-                        at=self.clock(), key=event.key.text, problem=event.problem, detail=event.detail
-                    )
-                )
-                self.traffic.missed(event.key)
+                self.unstored = now, f"{event.key.text}: {event.detail}"
+            case Failed(key=key, problem=problem, detail=detail):
+                self.failures.appendleft(FailedFill(at=now, key=key.text, problem=problem, detail=detail))
+                self.traffic.missed(key)
+                self.prefetcher.refused(key)
             case Unlisted():
                 self.dependencies.unlisted(event.moniker)
-            case UpstreamTrouble() | Rejected():
-                self._troubled(event)
+            case UpstreamTrouble():
+                if any(upstream.name == event.name for upstream in self.settings.upstream):
+                    self.upstream_errors[event.name] = now, event.detail
+            case Rejected(key=key, upstream=upstream, detail=detail):
+                self._rejections[key.text, upstream] = Rejection(key.text, upstream, detail, now)
+                self._rejections.move_to_end((key.text, upstream))
+                if len(self._rejections) > _MOST_REJECTIONS:
+                    self._rejections.popitem(last=False)
 
-    def _not_stored(self, event: Unstorable) -> None:
-        if event.disk:
-            self.refusals.tell("content", event.detail, self.clock())
-        else:
-            self.unstored = self.clock(), f"{event.key.text}: {event.detail}"
-
-    def _troubled(self, event: UpstreamTrouble | Rejected) -> None:
-        if isinstance(event, Rejected):
-            self.rejections.note(event, self.clock())
-        elif any(upstream.name == event.name for upstream in self.settings.upstream):
-            self.upstream_errors[event.name] = (self.clock(), event.detail)
-
-    def _committed(self, event: Committed) -> None:
-        self.refusals.clear("content")
-        self.rejections.clear(event.key.text)
+    def _committed(self, event: Committed, now: float) -> None:
+        self.refusals.note("content", None)
+        for at in [at for at in self._rejections if at[0] == event.key.text]:
+            del self._rejections[at]
         known = self.index.rows.get(event.key.text)
-        if known is not None and known.pinned and event.replaced:
-            self.repin.add(event.key.text)  # the new generation's record knows of no pin
-        self.index.put(
-            make_row(
-                event.key,
-                event.kind,
-                event.length,
-                stored_at=self.clock(),
-                used_at=self._believed(),
-                hits=known.hits if known else 0,
-                pinned=known.pinned if known else False,
-                sent_bytes=known.sent_bytes if known else 0,
-                received_bytes=event.length + (known.received_bytes if known else 0),
-            )
-        )
+        more: dict[str, Any] = {"received_bytes": event.length}
+        if known is not None:
+            more = {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}
+            more["received_bytes"] = event.length + known.received_bytes
+            if known.pinned and event.replaced:
+                self.repin.add(known.key)  # the new generation's record knows of no pin
+        used_at = self._age_clock()
+        self.index.put(make_row(event.key, event.kind, event.length, stored_at=now, used_at=used_at, **more))
         self.evictor.look_soon()
 
-    def _used(self, event: Usage) -> None:
+    def _used(self, event: Usage, now: float) -> None:
         """Uses of unknown keys are ignored: the event of their commit was lost."""
-        at = min(event.at, self._believed())  # a clock that ran ahead must not keep an entry for ever
+        at = min(event.at, self._age_clock())  # a clock that ran ahead must not keep an entry for ever
         for use in event.uses:
             row = self.index.rows.get(use.key.text)
-            if row is None:
-                continue
-            self.index.put(row.used(use.times, use.sent_bytes, at))
-            self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
-            self.traffic.sent(use.key, use.times)
+            if row is not None:
+                self.index.put(row.used(use.times, use.sent_bytes, at))
+                self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
+                self._sent(use)
         for use in event.asked:
-            self.traffic.sent(use.key, use.times)
+            self._sent(use)
         for full in event.fulls:
-            self.traffic.storms.note_client(stream_of(full.key), full.client, full.times, self.clock())
+            self.traffic.note_client(full.key, full.client, full.times)
         if event.clients:
-            self.clients.see(event.clients, self.clock())
+            self.clients.see(event.clients, now)
             self.reports.see(event.clients)
+
+    def _sent(self, use: Use) -> None:
+        self.traffic.sent(use.key, use.times)
+        self.prefetcher.asked(use.key)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """Pin or unpin an entry; False when there is none. BusyError while its claim is held."""
@@ -309,14 +277,14 @@ class ControlState:
 
     # --- what is shown
 
+    def rejections(self) -> list[Rejection]:
+        """The present rejections, the latest first: until the file is stored or not asked for any more."""
+        now = self.clock()
+        return [row for row in reversed(self._rejections.values()) if abs(now - row.at) < REJECTED_SECONDS]
+
     def label(self, stream: Stream) -> tuple[str, str]:
         """Product and language of a stream: from the catalogue, else moniker and variant."""
         return self.dependencies.product_of(stream) or (stream[2], stream[1])
-
-    def type_of(self, stream: Stream) -> str | None:
-        """The type of a stream's content; None while no catalogue lists it."""
-        label = self.dependencies.label_of(stream, "")
-        return None if label is None else label.type
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
@@ -333,7 +301,7 @@ class ControlState:
         now = self.clock()
         storms: dict[tuple[str, str], bool] = {}
         self.traffic.look()
-        for stream, storm in self.traffic.storms.flags().items():
+        for stream, storm in self.traffic.flags().items():
             storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
         return Figures(
             totals=self.dependencies.totals(),
@@ -349,7 +317,7 @@ class ControlState:
             wan_bytes_per_second=self.dependencies.wan_rate(),
             client_bytes_per_second=self.settings.clients.rate,
             limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.traffic.demand.newest(), self.label),
+            newest=newest_times(self.index.newest_held(), self.traffic.newest(), self.label),
             storms=storms,
             config_ok=self.dependencies.config_ok(),
             site=self.settings.site.name,

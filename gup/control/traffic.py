@@ -6,14 +6,31 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 from gup.content.deltas import named
 from gup.content.key import ContentKey, Kind
 from gup.control.index import Index, Stream, stream_of
-from gup.control.prefetch import Prefetcher
 from gup.metrics import MAX_STREAMS
 
 _log = logging.getLogger("gup.control.traffic")
+_Known = TypeVar("_Known")
+
+
+class LatestStreams(OrderedDict[Stream, _Known], Generic[_Known]):
+    """What is known of each stream; beyond MAX_STREAMS the longest idle ones are forgotten."""
+
+    def __init__(self, make: Callable[[], _Known]) -> None:
+        super().__init__()
+        self._make = make
+
+    def met(self, stream: Stream) -> _Known:
+        """What is known of a stream that is met now."""
+        known = self[stream] = self.pop(stream) if stream in self else self._make()
+        while len(self) > MAX_STREAMS:
+            self.popitem(last=False)
+        return known
+
 
 WINDOW_SECONDS = 600.0
 FULLS = 10
@@ -23,6 +40,9 @@ CALM_SECONDS = 60.0
 MAX_ADDRESSES = 1000
 """Addresses counted in a window of one stream; there may be more."""
 SHOWN = 20
+_UNMET_SECONDS = 1800.0
+"""A revision that nobody has asked for in so long is not reported as missing."""
+_MAX_UNMET = 8
 
 
 @dataclass(slots=True)
@@ -35,16 +55,29 @@ class _Window:
     addresses: Counter[str] = field(default_factory=Counter)
 
 
+class Unmet(NamedTuple):
+    """A revision that clients asked for and no upstream gave, with the first and last time (Unix seconds)."""
+
+    revision: str
+    first: float
+    last: float
+
+
 @dataclass(slots=True)
-class _StreamCounts:
-    """Requests for one stream in this window and the one before; the time and last sight of a storm."""
+class _Asked:
+    """Requests for one stream in this window and the one before, since when a storm stands and when it was
+    seen last; the newest revision that clients got, and those that they asked for in vain.
+    """
 
     now: _Window = field(default_factory=_Window)
     before: _Window = field(default_factory=_Window)
     since: float | None = None
     last: float = 0.0
+    newest: str = ""
+    unmet: OrderedDict[str, Unmet] = field(default_factory=OrderedDict)
 
-    def turn(self, number: int) -> None:
+    def turn(self, now: float) -> None:
+        number = int(now // WINDOW_SECONDS)
         if number != self.now.number:
             self.before = self.now if number == self.now.number + 1 else _Window()
             self.now = _Window(number)
@@ -62,8 +95,7 @@ class _StreamCounts:
         return self.now.addresses + self.before.addresses
 
 
-@dataclass(frozen=True, slots=True)
-class Storm:
+class Storm(NamedTuple):
     """A present storm. Counts cover the last ten to twenty minutes; times are Unix seconds.
 
     `addresses` are the most frequent ones of `clients` (at least so many). `lan_bytes` is the length of all
@@ -81,76 +113,83 @@ class Storm:
     delta_bytes: int
 
 
-class Storms:
-    """Requests for fulls and deltas by stream, the longest idle streams forgotten beyond MAX_STREAMS."""
+class Traffic:
+    """Demand and storms by stream. Told of every request for content."""
 
-    def __init__(self) -> None:
-        self._streams: OrderedDict[Stream, _StreamCounts] = OrderedDict()
+    def __init__(self, index: Index, clock: Callable[[], float]) -> None:
+        self._index = index
+        self._clock = clock
+        self._streams = LatestStreams(_Asked)
 
-    def _asked(self, stream: Stream, now: float) -> _StreamCounts:
-        asked = self._streams.setdefault(stream, _StreamCounts())
-        self._streams.move_to_end(stream)
-        while len(self._streams) > MAX_STREAMS:
-            self._streams.popitem(last=False)
-        asked.turn(int(now // WINDOW_SECONDS))
+    def _asked(self, stream: Stream) -> _Asked:
+        asked = self._streams.met(stream)
+        asked.turn(self._clock())
         return asked
 
-    def count(self, stream: Stream, kind: Kind, key: str, times: int, now: float) -> None:
-        """Clients asked so many times for a full or a delta."""
-        asked = self._asked(stream, now)
-        if kind is Kind.FULL:
-            asked.now.fulls[key] += times
-        elif kind is Kind.DELTA:
+    def sent(self, key: ContentKey, times: int) -> None:
+        """Clients were sent this so many times, from the store or while it was being fetched."""
+        names = named(key)
+        if names is None:
+            return
+        asked = self._asked(stream_of(key))
+        asked.newest = max(asked.newest, names.revision)
+        asked.unmet.pop(names.revision, None)
+        if names.kind is Kind.FULL:
+            asked.now.fulls[key.text] += times
+        else:
             asked.now.deltas += times
 
-    def note_client(self, stream: Stream, address: str, times: int, now: float) -> None:
-        """Note who asked for fulls, and how often."""
-        addresses = self._asked(stream, now).now.addresses
+    def missed(self, key: ContentKey) -> None:
+        """A client asked for this, and no upstream gave it."""
+        names, now = named(key), self._clock()
+        if names is None:
+            return
+        unmet = self._asked(stream_of(key)).unmet
+        before = unmet.get(names.revision)
+        first = before.first if before is not None and now - before.last <= _UNMET_SECONDS else now
+        unmet[names.revision] = Unmet(names.revision, first, now)
+        unmet.move_to_end(names.revision)
+        while len(unmet) > _MAX_UNMET:
+            unmet.popitem(last=False)
+
+    def note_client(self, key: ContentKey, address: str, times: int) -> None:
+        """Note who asked for a full, and how often."""
+        addresses = self._asked(stream_of(key)).now.addresses
         if address in addresses or len(addresses) < MAX_ADDRESSES:
             addresses[address] += times
 
-    def look(self, now: float, has_deltas: Callable[[Stream], bool]) -> None:
-        """Begin and end storms, and log it."""
+    def look(self) -> None:
+        """Begin and end storms, and log it; to be called once a second or so."""
+        now = self._clock()
         for stream, asked in self._streams.items():
-            asked.turn(int(now // WINDOW_SECONDS))
-            fulls = asked.fulls.total()
-            if fulls >= FULLS and fulls > asked.deltas and has_deltas(stream):
+            asked.turn(now)
+            fulls, name = asked.fulls.total(), "/".join(stream)
+            if fulls >= FULLS and fulls > asked.deltas and self._index.deltas(stream)[0]:
                 asked.last = now
                 if asked.since is None:
                     asked.since = now
-                    _log.warning(
-                        "a storm of fulls: %d clients asked for %d full packages of %s, where deltas exist",
-                        len(asked.addresses),
-                        fulls,
-                        "/".join(stream),
-                    )
+                    text = "a storm of fulls: %d clients asked for %d full packages of %s, where deltas exist"
+                    _log.warning(text, len(asked.addresses), fulls, name)
             elif asked.since is not None and not 0 <= now - asked.last < CALM_SECONDS:
-                _log.warning(
-                    "the storm of fulls of %s is over, after %d s",
-                    "/".join(stream),
-                    asked.last - asked.since,
-                )
+                _log.warning("the storm of fulls of %s is over, after %d s", name, asked.last - asked.since)
                 asked.since = None
 
     def flags(self) -> Mapping[Stream, bool]:
         """Whether there is a storm, for every stream that was asked for."""
         return {stream: asked.since is not None for stream, asked in self._streams.items()}
 
-    def standing(
-        self, length_of: Callable[[str], int], delta_bytes_of: Callable[[Stream], int]
-    ) -> list[Storm]:
-        """The storms there are. `length_of` a key is 0 while it is unknown."""
+    def storms(self) -> list[Storm]:
+        """The present storms, with what they cost."""
         return [
-            self._storm(stream, asked, asked.since, length_of, delta_bytes_of(stream))
+            self._storm(stream, asked, asked.since)
             for stream, asked in self._streams.items()
             if asked.since is not None
         ]
 
-    @staticmethod
-    def _storm(
-        stream: Stream, asked: _StreamCounts, since: float, length_of: Callable[[str], int], delta_bytes: int
-    ) -> Storm:
-        fulls, addresses = asked.fulls, asked.addresses
+    def _storm(self, stream: Stream, asked: _Asked, since: float) -> Storm:
+        fulls, addresses, (deltas, delta_bytes) = asked.fulls, asked.addresses, self._index.deltas(stream)
+        rows = {key: self._index.rows.get(key) for key in fulls}
+        lengths = {key: row.length_bytes if row is not None else 0 for key, row in rows.items()}
         return Storm(
             stream,
             since,
@@ -158,15 +197,23 @@ class Storms:
             asked.deltas,
             len(addresses),
             tuple(address for address, _ in addresses.most_common(SHOWN)),
-            sum(times * length_of(key) for key, times in fulls.items()),
-            sum(length_of(key) for key in fulls),
-            delta_bytes,
+            sum(times * lengths[key] for key, times in fulls.items()),
+            sum(lengths.values()),
+            delta_bytes // deltas if deltas else 0,
         )
 
+    def newest(self) -> dict[Stream, str]:
+        """The newest revision that clients got of each stream."""
+        return {stream: asked.newest for stream, asked in self._streams.items() if asked.newest}
 
-_UNMET_SECONDS = 1800.0
-"""A revision that nobody has asked for in so long is not reported as missing."""
-_MAX_UNMET = 8
+    def unmet(self) -> dict[Stream, Unmet]:
+        """The newest revision of each stream that was asked for in vain lately."""
+        found, now = {}, self._clock()
+        for stream, asked in self._streams.items():
+            lately = [one for one in asked.unmet.values() if now - one.last <= _UNMET_SECONDS]
+            if lately:
+                found[stream] = max(lately)
+        return found
 
 
 def revision_time(revision: str) -> float | None:
@@ -177,71 +224,8 @@ def revision_time(revision: str) -> float | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Unmet:
-    """A revision that clients asked for and no upstream gave, with the first and last time (Unix seconds)."""
-
-    revision: str
-    first: float
-    last: float
-
-
-@dataclass(slots=True)
-class _Demand:
-    """The newest revision of a stream that clients got, and those that they asked for in vain."""
-
-    newest: str = ""
-    unmet: OrderedDict[str, Unmet] = field(default_factory=OrderedDict)
-
-
-class Demand:
-    """Demand by stream, the longest idle streams forgotten beyond MAX_STREAMS."""
-
-    def __init__(self) -> None:
-        self._streams: OrderedDict[Stream, _Demand] = OrderedDict()
-
-    def _demand(self, stream: Stream) -> _Demand:
-        demand = self._streams.setdefault(stream, _Demand())
-        self._streams.move_to_end(stream)
-        while len(self._streams) > MAX_STREAMS:
-            self._streams.popitem(last=False)
-        return demand
-
-    def met(self, stream: Stream, revision: str) -> None:
-        """Clients were sent what brings them to this revision."""
-        demand = self._demand(stream)
-        demand.newest = max(demand.newest, revision)
-        demand.unmet.pop(revision, None)
-
-    def unmet(self, stream: Stream, revision: str, now: float) -> None:
-        """A client asked for this revision in vain."""
-        unmet = self._demand(stream).unmet
-        before = unmet.get(revision)
-        known = before is not None and now - before.last <= _UNMET_SECONDS
-        unmet[revision] = Unmet(revision, before.first if before is not None and known else now, now)
-        unmet.move_to_end(revision)
-        while len(unmet) > _MAX_UNMET:
-            unmet.popitem(last=False)
-
-    def newest(self) -> dict[Stream, str]:
-        """The newest revision asked for of each stream."""
-        return {stream: demand.newest for stream, demand in self._streams.items() if demand.newest}
-
-    def missed(self, now: float) -> dict[Stream, Unmet]:
-        """The newest revision of each stream that was asked for in vain lately."""
-        found = {}
-        for stream, demand in self._streams.items():
-            lately = [one for one in demand.unmet.values() if now - one.last <= _UNMET_SECONDS]
-            if lately:
-                found[stream] = max(lately, key=lambda one: one.revision)
-        return found
-
-
-Label = Callable[[Stream], tuple[str, str]]
-
-
 def newest_times(
-    held: Mapping[Stream, str], requested: Mapping[Stream, str], label: Label
+    held: Mapping[Stream, str], requested: Mapping[Stream, str], label: Callable[[Stream], tuple[str, str]]
 ) -> dict[tuple[str, str, str], float]:
     """Unix times of the newest revisions by product, language and where; at most MAX_STREAMS streams each."""
     times: dict[tuple[str, str, str], float] = {}
@@ -252,42 +236,3 @@ def newest_times(
                 series = (*label(stream), where)
                 times[series] = max(at, times.get(series, at))
     return times
-
-
-class Traffic:
-    """Demand and storms by stream, told of every request for content."""
-
-    def __init__(self, prefetcher: Prefetcher, index: Index, clock: Callable[[], float]) -> None:
-        self.prefetcher = prefetcher
-        self.demand = Demand()
-        self.storms = Storms()
-        self._index = index
-        self._clock = clock
-
-    def sent(self, key: ContentKey, times: int) -> None:
-        """Clients were sent this so many times, from the store or while it was being fetched."""
-        names, stream = named(key), stream_of(key)
-        if names is not None:
-            self.demand.met(stream, names.revision)
-            self.storms.count(stream, names.kind, key.text, times, self._clock())
-            self.prefetcher.asked(key)
-
-    def missed(self, key: ContentKey) -> None:
-        """A client asked for this, and no upstream gave it."""
-        names = named(key)
-        if names is not None:
-            self.demand.unmet(stream_of(key), names.revision, self._clock())
-            self.prefetcher.refused(key)
-
-    def look(self) -> None:
-        """Begin and end storms; to be called once a second or so."""
-        self.storms.look(self._clock(), self._index.has_deltas)
-
-    def standing_storms(self) -> list[Storm]:
-        """The present storms, with what they cost."""
-
-        def length_of(key: str) -> int:
-            row = self._index.rows.get(key)
-            return row.length_bytes if row is not None else 0
-
-        return self.storms.standing(length_of, self._index.mean_delta_bytes)

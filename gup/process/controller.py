@@ -57,7 +57,9 @@ class Controller:
             lambda name, etag, modified: fetch_catalogue(wiring.pool, name, etag, modified),
             self._page.raise_policy,
         )
-        wiring.pool.lists = self._catalogues.lists
+        wiring.pool.lists = lambda name, moniker: (
+            self._catalogues.catalogues.listed(name, moniker) is not None
+        )
         self._durability = Durability(
             wiring.store,
             lambda: wiring.settings.cache.sync_interval,
@@ -65,7 +67,7 @@ class Controller:
         )
         self._control = Control(
             ControlDependencies(
-                settings=wiring.settings,
+                settings=lambda: wiring.settings,
                 store=wiring.store,
                 claims=wiring.means.claims,
                 counters=wiring.counters,

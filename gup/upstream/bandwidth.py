@@ -202,7 +202,7 @@ class ReceiveWindow:
             if abs(wanted - self._bytes) > self._bytes // _WINDOW_STEP:
                 _set_buffer(self._socket, wanted)
                 self._bytes = wanted
-        except OSError:
+        except (OSError, ValueError):  # ValueError: uvloop's socket, when it is closed
             self._socket = None  # closed: the next read fails
 
 

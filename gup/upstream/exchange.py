@@ -3,19 +3,20 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
 
 import xxhash
+from pydantic import Field, Strict
 
 from gup.config.loading import mask_password
 from gup.errors import GupError, quoted
-from gup.jsonmodel import Form, InvalidError, shown, text
 from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 MOST_FIELD_BYTES = 512
 _GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
 _AGE = re.compile(r"[0-9]{1,12}")
-_SENDABLE = Form(re.compile("[ -~]*"), "text of a header field")
+_Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
 
 # --- failures
@@ -130,17 +131,16 @@ def proxy_refused(name: str, proxy: str | None, status: int, reason: str = "") -
 # --- validators
 
 
-@dataclass(frozen=True, slots=True)
-class Validators:
+class Validators(NamedTuple):
     """Validators of one response (RFC 9110 section 8.8); comparable only within one upstream.
 
     `etag` may be weak. `strong_date`: the response's `Date` is at least a second later than its
     `Last-Modified`, which makes that a strong validator (section 8.8.2.2).
     """
 
-    etag: str | None = None
-    last_modified: str | None = None
-    strong_date: bool = False
+    etag: _Sendable | None = None
+    last_modified: _Sendable | None = None
+    strong_date: Annotated[bool, Strict()] = False
 
     @classmethod
     def of(cls, etag: str | None, last_modified: str | None, date: str | None) -> "Validators":
@@ -179,20 +179,6 @@ class Validators:
         silent_before = self.etag is None and self.last_modified is None
         silent_now = now.etag is None and now.last_modified is None
         return tagged or (silent_now and (vouched or silent_before))
-
-    def to_json(self) -> list[object]:
-        return [self.etag, self.last_modified, self.strong_date]
-
-    @classmethod
-    def from_json(cls, fields: object) -> "Validators":
-        """InvalidError when `fields` are not what `to_json` writes."""
-        if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], bool):
-            raise InvalidError(f"validators must be an array of two texts and a flag, not {shown(fields)}")
-        etag, last_modified = (
-            None if one is None else text(one, "a validator", MOST_FIELD_BYTES, _SENDABLE)
-            for one in fields[:2]
-        )
-        return cls(etag, last_modified, fields[2])
 
 
 def bounded(text: str) -> str:

@@ -1,7 +1,6 @@
 """The herd: many clients ask at once for what nobody has yet, over a link of 10 MB/s with 40 ms latency."""
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,9 @@ from harness.waiting import until
 
 from bench import crowd
 from bench.link import Passed, Wan
-from bench.measure import cpu_seconds, machine_busy_seconds, median, percentile
+from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, percentile, verdict
 from bench.rig import put
 from bench.servers import GupCache, NginxCache, Server, VarnishCache
-from bench.table import Table, verdict
 
 PER_SECOND = 10_000_000
 LATENCY_SECONDS = 0.04
@@ -76,24 +74,21 @@ def _measure(
     return outcome, wan.look(), sent / (files * file_bytes), spent, share
 
 
+def _whole(outcome: crowd.Outcome, body_bytes: int) -> bool:
+    return all(t.body_bytes == body_bytes and t.status == 200 for t in outcome.transfers)
+
+
+def _share(share: float, *, ours: bool) -> str:
+    return f"{share:.3f}" + (" **missed**" if ours and share != 1 else "")
+
+
 def one_file(folder: Path, rounds: int) -> Table:
     """A thousand clients, one file."""
     ideal = ONE_FILE_BYTES / PER_SECOND + LATENCY_SECONDS
-    table = Table(
-        f"The herd: {ONE_FILE_CLIENTS} clients, one file of 20 MB, upstream 10 MB/s with 40 ms",
-        [
-            "server",
-            "upstream bytes / body",
-            "first byte, median",
-            "first byte, last client",
-            "last client done",
-            "done / ideal",
-            "server CPU",
-            "clients' CPU",
-            "cores busy",
-        ],
-        notes=[_ABOUT_ONE_FILE.format(ideal)],
-    )
+    title = f"The herd: {ONE_FILE_CLIENTS} clients, one file of 20 MB, upstream 10 MB/s with 40 ms"
+    columns = ["server", "upstream bytes / body", "first byte, median", "first byte, last client"]
+    columns += ["last client done", "done / ideal", "server CPU", "clients' CPU", "cores busy"]
+    table = Table(title, columns, notes=[_ABOUT_ONE_FILE.format(ideal)])
     for name, make in MAKERS.items():
         rows = []
         with _site(folder / f"one-{name}", make) as site:
@@ -102,58 +97,48 @@ def one_file(folder: Path, rounds: int) -> Table:
                 firsts = [t.asked_at + t.first_byte_seconds - passed.first_at for t in outcome.transfers]
                 began = min(t.asked_at for t in outcome.transfers)
                 done = max(t.asked_at + t.done_seconds - began for t in outcome.transfers)
-                whole = all(t.body_bytes == ONE_FILE_BYTES and t.status == 200 for t in outcome.transfers)
-                rows.append(
-                    (share, median(firsts), max(firsts), done, spent, outcome.cpu_seconds, busy, whole)
-                )
-                sys.stdout.write(f"{name} {rows[-1]}\n")
+                row = (share, median(firsts), max(firsts), done, spent, outcome.cpu_seconds, busy)
+                rows.append((*row, _whole(outcome, ONE_FILE_BYTES)))
         share, first, last, done, spent, own, busy = (median([row[at] for row in rows]) for at in range(7))
         ours = name == "gup"
         table.add(
             name,
-            f"{share:.3f}" if not ours or share == 1 else f"{share:.3f} **missed**",
+            _share(share, ours=ours),
             verdict(first * 1e3, 50, most=True) + " ms" if ours else f"{first * 1e3:.1f} ms",
             verdict(last * 1e3, 150, most=True) + " ms" if ours else f"{last * 1e3:.1f} ms",
             f"{done:.2f} s" if all(row[7] for row in rows) else "**not all**",
             verdict(done / ideal, 1.05, most=True) if ours else f"{done / ideal:.2f}",
-            f"{spent:.2f} s",
-            f"{own:.2f} s",
-            f"{100 * busy:.0f} %",
+            *(f"{spent:.2f} s", f"{own:.2f} s", f"{100 * busy:.0f} %"),
         )
     return table
 
 
 def many_files(folder: Path, rounds: int) -> Table:
     """200 clients over 20 files."""
-    table = Table(
-        f"{FILES_CLIENTS} clients over {FILES} files of 2 MB at once, the same link",
-        [
-            "server",
-            "upstream bytes / body",
-            "link full until its last byte",
-            "last client done",
-            "server CPU",
-        ],
-        notes=[
-            "Full: what passed, over the rate times the time from the first to the last byte on the link."
-        ],
-    )
+    title = f"{FILES_CLIENTS} clients over {FILES} files of 2 MB at once, the same link"
+    columns = [
+        "server",
+        "upstream bytes / body",
+        "link full until its last byte",
+        "last client done",
+        "server CPU",
+    ]
+    note = "Full: what passed, over the rate times the time from the first to the last byte on the link."
+    table = Table(title, columns, notes=[note])
     for name, make in MAKERS.items():
         rows = []
         with _site(folder / f"many-{name}", make) as site:
             for _ in range(rounds):
                 outcome, passed, share, spent, _busy = _measure(site, FILES, FILE_BYTES, FILES_CLIENTS)
-                taken = passed.last_at - passed.first_at
-                full = passed.passed_bytes / PER_SECOND / max(taken, 1e-9)
+                full = passed.passed_bytes / PER_SECOND / max(passed.last_at - passed.first_at, 1e-9)
                 done = percentile([t.done_seconds for t in outcome.transfers], 1.0)
-                whole = all(t.body_bytes == FILE_BYTES and t.status == 200 for t in outcome.transfers)
-                rows.append((share, full, done, spent, whole))
-                sys.stdout.write(f"{name} {rows[-1]}\n")
+                rows.append((share, full, done, spent, _whole(outcome, FILE_BYTES)))
         share, full, done, spent = (median([row[at] for row in rows]) for at in range(4))
+        ours = name == "gup"
         table.add(
             name,
-            f"{share:.3f}" if name != "gup" or share == 1 else f"{share:.3f} **missed**",
-            verdict(100 * full, 97) + " %" if name == "gup" else f"{100 * full:.1f} %",
+            _share(share, ours=ours),
+            verdict(100 * full, 97) + " %" if ours else f"{100 * full:.1f} %",
             f"{done:.2f} s" if all(row[4] for row in rows) else "**not all**",
             f"{spent:.2f} s",
         )

@@ -1,11 +1,20 @@
-"""What a server spends: CPU time and memory of its processes, read from the kernel; starts nothing."""
+"""What a server spends and what came through, by wrk and the kernel; figures as tables, kept as JSON."""
 
 import contextlib
+import json
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from bench.servers import Server, program
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
@@ -50,3 +59,125 @@ def median(values: Sequence[float]) -> float:
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@contextlib.contextmanager
+def every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+    """Do it again and again in a thread meanwhile."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- wrk
+
+
+SCRIPTS = Path(__file__).parent / "wrk"
+_TOLD = re.compile(r"^bench requests=(\d+) bytes=(\d+) micros=(\d+) errors=(\d+) p99=(\d+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`sent_bytes` counts heads too, and answers that were under way at the end."""
+
+    seconds: float
+    requests: int
+    sent_bytes: int
+    errors: int
+    p99_seconds: float
+    cpu_seconds: float
+    """Of all the server's processes."""
+
+    @property
+    def requests_per_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.sent_bytes / self.seconds
+
+    def cpu_per_answer(self, answer_bytes: int) -> float:
+        """CPU seconds for one answer of so many bytes; of large ones few are whole at the end of a run."""
+        whole = self.requests if answer_bytes < 1 << 22 else self.sent_bytes / answer_bytes
+        return self.cpu_seconds / max(whole, 1e-9)
+
+
+def wrk(
+    server: Server, target: str, connections: int, seconds: float, script: str = "plain", *words: str
+) -> Run:
+    """Load a server. AssertionError when answers were not as they should be."""
+    command = [program("wrk"), "-t2", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s"]
+    command += ["-s", str(SCRIPTS / f"{script}.lua"), f"http://127.0.0.1:{server.port}{target}", "--", *words]
+    pids = server.pids()
+    before = cpu_seconds(pids)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPTS)
+    spent = cpu_seconds(pids) - before
+    told = _TOLD.search(done.stdout)
+    assert told, done.stdout + done.stderr
+    requests, size, micros, errors, p99 = (int(word) for word in told.groups())
+    assert errors == 0, f"{server.name}: {errors} bad answers\n{done.stdout}"
+    return Run(micros / 1e6, requests, size, errors, p99 / 1e6, spent)
+
+
+# --- tables
+
+
+@dataclass(slots=True)
+class Table:
+    """One table of results. `notes` stand below it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        assert len(cells) == len(self.columns), (cells, self.columns)
+        self.rows.append(list(cells))
+        sys.stdout.write(f"{cells}\n")
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", ""]
+        lines.append("| " + " | ".join(self.columns) + " |")
+        lines.append("|---" + "|---:" * (len(self.columns) - 1) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+
+def verdict(value: float, wanted: float, *, most: bool = False) -> str:
+    """A figure beside its goal: a minimum, or with `most` a maximum."""
+    met = value <= wanted if most else value >= wanted
+    return f"{value:.2f} ({'≤' if most else '≥'} {wanted:g}{'' if met else ', **missed**'})"
+
+
+def save(folder: Path, part: str, tables: Sequence[Table], machine: dict[str, Any]) -> None:
+    """Keep what a part found; the last run of each part counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"part": part, "machine": machine, "tables": [asdict(table) for table in tables]}
+    (folder / f"{part}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def assemble(folder: Path, parts: Sequence[str]) -> str:
+    """All results that there are, as one Markdown text."""
+    text = []
+    for part in parts:
+        file = folder / f"{part}.json"
+        if not file.exists():
+            continue
+        content = json.loads(file.read_text())
+        machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+        text.append(f"## {part}\n\n{machine}\n")
+        text += [Table(**table).markdown() for table in content["tables"]]
+    return "\n".join(text)

@@ -68,13 +68,7 @@ class Rig:
                 fetch(server.port, path)
             if isinstance(server, GupCache):
                 for name in {path.rpartition("/")[2] for path in paths}:
-                    server.service.wait_stored(name, 30)
-
-    def keep(self, found: Callable[[Server], bool]) -> None:
-        """Stop the servers that are not wanted."""
-        for server in [server for server in self.servers if not found(server)]:
-            server.stop()
-            self.servers.remove(server)
+                    server.service.wait_stored(name)
 
 
 def fetch(port: int, path: str) -> int:
@@ -100,14 +94,13 @@ def rig(folder: Path, *, servers: Sequence[str] = ("on", "off", "varnish", "gup"
     made: list[Server] = []
     with Nginx(tree, folder / "upstream", extra="keepalive_requests 1000000;") as upstream:
         try:
-            if "on" in servers:
-                made.append(NginxCache(folder, upstream.port, nopush=True))
-            if "off" in servers:
-                made.append(NginxCache(folder, upstream.port, nopush=False))
-            if "varnish" in servers:
-                made.append(VarnishCache(folder, upstream.port))
-            if "gup" in servers:
-                made.append(GupCache(folder, upstream.port))
+            makers: dict[str, Callable[[], Server]] = {
+                "on": lambda: NginxCache(folder, upstream.port, nopush=True),
+                "off": lambda: NginxCache(folder, upstream.port, nopush=False),
+                "varnish": lambda: VarnishCache(folder, upstream.port),
+                "gup": lambda: GupCache(folder, upstream.port),
+            }
+            made += [make() for name, make in makers.items() if name in servers]
             yield Rig(folder, tree, upstream, made)
         finally:
             for server in made:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from harness.service import REPOSITORY
 
+from bench.measure import assemble, save
 from bench.servers import CORES, PACKAGES, program, versions
-from bench.table import assemble, save
 
 PARTS = ("warm", "herd", "scale", "cold")
 

@@ -4,8 +4,6 @@ import contextlib
 import http.client
 import json
 import socket
-import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,23 +12,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from harness.internals import ChunkSums, Head, Record, Routes, Store, Variant
 from harness.processes import free_port
 from harness.trees import content_path
 from harness.waiting import until
 
 from bench.cold import cold_get
-from bench.load import Run, wrk
-from bench.measure import cpu_seconds, forget_peaks, median, resident_bytes
+from bench.measure import Run, Table, cpu_seconds, every, forget_peaks, median, resident_bytes, verdict, wrk
 from bench.rig import KIB, Rig, fetch, put, rig, sized_path
 from bench.servers import GupCache, Server
-from bench.table import Table, verdict
-from gup.cache.records import ChunkSums, Head, Record
-from gup.cache.store import Store
-from gup.content.key import Variant
-from gup.content.routes import Routes
 
 IDLE = 10_000
-IDLE_STEPS = (0, 1000, 2500, 5000, IDLE)
 ENTRIES = (100, 1000, 5000, 20_000)
 ENTRY_BYTES = 4 * KIB
 MISSES = 60
@@ -86,32 +78,6 @@ def idle(folder: Path, rounds: int, seconds: float) -> Table:
                 f"{rates[1]:,.0f}/s",
                 verdict(rates[1] / rates[0], 0.95) if ours else f"{rates[1] / rates[0]:.2f}",
             )
-            sys.stdout.write(f"{table.rows[-1]}\n")
-    return table
-
-
-def idle_curve(folder: Path, rounds: int, seconds: float) -> Table:
-    """How memory and hits go with the number of connections, for gup alone."""
-    table = Table(
-        "Idle connections, gup", ["connections", "resident in all", "resident for each", "hits of 4 KiB"]
-    )
-    with rig(folder / "idle-curve", servers=()) as site:
-        path = put(site.tree, sized_path(ENTRY_BYTES), ENTRY_BYTES)
-        server = GupCache(folder / "idle-curve", site.upstream.port)
-        try:
-            fetch(server.port, path)
-            wrk(server, path, 64, 1)
-            before = resident_bytes(server.pids())
-            for count in IDLE_STEPS:
-                with _idle(server.port, path, count):
-                    grown = (resident_bytes(server.pids()) - before) / KIB
-                    runs = [wrk(server, path, 64, seconds) for _ in range(rounds)]
-                rate = median([run.requests_per_second for run in runs])
-                each = f"{grown / count:.2f} KiB" if count else ""
-                table.add(f"{count:,}", f"{grown / KIB:.1f} MiB", each, f"{rate:,.0f}/s")
-                sys.stdout.write(f"{table.rows[-1]}\n")
-        finally:
-            server.stop()
     return table
 
 
@@ -144,9 +110,17 @@ def scrape(folder: Path, rounds: int, seconds: float) -> Table:
         path = put(site.tree, sized_path(ENTRY_BYTES), ENTRY_BYTES)
         site.warm([path])
         wrk(server, path, 64, 1)
+        host, port = server.service.admin
+
+        def scrape_once() -> None:
+            began = time.monotonic()
+            with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5) as answer:
+                answer.read()
+            times.append(time.monotonic() - began)
+
         for _ in range(max(5, rounds)):
             for scraped in (False, True):
-                with _scraping(server, times) if scraped else contextlib.nullcontext():
+                with every(1.0, scrape_once) if scraped else contextlib.nullcontext():
                     rates[scraped].append(wrk(server, path, 64, max(3.0, seconds)).requests_per_second)
             ratios.append(rates[True][-1] / rates[False][-1])
     table.add(
@@ -156,27 +130,6 @@ def scrape(folder: Path, rounds: int, seconds: float) -> Table:
         f"{median(times) * 1e3:.1f} ms",
     )
     return table
-
-
-@contextmanager
-def _scraping(server: GupCache, times: list[float]) -> Iterator[None]:
-    stop = threading.Event()
-    host, port = server.service.admin
-
-    def work() -> None:
-        while not stop.wait(1.0):
-            began = time.monotonic()
-            with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5) as answer:
-                answer.read()
-            times.append(time.monotonic() - began)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 # --- entries
@@ -234,7 +187,6 @@ def entries(folder: Path, rounds: int, seconds: float) -> Table:
             _fill_store(root, range(have, count))
             have = count
             table.add(f"{count:,}", *_with_entries(site, folder, count, at, seconds))
-            sys.stdout.write(f"{table.rows[-1]}\n")
     return table
 
 
@@ -340,7 +292,6 @@ def big(folder: Path, rounds: int, seconds: float) -> Table:
         buffer = bytearray(1 << 20)
         for name in ("cold", "warm"):
             table.add(name, *_big_row(server, path, buffer))
-            sys.stdout.write(f"{table.rows[-1]}\n")
     return table
 
 
@@ -348,19 +299,13 @@ def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
     pids = server.pids()
     before = resident_bytes(pids, "RssAnon")
     forget_peaks(pids)
-    stop, most = threading.Event(), [before]
+    most = [before]
 
     def watch() -> None:
-        while not stop.wait(0.05):
-            most[0] = max(most[0], resident_bytes(pids, "RssAnon"))
+        most[0] = max(most[0], resident_bytes(pids, "RssAnon"))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with every(0.05, watch):
         _, taken, length = cold_get(server.port, path, buffer)
-    finally:
-        stop.set()
-        watcher.join()
     assert length == BIG_BYTES
     peak = resident_bytes(pids, "VmHWM")
     mib = 1 << 20
@@ -374,7 +319,6 @@ def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
 
 PIECES = {
     "idle": idle,
-    "curve": idle_curve,
     "accepts": accepts,
     "scrape": scrape,
     "entries": entries,

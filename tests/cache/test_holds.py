@@ -3,10 +3,9 @@
 import pytest
 
 from gup.cache.negative_cache import LONGEST_HOLD_SECONDS, Holds
-from gup.cache.records import MAX_STATE_BYTES, MEMORY_SECONDS, Failure, FillState, Hold, Phase, seal, unseal
+from gup.cache.records import MEMORY_SECONDS, Failure, FillState, Hold, Phase
 from gup.content.key import ContentKey, Kind
 from gup.errors import Problem
-from gup.jsonmodel import InvalidError
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 
 KEY = ContentKey.parse("any/any/{535CB6A4-441F-4E8A-A897-804CD859100E}/260801001/full.zip")
@@ -121,30 +120,3 @@ def test_a_clock_that_began_anew_at_boot_ends_all_of_it():
     assert not held.seconds_left("u")
     state = FillState(KEY, Kind.FULL, 0, Phase.FAILED, holds=held.rows)
     assert not state.stands(clock.now)
-
-
-ROWS = (
-    (),
-    (Hold("u", 5.0, 2.0),),
-    (Hold("é", 1e9, 3600.0), Hold("v", 7.5, 2.0, 3, ('"a"', None, None), 86400.0)),
-    (Hold("u", 7.5, 2.0, 63, (None, "Sun, 06 Nov 1994 08:49:37 GMT", 2**60), 86400.0),),
-    (Hold("u", 7.5, 2.0, 1, (None, None, None), 0.0),),
-)
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_the_state_file_keeps_them(rows):
-    state = FillState(KEY, Kind.FULL, 9, Phase.FAILED, failure=FAILURE, holds=rows)
-    assert FillState.decode(state.encode()) == state
-
-
-NO_HOLDS = (5, [5], [[]], [["u", 1, 2]], [["u", 1, 2, 0, [1], 3]], [["u", "x", 2, 0, None, 3]])
-
-
-@pytest.mark.parametrize("rows", NO_HOLDS)
-def test_what_is_no_hold_is_a_damaged_state(rows):
-    state = FillState(KEY, Kind.FULL, 9, Phase.FAILED, failure=FAILURE)
-    fields = unseal(state.encode(), "state", MAX_STATE_BYTES).values
-    damaged = seal({**fields, "holds": rows})
-    with pytest.raises(InvalidError, match="hold"):
-        FillState.decode(damaged)

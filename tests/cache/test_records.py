@@ -1,15 +1,16 @@
 """Records and states are read as models: each value of its type and within bounds, or InvalidError."""
 
+import ast
+import inspect
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gup import jsonmodel
+from gup.cache import archive, records
 from gup.cache.negative_cache import told_by
 from gup.cache.records import (
     CHUNK_BYTES,
@@ -26,7 +27,8 @@ from gup.cache.records import (
     seal,
 )
 from gup.cache.store import Store
-from gup.content.key import BadKeyError, ContentKey, Kind
+from gup.content import key, routes
+from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to, path_of
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError
@@ -37,310 +39,178 @@ HEAD = Head(CHUNK_BYTES + 5, '"tag"', "application/zip", "Thu, 01 Jan 2026 00:00
 RECORD = Record.of(KEY, Kind.FULL, HEAD, (1, 2**64 - 1), 1.8e9, 1_800_000_000_123_456_789, path_of(KEY))
 FAILURE = Failure("upstream-error", "it broke off", 2.0, 1000.5)
 HOLD = Hold("manager", 1000.5, 2.0, 3, ('"a"', None, 80), 2000.0)
+VALIDATORS = {"m": Validators("", "x", True), "n": Validators('"a"')}
 STATES = [
-    FillState(
-        KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(HOLD,), told={"manager": Validators('"a"')}
-    ),
+    FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(HOLD,), told=VALIDATORS),
     FillState(KEY, Kind.FULL, 7, Phase.STREAMING, HEAD, path=path_of(KEY)),
-    FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, path=path_of(KEY), ahead=True),
-    FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE),
-    FillState(KEY, Kind.FULL, 7, Phase.UNSTORABLE, failure=FAILURE),
-    FillState(KEY, Kind.FULL, 7, Phase.COMMITTED, HEAD, record=RECORD),
-    FillState(KEY, Kind.FULL, 7, Phase.REQUESTED, HEAD, path=path_of(KEY)),
-    FillState(
-        KEY,
-        Kind.FULL,
-        7,
-        Phase.STREAMING,
-        HEAD,
-        path=path_of(KEY),
-        holds=(Hold("manager", 5.0, 2.0, 1, ('"t"', None, 7), 9.0), Hold("other", 5.0, 2.0)),
-        told={"manager": Validators('"t"', None, True)},
-    ),
+    FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, path=path_of(KEY), ahead=True, pinned=True),
+    FillState(KEY, Kind.FULL, 7, Phase.UNSTORABLE, failure=FAILURE, stored_at=1.5, passed_through=True),
+    FillState(KEY, Kind.FULL, 7, Phase.REQUESTED, HEAD, holds=(Hold("a", 5.0, 2.0), Hold("b", 1e9, 3600.0))),
 ]
 
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(min_value=2**62, max_value=2**70),
-    st.floats(),
-    st.text(st.characters(), max_size=30),
-    st.sampled_from(
-        ["", "full", "streaming", '"tag"', "a/b/c/d/e", "/content/x", "\r\n", "\udcff", KEY.text]
-    ),
-)
+ODD = ["", "full", "streaming", '"tag"', "a/b/c/d/e", "/content/x", "\r\n", "\udcff", KEY.text]
+TEXT = st.text(st.characters(), max_size=40)
+NUMBERS = st.integers() | st.integers(min_value=2**62, max_value=2**70) | st.floats()
 JSON = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.text(st.characters(), max_size=10), inner, max_size=4)
-    ),
+    st.none() | st.booleans() | NUMBERS | TEXT | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=12,
 )
 
 
 def sealed(fields) -> bytes:
-    """As `seal`, of what it was never meant for."""
+    """As `seal`, of what it was never meant for; its checksum is right where there can be one."""
+    fields.pop("checksum", None)
     try:
         return seal(fields)
     except ValueError:  # UTF-8 can't encode it
         return json.dumps({**fields, "checksum": "0"}).encode()
 
 
-def changed(model, *place, value):
-    """The JSON of a record or a state with one value changed, and the right checksum."""
-    fields = json.loads(model.encode())
-    del fields["checksum"]
-    target = fields
-    for name in place[:-1]:
-        target = target[name]
-    target[place[-1]] = value
-    return sealed(fields)
+def changed(model, name, value):
+    """The JSON of a record or a state with one value changed."""
+    return sealed(json.loads(model.encode()) | {name: value})
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state.phase}")
-def test_what_is_written_is_read_back(state):
-    assert FillState.decode(state.encode()) == state
+def test_what_is_written_is_read_back():
+    assert [FillState.decode(state.encode()) for state in STATES] == STATES
     assert Record.decode(RECORD.encode()) == RECORD
 
 
-NO_TEXTS = [None, 5, 1.5, True, [], {}, ["x"]]
+NO_TEXTS = [5, 1.5, True, [], {}]
 CONTROLS = ["a\r\nSet-Cookie: x", "a\0", "a\x7f", "ł", "\udcff"]
+TAGS = ["", "tag", 'W/"tag"', '"a"b"', '"a b"', *(f'"{odd}"' for odd in CONTROLS), '"' * 2000]
+ELSEWHERE = ["@evil.example:80/x", "//evil.example/content/x", "http://evil.example/content/x", "content/x"]
+ELSEWHERE += [f"/content/x{odd}" for odd in ("?y", "#y", " y", "\r\nHost: y")]
+ELSEWHERE += ["/secars/x", "/content/../secars", "/content/%2e%2e/secars", "/content/other"]
+LENGTHS = [80.0, 0, -1, True, "80", None, 2**63, MAX_BODY_BYTES + 1, 10**400, 2 * CHUNK_BYTES + 5, 5, []]
+SUMS = ["", "0" * 16, "0" * 31, "0" * 48, "g" * 32, "+" + "0" * 31, "0_0" + "0" * 29, "F" * 32]
 WRONG = {
     "format": [3, 1.0, True, "1", None],
-    "key": [*NO_TEXTS, "", "a/b/c/d", "../../../../x", "a/b/c/d/.e", "/".join("x" * 300 for _ in range(5))],
-    "kind": [*NO_TEXTS, "", "FULL", "fulls"],
-    "length": [80.0, 0, -1, True, "80", None, 2**63, MAX_BODY_BYTES + 1, 10**400, 2 * CHUNK_BYTES + 5, 5, []],
-    "etag": [
-        *NO_TEXTS,
-        "",
-        "tag",
-        'W/"tag"',
-        '"a"b"',
-        '"a b"',
-        *(f'"{odd}"' for odd in CONTROLS),
-        '"' * 2000,
-    ],
-    "content_type": [*NO_TEXTS, "", *CONTROLS, "x" * 1025],
-    "last_modified": [*NO_TEXTS[1:], "", *CONTROLS, "x" * 1025],
-    "upstream": [*NO_TEXTS, "a\r\nb", "x" * 1025],
-    "upstream_etag": [*NO_TEXTS[1:], "", "tag", *(f'"{odd}"' for odd in CONTROLS)],
+    "key": [*NO_TEXTS, None, "", "a/b/c/d", "../../../../x", "a/b/c/d/.e", "/".join(["x" * 300] * 5)],
+    "kind": [*NO_TEXTS, None, "", "FULL", "fulls"],
+    "length": LENGTHS,
+    "etag": [*NO_TEXTS, None, *TAGS],
+    "content_type": [*NO_TEXTS, None, "", *CONTROLS, "x" * 1025],
+    "last_modified": [*NO_TEXTS, "", *CONTROLS, "x" * 1025],
+    "upstream": [*NO_TEXTS, None, "a\r\nb", "x" * 1025],
+    "upstream_etag": [*NO_TEXTS, *TAGS],
     "stored_at": [None, "1", True, [], 1e12, -1e12, float("inf"), 10**400],
     "validated_at": [None, "1", False, {}, 1e300],
     "pinned": [None, 0, 1, "false", []],
     "generation": [None, 1.0, "1", True, 2**63, -(2**70)],
-    "sums": [
-        *NO_TEXTS,
-        "",
-        "0" * 16,
-        "0" * 31,
-        "0" * 48,
-        "g" * 32,
-        "+" + "0" * 31,
-        "0_0" + "0" * 29,
-        "F" * 32,
-    ],
-    "path": [
-        *NO_TEXTS[1:],
-        "@evil.example:80/x",
-        "//evil.example/content/x",
-        "http://evil.example/content/x",
-        "content/x",
-        "/secars/x",
-        "/content/../secars",
-        "/content/%2e%2e/secars",
-        "/content/x?y",
-        "/content/x#y",
-        "/content/x y",
-        "/content/x\r\nHost: y",
-        "/content/other",
-        path_of(KEY) + "/",
-        path_of(KEY).replace("260101001", "260101002"),
-        "/" + "x" * 9000,
-    ],
+    "sums": [*NO_TEXTS, None, *SUMS],
+    "path": [*NO_TEXTS, *ELSEWHERE, f"{path_of(KEY)}/", path_of(KEY).replace("001/", "2/"), "/" + "x" * 9000],
 }
 """What each member of a record must not be."""
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
-)
-def test_a_record_with_one_wrong_value_is_refused(name, value):
-    text = changed(RECORD, name, value=value)
-    with pytest.raises(InvalidError) as told:
-        Record.decode(text)
-    assert str(told.value).isprintable()
-    assert len(str(told.value)) < 500
-    committed = STATES[5]
-    with pytest.raises(InvalidError):
-        FillState.decode(changed(committed, "record", name, value=value))
+@pytest.mark.parametrize("name", WRONG)
+def test_a_record_with_one_wrong_value_is_refused(name):
+    for value in WRONG[name]:
+        with pytest.raises(InvalidError) as told:
+            Record.decode(changed(RECORD, name, value))
+        assert str(told.value).isprintable()
+        assert len(str(told.value)) < 500
 
 
 @pytest.mark.parametrize("name", [*(name for name in WRONG if name != "path"), "checksum"])
 def test_a_record_without_a_member_is_refused(name):
     fields = json.loads(RECORD.encode())
     del fields[name]
-    text = json.dumps(fields).encode() if name == "checksum" else seal_again(fields)
-    with pytest.raises(InvalidError, match=r"missing|checksum"):
+    text = json.dumps(fields).encode() if name == "checksum" else sealed(fields)
+    with pytest.raises(InvalidError, match=f"{name}.*missing|checksum|unknown format"):
         Record.decode(text)
-
-
-def seal_again(fields):
-    fields.pop("checksum")
-    return seal(fields)
 
 
 def test_records_of_before_the_path_was_kept_are_read():
     fields = json.loads(RECORD.encode())
     del fields["path"]
-    assert Record.decode(seal_again(fields)).path == ""
+    assert Record.decode(sealed(fields)).path == ""
 
 
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("generation",), -1),
-        (("generation",), 7.0),
-        (("generation",), "7"),
-        (("generation",), 2**64),
-        (("phase",), "done"),
-        (("phase",), None),
-        (("head",), []),
-        (("head",), "x"),
-        (("head", "length"), 80.0),
-        (("head", "etag"), '"\r\n"'),
-        (("failure",), {}),
-        (("failure",), {"slug": "no-such", "detail": "", "ttl": 1, "until": 1}),
-        (("failure",), {"slug": [], "detail": "", "ttl": 1, "until": 1}),
-        (("failure",), {"slug": "loop", "detail": 5, "ttl": 1, "until": 1}),
-        (("failure",), {"slug": "loop", "detail": "", "ttl": "1", "until": 1}),
-        (("failure",), {"slug": "loop", "detail": "", "ttl": 1, "until": float("inf")}),
-        (("record",), {}),
-        (("record",), RECORD.to_json() | {"key": KEY.text + "x"}),
-        (("path",), "@evil.example:80/x"),
-        (("ahead",), 1),
-    ],
-)
-def test_a_state_with_one_wrong_value_is_refused(place, value):
-    with pytest.raises(InvalidError):
-        FillState.decode(changed(STATES[1], *place, value=value))
+A_FAILURE = {"slug": "loop", "detail": "", "ttl": 1, "until": 1}
+WRONG_STATES = {
+    "generation": [-1, 7.0, "7", 2**64],
+    "phase": ["done", None],
+    "head": [[], "x", {}, {"length": 80.0}],
+    "failure": [{}, *(A_FAILURE | {"slug": slug} for slug in ("no-such", []))],
+    "failure ": [A_FAILURE | wrong for wrong in ({"detail": 5}, {"ttl": "1"}, {"until": True})],
+    "path": ["@evil.example:80/x"],
+    "ahead": [1],
+    "told": [[], *({"m": row} for row in (['"\r\nX: y"', None, True], ['"ł"'], [5, None, True], 5))],
+    "holds": [5, {}, [5], [[]], [["u", 1]], [["u", "x", 2, 0, None, 3]], [["u", 1, 2, 3.0, None, 4]]],
+    "holds ": [[list(HOLD)] * 300, *([["u", 1, 2, 3, told, 4]] for told in (['"a"', None, 80.0], ['"a"']))],
+}
 
 
-@pytest.mark.parametrize(
-    ("phase", "without"),
-    [("committed", "record"), ("streaming", "head"), ("failed", "failure"), ("unstorable", "failure")],
-)
-def test_a_state_without_what_its_phase_needs_is_refused(phase, without):
-    state = next(state for state in STATES if state.phase == phase)
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_a_state_with_one_wrong_value_is_refused(name):
+    for value in WRONG_STATES[name]:
+        with pytest.raises(InvalidError, match=f"^state: '{name.strip()}"):
+            FillState.decode(changed(STATES[1], name.strip(), value))
+
+
+@pytest.mark.parametrize(("state", "without"), [(1, "head"), (0, "failure"), (3, "failure")])
+def test_a_state_without_what_its_phase_needs_is_refused(state, without):
     with pytest.raises(InvalidError, match="state: "):
-        FillState.decode(changed(state, without, value=None))
+        FillState.decode(changed(STATES[state], without, None))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"null",
-        b"[]",
-        b"5",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b'{"length": ' + b"9" * 5000 + b"}",
-        b'{"length": NaN}',
-        b'{"length": 1e999, "checksum": "0"}',
-        b'{"x": "\\ud800", "checksum": "0"}',
-        b'{"checksum": ["a"]}',
-    ],
-    ids=range(12),
-)
-def test_what_is_no_json_object_is_refused(text):
-    for loader in (Record.decode, FillState.decode):
+NO_OBJECTS = [b"", b"null", b"[]", b"5", b"\xff", b"[" * 100_000, b'{"a":' * 100_000]
+NO_OBJECTS += [b'{"length": ' + b"9" * 5000 + b"}", b'{"length": NaN}', b'{"length": 1e999, "checksum": "0"}']
+NO_OBJECTS += [b'{"x": "\\ud800", "checksum": "0"}', b'{"checksum": ["a"]}']
+
+
+@pytest.mark.parametrize("model", [Record, FillState])
+def test_what_is_no_json_object_is_refused(model):
+    for text in NO_OBJECTS:
         with pytest.raises(InvalidError):
-            loader(text)
+            model.decode(text)
 
 
+@settings(deadline=None)
 @given(JSON, st.binary(max_size=40))
 def test_arbitrary_json_is_a_model_or_an_invalid_error(value, noise):
-    texts = [noise, json.dumps(value).encode()]
-    if isinstance(value, dict):
-        texts.append(sealed(value))
+    texts = [noise, json.dumps(value).encode(), *([sealed(value)] if isinstance(value, dict) else ())]
     for text in texts:
-        for loader in (Record.decode, FillState.decode):
+        for model in (Record, FillState):
             with pytest.raises(InvalidError):
-                loader(text)
+                model.decode(text)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([RECORD, *STATES]), st.data())
 def test_any_value_in_any_place_is_a_model_or_an_invalid_error(model, data):
     fields = json.loads(model.encode())
-    name = data.draw(st.sampled_from(sorted(fields)))
-    place = [name]
+    name = data.draw(st.sampled_from(sorted(fields.keys() - {"checksum"})))
+    value = data.draw(JSON)
     if isinstance(fields[name], dict) and fields[name] and data.draw(st.booleans()):
-        place.append(data.draw(st.sampled_from(sorted(fields[name]))))
-    if name == "checksum":
-        return
-    text = changed(model, *place, value=data.draw(JSON))
+        value = fields[name] | {data.draw(st.sampled_from(sorted(fields[name]))): value}
     try:
-        read = type(model).decode(text)
+        read = type(model).decode(changed(model, name, value))
     except InvalidError:
         return
     assert type(model).decode(read.encode()) == read  # what was taken can be written, and is read again
 
 
-@given(
-    st.text(st.characters(max_codepoint=0x2FF), max_size=40),
-    st.text(st.characters(), max_size=40),
-    st.one_of(st.none(), st.text(st.characters(), max_size=40)),
-)
+@settings(deadline=None)
+@given(st.text(st.characters(max_codepoint=0x2FF), max_size=40), TEXT, st.none() | TEXT)
 def test_whatever_an_upstream_states_of_a_body_its_record_can_be_read(tag, content_type, last_modified):
     remote = RemoteHead(200, 0, HEAD.length, f'"{tag}"', last_modified, content_type, "manager")
     record = Record.of(KEY, Kind.FULL, head_of(KEY, remote), (1, 2), 1.8e9, 5, path_of(KEY))
     assert Record.decode(record.encode()) == record
 
 
-@given(
-    st.one_of(st.none(), st.text(st.characters(), max_size=40), st.just("x" * 9000)),
-    st.one_of(st.none(), st.text(st.characters(), max_size=40)),
-    st.integers(min_value=1),
-)
-def test_whatever_an_upstream_states_of_a_wrong_body_its_state_can_be_read(tag, modified, length):
+@settings(deadline=None)
+@given(st.none() | TEXT | st.just("x" * 9000), st.none() | TEXT, st.integers(1), TEXT | st.just("ł" * 3000))
+def test_whatever_an_upstream_states_of_a_wrong_body_its_state_can_be_read(tag, modified, length, detail):
     """A header field may be any bytes; aiohttp gives what is no UTF-8 as surrogates."""
-    texts = [
-        text if text is None else text.encode(errors="ignore").decode() + "\udcff" for text in (tag, modified)
-    ]
+    texts = [None if x is None else x.encode(errors="ignore").decode() + "\udcff" for x in (tag, modified)]
     told = told_by(RemoteHead(200, 0, length, *texts, "application/zip", "manager"))
+    failure = Failure.of(Problem("upstream-error", f"{detail}\udcff"), 2.0, 5.0)
     held = Hold("manager", 1.0, 2.0, 1, told, 5.0)
-    state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(held,))
-    assert FillState.decode(state.encode()) == state
-
-
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("told", "manager"), ['"\r\nX: y"', None, True]),
-        (("told", "manager"), ['"ł"', None, True]),
-        (("told", "manager"), [5, None, True]),
-        (("told", "manager"), ['"a"', None]),
-        (("told",), []),
-        (("holds",), {}),
-        (("holds",), [["manager", 1, 2]]),
-        (("holds",), [["manager", "1", 2, 3, None, 4]]),
-        (("holds",), [["manager", 1, 2, 3.0, None, 4]]),
-        (("holds",), [["manager", 1, 2, 3, ['"a"', None, 80.0], 4]]),
-        (("holds",), [["manager", 1, 2, 3, ['"a"'], 4]]),
-        (("holds",), [HOLD.to_json()] * 300),
-    ],
-)
-def test_a_state_with_a_wrong_hold_or_validator_is_refused(place, value):
-    with pytest.raises(InvalidError):
-        FillState.decode(changed(STATES[0], *place, value=value))
-
-
-@given(st.text(st.characters(), max_size=3000))
-def test_whatever_an_upstream_says_of_a_failure_its_state_can_be_read(detail):
-    failure = Failure.of(Problem("upstream-error", detail), 2.0, 5.0)
-    state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, failure)
+    state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, failure, holds=(held,))
     assert FillState.decode(state.encode()) == state
 
 
@@ -354,18 +224,13 @@ def store(tmp_path):
     return made
 
 
-def put(path: Path, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.truncate(size)
-
-
 @pytest.mark.parametrize("kind", ["record", "state"])
 def test_of_a_huge_file_no_more_than_is_allowed_is_read(store, kind, monkeypatch):
     path = store.record_path(KEY) if kind == "record" else store.state_path(KEY.id)
-    put(path, 4 << 30)
-    got = []
-    read = os.read
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.truncate(path, 4 << 30)
+    got, read = [], os.read
     monkeypatch.setattr(os, "read", lambda fd, size: got.append(size) or read(fd, size))
     with pytest.raises(InvalidError, match="are allowed"):
         store.load(KEY) if kind == "record" else store.load_state(KEY.id)
@@ -374,7 +239,7 @@ def test_of_a_huge_file_no_more_than_is_allowed_is_read(store, kind, monkeypatch
 
 def test_a_state_under_another_keys_name_is_refused(store):
     other = ContentKey(KEY.version, KEY.language, KEY.stream, KEY.revision, "other.zip")
-    store.state_path(other.id).write_bytes(STATES[5].encode())
+    store.state_path(other.id).write_bytes(STATES[1].encode())
     with pytest.raises(InvalidError, match="the state is that of"):
         store.load_state(other.id)
 
@@ -404,34 +269,10 @@ def test_a_path_leads_to_its_key_and_a_key_tells_a_path(path, stream, revision, 
 
 # --- with assertions off
 
-KEPT = "ignore::pytest.PytestConfigWarning"
-"""pytest warns that it keeps the assertions of tests only."""
 
-
-@pytest.mark.timeout(240)
-def test_keys_paths_records_and_archives_are_as_safe_with_assertions_off():
-    """PYTHONOPTIMIZE=1 takes every `assert` out of gup (pytest keeps those of the tests)."""
-    if not __debug__:
-        return
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", KEPT, "-m", "not hypothesis"]
-    names = [
-        "content/test_key.py",
-        "content/test_routes.py",
-        "cache/test_records.py",
-        "cache/test_archive.py",
+@pytest.mark.parametrize("module", [key, routes, records, archive, jsonmodel], ids=lambda m: m.__name__)
+def test_keys_paths_records_and_archives_are_as_safe_with_assertions_off(module):
+    """PYTHONOPTIMIZE=1 takes every `assert` out of gup: nothing is refused by one."""
+    assert not [
+        node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Assert)
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *names],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"PYTHONOPTIMIZE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "100%" in done.stdout
-
-
-def test_a_key_that_leads_elsewhere_is_refused():
-    with pytest.raises(BadKeyError):
-        ContentKey("..", "..", "..", "..", "x")

@@ -19,7 +19,9 @@ from gup.cache.locks import Claims
 from gup.cache.records import ChunkSums, FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.content.key import ContentKey, Kind
+from gup.content.catalog import Catalogues
+from gup.content.key import ContentKey, Kind, Variant
+from gup.content.routes import Route
 from gup.control.dependencies import ControlDependencies
 from gup.control.service import Control
 from gup.control.tokens import local_path, make_local_token
@@ -126,6 +128,9 @@ class World:
     async def recover(self) -> None:
         self.recovered.set()
 
+    async def fetch_ahead(self, _route: Route, _variant: Variant) -> bool:
+        raise Problem("no-upstream", "nothing can be fetched here")
+
     async def mend(self, key: ContentKey, counted: bool) -> Problem | None:
         """What the cache would do: the body is whole again, unless a problem is set."""
         self.mends.append((key.text, counted))
@@ -149,9 +154,9 @@ class World:
             kind=str(record.kind),
         )
 
-    def surroundings(self, admin: socket.socket) -> ControlDependencies:
+    def surroundings(self, admin: socket.socket | None = None) -> ControlDependencies:
         return ControlDependencies(
-            settings=self.settings,
+            settings=lambda: self.settings,
             store=self.store,
             claims=self.claims,
             counters=self.counters,
@@ -170,10 +175,25 @@ class World:
             recover=self.recover,
             mend=self.mend,
             events=self.receiver,
-            admin=admin,
+            admin=admin or self.sender,
             started_at=self.now - 3600,
             installed_at=self.installed_at,
+            label_of=lambda _stream, _file: None,
+            upstream_states=dict,
+            fetch_ahead=self.fetch_ahead,
+            drop_memory=lambda _key: 0,
+            places=lambda _stream: (),
+            link_idle=lambda: True,
+            fills_waiting=lambda: 0,
+            catalogues=dict,
+            catalogue_rows=Catalogues,
+            unlisted=lambda _moniker: None,
         )
+
+    async def apply(self, control: Control, settings: Settings) -> None:
+        """What the controller process does with reloaded settings."""
+        self.settings = settings
+        await control.apply(settings)
 
     @asynccontextmanager
     async def running(self, *, complete: bool = True) -> AsyncIterator[Control]:
@@ -197,7 +217,8 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr("gup.control.integrity_jobs._IDLE_SECONDS", 0.05)
     store = Store(tmp_path / "cache")
     store.prepare()
     await asyncio.to_thread(make_local_token, store.run)

@@ -38,91 +38,44 @@ STORMY = (
     "within 20 minutes: 4.0 GB over the LAN, 100 MB over the WAN; as deltas of 200 kB on average it would be "
     "8.0 MB over the LAN"
 )
+FULL = "v/l/{A}/26/full.zip"
+DOUBTFUL = UpstreamHealth("a", up=True, last_error="was reset", doubtful=True)
+OVERDUE = Missed("X", "260103001", "260102001", 999_000.0, 999_900.0)
+# fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
-    (
-        "upstream-down",
-        {"upstreams": (DOWN_A, UpstreamHealth("b", up=True))},
-        "a",
-        "a is down; others are asked (refused)",
-    ),
-    (
-        "no-upstream",
-        {"upstreams": (DOWN_A, DOWN_B)},
-        "",
-        "no upstream answers (a, b): only what is stored can be served (refused)",
-    ),
-    (
-        "upstream-doubtful",
-        {"upstreams": (UpstreamHealth("a", up=True, last_error="was reset", doubtful=True),)},
-        "a",
-        "a takes connections but fails to answer (was reset)",
-    ),
-    (
-        "bad-content",
-        {"rejections": (Rejection("v/l/{A}/26/full.zip", "a", "does not end as a ZIP file does", 9.0),)},
-        "v/l/{A}/26/full.zip",
-        "a has no usable v/l/{A}/26/full.zip: does not end as a ZIP file does",
-    ),
+    ("upstream-down", {"upstreams": (DOWN_A, UpstreamHealth("b", up=True))}, "a",
+     "a is down; others are asked (refused)"),
+    ("no-upstream", {"upstreams": (DOWN_A, DOWN_B)}, "",
+     "no upstream answers (a, b): only what is stored can be served (refused)"),
+    ("upstream-doubtful", {"upstreams": (DOUBTFUL,)}, "a",
+     "a takes connections but fails to answer (was reset)"),
+    ("bad-content", {"rejections": (Rejection(FULL, "a", "does not end as a ZIP file does", 9.0),)}, FULL,
+     f"a has no usable {FULL}: does not end as a ZIP file does"),
     ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk takes no content: No space"),
-    (
-        "not-stored",
-        {"unstored": "any/any/a/-/full.zip: it takes more than cache.max_size"},
-        "",
-        "content is passed through and not stored: any/any/a/-/full.zip: it takes more than cache.max_size",
-    ),
-    (
-        "disk-short",
-        {"free_bytes": 99},
-        "",
-        "99 B are free on the cache's disk, less than the 100 B of cache.min_free",
-    ),
-    (
-        "cache-short",
-        {"recent_evicted_lately": 4},
-        "",
-        "the cache is full (1.0 kB), and 4 entries that were used within a day had to go",
-    ),
+    ("not-stored", {"unstored": "any/any/a/-/full.zip: it takes more than cache.max_size"}, "",
+     "content is passed through and not stored: any/any/a/-/full.zip: it takes more than cache.max_size"),
+    ("disk-short", {"free_bytes": 99}, "",
+     "99 B are free on the cache's disk, less than the 100 B of cache.min_free"),
+    ("cache-short", {"recent_evicted_lately": 4}, "",
+     "the cache is full (1.0 kB), and 4 entries that were used within a day had to go"),
     ("damage", {"damage": 2}, "", "damage was found in the store 2 times within the last hour"),
     ("full-storm", {"storms": (("Definitions", STORM),)}, "v/l/{A}", STORMY),
-    (
-        "reload-failed",
-        {"config_ok": False},
-        "",
-        "the settings could not be read again: those before are in force",
-    ),
-    (
-        "workers-restarting",
-        {"restarts_lately": 2},
-        "",
-        "worker processes died 2 times within 10 minutes and were replaced",
-    ),
-    (
-        "stale-stream",
-        {"missed": (Missed("X", "260103001", "260102001", 999_000.0, 999_900.0),)},
-        "X",
-        "clients have asked for 260103001 of X for 16 min 40 s in vain; the newest here is 260102001",
-    ),
-    (
-        "stale-catalogue",
-        {"catalogues": {"a": "a answered 404"}},
-        "a",
-        "the catalogue of a can't be read: a answered 404",
-    ),
+    ("reload-failed", {"config_ok": False}, "",
+     "the settings could not be read again: those before are in force"),
+    ("workers-restarting", {"restarts_lately": 2}, "",
+     "worker processes died 2 times within 10 minutes and were replaced"),
+    ("stale-stream", {"missed": (OVERDUE,)}, "X",
+     "clients have asked for 260103001 of X for 16 min 40 s in vain; the newest here is 260102001"),
+    ("stale-catalogue", {"catalogues": {"a": "a answered 404"}}, "a",
+     "the catalogue of a can't be read: a answered 404"),
     ("unsure-end", {"unsure_ends": ("a sent 5 bytes",)}, "", "a sent 5 bytes"),
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait for their turn"),
-    (
-        "clients-silent",
-        {"client_last_seen": 1_000_000.0 - 90_000},
-        "",
-        "no client has asked for 1 d 1 h, where 5 did within the last week",
-    ),
-    (
-        "events-lost",
-        {"lost_events_lately": 9},
-        "",
-        "9 messages from workers were lost within 10 minutes: figures of use are too low",
-    ),
+    ("clients-silent", {"client_last_seen": 1_000_000.0 - 90_000}, "",
+     "no client has asked for 1 d 1 h, where 5 did within the last week"),
+    ("events-lost", {"lost_events_lately": 9}, "",
+     "9 messages from workers were lost within 10 minutes: figures of use are too low"),
 ]
+# fmt: on
 
 
 def found(snapshot: Snapshot) -> dict[str, list[tuple[str, str]]]:
@@ -148,7 +101,7 @@ def test_every_row_is_tried_and_says_what_to_do():
 
 
 def test_a_storm_without_addresses_or_deltas_is_told_too():
-    storm = replace(STORM, clients=0, addresses=(), delta_bytes=0)
+    storm = STORM._replace(clients=0, addresses=(), delta_bytes=0)
     assert found(replace(WELL, storms=(("D", storm),)))["full-storm"][0][1] == (
         "clients asked for 40 full packages of D, against 3 deltas, within 20 minutes: "
         "4.0 GB over the LAN, 100 MB over the WAN"
@@ -161,9 +114,7 @@ def _damaged(snapshot: Snapshot):
 
 
 def board(after: float = 0.0, calm: float = 10.0) -> AlarmBoard:
-    return AlarmBoard(
-        [AlarmType("damage", "warning", _damaged, "Do.", after_seconds=after, calm_seconds=calm)]
-    )
+    return AlarmBoard([AlarmType("damage", _damaged, "Do.", after=after, calm=calm)])
 
 
 def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
@@ -203,6 +154,6 @@ def test_many_subjects_are_bounded():
     def many(_snapshot):
         yield from ((str(number), "bad") for number in range(1000))
 
-    alarms = AlarmBoard([AlarmType("many", "critical", many, "Do.")])
+    alarms = AlarmBoard([AlarmType("many", many, "Do.")])
     alarms.look(WELL, 0.0)
     assert len(alarms.standing()) == MAX_OF_A_TYPE

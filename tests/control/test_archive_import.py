@@ -57,7 +57,7 @@ async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
         await purge_all(browser, world, control)
         assert world.worker_claims.try_claim(held.key.claim_offset)
         limited = world.settings.cache.model_copy(update={"max_size": 500_000})
-        await control.apply(Settings.model_copy(world.settings, update={"cache": limited}))
+        await world.apply(control, Settings.model_copy(world.settings, update={"cache": limited}))
         _, told = await imported(browser, world, text)
         assert {row["why"].split(" (")[0].split(",")[0] for row in told["refused"]} == {
             "cache.max_size",
@@ -98,7 +98,8 @@ async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, 
         assert list(world.store.partial.glob("*.tmp")) == []
 
 
-async def test_the_control_plane_stops_while_an_archive_is_coming(world, browser):
+async def test_the_control_plane_stops_while_an_archive_is_coming(world, browser, monkeypatch):
+    monkeypatch.setattr("gup.control.service._SHUTDOWN_SECONDS", 0.1)
     world.commit(world.key("260101001"), b"a" * 1000)
     begun = asyncio.Event()
     async with world.running():

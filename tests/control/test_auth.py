@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
 from gup.control.auth import (
+    Access,
     AccessRequest,
     AdminListener,
     CertificateError,
@@ -270,6 +271,17 @@ def test_certificates_that_can_not_be_used_are_told(tmp_path):
 # --- what holds in a running control plane
 
 
+async def test_a_file_that_is_being_written_leaves_the_old_token_in_force(tmp_path):
+    file, listen = tmp_path / "token", Listen(admin_token_file=tmp_path / "token")
+    file.write_text("a-token-of-this-test\n")
+    held = Access()
+    with socket.create_server(("127.0.0.1", 0)) as admin:
+        await held.open(listen, tmp_path, admin)
+    file.write_text("\n")
+    await held.renew(listen, tmp_path)
+    assert held.tokens.right(Presented("a-token-of-this-test"), near=False) is Right.CHANGE
+
+
 def connect(address, cert):
     """The certificate that is shown there; SSLError when none is."""
     context = ssl.create_default_context(cafile=str(cert))
@@ -291,11 +303,11 @@ async def test_files_that_are_gone_let_nobody_in_until_a_reload_finds_them(world
         with pytest.raises((ssl.SSLError, OSError)):
             await asyncio.to_thread(connect, address, other)
         await asyncio.to_thread(certificate, tmp_path)
-        await control.apply(world.settings)  # the token is still missing: nothing changes
+        await world.apply(control, world.settings)  # the token is still missing: nothing changes
         with pytest.raises((ssl.SSLError, OSError)):
             await asyncio.to_thread(connect, address, names["cert"])
         token.write_text("a-token-of-some-length\n")
-        await control.apply(world.settings)
+        await world.apply(control, world.settings)
         shown = await asyncio.to_thread(connect, address, names["cert"])
         assert ssl.DER_cert_to_PEM_cert(shown) == names["cert"].read_text()
         bearer = {"Authorization": "Bearer a-token-of-some-length"}

@@ -4,14 +4,19 @@ import asyncio
 import json
 import os
 import threading
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
+import aiohttp
 import pytest
+from harness.control import get, limited
 
 from gup.cache.records import FillState, Phase, seal
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
 from gup.control.reconcile import BusyError, change, to_its_end
+from gup.control.service import Control
 
 OLD, NEW = b"the old body", b"the new generation"
 
@@ -70,7 +75,7 @@ async def test_a_purge_waits_for_the_fill_and_removes_what_that_has_stored(world
 async def test_what_is_claimed_for_longer_is_told_and_left_as_it_is(
     world, browser, monkeypatch, method, path
 ):
-    monkeypatch.setitem(change.__kwdefaults__, "patience_seconds", 0.0)
+    monkeypatch.setattr(change, "__defaults__", (0.0,))
     record = world.commit(body=OLD)
     async with world.running():
         assert world.worker_claims.try_claim(record.key.claim_offset)
@@ -102,15 +107,14 @@ async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(wor
     assert world.store.load(key) == replace(fresh, pinned=True)
 
 
-@pytest.mark.parametrize("journal", [False, True], ids=["part", "interrupted commit"])
-async def test_nothing_of_what_was_purged_comes_back(world, journal):
-    """Neither from a part nor from the journal of a commit that was interrupted."""
+@pytest.mark.parametrize("generation", [7, None], ids=["part", "interrupted commit"])
+async def test_nothing_of_what_was_purged_comes_back(world, generation):
+    """Neither from a part nor from that of a commit that was interrupted."""
     record = world.commit(body=OLD)
-    world.store.part_path(record.key.id, 7).write_bytes(OLD)
-    os.utime(world.store.part_path(record.key.id, 7), ns=(0, record.generation))
-    phase = Phase.COMMITTED if journal else Phase.STREAMING
-    kept = FillState(record.key, Kind.FULL, 7, phase, record.head, None, record if journal else None)
-    world.store.save_state(kept)
+    generation = generation or record.generation
+    world.store.part_path(record.key.id, generation).write_bytes(OLD)
+    os.utime(world.store.part_path(record.key.id, generation), ns=(0, record.generation))
+    world.store.save_state(FillState(record.key, Kind.FULL, generation, Phase.STREAMING, record.head))
     async with world.running() as control:
         assert await control.state.evictor.purge(record.key) == 2 * len(OLD)
 
@@ -180,49 +184,66 @@ BAD = {
 }
 
 
-def scrubbing(world):
-    changed = world.settings.cache.model_copy(
-        update={"max_size": 1 << 30, "keep_revisions": 0, "scrub_rate": 1 << 40}
-    )
-    world.settings = world.settings.model_copy(update={"cache": changed})
+@dataclass
+class Passes:
+    """What passes over the entries of a running control plane tell."""
 
+    control: Control
+    world: Any
+    browser: aiohttp.ClientSession
 
-@pytest.mark.parametrize("harm", BAD.values(), ids=BAD.keys())
-async def test_one_bad_record_stops_no_pass_over_all(world, browser, harm):
-    """It is in the middle: what comes after it is scrubbed, verified, reconciled, listed and evicted too."""
-    scrubbing(world)
-    records = [world.commit(world.key(f"26010100{n}"), b"body %d" % n, at=1000.0 + n) for n in range(3)]
-    async with world.running() as control:
-        plane = control.state
-        await world.until(lambda: plane.scrubber.progress().ended_at is not None)
-        harm(world, records[1])
-        first = plane.scrubber.progress().ended_at
+    async def scrub(self) -> int:
+        """A whole pass of the scrubber; how many entries it read."""
+        scrubber, world = self.control.state.scrubber, self.world
+        before = scrubber.progress().ended_at or 0
         world.now += 8 * 86400
-        await world.until(lambda: (plane.scrubber.progress().ended_at or 0) > first)
-        assert plane.scrubber.progress().checked == 3
-        async with browser.get(f"{world.url}/api/v1/content") as answer:
-            assert len((await answer.json())["entries"]) == 3
-        async with browser.get(f"{world.url}/api/v1/content/{records[1].key.text}") as answer:
-            assert (answer.status, (await answer.json())["record"]) == (200, None)
-        async with browser.post(f"{world.url}/api/v1/verify") as answer:
+        await world.until(lambda: (scrubber.progress().ended_at or 0) > before)
+        return scrubber.progress().checked
+
+    async def verify(self) -> dict:
+        async with self.browser.post(f"{self.world.url}/api/v1/verify") as answer:
             assert answer.status == 202
         progress = {"running": True}
         while progress["running"]:
-            async with browser.get(f"{world.url}/api/v1/verify") as answer:
-                progress = json.loads(await answer.text())
+            _, progress = await get(self.browser, self.world, "/api/v1/verify")
         assert progress["failed"] is None
-        assert progress["checked"] == progress["total"] == 3
-        (found,) = progress["found"]
-        assert (found["where"], found["key"]) == ("record", records[1].key.text)
-        await control._reconcile()
-        assert set(plane.index.rows) == {records[0].key.text, records[2].key.text}
-        plane.evictor.limits = plane.evictor.limits.model_copy(update={"max_size": 1})
-        evicted = {eviction.key for eviction in await plane.evictor.evict()}
-        assert evicted == {records[0].key.text, records[2].key.text}
+        return progress
+
+
+@asynccontextmanager
+async def passes(world, browser):
+    world.settings = limited(world.settings, max_size=1 << 30, keep_revisions=0, scrub_rate=1 << 40)
+    async with world.running() as control:
+        made = Passes(control, world, browser)
+        await made.scrub()
+        yield made
+
+
+async def test_bad_records_stop_no_pass_over_all(world, browser):
+    """What comes after them is scrubbed, verified, reconciled, listed and evicted too."""
+    keys = [world.key(f"2601010{n:02}") for n in range(len(BAD) + 2)]
+    records = [world.commit(key, b"body of %s" % key.revision.encode(), at=1000.0) for key in keys]
+    good = {keys[0].text, keys[-1].text}
+    async with passes(world, browser) as seen:
+        for record, harm in zip(records[1:-1], BAD.values(), strict=True):
+            harm(world, record)
+        assert await seen.scrub() == len(keys)
+        _, told = await get(browser, world, "/api/v1/content")
+        assert len(told["entries"]) == len(keys)
+        for record in records[1:-1]:
+            status, told = await get(browser, world, f"/api/v1/content/{record.key.text}")
+            assert (status, told["record"]) == (200, None)
+        progress = await seen.verify()
+        assert progress["checked"] == progress["total"] == len(keys)
+        found = {(finding["where"], finding["key"]) for finding in progress["found"]}
+        assert found == {("record", record.key.text) for record in records[1:-1]}
+        await seen.control._reconcile()
+        assert set(seen.control.state.index.rows) == good
+        world.settings = limited(world.settings, max_size=1)
+        assert {eviction.key for eviction in await seen.control.state.evictor.evict()} == good
 
 
 async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, browser, monkeypatch):
-    scrubbing(world)
     records = [world.commit(world.key(f"26010100{n}"), b"body %d" % n) for n in range(3)]
     load = world.store.load
 
@@ -231,21 +252,10 @@ async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, brow
             raise RuntimeError("nobody has thought of that")
         return load(key)
 
-    async with world.running() as control:
-        scrub = control.state.scrubber
-        await world.until(lambda: scrub.progress().ended_at is not None)
-        first = scrub.progress().ended_at
+    async with passes(world, browser) as seen:
         monkeypatch.setattr(world.store, "load", broken)
-        world.now += 8 * 86400
-        await world.until(lambda: (scrub.progress().ended_at or 0) > first)
-        assert scrub.progress().checked == 3
-        async with browser.post(f"{world.url}/api/v1/verify") as answer:
-            assert answer.status == 202
-        progress = {"running": True}
-        while progress["running"]:
-            async with browser.get(f"{world.url}/api/v1/verify") as answer:
-                progress = json.loads(await answer.text())
-        assert progress["failed"] is None
+        assert await seen.scrub() == 3
+        progress = await seen.verify()
         assert progress["checked"] == 3
         (found,) = progress["found"]
         assert "nobody has thought of that" in found["detail"]

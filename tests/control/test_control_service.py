@@ -188,7 +188,7 @@ async def test_eviction_goes_on_after_a_mistake(world, caplog):
         control.state.evictor.look_soon()
         await world.until(lambda: "ZeroDivisionError" in caplog.text)
         control.state.evictor.measure = real
-        await control.apply(limited(world.settings, max_size=0))
+        await world.apply(control, limited(world.settings, max_size=0))
         await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
     assert not world.store.body_path(old.key).exists()
 
@@ -200,7 +200,7 @@ async def test_stopping_at_once_leaves_nothing(world):
 
 async def test_a_reload_changes_the_limits(world, browser):
     async with world.running() as control:
-        await control.apply(limited(world.settings, max_size=123_456))
+        await world.apply(control, limited(world.settings, max_size=123_456))
         _, told = await get(browser, world, "/api/v1/status")
         assert told["cache"]["limit_bytes"] == 123_456
 

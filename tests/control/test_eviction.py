@@ -1,11 +1,14 @@
+from dataclasses import dataclass, replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.cache.records import FillState, Head, Phase
 from gup.cache.store import Part
+from gup.config import Cache
 from gup.content.key import ContentKey, Kind
-from gup.control.eviction import Limits, plan_evictions
+from gup.control.eviction import DiskUsage, Eviction, plan_evictions
 from gup.control.index import Row, make_row
 
 NOW = 1_000_000.0
@@ -29,18 +32,31 @@ def part(number=1, size=100, age=0.0, *, claimed=False, length=None):
     return Part(id_, 1, size, NOW - age, claimed, state)
 
 
-def limits(size=BIG, free=0, available=BIG, unused=0.0, keep=0, part_age=0.0, need=0):
-    return Limits(size, free, available, unused, keep, part_age, need)
+@dataclass(frozen=True)
+class Limits:
+    size: int = BIG
+    free: int = 0
+    available: int = BIG
+    unused: float = 0.0
+    keep: int = 0
+    part_age: float = 0.0
+    need: int = 0
 
 
-def names(plan):
-    return [
-        (eviction.key.rsplit("/", 2)[-2:] if "/" in eviction.key else [eviction.key]) for eviction in plan
-    ]
+def planned(rows, parts, limits: Limits) -> list[Eviction]:
+    cache = Cache.model_construct(
+        max_size=limits.size,
+        min_free=limits.free,
+        max_unused=limits.unused,
+        keep_revisions=limits.keep,
+        max_part_age=limits.part_age,
+    )
+    disk = DiskUsage(tuple(parts), limits.available, sum(row.length_bytes for row in rows))
+    return plan_evictions(rows, disk, cache, NOW, need=limits.need)
 
 
 def test_nothing_goes_while_everything_holds():
-    assert plan_evictions([row()], [part()], limits(size=200), NOW) == []
+    assert planned([row()], [part()], Limits(size=200)) == []
 
 
 def test_revisions_beyond_those_kept_go_with_their_deltas():
@@ -48,7 +64,7 @@ def test_revisions_beyond_those_kept_go_with_their_deltas():
         row("260101001", Kind.DELTA),
         row("260101004", Kind.DELTA),
     ]
-    plan = plan_evictions(rows, [], limits(keep=2), NOW)
+    plan = planned(rows, [], Limits(keep=2))
     assert {e.reason for e in plan} == {"revision"}
     assert {e.key for e in plan} == {rows[0].key, rows[1].key, rows[4].key}
 
@@ -56,28 +72,28 @@ def test_revisions_beyond_those_kept_go_with_their_deltas():
 def test_a_delta_belongs_to_the_revision_it_leads_to_whatever_its_folder():
     newest = row("260101002")
     in_old_folder = row("260101001", Kind.DELTA, file="xdelta260101001_To_260101002.dax")
-    assert plan_evictions([newest, in_old_folder], [], limits(keep=1), NOW) == []
+    assert planned([newest, in_old_folder], [], Limits(keep=1)) == []
 
 
 def test_names_that_are_no_revisions_are_never_superseded():
     rows = [row("_", Kind.INDEX), row("latest", Kind.OTHER), row("260101001")]
-    assert plan_evictions(rows, [], limits(keep=1), NOW) == []
+    assert planned(rows, [], Limits(keep=1)) == []
 
 
 def test_streams_are_judged_apart():
     rows = [row("260101001", stream="{A}"), row("260101002", stream="{B}")]
-    assert plan_evictions(rows, [], limits(keep=1), NOW) == []
+    assert planned(rows, [], Limits(keep=1)) == []
 
 
 def test_long_unused_entries_go_and_pinned_ones_stay():
     rows = [row(age=31 * DAY), row("260101002", age=29 * DAY), row("260101003", age=99 * DAY, pinned=True)]
-    plan = plan_evictions(rows, [], limits(unused=30 * DAY), NOW)
+    plan = planned(rows, [], Limits(unused=30 * DAY))
     assert [(e.key, e.reason) for e in plan] == [(rows[0].key, "unused")]
 
 
 def test_old_parts_go_unless_claimed():
     parts = [part(1, age=8 * DAY), part(2, age=8 * DAY, claimed=True), part(3, age=6 * DAY)]
-    plan = plan_evictions([], parts, limits(part_age=7 * DAY), NOW)
+    plan = planned([], parts, Limits(part_age=7 * DAY))
     assert [(e.part, e.reason) for e in plan] == [(parts[0], "part")]
 
 
@@ -89,7 +105,7 @@ def test_for_space_go_parts_then_superseded_deltas_fulls_then_least_recently_use
     index = row("_", Kind.INDEX, age=99)
     abandoned = part(7)
     rows = [index, new_delta_used, new_full_unused, old_full, old_delta]
-    plan = plan_evictions(rows, [abandoned], limits(size=0), NOW)
+    plan = planned(rows, [abandoned], Limits(size=0))
     assert [e.key for e in plan] == [
         abandoned.id, old_delta.key, old_full.key, new_full_unused.key, new_delta_used.key, index.key,
     ]  # fmt: skip
@@ -99,24 +115,24 @@ def test_for_space_go_parts_then_superseded_deltas_fulls_then_least_recently_use
 @pytest.mark.parametrize(
     ("given_limits", "reasons"),
     [
-        (limits(size=299), ["size"]),
-        (limits(size=300), []),
-        (limits(size=300, need=1), ["size"]),
-        (limits(size=300, need=301), []),
-        (limits(free=1000, available=900), ["free"]),
-        (limits(free=1000, available=899), ["free", "free"]),
-        (limits(free=1000, available=1000, need=150), ["free", "free"]),
-        (limits(size=250, free=1000, available=850), ["size", "free"]),
+        (Limits(size=299), ["size"]),
+        (Limits(size=300), []),
+        (Limits(size=300, need=1), ["size"]),
+        (Limits(size=300, need=301), []),
+        (Limits(free=1000, available=900), ["free"]),
+        (Limits(free=1000, available=899), ["free", "free"]),
+        (Limits(free=1000, available=1000, need=150), ["free", "free"]),
+        (Limits(size=250, free=1000, available=850), ["size", "free"]),
     ],
 )  # fmt: skip
 def test_only_as_much_as_needed_goes(given_limits, reasons):
     rows = [row(f"26010100{n}") for n in range(3)]
-    assert [e.reason for e in plan_evictions(rows, [], given_limits, NOW)] == reasons
+    assert [e.reason for e in planned(rows, [], given_limits)] == reasons
 
 
 def test_a_whole_body_waiting_for_its_commit_is_not_taken_for_space():
     whole, half = part(1, length=100), part(2, length=200)
-    plan = plan_evictions([], [whole, half], limits(size=0), NOW)
+    plan = planned([], [whole, half], Limits(size=0))
     assert [eviction.part for eviction in plan] == [half]
 
 
@@ -146,7 +162,7 @@ parts_strategy = st.lists(
     unique_by=lambda p: p.id,
 )
 limits_strategy = st.builds(
-    limits,
+    Limits,
     size=st.integers(0, 8000),
     free=st.integers(0, 3000),
     available=st.integers(0, 6000),
@@ -159,7 +175,7 @@ limits_strategy = st.builds(
 
 @given(rows_strategy, parts_strategy, limits_strategy)
 def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[Part], given_limits: Limits):
-    plan = plan_evictions(rows, parts, given_limits, NOW)
+    plan = planned(rows, parts, given_limits)
     gone = {e.key for e in plan}
     assert len(gone) == len(plan), "something is evicted twice"
     assert not any(r.pinned for r in rows if r.key in gone)
@@ -171,10 +187,10 @@ def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[
         assert not any(r.key in superseded for r in revisions if r.content_revision == newest)
     freed = sum(e.size_bytes for e in plan)
     total = sum(r.length_bytes for r in rows) + sum(p.size_bytes for p in parts)
-    need = given_limits.need_bytes if given_limits.need_bytes <= given_limits.max_size_bytes else 0
+    need = given_limits.need if given_limits.need <= given_limits.size else 0
     held = (
-        total - freed + need <= given_limits.max_size_bytes
-        and given_limits.free_bytes + freed >= given_limits.min_free_bytes + need
+        total - freed + need <= given_limits.size
+        and given_limits.available + freed >= given_limits.free + need
     )
     movable = {r.key for r in rows if not r.pinned} | {
         p.id
@@ -186,19 +202,11 @@ def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[
 
 @given(rows_strategy, parts_strategy, limits_strategy)
 def test_a_second_plan_finds_nothing_left_to_do(rows: list[Row], parts: list[Part], given_limits: Limits):
-    plan = plan_evictions(rows, parts, given_limits, NOW)
+    plan = planned(rows, parts, given_limits)
     gone = {e.key for e in plan}
     freed = sum(e.size_bytes for e in plan)
-    after = Limits(
-        given_limits.max_size_bytes,
-        given_limits.min_free_bytes,
-        given_limits.free_bytes + freed,
-        given_limits.max_unused_seconds,
-        given_limits.keep_revisions,
-        given_limits.max_part_age_seconds,
-        given_limits.need_bytes,
-    )
+    after = replace(given_limits, available=given_limits.available + freed)
     rest = [r for r in rows if r.key not in gone]
-    again = plan_evictions(rest, [p for p in parts if p.id not in gone], after, NOW)
+    again = planned(rest, [p for p in parts if p.id not in gone], after)
     assert [e for e in again if e.reason == "unused"] == []
     assert [e for e in again if e.reason in ("size", "free")] == []

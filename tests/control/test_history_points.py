@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,13 +35,16 @@ NOON = 1_800_000_000 // DAY * DAY + 43_200
 class Service:
     """Counters, clocks, and a recorder of them, which can be killed and begun again."""
 
-    def __init__(self, path, counted=0):
-        self.count, self.now, self.steady, self.installed_at = counted, float(NOON), 0.0, 1.0
+    def __init__(self, path):
+        self.count, self.now, self.steady, self.installed_at = 0, float(NOON), 0.0, 1.0
         self.database = StatsDatabase(path)
-        self.begin()
+        self.begin(0)
 
-    def begin(self, *, controller_only=False):
-        """A new process; without the workers, the counts since the start go on."""
+    def begin(self, count, later=0.0, *, controller_only=False):
+        """A new process, so many seconds later; without the workers, the counts since the start go on."""
+        self.count = count
+        self.now += later
+        self.steady += later
         if not controller_only:
             self.started_with = self.count
         clocks = {"clock": lambda: self.now, "monotonic": lambda: self.steady}
@@ -71,8 +75,8 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(path, counted=0):
-    service = Service(path, counted)
+async def serving(path):
+    service = Service(path)
     yield service
     await service.database.stop()
 
@@ -139,52 +143,45 @@ def test_points_beyond_those_kept_are_dropped_in_the_order_in_which_they_were_be
     assert all(numbers == list(range(numbers[0], numbers[0] + len(numbers))) for numbers in found.values())
 
 
-async def test_a_killed_service_finds_its_last_counts_in_the_minute_written_last(tmp_path):
+READ, KILLED, AWAY, ANEW = "read", "killed", "the controller alone was away", "the counters begin anew"
+RESTARTS = {
+    "a killed service finds its last counts in the minute written last, eight hours later": (
+        [(READ, 10, 0), (KILLED, 17, 8 * HOUR), (READ, 19, 0), (READ, 20, 1)],
+        [(0, 17), (8 * HOUR, 3)],
+    ),
+    "a controller that was away for a moment knows what others counted": (
+        [(READ, 10, 0), (READ, 10, 10), (AWAY, 12, 5), (READ, 14, 0), (READ, 15, 47)],
+        [(0, 14), (60, 1)],
+    ),
+    "counters that began anew have gained all they show": (
+        [(READ, 10, 0), (ANEW, 0, 300), (READ, 3, 0), (READ, 4, 1)],
+        [(0, 10), (300, 4)],
+    ),
+    "counters that lost their last seconds in a power cut take nothing back": (
+        [(READ, 10, 0), (KILLED, 8, 300), (READ, 8, 0), (READ, 9, 1)],
+        [(0, 10), (300, 1)],
+    ),
+    "a lost history does not take earlier years for this minute": (
+        [(KILLED, 1000, 0), (READ, 1005, 0)],
+        [(0, 5)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESTARTS)
+async def test_restarts(tmp_path, case):
+    steps, wanted = RESTARTS[case]
     async with serving(tmp_path) as service:
-        await service.read(10)
-        service.count = 17  # then all was killed; 8 hours later it starts and counts 2 at once
-        service.begin()
-        await service.read(19, later=8 * HOUR)
-        await service.read(20, later=1)
-        assert await service.sent() == [(0, 17), (8 * HOUR, 3)]
-        assert await service.total() == await service.total(HOUR) == 20
-
-
-async def test_a_controller_that_was_away_for_a_moment_knows_what_others_counted(tmp_path):
-    async with serving(tmp_path) as service:
-        await service.read(10)
-        await service.read(10, later=10)
-        service.begin(controller_only=True)
-        await service.read(14, later=5)
-        await service.read(15, later=47)
-        assert await service.sent() == [(0, 14), (60, 1)]
-        assert (await service.recorder.series("hour"))[0].covered_seconds == 15
-
-
-async def test_counters_that_began_anew_have_gained_all_they_show(tmp_path):
-    async with serving(tmp_path) as service:
-        await service.read(10)
-        service.count, service.installed_at = 0, 2.0
-        service.begin()
-        await service.read(3, later=300)
-        await service.read(4, later=1)
-        assert await service.total() == 14
-
-
-async def test_counters_that_lost_their_last_seconds_take_nothing_back(tmp_path):
-    async with serving(tmp_path) as service:
-        await service.read(10)
-        service.count = 8
-        service.begin()
-        await service.read(8, later=300)
-        await service.read(9, later=1)
-        assert await service.total() == 11
-
-
-async def test_a_lost_history_does_not_take_earlier_years_for_this_minute(tmp_path):
-    async with serving(tmp_path, counted=1000) as service:
-        await service.read(1005)
-        assert await service.total() == 5
+        for what, count, later in steps:
+            if what == READ:
+                await service.read(count, later=later)
+            else:
+                service.installed_at += what == ANEW
+                service.begin(count, later, controller_only=what == AWAY)
+        assert await service.sent() == wanted
+        assert await service.total() == await service.total(HOUR) == sum(gained for _, gained in wanted)
+        covered = (await service.recorder.series("day"))[0].covered_seconds
+        assert covered == (15 if any(what == AWAY for what, *_ in steps) else 0)
 
 
 async def test_an_hour_of_a_wrong_clock_takes_no_right_point_away(tmp_path):
@@ -227,8 +224,7 @@ def test_points_add_up_to_the_counters_whatever_happens(steps):
             await service.read(0)
             for gained, later, what in steps:
                 if what != "read":
-                    service.count += gained // 2
-                    service.begin(controller_only=what == "away")
+                    service.begin(service.count + gained // 2, controller_only=what == "away")
                 await service.read(service.count + gained, clock=service.now + later)
             assert await service.total() == service.count
 

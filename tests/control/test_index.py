@@ -4,12 +4,13 @@ import pickle
 import random
 import sqlite3
 import threading
+from contextlib import closing
 
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import ORDERS, DamagedIndexError, Index, IndexFile, Row, make_row
-from gup.control.reconcile import ORPHAN_AGE_SECONDS, differences, reconcile
+from gup.control.index import ORDERS, DamagedIndexError, Index, IndexFile, make_row
+from gup.control.reconcile import ORPHAN_AGE_SECONDS, reconcile
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
@@ -34,7 +35,7 @@ async def opened(tmp_path):
 
     async def open_(folder=tmp_path / "index"):
         damage = Damage()
-        index = Index(folder, damage)
+        index = Index(folder, damage, lambda _: None)
         alive.append(index)
         await index.open()
         return index, damage
@@ -51,19 +52,6 @@ async def closed_with(opened, *rows):
         index.put(one)
     index.complete = True
     await index.close()
-
-
-def test_a_row_survives_json():
-    one = row(hits=3, pinned=True, sent_bytes=7, received_bytes=9)
-    assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"key": "a/b"}, row().to_json() | {"hits": None}, row().to_json() | {"kind": "x"}]
-)
-def test_what_is_no_row_is_refused(fields):
-    with pytest.raises(ValueError, match=r"."):
-        Row.from_json(fields)
 
 
 async def test_rows_and_notes_come_back_after_a_restart(opened):
@@ -139,53 +127,32 @@ async def test_a_damaged_index_is_replaced_and_counted(opened, tmp_path, harm):
     assert set(again.rows) == {row("new").key}
 
 
-def change(folder, statement, *values):
-    with sqlite3.connect(folder / "cache.db") as database:
-        database.execute(statement, values)
-    database.close()
-
-
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit('unpickled')",)
 
 
-async def test_a_planted_pickle_is_damage_and_never_loaded(opened, tmp_path):
+PICKLE = pickle.dumps(Bomb())
+IS_ROW = "WHERE key LIKE 'entry:%'"
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ("UPDATE Cache SET mode = 4, value = ?", [PICKLE]),
+        (f"UPDATE Cache SET raw = 0, key = ? {IS_ROW}", [PICKLE]),
+        *((f"UPDATE Cache SET value = ? {IS_ROW}", [text]) for text in ("{", "[]", '{"key": "a/b/c/d/e"}')),
+        (f"UPDATE Cache SET key = 'entry:a/b/c/d/e' {IS_ROW}", []),
+        ("UPDATE Cache SET value = '99' WHERE key = 'about:format'", []),
+    ],
+    ids=["pickled value", "pickled key", "no JSON", "no row", "half a row", "another key", "another format"],
+)
+async def test_a_changed_file_is_damage_and_no_pickle_is_ever_loaded(opened, tmp_path, change, values):
     await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET mode = 4, value = ?", pickle.dumps(Bomb()))
-    index, damage = await opened()
-    assert (index.rows, damage.times) == ({}, 1)
-
-
-async def test_a_planted_pickled_key_is_damage_and_never_loaded(opened, tmp_path):
-    await closed_with(opened, row())
-    change(
-        tmp_path / "index", "UPDATE Cache SET raw = 0, key = ? WHERE key LIKE 'entry:%'", pickle.dumps(Bomb())
-    )
-    index, damage = await opened()
-    assert (index.rows, damage.times) == ({}, 1)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '"x"', "null", '{"key": "a/b/c/d/e"}'])
-async def test_a_changed_row_is_damage(opened, tmp_path, text):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET value = ? WHERE key LIKE 'entry:%'", text)
+    with closing(sqlite3.connect(tmp_path / "index" / "cache.db", isolation_level=None)) as database:
+        database.execute(change, values)
     index, damage = await opened()
     assert (index.rows, index.complete, damage.times) == ({}, False, 1)
-
-
-async def test_a_row_under_another_key_is_damage(opened, tmp_path):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET key = 'entry:a/b/c/d/e' WHERE key LIKE 'entry:%'")
-    _, damage = await opened()
-    assert damage.times == 1
-
-
-async def test_another_format_is_refused(opened, tmp_path):
-    await closed_with(opened, row())
-    change(tmp_path / "index", "UPDATE Cache SET value = '99' WHERE key = 'about:format'")
-    index, damage = await opened()
-    assert (index.complete, damage.times) == (False, 1)
 
 
 async def test_nothing_on_disk_is_a_pickle(opened, tmp_path):
@@ -234,7 +201,7 @@ async def test_a_folder_that_cannot_be_used_leaves_the_index_in_memory(opened, t
 
 async def test_what_happens_while_opening_wins_over_the_file(opened, tmp_path):
     await closed_with(opened, row("old", size=1), row("gone", size=1), row("kept", size=1))
-    index = Index(tmp_path / "index", Damage())
+    index = Index(tmp_path / "index", Damage(), lambda _: None)
     may_read, real = threading.Event(), index._file.load
 
     def slow_load():
@@ -272,22 +239,16 @@ async def test_the_database_is_touched_by_its_own_thread_only(opened, monkeypatc
 # --- reconciling
 
 
-def test_differences_keep_what_no_record_knows(world):
-    record = world.commit(at=100.0)
-    found = list(world.store.scan())
-    known = make_row(record.key, Kind.FULL, 4, stored_at=100.0, used_at=900.0, hits=12, sent_bytes=48)
-    result = differences(found, {record.key.text: known, "a/b/c/d/e": row()})
-    assert [(one.hits, one.used_at, one.sent_bytes) for one in result.put] in ([], [(12, 900.0, 48)])
-    assert result.gone == ("a/b/c/d/e",)
-
-
 async def test_reconciling_takes_the_disk_over(world, opened):
     record = world.commit(body=b"12345", at=100.0)
     index, _ = await opened(world.store.index)
     index.put(row("lost"))
-    await reconcile(index, world.store, world.claims, world.counters, world.mend, 200.0)
+    known = make_row(record.key, Kind.FULL, 4, stored_at=1.0, used_at=90.0, hits=12, sent_bytes=48)
+    index.put(known)
+    await reconcile(world.surroundings(), index, 200.0)
     assert set(index.rows) == {record.key.text}
-    assert index.rows[record.key.text].used_at == 100.0
+    found = index.rows[record.key.text]
+    assert (found.used_at, found.hits, found.sent_bytes) == (100.0, 12, 48), "what no record knows stays"
     assert (index.complete, index.total_bytes) == (True, 5)
 
 
@@ -304,7 +265,7 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
         return iter(found)
 
     monkeypatch.setattr(type(world.store), "scan", lambda _self: slow_scan())
-    task = asyncio.create_task(reconcile(index, world.store, world.claims, world.counters, world.mend, 200.0))
+    task = asyncio.create_task(reconcile(world.surroundings(), index, 200.0))
     await asyncio.to_thread(scanned.wait, 10)
     index.discard(purged.key.text)
     index.put(row("fresh"))
@@ -318,11 +279,11 @@ async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world
     world.store.record_path(record.key).write_bytes(b"{damaged")
     index, _ = await opened(world.store.index)
     written = world.store.body_path(record.key).stat().st_mtime
-    await reconcile(index, world.store, world.claims, world.counters, world.mend, written + 1)
+    await reconcile(world.surroundings(), index, written + 1)
     assert world.store.body_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 0
     now = written + ORPHAN_AGE_SECONDS + 1
-    await reconcile(index, world.store, world.claims, world.counters, world.mend, now)
+    await reconcile(world.surroundings(), index, now)
     assert not world.store.body_path(record.key).exists()
     assert not world.store.record_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 1
@@ -334,7 +295,7 @@ async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
     world.store.record_path(record.key).unlink()
     index, _ = await opened(world.store.index)
     assert world.claims.try_claim(record.key.claim_offset)
-    await reconcile(index, world.store, world.claims, world.counters, world.mend, 1e10)
+    await reconcile(world.surroundings(), index, 1e10)
     assert world.store.body_path(record.key).exists()
 
 
@@ -350,13 +311,14 @@ def lock(tmp_path, monkeypatch):
 def test_a_refused_write_is_no_damage_and_is_not_tried_for_ever(tmp_path, lock):
     file = IndexFile(tmp_path)
     file.load()
-    file.write({"a": 1}, [], whole=True)
+    file.write([row("a")], [], {}, whole=True)
+    changes = [row("b")], [row("a").key], {"note": [1]}
     lock(True)
     with pytest.raises(OSError, match="can't be written: database is locked"):
-        file.write({"b": 2}, ["a"], whole=True)
+        file.write(*changes, whole=True)
     lock(False)
-    file.write({"b": 2}, ["a"], whole=True)
-    assert file.load() == {"b": 2}
+    file.write(*changes, whole=True)
+    assert file.load() == ([row("b")], {"note": [1]})
     file.close()
 
 
@@ -382,11 +344,7 @@ def listed(rows, order, descending):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("many", [5000, 20])
-async def test_pages_are_what_sorting_all_rows_would_give(opened, seed, many, monkeypatch):
-    """Whatever was put, used and discarded in between, and while the lists are brought up to date."""
-    monkeypatch.setattr("gup.control.index._MANY", many)
-    monkeypatch.setattr("gup.control.index._TURN", 7)
+async def test_pages_are_what_sorting_all_rows_would_give(opened, seed):
     chance = random.Random(seed)
     index, _ = await opened()
 
@@ -404,16 +362,15 @@ async def test_pages_are_what_sorting_all_rows_would_give(opened, seed, many, mo
 
     for _ in range(30):
         change()
-        asyncio.get_running_loop().call_soon(change)
         order, descending = chance.choice(list(ORDERS)), chance.random() < 0.5
-        found = await index.page(order, 1000, descending=descending)
+        found = index.page(order, 1000, descending=descending)
         expected = listed(index.rows.values(), order, descending)
         assert found == expected
         if expected:
             last = chance.choice(expected)
             rest = expected[expected.index(last) + 1 :][:5]
             place = ORDERS[order](last), last.key
-            assert await index.page(order, 5, descending=descending, after=place) == rest
+            assert index.page(order, 5, descending=descending, after=place) == rest
 
 
 async def test_rows_are_found_by_their_moniker(opened):
@@ -430,7 +387,7 @@ async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypa
     index, _ = await opened()
     for number in range(2000):
         index.put(row(f"f{number:05}"))
-    await index.page("used", 10)
+    index.page("used", 10)
     looks = 0
 
     def counted(one):
@@ -440,5 +397,5 @@ async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypa
 
     monkeypatch.setitem(ORDERS, "used", counted)
     index.put(index.rows[row("f00005").key].used(1, 0, 9.0))
-    assert [one.file for one in await index.page("used", 2, descending=True)] == ["f00005", "f01999"]
+    assert [one.file for one in index.page("used", 2, descending=True)] == ["f00005", "f01999"]
     assert looks <= 4

@@ -4,12 +4,10 @@ import asyncio
 import json
 import os
 import time
-from dataclasses import asdict, replace
 
 import pytest
 
 from gup.cache.records import CHUNK_BYTES
-from gup.control.integrity_jobs import Pass
 from gup.errors import Problem
 
 BODY = bytes(range(256)) * (CHUNK_BYTES * 3 // 256) + b"the end"
@@ -94,7 +92,7 @@ async def test_a_restart_goes_on_where_it_was(world):
         assert first.running
         assert 2 <= first.checked < 20
         scrubbing(world, scrub_rate=1 << 40)
-        await control.apply(world.settings)
+        await world.apply(control, world.settings)
         await world.until(lambda: control.state.scrubber.progress().ended_at is not None)
         assert control.state.scrubber.progress().checked == 20
 
@@ -108,18 +106,13 @@ async def test_the_rate_is_kept_and_zero_turns_it_off(world):
         assert scrub.progress().rate_bytes_per_second is None
         assert not scrub._due()
         scrubbing(world, scrub_rate=CHUNK_BYTES)
-        await control.apply(world.settings)
+        await world.apply(control, world.settings)
         assert scrub._due()
         await world.until(lambda: scrub.progress().running)
         began = scrub._paid_until = time.monotonic()
         await scrub._pay(CHUNK_BYTES // 2)
         await scrub._pay(CHUNK_BYTES // 8)
         assert time.monotonic() - began >= 0.6
-
-
-@pytest.mark.parametrize("note", [None, {}, {"began_at": "x"}, [1], "text"])
-def test_a_note_that_makes_no_sense_is_a_new_pass(note):
-    assert Pass.from_json(note) == Pass()
 
 
 # --- the operator's verification
@@ -247,10 +240,3 @@ async def test_what_no_upstream_has_any_more_is_removed_and_else_kept(world, slu
     async with world.running():
         await world.until(lambda: bool(world.mends) and path.exists() is left)
     assert path.exists() is left
-
-
-def test_a_pass_is_what_was_kept():
-    kept = Pass(1.0, 0.5, "a", 1, 2, 3, 4)
-    assert Pass.from_json(json.loads(json.dumps(asdict(kept)))) == kept
-    assert kept.running
-    assert not replace(kept, ended_at=2.0).running

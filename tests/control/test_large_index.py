@@ -4,20 +4,20 @@ import asyncio
 
 import pytest
 
-from gup.content.key import Kind
+from gup.content.key import ContentKey, Kind
 from gup.control.alarm_collector import AlarmCollector
 from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
 
-ROWS, CLIENTS = 100_000, 20_000
+ROWS, CLIENTS = 20_000, 20_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
 
 
 def row(number: int) -> Row:
-    stream, revision = MONIKERS[number % 50], f"26{number // 2500:07d}"
-    file = f"xdelta{number % 2500:09d}_To_{revision}.dax"
+    stream, revision = MONIKERS[number % 50], f"26{number // 500:07d}"
+    file = f"xdelta{number % 500:09d}_To_{revision}.dax"
     key = f"any/any/{stream}/{revision}/{file}"
     return Row(key, "any", "any", stream, revision, file, Kind.DELTA, 1000, 1.0, 1.0 + number)
 
@@ -26,14 +26,13 @@ def row(number: int) -> Row:
 async def plane(world):
     """A plane that knows all of it, with a storm that stands."""
     world.now = 3_000_000.0
-    made = ControlState(world.surroundings(world.sender), lambda: world.now)
+    made = ControlState(world.surroundings(), lambda: world.now)
     for number in range(ROWS):
         made.index.put(row(number))
     for number in range(CLIENTS):
         made.clients.see([f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"], world.now - number)
     stream = ("any", "any", MONIKERS[0])
-    for _ in range(50):
-        made.traffic.storms.count(stream, Kind.FULL, row(0).key, 1, world.now)
+    made.traffic.sent(ContentKey(*stream, "260000000", "full.zip"), 50)
     yield made
     made.index._dirty.clear()
     await made.database.stop()
@@ -54,7 +53,7 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     plane.index.rows = Untouched(plane.index.rows)
     watch = AlarmCollector(plane)
     await watch.look()
-    (storm,) = plane.traffic.standing_storms()
+    (storm,) = plane.traffic.storms()
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
     await plane.figures()

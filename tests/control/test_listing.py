@@ -29,24 +29,22 @@ def index_of(tmp_path, rows):
     return index
 
 
-@pytest.mark.parametrize("order", ["key", "-key", "length", "-length", "stored", "-stored"])
 @pytest.mark.parametrize("filters", [{}, {"kind": "full"}])
-async def test_pages_together_are_the_whole_list_once(order, filters, tmp_path):
-    rows, seen, cursor = rows_of(53), [], None
+async def test_pages_together_are_the_whole_list_once(filters, tmp_path):
+    rows = rows_of(53)
     index = index_of(tmp_path, rows)
-    while True:
-        query = Listing.model_validate({"order": order, "limit": "10", "cursor": cursor} | filters)
-        found = await page_of(index, query, labels)
-        assert found.matching == 53
-        seen += found.entries
-        cursor = found.model_dump()["cursor"]
-        if cursor is None:
-            break
-    assert len(seen) == 53
-    assert {one.key for one in seen} == {one.key for one in rows}
-    lengths = [one.length_bytes for one in seen]
-    if "length" in order:
-        assert lengths == sorted(lengths, reverse=order.startswith("-"))
+    for order in ("key", "-key", "length", "-length", "stored", "-stored"):
+        seen, cursor = [], None
+        while cursor is not None or not seen:
+            query = Listing.model_validate({"order": order, "limit": "10", "cursor": cursor} | filters)
+            found = await page_of(index, query, labels)
+            assert found.matching == 53
+            seen += found.entries
+            cursor = found.model_dump()["cursor"]
+        assert sorted(one.key for one in seen) == sorted(one.key for one in rows)
+        lengths = [one.length_bytes for one in seen]
+        if "length" in order:
+            assert lengths == sorted(lengths, reverse=order.startswith("-"))
 
 
 def labels(_):
@@ -72,11 +70,8 @@ def test_filters_choose():
 
 def test_a_delta_tells_its_step():
     told = shown(row("xdelta260101001_To_260102007.dax", Kind.DELTA), labels(row()))
-    assert (told.from_revision, told.to_revision, told.content_revision) == (
-        "260101001",
-        "260102007",
-        "260102007",
-    )
+    assert (told.from_revision, told.to_revision) == ("260101001", "260102007")
+    assert told.content_revision == "260102007"
     assert (told.product, told.revision) == ("Virus Definitions", "260101001")
     assert shown(row(), labels(row())).to_revision is None
 
@@ -84,13 +79,13 @@ def test_a_delta_tells_its_step():
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"order": "age"}, {"limit": "0"}, {"limit": "1001"}, {"limit": "ten"}, {"limit": "²"},
-        {"kind": "odd"}, {"cursor": "%%"}, {"cursor": "e30="}, {"cursor": "WzEsMl0="}, {"sort": "key"},
-        {"cursor": "W05hTiwgIngiXQ=="}, {"order": "--key"}, {"version": ""}, {"limit": "1_0"},
+        *({"limit": wrong} for wrong in ("0", "1001", "ten", "²", "1_0")),
+        *({"cursor": wrong} for wrong in ("%%", "e30=", "WzEsMl0=", "W05hTiwgIngiXQ==")),
+        *({"order": "age"}, {"order": "--key"}, {"kind": "odd"}, {"sort": "key"}, {"version": ""}),
     ],
-)  # fmt: skip
+)
 def test_wrong_parameters_are_named(parameters):
-    with pytest.raises(ValueError, match=r"limit|order|kind|cursor|version|sort"):
+    with pytest.raises(ValueError, match=next(iter(parameters))):
         Listing.model_validate(parameters)
 
 

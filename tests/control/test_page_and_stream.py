@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
@@ -16,53 +16,32 @@ from gup.control.page.live import MAX_LISTENERS, Page
 from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
 
 SPACE = "\N{NO-BREAK SPACE}"
+SIZES = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 99_949: "99.9 kB", 999_400: "999 kB", 999_500: "1.0 MB"}
+SIZES |= {
+    1_234_567_890: "1.2 GB",
+    20_000_000_000: "20.0 GB",
+    5_432e12: "5.4 PB",
+    -1500: "\N{MINUS SIGN}1.5 kB",
+}
+SHARES = {0: "0 %", 0.004: "0.4 %", 0.5: "50 %", 0.9996: "99.9 %", 1: "100 %", -0.25: "\N{MINUS SIGN}25 %"}
+SPANS = {-3: "0 s", 59.9: "60 s", 60: "1 min", 7200: "2 h", 1e6: "11 d"}
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (99_949, "99.9 kB"),
-        (999_400, "999 kB"),
-        (999_500, "1.0 MB"),
-        (1_234_567_890, "1.2 GB"),
-        (20_000_000_000, "20.0 GB"),
-        (5_432e12, "5.4 PB"),
-        (-1500, "\N{MINUS SIGN}1.5 kB"),
-    ],
+    ("word", "rows"), [(render.size, SIZES), (render.percent, SHARES), (render.span, SPANS)]
 )
-def test_sizes(count, shown):
-    assert render.size(count) == shown.replace(" ", SPACE)
-
-
-@pytest.mark.parametrize(
-    ("part", "shown"),
-    [
-        (0, "0 %"),
-        (0.004, "0.4 %"),
-        (0.5, "50 %"),
-        (0.9996, "99.9 %"),
-        (1, "100 %"),
-        (-0.25, "\N{MINUS SIGN}25 %"),
-    ],
-)
-def test_shares_are_never_rounded_to_all_or_nothing(part, shown):
-    assert render.percent(part) == shown.replace(" ", SPACE)
+def test_figures_in_words(word, rows):
+    """Shares are never rounded to all or nothing."""
+    assert {given: word(given) for given in rows} == {
+        given: shown.replace(" ", SPACE) for given, shown in rows.items()
+    }
 
 
 @given(st.floats(-1e18, 1e18))
+@settings(max_examples=50)
 def test_every_size_has_at_most_three_digits_before_its_point(count):
     number = render.size(count).split(SPACE)[0]
     assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "PB" in render.size(count)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(-3, "0 s"), (59.9, "60 s"), (60, "1 min"), (7200, "2 h"), (1e6, "11 d")]
-)
-def test_spans_of_time(seconds, shown):
-    assert render.span(seconds) == shown.replace(" ", SPACE)
 
 
 def row(stream, revision, file, *, hits=0, length=100, at=5.0):
@@ -109,36 +88,22 @@ def test_bodies_without_a_revision_are_told_by_their_file():
     assert {revision["name"] for revision in held["revisions"]} == {"ContentInfo.txt", "a/b.flg"}
 
 
-async def test_what_is_dear_is_found_once_for_all_and_stands():
-    finding = asyncio.Event()
-    asked = 0
+async def test_what_is_dear_is_found_once_for_all_and_stands_and_a_failure_does_not():
+    finding, answers = asyncio.Event(), iter([OSError("not now"), 1, 2])
 
     async def find():
-        nonlocal asked
-        asked += 1
         await finding.wait()
-        return asked
+        if isinstance(answer := next(answers), OSError):
+            raise answer
+        return answer
 
     kept = Kept(60.0, find)
     waiting = [asyncio.create_task(kept.value()) for _ in range(5)]
     await asyncio.sleep(0)
     finding.set()
-    assert await asyncio.gather(*waiting) == [1] * 5
-    assert await kept.value() == 1
-
-
-async def test_what_could_not_be_found_is_looked_for_again():
-    answers = iter([OSError("not now"), None])
-
-    async def find():
-        if (error := next(answers)) is not None:
-            raise error
-        return "found"
-
-    kept = Kept(60.0, find)
-    with pytest.raises(OSError, match="not now"):
-        await kept.value()
-    assert await kept.value() == "found"
+    failed, *found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(failed, OSError)
+    assert [*found, await kept.value()] == [1] * 5
 
 
 def parsed(message):

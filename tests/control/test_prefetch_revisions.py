@@ -5,11 +5,9 @@ import json
 import pytest
 
 from gup.content.deltas import Folder, named
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey, Kind, delta_step
 from gup.content.routes import path_of
 from gup.control.prefetch import (
-    MAX_PENDING,
-    MAX_QUEUED,
     MAX_REVISIONS,
     Outcome,
     PrefetchQueue,
@@ -38,7 +36,7 @@ def learn(revisions: Revisions, key: ContentKey, now: float = 0.0, moniker: str 
 
 def wanted(revisions: Revisions, now: float = 0.0, most: int = 8) -> tuple[str, list[str]]:
     found = revisions.announced(STREAM, now, within_seconds=7 * DAY, most=most)
-    return found.revision, list(found.from_revisions)
+    return found.revision, [delta_step(path.rpartition("/")[2]).from_revision for path in found.paths]
 
 
 def test_the_first_that_names_a_revision_announces_it_to_all_others():
@@ -185,23 +183,24 @@ def test_a_newer_revision_takes_the_place_of_an_older_one():
 
 def test_moves_that_make_no_sense_are_our_mistake():
     one = wish()
+    one.move(Outcome.FETCHING, 1.0)
     one.move(Outcome.PRESENT, 1.0)
     with pytest.raises(AssertionError):
         one.move(Outcome.FETCHING, 2.0)
 
 
-def test_the_list_is_bounded_and_forgets_what_has_ended():
+def test_the_list_is_bounded_and_forgets_what_has_ended(monkeypatch):
+    monkeypatch.setattr("gup.control.prefetch.MAX_PENDING", 45)
+    monkeypatch.setattr("gup.control.prefetch.MAX_QUEUED", 50)
     wishes = PrefetchQueue()
-    for number in range(MAX_PENDING):
-        assert wishes.add(wish(number))
-    assert not wishes.add(wish(MAX_PENDING))
+    assert all(wishes.add(wish(number)) for number in range(45))
+    assert not wishes.add(wish(45))
     for one in list(wishes):
         wishes.move(one, Outcome.FETCHING, 1.0)
         wishes.move(one, Outcome.ABSENT, 2.0)
-    for number in range(MAX_PENDING, MAX_PENDING + 500):
-        assert wishes.add(wish(number))
-    assert len(wishes) == MAX_QUEUED
-    assert wishes.pending == 500
+    assert all(wishes.add(wish(number)) for number in range(45, 70))
+    assert len(list(wishes)) == 50
+    assert wishes.pending == 25
 
 
 def test_the_list_is_kept_and_what_was_being_fetched_is_tried_again():

@@ -6,6 +6,7 @@ import pytest
 from harness.control import limited
 
 from gup.content.key import Kind
+from gup.control.eviction import remove_part
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
@@ -72,7 +73,7 @@ async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
     for key in (filled.key, under_way):
         assert world.claims.try_claim(key.claim_offset)
     async with world.running() as control:
-        await control.apply(limited(world.settings, max_size=0))
+        await world.apply(control, limited(world.settings, max_size=0))
         async with browser.post(world.url + "/api/v1/evict") as answer:
             assert answer.status == 200
         await world.until(lambda: set(control.state.index.rows) == {pinned.key.text, filled.key.text})
@@ -102,5 +103,5 @@ async def test_a_part_that_went_on_meanwhile_is_not_removed(world):
     async with world.running() as control:
         (part,) = (await control.state.evictor.measure()).parts
         await asyncio.to_thread(world.begin_part, key, b"more" * 9, 99)
-        assert not await asyncio.to_thread(control.state.evictor._remove_part, part)
+        assert not await asyncio.to_thread(remove_part, world.store, part)
     assert world.store.part_path(key.id, 1).exists()

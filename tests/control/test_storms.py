@@ -1,108 +1,123 @@
 """Storms of fulls: when one begins and ends, who makes it, what it costs; and what is asked for in vain."""
 
 import logging
+from types import SimpleNamespace
 
-from gup.content.key import Kind
-from gup.control.traffic import CALM_SECONDS, FULLS, MAX_ADDRESSES, WINDOW_SECONDS, Demand, Storms, Unmet
+import pytest
+
+from gup.content.key import ContentKey
+from gup.control.traffic import CALM_SECONDS, FULLS, MAX_ADDRESSES, WINDOW_SECONDS, Traffic, Unmet
 
 STREAM = ("any", "any", "{A}")
-FULL, OTHER_FULL = "any/any/{A}/260101002/full.zip", "any/any/{A}/260101001/full.zip"
-DELTA = "any/any/{A}/260101001/xdelta260101001_To_260101002.dax"
+FULL, OTHER_FULL = ContentKey(*STREAM, "260101002", "full.zip"), ContentKey(*STREAM, "260101001", "full.zip")
+DELTA = ContentKey(*STREAM, "260101001", "xdelta260101001_To_260101002.dax")
 
 
-def always(_stream) -> bool:
-    return True
+class Site:
+    """Traffic over an index that holds two deltas of 2 bytes each, at a time that the test sets."""
+
+    def __init__(self) -> None:
+        self.now, self.deltas = 0.0, (2, 4)
+        self.rows = {
+            FULL.text: SimpleNamespace(length_bytes=100),
+            OTHER_FULL.text: SimpleNamespace(length_bytes=50),
+        }
+        index = SimpleNamespace(rows=self.rows, deltas=lambda _stream: self.deltas)
+        self.traffic = Traffic(index, lambda: self.now)
+
+    def sent(self, key: ContentKey, times: int) -> None:
+        self.traffic.sent(key, times)
+
+    def storm(self, now: float) -> bool:
+        self.now = now
+        self.traffic.look()
+        return self.traffic.flags()[STREAM]
+
+    def missed(self, revision: str, now: float) -> None:
+        self.now = now
+        self.traffic.missed(ContentKey(*STREAM, revision, "full.zip"))
+
+    def unmet(self, now: float) -> dict:
+        self.now = now
+        return self.traffic.unmet()
 
 
-def never(_stream) -> bool:
-    return False
+@pytest.fixture
+def site() -> Site:
+    return Site()
 
 
-def test_many_fulls_are_a_storm_only_where_deltas_exist_and_are_asked_for_less():
-    storms = Storms()
-    storms.count(STREAM, Kind.FULL, FULL, FULLS - 1, 0.0)
-    storms.look(1.0, always)
-    assert storms.flags() == {STREAM: False}
-    storms.count(STREAM, Kind.FULL, FULL, 1, 1.0)
-    storms.look(1.0, never)
-    assert storms.flags() == {STREAM: False}
-    storms.look(1.0, always)
-    assert storms.flags() == {STREAM: True}
-    few = Storms()
-    few.count(STREAM, Kind.DELTA, DELTA, FULLS, 0.0)
-    few.count(STREAM, Kind.FULL, FULL, FULLS, 0.0)
-    few.look(0.0, always)
-    assert few.flags() == {STREAM: False}
+def test_many_fulls_are_a_storm_only_where_deltas_exist_and_are_asked_for_less(site):
+    site.sent(FULL, FULLS - 1)
+    assert not site.storm(1.0)
+    site.sent(FULL, 1)
+    site.deltas = (0, 0)
+    assert not site.storm(1.0)
+    site.deltas = (2, 4)
+    assert site.storm(1.0)
+    few = Site()
+    few.sent(DELTA, FULLS)
+    few.sent(FULL, FULLS)
+    assert not few.storm(0.0)
 
 
-def test_a_storm_ends_when_it_has_been_calm_for_a_while_and_both_are_logged_once(caplog):
-    storms = Storms()
-    storms.count(STREAM, Kind.FULL, FULL, FULLS, 0.0)
+def test_a_storm_ends_when_it_has_been_calm_for_a_while_and_both_are_logged_once(site, caplog):
+    site.sent(FULL, FULLS)
     with caplog.at_level(logging.WARNING):
-        for second in range(10):
-            storms.look(float(second), always)
-        storms.count(STREAM, Kind.DELTA, DELTA, 10 * FULLS, 10.0)
-        storms.look(9.0 + CALM_SECONDS - 1, always)
-        assert storms.flags() == {STREAM: True}
-        storms.look(9.0 + CALM_SECONDS, always)
-        assert storms.flags() == {STREAM: False}
+        assert all(site.storm(float(second)) for second in range(10))
+        site.sent(DELTA, 10 * FULLS)
+        assert site.storm(9.0 + CALM_SECONDS - 1)
+        assert not site.storm(9.0 + CALM_SECONDS)
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "a storm of fulls",
         "the storm of fulls of any/any/{A} is over, after 9 s",
     ]
 
 
-def test_fulls_are_counted_over_this_window_and_the_last():
-    storms = Storms()
-    storms.count(STREAM, Kind.FULL, FULL, FULLS // 2, WINDOW_SECONDS - 1)
-    storms.count(STREAM, Kind.FULL, FULL, FULLS // 2, WINDOW_SECONDS)
-    storms.look(WINDOW_SECONDS, always)
-    assert storms.flags() == {STREAM: True}
-    for second in range(int(2 * WINDOW_SECONDS), int(2 * WINDOW_SECONDS + CALM_SECONDS) + 2):
-        storms.look(float(second), always)
-    assert storms.flags() == {STREAM: False}
+def test_fulls_are_counted_over_this_window_and_the_last(site):
+    site.now = WINDOW_SECONDS - 1
+    site.sent(FULL, FULLS // 2)
+    site.now = WINDOW_SECONDS
+    site.sent(FULL, FULLS // 2)
+    assert site.storm(WINDOW_SECONDS)
+    assert not site.storm(2 * WINDOW_SECONDS + CALM_SECONDS)
 
 
-def test_a_storm_tells_who_how_many_and_what_it_costs():
-    storms = Storms()
-    storms.count(STREAM, Kind.FULL, FULL, 30, 5.0)
-    storms.count(STREAM, Kind.FULL, OTHER_FULL, 10, 5.0)
-    storms.count(STREAM, Kind.DELTA, DELTA, 3, 5.0)
+def test_a_storm_tells_who_how_many_and_what_it_costs(site):
+    for key, times in ((FULL, 30), (OTHER_FULL, 10), (DELTA, 3)):
+        site.sent(key, times)
     for number in range(30):
-        storms.note_client(STREAM, f"10.0.0.{number}", 1 + (number == 7), 5.0)
-    storms.look(6.0, always)
-    lengths = {FULL: 100, OTHER_FULL: 50}
-    [storm] = storms.standing(lengths.__getitem__, lambda _: 2)
+        site.traffic.note_client(FULL, f"10.0.0.{number}", 1 + (number == 7))
+    site.storm(6.0)
+    [storm] = site.traffic.storms()
     assert (storm.stream, storm.since, storm.fulls, storm.deltas) == (STREAM, 6.0, 40, 3)
     assert (storm.clients, len(storm.addresses), storm.addresses[0]) == (30, 20, "10.0.0.7")
     assert (storm.lan_bytes, storm.wan_bytes, storm.delta_bytes) == (3500, 150, 2)
 
 
-def test_memory_is_bounded():
-    storms = Storms()
-    for number in range(2 * MAX_ADDRESSES):
-        storms.note_client(STREAM, str(number), 1, 0.0)
+def test_memory_is_bounded(site):
     for number in range(1000):
-        storms.count(("any", "any", str(number)), Kind.FULL, FULL, FULLS, 0.0)
-    storms.look(0.0, always)
-    assert len(storms.flags()) == 50
-    assert all(storm.clients <= MAX_ADDRESSES for storm in storms.standing(lambda _: 0, lambda _: 0))
+        site.sent(ContentKey("any", "any", str(number), "260101002", "full.zip"), FULLS)
+    for number in range(2 * MAX_ADDRESSES):
+        site.traffic.note_client(FULL, str(number), 1)
+    site.sent(FULL, FULLS)
+    assert site.storm(0.0)
+    assert len(site.traffic.flags()) == 50
+    assert max(storm.clients for storm in site.traffic.storms()) == MAX_ADDRESSES
 
 
-def test_what_is_asked_for_in_vain_is_remembered_while_somebody_asks():
-    demand = Demand()
-    demand.met(STREAM, "260101001")
-    assert demand.newest() == {STREAM: "260101001"}
-    demand.unmet(STREAM, "260102001", 10.0)
-    demand.unmet(STREAM, "260102001", 400.0)
-    demand.unmet(STREAM, "260101009", 401.0)
-    assert demand.missed(402.0) == {STREAM: Unmet("260102001", 10.0, 400.0)}
-    assert demand.newest() == {STREAM: "260101001"}
-    assert demand.missed(5000.0) == {}
-    demand.unmet(STREAM, "260102001", 5000.0)
-    assert demand.missed(5000.0) == {STREAM: Unmet("260102001", 5000.0, 5000.0)}
-    demand.met(STREAM, "260102001")
-    assert demand.missed(5000.0) == {}
+def test_what_is_asked_for_in_vain_is_remembered_while_somebody_asks(site):
+    site.sent(OTHER_FULL, 1)
+    site.missed("260102001", 10.0)
+    site.missed("260102001", 400.0)
+    site.missed("260101009", 401.0)
+    assert site.unmet(402.0) == {STREAM: Unmet("260102001", 10.0, 400.0)}
+    assert site.traffic.newest() == {STREAM: "260101001"}
+    assert site.unmet(5000.0) == {}
+    site.missed("260102001", 5000.0)
+    assert site.unmet(5000.0) == {STREAM: Unmet("260102001", 5000.0, 5000.0)}
+    site.sent(ContentKey(*STREAM, "260102001", "full.zip"), 1)
+    assert site.unmet(5000.0) == {}
     for number in range(100):
-        demand.unmet(STREAM, f"2602{number:05}", 5000.0)
-    assert demand.missed(5000.0)[STREAM].revision == "260200099"
+        site.missed(f"2602{number:05}", 5000.0)
+    assert site.unmet(5000.0)[STREAM].revision == "260200099"

@@ -255,7 +255,7 @@ async def test_who_was_not_seen_for_long_is_forgotten(site, browser):
         await asked(browser, site, "/clients", clients=6)
         site.now += 89.5 * DAY
         for changes, known in (({}, 5), ({"max_clients": 3}, 3)):
-            control.state.settings = reporting(site, **changes)
+            site.settings = reporting(site, **changes)
             await control.state.reports.prune()
             assert (await get(browser, site, "/clients"))["known"] == known
 

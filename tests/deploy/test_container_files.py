@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from harness.deployed import DEPLOY, load, program, run
+from harness.deployed import DEPLOY, load, run
+from harness.processes import needs
 
 DOCKERFILE = DEPLOY / "container" / "Dockerfile"
 COMPOSE = DEPLOY / "container" / "compose.yml"
@@ -36,7 +37,7 @@ def test_the_image_has_two_stages_and_no_root():
 
 
 def test_the_compose_file_is_valid_and_complete():
-    run(program("docker-compose"), "-f", COMPOSE, "config", "--quiet", env=environment(**GIVEN))
+    run(needs("docker-compose"), "-f", COMPOSE, "config", "--quiet", env=environment(**GIVEN))
     services = load(COMPOSE)["services"]
     assert set(services) == {"gup", "prometheus", "grafana"}
     for name, service in services.items():
@@ -55,7 +56,7 @@ def test_every_file_that_is_mounted_is_there():
 
 def test_what_must_be_given_is_asked_for():
     only = {name: value for name, value in GIVEN.items() if name != "GUP_UPSTREAM"}
-    said = run(program("docker-compose"), "-f", COMPOSE, "config", status=1, env=environment(**only))
+    said = run(needs("docker-compose"), "-f", COMPOSE, "config", status=1, env=environment(**only))
     assert "the management server's URL" in said
 
 

@@ -4,7 +4,8 @@ import json
 import time
 
 import pytest
-from harness.deployed import DEPLOY, program, rules, run
+from harness.deployed import DEPLOY, rules, run
+from harness.processes import needs
 from harness.prometheus import Prometheus
 from harness.service import Gup
 from harness.trees import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
@@ -129,5 +130,5 @@ def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
         prometheus.settled(lambda: problems_of_figures(prometheus, gup))
         sites = prometheus.label_values("site", "gup_build_info")  # what the dashboards' variable asks for
         assert sites == ["lyon"]
-        run(program("promtool"), "check", "metrics", input=gup.metrics().text)
+        run(needs("promtool"), "check", "metrics", input=gup.metrics().text)
         assert gup.stop() == 0

@@ -4,7 +4,8 @@ import re
 import sys
 from pathlib import Path
 
-from harness.deployed import DEPLOY, load, program
+from harness.deployed import DEPLOY, load
+from harness.processes import needs, needs_root
 from harness.service import Gup
 from harness.trees import DELTA, make_tree
 from harness.upstreams import Nginx
@@ -23,7 +24,8 @@ exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    unshare = [program("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
+    needs_root()
+    unshare = [needs("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
 
     class Confined(Gup):
         PROGRAM = (*unshare, sys.executable, "-B", "-m", "gup")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from harness.clients import fetch
-from harness.deployed import DEPLOY, program, run
-from harness.processes import MARK, end, environment, free_port, listens
+from harness.deployed import DEPLOY, run
+from harness.processes import MARK, end, environment, free_port, listens, needs
 from harness.service import Gup
 from harness.waiting import until
 
@@ -30,12 +30,12 @@ def units(tmp_path):
 
 
 def test_systemd_verifies_the_units(units):
-    assert run(program("systemd-analyze"), "verify", units / "gup.service", units / "gup.socket") == ""
+    assert run(needs("systemd-analyze"), "verify", units / "gup.service", units / "gup.socket") == ""
 
 
 def test_the_unit_is_hardened():
     said = run(
-        *(program("systemd-analyze"), "security", "--no-pager", "--offline=yes", f"--threshold={EXPOSURE}"),
+        *(needs("systemd-analyze"), "security", "--no-pager", "--offline=yes", f"--threshold={EXPOSURE}"),
         UNITS / "gup.service",
     )
     assert "Overall exposure level for gup.service" in said
@@ -49,7 +49,7 @@ def test_the_unit_gives_what_gup_needs():
 
 def test_the_user_is_made(tmp_path):
     (tmp_path / "etc").mkdir()
-    run(program("systemd-sysusers"), f"--root={tmp_path}", UNITS / "gup.sysusers")
+    run(needs("systemd-sysusers"), f"--root={tmp_path}", UNITS / "gup.sysusers")
     entry = (tmp_path / "etc" / "passwd").read_text()
     assert entry.startswith("gup:")
     assert entry.strip().endswith("/var/lib/gup:/usr/sbin/nologin")
@@ -87,7 +87,7 @@ def test_a_gup_started_for_a_socket_of_systemd_serves_on_it(tmp_path):
     """systemd-socket-activate listens, and becomes gup when the first client connects."""
     data, mark = free_port(), tmp_path.name + str(os.getpid())
     command = [
-        program("systemd-socket-activate"),
+        needs("systemd-socket-activate"),
         f"--listen=127.0.0.1:{data}",
         "--fdname=data",
         f"--setenv={MARK}",

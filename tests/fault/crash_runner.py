@@ -12,18 +12,23 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp  # noqa: F401 - imported late otherwise, in each run
 from harness.caches import Cut, Worker, path_of, read, route, working
 from harness.crashing import Crash, install
-
-from gup.cache.recovery import Recovery
-from gup.config import Cache
-from gup.content.key import ContentKey, Variant
-from gup.control.eviction import Evictor
-from gup.control.index import Index
-from gup.control.reconcile import change, reconcile
-from gup.errors import Problem
+from harness.internals import (
+    CacheSettings,
+    ContentKey,
+    Evictor,
+    Index,
+    Problem,
+    Recovery,
+    Variant,
+    change,
+    reconcile,
+)
 
 FULL = path_of("full.dax")
 ZIP = path_of("full.zip")
@@ -72,26 +77,26 @@ async def unmended(_key: ContentKey, _counted: bool) -> Problem | None:
     return Problem("no-upstream", "none is there")
 
 
-async def space_of(worker: Worker, max_size: int) -> tuple[Evictor, Index]:
+async def space_of(worker: Worker, max_size: int) -> Evictor:
     """The controller's eviction over what is in the store."""
     means = worker.means
-    index = Index(means.store.index, lambda: None)
-    await reconcile(index, means.store, means.claims, means.counters, unmended, time.time())
-    limits = Cache(directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0)
-    return (
-        Evictor(
-            means.store,
-            means.claims,
-            means.counters,
-            index,
-            limits,
-            raise_store_epoch=means.raise_store_epoch,
-            set_store_bytes=lambda _: None,
-            promised_bytes=lambda: 0,
-            now=lambda _uses: time.time(),
-        ),
-        index,
+    cache = CacheSettings(
+        directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0
     )
+    dependencies: Any = SimpleNamespace(
+        settings=lambda: SimpleNamespace(cache=cache),
+        store=means.store,
+        claims=means.claims,
+        counters=means.counters,
+        mend=unmended,
+        raise_store_epoch=means.raise_store_epoch,
+        set_store_bytes=lambda _: None,
+        promised_bytes=lambda: 0,
+        drop_memory=lambda _key: 0,
+    )
+    index = Index(means.store.index, lambda: None, lambda _refusal: None)
+    await reconcile(dependencies, index, time.time())
+    return Evictor(dependencies, index, lambda _uses: time.time())
 
 
 async def _recover(worker: Worker, crash: Crash) -> None:
@@ -105,12 +110,12 @@ async def _recover(worker: Worker, crash: Crash) -> None:
 
 
 async def _evict(worker: Worker, crash: Crash) -> None:
-    space, _ = await space_of(worker, max_size=1_500_000)
+    space = await space_of(worker, max_size=1_500_000)
     crash.mark(f"evicted {len(await space.evict())}")
 
 
 async def _purge(worker: Worker, crash: Crash) -> None:
-    space, _ = await space_of(worker, max_size=1 << 40)
+    space = await space_of(worker, max_size=1 << 40)
     await space.purge(key_of(FULL))
     crash.mark("purged")
 

@@ -17,22 +17,18 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
 from harness.caches import Cut, Worker, working
 from harness.crashing import cut_power
+from harness.internals import CHUNK_BYTES, ContentKey, Index, Problem, Record, Store, reconcile
 from harness.invariants import bodies_of, violations
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
 from harness.trees import zip_of
-
-from gup.cache.records import CHUNK_BYTES, Record
-from gup.cache.store import Store
-from gup.content.key import ContentKey
-from gup.control.index import Index
-from gup.control.reconcile import reconcile
-from gup.errors import Problem
 
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 BODY = random.Random("body").randbytes(CHUNK_BYTES + 200_000)
@@ -164,8 +160,6 @@ class Runner:
         log = self.folder / f"{self._runs}.log"
         shutil.copytree(template, root)
         order = {"scenario": scenario, "root": str(root), "url": url, "log": str(log), "at": at, "torn": torn}
-        assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         status = int(self._process.stdout.readline())
@@ -174,11 +168,7 @@ class Runner:
         return Run(root, log, status, [line for line in lines if not line.startswith("mark ")], marks)
 
     def close(self) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.communicate()
 
 
 @dataclass(frozen=True)
@@ -203,22 +193,15 @@ def upstream() -> Iterator[ScriptedUpstream]:
         yield scripted
 
 
-@pytest.mark.parametrize("scenario", CASES)
-async def test_a_few_points(tmp_path, runner, upstream, scenario):
-    await _crash_at_points(tmp_path, runner, upstream, scenario, POINTS)
-
-
-@pytest.mark.long
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "most", [POINTS, pytest.param(None, marks=pytest.mark.long)], ids=["a few", "every one"]
+)
 @pytest.mark.parametrize("scenario", CASES)
-async def test_every_point(tmp_path, runner, upstream, scenario):
-    await _crash_at_points(tmp_path, runner, upstream, scenario, None)
-
-
-async def _crash_at_points(
-    folder: Path, runner: Runner, upstream: ScriptedUpstream, scenario: str, most: int | None
-) -> None:
-    case, template = CASES[scenario], folder / "template"
+async def test_a_crash_at_any_point_loses_nothing_and_leaves_nothing(
+    tmp_path, runner, upstream, scenario, most
+):
+    case, template = CASES[scenario], tmp_path / "template"
     await case.prepare(template, upstream)
     whole = await _run(runner, upstream, scenario, template, 0, torn=False)
     assert (whole.status, whole.marks[-1]) == (0, "ended"), whole.marks
@@ -299,12 +282,14 @@ async def _settle(worker: Worker) -> None:
     store, means = worker.means.store, worker.means
 
     async def look_over(now: float) -> Index:
-        index = Index(store.index, lambda: None)
-        await reconcile(index, store, means.claims, means.counters, mend, now)
+        index = Index(store.index, lambda: None, lambda _: None)
+        await reconcile(dependencies, index, now)
         return index
 
     def mend(key: ContentKey, counted: bool) -> Awaitable[Problem | None]:
         return worker.cache.repair(key, counted=counted)
+
+    dependencies: Any = SimpleNamespace(store=store, claims=means.claims, counters=means.counters, mend=mend)
 
     await look_over(time.time() + A_WHILE_SECONDS)
     ahead = 0.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness.clients import fetch
-from harness.images import Image, make_image, shelf
+from harness.disks import Image, make_image, shelf
 from harness.scripted import Answer, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import content_path, noise, zip_of

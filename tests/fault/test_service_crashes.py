@@ -9,7 +9,7 @@ import pytest
 from harness.clients import Ended
 from harness.faults import planned
 from harness.invariants import violations
-from harness.scripted import Answer, ScriptedUpstream
+from harness.scripted import Answer
 from harness.service import Gup
 from harness.trees import BIG, INDEX, content_path, noise, zip_of
 from harness.waiting import until
@@ -41,9 +41,9 @@ def assert_well_after_start(gup: Gup, bodies: dict[str, bytes]) -> None:
     """Served right, and nothing is left once the controller has looked."""
     for path, body in bodies.items():
         until(lambda path=path, body=body: fetched(gup, path) == body, f"{path} is served", 20)
-        gup.wait_stored(path.rpartition("/")[2])
-    until(lambda: gup.metric("gup_fills_in_progress") == 0, "no fill goes on")
-    until(lambda: gup.metric("gup_cache_entries") == len(bodies), "the controller knows them")
+        gup.wait_stored(path)
+    gup.wait_metric(0, "gup_fills_in_progress")
+    gup.wait_metric(len(bodies), "gup_cache_entries")
     until(lambda: not list((gup.cache_dir / "partial").glob("*.tmp")), "what dead writers left is gone")
     assert gup.stop() == 0
     assert violations(gup.cache_dir) == []
@@ -53,22 +53,18 @@ def assert_well_after_start(gup: Gup, bodies: dict[str, bytes]) -> None:
     "point",
     [pytest.param(name, marks=() if name == "before the record" else pytest.mark.long) for name in POINTS],
 )
-def test_the_service_dies_in_a_fill(tmp_path, point):
+def test_the_service_dies_in_a_fill(serve, tmp_path, point):
     call, pattern, nth = POINTS[point]
     body, died = zip_of("service", LENGTH), tmp_path / "died"
     fault = {"call": call, "path": pattern, "do": "kill-service", "nth": nth, "once": str(died)}
-    with ScriptedUpstream() as upstream:
-        upstream.answer(BIG, Answer(body, etag='"a"'))
-        with Gup(tmp_path / "cache", [upstream.url], env=planned(fault)) as gup:
-            assert fetched(gup, BIG) in (None, body)
-            until(died.exists, "it has died")
-            gup.kill()
-            gup.start()
-            assert_well_after_start(gup, {BIG: body})
+    gup, _ = serve({BIG: body}, env=planned(fault))
+    assert fetched(gup, BIG) in (None, body)
+    until(died.exists, "it has died")
+    gup.kill()
+    gup.start()
+    assert_well_after_start(gup, {BIG: body})
 
 
-@pytest.mark.long
-@pytest.mark.timeout(300)
 def start_again(gup: Gup, deaths: int) -> None:
     """Start until it serves: a start makes changes too, so it may die in one, `deaths` times at most."""
     gup.kill()
@@ -81,46 +77,42 @@ def start_again(gup: Gup, deaths: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("round_", range(24))
-def test_the_service_dies_anywhere(tmp_path, round_):
+def test_the_service_dies_anywhere(serve, tmp_path, round_):
     """Random: which process dies, at which of its changes, alone or with all others; then once more."""
     chance = random.Random(f"{SEED} {round_}")
-    bodies = {
-        content_path("full.zip", revision=f"26080{n}001"): zip_of(f"any {n}", LENGTH) for n in range(1, 5)
+    paths = [content_path("full.zip", revision=f"26080{n}001") for n in range(1, 5)]
+    bodies = {path: zip_of(path, LENGTH) for path in paths} | {INDEX: noise("index", 5000)}
+    cuts = [chance.choice([None, 700_000]) for _ in bodies]
+    answers = {
+        path: Answer(body, etag='"a"', cut_after=cut)
+        for (path, body), cut in zip(bodies.items(), cuts, strict=True)
     }
-    bodies[INDEX] = noise("index", 5000)
-    with ScriptedUpstream() as upstream:
-        for path, body in bodies.items():
-            upstream.answer(path, Answer(body, etag='"a"', cut_after=chance.choice([None, 700_000])))
-        flags = [tmp_path / f"died{number}" for number in range(3)]
-        faults = [
-            {
-                "call": CHANGES,
-                "path": "*",
-                "do": chance.choice(["kill", "kill-after", "kill-service"]),
-                "nth": chance.randrange(20, 400),
-                "process": chance.choice(["worker", "worker", "controller"]),
-                "once": str(flag),
-            }
-            for flag in flags
-        ]
-        settings = {
-            "upstream": [{"url": upstream.url, "health_interval": "0s"}],
-            "cache": {"keep_revisions": 0, "error_ttl": "100ms", "index_ttl": "100ms"},
+    flags = [tmp_path / f"died{number}" for number in range(3)]
+    faults = [
+        {
+            "call": CHANGES,
+            "path": "*",
+            "do": chance.choice(["kill", "kill-after", "kill-service"]),
+            "nth": chance.randrange(20, 400),
+            "process": chance.choice(["worker", "worker", "controller"]),
+            "once": str(flag),
         }
-        with Gup(tmp_path / "cache", settings=settings, env=planned(*faults), start=False) as gup:
-            start_again(gup, len(flags))
-            deadline = time.monotonic() + 15
-            while time.monotonic() < deadline and not all(flag.exists() for flag in flags):
-                for path, body in bodies.items():
-                    assert fetched(gup, path) in (None, body)
-                    if gup.process.poll() is not None:
-                        start_again(gup, len(flags))
-                if chance.random() < 0.3:
-                    with contextlib.suppress(OSError, Ended):  # the controller may be the one that died
-                        key = chance.choice(sorted(gup.bodies()) or ["none"])
-                        gup.api(f"/api/v1/content/{key}", method="DELETE")
-            gup.kill()
-            for flag in flags:
-                flag.touch()  # no more deaths
-            gup.start()
-            assert_well_after_start(gup, bodies)
+        for flag in flags
+    ]
+    cache = {"keep_revisions": 0, "error_ttl": "100ms", "index_ttl": "100ms"}
+    gup, _ = serve(answers, each={"health_interval": "0s"}, cache=cache, env=planned(*faults), start=False)
+    start_again(gup, len(flags))
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and not all(flag.exists() for flag in flags):
+        for path, body in bodies.items():
+            assert fetched(gup, path) in (None, body)
+            if gup.process.poll() is not None:
+                start_again(gup, len(flags))
+        if chance.random() < 0.3:
+            with contextlib.suppress(OSError, Ended):  # the controller may be the one that died
+                gup.api(f"/api/v1/content/{chance.choice(sorted(gup.bodies()) or ['none'])}", "DELETE")
+    gup.kill()
+    for flag in flags:
+        flag.touch()  # no more deaths
+    gup.start()
+    assert_well_after_start(gup, bodies)

@@ -1,16 +1,14 @@
 """Upstreams that break off, hang, die or come back as another: attached clients notice nothing or are cut."""
 
-import contextlib
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
-from harness.swarm import Client, End, Swarm, body_digest
+from harness.swarm import Client, End, body_digest
 from harness.trees import BIG, zip_of
 from harness.waiting import until
 
@@ -18,38 +16,12 @@ LENGTH = 6_000_000
 HALF = LENGTH // 2
 MEGABYTE = 1_000_000
 CLIENTS = 100
+BODY = zip_of("faults", LENGTH)
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 LONG = pytest.mark.long
 OVERLAP_BYTES = 64 * 1024
-QUICK = {
-    "connect_timeout": "500ms",
-    "read_timeout": "3s",
-    "give_up": "1s",
-    "health_interval": "0s",
-}
-
-
-@dataclass
-class Site:
-    gup: Gup
-    swarm: Swarm
-
-    def received(self, **labels: str) -> float:
-        return self.gup.metric("gup_upstream_received_bytes_total", **labels)
-
-
-@contextlib.contextmanager
-def site(folder, upstreams: Sequence[ScriptedUpstream], **each: str) -> Iterator[Site]:
-    """A service of two workers before these upstreams, the first preferred."""
-    tables = [
-        {"name": f"u{number}", "url": upstream.url, "priority": number, **QUICK, **each}
-        for number, upstream in enumerate(upstreams)
-    ]
-    with (
-        Gup(folder / "cache", settings={"upstream": tables, "cache": {"error_ttl": "100ms"}}) as gup,
-        Swarm(gup.data) as swarm,
-    ):
-        yield Site(gup, swarm)
+QUICK = {"connect_timeout": "5s", "read_timeout": "3s", "give_up": "1s", "health_interval": "0s"}
+SOON = {"error_ttl": "100ms"}
 
 
 def assert_all_right(clients: list[Client], body: bytes) -> None:
@@ -72,159 +44,133 @@ def assert_cut_and_never_mixed(clients: list[Client], body: bytes, most_bytes: i
     [({"cut_after": MEGABYTE}, "3s"), ({"stall_after": 2 * MEGABYTE}, "500ms")],
     ids=["cut after every MB", "hangs"],
 )
-def test_a_hundred_clients_get_the_whole_body_however_often_upstream_fails(tmp_path, fault, read_timeout):
-    body = zip_of("faults", LENGTH)
-    with ScriptedUpstream() as upstream, site(tmp_path, [upstream], read_timeout=read_timeout) as at:
-        upstream.answer(BIG, Answer(body, etag='"a"', **fault))
-        clients = at.swarm.add(CLIENTS, BIG)
-        at.swarm.wait(30)
-        assert_all_right(clients, body)
-        asked = upstream.requests(BIG)
-        (piece_bytes,) = fault.values()
-        assert len(asked) == -(-(LENGTH - piece_bytes) // (piece_bytes - OVERLAP_BYTES)) + 1
-        assert [seen.header("if-range") for seen in asked[1:]] == ['"a"'] * (len(asked) - 1)
-        assert upstream.body_bytes(BIG) <= 1.10 * LENGTH
-        assert at.received() == upstream.body_bytes(BIG)
-        at.gup.wait_stored("full.zip")
-        assert at.gup.get(BIG).body == body
+def test_a_hundred_clients_get_the_whole_body_however_often_upstream_fails(serve, fault, read_timeout):
+    each = QUICK | {"read_timeout": read_timeout}
+    gup, upstream = serve({BIG: Answer(BODY, etag='"a"', **fault)}, each=each, cache=SOON)
+    swarm = gup.swarm()
+    clients = swarm.add(CLIENTS, BIG)
+    swarm.wait()
+    assert_all_right(clients, BODY)
+    asked = upstream.requests(BIG)
+    ((name, piece_bytes),) = fault.items()
+    assert len(asked) == -(-(LENGTH - piece_bytes) // (piece_bytes - OVERLAP_BYTES)) + 1
+    assert [seen.header("if-range") for seen in asked[1:]] == ['"a"'] * (len(asked) - 1)
+    assert upstream.body_bytes(BIG) <= 1.10 * LENGTH
+    metrics, reason = gup.metrics(), "cut" if name == "cut_after" else "timeout"
+    assert metrics("gup_upstream_received_bytes_total") == upstream.body_bytes(BIG)
+    assert metrics("gup_fill_resumes_total", reason=reason) == len(asked) - 1
+    gup.wait_stored(BIG)
+    gup.serves(BIG, BODY)
 
 
 @dataclass(frozen=True)
 class Death:
     """The first upstream died for good at HALF; the clients' fate is in the second one's hands."""
 
-    site: Site
+    gup: Gup
     second: ScriptedUpstream
     clients: list[Client]
-    body: bytes
 
 
-@contextlib.contextmanager
-def death(folder, answer: Answer, *more: Answer) -> Iterator[Death]:
+@pytest.fixture
+def death(serve):
     """All clients have the half when the first upstream goes; `answer` is the second's, `more` of others."""
-    body, gate = zip_of("faults", LENGTH), Gate()
-    with contextlib.ExitStack() as stack:
-        first = ScriptedUpstream()
-        stack.callback(first.stop)
-        first.answer(BIG, Answer(body, etag='"1"', gates=((HALF, gate),), reset_at=HALF))
-        others = [stack.enter_context(ScriptedUpstream()) for _ in (answer, *more)]
-        for other, its in zip(others, (answer, *more), strict=True):
+
+    def die(*answers: Answer) -> Death:
+        others, gate = [ScriptedUpstream() for _ in answers], Gate()
+        for other, its in zip(others, answers, strict=True):
             other.answer(BIG, its)
-        at = stack.enter_context(site(folder, [first, *others]))
-        clients = at.swarm.add(CLIENTS, BIG)
+        mortal = Answer(BODY, etag='"1"', gates=((HALF, gate),), reset_at=HALF)
+        gup, first = serve({BIG: mortal}, each=QUICK, behind=others, cache=SOON)
+        swarm = gup.swarm()
+        clients = swarm.add(CLIENTS, BIG)
         gate.wait_reached()
-        at.swarm.wait_for(lambda: all(c.body_bytes == HALF for c in clients), "all have the half", 15)
-        first._listener.close()  # before the gate opens: nobody gets through to it again
+        swarm.reach(HALF, clients)
+        first.refuse()  # before the gate opens: nobody gets through to it again
         gate.open()
         first.stop()
-        at.swarm.wait(30)
-        yield Death(at, others[0], clients, body)
+        swarm.wait(clients)
+        return Death(gup, others[0], clients)
+
+    return die
 
 
-def test_a_second_upstream_with_other_validators_and_the_same_bytes_goes_on(tmp_path):
-    with death(tmp_path, Answer(zip_of("faults", LENGTH), etag='"2"')) as after:
-        assert_all_right(after.clients, after.body)
-        (resumed,) = after.second.requests(BIG)
-        assert (resumed.status, resumed.body_bytes) == (206, HALF + OVERLAP_BYTES)
-        metrics = after.site.gup.metrics()
-        assert metrics("gup_fill_resumes_total", reason="failover") == 1
-        assert metrics("gup_upstream_wasted_bytes_total", reason="overlap") == OVERLAP_BYTES
-
-
-def test_a_second_upstream_that_ignores_ranges_is_compared_from_its_first_byte(tmp_path):
-    with death(tmp_path, Answer(zip_of("faults", LENGTH), etag='"2"', ranges=False)) as after:
-        assert_all_right(after.clients, after.body)
-        (resumed,) = after.second.requests(BIG)
-        assert (resumed.status, resumed.body_bytes) == (200, LENGTH)
-        assert after.site.gup.metric("gup_upstream_wasted_bytes_total", reason="overlap") == HALF
+@pytest.mark.parametrize(("ranges", "wasted"), [(True, OVERLAP_BYTES), (False, HALF)], ids=["206", "200"])
+def test_a_second_upstream_with_other_validators_and_the_same_bytes_goes_on(death, ranges, wasted):
+    """One that ignores ranges is compared from its first byte."""
+    after = death(Answer(BODY, etag='"2"', ranges=ranges))
+    assert_all_right(after.clients, BODY)
+    (resumed,) = after.second.requests(BIG)
+    assert (resumed.status, resumed.body_bytes) == ((206 if ranges else 200), HALF + wasted)
+    metrics = after.gup.metrics()
+    assert metrics("gup_fill_resumes_total", reason="failover") == 1
+    assert metrics("gup_upstream_wasted_bytes_total", reason="overlap") == wasted
 
 
 @pytest.mark.parametrize("ranges", [True, pytest.param(False, marks=LONG)], ids=["206", "200"])
-def test_a_second_upstream_with_other_bytes_cuts_the_clients_and_is_fetched_anew(tmp_path, ranges):
+def test_a_second_upstream_with_other_bytes_cuts_the_clients_and_is_fetched_anew(death, ranges):
     other = zip_of("another file", LENGTH)
-    with death(tmp_path, Answer(other, etag='"2"', ranges=ranges)) as after:
-        assert_cut_and_never_mixed(after.clients, after.body, HALF)
-        gup = after.site.gup
-        again = after.site.swarm.add(CLIENTS, BIG)
-        after.site.swarm.wait(20, again)
-        assert_all_right(again, other)
-        assert {c.fields["etag"] for c in again}.isdisjoint({c.fields["etag"] for c in after.clients})
-        gup.wait_stored("full.zip")
-        until(lambda: not gup.parts(), "the part of other bytes is gone")
-        assert gup.get(BIG).body == other
+    after = death(Answer(other, etag='"2"', ranges=ranges))
+    assert_cut_and_never_mixed(after.clients, BODY, HALF)
+    again = after.gup.swarm()
+    again.add(CLIENTS, BIG)
+    assert_all_right(again.wait(), other)
+    assert {c.fields["etag"] for c in again.clients}.isdisjoint({c.fields["etag"] for c in after.clients})
+    after.gup.wait_stored(BIG)
+    until(lambda: not after.gup.parts(), "the part of other bytes is gone")
+    after.gup.serves(BIG, other)
 
 
 @pytest.mark.parametrize(
     "difference", [pytest.param(-100_000, marks=LONG), 100_000], ids=["shorter", "longer"]
 )
-def test_an_upstream_that_lies_about_the_total_is_passed_over(tmp_path, difference):
-    body = zip_of("faults", LENGTH)
-    liar = body[:difference] if difference < 0 else body + bytes(difference)
-    with death(tmp_path, Answer(liar, etag='"2"'), Answer(body, etag='"3"')) as after:
-        assert_all_right(after.clients, after.body)
-        (lied,) = after.second.requests(BIG)
-        assert lied.status == 206
-        metrics = after.site.gup.metrics()
-        assert metrics("gup_upstream_received_bytes_total", upstream="u2") == HALF + OVERLAP_BYTES
+def test_an_upstream_that_lies_about_the_total_is_passed_over(death, difference):
+    liar = BODY[:difference] if difference < 0 else BODY + bytes(difference)
+    after = death(Answer(liar, etag='"2"'), Answer(BODY, etag='"3"'))
+    assert_all_right(after.clients, BODY)
+    assert [seen.status for seen in after.second.requests(BIG)] == [206]
+    received = after.gup.metric("gup_upstream_received_bytes_total", upstream="u2")
+    assert received == HALF + OVERLAP_BYTES
 
 
-def test_a_liar_alone_cuts_the_clients_and_nothing_of_it_is_kept(tmp_path):
+def test_a_liar_alone_cuts_the_clients_and_nothing_of_it_is_kept(death):
     """Nobody else is left: what it has does not end as a ZIP file. When it tells the truth, that is had."""
-    body = zip_of("faults", LENGTH)
-    with death(tmp_path, Answer(body[:-100_000], etag='"2"')) as after:
-        assert_cut_and_never_mixed(after.clients, after.body, HALF)
-        gup = after.site.gup
-        response = gup.get(BIG)
-        assert (response.status, response.complete) != (200, True)
-        assert not gup.stored("full.zip")
-        after.second.answer(BIG, Answer(body, etag='"3"'))
-        assert until(lambda: _answered(gup), "the failure has passed", 5) == body
-
-
-def _answered(gup: Gup) -> bytes:
-    response = gup.get(BIG)
-    return response.body if response.status == 200 and response.complete else b""
+    after = death(Answer(BODY[:-100_000], etag='"2"'))
+    assert_cut_and_never_mixed(after.clients, BODY, HALF)
+    response = after.gup.get(BIG)
+    assert (response.status, response.complete) != (200, True)
+    assert not after.gup.stored(BIG)
+    after.second.answer(BIG, Answer(BODY, etag='"3"'))
+    until(lambda: after.gup.get(BIG).body == BODY, "the failure has passed")
 
 
 @LONG
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("round_", range(8))
-def test_any_mixture_of_faults_of_two_upstreams_with_the_same_bytes(tmp_path, round_):
+def test_any_mixture_of_faults_of_two_upstreams_with_the_same_bytes(serve, round_):
     """Random: every answer of either breaks off somewhere, hangs, is refused, or ignores the range."""
     chance = random.Random(f"{SEED} {round_}")
-    body = zip_of("faults", LENGTH)
 
-    def fault(etag: str) -> Answer:
-        return chance.choice(
-            [
-                Answer(body, etag=etag, cut_after=chance.randrange(1, LENGTH)),
-                Answer(body, etag=etag, reset_at=chance.randrange(1, LENGTH)),
-                Answer(body, etag=etag, stall_after=chance.randrange(1, LENGTH)),
-                Answer(body, etag=etag, ranges=False, cut_after=chance.randrange(1, LENGTH)),
-                Answer(b"busy", 503),
-                Answer(body, etag=etag, reset_at=-1),
-            ]
-        )
+    def faults(etag: str) -> list[Answer]:
+        at = chance.randrange(1, LENGTH)
+        kinds = [{"cut_after": at}, {"reset_at": at}, {"stall_after": at}, {"ranges": False, "cut_after": at}]
+        kinds += [{"status": 503}, {"reset_at": -1}]
+        return [Answer(BODY, etag=etag, **chance.choice(kinds)) for _ in range(12)] + [
+            Answer(BODY, etag=etag)
+        ]
 
-    with (
-        ScriptedUpstream() as first,
-        ScriptedUpstream() as second,
-        site(tmp_path, [first, second], read_timeout="500ms") as at,
-    ):
-        first.answer(BIG, *(fault('"1"') for _ in range(12)), Answer(body, etag='"1"'))
-        second.answer(BIG, *(fault('"2"') for _ in range(12)), Answer(body, etag='"2"'))
-        right = 0
-        deadline = time.monotonic() + 45
-        while not right and time.monotonic() < deadline:
-            clients = at.swarm.add(20, BIG)
-            at.swarm.wait(40, clients)
-            for client in clients:
-                if client.status == 200:
-                    assert client.digest == body_digest(body[: client.body_bytes])
-                    assert (client.end is End.COMPLETE) is (client.body_bytes == LENGTH), client
-                    right += client.end is End.COMPLETE
-                else:
-                    assert (client.status, client.end) in ((502, End.COMPLETE), (504, End.COMPLETE)), client
-        assert right, "nobody ever got it, though both upstreams are right in the end"
-        at.gup.wait_stored("full.zip")
-        assert at.gup.get(BIG).body == body
+    second = ScriptedUpstream()
+    second.answer(BIG, *faults('"2"'))
+    each = QUICK | {"read_timeout": "500ms"}
+    gup, _ = serve({BIG: faults('"1"')}, each=each, behind=[second], cache=SOON)
+    swarm, right, deadline = gup.swarm(), 0, time.monotonic() + 45
+    while not right and time.monotonic() < deadline:
+        for client in swarm.wait(swarm.add(20, BIG)):
+            if client.status == 200:
+                assert client.digest == body_digest(BODY[: client.body_bytes])
+                assert (client.end is End.COMPLETE) is (client.body_bytes == LENGTH), client
+                right += client.end is End.COMPLETE
+            else:
+                assert (client.status, client.end) in ((502, End.COMPLETE), (504, End.COMPLETE)), client
+    assert right, "nobody ever got it, though both upstreams are right in the end"
+    gup.wait_stored(BIG)
+    gup.serves(BIG, BODY)

@@ -13,24 +13,13 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
-CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+from harness.processes import needs
+
 _INSIDE = ("chrome://", "data:")
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",  # the tests may run as root
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-default-apps",
-    "--disable-extensions",
-    "--hide-scrollbars",
-    "--force-color-profile=srgb",
-)
+_FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run
+--no-proxy-server --disable-background-networking --disable-component-update --disable-sync
+--disable-default-apps --disable-extensions --hide-scrollbars --force-color-profile=srgb"""
+"""No sandbox: the tests may run as root."""
 
 
 class Browser:
@@ -48,16 +37,11 @@ class Browser:
 
     def look(self, *, width: int = 1280, height: int = 900, theme: str = "light", motion: str = "") -> None:
         """Another window and other wishes of its user."""
-        features = [{"name": "prefers-color-scheme", "value": theme}]
-        features.append({"name": "prefers-reduced-motion", "value": motion})
+        wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
         self._tell("Emulation.setEmulatedMedia", features=features)
-        self._tell(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._tell("Emulation.setDeviceMetricsOverride", **size)
 
     def press_tab(self) -> None:
         self.driver.switch_to.active_element.send_keys(Keys.TAB)
@@ -78,16 +62,9 @@ class Browser:
 
     def picture(self, file: Path, *, height: int | None = None) -> None:
         """The page as PNG, from its top, whole or so many pixels of it."""
-        width = self.run("return innerWidth")
-        clip = {
-            "x": 0,
-            "y": 0,
-            "width": width,
-            "height": height or self.run("return document.body.scrollHeight"),
-        }
-        shot = self._tell(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip={**clip, "scale": 1}
-        )
+        clip = {"x": 0, "y": 0, "scale": 1, "width": self.run("return innerWidth")}
+        clip["height"] = height or self.run("return document.body.scrollHeight")
+        shot = self._tell("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def _tell(self, command: str, **parameters: object) -> dict[str, Any]:
@@ -98,16 +75,14 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A new browser with nothing in it; ended with the block."""
-    missing = [program for program in (CHROMIUM, DRIVER) if not Path(program).exists()]
-    assert not missing, f"{missing} missing: install Debian's chromium and chromium-driver"
-    options = Options()
-    options.binary_location = CHROMIUM
-    for flag in _FLAGS:
+    options, driver = Options(), needs("chromedriver")
+    options.binary_location = needs("chromium")
+    for flag in _FLAGS.split():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with tempfile.TemporaryDirectory(prefix="gup-chromium-", ignore_cleanup_errors=True) as profile:
         options.add_argument(f"--user-data-dir={profile}")
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        driver = webdriver.Chrome(options=options, service=Service(driver))
         try:
             driver.set_page_load_timeout(30)
             driver.set_script_timeout(15)

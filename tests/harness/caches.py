@@ -8,28 +8,38 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gup.cache.body import CUT, Body
-from gup.cache.cache import Cache, Opened
-from gup.cache.disk_space import Space
-from gup.cache.inflight import FillDependencies
-from gup.cache.locks import Claims, Slots
-from gup.cache.memory_files import ROW_WORDS, MemoryFiles
-from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
-from gup.cache.scheduler import Backlog, FillQueue
-from gup.cache.store import Store
-from gup.cache.streams import Streams
-from gup.config import Settings
-from gup.content.key import Variant
-from gup.content.routes import Route, Routes
-from gup.metrics import Counters
-from gup.upstream.bandwidth import Turns, Wan
-from gup.upstream.pool import Pool
+from harness.internals import (
+    CUT,
+    FAILURE_WORDS,
+    ROW_WORDS,
+    Backlog,
+    Body,
+    Cache,
+    Claims,
+    Counters,
+    FillDependencies,
+    FillQueue,
+    MemoryFiles,
+    NegativeCache,
+    Opened,
+    Pool,
+    Route,
+    Routes,
+    Settings,
+    Slots,
+    Space,
+    Store,
+    Streams,
+    Turns,
+    Variant,
+    Wan,
+)
+from harness.trees import MONIKER
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
 _FAILURES: dict[Path, "memoryview[int]"] = {}
 """Their table of failures."""
-MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 
 
 @dataclass
@@ -92,31 +102,19 @@ async def working(
 ) -> AsyncIterator[Worker]:
     """`tables` are settings of single upstreams, in the order of `upstreams`."""
     own = dict(enumerate(tables))
-    settings = Settings.model_validate(
-        {
-            "cache": {"directory": str(root), "min_free": 0, **sections.get("cache", {})},
-            "upstream": [
-                {"url": url, "name": f"u{number}", "priority": number, **sections.get("each", {})}
-                | own.get(number, {})
-                for number, url in enumerate(upstreams)
-            ],
-            "wan": {"rate": "0"},
-            "fill": sections.get("fill", {}),
-            "catalog": sections.get("catalog", {}),
-            "rules": sections.get("rules", {}),
-        }
-    )
+    each = sections.pop("each", {})
+    sections["cache"] = {"directory": str(root), "min_free": 0, **sections.get("cache", {})}
+    rows = [
+        {"url": url, "name": f"u{number}", "priority": number, **each, **own.get(number, {})}
+        for number, url in enumerate(upstreams)
+    ]
+    settings = Settings.model_validate({**sections, "upstream": rows, "wan": {"rate": "0"}})
     store = Store(root)
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
     counters = Counters.private(names)
-    wan = Wan(
-        memoryview(bytearray(16)).cast("Q"),
-        0,
-        Turns.alone(),
-        lambda: settings.wan.rate,
-        store.run / "wan.lock",
-    )
+    words = memoryview(bytearray(16)).cast("Q")
+    wan = Wan(words, 0, Turns.alone(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
     promised = [0]

@@ -5,6 +5,20 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.processes import needs
+
+NEW_KEY = (
+    "req",
+    "-x509",
+    "-newkey",
+    "ec",
+    "-pkeyopt",
+    "ec_paramgen_curve:prime256v1",
+    "-nodes",
+    "-days",
+    "2",
+)
+
 
 @dataclass
 class Authority:
@@ -20,8 +34,8 @@ class Authority:
         self._openssl("ca", f"/CN={self.name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 
     def _openssl(self, file: str, subject: str, *more: str) -> None:
-        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        command += ["-nodes", "-days", "2", "-subj", subject, *more]
+        command = [needs("openssl"), *NEW_KEY]
+        command += ["-subj", subject, *more]
         command += ["-keyout", str(self.folder / f"{file}.key"), "-out", str(self.folder / f"{file}.pem")]
         subprocess.run(command, check=True, capture_output=True)
 

@@ -1,7 +1,7 @@
 """Clients over raw sockets: one connection under byte-exact control. Never retries, never follows."""
 
-import contextlib
 import json
+import select
 import socket
 from dataclasses import dataclass, field
 from typing import Self
@@ -52,13 +52,27 @@ def address_of(url: str) -> tuple[str, int]:
     return parts.hostname, parts.port
 
 
+def request_text(
+    target: str, fields: dict[str, str], method: str = "GET", version: str = "HTTP/1.1"
+) -> bytes:
+    lines = [f"{method} {target} {version}", *(f"{name}: {value}" for name, value in fields.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def parsed_head(text: bytes) -> Response:
+    status_line, *lines = text.decode("latin-1").split("\r\n")
+    version, status, reason = (*status_line.split(" ", 2), "")[:3]
+    fields = [(name.strip().lower(), value.strip()) for name, _, value in (x.partition(":") for x in lines)]
+    return Response(version, int(status), reason, fields)
+
+
 class RawConnection:
     """One client connection: send bytes as they are, read parsed responses."""
 
     def __init__(
         self,
         address: tuple[str, int],
-        timeout_seconds: float = 15.0,
+        timeout_seconds: float = 30.0,
         receive_buffer_bytes: int | None = None,
         source: str = "",
     ) -> None:
@@ -102,8 +116,7 @@ class RawConnection:
     ) -> None:
         """Send one request, Host included unless given."""
         fields = {"Host": f"{self.address[0]}:{self.address[1]}", **(headers or {})}
-        lines = [f"{method} {target} {version}", *(f"{name}: {value}" for name, value in fields.items())]
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        self.send(request_text(target, fields, method, version))
 
     def half_close(self) -> None:
         """Nothing more will be sent from here; answers are still read."""
@@ -132,14 +145,9 @@ class RawConnection:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if not self._more():
                 raise Ended(bytes(self._buffer), reset=self._reset)
-        text = bytes(self._buffer[:end]).decode("latin-1")
+        response = parsed_head(bytes(self._buffer[:end]))
         del self._buffer[: end + 4]
-        status_line, *lines = text.split("\r\n")
-        version, status, reason = (*status_line.split(" ", 2), "")[:3]
-        fields = [
-            (name.strip().lower(), value.strip()) for name, _, value in (x.partition(":") for x in lines)
-        ]
-        return Response(version, int(status), reason, fields)
+        return response
 
     def response(self, method: str = "GET") -> Response:
         """The next final response with its body. A cut body is told by `complete`."""
@@ -149,8 +157,17 @@ class RawConnection:
         self.finish(response, method)
         return response
 
+    def begin(self, target: str, count: int = 0) -> Response:
+        """Ask, and read the head of a 200 and so much of its body; `finish` reads the rest."""
+        self.ask(target)
+        response = self.head()
+        assert response.status == 200, response
+        response.body = self.read(count)
+        assert len(response.body) == count, (target, len(response.body))
+        return response
+
     def finish(self, response: Response, method: str = "GET") -> Response:
-        """Read the body that belongs to `response`."""
+        """Read the body that belongs to `response`, or the rest of it."""
         if method == "HEAD" or response.status in (204, 304):
             return response
         length = response.header("content-length")
@@ -159,21 +176,13 @@ class RawConnection:
             response.complete = self._chunks(response)
         elif length is not None:
             assert length.isdecimal(), length
-            response.body = self.read(int(length))
+            response.body += self.read(int(length) - len(response.body))
             response.complete = len(response.body) == int(length)
         else:
             response.body = self.rest()
             response.complete = not self._reset
         response.reset = self._reset
         return response
-
-    def rest_of(self, response: Response, offset: int) -> bytes:
-        """Read the body of `response` on from `offset`; `complete` and `reset` are set."""
-        length = int(response.header("content-length") or 0)
-        rest = self.read(length - offset)
-        response.complete = offset + len(rest) == length
-        response.reset = self._reset
-        return rest
 
     def _chunks(self, response: Response) -> bool:
         pieces = []
@@ -224,16 +233,7 @@ class RawConnection:
         """Whether nothing arrives (not even the end) for that long: to show that gup waits."""
         if self._buffer or self._ended:
             return False
-        before = self._socket.gettimeout()
-        self._socket.settimeout(seconds)
-        try:
-            self._more()
-        except TimeoutError:
-            return True
-        finally:
-            with contextlib.suppress(OSError):
-                self._socket.settimeout(before)
-        return False
+        return not select.select([self._socket], [], [], seconds)[0]
 
     @property
     def was_reset(self) -> bool:
@@ -246,7 +246,7 @@ def fetch(
     headers: dict[str, str] | None = None,
     *,
     method: str = "GET",
-    timeout_seconds: float = 15.0,
+    timeout_seconds: float = 30.0,
     body: bytes = b"",
     source: str = "",
 ) -> Response:
@@ -272,7 +272,7 @@ def assert_problem(response: Response, status: int, slug: str | None = None) -> 
     return document
 
 
-def send_raw(address: tuple[str, int], text: bytes, timeout_seconds: float = 15.0) -> Response:
+def send_raw(address: tuple[str, int], text: bytes, timeout_seconds: float = 30.0) -> Response:
     """Send these bytes; the first response."""
     with RawConnection(address, timeout_seconds) as connection:
         connection.send(text)

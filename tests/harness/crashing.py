@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_WRITES = os.O_WRONLY | os.O_RDWR
 _CHANGES_NAMES = ("create", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")
 _real_open, _real_close, _real_readlink = os.open, os.close, os.readlink
 _real_read, _real_write, _real_stat = os.read, os.write, os.stat
@@ -49,11 +48,11 @@ class Crash:
         self, name: str, path: object, half: Callable[[], object] | None = None, source: object = None
     ) -> None:
         """One call is about to be made on `path` (a name or a descriptor), with what comes from `source`."""
-        place = self._place(path)
+        place = self.place(path)
         if place is None:
             return
         if source is not None:
-            place = f"{self._place(source)}\t{place}"
+            place = f"{self.place(source)}\t{place}"
         with self._lock:
             self._steps += 1
             if self._steps == self._at:
@@ -67,7 +66,7 @@ class Crash:
                 _copy(path, f"{self._kept}.{self._steps}")
             _real_write(self._log, f"{name} {place}\n".encode())
 
-    def _place(self, path: object) -> str | None:
+    def place(self, path: object) -> str | None:
         try:
             named = _real_readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)  # type: ignore[arg-type]
         except OSError:
@@ -87,13 +86,12 @@ def _copy(source: Any, target: str) -> None:
         while piece := _real_read(fd, 1 << 20):
             _real_write(copy, piece)
         times = _real_stat(fd)
+        _real_utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
     except IsADirectoryError:
         _real_unlink(target)
-        return
     finally:
         _real_close(fd)
         _real_close(copy)
-    _real_utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 class _Raw(io.FileIO):
@@ -102,85 +100,63 @@ class _Raw(io.FileIO):
     crash: Crash
 
     def write(self, piece: Any) -> int | None:
-        half = memoryview(piece)[: len(piece) // 2]
-        self.crash.step("write", self.fileno(), lambda: _real_write(self.fileno(), half))
+        self.crash.step("write", self.fileno(), lambda: _real_write(self.fileno(), _half(piece)))
         return super().write(piece)
 
 
-def install(crash: Crash) -> None:
+_ONE = ("unlink", "remove", "rmdir", "mkdir", "utime", "truncate", "ftruncate", "fsync", "fdatasync")
+_TWO = ("rename", "replace", "link", "copy_file_range")
+
+
+def install(crash: Crash) -> None:  # noqa: C901 - a table of calls
     """Wrap everything that changes files. For good: the process ends with it."""
-    for name in ("rename", "replace", "link"):
-        _wrap(crash, os, name, on=1)
-    for name in (
-        "unlink",
-        "remove",
-        "rmdir",
-        "mkdir",
-        "utime",
-        "truncate",
-        "ftruncate",
-        "fsync",
-        "fdatasync",
-    ):
-        _wrap(crash, os, name, on=0)
-    _wrap(crash, os, "copy_file_range", on=1)
-    _wrap_writes(crash)
-    _wrap_opens(crash)
-    real_fcntl = fcntl.fcntl
-
-    def fcntl_(fd: int, command: int, *rest: Any) -> Any:
-        if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW):
-            crash.step("lock", fd)
-        return real_fcntl(fd, command, *rest)
-
-    fcntl.fcntl = fcntl_
-
-
-def _wrap(crash: Crash, module: Any, name: str, on: int) -> None:
-    real = getattr(module, name)
-
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        crash.step(name, arguments[on], source=arguments[0] if on else None)
-        return real(*arguments, **named)
-
-    setattr(module, name, wrapped)
-
-
-def _wrap_writes(crash: Crash) -> None:
-    real_pwrite = os.pwrite
+    for name in _ONE + _TWO:
+        _wrap(crash, name, on=int(name in _TWO))
+    real_pwrite, real_open, real_io_open, real_fcntl = os.pwrite, os.open, io.open, fcntl.fcntl
 
     def write(fd: int, piece: Any) -> int:
-        half = memoryview(piece)[: len(piece) // 2]
-        crash.step("write", fd, lambda: _real_write(fd, half))
+        crash.step("write", fd, lambda: _real_write(fd, _half(piece)))
         return _real_write(fd, piece)
 
     def pwrite(fd: int, piece: Any, offset: int) -> int:
-        half = memoryview(piece)[: len(piece) // 2]
-        crash.step("pwrite", fd, lambda: real_pwrite(fd, half, offset))
+        crash.step("pwrite", fd, lambda: real_pwrite(fd, _half(piece), offset))
         return real_pwrite(fd, piece, offset)
-
-    os.write, os.pwrite = write, pwrite
-
-
-def _wrap_opens(crash: Crash) -> None:
-    real_open, real_io_open = os.open, io.open
 
     def open_(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if flags & os.O_CREAT and not os.path.exists(path):  # noqa: PTH110 - called with texts too
             crash.step("create", path)
-        elif flags & os.O_TRUNC and flags & _WRITES:
+        elif flags & os.O_TRUNC and flags & (os.O_WRONLY | os.O_RDWR):
             crash.step("truncate", path)
         return real_open(path, flags, mode, dir_fd=dir_fd)
 
     def io_open(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        if mode != "wb" or crash._place(file) is None:
+        if mode != "wb" or crash.place(file) is None:
             return real_io_open(file, mode, *rest, **named)
         crash.step("create", file)
         raw = _Raw(file, mode)
         raw.crash = crash
         return io.BufferedWriter(raw)
 
-    os.open, io.open = open_, io_open
+    def fcntl_(fd: int, command: int, *rest: Any) -> Any:
+        if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW):
+            crash.step("lock", fd)
+        return real_fcntl(fd, command, *rest)
+
+    os.write, os.pwrite, os.open, io.open, fcntl.fcntl = write, pwrite, open_, io_open, fcntl_
+
+
+def _half(piece: Any) -> memoryview:
+    return memoryview(piece)[: len(piece) // 2]
+
+
+def _wrap(crash: Crash, name: str, on: int) -> None:
+    real = getattr(os, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        crash.step(name, arguments[on], source=arguments[0] if on else None)
+        return real(*arguments, **named)
+
+    setattr(os, name, wrapped)
 
 
 def cut_power(root: Path, log: Path, steps: list[str], chance: random.Random) -> None:

@@ -37,7 +37,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _check(status: int) -> None:
     if status:
         number = ctypes.get_errno()
-        raise OSError(number, f"this test makes network namespaces and must be root: {os.strerror(number)}")
+        raise OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager

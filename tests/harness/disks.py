@@ -1,13 +1,45 @@
-"""Small disks that become full: tmpfs mounts. Needs the right to mount, and says so."""
+"""Disks for tests: small ones that become full, and images cloned in use, as a power cut would leave them.
+
+A clone (FICLONE, ioctl_ficlone(2)) is one moment of the whole device: nothing of the mounted file system is
+flushed for it, so what it had not written yet is missing, as after a power cut. The images lie on an xfs of
+their own, since few file systems clone. All of it needs root; images need e2fsprogs, xfsprogs, btrfs-progs.
+"""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.processes import needs, needs_root
 from harness.waiting import until
+
+_FICLONE = 0x40049409
+_MAKE = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,nodiscard"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f"),
+}
+_SHELF_BYTES = 40 << 30
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, *how: str) -> Iterator[None]:
+    needs_root()
+    folder.mkdir(parents=True)
+    _run("mount", *how, str(folder))
+    try:
+        yield
+    finally:
+        # a killed process is seen to be gone a moment before its files are closed
+        until(lambda: subprocess.run(["umount", str(folder)], check=False).returncode == 0, "unmounted")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +61,56 @@ class SmallDisk:
         """Give the room back."""
         (self.root / "filler").unlink()
 
-    def take_inodes(self, leave: int = 0) -> None:
-        """Take all inodes but so many."""
+    def take_inodes(self) -> None:
         folder = self.root / "fillers"
         folder.mkdir()
-        for number in range(os.statvfs(self.root).f_favail - leave):
+        for number in range(os.statvfs(self.root).f_favail):
             (folder / str(number)).touch()
-
-    def give_inodes(self) -> None:
-        for path in (self.root / "fillers").iterdir():
-            path.unlink()
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str, inodes: int = 0) -> Iterator[SmallDisk]:
     """A tmpfs of this size ("8m") and, unless 0, with so many inodes, mounted on a new folder."""
-    folder.mkdir(parents=True)
     options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
-    tried = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "gup-test", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert tried.returncode == 0, f"this test mounts a small tmpfs and must be root: {tried.stderr.strip()}"
-    try:
+    with _mounted(folder, "-t", "tmpfs", "-o", options, "gup-test"):
         yield SmallDisk(folder)
-    finally:
-        # a killed process is seen to be gone a moment before its files are closed
-        until(lambda: subprocess.run(["umount", str(folder)], check=False).returncode == 0, "unmounted")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image file with its kind of file system ("ext4", "xfs", "btrfs")."""
+
+    path: Path
+    kind: str
+
+    def clone(self, name: str) -> "Image":
+        """This moment of the image, as another image beside it."""
+        target = self.path.with_name(name)
+        with self.path.open("rb") as source, target.open("wb") as copy:
+            fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+        return Image(target, self.kind)
+
+    @contextlib.contextmanager
+    def mounted(self, folder: Path) -> Iterator[Path]:
+        """Mount it on a new folder; its journal is replayed as after a crash."""
+        with _mounted(folder, "-o", "loop,nouuid" if self.kind == "xfs" else "loop", str(self.path)):
+            yield folder
+
+
+def make_image(path: Path, kind: str, size_bytes: int) -> Image:
+    """A new, empty file system in a new sparse file."""
+    needs(_MAKE[kind][0])
+    with path.open("xb") as file:
+        os.truncate(file.fileno(), size_bytes)
+    _run(*_MAKE[kind], str(path))
+    return Image(path, kind)
+
+
+@contextlib.contextmanager
+def shelf(folder: Path) -> Iterator[Path]:
+    """A folder whose files can be cloned: an xfs in a sparse file."""
+    needs_root()
+    image = make_image(folder / "shelf.img", "xfs", _SHELF_BYTES)
+    with image.mounted(folder / "shelf") as mounted:
+        yield mounted
+    image.path.unlink()

@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from gup.cache.records import CHUNK_BYTES, FillState, Record, chunk_sum
-from gup.cache.store import Store
-from gup.content.key import ContentKey
+from harness.internals import CHUNK_BYTES, ContentKey, Store, chunk_sum
+
+_KNOWN = {"content", "partial", "index", "reports", "run"}
 
 
 def violations(root: Path) -> list[str]:
     """Everything that is wrong below `root`; empty when all is well."""
     store = Store(root)
-    return [*_content(store), *_partial(store), *_elsewhere(store)]
+    foreign = [f"foreign: {path.name}" for path in root.iterdir() if path.name not in _KNOWN]
+    foreign += [f"a temporary file: run/{path.name}" for path in store.run.glob("*.new")]
+    return [*_content(store), *_partial(store), *foreign]
 
 
 def bodies_of(root: Path) -> dict[str, bytes]:
@@ -23,7 +25,7 @@ def bodies_of(root: Path) -> dict[str, bytes]:
 
 def _content(store: Store) -> Iterator[str]:
     for path in sorted(store.content.rglob("*")):
-        name = path.relative_to(store.content)
+        name = str(path.relative_to(store.content))
         if path.is_dir():
             if not any(path.iterdir()):
                 yield f"an empty folder: {name}"
@@ -31,7 +33,7 @@ def _content(store: Store) -> Iterator[str]:
             if not (path.name.endswith(".gup") and path.with_name(path.name[1:-4]).is_file()):
                 yield f"a record without its body, or no record: {name}"
         else:
-            yield from _body(store, path, str(name))
+            yield from _body(store, path, name)
 
 
 def _body(store: Store, path: Path, name: str) -> Iterator[str]:
@@ -45,10 +47,7 @@ def _body(store: Store, path: Path, name: str) -> Iterator[str]:
         return
     if not record.fits(path.stat()):
         yield f"the record is of another body: {name}"
-    yield from _sums(path.read_bytes(), record, name)
-
-
-def _sums(body: bytes, record: Record, name: str) -> Iterator[str]:
+    body = path.read_bytes()
     for number, expected in enumerate(record.sums):
         if chunk_sum(body[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]) != expected:
             yield f"chunk {number} of {name} does not agree with its sum"
@@ -64,27 +63,11 @@ def _partial(store: Store) -> Iterator[str]:
         except ValueError as error:
             yield f"the state of {id_}: {error}"
             continue
-        if path.suffix == ".part":
-            if state is None or state.head is None or rest != f"{state.generation}.part":
-                yield f"a part that nobody can go on with: {path.name}"
-        elif path.suffix == ".sums":
-            if not path.with_suffix(".part").exists():
-                yield f"sums without their part: {path.name}"
-        elif path.suffix == ".state":
-            if state is None or not _has_use(store, state):
-                yield f"a state that says nothing: {path.name}"
-        else:
-            yield f"a file of no use: {path.name}"
-
-
-def _has_use(store: Store, state: FillState) -> bool:
-    return store.part_path(state.key.id, state.generation).exists()
-
-
-def _elsewhere(store: Store) -> Iterator[str]:
-    known = {"content", "partial", "index", "reports", "run"}
-    for path in sorted(store.root.iterdir()):
-        if path.name not in known:
-            yield f"foreign: {path.name}"
-    for path in sorted(store.run.glob("*.new")):
-        yield f"a temporary file: run/{path.name}"
+        part = state is not None and store.part_path(state.key.id, state.generation)
+        useful = {
+            ".part": state is not None and state.head is not None and rest == f"{state.generation}.part",
+            ".sums": path.with_suffix(".part").exists(),
+            ".state": part and part.exists(),
+        }
+        if not useful.get(path.suffix, False):
+            yield f"a file of no use: partial/{path.name}"

@@ -3,16 +3,42 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from harness.waiting import until
 
+_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+NEEDS = "needs "
+"""Begins the reason of a skipped test; the rest of it is the tool."""
 MARK = "SYSTEM_TEST_MARK"
 """In the environment of every process that a test starts, so that none can hide by changing its parent."""
+
+
+def needs(tool: str) -> str:
+    """Where this program is. Without it the test is skipped, and a CI's fails."""
+    found = shutil.which(tool, path=_PATH)
+    if found is None:
+        _lacks(tool)
+    return str(found)
+
+
+def needs_root() -> None:
+    if os.geteuid() != 0:
+        _lacks("root")
+
+
+def _lacks(what: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{NEEDS}{what}", pytrace=False)
+    pytest.skip(f"{NEEDS}{what}")
 
 
 def free_port() -> int:

@@ -1,22 +1,20 @@
 """An upstream under a test's control: every answer scripted, stopped at gates, cut, falsified, counted."""
 
-import contextlib
 import email.utils
 import re
 import socket
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from gup.demo.content import decide
+from harness.raw import Over, RawUpstream, Talk
 from harness.waiting import until
 
 PIECE_BYTES = 1 << 14
-GATE_TIMEOUT_SECONDS = 50.0
+GATE_TIMEOUT_SECONDS = 100.0
 
 
 class Gate:
@@ -29,7 +27,7 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
-    def wait_reached(self, timeout_seconds: float = 10.0) -> None:
+    def wait_reached(self, timeout_seconds: float = 30.0) -> None:
         assert self._reached.wait(timeout_seconds), "nobody came to the gate"
 
     @property
@@ -107,13 +105,13 @@ class Seen:
 
 @dataclass(slots=True)
 class _Script:
-    answers: list[Answer]
     path: str
+    answers: list[Answer] = field(default_factory=list)
     asked: int = 0
 
 
-class ScriptedUpstream:
-    """A server with a thread a connection. Unknown paths get 404; the last answer of a path repeats."""
+class ScriptedUpstream(RawUpstream):
+    """Unknown paths get 404; the last answer of a path repeats. `exact`: paths are told apart by case."""
 
     def __init__(
         self,
@@ -121,34 +119,20 @@ class ScriptedUpstream:
         port: int = 0,
         *,
         host: str = "127.0.0.1",
-        congestion: str | None = None,
+        congestion: str = "",
     ) -> None:
-        self._tls = tls
-        self._listener = socket.create_server((host, port), backlog=512)
-        if congestion:
-            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
-        self.port: int = self._listener.getsockname()[1]
-        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
-        self._lock = threading.Lock()
         self._scripts: dict[str, _Script] = {}
-        self._connections: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-        self._stopping = False
         self.seen: list[Seen] = []
         self.exact = False
-        """Whether paths are told apart by case, as most file systems do."""
-        self._accepting = self._spawn(self._accept)
+        super().__init__(tls=tls, host=host, port=port)
+        if congestion:
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def answer(self, path: str, *answers: Answer) -> None:
-        """What `path` answers from now on: one after the other, the last for ever."""
+    def answer(self, path: str, *answers: Answer | bytes) -> None:
+        """What `path` answers from now on: one after the other, the last for ever; bytes have the tag "a"."""
+        made = [Answer(each, etag='"a"') if isinstance(each, bytes) else each for each in answers]
         with self._lock:
-            self._scripts[_plain(path)] = _Script(list(answers), _decoded(path))
+            self._scripts[_plain(path)] = _Script(_decoded(path), made)
 
     def requests(self, path: str | None = None, *, method: str = "GET") -> list[Seen]:
         """What was asked for, of one path or of all content."""
@@ -161,136 +145,74 @@ class ScriptedUpstream:
     def body_bytes(self, path: str) -> int:
         return sum(seen.body_bytes for seen in self.requests(path))
 
-    def wait_for_request(self, path: str, number: int = 1, timeout_seconds: float = 10.0) -> Seen:
+    def wait_for_request(self, path: str, number: int = 1, timeout_seconds: float = 30.0) -> Seen:
         """The `number`-th GET of `path`, when it has come."""
-        return until(
-            lambda: self.requests(path)[number - 1 : number],
-            f"request {number} for {path}",
-            timeout_seconds,
-        )[0]
+        what = f"request {number} for {path}"
+        return until(lambda: self.requests(path)[number - 1 : number], what, timeout_seconds)[0]
 
-    def stop(self) -> None:
-        """Close everything: from now on connections are refused."""
-        self._stopping = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
+    def wait_done(self, path: str, number: int = 1) -> Seen:
+        """The same when its answer was sent, or broken off."""
+        seen = self.wait_for_request(path, number)
+        until(lambda: seen.done, f"request {number} for {path} is answered")
+        return seen
 
-    # --- threads
-
-    def _spawn(self, run: Callable[..., None], *arguments: object) -> threading.Thread:
-        thread = threading.Thread(target=run, args=arguments, name="scripted-upstream")
-        self._threads.append(thread)
-        thread.start()
-        return thread
-
-    def _accept(self) -> None:
-        while not self._stopping:
-            try:
-                connection, peer = self._listener.accept()
-            except OSError:
-                return
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with self._lock:
-                self._connections.add(connection)
-            self._spawn(self._serve, connection, peer[1])
-
-    def _serve(self, accepted: socket.socket, peer_port: int) -> None:
-        connection = accepted
+    def _reply(self, talk: Talk) -> None:
+        seen = Seen(talk.method, talk.path, talk.lines, talk.peer_port, talk.at)
         try:
-            if self._tls is not None:
-                connection = self._tls.wrap_socket(accepted, server_side=True)
-                with self._lock:
-                    self._connections = self._connections - {accepted} | {connection}
-            buffer = bytearray()
-            while not self._stopping and self._one(connection, peer_port, buffer):
-                pass
-        except OSError:
-            pass  # the other side went away: `aborted` tells it
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
-            connection.close()
-
-    def _one(self, connection: socket.socket, peer_port: int, buffer: bytearray) -> bool:
-        """One request and its answer; False when the connection is over."""
-        while (end := buffer.find(b"\r\n\r\n")) < 0:
-            piece = connection.recv(65536)
-            if not piece:
-                return False
-            buffer += piece
-        request_line, *lines = buffer[:end].decode("latin-1").split("\r\n")
-        del buffer[: end + 4]
-        method, path, _ = request_line.split(" ")
-        fields = [(n.strip().lower(), v.strip()) for n, _, v in (line.partition(":") for line in lines)]
-        seen = Seen(method, path, fields, peer_port, time.monotonic())
-        answer = self._next(path, seen)
-        try:
-            return self._send(connection, seen, answer)
+            self._send(talk, seen, self._next(seen))
         except OSError:
             seen.aborted = True
             raise
         finally:
             seen.done = True
 
-    def _next(self, path: str, seen: Seen) -> Answer:
+    def _next(self, seen: Seen) -> Answer:
         with self._lock:
             self.seen.append(seen)
-            script = self._scripts.get(_plain(path))
-            if script is None or (self.exact and script.path != _decoded(path)):
+            script = self._scripts.get(_plain(seen.path))
+            if script is None or (self.exact and script.path != _decoded(seen.path)):
                 return Answer(b"not here", 404, content_type="text/plain")
-            answer = script.answers[min(script.asked, len(script.answers) - 1)]
             script.asked += 1
-            return answer
+            return script.answers[min(script.asked, len(script.answers)) - 1]
 
-    def _send(self, connection: socket.socket, seen: Seen, answer: Answer) -> bool:
+    def _send(self, talk: Talk, seen: Seen, answer: Answer) -> None:
         answer, start, stop = _broken_off(*_choose(answer, seen))
         seen.status = answer.status
         if answer.head_gate:
-            answer.head_gate._pass(lambda: self._stopping)
+            answer.head_gate._pass(self._stopping.is_set)
         if answer.reset_at is not None and answer.reset_at < 0:
-            _reset(connection)
-            return False
-        connection.sendall(_head(answer, start, stop))
+            talk.reset()
+        talk.send(_head(answer, start, stop))
         if seen.method == "HEAD" or answer.status in (204, 304):
-            return True
-        for piece in _pieces(answer, start, stop, lambda: self._stopping):
+            return
+        for piece in _pieces(answer, start, stop, self._stopping.is_set):
             seen.first_byte_at = seen.first_byte_at or time.monotonic()
-            connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
+            talk.send(b"%x\r\n%s\r\n" % (len(piece), piece) if answer.chunked else piece)
             seen.body_bytes += len(piece)
-            if answer.piece_seconds:
-                time.sleep(answer.piece_seconds)
+            time.sleep(answer.piece_seconds)
+        self._finish(talk, answer, stop)
+
+    @staticmethod
+    def _finish(talk: Talk, answer: Answer, stop: int) -> None:
         if answer.garbage_at is not None:
-            connection.sendall(b"no chunk\r\n")
-            return True
+            talk.send(b"no chunk\r\n")
+            return
         if answer.reset_at is not None and answer.reset_at <= stop:
-            _reset(connection)
-            return False
+            talk.reset()
         if answer.close_at is not None and answer.close_at <= stop:
-            return False
+            raise Over
         if answer.chunked:
-            connection.sendall(b"0\r\n\r\n")
-        return answer.framed and answer.announced is None
-
-
-def _plain(path: str) -> str:
-    return _decoded(path).upper()
+            talk.send(b"0\r\n\r\n")
+        if not answer.framed or answer.announced is not None:
+            raise Over
 
 
 def _decoded(path: str) -> str:
     return re.sub("%7[bB]", "{", re.sub("%7[dD]", "}", path))
 
 
-def _reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
+def _plain(path: str) -> str:
+    return _decoded(path).upper()
 
 
 def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
@@ -308,9 +230,8 @@ def _choose(answer: Answer, seen: Seen) -> tuple[Answer, int, int]:
     start += answer.range_shift
     if start >= stop:
         return replace(answer, status=416, body=b""), 0, 0
-    if answer.range_body is not None:
-        answer = replace(answer, body=answer.range_body)
-    return replace(answer, status=206), start, stop
+    body = answer.body if answer.range_body is None else answer.range_body
+    return replace(answer, status=206, body=body), start, stop
 
 
 def _broken_off(answer: Answer, start: int, stop: int) -> tuple[Answer, int, int]:
@@ -322,27 +243,20 @@ def _broken_off(answer: Answer, start: int, stop: int) -> tuple[Answer, int, int
     return answer, start, stop
 
 
-def _date(answer: Answer) -> str | None:
-    return email.utils.formatdate(answer.last_modified, usegmt=True) if answer.last_modified else None
-
-
 def _head(answer: Answer, start: int, stop: int) -> bytes:
     fields = [("Content-Type", answer.content_type), *answer.fields]
     if answer.etag:
         fields.append(("ETag", answer.etag))
-    if date := _date(answer):
-        fields.append(("Last-Modified", date))
+    if answer.last_modified:
+        fields.append(("Last-Modified", email.utils.formatdate(answer.last_modified, usegmt=True)))
     if answer.status == 206:
         fields.append(("Content-Range", f"bytes {start}-{stop - 1}/{len(answer.body)}"))
-    if answer.status == 304:
-        pass
-    elif answer.chunked:
+    if answer.chunked and answer.status != 304:
         fields.append(("Transfer-Encoding", "chunked"))
-    elif answer.announced is not None:
-        fields.append(("Content-Length", str(answer.announced)))
-    elif answer.framed:
-        fields.append(("Content-Length", str(stop - start)))
-    else:
+    elif answer.framed and answer.status != 304:
+        length = stop - start if answer.announced is None else answer.announced
+        fields.append(("Content-Length", str(length)))
+    elif answer.status != 304:
         fields.append(("Connection", "close"))
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}", *(f"{name}: {value}" for name, value in fields)]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
@@ -351,7 +265,7 @@ def _head(answer: Answer, start: int, stop: int) -> bytes:
 def _pieces(answer: Answer, start: int, stop: int, stopping: Callable[[], bool]) -> Iterator[bytes]:
     """The body's span in small pieces that end at gates and cuts; waits at the gates."""
     cut = min(x for x in (answer.reset_at, answer.close_at, answer.garbage_at, stop) if x is not None)
-    gates = dict(_gates(answer.gates, start))
+    gates = {offset: gate for offset, gate in answer.gates if offset >= start}
     marks = sorted({offset for offset in gates if offset < stop} | {cut})
     at = start
     while True:
@@ -362,7 +276,3 @@ def _pieces(answer: Answer, start: int, stop: int, stopping: Callable[[], bool])
         until_ = min(at + PIECE_BYTES, *(mark for mark in marks if mark > at), stop)
         yield answer.body[at:until_]
         at = until_
-
-
-def _gates(gates: Sequence[tuple[int, Gate]], start: int) -> list[tuple[int, Gate]]:
-    return [(offset, gate) for offset, gate in gates if offset >= start]

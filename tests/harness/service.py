@@ -8,9 +8,8 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness.clients import RawConnection, Response, address_of, fetch
 from harness.processes import command_line, end, environment, marked, owners_of_connection
+from harness.scripted import ScriptedUpstream
+from harness.swarm import Swarm
+from harness.trees import name_of
 from harness.waiting import until
 
 READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
-START_TIMEOUT_SECONDS = 50.0
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -65,13 +66,14 @@ def toml(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sizes(paths: Iterable[Path]) -> Iterator[tuple[Path, int]]:
-    """Sizes of the files; what the service deletes meanwhile is left out."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            found = path.stat()
-            if stat.S_ISREG(found.st_mode):
-                yield path, found.st_size
+def _sizes(folder: Path, suffix: str = "") -> Iterator[tuple[Path, int]]:
+    """Files below the folder with their sizes; what the service deletes meanwhile is left out."""
+    for parent, _, names in os.walk(folder):  # not rglob: a folder that vanishes meanwhile would end it
+        for path in (Path(parent, name) for name in names if name[0] != "." and name.endswith(suffix)):
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path, found.st_size
 
 
 class Gup:
@@ -91,9 +93,11 @@ class Gup:
         workers: int = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        bind: str = "127.0.0.1:0",
         admin: str = "127.0.0.1:0",
         start: bool = True,
     ) -> None:
+        self._clients = contextlib.ExitStack()
         self.cache_dir = cache_dir
         self.folder = cache_dir.with_name(cache_dir.name + ".test")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,9 @@ class Gup:
         for url in upstreams:
             self.command += ["--upstream", url]
         self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
-        self.command += ["--listen", "127.0.0.1:0", "--admin", admin]
+        if bind:
+            self.command += ["--listen", bind]
+        self.command += ["--admin", admin]
         if start:
             self.start()
 
@@ -123,6 +129,7 @@ class Gup:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End it. A traceback in its log fails the test; a failed test shows the logs, a fixture's too."""
+        self.close_clients()
         self.kill()
         logs = [path.read_text(errors="replace") for path in sorted(self.folder.glob("run*.log"))]
         for text in logs:
@@ -137,44 +144,30 @@ class Gup:
 
     # --- life
 
-    def launch(self) -> "subprocess.Popen[bytes]":
+    def launch(self) -> None:
         """Start the process and don't wait for it."""
         assert self._process is None or self._process.poll() is not None, "runs already"
         self._runs += 1
+        env = environment(self._mark, self._env)
         with self._log().open("wb") as log:
             self._process = subprocess.Popen(
-                self.command,
-                env=environment(self._mark, self._env),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
+                self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
-        return self._process
 
-    def start(self) -> float:
-        """Start and wait for the ready line; the seconds that it took."""
-        began = time.monotonic()
+    def start(self) -> None:
+        """Start, and wait for the ready line."""
         self.launch()
         self.wait_ready()
-        return time.monotonic() - began
 
     def wait_ready(self) -> None:
         """Until the ready line is there; AssertionError with the log when it does not come."""
-        process = self.process
         try:
-            until(
-                lambda: READY.search(self.log) or process.poll() is not None,
-                "gup's ready line",
-                START_TIMEOUT_SECONDS,
-            )
+            until(lambda: READY.search(self.log) or self.process.poll() is not None, "the ready line", 60)
+            found = READY.search(self.log)
+            assert found, f"gup did not start, status {self.process.returncode}:\n{self.log}"
         except BaseException:
             self.kill()  # nobody else has it yet who could end it
             raise
-        found = READY.search(self.log)
-        if found is None:
-            self.kill()
-            raise AssertionError(f"gup did not start, status {process.returncode}:\n{self.log}")
         self.data, self.admin = address_of(found[1]), address_of(found[2])
 
     def _log(self) -> Path:
@@ -193,11 +186,11 @@ class Gup:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_seconds: float = 20.0) -> int:
+    def wait(self, timeout_seconds: float = 40.0) -> int:
         """The exit status, when it ends by itself."""
         return self.process.wait(timeout_seconds)
 
-    def stop(self, timeout_seconds: float = 20.0) -> int:
+    def stop(self, timeout_seconds: float = 40.0) -> int:
         """SIGTERM; the exit status. AssertionError when any process of it is left."""
         if self.process.poll() is None:
             self.process.terminate()
@@ -230,26 +223,23 @@ class Gup:
 
     def worker_of_port(self, local_port: int, remote_port: int) -> int:
         """Which process holds the connection between these ports, its own port first."""
-        owners = until(
-            lambda: owners_of_connection(local_port, remote_port, self.children()),
-            f"a process holds {local_port} - {remote_port}",
-        )
-        assert len(owners) == 1, owners
-        return owners[0]
+        what = f"a process holds {local_port} - {remote_port}"
+        (owner,) = until(lambda: owners_of_connection(local_port, remote_port, self.children()), what)
+        return owner
 
     def children(self) -> list[int]:
         return sorted(child.pid for child in psutil.Process(self.process.pid).children())
 
-    def connect_to(self, pid: int, timeout_seconds: float = 15.0) -> RawConnection:
+    def leader_of(self, upstream: ScriptedUpstream, path: str) -> int:
+        """Which process made the first request for this path."""
+        return self.worker_of_port(upstream.requests(path)[0].peer_port, upstream.port)
+
+    def connect_to(self, pid: int, timeout_seconds: float = 30.0) -> RawConnection:
         """A connection that this worker serves (the kernel spreads them: others are closed again)."""
         for _ in range(64):
-            connection = RawConnection(self.data, timeout_seconds)
-            try:
-                if self.worker_of(connection) == pid:
-                    return connection
-            except AssertionError:
-                connection.close()
-                raise
+            connection = self.connect(timeout_seconds)
+            if self.worker_of(connection) == pid:
+                return connection
             connection.close()
         raise AssertionError(f"no connection came to worker {pid}")
 
@@ -263,11 +253,32 @@ class Gup:
     def url(self) -> str:
         return f"http://{self.data[0]}:{self.data[1]}"
 
-    def connect(self, timeout_seconds: float = 15.0) -> RawConnection:
-        return RawConnection(self.data, timeout_seconds)
+    def connect(self, timeout_seconds: float = 30.0, **how: Any) -> RawConnection:
+        """A new connection; closed with the service, if not before."""
+        return self._clients.enter_context(RawConnection(self.data, timeout_seconds, **how))
+
+    def begin(self, target: str, count: int = 0, pid: int = 0) -> tuple[RawConnection, Response]:
+        """A client that has asked (this worker, if named) and has the head and so much of the body."""
+        connection = self.connect_to(pid) if pid else self.connect()
+        return connection, connection.begin(target, count)
+
+    def swarm(self) -> Swarm:
+        return self._clients.enter_context(Swarm(self.data))
+
+    def close_clients(self) -> None:
+        self._clients.close()
 
     def get(self, target: str, headers: dict[str, str] | None = None, *, method: str = "GET") -> Response:
         return fetch(self.data, target, headers, method=method)
+
+    def serves(self, target: str, body: bytes, headers: dict[str, str] | None = None) -> Response:
+        """The answer, which must be a whole 200 with this body."""
+        answer = self.get(target, headers)
+        assert (answer.status, answer.complete, answer.body == body) == (200, True, True), (
+            target,
+            answer.status,
+        )
+        return answer
 
     def metrics(self) -> Metrics:
         answer = fetch(self.admin, "/metrics")
@@ -277,12 +288,12 @@ class Gup:
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics()(name, **labels)
 
-    def wait_metric(self, wanted: float, name: str, timeout_seconds: float = 10.0, **labels: str) -> None:
+    def wait_metric(self, wanted: float, name: str, timeout_seconds: float = 30.0, **labels: str) -> None:
         """Until the metric has this value."""
         until(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} is {wanted}", timeout_seconds)
 
     def api(
-        self, path: str, *, method: str = "GET", given: Mapping[str, Any] | None = None
+        self, path: str, method: str = "GET", *, given: Mapping[str, Any] | None = None
     ) -> tuple[int, Any]:
         """Status and JSON of one call of the control plane, `given` some JSON; None for an empty body.
 
@@ -299,6 +310,21 @@ class Gup:
     def token(self) -> str:
         return (self.cache_dir / "run" / "admin-token").read_text().strip()
 
+    def alarms(self, *names: str) -> list[dict[str, Any]]:
+        """The alarms that stand, or those of these names."""
+        code, found = self.api("/api/v1/alarms")
+        assert code == 200, found
+        return [alarm for alarm in found["alarms"] if not names or alarm["name"] in names]
+
+    def reload(self, **settings: Any) -> None:
+        """Other settings in the file, and a reload by the control plane; they hold soon after."""
+        (self.folder / "gup.toml").write_text(toml(settings))
+        assert self.api("/api/v1/reload", "POST")[0] == 200
+
+    def upstream(self, name: str = "") -> dict[str, Any]:
+        """The state of the upstream with this name, or of the first."""
+        return next(row for row in self.status()["upstreams"] if name in ("", row["name"]))
+
     def status(self) -> dict[str, Any]:
         code, found = self.api("/api/v1/status")
         assert code == 200, found
@@ -310,22 +336,25 @@ class Gup:
     def bodies(self) -> dict[str, int]:
         """Committed bodies with their sizes, by path below content/."""
         root = self.cache_dir / "content"
-        # not rglob: a folder that vanishes meanwhile would end it
-        found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names if name[0] != ".")
-        return {str(path.relative_to(root)): size for path, size in _sizes(found)}
+        return {str(path.relative_to(root)): size for path, size in _sizes(root)}
 
-    def stored(self, file: str) -> bool:
-        """Whether a committed body has this file name."""
-        return any(path.rpartition("/")[2] == file for path in self.bodies())
+    def stored(self, path: str) -> bool:
+        """Whether a committed body has the file name of this path."""
+        return any(name_of(key) == name_of(path) for key in self.bodies())
 
-    def wait_log(self, text: str, timeout_seconds: float = 10.0) -> None:
+    def wait_log(self, text: str, timeout_seconds: float = 30.0) -> None:
         """Until this run has logged the text: what is logged is written by a thread, soon after."""
         until(lambda: text in self.log, f"{text!r} is logged", timeout_seconds)
 
-    def wait_stored(self, file: str, timeout_seconds: float = 10.0) -> None:
-        """Until the body is committed with its record."""
+    def wait_stored(self, *paths: str, timeout_seconds: float = 30.0) -> None:
+        """Until bodies with these file names are committed: the record is there before its body is."""
         root = self.cache_dir / "content"
-        until(lambda: list(root.rglob(f".{file}.gup")), f"{file} is committed", timeout_seconds)
+
+        def there(name: str) -> bool:
+            return any(record.with_name(name).exists() for record in root.rglob(f".{name}.gup"))
+
+        for name in map(name_of, paths):
+            until(lambda name=name: there(name), f"{name} is committed", timeout_seconds)
 
     def parts(self) -> dict[str, int]:
-        return {path.name: size for path, size in _sizes((self.cache_dir / "partial").glob("*.part"))}
+        return {path.name: size for path, size in _sizes(self.cache_dir / "partial", ".part")}

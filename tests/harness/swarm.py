@@ -7,12 +7,12 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
 import xxhash
 
+from harness.clients import parsed_head, request_text
 from harness.waiting import until
 
 RECEIVE_BYTES = 1 << 18
@@ -109,20 +109,19 @@ class Swarm:
         self._wake_write.send(b"x")
         return clients
 
-    def wait(self, timeout_seconds: float, clients: list[Client] | None = None) -> list[Client]:
+    def wait(self, clients: list[Client] | None = None, timeout_seconds: float = 60.0) -> list[Client]:
         """Until all (or these) clients have ended."""
         waited = self.clients if clients is None else clients
-        return self.wait_for(lambda: all(c.end for c in waited), "all clients ended", timeout_seconds, waited)
+        until(lambda: all(c.end for c in waited), "all clients ended", timeout_seconds)
+        return waited
 
-    def wait_for(
-        self,
-        condition: Callable[[], bool],
-        what: str,
-        timeout_seconds: float,
-        clients: list[Client] | None = None,
-    ) -> list[Client]:
-        until(condition, what, timeout_seconds)
-        return self.clients if clients is None else clients
+    def reach(self, body_bytes: int, clients: list[Client] | None = None, spare: int = 0) -> None:
+        """Until all (or these) clients have so many bytes and no more, or up to `spare` fewer."""
+        waited = self.clients if clients is None else clients
+        until(
+            lambda: all(body_bytes - spare <= c.body_bytes <= body_bytes for c in waited),
+            f"all have {body_bytes} bytes",
+        )
 
     # --- the thread
 
@@ -150,11 +149,9 @@ class Swarm:
     def _ask(self, client: Client) -> None:
         sock = client._socket
         assert sock is not None
-        host, port = self._address
-        fields = {"Host": f"{host}:{port}", "Connection": "close", **client.headers}
-        lines = [f"GET {client.target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        fields = {"Host": f"{self._address[0]}:{self._address[1]}", "Connection": "close", **client.headers}
         try:
-            sock.send(("\r\n".join(lines) + "\r\n\r\n").encode())
+            sock.send(request_text(client.target, fields))
         except OSError:
             self._finish(client, End.REFUSED)
             return
@@ -183,11 +180,10 @@ class Swarm:
         end = client._head.find(b"\r\n\r\n")
         if end < 0:
             return
-        status_line, *lines = client._head[:end].decode("latin-1").split("\r\n")
-        client.fields = {n.strip().lower(): v.strip() for n, _, v in (line.partition(":") for line in lines)}
+        response = parsed_head(bytes(client._head[:end]))
+        client.fields, client.status = dict(response.fields), response.status
         length = client.fields.get("content-length")
         client._left = int(length) if length is not None else None
-        client.status = int(status_line.split(" ")[1])
         body = bytes(client._head[end + 4 :])
         client._head.clear()
         if body or client._left == 0:

@@ -47,6 +47,11 @@ def content_path(file: str, moniker: str = MONIKER, revision: str = REVISION) ->
     return f"/content/{moniker}/{revision}/{file}"
 
 
+def name_of(path: str) -> str:
+    """The file's name."""
+    return path.rpartition("/")[2]
+
+
 BIG = content_path("full.zip")
 DELTA = content_path(f"xdelta{REVISION}_To_{NEXT_REVISION}.dax")
 INDEX = "/content/ContentInfo.txt"

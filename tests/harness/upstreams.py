@@ -1,17 +1,15 @@
-"""Stock upstreams as real processes: nginx and `python -m http.server`, read through their own logs."""
+"""A stock upstream as a real process: nginx, read through its own log."""
 
 import os
 import re
-import shutil
 import subprocess
-import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from harness.processes import end, environment, free_port, listens
+from harness.processes import end, environment, free_port, listens, needs
 from harness.trees import Tree
 from harness.waiting import until
 
@@ -65,8 +63,7 @@ class Nginx:
     """A stock nginx over a tree. `rate` (such as "10m") slows answers; `extra` goes into its server block."""
 
     def __init__(self, tree: Tree, prefix: Path, *, rate: str = "", extra: str = "") -> None:
-        program = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-        assert program, "nginx is not installed: the system tests need it"
+        program = needs("nginx")
         self.tree = tree
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -76,7 +73,7 @@ class Nginx:
         config = prefix / "nginx.conf"
         config.write_text(
             _NGINX.format(
-                user="user root;\n" if _is_root() else "",
+                user="" if os.geteuid() else "user root;\n",
                 prefix=prefix,
                 port=self.port,
                 root=tree.root,
@@ -117,17 +114,10 @@ class Nginx:
         return sum(row.body_bytes for row in self.log(path))
 
 
-def _is_root() -> bool:
-    return os.geteuid() == 0
-
-
 def same(one: str, other: str) -> bool:
     """Whether two URL paths differ in the escapes of braces alone."""
-    return _unescaped(one) == _unescaped(other)
-
-
-def _unescaped(path: str) -> str:
-    return re.sub("%7[bB]", "{", re.sub("%7[dD]", "}", path))
+    plain = [re.sub("%7[bB]", "{", re.sub("%7[dD]", "}", path)) for path in (one, other)]
+    return plain[0] == plain[1]
 
 
 def _nginx_row(line: str) -> Logged:
@@ -135,54 +125,14 @@ def _nginx_row(line: str) -> Logged:
     return Logged(method, path, int(status), int(size), range_.removeprefix("-"), float(ended), float(took))
 
 
-class PythonHttp:
-    """`python -m http.server` over a tree: HTTP/1.0, no ranges, no ETag."""
+class Elsewhere:
+    """What a service stands before and nobody starts here: another gup, or nothing. `table`: its settings."""
 
-    def __init__(self, tree: Tree, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tree = tree
-        self._log = folder / "http.server.log"
-        self._mark = uuid.uuid4().hex
-        command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, "--directory", str(tree.root)],
-                env=environment(self._mark),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        found = until(lambda: re.search(r"port (\d+) \(", self._text()), "http.server listens")
-        assert found is not None
-        self.port = int(found[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def _text(self) -> str:
-        return self._log.read_text()
+    def __init__(self, port: int, **table: str) -> None:
+        self.port, self.url, self.table = port, f"http://127.0.0.1:{port}", table
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        end(self._process, self._mark)
-
-    def log(self, path: str, *, methods: Sequence[str] = ("GET",)) -> list[Logged]:
-        """What it logged of one path, at the head. It sends whole files: bytes are the file's size."""
-        rows = re.findall(r'"([A-Z]+) (\S+) HTTP/1\.[01]" (\d+) ', self._text())
-        return [
-            Logged(method, found, int(status), self._size(path, method, status), "")
-            for method, found, status in rows
-            if method in methods and same(found, path)
-        ]
-
-    def _size(self, path: str, method: str, status: str) -> int:
-        return len(self.tree.body(path)) if (method, status) == ("GET", "200") else 0
-
-    def requests(self, path: str) -> int:
-        return len(self.log(path))
-
-    def body_bytes(self, path: str) -> int:
-        return sum(row.body_bytes for row in self.log(path))
+        """Nothing was started."""

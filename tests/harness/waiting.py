@@ -7,7 +7,7 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 
-def until(found: Callable[[], Found], what: str, timeout_seconds: float = 10.0) -> Found:
+def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) -> Found:
     """The first true answer of `found`; AssertionError naming `what` when the time is over."""
     deadline = time.monotonic() + timeout_seconds
     while True:

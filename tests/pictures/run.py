@@ -24,11 +24,7 @@ STREAMS = (
     ("{535CB6A4-441F-4E8A-A897-804CD859100E}", "SEPC Virus Definitions Win32 14.3 RU2", "SymAllLanguages"),
     ("{07B590B3-9282-482F-BBAA-6D515D385869}", "SEPC Virus Definitions Win64 14.3 RU2", "SymAllLanguages"),
     ("{B6DC6C8F-46FA-40C7-A806-B669BE1D2D19}", "SEPC Submission Control Data 14.3 RU2", "SymAllLanguages"),
-    (
-        "{D6AEBC07-D833-485F-9723-6C908D37F806}",
-        "SEPC Behavior And Security Heuristics 14.3",
-        "SymAllLanguages",
-    ),
+    ("{D6AEBC07-D833-485F-9723-6C908D37F806}", "SEPC Behavior And Security Heuristics", "SymAllLanguages"),
     ("{55DE35DC-862A-44C9-8A2B-3EF451665D0A}", "SEPC Network Threat Signatures 14.3 RU2", "SymAllLanguages"),
     ("{925C2CD4-B1C7-572B-8318-5F0C51759FAC}", "SEPC Client Patch Win64 14.3 RU2", "French"),
 )

@@ -33,17 +33,9 @@ class Chaos:
     """One act at a time, drawn by chance from the seed."""
 
     def __init__(
-        self,
-        gup: Gup,
-        upstreams: list[ScriptedUpstream],
-        contents: list[Content],
-        settings: dict[str, Any],
-        seed: int,
+        self, gup: Gup, upstreams: list[ScriptedUpstream], contents: list[Content], settings: Any, seed: int
     ) -> None:
-        self._gup = gup
-        self._upstreams = upstreams
-        self._contents = contents
-        self._settings = settings
+        self._gup, self._upstreams, self._contents, self._settings = gup, upstreams, contents, settings
         self._chance = random.Random(f"chaos {seed}")
         self.done: Counter[str] = Counter()
         self._acts = {
@@ -79,19 +71,15 @@ class Chaos:
         content = self._chance.choice(self._contents)
         at = self._chance.randrange(len(content.body))
         good = right(content)
-        fault = self._chance.choice(
-            [
-                replace(good, reset_at=at),
-                replace(good, close_at=at),
-                replace(good, ranges=False, reset_at=at),
-                replace(good, announced=len(content.body) + LIE_BYTES),
-                replace(good, content_type="text/html"),
-                replace(good, piece_seconds=0.05),
-                Answer(b"trouble", 500),
-                Answer(b"busy", 503),
-                Answer(b"", 200),
-            ]
-        )
+        faults = [
+            {"reset_at": at},
+            {"close_at": at},
+            {"ranges": False, "reset_at": at},
+            {"piece_seconds": 0.05},
+        ]
+        faults += [{"announced": len(content.body) + LIE_BYTES}, {"content_type": "text/html"}]
+        faults += [{"body": b"trouble", "status": 500}, {"body": b"busy", "status": 503}, {"body": b""}]
+        fault = replace(good, **self._chance.choice(faults))
         upstream = self._chance.choice(self._upstreams)
         offer(upstream, content, *[fault] * self._chance.randint(1, 3))
         # most is stored already: without this, hardly a fault would be met
@@ -103,7 +91,7 @@ class Chaos:
     def _purge(self, content: Content) -> None:
         for key in self._keys(content):
             with suppress(OSError):
-                self._gup.api(f"/api/v1/content/{quote(key)}", method="DELETE")
+                self._gup.api(f"/api/v1/content/{quote(key)}", "DELETE")
 
     def _keys(self, content: Content) -> list[str]:
         """Its path below content/ is its key, wherever the route put it."""
@@ -119,9 +107,7 @@ class Chaos:
     def pin(self) -> None:
         for key in self._keys(self._chance.choice(self._contents)):
             with suppress(OSError):
-                self._gup.api(
-                    f"/api/v1/content/{quote(key)}/pin", method=self._chance.choice(["PUT", "DELETE"])
-                )
+                self._gup.api(f"/api/v1/content/{quote(key)}/pin", self._chance.choice(["PUT", "DELETE"]))
 
     def limits(self) -> None:
         downloads = self._chance.choice([0, 4])

@@ -31,21 +31,14 @@ class Content:
 def contents(seed: int) -> list[Content]:
     """Deltas, fulls and an index file, in the sizes of the field."""
     chance = random.Random(seed)
-    deltas = [
-        Content(
-            content_path(f"xdelta2607{number:03}_To_260801001.dax"),
-            [chance.randbytes(chance.randint(1, 600_000))],
-        )
-        for number in range(60)
-    ]
-    fulls = [
-        Content(
-            content_path("full.zip", revision=f"26080{number:04}"),
-            [zip_of(f"{seed}/{number}", chance.randint(2 * MB, 12 * MB))],
-        )
-        for number in range(8)
-    ]
-    return [*deltas, *fulls, Content("/content/ContentInfo.txt", [chance.randbytes(4000)])]
+    found = {"/content/ContentInfo.txt": chance.randbytes(4000)}
+    for number in range(60):
+        path = content_path(f"xdelta2607{number:03}_To_260801001.dax")
+        found[path] = chance.randbytes(chance.randint(1, 600_000))
+    for number in range(8):
+        path = content_path("full.zip", revision=f"26080{number:04}")
+        found[path] = zip_of(f"{seed}/{number}", chance.randint(2 * MB, 12 * MB))
+    return [Content(path, [body]) for path, body in found.items()]
 
 
 LIE_BYTES = 7

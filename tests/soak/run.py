@@ -3,17 +3,17 @@
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.clients import Ended
+from harness.clients import Ended, RawConnection
+from harness.commands import command
 from harness.scripted import ScriptedUpstream
 from harness.service import Gup
 from harness.waiting import until
@@ -36,23 +36,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass
 class Findings:
-    """What the clients saw; each client's thread adds under the lock."""
+    """What the clients saw, over all their threads."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    words: Counter[str] = field(default_factory=Counter)
-    body_bytes: int = 0
-    wrong: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.words: Counter[str] = Counter()
+        self.body_bytes = 0
+        self.wrong: list[str] = []
 
     def add(self, word: str, body_bytes: int = 0) -> None:
-        with self.lock:
+        with self._lock:
             self.words[word] += 1
             self.body_bytes += body_bytes
-
-    def complain(self, text: str) -> None:
-        with self.lock:
-            self.wrong.append(text)
 
 
 class Client:
@@ -74,12 +70,12 @@ class Client:
                 self._findings.add("gone")
                 stopping.wait(0.05)
             except TimeoutError:
-                self._findings.complain(
-                    f"{time.time():.3f}: no answer within {PATIENCE_SECONDS} s: {self._asked}"
+                self._findings.wrong.append(
+                    f"{time.time():.3f}: no answer in {PATIENCE_SECONDS} s: {self._asked}"
                 )
 
     def _visit(self, stopping: threading.Event) -> None:
-        with self._gup.connect(PATIENCE_SECONDS) as connection:
+        with RawConnection(self._gup.data, PATIENCE_SECONDS) as connection:
             for _ in range(self._chance.randint(1, 30)):
                 if stopping.is_set():
                     return
@@ -100,7 +96,7 @@ class Client:
         try:
             word = judge(asked, answer)
         except WrongError as error:
-            self._findings.complain(f"{asked.method} {asked.path} {asked.headers}: {error}")
+            self._findings.wrong.append(f"{asked}: {error}")
             return
         if answer.status == 200 and answer.header("etag"):
             self._etags[asked.path] = answer.header("etag")
@@ -124,24 +120,19 @@ def soak(directory: Path, seconds: float, seed: int) -> dict[str, Any]:
         with Gup(directory / "cache", settings=settings) as gup:
             chaos = Chaos(gup, [first, second], all_contents, settings, seed)
             footprint = Footprint(gup)
-            threads = [
-                threading.Thread(
-                    target=Client(gup, all_contents, findings, f"{seed}/{n}").run, args=[stopping]
-                )
-                for n in range(CLIENTS)
-            ]
-            for thread in threads:
-                thread.start()
+            clients = [Client(gup, all_contents, findings, f"{seed}/{n}") for n in range(CLIENTS)]
             began = time.monotonic()
-            try:
-                while (age := time.monotonic() - began) < seconds and not findings.wrong:
-                    chaos.act(age / seconds)
-                    footprint.look(age / seconds)
-                    stopping.wait(0.5)
-            finally:
-                stopping.set()
-                for thread in threads:
-                    thread.join()
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                running = [pool.submit(client.run, stopping) for client in clients]
+                try:
+                    while (age := time.monotonic() - began) < seconds and not findings.wrong:
+                        chaos.act(age / seconds)
+                        footprint.look(age / seconds)
+                        stopping.wait(0.5)
+                finally:
+                    stopping.set()
+            for client in running:
+                client.result()
             chaos.calm()
             findings.wrong += [*_aftermath(gup, all_contents), *footprint.complaints()]
             if findings.wrong:
@@ -172,12 +163,7 @@ def _aftermath(gup: Gup, all_contents: list[Content]) -> list[str]:
         wrong.append(str(error))
     if gup.stop(60) != 0:
         wrong.append(f"it ended with status {gup.process.returncode}")
-    verified = subprocess.run(
-        [*Gup.PROGRAM, "cache", "verify", "--cache-dir", str(gup.cache_dir)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    verified = command("cache", "verify", "--cache-dir", gup.cache_dir)
     if verified.returncode != 0:
         wrong.append(f"gup cache verify: {verified.stdout}{verified.stderr}")
     return wrong

@@ -3,9 +3,9 @@
 import re
 
 from harness.clients import fetch
-from harness.scripted import Answer, Gate, ScriptedUpstream
-from harness.service import Gup, Metrics
-from harness.swarm import End, Swarm
+from harness.scripted import Answer, Gate
+from harness.service import Gup
+from harness.swarm import End
 from harness.trees import BIG, DELTA, INDEX, make_tree, zip_of
 from harness.upstreams import Nginx
 from harness.waiting import until
@@ -13,27 +13,14 @@ from harness.waiting import until
 LENGTH = 3_000_000
 
 
-def sent(metrics: Metrics) -> float:
-    return metrics("gup_client_sent_bytes_total")
-
-
-def received(metrics: Metrics) -> float:
-    return metrics("gup_upstream_received_bytes_total")
-
-
 def test_bytes_and_requests_equal_what_both_sides_counted(tmp_path):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
-    with (
-        Nginx(tree, tmp_path / "nginx") as upstream,
-        Gup(tmp_path / "cache", [upstream.url]) as gup,
-        Swarm(gup.data) as swarm,
-    ):
-        swarm.add(25, BIG)
-        swarm.add(25, DELTA)
-        swarm.add(10, INDEX)
-        swarm.wait(20)
-        for name in ("full.zip", DELTA.rpartition("/")[2], "ContentInfo.txt"):
-            gup.wait_stored(name)
+    with Nginx(tree, tmp_path / "nginx") as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
+        swarm = gup.swarm()
+        for count, path in ((25, BIG), (25, DELTA), (10, INDEX)):
+            swarm.add(count, path)
+        swarm.wait()
+        gup.wait_stored(BIG, DELTA, INDEX)
         etag = gup.get(DELTA).etag
         client_bytes = sum(client.body_bytes for client in swarm.clients) + 200_000
         for start in range(0, LENGTH, 100_000):
@@ -41,124 +28,100 @@ def test_bytes_and_requests_equal_what_both_sides_counted(tmp_path):
         for _ in range(10):
             assert gup.get(DELTA, {"If-None-Match": etag}).status == 304
             assert gup.get(DELTA, method="HEAD").status == 200
-        with gup.connect() as client:
-            for _ in range(30):
-                client_bytes += len(client.get(DELTA).body)
+        client = gup.connect()
+        client_bytes += sum(len(client.get(DELTA).body) for _ in range(30))
         metrics = gup.metrics()
-        assert sent(metrics) == client_bytes
-        assert received(metrics) == sum(row.body_bytes for row in upstream.log())
-        assert received(metrics) == LENGTH + 200_000 + len(tree.body(INDEX))
+        received = metrics("gup_upstream_received_bytes_total")
+        assert metrics("gup_client_sent_bytes_total") == client_bytes
+        assert received == sum(row.body_bytes for row in upstream.log())
+        assert received == LENGTH + 200_000 + len(tree.body(INDEX))
         assert metrics("gup_upstream_received_bytes_total", purpose="index") == len(tree.body(INDEX))
         # 60 of the swarm, one for the tag, 30 ranges, 10 conditions, 10 HEADs, 30 on one connection
         assert metrics("gup_requests_total") == 60 + 1 + 30 + 10 + 10 + 30
-        assert metrics("gup_requests_total", code="304") == 10
-        assert metrics("gup_requests_total", code="206") == 30
-        assert metrics("gup_requests_total", result="miss") == 3
+        for labels, count in (({"code": "304"}, 10), ({"code": "206"}, 30), ({"result": "miss"}, 3)):
+            assert metrics("gup_requests_total", **labels) == count, labels
         assert metrics("gup_fills_total", outcome="committed") == 3
         assert metrics("gup_upstream_requests_total", outcome="ok") == 3
 
 
-def test_counts_outlive_a_killed_worker_and_a_restart(tmp_path):
-    tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
-    with Nginx(tree, tmp_path / "nginx") as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        client_bytes = 0
-        requests = 0
-        assert len(gup.get(BIG).body) == LENGTH
-        gup.wait_stored("full.zip")
-        client_bytes, requests = LENGTH, 1
-        for _ in range(2):
-            victim = gup.workers()[0]
-            for pid in gup.workers():
-                with gup.connect_to(pid) as client:
-                    for _ in range(5):
-                        client_bytes += len(client.get(BIG).body)
-                        requests += 1
-            gup.kill_worker(victim)
-            until(lambda pid=victim: pid not in gup.workers() and len(gup.workers()) == 2, "it is replaced")
-            metrics = gup.metrics()
-            assert sent(metrics) == client_bytes
-            assert metrics("gup_requests_total") == requests
-            assert received(metrics) == LENGTH == upstream.body_bytes(BIG)
-        before = gup.status()
-        assert before["totals"]["since_start"]["client_sent_bytes"] == client_bytes
-        assert before["totals"]["since_install"]["client_sent_bytes"] == client_bytes
-        assert gup.stop() == 0
-        gup.start()
-        after = gup.status()
-        assert after["totals"]["since_start"]["client_sent_bytes"] == 0
-        assert after["totals"]["since_install"]["client_sent_bytes"] == client_bytes
-        assert after["totals"]["since_install"]["upstream_received_bytes"] == LENGTH
-        assert sent(gup.metrics()) == client_bytes
-        client_bytes += len(gup.get(BIG).body)
-        gup.kill()
-        gup.start()
-        assert gup.status()["totals"]["since_install"]["client_sent_bytes"] == client_bytes
-
-
-def test_a_client_that_leaves_is_counted_with_what_it_was_sent(tmp_path):
-    body, gate = zip_of("leaves", LENGTH), Gate()
-    with ScriptedUpstream() as upstream:
-        upstream.answer(BIG, Answer(body, etag='"a"', gates=((LENGTH // 2, gate),)))
-        with Gup(tmp_path / "cache", [upstream.url]) as gup, Swarm(gup.data) as swarm:
-            clients = swarm.add(5, BIG)
-            gate.wait_reached()
-            swarm.wait_for(lambda: all(c.body_bytes == LENGTH // 2 for c in clients), "all have the half", 10)
-            # what is sent while the transfer runs is counted while it runs
-            gup.wait_metric(5 * LENGTH // 2, "gup_client_sent_bytes_total")
-            assert gup.metric("gup_fill_waiters") == 5
-            assert gup.metric("gup_fills_in_progress") == 1
-            leaving = swarm.add(1, BIG, leave_after_bytes=1000)
-            swarm.wait(10, leaving)
-            gate.open()
-            swarm.wait(10)
-            assert [client.end for client in clients] == [End.COMPLETE] * 5
-            gup.wait_metric(0, "gup_fill_waiters")
-            gup.wait_metric(0, "gup_fills_in_progress")
-            counted = sent(gup.metrics())
-            assert 5 * LENGTH + 1000 <= counted <= 6 * LENGTH
-
-
-def test_connections_are_a_gauge_over_all_workers(tmp_path):
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        connections = [gup.connect() for _ in range(20)]
-        for connection in connections:
-            assert connection.get("/content/none.txt").status == 404
-        gup.wait_metric(20, "gup_client_connections")
-        for connection in connections:
-            connection.close()
-        gup.wait_metric(0, "gup_client_connections")
-
-
-def test_gauges_of_a_killed_worker_do_not_stay(tmp_path):
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        connections = [gup.connect() for _ in range(20)]
-        for connection in connections:
-            assert connection.get("/content/none.txt").status == 404
+def test_counts_outlive_a_killed_worker_and_a_restart(serve):
+    gup, upstream = serve({BIG: zip_of("counts", LENGTH)})
+    sent, requests = len(gup.get(BIG).body), 1
+    gup.wait_stored(BIG)
+    for _ in range(2):
         victim = gup.workers()[0]
-        others = sum(gup.worker_of(connection) != victim for connection in connections)
+        for pid in gup.workers():
+            client = gup.connect_to(pid)
+            sent += sum(len(client.get(BIG).body) for _ in range(5))
+            requests += 5
         gup.kill_worker(victim)
-        gup.wait_metric(others, "gup_client_connections")
-        for connection in connections:
-            connection.close()
-        gup.wait_metric(0, "gup_client_connections")
-
-
-def test_health_readiness_and_metrics_page(tmp_path):
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        assert fetch(gup.admin, "/healthz").status == 200
-        until(lambda: fetch(gup.admin, "/readyz").status == 200, "it is ready")
+        until(lambda pid=victim: pid not in gup.workers() and len(gup.workers()) == 2, "it is replaced")
         metrics = gup.metrics()
-        assert len(metrics.samples) <= 500
-        for name in ("gup_requests_total", "gup_client_sent_bytes_total", "gup_fills_total"):
-            assert set(metrics.series(name).values()) == {0}
-        # never a path, a client or a revision as a label
-        gup.get(DELTA)
-        text = gup.metrics().text
-        assert "260801001" not in text
-        assert not re.search(rf"127\.0\.0\.1(?!:{upstream.port})", text)
-        status = gup.status()
-        assert sorted(worker["pid"] for worker in status["workers"]) == gup.workers()
-        assert status["site"]
-        # the control plane is not on the data plane's port, nor the other way round
-        assert gup.get("/metrics").status == 404
-        assert fetch(gup.admin, DELTA).status == 404
+        assert metrics("gup_client_sent_bytes_total") == sent
+        assert metrics("gup_requests_total") == requests
+        assert metrics("gup_upstream_received_bytes_total") == LENGTH == upstream.body_bytes(BIG)
+
+    def totals(since: str, what: str = "client_sent_bytes") -> int:
+        return gup.status()["totals"][since][what]
+
+    assert totals("since_start") == totals("since_install") == sent
+    assert gup.stop() == 0
+    gup.start()
+    assert (totals("since_start"), totals("since_install")) == (0, sent)
+    assert totals("since_install", "upstream_received_bytes") == LENGTH
+    assert gup.metric("gup_client_sent_bytes_total") == sent
+    sent += len(gup.get(BIG).body)
+    gup.kill()
+    gup.start()
+    assert totals("since_install") == sent
+
+
+def test_a_client_that_leaves_is_counted_with_what_it_was_sent(serve):
+    gate = Gate()
+    answer = Answer(zip_of("leaves", LENGTH), etag='"a"', gates=((LENGTH // 2, gate),))
+    gup, _ = serve({BIG: answer})
+    swarm = gup.swarm()
+    clients = swarm.add(5, BIG)
+    gate.wait_reached()
+    swarm.reach(LENGTH // 2, clients)
+    gup.wait_metric(5 * LENGTH // 2, "gup_client_sent_bytes_total")  # counted while the transfer runs
+    assert (gup.metric("gup_fill_waiters"), gup.metric("gup_fills_in_progress")) == (5, 1)
+    swarm.wait(swarm.add(1, BIG, leave_after_bytes=1000))
+    gate.open()
+    swarm.wait()
+    assert [client.end for client in clients] == [End.COMPLETE] * 5
+    gup.wait_metric(0, "gup_fill_waiters")
+    gup.wait_metric(0, "gup_fills_in_progress")
+    assert 5 * LENGTH + 1000 <= gup.metric("gup_client_sent_bytes_total") <= 6 * LENGTH
+
+
+def test_connections_are_a_gauge_over_all_workers_and_those_of_a_killed_one_do_not_stay(serve):
+    gup, _ = serve()
+    connections = [gup.connect() for _ in range(20)]
+    assert {connection.get("/content/none.txt").status for connection in connections} == {404}
+    gup.wait_metric(20, "gup_client_connections")
+    victim = gup.workers()[0]
+    others = sum(gup.worker_of(connection) != victim for connection in connections)
+    gup.kill_worker(victim)
+    gup.wait_metric(others, "gup_client_connections")
+    gup.close_clients()
+    gup.wait_metric(0, "gup_client_connections")
+
+
+def test_health_readiness_and_metrics_page(serve):
+    gup, upstream = serve()
+    assert fetch(gup.admin, "/healthz").status == 200
+    until(lambda: fetch(gup.admin, "/readyz").status == 200, "it is ready")
+    metrics = gup.metrics()
+    assert len(metrics.samples) <= 500
+    for name in ("gup_requests_total", "gup_client_sent_bytes_total", "gup_fills_total"):
+        assert set(metrics.series(name).values()) == {0}
+    gup.get(DELTA)
+    text = gup.metrics().text  # never a path, a client or a revision as a label
+    assert "260801001" not in text
+    assert not re.search(rf"127\.0\.0\.1(?!:{upstream.port})", text)
+    status = gup.status()
+    assert sorted(worker["pid"] for worker in status["workers"]) == gup.workers()
+    assert status["site"]
+    # the control plane is not on the data plane's port, nor the other way round
+    assert gup.get("/metrics").status == fetch(gup.admin, DELTA).status == 404

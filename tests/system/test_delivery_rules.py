@@ -1,7 +1,6 @@
 """The delivery rules in a running service: who gets what from whom, what is fetched, what is counted."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -23,6 +22,8 @@ FRENCH = {"GUP-Client-Version": "14.3 RU2", "GUP-Client-Language": "French"}
 ENGLISH = {"GUP-Client-Version": "14.3.5413.3000", "GUP-Client-Language": "en-GB"}
 GERMAN = {"GUP-Client-Version": "14.3 RU2", "GUP-Client-Language": "de"}
 OLD = {"GUP-Client-Version": "14.3 RU1", "GUP-Client-Language": "fr"}
+EQUAL = {"priority": 0}
+SETTINGS = {"catalog": {"refresh": "1h"}, "rules": {"mode": "enforce"}}
 
 
 def path(moniker: str, file: str = "full.zip") -> str:
@@ -57,35 +58,35 @@ class Site:
         return len(self.french.requests(target)), len(self.english.requests(target))
 
 
-def fill_shelves(french: ScriptedUpstream, english: ScriptedUpstream, liveupdate: ScriptedUpstream) -> None:
+@pytest.fixture
+def site(serve) -> Site:
+    french, english, liveupdate = (ScriptedUpstream() for _ in range(3))
     for upstream, language, release in ((french, "French", "14.3 RU2"), (english, "English", "14.3 RU3")):
+        upstream.table = {
+            "name": language[:2].lower(),
+            "version": release,
+            "language": language,
+            "priority": 0,
+        }
         upstream.answer(CATALOG, Answer(lines(language, release), etag=f'"{language}"'))
         for moniker in (PATCH, TEXTS, LATE):
             upstream.answer(path(moniker), Answer(body(moniker, language), etag=f'"{language}"'))
         upstream.answer(path(VIRUS), Answer(body(VIRUS, "all"), etag='"all"'))
-    liveupdate.answer("/minitri.flg", Answer(b"1", etag='"flag"'))
-    liveupdate.answer(f"/{INDEX}", Answer(zip_of("index", 400), etag='"index"'))
-    liveupdate.answer(f"/{PAYLOAD}", Answer(noise("payload", 9000), etag='"payload"'))
+    liveupdate.table = {"name": "lu", "kind": "liveupdate", "priority": 0}
+    for file, text in (
+        ("minitri.flg", b"1"),
+        (INDEX, zip_of("index", 400)),
+        (PAYLOAD, noise("payload", 9000)),
+    ):
+        liveupdate.answer(f"/{file}", text)
+    gup, _ = serve(before=french, behind=[english, liveupdate], **SETTINGS)
+    return Site(french, english, liveupdate, gup)
 
 
-def settings(french, english, liveupdate, **rules):
-    return {
-        "upstream": [
-            {"name": "fr", "url": french.url, "version": "14.3 RU2", "language": "French"},
-            {"name": "en", "url": english.url, "version": "14.3 RU3", "language": "English"},
-            {"name": "lu", "url": liveupdate.url, "kind": "liveupdate"},
-        ],
-        "catalog": {"refresh": "1h"},
-        "rules": {"mode": "enforce", **rules},
-    }
-
-
-@pytest.fixture
-def site(tmp_path) -> Iterator[Site]:
-    with ScriptedUpstream() as french, ScriptedUpstream() as english, ScriptedUpstream() as liveupdate:
-        fill_shelves(french, english, liveupdate)
-        with Gup(tmp_path / "cache", settings=settings(french, english, liveupdate)) as gup:
-            yield Site(french, english, liveupdate, gup)
+def changed(site: Site, **rules) -> None:
+    """Other rules in the file, and a reload."""
+    tables = [{"url": one.url, **one.table} for one in (site.french, site.english, site.liveupdate)]
+    site.gup.rewrite({"upstream": tables, **SETTINGS, "rules": {"mode": "enforce", **rules}})
 
 
 def test_each_client_gets_what_its_manager_has_and_nothing_is_mixed(site):
@@ -180,7 +181,7 @@ def test_a_reload_drops_decisions_and_report_only_counts(site):
     assert site.get(path(PATCH), FRENCH).status == 200
     for _ in range(4):
         assert site.get(path(PATCH), GERMAN).status == 403
-    gup.rewrite(settings(site.french, site.english, site.liveupdate, mode="report"))
+    changed(site, mode="report")
     until(lambda: site.get(path(PATCH), GERMAN).status == 200, "the new rules hold", 10)
     until(lambda: gup.log.count("settings reloaded") == 1, "all were told")
     counted = gup.metric("gup_rule_refusals_total", mode="report")
@@ -188,12 +189,12 @@ def test_a_reload_drops_decisions_and_report_only_counts(site):
         assert site.get(path(PATCH), GERMAN).body == body(PATCH, "French")
     assert gup.metric("gup_rule_refusals_total", mode="report") == counted + 10
     gup.wait_log("would be refused by the rule language")
-    gup.rewrite(settings(site.french, site.english, site.liveupdate, download_client_patches=False))
+    changed(site, download_client_patches=False)
     until(lambda: site.get(path(PATCH), FRENCH).status == 403, "client patches are off", 10)
     told = json.loads(site.get(path(PATCH), FRENCH).body)
     assert told["rule"] == "client_patches_off"
     assert site.get(path(VIRUS), FRENCH).status == 200
-    gup.rewrite(settings(site.french, site.english, site.liveupdate, mode="off"))
+    changed(site, mode="off")
     until(lambda: site.get(path(PATCH), GERMAN).status == 200, "the rules are off", 10)
 
 
@@ -209,7 +210,7 @@ def test_an_unlisted_moniker_is_looked_for_once_and_a_changed_catalogue_fetches_
         more = f"{LATE}: SEP Client Patch Win32 {release} - Late - {language}\n".encode()
         upstream.answer(CATALOG, Answer(lines(language, release) + more, etag=f'"{language} 2"'))
     assert site.get(path(LATE), GERMAN).status == 200
-    gup.rewrite(settings(site.french, site.english, site.liveupdate))
+    changed(site)
     until(lambda: site.get(path(LATE), GERMAN).status == 403, "the new catalogue holds", 20)
     asked = site.asked(path(LATE))
     assert site.get(path(LATE), ENGLISH).body == body(LATE, "English")
@@ -239,13 +240,13 @@ def test_what_is_for_all_languages_comes_from_any_manager_and_goes_on_without_it
     content = body(VIRUS, "all")
     for upstream in (site.french, site.english):
         upstream.answer(path(VIRUS), Answer(content, etag='"all"', gates=((12_000, gate),)))
-    with gup.connect() as client:
-        client.ask(path(VIRUS), ENGLISH)
-        gate.wait_reached()
-        assert client.head().status == 200, "the fill is under way"
-        gup.kill_worker(gup.worker_of(client))
+    client = gup.connect()
+    client.ask(path(VIRUS), ENGLISH)
+    gate.wait_reached()
+    assert client.head().status == 200, "the fill is under way"
+    gup.kill_worker(gup.worker_of(client))
     gate.open()
-    gup.wait_stored("full.zip", 30)  # nobody asks: the controller goes on, whom no rule binds
+    gup.wait_stored("full.zip", timeout_seconds=30)  # nobody asks: the controller goes on, whom no rule binds
     assert f"any/any/{VIRUS}/{REVISION}/full.zip" in gup.bodies()
     stored = gup.cache_dir / "content" / "any" / "any" / VIRUS / REVISION / "full.zip"
     stored.write_bytes(b"x" * len(content))

@@ -7,8 +7,6 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -78,18 +76,16 @@ def stock(upstream: ScriptedUpstream, manager: str) -> None:
         upstream.answer(path(moniker, file), Answer(body(moniker, file, manager), etag=f'"{manager}{file}"'))
 
 
-@contextmanager
-def site(tmp_path) -> Iterator[tuple[dict[str, ScriptedUpstream], Gup]]:
-    with ExitStack() as stack:
-        managers = {name: stack.enter_context(ScriptedUpstream()) for name in MANAGERS}
-        for name, upstream in managers.items():
-            stock(upstream, name)
-        rows = [
-            {"name": name, "url": managers[name].url, "version": version, "language": language}
-            for name, (version, language) in MANAGERS.items()
-        ]
-        settings = {"upstream": rows, "catalog": {"refresh": "1h"}, "log": {"access": "off"}}
-        yield managers, stack.enter_context(Gup(tmp_path / "cache", settings=settings, workers=2))
+@pytest.fixture
+def site(serve) -> tuple[dict[str, ScriptedUpstream], Gup]:
+    managers = {name: ScriptedUpstream() for name in MANAGERS}
+    for name, upstream in managers.items():
+        stock(upstream, name)
+        version, language = MANAGERS[name]
+        upstream.table = {"name": name, "version": version, "language": language, "priority": 0}
+    first, *behind = managers.values()
+    gup, _ = serve(before=first, behind=behind, catalog={"refresh": "1h"}, log={"access": "off"})
+    return managers, gup
 
 
 @dataclass
@@ -165,29 +161,25 @@ async def crowd(gup: Gup, clients: int, seed: int) -> Seen:
 
 @pytest.mark.parametrize("clients", [240, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(600)
-async def test_every_client_gets_what_the_table_says_and_nothing_is_fetched_twice(tmp_path, clients):
-    with site(tmp_path) as (managers, gup):
-        seen = await crowd(gup, clients, seed=clients)
-        assert not seen.wrong, "\n".join(seen.wrong[:10])
-        assert sum(seen.answers.values()) == clients * len(SHELF)
-        assert await asyncio.to_thread(fetched, managers) == expected_fetches()
-        metrics = await asyncio.to_thread(gup.metrics)
-        assert {
-            rule: metrics("gup_rule_refusals_total", rule=rule, mode="enforce") for rule in RULES
-        } == seen.refusals
-        assert metrics("gup_rule_refusals_total") == seen.refusals.total()
-        served = {code: metrics("gup_requests_total", code=code) for code in ("200", "206", "403")}
-        assert served == {
-            code: sum(n for (status, _), n in seen.answers.items() if status == int(code)) for code in served
-        }
-        assert metrics("gup_client_sent_bytes_total") == seen.body_bytes
-        received = sum(request.body_bytes for m in managers.values() for request in m.requests())
-        assert metrics("gup_upstream_received_bytes_total") == received
-        by_stream = {
-            labels["language"] for labels in map(dict, metrics.series("gup_stream_sent_bytes_total"))
-        }
-        assert by_stream == {"French", "English", "German", "SymAllLanguages"}
-        await asyncio.to_thread(gup.wait_metric, clients, "gup_clients_seen", 20.0, window="1h")
+async def test_every_client_gets_what_the_table_says_and_nothing_is_fetched_twice(site, clients):
+    managers, gup = site
+    seen = await crowd(gup, clients, seed=clients)
+    assert not seen.wrong, "\n".join(seen.wrong[:10])
+    assert sum(seen.answers.values()) == clients * len(SHELF)
+    assert await asyncio.to_thread(fetched, managers) == expected_fetches()
+    metrics = await asyncio.to_thread(gup.metrics)
+    for rule in RULES:
+        assert metrics("gup_rule_refusals_total", rule=rule, mode="enforce") == seen.refusals[rule]
+    assert metrics("gup_rule_refusals_total") == seen.refusals.total()
+    for code in (200, 206, 403):
+        answers = sum(count for (status, _), count in seen.answers.items() if status == code)
+        assert metrics("gup_requests_total", code=str(code)) == answers
+    assert metrics("gup_client_sent_bytes_total") == seen.body_bytes
+    received = sum(request.body_bytes for m in managers.values() for request in m.requests())
+    assert metrics("gup_upstream_received_bytes_total") == received
+    streams = {dict(labels)["language"] for labels in metrics.series("gup_stream_sent_bytes_total")}
+    assert streams == {"French", "English", "German", "SymAllLanguages"}
+    await asyncio.to_thread(gup.wait_metric, clients, "gup_clients_seen", 20.0, window="1h")
 
 
 def fetched(managers: dict[str, ScriptedUpstream]) -> Counter[tuple[str, str]]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 from harness.probe import probing
-from harness.scripted import Answer, ScriptedUpstream
-from harness.service import Gup
 from harness.swarm import Client, End, Swarm, body_digest
 from harness.trees import content_path, noise
 
@@ -72,66 +70,48 @@ class Footprint:
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("clients", "files", "size", "rate", "patience", "seconds"),
     [
         pytest.param(400, 40, 60_000, 600_000, 1.0, 60, id="short"),
-        pytest.param(
-            5000,
-            300,
-            400_000,
-            1_000_000,
-            30.0,
-            600,
-            id="whole",
-            marks=[pytest.mark.long, pytest.mark.timeout(900)],
-        ),
+        pytest.param(5000, 300, 400_000, 1_000_000, 30.0, 600, id="whole", marks=pytest.mark.long),
     ],
 )
-def test_more_than_the_link_can_carry(tmp_path, clients, files, size, rate, patience, seconds, figures):
+def test_more_than_the_link_can_carry(serve, clients, files, size, rate, patience, seconds, figures):
     bodies = {content_path(f"xdelta2607{n:03}_To_260801001.dax"): noise(f"o{n}", size) for n in range(files)}
-    settings = {
-        "wan": {"rate": rate},
-        "fill": {"queue_timeout": patience},
-        "clients": {"max_connections_per_address": 0},
-    }
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-        Swarm(gup.data) as swarm,
-    ):
-        upstream.answer(HIT, Answer(noise("hit", 4096), etag='"h"'))
-        for path, body in bodies.items():
-            upstream.answer(path, Answer(body, etag=f'"{path}"'))
-        assert gup.get(HIT).status == 200
-        gup.wait_stored(HIT.rpartition("/")[2])
-        with probing(gup.data, HIT, 1.5) as answer:
-            quiet = answer()
-        footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
-        crowd = Crowd(swarm, patience)
-        began = time.monotonic()
-        for path in bodies:
-            crowd.ask(path, clients // files)
-        asked = clients // files * files
-        with probing(gup.data, HIT, 0.8 * files * size / rate) as answer:
-            crowd.run(asked, footprint.look, seconds)
-            took = time.monotonic() - began
-            busy = answer()
+    gup, upstream = serve(
+        {**bodies, HIT: noise("hit", 4096)},
+        wan={"rate": rate},
+        fill={"queue_timeout": patience},
+        clients={"max_connections_per_address": 0},
+    )
+    assert gup.get(HIT).status == 200
+    gup.wait_stored(HIT)
+    with probing(gup.data, HIT, 1.5) as answer:
+        quiet = answer()
+    footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
+    crowd, began = Crowd(gup.swarm(), patience), time.monotonic()
+    for path in bodies:
+        crowd.ask(path, clients // files)
+    asked = clients // files * files
+    with probing(gup.data, HIT, 0.8 * files * size / rate) as answer:
+        crowd.run(asked, footprint.look, seconds)
+        took = time.monotonic() - began
+        busy = answer()
 
-        for client in crowd.got:
-            assert client.digest == body_digest(bodies[client.target])
-        for path in bodies:
-            assert len(upstream.requests(path)) == 1, path
-        assert crowd.refused, "the link could carry it all: nothing was tested"
-        slowest = max(client.finished_at - client.asked_at for client in crowd.refused)
-        figures(
-            f"{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
-            f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
-            f"the slowest after {slowest:.2f} s; a worker at most "
-            f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
-            f"hits' p99 {quiet['p99']:.2f} ms alone, {busy['p99']:.2f} ms beside them"
-        )
-        assert slowest <= patience + 2.0
-        assert took <= 1.5 * files * size / rate + 3 * patience
-        assert footprint.descriptors <= 3 * asked
-        assert footprint.resident_bytes <= 200_000_000
+    assert all(client.digest == body_digest(bodies[client.target]) for client in crowd.got)
+    assert {len(upstream.requests(path)) for path in bodies} == {1}
+    assert crowd.refused, "the link could carry it all: nothing was tested"
+    slowest = max(client.finished_at - client.asked_at for client in crowd.refused)
+    figures(
+        f"{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
+        f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
+        f"the slowest after {slowest:.2f} s; a worker at most "
+        f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
+        f"hits' p99 {quiet['p99']:.2f} ms alone, {busy['p99']:.2f} ms beside them"
+    )
+    assert slowest <= patience + 2.0
+    assert took <= 1.5 * files * size / rate + 3 * patience
+    assert footprint.descriptors <= 3 * asked
+    assert footprint.resident_bytes <= 200_000_000

@@ -1,24 +1,21 @@
 """Through real processes: deltas fetched ahead, content that an operator wants, storms of fulls, alarms."""
 
-import contextlib
 import json
 import re
-import subprocess
 import time
 
 import pytest
-from harness.clients import RawConnection
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.commands import command
+from harness.scripted import Answer, Gate
 from harness.service import Gup
-from harness.swarm import Swarm
-from harness.trees import CONTENT_INFO, INDEX, MONIKER, OTHER_MONIKER, content_path, noise, zip_of
+from harness.trees import CONTENT_INFO, INDEX, MONIKER, OTHER_MONIKER, content_path, name_of, noise, zip_of
 from harness.waiting import until
 
 OLD = [f"26010{day}001" for day in range(1, 6)]
 A, B, C = "260110001", "260111001", "260112001"
 PATCHES = "{11111111-2222-3333-4444-555555555555}"
 CATALOGUE = CONTENT_INFO + f"{PATCHES}: SEPC Client Patch Win64 14.3 RU2 - Patch - English\r\n".encode()
-PREFETCHING = {"catalog": {"refresh": "1h"}}
+RECEIVED = "gup_upstream_received_bytes_total"
 
 
 def delta(old: str, new: str, moniker: str = MONIKER, *, under_new: bool = False) -> str:
@@ -29,291 +26,226 @@ def full(revision: str, moniker: str = MONIKER) -> str:
     return content_path("full.zip", moniker, revision)
 
 
-def publish(upstream: ScriptedUpstream, *paths: str, size: int = 20_000) -> None:
-    for path in paths:
-        upstream.answer(path, Answer(noise(path, size), etag=f'"{path}"'))
+def published(*paths: str, size: int = 20_000) -> dict[str, bytes]:
+    return {path: noise(path, size) for path in paths}
 
 
-def service(tmp_path, upstream: ScriptedUpstream, **settings) -> Gup:
-    upstream.answer(INDEX, Answer(CATALOGUE, etag='"catalogue"'))
-    gup = Gup(tmp_path / "cache", [upstream.url], settings={**PREFETCHING, **settings})
-    until(lambda: gup.status()["upstreams"][0]["catalogue"], "the catalogue is known")
-    return gup
+@pytest.fixture
+def site(serve):
+    """`serve` with a catalogue, which is known when the service is there."""
+
+    def start(answers, **settings):
+        gup, upstream = serve({**answers, INDEX: CATALOGUE}, catalog={"refresh": "1h"}, **settings)
+        until(lambda: gup.upstream()["catalogue"], "the catalogue is known")
+        return gup, upstream
+
+    return start
 
 
 def wanted(gup: Gup) -> dict[str, str]:
     """What became of each file that was to be fetched ahead."""
     code, found = gup.api("/api/v1/prefetch?limit=1000")
     assert code == 200, found
-    return {row["key"].rpartition("/")[2]: row["outcome"] for row in found["wanted"]}
+    return {name_of(row["key"]): row["outcome"] for row in found["wanted"]}
 
 
-def settled(gup: Gup, *files: str) -> dict[str, str]:
-    """The outcomes, when these files have one."""
+def settled(gup: Gup, *paths: str) -> dict[str, str]:
+    """The outcomes, when these have one."""
 
     def look():
         found = wanted(gup)
-        ended = all(found.get(file, "queued") not in ("queued", "fetching") for file in files)
+        ended = all(found.get(name_of(path), "queued") not in ("queued", "fetching") for path in paths)
         return found if ended else None
 
-    return until(look, f"{files} are fetched ahead, or not")
+    return until(look, f"{paths} are fetched ahead, or not")
 
 
-def deltas_stored(gup: Gup) -> int:
-    return sum(path.endswith(".dax") for path in gup.bodies())
+def asked(gup: Gup, *paths: str) -> list[str]:
+    """Cache-Status of each, which is there."""
+    answers = [gup.get(path) for path in paths]
+    assert {(answer.status, answer.complete) for answer in answers} == {(200, True)}
+    return [answer.header("cache-status").removeprefix("gup; ") for answer in answers]
 
 
-def cache_status(gup: Gup, path: str) -> str | None:
-    answer = gup.get(path)
-    assert (answer.status, answer.complete) == (200, True), answer
-    return answer.header("cache-status")
+def deltas_stored(gup: Gup, count: int) -> None:
+    until(lambda: sum(path.endswith(".dax") for path in gup.bodies()) == count, "all is stored")
 
 
-def name(path: str) -> str:
-    return path.rpartition("/")[2]
+MISS = "fwd=uri-miss; stored"
 
 
-def test_the_first_of_a_morning_fetches_for_all_others(tmp_path):
+def test_the_first_of_a_morning_fetches_for_all_others(site):
     first, others = delta(OLD[0], B), [delta(old, B) for old in (*OLD[1:], A)]
     patches = [delta(OLD[0], A, PATCHES), delta(OLD[1], A, PATCHES), delta(OLD[0], B, PATCHES)]
-    with ScriptedUpstream() as upstream:
-        publish(upstream, *(delta(old, A) for old in OLD), first, *others[1:], *patches)
-        publish(upstream, delta(OLD[1], B, PATCHES), delta(OLD[1], B, OTHER_MONIKER))
-        with service(tmp_path, upstream) as gup:
-            # yesterday: clients of five revisions come to A, one after the other; nobody knows of the others
-            for old in OLD:
-                assert cache_status(gup, delta(old, A)) == "gup; fwd=uri-miss; stored"
-            for path in patches:
-                cache_status(gup, path)
-            until(lambda: deltas_stored(gup) == 8, "all is stored")
-            assert wanted(gup) == {}
-            # today: the first one names B
-            assert cache_status(gup, first) == "gup; fwd=uri-miss; stored"
-            outcomes = settled(gup, *map(name, others))
-            assert outcomes == {name(others[0]): "absent"} | dict.fromkeys(map(name, others[1:]), "stored")
-            for path in others[1:]:
-                assert cache_status(gup, path) == "gup; hit"
-            assert [len(upstream.requests(path)) for path in (first, *others)] == [1] * 6
-            # client patches that nobody asked for are nobody's business
-            assert len(upstream.requests(delta(OLD[1], B, PATCHES))) == 0
-            assert [row["why"] for row in gup.api("/api/v1/prefetch")[1]["left_out"]] == [
-                "client patches are fetched when a client asks for them"
-            ]
-            metrics = gup.metrics()
-            received = "gup_upstream_received_bytes_total"
-            assert 0 <= metrics(received, purpose="prefetch") - 4 * 20_000 < 1000  # the 404 has a body too
-            assert metrics(received, purpose="fill") == (5 + 3 + 1) * 20_000
-            # what is known outlives a restart, and nothing is done twice
-            gup.stop()
-            publish(upstream, delta(B, C), delta(OLD[0], C))
-            gup.start()
-            until(lambda: gup.status()["ready"], "it is ready again")
-            assert cache_status(gup, delta(OLD[2], B)) == "gup; hit"
-            assert wanted(gup).keys() == outcomes.keys()
-            publish(upstream, delta(A, C))
-            assert cache_status(gup, delta(A, C)) == "gup; fwd=uri-miss; stored"
-            now = settled(gup, *(name(delta(old, C)) for old in (*OLD, B)))
-            assert {file for file, outcome in now.items() if outcome == "stored"} - outcomes.keys() == {
-                name(delta(B, C)),
-                name(delta(OLD[0], C)),
-            }
-            assert [len(upstream.requests(path)) for path in (first, *others)] == [1] * 6
+    yesterday = [delta(old, A) for old in OLD]
+    unasked = delta(OLD[1], B, PATCHES)
+    there = (*yesterday, first, *others[1:], *patches, unasked, delta(OLD[1], B, OTHER_MONIKER))
+    gup, upstream = site(published(*there))
+    # yesterday: clients of five revisions come to A, one after the other; nobody knows of the others
+    assert asked(gup, *yesterday, *patches) == [MISS] * 8
+    deltas_stored(gup, 8)
+    assert wanted(gup) == {}
+    # today: the first one names B
+    assert asked(gup, first) == [MISS]
+    outcomes = settled(gup, *others)
+    assert outcomes == {name_of(others[0]): "absent"} | dict.fromkeys(map(name_of, others[1:]), "stored")
+    assert asked(gup, *others[1:]) == ["hit"] * 4
+    assert [len(upstream.requests(path)) for path in (first, *others)] == [1] * 6
+    # client patches that nobody asked for are nobody's business
+    assert upstream.requests(unasked) == []
+    left_out = [row["why"] for row in gup.api("/api/v1/prefetch")[1]["left_out"]]
+    assert left_out == ["client patches are fetched when a client asks for them"]
+    metrics = gup.metrics()
+    assert 0 <= metrics(RECEIVED, purpose="prefetch") - 4 * 20_000 < 1000  # the 404 has a body too
+    assert metrics(RECEIVED, purpose="fill") == (5 + 3 + 1) * 20_000
+    # what is known outlives a restart, and nothing is done twice
+    gup.stop()
+    for path, body in published(delta(B, C), delta(OLD[0], C), delta(A, C)).items():
+        upstream.answer(path, body)
+    gup.start()
+    until(lambda: gup.status()["ready"], "it is ready again")
+    assert asked(gup, delta(OLD[2], B)) == ["hit"]
+    assert wanted(gup).keys() == outcomes.keys()
+    assert asked(gup, delta(A, C)) == [MISS]
+    now = settled(gup, *(delta(old, C) for old in (*OLD, B)))
+    stored = {file for file, outcome in now.items() if outcome == "stored"} - outcomes.keys()
+    assert stored == {name_of(delta(B, C)), name_of(delta(OLD[0], C))}
+    assert [len(upstream.requests(path)) for path in (first, *others)] == [1] * 6
 
 
-@pytest.mark.long
-def test_the_folder_and_the_spelling_are_those_of_the_traffic_and_disabled_means_nothing(tmp_path):
+def test_the_folder_and_the_spelling_are_those_of_the_traffic_and_disabled_means_nothing(site):
     spelled = OTHER_MONIKER.lower()
-    with ScriptedUpstream() as upstream:
-        upstream.exact = True
-        paths = [delta(old, A, spelled, under_new=True) for old in OLD[:3]]
-        first, *others = [delta(old, B, spelled, under_new=True) for old in OLD[:3]]
-        publish(upstream, *paths, first, *others)
-        settings = {"prefetch": {"enabled": False}}
-        with service(tmp_path, upstream, **settings) as gup:
-            for path in (*paths, first):
-                cache_status(gup, path)
-            until(lambda: deltas_stored(gup) == 4, "all is stored")
-            assert wanted(gup) == {}
-            assert gup.metric("gup_upstream_received_bytes_total", purpose="prefetch") == 0
-            gup.rewrite({**PREFETCHING, "prefetch": {"enabled": True}})
-            settled(gup, *map(name, others))
-            assert [cache_status(gup, path) for path in others] == ["gup; hit", "gup; hit"]
-            assert [len(upstream.requests(path)) for path in others] == [1, 1]
+    paths = [delta(old, A, spelled, under_new=True) for old in OLD[:3]]
+    first, *others = [delta(old, B, spelled, under_new=True) for old in OLD[:3]]
+    gup, upstream = site(published(*paths, first, *others), workers=1, prefetch={"enabled": False})
+    upstream.exact = True
+    asked(gup, *paths, first)
+    deltas_stored(gup, 4)
+    assert wanted(gup) == {}
+    assert gup.metric(RECEIVED, purpose="prefetch") == 0
+    gup.rewrite({"catalog": {"refresh": "1h"}, "prefetch": {"enabled": True}})
+    settled(gup, *others)
+    assert asked(gup, *others) == ["hit", "hit"]
+    assert [len(upstream.requests(path)) for path in others] == [1, 1]
 
 
-def test_a_delta_that_is_not_there_costs_one_fast_answer_and_one_request(tmp_path):
-    path = delta(OLD[0], B)
-    settings = {"cache": {"negative_ttl": "60s"}}
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-        Swarm(gup.data) as swarm,
-    ):
-        began = time.monotonic()
-        clients = swarm.wait(30, swarm.add(100, path))
-        assert {client.status for client in clients} == {404}
-        assert time.monotonic() - began < 5.0
-        began = time.monotonic()
-        assert gup.get(path).status == 404
-        assert time.monotonic() - began < 1.0
-        assert len(upstream.requests(path)) == 1
-
-
-def test_a_client_hurries_what_is_being_fetched_ahead(tmp_path):
+def test_a_client_hurries_what_is_being_fetched_ahead(site):
     """What is fetched ahead stands still while a client's full streams; asked for, it goes on."""
-    gate, blocking = Gate(), full(A)
-    big = delta(A, B)
-    with ScriptedUpstream() as upstream:
-        body = noise(big, 2_000_000)
-        upstream.answer(big, Answer(body, etag='"big"', piece_seconds=0.02))
-        upstream.answer(blocking, Answer(zip_of("blocking", 300_000), etag='"f"', gates=((100_000, gate),)))
-        with service(tmp_path, upstream) as gup, gup.connect() as client, gup.connect() as other:
-            code, found = gup.api("/api/v1/prefetch", method="POST", given={"path": big})
-            assert (code, found["wanted"][0]["by"]) == (202, "operator")
-            upstream.wait_for_request(big)
-            client.ask(blocking)
-            gate.wait_reached()
-            until(lambda: gup.metric("gup_fills_in_progress") == 2, "both are under way")
-            still = until(lambda: stands_still(gup), "it gives way to the client's fill")
-            assert still < len(body)
-            other.ask(big)
-            answer = other.response()
-            assert answer.header("cache-status") == "gup; fwd=uri-miss; collapsed"
-            assert answer.body == body
-            assert len(upstream.requests(big)) == 1
-            gate.open()
-            assert client.response().complete
-            assert settled(gup, name(big)) == {name(big): "stored"}
-
-
-def ordered(gup: Gup, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`gup prefetch`, as an operator calls it on the service's machine."""
-    command = [*Gup.PROGRAM, "prefetch", *arguments, "--admin", f"{gup.admin[0]}:{gup.admin[1]}"]
-    token = ["--token-file", str(gup.cache_dir / "run" / "admin-token")]
-    return subprocess.run(
-        [*command, *token], capture_output=True, text=True, timeout=60, check=False, cwd=gup.folder
-    )
-
-
-def test_an_operator_has_files_fetched_before_the_morning(tmp_path):
-    with ScriptedUpstream() as upstream:
-        publish(upstream, delta(A, B), delta(A, B, PATCHES))
-        with service(tmp_path, upstream, prefetch={"enabled": False}) as gup:
-            paths = delta(A, B), delta(A, B, PATCHES)
-            done = ordered(gup, *paths)
-            assert (done.returncode, done.stderr) == (0, "")
-            assert [line.split(": ")[1] for line in done.stdout.splitlines()] == ["fetched and stored"] * 2
-            assert [cache_status(gup, path) for path in paths] == ["gup; hit"] * 2
-            again = ordered(gup, delta(A, B), delta(A, C), "--json")
-            assert again.returncode == 1
-            rows = json.loads(again.stdout)["wanted"]
-            assert [row["outcome"] for row in rows] == ["present", "absent"]
-            assert ordered(gup, delta(A, B), "--no-wait").returncode == 0
-            for arguments, told in (
-                (("/etc/passwd",), "can't be fetched: This path is none of the content"),
-                ((delta(A, B), "--language", "French"), "no upstream has 'French'; there is 'any' and 'any'"),
-            ):
-                refused = ordered(gup, *arguments)
-                assert refused.returncode == 1
-                assert told in refused.stderr, refused.stderr
-            code, found = gup.api("/api/v1/prefetch", method="POST", given={"file": "x"})
-            assert (code, "path" in found["detail"]) == (400, True), found
-            assert [len(upstream.requests(path)) for path in paths] == [1, 1]
-
-
-def alarms(gup: Gup) -> dict[str, dict]:
-    code, found = gup.api("/api/v1/alarms")
-    assert code == 200, found
-    return {alarm["name"]: alarm for alarm in found["alarms"]}
-
-
-def test_a_storm_tells_who_how_many_and_what_it_costs(tmp_path):
-    """Most clients ask while the full is still arriving; the last ones are hits, in the hot cache too."""
-    body, gate = zip_of("storm", 300_000), Gate()
-    with ScriptedUpstream() as upstream, contextlib.ExitStack() as stack:
-        publish(upstream, delta(A, B), size=2_000)
-        upstream.answer(full(B), Answer(body, etag='"f"', gates=((100_000, gate),)))
-        gup = stack.enter_context(service(tmp_path, upstream))
-        cache_status(gup, delta(A, B))
-        assert alarms(gup) == {}
-        clients = [
-            stack.enter_context(RawConnection(gup.data, source=f"127.0.0.{2 + number % 3}"))
-            for number in range(9)
-        ]
-        for client in clients:
-            client.ask(full(B))
-        gup.wait_metric(9, "gup_fill_waiters")
-        gate.open()
-        assert all(client.response().body == body for client in clients)
-        gup.wait_stored("full.zip")
-        for _ in range(6):
-            assert clients[0].get(full(B)).header("cache-status") == "gup; hit"
-        storm = until(lambda: alarms(gup).get("full-storm"), "the alarm has begun", 20)
-        product = "SEPC Virus Definitions Win32 14.3 RU2"
-        assert gup.metric("gup_full_storm", product=product) == 1
-        assert storm["severity"] == "warning"
-        until(lambda: "15 full packages" in alarms(gup)["full-storm"]["text"], "all are counted")
-        text = alarms(gup)["full-storm"]["text"]
-        who = re.match(r"3 clients \((.+)\) asked for 15 full packages of ", text)
-        assert who, text
-        assert sorted(who[1].split(", ")) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
-        assert "against 1 deltas" in text
-        assert "4.5 MB over the LAN, 300 kB over the WAN; as deltas of 2.0 kB on average it would be" in text
-        gup.wait_log("a storm of fulls: ")
-        gup.wait_log("alarm full-storm: ")
-        assert [alarm["name"] for alarm in gup.status()["alarms"]] == ["full-storm"]
-
-
-def test_alarms_begin_and_end_with_their_causes(tmp_path):
-    with ScriptedUpstream() as upstream:
-        settings = {"upstream": [{"url": upstream.url, "health_interval": "1s", "connect_timeout": "1s"}]}
-        with Gup(tmp_path / "cache", settings={**settings, "fill": {"max": 8}}) as gup:
-            until(lambda: gup.status()["upstreams"][0]["state"] == "up", "the upstream is known to be up")
-            assert alarms(gup) == {}
-            gup.kill_worker(gup.workers()[0])
-            gup.rewrite({**settings, "fill": {"max": 0}})
-            until(lambda: {"workers-restarting", "reload-failed"} <= alarms(gup).keys(), "both have begun")
-            gup.rewrite({**settings, "fill": {"max": 8}})
-            until(lambda: "reload-failed" not in alarms(gup), "the settings are right again")
-            upstream.stop()
-            found = until(lambda: alarms(gup).get("no-upstream"), "nobody answers", 30)
-            assert found["severity"] == "critical"
-            assert found["what_to_do"].startswith("Look whether the WAN stands")
-            assert abs(found["since"] - time.time()) < 60
-            assert next(iter(alarms(gup))) == "no-upstream"
-            until(lambda: f"alarm no-upstream: {found['text']}" in gup.log, "the log has it")
-            assert re.search("alarm reload-failed is over, after [0-9]+ s", gup.log)
+    gate, big, body = Gate(), delta(A, B), noise("big", 2_000_000)
+    blocking = Answer(zip_of("blocking", 300_000), etag='"f"', gates=((100_000, gate),))
+    gup, upstream = site({big: Answer(body, etag='"big"', piece_seconds=0.02), full(A): blocking})
+    code, found = gup.api("/api/v1/prefetch", "POST", given={"path": big})
+    assert (code, found["wanted"][0]["by"]) == (202, "operator")
+    upstream.wait_for_request(big)
+    client, response = gup.begin(full(A))
+    gate.wait_reached()
+    gup.wait_metric(2, "gup_fills_in_progress")
+    assert until(lambda: stands_still(gup), "it yields to the client's fill") < len(body)
+    assert gup.serves(big, body).header("cache-status") == "gup; fwd=uri-miss; collapsed"
+    assert len(upstream.requests(big)) == 1
+    gate.open()
+    assert client.finish(response).complete
+    assert settled(gup, big) == {name_of(big): "stored"}
 
 
 def stands_still(gup: Gup) -> int | None:
     """The bytes received ahead, when they do not grow within a while."""
-
-    def received() -> int:
-        return int(gup.metric("gup_upstream_received_bytes_total", purpose="prefetch"))
-
-    before, began = received(), time.monotonic()
+    before, began = gup.metric(RECEIVED, purpose="prefetch"), time.monotonic()
     while time.monotonic() - began < 0.5:
-        if received() != before:
+        if gup.metric(RECEIVED, purpose="prefetch") != before:
             return None
-    return before or None
+    return int(before) or None
+
+
+def test_an_operator_has_files_fetched_before_the_morning(site):
+    paths = delta(A, B), delta(A, B, PATCHES)
+    gup, upstream = site(published(*paths), workers=1, prefetch={"enabled": False})
+
+    def ordered(*arguments: str):
+        """`gup prefetch`, as an operator calls it on the service's machine."""
+        token = ("--token-file", gup.cache_dir / "run" / "admin-token")
+        return command("prefetch", *arguments, "--admin", f"{gup.admin[0]}:{gup.admin[1]}", *token)
+
+    done = ordered(*paths)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split(": ")[1] for line in done.stdout.splitlines()] == ["fetched and stored"] * 2
+    assert asked(gup, *paths) == ["hit"] * 2
+    again = ordered(delta(A, B), delta(A, C), "--json")
+    outcomes = [row["outcome"] for row in json.loads(again.stdout)["wanted"]]
+    assert (again.returncode, outcomes) == (1, ["present", "absent"])
+    assert ordered(delta(A, B), "--no-wait").returncode == 0
+    for arguments, told in (
+        (("/etc/passwd",), "can't be fetched: This path is none of the content"),
+        ((delta(A, B), "--language", "French"), "no upstream has 'French'; there is 'any' and 'any'"),
+    ):
+        refused = ordered(*arguments)
+        assert (refused.returncode, told in refused.stderr) == (1, True), refused.stderr
+    code, found = gup.api("/api/v1/prefetch", "POST", given={"file": "x"})
+    assert (code, "path" in found["detail"]) == (400, True), found
+    assert [len(upstream.requests(path)) for path in paths] == [1, 1]
+
+
+def test_a_storm_tells_who_how_many_and_what_it_costs(site):
+    """Most clients ask while the full is still arriving; the last ones are hits, in the hot cache too."""
+    body, gate = zip_of("storm", 300_000), Gate()
+    answers = {full(B): Answer(body, etag='"f"', gates=((100_000, gate),))}
+    gup, _ = site({**answers, **published(delta(A, B), size=2_000)})
+    asked(gup, delta(A, B))
+    assert gup.alarms() == []
+    clients = [gup.connect(source=f"127.0.0.{2 + number % 3}") for number in range(9)]
+    for client in clients:
+        client.ask(full(B))
+    gup.wait_metric(9, "gup_fill_waiters")
+    gate.open()
+    assert all(client.response().body == body for client in clients)
+    gup.wait_stored(full(B))
+    for _ in range(6):
+        assert clients[0].get(full(B)).header("cache-status") == "gup; hit"
+    until(lambda: gup.alarms("full-storm"), "the alarm has begun", 20)
+    assert gup.metric("gup_full_storm", product="SEPC Virus Definitions Win32 14.3 RU2") == 1
+    until(lambda: "15 full packages" in gup.alarms("full-storm")[0]["text"], "all are counted")
+    (storm,) = gup.alarms()
+    assert storm["severity"] == "warning"
+    who = re.match(r"3 clients \((.+)\) asked for 15 full packages of ", storm["text"])
+    assert sorted(who[1].split(", ")) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    assert "against 1 deltas" in storm["text"]
+    costs = "4.5 MB over the LAN, 300 kB over the WAN; as deltas of 2.0 kB on average it would be"
+    assert costs in storm["text"]
+    gup.wait_log("a storm of fulls: ")
+    gup.wait_log("alarm full-storm: ")
+    assert [alarm["name"] for alarm in gup.status()["alarms"]] == ["full-storm"]
+
+
+def test_alarms_begin_and_end_with_their_causes(serve):
+    gup, upstream = serve(each={"health_interval": "1s", "connect_timeout": "1s"}, fill={"max": 8})
+    settings = {"upstream": [{"url": upstream.url, "health_interval": "1s", "connect_timeout": "1s"}]}
+    until(lambda: gup.upstream()["state"] == "up", "the upstream is known to be up")
+    assert gup.alarms() == []
+    gup.kill_worker(gup.workers()[0])
+    gup.rewrite({**settings, "fill": {"max": 0}})
+    until(lambda: len(gup.alarms("workers-restarting", "reload-failed")) == 2, "both have begun")
+    gup.rewrite({**settings, "fill": {"max": 8}})
+    until(lambda: not gup.alarms("reload-failed"), "the settings are right again")
+    upstream.stop()
+    (found,) = until(lambda: gup.alarms("no-upstream"), "nobody answers", 30)
+    assert found["severity"] == "critical"
+    assert found["what_to_do"].startswith("Look whether the WAN stands")
+    assert abs(found["since"] - time.time()) < 60
+    assert gup.alarms()[0]["name"] == "no-upstream"
+    gup.wait_log(f"alarm no-upstream: {found['text']}")
+    assert re.search("alarm reload-failed is over, after [0-9]+ s", gup.log)
 
 
 @pytest.mark.alone
-def test_a_clients_miss_is_not_slowed_by_what_is_fetched_ahead(tmp_path, figures):
-    ahead, asked, body = full(A), full(B), zip_of("asked", 3_000_000)
-    with ScriptedUpstream() as upstream:
-        upstream.answer(ahead, Answer(noise("ahead", 60_000_000), etag='"a"'))
-        upstream.answer(asked, Answer(body, etag='"b"'))
-        with service(tmp_path, upstream, wan={"rate": "1MB/s"}) as gup:
-            assert gup.api("/api/v1/prefetch", method="POST", given={"path": ahead})[0] == 202
-            received = "gup_upstream_received_bytes_total"
-            until(lambda: gup.metric(received, purpose="prefetch") > 500_000, "it is under way")
-            began, before = time.monotonic(), gup.metric(received, purpose="prefetch")
-            assert gup.get(asked).body == body
-            took = time.monotonic() - began
-            meanwhile = gup.metric(received, purpose="prefetch") - before
-            figures(f"a miss at 1 MB/s: {len(body) / took / 1e6:.2f} MB/s; {meanwhile:.0f} B ahead meanwhile")
-            assert len(body) / took >= 0.8 * 1_000_000
-            until(
-                lambda: gup.metric(received, purpose="prefetch") > before + meanwhile + 200_000, "it goes on"
-            )
+def test_a_clients_miss_is_not_slowed_by_what_is_fetched_ahead(site, figures):
+    body = zip_of("asked", 2_000_000)
+    answers = {full(A): Answer(noise("ahead", 60_000_000), etag='"a"'), full(B): body}
+    gup, _ = site(answers, wan={"rate": "1MB/s"})
+    assert gup.api("/api/v1/prefetch", "POST", given={"path": full(A)})[0] == 202
+    until(lambda: gup.metric(RECEIVED, purpose="prefetch") > 500_000, "it is under way")
+    began, before = time.monotonic(), gup.metric(RECEIVED, purpose="prefetch")
+    gup.serves(full(B), body)
+    took, now = time.monotonic() - began, gup.metric(RECEIVED, purpose="prefetch")
+    figures(f"a miss at 1 MB/s: {len(body) / took / 1e6:.2f} MB/s; {now - before:.0f} B ahead meanwhile")
+    assert len(body) / took >= 0.8 * 1_000_000
+    until(lambda: gup.metric(RECEIVED, purpose="prefetch") > now + 200_000, "it goes on")

@@ -169,7 +169,7 @@ def _check_lines(log, sent):
 
 
 def _check_ledger(gup, sent):
-    """The savings are the counters exactly: at once, after a stop, after kill -9 of all of it."""
+    """Savings and history are the counters exactly: at once, after a stop, after kill -9 of a part or all."""
     before = counters(gup)
     assert before["sent_bytes"] == sent
     assert before["wasted_bytes"] >= 600
@@ -177,12 +177,24 @@ def _check_ledger(gup, sent):
     assert gup.stop() == 0
     gup.start()
     assert ledger(gup) == before == counters(gup)
+    (controller,) = set(gup.children()) - set(gup.workers())
+    gup.kill_worker(controller)
+    sent += take(gup, 7, FULL)  # what is counted meanwhile belongs to them too
+    until(lambda: set(gup.children()) - set(gup.workers()) - {controller}, "another controller")
+    gup.wait_metric(sent, "gup_client_sent_bytes_total")
     sent += take(gup, 7, FULL)
     gup.kill()
     gup.start()
     after = counters(gup)
     assert after["sent_bytes"] == sent
     assert ledger(gup) == after
+    totals = gup.status()["totals"]["since_install"]
+    for span in ("hour", "day", "week", "quarter"):
+        points = gup.api(f"/api/v1/history?span={span}")[1]["points"]
+        for name in ("client_sent_bytes", "upstream_received_bytes", "saved_bytes"):
+            assert sum(point[name] for point in points) == totals[name], (span, name)
+        assert sum(point["requests"]["hit"] for point in points) == totals["requests"]["hit"]
+        assert sum(sum(point["fills"].values()) for point in points) == totals["fills"] >= 1
 
 
 def _check_commands(gup):

@@ -1,12 +1,13 @@
 """Limits of the store: size, free space, age, revisions and pins; totals; readers of what is evicted."""
 
-from pathlib import Path
+import shutil
+import time
 from urllib.parse import quote
 
 import pytest
-from harness.scripted import Answer, ScriptedUpstream
+from harness.scripted import ScriptedUpstream
 from harness.service import Gup
-from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, noise, zip_of
+from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, name_of, noise, zip_of
 from harness.waiting import until
 
 MB = 1_000_000
@@ -17,255 +18,152 @@ def on_disk(gup: Gup) -> int:
     return sum(gup.bodies().values()) + sum(gup.parts().values())
 
 
-def evict(gup: Gup) -> None:
-    """Let the limits be enforced now."""
-    status, answer = gup.api("/api/v1/evict", method="POST")
-    assert status in (200, 202, 204), answer
-
-
-def key_of(gup: Gup, file: str) -> str:
-    (path,) = (path for path in gup.bodies() if path.rpartition("/")[2] == file)
-    return path
-
-
-def pin(gup: Gup, key: str, *, method: str = "PUT") -> None:
-    status, answer = gup.api(f"/api/v1/content/{quote(key)}/pin", method=method)
+def change(gup: Gup, path: str, what: str = "", method: str = "PUT") -> None:
+    """Call the API for the entry with this path's file name."""
+    (key,) = (key for key in gup.bodies() if name_of(key) == name_of(path))
+    status, answer = gup.api(f"/api/v1/content/{quote(key)}{what}", method)
     assert status in (200, 204), answer
 
 
-def purge(gup: Gup, key: str) -> None:
-    status, answer = gup.api(f"/api/v1/content/{quote(key)}", method="DELETE")
-    assert status in (200, 204), answer
+def fill(gup: Gup, upstream: ScriptedUpstream, *paths: str, size: int = MB) -> None:
+    for path in paths:
+        upstream.answer(path, zip_of(path, size) if path.endswith("zip") else noise(path, size))
+        gup.serves(path, zip_of(path, size) if path.endswith("zip") else noise(path, size))
+        gup.wait_stored(path)
 
 
-def name_of(path: str) -> str:
-    return path.rpartition("/")[2]
+def until_evicted(gup: Gup, gone, what: str) -> None:
+    """Let the limits be enforced until it is so."""
+
+    def look() -> bool:
+        assert gup.api("/api/v1/evict", "POST")[0] in (200, 202, 204)
+        return gone()
+
+    until(look, what)
 
 
-def fill(gup: Gup, upstream: ScriptedUpstream, path: str, body: bytes) -> None:
-    upstream.answer(path, Answer(body, etag='"x"'))
-    response = gup.get(path)
-    assert (response.status, response.complete, response.body == body) == (200, True, True)
-
-
-def test_max_size_holds_under_load_and_the_pinned_stays(tmp_path):
+def test_max_size_holds_under_load_and_the_pinned_stays(serve):
     limit = 8 * MB
-    settings = {"cache": {"max_size": limit}}
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        fill(gup, upstream, DELTAS[0], noise("pinned", MB))
-        gup.wait_stored(name_of(DELTAS[0]))
-        until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows the entry")
-        pin(gup, key_of(gup, name_of(DELTAS[0])))
-        highest = 0
-        for path in DELTAS[1:25]:
-            fill(gup, upstream, path, noise(path, MB))
-            highest = max(highest, on_disk(gup))
-        gup.wait_stored(name_of(DELTAS[24]))
-        until(lambda: on_disk(gup) <= limit, "the size is under its limit")
-        # a body that is being committed may stand above the limit until room is made for it
-        assert highest <= limit + 2 * MB
-        assert gup.stored(name_of(DELTAS[0]))
-        assert on_disk(gup) >= limit // 2, "evicted more than was needed"
-        until(lambda: gup.metric("gup_cache_size_bytes") == on_disk(gup), "the total is right")
-        metrics = gup.metrics()
-        evicted = 25 - len(gup.bodies())
-        assert metrics("gup_evictions_total", reason="size") == evicted
-        assert metrics("gup_evicted_bytes_total", reason="size") == evicted * MB
-        assert metrics("gup_cache_limit_bytes") == limit
-        pin(gup, key_of(gup, name_of(DELTAS[0])), method="DELETE")
+    gup, upstream = serve(workers=1, cache={"max_size": limit})
+    pinned, *others = DELTAS[:25]
+    fill(gup, upstream, pinned)
+    gup.wait_metric(1, "gup_cache_entries")
+    change(gup, pinned, "/pin")
+    highest = 0
+    for path in others:
+        fill(gup, upstream, path)
+        highest = max(highest, on_disk(gup))
+    until(lambda: on_disk(gup) <= limit, "the size is under its limit")
+    # a body that is being committed may stand above the limit until room is made for it
+    assert highest <= limit + 2 * MB
+    assert gup.stored(pinned)
+    assert on_disk(gup) >= limit // 2, "evicted more than was needed"
+    until(lambda: gup.metric("gup_cache_size_bytes") == on_disk(gup), "the total is right")
+    metrics, evicted = gup.metrics(), 25 - len(gup.bodies())
+    assert metrics("gup_evictions_total", reason="size") == evicted
+    assert metrics("gup_evicted_bytes_total", reason="size") == evicted * MB
+    assert metrics("gup_cache_limit_bytes") == limit
+    shown = gup.status()["limits"]["cache_size_bytes"]
+    assert (shown["limit"], shown["used"]) == (limit, on_disk(gup))
+    change(gup, pinned, "/pin", "DELETE")
 
 
-def test_the_least_recently_used_goes_first(tmp_path):
-    settings = {"cache": {"max_size": 5 * MB}}
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        for path in DELTAS[:4]:
-            fill(gup, upstream, path, noise(path, MB))
-            gup.wait_stored(name_of(path))
-        used_before = _used_at(gup, DELTAS[0])
-        until(
-            lambda: gup.get(DELTAS[0]).status == 200 and _used_at(gup, DELTAS[0]) > used_before,
-            "the controller knows of the use",
-        )
-        for path in DELTAS[4:8]:
-            fill(gup, upstream, path, noise(path, MB))
-            gup.wait_stored(name_of(path))
-            gup.get(DELTAS[0])
-        until(lambda: on_disk(gup) <= 5 * MB, "the size is under its limit")
-        assert gup.stored(name_of(DELTAS[0]))
-        assert not gup.stored(name_of(DELTAS[1]))
+def test_the_least_recently_used_goes_first(serve):
+    gup, upstream = serve(workers=1, cache={"max_size": 5 * MB})
+    fill(gup, upstream, *DELTAS[:4])
+
+    def used_at() -> float:
+        entries = gup.api("/api/v1/content?limit=100")[1]["entries"]
+        return sum(float(e["used_at"]) for e in entries if name_of(e["key"]) == name_of(DELTAS[0]))
+
+    before = used_at()
+    until(lambda: gup.get(DELTAS[0]).status == 200 and used_at() > before, "the controller knows of the use")
+    for path in DELTAS[4:8]:
+        fill(gup, upstream, path)
+        gup.get(DELTAS[0])
+    until(lambda: on_disk(gup) <= 5 * MB, "the size is under its limit")
+    assert (gup.stored(DELTAS[0]), gup.stored(DELTAS[1])) == (True, False)
 
 
-def _used_at(gup: Gup, path: str) -> float:
-    status, answer = gup.api("/api/v1/content?limit=100")
-    assert status == 200
-    return sum(float(e["used_at"]) for e in answer["entries"] if e["key"].endswith(name_of(path)))
+@pytest.mark.parametrize(("cache", "times"), [({"min_free": "4000000GB"}, 3), ({"max_size": "1MB"}, 1)])
+def test_what_can_not_be_kept_is_passed_through(serve, cache, times):
+    body = zip_of("no room", 3 * MB)
+    gup, _ = serve({BIG: body}, workers=1, cache=cache)
+    for _ in range(times):
+        gup.serves(BIG, body)
+    until_evicted(gup, lambda: on_disk(gup) == 0, "nothing is kept")
+    metrics = gup.metrics()
+    assert metrics("gup_fills_total", outcome="unstorable") >= 1
+    assert metrics("gup_disk_free_bytes") > 0
 
 
-def test_min_free_keeps_nothing_but_still_serves(tmp_path):
-    settings = {"cache": {"min_free": "4000000GB"}}
-    body = zip_of("no room", 2 * MB)
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        upstream.answer(BIG, Answer(body, etag='"x"'))
-        for _ in range(3):
-            response = gup.get(BIG)
-            assert (response.status, response.complete, response.body == body) == (200, True, True)
-        evict(gup)
-        until(lambda: on_disk(gup) == 0, "nothing is kept")
-        assert gup.metric("gup_disk_free_bytes") > 0
+def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(serve):
+    gup, upstream = serve(workers=1, cache={"max_unused": "1s"})
+    began = time.monotonic()
+    fill(gup, upstream, DELTA, BIG)
+    gup.wait_metric(2, "gup_cache_entries")
+    change(gup, DELTA, "/pin")
+    until(lambda: not gup.stored(BIG), "the unused entry is evicted", 20)
+    assert time.monotonic() - began > 0.9
+    assert gup.stored(DELTA)
+    gup.wait_metric(1, "gup_evictions_total", reason="unused")
+    assert gup.metric("gup_evicted_bytes_total", reason="unused") == MB
+    gup.serves(BIG, zip_of(BIG, MB))  # asked for again, it is fetched again
+    assert len(upstream.requests(BIG)) == 2
 
 
-def test_a_body_over_max_size_is_passed_through(tmp_path):
-    settings = {"cache": {"max_size": "1MB"}}
-    body = zip_of("too large", 3 * MB)
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        upstream.answer(BIG, Answer(body, etag='"x"'))
-        response = gup.get(BIG)
-        assert (response.status, response.complete, response.body == body) == (200, True, True)
-        until(lambda: on_disk(gup) == 0, "nothing is kept")
-        assert gup.metric("gup_fills_total", outcome="unstorable") >= 1
-
-
-def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(tmp_path):
-    settings = {"cache": {"max_unused": "1s"}}
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        fill(gup, upstream, BIG, zip_of("unused", MB))
-        fill(gup, upstream, DELTA, noise("pinned", 1000))
-        for path in (BIG, DELTA):
-            gup.wait_stored(name_of(path))
-        until(lambda: gup.metric("gup_cache_entries") == 2, "the controller knows both")
-        pin(gup, key_of(gup, name_of(DELTA)))
-
-        def gone() -> bool:
-            evict(gup)
-            return not gup.stored("full.zip")
-
-        until(gone, "the unused entry is evicted")
-        assert gup.stored(name_of(DELTA))
-        assert gup.metric("gup_evictions_total", reason="unused") == 1
-        # asked for again, it is fetched again
-        assert gup.get(BIG).body == zip_of("unused", MB)
-        assert len(upstream.requests(BIG)) == 2
-
-
-def test_keep_revisions_keeps_the_newest(tmp_path):
+def test_keep_revisions_keeps_the_newest(serve):
     revisions = [f"26080{n}001" for n in range(1, 7)]
-    settings = {"cache": {"keep_revisions": 2}}
-    with (
-        ScriptedUpstream() as upstream,
-        Gup(tmp_path / "cache", [upstream.url], settings=settings) as gup,
-    ):
-        upstream.answer(INDEX, Answer(CONTENT_INFO, etag='"i"'))
-        gup.get(INDEX)
-        for revision in (revisions[3], revisions[0], revisions[5], revisions[1], revisions[4], revisions[2]):
-            fill(gup, upstream, content_path("full.zip", MONIKER, revision), zip_of(revision, 100_000))
+    gup, upstream = serve({INDEX: CONTENT_INFO}, workers=1, cache={"keep_revisions": 2})
+    gup.get(INDEX)
+    for number in (3, 0, 5, 1, 4, 2):
+        path = content_path("full.zip", MONIKER, revisions[number])
+        upstream.answer(path, zip_of(path, 100_000))
+        gup.serves(path, zip_of(path, 100_000))
 
-        def kept() -> list[str]:
-            return sorted(path.split("/")[3] for path in gup.bodies() if path.endswith("full.zip"))
+    def kept() -> list[str]:
+        return sorted(path.split("/")[3] for path in gup.bodies() if path.endswith("full.zip"))
 
-        def settled() -> bool:
-            evict(gup)
-            return kept() == revisions[-2:]
-
-        until(settled, "the two newest revisions are left")
-        assert gup.stored("ContentInfo.txt")
-        gup.wait_metric(4, "gup_evictions_total", reason="revision")
+    until_evicted(gup, lambda: kept() == revisions[-2:], "the two newest revisions are left")
+    assert gup.stored(INDEX)
+    gup.wait_metric(4, "gup_evictions_total", reason="revision")
 
 
-@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.long), "kill"])
-def test_totals_are_right_after_a_restart(tmp_path, end):
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        for number, path in enumerate(DELTAS[:10]):
-            fill(gup, upstream, path, noise(path, 10_000 * (number + 1)))
-            gup.wait_stored(name_of(path))
-        size = sum(10_000 * (n + 1) for n in range(10))
-        until(lambda: gup.metric("gup_cache_size_bytes") == size, "the total is right before")
-        if end == "stop":
-            assert gup.stop() == 0
-        else:
-            gup.kill()
-        gup.start()
-        until(lambda: gup.metric("gup_cache_size_bytes") == size, "the total is right after")
-        assert gup.metric("gup_cache_entries") == 10
-        assert on_disk(gup) == size
-
-
-def test_totals_follow_what_happened_while_nobody_ran(tmp_path):
+def test_totals_are_right_after_a_crash_and_follow_what_happened_while_nobody_ran(serve):
     """The records are the truth: a body removed by hand, an index thrown away."""
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        for path in DELTAS[:5]:
-            fill(gup, upstream, path, noise(path, 50_000))
-            gup.wait_stored(name_of(path))
-        gup.stop()
-        root = tmp_path / "cache"
-        next((root / "content").rglob(name_of(DELTAS[0]))).unlink()
-        for path in sorted((root / "index").rglob("*"), reverse=True):
-            _remove(path)
-        gup.start()
-        until(lambda: gup.metric("gup_cache_size_bytes") == 200_000, "the total is right")
-        assert gup.metric("gup_cache_entries") == 4
-        assert gup.get(DELTAS[1]).body == noise(DELTAS[1], 50_000)
-        assert gup.get(DELTAS[0]).body == noise(DELTAS[0], 50_000)
-        assert [len(upstream.requests(path)) for path in DELTAS[:5]] == [2, 1, 1, 1, 1]
+    gup, upstream = serve()
+    fill(gup, upstream, *DELTAS[:5], size=50_000)
+    gup.wait_metric(250_000, "gup_cache_size_bytes")
+    gup.kill()
+    gup.start()
+    gup.wait_metric(250_000, "gup_cache_size_bytes")
+    assert (gup.metric("gup_cache_entries"), on_disk(gup)) == (5, 250_000)
+    gup.stop()
+    next((gup.cache_dir / "content").rglob(name_of(DELTAS[0]))).unlink()
+    shutil.rmtree(gup.cache_dir / "index")
+    gup.start()
+    gup.wait_metric(200_000, "gup_cache_size_bytes")
+    assert gup.metric("gup_cache_entries") == 4
+    for path in DELTAS[:5]:
+        gup.serves(path, noise(path, 50_000))
+    assert [len(upstream.requests(path)) for path in DELTAS[:5]] == [2, 1, 1, 1, 1]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        path.rmdir()
-    else:
-        path.unlink()
-
-
-def test_who_reads_an_evicted_entry_reads_it_to_its_end(tmp_path):
-    body = zip_of("evicted", 20 * MB)
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        fill(gup, upstream, BIG, body)
-        gup.wait_stored("full.zip")
-        until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows the entry")
-        with gup.connect() as reader:
-            reader.ask(BIG)
-            head = reader.head()
-            assert reader.read(MB) == body[:MB]
-            purge(gup, key_of(gup, "full.zip"))
-            assert gup.bodies() == {}
-            rest = reader.read(19 * MB)
-            assert rest == body[MB:]
-        # the next one is another fetch, under the same name and the same validators upstream
-        again = gup.get(BIG)
-        assert again.body == body
-        assert again.etag == head.etag
-        assert len(upstream.requests(BIG)) == 2
-
-
-def test_a_purged_entry_is_closed_everywhere(tmp_path):
-    """No worker serves a purged body from its hot table, and no descriptor keeps the space."""
-    with ScriptedUpstream() as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        fill(gup, upstream, DELTA, noise("old", 100_000))
-        gup.wait_stored(name_of(DELTA))
-        connections = [gup.connect() for _ in range(8)]
-        try:
-            for connection in connections * 3:
-                assert connection.get(DELTA).body == noise("old", 100_000)
-            until(lambda: gup.metric("gup_cache_entries") == 1, "the controller knows the entry")
-            upstream.answer(DELTA, Answer(noise("new", 100_000), etag='"y"'))
-            purge(gup, key_of(gup, name_of(DELTA)))
-            for connection in connections:
-                assert connection.get(DELTA).body == noise("new", 100_000)
-        finally:
-            for connection in connections:
-                connection.close()
-        assert len(upstream.requests(DELTA)) == 2
+def test_who_reads_a_purged_entry_reads_it_to_its_end_and_it_is_closed_everywhere(serve):
+    """No worker serves a purged body from its hot cache, and no descriptor keeps the space."""
+    gup, upstream = serve()
+    fill(gup, upstream, BIG, size=20 * MB)
+    fill(gup, upstream, DELTA, size=100_000)
+    gup.wait_metric(2, "gup_cache_entries")
+    reader, head = gup.begin(BIG, MB)
+    connections = [gup.connect() for _ in range(8)]
+    assert {client.get(DELTA).body == noise(DELTA, 100_000) for client in connections * 3} == {True}
+    upstream.answer(DELTA, noise("new", 100_000))
+    for path in (BIG, DELTA):
+        change(gup, path, method="DELETE")
+    assert gup.bodies() == {}
+    assert {client.get(DELTA).body == noise("new", 100_000) for client in connections} == {True}
+    assert reader.finish(head).body == zip_of(BIG, 20 * MB)
+    # the next one is another fetch, under the same name and the same validators upstream
+    assert gup.serves(BIG, zip_of(BIG, 20 * MB)).etag == head.etag
+    assert len(upstream.requests(BIG)) == len(upstream.requests(DELTA)) == 2

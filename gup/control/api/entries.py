@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cached_property
 from heapq import nlargest, nsmallest
 from typing import Annotated, Literal
@@ -149,7 +150,7 @@ async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entrie
         candidates = index.of_moniker(query.stream) if query.stream is not None else list(index.rows.values())
         count, rows = await asyncio.to_thread(filtered, candidates)
     else:
-        rows = await index.page(order, most, descending=descending, after=after)
+        rows = index.page(order, most, descending=descending, after=after)
         count = len(index.rows)
     page = rows[: query.limit]
     return schemas.Entries(
@@ -196,7 +197,7 @@ def shown(row: Row, label: Label) -> schemas.Entry:
     """A row of the index with the names that the catalogue has for it."""
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return schemas.Entry(
-        **row.to_json(),
+        **asdict(row),
         product=label.product,
         product_version=label.version or None,
         product_language=label.language or None,

@@ -71,7 +71,7 @@ async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
 
 def _prefetch(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
     product, language = state.label((fetch.key.version, fetch.key.language, fetch.key.stream))
-    return schemas.Prefetch(**fetch.to_json(), product=product, language=language)
+    return schemas.Prefetch(**fetch.model_dump(mode="json"), product=product, language=language)
 
 
 async def evict(state: ControlState) -> schemas.Evictions:

@@ -155,7 +155,7 @@ async def asset(request: web.Request) -> web.Response:
     if found is None:
         raise web.HTTPNotFound(text="The page has no such file")
     kept = "max-age=31536000, immutable" if request.query_string == found.tag else "no-cache"
-    headers = {"ETag": f'"{found.tag}"', "Cache-Control": kept}
+    headers = {"Cache-Control": kept}
     return web.Response(body=found.body, content_type=found.content_type, charset="utf-8", headers=headers)
 
 

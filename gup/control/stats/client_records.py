@@ -109,12 +109,11 @@ _AHEAD_SECONDS = 2 * 86400.0
 
 
 class Seen(NamedTuple):
-    """When a client was seen since the last write, and what it stated ("" for nothing)."""
+    """When a client was seen last, and what it stated ("" for nothing)."""
 
-    first_at: float
-    seen_at: float
-    version: str = ""
-    language: str = ""
+    at: float
+    version: str
+    language: str
 
 
 class Asked(NamedTuple):
@@ -140,19 +139,16 @@ class Batch:
     def absorb(self, newer: "Batch") -> None:
         """Add what came after this batch, which could not be written; as much as there is room for."""
         for client, seen in newer.seen.items():
-            self.see(client, seen.seen_at, seen.version, seen.language)
+            self.see(client, *seen)
         for what, asked in newer.asked.items():
             self._ask(what, asked)
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         """A client asked for something."""
-        before = self.seen.get(client, Seen(at, at))
         if client in self.seen or not self.full:
+            before = self.seen.get(client, Seen(at, "", ""))
             self.seen[client] = Seen(
-                before.first_at,
-                max(before.seen_at, at),
-                version or before.version,
-                language or before.language,
+                max(before.at, at), version or before.version, language or before.language
             )
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
@@ -173,7 +169,7 @@ class Batch:
 
     def _ask(self, what: tuple[str, Stream, str], asked: Asked) -> None:
         before = self.asked.get(what)
-        if before is None and self.full:
+        if before is None and (self.full or what[0] not in self.seen):
             return
         if before is not None and (asked.taken_at is None or before.taken_at is not None):
             asked = asked._replace(taken_at=before.taken_at, version_then=before.version_then)
@@ -186,7 +182,7 @@ MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
 """Newest revisions of each stream of which it is kept who took them."""
 _SEE = """
-INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?, ?, ?, ?, ?)
+INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?1, ?2, ?2, ?3, ?4)
 ON CONFLICT(name) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at),
   version = coalesce(nullif(excluded.version, ''), version),
   language = coalesce(nullif(excluded.language, ''), language)
@@ -196,8 +192,8 @@ INSERT OR IGNORE INTO streams(version, language, moniker)
 SELECT ?, ?, ? WHERE (SELECT count(*) FROM streams) < ?
 """
 _ASK = """
-INSERT INTO standings SELECT :stream, id, '', 0, '', :revision, :asked_at, :came_from FROM clients
-WHERE name = :client ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
+INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :asked_at, :came_from)
+ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
   came_from = iif(excluded.asked_at >= asked_at AND excluded.came_from <> '', excluded.came_from, came_from),
   asked_at = max(asked_at, excluded.asked_at)
 """
@@ -205,28 +201,29 @@ WHERE name = :client ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked
 # counts. Else the one taken last does, since a machine that was set up anew takes an older one.
 _STAND = """
 UPDATE standings SET revision = :revision, taken_at = :taken_at, version_then = coalesce(
-  nullif(:version_then, ''), nullif((SELECT version FROM clients WHERE id = client), ''), version_then)
-WHERE stream = :stream AND client = (SELECT id FROM clients WHERE name = :client) AND revision <> :revision
+  nullif(:version_then, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
+WHERE stream = :stream AND client = :client AND revision <> :revision
   AND iif(abs(:taken_at - taken_at) <= 3, :revision > revision, :taken_at > taken_at)
 """
-_TAKE = (
-    "INSERT OR IGNORE INTO takes SELECT :stream, :revision, id, :taken_at FROM clients WHERE name = :client"
-)
+_TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :taken_at)"
 
 
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     """Write a batch. Streams beyond MAX_STREAMS are left out."""
     db.executemany(_SEE, [(name, *seen) for name, seen in batch.seen.items()])
-    streams = {stream for _, stream, _ in batch.asked}
-    db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in streams])
-    ids = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}
-    for (client, stream, revision), asked in batch.asked.items():
-        if stream in ids:
-            row = {"client": client, "stream": ids[stream], "revision": revision, **asked._asdict()}
-            db.execute(_ASK, row)
-            if asked.taken_at is not None:
-                db.execute(_STAND, row)
-                db.execute(_TAKE, row)
+    named = {stream for _, stream, _ in batch.asked}
+    db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in named])
+    streams = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}
+    number = "SELECT id FROM clients WHERE name = ?"
+    clients = {name: db.execute(number, (name,)).fetchone()[0] for name in batch.seen}
+    asked = [
+        {"client": clients[name], "stream": streams[stream], "revision": revision, **asked._asdict()}
+        for (name, stream, revision), asked in batch.asked.items()
+        if stream in streams
+    ]
+    taken = [row for row in asked if row["taken_at"] is not None]
+    for statement, rows in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
+        db.executemany(statement, rows)
 
 
 def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
@@ -257,19 +254,8 @@ def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> No
     _drop_orphans(db)
 
 
-def forget_clients(db: sqlite3.Connection) -> None:
-    """Delete all clients."""
-    db.execute("DELETE FROM clients")
-    _drop_orphans(db)
-
-
 def _drop_orphans(db: sqlite3.Connection) -> None:
     """Delete the rows of clients that were deleted, and the streams that nobody stands in."""
     db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
-
-
-def newest_clients(db: sqlite3.Connection, most: int) -> list[tuple[str, float]]:
-    """Clients and when they were seen last."""
-    return db.execute("SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT ?", (most,)).fetchall()

@@ -62,6 +62,18 @@ class StatsDatabase:
         """`transact` in the database's own thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.transact, work)
 
+    async def store(
+        self, work: Callable[[sqlite3.Connection], None], on_written: Callable[[str | None], None]
+    ) -> bool:
+        """`run`; False when the disk refuses. `on_written` is told why, and None when it does not."""
+        refusal = None
+        try:
+            await self.run(work)
+        except OSError as error:
+            refusal = str(error)
+        on_written(refusal)
+        return refusal is None
+
     async def stop(self) -> None:
         """Close the file and end the thread."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.close)

@@ -188,15 +188,11 @@ class Recorder:
                 seconds = self._catch_up(db, reading, own) if self._read_at is None else now - self._read_at
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
 
-            try:
-                await self._database.run(add)
-            except OSError as error:
+            if await self._database.store(add, self._on_written):
+                self._read_at = now
+            else:
                 gauges.note(self._gauges)
                 self._gauges = gauges
-                self._on_written(str(error))
-            else:
-                self._read_at = now
-                self._on_written(None)
 
     def _catch_up(self, db: sqlite3.Connection, reading: Reading, own: Mapping[str, int]) -> float:
         """Add what was counted before this start to the minute and the day of the last reading.

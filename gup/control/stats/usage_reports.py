@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from gup.client_names import ClientNames, is_hashed, read_key
 from gup.config import Settings
-from gup.content.catalog import CLIENT_PATCHES, Label, Stream
+from gup.content.catalog import CLIENT_PATCHES, Stream
 from gup.content.releases import Releases, Version
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
@@ -22,8 +22,6 @@ from gup.control.stats.client_records import (
     MAX_CLIENTS,
     Batch,
     ReceivedParts,
-    forget_clients,
-    newest_clients,
     prune_clients,
     rename_clients,
     write_batch,
@@ -74,6 +72,7 @@ _MATCHING = """
 FROM clients WHERE seen_at >= :since AND (:version IS NULL OR version = :version COLLATE NOCASE)
 AND (:language IS NULL OR language = :language COLLATE NOCASE)
 """
+_NEWEST = "SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT ?"
 _PAGE = f"""
 SELECT {_CLIENT}, first_at AS first_seen_at, id {_MATCHING}
 AND (:seen_at IS NULL OR (seen_at, id) < (:seen_at, :id)) ORDER BY seen_at DESC, id DESC LIMIT :most
@@ -95,11 +94,11 @@ class Reports:
         clock: Callable[[], float],
         age_clock: Callable[[], float],
         held: Callable[[], Mapping[Stream, str]],
-        on_written: Callable[[str, str | None], None],
+        on_written: Callable[[str | None], None],
     ) -> None:
         """`age_clock` returns the time that ages are measured from, `held` the newest revisions in the store.
 
-        `on_written` is told after each try to write what it was, and why the disk refused (None: it did not).
+        `on_written` as in StatsDatabase.store.
         """
         self._dependencies = dependencies
         self._database = database
@@ -145,7 +144,7 @@ class Reports:
         """Store what is new about clients."""
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
-        if batch.seen and not await self._written("reports", lambda db: write_batch(db, batch)):
+        if batch.seen and not await self._database.store(lambda db: write_batch(db, batch), self._on_written):
             self._put_back(batch)
 
     async def prune(self) -> None:
@@ -159,16 +158,7 @@ class Reports:
             prune_days(db, oldest.date().isoformat())
             db.execute("PRAGMA incremental_vacuum").fetchall()
 
-        await self._written("reports", forget)
-
-    async def _written(self, what: str, work: Callable[[sqlite3.Connection], None]) -> bool:
-        refusal = None
-        try:
-            await self._database.run(work)
-        except OSError as error:
-            refusal = str(error)
-        self._on_written(what, refusal)
-        return refusal is None
+        await self._database.store(forget, self._on_written)
 
     def _put_back(self, batch: Batch) -> None:
         batch.absorb(self._batch)
@@ -188,12 +178,12 @@ class Reports:
         def rename(db: sqlite3.Connection) -> None:
             write_batch(db, by_old_names)
             if mode == "off":
-                forget_clients(db)
+                prune_clients(db, self._clock(), 0.0, 0)
                 db.execute("PRAGMA incremental_vacuum").fetchall()
             elif mode == "hashed":
                 rename_clients(db, lambda name: name if is_hashed(name) else names.hashed(name))
 
-        if await self._written("reports", rename):
+        if await self._database.store(rename, self._on_written):
             self._named_by = mode
         elif mode == "full":
             self._put_back(by_old_names)
@@ -204,7 +194,7 @@ class Reports:
         """Stored clients with the time they were seen last; none when the disk refuses."""
         await self._rename_clients()
         try:
-            return await self._database.run(lambda db: newest_clients(db, MAX_CLIENTS))
+            return await self._database.run(lambda db: db.execute(_NEWEST, (MAX_CLIENTS,)).fetchall())
         except OSError:
             return []
 
@@ -229,7 +219,7 @@ class Reports:
             (behind,) = db.execute(f"SELECT count(*) {_BEHIND}", asking).fetchone()
             lagging = list(_rows(db, _LAGGING, asking))
             left -= len(lagging)
-            label = self._label(stream)
+            label = self._dependencies.label_of(stream, "")
             yield schemas.StreamReport(
                 product=label.product if label else stream[2],
                 version=(label and label.version) or stream[0],
@@ -254,7 +244,7 @@ class Reports:
 
         def look(db: sqlite3.Connection) -> schemas.RestartReport:
             releases, streams = Releases(self._settings().rules.releases), db.execute(_STREAMS).fetchall()
-            labels = {row[3]: self._label(row[:3]) for row in streams}
+            labels = {row[3]: self._dependencies.label_of(row[:3], "") for row in streams}
             found = [
                 schemas.Restart(**row, state=state, product=label.product, moniker=moniker)
                 for _, _, moniker, id_, *_ in streams
@@ -310,9 +300,6 @@ class Reports:
             "retention_seconds": own.retention,
             "note": None if self.keeps_clients else _OFF,
         }
-
-    def _label(self, stream: Stream) -> Label | None:
-        return self._dependencies.label_of(stream, "")
 
 
 def _rows(db: sqlite3.Connection, query: str, given: Any = ()) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
--- Told at the end of every run, in a form that tests/bench/load.py reads.
+-- Told at the end of every run, in a form that tests/bench/measure.py reads.
 done = function(summary, latency, requests)
     local e = summary.errors
     io.write(string.format("\nbench requests=%d bytes=%d micros=%d errors=%d p99=%d\n",

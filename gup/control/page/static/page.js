@@ -95,9 +95,10 @@
 
   const charts = {};
   const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const onClocks = (at) => (window.uPlot && zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000));
   const clock = (form) => {
-    const format = window.uPlot ? uPlot.fmtDate(form) : () => new Date().toTimeString().slice(0, 8);
-    return (at) => format(window.uPlot && zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000));
+    const format = window.uPlot ? uPlot.fmtDate(form) : (date) => date.toTimeString().slice(0, 8);
+    return (at) => format(onClocks(at));
   };
 
   function size(bytes) {
@@ -108,6 +109,7 @@
     return `${bytes.toFixed(1)} PB`;
   }
 
+  const upwards = { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] };
   const short = (unit) => (_, values) => values.map((value) => (value === null ? "" : size(value).replace(".0 ", " ") + unit));
   const shown = (unit) => (_, value) => (value === null || value === undefined ? "–" : size(value) + unit);
 
@@ -143,7 +145,7 @@
       return;
     }
     const box = () => ({ width: place.clientWidth, height: name === "days" ? 180 : matchMedia("(max-width: 40rem)").matches ? 170 : 220 });
-    const chart = new uPlot({ ...options, ...box(), tzDate: (at) => (zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000)) }, data, place);
+    const chart = new uPlot({ legend: { live: true }, ...options, ...box(), tzDate: onClocks }, data, place);
     charts[name] = chart;
     chart.over.addEventListener("mouseleave", () => setTimeout(() => showLast(chart)));
     setTimeout(() => showLast(chart)); // after the chart's own first turn
@@ -156,9 +158,8 @@
   function lines(form) {
     const dots = { show: true, size: 5, filter: alone };
     return {
-      legend: { live: true },
       cursor: { y: false, drag: { x: false, y: false } },
-      scales: { y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] } },
+      scales: { y: upwards },
       padding: [6, 12, 0, 0],
       axes: axes(form, "/s"),
       series: [
@@ -213,11 +214,10 @@
     const [x, y] = axes("{D} {MMM}", "");
     const bars = uPlot.paths.bars({ size: [0.7, 36], radius: 0.15 });
     draw("days", {
-      legend: { live: true },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
       scales: {
         x: { range: () => [last - 29.5 * 86400, last + 0.5 * 86400] },
-        y: { range: (_, __, most) => [0, Math.max(most * 1.1, 1000)] },
+        y: upwards,
       },
       axes: [{ ...x, splits: (chart) => Array.from({ length: chart.width < 600 ? 4 : 10 }, (_, at) => last - 86400 * at * (chart.width < 600 ? 8 : 3)), values: (_, at) => at.map(text) }, y],
       series: [

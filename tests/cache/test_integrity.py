@@ -1,7 +1,10 @@
 """Looking at everything in a cache directory, and putting right what nobody uses."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness.harm import flip
@@ -9,6 +12,7 @@ from harness.harm import flip
 from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.part_file import survey
 from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Phase, Record
+from gup.cache.recovery import writer_is_dead
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import path_of
@@ -25,26 +29,29 @@ def store(tmp_path) -> Store:
     return made
 
 
-def commit(store: Store, key: ContentKey = KEY) -> Record:
-    part = store.part_path(key.id, 1)
-    part.write_bytes(BODY)
+HEAD = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
+
+
+def sums_of(body: bytes) -> ChunkSums:
     sums = ChunkSums()
-    sums.add(BODY)
-    head = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
-    record = Record.of(key, Kind.FULL, head, sums.finish(), 1.0, 1, PATH)
+    sums.add(body)
+    return sums
+
+
+def commit(store: Store) -> Record:
+    store.part_path(KEY.id, 1).write_bytes(BODY)
+    record = Record.of(KEY, Kind.FULL, HEAD, sums_of(BODY).finish(), 1.0, 1, PATH)
     store.commit(record)
     return record
 
 
-def begin(store: Store, phase: Phase = Phase.STREAMING, size: int = 2 * CHUNK_BYTES + 9) -> None:
+def begin(store: Store) -> None:
     """A part of which a leader has died."""
-    store.part_path(KEY.id, 5).write_bytes(BODY[:size])
-    sums = ChunkSums()
-    sums.add(BODY[:size])
-    packed = b"".join(value.to_bytes(8, "little") for value in sums.done)
-    store.sums_path(KEY.id, 5).write_bytes(packed)
-    head = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
-    store.save_state(FillState(KEY, Kind.FULL, 5, phase, head, path=PATH))
+    body = BODY[: 2 * CHUNK_BYTES + 9]
+    part, sums = store.part_paths(KEY.id, 5)
+    part.write_bytes(body)
+    sums.write_bytes(b"".join(value.to_bytes(8, "little") for value in sums_of(body).done))
+    store.save_state(FillState(KEY, Kind.FULL, 5, Phase.STREAMING, HEAD, path=PATH))
 
 
 def look(store: Store) -> list[Finding]:
@@ -64,62 +71,47 @@ def test_what_gup_leaves_behind_by_itself_is_clean(store):
     assert contents(store, 0.0).keys == []
 
 
-@pytest.mark.parametrize(
-    ("harm", "where", "detail"),
-    [
-        (
-            lambda body, _: flip(body, CHUNK_BYTES, 2 * CHUNK_BYTES),
-            "body",
-            "2 of 4 chunks of 1 MiB are missing or wrong: 1, 2",
-        ),
-        (
-            lambda body, _: os.truncate(body, CHUNK_BYTES),
-            "body",
-            "3 of 4 chunks of 1 MiB are missing or wrong: 1, 2, 3",
-        ),
-        (
-            lambda body, _: os.truncate(body, len(BODY) + 1),
-            "body",
-            "what is too much follows the right bytes",
-        ),
-        (lambda body, _: body.unlink(), "body", "a record without its body: No such file or directory"),
-        (lambda body, _: (body.unlink(), body.mkdir()), "body", "there is a folder in its place"),
-        (
-            lambda body, _: (body.unlink(), body.symlink_to("/dev/zero")),
-            "body",
-            "there is a link in its place",
-        ),
-        (lambda body, _: (body.unlink(), os.mkfifo(body)), "body", "there is no plain file in its place"),
-        (lambda _, record: record.unlink(), "record", "a body without a record"),
-        (lambda _, record: flip(record, 40), "record", "a damaged record"),
-        (lambda _, record: (record.unlink(), record.mkdir()), "record", "it is no plain file"),
-        (lambda _, record: (record.unlink(), os.mkfifo(record)), "record", "it is no plain file"),
-    ],
-    ids=[
-        "flipped",
-        "truncated",
-        "too long",
-        "gone",
-        "folder",
-        "link",
-        "fifo",
-        "no record",
-        "bad record",
-        "odd record",
-        "record fifo",
-    ],
-)
-def test_damage_is_named_and_put_right(store, harm, where, detail):
-    record = commit(store)
+def replaced(path, by):
+    path.unlink()
+    by(path)
+
+
+HARMS = {
+    "flipped": (lambda body, _: flip(body, CHUNK_BYTES, 2 * CHUNK_BYTES), "2 of 4 chunks of 1 MiB are"),
+    "truncated": (lambda body, _: os.truncate(body, CHUNK_BYTES), "missing or wrong: 1, 2, 3"),
+    "too long": (lambda body, _: os.truncate(body, len(BODY) + 1), "too much follows the right bytes"),
+    "gone": (lambda body, _: body.unlink(), "a record without its body: No such file or directory"),
+    "folder": (lambda body, _: replaced(body, Path.mkdir), "there is a folder in its place"),
+    "link": (lambda body, _: replaced(body, lambda at: at.symlink_to("/dev/zero")), "there is a link in"),
+    "fifo": (lambda body, _: replaced(body, os.mkfifo), "there is no plain file in its place"),
+    "no record": (lambda _, record: record.unlink(), "a body without a record"),
+    "bad record": (lambda _, record: flip(record, 40), "a damaged record"),
+    "odd record": (lambda _, record: replaced(record, Path.mkdir), "it can't be read: Is a directory"),
+    "record fifo": (lambda _, record: replaced(record, os.mkfifo), "it can't be read: It is a pipe"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_damage_is_named_and_put_right(store, name):
+    harm, detail = HARMS[name]
+    commit(store)
     harm(store.body_path(KEY), store.record_path(KEY))
     (found,) = look(store)
-    assert (found.where, found.key) == (where, KEY)
+    assert (found.where, found.key) == ("record" if "record" in name else "body", KEY)
     assert detail in found.detail
     put_right(store, found, alone=True)
     assert look(store) == []
     assert not store.body_path(KEY).exists()
     assert not store.record_path(KEY).exists()
-    assert record.path == PATH
+
+
+def test_an_interrupted_commit_is_finished(store):
+    record = commit(store)
+    store.body_path(KEY).rename(store.part_path(KEY.id, record.generation))
+    for found in look(store):
+        put_right(store, found, alone=True)
+    assert look(store) == []
+    assert store.body_path(KEY).read_bytes() == BODY
 
 
 def test_another_time_alone_is_no_damage(store):
@@ -154,25 +146,21 @@ def test_while_a_service_runs_no_file_is_cut(store):
     assert look(store) == []
 
 
-@pytest.mark.parametrize(
-    ("harm", "where", "detail", "left"),
-    [
-        (
-            lambda s: flip(s.part_path(KEY.id, 5), CHUNK_BYTES),
-            "part",
-            "right up to byte 1048576",
-            CHUNK_BYTES,
-        ),
-        (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right up to byte 0", 0),
-        (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right up to byte 1048576", CHUNK_BYTES),
-        (lambda s: s.drop_state(KEY.id), "part", "without its state", 0),
-        (lambda s: flip(s.state_path(KEY.id), 30), "state", "a damaged state", 0),
-        (lambda s: s.drop_part(KEY.id, 5), "state", "a state without its part", 0),
-        (lambda s: s.part_path(KEY.id, 4).touch(), "part", "older generation", 2 * CHUNK_BYTES),
-    ],
-    ids=["part", "first chunk", "sums", "no state", "bad state", "no part", "two parts"],
-)
-def test_parts_are_cut_to_what_is_right_of_them(store, harm, where, detail, left):
+MIB = CHUNK_BYTES
+PARTS = {
+    "part": (lambda s: flip(s.part_path(KEY.id, 5), MIB), "part", "right up to byte 1048576", MIB),
+    "first chunk": (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right up to byte 0", 0),
+    "sums": (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right up to byte 1048576", MIB),
+    "no state": (lambda s: s.drop_state(KEY.id), "part", "without its state", 0),
+    "bad state": (lambda s: flip(s.state_path(KEY.id), 30), "state", "a damaged state", 0),
+    "no part": (lambda s: s.drop_part(KEY.id, 5), "state", "a state without its part", 0),
+    "two parts": (lambda s: s.part_path(KEY.id, 4).touch(), "part", "older generation", 2 * MIB),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_cut_to_what_is_right_of_them(store, name):
+    harm, where, detail, left = PARTS[name]
     begin(store)
     harm(store)
     (found,) = look(store)
@@ -183,6 +171,14 @@ def test_parts_are_cut_to_what_is_right_of_them(store, harm, where, detail, left
     sizes = [path.stat().st_size for path in store.partial.glob("*.part")]
     assert sizes == ([left] if left else [])
     assert (store.load_state(KEY.id) is not None) == bool(left)
+
+
+def test_a_temporary_file_tells_whether_its_writer_is_dead(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert writer_is_dead(tmp_path / f"{ended.pid}.123.full.zip.gup.tmp")
+    for name in (f"{os.getpid()}.1.gup.tmp", f"{ended.pid}.1.gup", f"x{ended.pid}.1.tmp", "0.1.tmp", ".tmp"):
+        assert not writer_is_dead(tmp_path / name), name
 
 
 def test_nobodys_files_are_named_when_they_are_old_enough(store):

@@ -1,0 +1,28 @@
+"""What tests of behaviour have to know of gup's inside: imported here, so that a move there touches one file.
+
+Tests beside their subject (tests/cache, tests/control, and so on) import it directly.
+"""
+
+from gup.cache.body import CUT, Body
+from gup.cache.cache import Cache, Opened
+from gup.cache.disk_space import Space
+from gup.cache.inflight import FillDependencies
+from gup.cache.locks import Claims, Slots
+from gup.cache.memory_files import ROW_WORDS, MemoryFiles
+from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
+from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Record, chunk_sum
+from gup.cache.recovery import Recovery
+from gup.cache.scheduler import Backlog, FillQueue
+from gup.cache.store import Store
+from gup.cache.streams import Streams
+from gup.config import Cache as CacheSettings
+from gup.config import Settings
+from gup.content.key import ContentKey, Variant
+from gup.content.routes import Route, Routes
+from gup.control.eviction import Evictor
+from gup.control.index import Index
+from gup.control.reconcile import change, reconcile
+from gup.errors import Problem
+from gup.metrics import Counters
+from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.pool import Pool
