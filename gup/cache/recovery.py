@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gup.cache.chunks import sound_chunks
-from gup.cache.infill import Fill, FillDependencies, FillEnd, committed
+from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
 from gup.cache.records import Failure, FillState, Hold, Phase, Record, route_of
