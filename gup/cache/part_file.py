@@ -4,7 +4,7 @@ import asyncio
 import errno
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,6 @@ _FLUSH_BYTES = 8 << 20
 """Written to the disk in steps of this size, so that no long burst follows."""
 WITHHELD_BYTES = 4096
 """The end of a body, written only when the whole has been found right: nobody ever holds a bad file whole."""
-_MOST_PIECES = 1000
-"""Written with one call: IOV_MAX is 1024."""
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
 ZIP_TAIL_BYTES = _ZIP_END_BYTES + 0xFFFF
@@ -152,7 +150,7 @@ class PartWriter:
         """Write a whole body that is in a memory file. Blocks on the disk; it may be asked again."""
         file = self._opened()
         while self._in_file < length:
-            self._append(file, [os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file)])
+            self._append(file, os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file))
         self._save_sums([])
         self.received = self.written = length
 
@@ -250,23 +248,23 @@ class PartWriter:
 
     def _write_now(self, pieces: list[memoryview]) -> None:
         """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
-        file = self._opened()
-        rest = _after(pieces, self._in_file - self.written)
-        while rest:
-            rest = _after(rest, self._append(file, rest[:_MOST_PIECES]))
+        file, at = self._opened(), self.written
+        if not self._in_file:  # one call for all of a small body
+            pieces = [memoryview(b"".join(pieces))]
+        for piece in pieces:
+            while rest := piece[max(0, self._in_file - at) :]:
+                self._append(file, rest)
+            at += len(piece)
         if not self._in_memory and self._in_file - self._flushed >= _FLUSH_BYTES:
             start_writeback(file.fd, self._flushed, self._in_file - self._flushed)
             self._flushed = self._in_file
         self._save_sums([])
 
-    def _append(self, file: OpenFile, pieces: Sequence[bytes | memoryview]) -> int:
-        """Write what the disk takes at once of `pieces`; how much that was."""
-        done = left = os.pwritev(file.fd, pieces, self._in_file)
-        for piece in pieces:
-            self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:left]))
-            left -= min(left, len(piece))
+    def _append(self, file: OpenFile, piece: bytes | memoryview) -> None:
+        """Write what the disk takes at once of `piece`."""
+        done = os.pwrite(file.fd, piece, self._in_file)
+        self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:done]))
         self._in_file += done
-        return done
 
     def _save_sums(self, completed: list[int]) -> None:
         self._unsaved_sums += _packed(completed)
@@ -288,15 +286,6 @@ class PartWriter:
         if self._sums_file is None:
             self._sums_file = OpenFile(self._sums_path, os.O_RDWR | os.O_CREAT)
         return self._sums_file
-
-
-def _after(pieces: list[memoryview], amount: int) -> list[memoryview]:
-    """What is left of `pieces` after the first `amount` bytes."""
-    for number, piece in enumerate(pieces):
-        if amount < len(piece):
-            return [piece[amount:], *pieces[number + 1 :]]
-        amount -= len(piece)
-    return []
 
 
 def _packed(sums: list[int]) -> bytes:

@@ -285,10 +285,10 @@ def refuse(monkeypatch, until_bytes: int = 0) -> dict[str, bool]:
     """The disk refuses from so many bytes on, while `on`."""
     original, switch = PartWriter._append, {"on": True}
 
-    def append(self, file, pieces):
+    def append(self, file, piece):
         if switch["on"] and not self._in_memory and self._in_file >= until_bytes:
             raise OSError(28, "No space left on device")
-        return original(self, file, pieces)
+        original(self, file, piece)
 
     monkeypatch.setattr(PartWriter, "_append", append)
     monkeypatch.setattr("gup.cache.disk_space._PATIENCE_SECONDS", 0.02)
