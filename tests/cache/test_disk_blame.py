@@ -38,7 +38,7 @@ async def test_an_error_that_did_not_come_from_the_disk_is_not_told_as_the_disks
         async def fails(*_arguments, **_named):
             raise error
 
-        target = "gup.upstream.pool.Pool.ask" if where == "asked" else "gup.upstream.session.Answer.read"
+        target = "gup.upstream.pool.Pool.ask" if where == "asked" else "gup.upstream.pool.Answer.read"
         with monkeypatch.context() as patch:
             patch.setattr(target, fails)
             with pytest.raises(Problem) as caught:
