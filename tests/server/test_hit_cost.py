@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,7 @@ from gup.server.access_log import AccessLog
 from gup.server.connection import Connection, Context
 from gup.server.hot_cache import HotCache, HotRow
 from gup.server.poller import Poller
-from gup.server.response import HeadTemplate
+from gup.server.response import HeadTemplate, Serving
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
 HITS = 50
@@ -91,7 +92,7 @@ class Plane:
             loop,
             Settings().listen,
             self.poller,
-            handler=None,
+            handler=SimpleNamespace(draining=False),
             hot_cache=self.hot_cache,
             downloads=None,
             access_log=self.log,
@@ -109,15 +110,10 @@ class Plane:
         return HotRow(
             entry=self.entry,
             kind=Kind.FULL,
-            key_text="key",
-            template=HeadTemplate(self.entry.head, "1.1 gup", "gup; hit", None),
-            download=False,
+            template=HeadTemplate(self.entry.head, Serving("", "1.1 gup", 0, "gup; hit"), []),
             fresh_until=None,
-            validated_at=1000.0,
             sent_at=self.log.sent["cache"],
             stream_at=self.log.stream[0, "full"],
-            hit_at=self.log.requests["hit", 200],
-            part_hit_at=self.log.requests["hit", 206],
         )
 
     @property
