@@ -92,7 +92,6 @@ class Connection:
     _response: Response | None = None
     _ticket: Ticket | None = None
     _writer: ResponseWriter | None = None
-    _close_after: bool = False  # whether the connection ends with the response that is being sent
 
     def __post_init__(self) -> None:
         self.since = self._context.now
@@ -235,8 +234,9 @@ class Connection:
         log.words[row.sent_at] += body_sent
         log.words[row.stream_at] += body_sent
         if sent < len(message):
-            self._close_after = last
-            self._start(log.of_row(row, message[sent:body_at], row.whole, client, began), body_sent)
+            response = log.of_row(row, message[sent:body_at], row.whole, client, began)
+            response.close = last
+            self._start(response, body_sent)
             return
         log.end_hot(self.peer, row, log.hit_at, row.whole, client, began)
         if last:  # nothing that came is unread, so this resets nothing
@@ -335,7 +335,6 @@ class Connection:
 
     def _begin(self, response: Response) -> None:
         self._context.access_log.begin(self.peer, response)
-        self._close_after = response.close
         self._start(response)
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
@@ -398,7 +397,8 @@ class Connection:
 
     def _finish(self) -> None:
         """The response has left: go on with the next request, or end."""
-        close = self._close_after or self._context.handler.draining
+        assert self._response is not None
+        close = self._response.close or self._context.handler.draining
         self._log_end(complete=True)
         self._want(WRITE, wanted=False)
         self._release()
@@ -430,7 +430,6 @@ class Connection:
         if response is not None and response.body is not None:
             response.body.forget(self._writable)
             response.body.leave()
-        self._close_after = False
         if self._writer is not None:
             self._writer.end()
 

@@ -19,7 +19,7 @@ from gup.server.hot_cache import HotCache, HotRow
 from gup.server.policy import Policy
 from gup.server.ranges import Span
 from gup.server.request import Request
-from gup.server.response import HeadTemplate, Response, Serving, plan, refuse
+from gup.server.response import Response, Serving, plan, refuse
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.request")
@@ -36,8 +36,8 @@ _CACHE_STATUS = {
 _CACHE_STATUS_OF_HEAD_MISS = "gup; fwd=uri-miss"
 _TRIES = 3  # how often a request may find that its body was replaced before it has begun to read it
 _REFUSALS = frozenset(int(code) for code in CODES_OF_RESULT["refused"])
-# The connection ends after these: it is not known where the next request begins. The body of another method, if
-# there is one, is not read.
+# The connection ends after these: it is not known where the next request begins. The body of a request with
+# another method is not read.
 _CLOSING = {"bad-request", "method-not-allowed", "request-timeout", "uri-too-long", "head-too-large"}
 _CLOSING |= {"http-version", "draining"}
 
@@ -226,10 +226,11 @@ class Handler:
             return
         age = self._means.wall_clock() - entry.record.validated_at
         left = self._means.settings.cache.index_ttl - age
+        plain = Request("GET", request.target, 1, (), keep_alive=True)
         row = HotRow(
             entry=entry,
             kind=opened.kind,
-            template=HeadTemplate(entry.head, self._serving(choice, 0, _CACHE_STATUS[Result.HIT]), []),
+            planned=plan(plain, entry.head, self._serving(choice, 0, _CACHE_STATUS[Result.HIT])).head,
             fresh_until=None if route.immutable else self._means.clock() + left,
             sent_at=response.sent_at,
             stream_at=response.stream_at,

@@ -18,7 +18,6 @@ from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.server.downloads import is_download
 from gup.server.ranges import Span
-from gup.server.response import HeadTemplate
 
 MAX_HEAD_BYTES = 2048  # longer heads are not learned
 _MOST_ROWS = 8192
@@ -32,14 +31,14 @@ _WARM_SECONDS = 5.0
 class HotRow:
     """A ready-made response. `fresh_until` is monotonic (None: for ever), `validated_at` wall time, for Age.
 
-    `download`: whether it takes a slot. `client` is what the client states whose head the row is found by; a
-    target alone says nothing about it. `date` is a new object every second: what was rendered for one is
-    found outdated by identity.
+    `planned` is the head of a plain GET, its Age 0. `download`: whether it takes a slot. `client` is what
+    the client states whose head the row is found by; a target alone says nothing about it. `date` is a new
+    object every second: what was rendered for one is found outdated by identity.
     """
 
     entry: Entry
     kind: Kind
-    template: HeadTemplate
+    planned: bytes
     fresh_until: float | None
     sent_at: int
     stream_at: int  # the counters' words that count its body bytes
@@ -50,6 +49,8 @@ class HotRow:
     download: bool = field(init=False)
     small: bool = field(init=False)
     whole: Span = field(init=False)
+    _before_length: bytes = field(init=False)
+    _after_length: bytes = field(init=False)
     used: bool = True
     message: bytes | None = None  # head and body together, valid while `message_date` is the date
     message_date: bytes | None = None
@@ -63,15 +64,26 @@ class HotRow:
         self.download = is_download(self.kind, record.length)
         self.small = self.length <= SMALL_BODY_BYTES
         self.whole = Span(0, self.length)
+        rest = self.planned.partition(b"\r\nAge: 0\r\n")[2]
+        self._before_length, _, self._after_length = rest.partition(
+            b"\r\nContent-Length: %d\r\n" % self.length
+        )
 
     def head(self, date: bytes, wall_now: float, span: Span) -> bytes:
         """The head for `span`: a 200 for `whole` itself, else a 206. Age is exact to a second, as Date is."""
         age = max(0, int(wall_now - self.validated_at))
+        before, after = self._before_length, self._after_length
         if span is not self.whole:
-            return self.template.part(date, age, span)
+            start, stop = span
+            return (
+                b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b\r\nContent-Length: %d\r\n"
+                b"Content-Range: bytes %d-%d/%d\r\n%b"
+            ) % (date, age, before, stop - start, start, stop - 1, self.length, after)
         if self._head_date is not date:
-            self._head = self.template.whole(date, age)
             self._head_date = date
+            self._head = b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%b\r\nContent-Length: %d\r\n%b" % (
+                (date, age, before, self.length, after)
+            )
         return self._head
 
     def in_page_cache(self, span: Span, now: float) -> bool:

@@ -117,12 +117,16 @@ def _of_known_length(request: Request, head: Head, length: int, serving: Serving
         return refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
     if spans is not None and len(spans) > 1:
         return _multipart(request, head, spans, serving)
-    close = not request.keep_alive
-    template = HeadTemplate(head, serving, _connection(close, request.minor_version))
-    date, age = serving.date.encode("ascii"), max(0, serving.age_seconds)
-    if spans is not None:
-        return Response(206, template.part(date, age, spans[0]), tuple(spans), close)
-    return Response(200, template.whole(date, age), (Span(0, length),) if length else (), close)
+    fields = [("Content-Type", head.content_type), ("Content-Length", str(length))]
+    others = [*_validators(head, serving.vary), ("Accept-Ranges", "bytes")]
+    if spans is None:
+        return _response(200, request, serving, fields + others, (Span(0, length),) if length else ())
+    ((start, stop),) = spans
+    fields[1:] = [
+        ("Content-Length", str(stop - start)),
+        ("Content-Range", f"bytes {start}-{stop - 1}/{length}"),
+    ]
+    return _response(206, request, serving, fields + others, tuple(spans))
 
 
 def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
@@ -177,36 +181,6 @@ def refuse(problem: Problem, date: str, via: str, *, keep_alive: bool) -> Respon
 
 
 # --- heads
-
-
-class HeadTemplate:
-    """The heads of a body of known length, whole or of one range, ready but for Date, Age and the range."""
-
-    __slots__ = ("_fields", "_length", "_type")
-
-    def __init__(self, head: Head, serving: Serving, connection: _Fields) -> None:
-        """`connection` is the Connection field, if any."""
-        assert head.length is not None
-        ranges, via = ("Accept-Ranges", "bytes"), ("Via", serving.via)
-        status = ("Cache-Status", serving.cache_status)
-        self._length = head.length
-        self._type = field_lines([("Content-Type", head.content_type)])
-        self._fields = field_lines([*_validators(head, serving.vary), ranges, via, status, *connection])
-
-    def whole(self, date: bytes, age: int) -> bytes:
-        """The head of a 200; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
-        return b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%bContent-Length: %d\r\n%b\r\n" % (
-            (date, age, self._type, self._length, self._fields)
-        )
-
-    def part(self, date: bytes, age: int, span: Span) -> bytes:
-        """The head of a 206."""
-        range_lines = b"Content-Length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
-            (span.stop - span.start, span.start, span.stop - 1, self._length)
-        )
-        return b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b%b%b\r\n" % (
-            (date, age, self._type, range_lines, self._fields)
-        )
 
 
 def _response(

@@ -29,10 +29,12 @@ from gup.server.access_log import AccessLog
 from gup.server.connection import Connection, Context
 from gup.server.hot_cache import HotCache, HotRow
 from gup.server.poller import Poller
-from gup.server.response import HeadTemplate, Serving
+from gup.server.request import Request
+from gup.server.response import Serving, plan
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
 HITS = 50
+GET = Request("GET", TARGET, 1, (), keep_alive=True)
 
 
 def ask(client: int = 0, fields: bytes = b"") -> bytes:
@@ -110,7 +112,7 @@ class Plane:
         return HotRow(
             entry=self.entry,
             kind=Kind.FULL,
-            template=HeadTemplate(self.entry.head, Serving("", "1.1 gup", 0, "gup; hit"), []),
+            planned=plan(GET, self.entry.head, Serving("", "1.1 gup", 0, "gup; hit")).head,
             fresh_until=None,
             sent_at=self.log.sent["cache"],
             stream_at=self.log.stream[0, "full"],

@@ -6,16 +6,19 @@ import http.client
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.cache.records import Head
+from gup.content.key import Kind
 from gup.errors import PROBLEMS, Problem
+from gup.server.hot_cache import HotRow
 from gup.server.ranges import Span
 from gup.server.request import Request
-from gup.server.response import UNBOUNDED, HeadTemplate, Serving, field_lines, plan, refuse
+from gup.server.response import UNBOUNDED, Serving, field_lines, plan, refuse
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CHANGED = "Sat, 05 Nov 1994 08:49:37 GMT"
@@ -276,10 +279,13 @@ def test_an_unknown_length_ends_with_the_connection_for_http_1_0(keep_alive):
 
 @pytest.mark.parametrize("representation", [WHOLE, described(1, None, None, "a/b")])
 def test_the_hot_caches_head_is_that_of_a_plain_get(representation):
-    template = HeadTemplate(representation, SERVED, [])
-    assert template.whole(DATE.encode(), 42) == plan(ask(), representation, SERVED).head
-    assert b"Date: later\r\nAge: 0\r\n" in template.whole(b"later", 0)
-    assert template.part(DATE.encode(), 42, Span(0, 1)) == plan(ask(*ONE), representation, SERVED).head
+    record = SimpleNamespace(length=representation.length, key=SimpleNamespace(text=""), validated_at=100.0)
+    planned = plan(ask(), representation, replace(SERVED, age_seconds=0)).head
+    row = HotRow(SimpleNamespace(record=record), Kind.FULL, planned, None, 0, 0)
+    date = DATE.encode()
+    assert row.head(date, 142.9, row.whole) == plan(ask(), representation, SERVED).head
+    assert row.head(date, 142.9, Span(0, 1)) == plan(ask(*ONE), representation, SERVED).head
+    assert b"Date: later\r\nAge: 0\r\n" in row.head(b"later", 90.0, row.whole)
 
 
 # --- problems
