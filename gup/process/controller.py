@@ -41,7 +41,7 @@ class Controller(ChildProcess):
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        shared, words, means = self.shared, self.words, self.means
+        shared, words, means, board = self.shared, self.words, self.means, self.pool.board
         recovery = Recovery(self.store, means.claims, self.counters, self._take_over, self.tell)
         self._catalogues = catalogues = CatalogRefresher(
             self.store.run,
@@ -69,7 +69,7 @@ class Controller(ChildProcess):
                 raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
-                upstreams_up=self._upstreams_up,
+                upstreams_up=lambda: {u.name: not board.is_down(u.name) for u in self.settings.upstream},
                 upstream_states=self._upstream_states,
                 wan_rate=self.wan_rate,
                 workers=lambda: self._worker_rows,
@@ -168,9 +168,6 @@ class Controller(ChildProcess):
         except TimeoutError:
             return [f"the settings were not applied within {_RELOAD_SECONDS:g} s"]
         return problems
-
-    def _upstreams_up(self) -> dict[str, bool]:
-        return {u.name: not self.pool.board.is_down(u.name) for u in self.settings.upstream}
 
     def _upstream_states(self) -> dict[str, tuple[str, int | None]]:
         healths = {u.name: self.pool.board.get(u.name) for u in self.settings.upstream}

@@ -41,7 +41,8 @@ class Worker(ChildProcess):
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))
         self._access_log = AccessLog(settings, self.counters, names)
         self._policy = Policy(self.means, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
-        self.pool.lists = self._policy.lists
+        policy = self._policy
+        self.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
         handler = Handler(
             self.means, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
         )

@@ -98,10 +98,6 @@ class Policy:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
 
-    def lists(self, upstream: str, moniker: str) -> bool:
-        """Whether an upstream's catalogue lists a moniker."""
-        return self.choices.catalogues.listed(upstream, moniker) is not None
-
     # --- deciding
 
     def choose(self, request: Request, route: Route) -> Choice:

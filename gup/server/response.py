@@ -199,7 +199,8 @@ def _response(
         *fields,
         ("Via", serving.via),
         ("Cache-Status", serving.cache_status),
-        *_connection(close, request.minor_version),
+        # RFC 9112 section 9.3: to stay is the rule in HTTP/1.1 and must be said in 1.0.
+        *([("Connection", "close" if close else "keep-alive")] if close or not request.minor_version else []),
     ]
     return Response(status, _lines(status, lines), segments, close)
 
@@ -208,13 +209,6 @@ def _validators(head: Head, vary: str | None) -> _Fields:
     """Validators and Vary, which a 304 has as well (RFC 9110 section 15.4.5)."""
     fields = (("ETag", head.etag), ("Last-Modified", head.last_modified), ("Vary", vary))
     return [(name, value) for name, value in fields if value is not None]
-
-
-def _connection(close: bool, minor_version: int) -> _Fields:
-    # RFC 9112 section 9.3: to stay is the rule in HTTP/1.1 and must be said in 1.0.
-    if close:
-        return [("Connection", "close")]
-    return [] if minor_version else [("Connection", "keep-alive")]
 
 
 def _lines(status: int, fields: _Fields) -> bytes:

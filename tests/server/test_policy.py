@@ -114,7 +114,7 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
     catalogue(means.store.run)
     hot_cache = HotCache(lambda: (epoch[0], means.store_epoch()), worker.cache.close_removed)
     policy = Policy(means, lambda: epoch[0], hot_cache.drop)
-    means.pool.lists = policy.lists
+    means.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
     places = Claims(means.store.run / "downloads")
     slots = Slots(places, 0, lambda: 0)
     none = lambda _name: lambda: 0  # noqa: E731
