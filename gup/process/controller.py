@@ -70,7 +70,10 @@ class Controller(ChildProcess):
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstreams_up=lambda: {u.name: not board.is_down(u.name) for u in self.settings.upstream},
-                upstream_states=self._upstream_states,
+                upstream_states=lambda: {
+                    u.name: (board.get(u.name).state.name.lower(), board.get(u.name).since or None)
+                    for u in self.settings.upstream
+                },
                 wan_rate=self.wan_rate,
                 workers=lambda: self._worker_rows,
                 config_ok=lambda: bool(words[CONFIG_OK]),
@@ -168,10 +171,6 @@ class Controller(ChildProcess):
         except TimeoutError:
             return [f"the settings were not applied within {_RELOAD_SECONDS:g} s"]
         return problems
-
-    def _upstream_states(self) -> dict[str, tuple[str, int | None]]:
-        healths = {u.name: self.pool.board.get(u.name) for u in self.settings.upstream}
-        return {name: (health.state.name.lower(), health.since or None) for name, health in healths.items()}
 
 
 if __name__ == "__main__":

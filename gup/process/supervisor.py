@@ -201,9 +201,9 @@ class Supervisor:
 
     def _may_start(self, slot: ChildSlot) -> bool:
         """Whether a child may be started there, if it is due."""
-        starting = sum(slot.phase is Phase.STARTING for slot in self._slots)
-        serving = self._stage is Stage.SERVING and starting < _STARTING_AT_ONCE
-        return serving and slot.phase is Phase.WAITING
+        if slot.phase is not Phase.WAITING or self._stage is not Stage.SERVING:
+            return False
+        return sum(other.phase is Phase.STARTING for other in self._slots) < _STARTING_AT_ONCE
 
     # --- one child
 

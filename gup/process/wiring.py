@@ -22,7 +22,7 @@ from gup.cache.scheduler import CLASSES, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Settings
-from gup.process import shared_memory as at
+from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import Row, SharedFile
 from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
@@ -68,9 +68,13 @@ class ChildProcess(ABC):
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
         self.wan = Wan(
-            words, at.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
+            words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
         )
         names = [upstream.name for upstream in self.settings.upstream]
+
+        def tell_health(name: str, detail: str) -> None:
+            self.tell({"type": "upstream", "name": name, "detail": detail[:500]})
+
         self.pool = Pool(
             self.settings.upstream,
             self.counters,
@@ -78,7 +82,7 @@ class ChildProcess(ABC):
             user_agent=f"gup/{__version__}",
             via=f"1.1 {self.node} (gup)",
             board=Board(
-                names, words, at.UPSTREAM_HEALTH, at.MOST_UPSTREAMS, shared.locked, self._tell_health
+                names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, shared.locked, tell_health
             ),
         )
         self.means = Means(
@@ -91,14 +95,14 @@ class ChildProcess(ABC):
                 self.store.root,
                 max_size=lambda: self.settings.cache.max_size,
                 min_free=lambda: self.settings.cache.min_free,
-                used=lambda: words[at.STORE_BYTES] + self.reserved_bytes(),
+                used=lambda: words[layout.STORE_BYTES] + self.reserved_bytes(),
                 promise=self._reserve,
                 need=lambda size, refused: self.tell({"type": "need", "bytes": size, "refused": refused}),
-                evictions=lambda: words[at.STORE_EPOCH],
+                evictions=lambda: words[layout.STORE_EPOCH],
             ),
             memory=MemoryFiles(
-                words[at.MEMORY : at.MEMORY + at.MEMORY_WORDS],
-                lambda: shared.locked(at.MEMORY),
+                words[layout.MEMORY : layout.MEMORY + layout.MEMORY_WORDS],
+                lambda: shared.locked(layout.MEMORY),
                 lambda: self.settings.fill.memory,
                 lambda: self.settings.listen.write_timeout,
             ),
@@ -106,8 +110,8 @@ class ChildProcess(ABC):
             executor=self.executor,
             settings=self.settings,
             tell=self.tell,
-            raise_store_epoch=lambda: shared.raise_epoch(at.STORE_EPOCH),
-            store_epoch=lambda: words[at.STORE_EPOCH],
+            raise_store_epoch=lambda: shared.raise_epoch(layout.STORE_EPOCH),
+            store_epoch=lambda: words[layout.STORE_EPOCH],
             spell=lambda route, variant: self.cache.spell(route, variant),  # noqa: PLW0108 - made after this
             wall_clock=time.time,
             clock=time.monotonic,
@@ -120,7 +124,7 @@ class ChildProcess(ABC):
         )
 
     def _fill_queue(self) -> FillQueue:
-        held = self.words[at.FILL_HELD : at.FILL_HELD + CLASSES]
+        held = self.words[layout.FILL_HELD : layout.FILL_HELD + CLASSES]
         return FillQueue(
             Slots(self.slots, _URGENT_FIRST, lambda: self.settings.fill.max),
             Slots(self.slots, _BULK_FIRST, lambda: self.settings.fill.max),
@@ -173,9 +177,6 @@ class ChildProcess(ABC):
         except OSError:
             return False
         return True
-
-    def _tell_health(self, name: str, detail: str) -> None:
-        self.tell({"type": "upstream", "name": name, "detail": detail[:500]})
 
     # --- the supervisor's messages
 
