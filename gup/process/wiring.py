@@ -67,6 +67,8 @@ class ChildProcess(ABC):
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
+        # In the controller too: a word of 0 from a process that is alive would go before every waiter.
+        self.download_turns = self.turns(Row.DOWNLOAD_TURNS)
         self.wan = Wan(
             words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
         )
