@@ -182,9 +182,8 @@ class Manager:
         row.fetches += sends
         row.not_modified += status == 304
         counts.refetched += sends and row.fetches == 2 and file.kind is not Kind.INDEX
-        # Opened at once: a file that is withdrawn meanwhile is still sent to its end, and none is left open when
-        # the client goes.
-        with (self._directory / file.path[1:]).open("rb") as body:  # noqa: ASYNC230
+        # Opened at once: what is withdrawn meanwhile is still sent to its end; no client that goes leaks it.
+        with (self._directory / file.path[1:]).open("rb") as body:
             response = _head(file, status, start, stop)
             await response.prepare(request)
             if sends:
