@@ -19,7 +19,6 @@ import typer
 
 from gup.cli.format import Columns, print_json, show_table
 from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags, with_flags
-from gup.content.key import Kind
 from gup.units import bytes_in_words
 
 if TYPE_CHECKING:
@@ -50,11 +49,11 @@ def _filter_flags(
     language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
     stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
     revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
-    kind: Annotated[Kind | None, typer.Option(help="Only files of this kind.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind}
-    return {name: str(value) for name, value in named.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 _with_filters = with_flags(filters=_filter_flags)

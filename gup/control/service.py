@@ -138,7 +138,6 @@ class Control:
         await state.verification.stop()
         await self._jobs.stop()
         state.scrubber.save()
-        state.prefetcher.save(all_=True)
         await self._repin()
         await self._touch()
         await state.meter()
@@ -179,7 +178,9 @@ class Control:
         refusals.note("pins", None)
 
     async def _touch(self) -> None:
-        """Write times of last use to the bodies, where they survive the loss of the index."""
+        """Write what is due each minute: revisions named again, and times of last use to the bodies, where
+        they survive the loss of the index.
+        """
         due, self.state.touches = self.state.touches, {}
 
         def touch_all() -> None:

@@ -1,6 +1,5 @@
 """Child processes: a child's slot in the supervisor, its start, and the control channel between both."""
 
-import array
 import json
 import os
 import select
@@ -8,29 +7,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from gup.config import Settings
 
-Role = Literal["worker", "controller"]
 Message = dict[str, Any]
 
-READY_SECONDS = 30.0
-"""A child must report that it is ready within this time."""
-BEAT_SECONDS = 30.0
-"""A child without a heartbeat for this long is considered hung."""
-CLOSING_SECONDS = 2.0
-"""A child must exit this soon after it has closed its control channel."""
+READY_SECONDS = 30.0  # A child must report that it is ready within this time
+BEAT_SECONDS = 30.0  # A child without a heartbeat for this long is considered hung
+CLOSING_SECONDS = 2.0  # A child must exit this soon after it has closed its control channel
 QUICK_SECONDS = 5.0
 """A child that lived shorter than this failed quickly; each in a row delays the next start."""
 _FIRST_DELAY_SECONDS = 0.1
 _LAST_DELAY_SECONDS = 5.0
 _FIRST_MESSAGE_SECONDS = 10.0
-_INLINE_BYTES = 32 * 1024
-"""Longer messages are sent as a memory file: a packet must fit into the socket's buffer (212,992 bytes by
-default), and the settings of many upstreams don't."""
 
 
 # --- the supervisor's end
@@ -55,14 +49,35 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 
 
+class Assignment(BaseModel, frozen=True):
+    """The first message to a child. The descriptors are open in the child under these numbers.
+
+    `listen_fds` are bound, listening and non-blocking. `addresses_fd` is for AddressCounts. `event_fd` is a
+    SOCK_SEQPACKET socket: the workers' end or the controller's. `lock_fd` holds run/children.lock while it is
+    open. `generation` is 1 for the slot's first process and one more for each successor.
+    """
+
+    role: Literal["worker", "controller"]
+    slot: int
+    block: int
+    settings: Settings
+    listen_fds: tuple[int, ...]
+    shared_fd: int
+    addresses_fd: int
+    event_fd: int
+    lock_fd: int
+    generation: int
+
+
 @dataclass(slots=True)
 class ChildSlot:
     """A child and its successors: one worker number, or the controller. Only the supervisor changes it.
 
-    `block` is its block of counters in the shared file. Times are monotonic seconds.
+    `block` is its block of counters in the shared file. Times are monotonic seconds; `closed_at` is when the
+    child closed its control channel.
     """
 
-    role: Role
+    role: Literal["worker", "controller"]
     number: int
     block: int
     phase: Phase = Phase.WAITING
@@ -72,7 +87,6 @@ class ChildSlot:
     started_at: float = 0.0
     ready_at: float = 0.0
     closed_at: float | None = None
-    """When the child closed its control channel."""
     quick_failures: int = 0
 
     @property
@@ -89,12 +103,6 @@ class ChildSlot:
         self.generation += 1
         self.started_at = now
         self.closed_at = None
-
-    def ready(self, now: float) -> None:
-        """The child reported that it is ready. Ignored when the child has been killed meanwhile."""
-        if self.phase is Phase.STARTING:
-            self.move(Phase.READY)
-            self.ready_at = now
 
     def exited(self, now: float, *, restart: bool) -> None:
         """The child has exited; with `restart` a successor is due after a delay."""
@@ -131,43 +139,15 @@ def delay_seconds(quick_failures: int) -> float:
     return float(min(_FIRST_DELAY_SECONDS * 2 ** min(quick_failures - 2, 10), _LAST_DELAY_SECONDS))
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The first message to a child. The descriptors are open in the child under these numbers.
-
-    `listen_fds` are bound, listening and non-blocking. `event_fd` is a SOCK_SEQPACKET socket: the workers'
-    end or the controller's. `lock_fd` holds run/children.lock while it is open. `generation` is 1 for the
-    slot's first process and one more for each successor.
-    """
-
-    role: Role
-    slot: int
-    block: int
-    settings: dict[str, Any]
-    listen_fds: list[int]
-    shared_fd: int
-    event_fd: int
-    lock_fd: int
-    generation: int
-
-
-def dump(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON that Settings.model_validate reads."""
-    return settings.model_dump(mode="json", by_alias=True)
-
-
-def command(role: str) -> list[str]:
-    """The command line of a child; the number of its control descriptor is appended."""
-    return [sys.executable, "-m", f"gup.process.{role}"]
-
-
 class Channel:
-    """One end of a control channel: JSON messages of any length over a SOCK_SEQPACKET socket.
+    """One end of a control channel: each message is JSON in a memory file that is passed over the socket.
 
-    Each end trusts the other: both belong to one service.
+    The text itself would have to fit into the socket's buffer (212,992 bytes by default), and the settings of
+    many upstreams don't. Each end trusts the other: both belong to one service.
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        """`sock` is of the type SOCK_SEQPACKET."""
         self._socket = sock
         sock.setblocking(False)
 
@@ -176,21 +156,14 @@ class Channel:
 
     def send(self, message: Message) -> bool:
         """Queue the message. False when the other end is closed or its queue is full."""
-        text = json.dumps(message, separators=(",", ":")).encode()
-        try:
-            if len(text) <= _INLINE_BYTES:
-                self._socket.send(text)
-            else:
-                self._send_file(text)
-        except (BlockingIOError, ConnectionError):
-            return False
-        return True
-
-    def _send_file(self, text: bytes) -> None:
         with os.fdopen(os.memfd_create("gup-message", os.MFD_CLOEXEC), "wb") as file:
-            file.write(text)
+            file.write(json.dumps(message, separators=(",", ":")).encode())
             file.flush()
-            socket.send_fds(self._socket, [b"\0"], [file.fileno()])
+            try:
+                socket.send_fds(self._socket, [b"\0"], [file.fileno()])
+            except OSError:
+                return False
+        return True
 
     def receive(self) -> list[Message] | None:
         """All queued messages. None when the other end is closed and everything has been read."""
@@ -206,19 +179,15 @@ class Channel:
 
     def receive_one(self) -> Message | None:
         """The next message; None at the end. BlockingIOError when none is queued."""
-        room = socket.CMSG_SPACE(array.array("i").itemsize)
         try:
-            text, ancillary, flags, _ = self._socket.recvmsg(_INLINE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+            _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
         except ConnectionError:
             return None
-        assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-        for _, _, fds in ancillary:
-            with os.fdopen(array.array("i", fds)[0], "rb") as file:
-                file.seek(0)  # the sender's write has moved the shared offset
-                text = file.read()
-        if not text:
+        if not fds:
             return None
-        message: Message = json.loads(text)
+        with os.fdopen(fds[0], "rb") as file:
+            file.seek(0)  # the sender's write has moved the shared offset
+            message: Message = json.load(file)
         return message
 
     def close(self) -> None:
@@ -237,21 +206,23 @@ class Child(Channel):
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(ours)
-        fds = {assignment.shared_fd, assignment.event_fd, assignment.lock_fd, *assignment.listen_fds}
-        try:
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
-                [*command_line, str(theirs.fileno())],
-                pass_fds=(*fds, theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                env=dict(environment),
-                process_group=0,
-            )
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            theirs.close()
-        self.send(asdict(assignment))
+        with theirs:
+            try:
+                self.process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
+                    [*command_line, str(theirs.fileno())],
+                    pass_fds=(*_descriptors(assignment), theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    env=dict(environment),
+                    process_group=0,
+                )
+            except BaseException:
+                self.close()
+                raise
+        self.send(assignment.model_dump(mode="json", by_alias=True))
+
+
+def _descriptors(own: Assignment) -> set[int]:
+    return {own.shared_fd, own.addresses_fd, own.event_fd, own.lock_fd, *own.listen_fds}
 
 
 # --- the child's end
@@ -260,9 +231,11 @@ class Child(Channel):
 class Parent(Channel):
     """A child's end of the channel to its supervisor. When the channel ends, the child must exit."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Wait for the assignment. SystemExit when there is no supervisor."""
-        super().__init__(sock)
+    def __init__(self, argv: Sequence[str] = sys.argv) -> None:
+        """Wait for the assignment. SystemExit without a supervisor: `gup serve` alone starts children."""
+        if len(argv) != 2 or not argv[1].isdecimal():
+            raise SystemExit(f"{argv[0]} is started by gup serve only")
+        super().__init__(socket.socket(fileno=int(argv[1])))
         select.select([self], [], [], _FIRST_MESSAGE_SECONDS)
         try:
             first = self.receive_one()  # the second message may be queued already: the event loop reads it
@@ -271,18 +244,7 @@ class Parent(Channel):
         if first is None:
             self.close()
             raise SystemExit("the supervisor is gone")
-        own = self.assignment = Assignment(**first)
+        self.assignment = Assignment.model_validate(first)
         # They were made inheritable for this process. Processes that it starts must not get them.
-        for fd in (own.shared_fd, own.event_fd, own.lock_fd, *own.listen_fds, self.fileno()):
+        for fd in (*_descriptors(self.assignment), self.fileno()):
             os.set_inheritable(fd, False)
-
-    @classmethod
-    def from_argv(cls, argv: Sequence[str]) -> "Parent":
-        """From a child's command line. SystemExit when `gup serve` has not started this process."""
-        if len(argv) != 2 or not argv[1].isdecimal():
-            raise SystemExit(f"{argv[0]} is started by gup serve only")
-        return cls(socket.socket(fileno=int(argv[1])))
-
-    def settings(self) -> Settings:
-        """The settings at the start."""
-        return Settings.model_validate(self.assignment.settings)

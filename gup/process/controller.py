@@ -6,9 +6,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import cast
 
-from gup import log
 from gup.cache.catalog_cache import read_catalogue
 from gup.cache.durability import Durability
 from gup.cache.recovery import Recovery
@@ -22,9 +20,9 @@ from gup.control.catalog_refresh import CatalogRefresher
 from gup.control.dependencies import ControlDependencies
 from gup.control.eviction import AgeClock
 from gup.control.service import Control
-from gup.process.child import Parent
-from gup.process.shared_memory import CONFIG_OK, STORE_BYTES
-from gup.process.wiring import Wiring, handle_messages, run_child
+from gup.process.child import Message, Parent
+from gup.process.shared_memory import CONFIG_OK, POLICY_EPOCH, STORE_BYTES, STORE_EPOCH
+from gup.process.wiring import ChildProcess, run_child
 from gup.upstream.download import Fetched, fetch_catalogue
 from gup.upstream.health import Checks
 
@@ -32,117 +30,115 @@ _BEAT_SECONDS = 1.0
 _RELOAD_SECONDS = 10.0
 
 
-class Controller:
+class Controller(ChildProcess):
     """The controller, directed by the supervisor's messages."""
 
     def __init__(self, parent: Parent) -> None:
-        self._parent = parent
-        self._wiring = wiring = Wiring(parent)
-        self._page = wiring.shared.page
-        self._stopped = asyncio.Event()
-        self._ruled = wiring.settings, Rulebook(wiring.settings)
+        super().__init__(parent)
+        self._ruled = self.settings, Rulebook(self.settings)
         """Settings and their rules: made here at the start, in a thread after a reload."""
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        wiring.means.tell = self._take_own_event
-        self._recovery = Recovery(
-            wiring.store, wiring.means.claims, wiring.counters, self._take_over, self._take_own_event
-        )
-        self._catalogues = CatalogRefresher(
-            wiring.store.run,
-            wiring.settings,
+        shared, words, means, board = self.shared, self.words, self.means, self.pool.board
+        recovery = Recovery(self.store, means.claims, self.counters, self._take_over, self.tell)
+        self._catalogues = catalogues = CatalogRefresher(
+            self.store.run,
+            self.settings,
             self._look_up_catalogue,
-            lambda name, etag, modified: fetch_catalogue(wiring.pool, name, etag, modified),
-            self._page.raise_policy,
+            lambda name, etag, modified: fetch_catalogue(self.pool, name, etag, modified),
+            lambda: shared.raise_epoch(POLICY_EPOCH),
         )
-        wiring.pool.lists = lambda name, moniker: (
-            self._catalogues.catalogues.listed(name, moniker) is not None
-        )
+        self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
-            wiring.store,
-            lambda: wiring.settings.cache.sync_interval,
-            wiring.shared.sum_of("gup_fills_total", outcome="committed"),
+            self.store,
+            lambda: self.settings.cache.sync_interval,
+            shared.sum_of("gup_fills_total", outcome="committed"),
         )
         self._control = Control(
             ControlDependencies(
-                settings=lambda: wiring.settings,
-                store=wiring.store,
-                claims=wiring.means.claims,
-                counters=wiring.counters,
-                totals=wiring.shared.totals,
-                since_start=wiring.shared.since_start,
-                stream_names=lambda: read_streams(wiring.store.run / "streams"),
-                product_of=self._catalogues.product_of,
-                raise_store_epoch=self._page.raise_store,
-                set_store_bytes=self._set_store_bytes,
-                promised_bytes=wiring.reserved_bytes,
-                upstreams_up=self._upstreams_up,
-                upstream_states=self._upstream_states,
-                wan_rate=wiring.wan_rate,
+                settings=lambda: self.settings,
+                store=self.store,
+                claims=means.claims,
+                counters=self.counters,
+                totals=shared.totals,
+                since_start=shared.since_start,
+                stream_names=lambda: read_streams(self.store.run / "streams"),
+                product_of=catalogues.product_of,
+                raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
+                set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
+                promised_bytes=self.reserved_bytes,
+                upstreams_up=lambda: {u.name: not board.is_down(u.name) for u in self.settings.upstream},
+                upstream_states=lambda: {
+                    u.name: (board.get(u.name).state.name.lower(), board.get(u.name).since or None)
+                    for u in self.settings.upstream
+                },
+                wan_rate=self.wan_rate,
                 workers=lambda: self._worker_rows,
-                config_ok=lambda: bool(self._page.words[CONFIG_OK]),
+                config_ok=lambda: bool(words[CONFIG_OK]),
                 reload=self._reload,
-                recover=self._recovery.run,
-                mend=lambda key, counted: wiring.cache.repair(key, counted=counted),
+                recover=recovery.run,
+                mend=lambda key, counted: self.cache.repair(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
-                started_at=wiring.shared.started_at,
-                installed_at=wiring.shared.installed_at,
-                fetch_ahead=wiring.cache.prefetch,
-                drop_memory=wiring.means.memory.drop,
+                started_at=shared.started_at,
+                installed_at=shared.installed_at,
+                fetch_ahead=self.cache.prefetch,
+                drop_memory=means.memory.drop,
                 places=self._places,
-                link_idle=wiring.means.queue.idle,
-                fills_waiting=wiring.means.queue.waiting,
-                label_of=self._catalogues.label,
-                catalogues=self._catalogues.shown,
-                catalogue_rows=lambda: self._catalogues.catalogues,
-                unlisted=self._catalogues.unlisted,
+                link_idle=means.queue.idle,
+                fills_waiting=means.queue.waiting,
+                label_of=catalogues.label,
+                catalogues=catalogues.shown,
+                catalogue_rows=lambda: catalogues.catalogues,
+                unlisted=catalogues.unlisted,
             ),
             ages=AgeClock(),
         )
 
     async def run(self) -> None:
-        """Run until the supervisor sends `stop` or is gone."""
         await self._control.start()
-        self._parent.send({"ready": True})
+        self.parent.send({"ready": True})
         jobs = (
-            self._beat(),
-            Checks(self._wiring.pool).run(),
+            self._keep_beating(),
+            Checks(self.pool).run(),
             self._catalogues.keep(),
             self._durability.run(),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
-        await handle_messages(self._parent, self._handle, self._stopped)
+        await self.handle_messages()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._wiring.cache.stop()  # sends events of its last commits to the control plane
+        await self.cache.stop()  # sends events of its last commits to the control plane
         await self._control.stop()
         await self._durability.sync()
-        await self._wiring.close()
+        await self.close()
 
-    async def _beat(self) -> None:
+    async def _keep_beating(self) -> None:
         while True:
-            self._page.beat(self._wiring.block)
+            self.beat()
             await asyncio.sleep(_BEAT_SECONDS)
 
-    def _handle(self, message: Mapping[str, object]) -> None:
+    def tell(self, event: Mapping[str, object]) -> None:
+        """Take an event of the controller's own fills; those of workers come through the socket."""
+        self._loop.call_soon_threadsafe(self._control.state.take_event, json.dumps(event).encode())
+
+    def handle(self, message: Message) -> None:
         if message.get("stop"):
-            self._stopped.set()
+            self.stopped.set()
         elif "workers" in message:
-            self._worker_rows = cast(Sequence[Mapping[str, object]], message["workers"])
+            self._worker_rows = message["workers"]
         elif "problems" in message:
             outcome = self._reloads.popleft()
             if not outcome.done():  # else `_reload` timed out
-                outcome.set_result(cast(Sequence[str], message["problems"]))
-        elif "settings" in message:
-            settings = Settings.model_validate(message["settings"])
-            self._wiring.apply(settings)
-            self._catalogues.apply(settings)
-            log.configure_child(settings.log)
-            self._applying = self._loop.create_task(self._apply(settings))
+                outcome.set_result(message["problems"])
+
+    def apply(self, settings: Settings) -> None:
+        super().apply(settings)
+        self._catalogues.apply(settings)
+        self._applying = self._loop.create_task(self._apply(settings))
 
     async def _apply(self, settings: Settings) -> None:
         self._ruled = settings, await asyncio.to_thread(Rulebook, settings)
@@ -151,8 +147,8 @@ class Controller:
     # --- called by the control plane
 
     async def _look_up_catalogue(self, name: str) -> Fetched:
-        variants = {u.name: Variant(u.version, u.language) for u in self._wiring.settings.upstream}
-        return await read_catalogue(self._wiring.cache.open, variants[name])
+        variants = {u.name: Variant(u.version, u.language) for u in self.settings.upstream}
+        return await read_catalogue(self.cache.open, variants[name])
 
     def _places(self, stream: str) -> Sequence[tuple[Variant, Variant]]:
         settings, book = self._ruled
@@ -160,16 +156,12 @@ class Controller:
 
     def _take_over(self, route: Route, inherits: bool) -> asyncio.Event | None:
         assert route.variant is not None
-        return self._wiring.cache.take_over(route, route.variant, inherits=inherits)
-
-    def _take_own_event(self, event: Mapping[str, object]) -> None:
-        """Events of the controller's own fills; those of workers come through the socket."""
-        self._loop.call_soon_threadsafe(self._control.state.take_event, json.dumps(event).encode())
+        return self.cache.take_over(route, route.variant, inherits=inherits)
 
     async def _reload(self) -> Sequence[str]:
         """Have the supervisor reload the settings; returns the problems. Answers come in order."""
         outcome: asyncio.Future[Sequence[str]] = self._loop.create_future()
-        if not self._parent.send({"reload": True}):
+        if not self.parent.send({"reload": True}):
             return ["the supervisor does not read its messages"]
         self._reloads.append(outcome)
         try:
@@ -179,19 +171,6 @@ class Controller:
         except TimeoutError:
             return [f"the settings were not applied within {_RELOAD_SECONDS:g} s"]
         return problems
-
-    def _set_store_bytes(self, size_bytes: int) -> None:
-        self._page.words[STORE_BYTES] = size_bytes
-
-    def _upstreams_up(self) -> dict[str, bool]:
-        board = self._wiring.pool.board
-        names = [upstream.name for upstream in self._wiring.settings.upstream]
-        return {name: not board.is_down(name) for name in names}
-
-    def _upstream_states(self) -> dict[str, tuple[str, int | None]]:
-        board = self._wiring.pool.board
-        healths = {u.name: board.get(u.name) for u in self._wiring.settings.upstream}
-        return {name: (health.state.name.lower(), health.since or None) for name, health in healths.items()}
 
 
 if __name__ == "__main__":

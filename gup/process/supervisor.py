@@ -1,5 +1,6 @@
-"""The supervisor: starts, watches, restarts, reloads and stops the children."""
+"""The supervisor, gup's master process: starts, watches, restarts, reloads and stops the children."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -8,18 +9,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum, auto
 from ipaddress import ip_address
 
 from gup import log
+from gup.cache.store import Store
 from gup.config import Settings
+from gup.control.tokens import local_path, make_local_token
 from gup.errors import GupError, SettingsError
-from gup.process import sockets
-from gup.process.bootstrap import Resources, open_resources, signal_socket
-from gup.process.child import Assignment, Child, ChildSlot, Phase, command, dump
-from gup.process.shared_memory import CONFIG_OK, CONFIG_RELOADED_AT, CONTROLLER, FIRST_WORKER, SUPERVISOR
+from gup.process import shared_memory, sockets
+from gup.process.child import Assignment, Child, ChildSlot, Message, Phase
+from gup.process.instance_lock import InstanceLock
+from gup.process.shared_memory import Row, SharedFile
+from gup.process.systemd import VARIABLES, Notifier, passed_sockets
+from gup.server.admission import address_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,54 +35,58 @@ _WORKERS_FIRST_SECONDS = 2.0
 """The controller starts when all workers are ready, or after this time: client requests come first."""
 _STARTING_AT_ONCE = max(8, 2 * len(os.sched_getaffinity(0)))
 """Limit of children that start at the same time: more would slow each other beyond the time limit."""
-_PAST_DRAIN_SECONDS = 5.0
+PAST_DRAIN_SECONDS = 5.0
+LOCK_SECONDS = 5.0  # how long the previous service on the directory may take to end
 _CONTROLLER_STOP_SECONDS = 10.0
+_EVENT_BUFFER_BYTES = 4 << 20
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Reload = Callable[[], Settings]
-ChildCommand = Callable[[str], list[str]]
+ChildCommand = Callable[[str], Sequence[str]]
 
 
 class Stage(Enum):
-    """Stages of the service, in this order."""
+    """Stages of the service, in this order. Workers finish while it is DRAINING, the controller STOPPING."""
 
     SERVING = auto()
-    DRAINING = auto()  # workers finish
-    STOPPING = auto()  # the controller finishes
+    DRAINING = auto()
+    STOPPING = auto()
     ENDED = auto()
+
+
+def _command(role: str) -> Sequence[str]:
+    return [sys.executable, "-m", f"gup.process.{role}"]
 
 
 def serve(
     settings: Settings,
     reload: Reload | None = None,
     *,
-    child_command: ChildCommand = command,
-    environment: Mapping[str, str] | None = None,
+    child_command: ChildCommand = _command,
+    environment: Mapping[str, str] = os.environ,
 ) -> int:
     """Run the service until a signal stops it, and return the exit status. Call it in the main thread.
 
-    `reload` reads the settings again; it raises SettingsError when they are invalid. `environment` defaults
-    to the environment of this process.
+    `reload` reads the settings again; it raises SettingsError when they are invalid. `child_command` is the
+    command line of a role, to which the number of the control descriptor is appended.
     """
     log.configure(settings.log)
     _raise_descriptor_limit()
     with ExitStack() as stack:
         stack.callback(log.close)
         try:
-            resources = open_resources(settings, os.environ if environment is None else environment, stack)
+            supervisor = Supervisor(settings, reload, child_command, environment, stack)
         except GupError as error:
             _LOG.error("%s", error)
             return 1
-        supervisor = Supervisor(settings, resources, reload, child_command)
-        with signal_socket() as signals:
-            supervisor.run(signals)
+        supervisor.run()
     return 0
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard limit; children inherit it.
+    """Raise the soft limit of open files to the hard limit: a client takes one descriptor, often two.
 
-    A client takes one descriptor, often two. If the system refuses (the hard limit is above `fs.nr_open`, or
-    a sandbox forbids the call), the service runs with the limit it has.
+    If the system refuses (`fs.nr_open` is lower, or a sandbox forbids it), the service runs with what it has.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -87,37 +96,72 @@ def _raise_descriptor_limit() -> None:
 
 
 class Supervisor:
-    """The children of one service, and the loop that looks after them."""
+    """The children of one service, what they share, and the loop that looks after them."""
 
     def __init__(
-        self, settings: Settings, resources: Resources, reload: Reload | None, child_command: ChildCommand
+        self,
+        settings: Settings,
+        reload: Reload | None,
+        child_command: ChildCommand,
+        environment: Mapping[str, str],
+        stack: ExitStack,
     ) -> None:
+        """Open all that the service needs; `stack` closes it. GupError tells what can't be opened."""
         self._settings = settings
-        self._resources = resources
         self._reload = reload
         self._command = child_command
-        self._workers = [ChildSlot("worker", n, FIRST_WORKER + n) for n in range(settings.worker_count)]
-        self._controller = ChildSlot("controller", 0, CONTROLLER)
+        self._environment = {name: text for name, text in environment.items() if name not in VARIABLES}
+        self._notifier = Notifier(environment, os.getpid())
+        store = Store(settings.cache.directory)
+        store.prepare()
+        self._lock = InstanceLock(store.run, LOCK_SECONDS)
+        stack.callback(self._lock.close)
+        passed = passed_sockets(environment, os.getpid())
+        self._listeners = sockets.open_listeners(settings.listen, settings.worker_count, passed)
+        stack.callback(sockets.close, *self._listeners.data, *self._listeners.admin)
+        _require_token(self._listeners.admin, settings)
+        try:
+            make_local_token(store.run)
+        except OSError as error:  # a full disk must not stop the service
+            path = local_path(store.run)
+            _LOG.warning("no token for commands on this machine: %s: %s", path, error.strerror)
+        names = [upstream.name for upstream in settings.upstream]
+        self._shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
+        stack.callback(self._shared.close)
+        self._addresses_fd = address_file(settings.worker_count)
+        stack.callback(os.close, self._addresses_fd)
+        self._beats = self._shared.row(Row.BEAT)
+        self._counters = self._shared.counters(shared_memory.SUPERVISOR)
+        # Events: the workers' end, the controller's end. Not SOCK_DGRAM: the kernel queues at most ten of its
+        # packets (net.unix.max_dgram_qlen).
+        self._events = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.callback(sockets.close, *self._events)
+        for end in self._events:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _EVENT_BUFFER_BYTES)
+            end.setblocking(False)
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+
+        first = shared_memory.FIRST_WORKER
+        self._workers = [ChildSlot("worker", n, first + n) for n in range(settings.worker_count)]
+        self._controller = ChildSlot("controller", 0, shared_memory.CONTROLLER)
         self._controller.start_at = time.monotonic() + _WORKERS_FIRST_SECONDS
         self._slots = [*self._workers, self._controller]
-        self._counters = resources.shared.counters(SUPERVISOR)
-        self._selector = selectors.DefaultSelector()
         self._stage = Stage.SERVING
         self._deadline = 0.0
         self._announced = False
         self._ticked_at = self._watched_from = time.monotonic()
         self._watchdog_at = 0.0
 
-    def run(self, signals: socket.socket) -> None:
+    def run(self) -> None:
         """Run until the service has ended. No child is left, whatever happens."""
-        with self._selector:
+        with _signal_socket() as signals:
             self._selector.register(signals, selectors.EVENT_READ)
             try:
                 self._tick(time.monotonic())
                 while self._stage is not Stage.ENDED:
                     for key, _ in self._selector.select(self._pause_seconds(time.monotonic())):
                         if key.data is None:
-                            self._handle_signals(signals)
+                            self._handle_signals(signals.recv(4096))
                         else:
                             self._handle_messages(key.data)
                     self._reap()
@@ -131,9 +175,10 @@ class Supervisor:
                 self._reap()
 
     def _pause_seconds(self, now: float) -> float:
-        due = [slot.start_at - now for slot in self._waiting() if self._may_start()]
-        watchdog = self._resources.notifier.watchdog_seconds
-        return max(0.0, min([_TICK_SECONDS, *due, *([watchdog / 3] if watchdog else [])]))
+        due = [slot.start_at - now for slot in self._slots if self._may_start(slot)]
+        if self._notifier.watchdog_seconds:
+            due.append(self._notifier.watchdog_seconds / 3)
+        return max(0.0, min([_TICK_SECONDS, *due]))
 
     def _tick(self, now: float) -> None:
         if now - self._ticked_at > _SUSPENDED_SECONDS:
@@ -141,57 +186,52 @@ class Supervisor:
         self._ticked_at = now
         if self._controller.generation == 0 and all(slot.phase is Phase.READY for slot in self._workers):
             self._controller.start_at = now
-        for slot in self._waiting():
-            if slot.start_at <= now and self._may_start():
-                self._start(slot)
         for slot in self._slots:
-            last_beat = self._resources.shared.page.last_beat(slot.block) / 1e9
-            reason = slot.reason_to_kill(now, last_beat, self._watched_from)
+            if slot.start_at <= now and self._may_start(slot):
+                self._start(slot)
+            reason = slot.reason_to_kill(now, self._beats[slot.block] / 1e9, self._watched_from)
             if reason is not None:
                 self._kill([slot], reason)
         self._announce()
         self._continue_stopping(now)
-        watchdog = self._resources.notifier.watchdog_seconds
+        watchdog = self._notifier.watchdog_seconds
         if watchdog and now - self._watchdog_at >= watchdog / 3:
-            self._resources.notifier.watchdog()
+            self._notifier.send("WATCHDOG=1")
             self._watchdog_at = now
 
-    def _waiting(self) -> list[ChildSlot]:
-        return [slot for slot in self._slots if slot.phase is Phase.WAITING]
-
-    def _may_start(self) -> bool:
-        starting = sum(slot.phase is Phase.STARTING for slot in self._slots)
-        return self._stage is Stage.SERVING and starting < _STARTING_AT_ONCE
+    def _may_start(self, slot: ChildSlot) -> bool:
+        """Whether a child may be started there, if it is due."""
+        if slot.phase is not Phase.WAITING or self._stage is not Stage.SERVING:
+            return False
+        return sum(other.phase is Phase.STARTING for other in self._slots) < _STARTING_AT_ONCE
 
     # --- one child
 
     def _start(self, slot: ChildSlot) -> None:
-        now = time.monotonic()
-        slot.start(now)
-        self._resources.shared.page.forget_beat(slot.block)
-        try:
-            child = Child(self._command(slot.role), self._assignment(slot), self._resources.environment)
-        except OSError as error:
-            _LOG.error("%s could not be started: %s", slot.name, error)
-            slot.exited(now, restart=True)
-            return
-        slot.child = child
-        self._selector.register(child, selectors.EVENT_READ, slot)
-        _LOG.info("%s started, pid %d", slot.name, child.process.pid)
-
-    def _assignment(self, slot: ChildSlot) -> Assignment:
-        worker, resources, listeners = slot.role == "worker", self._resources, self._resources.listeners
-        return Assignment(
+        slot.start(time.monotonic())
+        self._beats[slot.block] = 0
+        worker, listeners = slot.role == "worker", self._listeners
+        listening = listeners.of_worker(slot.number) if worker else listeners.admin
+        assignment = Assignment(
             role=slot.role,
             slot=slot.number,
             block=slot.block,
-            settings=dump(self._settings),
-            listen_fds=listeners.of_worker(slot.number) if worker else listeners.of_controller(),
-            shared_fd=resources.shared.fd,
-            event_fd=resources.events[0 if worker else 1].fileno(),
-            lock_fd=resources.lock.children_fd,
+            settings=self._settings,
+            listen_fds=tuple(sock.fileno() for sock in listening),
+            shared_fd=self._shared.fd,
+            addresses_fd=self._addresses_fd,
+            event_fd=self._events[0 if worker else 1].fileno(),
+            lock_fd=self._lock.children_fd,
             generation=slot.generation,
         )
+        try:
+            slot.child = Child(self._command(slot.role), assignment, self._environment)
+        except OSError as error:
+            _LOG.error("%s could not be started: %s", slot.name, error)
+            slot.exited(slot.started_at, restart=True)
+            return
+        self._selector.register(slot.child, selectors.EVENT_READ, slot)
+        _LOG.info("%s started, pid %d", slot.name, slot.child.process.pid)
 
     def _handle_messages(self, slot: ChildSlot) -> None:
         child = slot.child
@@ -204,7 +244,9 @@ class Supervisor:
             return
         for message in messages:
             if message.get("ready"):
-                slot.ready(time.monotonic())
+                if slot.phase is Phase.STARTING:  # else it has been killed meanwhile
+                    slot.move(Phase.READY)
+                    slot.ready_at = time.monotonic()
                 self._report_workers()
             elif message.get("drained"):
                 _LOG.info("%s has drained", slot.name)
@@ -220,7 +262,7 @@ class Supervisor:
             if slot.closed_at is None:
                 self._selector.unregister(child)
             child.close()
-            self._resources.shared.fold(slot.block)
+            self._shared.fold(slot.block)
             restart = self._stage is Stage.SERVING
             if restart and slot.role == "worker":
                 self._counters.add("gup_worker_restarts_total")
@@ -231,12 +273,12 @@ class Supervisor:
 
     def _report_workers(self) -> None:
         """Send the list of workers to the controller, which shows it: at each change."""
-        now = time.monotonic()
+        started = time.time() - time.monotonic()
         rows = [
             {
                 "slot": slot.number,
                 "pid": slot.child.process.pid,
-                "up_since": time.time() - (now - slot.started_at),
+                "up_since": started + slot.started_at,
                 "ready": slot.phase is Phase.READY,
             }
             for slot in self._workers
@@ -251,7 +293,7 @@ class Supervisor:
                 slot.move(Phase.KILLED)
                 slot.child.process.kill()
 
-    def _send(self, slots: Sequence[ChildSlot], message: dict[str, object]) -> None:
+    def _send(self, slots: Sequence[ChildSlot], message: Message) -> None:
         for slot in slots:
             if slot.child is not None and not slot.child.send(message):
                 _LOG.warning("%s does not read its messages (%s)", slot.name, ", ".join(message))
@@ -263,17 +305,16 @@ class Supervisor:
             return
         self._announced = True
         print(f"gup: {self._status()}", file=sys.stderr, flush=True)  # noqa: T201 - for people, not the log
-        self._resources.notifier.ready(self._status())
+        self._notifier.send("READY=1", f"STATUS={self._status()}")
 
     def _status(self) -> str:
-        listeners, count = self._resources.listeners, len(self._workers)
-        tls = self._settings.listen.admin_cert_file is not None
-        content, control = sockets.url(listeners.data), sockets.url(listeners.admin, tls=tls)
+        count, tls = len(self._workers), self._settings.listen.admin_cert_file is not None
+        content, control = sockets.url(self._listeners.data), sockets.url(self._listeners.admin, tls=tls)
         workers = "1 worker" if count == 1 else f"{count} workers"
         return f"serving on {content}, control plane on {control}, {workers}"
 
-    def _handle_signals(self, signals: socket.socket) -> None:
-        for number in signals.recv(4096):
+    def _handle_signals(self, numbers: bytes) -> None:
+        for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._stop(signal.Signals(number).name)
             elif number == signal.SIGHUP:
@@ -286,13 +327,13 @@ class Supervisor:
             return
         _LOG.info("%s: draining", reason)
         self._stage = Stage.DRAINING
-        self._deadline = time.monotonic() + self._settings.listen.drain_timeout + _PAST_DRAIN_SECONDS
-        self._resources.notifier.stopping("draining")
-        for slot in self._waiting():
+        self._deadline = time.monotonic() + self._settings.listen.drain_timeout + PAST_DRAIN_SECONDS
+        self._notifier.send("STOPPING=1", "STATUS=draining")
+        for slot in [slot for slot in self._slots if slot.phase is Phase.WAITING]:
             slot.move(Phase.ENDED)
         self._send(self._workers, {"drain": True})
         # When the workers have closed their copies too, new connections are refused.
-        self._resources.listeners.close_data()
+        sockets.close(*self._listeners.data)
 
     def _continue_stopping(self, now: float) -> None:
         if self._stage is Stage.DRAINING:
@@ -308,29 +349,25 @@ class Supervisor:
             elif now >= self._deadline:
                 self._kill([self._controller], "stopping took too long")
 
-    def _reload_settings(self) -> dict[str, object]:
+    def _reload_settings(self) -> Message:
         """Read the settings again and send them to the children. Returns the answer to the controller."""
         if self._reload is None or self._stage is not Stage.SERVING:
             problem = "there is no file to read" if self._reload is None else "the service is stopping"
             _LOG.warning("settings not reloaded: %s", problem)
             return {"reloaded": False, "problems": [problem]}
-        page = self._resources.shared.page
-        self._resources.notifier.reloading()
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        problems: list[str] = []
         try:
             self._apply(self._reload())
+            self._shared.words[shared_memory.CONFIG_RELOADED_AT] = int(time.time())
         except (GupError, OSError) as error:
-            page.words[CONFIG_OK] = 0
             problems = error.problems if isinstance(error, SettingsError) else [str(error)]
             for problem in problems:
                 _LOG.error("settings not reloaded: %s", problem)
-            answer: dict[str, object] = {"reloaded": False, "problems": problems}
-        else:
-            page.words[CONFIG_OK] = 1
-            page.words[CONFIG_RELOADED_AT] = int(time.time())
-            answer = {"reloaded": True, "problems": []}
+        self._shared.words[shared_memory.CONFIG_OK] = not problems
         if self._announced:
-            self._resources.notifier.ready(self._status())
-        return answer
+            self._notifier.send("READY=1", f"STATUS={self._status()}")
+        return {"reloaded": not problems, "problems": problems}
 
     def _apply(self, new: Settings) -> None:
         settings, postponed = reloadable(self._settings, new)
@@ -338,51 +375,81 @@ class Supervisor:
         self._settings = settings
         for key in postponed:
             _LOG.warning("%s: takes effect at the next start", key)
-        self._send(self._slots, {"settings": dump(settings)})
-        self._resources.shared.page.raise_policy()
+        self._send(self._slots, {"settings": settings.model_dump(mode="json", by_alias=True)})
+        self._shared.raise_epoch(shared_memory.POLICY_EPOCH)
         _LOG.info("settings reloaded")
 
 
 def _exit_reason(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
+    known = -status in {*signal.Signals}
+    return f"was ended by {signal.Signals(-status).name if known else f'signal {-status}'}"
 
 
-_LISTEN_KEYS = ("address", "port", "admin_address", "admin_port", "backlog")
-_TLS_KEYS = ("admin_cert_file", "admin_key_file")
+@contextlib.contextmanager
+def _signal_socket() -> Iterator[socket.socket]:
+    """A socket that receives each signal's number as one byte. No signal interrupts anything else."""
+    read, write = socket.socketpair()
+    with read, write:
+        read.setblocking(False)
+        write.setblocking(False)
+        wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        try:
+            yield read
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+
+
+def _require_token(admin: Sequence[socket.socket], settings: Settings) -> None:
+    """GupError if other machines can reach the control plane and it needs no token.
+
+    The settings alone don't tell: systemd may have bound the socket to another address.
+    """
+    for sock in admin:
+        host = "::1" if sock.family == socket.AF_UNIX else sock.getsockname()[0]
+        if not ip_address(host.split("%")[0]).is_loopback and settings.listen.admin_token_file is None:
+            raise GupError(
+                f"other machines can reach the control plane at {host}, so each request needs a token: set "
+                "listen.admin_token_file to a file with a token"
+            )
+
+
+_FIXED = {
+    "listen": ("address", "port", "admin_address", "admin_port", "backlog"),
+    "cache": ("directory",),
+    "workers": ("count",),
+}
+"""Settings of what is made once: sockets, cache directory, number of processes."""
 
 
 def reloadable(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings as far as a running service can take them over, and the keys that need a restart.
 
-    Sockets, cache directory and number of processes are fixed at the start; so are whether the control plane
-    uses TLS and whether it needs a token. The shared file has counters for the names of upstreams at the
-    start, so if the set of names differs, all upstreams keep their old settings.
+    Besides those in _FIXED it is fixed whether the control plane uses TLS and whether it needs a token. The
+    shared file has counters for the names of upstreams at the start, so if the set of names differs, all
+    upstreams keep their old settings.
     """
-    postponed = [
-        f"listen.{key}" for key in _LISTEN_KEYS if getattr(old.listen, key) != getattr(new.listen, key)
-    ]
-    kept = {key: getattr(old.listen, key) for key in _LISTEN_KEYS}
+    kept = {
+        section: {key: own for key in keys if (own := _get(old, section, key)) != _get(new, section, key)}
+        for section, keys in _FIXED.items()
+    }
+    postponed = [f"{section}.{key}" for section, values in kept.items() for key in values]
     if (old.listen.admin_cert_file is None) != (new.listen.admin_cert_file is None):
         postponed.append("listen.admin_cert_file")
-        kept |= {key: getattr(old.listen, key) for key in _TLS_KEYS}
+        kept["listen"] |= {key: _get(old, "listen", key) for key in ("admin_cert_file", "admin_key_file")}
     if new.listen.admin_token_file is None and not ip_address(old.listen.admin_address).is_loopback:
         postponed.append("listen.admin_token_file")
-        kept["admin_token_file"] = old.listen.admin_token_file
-    cache, workers, upstream = new.cache, new.workers, new.upstream
-    if cache.directory != old.cache.directory:
-        postponed.append("cache.directory")
-        cache = cache.model_copy(update={"directory": old.cache.directory})
-    if workers.count != old.workers.count:
-        postponed.append("workers.count")
-        workers = old.workers
-    if {row.name for row in upstream} != {row.name for row in old.upstream}:
+        kept["listen"]["admin_token_file"] = old.listen.admin_token_file
+    changed = {section: getattr(new, section).model_copy(update=values) for section, values in kept.items()}
+    if {row.name for row in new.upstream} != {row.name for row in old.upstream}:
         postponed.append("upstream")
-        upstream = old.upstream
-    listen = new.listen.model_copy(update=kept)
-    changed = {"listen": listen, "cache": cache, "workers": workers, "upstream": upstream}
+        changed["upstream"] = old.upstream
     return new.model_copy(update=changed), postponed
+
+
+def _get(settings: Settings, section: str, key: str) -> object:
+    return getattr(getattr(settings, section), key)

@@ -8,11 +8,11 @@ import resource
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
-from gup import __version__, config, log
+from gup import __version__, log
 from gup.cache.cache import Cache
 from gup.cache.disk_space import Space
 from gup.cache.inflight import FillDependencies
@@ -22,20 +22,10 @@ from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import CLASSES, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.process.child import Parent
-from gup.process.shared_memory import (
-    FAILURES,
-    FAILURES_WORDS,
-    FILL_HELD,
-    MEMORY,
-    MEMORY_WORDS,
-    MOST_UPSTREAMS,
-    STORE_BYTES,
-    UPSTREAM_HEALTH,
-    WAN_CLOCK,
-    Row,
-    SharedFile,
-)
+from gup.config import Settings
+from gup.process import shared_memory as layout
+from gup.process.child import Message, Parent
+from gup.process.shared_memory import Row, SharedFile
 from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
@@ -46,156 +36,132 @@ _URGENT_FIRST = 10_000
 _INHERITED_FIRST = 20_000
 _RANGE_BYPASS_FIRST = 100_000
 _BYPASS_FIRST = 200_000
-_DOWNLOADS_FIRST = 1_000_000
+DOWNLOADS_FIRST = 1_000_000
 
 _RANGE_BYPASS_SLOTS = 2
 _BYPASS_SLOTS = 4
 _THREADS = 16
 _RATE_SECONDS = 0.5
-_ALIVE_NS = 3_000_000_000
-"""Nobody waits for the turn of a process whose last heartbeat is older."""
+_ALIVE_NS = 3_000_000_000  # nobody waits for the turn of a process whose last heartbeat is older
 
 
-def node_name(settings: config.Settings) -> str:
-    """The node's name in Via: the site's name, and a hash that differs for each host and cache directory."""
-    own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
-    site = "".join(c if c.isalnum() or c in "-._" else "-" for c in settings.site.name) or "gup"
-    return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
-
-
-class Wiring:
-    """The collaborators of one child process, made from its assignment. Close it at the end."""
+class ChildProcess(ABC):
+    """Worker or controller: its collaborators, made from its assignment, and the supervisor's messages."""
 
     def __init__(self, parent: Parent) -> None:
-        self.parent = parent
-        self.settings = parent.settings()
-        self.block = parent.assignment.block
+        assignment = parent.assignment
+        self.parent, self.settings, self.block = parent, assignment.settings, assignment.block
+        self.stopped = asyncio.Event()  # set to end `handle_messages`
         self.descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # raised by the supervisor
-        self.shared = SharedFile(parent.assignment.shared_fd)
-        self.counters = self.shared.counters(self.block)
+        self.shared = shared = SharedFile(assignment.shared_fd)
+        self.words = words = shared.words
+        self.counters = shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
         self.store.service_start = self.shared.started_at
         self.store.claims = Claims(self.store.partial / "claims")
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
-        self._slots = Claims(self.store.run / "slots")
-        self._reserved = self.shared.page.row(Row.PROMISES)
+        self.node = _node_name(self.settings)  # the node's name in Via
+        self.slots = Claims(self.store.run / "slots")
+        self._beats = shared.row(Row.BEAT)
+        self._reserved = shared.row(Row.PROMISES)
         self._reserved[self.block] = 0  # reservations of a predecessor in this slot ended with it
-        self._events = socket.socket(fileno=os.dup(parent.assignment.event_fd))
+        self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
-        self._rate = 0
-        self._rate_until = 0.0
-        self._rate_of: config.Settings | None = None
+        self._rate, self._rate_until = 0, 0.0
+        # In the controller too: a word of 0 from a process that is alive would go before every waiter.
+        self.download_turns = self.turns(Row.DOWNLOAD_TURNS)
         self.wan = Wan(
-            self.shared.page.words,
-            WAN_CLOCK,
-            Turns(self.shared.page.row(Row.WAN_TURNS), self.block, self._alive),
-            self.wan_rate,
-            self.store.run / "wan.lock",
+            words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
         )
+        names = [upstream.name for upstream in self.settings.upstream]
+
+        def tell_health(name: str, detail: str) -> None:
+            self.tell({"type": "upstream", "name": name, "detail": detail[:500]})
+
         self.pool = Pool(
             self.settings.upstream,
             self.counters,
             self.wan,
             user_agent=f"gup/{__version__}",
-            via=f"1.1 {node_name(self.settings)} (gup)",
-            board=self._board(),
+            via=f"1.1 {self.node} (gup)",
+            board=Board(
+                names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, shared.locked, tell_health
+            ),
         )
-        self.downloads = Slots(
-            self._slots, _DOWNLOADS_FIRST, lambda: self.means.settings.clients.max_downloads
-        )
-        self.means = self._means(self.store.claims)
-        self.cache = Cache(
-            self.means,
-            max_open=min(4096, self.descriptors // 8),
-            bypass=Slots(self._slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
-            range_bypass=Slots(self._slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
-        )
-
-    def _board(self) -> Board:
-        def tell(name: str, detail: str) -> None:
-            # Not self.tell: the controller replaces means.tell.
-            self.means.tell({"type": "upstream", "name": name, "detail": detail[:500]})
-
-        return Board(
-            [upstream.name for upstream in self.settings.upstream],
-            self.shared.page.words,
-            UPSTREAM_HEALTH,
-            MOST_UPSTREAMS,
-            self.shared.page.locked,
-            tell,
-        )
-
-    def _means(self, claims: Claims) -> FillDependencies:
-        return FillDependencies(
+        self.means = FillDependencies(
             store=self.store,
-            claims=claims,
+            claims=self.store.claims,
             pool=self.pool,
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(
                 self.store.root,
-                max_size=lambda: self.means.settings.cache.max_size,
-                min_free=lambda: self.means.settings.cache.min_free,
-                used=lambda: self.shared.page.words[STORE_BYTES] + self.reserved_bytes(),
+                max_size=lambda: self.settings.cache.max_size,
+                min_free=lambda: self.settings.cache.min_free,
+                used=lambda: words[layout.STORE_BYTES] + self.reserved_bytes(),
                 promise=self._reserve,
-                need=lambda missing, refused: self.tell(
-                    {"type": "need", "bytes": missing, "refused": refused}
-                ),
-                evictions=lambda: self.shared.page.store_epoch,
+                need=lambda size, refused: self.tell({"type": "need", "bytes": size, "refused": refused}),
+                evictions=lambda: words[layout.STORE_EPOCH],
             ),
             memory=MemoryFiles(
-                self.shared.page.words[MEMORY : MEMORY + MEMORY_WORDS],
-                lambda: self.shared.page.locked(MEMORY),
-                lambda: self.means.settings.fill.memory,
-                lambda: self.means.settings.listen.write_timeout,
+                words[layout.MEMORY : layout.MEMORY + layout.MEMORY_WORDS],
+                lambda: shared.locked(layout.MEMORY),
+                lambda: self.settings.fill.memory,
+                lambda: self.settings.listen.write_timeout,
             ),
             failures=NegativeCache(
-                self.shared.page.words[FAILURES : FAILURES + FAILURES_WORDS],
-                lambda: self.shared.page.locked(FAILURES),
+                words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
+                lambda: shared.locked(layout.FAILURES),
             ),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
             settings=self.settings,
             tell=self.tell,
-            raise_store_epoch=self.shared.page.raise_store,
-            store_epoch=lambda: self.shared.page.store_epoch,
+            raise_store_epoch=lambda: shared.raise_epoch(layout.STORE_EPOCH),
+            store_epoch=lambda: words[layout.STORE_EPOCH],
             wall_clock=time.time,
             clock=time.monotonic,
         )
-
-    def _fill_queue(self) -> FillQueue:
-        page = self.shared.page
-
-        def most() -> int:
-            return self.means.settings.fill.max
-
-        return FillQueue(
-            Slots(self._slots, _URGENT_FIRST, most),
-            Slots(self._slots, _BULK_FIRST, most),
-            # As many as an exited process can have held: `fill.max` of each class.
-            Slots(self._slots, _INHERITED_FIRST, lambda: 2 * most()),
-            lambda: self.means.settings.fill.queue_timeout,
-            Turns(page.row(Row.FILL_TURNS), self.block, self._alive),
-            Backlog(
-                page.row(Row.FILL_BACKLOG),
-                page.words[FILL_HELD : FILL_HELD + CLASSES],
-                self.block,
-                self._alive,
-            ),
+        self.cache = Cache(
+            self.means,
+            max_open=min(4096, self.descriptors // 8),
+            bypass=Slots(self.slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
+            range_bypass=Slots(self.slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
         )
 
+    def _fill_queue(self) -> FillQueue:
+        held = self.words[layout.FILL_HELD : layout.FILL_HELD + CLASSES]
+        return FillQueue(
+            Slots(self.slots, _URGENT_FIRST, lambda: self.settings.fill.max),
+            Slots(self.slots, _BULK_FIRST, lambda: self.settings.fill.max),
+            # As many as an exited process can have held: `fill.max` of each class.
+            Slots(self.slots, _INHERITED_FIRST, lambda: 2 * self.settings.fill.max),
+            lambda: self.settings.fill.queue_timeout,
+            self.turns(Row.FILL_TURNS),
+            Backlog(self.shared.row(Row.FILL_BACKLOG), held, self.block, self._alive),
+        )
+
+    def turns(self, row: Row) -> Turns:
+        """The order among processes, by their first waiters."""
+        return Turns(self.shared.row(row), self.block, self._alive)
+
+    # --- what is shared with other processes
+
+    def beat(self) -> None:
+        """Record a heartbeat."""
+        self._beats[self.block] = time.monotonic_ns()
+
     def _alive(self, block: int) -> bool:
-        return time.monotonic_ns() - self.shared.page.last_beat(block) < _ALIVE_NS
+        return time.monotonic_ns() - self._beats[block] < _ALIVE_NS
 
     def wan_rate(self) -> int:
         """The WAN rate now in bytes per second; the schedule is evaluated twice a second."""
-        settings = self.means.settings
-        if not settings.wan.schedule:
-            return settings.wan.rate
+        if not self.settings.wan.schedule:
+            return self.settings.wan.rate
         now = time.monotonic()
-        if now >= self._rate_until or self._rate_of is not settings:
-            self._rate = rate_at(settings.wan, site_time(settings, time.time()))
-            self._rate_until, self._rate_of = now + _RATE_SECONDS, settings
+        if now >= self._rate_until:
+            self._rate = rate_at(self.settings.wan, site_time(self.settings, time.time()))
+            self._rate_until = now + _RATE_SECONDS
         return self._rate
 
     def reserved_bytes(self) -> int:
@@ -218,10 +184,44 @@ class Wiring:
             return False
         return True
 
-    def apply(self, settings: config.Settings) -> None:
+    # --- the supervisor's messages
+
+    @abstractmethod
+    def handle(self, message: Message) -> None:
+        """Act on a message that is not about settings."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Work until `stopped` is set or the supervisor is gone."""
+
+    def apply(self, settings: Settings) -> None:
         """Take over reloaded settings."""
         self.settings = self.means.settings = settings
+        self._rate_until = 0.0
         self.pool.apply(settings.upstream)
+        log.configure_child(settings.log)
+
+    async def handle_messages(self) -> bool:
+        """Handle the supervisor's messages until `stopped` is set. False if the supervisor is gone."""
+        loop, gone = asyncio.get_running_loop(), False
+
+        def readable() -> None:
+            nonlocal gone
+            messages = self.parent.receive()
+            for message in messages or ():
+                if "settings" in message:
+                    self.apply(Settings.model_validate(message["settings"]))
+                else:
+                    self.handle(message)
+            if messages is None:
+                loop.remove_reader(self.parent.fileno())
+                gone = True
+                self.stopped.set()
+
+        loop.add_reader(self.parent.fileno(), readable)
+        await self.stopped.wait()
+        loop.remove_reader(self.parent.fileno())
+        return not gone
 
     async def close(self) -> None:
         await self.cache.stop()
@@ -231,43 +231,20 @@ class Wiring:
         self.wan.close()
 
 
-async def handle_messages(
-    parent: Parent, handle: Callable[[Mapping[str, object]], None], stop: asyncio.Event
-) -> bool:
-    """Pass the supervisor's messages to `handle` until `stop` is set. False if the supervisor is gone."""
-    loop, gone = asyncio.get_running_loop(), False
-
-    def readable() -> None:
-        nonlocal gone
-        messages = parent.receive()
-        for message in messages or ():
-            handle(message)
-        if messages is None:
-            loop.remove_reader(parent.fileno())
-            gone = True
-            stop.set()
-
-    loop.add_reader(parent.fileno(), readable)
-    try:
-        await stop.wait()
-    finally:
-        loop.remove_reader(parent.fileno())
-    return not gone
-
-
-class Runnable(Protocol):
-    """A child's main object."""
-
-    async def run(self) -> None: ...
+def _node_name(settings: Settings) -> str:
+    """The site's name, and a hash that differs for each host and cache directory."""
+    own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
+    site = "".join(c if c.isalnum() or c in "-._" else "-" for c in settings.site.name) or "gup"
+    return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
 
 
 def run_child(
-    make: Callable[[Parent], Runnable],
+    make: Callable[[Parent], ChildProcess],
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
 ) -> None:
     """The main function of a child process; `make` is called in the event loop."""
-    parent = Parent.from_argv(sys.argv)
-    log.configure_child(parent.settings().log)
+    parent = Parent(sys.argv)
+    log.configure_child(parent.assignment.settings.log)
 
     async def run() -> None:
         await make(parent).run()

@@ -1,8 +1,9 @@
 """The access log, a line a request; request counters; and client records for the controller."""
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from gup import config
 from gup.client_names import ClientNames
@@ -12,7 +13,6 @@ from gup.log import ACCESS
 from gup.metrics import CODES_OF_RESULT, KINDS, MAX_STREAMS, SOURCES, Counters, stream_series
 from gup.server.hot_cache import HotRow
 from gup.server.ranges import Span
-from gup.server.request import Request
 from gup.server.response import Response
 
 log = logging.getLogger(ACCESS)
@@ -20,16 +20,14 @@ log = logging.getLogger(ACCESS)
 _NEVER = 1 << 63
 _LINES_A_SECOND = 100
 """Of what is no hit, while access is sampled: a flood of refusals must not become one of lines."""
-_ROWS = 200
-"""Of one event, which has to fit a datagram."""
+_ROWS = 200  # of one event, which has to fit a datagram
 _EVENTS_A_SECOND = 10
 _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
 _MOST_HEADS = 1000
 _MOST_PARTS = 2000
 """Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn."""
-_MOST_FULLS = 5000
-"""Addresses and keys told in a second; there may be more."""
+_MOST_FULLS = 5000  # addresses and keys told in a second; there may be more
 
 Tell = Callable[[Mapping[str, object]], object]
 ClientRecord = tuple[str, str, Stated | bytes]
@@ -47,7 +45,7 @@ class AccessLog:
         settings: config.Settings,
         counters: Counters,
         names: ClientNames,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         position = counters.position
         self.words = counters.words
@@ -56,6 +54,7 @@ class AccessLog:
             for result, codes in CODES_OF_RESULT.items()
             for code in codes
         }
+        self.hit_at, self.part_hit_at = self.requests["hit", 200], self.requests["hit", 206]
         self.sent = {source: position("gup_client_sent_bytes_total", source=source) for source in SOURCES}
         self.stream = {
             (slot, kind): position(stream_series("sent", slot, kind))
@@ -65,52 +64,41 @@ class AccessLog:
         self.clock = clock
         self._counters = counters
         self._names = names
-        self._connected: set[str] = set()
-        self._used: dict[str, int] = {}
-        self._missed: dict[str, int] = {}
-        self._fulls: dict[tuple[str, str], int] = {}
+        self.connected: set[str] = set()  # clients whose connection was accepted in this second
+        self._used: Counter[str] = Counter()
+        self._missed: Counter[str] = Counter()
+        self._fulls: Counter[tuple[str, str]] = Counter()
         self._taken: set[ClientRecord] = set()
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
         self._asked: set[ClientRecord] = set()
         self._unnoted = 0
-        self._waiting: list[list[object]] = []
-        self._lines_left = _LINES_A_SECOND
-        self._left_out = 0
+        self._waiting: list[list[object]] = []  # rows that found the controller's queue full
+        self._lines = 0  # of what is no hit, in this second
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
         """Use new settings for responses that end from now on."""
-        self._access = settings.log.access
-        every = settings.log.access_sample
-        self._every, self._first = {
-            "off": (_NEVER, -1),
-            "sampled": (every, 1 % every),
-            "all": (1, 0),
-        }[self._access]
+        self._access, every = settings.log.access, settings.log.access_sample
+        samples = {"off": (_NEVER, -1), "sampled": (every, 1 % every), "all": (1, 0)}
+        self._every, self._first = samples[self._access]
         self.declarations = Declarations(settings.rules)
         if self._names.mode != settings.reports.addresses:
             self._names.mode = settings.reports.addresses
             self._waiting.clear()  # they have names of the other kind
 
-    def connected(self, peer: str) -> None:
-        """A client's connection was accepted."""
-        self._connected.add(peer)
-
     # --- responses
 
     def begin(self, peer: str, response: Response) -> None:
         """Count a response that begins to leave."""
-        at = self.requests.get((response.result, response.status))
-        assert at is not None, f"no series for result {response.result} with code {response.status}"
-        self.words[at] += 1
+        self.words[self.requests[response.result, response.status]] += 1
         response.first_byte = self.clock()
         key = response.key
-        if key is None or response.kind is None or response.method != "GET":
+        if key is None or response.kind is None or not _is_get(response):
             return
         if response.stored:
-            self._used[key] = self._used.get(key, 0) + 1
+            self._used[key] += 1
         elif response.kind is not Kind.INDEX:
-            self._missed[key] = self._missed.get(key, 0) + 1
+            self._missed[key] += 1
         if response.kind is Kind.FULL and response.body is not None:
             self._took_full(peer, key)
         seconds = response.first_byte - response.began
@@ -119,21 +107,14 @@ class AccessLog:
     def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
         """The last of a response has left, or never will."""
         self._note(peer, response, sent, complete=complete)
-        if self._wanted(response):
+        wanted = self._access == "all"
+        if self._access == "sampled" and response.result == "hit":
+            wanted = self.words[self.requests["hit", response.status]] % self._every == self._first
+        elif self._access == "sampled":
+            self._lines += 1
+            wanted = self._lines <= _LINES_A_SECOND
+        if wanted:
             self._line(peer, response, sent, complete=complete)
-
-    def left(self, peer: str, request: Request, began: float) -> None:
-        """A client has gone before there was a response."""
-        self.end(
-            peer, self.describe(request, Response(0, b"", result="gone", began=began)), 0, complete=False
-        )
-
-    def describe(self, request: Request, response: Response) -> Response:
-        """Add to `response` what the log says about its request."""
-        response.method = request.method
-        response.target = request.target[:_TARGET_LETTERS].decode("latin-1")
-        response.client = self.declarations.of(request.headers)
-        return response
 
     # --- the hot path
 
@@ -172,7 +153,6 @@ class AccessLog:
             body=row.entry,
             sent_at=row.sent_at,
             stream_at=row.stream_at,
-            method="GET",
             result="hit",
             key=row.key_text,
             kind=row.kind,
@@ -184,39 +164,34 @@ class AccessLog:
 
     # --- lines
 
-    def _wanted(self, response: Response) -> bool:
-        if self._access != "sampled":
-            return self._access == "all"
-        if response.result == "hit":
-            at = self.requests.get(("hit", response.status))
-            return at is not None and self.words[at] % self._every == self._first
-        if not self._lines_left:
-            self._left_out += 1
-            return False
-        self._lines_left -= 1
-        return True
-
     def _line(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
-        now, first_byte = self.clock(), response.first_byte
-        stated = self._stated(response.client)
+        now, began, first_byte = self.clock(), response.began, response.first_byte
+        request, client = response.request, self._stated(self._client(response))
         sampled = response.result == "hit" and self._access == "sampled"
-        fields: dict[str, Any] = {
+        target = None if request is None else request.target[:_TARGET_LETTERS].decode("latin-1")
+        fields = {
             "client": self._names.shown(peer),
-            "method": response.method,
+            "method": request.method if request is not None else "GET" if response.key else None,
             "key": response.key,
-            "target": None if response.key else response.target or None,
+            "target": None if response.key else target or None,
             "result": response.result,
             "status": response.status or None,
             "bytes": sent,
             "complete": complete,
-            "first_byte_seconds": None if first_byte is None else round(first_byte - response.began, 6),
-            "seconds": round(now - response.began, 6),
-            "version": stated.version or None,
-            "language": stated.language or None,
+            "first_byte_seconds": None if first_byte is None else round(first_byte - began, 6),
+            "seconds": round(now - began, 6),
+            "version": client.version or None,
+            "language": client.language or None,
             "problem": response.problem,
             "one_in": self._every if sampled else None,
         }
         log.info("request", extra=fields)
+
+    def _client(self, response: Response) -> Stated | bytes:
+        """What a client states, or the head that the hot cache found."""
+        if response.request is not None:
+            return self.declarations.of(response.request.headers)
+        return response.client
 
     def _stated(self, client: Stated | bytes) -> Stated:
         return self.declarations.of_head(client) if isinstance(client, bytes) else client
@@ -231,9 +206,9 @@ class AccessLog:
 
     def _note(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
         """Note what a client has now: a whole body, a part of one, or nothing of what it asked for."""
-        if response.key is None or response.method != "GET":
+        if response.key is None or not _is_get(response):
             return
-        who = (peer, response.key, response.client)
+        who = (peer, response.key, self._client(response))
         spans = [segment for segment in response.segments if isinstance(segment, Span)]
         if response.body is None or len(spans) != 1 or not sent:
             if response.problem is None or response.problem.startswith("upstream-"):
@@ -253,52 +228,49 @@ class AccessLog:
         `offer` returns False when the controller's queue is full; who took what is then kept and sent later,
         `everything` of it when the worker ends.
         """
-        if self._left_out:
-            log.info("requests left out", extra={"lines": self._left_out})
-            self._left_out = 0
-        self._lines_left = _LINES_A_SECOND
+        if self._lines > _LINES_A_SECOND:
+            log.info("requests left out", extra={"lines": self._lines - _LINES_A_SECOND})
+        self._lines = 0
         self._gather()
         for _ in range(_EVENTS_A_SECOND if not everything else _MOST_WAITING // _ROWS):
             rows = self._waiting[:_ROWS]
             if not rows or not offer({"type": "taken", "rows": rows, "at": now}):
                 break
             del self._waiting[:_ROWS]
-        self._tell_uses(tell, now)
+        names = self._names
+        told: dict[str, Sequence[object]] = {
+            "uses": list(self._used.items()),
+            "asked": list(self._missed.items()),
+            "fulls": [(names.of(who), key, n) for (who, key), n in self._fulls.items()],
+            "clients": list({names.of(peer) for peer in self.connected}),
+        }
+        for gathered in (self._used, self._missed, self._fulls, self.connected):
+            gathered.clear()
+        for at in range(0, max(map(len, told.values())), _ROWS):
+            some = {name: part for name, rows in told.items() if (part := rows[at : at + _ROWS])}
+            tell({"type": "used", "at": now, **some})
 
     def _gather(self) -> None:
-        taken, self._taken = self._taken, set()
-        parts, self._parts = self._parts, []
-        asked, self._asked = self._asked, set()
+        """Put what clients took into rows that wait to be sent; bounded."""
+        records: list[tuple[ClientRecord, object]] = [(who, 1) for who in self._taken]
+        records += self._parts
+        records += [(who, 0) for who in self._asked - self._taken]
         if self._names.mode == "off":
-            self._connected |= {peer for peer, _, _ in taken}
-            return
-        rows = self._waiting
-        rows += [self._row(who, 1) for who in taken]
-        rows += [self._row(who, list(part)) for who, part in parts]
-        rows += [self._row(who, 0) for who in asked - taken]
-        lost, self._unnoted = self._unnoted, 0
-        if lost:
-            self._counters.add("gup_events_lost_total", lost // _ROWS + 1)
-        if (excess := len(rows) - _MOST_WAITING) > 0:
-            self._counters.add("gup_events_lost_total", excess // _ROWS + 1)
-            del rows[:excess]
+            self.connected |= {peer for peer, _, _ in self._taken}
+            records.clear()
+            self._unnoted = 0
+        for gathered in (self._taken, self._parts, self._asked):
+            gathered.clear()
+        for (peer, key, client), what in records:
+            stated = self._stated(client)
+            self._waiting.append([self._names.of(peer), key, stated.version, stated.language, what])
+        excess = len(self._waiting) - _MOST_WAITING
+        for lost in (self._unnoted, excess):
+            if lost > 0:
+                self._counters.add("gup_events_lost_total", lost // _ROWS + 1)
+        self._unnoted = 0
+        del self._waiting[: max(0, excess)]
 
-    def _row(self, record: ClientRecord, what: object) -> list[object]:
-        peer, key, client = record
-        stated = self._stated(client)
-        return [self._names.of(peer), key, stated.version, stated.language, what]
 
-    def _tell_uses(self, tell: Tell, now: float) -> None:
-        used, self._used = list(self._used.items()), {}
-        missed, self._missed = list(self._missed.items()), {}
-        fulls, self._fulls = [(self._names.of(who), key, n) for (who, key), n in self._fulls.items()], {}
-        clients, self._connected = list({self._names.of(peer) for peer in self._connected}), set()
-        rows: dict[str, Sequence[object]] = {
-            "uses": used,
-            "asked": missed,
-            "fulls": fulls,
-            "clients": clients,
-        }
-        for at in range(0, max(map(len, rows.values())), _ROWS):
-            told = {name: part for name, all_ in rows.items() if (part := all_[at : at + _ROWS])}
-            tell({"type": "used", "at": now, **told})
+def _is_get(response: Response) -> bool:
+    return response.request is None or response.request.method == "GET"

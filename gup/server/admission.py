@@ -1,26 +1,19 @@
 """Admission of client connections: allowed networks, and limits in all and for each address."""
 
 import ipaddress
-import logging
 import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import lru_cache
 
 import xxhash
 
 from gup import config
 from gup.metrics import Counters
 
-log = logging.getLogger("gup.admission")
-
 _KNOWN_ADDRESSES = 20_000
-_ROWS = 2
 _CELLS = 1 << 16
-_COLUMN_WORDS = _ROWS * _CELLS
-_COLUMN_BYTES = 4 * _COLUMN_WORDS
-_MASK = _CELLS - 1
+_COLUMN_WORDS = 2 * _CELLS
 
 
 class Admission:
@@ -40,12 +33,8 @@ class Admission:
         most_here: int,
     ) -> None:
         """`most_here` is what this process has descriptors for."""
-        self._words = counters.words
-        self._connections = counters.position("gup_client_connections")
-        self._refused = {
-            reason: counters.position("gup_connections_refused_total", reason=reason)
-            for reason in ("network", "limit", "address")
-        }
+        self._counters = counters
+        self._open = counters.position("gup_client_connections")
         self._addresses = addresses
         self._total = total
         self._most_here = most_here
@@ -53,54 +42,45 @@ class Admission:
 
     def apply(self, settings: config.Settings) -> None:
         """Use new settings for connections that come from now on."""
-        self._allowed = AllowedNetworks(settings.clients.allow)
+        self._is_allowed = lru_cache(_KNOWN_ADDRESSES)(allowed_networks(settings.clients.allow))
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
         """Count a connection, or its refusal. `make_room` closes an idle connection; False: there is none."""
-        words = self._words
-        if not self._allowed.contains(address):
-            words[self._refused["network"]] += 1
-            return False
+        if not self._is_allowed(address):
+            return self._refuse("network")
         if self._addresses.add(address) > self._most_of_address > 0:
-            words[self._refused["address"]] += 1
             self._addresses.remove(address)
-            return False
-        words[self._connections] += 1
-        too_many = words[self._connections] > self._most_here or self._total() > self._most
-        if too_many and not make_room():
-            words[self._refused["limit"]] += 1
+            return self._refuse("address")
+        words = self._counters.words
+        words[self._open] += 1
+        if (words[self._open] > self._most_here or self._total() > self._most) and not make_room():
             self.leave(address)
-            return False
+            return self._refuse("limit")
         return True
+
+    def _refuse(self, reason: str) -> bool:
+        self._counters.add("gup_connections_refused_total", reason=reason)
+        return False
 
     def leave(self, address: str) -> None:
         """A connection that was admitted has closed."""
-        self._words[self._connections] -= 1
+        self._counters.words[self._open] -= 1
         self._addresses.remove(address)
 
 
-class AllowedNetworks:
-    """The networks of `clients.allow`; remembers the answer for each address."""
+def allowed_networks(texts: Sequence[str]) -> Callable[[str], bool]:
+    """A function that tells whether an address is in the networks of `clients.allow`."""
+    networks = [ipaddress.ip_network(text) for text in texts]
 
-    def __init__(self, networks: Sequence[str]) -> None:
-        self._networks = [ipaddress.ip_network(network) for network in networks]
-        self._known: OrderedDict[str, bool] = OrderedDict()
-
-    def contains(self, address: str) -> bool:
-        known = self._known.get(address)
-        if known is None:
-            known = self._known[address] = self._look_up(address)
-            if len(self._known) > _KNOWN_ADDRESSES:
-                self._known.popitem(last=False)
-        return known
-
-    def _look_up(self, address: str) -> bool:
+    def contains(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        return any(ip in network for network in self._networks if network.version == ip.version)
+        return any(ip in network for network in networks if network.version == ip.version)
+
+    return contains
 
 
 class AddressCounts:
@@ -113,18 +93,14 @@ class AddressCounts:
     counted exactly.
     """
 
-    def __init__(self, path: Path, column: int, columns: int) -> None:
-        """`column` of `columns` is this worker's. If the file can't be mapped, each worker counts alone."""
+    def __init__(self, fd: int, column: int) -> None:
+        """`fd` is of the file that `address_file` made; `column` is this worker's."""
         self._own: dict[str, int] = {}
-        self._file = _map(path, columns)
+        self._file = mmap.mmap(fd, 0)
         words = memoryview(self._file).cast("I")
-        parts = [
-            words[n * _COLUMN_WORDS : (n + 1) * _COLUMN_WORDS] for n in range(len(words) // _COLUMN_WORDS)
-        ]
-        alone = len(parts) < columns
-        self._column = parts.pop(0 if alone else column)
-        self._others = parts
-        self._column[:] = memoryview(bytes(_COLUMN_BYTES)).cast("I")
+        self._others = [words[at : at + _COLUMN_WORDS] for at in range(0, len(words), _COLUMN_WORDS)]
+        self._column = self._others.pop(column)
+        self._column[:] = memoryview(bytes(4 * _COLUMN_WORDS)).cast("I")
 
     def add(self, address: str) -> int:
         """Count one more connection of the address; returns how many it has now."""
@@ -136,10 +112,8 @@ class AddressCounts:
 
     def remove(self, address: str) -> None:
         """Count one connection less."""
-        left = self._own[address] - 1
-        if left:
-            self._own[address] = left
-        else:
+        self._own[address] -= 1
+        if not self._own[address]:
             del self._own[address]
         for cell in _cells(address):
             self._column[cell] -= 1
@@ -147,25 +121,16 @@ class AddressCounts:
     def close(self) -> None:
         for view in (self._column, *self._others):
             view.release()
-        if isinstance(self._file, mmap.mmap):
-            self._file.close()
+        self._file.close()
 
 
 def _cells(address: str) -> tuple[int, int]:
     hashed = xxhash.xxh3_64_intdigest(address.encode())
-    return hashed & _MASK, _CELLS + (hashed >> 32 & _MASK)
+    return hashed % _CELLS, _CELLS + (hashed >> 32) % _CELLS
 
 
-def _map(path: Path, columns: int) -> "mmap.mmap | bytearray":
-    """The shared file, made as long as it has to be; memory for one column if that fails."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # allocate all blocks before mapping: a store into a hole kills the process when the disk is full
-            os.posix_fallocate(fd, 0, columns * _COLUMN_BYTES)
-            return mmap.mmap(fd, columns * _COLUMN_BYTES)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        log.warning("connections per address are counted by each worker alone: %s: %s", path, error.strerror)
-        return bytearray(_COLUMN_BYTES)
+def address_file(columns: int) -> int:
+    """A descriptor of the shared file for that many workers; it is memory of this run alone."""
+    fd = os.memfd_create("gup-addresses", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 4 * _COLUMN_WORDS * columns)
+    return fd

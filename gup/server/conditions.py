@@ -1,34 +1,36 @@
 """Conditional requests (RFC 9110 section 13)."""
 
 import re
-from collections.abc import Callable
-from enum import StrEnum
 
 from gup.server.request import Request
 from gup.units import parse_http_date
 
-
-class Verdict(StrEnum):
-    """What a request's conditions leave to be done."""
-
-    SERVE = "serve"
-    NOT_MODIFIED = "not_modified"
-    FAILED = "failed"
-
-
 _ETAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
-_SEPARATOR = re.compile(r"[ \t]*(?:,[ \t]*)+")
+_TAGS = re.compile(rf"[ \t,]*{_ETAG.pattern}(?:[ \t]*,[ \t,]*{_ETAG.pattern})*(?:[ \t]*,[ \t,]*)?")
 
 
-def evaluate(request: Request, etag: str | None, last_modified: str | None) -> Verdict:
-    """The conditions of a GET or HEAD against the validators of the body, in the order of section 13.2.2.
+def evaluate(request: Request, etag: str | None, last_modified: str | None) -> int | None:
+    """The status that a GET or HEAD gets by its conditions, in the order of section 13.2.2: 304, 412 or None.
 
     The body exists; a validator that it does not have is None. A malformed date is no condition, a malformed
     list of tags matches nothing.
     """
-    if not _holds(request, etag, last_modified):
-        return Verdict.FAILED
-    return Verdict.NOT_MODIFIED if _unmodified(request, etag, last_modified) else Verdict.SERVE
+    changed = _date(last_modified)
+    tags = request.header("if-match")
+    if tags is not None:
+        holds = _any_match(tags, etag, weak=False)
+    else:
+        since = _date(request.header("if-unmodified-since"))
+        holds = since is None or changed is None or changed <= since
+    if not holds:
+        return 412
+    tags = request.header("if-none-match")
+    if tags is not None:
+        unmodified = _any_match(tags, etag, weak=True)
+    else:
+        since = _date(request.header("if-modified-since"))
+        unmodified = since is not None and changed is not None and changed <= since
+    return 304 if unmodified else None
 
 
 def range_allowed(request: Request, etag: str | None, last_modified: str | None) -> bool:
@@ -37,60 +39,20 @@ def range_allowed(request: Request, etag: str | None, last_modified: str | None)
     if validator is None:
         return True
     if _ETAG.fullmatch(validator):
-        return etag is not None and _strongly_equal(validator, etag)
+        return validator == etag and not validator.startswith("W/")
     date = parse_http_date(validator)
     return date is not None and date == _date(last_modified)
 
 
-def _holds(request: Request, etag: str | None, last_modified: str | None) -> bool:
-    """If-Match, or else If-Unmodified-Since: is it still the body that the client means?"""
-    tags = request.header("if-match")
-    if tags is not None:
-        return _any_match(tags, etag, _strongly_equal)
-    since = _date(request.header("if-unmodified-since"))
-    changed = _date(last_modified)
-    return since is None or changed is None or changed <= since
-
-
-def _unmodified(request: Request, etag: str | None, last_modified: str | None) -> bool:
-    """If-None-Match, or else If-Modified-Since: does the client have this body already?"""
-    tags = request.header("if-none-match")
-    if tags is not None:
-        return _any_match(tags, etag, _weakly_equal)
-    since = _date(request.header("if-modified-since"))
-    changed = _date(last_modified)
-    return since is not None and changed is not None and changed <= since
-
-
-def _any_match(tags: str, etag: str | None, equal: Callable[[str, str], bool]) -> bool:
+def _any_match(tags: str, etag: str | None, *, weak: bool) -> bool:
+    """Whether a list of tags names `etag`, by the weak or the strong comparison (section 8.8.3.2)."""
     if tags.strip(" \t") == "*":
         return True
-    return etag is not None and any(equal(tag, etag) for tag in _tags(tags))
-
-
-def _tags(text: str) -> list[str]:
-    """The tags of a list; none when it is malformed."""
-    tags: list[str] = []
-    separator = _SEPARATOR.match(text)
-    place = separator.end() if separator else 0
-    while place < len(text):
-        tag = _ETAG.match(text, place)
-        if not tag:
-            return []
-        tags.append(tag[0])
-        separator = _SEPARATOR.match(text, tag.end())
-        place = separator.end() if separator else tag.end()
-        if not separator and place < len(text):
-            return []
-    return tags
-
-
-def _strongly_equal(one: str, other: str) -> bool:
-    return one == other and not one.startswith("W/")
-
-
-def _weakly_equal(one: str, other: str) -> bool:
-    return one.removeprefix("W/") == other.removeprefix("W/")
+    if etag is None or not _TAGS.fullmatch(tags):
+        return False
+    if weak:
+        return etag.removeprefix("W/") in {tag.removeprefix("W/") for tag in _ETAG.findall(tags)}
+    return not etag.startswith("W/") and etag in _ETAG.findall(tags)
 
 
 def _date(text: str | None) -> int | None:

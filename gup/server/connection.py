@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from gup.config import Listen
@@ -24,25 +24,16 @@ from gup.server.hot_cache import HotCache, HotRow
 from gup.server.pacing import Pacer
 from gup.server.poller import READ, WRITE, Poller
 from gup.server.ranges import Span
-from gup.server.request import (
-    MAX_HEAD_BYTES,
-    Request,
-    check_begun,
-    find_head_end,
-    parse_head,
-    skip_leading_newlines,
-)
+from gup.server.request import MAX_HEAD_BYTES, check_begun, parse_head
 from gup.server.response import Response
 from gup.server.response_writer import BROKEN, FINISHED, ResponseWriter
 
-_READ_BYTES = 4096
-"""Heads are short, and memory for more would be taken at every read."""
-_TURN_BYTES = 1 << 20
-"""The most one connection sends before others have their turn."""
+_READ_BYTES = 4096  # heads are short, and memory for more would be taken at every read
+_TURN_BYTES = 1 << 20  # the most one connection sends before others have their turn
 _LINGER_SECONDS = 2.0
-_LINGER_BYTES = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
 _CRLF = b"\r\n"
+_HEAD_END = b"\r\n\r\n"
 
 
 class Phase(Enum):
@@ -78,62 +69,33 @@ class Context:
     downloads: Downloads
     access_log: AccessLog
     on_close: Callable[["Connection"], None]
-    grace_seconds: float = 0.0
-    """How long a paced client may take no byte beyond `listen.write_timeout`."""
-    draining: bool = False
     now: float = 0.0
     wall_now: float = 0.0
     date: bytes = b""
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
     """`since` is when the present phase last made progress, on the context's coarse clock."""
 
-    __slots__ = (
-        "_began",
-        "_close_after",
-        "_context",
-        "_eof",
-        "_fd",
-        "_lingered",
-        "_paced",
-        "_pacer",
-        "_pending",
-        "_phase",
-        "_request",
-        "_response",
-        "_sock",
-        "_task",
-        "_ticket",
-        "_waits",
-        "_watched",
-        "_writer",
-        "peer",
-        "since",
-    )
+    _context: Context
+    _sock: socket.socket
+    peer: str
+    _pacer: Pacer | None
+    since: float = field(init=False)
+    _fd: int = field(init=False)
+    _phase: Phase = _READING
+    _pending: bytearray = field(default_factory=bytearray)
+    _eof: bool = False
+    _watched: int = 0
+    _task: asyncio.Task[None] | None = None
+    _response: Response | None = None
+    _ticket: Ticket | None = None
+    _writer: ResponseWriter | None = None
 
-    def __init__(self, context: Context, sock: socket.socket, peer: str, pacer: Pacer | None) -> None:
-        self._context = context
-        self._sock = sock
-        self._fd = sock.fileno()
-        self.peer = peer
-        self._phase = _READING
-        self.since = context.now
-        self._pending = bytearray()
-        self._eof = False
-        self._watched = 0
-        self._task: asyncio.Task[None] | None = None
-        self._pacer = pacer
-        self._paced: asyncio.TimerHandle | None = None
-        self._lingered = 0
-        self._began = 0.0
-        self._request: Request | None = None
-        self._response: Response | None = None
-        self._ticket: Ticket | None = None
-        self._writer: ResponseWriter | None = None
-        self._waits = False
-        self._close_after = False
-        """Whether the connection ends with the response that is being sent."""
+    def __post_init__(self) -> None:
+        self.since = self._context.now
+        self._fd = self._sock.fileno()
         self._watch(READ)
 
     @property
@@ -173,14 +135,10 @@ class Connection:
                 self.since = self._context.now
             self._pending += piece
             self._advance()
-        elif self._phase is Phase.LINGERING:
-            self._lingered += len(piece)
-            if self._lingered > _LINGER_BYTES:
-                self.close()
-        else:
+        elif self._phase is not Phase.LINGERING:
             self._pending += piece
             if len(self._pending) > MAX_HEAD_BYTES:
-                self._watch(self._watched & ~READ)  # the client waits for responses before it may send more
+                self._want(READ, wanted=False)  # the client waits for responses before it may send more
 
     def _ended(self) -> None:
         """The client sends no more; it may still read what it asked for."""
@@ -188,11 +146,10 @@ class Connection:
         if self._phase in (_READING, Phase.QUEUED, Phase.LINGERING):
             self.close()
         else:
-            self._watch(self._watched & ~READ)
+            self._want(READ, wanted=False)
 
-    def _go_on_reading(self) -> None:
-        if not self._eof:
-            self._watch(self._watched | READ)
+    def _want(self, event: int, *, wanted: bool) -> None:
+        self._watch(self._watched | event if wanted else self._watched & ~event)
 
     def _watch(self, events: int) -> None:
         if events != self._watched:
@@ -201,17 +158,19 @@ class Connection:
 
     def _advance(self) -> None:
         """Answer the requests that have arrived, one after the other, as far as that needs no waiting."""
-        while self._phase is _READING and self._pending:
-            del self._pending[: skip_leading_newlines(self._pending)]
-            end = find_head_end(self._pending)
+        pending = self._pending
+        while self._phase is _READING and pending:
+            while pending.startswith(_CRLF):  # RFC 9112 section 2.2: empty lines before a request line
+                del pending[: len(_CRLF)]
+            end = pending.find(_HEAD_END)
             if end < 0:
                 try:
-                    check_begun(self._pending)
+                    check_begun(pending)
                 except Problem as problem:
                     self._refuse(problem)
                 break
-            head = bytes(self._pending[:end])
-            del self._pending[:end]
+            head = bytes(pending[: end + len(_HEAD_END)])
+            del pending[: len(head)]
             found = self._context.hot_cache.look_up(head)
             if found is None or not self._send_hot(*found):
                 self._answer(head)
@@ -219,7 +178,7 @@ class Connection:
             if self._eof:
                 self.close()
             else:
-                self._go_on_reading()
+                self._want(READ, wanted=True)
 
     # --- answering from the hot cache, in the callback that read the request
 
@@ -240,18 +199,16 @@ class Connection:
                 return True
         if last:
             return False
-        if not row.download:
-            self._send_span(row, span, client, began)
-            return True
-        try:
-            self._ticket = context.downloads.take_ticket()
-        except Problem as problem:
-            self._send(context.handler.refuse(problem, keep_alive=True), began)
-            return True
-        if self._ticket.slot is None:
-            self._queue(self._ticket, lambda: self._send_span(row, span, client, began))
-        else:
-            self._send_span(row, span, client, began)
+        if row.download:
+            try:
+                ticket = self._ticket = context.downloads.take_ticket()
+            except Problem as problem:
+                self._send(context.handler.refuse(problem, keep_alive=True), began)
+                return True
+            if ticket.slot is None:
+                self._queue(ticket, lambda: self._send_span(row, span, client, began))
+                return True
+        self._send_span(row, span, client, began)
         return True
 
     def _send_message(
@@ -271,37 +228,36 @@ class Connection:
         except OSError:
             self.close()
             return
-        log.begin_hot(self.peer, row, row.hit_at)
+        log.begin_hot(self.peer, row, log.hit_at)
         self.since = self._context.now
         body_sent = max(0, sent - body_at)
         log.words[row.sent_at] += body_sent
         log.words[row.stream_at] += body_sent
         if sent < len(message):
-            self._close_after = last
-            self._go_on(row, row.whole, client, began, message[sent:body_at], body_sent)
+            response = log.of_row(row, message[sent:body_at], row.whole, client, began)
+            response.close = last
+            self._start(response, body_sent)
             return
-        log.end_hot(self.peer, row, row.hit_at, row.whole, client, began)
+        log.end_hot(self.peer, row, log.hit_at, row.whole, client, began)
         if last:  # nothing that came is unread, so this resets nothing
             self.close()
 
     def _send_span(self, row: HotRow, span: Span, client: Stated | bytes, began: float) -> None:
         """Send the head with MSG_MORE, then the body with `sendfile`, as far as the socket takes them."""
-        context = self._context
-        log = context.access_log
-        at = row.hit_at if span is row.whole else row.part_hit_at
+        context, log = self._context, self._context.access_log
+        at = log.hit_at if span is row.whole else log.part_hit_at
         head = row.head(context.date, context.wall_now, span)
         log.begin_hot(self.peer, row, at)
         self.since = context.now
         sent = 0
         if self._pacer is None and row.in_page_cache(span, context.now):
             try:
-                head_sent = self._sock.send(head, socket.MSG_MORE)
+                head = head[self._sock.send(head, socket.MSG_MORE) :]
             except (BlockingIOError, InterruptedError):
-                head_sent = 0
+                pass
             except OSError:
                 self.close()
                 return
-            head = head[head_sent:]
             if not head:
                 # An error means a full socket or a failing disk, which the next try, in `_write`, tells.
                 with contextlib.suppress(OSError):
@@ -313,20 +269,13 @@ class Connection:
                     if row.download:
                         self._release()
                     return
-        self._go_on(row, span, client, began, head, sent)
-
-    def _go_on(
-        self, row: HotRow, span: Span, client: Stated | bytes, began: float, head: bytes, body_sent: int
-    ) -> None:
-        """Send what the socket has not taken at once: the rest of the head, and of the body."""
-        self._response = self._context.access_log.of_row(row, head, span, client, began)
-        self._start(self._response, body_sent)
+        self._start(log.of_row(row, head, span, client, began), sent)
 
     # --- answering by the handler
 
     def _answer(self, head: bytes) -> None:
         context = self._context
-        self._began = began = context.access_log.clock()
+        began = context.access_log.clock()
         try:
             request = parse_head(head, self.peer)
         except Problem as problem:
@@ -343,26 +292,21 @@ class Connection:
             self._send(response, began)
             return
         self._phase = Phase.WAITING
-        self._request = request
-        self._task = context.loop.create_task(self._answer_later(response))
+        self._response = Response(0, b"", request=request, result="gone", began=began)  # if the client leaves
+        self._task = context.loop.create_task(self._answer_later(response, began))
 
-    async def _answer_later(self, coming: Coroutine[None, None, Response]) -> None:
+    async def _answer_later(self, coming: Coroutine[None, None, Response], began: float) -> None:
         try:
             response = await coming
         finally:
             self._task = None
-        if self._phase is Phase.WAITING:
-            self._send(response, self._began)
-            self._advance()
-            return
-        if response.body is not None:
-            response.body.leave()
-        if response.ticket is not None:
-            self._context.downloads.give_back(response.ticket)
+        self._send(response, began)
+        self._advance()
 
     def _refuse(self, problem: Problem) -> None:
         """Answer with a problem and close: it is not known where the next request begins."""
-        self._send(self._context.handler.refuse(problem, close=True), self._context.access_log.clock())
+        response = self._context.handler.refuse(problem, keep_alive=False)
+        self._send(response, self._context.access_log.clock())
 
     # --- sending
 
@@ -391,10 +335,11 @@ class Connection:
 
     def _begin(self, response: Response) -> None:
         self._context.access_log.begin(self.peer, response)
-        self._close_after = response.close
         self._start(response)
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
+        """Send a response of whose body so many bytes have left already."""
+        self._response = response
         self._phase = Phase.SENDING
         self.since = self._context.now
         if self._writer is None:
@@ -421,16 +366,16 @@ class Connection:
                 if writer.full:
                     break
         except (BlockingIOError, InterruptedError):
-            self._want_write(wanted=True)
+            self._want(WRITE, wanted=True)
             return
         except OSError:
             self.close()
             return
         # go on when the socket takes more, or when what has left is paid for by waiting
         delay = pacer.delay_seconds(context.loop.time()) if pacer is not None else 0.0
-        if delay and self._paced is None:
-            self._paced = context.loop.call_later(delay, self._paid)
-        self._want_write(wanted=not delay)
+        if delay:
+            context.loop.call_later(delay, self._writable)
+        self._want(WRITE, wanted=not delay)
 
     def _stopped(self, writer: ResponseWriter, why: int) -> None:
         """The response has ended, or its body has no more for now, or never will."""
@@ -441,17 +386,8 @@ class Connection:
         else:
             assert self._response is not None
             assert self._response.body is not None
-            self._want_write(wanted=False)
-            self._waits = True
-            self._response.body.wait(writer.position, self._woken)
-
-    def _paid(self) -> None:
-        self._paced = None
-        self._writable()
-
-    def _woken(self) -> None:
-        self._waits = False
-        self._writable()
+            self._want(WRITE, wanted=False)
+            self._response.body.wait(writer.position, self._writable)
 
     def _writable(self) -> None:
         if self._phase is Phase.SENDING:
@@ -459,22 +395,24 @@ class Connection:
             self._write(self._writer)
             self._advance()
 
-    def _want_write(self, *, wanted: bool) -> None:
-        self._watch(self._watched | WRITE if wanted else self._watched & ~WRITE)
-
     def _finish(self) -> None:
         """The response has left: go on with the next request, or end."""
-        close = self._close_after or self._context.draining
+        assert self._response is not None
+        close = self._response.close or self._context.handler.draining
         self._log_end(complete=True)
-        self._want_write(wanted=False)
+        self._want(WRITE, wanted=False)
         self._release()
         self.since = self._context.now
         if not close:
             self._phase = _READING
         elif self._eof:
             self.close()
-        else:
-            self._linger()
+        else:  # let the client read its response before closing: with bytes unread, that resets
+            self._phase = Phase.LINGERING
+            self._pending.clear()
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+            self._want(READ, wanted=True)
 
     # --- the end
 
@@ -490,20 +428,10 @@ class Connection:
             self._context.downloads.give_back(ticket)
         response, self._response = self._response, None
         if response is not None and response.body is not None:
-            if self._waits:
-                response.body.forget(self._woken)
+            response.body.forget(self._writable)
             response.body.leave()
-        self._waits = self._close_after = False
         if self._writer is not None:
             self._writer.end()
-
-    def _linger(self) -> None:
-        """Let the client read its response before closing: with bytes unread, that resets the connection."""
-        self._phase = Phase.LINGERING
-        self._pending.clear()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-        self._go_on_reading()
 
     def _reset(self) -> None:
         """End with a reset: the client must never take a part for the whole."""
@@ -519,14 +447,8 @@ class Connection:
         self._phase = Phase.CLOSED
         self._watch(0)
         self._release()
-        if self._paced is not None:
-            self._paced.cancel()
-            self._paced = None
         if self._task is not None:
-            assert self._request is not None
             self._task.cancel()
-            self._task = None
-            self._context.access_log.left(self.peer, self._request, self._began)
         self._sock.close()
         self._context.on_close(self)
 
@@ -541,7 +463,7 @@ class Connection:
         elif self._phase is Phase.LINGERING:
             allowed = _LINGER_SECONDS
         elif self._phase is Phase.SENDING and self._watched & WRITE:  # the client takes nothing
-            allowed = listen.write_timeout + self._context.grace_seconds
+            allowed = listen.write_timeout
         return now - self.since > allowed
 
     def expire(self) -> None:

@@ -1,14 +1,12 @@
 """Download slots: how many large bodies the machine sends at once, and the queue of those that wait.
 
-First come, first served over all workers. Each worker shows since when the first in its queue waits; a free
-slot is for the one that has waited longest, and other workers leave it alone for a moment. If it stays free
-beyond that (the worker was killed, or hangs), the next in line takes it.
+First come, first served over all workers: a free slot is for the worker whose first waiter came first.
 """
 
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gup.cache.locks import Slots
@@ -16,12 +14,10 @@ from gup.config import Clients
 from gup.content.key import Kind
 from gup.errors import Problem
 from gup.metrics import Counters
+from gup.upstream.bandwidth import Turns
 
-LARGE_BODY_BYTES = 256 * 1024
-"""Bodies over this size take a download slot, except index files."""
+LARGE_BODY_BYTES = 256 * 1024  # bodies over this size take a download slot, except index files
 _POLL_SECONDS = 0.01
-_COURTESY_SECONDS = 0.25
-"""How long a free slot is left to a longer waiting worker: it polls every 10 ms, but cores may be busy."""
 _RATE_SECONDS = 30
 _LONGEST_RETRY_SECONDS = 300.0
 NO_SLOT = -1
@@ -44,80 +40,61 @@ class Ticket:
     on_admitted: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MachineView:
-    """What all workers see of each other: sums over their words, and since when each one's first waits.
-
-    `waiting_since_ns` has a word for each worker (monotonic, 0: nobody waits); `own` is this worker's.
-    """
-
-    in_progress: Callable[[], int]
-    queued: Callable[[], int]
-    ended: Callable[[], int]
-    waiting_since_ns: "memoryview[int] | Sequence[int]"
-    own: int
-    show: Callable[[int], None]
-
-
 class Downloads:
-    """The downloads of one worker. `limits` is read at each decision, so a reload takes effect at once."""
+    """The downloads of one worker. `limits` is read at each decision, so a reload takes effect at once.
+
+    `sum_of` makes a function that sums a series over all workers; `turns` has the first waiter of each.
+    """
 
     def __init__(
         self,
         slots: Slots,
         limits: Callable[[], Clients],
         counters: Counters,
-        machine: MachineView,
-        loop: asyncio.AbstractEventLoop,
+        sum_of: Callable[[str], Callable[[], int]],
+        turns: Turns,
     ) -> None:
         self._slots = slots
         self._limits = limits
         self._words = counters.words
-        self._in_progress = counters.position("gup_client_downloads_in_progress")
-        self._queued = counters.position("gup_client_downloads_queued")
-        self._total = counters.position("gup_client_downloads_total")
-        self._machine = machine
-        self._loop = loop
+        self._turns = turns
+        in_progress, queued = "gup_client_downloads_in_progress", "gup_client_downloads_queued"
+        ended = "gup_client_downloads_total"
+        self._in_progress, self._all_in_progress = counters.position(in_progress), sum_of(in_progress)
+        self._queued, self._all_queued = counters.position(queued), sum_of(queued)
+        self._ended, self._all_ended = counters.position(ended), sum_of(ended)
         self._waiting: OrderedDict[Ticket, None] = OrderedDict()
         self._timer: asyncio.Handle | None = None
-        self._free_since: float | None = None
         self._stopping = False
-        self._ended: deque[int] = deque(maxlen=_RATE_SECONDS + 1)
-        machine.show(0)
+        self._ends: deque[int] = deque(maxlen=_RATE_SECONDS + 1)
 
     def take_ticket(self) -> Ticket:
         """A ticket for one large body, with a slot or waiting for one. Problem when the queue is full."""
         ticket = Ticket(time.monotonic_ns())
         limits = self._limits()
-        if not limits.max_downloads:
-            self._admit(ticket, NO_SLOT)
-            return ticket
-        if not self._waiting and not self._others_since() and (slot := self._free_slot()) is not None:
+        if self._turns.free() and (slot := self._free_slot()) is not None:
             self._admit(ticket, slot)
             return ticket
         if self._stopping:
             raise stopping()
-        words = self._words
-        words[self._queued] += 1
+        self._words[self._queued] += 1
         # counted first, then compared: two workers can't both take the last place of the queue
-        if (queued := self._machine.queued()) > limits.queue:
-            words[self._queued] -= 1
-            raise self._overloaded(queued - 1)
+        if (queued := self._all_queued()) > limits.queue:
+            self._words[self._queued] -= 1
+            detail = f"{queued - 1} downloads wait already; that is as many as may"
+            raise Problem("overloaded", detail, retry_after_seconds=self._served_within(queued))
         self._waiting[ticket] = None
-        self._show()
+        self._ask()
         self._poll_in(_POLL_SECONDS)
         return ticket
 
     def give_back(self, ticket: Ticket) -> None:
         """The body has been sent, or will not be: free the ticket's slot or its place in the queue."""
-        words = self._words
         if ticket.slot is None:
-            del self._waiting[ticket]
-            words[self._queued] -= 1
-            self._show()
+            self._leave_queue(ticket)
             return
-        words[self._in_progress] -= 1
-        words[self._total] += 1
+        self._words[self._in_progress] -= 1
+        self._words[self._ended] += 1
         if ticket.slot != NO_SLOT:
             self._slots.give_back(ticket.slot)
         if self._waiting:  # not at once: the caller is still ending another response
@@ -125,7 +102,7 @@ class Downloads:
 
     def each_second(self) -> None:
         """Note how many downloads have ended, for the rate."""
-        self._ended.append(self._machine.ended())
+        self._ends.append(self._all_ended())
 
     def stop(self) -> None:
         """Let nobody into the queue from now on."""
@@ -143,78 +120,48 @@ class Downloads:
             if seconds:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self._poll)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._poll)
 
     def _poll(self) -> None:
         """Admit waiting tickets as far as there are slots for them."""
         self._timer = None
         while self._waiting:
-            slot = self._next_slot()
-            if slot is None:
+            if not self._turns.mine() or (slot := self._free_slot()) is None:
                 self._poll_in(_POLL_SECONDS)
                 break
-            ticket, _ = self._waiting.popitem(last=False)
-            self._words[self._queued] -= 1
-            self._show()
+            ticket = next(iter(self._waiting))
+            self._leave_queue(ticket)
             self._admit(ticket, slot)
             assert ticket.on_admitted is not None
             ticket.on_admitted()
 
-    def _next_slot(self) -> int | None:
-        """A slot for the first ticket in this worker, unless another worker's has waited longer."""
-        if not self._limits().max_downloads:
-            return NO_SLOT
-        if not self._below_limit():
-            self._free_since = None
-            return None
-        others = self._others_since()
-        if others and others < next(iter(self._waiting)).since_ns:
-            now = self._loop.time()
-            self._free_since = now if self._free_since is None else self._free_since
-            if now - self._free_since < _COURTESY_SECONDS:
-                return None
-        self._free_since = None
-        return self._free_slot()
-
-    def _below_limit(self) -> bool:
-        """Whether fewer downloads run than may. Those that began before there was a limit count as well."""
-        return self._machine.in_progress() < self._limits().max_downloads
-
     def _free_slot(self) -> int | None:
-        # The sum costs no system call, a look at every slot one each; but only the slots' locks decide.
-        return self._slots.try_take() if self._below_limit() else None
-
-    def _others_since(self) -> int:
-        """Since when the longest waiting client of other workers waits; 0: none does."""
-        machine = self._machine
-        return min(
-            (at for number, at in enumerate(machine.waiting_since_ns) if at and number != machine.own),
-            default=0,
-        )
+        # The sum costs no system call, a look at every slot one each; but only the slots' locks decide. It
+        # also counts downloads that began before there was a limit.
+        most = self._limits().max_downloads
+        if not most:
+            return NO_SLOT
+        return self._slots.try_take() if self._all_in_progress() < most else None
 
     def _admit(self, ticket: Ticket, slot: int) -> None:
         ticket.slot = slot
         self._words[self._in_progress] += 1
 
-    def _show(self) -> None:
+    def _leave_queue(self, ticket: Ticket) -> None:
+        del self._waiting[ticket]
+        self._words[self._queued] -= 1
+        self._ask()
+
+    def _ask(self) -> None:
         first = next(iter(self._waiting), None)
-        self._machine.show(first.since_ns if first is not None else 0)
-
-    # --- a full queue
-
-    def _overloaded(self, queued: int) -> Problem:
-        return Problem(
-            "overloaded",
-            f"{queued} downloads wait already; that is as many as may",
-            retry_after_seconds=self._served_within(queued + 1),
-        )
+        self._turns.ask(first.since_ns if first is not None else None)
 
     def _served_within(self, downloads: int) -> float:
         """How long so many downloads take at the rate of the last half minute: then the queue has room."""
-        ended = max(0, self._ended[-1] - self._ended[0]) if self._ended else 0
+        ended = max(0, self._ends[-1] - self._ends[0]) if self._ends else 0
         if not ended:
             return float(_RATE_SECONDS)
-        per_second = ended / max(1, len(self._ended) - 1)
+        per_second = ended / max(1, len(self._ends) - 1)
         return min(max(1.0, downloads / per_second), _LONGEST_RETRY_SECONDS)
 
 

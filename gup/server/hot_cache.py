@@ -5,6 +5,7 @@ target, once one regular expression has recognised the head as a plain GET. Rows
 decided before, for entries that are open, verified and fresh: same bytes, same decision.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -15,16 +16,13 @@ from gup.cache.open_entries import Entry
 from gup.cache.records import CHUNK_BYTES
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
+from gup.server.downloads import is_download
 from gup.server.ranges import Span
-from gup.server.response import HeadTemplate
 
-MAX_HEAD_BYTES = 2048
-"""Longer heads are not learned."""
+MAX_HEAD_BYTES = 2048  # longer heads are not learned
 _MOST_ROWS = 8192
-SMALL_BODY_BYTES = 32 * 1024
-"""A body up to this size leaves with its head in one `send`."""
-_MOST_MESSAGE_BYTES = 4 << 20
-"""Of all messages that are kept for a second."""
+SMALL_BODY_BYTES = 32 * 1024  # A body up to this size leaves with its head in one `send`
+_MOST_MESSAGE_BYTES = 4 << 20  # of all messages that are kept for a second
 _WARM_SECONDS = 5.0
 """How long a body of one chunk is not checked again for being in the page cache; see Entry.available."""
 
@@ -33,49 +31,59 @@ _WARM_SECONDS = 5.0
 class HotRow:
     """A ready-made response. `fresh_until` is monotonic (None: for ever), `validated_at` wall time, for Age.
 
-    `date` is a new object every second: what was rendered for one is found outdated by identity.
+    `planned` is the head of a plain GET, its Age 0. `download`: whether it takes a slot. `client` is what
+    the client states whose head the row is found by; a target alone says nothing about it. `date` is a new
+    object every second: what was rendered for one is found outdated by identity.
     """
 
     entry: Entry
     kind: Kind
-    key_text: str
-    template: HeadTemplate
-    download: bool
-    """Whether it takes a download slot."""
+    planned: bytes
     fresh_until: float | None
-    validated_at: float
     sent_at: int
-    stream_at: int
-    """The counters' words that count its body bytes."""
-    hit_at: int
-    part_hit_at: int
-    """The words that count hits, with status 200 and 206."""
+    stream_at: int  # the counters' words that count its body bytes
     client: Stated = NOTHING
-    """What the client states whose head the row is found by; a target alone says nothing about it."""
+    key_text: str = field(init=False)
     length: int = field(init=False)
+    validated_at: float = field(init=False)
+    download: bool = field(init=False)
     small: bool = field(init=False)
     whole: Span = field(init=False)
+    _before_length: bytes = field(init=False)
+    _after_length: bytes = field(init=False)
     used: bool = True
-    message: bytes | None = None
-    """Head and body together, valid while `message_date` is the date."""
+    message: bytes | None = None  # head and body together, valid while `message_date` is the date
     message_date: bytes | None = None
     _head: bytes = b""
     _head_date: bytes | None = None
     _warm_until: float = 0.0
 
     def __post_init__(self) -> None:
-        self.length = self.entry.record.length
+        record = self.entry.record
+        self.key_text, self.length, self.validated_at = record.key.text, record.length, record.validated_at
+        self.download = is_download(self.kind, record.length)
         self.small = self.length <= SMALL_BODY_BYTES
         self.whole = Span(0, self.length)
+        rest = self.planned.partition(b"\r\nAge: 0\r\n")[2]
+        self._before_length, _, self._after_length = rest.partition(
+            b"\r\nContent-Length: %d\r\n" % self.length
+        )
 
     def head(self, date: bytes, wall_now: float, span: Span) -> bytes:
         """The head for `span`: a 200 for `whole` itself, else a 206. Age is exact to a second, as Date is."""
         age = max(0, int(wall_now - self.validated_at))
+        before, after = self._before_length, self._after_length
         if span is not self.whole:
-            return self.template.part(date, age, span)
+            start, stop = span
+            return (
+                b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b\r\nContent-Length: %d\r\n"
+                b"Content-Range: bytes %d-%d/%d\r\n%b"
+            ) % (date, age, before, stop - start, start, stop - 1, self.length, after)
         if self._head_date is not date:
-            self._head = self.template.whole(date, age)
             self._head_date = date
+            self._head = b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%b\r\nContent-Length: %d\r\n%b" % (
+                (date, age, before, self.length, after)
+            )
         return self._head
 
     def in_page_cache(self, span: Span, now: float) -> bool:
@@ -93,18 +101,16 @@ class HotRow:
         """All bytes of a small body, if they are in the page cache."""
         if self.entry.available(0, 1) <= 0:
             return None
-        try:
+        with contextlib.suppress(OSError):
             body = os.pread(self.entry.fd, self.length, 0)
-        except OSError:
-            body = b""
-        if len(body) != self.length:
-            self.entry.unreadable()
-            return None
-        return body
+            if len(body) == self.length:
+                return body
+        self.entry.unreadable()
+        return None
 
 
+# A row, the span of it that is asked for, what tells about the client, whether the connection ends.
 Found = tuple[HotRow, Span, Stated | bytes, bool]
-"""A row, the span of it that is asked for, what tells about the client, whether the connection ends."""
 
 
 class HotCache:
@@ -133,15 +139,13 @@ class HotCache:
         row = self._by_head.get(head)
         if row is not None and self._valid(row):
             return row, row.whole, row.client, False
-        last = False
-        plain = _plain_head(head)
+        plain, last = _plain_head(head), False
         if plain is None:
             # A client that sends `Connection: close` wants no more than this response; the rest may be plain.
             rest, found = _CLOSE.subn(b"", head)
-            plain = _plain_head(rest) if found == 1 else None
+            plain, last = _plain_head(rest) if found == 1 else None, True
             if plain is None:
                 return None
-            last = True
         target, *positions = plain.groups()
         row = self.find_target(target)
         if row is None or (last and not row.small):
@@ -200,8 +204,7 @@ class HotCache:
         """Follow the epochs' changes."""
         policy, store = self._shared()
         if policy != self._seen[0]:
-            self._by_head.clear()
-            self._by_target.clear()
+            self.drop()
         if store != self._seen[1]:
             self._close_removed()
             for table in (self._by_head, self._by_target):

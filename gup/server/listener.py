@@ -11,23 +11,18 @@ from collections.abc import Callable, Sequence
 
 from gup import config
 from gup.errors import is_exhausted
-from gup.server.access_log import AccessLog
 from gup.server.admission import Admission
 from gup.server.connection import Connection, Context
-from gup.server.downloads import Downloads
 from gup.server.handler import Handler
-from gup.server.hot_cache import HotCache
-from gup.server.pacing import Pacing, kernel_paces
+from gup.server.pacing import Pacer
 from gup.server.poller import Poller
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")
 
 _ACCEPTS_A_TURN = 64
-_PAUSE_SECONDS = 0.1
-"""After running out of descriptors, so that open connections can end."""
-_QUIET_SECONDS = 60.0
-"""Running out is logged once, until it has not happened for so long."""
+_PAUSE_SECONDS = 0.1  # after running out of descriptors, so that open connections can end
+_QUIET_SECONDS = 60.0  # running out is logged once, until it has not happened for so long
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
 _RESET = struct.pack("ii", 1, 0)
@@ -41,26 +36,28 @@ class Listener:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         sockets: Sequence[socket.socket],
         settings: config.Settings,
         handler: Handler,
-        hot_cache: HotCache,
-        access_log: AccessLog,
-        downloads: Downloads,
         admission: Admission,
-        *,
         on_second: Callable[[float], None],
     ) -> None:
-        self._loop = loop
-        self._sockets = list(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._sockets = sockets
+        self._handler = handler
         self._context = Context(
-            loop, settings.listen, Poller(loop), handler, hot_cache, downloads, access_log, self._closed
+            self._loop,
+            settings.listen,
+            Poller(self._loop),
+            handler,
+            handler.hot_cache,
+            handler.downloads,
+            handler.access_log,
+            self._closed,
         )
         self._admission = admission
         self._on_second = on_second
-        self._kernel_paces: bool | None = None
-        self._choose_pacing(settings)
+        self._rate = settings.clients.rate
         self._connections: set[Connection] = set()
         self._idle: list[Connection] = []
         self._none_idle_at = 0
@@ -79,20 +76,10 @@ class Listener:
 
     def apply(self, settings: config.Settings) -> None:
         """Use new settings for what connects and times out from now on."""
-        self._context.listen = settings.listen
-        self._context.handler.apply(settings)
-        self._context.access_log.apply(settings)
-        self._context.hot_cache.drop()
+        self._handler.apply(settings)
         self._admission.apply(settings)
-        self._choose_pacing(settings)
-
-    def _choose_pacing(self, settings: config.Settings) -> None:
-        """Whether the kernel paces is found out once, when there first is a rate; that blocks for 60 ms."""
-        rate = settings.clients.rate
-        if rate and self._kernel_paces is None:
-            self._kernel_paces = kernel_paces()
-        self._pacing = Pacing(rate, by_kernel=bool(self._kernel_paces))
-        self._context.grace_seconds = self._pacing.grace_seconds
+        self._rate = settings.clients.rate
+        self._context.listen = settings.listen
 
     # --- accepting
 
@@ -116,9 +103,9 @@ class Listener:
             sock.close()
             return
         sock.setblocking(False)
-        pacer = self._pacing.begin(sock, self._loop.time())
+        pacer = Pacer(self._rate, self._loop.time()) if self._rate else None
         self._connections.add(Connection(self._context, sock, address, pacer))
-        self._context.access_log.connected(address)
+        self._handler.access_log.connected.add(address)
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle longest; False: there is none.
@@ -130,8 +117,7 @@ class Listener:
             self._idle = heapq.nsmallest(_IDLE_FOUND, idle, key=lambda connection: connection.since)[::-1]
             self._none_idle_at = 0 if self._idle else self._second
         while self._idle:
-            connection = self._idle.pop()
-            if connection.idle:
+            if (connection := self._idle.pop()).idle:
                 connection.close()
                 return True
         return False
@@ -145,7 +131,7 @@ class Listener:
         self._make_room()
 
         def resume() -> None:
-            if not self._context.draining:
+            if not self._handler.draining:
                 self._loop.add_reader(listening.fileno(), self._accept, listening)
 
         self._loop.call_later(_PAUSE_SECONDS, resume)
@@ -163,25 +149,21 @@ class Listener:
         context.now, context.wall_now = self._loop.time(), time.time()
         if int(context.wall_now) != self._second:
             self._second = int(context.wall_now)
-            self._each_second()
+            context.date = format_http_date(context.wall_now).encode()
+            for connection in [c for c in self._connections if c.expired(context.now)]:
+                connection.expire()
+            context.hot_cache.refresh()
+            context.hot_cache.forget_messages()
+            context.downloads.each_second()
+            self._on_second(context.wall_now)
         self._timer = self._loop.call_later(_TICK_SECONDS, self._tick)
-
-    def _each_second(self) -> None:
-        context = self._context
-        context.date = format_http_date(context.wall_now).encode()
-        for connection in [c for c in self._connections if c.expired(context.now)]:
-            connection.expire()
-        context.hot_cache.refresh()
-        context.hot_cache.forget_messages()
-        context.downloads.each_second()
-        self._on_second(context.wall_now)
 
     # --- the end
 
     async def drain(self, timeout_seconds: float) -> None:
         """Stop accepting, let responses under way end, then close what is left."""
         context = self._context
-        context.draining = context.handler.draining = True
+        self._handler.draining = True
         context.hot_cache.drop()  # nothing is learned any more: every response now ends its connection
         for listening in self._sockets:
             self._loop.remove_reader(listening.fileno())

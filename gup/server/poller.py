@@ -12,10 +12,8 @@ from typing import Protocol
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 _MOST_EVENTS = 256
-_FEW_EVENTS = 8
-"""After fewer, looking again at once is not worth a system call."""
-_LOOKS = 4
-"""In one turn of the loop: timers and fills must not wait long."""
+_FEW_EVENTS = 8  # after fewer, looking again at once is not worth a system call
+_LOOKS = 4  # in one turn of the loop: timers and fills must not wait long
 
 
 class Watched(Protocol):
@@ -51,11 +49,10 @@ class Poller:
         self._epoll.close()
 
     def _turn(self) -> None:
-        watched = self._watched
         for _ in range(_LOOKS):
             ready = self._epoll.poll(0, _MOST_EVENTS)
             for fd, events in ready:
-                found = watched.get(fd)
+                found = self._watched.get(fd)
                 if found is not None:  # else: closed by what came before it in this list
                     found.on_ready(events)
             if len(ready) < _FEW_EVENTS:

@@ -21,33 +21,11 @@ _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
 _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 _LONGEST_METHOD_AND_VERSION_BYTES = 64
-
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
-_NOT_PLAIN = frozenset(
-    (
-        "content-length",
-        "if-match",
-        "if-modified-since",
-        "if-none-match",
-        "if-range",
-        "if-unmodified-since",
-        "range",
-    )
-)
-
-_CLOSING = frozenset(
-    (
-        "bad-request",
-        "method-not-allowed",  # its body, if any, is not read
-        "request-timeout",
-        "uri-too-long",
-        "head-too-large",
-        "http-version",
-        "draining",
-    )
-)
+_CONDITIONS = ("if-match", "if-modified-since", "if-none-match", "if-range", "if-unmodified-since")
+_NOT_PLAIN = frozenset((*_CONDITIONS, "content-length", "range"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +33,7 @@ class Request:
     """One well-formed request; it has no body, unless its method is one that `check_method` refuses.
 
     `headers` have names in lower case and values without surrounding white space, one character a byte.
+    `head` is what it was parsed from, `peer` the client's address.
     """
 
     method: str
@@ -63,9 +42,7 @@ class Request:
     headers: tuple[tuple[str, str], ...]
     keep_alive: bool
     head: bytes = field(default=b"", compare=False, repr=False)
-    """The bytes that it was parsed from."""
     peer: str = field(default="", compare=False)
-    """The client's address."""
 
     def header(self, name: str) -> str | None:
         """The field's value, its repetitions joined by ", " (RFC 9110 section 5.3); `name` in lower case."""
@@ -77,36 +54,19 @@ class Request:
         """Whether it is a GET without body, range and condition: it means the same every time."""
         return self.method == "GET" and not any(name in _NOT_PLAIN for name, _ in self.headers)
 
-
-def find_head_end(buffer: bytes | bytearray | memoryview, start: int = 0) -> int:
-    """The index after the first CRLFCRLF that lies whole at or after `start`; -1 when there is none yet.
-
-    After -1, go on from three bytes before the end of what was searched, but not before the message's start.
-    """
-    text = bytes(buffer) if isinstance(buffer, memoryview) else buffer
-    found = text.find(b"\r\n\r\n", start)
-    return -1 if found < 0 else found + 4
+    def check_method(self) -> None:
+        """Problem "method-not-allowed" for all but GET and HEAD, CONNECT and `OPTIONS *` included."""
+        if self.method not in ("GET", "HEAD"):
+            raise _method_not_allowed()
 
 
-def skip_leading_newlines(buffer: bytes | bytearray) -> int:
-    """How many bytes of empty lines stand before the request line (RFC 9112 section 2.2)."""
-    skipped = 0
-    while buffer.startswith(b"\r\n", skipped):
-        skipped += 2
-    return skipped
+def _values(headers: tuple[tuple[str, str], ...], name: str) -> list[str]:
+    return [value for field, value in headers if field == name]
 
 
-def closes(slug: str) -> bool:
-    """Whether the connection must end after this problem: where the next request begins is not known."""
-    return slug in _CLOSING
-
-
-def too_large(buffer: bytes | bytearray) -> Problem:
-    """The problem of a head that passes MAX_HEAD_BYTES: its request line, or else its fields."""
-    line_end = buffer.find(b"\r\n")
-    if line_end < 0 or line_end > MAX_TARGET_BYTES + _LONGEST_METHOD_AND_VERSION_BYTES:
-        return _uri_too_long()
-    return Problem("head-too-large", f"A request head may have {MAX_HEAD_BYTES} bytes.")
+def _method_not_allowed() -> Problem:
+    allow = (("Allow", "GET, HEAD"),)
+    return Problem("method-not-allowed", "Content is read with GET or HEAD.", headers=allow)
 
 
 def check_begun(buffer: bytes | bytearray) -> None:
@@ -114,8 +74,7 @@ def check_begun(buffer: bytes | bytearray) -> None:
 
     A line that ends with LF alone, a TLS hello and HTTP/0.9 would otherwise look like an incomplete head.
     """
-    if len(buffer) > MAX_HEAD_BYTES:
-        raise too_large(buffer)
+    _check_size(buffer)
     ends = buffer.count(b"\r\n")
     if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
         raise Problem("bad-request", "A line of a head ends with CRLF; a CR or LF stands alone here.")
@@ -125,37 +84,30 @@ def check_begun(buffer: bytes | bytearray) -> None:
         _check_line(buffer)
 
 
-def parse_head(head: bytes, peer: str = "") -> Request:
-    """The request of one whole head, from its first letter to its CRLFCRLF, that came from `peer`.
-
-    Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
-    method that llhttp does not know.
-    """
-    _check_grammar(head)
-    fields = _Fields()
-    parser = httptools.HttpRequestParser(fields)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        pass  # the head was parsed whole; we offer no other protocol, so it is answered as if not asked
-    except httptools.HttpParserInvalidMethodError as error:
-        raise _method_not_allowed() from error
-    except httptools.HttpParserError as error:
-        raise Problem("bad-request", f"The request is malformed: {error}.") from error
-    method = parser.get_method().decode("ascii")
-    minor_version = 1 if parser.get_http_version() == "1.1" else 0
-    headers = tuple(fields.headers)
-    _check_framing(method, headers)
-    _check_host(minor_version, headers)
-    return Request(
-        method, fields.target, minor_version, headers, _keep_alive(minor_version, headers), head, peer
-    )
+def _check_size(buffer: bytes | bytearray) -> None:
+    """Problem when a head passes MAX_HEAD_BYTES: its request line is too long, or else its fields are."""
+    if len(buffer) <= MAX_HEAD_BYTES:
+        return
+    line_end = buffer.find(b"\r\n")
+    if line_end < 0 or line_end > MAX_TARGET_BYTES + _LONGEST_METHOD_AND_VERSION_BYTES:
+        raise _uri_too_long()
+    raise Problem("head-too-large", f"A request head may have {MAX_HEAD_BYTES} bytes.")
 
 
-def check_method(request: Request) -> None:
-    """Problem "method-not-allowed" for everything but GET and HEAD, CONNECT and `OPTIONS *` included."""
-    if request.method not in ("GET", "HEAD"):
-        raise _method_not_allowed()
+def _uri_too_long() -> Problem:
+    return Problem("uri-too-long", f"A request target may have {MAX_TARGET_BYTES} bytes.")
+
+
+def _check_line(head: bytes | bytearray) -> int:
+    """Problem unless the request line, which is whole, is one; where it ends."""
+    line = _REQUEST_LINE.match(head)
+    if not line:
+        raise Problem("bad-request", "The request line is malformed.")
+    if len(line[1]) > MAX_TARGET_BYTES:
+        raise _uri_too_long()
+    if line[2] not in (b"1.0", b"1.1"):
+        raise Problem("http-version", f"HTTP/{line[2].decode()} is not spoken here.")
+    return line.end()
 
 
 class _Fields:
@@ -172,29 +124,39 @@ class _Fields:
         self.headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
 
 
-def _check_grammar(head: bytes) -> None:
-    if len(head) > MAX_HEAD_BYTES:
-        raise too_large(head)
+def parse_head(head: bytes, peer: str = "") -> Request:
+    """The request of one whole head, from its first letter to its CRLFCRLF, that came from `peer`.
+
+    Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
+    method that llhttp does not know.
+    """
+    _check_size(head)
     fields_at = _check_line(head)
     if not _FIELD_LINES.fullmatch(head, fields_at):
         raise Problem("bad-request", "A header field is malformed.")
     if head.count(b"\r\n", fields_at) - 1 > MAX_HEADERS:
         raise Problem("head-too-large", f"A request may have {MAX_HEADERS} header fields.")
+    fields = _Fields()
+    parser = httptools.HttpRequestParser(fields)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass  # the head was parsed whole; we offer no other protocol, so it is answered as if not asked
+    except httptools.HttpParserInvalidMethodError as error:
+        raise _method_not_allowed() from error
+    except httptools.HttpParserError as error:
+        raise Problem("bad-request", f"The request is malformed: {error}.") from error
+    method = parser.get_method().decode("ascii")
+    minor = 1 if parser.get_http_version() == "1.1" else 0
+    headers = tuple(fields.headers)
+    _check_framing(method, minor, headers)
+    # RFC 9112 section 9.3.
+    options = {option.strip(" \t").lower() for option in ",".join(_values(headers, "connection")).split(",")}
+    keep_alive = "close" not in options and (minor == 1 or "keep-alive" in options)
+    return Request(method, fields.target, minor, headers, keep_alive, head, peer)
 
 
-def _check_line(head: bytes | bytearray) -> int:
-    """Problem unless the request line, which is whole, is one; where it ends."""
-    line = _REQUEST_LINE.match(head)
-    if not line:
-        raise Problem("bad-request", "The request line is malformed.")
-    if len(line[1]) > MAX_TARGET_BYTES:
-        raise _uri_too_long()
-    if line[2] not in (b"1.0", b"1.1"):
-        raise Problem("http-version", f"HTTP/{line[2].decode()} is not spoken here.")
-    return line.end()
-
-
-def _check_framing(method: str, headers: tuple[tuple[str, str], ...]) -> None:
+def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
     # RFC 9112 section 6.3 lets a server refuse all this; whoever disagrees on a length can smuggle requests.
     if _values(headers, "transfer-encoding"):
         raise Problem("bad-request", "A request with Transfer-Encoding is not taken.")
@@ -203,32 +165,9 @@ def _check_framing(method: str, headers: tuple[tuple[str, str], ...]) -> None:
         raise Problem("bad-request", "The Content-Length is malformed or repeated.")
     if method in ("GET", "HEAD") and any(int(length) for length in lengths):
         raise Problem("bad-request", f"A {method} request has no body here.")
-
-
-def _check_host(minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
     # RFC 9112 section 3.2. An empty host is refused too: no http URL has one (RFC 9110 section 4.2.1).
     hosts = _values(headers, "host")
     if len(hosts) > 1 or len(hosts) < minor_version:
         raise Problem("bad-request", "A request must have exactly one Host field.")
     if not all(_HOST.fullmatch(host) for host in hosts):
         raise Problem("bad-request", "The Host field is malformed.")
-
-
-def _keep_alive(minor_version: int, headers: tuple[tuple[str, str], ...]) -> bool:
-    # RFC 9112 section 9.3.
-    options = {option.strip(" \t").lower() for option in ",".join(_values(headers, "connection")).split(",")}
-    return "close" not in options and (minor_version == 1 or "keep-alive" in options)
-
-
-def _values(headers: tuple[tuple[str, str], ...], name: str) -> list[str]:
-    return [value for field, value in headers if field == name]
-
-
-def _method_not_allowed() -> Problem:
-    return Problem(
-        "method-not-allowed", "Content is read with GET or HEAD.", headers=(("Allow", "GET, HEAD"),)
-    )
-
-
-def _uri_too_long() -> Problem:
-    return Problem("uri-too-long", f"A request target may have {MAX_TARGET_BYTES} bytes.")

@@ -7,8 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from gup.cache.body import Body
@@ -16,53 +15,44 @@ from gup.cache.records import Head
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.errors import Problem
-from gup.server.conditions import Verdict, evaluate, range_allowed
+from gup.server.conditions import evaluate, range_allowed
 from gup.server.downloads import Ticket
 from gup.server.ranges import Span, parse_ranges
 from gup.server.request import Request
 
-UNBOUNDED = 1 << 62
-"""Where the span of a body of unknown length stops: wherever the body ends."""
+UNBOUNDED = 1 << 62  # where the span of a body of unknown length stops: wherever the body ends
 
 _UNSAFE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
-
 _Fields = list[tuple[str, str]]
 
 
 @dataclass(slots=True)
 class Response:
-    """A response: `head`, then `segments` in order, literal bytes or spans of the body.
+    """A response: `head`, then `segments` in order, literal bytes or spans of `body`.
 
     Made by `plan`, `refuse` or the hot cache; the handler adds what is counted and logged, the connection
-    the two times.
+    the two times. Whoever drops it leaves the body and gives the ticket back.
     """
 
     status: int
     head: bytes
     segments: tuple[bytes | Span, ...] = ()
-    chunked: bool = False
-    """Whether the segments go out in chunks."""
-    close: bool = False
-    """Whether the connection ends after it."""
+    close: bool = False  # whether the connection ends after it
+    chunked: bool = False  # whether the segments go out in chunks
+    request: Request | None = field(default=None, compare=False)
+    """None: it could not be read, or the hot cache answered it."""
 
     body: Body | None = None
-    """What the spans are of. Whoever drops the response leaves the body."""
-    ticket: Ticket | None = None
-    """Of a download, which begins when it has a slot."""
+    ticket: Ticket | None = None  # of a download, which begins when it has a slot
     sent_at: int = 0
-    stream_at: int = 0
-    """The counters' words that count its body bytes."""
+    stream_at: int = 0  # the counters' words that count its body bytes
 
-    method: str | None = None
-    """None: the request could not be read."""
     result: str = ""
     key: str | None = None
     kind: Kind | None = None
-    stored: bool = False
-    """Whether it is answered from a committed entry."""
-    target: str = ""
+    stored: bool = False  # whether it is answered from a committed entry
     client: Stated | bytes = NOTHING
-    """What the client states; or its request's head, to be read only if somebody wants to know."""
+    """For the hot cache: what the client states, or its head, to be read only if somebody wants to know."""
     problem: str | None = None
     began: float = 0.0
     first_byte: float | None = None
@@ -89,69 +79,54 @@ def plan(request: Request, head: Head, serving: Serving) -> Response:
 
     A body of unknown length has no ranges: it goes out in chunks, or to HTTP/1.0 until the connection closes.
     """
-    response = _plan_get(request, head, serving)
+    status = evaluate(request, head.etag, head.last_modified)
+    if status == 412:
+        problem = Problem("precondition-failed", "The content is not the one that the request means.")
+        response = refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
+    elif status == 304:
+        response = _response(304, request, serving, _validators(head, serving.vary), ())
+    elif head.length is None:
+        response = _streamed(request, head, serving)
+    else:
+        response = _of_known_length(request, head, head.length, serving)
     if request.method == "HEAD":  # RFC 9110 section 9.3.2: the same head as for GET, and no content
         response.segments, response.chunked = (), False
+    response.request = request
     return response
 
 
-def _plan_get(request: Request, head: Head, serving: Serving) -> Response:
-    verdict = evaluate(request, head.etag, head.last_modified)
-    if verdict is Verdict.FAILED:
-        problem = Problem("precondition-failed", "The content is not the one that the request means.")
-        return _refused(request, problem, serving)
-    if verdict is Verdict.NOT_MODIFIED:
-        return _response(304, request, serving, _validators(head, serving.vary), ())
-    if head.length is None:
-        return _streamed(request, head, serving)
-    spans = _spans(request, head, head.length) if serving.ranges else None
-    return _of_known_length(request, head, spans, serving)
-
-
-def _spans(request: Request, head: Head, length: int) -> list[Span] | None:
-    """The spans to answer with, empty when none can be satisfied; None: the whole body."""
-    header = request.header("range")
-    # RFC 9110 section 14.2: a range means something with GET only.
-    if header is None or request.method != "GET" or not range_allowed(request, head.etag, head.last_modified):
-        return None
-    return parse_ranges(header, length)
-
-
 def _streamed(request: Request, head: Head, serving: Serving) -> Response:
-    chunked = request.minor_version == 1
-    close = not (chunked and request.keep_alive)
     fields = [("Content-Type", head.content_type), *_validators(head, serving.vary)]
-    if chunked:
-        fields.append(("Transfer-Encoding", "chunked"))
-    text = _head(200, serving, fields, _connection(close, request.minor_version))
-    return Response(200, text, (Span(0, UNBOUNDED),), chunked, close)
+    span = (Span(0, UNBOUNDED),)
+    if request.minor_version == 0:
+        return _response(200, request, serving, fields, span, close=True)
+    response = _response(200, request, serving, [*fields, ("Transfer-Encoding", "chunked")], span)
+    response.chunked = True
+    return response
 
 
-def _of_known_length(request: Request, head: Head, spans: list[Span] | None, serving: Serving) -> Response:
-    """`spans` as they are asked for; None: the whole body."""
+def _of_known_length(request: Request, head: Head, length: int, serving: Serving) -> Response:
+    ranges, spans = request.header("range"), None
+    # RFC 9110 section 14.2: a range means something with GET only.
+    wanted = ranges is not None and request.method == "GET" and serving.ranges
+    if wanted and range_allowed(request, head.etag, head.last_modified):
+        spans = parse_ranges(str(ranges), length)
     if spans == []:
-        problem = Problem(
-            "range-not-satisfiable",
-            f"The content has {head.length} bytes.",
-            headers=(("Content-Range", f"bytes */{head.length}"),),
-        )
-        return _refused(request, problem, serving)
+        told = (("Content-Range", f"bytes */{length}"),)
+        problem = Problem("range-not-satisfiable", f"The content has {length} bytes.", headers=told)
+        return refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
     if spans is not None and len(spans) > 1:
         return _multipart(request, head, spans, serving)
-    template = HeadTemplate(
-        head,
-        serving.via,
-        serving.cache_status,
-        serving.vary,
-        keep_alive=request.keep_alive,
-        minor_version=request.minor_version,
-    )
-    date, age, close = serving.date.encode("ascii"), max(0, serving.age_seconds), not request.keep_alive
-    if spans is not None:
-        return Response(206, template.part(date, age, spans[0]), tuple(spans), close=close)
-    assert head.length is not None
-    whole = (Span(0, head.length),) if head.length else ()
-    return Response(200, template.whole(date, age), whole, close=close)
+    fields = [("Content-Type", head.content_type), ("Content-Length", str(length))]
+    others = [*_validators(head, serving.vary), ("Accept-Ranges", "bytes")]
+    if spans is None:
+        return _response(200, request, serving, fields + others, (Span(0, length),) if length else ())
+    ((start, stop),) = spans
+    fields[1:] = [
+        ("Content-Length", str(stop - start)),
+        ("Content-Range", f"bytes {start}-{stop - 1}/{length}"),
+    ]
+    return _response(206, request, serving, fields + others, tuple(spans))
 
 
 def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
@@ -161,12 +136,10 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
     boundary = hashlib.blake2b(asked, digest_size=16).hexdigest()
     segments: list[bytes | Span] = []
     for span in spans:
-        part = [
-            ("Content-Type", head.content_type),
-            ("Content-Range", f"bytes {span.start}-{span.stop - 1}/{head.length}"),
-        ]
+        told = f"bytes {span.start}-{span.stop - 1}/{head.length}"
+        part = field_lines([("Content-Type", head.content_type), ("Content-Range", told)])
         opening = ("\r\n" if segments else "") + f"--{boundary}\r\n"
-        segments += [opening.encode() + field_lines(part) + b"\r\n", span]
+        segments += [opening.encode() + part + b"\r\n", span]
     segments.append(f"\r\n--{boundary}--\r\n".encode())
     length = sum(len(part) if isinstance(part, bytes) else part.stop - part.start for part in segments)
     fields = [
@@ -178,22 +151,10 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
     return _response(206, request, serving, fields, tuple(segments))
 
 
-def _refused(request: Request, problem: Problem, serving: Serving) -> Response:
-    return refuse(problem, date=serving.date, via=serving.via, keep_alive=request.keep_alive)
-
-
-def _response(
-    status: int, request: Request, serving: Serving, fields: _Fields, segments: tuple[bytes | Span, ...]
-) -> Response:
-    close = not request.keep_alive
-    head = _head(status, serving, fields, _connection(close, request.minor_version))
-    return Response(status, head, segments, close=close)
-
-
 # --- problems (RFC 9457)
 
 
-def refuse(problem: Problem, *, date: str, via: str, keep_alive: bool) -> Response:
+def refuse(problem: Problem, date: str, via: str, *, keep_alive: bool) -> Response:
     """The response to a request that met `problem`. To HEAD its head alone is sent."""
     document = {
         **problem.extensions,  # first, so that none of them takes a standard member's place
@@ -216,66 +177,32 @@ def refuse(problem: Problem, *, date: str, via: str, keep_alive: bool) -> Respon
         ("Cache-Status", f"gup; detail={problem.slug}"),
         ("Connection", "keep-alive" if keep_alive else "close"),  # HTTP/1.0 must be told that it stays
     ]
-    head = status_line(problem.status) + field_lines(fields) + b"\r\n"
-    return Response(problem.status, head, (body,), close=not keep_alive)
+    return Response(problem.status, _lines(problem.status, fields), (body,), close=not keep_alive)
 
 
 # --- heads
 
 
-class HeadTemplate:
-    """The heads of a body of known length, whole or of one range, ready but for Date, Age and the range."""
-
-    __slots__ = ("_fields", "_length", "_type")
-
-    def __init__(
-        self,
-        head: Head,
-        via: str,
-        cache_status: str,
-        vary: str | None,
-        *,
-        keep_alive: bool = True,
-        minor_version: int = 1,
-    ) -> None:
-        assert head.length is not None
-        fields = [
-            *_validators(head, vary),
-            ("Accept-Ranges", "bytes"),
-            ("Via", via),
-            ("Cache-Status", cache_status),
-            *_connection(not keep_alive, minor_version),
-        ]
-        self._length = head.length
-        self._type = field_lines([("Content-Type", head.content_type)])
-        self._fields = field_lines(fields) + b"\r\n"
-
-    def whole(self, date: bytes, age: int) -> bytes:
-        """The head of a 200; `date` is an IMF-fixdate, `age` whole seconds, not negative."""
-        return b"HTTP/1.1 200 OK\r\nDate: %b\r\nAge: %d\r\n%bContent-Length: %d\r\n%b" % (
-            (date, age, self._type, self._length, self._fields)
-        )
-
-    def part(self, date: bytes, age: int, span: Span) -> bytes:
-        """The head of a 206."""
-        range_lines = b"Content-Length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
-            (span.stop - span.start, span.start, span.stop - 1, self._length)
-        )
-        return b"HTTP/1.1 206 Partial Content\r\nDate: %b\r\nAge: %d\r\n%b%b%b" % (
-            (date, age, self._type, range_lines, self._fields)
-        )
-
-
-def _head(status: int, serving: Serving, fields: _Fields, connection: _Fields) -> bytes:
+def _response(
+    status: int,
+    request: Request,
+    serving: Serving,
+    fields: _Fields,
+    segments: tuple[bytes | Span, ...],
+    *,
+    close: bool = False,
+) -> Response:
+    close = close or not request.keep_alive
     lines = [
         ("Date", serving.date),
         ("Age", str(max(0, serving.age_seconds))),
         *fields,
         ("Via", serving.via),
         ("Cache-Status", serving.cache_status),
-        *connection,
+        # RFC 9112 section 9.3: to stay is the rule in HTTP/1.1 and must be said in 1.0.
+        *([("Connection", "close" if close else "keep-alive")] if close or not request.minor_version else []),
     ]
-    return status_line(status) + field_lines(lines) + b"\r\n"
+    return Response(status, _lines(status, lines), segments, close)
 
 
 def _validators(head: Head, vary: str | None) -> _Fields:
@@ -284,18 +211,11 @@ def _validators(head: Head, vary: str | None) -> _Fields:
     return [(name, value) for name, value in fields if value is not None]
 
 
-def _connection(close: bool, minor_version: int) -> _Fields:
-    # RFC 9112 section 9.3: to stay is the rule in HTTP/1.1 and must be said in 1.0.
-    if close:
-        return [("Connection", "close")]
-    return [] if minor_version else [("Connection", "keep-alive")]
+def _lines(status: int, fields: _Fields) -> bytes:
+    """A whole head; HTTP/1.1 to a client of 1.0 too (RFC 9110 section 6.2)."""
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % ((status, HTTPStatus(status).phrase.encode(), field_lines(fields)))
 
 
-def status_line(status: int) -> bytes:
-    """The first line of a response, with its CRLF; HTTP/1.1 to a client of 1.0 too (RFC 9110 section 6.2)."""
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode("ascii")
-
-
-def field_lines(fields: Iterable[tuple[str, str]]) -> bytes:
+def field_lines(fields: _Fields) -> bytes:
     """Fields as they stand in a head, each with its CRLF. No value ends its line (RFC 9110 section 5.5)."""
     return "".join(f"{name}: {_UNSAFE.sub(' ', value)}\r\n" for name, value in fields).encode("latin-1")

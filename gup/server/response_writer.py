@@ -3,16 +3,15 @@
 import errno
 import os
 import socket
+from dataclasses import dataclass
 
 from gup.cache.body import CUT, Body
 from gup.server.ranges import Span
 from gup.server.response import Response
 
-WAIT = 0
-"""The body has no more for now: `body.wait(position, …)` tells when."""
+WAIT = 0  # the body has no more for now: `body.wait(position, …)` tells when
 FINISHED = -1
-BROKEN = -2
-"""The rest will never come: the connection is to be reset."""
+BROKEN = -2  # the rest will never come: the connection is to be reset
 _DISK_ERRORS = frozenset(
     {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
 )
@@ -20,51 +19,39 @@ _DISK_ERRORS = frozenset(
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
+@dataclass(slots=True, eq=False)
 class ResponseWriter:
     """One connection's. Counts every body byte in two of `words` at the moment the socket takes it."""
 
-    __slots__ = (
-        "_body",
-        "_chunk_left",
-        "_chunked",
-        "_literal",
-        "_segments",
-        "_sent_at",
-        "_stop",
-        "_stream_at",
-        "_words",
-        "full",
-        "position",
-        "sent_bytes",
-    )
-
-    def __init__(self, words: "memoryview[int]") -> None:
-        self._words = words
-        self._body: Body | None = None
+    words: "memoryview[int]"
+    position: int = 0
+    sent_bytes: int = 0
+    full: bool = False  # the socket took less of the body than it was offered: asking again is useless
+    _response: Response | None = None
+    _segments: tuple[bytes | Span, ...] = ()
+    _literal: bytes | memoryview = b""
+    _stop: int = 0
+    _chunk_left: int = 0
 
     def start(self, response: Response, body_sent: int = 0) -> None:
         """Write `response` from now on, of whose body so many bytes have left already."""
-        self._body = body = response.body
+        self._response = response
         self._segments = response.segments
-        self._sent_at, self._stream_at = response.sent_at, response.stream_at
-        self._chunked = response.chunked
-        self._chunk_left = 0
+        self._chunk_left = self.position = self._stop = 0
         self.sent_bytes = body_sent
-        self.position = self._stop = 0
         self.full = False
-        """Whether the socket took less of the body than it was offered: asking again at once is useless."""
         literal = response.head
-        if body is None:
+        if response.body is None:  # what is literal then is no content, and not counted
             literal += b"".join(segment for segment in response.segments if isinstance(segment, bytes))
             self._segments = ()
         self._literal = memoryview(literal)
         if body_sent:
-            self._next_segment()
+            self._next_segment(response)
             self.position += body_sent
 
     def end(self) -> None:
-        """Let go of the body."""
-        self._body = None
+        """Let go of the response."""
+        self._response = None
         self._segments = ()
 
     def write(self, sock: socket.socket, most: int) -> int:
@@ -72,48 +59,53 @@ class ResponseWriter:
 
         BlockingIOError when the socket takes none, another OSError when the client is gone.
         """
+        response = self._response
+        assert response is not None
         while True:
             if self._literal:
-                more = self._segments or self.position < self._stop
-                done = sock.send(self._literal, socket.MSG_MORE if more else 0)
-                self._literal = self._literal[done:]
-                return done
+                return self._write_literal(sock, more=bool(self._segments) or self.position < self._stop)
             if self.position < self._stop:
-                done = self._write_span(sock, min(most, self._stop - self.position))
-                if done or not self._at_end():
+                assert response.body is not None
+                done = self._write_span(sock, response, response.body, min(most, self._stop - self.position))
+                end = response.body.end() if not done else None
+                if end is None or self.position < end:
                     return done
-                self._stop = self.position
-                if self._chunked:
+                self._stop = self.position  # the length was not known at first, and all is here
+                if response.chunked:
                     self._literal = memoryview(_LAST_CHUNK)
-            elif not self._segments:
-                return FINISHED
+            elif self._segments:
+                self._next_segment(response)
             else:
-                self._next_segment()
+                return FINISHED
 
-    def _at_end(self) -> bool:
-        """Whether a body whose length was not known at first has turned out to end here."""
-        end = self._body.end() if self._body is not None else None
-        return end is not None and self.position >= end
+    def _write_literal(self, sock: socket.socket, *, more: bool) -> int:
+        done = sock.send(self._literal, socket.MSG_MORE if more else 0)
+        self._literal = self._literal[done:]
+        return done
 
-    def _write_span(self, sock: socket.socket, want: int) -> int:
-        body = self._body
-        assert body is not None
+    def _write_span(self, sock: socket.socket, response: Response, body: Body, want: int) -> int:
         available = body.available(self.position, want)
         if available <= 0:
             return BROKEN if available == CUT else WAIT
-        if self._chunked:
+        if response.chunked:
             if self._chunk_left == 0:
                 self._chunk_left = available
                 self._literal = memoryview(b"%x\r\n" % available)
-                done = sock.send(self._literal, socket.MSG_MORE)
-                self._literal = self._literal[done:]
-                return done
+                return self._write_literal(sock, more=True)
             available = min(available, self._chunk_left)
-        sent = self._send(sock, body, available)
+        try:
+            if body.fd >= 0:
+                sent = os.sendfile(sock.fileno(), body.fd, self.position, available)
+            else:
+                sent = sock.send(body.view(self.position, available))
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            sent = 0
         self.full = sent < available
-        self._count(sent)
+        self._count(response, sent)
         self.position += sent
-        if self._chunked:
+        if response.chunked:
             self._chunk_left -= sent
             if self._chunk_left == 0:
                 self._literal = memoryview(b"\r\n")
@@ -122,27 +114,16 @@ class ResponseWriter:
             return BROKEN
         return sent
 
-    def _send(self, sock: socket.socket, body: Body, amount: int) -> int:
-        """Returns how much was sent; 0 when the body's file can't be read."""
-        try:
-            if body.fd >= 0:
-                return os.sendfile(sock.fileno(), body.fd, self.position, amount)
-            piece = body.view(self.position, amount)
-            return sock.send(piece) if piece else 0
-        except OSError as error:
-            if error.errno in _DISK_ERRORS:
-                return 0
-            raise
-
-    def _next_segment(self) -> None:
-        segment, self._segments = self._segments[0], self._segments[1:]
+    def _next_segment(self, response: Response) -> None:
+        segment, *rest = self._segments
+        self._segments = tuple(rest)
         if isinstance(segment, Span):
             self.position, self._stop = segment.start, segment.stop
         else:  # the boundary of a multipart body
             self._literal = memoryview(segment)
-            self._count(len(segment))
+            self._count(response, len(segment))
 
-    def _count(self, sent: int) -> None:
+    def _count(self, response: Response, sent: int) -> None:
         self.sent_bytes += sent
-        self._words[self._sent_at] += sent
-        self._words[self._stream_at] += sent
+        self.words[response.sent_at] += sent
+        self.words[response.stream_at] += sent

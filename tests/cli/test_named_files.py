@@ -3,12 +3,12 @@
 import os
 import ssl
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 from harness.commands import command, started
 
+from gup.cli.reference import rows, tables
 from gup.cli.usable import require_usable
 from gup.config import load
 from gup.errors import SettingsError
@@ -18,24 +18,15 @@ LINE = "{535CB6A4-441F-4E8A-A897-804CD859100E}: Virus Definitions - SymAllLangua
 UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
 
 
-@cache
-def pair(folder: Path) -> tuple[bytes, bytes]:
-    """A certificate and its key."""
-    names = folder / "pair.pem", folder / "pair.key"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
-            *("-nodes", "-days", "2", "-subj", "/CN=gup", "-keyout", str(names[1]), "-out", str(names[0])),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return names[0].read_bytes(), names[1].read_bytes()
-
-
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[bytes, bytes]:
-    return pair(tmp_path_factory.mktemp("pair"))
+    """A certificate and its key."""
+    folder = tmp_path_factory.mktemp("pair")
+    cert, key = folder / "pair.pem", folder / "pair.key"
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    command = ["openssl", "req", "-x509", *curve, "-subj", "/CN=gup", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert.read_bytes(), key.read_bytes()
 
 
 SETTINGS = {
@@ -111,15 +102,11 @@ def test_a_file_that_can_not_be_used_is_told_with_setting_cause_and_remedy(
 
 
 def test_the_table_has_every_setting_that_names_a_file_to_read():
-    from gup.cli.reference import settings_toml  # noqa: PLC0415
-    from gup.config import Settings  # noqa: PLC0415
-
-    assert settings_toml(Settings())
     named = {
-        f"{section}.{key}".replace("upstream.", "upstream#1.")
-        for section, field in Settings.model_fields.items()
-        for key in getattr(field.annotation, "__args__", [field.annotation])[0].model_fields
-        if key == "file" or key.endswith("_file")
+        f"{head.strip('[]')}.{row.key}".replace("upstream.", "upstream#1.")
+        for head, table in tables()
+        for row in rows(table)
+        if row.key == "file" or row.key.endswith("_file")
     }
     assert named == set(SETTINGS)
 
@@ -133,25 +120,21 @@ def test_right_files_pass(tmp_path, certificate, setting):
     assert command("config", "check", settings).returncode == 0
 
 
-def damaged(cert: bytes, key: bytes) -> dict[str, tuple[bytes, str]]:
-    der = ssl.PEM_cert_to_DER_cert(cert.decode())
-    return {
-        "a key": (key, "holds a key but no certificate"),
-        "DER": (der, "perhaps a certificate in DER"),
-        "cut": (cert[: len(cert) // 2], "holds a damaged certificate"),
-        "changed": (cert.replace(b"M", b"!", 1), "holds a damaged certificate"),
-        "blank": (b" \n\n", "is empty"),
-        "text": (b"none here", "holds no certificate"),
+def test_what_is_in_place_of_a_certificate_is_told(tmp_path, certificate):
+    cert, key = certificate
+    damaged = {
+        "holds a key but no certificate": key,
+        "perhaps a certificate in DER": ssl.PEM_cert_to_DER_cert(cert.decode()),
+        "holds a damaged certificate": cert[: len(cert) // 2],
+        "holds a damaged certificate: ": cert.replace(b"M", b"!", 1),
+        "is empty": b" \n\n",
+        "holds no certificate": b"none here",
     }
-
-
-@pytest.mark.parametrize("how", ["a key", "DER", "cut", "changed", "blank", "text"])
-def test_what_is_in_place_of_a_certificate_is_told(tmp_path, certificate, how):
-    content, words = damaged(*certificate)[how]
     file = tmp_path / "ca.pem"
-    file.write_bytes(content)
-    with pytest.raises(FileError, match=words):
-        trust(file)
+    for words, content in damaged.items():
+        file.write_bytes(content)
+        with pytest.raises(FileError, match=words):
+            trust(file)
 
 
 def test_a_bundle_with_words_between_its_certificates_is_trusted(tmp_path, certificate):
@@ -207,13 +190,12 @@ def test_a_log_that_can_not_be_written_is_told_and_none_is_made(tmp_path, destin
     assert list(there.iterdir()) == []
 
 
-@pytest.mark.parametrize(("flag", "url"), [("--ca-file", "https://127.0.0.1:9")])
-def test_a_command_names_its_own_file_and_not_the_service(tmp_path, flag, url):
+def test_a_command_names_its_own_file_and_not_the_service(tmp_path):
     file = tmp_path / "ca.pem"
     file.write_text("nothing")
-    told = command("status", "--admin", url, flag, file)
-    assert told.returncode == 1
-    assert told.stderr == f"gup: {flag}: '{file}' holds no certificate: it must hold certificates, in PEM\n"
+    told = command("status", "--admin", "https://127.0.0.1:9", "--ca-file", file)
+    right = "it must hold certificates, in PEM"
+    assert (told.returncode, told.stderr) == (1, f"gup: --ca-file: '{file}' holds no certificate: {right}\n")
 
 
 def test_a_started_service_is_refused_in_a_process_of_its_own(tmp_path):

@@ -113,18 +113,14 @@ sys.exit(demo(plan, json_output=False, command=command))
 
 
 @pytest.mark.parametrize(
-    ("keep", "seconds", "wait_for", "status"),
-    [("keep", "1", "goes on until Ctrl-C", RIGHT), ("once", "60", "clients start", INTERRUPTED)],
-)
-@pytest.mark.parametrize(
-    "number",
+    ("number", "keep", "seconds", "wait_for", "status"),
     [
-        signal.SIGINT,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+        (signal.SIGINT, "once", "60", "clients start", INTERRUPTED),
+        (signal.SIGTERM, "keep", "1", "goes on until Ctrl-C", RIGHT),
+        pytest.param(signal.SIGHUP, "keep", "1", "goes on until", RIGHT, marks=pytest.mark.long),
     ],
 )
-def test_a_signal_ends_everything_in_order(keep, seconds, wait_for, status, number, tmp_path):
+def test_a_signal_ends_everything_in_order(number, keep, seconds, wait_for, status, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM, keep, seconds, STAND_IN],
         stdout=subprocess.PIPE,

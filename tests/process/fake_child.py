@@ -9,16 +9,17 @@ import os
 import selectors
 import socket
 import sys
+import time
 
 from gup.process.child import Parent
-from gup.process.shared_memory import SharedFile
+from gup.process.shared_memory import POLICY_EPOCH, Row, SharedFile
 
 _BEAT_SECONDS = 0.2
 
 
 class FakeChild:
     def __init__(self):
-        self.parent = Parent.from_argv(sys.argv)
+        self.parent = Parent(sys.argv)
         self.assignment = self.parent.assignment
         self.shared = SharedFile(os.dup(self.assignment.shared_fd))
         self.counters = self.shared.counters(self.assignment.block)
@@ -37,7 +38,7 @@ class FakeChild:
             self.parent.send({"ready": True})
         while True:
             if self.beating:
-                self.shared.page.beat(self.assignment.block)
+                self.shared.row(Row.BEAT)[self.assignment.block] = time.monotonic_ns()
             for key, _ in self.selector.select(_BEAT_SECONDS):
                 key.data(key.fileobj)
 
@@ -57,7 +58,7 @@ class FakeChild:
             sock.sendall(json.dumps(self.answer(line.decode())).encode() + b"\n")
 
     def answer(self, line):  # noqa: C901, PLR0911, PLR0912 - one row a command
-        settings = self.parent.settings()
+        settings = self.assignment.settings
         match line:
             case "who":
                 own = self.assignment
@@ -73,8 +74,8 @@ class FakeChild:
             case "settings":
                 return {"rate": settings.wan.rate, "upstreams": [row.name for row in settings.upstream]}
             case "page":
-                page = self.shared.page
-                return {"policy": page.policy_epoch, "words": list(page.words[:16])}
+                words = list(self.shared.words[:16])
+                return {"policy": words[POLICY_EPOCH], "words": words}
             case "hang":
                 self.beating = False
                 return {}

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from gup.config import Settings
 from gup.errors import SettingsError
-from gup.process import child
-from gup.process.supervisor import serve
+from gup.process import child, supervisor
 
 HERE = Path(__file__).parent
 
@@ -20,11 +19,13 @@ def load():
         raise SettingsError([f"bad: {line}" for line in str(error).splitlines()[:2]]) from error
 
 
-child.BEAT_SECONDS = float(os.environ.get("TEST_BEAT_SECONDS", child.BEAT_SECONDS))
-child.READY_SECONDS = float(os.environ.get("TEST_READY_SECONDS", child.READY_SECONDS))
+SHORTER = {child: ("BEAT", "READY", "CLOSING"), supervisor: ("PAST_DRAIN", "LOCK")}
+for module, names in SHORTER.items():
+    for name in (f"{name}_SECONDS" for name in names):
+        setattr(module, name, float(os.environ.get(f"TEST_{name}", getattr(module, name))))
 environment = os.environ | ({"LISTEN_PID": str(os.getpid())} if "LISTEN_FDS" in os.environ else {})
 sys.exit(
-    serve(
+    supervisor.serve(
         load(),
         load,
         child_command=lambda _: [sys.executable, str(HERE / "fake_child.py")],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from gup.process.shared_memory import (
     FILL_HELD,
     FIRST_WORKER,
     POLICY_EPOCH,
+    STORE_EPOCH,
     SUPERVISOR,
     Row,
     SharedFile,
@@ -40,109 +42,109 @@ def path(tmp_path):
     return tmp_path / "shared"
 
 
-def hit(shared, block, n=1):
+@pytest.fixture
+def create(path):
+    """Makes the file anew, as at each start; the one before is closed."""
+    made = []
+
+    def close():
+        while made:
+            made.pop().close()
+
+    def create(upstreams=("a",), workers=1):
+        close()
+        made.append(SharedFile.create(path, list(upstreams), workers))
+        return made[0]
+
+    create.end = close
+    yield create
+    close()
+
+
+def hit(shared, block=FIRST_WORKER, n=1):
     shared.counters(block).add("gup_requests_total", n, result="hit", code="200")
 
 
-def test_a_new_file_counts_from_zero(path):
-    shared = SharedFile.create(path, ["a"], 2)
+def test_a_new_file_counts_from_zero(create):
+    shared = create()
     assert set(shared.totals().values()) == {0}
     assert shared.installed_at == shared.started_at
-    assert shared.page.words[CONFIG_OK] == 1
-    assert all(set(shared.page.row(row)) == {0} for row in Row)
-    shared.close()
+    assert shared.words[CONFIG_OK] == 1
+    assert all(set(shared.row(row)) == {0} for row in Row)
 
 
-def test_blocks_do_not_overlap_and_are_summed(path):
-    shared = SharedFile.create(path, ["a", "b"], 3)
-    blocks = [SUPERVISOR, CONTROLLER, *(FIRST_WORKER + slot for slot in range(3))]
-    for block in blocks:
+def test_blocks_do_not_overlap_and_are_summed(create):
+    shared = create(["a", "b"], 3)
+    for block in (SUPERVISOR, CONTROLLER, *(FIRST_WORKER + slot for slot in range(3))):
         words = shared.counters(block).words
         for position in range(len(words)):
             words[position] = 10**block
-    for block in blocks:
-        shared.page.beat(block)
+        shared.row(Row.BEAT)[block] = 1
     assert set(shared.totals().values()) == {111110}
     assert set(shared.since_start().values()) == {111110}
-    shared.close()
 
 
-@pytest.mark.parametrize("workers", [1, 43, 45, 46, 64, 125, 128, 1024])
-def test_the_page_has_words_of_their_own_for_any_number_of_workers(path, workers):
-    shared = SharedFile.create(path, ["a"], workers)
-    page, blocks = shared.page, FIRST_WORKER + workers
-    before = list(page.words)
+@pytest.mark.parametrize("workers", [1, 46, 1024])
+def test_the_page_has_words_of_their_own_for_any_number_of_workers(create, workers):
+    shared, blocks = create(workers=workers), FIRST_WORKER + workers
+    before = list(shared.words)
     for row in Row:
-        words = page.row(row)
+        words = shared.row(row)
         assert len(words) == blocks
         assert set(words) == {0}, f"{row.name} shares a word with a row before it"
         for block in range(blocks):
             words[block] = 1000 * (row + 1) + block
-    page.beat(FIRST_WORKER + workers - 1)
-    page.forget_beat(FIRST_WORKER + workers - 1)
-    assert page.last_beat(FIRST_WORKER + workers - 2) == 1000 + FIRST_WORKER + workers - 2
     named = FILL_HELD + CLASSES
-    assert list(page.words[:named]) == before[:named]
-    hit(shared, FIRST_WORKER + workers - 1, 3)
-    shared.fold(FIRST_WORKER + workers - 1)
+    assert list(shared.words[:named]) == before[:named]
+    hit(shared, blocks - 1, 3)
+    shared.fold(blocks - 1)
     assert shared.totals()[HITS] == 3
-    shared.close()
 
 
-def test_the_counters_of_a_page_of_another_size_are_kept(path, monkeypatch):
+def test_the_counters_of_a_page_of_another_size_are_kept(create, path):
     """As an earlier release laid it out: 320 words and one a block, and no word of it in the description."""
-    description = module._Description
-    monkeypatch.setattr(module, "page_words", lambda blocks: 320 + blocks)
-    monkeypatch.setattr(
-        description,
-        "encode",
-        lambda self: _encoded({name: getattr(self, name) for name in self.__slots__ if name != "page_words"}),
-    )
-    first = SharedFile.create(path, ["a"], 3)
+    first = create(workers=3)
     hit(first, FIRST_WORKER + 2, 7)
-    first.close()
-    monkeypatch.undo()
-    second = SharedFile.create(path, ["a"], 60)
-    assert second.totals()[HITS] == 7
-    second.close()
+    create.end()
+    content = path.read_bytes()
+    length = struct.unpack("<8sQQQ", content[:32])[2]
+    fields = json.loads(content[32 : 32 + length])
+    words = content[-(-(32 + length) // 4096) * 4096 :]
+    counts = words[8 * fields.pop("page_words") :]
+    text = json.dumps(fields).encode()
+    head = struct.pack("<8sQQQ", b"gupwords", 1, len(text), xxhash.xxh3_64_intdigest(text)) + text
+    page = bytes(8 * (320 + fields["blocks"]))
+    path.write_bytes(head.ljust(-(-len(head) // 4096) * 4096, b"\0") + page + counts)
+    assert create(workers=60).totals()[HITS] == 7
     assert list(path.parent.iterdir()) == [path]
 
 
-def _encoded(fields):
-    text = json.dumps(fields).encode()
-    return module._PREFIX.pack(b"gupwords", 1, len(text), xxhash.xxh3_64_intdigest(text)) + text
+def test_no_process_counts_into_the_past(create):
+    shared = create()
+    for call in (shared.counters, shared.fold):
+        with pytest.raises(AssertionError):
+            call(0)
 
 
-def test_no_process_counts_into_the_past(path):
-    shared = SharedFile.create(path, [], 1)
-    with pytest.raises(AssertionError):
-        shared.counters(0)
-    with pytest.raises(AssertionError):
-        shared.fold(0)
-    shared.close()
-
-
-def test_a_fold_keeps_counters_and_drops_gauges(path):
-    shared = SharedFile.create(path, ["a"], 1)
-    worker = shared.counters(FIRST_WORKER + 0)
-    hit(shared, FIRST_WORKER + 0, 7)
+def test_a_fold_keeps_counters_and_drops_gauges(create):
+    shared = create()
+    worker = shared.counters(FIRST_WORKER)
+    hit(shared, n=7)
     worker.set("gup_client_connections", 5)
     worker.observe("gup_fill_duration_seconds", 2.0)
     assert shared.totals()["gup_client_connections"] == 5
-    shared.fold(FIRST_WORKER + 0)
+    shared.fold(FIRST_WORKER)
     assert set(worker.words) == {0}
-    hit(shared, FIRST_WORKER + 0, 3)
-    shared.fold(FIRST_WORKER + 0)
+    hit(shared, n=3)
+    shared.fold(FIRST_WORKER)
     totals = shared.totals()
-    assert totals[HITS] == 10
-    assert totals["gup_client_connections"] == 0
+    assert (totals[HITS], totals["gup_client_connections"]) == (10, 0)
     assert totals['gup_fill_duration_seconds_bucket{le="5"}'] == 1
     assert totals["gup_fill_duration_seconds_sum"] == 2_000_000_000
-    shared.close()
 
 
-def test_totals_go_on_after_a_restart_with_other_upstreams_and_workers(path):
-    first = SharedFile.create(path, ["a", "b"], 4)
+def test_totals_go_on_after_a_restart_with_other_upstreams_and_workers(create, path):
+    first = create(["a", "b"], 4)
     for slot in range(4):
         hit(first, FIRST_WORKER + slot)
     worker = first.counters(FIRST_WORKER + 3)
@@ -150,54 +152,39 @@ def test_totals_go_on_after_a_restart_with_other_upstreams_and_workers(path):
     worker.add("gup_upstream_received_bytes_total", 30, upstream="b", purpose="fill")
     worker.set("gup_client_connections", 9)
     installed_at = first.installed_at
-    first.close()
 
-    second = SharedFile.create(path, ["b", "c", "c"], 1)
+    second = create(["b", "c", "c"], 1)
     totals = second.totals()
-    assert (totals[HITS], totals[received("a")], totals[received("b")]) == (4, 100, 30)
-    assert totals[received("c")] == 0
-    assert totals["gup_client_connections"] == 0
-    assert second.installed_at == installed_at
-    assert second.started_at > installed_at
-    hit(second, FIRST_WORKER + 0)
+    assert [totals[received(name)] for name in "abc"] == [100, 30, 0]
+    assert (totals[HITS], totals["gup_client_connections"]) == (4, 0)
+    assert second.installed_at == installed_at < second.started_at
+    hit(second)
     second.counters(CONTROLLER).add("gup_upstream_received_bytes_total", 5, upstream="b", purpose="fill")
     since = second.since_start()
     assert (since[HITS], since[received("b")]) == (1, 5)
-    second.close()
 
-    third = SharedFile.create(path, ["a"], 1)
+    third = create()
     totals = third.totals()
     assert (totals[HITS], totals[received("a")], totals[received("b")]) == (5, 100, 35)
     assert set(third.since_start().values()) == {0}
-    third.close()
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_metric_that_this_version_does_not_know_is_dropped(path, monkeypatch):
+def test_a_metric_that_this_version_does_not_know_is_dropped(create, monkeypatch):
     monkeypatch.setattr(module, "layout", lambda _: ["gup_old_total", HITS, RESTARTS])
-    first = SharedFile.create(path, [], 1)
-    first.counters(SUPERVISOR).words[0] = 5
-    first.counters(SUPERVISOR).words[1] = 6
-    first.close()
+    words = create().counters(SUPERVISOR).words
+    words[0], words[1] = 5, 6
     monkeypatch.undo()
-    second = SharedFile.create(path, [], 1)
-    assert second.totals()[HITS] == 6
-    assert "gup_old_total" not in second.totals()
-    second.close()
+    totals = create().totals()
+    assert (totals[HITS], totals.get("gup_old_total")) == (6, None)
 
 
-@pytest.mark.parametrize("kind", ["counter", "gauge", "histogram"])
-def test_each_series_kind_is_known(kind):
+def test_each_series_kind_is_known():
     for metric in BY_NAME.values():
-        if metric.kind == kind:
-            suffix = "_bucket" if kind == "histogram" else ""
-            assert module._kind(f'{metric.name}{suffix}{{a="b"}}') == kind
+        suffix = "_bucket" if metric.kind == "histogram" else ""
+        assert module._kind(f'{metric.name}{suffix}{{a="b"}}') == metric.kind
     assert module._kind("gup_fill_duration_seconds_sum") == "histogram"
     assert module._kind("gup_nothing_total") is None
-
-
-def _flip_description(text):
-    return text[:40] + bytes([text[40] ^ 1]) + text[41:]
 
 
 @pytest.mark.parametrize(
@@ -206,63 +193,52 @@ def _flip_description(text):
         lambda _: b"",
         lambda _: b"short",
         lambda text: b"x" + text[1:],
-        _flip_description,
+        lambda text: text[:40] + bytes([text[40] ^ 1]) + text[41:],
         lambda text: text[:-8],
         lambda text: text[:100],
         lambda text: text + bytes(4096),
     ],
 )
-def test_a_damaged_file_is_moved_aside(path, damage, caplog):
-    shared = SharedFile.create(path, ["a"], 1)
-    hit(shared, FIRST_WORKER + 0)
-    shared.close()
+def test_a_damaged_file_is_moved_aside(create, path, damage, caplog):
+    hit(create())
+    create.end()
     damaged = damage(path.read_bytes())
     path.write_bytes(damaged)
-    shared = SharedFile.create(path, ["a"], 1)
-    assert shared.totals()[HITS] == 0
+    assert create().totals()[HITS] == 0
     assert (path.parent / "shared.damaged").read_bytes() == damaged
     assert "shared.damaged" in caplog.text
-    shared.close()
 
 
-def test_a_crash_before_the_rename_keeps_the_old_totals(path, monkeypatch):
-    shared = SharedFile.create(path, [], 1)
-    hit(shared, FIRST_WORKER + 0, 3)
-    shared.close()
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
+
+def test_a_crash_before_the_rename_keeps_the_old_totals(create, monkeypatch):
+    hit(create(), n=3)
 
     def killed(_):
         raise Killed
 
     monkeypatch.setattr(module.os, "fsync", killed)
     with pytest.raises(Killed):
-        SharedFile.create(path, [], 1)
+        create()
     monkeypatch.undo()
-    shared = SharedFile.create(path, [], 1)
-    assert shared.totals()[HITS] == 3
-    shared.close()
+    assert create().totals()[HITS] == 3
 
 
-def test_a_full_disk_counts_in_memory_and_keeps_the_old_file(path, monkeypatch, caplog):
-    shared = SharedFile.create(path, [], 1)
-    hit(shared, FIRST_WORKER + 0, 3)
-    shared.close()
+def test_a_full_disk_counts_in_memory_and_keeps_the_old_file(create, monkeypatch, caplog):
+    hit(create(), n=3)
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    shared = SharedFile.create(path, [], 1)
+    shared = create()
     assert "will be lost" in caplog.text
     monkeypatch.undo()
-    hit(shared, FIRST_WORKER + 0)
+    hit(shared)
     assert shared.totals()[HITS] == 4
-    shared.close()
-    shared = SharedFile.create(path, [], 1)
-    assert shared.totals()[HITS] == 3
-    shared.close()
+    assert create().totals()[HITS] == 3
 
 
 def test_a_folder_that_is_missing_is_told(tmp_path):
@@ -273,15 +249,15 @@ def test_a_folder_that_is_missing_is_told(tmp_path):
         SharedFile.create(tmp_path / "shared", [], 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lives=st.lists(
-        st.tuples(st.integers(0, 2), st.integers(0, 1000), st.integers(0, 4), st.booleans()), max_size=8
-    )
-)
-def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(tmp_path_factory, lives):
-    path = tmp_path_factory.mktemp("run") / "shared"
-    shared = SharedFile.create(path, ["a"], 2)
+LIFE = st.tuples(st.integers(0, 2), st.integers(0, 1000), st.integers(0, 4), st.booleans())
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lives=st.lists(LIFE, max_size=6))
+def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(create, path, lives):
+    create.end()
+    path.unlink(missing_ok=True)
+    shared = create(workers=2)
     counted = 0
     for block, amount, stores, attach in lives:
         hit(shared, block + 1, amount)
@@ -296,20 +272,14 @@ def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(tmp_path_fa
                 again = SharedFile(os.dup(shared.fd))
                 assert again.totals()[HITS] == counted
                 again.close()
-            shared.close()
-            shared = SharedFile.create(path, ["a"], 2)
+            shared = create(workers=2)
         assert shared.totals()[HITS] == counted
-    shared.close()
 
 
-def test_readers_never_see_a_counter_go_back_or_double(path):
-    shared = SharedFile.create(path, [], 1)
+def test_readers_never_see_a_counter_go_back_or_double(create):
+    shared = create()
     reader = SharedFile(os.dup(shared.fd))
-    block = FIRST_WORKER + 0
-    counted = [0]
-    wrong = []
-    reads = [0]
-    stop = threading.Event()
+    counted, wrong, reads, stop = [0], [], [0], threading.Event()
 
     def read():
         last = 0
@@ -325,71 +295,54 @@ def test_readers_never_see_a_counter_go_back_or_double(path):
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        for _ in range(100):
+        for _ in range(50):
             for _ in range(20):
                 counted[0] += 1  # announced first, so a reader may never see more
-                hit(shared, block)
-            shared.fold(block)
+                hit(shared)
+            shared.fold(FIRST_WORKER)
     finally:
         stop.set()
         thread.join()
         sys.setswitchinterval(interval)
     assert wrong == []
     assert reads[0] > 0
-    assert shared.totals()[HITS] == 2000
+    assert shared.totals()[HITS] == 1000
     reader.close()
-    shared.close()
 
 
 CHILD = """
 import sys
-from gup.process.shared_memory import SharedFile
+from gup.process.shared_memory import POLICY_EPOCH, Row, SharedFile
 shared = SharedFile(int(sys.argv[1]))
 block = int(sys.argv[2])
-for _ in range(2000):
-    shared.page.raise_policy()
-    with shared.page.locked(70):
-        shared.page.words[70] += 1
+for _ in range(1000):
+    shared.raise_epoch(POLICY_EPOCH)
+    with shared.locked(70):
+        shared.words[70] += 1
     shared.counters(block).add("gup_worker_restarts_total")
-shared.page.beat(block)
+shared.row(Row.BEAT)[block] = 5
 """
 
 
-def test_processes_share_epochs_locks_and_counters(path):
-    shared = SharedFile.create(path, [], 2)
+def test_processes_share_epochs_locks_and_counters(create):
+    shared = create(workers=2)
     children = [
         subprocess.Popen([sys.executable, "-c", CHILD, str(shared.fd), str(block)], pass_fds=[shared.fd])
         for block in (3, 4)
     ]
     for _ in range(500):
-        shared.page.raise_policy()
-        shared.page.raise_store()
-    for child in children:
-        assert child.wait(30) == 0
-    assert shared.page.policy_epoch == 4500
-    assert shared.page.words[POLICY_EPOCH] == 4500
-    assert shared.page.store_epoch == 500
-    assert shared.page.words[70] == 4000
-    assert shared.totals()[RESTARTS] == 4000
-    assert shared.page.last_beat(3) > 0
-    shared.page.forget_beat(3)
-    assert shared.page.last_beat(3) == 0
-    assert shared.page.last_beat(4) > 0
-    shared.close()
+        shared.raise_epoch(POLICY_EPOCH)
+        shared.raise_epoch(STORE_EPOCH)
+    assert [child.wait(30) for child in children] == [0, 0]
+    assert [shared.words[at] for at in (POLICY_EPOCH, STORE_EPOCH, 70)] == [2500, 500, 2000]
+    assert shared.totals()[RESTARTS] == 2000
+    assert list(shared.row(Row.BEAT)) == [0, 0, 0, 5, 5]
 
 
-def test_closing_leaves_no_descriptor(path):
+def test_closing_leaves_no_descriptor(create):
     before = len(list(Path("/proc/self/fd").iterdir()))
-    shared = SharedFile.create(path, ["a"], 1)
-    counters = shared.counters(1)
-    shared.close()
+    counters = create().counters(1)
+    create.end()
     with pytest.raises(ValueError, match="released"):
         counters.words[0] = 1
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-def test_the_description_is_json_that_a_person_can_read(path):
-    shared = SharedFile.create(path, ["a"], 1)
-    shared.close()
-    text = path.read_bytes()
-    assert HITS in json.loads(text[32 : text.index(b"\0", 32)])["series"]

@@ -8,10 +8,9 @@ import pytest
 
 from gup.config import Listen
 from gup.errors import GupError
-from gup.process.sockets import open_listeners, url
-from gup.process.systemd import PassedSockets
+from gup.process.sockets import close, open_listeners, url
 
-NONE = PassedSockets()
+NONE: tuple[list[int], list[int]] = ([], [])
 
 
 def listen(**changes):
@@ -23,14 +22,14 @@ def opened():
     found = []
     yield lambda *arguments: found.append(open_listeners(*arguments)) or found[-1]
     for listeners in found:
-        listeners.close()
+        close(*listeners.data, *listeners.admin)
 
 
 def test_each_worker_has_its_own_socket_on_one_port(opened):
     listeners = opened(listen(), 3, NONE)
     assert len({sock.getsockname() for sock in listeners.data}) == 1
-    assert len({tuple(listeners.of_worker(slot)) for slot in range(3)}) == 3
-    assert len(listeners.of_controller()) == 1
+    assert len({tuple(map(id, listeners.of_worker(slot))) for slot in range(3)}) == 3
+    assert len(listeners.admin) == 1
     assert not any(sock.getblocking() for sock in (*listeners.data, *listeners.admin))
     served = set()
     for _ in range(200):
@@ -61,7 +60,7 @@ def test_a_port_can_be_bound_again_after_connections_on_it_were_closed(opened):
         ready = select.select(first.data, [], [], 5)[0][0]
         ready.accept()[0].close()  # our end closes first: TIME_WAIT is here
         assert client.recv(1) == b""
-    first.close()
+    close(*first.data)
     assert opened(listen(port=address[1]), 2, NONE).data[0].getsockname() == address
 
 
@@ -80,21 +79,22 @@ def test_an_address_that_is_not_ours(opened):
 def test_sockets_from_systemd_are_shared_by_all_workers(opened):
     data, admin = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
     address = data.getsockname()
-    passed = PassedSockets((data.detach(),), (admin.detach(),))
-    os.set_inheritable(passed.data[0], True)
+    passed = [data.detach()], [admin.detach()]
+    os.set_inheritable(passed[0][0], True)
     listeners = opened(listen(), 4, passed)
-    assert {tuple(listeners.of_worker(slot)) for slot in range(4)} == {passed.data}
-    assert tuple(listeners.of_controller()) == passed.admin
+    assert all(listeners.of_worker(slot) is listeners.data for slot in range(4))
+    found = [[sock.fileno() for sock in socks] for socks in (listeners.data, listeners.admin)]
+    assert found == list(passed)
     assert url(listeners.data) == f"http://127.0.0.1:{address[1]}"
-    assert not os.get_inheritable(passed.data[0])
+    assert not os.get_inheritable(passed[0][0])
     assert not listeners.data[0].getblocking()
 
 
 def test_what_is_no_listening_socket_is_told():
     with socket.socket() as sock, pytest.raises(GupError, match="not a listening stream socket"):
-        open_listeners(listen(), 1, PassedSockets((sock.detach(),)))
+        open_listeners(listen(), 1, ([sock.detach()], []))
     read, write = os.pipe()
     with pytest.raises(GupError, match="no socket"):
-        open_listeners(listen(), 1, PassedSockets((read,)))
+        open_listeners(listen(), 1, ([read], []))
     os.close(read)
     os.close(write)

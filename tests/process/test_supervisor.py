@@ -15,19 +15,18 @@ HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
 
 
-def test_it_says_where_it_serves_within_a_second_or_two(service):
+def test_it_says_where_it_serves_within_a_second_or_two_and_logs_json_when_asked(service):
     started = time.monotonic()
-    running = service()
+    running = service({"log": {"format": "json"}})
     assert time.monotonic() - started < 5  # far less alone; other tests may share the machine
     with running.connect() as client, running.controller() as controller:
         assert client.ask("who")["role"] == "worker"
-        assert controller.ask("who") | {"pid": 0} == {
-            "pid": 0,
-            "role": "controller",
-            "slot": 0,
-            "generation": 1,
-        }
+        own = controller.ask("who")
+        assert (own["role"], own["slot"], own["generation"]) == ("controller", 0, 1)
     assert running.stop() == 0
+    records = [json.loads(line) for line in running.lines if not line.startswith("gup: ")]
+    assert all(record["logger"].startswith("gup.") for record in records)
+    assert any(record["message"] == "SIGTERM: draining" for record in records)
 
 
 @pytest.mark.alone
@@ -50,6 +49,8 @@ def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(ser
         totals = controller.ask("totals")
         assert totals[HITS] == running.asked  # each was counted before it was answered
         assert totals[RESTARTS] == 1
+        rows = controller.until("workers", lambda rows: len(rows) == 2 and all(r["ready"] for r in rows))
+        assert [(row["slot"], row["pid"] == pid) for row in rows] == [(0, False), (1, False)]
     assert clients[1].ask("who")["generation"] == 1
     clients[1].close()
     successor.close()
@@ -74,29 +75,19 @@ def test_connections_that_wait_in_the_queue_are_served_by_the_successor(service)
 def test_a_worker_that_dies_again_and_again_is_started_ever_later(service):
     running = service({"workers": {"count": 1}})
     delays = []
-    for _ in range(5):
+    for _ in range(4):
         with running.connect() as client:
             os.kill(client.ask("who")["pid"], signal.SIGKILL)
             killed = time.monotonic()
         with running.connect() as client:
             client.ask("who")
             delays.append(time.monotonic() - killed)
-    assert delays[0] < 1
-    assert delays[4] > 0.4  # 0, 0.1, 0.2, 0.4 and 0.8 s have been due before
+    assert delays[3] > 0.2  # 0, 0 and 0.1 s have been due before
     with running.controller() as controller:
-        assert controller.ask("totals")[RESTARTS] == 5
+        assert controller.ask("totals")[RESTARTS] == 4
 
 
-def test_a_killed_controller_is_replaced_and_no_worker_restart_counted(service):
-    running = service()
-    with running.controller() as controller:
-        os.kill(controller.ask("who")["pid"], signal.SIGKILL)
-    with running.controller() as controller:
-        assert controller.ask("who")["generation"] == 2
-        assert controller.ask("totals")[RESTARTS] == 0
-
-
-def test_events_outlive_a_controller(service):
+def test_a_killed_controller_is_replaced_and_events_outlive_it(service):
     running = service()
     with running.connect() as client:
         with running.controller() as controller:
@@ -105,34 +96,31 @@ def test_events_outlive_a_controller(service):
         assert client.ask("event") == {"sent": 4}
     with running.controller() as controller:
         assert controller.ask("events") == {"got": "used"}
+        assert controller.ask("who")["generation"] == 2
+        assert controller.ask("totals")[RESTARTS] == 0
 
 
-def test_a_worker_that_closes_its_control_channel_and_stays_is_replaced(service):
-    running = service({"workers": {"count": 1}})
-    with running.connect() as client:
-        client.ask("close control")
-        running.until("is killed: it closed its control channel")
-        running.until("worker 0, pid .* was ended by SIGKILL")
-    with running.connect() as client:
-        assert client.ask("who")["generation"] == 2
-
-
-def test_a_worker_that_hangs_is_killed_and_replaced(service):
-    running = service({"workers": {"count": 1}}, {"TEST_BEAT_SECONDS": "1"})
-    with running.connect() as client:
-        pid = client.ask("who")["pid"]
-        client.ask("hang")
-        running.until(rf"worker 0, pid {pid}, is killed: it sent no heartbeat for 1 s")
-        running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
-    with running.connect() as client:
-        assert client.ask("who")["generation"] == 2
+def test_a_worker_that_hangs_or_leaves_its_control_channel_is_killed_and_replaced(service):
+    running = service({"workers": {"count": 1}}, {"TEST_BEAT_SECONDS": "1", "TEST_CLOSING_SECONDS": "0.2"})
+    reasons = {
+        "close control": "it closed its control channel but did not exit",
+        "hang": "it sent no heartbeat for 1 s",
+    }
+    for generation, (command, reason) in enumerate(reasons.items(), 2):
+        with running.connect() as client:
+            pid = client.ask("who")["pid"]
+            client.ask(command)
+            running.until(rf"worker 0, pid {pid}, is killed: {reason}")
+            running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
+        with running.connect() as client:
+            assert client.ask("who")["generation"] == generation
     assert running.stop() == 0
 
 
 def test_a_worker_that_is_never_ready_is_killed_and_started_again(service):
-    environment = {"TEST_READY_SECONDS": "1.5", "FAKE_NEVER_READY": "worker"}
+    environment = {"TEST_READY_SECONDS": "0.5", "FAKE_NEVER_READY": "worker"}
     running = service({"workers": {"count": 1}}, environment, ready=False)
-    running.until("worker 0, pid .* is killed: it was not ready within 1.5 s")
+    running.until("worker 0, pid .* is killed: it was not ready within 0.5 s")
     running.until("worker 0 started")
 
 
@@ -159,10 +147,9 @@ def test_sigterm_drains_and_ends_with_0(service):
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(service, first):
+def test_a_second_signal_ends_at_once(service):
     running = service(environment={"FAKE_NEVER_DRAINS": "1"})
-    running.signal(first)
+    running.signal(signal.SIGINT)
     running.until("draining")
     running.signal(signal.SIGTERM)
     assert running.end() == 0
@@ -170,38 +157,26 @@ def test_a_second_signal_ends_at_once(service, first):
 
 
 def test_workers_that_never_drain_are_killed(service):
-    running = service(
-        {"listen": {"address": "127.0.0.1", "port": 0, "admin_port": 0, "drain_timeout": 0}},
-        {"FAKE_NEVER_DRAINS": "1"},
-    )
+    listen = {"address": "127.0.0.1", "port": 0, "admin_port": 0, "drain_timeout": 0}
+    running = service({"listen": listen}, {"FAKE_NEVER_DRAINS": "1", "TEST_PAST_DRAIN_SECONDS": "0.5"})
     started = time.monotonic()
     assert running.stop() == 0
-    assert 4.5 < time.monotonic() - started < 15
+    assert time.monotonic() - started > 0.4
     assert "draining took too long" in "".join(running.lines)
 
 
 def test_a_signal_before_it_is_ready_ends_it(service):
     running = service(environment={"FAKE_NEVER_READY": "worker", "FAKE_NEVER_DRAINS": "1"}, ready=False)
-    running.until("controller started")
+    running.until("worker 1 started")
     running.signal(signal.SIGTERM)
     running.until("draining")
     running.signal(signal.SIGTERM)
     assert running.end() == 0
 
 
-def test_children_end_when_the_supervisor_is_killed(service, watch_children):
-    running = service()
-    children = watch_children(running.process.pid)
-    assert len(children.fds) == 3
-    running.signal(signal.SIGKILL)
-    running.process.wait()
-    children.wait()
-    assert service().stop() == 0
-
-
 def test_a_second_instance_on_the_directory_is_refused_by_name(service):
     first = service()
-    second = service(ready=False)
+    second = service(environment={"TEST_LOCK_SECONDS": "0.2"}, ready=False)
     assert second.end() == 1
     said = second.lines[-1]
     assert f"another gup uses the cache directory {first.folder / 'cache'}" in said
@@ -211,67 +186,64 @@ def test_a_second_instance_on_the_directory_is_refused_by_name(service):
         assert client.ask("who")["generation"] == 1
 
 
-def test_a_port_in_use_is_told_in_one_line(service):
+def test_what_can_not_be_opened_is_told_in_one_line(service, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         running = service({"listen": {"address": "127.0.0.1", "port": port, "admin_port": 0}}, ready=False)
         assert running.end() == 1
     assert f"can't listen on 127.0.0.1:{port}: Address already in use" in running.lines[0]
     assert len(running.lines) == 1
-
-
-def test_a_cache_directory_that_is_a_file_is_told(service, tmp_path):
-    (tmp_path / "cache").write_text("")
-    running = service(ready=False)
+    running = service({"cache": {"directory": str(tmp_path / "settings.json")}}, ready=False)
     assert running.end() == 1
     assert "the cache directory can't be used" in running.lines[0]
 
 
-def test_counters_go_on_after_a_restart_with_other_upstreams(service):
+def test_children_end_when_the_supervisor_is_killed_and_counters_go_on(service, watch_children):
+    """Over a stop and over a kill, with other upstreams."""
     first = service()
     with first.connect() as client:
         for _ in range(10):
             client.ask("who")
-    assert first.stop() == 0
+    children = watch_children(first.process.pid)
+    assert len(children.fds) == 3
+    first.signal(signal.SIGKILL)
+    first.process.wait()
+    children.wait()
     second = service({"upstream": [{"url": "http://two:80"}, {"url": "http://three:80"}]})
     with second.controller() as controller:
         totals = controller.ask("totals")
         assert totals[HITS] == 11  # this question too
         assert 'gup_upstream_requests_total{outcome="ok",upstream="three:80"}' in totals
         assert controller.ask("since")[HITS] == 2
-    second.signal(signal.SIGKILL)
-    second.end()
+    assert second.stop() == 0
     third = service()
     with third.controller() as controller:
         assert controller.ask("totals")[HITS] == 13
 
 
-def test_sockets_from_systemd_are_used_and_not_told_to_children(service):
-    with socket.create_server(("127.0.0.1", 0)) as data, socket.create_server(("127.0.0.1", 0)) as admin:
-        running = service(environment={"LISTEN_FDS": "2", "NOTIFY_SOCKET": ""}, sockets=[data, admin])
-        assert running.data == data.getsockname()
-        assert running.admin == admin.getsockname()
-        with running.connect() as client, running.controller() as controller:
-            assert not {"LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"} & set(client.ask("environment"))
-            assert controller.ask("who")["role"] == "controller"
-        assert running.stop() == 0
-
-
-def test_systemd_is_told(service, tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+def test_systemd_passes_sockets_and_is_told(service, tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as data,
+        socket.create_server(("127.0.0.1", 0)) as admin,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(20)
-        running = service(
-            environment={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}, ready=False
-        )
+        notify = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+        running = service(environment={"LISTEN_FDS": "2", **notify}, sockets=[data, admin])
 
         def until(word):
             while not (text := systemd.recv(4096).decode()).startswith(word):
                 pass
             return text
 
+        assert running.data == data.getsockname()
+        assert running.admin == admin.getsockname()
         until("WATCHDOG=1")
         assert "serving on http://127.0.0.1:" in until("READY=1")
+        with running.connect() as client, running.controller() as controller:
+            assert not {"LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"} & set(client.ask("environment"))
+            assert controller.ask("who")["role"] == "controller"
         until("WATCHDOG=1")
         running.signal(signal.SIGHUP)
         until("RELOADING=1\nMONOTONIC_USEC=")
@@ -281,13 +253,17 @@ def test_systemd_is_told(service, tmp_path):
         assert running.end() == 0
 
 
-def test_a_reload_reaches_every_child_and_raises_the_policy_epoch(service):
+def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps_its_value(service):
     running = service()
     with running.controller() as controller:
         before = controller.ask("page")
-        running.write(wan={"rate": "3MB/s"})
+        running.write(upstream=[{"url": "http://three:80"}], workers={"count": 7}, wan={"rate": "3MB/s"})
         running.signal(signal.SIGHUP)
-        controller.until("messages", lambda messages: messages)
+        running.until(r"workers\.count: takes effect at the next start")
+        running.until("upstream: takes effect at the next start")
+        settings = controller.until("messages", lambda messages: messages)[0]["settings"]
+        assert settings["workers"] == {"count": 2}
+        assert [row["name"] for row in settings["upstream"]] == ["one:80", "two:80"]
         page = controller.until("page", lambda page: page["policy"] > before["policy"])
         assert page["words"][3] == 1
         for slot in (0, 1):
@@ -298,19 +274,6 @@ def test_a_reload_reaches_every_child_and_raises_the_policy_epoch(service):
         os.kill(worker.ask("who")["pid"], signal.SIGKILL)
     with running.worker(0) as worker:
         assert worker.ask("settings")["rate"] == 3_000_000
-    assert running.stop() == 0
-
-
-def test_the_controller_hears_of_every_worker(service):
-    running = service()
-    with running.controller() as controller:
-        rows = controller.until("workers", lambda rows: len(rows) == 2 and all(r["ready"] for r in rows))
-        assert [row["slot"] for row in rows] == [0, 1]
-        os.kill(rows[0]["pid"], signal.SIGKILL)
-        controller.until(
-            "workers",
-            lambda now: [r["ready"] for r in now] == [True, True] and now[0]["pid"] != rows[0]["pid"],
-        )
     assert running.stop() == 0
 
 
@@ -330,31 +293,6 @@ def test_a_bad_reload_changes_nothing_but_the_metric(service):
         assert messages[0]["settings"]["wan"]["rate"] == 1_000_000
         assert messages[1] == {"reloaded": True, "problems": []}
         assert controller.ask("page")["words"][3] == 1
-
-
-def test_what_needs_a_restart_is_said_and_keeps_its_value(service):
-    running = service()
-    running.write(
-        upstream=[{"url": "http://three:80"}],
-        workers={"count": 7},
-        wan={"rate": "2MB/s"},
-    )
-    running.signal(signal.SIGHUP)
-    running.until(r"workers\.count: takes effect at the next start")
-    running.until("upstream: takes effect at the next start")
-    with running.controller() as controller:
-        settings = controller.until("messages", lambda messages: messages)[0]["settings"]
-    assert settings["workers"] == {"count": 2}
-    assert [row["name"] for row in settings["upstream"]] == ["one:80", "two:80"]
-    assert settings["wan"]["rate"] == 2_000_000
-
-
-def test_the_log_is_json_when_asked(service):
-    running = service({"log": {"format": "json"}})
-    assert running.stop() == 0
-    records = [json.loads(line) for line in running.lines if not line.startswith("gup: ")]
-    assert all(record["logger"].startswith("gup.") for record in records)
-    assert any(record["message"] == "SIGTERM: draining" for record in records)
 
 
 # --- what a reload can change

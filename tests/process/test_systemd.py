@@ -2,49 +2,29 @@
 
 import os
 import socket
-import time
 
 import pytest
 
-from gup.process.systemd import Notifier, PassedSockets, passed_sockets
+from gup.process.systemd import Notifier, passed_sockets
 
 
-@pytest.fixture
-def systemd(tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(tmp_path / "notify"))
-        sock.settimeout(5)
-        yield sock
-
-
-def test_each_message(systemd):
-    notifier = Notifier(systemd.getsockname())
-    notifier.ready("two workers")
-    assert systemd.recv(4096) == b"READY=1\nSTATUS=two workers"
-    before = time.monotonic_ns() // 1000
-    notifier.reloading()
-    first, second = systemd.recv(4096).decode().split("\n")
-    assert first == "RELOADING=1"
-    assert before <= int(second.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
-    notifier.stopping("draining")
-    assert systemd.recv(4096) == b"STOPPING=1\nSTATUS=draining"
-    notifier.watchdog()
-    assert systemd.recv(4096) == b"WATCHDOG=1"
-
-
-def test_an_abstract_address():
-    name = f"gup-test-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind("\0" + name)
-        Notifier("@" + name).watchdog()
-        sock.settimeout(5)
-        assert sock.recv(100) == b"WATCHDOG=1"
+@pytest.mark.parametrize("abstract", [False, True])
+def test_messages(tmp_path, abstract):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        name = f"@gup-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(5)
+        notifier = Notifier({"NOTIFY_SOCKET": name}, 7)
+        notifier.send("READY=1", "STATUS=two workers")
+        assert systemd.recv(4096) == b"READY=1\nSTATUS=two workers"
+        notifier.send("WATCHDOG=1")
+        assert systemd.recv(4096) == b"WATCHDOG=1"
 
 
 def test_a_deaf_systemd_is_a_warning(tmp_path, caplog):
-    Notifier(None).ready("nobody hears")
+    Notifier({}, 7).send("READY=1")
     assert caplog.text == ""
-    Notifier(str(tmp_path / "none")).ready("x")
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")}, 7).send("READY=1")
     assert "READY=1" in caplog.text
 
 
@@ -60,27 +40,27 @@ def test_a_deaf_systemd_is_a_warning(tmp_path, caplog):
     ],
 )
 def test_the_watchdog(environment, seconds):
-    assert Notifier.from_environment(environment, 7).watchdog_seconds == seconds
+    assert Notifier(environment, 7).watchdog_seconds == seconds
 
 
 @pytest.mark.parametrize(
     ("environment", "passed"),
     [
-        ({}, PassedSockets()),
-        ({"LISTEN_FDS": "2"}, PassedSockets()),
-        ({"LISTEN_PID": "8", "LISTEN_FDS": "2"}, PassedSockets()),
-        ({"LISTEN_PID": "7", "LISTEN_FDS": "x"}, PassedSockets()),
-        ({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, PassedSockets((3,))),
-        ({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, PassedSockets((3,), (4,))),
+        ({}, ([], [])),
+        ({"LISTEN_FDS": "2"}, ([], [])),
+        ({"LISTEN_PID": "8", "LISTEN_FDS": "2"}, ([], [])),
+        ({"LISTEN_PID": "7", "LISTEN_FDS": "x"}, ([], [])),
+        ({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, ([3], [])),
+        ({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, ([3], [4])),
         (
             {"LISTEN_PID": "7", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "gup.socket:gup-admin.socket"},
-            PassedSockets((3,), (4,)),
+            ([3], [4]),
         ),
         (
             {"LISTEN_PID": "7", "LISTEN_FDS": "3", "LISTEN_FDNAMES": "admin:data:data"},
-            PassedSockets((4, 5), (3,)),
+            ([4, 5], [3]),
         ),
-        ({"LISTEN_PID": "7", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "admin"}, PassedSockets((), (3,))),
+        ({"LISTEN_PID": "7", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "admin"}, ([], [3])),
     ],
 )
 def test_passed_sockets(environment, passed):

@@ -14,6 +14,7 @@ from gup.log import ACCESS
 from gup.metrics import Counters
 from gup.server.access_log import AccessLog
 from gup.server.ranges import Span
+from gup.server.request import Request
 from gup.server.response import Response
 
 KEY = "any/any/{535CB6A4-441F-4E8A-A897-804CD859100E}/260801001/full.zip"
@@ -61,7 +62,7 @@ def told(log, **more):
 def answer(start=0, stop=100, length=100, **more):
     """A response with bytes `start` to `stop` of a body; without a body when `stop` is 0."""
     body = SimpleNamespace(head=SimpleNamespace(length=length)) if stop else None
-    facts = {"method": "GET", "result": "hit", "key": KEY, "kind": Kind.FULL, "status": 200} | more
+    facts = {"result": "hit", "key": KEY, "kind": Kind.FULL, "status": 200} | more
     return Response(head=b"", segments=(Span(start, stop),) if stop else (), body=body, **facts)
 
 
@@ -77,7 +78,7 @@ def answer(start=0, stop=100, length=100, **more):
         (answer(status=304, stop=0), 0, True, 0),
         (answer(result="error", status=502, stop=0, problem="upstream-unreachable"), 0, True, 0),
         (answer(result="refused", status=403, stop=0, problem="rule-refused"), 0, True, None),
-        (answer(method="HEAD", stop=0), 0, True, None),
+        (answer(request=Request("HEAD", b"/x", 1, (), True), stop=0), 0, True, None),
         (answer(key=None), 0, True, None),
     ],
 )
@@ -147,7 +148,13 @@ def test_hits_are_sampled_and_a_flood_of_refusals_is_not_one_of_lines(counters, 
         take(log, "10.0.0.1")
     assert [line.one_in for line in lines()] == [50, 50, 50]
     for _ in range(250):
-        refused = answer(key=None, result="refused", status=404, problem="not-content", target="/x")
+        refused = answer(
+            key=None,
+            result="refused",
+            status=404,
+            problem="not-content",
+            request=Request("GET", b"/x", 1, (), True),
+        )
         log.end("10.0.0.1", refused, 0, complete=True)
     assert len(lines()) == 103
     told(log)
@@ -181,7 +188,7 @@ def test_a_reload_changes_how_clients_are_called(counters):
 
 def test_what_is_used_missed_and_taken_is_told_once_a_second(counters):
     log = log_with(counters, "off")
-    log.connected("10.0.0.1")
+    log.connected.add("10.0.0.1")
     for stored in (True, True, False):
         log.begin("10.0.0.1", answer(stored=stored))
     log.begin("10.0.0.1", answer(kind=None, stop=0, result="error", status=502, problem="upstream-timeout"))

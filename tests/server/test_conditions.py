@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.server.conditions import Verdict, evaluate, range_allowed
+from gup.server.conditions import evaluate, range_allowed
 from gup.server.request import Request
 
 TAG = '"a"'
@@ -13,15 +13,15 @@ DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 SAME_DATE = "Sunday, 06-Nov-94 08:49:37 GMT"
 LATER = "Sun, 06 Nov 1994 08:49:38 GMT"
 
-SERVE, NOT_MODIFIED, FAILED = Verdict.SERVE, Verdict.NOT_MODIFIED, Verdict.FAILED
+SERVE, NOT_MODIFIED, FAILED = None, 304, 412
 
 
-def ask(*fields, method="GET"):
-    return Request(method, b"/", 1, (("host", "gup"), *fields), True)
+def ask(*fields):
+    return Request("GET", b"/", 1, (("host", "gup"), *fields), True)
 
 
 def test_without_conditions_there_is_nothing_to_decide():
-    assert evaluate(ask(), TAG, DATE) is SERVE
+    assert evaluate(ask(), TAG, DATE) is None
     assert range_allowed(ask(), TAG, DATE)
     assert range_allowed(ask(), None, None)
 
@@ -68,7 +68,7 @@ def test_without_conditions_there_is_nothing_to_decide():
     ],
 )
 def test_tags(field, value, etag, verdict):
-    assert evaluate(ask((field, value)), etag, None) is verdict
+    assert evaluate(ask((field, value)), etag, None) == verdict
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_tags(field, value, etag, verdict):
     ],
 )
 def test_dates(field, value, last_modified, verdict):
-    assert evaluate(ask((field, value)), TAG, last_modified) is verdict
+    assert evaluate(ask((field, value)), TAG, last_modified) == verdict
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,8 @@ def test_dates(field, value, last_modified, verdict):
         ([("if-modified-since", LATER), ("if-modified-since", LATER)], SERVE),
     ],
 )
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_the_order_of_precedence(fields, verdict, method):
-    assert evaluate(ask(*fields, method=method), TAG, DATE) is verdict
+def test_the_order_of_precedence(fields, verdict):
+    assert evaluate(ask(*fields), TAG, DATE) == verdict
 
 
 @pytest.mark.parametrize(
@@ -147,18 +146,18 @@ TAGS = st.text("abc,; W/", max_size=3).filter(lambda text: " " not in text).map(
 def test_a_list_matches_when_a_member_does(tags, etag):
     fields = [("if-none-match", ", ".join(tags))]
     found = etag in [tag.removeprefix("W/") for tag in tags]
-    assert (evaluate(ask(*fields), etag, None) is NOT_MODIFIED) == found
+    assert (evaluate(ask(*fields), etag, None) == NOT_MODIFIED) == found
 
 
 @given(st.text() | st.text('",W/ a*\t'), st.sampled_from(["if-match", "if-none-match", "if-range"]))
 def test_any_field_is_decided(value, field):
     request = ask((field, value))
-    assert evaluate(request, TAG, DATE) in Verdict
+    assert evaluate(request, TAG, DATE) in (SERVE, NOT_MODIFIED, FAILED)
     assert range_allowed(request, TAG, DATE) in (True, False)
 
 
 @pytest.mark.parametrize("value", [',"' * 8000, " ," * 8000, '"",' * 5000 + "x", "\t" * 16000, 'W/"' * 5000])
 def test_abuse_costs_little(value):
     began = time.process_time()
-    assert evaluate(ask(("if-none-match", value)), TAG, DATE) is SERVE
+    assert evaluate(ask(("if-none-match", value)), TAG, DATE) is None
     assert time.process_time() - began < 0.2

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,10 +29,12 @@ from gup.server.access_log import AccessLog
 from gup.server.connection import Connection, Context
 from gup.server.hot_cache import HotCache, HotRow
 from gup.server.poller import Poller
-from gup.server.response import HeadTemplate
+from gup.server.request import Request
+from gup.server.response import Serving, plan
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
 HITS = 50
+GET = Request("GET", TARGET, 1, (), keep_alive=True)
 
 
 def ask(client: int = 0, fields: bytes = b"") -> bytes:
@@ -91,7 +94,7 @@ class Plane:
             loop,
             Settings().listen,
             self.poller,
-            handler=None,
+            handler=SimpleNamespace(draining=False),
             hot_cache=self.hot_cache,
             downloads=None,
             access_log=self.log,
@@ -109,15 +112,10 @@ class Plane:
         return HotRow(
             entry=self.entry,
             kind=Kind.FULL,
-            key_text="key",
-            template=HeadTemplate(self.entry.head, "1.1 gup", "gup; hit", None),
-            download=False,
+            planned=plan(GET, self.entry.head, Serving("", "1.1 gup", 0, "gup; hit")).head,
             fresh_until=None,
-            validated_at=1000.0,
             sent_at=self.log.sent["cache"],
             stream_at=self.log.stream[0, "full"],
-            hit_at=self.log.requests["hit", 200],
-            part_hit_at=self.log.requests["hit", 206],
         )
 
     @property
@@ -177,41 +175,29 @@ def counted(function, calls):
     return call
 
 
+def ask_range(at):
+    return ask(at, b"Range: bytes=%d-%d\r\n" % (at * 512, at * 512 + 1023))
+
+
 # System calls, and functions of gup that are entered, at most two more than today. What leaves at once needs
 # no epoll_ctl and no look at the file; a body of few bytes is read once a second.
 COSTS = [
     pytest.param(4096, lambda _: ask(), {"recv": 1, "send": 1}, 12, id="the same head"),
     pytest.param(4096, ask, {"recv": 1, "send": 1}, 13, id="heads that differ"),
     pytest.param(65536, lambda _: ask(), {"recv": 1, "send": 1, "sendfile": 1}, 15, id="64 KiB"),
-    pytest.param(
-        65536,
-        lambda at: ask(at, b"Range: bytes=%d-%d\r\n" % (at * 512, at * 512 + 1023)),
-        {"recv": 1, "send": 1, "sendfile": 1},
-        18,
-        id="ranges",
-    ),
+    pytest.param(65536, ask_range, {"recv": 1, "send": 1, "sendfile": 1}, 18, id="ranges"),
 ]
 
 
 @pytest.mark.parametrize(("plane", "head", "cost", "entered"), COSTS, indirect=["plane"])
-async def test_system_calls_of_a_hit(plane, head, cost, entered):
-    del entered
-    for at in range(3):
-        assert plane.hit(head(at))
-    plane.calls.clear()
-    for at in range(HITS):
-        assert plane.hit(head(at)).startswith(b"HTTP/1.1 20")
-    assert plane.calls == {"epoll_wait": HITS, **{name: HITS * each for name, each in cost.items()}}
-    assert plane.hits == HITS + 3
-
-
-@pytest.mark.parametrize(("plane", "head", "cost", "entered"), COSTS, indirect=["plane"])
-async def test_calls_and_memory_of_a_hit(plane, head, cost, entered):
-    del cost
+async def test_system_calls_functions_and_memory_of_a_hit(plane, head, cost, entered):
     heads = [head(at) for at in range(HITS)]
     for text in heads:
-        plane.hit(text)
+        assert plane.hit(text).startswith(b"HTTP/1.1 20")
+    plane.calls.clear()
     assert calls_of(plane, heads) <= entered * HITS
+    assert plane.calls == {"epoll_wait": HITS, **{name: HITS * each for name, each in cost.items()}}
+    assert plane.hits == 2 * HITS
     plane.second()
     gc.collect()
     blocks = sys.getallocatedblocks()

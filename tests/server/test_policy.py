@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections import Counter
@@ -21,12 +22,13 @@ from gup.content.client_identity import Identities
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
 from gup.server.access_log import AccessLog
-from gup.server.admission import AddressCounts, Admission
-from gup.server.downloads import Downloads, MachineView
+from gup.server.admission import AddressCounts, Admission, address_file
+from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
 from gup.server.policy import Policy
+from gup.upstream.bandwidth import Turns
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
@@ -108,49 +110,22 @@ async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
-    means, loop, epoch = worker.means, asyncio.get_running_loop(), [0]
+    means, epoch = worker.means, [0]
     catalogue(means.store.run)
     hot_cache = HotCache(lambda: (epoch[0], means.store_epoch()), worker.cache.close_removed)
-    policy = Policy(
-        means.settings,
-        means.store.run,
-        means.counters,
-        means.executor,
-        lambda: epoch[0],
-        means.tell,
-        hot_cache.drop,
-        means.clock,
-    )
-    means.pool.lists = policy.lists
+    policy = Policy(means, lambda: epoch[0], hot_cache.drop)
+    means.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
     places = Claims(means.store.run / "downloads")
-    machine = MachineView(lambda: 0, lambda: 0, lambda: 0, [0], 0, lambda _since: None)
     slots = Slots(places, 0, lambda: 0)
-    downloads = Downloads(slots, lambda: means.settings.clients, means.counters, machine, loop)
-    names = ClientNames("full", b"0" * 16)
-    access_log = AccessLog(means.settings, means.counters, names, means.clock)
-    handler = Handler(
-        means,
-        worker.cache,
-        policy,
-        hot_cache,
-        downloads,
-        access_log,
-        node="test",
-    )
-    addresses = AddressCounts(means.store.run / "addresses", 0, 1)
+    none = lambda _name: lambda: 0  # noqa: E731
+    downloads = Downloads(slots, lambda: means.settings.clients, means.counters, none, Turns.alone())
+    access_log = AccessLog(means.settings, means.counters, ClientNames("full", b"0" * 16))
+    handler = Handler(means, worker.cache, policy, hot_cache, downloads, access_log, "test")
+    fd = address_file(1)
+    addresses = AddressCounts(fd, 0)
     admission = Admission(means.settings, means.counters, addresses, lambda: 1, most_here=100)
     listening = socket.create_server(("127.0.0.1", 0))
-    listener = Listener(
-        loop,
-        [listening],
-        means.settings,
-        handler,
-        hot_cache,
-        access_log,
-        downloads,
-        admission,
-        on_second=lambda _now: None,
-    )
+    listener = Listener([listening], means.settings, handler, admission, lambda _now: None)
     address = listening.getsockname()
     listener.start()
     try:
@@ -159,6 +134,7 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
         await listener.drain(1.0)
         await policy.close()
         addresses.close()
+        os.close(fd)
         places.close()
 
 
@@ -204,7 +180,8 @@ async def test_settings_that_changed_are_decided_by_from_the_next_request_on(pla
     changed = settings.model_dump(mode="json", by_alias=True)
     changed["rules"]["download_client_patches"] = False
     await plane.warm(PATCH, FRENCH)
-    plane.policy.apply(type(settings).model_validate(changed))
+    plane.worker.means.settings = type(settings).model_validate(changed)
+    plane.policy.apply()
     plane.epoch[0] += 1  # as the supervisor does
     (refused,) = await plane.get(PATCH, FRENCH)
     assert b'"rule": "client_patches_off"' in refused
