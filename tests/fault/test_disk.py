@@ -66,8 +66,8 @@ def refusing(tmp_path: Path) -> tuple[list[str], Callable[[str], Path], list[dic
     faults = {
         "no room for the part": [("open", part, "ENOSPC")],
         "no room at the first byte": [("pwrite", part, "ENOSPC")],
-        "quota in the middle": [("pwrite", part, "EDQUOT", 5)],
-        "error in the middle": [("pwrite", part, "EIO", 5)],
+        "quota in the middle": [("pwrite", part, "EDQUOT", 2)],
+        "error in the middle": [("pwrite", part, "EIO", 2)],
         "no room for sums": [("write", sums, "ENOSPC")],
         "no room for the state": [("open", "partial/*.state.tmp", "ENOSPC")],
         "half a state": [
