@@ -1,5 +1,6 @@
 """Files that settings and flags name: read whole, bounded, and what is wrong with one is said in words."""
 
+import contextlib
 import ssl
 from pathlib import Path
 
@@ -31,13 +32,10 @@ def trust(path: Path) -> ssl.SSLContext:
         text = read_file(path, PEM_BYTES)
     except FileError as error:
         raise FileError(f"{error}: {right}") from error
-    try:
+    with contextlib.suppress(ssl.SSLError, OSError, ValueError):
         context = ssl.create_default_context(cafile=path)
-        found = context.cert_store_stats()["x509"]
-    except (ssl.SSLError, OSError, ValueError):
-        found = 0
-    if found:
-        return context
+        if context.cert_store_stats()["x509"]:
+            return context
     raise FileError(f"{str(path)!r} {_lacking(text)}: {right}")
 
 

@@ -43,8 +43,8 @@ def write_all(fd: int, content: bytes | memoryview) -> None:
 def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write `content` beside `path`, readable by the owner only, and rename it there.
 
-    Readers see the old file or the whole new one; with `durable` also after a power cut. OSError leaves the
-    old one. One process at a time writes a path: the name of the new file is fixed, so nothing piles up.
+    Readers see the old file or the whole new one; with `durable` also after a power cut. One process at a
+    time writes a path: the new file's name is fixed, so nothing piles up.
     """
     os.close(replaced_file(path, content, durable=durable))
 
@@ -84,10 +84,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_range(fd: int, start: int, length: int = 1, *, wait: bool) -> None:
-    """Take the write lock of a range of bytes for the open file description (F_OFD_SETLK, fcntl(2)).
+    """Take the write lock of a range of bytes (F_OFD_SETLK, fcntl(2)); EAGAIN or EACCES when another has it.
 
-    The kernel frees it when the description is closed, however its processes end. OSError EAGAIN or EACCES
-    when another has it and `wait` is false.
+    The kernel frees it when the open file description is closed, however its processes end.
     """
     _ask(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, fcntl.F_WRLCK, start, length)
 
@@ -97,7 +96,7 @@ def unlock_range(fd: int, start: int, length: int = 1) -> None:
 
 
 def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
-    """Whether another description has a lock there at this moment."""
+    """Whether another description has a lock there."""
     answer = _ask(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 

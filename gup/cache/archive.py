@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -37,7 +37,7 @@ _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
 class ArchiveError(GupError):
-    """What was given is no archive of gup's, or of another format; the text says which."""
+    """No archive of gup's, or one of another format."""
 
 
 class Manifest(BaseModel):
@@ -87,7 +87,7 @@ def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> 
 
 
 def _sound(store: Store, key: ContentKey) -> tuple[Record, OpenFile]:
-    """The entry's record and its body, after all of it was compared; ValueError says what is wrong."""
+    """The entry, compared; ValueError says what is wrong."""
     record = store.load(key)
     if record is None:
         raise ValueError("there is no such entry")
@@ -128,17 +128,17 @@ def _record_name(key: ContentKey) -> str:
 
 def summary(file: Path) -> dict[str, Any]:
     """What the last member of a written archive says; ArchiveError when it was cut off."""
+    why = "the archive broke off before its end"
     try:
         with file.open("rb") as stream:
             archive = TarReader(stream)
-            while (member := archive.next()) is not None and member.name != LAST:
-                pass
-            if member is None:
-                raise ArchiveError("the archive broke off before its end")
-            ending = parse(archive.read(_MAX_LAST_BYTES + 1), LAST, _MAX_LAST_BYTES)
-            return read(TypeAdapter(Ending), ending, LAST).model_dump()
+            while (member := archive.next()) is not None:
+                if member.name == LAST:
+                    ending = parse(archive.read(_MAX_LAST_BYTES + 1), LAST, _MAX_LAST_BYTES)
+                    return read(TypeAdapter(Ending), ending, LAST).model_dump()
     except (TarError, InvalidError, OSError) as error:
-        raise ArchiveError(f"the archive broke off before its end: {error}") from error
+        raise ArchiveError(f"{why}: {error}") from error
+    raise ArchiveError(why)
 
 
 # --- reading
@@ -173,40 +173,37 @@ class _Source:
 
 
 class TarReader:
-    """Members in their order. `read` gives the content of the last one; what was not read is passed over.
+    """Members in their order. `read` gives the content of the last one; what was not read is skipped.
 
     tarfile would read headers of any size into memory: between two contents it is given so much and no more.
-    A stream that can seek is not read where it need not be.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._source = _Source(stream)
-        self._archive: Any = None
+        self._archive: Any = None  # made with the first member
         self._content: IO[bytes] | None = None
 
     def next(self) -> tarfile.TarInfo | None:
         """The next member; None at the end. TarError when it can't be read on."""
-        while not self._source.seeks and self.read(_PIECE_BYTES):
+        source = self._source
+        while not source.seeks and self.read(_PIECE_BYTES):
             pass
-        self._content, self._source.allowed = None, _MAX_HEADERS_BYTES
+        self._content, source.allowed = None, _MAX_HEADERS_BYTES
         try:
-            archive: Any = self._archive or self._open()
-            self._archive = archive
-            member: tarfile.TarInfo | None = archive.next()
-            archive.members = []  # or it would keep them all
+            if self._archive is None:
+                open_: Any = tarfile.open
+                self._archive = open_(
+                    fileobj=source, mode="r:" if source.seeks else "r|", bufsize=_READ_BYTES
+                )
+            member: tarfile.TarInfo | None = self._archive.next()
+            self._archive.members = []  # or it would keep them all
             if member is not None and member.isreg():
                 if member.issparse() or member.size < 0:
                     raise TarError("it has a sparse member, or one of a negative size")
-                self._content = archive.extractfile(member)
+                self._content = self._archive.extractfile(member)
         except _ODD as error:
             raise TarError(f"it has a damaged header, or is no tar archive: {quoted(str(error))}") from error
         return member
-
-    def _open(self) -> tarfile.TarFile:
-        source = cast(IO[bytes], self._source)
-        if self._source.seeks:
-            return tarfile.open(fileobj=source, mode="r:")
-        return tarfile.open(fileobj=source, mode="r|", bufsize=_READ_BYTES)
 
     def read(self, size_bytes: int) -> bytes:
         """So many bytes of the member's content, fewer at its end only; TarError when it is cut off."""
@@ -224,8 +221,8 @@ class TarReader:
 class Custody:
     """What an import needs of whoever owns the store, called from its thread.
 
-    `claim` takes a key's claim by its offset, `release` gives it back. `room` says why a body of so many
-    bytes can't be taken, "" when it can. `taken` is told of each entry that is there now.
+    `claim` and `release` take a key's offset. `room` tells why a body of so many bytes can't be taken, or "".
+    `taken` is told of each new entry.
     """
 
     claim: Callable[[int], bool]
@@ -236,10 +233,7 @@ class Custody:
 
 @dataclass(slots=True)
 class Imported:
-    """What became of an archive. Changed by its import only.
-
-    `complete` says whether the archive was read to its last member; `problem` why not.
-    """
+    """What became of an archive. `complete`: it was read to its last member; `problem`: why not."""
 
     imported: int = 0
     imported_bytes: int = 0
@@ -250,24 +244,23 @@ class Imported:
 
 
 class _NotTakenError(Exception):
-    """Why an entry was not taken."""
+    """Why a member was not taken."""
 
 
+@dataclass(slots=True)
 class Import:
     """One archive on its way into a store."""
 
-    def __init__(self, store: Store, custody: Custody, now: float) -> None:
-        self._store = store
-        self._custody = custody
-        self._now = now
-        self._record: Record | None = None
-        """The record whose body comes next."""
-        self._done = Imported()
+    store: Store
+    custody: Custody
+    now: float
+    _done: Imported = field(default_factory=Imported)
 
     def take(self, stream: IO[bytes]) -> Imported:
         """Take all that can be taken. ArchiveError, before anything is, when `stream` is no archive."""
         done, archive = self._done, TarReader(stream)
         _require_ours(archive)
+        record = None
         try:
             while not done.complete and (member := archive.next()) is not None:
                 if len(done.refused) >= _MOST_REFUSED:
@@ -275,25 +268,25 @@ class Import:
                     return done
                 done.complete = member.name == LAST
                 if not done.complete:
-                    self._member(archive, member)
+                    record = self._member(archive, member, record)
         except TarError as error:
             done.problem = f"the archive can't be read on: {error}"
         if not done.complete and done.problem is None:
             done.problem = "the archive ends before its last member: it was cut off"
         return done
 
-    def _member(self, archive: TarReader, member: tarfile.TarInfo) -> None:
-        record, self._record = self._record, None
+    def _member(self, archive: TarReader, member: tarfile.TarInfo, record: Record | None) -> Record | None:
+        """Take a member that comes after `record`'s. If it is a record itself, its body comes next."""
         name = member.name.removeprefix(_FOLDER)
         try:
             if member.isreg() and name != member.name and name.rpartition("/")[2].startswith("."):
-                self._record = _read_record(archive, member)
-            else:
-                self._body(archive, member, record)
+                return _read_record(archive, member)
+            self._body(archive, member, record)
         except _NotTakenError as error:
             self._refuse(name, str(error))
         except OSError as error:
             self._refuse(name, f"it can't be written: {error.strerror or error}")
+        return None
 
     def _refuse(self, name: str, why: str) -> None:
         """Anybody may have chosen the name: it is shown to people."""
@@ -305,40 +298,47 @@ class Import:
             raise _NotTakenError("neither a record nor a body")
         if record is None or member.name != _FOLDER + record.key.text:
             raise _NotTakenError("a body without its record before it")
-        store, key = self._store, record.key
-        if _is_there(store, key):
-            self._done.present += 1
+        store, key, custody = self.store, record.key, self.custody
+        if self._is_present(key):
             return
         if member.size != record.length:
             raise _NotTakenError(f"{member.size} bytes long instead of {record.length}")
-        if why := self._custody.room(record.length):
+        if why := custody.room(record.length):
             raise _NotTakenError(why)
         temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
         try:
-            if not _copied(archive, temporary, record):
-                raise _NotTakenError("damaged: its bytes are not those that were recorded")
-            if not self._custody.claim(key.claim_offset):
+            _copy(archive, temporary, record)
+            if not custody.claim(key.claim_offset):
                 raise _NotTakenError("it is being fetched at this moment")
             try:
-                if _is_there(store, key):
-                    self._done.present += 1
+                if self._is_present(key):
                     return
-                taken = _commit(temporary, record, store, self._now)
+                record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000))
+                store.drop_parts(key.id)
+                temporary.rename(store.part_path(key.id, record.generation))
+                store.commit(record)
+                store.drop_state(key.id)
             finally:
-                self._custody.release(key.claim_offset)
+                custody.release(key.claim_offset)
         finally:
             temporary.unlink(missing_ok=True)
         self._done.imported += 1
         self._done.imported_bytes += record.length
-        self._custody.taken(taken)
+        custody.taken(record)
+
+    def _is_present(self, key: ContentKey) -> bool:
+        """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""
+        present = any(map(os.path.lexists, (self.store.body_path(key), self.store.record_path(key))))
+        self._done.present += present
+        return present
 
 
 def _require_ours(archive: TarReader) -> None:
+    fields = None
     try:
         member = archive.next()
-        if member is None or member.name != FIRST or not member.isreg():
-            raise ArchiveError(_NOT_OURS)
-        fields = parse(archive.read(_MAX_FIRST_BYTES + 1), FIRST, _MAX_FIRST_BYTES)
+        if member is not None and member.name == FIRST and member.isreg():
+            fields = parse(archive.read(_MAX_FIRST_BYTES + 1), FIRST, _MAX_FIRST_BYTES)
     except (TarError, InvalidError) as error:
         raise ArchiveError(_NOT_OURS) from error
     if not isinstance(fields, dict) or "format" not in fields:
@@ -361,28 +361,12 @@ def _read_record(archive: TarReader, member: tarfile.TarInfo) -> Record:
     return record
 
 
-def _is_there(store: Store, key: ContentKey) -> bool:
-    """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""
-    return os.path.lexists(store.body_path(key)) or os.path.lexists(store.record_path(key))
-
-
-def _copied(content: TarReader, path: Path, record: Record) -> bool:
-    """Write the body to `path`; False when a chunk of it is not what was recorded."""
+def _copy(content: TarReader, path: Path, record: Record) -> None:
     sums, file = ChunkSums(), OpenFile(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     for wanted in record.sums:
         piece = content.read(CHUNK_BYTES)
         if sums.add(piece) not in ([], [wanted]):
-            return False
+            break
         write_all(file.fd, piece)
-    return sums.finish() == record.sums
-
-
-def _commit(temporary: Path, record: Record, store: Store, now: float) -> Record:
-    """Publish the body as a fill does. What lay unfinished of the key is of no use any more."""
-    generation = int(now * 1_000_000_000)
-    store.drop_parts(record.key.id)
-    temporary.rename(store.part_path(record.key.id, generation))
-    taken = replace(record, pinned=False, generation=generation)
-    store.commit(taken)
-    store.drop_state(record.key.id)
-    return taken
+    if sums.finish() != record.sums:
+        raise _NotTakenError("damaged: its bytes are not those that were recorded")

@@ -2,11 +2,10 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import astuple, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, PlainSerializer
 
 from gup.cache.body import read_whole
 from gup.cache.open_entries import Opened
@@ -46,33 +45,25 @@ class Kept:
     last_modified: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
+class _Document(BaseModel):
     upstreams: dict[str, Kept]
     format: Literal[1] = 1
-
-
-@cache
-def _model() -> TypeAdapter[_Document]:
-    return TypeAdapter(_Document)
 
 
 def read_kept(run: Path) -> dict[str, Kept]:
     """What is kept, by the upstream's name; empty when there is nothing, or it can't be read. Blocks."""
     try:
-        return _model().validate_json((run / FILE).read_bytes()).upstreams
+        return _Document.model_validate_json((run / FILE).read_bytes()).upstreams
     except (OSError, ValueError, TypeError):
         return {}
 
 
 def write_kept(run: Path, kept: dict[str, Kept]) -> None:
     """Replace the file, durably. OSError when the disk refuses: the old one stays. Blocks."""
-    replace_file(run / FILE, _model().dump_json(_Document(kept)))
+    replace_file(run / FILE, _Document(upstreams=kept).model_dump_json().encode())
 
 
 _CATALOG = Routes().route(CATALOG_PATH)
-
-
 Open = Callable[[Route, Variant], Awaitable[Opened]]
 """Cache.open."""
 

@@ -53,10 +53,8 @@ def is_chunk_sound(fd: int, record: Record, chunk: int) -> bool:
 
 def sound_chunks(fd: int, record: Record) -> int:
     """How many chunks from the first on are what was stored. Blocks for as long as reading them takes."""
-    for chunk in range(len(record.sums)):
-        if not is_chunk_sound(fd, record, chunk):
-            return chunk
-    return len(record.sums)
+    chunks = range(len(record.sums))
+    return next((chunk for chunk in chunks if not is_chunk_sound(fd, record, chunk)), len(chunks))
 
 
 def in_page_cache(fd: int, start: int, length: int) -> bool:

@@ -5,6 +5,7 @@ import errno
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,11 +27,7 @@ _SETTLE_SECONDS = 0.25
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
-    """The body can't be kept: it is too large, or no room could be made.
-
-    `disk`: for want of room on the disk, which others fill too, not because of cache.max_size. `too_large`:
-    it never can be.
-    """
+    """The body can't be kept: it is `too_large` for ever, or there is no room now, perhaps on the `disk`."""
 
     def __init__(self, detail: str, *, disk: bool = False, too_large: bool = False) -> None:
         super().__init__(detail)
@@ -38,34 +35,23 @@ class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
         self.too_large = too_large
 
 
+@dataclass(slots=True)
 class Space:
-    """Promises of room, kept over all workers.
+    """Promises of room, kept over all workers."""
 
-    `used()` is what bodies and unclaimed parts take plus what every worker has promised; `promise` changes
-    this worker's share of the latter. `need` tells the controller how much is to be evicted; if its flag is
-    set, whatever the figures say. `evictions()` changes when something was.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        max_size: Callable[[], int],
-        min_free: Callable[[], int],
-        used: Callable[[], int],
-        promise: Callable[[int], None],
-        need: Callable[[int, bool], None],
-        evictions: Callable[[], int],
-    ) -> None:
-        self._folder = folder
-        self._max_size = max_size
-        self._min_free = min_free
-        self._used = used
-        self._promise = promise
-        self._need = need
-        self._evictions = evictions
-        self._settling = 0
-        self._in_vain_until = 0.0
+    folder: Path
+    max_size: Callable[[], int]
+    min_free: Callable[[], int]
+    used: Callable[[], int]
+    """Bodies, unclaimed parts, and what every worker has promised; 0 as long as that is not known."""
+    promise: Callable[[int], None]
+    """Changes this worker's share of it."""
+    need: Callable[[int, bool], None]
+    """Tells the controller how much is to be evicted; if its flag is set, whatever the figures say."""
+    evictions: Callable[[], int]
+    """Changes when something was evicted."""
+    _settling: int = 0
+    _in_vain_until: float = 0.0
 
     async def reserve(self, amount_bytes: int, held_bytes: int) -> None:
         """Promise room, evicting if need be, to a body that has `held_bytes` already. Unstorable without.
@@ -77,32 +63,30 @@ class Space:
         if wanted > MAX_BODY_BYTES:
             detail = f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)"
             raise Unstorable(detail, too_large=True)
-        if wanted > self._max_size():
+        if wanted > self.max_size():
             raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)", too_large=True)
-        stored, made = self._used(), False  # 0 stored as long as it is not known
-        if not 0 < stored < self._short_on_disk(amount_bytes):
-            self._promise(amount_bytes)
+        if not 0 < self.used() < self._short_on_disk(amount_bytes):
+            self.promise(amount_bytes)
+            made = False
             try:
                 made = await self._made(
                     lambda: self._missing(amount_bytes),
-                    lambda missing: self._need(min(missing, amount_bytes), False),
+                    lambda missing: self.need(min(missing, amount_bytes), False),
                 )
             finally:
                 if not made:
-                    self._promise(-amount_bytes)
-        if not made and self._short_on_disk(amount_bytes) > 0:
+                    self.promise(-amount_bytes)
+            if made:
+                return
+        if self._short_on_disk(amount_bytes) > 0:
             raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
-        if not made:
-            raise Unstorable("no room could be made below cache.max_size")
+        raise Unstorable("no room could be made below cache.max_size")
 
     async def make_room(self) -> bool:
-        """Evict for a disk that is full though its figures told otherwise: a quota, inodes, another's files.
-
-        False when nothing was evicted in time.
-        """
-        before = self._evictions()
-        self._need(_MAKE_BYTES, True)
-        return await self._made(lambda: int(self._evictions() == before), lambda _: None)
+        """Evict for a disk that is full though its figures told otherwise (quota, inodes); whether it did."""
+        before = self.evictions()
+        self.need(_MAKE_BYTES, True)
+        return await self._made(lambda: int(self.evictions() == before), lambda _: None)
 
     async def _made(self, missing: Callable[[], int], ask: Callable[[int], None]) -> bool:
         """Wait until nothing is missing, as long as it gets less; False when it does not in time."""
@@ -123,8 +107,8 @@ class Space:
         return True
 
     def release(self, amount_bytes: int, *, committed: bool) -> None:
-        """Take a promise back. A committed body counts on here until the controller has surely counted it."""
-        self._promise(-amount_bytes)
+        """Take a promise back."""
+        self.promise(-amount_bytes)
         if committed:
             self._settle(amount_bytes)
             asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._settle, -amount_bytes)
@@ -133,14 +117,14 @@ class Space:
         self._settling += amount_bytes
 
     def _missing(self, amount_bytes: int) -> int:
-        over = self._used() + self._settling - self._max_size()
+        over = self.used() + self._settling - self.max_size()
         return max(over, self._short_on_disk(amount_bytes))
 
     def _short_on_disk(self, amount_bytes: int) -> int:
         """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""
         with told_apart():
-            disk = os.statvfs(self._folder)
-        return self._min_free() + amount_bytes - disk.f_bavail * disk.f_frsize
+            disk = os.statvfs(self.folder)
+        return self.min_free() + amount_bytes - disk.f_bavail * disk.f_frsize
 
 
 STEP_BYTES = 16 << 20
@@ -159,14 +143,13 @@ def refusal(error: DiskError | Unstorable) -> str:
 
 
 class Room:
-    """What one fill was promised. `promised` changes here alone."""
+    """What one fill was promised."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
         self._promised = 0
 
     async def reserve(self, amount: int) -> None:
-        """Have room for so many bytes more; Unstorable when there is none."""
         await self._space.reserve(amount, self._promised)
         self._promised += amount
 
@@ -176,7 +159,6 @@ class Room:
             await self.reserve(STEP_BYTES)
 
     def release(self, *, committed: bool) -> None:
-        """Give the promise back."""
         if self._promised:
             self._space.release(self._promised, committed=committed)
             self._promised = 0

@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 
 from gup.cache.records import Record
 from gup.cache.store import Store
@@ -27,22 +26,16 @@ _MARGIN_SECONDS = 5.0
 """A record's time is taken a moment before its body is in place, and clocks are set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(BaseModel):
     """The last sync: the boot of the machine it was made in, and its Unix time. 0: it failed."""
 
-    boot_id: str
-    at: float
+    boot_id: str = ""
+    at: float = 0.0
 
     def covers(self, record: Record) -> bool:
         """Whether no power cut since can have torn the record's body."""
         this_boot = self.at > 0 and self.boot_id == boot_id()
         return this_boot or record.stored_at <= self.at - _MARGIN_SECONDS
-
-
-@cache
-def _model() -> TypeAdapter[Mark]:
-    return TypeAdapter(Mark)
 
 
 def boot_id() -> str:
@@ -53,35 +46,33 @@ def boot_id() -> str:
 def read_mark(run: Path) -> Mark:
     """The mark as it is kept; one that covers nothing when there is none. Blocks."""
     try:
-        return _model().validate_json((run / _FILE).read_bytes())
+        return Mark.model_validate_json((run / _FILE).read_bytes())
     except (OSError, ValueError):
-        return Mark("", 0.0)
+        return Mark()
 
 
 def write_mark(run: Path, mark: Mark) -> None:
-    """Put the mark in place, atomically. Blocks; OSError."""
-    replace_file(run / _FILE, _model().dump_json(mark))
+    replace_file(run / _FILE, mark.model_dump_json().encode())
 
 
+@dataclass(slots=True)
 class Durability:
     """Syncs every `interval()` seconds if `committed()`, a count, has changed; in the controller."""
 
-    def __init__(self, store: Store, interval: Callable[[], float], committed: Callable[[], int]) -> None:
-        self._store = store
-        self._interval = interval
-        self._committed = committed
-        self._synced_count = -1
-        self._failed = False
+    store: Store
+    interval: Callable[[], float]
+    committed: Callable[[], int]
+    _synced_count: int = -1
+    _failed: bool = False
 
     async def run(self) -> None:
-        """Until cancelled."""
         while True:
             await self.sync()
-            await asyncio.sleep(max(self._interval(), 0.1))
+            await asyncio.sleep(max(self.interval(), 0.1))
 
     async def sync(self) -> None:
         """Sync if something was committed since the last time. A refusal is told once, and tried again."""
-        count = self._committed()
+        count = self.committed()
         if count == self._synced_count:
             return
         try:
@@ -94,10 +85,9 @@ class Durability:
             self._failed, self._synced_count = False, count
 
     def _sync(self) -> None:
-        began = time.time()
+        mark, began = Mark(boot_id=boot_id()), time.time()
         try:
-            sync_file_system(self._store.root)
-        except OSError:
-            write_mark(self._store.run, Mark(boot_id(), 0.0))
-            raise
-        write_mark(self._store.run, Mark(boot_id(), began))
+            sync_file_system(self.store.root)
+            mark.at = began
+        finally:
+            write_mark(self.store.run, mark)

@@ -23,7 +23,7 @@ from gup.content.key import ContentKey
 class Finding:
     """One thing that is wrong. `path` is below the cache directory; `where` the metric's label, or "stray".
 
-    `key` is None for what belongs to no key that could be read; `id` names a part.
+    `key` is None where no key could be read; `id` names a part.
     """
 
     where: str
@@ -35,9 +35,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The names in a cache directory, by what they are. `strays` are files that gup did not put there, or
-    that a process which died left; `ids` are those of parts and states.
-    """
+    """What is in a cache directory. `ids`: of parts and states; `strays`: foreign files, and leftovers."""
 
     keys: list[ContentKey]
     ids: list[str]
@@ -85,22 +83,22 @@ def _age_seconds(path: Path) -> float:
         return -1.0  # gone
 
 
-def _finding(
-    store: Store, where: str, path: Path, detail: str, key: ContentKey | None = None, id_: str = ""
-) -> list[Finding]:
-    return [Finding(where, str(path.relative_to(store.root)), detail, key, id_)] if detail else []
-
-
 def check_entry(store: Store, key: ContentKey) -> list[Finding]:
     """What is wrong with a body and its record. Reads all of the body."""
-    body = store.body_path(key)
+    where, path, wrong = "record", store.body_path(key), ""
     try:
         record = store.load(key)
+        if record is not None:
+            where, wrong = "body", _wrong_with_body(store, record)
+        elif os.path.lexists(path):
+            wrong = "a body without a record"
     except ValueError as error:
-        return _finding(store, "record", store.record_path(key), f"a damaged record: {error}", key)
-    if record is not None:
-        return _finding(store, "body", body, _wrong_with_body(store, record), key)
-    return _finding(store, "record", body, "a body without a record" if os.path.lexists(body) else "", key)
+        path, wrong = store.record_path(key), f"a damaged record: {error}"
+    return [Finding(where, _name(store, path), wrong, key)] if wrong else []
+
+
+def _name(store: Store, path: Path) -> str:
+    return str(path.relative_to(store.root))
 
 
 def _wrong_with_body(store: Store, record: Record) -> str:
@@ -117,7 +115,7 @@ def _wrong_with_body(store: Store, record: Record) -> str:
 
 
 def _what_is(path: Path) -> str:
-    """What stands in a body's place, for people."""
+    """What stands in a body's place."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
@@ -130,38 +128,36 @@ def _what_is(path: Path) -> str:
 
 def check_part(store: Store, id_: str) -> list[Finding]:
     """What is wrong with the parts and the state of one key."""
+    state_name = _name(store, store.state_path(id_))
     try:
         state = store.load_state(id_)
     except ValueError as error:
-        return _finding(store, "state", store.state_path(id_), f"a damaged state: {error}", None, id_)
-    found = []
-    generations = store.generations(id_)
+        return [Finding("state", state_name, f"a damaged state: {error}", id=id_)]
+    found, generations = [], store.generations(id_)
     key = state.key if state is not None else None
     for generation in generations:
-        part = store.part_path(id_, generation)
+        part, wrong = store.part_path(id_, generation), ""
         if state is None:
-            why = "a part without its state"
+            wrong = "a part without its state"
         elif generation != state.generation:
-            why = "a part of an older generation"
+            wrong = "a part of an older generation"
         else:
-            why = _wrong_with_part(store, id_, generation)
-        found += _finding(store, "part", part, why, key, id_)
+            try:
+                salvage = survey(*store.part_paths(id_, generation))
+                if not salvage.whole:
+                    wrong = f"right up to byte {salvage.verified} of {salvage.size} only"
+            except OSError as error:
+                wrong = f"it can't be read: {error.strerror}"
+        if wrong:
+            found.append(Finding("part", _name(store, part), wrong, key, id_))
     if state is not None and state.phase is Phase.STREAMING and state.generation not in generations:
-        found += _finding(store, "state", store.state_path(id_), "a state without its part", key, id_)
+        found.append(Finding("state", state_name, "a state without its part", key, id_))
     return found
-
-
-def _wrong_with_part(store: Store, id_: str, generation: int) -> str:
-    try:
-        salvage = survey(*store.part_paths(id_, generation))
-    except OSError as error:
-        return f"it can't be read: {error.strerror}"
-    return "" if salvage.whole else f"right up to byte {salvage.verified} of {salvage.size} only"
 
 
 def check_stray(store: Store, path: Path) -> list[Finding]:
     """The finding for a stray name, if it is still there."""
-    return _finding(store, "stray", path, "nobody's file" if os.path.lexists(path) else "")
+    return [Finding("stray", _name(store, path), "nobody's file")] if os.path.lexists(path) else []
 
 
 def put_right(store: Store, finding: Finding, *, alone: bool) -> None:

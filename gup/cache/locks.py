@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gup.fsutil import is_range_locked, lock_range, unlock_range
@@ -51,11 +52,10 @@ class Claims:
             unlock_range(self._fd, offset)
 
     def held(self, offset: int) -> bool:
-        """Whether this process holds the claim."""
         return offset in self._held
 
     def taken(self, offset: int) -> bool:
-        """Whether any process holds the claim at this moment."""
+        """Whether any process holds the claim now."""
         return offset in self._held or is_range_locked(self._fd, offset)
 
     def any_taken(self, first: int, count: int) -> bool:
@@ -69,31 +69,27 @@ class Claims:
         self._held.clear()
 
 
+@dataclass(frozen=True, slots=True)
 class Slots:
-    """`count()` byte locks from `first` on: each is one place, freed by the kernel if its holder dies."""
+    """`count()` byte locks from `first` on: each is one slot, freed by the kernel if its holder dies."""
 
-    def __init__(self, claims: Claims, first: int, count: Callable[[], int]) -> None:
-        self._claims = claims
-        self._first = first
-        self._count = count
-
-    def count(self) -> int:
-        """How many places there are, taken or not."""
-        return self._count()
+    claims: Claims
+    first: int
+    count: Callable[[], int]
 
     def try_take(self, most: int | None = None) -> int | None:
-        """A place, if one is free this instant; with `most`, one of the first so many."""
-        count = self._count() if most is None else min(most, self._count())
-        for place in range(self._first, self._first + count):
-            if self._claims.try_claim(place):
-                return place
-        return None
+        """A slot, if one is free this instant; with `most`, one of the first so many."""
+        count = self.count() if most is None else min(most, self.count())
+        return next(
+            (slot for slot in range(self.first, self.first + count) if self.claims.try_claim(slot)), None
+        )
 
-    def give_back(self, place: int) -> None:
-        self._claims.release(place)
+    def give_back(self, slot: int) -> None:
+        self.claims.release(slot)
 
     def taken(self) -> int:
-        """How many places all processes hold at this moment: a system call for each, if there are any."""
-        if not self._claims.any_taken(self._first, self._count()):
+        """How many slots all processes hold at this moment: a system call for each, if there are any."""
+        first, count = self.first, self.count()
+        if not self.claims.any_taken(first, count):
             return 0
-        return sum(self._claims.taken(place) for place in range(self._first, self._first + self._count()))
+        return sum(self.claims.taken(slot) for slot in range(first, first + count))

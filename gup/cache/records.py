@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class ChunkSums:
-    """Sums a body as it is written, piece after piece (xxh3-64 of each chunk)."""
+    """Sums a body as it is written: xxh3-64 of each chunk."""
 
     def __init__(self, done: list[int] | None = None) -> None:
         self.done: list[int] = done or []
@@ -32,7 +32,7 @@ class ChunkSums:
         self._open_bytes = 0
 
     def add(self, piece: bytes | memoryview) -> list[int]:
-        """Sum `piece`; the sums of the chunks that it completed."""
+        """The sums of the chunks that `piece` completes."""
         rest, before = memoryview(piece), len(self.done)
         while rest:
             part = rest[: CHUNK_BYTES - self._open_bytes]
@@ -45,11 +45,11 @@ class ChunkSums:
         return self.done[before:]
 
     def finish(self) -> tuple[int, ...]:
-        """The sums of all that was added, that of a last short chunk included."""
+        """All sums, that of a last short chunk included."""
         return (*self.done, self._open.intdigest()) if self._open_bytes else tuple(self.done)
 
     def foretold(self, pieces: list[memoryview]) -> list[int]:
-        """The sums that adding `pieces`, the body's last, would bring about; nothing is added."""
+        """What `finish` would tell after adding `pieces`; nothing is added."""
         other = ChunkSums()
         other._open, other._open_bytes = self._open.copy(), self._open_bytes
         for piece in pieces:
@@ -114,19 +114,17 @@ _Path = Annotated[str, Field(max_length=8193)]
 _Key = Annotated[ContentKey, PlainValidator(ContentKey.parse), PlainSerializer(lambda key: key.text)]
 
 
-def _kept(text: str | None, pattern: str) -> str | None:
-    """A header field's value as a record can keep it; None for what it can't: too long, or no such value."""
-    return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None
-
-
 def _unpack_sums(text: object) -> tuple[int, ...]:
     if not isinstance(text, str) or len(text) % 16 or not re.fullmatch("[0-9a-f]*", text):
         raise InvalidError(f"must be 16 hexadecimal digits a chunk, not {shown(text)}")
     return tuple(int(text[at : at + 16], 16) for at in range(0, len(text), 16))
 
 
-def _pack_sums(sums: tuple[int, ...]) -> str:
-    return "".join(f"{value:016x}" for value in sums)
+_Sums = Annotated[
+    tuple[int, ...],
+    PlainValidator(_unpack_sums),
+    PlainSerializer(lambda sums: "".join(f"{value:016x}" for value in sums)),
+]
 
 
 def _require_path(path: str, key: ContentKey, model: str) -> None:
@@ -136,10 +134,10 @@ def _require_path(path: str, key: ContentKey, model: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What clients are told of a body, fixed when the first upstream response's head is known.
+    """What clients are told of a body, fixed with the first upstream response's head.
 
-    `etag` is ours, with quotes, None while the length is unknown; `upstream_etag` and `last_modified` are the
-    upstream's validators (the first kept only when strong).
+    `etag` is ours, None while the length is unknown; `upstream_etag` (if strong) and `last_modified` are the
+    upstream's validators.
     """
 
     length: _Length | None
@@ -155,7 +153,7 @@ class Record(Head):
     """A committed body. Times are Unix seconds.
 
     `generation` is the body file's modification time in ns: it ties the two together. `path` is what upstream
-    was asked for, "" in records of before it was kept.
+    was asked for, "" in old records.
     """
 
     length: _Length
@@ -166,24 +164,17 @@ class Record(Head):
     validated_at: Time
     pinned: Flag
     generation: Count
-    sums: Annotated[tuple[int, ...], PlainValidator(_unpack_sums), PlainSerializer(_pack_sums)]
+    sums: _Sums
     path: _Path = ""
 
     @classmethod
     def of(
-        cls,
-        key: ContentKey,
-        kind: Kind,
-        head: Head,
-        sums: tuple[int, ...],
-        now: float,
-        generation: int,
-        path: str = "",
+        cls, key: ContentKey, kind: Kind, head: Head, sums: _Sums, now: float, generation: int, path: str
     ) -> "Record":
         """The record of a body that has just been written whole."""
         told: dict[str, Any] = {name: getattr(head, name) for name in Head.__slots__}
-        told |= {"stored_at": now, "validated_at": now}
-        return cls(**told, key=key, kind=kind, pinned=False, generation=generation, sums=sums, path=path)
+        told |= {"stored_at": now, "validated_at": now, "pinned": False, "path": path}
+        return cls(**told, key=key, kind=kind, generation=generation, sums=sums)
 
     @property
     def head(self) -> Head:
@@ -196,9 +187,8 @@ class Record(Head):
 
     def fits(self, body: os.stat_result) -> bool:
         """Whether this file can be the body: its length, and its time as far as the file system keeps it."""
-        if body.st_size != self.length:
-            return False
-        return any(self.generation // step * step == body.st_mtime_ns for step in _TIME_STEPS_NS)
+        times = (self.generation // step * step for step in _TIME_STEPS_NS)
+        return body.st_size == self.length and body.st_mtime_ns in times
 
     def is_same_body(self, other: "Record") -> bool:
         """Whether both tell of one body: neither of another generation, nor of one put in its place."""
@@ -228,7 +218,7 @@ class Record(Head):
 
 @cache
 def _record_model() -> TypeAdapter[Record]:
-    """Made when it is first used: a process that starts does not wait 4 ms for it."""
+    """Made when it is first used: it takes 4 ms."""
     return TypeAdapter(Record)
 
 
@@ -276,14 +266,18 @@ def _known_problem(slug: str) -> str:
 class Failure:
     """What to answer, and for how long: nobody asks upstream before it ends.
 
-    `until` is on the machine's monotonic clock (shared by processes, untouched by clock changes); `ttl`
-    bounds it, since that clock starts anew at boot.
+    `until` is on the monotonic clock, which all processes share; `ttl` bounds it, since that clock starts
+    anew at boot.
     """
 
     slug: Annotated[str, AfterValidator(_known_problem)]
     detail: _Detail
     ttl: Time
     until: Time
+
+    @classmethod
+    def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
+        return cls(problem.slug, plain_text(problem.detail, _MAX_DETAIL), ttl, monotonic_now + ttl)
 
     def stands(self, monotonic_now: float) -> bool:
         return 0 < self.until - monotonic_now <= self.ttl
@@ -293,21 +287,16 @@ class Failure:
         retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
         return Problem(self.slug, self.detail, retry_after_seconds=retry)
 
-    @classmethod
-    def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
-        return cls(problem.slug, plain_text(problem.detail, _MAX_DETAIL), ttl, monotonic_now + ttl)
-
 
 Told = tuple[_Detail | None, _Detail | None, Count | None]
 """ETag, Last-Modified and length, by which an upstream's body is known again."""
 
 
 class Hold(NamedTuple):
-    """One upstream that is not to be asked for a key for now. Times are on the monotonic clock.
+    """One upstream that is not to be asked for a key until `until` (monotonic), `wait` seconds in all.
 
-    It is asked again at `until`, `wait` seconds after the hold began. `told` is what it told of a body that
-    was found wrong; its body is not read while it tells the same, until `forgotten_at`. `times` counts how
-    often it was found wrong.
+    `told` is what it told of a body that was found wrong, `times` in all: its body is not read while it tells
+    the same, until `forgotten_at`.
     """
 
     upstream: _Detail
@@ -318,12 +307,11 @@ class Hold(NamedTuple):
     forgotten_at: Time = 0.0
 
     def seconds_left(self, monotonic_now: float) -> float:
-        """Time until the upstream may be asked; 0: now. A clock that began anew at boot ends it."""
+        """Until the upstream may be asked. A clock that began anew at boot ends it."""
         left = self.until - monotonic_now
         return left if 0 < left <= self.wait else 0.0
 
     def remembers(self, monotonic_now: float) -> bool:
-        """Whether it is of any use still."""
         return self.seconds_left(monotonic_now) > 0 or 0 < self.forgotten_at - monotonic_now <= MEMORY_SECONDS
 
 
@@ -392,8 +380,12 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
     """What clients are told of a body that `remote` announces.
 
     Its strong ETag is made of key, length and the first response's validators; of chance if it has none, or
-    if they do not tell it from other bytes that were known under them (`changed`).
+    other bytes were known under them (`changed`).
     """
+
+    def kept(text: str | None, pattern: str) -> str | None:
+        return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None
+
     etag = None
     if remote.length is not None:
         validator = (not changed and (remote.etag or remote.last_modified)) or secrets.token_hex(16)
@@ -402,10 +394,10 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
     return Head(
         length=remote.length,
         etag=etag,
-        content_type=_kept(remote.content_type, _FIELD) or "application/octet-stream",
-        last_modified=_kept(remote.last_modified, _FIELD),
+        content_type=kept(remote.content_type, _FIELD) or "application/octet-stream",
+        last_modified=kept(remote.last_modified, _FIELD),
         upstream=remote.upstream,
-        upstream_etag=_kept(remote.etag, _TAG),
+        upstream_etag=kept(remote.etag, _TAG),
     )
 
 

@@ -65,7 +65,7 @@ class OpenFile:
 class Store:
     """The files below one cache directory. Whoever changes an entry holds its key's claim.
 
-    `claims` are those of this process, if any: then that is asserted. Without them nobody else is at work.
+    That is asserted with `claims`, those of this process; without them nobody else is at work.
     """
 
     def __init__(self, root: Path, claims: Claims | None = None) -> None:
@@ -109,7 +109,6 @@ class Store:
         return record
 
     def load_or_none(self, key: ContentKey) -> Record | None:
-        """The key's record; None too when it is damaged."""
         try:
             return self.load(key)
         except ValueError:
@@ -136,8 +135,8 @@ class Store:
     def save(self, record: Record, *, durable: bool = False) -> None:
         """Put the record in place, atomically; `durable`: so that no power cut takes it back.
 
-        One that takes another's place is synced before: a file system may have the new name without the new
-        bytes after a power cut. OSError when the disk refuses.
+        One that replaces another is synced first: after a power cut a file system may have the new name
+        without the new bytes.
         """
         self._require_claim(record.key)
         path = self.record_path(record.key)
@@ -159,11 +158,10 @@ class Store:
 
     def touch(self, key: ContentKey, used_at: float) -> None:
         """Note the last use (Unix seconds) where it outlives a lost index: the record file's times."""
-        with contextlib.suppress(OSError):  # gone, or on a disk that takes nothing now
+        with contextlib.suppress(OSError):
             os.utime(self.record_path(key), (used_at, used_at))
 
     def set_time(self, path: Path, record: Record) -> None:
-        """Give a file that has the recorded bytes the recorded time."""
         os.utime(path, ns=(time.time_ns(), record.generation))
 
     def remove(self, key: ContentKey) -> int:
@@ -205,7 +203,7 @@ class Store:
 
     def stored(self, key: ContentKey) -> Stored | None:
         """The body as a scan finds it; None when there is none."""
-        try:
+        with contextlib.suppress(OSError):
             try:
                 found = self.body_path(key).stat()
             except FileNotFoundError:
@@ -214,11 +212,10 @@ class Store:
             if record is None or not record.fits(found):
                 return Stored(key, None, found.st_size, found.st_mtime)
             return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
-        except OSError:
-            return None
+        return None
 
     def prune(self) -> None:
-        """Remove folders in which nothing is: a crash may come between a body and its folder."""
+        """Remove empty folders: a crash may come between a body and its folder."""
         for folder, _, _ in os.walk(self.content, topdown=False):
             if folder != str(self.content):
                 with contextlib.suppress(OSError):
@@ -234,7 +231,6 @@ class Store:
         return self.partial / f"{id_}.{generation}.sums"
 
     def part_paths(self, id_: str, generation: int) -> tuple[Path, Path]:
-        """The part and its sums."""
         return self.part_path(id_, generation), self.sums_path(id_, generation)
 
     def state_path(self, id_: str) -> Path:
@@ -251,14 +247,13 @@ class Store:
         return state
 
     def save_state(self, state: FillState) -> None:
-        """Put the state in place, atomically."""
         self._put(self.state_path(state.key.id), state.encode(), sync=False)
 
     def drop_state(self, id_: str) -> None:
         unlink(self.state_path(id_))
 
     def drop_part(self, id_: str, generation: int) -> int:
-        """Remove a part and its sums; bytes freed."""
+        """Remove a part and its sums; bytes freed. The caller holds the claim."""
         part, sums = self.part_paths(id_, generation)
         freed = part.stat().st_size if part.is_file() else 0
         unlink(part)
@@ -266,7 +261,7 @@ class Store:
         return freed
 
     def drop_parts(self, id_: str) -> int:
-        """Remove every part of a key; bytes freed. The caller holds the claim."""
+        """Remove every part of a key; bytes freed."""
         return sum(self.drop_part(id_, generation) for generation in self.generations(id_))
 
     def drop_journal(self, id_: str, generation: int) -> None:
@@ -299,10 +294,7 @@ class Store:
         return replaced
 
     def finish_commit(self, record: Record) -> bool:
-        """Put the part of the record's generation in its body's place, if it is there and sound.
-
-        Blocks for as long as reading the part takes.
-        """
+        """Put the part of the record's generation in its body's place, if it is there and sound."""
         self._require_claim(record.key)
         part = self.part_path(record.key.id, record.generation)
         try:
@@ -341,25 +333,16 @@ class Store:
             id_, _, rest = name.partition(".")
             number = rest.removesuffix(".part")
             generation = int(number) if number != rest and number.isdecimal() else 0
-            if len(id_) == 32 and (generation or (rest == "state" and id_ not in with_part)):
-                with contextlib.suppress(OSError):
-                    stat = (self.partial / name).stat()
-                    claimed = claims is not None and claims.taken(int(id_[:16], 16) >> 2)
-                    size = stat.st_size if generation else 0
-                    rows.append(Part(id_, generation, size, stat.st_mtime, claimed, self._state_or_none(id_)))
+            if len(id_) != 32 or not (generation or (rest == "state" and id_ not in with_part)):
+                continue
+            with contextlib.suppress(OSError):  # gone
+                stat, state = (self.partial / name).stat(), None
+                with contextlib.suppress(ValueError, OSError):
+                    state = self.load_state(id_)
+                claimed = claims is not None and claims.taken(int(id_[:16], 16) >> 2)
+                size = stat.st_size if generation else 0
+                rows.append(Part(id_, generation, size, stat.st_mtime, claimed, state))
         return rows
-
-    def _state_or_none(self, id_: str) -> FillState | None:
-        try:
-            return self.load_state(id_)
-        except (ValueError, OSError):
-            return None
-
-    def remove_part(self, part: Part) -> None:
-        """Remove a part with its state. The caller holds the key's claim or knows it free."""
-        if part.generation:
-            self.drop_part(part.id, part.generation)
-        self.drop_state(part.id)
 
     # --- files
 

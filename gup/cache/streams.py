@@ -35,7 +35,7 @@ class Streams:
                 self._numbers.clear()
             try:
                 self._numbers[name] = self._find(name)
-            except OSError:  # a full disk: its bytes count as those of any other, until there is room
+            except OSError:  # a full disk: it counts as any other until there is room
                 return MAX_STREAMS
         return self._numbers[name]
 

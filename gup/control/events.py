@@ -29,7 +29,7 @@ from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
 from gup.control.index import Count, Time
 from gup.errors import PROBLEMS, quoted
-from gup.jsonmodel import InvalidError, parse, plain_text, shown, text
+from gup.jsonmodel import InvalidError, parse, plain_text, shown
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000
@@ -40,7 +40,11 @@ _parsed_key = lru_cache(maxsize=4096)(ContentKey.parse)
 
 
 def _key(value: object) -> ContentKey:
-    return value if isinstance(value, ContentKey) else _parsed_key(text(value, "a key", _MAX_KEY))
+    if isinstance(value, ContentKey):
+        return value
+    if not isinstance(value, str) or len(value) > _MAX_KEY:
+        raise InvalidError(f"a key must be a text of at most {_MAX_KEY} characters, not {shown(value)}")
+    return _parsed_key(value)
 
 
 def _normal(moniker: str) -> str:

@@ -312,10 +312,11 @@ def remove_part(store: Store, part: Part) -> bool:
             return False
     except FileNotFoundError:
         return False
-    if part.generation and _is_of_another(part, store):
+    keeps_state = part.generation and _is_of_another(part, store)
+    if part.generation:
         store.drop_part(part.id, part.generation)
-    else:
-        store.remove_part(part)
+    if not keeps_state:
+        store.drop_state(part.id)
     return True
 
 

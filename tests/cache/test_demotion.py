@@ -261,7 +261,7 @@ async def test_a_file_that_was_changed_under_a_reader_is_doubted(tmp_path, upstr
 async def test_the_scrub_mode_trusts_what_it_opens_until_somebody_looks(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
         body = await filled(one, upstream, until)
-        write_mark(one.means.store.run, Mark(boot_id(), 1.0))
+        write_mark(one.means.store.run, Mark(boot_id=boot_id(), at=1.0))
         flip(body, 2 * CHUNK_BYTES)
         opened = await one.open(FILE)
         assert await read(opened.body) != BODY

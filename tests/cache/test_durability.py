@@ -76,7 +76,7 @@ async def test_in_every_mode_what_a_power_cut_may_have_torn_is_compared(
     """With `scrub` a flipped byte of an entry that the mark covers is sent: it is not looked at."""
     async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
         record = await stored(one, upstream, until)
-        mark = Mark(boot or boot_id(), record.stored_at - ago)
+        mark = Mark(boot_id=boot or boot_id(), at=record.stored_at - ago)
         durability.write_mark(one.means.store.run, mark)
         flip(only((tmp_path / "content").rglob("full.dax")), 1000)
         opened = await one.open(FILE)

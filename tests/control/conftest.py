@@ -43,7 +43,7 @@ def commit(store: Store, key: ContentKey, body: bytes, kind: Kind = Kind.FULL, a
     sums = ChunkSums()
     sums.add(body)
     head = Head(len(body), f'"{key.id[:8]}"', "application/zip", None, "manager", None)
-    record = Record.of(key, kind, head, sums.finish(), at, generation)
+    record = Record.of(key, kind, head, sums.finish(), at, generation, "")
     store.commit(record)
     store.touch(key, at)
     return record

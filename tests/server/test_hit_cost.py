@@ -153,7 +153,9 @@ def entry(folder, executor, length) -> Entry:
     sums.add(body)
     route = Routes().route(TARGET.decode())
     head = Head(length, '"e"', "application/zip", None, "upstream", None)
-    record = Record.of(route.key(Variant()), route.kind, head, sums.finish(), 1.0, path.stat().st_mtime_ns)
+    record = Record.of(
+        route.key(Variant()), route.kind, head, sums.finish(), 1.0, path.stat().st_mtime_ns, ""
+    )
     return Entry(record, OpenFile(path), executor, lambda _: None, trusting=True)
 
 
