@@ -37,7 +37,7 @@ _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
 class ArchiveError(GupError):
-    """No archive of gup's, or one of another format."""
+    """Why an archive, or a member of it, is not taken."""
 
 
 class Manifest(BaseModel):
@@ -243,10 +243,6 @@ class Imported:
     problem: str | None = None
 
 
-class _NotTakenError(Exception):
-    """Why a member was not taken."""
-
-
 @dataclass(slots=True)
 class Import:
     """One archive on its way into a store."""
@@ -282,7 +278,7 @@ class Import:
             if member.isreg() and name != member.name and name.rpartition("/")[2].startswith("."):
                 return _read_record(archive, member)
             self._body(archive, member, record)
-        except _NotTakenError as error:
+        except ArchiveError as error:
             self._refuse(name, str(error))
         except OSError as error:
             self._refuse(name, f"it can't be written: {error.strerror or error}")
@@ -295,21 +291,21 @@ class Import:
 
     def _body(self, archive: TarReader, member: tarfile.TarInfo, record: Record | None) -> None:
         if not member.isreg() or not member.name.startswith(_FOLDER):
-            raise _NotTakenError("neither a record nor a body")
+            raise ArchiveError("neither a record nor a body")
         if record is None or member.name != _FOLDER + record.key.text:
-            raise _NotTakenError("a body without its record before it")
+            raise ArchiveError("a body without its record before it")
         store, key, custody = self.store, record.key, self.custody
         if self._is_present(key):
             return
         if member.size != record.length:
-            raise _NotTakenError(f"{member.size} bytes long instead of {record.length}")
+            raise ArchiveError(f"{member.size} bytes long instead of {record.length}")
         if why := custody.room(record.length):
-            raise _NotTakenError(why)
+            raise ArchiveError(why)
         temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
         try:
             _copy(archive, temporary, record)
             if not custody.claim(key.claim_offset):
-                raise _NotTakenError("it is being fetched at this moment")
+                raise ArchiveError("it is being fetched at this moment")
             try:
                 if self._is_present(key):
                     return
@@ -355,9 +351,9 @@ def _read_record(archive: TarReader, member: tarfile.TarInfo) -> Record:
     try:
         record = Record.decode(archive.read(MAX_RECORD_BYTES + 1))
     except InvalidError as error:
-        raise _NotTakenError(f"a damaged record: {error}; export the entry again") from error
+        raise ArchiveError(f"a damaged record: {error}; export the entry again") from error
     if member.name != _record_name(record.key):
-        raise _NotTakenError("a record under another entry's name")
+        raise ArchiveError("a record under another entry's name")
     return record
 
 
@@ -369,4 +365,4 @@ def _copy(content: TarReader, path: Path, record: Record) -> None:
             break
         write_all(file.fd, piece)
     if sums.finish() != record.sums:
-        raise _NotTakenError("damaged: its bytes are not those that were recorded")
+        raise ArchiveError("damaged: its bytes are not those that were recorded")

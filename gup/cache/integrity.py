@@ -8,13 +8,12 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gup.cache.chunks import read_aside, sound_chunks
 from gup.cache.part_file import survey
-from gup.cache.records import CHUNK_BYTES, Phase, Record
-from gup.cache.recovery import demoted
+from gup.cache.records import CHUNK_BYTES, FillState, Phase, Record
 from gup.cache.store import Store, unlink
 from gup.content.key import ContentKey
 
@@ -143,7 +142,7 @@ def check_part(store: Store, id_: str) -> list[Finding]:
             wrong = "a part of an older generation"
         else:
             try:
-                salvage = survey(*store.part_paths(id_, generation))
+                salvage = survey(part)
                 if not salvage.whole:
                     wrong = f"right up to byte {salvage.verified} of {salvage.size} only"
             except OSError as error:
@@ -181,10 +180,12 @@ def _is_kept(store: Store, key: ContentKey, *, alone: bool) -> bool:
     if record is None or file is None:
         return record is not None and store.finish_commit(record)
     good = sound_chunks(file.fd, record) if alone else 0
-    if 0 < good < len(record.sums):
-        store.demote(record, file, good, demoted(record, time.time_ns()))
-        return True
-    return False
+    if not 0 < good < len(record.sums):
+        return False
+    state = FillState(record.key, record.kind, time.time_ns(), Phase.STREAMING, record.head)
+    state = replace(state, path=record.asked_path, pinned=record.pinned, stored_at=record.stored_at)
+    store.demote(record, file, good * CHUNK_BYTES, state)
+    return True
 
 
 def _mend_parts(store: Store, id_: str, *, alone: bool) -> None:
@@ -193,12 +194,11 @@ def _mend_parts(store: Store, id_: str, *, alone: bool) -> None:
     except ValueError:
         state = None
     for generation in store.generations(id_):
-        part, sums = store.part_paths(id_, generation)
-        good = 0
+        part, good = store.part_path(id_, generation), 0
         if alone and state is not None and state.generation == generation and part.is_file():
-            good = survey(part, sums).verified
+            good = survey(part).verified
         if good:
-            os.truncate(sums, 8 * (good // CHUNK_BYTES))
+            os.truncate(store.sums_path(id_, generation), 8 * (good // CHUNK_BYTES))
             os.truncate(part, good)
         else:
             store.drop_part(id_, generation)

@@ -25,6 +25,7 @@ from gup.cache.negative_cache import Holds, problem_that_stands
 from gup.cache.part_file import ZIP_TAIL_BYTES, PartWriter, Salvage, WriteBehind, zip_end_is_right
 from gup.cache.records import (
     CHUNK_BYTES,
+    TRANSITIONS,
     Failure,
     FillState,
     Head,
@@ -32,11 +33,9 @@ from gup.cache.records import (
     Record,
     absent,
     head_of,
-    may_move,
     remote_of,
 )
 from gup.cache.recovery import (
-    Damage,
     Prior,
     give_up,
     note_damage,
@@ -93,8 +92,6 @@ class Leader:
         self._memory: MemoryFile | None = None
         """What the writer writes to since the disk refused."""
         self._download: Download | None = None
-        self._damage: Damage | None = None
-        """Of an entry that is not a part yet: what of it is compared with the upstream's bytes."""
         self._bytes_changed = False
         """Whether upstream has other bytes than were known: their ETag must be another, too."""
         self._came_at: float | None = None
@@ -147,9 +144,9 @@ class Leader:
         Nobody waits for a slot while no upstream can be reached, except for what is here.
         """
         fill, prior = self._fill, self._prior
-        if prior.salvage is not None and fill.body is not None:
+        if prior.state is not None and fill.body is not None:
             fill.inherits = True
-        if prior.damage is None and not prior.is_whole and not fill.is_read:
+        if prior.damaged is None and not prior.is_whole and not fill.is_read:
             self._deps.pool.refuse_while_away(fill.variant, self._key.text)
         async with self._fill_slot():
             self._deps.counters.add("gup_fills_in_progress", 1)
@@ -176,10 +173,11 @@ class Leader:
 
     async def _fetch_to_disk(self) -> Problem | UpstreamFailure | None:
         body: GrowingBody | None = None
-        if self._prior.damage is not None:
-            body = await self._demote(self._prior.damage)
-        elif self._prior.state is not None and self._prior.salvage is not None:
-            body = await self._resume(self._prior.state, self._prior.salvage)
+        prior = self._prior
+        if prior.damaged is not None and prior.salvage is not None:
+            body = await self._demote(prior.damaged, prior.salvage)
+        elif prior.state is not None and prior.salvage is not None:
+            body = await self._resume(prior.state, prior.salvage)
         for changes_left in range(_MOST_CHANGES, -1, -1):
             if body is None:
                 remote = await self._ask_upstream(None, self._record).begin()
@@ -210,7 +208,7 @@ class Leader:
         except DiskError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         else:
-            self._fill.record = record.validated(at)
+            self._fill.record = replace(record, validated_at=at)
         self._fill.land(FillEnd.VALIDATED)
         self._log_end("validated")
         return None
@@ -282,9 +280,8 @@ class Leader:
         try:
             if self._writer is not None:
                 return await self._writer.reread(offset, length)
-            assert self._damage is not None
-            assert self._damage.file is not None
-            return await self._in_thread(os.pread, self._damage.file.fd, length, offset)
+            assert self._prior.file is not None
+            return await self._in_thread(os.pread, self._prior.file.fd, length, offset)
         except DiskError as error:
             detail = f"what is here can't be compared: {error.strerror or error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
@@ -339,8 +336,8 @@ class Leader:
     # --- generations
 
     def _new_writer(self, length: int | None) -> PartWriter:
-        paths = self._deps.store.part_paths(self._key.id, self._state.generation)
-        self._writer = PartWriter(*paths, self._deps.executor, length)
+        path = self._deps.store.part_path(self._key.id, self._state.generation)
+        self._writer = PartWriter(path, self._deps.executor, length)
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
@@ -429,16 +426,15 @@ class Leader:
         await self._show(body)
         return body
 
-    async def _demote(self, damage: Damage) -> GrowingBody | None:
+    async def _demote(self, record: Record, salvage: Salvage) -> GrowingBody | None:
         """Make a damaged entry a part again, now that an upstream has answered for its rest; None: it has
         another body.
 
         Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
         """
-        deps, record = self._deps, damage.record
-        sound_bytes = min(damage.sound * CHUNK_BYTES, record.length)
+        deps, sound_bytes = self._deps, salvage.verified
         self._state = replace(self._state, path=record.path or self._state.path)
-        self._damage, self._fill.repairs = damage, True
+        self._fill.repairs = True
         download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
         try:
             await download.begin()
@@ -447,8 +443,6 @@ class Leader:
             self._bytes_changed = True
             log.warning("%s is damaged and fetched anew: %s", self._key.text, str(error))
             return None
-        finally:
-            self._damage = None
         try:
             await self._in_thread(deps.store.demotions.note, self._key.id)
             await self._room.reserve(record.length)
@@ -461,7 +455,7 @@ class Leader:
                 pinned=record.pinned,
                 stored_at=record.stored_at,
             )
-            await self._on_disk(deps.store.demote, record, damage.file, damage.sound, self._state)
+            await self._on_disk(deps.store.demote, record, self._prior.file, sound_bytes, self._state)
         except (BadDiskError, Unstorable, DiskError) as error:
             self._leave_upstream()  # it sends the rest only
             if isinstance(error, BadDiskError):
@@ -470,7 +464,6 @@ class Leader:
         self._has_state = True
         deps.raise_store_epoch()
         log.info("%s is damaged from byte %d on: the rest is fetched again", self._key.text, sound_bytes)
-        salvage = Salvage(sound_bytes, sound_bytes, list(record.sums[: damage.sound]))
         body = await self._reopen(self._state, salvage)
         self._fill.attach(body)
         body.publish(sound_bytes)
@@ -752,8 +745,7 @@ class Leader:
             return
         failure = Failure.of(Problem("overloaded", why), deps.settings.cache.error_ttl, deps.clock())
         state = replace(self._current_state(), head=None, failure=failure, passed_through=passed_through)
-        for error in await self._in_thread(give_up, deps.store, state):
-            log.warning("of %s something stays on the disk: %s", self._key.text, error)
+        await self._in_thread(give_up, deps.store, state)
         if not told:
             self._log_end("unstorable", detail=why)
             deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
@@ -847,7 +839,10 @@ class Leader:
         return head
 
     def _move(self, phase: Phase) -> None:
-        assert phase is self._state.phase or may_move(self._state.phase, phase), (self._state.phase, phase)
+        assert phase is self._state.phase or phase in TRANSITIONS[self._state.phase], (
+            self._state.phase,
+            phase,
+        )
         self._state = replace(self._state, phase=phase)
 
     def _current_state(self) -> FillState:

@@ -1,6 +1,7 @@
 """The committed bodies that a process has open, and which of their chunks may be sent."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import OrderedDict
@@ -28,8 +29,6 @@ class Entry:
 
     A bad chunk is never sent: its readers are cut there, and ask again for the rest. `trusting` entries take
     every chunk to be sound until somebody else finds damage.
-
-    The chunks' states change here alone; `record` is replaced by the cache when it was validated anew.
     """
 
     source = "cache"
@@ -51,7 +50,6 @@ class Entry:
         self.counted = False
         """Whether its damage is counted."""
         self.all_verified = trusting
-        """Whether all of it may be sent without another look."""
         self._trusting = trusting
         self._chunks = bytearray([_SOUND if trusting else _UNKNOWN]) * len(record.sums)
         self._warm = [0.0] * len(record.sums)
@@ -76,7 +74,7 @@ class Entry:
         self._chunks = self._chunks.replace(bytes([_SOUND]), bytes([_UNKNOWN]))
 
     def unreadable(self) -> None:
-        """See Body. Every chunk is compared again before it is sent: that finds the bad one."""
+        """See Body. Comparing every chunk again finds the bad one."""
         self.doubt()
         self._on_damage(self)
 
@@ -134,10 +132,9 @@ class Entry:
         if not self._trusting:
             return is_chunk_sound(self.fd, self.record, chunk)
         start, length = span_of(self.record, chunk)
-        try:
+        with contextlib.suppress(OSError):
             return len(os.pread(self.fd, length, start)) == length
-        except OSError:
-            return False
+        return False
 
     def _compared(self, chunk: int, done: "asyncio.Future[bool]", trusted: bool) -> None:
         self._reading.discard(chunk)
@@ -189,7 +186,9 @@ class Entries:
 
     async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
-        record, file = await on_disk(self._deps.executor, self._load_damaged, key)
+        record, file = await on_disk(
+            self._deps.executor, lambda: (self.load_record(key), self._deps.store.open_whatever(key))
+        )
         if record is None or file is None:
             return None
         entry = self.put(record, file, trusting=False)
@@ -206,11 +205,7 @@ class Entries:
         return record, file, self._mode == "scrub" and read_mark(self._deps.store.run).covers(record)
 
     def load_record(self, key: ContentKey) -> Record | None:
-        """The record alone, None when there is none or it is damaged; blocks."""
         return self._deps.store.load_or_none(key)
-
-    def _load_damaged(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
-        return self.load_record(key), self._deps.store.open_whatever(key)
 
     def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
         """The entry as it was found on disk; one that is open already takes over its record."""
@@ -228,7 +223,6 @@ class Entries:
             self._rows.popitem(last=False)
 
     def drop(self, entry: Entry) -> None:
-        """Close it, as far as nobody reads it any more."""
         if self._rows.get(entry.key) is entry:
             del self._rows[entry.key]
 
@@ -264,7 +258,7 @@ class Entries:
 
 
 class Result(StrEnum):
-    """How a request came to its body: label `result` of the metrics."""
+    """Label `result` of the metrics."""
 
     HIT = "hit"
     MISS = "miss"

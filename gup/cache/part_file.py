@@ -49,8 +49,9 @@ class Salvage:
         return self.sealed and (self.size == length if length is not None else self.size % CHUNK_BYTES > 0)
 
 
-def survey(part: Path, sums_file: Path) -> Salvage:
+def survey(part: Path) -> Salvage:
     """Compare a part with its sums. Blocks for as long as reading the part takes."""
+    sums_file = part.with_suffix(".sums")
     packed = sums_file.read_bytes() if sums_file.exists() else b""
     kept = [int.from_bytes(packed[at : at + 8], "little") for at in range(0, len(packed) // 8 * 8, 8)]
     with part.open("rb", buffering=0) as file:
@@ -95,12 +96,11 @@ class PartWriter:
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(self, path: Path, sums_path: Path, executor: Executor, length: int | None) -> None:
+    def __init__(self, path: Path, executor: Executor, length: int | None) -> None:
         """A part that is not there yet, of a body of this length."""
         self.received = 0
         self.written = 0
         self._path = path
-        self._sums_path = sums_path
         self._file: OpenFile | None = None
         self._sums_file: OpenFile | None = None
         self._sums = ChunkSums()
@@ -284,7 +284,7 @@ class PartWriter:
 
     def _opened_sums(self) -> OpenFile:
         if self._sums_file is None:
-            self._sums_file = OpenFile(self._sums_path, os.O_RDWR | os.O_CREAT)
+            self._sums_file = OpenFile(self._path.with_suffix(".sums"), os.O_RDWR | os.O_CREAT)
         return self._sums_file
 
 

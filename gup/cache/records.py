@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any, NamedTuple
@@ -194,9 +194,6 @@ class Record(Head):
         """Whether both tell of one body: neither of another generation, nor of one put in its place."""
         return all(getattr(self, it) == getattr(other, it) for it in ("etag", "length", "generation", "sums"))
 
-    def validated(self, at: float) -> "Record":
-        return replace(self, validated_at=at)
-
     def to_json(self) -> dict[str, Any]:
         return {**_record_model().dump_python(self, mode="json"), "format": FORMAT}
 
@@ -250,10 +247,6 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 """Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch. UNSTORABLE: the body
 goes on to its readers from memory (gup.cache.memory_files), which may still break off.
 """
-
-
-def may_move(before: Phase, after: Phase) -> bool:
-    return after in TRANSITIONS[before]
 
 
 def _known_problem(slug: str) -> str:

@@ -6,14 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gup.cache.chunks import sound_chunks
 from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
-from gup.cache.records import Failure, FillState, Hold, Phase, Record, route_of
+from gup.cache.records import CHUNK_BYTES, Failure, FillState, Hold, Phase, Record, route_of
 from gup.cache.store import OpenFile, Part, Store, unlink
 from gup.content.key import ContentKey
 from gup.content.routes import Route
@@ -26,27 +26,18 @@ log = logging.getLogger("gup.recovery")
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
-    """A body that is not what its record tells; its first `sound` chunks are. `file`: None if it is gone."""
-
-    record: Record
-    file: OpenFile | None
-    sound: int
-
-
-@dataclass(frozen=True, slots=True)
 class Prior:
-    """What there is to go on with: a record to revalidate, a part to append to, or nothing.
-
-    A damaged entry (`damage`) is demoted to such a part as soon as an upstream has answered.
-    """
+    """What there is to go on with: a record to revalidate, a part to append to, or nothing."""
 
     record: Record | None = None
     state: FillState | None = None
     salvage: Salvage | None = None
     finished: bool = False
     """Whether the part is known to hold every byte of the body: it is committed, and nobody asked."""
-    damage: Damage | None = None
+    damaged: Record | None = None
+    """Of an entry that is demoted to a part, worth `salvage`, as soon as an upstream has answered."""
+    file: OpenFile | None = None
+    """The damaged entry's body, if it is there."""
     unstorable: str | None = None
     """Why it is not to be stored."""
     holds: tuple[Hold, ...] = ()
@@ -96,22 +87,23 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
             return FillEnd.UNSTORABLE
         return Prior(revalidated, unstorable=state.failure.detail, told=True)
     if record is not None and not sound:
-        damage = _compare(dependencies, record, noted=fill.noted)
-        if damage is None and (immutable or suspect or is_fresh(dependencies, record)):
-            return FillEnd.COMMITTED
+        damage = _compare(dependencies, record, holds, noted=fill.noted)
         if damage is not None:
-            return Prior(damage=damage, holds=holds)
+            return damage
+        if immutable or suspect or is_fresh(dependencies, record):
+            return FillEnd.COMMITTED
     salvage = None
     for generation in store.generations(key.id):
         if state is not None and state.head is not None and generation == state.generation:
             salvage = _survey(store, key, generation)
-        if salvage is None or state is None or generation != state.generation:
-            store.drop_part(key.id, generation)
+            if salvage is not None:
+                continue
+        store.drop_part(key.id, generation)
     return Prior(record, state if salvage is not None else None, salvage, holds=holds)
 
 
 def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[FillState | None, Record | None]:
-    """State and record. Damaged ones are counted; a damaged record goes: nothing can be done with it."""
+    """State and record. Damaged ones are counted; a damaged record goes."""
     state = record = None
     try:
         state = dependencies.store.load_state(key.id)
@@ -125,11 +117,12 @@ def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[Fill
     return state, record
 
 
-def _compare(dependencies: FillDependencies, record: Record, *, noted: bool) -> Damage | None:
-    """What is wrong with a body, None when all of it is right after all.
+def _compare(
+    dependencies: FillDependencies, record: Record, holds: tuple[Hold, ...], *, noted: bool
+) -> Prior | None:
+    """What is sound of a body, None when all of it is right after all.
 
-    Another time alone is no damage: a backup that was restored looks so. `noted`: whoever found it has
-    counted it.
+    Another time alone is no damage: a restored backup looks so. `noted`: the damage is counted already.
     """
     store, key, chunks = dependencies.store, record.key, len(record.sums)
     file = store.open_whatever(key)
@@ -139,7 +132,9 @@ def _compare(dependencies: FillDependencies, record: Record, *, noted: bool) -> 
         return None
     if not noted:
         note_damage(dependencies, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
-    return Damage(record, file, min(sound, chunks - 1))
+    sums = list(record.sums[: min(sound, chunks - 1)])
+    salvage = Salvage(len(sums) * CHUNK_BYTES, len(sums) * CHUNK_BYTES, sums)
+    return Prior(salvage=salvage, damaged=record, file=file, holds=holds)
 
 
 def _whole_part(dependencies: FillDependencies, state: FillState) -> Salvage | None:
@@ -160,14 +155,13 @@ def _whole_part(dependencies: FillDependencies, state: FillState) -> Salvage | N
 
 def _survey(store: Store, key: ContentKey, generation: int) -> Salvage | None:
     try:
-        return survey(*store.part_paths(key.id, generation))
+        return survey(store.part_path(key.id, generation))
     except OSError as error:
         log.warning("the part of %s can't be read: %s", key.text, error)
         return None
 
 
 def note_damage(dependencies: FillDependencies, where: str, key: ContentKey, detail: str) -> None:
-    """Count and log damage found in the store."""
     log.warning("damaged %s of %s: %s", where, key.text, detail)
     dependencies.counters.add("gup_integrity_failures_total", where=where)
 
@@ -175,27 +169,26 @@ def note_damage(dependencies: FillDependencies, where: str, key: ContentKey, det
 # --- what a leader leaves, and what is looked up by other processes
 
 
-def give_up(store: Store, state: FillState) -> list[OSError]:
-    """Remove what can't be finished and leave `state` instead; what the disk refused of that.
+def give_up(store: Store, state: FillState) -> None:
+    """Leave `state` instead of what can't be finished, as far as the disk lets it.
 
     A part whose record is written stays: whoever asks next finishes its commit when there is room again.
     """
-    refused: list[OSError] = []
-    with contextlib.suppress(ValueError, OSError):
-        record = store.load(state.key)
-        if record is not None and store.part_path(record.key.id, record.generation).exists():
-            return refused
+    key = state.key
+    with contextlib.suppress(OSError):
+        record = store.load_or_none(key)
+        if record is not None and store.part_path(key.id, record.generation).exists():
+            return
     try:
-        store.drop_parts(state.key.id)
+        store.drop_parts(key.id)
     except OSError as error:
-        refused.append(error)
+        log.warning("a part of %s stays on the disk: %s", key.text, error)
     try:
         store.save_state(state)
     except OSError as error:
-        refused.append(error)
+        log.warning("that %s can't be stored could not be kept: %s", key.text, error)
         with contextlib.suppress(OSError):
-            store.drop_state(state.key.id)
-    return refused
+            store.drop_state(key.id)
 
 
 def save_failure(store: Store, state: FillState, drop: bool) -> None:
@@ -215,33 +208,14 @@ def is_fresh(dependencies: FillDependencies, record: Record) -> bool:
     return 0 <= age < dependencies.settings.cache.index_ttl
 
 
-def demoted(record: Record, generation: int) -> FillState:
-    """The state of the part that a damaged entry becomes."""
-    state = FillState(
-        record.key, record.kind, generation, Phase.STREAMING, record.head, path=record.asked_path
-    )
-    return replace(state, pinned=record.pinned, stored_at=record.stored_at)
-
-
 def validated_at(dependencies: FillDependencies, remote: RemoteHead, immutable: bool) -> float:
     """Since when what just came is known to be right: another gup may have held it for a while.
 
     Its Age counts (RFC 9111 section 4.2.3), so that ages and waiting add up over a chain. But a tenth of
     `index_ttl` is left, or an old index file would be asked for at every request.
     """
-    age: float = remote.age_seconds
-    return dependencies.wall_clock() - (
-        age if immutable else min(age, 0.9 * dependencies.settings.cache.index_ttl)
-    )
-
-
-def load_sound(dependencies: FillDependencies, key: ContentKey) -> Record | None:
-    """The record, if it is undamaged and its body is there. Anything else is a miss.
-
-    What is wrong is found out, and counted, under the key's claim: here a commit may be under way.
-    """
-    record = dependencies.store.load_or_none(key)
-    return record if record is not None and dependencies.store.open_body(record) is not None else None
+    most = 0.9 * dependencies.settings.cache.index_ttl
+    return dependencies.wall_clock() - (remote.age_seconds if immutable else min(remote.age_seconds, most))
 
 
 def renew(dependencies: FillDependencies, record: Record, validated_at: float) -> None:
@@ -249,10 +223,11 @@ def renew(dependencies: FillDependencies, record: Record, validated_at: float) -
 
     The record is read again: it is not put back in the place of another body's, nor of one that is gone.
     """
-    present = load_sound(dependencies, record.key)
-    if present is not None and present.is_same_body(record):
-        dependencies.store.save(present.validated(validated_at))
-    dependencies.store.drop_state(record.key.id)
+    store = dependencies.store
+    present = store.load_or_none(record.key)
+    if present is not None and store.open_body(present) is not None and present.is_same_body(record):
+        store.save(replace(present, validated_at=validated_at))
+    store.drop_state(record.key.id)
 
 
 # --- what nobody has claimed
@@ -266,12 +241,6 @@ _STATELESS_SECONDS = 600.0
 """By then all records have been looked at after a start, and what one vouches for is in its place."""
 _TEMPORARY_SECONDS = 3600.0
 """Where a temporary file's name does not tell that its writer is dead."""
-
-
-def _has_all(part: Part, state: FillState) -> bool:
-    """Whether the part has as many bytes as its body: then it needs no upstream, if they are right."""
-    head = state.head
-    return head is not None and part.generation == state.generation and part.size_bytes == head.length
 
 
 @dataclass(slots=True)
@@ -289,34 +258,25 @@ class _Seen:
     """Whether the disk did not let it be tidied: told once."""
 
 
+@dataclass(slots=True)
 class Recovery:
-    """One pass at a time, in the controller.
+    """One pass at a time, in the controller."""
 
-    `take_over` goes on with a fill; told whether its leader was seen to be at it, it has that one's place.
-    What it returns is set when the fill has ended, None when it is under way already.
+    store: Store
+    claims: Claims
+    counters: Counters
+    take_over: Callable[[Route, bool], asyncio.Event | None]
+    """Goes on with a fill; told whether its leader was seen to be at it, it has that one's slot. The event is
+    set when the fill has ended; None when it is under way already.
     """
-
-    def __init__(
-        self,
-        store: Store,
-        claims: Claims,
-        counters: Counters,
-        take_over: Callable[[Route, bool], asyncio.Event | None],
-        tell: Callable[[Mapping[str, object]], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store = store
-        self._claims = claims
-        self._counters = counters
-        self._take_over = take_over
-        self._tell = tell
-        self._clock = clock
-        self._seen: dict[str, _Seen] = {}
-        self._going_on: list[asyncio.Event] = []
+    tell: Callable[[Mapping[str, object]], None]
+    clock: Callable[[], float] = time.monotonic
+    _seen: dict[str, _Seen] = field(default_factory=dict)
+    _going_on: list[asyncio.Event] = field(default_factory=list)
 
     async def run(self) -> None:
         """Look at everything in `partial/` once."""
-        parts = await asyncio.to_thread(self._store.parts, self._claims)
+        parts = await asyncio.to_thread(self.store.parts, self.claims)
         self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
         for part in parts:
@@ -325,8 +285,8 @@ class Recovery:
                 seen.due_at, seen.led = None, seen.led or bool(part.generation)
             elif state is None or not part.generation or not state.path:
                 await self._tidy_or_tell(part, seen)
-            elif _has_all(part, state):
-                self._watch(state, seen, first_seconds=0.0)
+            elif state.head and (part.generation, part.size_bytes) == (state.generation, state.head.length):
+                self._watch(state, seen, first_seconds=0.0)  # needs no upstream, if its bytes are right
             elif state.phase is not Phase.STREAMING:
                 await self._tidy_or_tell(part, seen)
             elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
@@ -336,12 +296,12 @@ class Recovery:
     def _watch(self, state: FillState, seen: _Seen, *, first_seconds: float) -> None:
         """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
         patience = min(first_seconds + _ORPHANED_SECONDS * (2**seen.tries - 1), _LONGEST_ORPHANED_SECONDS)
-        now = self._clock()
+        now = self.clock()
         if seen.due_at is None:
             seen.due_at = now + patience
         if now >= seen.due_at:
             log.info("nobody goes on with %s: taking it over", state.key.text)
-            ended = self._take_over(route_of(state), seen.led)
+            ended = self.take_over(route_of(state), seen.led)
             seen.due_at, seen.led, seen.tries = None, False, min(seen.tries + 1, 16)
             if ended is not None:
                 self._going_on.append(ended)
@@ -349,7 +309,7 @@ class Recovery:
     async def _tidy_or_tell(self, part: Part, seen: _Seen) -> None:
         """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
         offset = int(part.id[:16], 16) >> 2
-        if not self._claims.try_claim(offset):
+        if not self.claims.try_claim(offset):
             return
         try:
             await asyncio.to_thread(self._tidy, part, seen)
@@ -359,44 +319,44 @@ class Recovery:
                 log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
             seen.refused = True
         finally:
-            self._claims.release(offset)
+            self.claims.release(offset)
 
     def _tidy(self, part: Part, seen: _Seen) -> None:
-        store = self._store
+        store = self.store
         try:
             state = store.load_state(part.id)
         except ValueError as error:
             log.warning("damaged state of %s: %s", part.id, error)
-            self._counters.add("gup_integrity_failures_total", where="state")
+            self.counters.add("gup_integrity_failures_total", where="state")
             store.drop_state(part.id)
             state = None
         if state is not None and self._finish(state):
             return
         generation = state.generation if state is not None and state.head is not None else 0
         if part.generation and part.generation != generation:
-            seen.stateless_at = seen.stateless_at or self._clock()
-            if state is None and self._clock() - seen.stateless_at < _STATELESS_SECONDS:
+            seen.stateless_at = seen.stateless_at or self.clock()
+            if state is None and self.clock() - seen.stateless_at < _STATELESS_SECONDS:
                 return  # a small body's, whose record may be written: whoever claims the key finishes it
             log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         resumable = generation and store.part_path(part.id, generation).exists()
-        if not resumable and (state is None or not state.stands(self._clock())):
+        if not resumable and (state is None or not state.stands(self.clock())):
             store.drop_state(part.id)
 
     def _finish(self, state: FillState) -> bool:
         """Finish a commit that was interrupted after its record; whether there was one."""
-        record = self._store.load_or_none(state.key)
-        if record is None or record.generation != state.generation or not self._store.finish_commit(record):
+        record = self.store.load_or_none(state.key)
+        if record is None or record.generation != state.generation or not self.store.finish_commit(record):
             return False
-        self._tell(committed(record, replaced=True))
+        self.tell(committed(record, replaced=True))
         log.info("finished the commit of %s", record.key.text)
         return True
 
     def _drop_leftovers(self) -> None:
         """Temporary files of writers that died, and sums without their part."""
         now = time.time()
-        sums = [p for p in self._store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
-        for path in (*self._store.partial.glob("*.tmp"), *sums):
+        sums = [p for p in self.store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
+        for path in (*self.store.partial.glob("*.tmp"), *sums):
             with contextlib.suppress(OSError):  # its writer has renamed it, or the disk lets nothing go
                 if writer_is_dead(path) or now - path.stat().st_mtime > _TEMPORARY_SECONDS:
                     path.unlink()

@@ -230,9 +230,6 @@ class Store:
         """Sums of the part's whole chunks, 8 bytes each: what a takeover verifies it with."""
         return self.partial / f"{id_}.{generation}.sums"
 
-    def part_paths(self, id_: str, generation: int) -> tuple[Path, Path]:
-        return self.part_path(id_, generation), self.sums_path(id_, generation)
-
     def state_path(self, id_: str) -> Path:
         return self.partial / f"{id_}.state"
 
@@ -254,10 +251,10 @@ class Store:
 
     def drop_part(self, id_: str, generation: int) -> int:
         """Remove a part and its sums; bytes freed. The caller holds the claim."""
-        part, sums = self.part_paths(id_, generation)
+        part = self.part_path(id_, generation)
         freed = part.stat().st_size if part.is_file() else 0
         unlink(part)
-        unlink(sums)
+        unlink(self.sums_path(id_, generation))
         return freed
 
     def drop_parts(self, id_: str) -> int:
@@ -308,20 +305,22 @@ class Store:
         self.drop_journal(record.key.id, record.generation)
         return True
 
-    def demote(self, record: Record, body: OpenFile | None, sound: int, state: FillState) -> None:
-        """Make a damaged entry a part of `state`'s generation, with its first `sound` chunks.
+    def demote(self, record: Record, body: OpenFile | None, sound_bytes: int, state: FillState) -> None:
+        """Make a damaged entry a part of `state`'s generation, with its first chunks, which are sound.
 
         1. The part, a copy: whoever reads the old file reads on. 2. Its sums and state, from which anybody
         goes on with it. 3. Record and body go. After a crash before 3 the entry is there as it was.
         """
         self._require_claim(record.key)
         self.drop_parts(record.key.id)
-        part, sums = self.part_paths(record.key.id, state.generation)
-        copy = OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        position, end = 0, min(sound * CHUNK_BYTES, record.length)
-        while body is not None and position < end:
-            position += os.copy_file_range(body.fd, copy.fd, end - position, position, position)
-        sums.write_bytes(b"".join(value.to_bytes(8, "little") for value in record.sums[:sound]))
+        part = self.part_path(record.key.id, state.generation)
+        copy, position = OpenFile(part, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0
+        while body is not None and position < sound_bytes:
+            position += os.copy_file_range(body.fd, copy.fd, sound_bytes - position, position, position)
+        sums = record.sums[: sound_bytes // CHUNK_BYTES]
+        self.sums_path(record.key.id, state.generation).write_bytes(
+            b"".join(value.to_bytes(8, "little") for value in sums)
+        )
         self.save_state(state)
         self.remove(record.key)
 

@@ -48,9 +48,10 @@ def commit(store: Store) -> Record:
 def begin(store: Store) -> None:
     """A part of which a leader has died."""
     body = BODY[: 2 * CHUNK_BYTES + 9]
-    part, sums = store.part_paths(KEY.id, 5)
-    part.write_bytes(body)
-    sums.write_bytes(b"".join(value.to_bytes(8, "little") for value in sums_of(body).done))
+    store.part_path(KEY.id, 5).write_bytes(body)
+    store.sums_path(KEY.id, 5).write_bytes(
+        b"".join(value.to_bytes(8, "little") for value in sums_of(body).done)
+    )
     store.save_state(FillState(KEY, Kind.FULL, 5, Phase.STREAMING, HEAD, path=PATH))
 
 
@@ -127,7 +128,7 @@ def test_right_chunks_at_the_beginning_stay_as_a_part(store):
     state = store.load_state(KEY.id)
     assert state is not None
     assert (state.phase, state.head, state.path) == (Phase.STREAMING, record.head, PATH)
-    salvage = survey(store.part_path(KEY.id, state.generation), store.sums_path(KEY.id, state.generation))
+    salvage = survey(store.part_path(KEY.id, state.generation))
     assert (salvage.size, salvage.verified, salvage.whole) == (2 * CHUNK_BYTES, 2 * CHUNK_BYTES, True)
 
 
