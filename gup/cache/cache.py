@@ -8,8 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 from gup.cache.catalog_cache import spell
-from gup.cache.disk import DiskError, on_disk, told_apart
-from gup.cache.disk_space import refusal
+from gup.cache.disk_space import DiskError, on_disk, refusal, told_apart
 from gup.cache.follower import Follower
 from gup.cache.growing_body import GrowingBody
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
@@ -420,7 +419,7 @@ class Cache:
         while (fill := self._fills.get(key)) is not None and not fill.suspect:
             await fill.ended.wait()
         if fill is None:
-            record = await self._in_thread(self._entries.load_record, key)
+            record = await self._in_thread(self._deps.store.load_or_none, key)
             if record is None:
                 return Problem("upstream-not-found", "there is no record of it")
             fill = self._fills.get(key) or self._suspect(record, counted=counted)

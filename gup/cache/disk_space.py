@@ -1,15 +1,16 @@
-"""Space for bodies: reservations over all workers, and a second try when the disk is full."""
+"""The cache directory's disk: what it refuses, reservations over all workers, a second try when full."""
 
 import asyncio
 import errno
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gup.cache.disk import DiskError, told_apart
 from gup.cache.records import MAX_BODY_BYTES
 from gup.errors import GupError, is_exhausted
 
@@ -24,6 +25,30 @@ _POLL_SECONDS = 0.02
 _ASK_AGAIN_SECONDS = 0.1
 _SETTLE_SECONDS = 0.25
 """A committed body is counted here for so long, until the controller has surely done so."""
+STEP_BYTES = 16 << 20
+"""Room is promised in steps of this size while a body's length is unknown."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_Result = TypeVar("_Result")
+
+
+class DiskError(GupError, OSError):
+    """The cache directory's disk refused; any other OSError came from elsewhere: a socket, a lock."""
+
+
+@contextmanager
+def told_apart() -> Iterator[None]:
+    """Around work on files of the cache directory: an OSError in it is a DiskError, the errno kept."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        raise DiskError(error.errno, error.strerror or str(error), error.filename) from error
+
+
+async def on_disk(executor: Executor, work: Callable[..., _Result], *arguments: object) -> _Result:
+    """`work` on files of the cache directory, in a thread. DiskError when the disk refuses."""
+    return await asyncio.get_running_loop().run_in_executor(executor, told_apart()(work), *arguments)
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
@@ -127,12 +152,6 @@ class Space:
         return self.min_free() + amount_bytes - disk.f_bavail * disk.f_frsize
 
 
-STEP_BYTES = 16 << 20
-"""Room is promised in steps of this size while a body's length is unknown."""
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_Result = TypeVar("_Result")
-
-
 def refusal(error: DiskError | Unstorable) -> str:
     """What to tell of a disk that refused. Raises what is no refusal: descriptors or memory ran out."""
     if isinstance(error, DiskError):
@@ -142,15 +161,15 @@ def refusal(error: DiskError | Unstorable) -> str:
     return str(error)
 
 
+@dataclass(slots=True)
 class Room:
     """What one fill was promised."""
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
-        self._promised = 0
+    space: Space
+    _promised: int = 0
 
     async def reserve(self, amount: int) -> None:
-        await self._space.reserve(amount, self._promised)
+        await self.space.reserve(amount, self._promised)
         self._promised += amount
 
     async def keep(self, received: int) -> None:
@@ -160,7 +179,7 @@ class Room:
 
     def release(self, *, committed: bool) -> None:
         if self._promised:
-            self._space.release(self._promised, committed=committed)
+            self.space.release(self._promised, committed=committed)
             self._promised = 0
 
     async def twice(self, work: Callable[[], Awaitable[_Result]]) -> _Result:
@@ -168,6 +187,6 @@ class Room:
         try:
             return await work()
         except DiskError as error:
-            if error.errno not in _FULL or not await self._space.make_room():
+            if error.errno not in _FULL or not await self.space.make_room():
                 raise
         return await work()

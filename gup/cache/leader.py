@@ -14,8 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gup.cache.demotions import BadDiskError
-from gup.cache.disk import DiskError, on_disk
-from gup.cache.disk_space import STEP_BYTES, Room, Unstorable, refusal
+from gup.cache.disk_space import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
 from gup.cache.growing_body import GrowingBody
 from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import want_offset

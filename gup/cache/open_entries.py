@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from gup.cache.body import CUT, Body, Callback
 from gup.cache.chunks import in_page_cache, is_chunk_sound, span_of
-from gup.cache.disk import on_disk
+from gup.cache.disk_space import on_disk
 from gup.cache.durability import read_mark
 from gup.cache.inflight import FillDependencies
 from gup.cache.records import CHUNK_BYTES, Record
@@ -186,8 +186,9 @@ class Entries:
 
     async def get_damaged(self, key: ContentKey) -> Entry | None:
         """The entry with what is left of its body, for the chunks that are sound; None without any file."""
+        store = self._deps.store
         record, file = await on_disk(
-            self._deps.executor, lambda: (self.load_record(key), self._deps.store.open_whatever(key))
+            self._deps.executor, lambda: (store.load_or_none(key), store.open_whatever(key))
         )
         if record is None or file is None:
             return None
@@ -198,14 +199,11 @@ class Entries:
 
     def load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
         """Record and body as they lie on disk, and whether they need not be compared; blocks."""
-        record = self.load_record(key)
+        record = self._deps.store.load_or_none(key)
         file = self._deps.store.open_body(record) if record is not None else None
         if record is None or file is None:
             return None
         return record, file, self._mode == "scrub" and read_mark(self._deps.store.run).covers(record)
-
-    def load_record(self, key: ContentKey) -> Record | None:
-        return self._deps.store.load_or_none(key)
 
     def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
         """The entry as it was found on disk; one that is open already takes over its record."""

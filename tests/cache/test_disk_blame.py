@@ -8,7 +8,7 @@ import pytest
 from harness.caches import path_of, working
 from harness.scripted import Answer
 
-from gup.cache.disk import DiskError, on_disk, told_apart
+from gup.cache.disk_space import DiskError, on_disk, told_apart
 from gup.cache.part_file import PartWriter
 from gup.cache.store import Store
 from gup.errors import GupError, Problem, is_exhausted
