@@ -81,7 +81,7 @@ class Wan:
         self._words = words
         self._clock = clock
         self._turns = turns
-        self._rate = rate
+        self.rate = rate
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._waiting: list[_Waiter] = []
         self._numbers = 0
@@ -89,14 +89,9 @@ class Wan:
         """Windows of the responses that this process reads; each adds itself."""
 
     @property
-    def rate_bytes_per_second(self) -> int:
-        """The rate in force; 0 is unlimited."""
-        return self._rate()
-
-    @property
     def slice_bytes(self) -> int:
         """Limit of one read, so that other waiters come soon; 0 without a rate."""
-        rate = self._rate()
+        rate = self.rate()
         return min(max(int(rate * _SLICE_SECONDS), _LEAST_SLICE_BYTES), _MOST_SLICE_BYTES) if rate > 0 else 0
 
     async def pay(self, amount_bytes: int, share: Share) -> None:
@@ -138,7 +133,7 @@ class Wan:
 
     def _try(self, me: _Waiter, amount: int) -> float:
         """Take the bytes and return 0, or return the seconds until the next try."""
-        rate = self._rate()
+        rate = self.rate()
         if rate <= 0:
             return 0.0
         if self._waiting[0] is not me:
@@ -194,7 +189,7 @@ class ReceiveWindow:
 
     def follow(self) -> None:
         """Adjust the buffer to rate and round trip. Call this at each read."""
-        rate = self._wan.rate_bytes_per_second
+        rate = self._wan.rate()
         if self._socket is None or (rate <= 0 and self._bytes == UNBOUNDED):
             return
         try:

@@ -168,7 +168,7 @@ class Download:
     @property
     def slow(self) -> bool:
         """Whether the body comes slower than `upstream.min_rate`."""
-        return self._answer is not None and self._answer.slow
+        return self._answer is not None and self._answer.steadiness.slow
 
     def close(self) -> None:
         """Stop reading and give the connection back."""
@@ -192,7 +192,7 @@ class Download:
             return piece
         if not self.received:
             raise rejected(f"{name} sent an empty body")
-        if length is None and not answer.confirmed:
+        if length is None and not answer.head.delimited:
             length = await self._ask_length(answer)
         if length is not None and self.received < length:
             detail = f"{name} sent {self.received} bytes of {length}"
@@ -444,6 +444,6 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
         answer.close()
     if len(text) > MAX_CATALOG_BYTES:
         raise rejected(f"{url} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is")
-    if not answer.confirmed and await pool.length_of(upstream, ask, answer.head) != len(text):
+    if not answer.head.delimited and await pool.length_of(upstream, ask, answer.head) != len(text):
         raise unconfirmed(name, len(text))
     return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

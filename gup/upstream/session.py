@@ -162,10 +162,6 @@ class Upstream:
         """Whether these settings, and the certificates in `ca_file`, are the same as this upstream's."""
         return settings == self.settings and _certificates(settings) == self._certificates
 
-    @property
-    def is_open(self) -> bool:
-        return self._session is not None
-
     async def close(self) -> None:
         if self._session is not None:
             session, self._session = self._session, None
