@@ -180,12 +180,9 @@ class Board:
     ) -> None:
         # Sorted: after a reload with another order, new processes must find the same words.
         self._at = {name: first + number for number, name in enumerate(sorted(names)[:most])}
-        self._words = words
+        self._words, self._locked, self._tell = words, locked, tell
         self._own: dict[str, int] = {}
-        self._locked = locked
-        self._tell = tell
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._told: dict[str, float] = {}
 
     @classmethod
@@ -244,9 +241,9 @@ class Board:
         with self._locked(self._at.get(name, 0)):
             if not due():  # another process has taken it
                 return False
-            trials = min((self.get(name).marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
-            tried = _tenths(self._clock())
-            self._set(name, replace(self.get(name), marks=_TRYING | trials, tried=tried))
+            health = self.get(name)
+            trials = min((health.marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
+            self._set(name, replace(health, marks=_TRYING | trials, tried=_tenths(self._clock())))
             return True
 
     def doubted(self, name: str) -> bool:

@@ -72,13 +72,10 @@ class Pool:
         board: Board | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._user_agent = user_agent
-        self._via = via
+        self._user_agent, self._via = user_agent, via
         self.upstreams: list[Upstream] = []
         self.board = board or Board.private([settings.name for settings in upstreams])
-        self.wan = wan
-        self._counters = counters
-        self._clock = clock
+        self.wan, self._counters, self._clock = wan, counters, clock
         self._last_detail = ""
         self._asked: set[Upstream] = set()
         """Those that may be open, the retired among them."""
@@ -392,10 +389,7 @@ class Answer:
         self, pool: Pool, upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
     ) -> None:
         self.head = head
-        self._pool = pool
-        self._upstream = upstream
-        self._ask = ask
-        self._response = response
+        self._pool, self._upstream, self._ask, self._response = pool, upstream, ask, response
         self._unpaid = 0
         """Bytes returned that the WAN's rate has not been charged for."""
         self._position = head.start
@@ -404,10 +398,10 @@ class Answer:
         settings = upstream.settings
         self.steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
         connection = response.connection
-        transport = connection.transport if connection is not None else None
-        socket = transport.get_extra_info("socket") if transport is not None else None
-        self._window = ReceiveWindow(pool.wan, socket)
-        self._protocol = connection.protocol if connection is not None else None
+        transport, self._protocol = (
+            (connection.transport, connection.protocol) if connection else (None, None)
+        )
+        self._window = ReceiveWindow(pool.wan, transport.get_extra_info("socket") if transport else None)
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
             self._connection_end.remove_done_callback(_take_exception)  # an earlier response's
@@ -461,7 +455,7 @@ class Answer:
 
     def _advance(self, amount: int) -> None:
         """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
-        from gup.upstream.connector import is_no_http  # noqa: PLC0415 - imports aiohttp
+        from gup.upstream.connector import HttpProcessingError  # noqa: PLC0415 - imports aiohttp
 
         self._pool.count_received(self._upstream, self._ask, amount)
         self._unpaid = amount
@@ -472,8 +466,8 @@ class Answer:
             detail = f"{name} ended at byte {self._position}, not at {stop} as announced"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
         # Invalid HTTP behind the body: the announced length was not the body's.
-        trailed = self._ended and self._protocol is not None and is_no_http(self._protocol.exception())
-        if stop is not None and (self._position > stop or trailed):
+        end = self._protocol.exception() if self._ended and self._protocol is not None else None
+        if stop is not None and (self._position > stop or isinstance(end, HttpProcessingError)):
             raise rejected(f"{name} sent more bytes than it announced")
 
     def close(self) -> None:
