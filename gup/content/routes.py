@@ -102,11 +102,14 @@ class Routes:
         Problem "not-content" when it is none of ours, "bad-path" when its name is too long for a file.
         """
         root, *segments = path.removeprefix("/").split("/")
+        route = None
         if root == "content" and segments and segments[-1]:
-            return _content_route(path, segments)
-        if self._liveupdate and root and not segments:
-            return _liveupdate_route(path, root)
-        raise _not_content()
+            route = _content_route(path, segments)
+        elif self._liveupdate and root and not segments:
+            route = _liveupdate_route(path, root)
+        if route is None:
+            raise Problem("not-content", "This path is none of the content that is served here.")
+        return route
 
 
 _ALL_ROUTES = Routes(liveupdate=True)
@@ -135,12 +138,12 @@ def path_of(key: ContentKey) -> str:
     return quote("/".join(("", *map(unquote, (*folders, *key.file.split("%2F"))))), safe=_PATH_SAFE)
 
 
-def _content_route(path: str, segments: list[str]) -> Route:
+def _content_route(path: str, segments: list[str]) -> Route | None:
     stream, revision, files = ABSENT, ABSENT, segments
     if _MONIKER.fullmatch(segments[0]):
         stream, files = segments[0].upper(), segments[1:]
         if not files:  # the moniker alone is a folder
-            raise _not_content()
+            return None
         if len(files) > 1:
             revision, files = _part(files[0]), files[1:]
     kind = Kind.INDEX
@@ -153,10 +156,10 @@ def _content_route(path: str, segments: list[str]) -> Route:
     return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), quote(path, safe=_PATH_SAFE))
 
 
-def _liveupdate_route(path: str, name: str) -> Route:
+def _liveupdate_route(path: str, name: str) -> Route | None:
     index = bool(_LIVEUPDATE_INDEX.fullmatch(name))
     if not index and not _LIVEUPDATE_PAYLOAD.fullmatch(name):
-        raise _not_content()
+        return None
     # Taken from the right: a product's name may contain underscores, a version or a language does not.
     stated = _LIVEUPDATE_VARIANT.fullmatch(name)
     variant = Variant(*(_part(part.replace("$20", " ")) for part in stated.groups())) if stated else None
@@ -183,10 +186,6 @@ def _checked(part: str) -> str:
     if len(part.encode()) > MAX_PART_BYTES:
         raise Problem("bad-path", f"A name in the path is longer than {MAX_PART_BYTES} bytes.")
     return part
-
-
-def _not_content() -> Problem:
-    return Problem("not-content", "This path is none of the content that is served here.")
 
 
 def _decode_path(raw: bytes) -> str:

@@ -225,8 +225,9 @@ class Board:
             self._set(name, Health(since=int(self._wall_clock())))
 
     def seconds_to_trial(self, name: str, connect_seconds: float, longest: float = TRIAL_SECONDS) -> float:
-        """Time until an upstream that is down may be tried; 0 for now."""
-        health = self.get(name)
+        """Time until an upstream may be asked, or tried if it is down; 0 for now."""
+        if (health := self.get(name)).state is not State.DOWN:
+            return 0.0
         wait = health.trial_wait_seconds(connect_seconds, longest)
         return max(0.0, wait - health.quiet_seconds(self._clock()))
 

@@ -34,7 +34,16 @@ from gup.upstream.exchange import (
     refusal,
     rejected,
 )
-from gup.upstream.health import EVERY_MARK, RARE_TRIAL_SECONDS, Board, Sign, State, mark, sign_of
+from gup.upstream.health import (
+    EVERY_MARK,
+    RARE_TRIAL_SECONDS,
+    TRIAL_SECONDS,
+    Board,
+    Sign,
+    State,
+    mark,
+    sign_of,
+)
 from gup.upstream.session import Ask, Fields, Upstream
 
 if TYPE_CHECKING:
@@ -153,21 +162,17 @@ class Pool:
         """
         candidates = self.candidates(variant, key, via)
         usable = [u for u in candidates if not self.board.is_down(u.name)]
+        away, longest = candidates, TRIAL_SECONDS
         if usable:
             # Of those that are not checked only requests can tell that they are up.
-            trials = [
-                u
-                for u in candidates
-                if u not in usable
-                and u.settings.health_interval <= 0
-                and u.settings.priority <= usable[0].settings.priority
-                and self.board.may_try(u.name, u.settings.connect_timeout, RARE_TRIAL_SECONDS)
-            ]
-            return trials + usable
-        trials = [u for u in candidates if self.board.may_try(u.name, u.settings.connect_timeout)]
-        if candidates and not trials:
+            unchecked = (u for u in candidates if u not in usable and u.settings.health_interval <= 0)
+            away = [u for u in unchecked if u.settings.priority <= usable[0].settings.priority]
+            longest = RARE_TRIAL_SECONDS
+        may_try = self.board.may_try
+        trials = [u for u in away if may_try(u.name, u.settings.connect_timeout, longest)]
+        if candidates and not trials and not usable:
             raise self._away(candidates)
-        return trials
+        return trials + usable
 
     def refuse_while_away(self, variant: Variant, key: str) -> None:
         """Raise what `admitted` would raise, without beginning a trial."""
@@ -176,9 +181,6 @@ class Pool:
             raise self._away(candidates)
 
     def _seconds_away(self, upstream: Upstream) -> float:
-        """Time until it may be asked; 0 for now."""
-        if not self.board.is_down(upstream.name):
-            return 0.0
         return self.board.seconds_to_trial(upstream.name, upstream.settings.connect_timeout)
 
     def _away(self, candidates: Sequence[Upstream]) -> UpstreamFailure:
