@@ -66,7 +66,11 @@ class ClientNames:
         self.mode = mode
         """Replaced by a reload only."""
         self._plain = lru_cache(20_000)(_plain)
-        self.hashed = lru_cache(20_000)(lambda address: _hashed(address, key))
+
+        def hashed(address: str) -> str:
+            return "h-" + hashlib.blake2b(_plain(address).encode(), key=key, digest_size=8).hexdigest()
+
+        self.hashed = lru_cache(20_000)(hashed)
 
     def of(self, address: str) -> str:
         """The name that identifies a client; with mode "off" a hash that is neither shown nor kept."""
@@ -84,7 +88,3 @@ def _plain(address: str) -> str:
         return address
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return str(mapped or parsed)
-
-
-def _hashed(address: str, key: bytes) -> str:
-    return "h-" + hashlib.blake2b(_plain(address).encode(), key=key, digest_size=8).hexdigest()

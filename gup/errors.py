@@ -104,8 +104,7 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         extensions: dict[str, object] | None = None,
     ) -> None:
         super().__init__(detail)
-        self.slug = slug
-        self.detail = detail
+        self.slug, self.detail = slug, detail
         self.retry_after_seconds = retry_after_seconds
         self.headers = headers
         self.extensions = extensions or {}

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 _SERVED = ("200", "206", "304", "412", "416")
 CODES_OF_RESULT: Mapping[str, tuple[str, ...]] = {
@@ -41,8 +41,6 @@ FILL_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 14
 _NANOSECONDS = 1_000_000_000
 
 Direction = Literal["sent", "received", "wasted"]
-
-
 Label = tuple[str, tuple[str, ...]]
 """A label with its values, without these where they are not known before."""
 
@@ -79,21 +77,14 @@ def _gauge(name: str, text: str, *labels: Label, upstream: bool = False) -> Metr
 
 
 _RESULT = ("result", tuple(CODES_OF_RESULT))
-_RESULT_WITH_CONTENT = ("result", tuple(name for name, codes in CODES_OF_RESULT.items() if codes is _SERVED))
+_SERVED_AS = ("result", tuple(name for name, codes in CODES_OF_RESULT.items() if codes is _SERVED))
 _PURPOSE = ("purpose", PURPOSES)
 _OUTCOMES = ("ok", "not_modified", "not_found", "error", "timeout", "unreachable", "rejected")
 _ENDS = ("outcome", ("committed", "failed", "unstorable"))
 _EVICTED = ("reason", ("unused", "revision", "size", "free", "part"))
 _WHERE = ("where", ("body", "part", "record", "index", "state"))
-_RULES = (
-    "client_patches_off",
-    "content_type",
-    "manager_too_old",
-    "version",
-    "language",
-    "undeclared",
-    "unlisted",
-)
+_OF_PATCHES = ("client_patches_off", "manager_too_old", "version", "language", "undeclared")
+_RULE = ("rule", ("content_type", "unlisted", *_OF_PATCHES))
 _CLOSED = ("reason", ("network", "limit", "address"))
 _LIMITED = ("of", ("connections", "connections_per_address", "downloads", "fills", "queue"))
 _PRODUCT: Label = ("product", ())
@@ -110,21 +101,13 @@ _STORM_HELP = "Whether clients ask for fulls where deltas exist."
 METRICS: tuple[Metric, ...] = (
     _counter("gup_requests_total", "Requests answered.", _RESULT, ("code", ())),
     _counter("gup_client_sent_bytes_total", "Body bytes sent to clients.", ("source", SOURCES)),
-    _counter(
-        "gup_upstream_received_bytes_total", "Body bytes received from upstream.", _PURPOSE, upstream=True
-    ),
+    _counter("gup_upstream_received_bytes_total", "Body bytes from upstream.", _PURPOSE, upstream=True),
     _counter("gup_upstream_requests_total", "Requests sent upstream.", ("outcome", _OUTCOMES), upstream=True),
     _counter("gup_upstream_wasted_bytes_total", "Bytes received and not used.", ("reason", WASTED)),
     _counter("gup_fills_total", "Fills ended.", _ENDS),
     _counter("gup_fill_resumes_total", "Fills resumed.", ("reason", RESUME_REASONS)),
     Metric("gup_fill_duration_seconds", "histogram", "From claim to commit.", buckets=FILL_BUCKETS),
-    Metric(
-        "gup_time_to_first_byte_seconds",
-        "histogram",
-        _TTFB_HELP,
-        (_RESULT_WITH_CONTENT,),
-        buckets=TTFB_BUCKETS,
-    ),
+    Metric("gup_time_to_first_byte_seconds", "histogram", _TTFB_HELP, (_SERVED_AS,), buckets=TTFB_BUCKETS),
     _level("gup_fills_in_progress", "Fills under way."),
     _level("gup_fill_waiters", "Requests attached to fills under way."),
     _level("gup_client_connections", "Client connections open."),
@@ -134,7 +117,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_evictions_total", "Entries evicted.", _EVICTED),
     _counter("gup_evicted_bytes_total", "Bytes evicted.", _EVICTED),
     _counter("gup_integrity_failures_total", "Damage found in the store.", _WHERE),
-    _counter("gup_rule_refusals_total", _RULES_HELP, ("rule", _RULES), ("mode", ("enforce", "report"))),
+    _counter("gup_rule_refusals_total", _RULES_HELP, _RULE, ("mode", ("enforce", "report"))),
     _counter("gup_connections_refused_total", "Connections closed at accept.", _CLOSED),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
@@ -165,9 +148,8 @@ BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 def series(name: str, labels: Mapping[str, str]) -> str:
     """The one spelling of a series: `name{label="value",…}`, labels in the order of their names."""
-    if not labels:
-        return name
-    return name + "{" + ",".join(f'{label}="{labels[label]}"' for label in sorted(labels)) + "}"
+    pairs = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
+    return f"{name}{{{pairs}}}" if pairs else name
 
 
 def label_sets(metric: Metric, upstreams: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -190,17 +172,14 @@ def layout(upstreams: Sequence[str]) -> list[str]:
     """Series in the order of their words. A histogram's are its buckets (`le`), then its `_sum` (ns)."""
     words: list[str] = []
     for metric in METRICS:
-        if not metric.stored:
-            continue
-        for labels in label_sets(metric, upstreams):
+        for labels in label_sets(metric, upstreams) if metric.stored else ():
             if metric.kind != "histogram":
                 words.append(series(metric.name, labels))
                 continue
             edges = [f"{edge:g}" for edge in metric.buckets] + ["+Inf"]
             words += [series(metric.name + "_bucket", {**labels, "le": edge}) for edge in edges]
             words.append(series(metric.name + "_sum", labels))
-    directions: tuple[Direction, ...] = ("sent", "received", "wasted")
-    for slot, kind, direction in product(range(MAX_STREAMS + 1), KINDS, directions):
+    for slot, kind, direction in product(range(MAX_STREAMS + 1), KINDS, get_args(Direction)):
         words.append(stream_series(direction, slot, kind))
     return words
 

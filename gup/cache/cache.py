@@ -214,7 +214,7 @@ class Cache:
         if gup_names(via):
             await pool.learn_names(variant, key.text)
         try:
-            pool.off_the_way(pool.candidates(variant, key.text), via)
+            pool.candidates(variant, key.text, via)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 

@@ -117,7 +117,7 @@ class BypassBody:
             right = received == (expected or received)
             if right and (self._ends_right is None or self._ends_right(bytes(tail))):
                 self._withheld = 0  # of an end that nobody knows, too: all that came is for the client
-                self._ended = expected is not None or self._answer.confirmed
+                self._ended = expected is not None or self._answer.head.delimited
             self._failed = not self._ended
         except UpstreamFailure:
             self._failed = True

@@ -62,9 +62,8 @@ def load(
 def require_servable(settings: Settings) -> None:
     """SettingsError when a service could not fetch anything."""
     if not settings.upstream:
-        raise SettingsError(
-            ["upstream: none is given; add --upstream http://manager:8014, or an [[upstream]] table"]
-        )
+        remedy = "add --upstream http://manager:8014, or an [[upstream]] table"
+        raise SettingsError([f"upstream: none is given; {remedy}"])
 
 
 def _read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -126,16 +125,16 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
     set their own, such as GUP_PORT or GUP_SERVICE_HOST for a service called gup.
     """
     sections = keys_at((), Settings)
-    keys = [(section, key) for section in sections for key in keys_at((section,), Settings)]
+    right = {
+        f"{one}_{key}": f"{one}{DELIMITER}{key}" for one in sections for key in keys_at((one,), Settings)
+    }
     problems = []
     for name in sorted(variables):
         rest = name.lower().removeprefix(PREFIX.lower())
         if DELIMITER in rest and rest.split(DELIMITER)[0] not in sections:
             problems.append(f"{name}: unknown section; sections are {', '.join(sections)}")
-        for section, key in keys:
-            if rest == f"{section}_{key}":
-                right = f"{PREFIX}{section}{DELIMITER}{key}".upper()
-                problems.append(f"{name}: unknown variable; did you mean {right}?")
+        if rest in right:
+            problems.append(f"{name}: unknown variable; did you mean {PREFIX}{right[rest].upper()}?")
     return problems
 
 
@@ -168,10 +167,8 @@ def mask_password(url: str) -> str:
 
 def spell(location: Location) -> str:
     """The key as people write it: `cache.max_size`, `upstream#2.url` (the second one's)."""
-    text = ""
-    for part in location:
-        text += f"#{part + 1}" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
+    parts = (f"#{part + 1}" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
 
 
 def complaints(
@@ -217,12 +214,12 @@ def _shown(location: Location, value: object) -> str:
         return "the value (not shown)"
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
-    if isinstance(value, str):
-        if value.lstrip()[:1] in ("[", "{"):
-            return "the JSON text"
-        shown = mask_password(value)
-        return repr(shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "…")
-    return repr(value).lower() if isinstance(value, bool) else repr(value)
+    if not isinstance(value, str):
+        return repr(value).lower() if isinstance(value, bool) else repr(value)
+    if value.lstrip()[:1] in ("[", "{"):
+        return "the JSON text"
+    shown = mask_password(value)
+    return repr(shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "…")
 
 
 def keys_at(location: Location, table: type[BaseModel]) -> list[str]:
@@ -234,10 +231,8 @@ def keys_at(location: Location, table: type[BaseModel]) -> list[str]:
 def model_at(location: Location, table: type[BaseModel]) -> type[BaseModel] | None:
     """The model that checks the table at `location` (list positions are skipped), None when there is none."""
     model: type[BaseModel] | None = table
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(str(part)) if model else None
+    for part in (part for part in location if isinstance(part, str)):
+        field = model.model_fields.get(part) if model else None
         model = model_of(field.annotation) if field else None
     return model
 

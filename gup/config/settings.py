@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -20,14 +21,11 @@ T = TypeVar("T")
 
 # --- types of values: they check text and numbers, and say what would be right
 
-MIN_RATE_BYTES_PER_SECOND = 10**3
-MIN_CACHE_BYTES = 10**6
-"""In a smaller rate or size the unit was forgotten."""
-
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110 section 5.6.2
+_SITE_NAME = _TOKEN.pattern[:-1] + "{1,64}"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/@:\[\]?#\"\\]+)(?::[0-9]{1,5})?"
-_URL = re.compile(rf"https?://{_HOST}(?:/[^\s?#]*)?")
-_PROXY = re.compile(rf"https?://(?:[^\s/@]+@)?{_HOST}/?")
+_URL_PATH = r"/[!-\"$->@-~]*"
+_MINUTE = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00"
 _GUP_SETS = frozenset(
     {
         *("accept-encoding", "connection", "content-length", "host", "if-match", "if-modified-since"),
@@ -54,24 +52,33 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _at_least(least: int, right: str, *besides: int) -> AfterValidator:
-    def check(value: int) -> int:
-        if value < least and value not in besides:
-            raise ValueError(f"must be at least {right}")
-        return value
+def _good(is_good: Callable[[Any], object], right: str) -> AfterValidator:
+    """A check; `right` says what would be right."""
 
-    return AfterValidator(check)
-
-
-def _matching(form: str, right: str) -> AfterValidator:
-    pattern = re.compile(form)
-
-    def check(value: str) -> str:
-        if not pattern.fullmatch(value):
+    def check(value: T) -> T:
+        if not is_good(value):
             raise ValueError(right)
         return value
 
     return AfterValidator(check)
+
+
+def _printable(form: str, right: str) -> AfterValidator:
+    pattern = re.compile(form)
+    return _good(lambda text: text.isprintable() and pattern.fullmatch(text), right)
+
+
+def _url(form: str, right: str) -> AfterValidator:
+    """An http or https URL of this form, without a "/" at its end."""
+    pattern = re.compile("https?://" + form)
+
+    def is_good(text: str) -> bool:
+        try:
+            return bool(pattern.fullmatch(text)) and urlsplit(text).port != 0
+        except ValueError:  # a port above 65535
+            return False
+
+    return _good(is_good, right)
 
 
 def _address(value: str) -> str:
@@ -88,52 +95,6 @@ def _network(value: str) -> str:
         raise ValueError(f"must be a network, such as 10.0.0.0/8 ({error})") from error
 
 
-def _port_fits(url: str) -> bool:
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
-
-
-def _url(value: str) -> str:
-    if not _URL.fullmatch(value) or not _port_fits(value):
-        raise ValueError("must be http://host:port or https://host:port, without user or query")
-    return value.rstrip("/")
-
-
-def _proxy(value: str) -> str:
-    if not _PROXY.fullmatch(value) or not _port_fits(value):
-        raise ValueError("must be http://host:port, perhaps with user:password@ before the host")
-    return value
-
-
-def _variant(value: str) -> str:
-    value = value.strip()
-    if not 0 < len(value) <= 64 or value[0] == "." or re.search(r"[/\\]", value) or not value.isprintable():
-        raise ValueError("must be 1 to 64 printable characters without / or \\, not beginning with a dot")
-    return value
-
-
-def _label(value: str) -> str:
-    if not 0 < len(value) <= 64 or re.search(r'["\\]', value) or not value.isprintable():
-        raise ValueError('must be 1 to 64 printable characters without " or \\')
-    return value
-
-
-def _log_destination(value: str) -> str:
-    name, colon, path = value.partition(":")
-    named = name == "journald" and (path.startswith("/") or not colon)
-    if not (named or value in ("stderr", "stdout") or value.startswith("/")) or "\0" in value:
-        raise ValueError('must be "stderr", "stdout", "journald" or the absolute path of a file')
-    return value
-
-
-def _time_zone(value: str) -> str:
-    if value and value not in available_timezones():
-        raise ValueError('must be a time zone that this machine knows, such as "Europe/Paris"')
-    return value
-
-
 def _headers(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not is_token(name):
@@ -146,46 +107,42 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-CacheSize = Annotated[Size, _at_least(MIN_CACHE_BYTES, '"1MB"')]
-Rate = Annotated[
-    int, BeforeValidator(parse_rate), _at_least(MIN_RATE_BYTES_PER_SECOND, '"1kB/s", or "0" for unlimited', 0)
-]
+# In a smaller size or rate the unit was forgotten.
+CacheSize = Annotated[Size, _good(lambda size: size >= 10**6, 'must be at least "1MB"')]
 LeastRate = Annotated[int, BeforeValidator(parse_rate)]
+Rate = Annotated[
+    LeastRate, _good(lambda rate: rate >= 1000 or not rate, 'must be at least "1kB/s", or "0" for unlimited')
+]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Timeout = Annotated[Duration, Field(gt=0)]
-Port = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=65535)]
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=2**31)]
-Positive = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=2**31)]
-Weight = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=1000)]
+Integer = Annotated[int, BeforeValidator(_not_bool)]
+Port = Annotated[Integer, Field(ge=0, le=65535)]
+Count = Annotated[Integer, Field(ge=0, le=2**31)]
+Positive = Annotated[Integer, Field(ge=1, le=2**31)]
+Weight = Annotated[Integer, Field(ge=1, le=1000)]
 Address = Annotated[str, AfterValidator(_address)]
-Network = Annotated[str, AfterValidator(_network)]
-Minute = Annotated[
-    str,
-    _matching(
-        r"(?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00",
-        'must be a time from "00:00" to "24:00", such as "07:30"',
-    ),
-]
+Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], BeforeValidator(_split)]
+Minute = Annotated[str, _printable(_MINUTE, 'must be a time from "00:00" to "24:00", such as "07:30"')]
 Absolute = Annotated[Path, AfterValidator(Path.absolute)]
-Url = Annotated[str, AfterValidator(_url)]
-UrlPath = Annotated[
+Url = Annotated[
     str,
-    _matching(r"/[!-\"$->@-~]*", "must be a URL's path that begins with /, without query; spaces as %20"),
+    _url(_HOST + r"(?:/[^\s?#]*)?", "must be http://host:port or https://host:port, without user or query"),
+    AfterValidator(lambda url: url.rstrip("/")),
 ]
-Proxy = Annotated[str, AfterValidator(_proxy)]
-Variant = Annotated[str, AfterValidator(_variant)]
-Label = Annotated[str, AfterValidator(_label)]
-SiteName = Annotated[
-    str,
-    _matching(
-        rf"{_TOKEN.pattern[:-1]}{{1,64}}",
-        "must be 1 to 64 letters, digits, dots, dashes or underscores (it stands in Via)",
-    ),
-]
-LogDestination = Annotated[str, AfterValidator(_log_destination)]
-TimeZone = Annotated[str, AfterValidator(_time_zone)]
+_PROXY_IS = "must be http://host:port, perhaps with user:password@ before the host"
+Proxy = Annotated[str, _url(rf"(?:[^\s/@]+@)?{_HOST}/?", _PROXY_IS)]
+_PATH_IS = "must be a URL's path that begins with /, without query; spaces as %20"
+UrlPath = Annotated[str, _printable(_URL_PATH, _PATH_IS)]
+_VARIANT_IS = "must be 1 to 64 printable characters without / or \\, not beginning with a dot"
+Variant = Annotated[str, AfterValidator(str.strip), _printable(r"(?!\.)[^/\\]{1,64}", _VARIANT_IS)]
+Label = Annotated[str, _printable(r'[^"\\]{1,64}', 'must be 1 to 64 printable characters without " or \\')]
+_NAME_IS = "must be 1 to 64 letters, digits, dots, dashes or underscores (it stands in Via)"
+SiteName = Annotated[str, _printable(_SITE_NAME, _NAME_IS)]
+_DESTINATION_IS = 'must be "stderr", "stdout", "journald" or the absolute path of a file'
+LogDestination = Annotated[str, _printable("stderr|stdout|journald(:/.*)?|/.*", _DESTINATION_IS)]
+_ZONE_IS = 'must be a time zone that this machine knows, such as "Europe/Paris"'
+TimeZone = Annotated[str, _good(lambda zone: not zone or zone in available_timezones(), _ZONE_IS)]
 Headers = Annotated[dict[str, str], AfterValidator(_headers)]
-Networks = Annotated[list[Network], BeforeValidator(_split)]
 Words = Annotated[list[str], BeforeValidator(_split)]
 
 # --- the table
@@ -216,14 +173,13 @@ class Listen(Section):
     admin_port: Port = row(2968, "Port of the control plane; 0 takes a free one.")
     admin_token_file: Absolute | None = row(
         None,
-        "A file with the token that those who look and change things show; "
-        "beyond loopback there must be one. Read again on reload.",
+        "A file with the token to look and change things, needed beyond loopback; a reload reads it again.",
     )
     admin_read_token_file: Absolute | None = row(
-        None, "A file with another token, for those who only look, such as Prometheus. Read again on reload."
+        None, "A file with another token, to look only, as Prometheus does; a reload reads it again."
     )
     admin_cert_file: Absolute | None = row(
-        None, "The control plane's certificate with its chain (PEM): it speaks TLS. Read again on reload."
+        None, "Certificate of the control plane with its chain (PEM); read on reload."
     )
     admin_key_file: Absolute | None = row(None, "The certificate's key (PEM, without a password).")
     backlog: Positive = row(4096, "Connections that the kernel queues for each worker.")
@@ -232,12 +188,6 @@ class Listen(Section):
     idle_timeout: Timeout = row(75.0, "Time for the next request on a connection to begin.")
     write_timeout: Timeout = row(60.0, "Time for a client to take any byte while one is offered.")
     drain_timeout: Duration = row(30.0, "Time for responses under way when the service stops.")
-
-
-def _verify(value: object) -> object:
-    if value == "always":
-        raise ValueError('"always" is gone: "first_use" compares each chunk before it is first sent')
-    return value
 
 
 class Cache(Section):
@@ -253,7 +203,7 @@ class Cache(Section):
     error_ttl: Duration = row(2.0, "How long an upstream's failure is remembered and answered.")
     index_ttl: Duration = row(60.0, "How long an index file is fresh.")
     max_stale: Duration = row(WEEK, "How long an index file is served stale while no upstream answers.")
-    verify: Annotated[Literal["first_use", "scrub"], BeforeValidator(_verify)] = row(
+    verify: Literal["first_use", "scrub"] = row(
         "first_use",
         "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
     )
@@ -280,9 +230,7 @@ class Upstream(Section):
     )
     max_connections: Positive = row(16, "Connections at once, of each worker.")
     connect_timeout: Timeout = row(5.0, "Time for a connection to stand, TLS included.")
-    first_byte_timeout: Timeout = row(
-        60.0, "Time for an answer's whole head, from when the connection stands."
-    )
+    first_byte_timeout: Timeout = row(60.0, "Time for a response's head, from when the connection stands.")
     read_timeout: Timeout = row(15.0, "Time for any byte of a body, while gup is ready to take it.")
     min_rate: LeastRate = row(
         100,
@@ -292,9 +240,7 @@ class Upstream(Section):
     give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams.")
     health_interval: Duration = row(30.0, "Time between health checks while all is well; 0 makes none.")
     health_path: UrlPath | None = row(
-        None,
-        "Path that health checks ask for with HEAD, any answer being right; left out, ContentInfo.txt of a "
-        "manager, minitri.flg of LiveUpdate, / of a gup.",
+        None, "Path of health checks (HEAD); left out, ContentInfo.txt, minitri.flg or / by its kind."
     )
 
     @model_validator(mode="before")
@@ -309,32 +255,22 @@ class Fill(Section):
     """Fetching from upstream."""
 
     max: Positive = row(8, "Fills that stream at once; beside fulls as many deltas and index files.")
-    queue_timeout: Duration = row(
-        30.0, "Time to wait for a fill to begin; 503 at once if it would take longer."
-    )
+    queue_timeout: Duration = row(30.0, "Time to wait for a fill to begin; 503 at once if it needs longer.")
     range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
-    memory: Size = row(
-        parse_size("256MB"),
-        "Memory for bodies that the disk refuses, over all processes; what finds no room there is passed "
-        "through, four clients at once; 0 takes none.",
-    )
+    memory: Size = row(256_000_000, "Memory of all processes for bodies that the disk refuses; 0 takes none.")
 
 
 class Prefetch(Section):
     """Content that is fetched before a client asks for it, while no client's fill needs the link."""
 
     enabled: bool = row(
-        True,
-        "Whether, when clients begin to ask for a new revision, the deltas to it from the other revisions "
-        "seen at this site are fetched; client patches never are.",
+        True, "Whether deltas to a new revision from those seen here are fetched; client patches never are."
     )
     max: Annotated[Count, Field(le=16)] = row(
         8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
     )
     seen_within: Duration = row(WEEK, "Revisions that no client has named for this time get no deltas.")
-    unlisted: Literal["skip", "fetch"] = row(
-        "skip", "Whether streams are fetched that no catalogue lists: they might be client patches."
-    )
+    unlisted: Literal["skip", "fetch"] = row("skip", "Whether streams are fetched that no catalogue lists.")
 
 
 class WanSchedule(Section):
@@ -376,10 +312,7 @@ class Clients(Section):
     queue: Count = row(1000, "Requests that may wait for a download; more get 503.")
     rate: Rate = row(0, 'Rate to each connection; "0" is unlimited.')
     max_connections_per_address: Count = row(
-        4096,
-        "Connections of one address; more are closed at once; 0 is unlimited. "
-        "A branch behind NAT is one address, so by default it is much, "
-        "and still one address can't take all of listen.max_connections.",
+        4096, "Connections of one address, such as a branch behind NAT; more are closed; 0 is unlimited."
     )
 
 
@@ -408,8 +341,8 @@ class Catalog(Section):
     refresh: Duration = row(3600.0, "Time between readings of the managers' catalogues; 0 reads none.")
     types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
         CONTENT_TYPES,
-        "Types of content, by patterns (* and ?) of their products' names in the catalogue, the first that "
-        "fits; these stand besides those named here, and an empty list takes one away.",
+        "Types of content, by patterns (* and ?) of products' names in the catalogue, the first that fits; "
+        "these stand besides those named here, and an empty list takes one away.",
     )
 
 
@@ -426,9 +359,7 @@ class Rules(Section):
         False, "Whether a manager of another language may give English patches to English clients."
     )
     supported_languages: Words = row(
-        [],
-        "Languages that there are installation packages in; a client in another one is told of AutoUpgrade "
-        "to English. Empty: it is told to find out.",
+        [], "Languages of installation packages; a client in another one is told of AutoUpgrade to English."
     )
     version_sources: Words = row(
         ["GUP-Client-Version", "User-Agent: SEP"],
@@ -437,12 +368,11 @@ class Rules(Section):
     )
     language_sources: Words = row(
         ["GUP-Client-Language"],
-        "Where a client states its language, likewise; Accept-Language may be added, but tells Windows' own.",
+        "Likewise its language; Accept-Language may be added, but tells Windows' own.",
     )
     liveupdate: Url | None = row(None, "LiveUpdate server shown to refused clients; left out, an upstream's.")
     releases: dict[str, str] = row(
-        {},
-        'Releases besides the known ones, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".',
+        {}, 'More releases, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".'
     )
 
 
@@ -454,9 +384,7 @@ class Log(Section):
     )
     format: Literal["text", "json"] = row("text", "A line of text, or a JSON object.")
     destination: LogDestination = row(
-        "stderr",
-        '"stderr", "stdout", "journald", or the absolute path of a file, which is opened anew when it was '
-        "renamed (logrotate).",
+        "stderr", '"stderr", "stdout", "journald", or the absolute path of a file (logrotate may rename it).'
     )
     access: Literal["off", "sampled", "all"] = row(
         "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
@@ -468,13 +396,9 @@ class Reports(Section):
     """Records of clients and of the bytes saved, for `gup report`."""
 
     addresses: Literal["full", "hashed", "off"] = row(
-        "full",
-        "How clients are told apart in reports and in the log: by their addresses, by keyed hashes of them, "
-        "or not at all: then there are no records of clients.",
+        "full", "Clients in reports and log: addresses, keyed hashes of them, or none and no client records."
     )
-    retention: Timeout = row(
-        90 * DAY, "Clients not seen, and records of content taken, are forgotten after it."
-    )
+    retention: Timeout = row(90 * DAY, "Clients not seen and content taken are forgotten after it.")
     max_clients: Positive = row(100_000, "Clients remembered; of more the longest unseen are forgotten.")
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
 
@@ -529,31 +453,23 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        problems = []
-        names = [upstream.name for upstream in self.upstream]
-        problems += [
+        names, listen = [upstream.name for upstream in self.upstream], self.listen
+        addresses = {listen.address, listen.admin_address}
+        problems = [
             f"upstream: the name {name!r} stands {names.count(name)} times; each upstream must have its own"
             for name in sorted({name for name in names if names.count(name) > 1})
         ]
-        listen = self.listen
-        addresses = {listen.address, listen.admin_address}
         if listen.port == listen.admin_port != 0 and (len(addresses) == 1 or addresses & {"0.0.0.0", "::"}):  # noqa: S104
             problems.append(f"listen.admin_port: {listen.admin_port} is listen.port too; they must differ")
-        problems += _unguarded(listen)
+        if listen.admin_token_file is None and not ipaddress.ip_address(listen.admin_address).is_loopback:
+            problems.append(
+                f"listen.admin_address: {listen.admin_address} can be reached by others, so every request "
+                "needs a token: listen.admin_token_file must name a file with one, such as made by "
+                "openssl rand -hex 32; or let it be 127.0.0.1"
+            )
+        if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
+            missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
+            problems.append(f"listen.{missing}: missing; certificate and key go together")
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _unguarded(listen: Listen) -> list[str]:
-    problems = []
-    if listen.admin_token_file is None and not ipaddress.ip_address(listen.admin_address).is_loopback:
-        problems.append(
-            f"listen.admin_address: {listen.admin_address} can be reached by others, so every request needs "
-            "a token: listen.admin_token_file must name a file with one, such as made by "
-            "openssl rand -hex 32; or let it be 127.0.0.1"
-        )
-    if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
-        missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
-        problems.append(f"listen.{missing}: missing; certificate and key go together")
-    return problems

@@ -6,7 +6,7 @@ read counts as not stated. Two readers share this: `Identities` for the rules, w
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -71,35 +71,26 @@ def parse_source(text: str) -> Source | None:
     return Source(header, product)
 
 
-class _Sources:
-    """Where versions and languages are stated, as the settings have it."""
+def _sources(texts: Sequence[str]) -> list[Source]:
+    return list(filter(None, map(parse_source, texts)))
 
-    def __init__(self, rules: Rules) -> None:
-        self._versions = list(filter(None, map(parse_source, rules.version_sources)))
-        self._languages = list(filter(None, map(parse_source, rules.language_sources)))
-        self.headers = list(dict.fromkeys(source.header for source in (*self._versions, *self._languages)))
 
-    def read(self, header: Header) -> tuple[Texts, Texts]:
-        """What is stated of the version, and of the language."""
-
-        def read(sources: list[Source]) -> Texts:
-            texts = ((source.name, source.read(header)) for source in sources)
-            return [(name, text) for name, text in texts if text is not None]
-
-        return read(self._versions), read(self._languages)
+def _stated_in(sources: list[Source], header: Header) -> Texts:
+    return [(source.name, text) for source in sources if (text := source.read(header)) is not None]
 
 
 class Identities:
     """Reads versions and languages to compare, from the headers that `rules` name."""
 
     def __init__(self, rules: Rules, releases: Releases) -> None:
-        self._sources = _Sources(rules)
+        self._versions, self._languages = _sources(rules.version_sources), _sources(rules.language_sources)
         self._releases = releases
-        self.vary = ", ".join(self._sources.headers) or None
+        headers = (source.header for source in (*self._versions, *self._languages))
+        self.vary = ", ".join(dict.fromkeys(headers)) or None
         """The headers that are read, as the Vary of an answer that depends on them; None when none is."""
 
     def read(self, header: Header) -> Client:
-        return self._client(*self._sources.read(header))
+        return self._client(_stated_in(self._versions, header), _stated_in(self._languages, header))
 
     def stated(self, version: str | None, language: str | None) -> Client:
         """The client that states these, wherever it does."""
@@ -153,8 +144,8 @@ class Declarations:
     """Reads them as text. Clients send the same headers all day, so what was read is remembered."""
 
     def __init__(self, rules: Rules) -> None:
-        self._sources = _Sources(rules)
-        self._wanted = frozenset(header.lower() for header in self._sources.headers)
+        self._versions, self._languages = _sources(rules.version_sources), _sources(rules.language_sources)
+        self._wanted = frozenset(source.header.lower() for source in (*self._versions, *self._languages))
         self._is_version = Releases().version
         names = b"|".join(re.escape(name.encode("latin-1")) for name in sorted(self._wanted))
         self._line = re.compile(rb"\n(" + (names or rb"(?!)") + rb"):[ \t]*+([^\r\n]*)", re.IGNORECASE)
@@ -176,14 +167,13 @@ class Declarations:
     def _look_up(self, found: Headers) -> Stated:
         if not found:
             return NOTHING
-        stated = self._known.get(found)
-        return self._read(found) if stated is None else stated
-
-    def _read(self, found: Headers) -> Stated:
+        if (stated := self._known.get(found)) is not None:
+            return stated
         fields: dict[str, str] = {}
         for name, value in found:
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        versions, languages = self._sources.read(fields.get)
+        versions = _stated_in(self._versions, fields.get)
+        languages = _stated_in(self._languages, fields.get)
         # As for the rules: a version that cannot be read does not hide that of a later source.
         readable = [text for _, text in versions if self._is_version(text)]
         version = next(iter(readable + [text for _, text in versions]), "")

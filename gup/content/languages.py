@@ -5,6 +5,8 @@ language and script are: a region changes words, not whether a person can read t
 """
 
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -52,21 +54,18 @@ def parse_language(text: str) -> Language | None:
         return Language("", text)
     if not 0 < len(text) <= _MAX_LENGTH:
         return None
-    found = (_by_tag(text.replace("_", "-")) if _TAG.fullmatch(text) else None) or _by_name(text)
-    return Language(found, text) if found else None
-
-
-def _by_tag(tag: str) -> str | None:
     import langcodes  # noqa: PLC0415 - 35 ms, and 4 MB with its names: for those who compare languages
 
-    try:
-        language = langcodes.get(tag)
-    except ValueError:  # LanguageTagError among them
-        return None
-    return _code(language) if language.is_valid() else None
+    code = None
+    if _TAG.fullmatch(text):
+        with suppress(ValueError):  # LanguageTagError among them
+            language = langcodes.get(text.replace("_", "-"))
+            code = _code(language) if language.is_valid() else None
+    code = code or _by_name(text, langcodes.find)
+    return Language(code, text) if code else None
 
 
-def _by_name(text: str) -> str | None:
+def _by_name(text: str, find: "Callable[[str], langcodes.Language]") -> str | None:
     """The language of a name. The library reads "Chinese Simplified" as "Chinese" and skips what it does not
     know behind a name, so the words are turned round too; where both mean one language, that is more exact.
     """
@@ -74,28 +73,19 @@ def _by_name(text: str) -> str | None:
     name = " ".join(words)
     if not _WORDS.fullmatch(name) or (len(name) <= 3 and name.isascii()):  # short ones are codes, none valid
         return None
-    found, turned = _find(name), _find(" ".join((words[-1], *words[:-1])))
-    if found is None:
+    try:
+        found = find(name)
+        with suppress(LookupError):
+            turned = find(" ".join((words[-1], *words[:-1])))
+            found = turned if turned.language == found.language else found
+    except LookupError:
         return None
-    if turned is not None and turned.language == found.language:
-        found = turned
     return _code(found)
 
 
-def _find(name: str) -> "langcodes.Language | None":
-    import langcodes  # noqa: PLC0415 - see _by_tag
-
-    try:
-        return langcodes.find(name)
-    except LookupError:
-        return None
-
-
 def _code(language: "langcodes.Language") -> str | None:
-    import langcodes  # noqa: PLC0415 - see _by_tag
-
     if language.language in _NO_LANGUAGE or not language.language:
         return None
-    full = langcodes.get(langcodes.standardize_tag(language.to_tag(), macro=True)).maximize()
+    full = language.prefer_macrolanguage().maximize()
     name = "no" if full.language == "nb" else full.language  # CLDR takes Norwegian for Bokmål; names do too
     return f"{name}-{full.script}" if full.script else str(name)

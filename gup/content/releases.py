@@ -60,7 +60,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The version of a client or manager; equal only when release, build and patch are (see `same_release`).
+    """The version of a client or manager; equal only when release, build and patch are.
 
     `build` is None where only a name was given whose first build is not known. `patch` is the number in a
     patched client's name ("14.3 RU8 Patch 3"), 0 without one. `text` is as it was written.
@@ -76,9 +76,6 @@ class Version:
         if _parse_build(self.text):
             return f"{self.release} ({self.text})"
         return f"{self.release} Patch {self.patch}" if self.patch else str(self.release)
-
-    def same_release(self, other: "Version") -> bool:
-        return self.release == other.release
 
     def older_than(self, other: "Version") -> bool:
         """By release, then by build as far as both are known."""
@@ -108,17 +105,14 @@ class Releases:
             return None
         build = _parse_build(text)
         if build is not None:
-            return Version(text, self._release_of(build), build)
+            known = (row[0] for row in self._newest_first if row[1] <= build and row[1][:2] == build[:2])
+            return Version(text, next(known, Release(*build[:2])), build)
         release = _parse_name(text)
         if release is None:
             return None
         named = _NAME.fullmatch(text)
         patch = int(named[5] or 0) if named else 0
         return Version(text, release, None if patch else self._first.get(release), patch)
-
-    def _release_of(self, build: Build) -> Release:
-        known = (row[0] for row in self._newest_first if row[1] <= build and row[1][:2] == build[:2])
-        return next(known, Release(build[0], build[1]))
 
 
 def mistakes(releases: Mapping[str, str]) -> Iterable[tuple[str, str]]:

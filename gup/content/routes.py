@@ -102,11 +102,14 @@ class Routes:
         Problem "not-content" when it is none of ours, "bad-path" when its name is too long for a file.
         """
         root, *segments = path.removeprefix("/").split("/")
+        route = None
         if root == "content" and segments and segments[-1]:
-            return _content_route(path, segments)
-        if self._liveupdate and root and not segments:
-            return _liveupdate_route(path, root)
-        raise _not_content()
+            route = _content_route(path, segments)
+        elif self._liveupdate and root and not segments:
+            route = _liveupdate_route(path, root)
+        if route is None:
+            raise Problem("not-content", "This path is none of the content that is served here.")
+        return route
 
 
 _ALL_ROUTES = Routes(liveupdate=True)
@@ -132,15 +135,15 @@ def path_of(key: ContentKey) -> str:
     folders = [part for part in ("content", key.stream, key.revision) if part != ABSENT]
     if key.stream == LIVEUPDATE_STREAM:
         folders = []
-    return _encode_path("/".join(("", *map(unquote, (*folders, *key.file.split("%2F"))))))
+    return quote("/".join(("", *map(unquote, (*folders, *key.file.split("%2F"))))), safe=_PATH_SAFE)
 
 
-def _content_route(path: str, segments: list[str]) -> Route:
+def _content_route(path: str, segments: list[str]) -> Route | None:
     stream, revision, files = ABSENT, ABSENT, segments
     if _MONIKER.fullmatch(segments[0]):
         stream, files = segments[0].upper(), segments[1:]
         if not files:  # the moniker alone is a folder
-            raise _not_content()
+            return None
         if len(files) > 1:
             revision, files = _part(files[0]), files[1:]
     kind = Kind.INDEX
@@ -150,18 +153,18 @@ def _content_route(path: str, segments: list[str]) -> Route:
             kind = Kind.FULL
         elif _DELTA.fullmatch(files[0]):
             kind = Kind.DELTA
-    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), _encode_path(path))
+    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), quote(path, safe=_PATH_SAFE))
 
 
-def _liveupdate_route(path: str, name: str) -> Route:
+def _liveupdate_route(path: str, name: str) -> Route | None:
     index = bool(_LIVEUPDATE_INDEX.fullmatch(name))
     if not index and not _LIVEUPDATE_PAYLOAD.fullmatch(name):
-        raise _not_content()
+        return None
     # Taken from the right: a product's name may contain underscores, a version or a language does not.
     stated = _LIVEUPDATE_VARIANT.fullmatch(name)
     variant = Variant(*(_part(part.replace("$20", " ")) for part in stated.groups())) if stated else None
     kind, file = Kind.INDEX if index else Kind.OTHER, _file([name])
-    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, _encode_path(path), variant)
+    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, quote(path, safe=_PATH_SAFE), variant)
 
 
 def _file(segments: list[str]) -> str:
@@ -185,34 +188,23 @@ def _checked(part: str) -> str:
     return part
 
 
-def _not_content() -> Problem:
-    return Problem("not-content", "This path is none of the content that is served here.")
-
-
-def _encode_path(path: str) -> str:
-    return quote(path, safe=_PATH_SAFE)
-
-
 def _decode_path(raw: bytes) -> str:
-    if _BAD_ESCAPE.search(raw):
-        raise _bad_path("a '%' without two hexadecimal digits")
-    if b"#" in raw:
-        raise _bad_path("a fragment")
-    if b"%2f" in raw.lower():
-        raise _bad_path("an encoded '/'")
     try:
         path = unquote_to_bytes(raw).decode()
     except UnicodeDecodeError as error:
         raise _bad_path("text that is not UTF-8") from error
-    if not path.isprintable():  # controls, line ends and marks that turn the direction of writing
-        raise _bad_path("a character that cannot be printed")
-    if "\\" in path:
-        raise _bad_path("a backslash")
-    if "//" in path:
-        raise _bad_path("'//'")
+    for found, is_bad in (
+        ("a '%' without two hexadecimal digits", _BAD_ESCAPE.search(raw)),
+        ("a fragment", b"#" in raw),
+        ("an encoded '/'", b"%2f" in raw.lower()),
+        ("a character that cannot be printed", not path.isprintable()),  # also marks of writing direction
+        ("a backslash", "\\" in path),
+        ("'//'", "//" in path),
+        ("a name that begins with a dot", "/." in path),  # also "." and "..": none leads anywhere
+    ):
+        if is_bad:
+            raise _bad_path(found)
     for segment in path.split("/"):
-        if segment.startswith("."):  # also "." and "..": none of them leads anywhere
-            raise _bad_path("a name that begins with a dot")
         _checked(segment)
     return path
 

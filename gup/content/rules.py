@@ -4,7 +4,7 @@ FIELD, "Delivery rules of the seed": they bind client patches. Other content goe
 is switched off.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
@@ -33,16 +33,16 @@ class Rule(StrEnum):
     UNDECLARED = "undeclared"
 
 
-class Action(StrEnum):
-    """What would help a client that was refused, as a word for programs."""
-
-    UPGRADE_CLIENT = "upgrade-client"
-    UPGRADE_MANAGER = "upgrade-manager"
-    MANAGER_OF_LANGUAGE = "manager-of-language"
-    AUTOUPGRADE_TO_ENGLISH = "autoupgrade-to-english"
-    DECLARE = "declare"
-    CHANGE_SETTING = "change-setting"
-    LIVEUPDATE = "liveupdate"
+Action = Literal[
+    "upgrade-client",
+    "upgrade-manager",
+    "manager-of-language",
+    "autoupgrade-to-english",
+    "declare",
+    "change-setting",
+    "liveupdate",
+]
+"""What would help a client that was refused, as a word for programs."""
 
 
 class Remedy(NamedTuple):
@@ -52,7 +52,7 @@ class Remedy(NamedTuple):
     text: str
 
 
-LIVEUPDATE = Remedy(Action.LIVEUPDATE, "Meanwhile let the client take it from a LiveUpdate server.")
+LIVEUPDATE = Remedy("liveupdate", "Meanwhile let the client take it from a LiveUpdate server.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Rulebook:
             return Decision("LiveUpdate serves clients of every version", type_)
         if origin.version is not None and origin.version.release < FIRST_WITH_PATCHES:
             because = f"{origin.name} is {origin.version}, and client patches come with {FIRST_WITH_PATCHES}"
-            upgrade = Remedy(Action.UPGRADE_MANAGER, f"Bring the manager to {FIRST_WITH_PATCHES} or later.")
+            upgrade = Remedy("upgrade-manager", f"Bring the manager to {FIRST_WITH_PATCHES} or later.")
             return refused(Rule.MANAGER_TOO_OLD, because, upgrade, LIVEUPDATE)
         patch = self._patch(stream, origin)
         if patch.fits != NOBODY:
@@ -218,15 +218,15 @@ class Rulebook:
         if wanted is None or has is None:
             return None
         exact = self._settings.version_match == "build"
-        if (wanted == has) if exact else wanted.same_release(has):
+        if (wanted == has) if exact else wanted.release == has.release:
             return None
-        remedies = [Remedy(Action.UPGRADE_CLIENT, f"Bring the client to {wanted}, the manager's version.")]
+        remedies = [Remedy("upgrade-client", f"Bring the client to {wanted}, the manager's version.")]
         note = ""
         if has.release < FIRST_WITH_PATCHES:
             note = f"no manager has client patches for {has}: they come with {FIRST_WITH_PATCHES}"
         else:
             at = 0 if wanted.older_than(has) else 1  # versions only go up: first what the older side can do
-            manager = Remedy(Action.UPGRADE_MANAGER, f"Bring the manager to {has}, the client's version.")
+            manager = Remedy("upgrade-manager", f"Bring the manager to {has}, the client's version.")
             remedies.insert(at, manager)
         same = "build" if exact else "release"
         because = f"the client is {has} and the manager {wanted}; client patches need the same {same} on both"
@@ -248,19 +248,18 @@ class Rulebook:
         return patch.decision(because, client, Rule.LANGUAGE, *self._language_remedies(patch, has))
 
     def _language_remedies(self, patch: _Patch, has: Language) -> Iterator[Remedy]:
-        yield Remedy(Action.MANAGER_OF_LANGUAGE, f"Let a manager whose language is {has} serve it.")
+        yield Remedy("manager-of-language", f"Let a manager whose language is {has} serve it.")
         after_autoupgrade = self._settings.english_after_autoupgrade
-        if has == ENGLISH:
-            if not after_autoupgrade:
-                yield _change("rules.english_after_autoupgrade = true, for English patches")
-        elif has not in self._supported:  # FIELD, rule 3: such a client becomes an English one
+        if has == ENGLISH and not after_autoupgrade:
+            yield _change("rules.english_after_autoupgrade = true, for English patches")
+        elif has != ENGLISH and has not in self._supported:  # FIELD, rule 3: it becomes an English client
             whether = f"{has} is not supported" if self._supported else f"If {has} is not supported"
             english = "enable AutoUpgrade, which installs the English package and English client patches."
             text = f"{whether}: {english}"
             if patch.manager_language not in (None, ENGLISH) and not after_autoupgrade:
                 here = "set rules.english_after_autoupgrade or add an English manager"
                 text += f" To get those here then, {here}."
-            yield Remedy(Action.AUTOUPGRADE_TO_ENGLISH, text)
+            yield Remedy("autoupgrade-to-english", text)
 
     def _decide_undeclared(self, patch: _Patch, client: Client) -> Decision:
         fits, settings = patch.fits, self._settings
@@ -276,25 +275,24 @@ class Rulebook:
             return patch.decision(f'{because}, and rules.undeclared is "serve"', client)
         places = " and ".join(sources[0] for sources in silent.values() if sources)
         text = f"Let the client state its {' and '.join(silent)}" + (f", as in {places}." if places else ".")
-        return patch.decision(because, client, Rule.UNDECLARED, Remedy(Action.DECLARE, text))
+        return patch.decision(because, client, Rule.UNDECLARED, Remedy("declare", text))
 
 
 def _change(setting: str) -> Remedy:
-    return Remedy(Action.CHANGE_SETTING, f"Whoever runs this service can allow it: {setting}.")
+    return Remedy("change-setting", f"Whoever runs this service can allow it: {setting}.")
 
 
 def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases) -> Iterator[str]:
     own = settings.rules
     language = "must be a language, such as French or fr"
-    version = "must be a release or a build, such as 14.3 RU2 or 14.3.4615.2000"
+    or_any = f'{language}, or "any"'
+    version = 'must be a release or a build, such as 14.3 RU2 or 14.3.4615.2000, or "any"'
     names = f"must be one of {', '.join(sorted(types.names))}"
     source = "must be HEADER or HEADER: PRODUCT, such as User-Agent: SEP"
-    rows: list[tuple[str, Sequence[str], Callable[[str], object], str]] = []
+    rows: list[tuple[str, Iterable[str], Callable[[str], object], str]] = []
     for number, upstream in enumerate(settings.upstream, 1):
-        stated = [text for text in (upstream.version,) if text != ANY]
-        rows.append((f"upstream#{number}.version", stated, releases.version, f'{version}, or "any"'))
-        stated = [text for text in (upstream.language,) if text != ANY]
-        rows.append((f"upstream#{number}.language", stated, parse_language, f'{language}, or "any"'))
+        rows.append((f"upstream#{number}.version", {upstream.version} - {ANY}, releases.version, version))
+        rows.append((f"upstream#{number}.language", {upstream.language} - {ANY}, parse_language, or_any))
     rows += [
         ("rules.content_types", own.content_types, types.names.__contains__, names),
         ("rules.supported_languages", own.supported_languages, parse_language, language),
@@ -315,8 +313,8 @@ def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
     extensions = {name: told[name] for name in ("rule", "client", "fits", "remedies")}
     if decision.notes:
         extensions["notes"] = told["notes"]
-    ways_out = " ".join(remedy.text for remedy in decision.remedies)
-    detail = f"{decision.because[:1].upper()}{decision.because[1:]}. {ways_out}"
+    sentences = [f"{decision.because[:1].upper()}{decision.because[1:]}."]
+    detail = " ".join(sentences + [remedy.text for remedy in decision.remedies])
     by_liveupdate = liveupdate_url is not None and LIVEUPDATE in decision.remedies
     headers = (("Link", f'<{liveupdate_url}>; rel="alternate"'),) if by_liveupdate else ()  # RFC 8288
     return Problem("rule-refused", detail, headers=headers, extensions=extensions)
@@ -324,9 +322,9 @@ def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
 
 def document(decision: Decision, liveupdate_url: str | None) -> dict[str, Any]:
     """The decision for programs."""
-    remedies = [{"action": str(remedy.action), "text": remedy.text} for remedy in decision.remedies]
+    remedies = [remedy._asdict() for remedy in decision.remedies]
     for remedy in remedies:
-        if remedy["action"] == Action.LIVEUPDATE and liveupdate_url is not None:
+        if remedy["action"] == "liveupdate" and liveupdate_url is not None:
             remedy["url"] = liveupdate_url
     return {
         "allowed": decision.allowed,

@@ -6,7 +6,8 @@ states becomes a part of a key.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 from gup import config
 from gup.content.catalog import CLIENT_PATCHES, Catalogues, Listed
@@ -16,9 +17,8 @@ from gup.content.languages import ENGLISH
 from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Decision, Origin, Rulebook, document, lines
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 _MOST_REMEMBERED = 4096
+"""Clients may invent monikers and versions without end."""
 _ALL = Variant(ANY, ANY)
 _NOT_A_STREAM = Decision("files beside the streams are for every client", "")
 _FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
@@ -69,40 +69,33 @@ class Choices:
     def __init__(self, book: Rulebook, catalogues: Catalogues, upstreams: Sequence[config.Upstream]) -> None:
         self.book = book
         self.catalogues = catalogues
-        self._sources = _sources(book, upstreams)
-        self._options: dict[str, tuple[_Option, ...]] = {}
-        self._everybody: dict[str, Choice | None] = {}
-        self._by_client: dict[tuple[str, ...], Choice] = {}
-        self._liveupdate = Choice("liveupdate", _ALL, _ALL, (_ALL,), _FROM_LIVEUPDATE, False, True)
-
-    @property
-    def any_source(self) -> bool:
+        names: dict[Variant, list[str]] = {}
+        for upstream in sorted(upstreams, key=lambda upstream: upstream.priority):
+            if upstream.kind != "liveupdate":
+                names.setdefault(Variant(upstream.version, upstream.language), []).append(upstream.name)
+        self._sources = [_Source(variant, book.origins[own[0]], tuple(own)) for variant, own in names.items()]
+        self.any_source = bool(self._sources)
         """Whether there is any upstream for content."""
-        return bool(self._sources)
+        self.standing = lru_cache(_MOST_REMEMBERED)(self._for_everybody)
+        """The choice for every client, by the stream; None where it depends on the client."""
+        self._options_of = lru_cache(_MOST_REMEMBERED)(self._find_options)
+        self._by_client: dict[tuple[str, ...], Choice] = {}
 
     def choose(self, stream: str, header: Header) -> Choice:
         """For the client whose request has these headers; they are read only where they matter."""
         return self.standing(stream) or self.choose_for(stream, self.book.identities.read(header))
 
-    def standing(self, stream: str) -> Choice | None:
-        """The choice for every client; None where it depends on the client."""
-        if stream == LIVEUPDATE_STREAM:
-            return self._liveupdate
-        if stream not in self._everybody:
-            _remember(self._everybody, stream, self._for_everybody(stream))
-        return self._everybody[stream]
-
     def choose_for(self, stream: str, client: Client) -> Choice:
         """For a client that states this."""
-        choice = self.standing(stream)
-        if choice is not None:
+        if (choice := self.standing(stream)) is not None:
             return choice
         # By what was written: a refusal repeats it, and what compares equal may be written differently.
-        version = "" if client.version is None else client.version.text
-        language = "" if client.language is None else client.language.text
-        stated = (stream, version, language, *client.notes)
+        texts = ("" if stated is None else stated.text for stated in (client.version, client.language))
+        stated = (stream, *texts, *client.notes)
         if stated not in self._by_client:
-            _remember(self._by_client, stated, self._decide(stream, client))
+            if len(self._by_client) >= _MOST_REMEMBERED:
+                self._by_client.clear()
+            self._by_client[stated] = self._decide(stream, client)
         return self._by_client[stated]
 
     def variants(self, stream: str) -> list[tuple[Variant, Variant]]:
@@ -113,6 +106,10 @@ class Choices:
         return [(variant, self._where(stream, variant)[1]) for variant in found]
 
     def _for_everybody(self, stream: str) -> Choice | None:
+        if stream == LIVEUPDATE_STREAM:
+            return Choice(
+                "liveupdate", _ALL, _ALL, (_ALL,), _FROM_LIVEUPDATE, refused=False, for_everybody=True
+            )
         options = self._options_of(stream)
         if len(options) > 1 and (not self.catalogues.for_all_languages(stream) or self._is_bound(stream)):
             return None
@@ -129,13 +126,10 @@ class Choices:
         """Whether a stream is a client patch: it belongs to a version even where it is for all languages."""
         return self.catalogues.type_of(stream) == CLIENT_PATCHES
 
-    def _options_of(self, stream: str) -> tuple[_Option, ...]:
+    def _find_options(self, stream: str) -> list[_Option]:
         """The sources that have a stream, as far as catalogues tell; all when none does."""
-        if stream not in self._options:
-            every = tuple((source, self._listed(source, stream)) for source in self._sources)
-            listing = tuple(option for option in every if option[1] is not None)
-            _remember(self._options, stream, listing or every)
-        return self._options[stream]
+        every = [(source, self._listed(source, stream)) for source in self._sources]
+        return [option for option in every if option[1] is not None] or every
 
     def _listed(self, source: _Source, stream: str) -> Listed | None:
         """How a source lists a stream. Until its catalogue is known the rows of others stand for it, so that
@@ -173,24 +167,15 @@ class Choices:
 
     def _where(self, stream: str, variant: Variant) -> tuple[Variant, Variant, tuple[Variant, ...]]:
         """Whom to ask, where it is stored, and where else the same bytes may be stored already."""
-        variants = tuple(source.variant for source in self._sources)
+        variants = [source.variant for source in self._sources]
         if not self.catalogues.for_all_languages(stream):
             # With a single variant everything is of it, also what was stored when it was listed otherwise.
             return variant, variant, (_ALL,) if len(variants) == 1 else ()
         version = variant.version if self._is_bound(stream) else ANY
-        same = tuple(other for other in variants if version in (ANY, other.version))
+        same = (other for other in variants if version in (ANY, other.version))
         wide = Variant(EVERY if version == ANY else version, EVERY)
         elsewhere = tuple(dict.fromkeys((variant, *same)))
         return wide if len(variants) > 1 else variant, Variant(version, ANY), elsewhere
-
-
-def _sources(book: Rulebook, upstreams: Sequence[config.Upstream]) -> tuple[_Source, ...]:
-    """By priority, then as they stand in the settings."""
-    names: dict[Variant, list[str]] = {}
-    for upstream in sorted(upstreams, key=lambda upstream: upstream.priority):
-        if upstream.kind != "liveupdate":
-            names.setdefault(Variant(upstream.version, upstream.language), []).append(upstream.name)
-    return tuple(_Source(variant, book.origins[own[0]], tuple(own)) for variant, own in names.items())
 
 
 def _language_distance(origin: Origin, client: Client) -> int:
@@ -207,14 +192,7 @@ def _version_distance(origin: Origin, client: Client) -> int:
         return 0
     if origin.version is None:
         return 2
-    return 1 if origin.version.same_release(client.version) else 3
-
-
-def _remember(memory: dict[Key, Value], key: Key, value: Value) -> None:
-    """Keep `value`. Bounded: clients may invent monikers and versions without end."""
-    if len(memory) >= _MOST_REMEMBERED:
-        memory.clear()
-    memory[key] = value
+    return 1 if origin.version.release == client.version.release else 3
 
 
 # --- why, for people and programs
@@ -237,7 +215,6 @@ def explain(
     choices = Choices(book, catalogues, upstreams)
     choice = choices.choose_for(moniker, client) if choices.any_source else None
     answers: list[dict[str, Any]] = []
-    managers: list[dict[str, Any]] = []
     for upstream in upstreams:
         listed = catalogues.listed(upstream.name, moniker)
         decision = book.decide(listed, book.origins[upstream.name], client)
@@ -247,15 +224,13 @@ def explain(
             "product": None if listed is None else listed.product,
             "product_language": None if listed is None else listed.language or None,
             "refused": book.refuses(decision),
-            **document(decision, book.liveupdate_url),
         }
-        answers.append(answer)
-        if upstream.kind != "liveupdate":
-            managers.append(answer)
+        answers.append(answer | document(decision, book.liveupdate_url))
+    # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
+    managers = [answer for answer, one in zip(answers, upstreams, strict=True) if one.kind != "liveupdate"]
     return {
         "moniker": moniker,
         "mode": book.mode,
-        # LiveUpdate serves everybody, but not under /content/: where there are managers, they decide.
         "allowed": any(answer["allowed"] for answer in managers or answers),
         "served_from": None if choice is None or choice.refused else choice.upstream,
         "decisions": answers,

@@ -24,7 +24,6 @@ from gup.process.child import Message, Parent
 from gup.process.shared_memory import CONFIG_OK, POLICY_EPOCH, STORE_BYTES, STORE_EPOCH
 from gup.process.wiring import ChildProcess, run_child
 from gup.upstream.download import Fetched, fetch_catalogue
-from gup.upstream.health import Checks
 
 _BEAT_SECONDS = 1.0
 _RELOAD_SECONDS = 10.0
@@ -102,7 +101,7 @@ class Controller(ChildProcess):
         self.parent.send({"ready": True})
         jobs = (
             self._keep_beating(),
-            Checks(self.pool).run(),
+            self.pool.run_checks(),
             self._catalogues.keep(),
             self._durability.run(),
         )

@@ -16,7 +16,7 @@ from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from weakref import WeakSet
@@ -78,10 +78,8 @@ class Wan:
     def __init__(
         self, words: "memoryview[int]", clock: int, turns: "Turns", rate: Callable[[], int], lock: Path
     ) -> None:
-        self._words = words
-        self._clock = clock
-        self._turns = turns
-        self._rate = rate
+        self._words, self._clock, self._turns = words, clock, turns
+        self.rate = rate
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._waiting: list[_Waiter] = []
         self._numbers = 0
@@ -89,14 +87,9 @@ class Wan:
         """Windows of the responses that this process reads; each adds itself."""
 
     @property
-    def rate_bytes_per_second(self) -> int:
-        """The rate in force; 0 is unlimited."""
-        return self._rate()
-
-    @property
     def slice_bytes(self) -> int:
         """Limit of one read, so that other waiters come soon; 0 without a rate."""
-        rate = self._rate()
+        rate = self.rate()
         return min(max(int(rate * _SLICE_SECONDS), _LEAST_SLICE_BYTES), _MOST_SLICE_BYTES) if rate > 0 else 0
 
     async def pay(self, amount_bytes: int, share: Share) -> None:
@@ -138,7 +131,7 @@ class Wan:
 
     def _try(self, me: _Waiter, amount: int) -> float:
         """Take the bytes and return 0, or return the seconds until the next try."""
-        rate = self._rate()
+        rate = self.rate()
         if rate <= 0:
             return 0.0
         if self._waiting[0] is not me:
@@ -194,16 +187,25 @@ class ReceiveWindow:
 
     def follow(self) -> None:
         """Adjust the buffer to rate and round trip. Call this at each read."""
-        rate = self._wan.rate_bytes_per_second
+        rate = self._wan.rate()
         if self._socket is None or (rate <= 0 and self._bytes == UNBOUNDED):
             return
         try:
             wanted = window_bytes(rate, *_path(self._socket), len(self._wan.windows))
             if abs(wanted - self._bytes) > self._bytes // _WINDOW_STEP:
-                _set_buffer(self._socket, wanted)
-                self._bytes = wanted
+                self._set(self._socket, wanted)
         except (OSError, ValueError):  # ValueError: uvloop's socket, when it is closed
             self._socket = None  # closed: the next read fails
+
+    def _set(self, connection: socket.socket, wanted: int) -> None:
+        if wanted <= _most_buffer_bytes():
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)  # the kernel doubles it
+        else:
+            with suppress(OSError):  # Linux before 5.15: the old size stays set
+                connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+        # Until the clamp is raised, the kernel bounds the window by the buffer at the time of connecting.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, UNBOUNDED)
+        self._bytes = wanted
 
 
 def _path(connection: socket.socket) -> tuple[float, int]:
@@ -214,19 +216,7 @@ def _path(connection: socket.socket) -> tuple[float, int]:
     """
     answer = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     options, segment_bytes, sent, received = _TCP_INFO.unpack(answer)
-    microseconds = max(sent, received) if options & _TIMESTAMPS else sent
-    return microseconds / 1e6, segment_bytes
-
-
-def _set_buffer(connection: socket.socket, wanted: int) -> None:
-    """Set the buffer to `wanted`, or leave it to the kernel if it can't be that large."""
-    if wanted <= _most_buffer_bytes():
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)  # the kernel doubles it
-    else:
-        with suppress(OSError):  # Linux before 5.15: the old size stays set
-            connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
-    # Until the clamp is raised, the kernel bounds the window by the buffer at the time of connecting.
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, UNBOUNDED)
+    return (max(sent, received) if options & _TIMESTAMPS else sent) / 1e6, segment_bytes
 
 
 @cache
@@ -257,9 +247,7 @@ class Turns:
     """
 
     def __init__(self, words: "memoryview[int]", mine: int, alive: Callable[[int], bool]) -> None:
-        self._words = words
-        self._mine = mine
-        self._alive = alive
+        self._words, self._mine, self._alive = words, mine, alive
         words[mine] = NOBODY
 
     @classmethod
@@ -278,10 +266,7 @@ class Turns:
     def mine(self) -> bool:
         """Whether no other process has a waiter that goes before this process's first."""
         own = self._words[self._mine]
-        return not any(
-            other < own and block != self._mine and self._alive(block)
-            for block, other in enumerate(self._words)
-        )
+        return not any(other < own and self._alive(block) for block, other in enumerate(self._words))
 
 
 # --- the schedule
@@ -295,19 +280,17 @@ def rate_at(wan: config.Wan, local: datetime) -> int:
     The first matching row decides, else `wan.rate`. Also on the day that clocks change, 08:00 is when the
     site's clocks show it.
     """
+    minute = f"{local.hour:02}:{local.minute:02}"
+    today, yesterday = _DAYS[local.weekday()], _DAYS[local.weekday() - 1]
     for row in wan.schedule:
-        if _matches(row, local):
+        begun, not_over = row.from_ <= minute, minute < row.to
+        if row.from_ < row.to:
+            matches = today in row.days and begun and not_over
+        else:  # over midnight
+            matches = (today in row.days and begun) or (yesterday in row.days and not_over)
+        if matches:
             return row.rate
     return wan.rate
-
-
-def _matches(row: config.WanSchedule, local: datetime) -> bool:
-    minute = f"{local.hour:02}:{local.minute:02}"
-    today = _DAYS[local.weekday()] in row.days
-    if row.from_ < row.to:
-        return today and row.from_ <= minute < row.to
-    yesterday = _DAYS[(local - timedelta(days=1)).weekday()] in row.days
-    return (today and minute >= row.from_) or (yesterday and minute < row.to)
 
 
 def site_time(settings: config.Settings, unix_seconds: float) -> datetime:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import aiohttp
+from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from gup.errors import exhausted, is_exhausted
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
 
-__all__ = ["URL", "is_no_http", "is_quiet", "open_session", "translated"]
+__all__ = ["URL", "HttpProcessingError", "is_quiet", "open_session", "translated"]
 
 _SENT_UNASKED = select.POLLIN | select.POLLPRI | select.POLLRDHUP
 """Events that an idle connection must not have; POLLERR and POLLHUP are always reported."""
@@ -182,8 +183,8 @@ def failure_of(  # noqa: C901, PLR0911 - a table
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return unreachable(f"{name} takes no connection in time")
     if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
-        setting = f" ({limit})" if limit else ""
-        return UpstreamFailure("timeout", "upstream-timeout", f"{name} did not answer in time{setting}")
+        detail = f"{name} did not answer in time" + (f" ({limit})" if limit else "")
+        return UpstreamFailure("timeout", "upstream-timeout", detail)
     if isinstance(error, aiohttp.ClientSSLError):
         return unreachable(f"{name}: TLS: {_tls_reason(error)}")
     if isinstance(error, aiohttp.ClientProxyConnectionError):
@@ -197,7 +198,7 @@ def failure_of(  # noqa: C901, PLR0911 - a table
         return unreachable(f"{peer} can't be reached: {error.strerror or error}", again=True)
     if isinstance(error, aiohttp.InvalidURL):
         return UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}")
-    if isinstance(error, aiohttp.ClientResponseError | aiohttp.http.HttpProcessingError):
+    if isinstance(error, aiohttp.ClientResponseError | HttpProcessingError):
         return UpstreamFailure("error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True)
     # aiohttp raises RuntimeError when its connection has gone and no reader was told.
     if isinstance(error, aiohttp.ClientError | OSError | asyncio.IncompleteReadError | RuntimeError):
@@ -206,14 +207,10 @@ def failure_of(  # noqa: C901, PLR0911 - a table
     return None
 
 
-def is_no_http(error: BaseException | None) -> bool:
-    """Whether aiohttp could not parse the received bytes as HTTP."""
-    return isinstance(error, aiohttp.http.HttpProcessingError)
-
-
 def _tls_reason(error: aiohttp.ClientSSLError) -> str:
     """What is wrong with the certificate or with TLS."""
     cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
     reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
-    refused = "certificate refused: " if isinstance(cause, ssl.SSLCertVerificationError) else ""
-    return f"{refused}{reason}"
+    return (
+        f"certificate refused: {reason}" if isinstance(cause, ssl.SSLCertVerificationError) else str(reason)
+    )

@@ -99,17 +99,10 @@ class Download:
         holds: Remembered | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
-        self._upstreams = upstreams
-        self._reserve = reserve
-        self._is_read = is_read
-        self._holds = holds
+        self._pool, self._template, self._counters, self._clock = pool, ask, counters, clock
+        self._upstreams, self._reserve, self._holds = upstreams, reserve, holds
+        self._immutable, self._reread, self._is_read = immutable, reread, is_read
         self._brought = False  # whether this download has received a byte
-        self._template = ask
-        self._counters = counters
-        self._immutable = immutable
-        self._reread = reread
-        self._clock = clock
         self._answer: Answer | None = None
         self.confirmed = True
         """Whether the end that `read` has reported is known to be the body's."""
@@ -140,7 +133,17 @@ class Download:
 
         UpstreamFailure when all upstreams have failed.
         """
-        return await self._connect()
+        while True:
+            upstream = self._choose()
+            if self._last_upstream not in (None, upstream.name) and self.received:
+                self._resumed = "failover"
+            self._last_upstream = upstream.name
+            self._asked.add(upstream.name)
+            try:
+                return await self._try(upstream)
+            except UpstreamFailure as failure:
+                self.close()
+                await self._after(upstream, failure)
 
     async def read(self) -> bytes:
         """The next piece; empty at the end of the body.
@@ -168,7 +171,7 @@ class Download:
     @property
     def slow(self) -> bool:
         """Whether the body comes slower than `upstream.min_rate`."""
-        return self._answer is not None and self._answer.slow
+        return self._answer is not None and self._answer.steadiness.slow
 
     def close(self) -> None:
         """Stop reading and give the connection back."""
@@ -187,12 +190,12 @@ class Download:
         length = head.length if head.length is not None else answer.head.length
         if piece:
             if length is not None and self.received + len(piece) > length:
-                self._waste("rejected", len(piece))
+                self._counters.waste("rejected", self._template.stream, len(piece))
                 raise rejected(f"{name} sent more than the {length} bytes it announced")
             return piece
         if not self.received:
             raise rejected(f"{name} sent an empty body")
-        if length is None and not answer.confirmed:
+        if length is None and not answer.head.delimited:
             length = await self._ask_length(answer)
         if length is not None and self.received < length:
             detail = f"{name} sent {self.received} bytes of {length}"
@@ -221,23 +224,10 @@ class Download:
 
     async def _reconnect(self) -> None:
         try:
-            await self._connect()
+            await self.begin()
         except asyncio.CancelledError:
             self.close()  # its position in the overlap is unknown
             raise
-
-    async def _connect(self) -> RemoteHead:
-        while True:
-            upstream = self._choose()
-            if self._last_upstream not in (None, upstream.name) and self.received:
-                self._resumed = "failover"
-            self._last_upstream = upstream.name
-            self._asked.add(upstream.name)
-            try:
-                return await self._try(upstream)
-            except UpstreamFailure as failure:
-                self.close()
-                await self._after(upstream, failure)
 
     def _choose(self) -> Upstream:
         return next(upstream for upstream in self._upstreams if upstream.name not in self._spent)
@@ -330,9 +320,8 @@ class Download:
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
         # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
-        start, if_range = max(0, sure_to - OVERLAP_BYTES), validators.if_range
         plain = replace(self._template, if_none_match=None, if_modified_since=None)
-        return replace(plain, start=start, if_range=if_range)
+        return replace(plain, start=max(0, sure_to - OVERLAP_BYTES), if_range=validators.if_range)
 
     def _check_length(self, remote: RemoteHead) -> None:
         """UpstreamFailure or BodyChanged when `remote` has another length than this body."""
@@ -366,12 +355,15 @@ class Download:
                 detail = f"{head.upstream} broke off again"
                 raise UpstreamFailure("error", "upstream-error", detail, again=True)
             known = piece[: self.received - position]
-            self._waste("overlap", len(known))
+            self._counters.waste("overlap", self._template.stream, len(known))
             here = await self._reread(position, len(known))
             if known != here:
-                self._waste("mismatch", len(piece) - len(known))
+                self._counters.waste("mismatch", self._template.stream, len(piece) - len(known))
                 detail = f"{head.upstream} has other bytes than those received before"
-                raise BodyChanged(detail, position + _first_difference(known, here))
+                unequal = (
+                    at for at, (one, other) in enumerate(zip(known, here, strict=False)) if one != other
+                )
+                raise BodyChanged(detail, position + next(unequal, len(here)))
             position += len(known)
             self._note_compared(source, position)
             self._ready = piece[len(known) :]
@@ -398,16 +390,6 @@ class Download:
         if source is None or source.compared_to != _NEVER:
             self._sources[remote.upstream] = _Source(remote.validators, furthest=self.received)
             self.told = {**self.told, remote.upstream: remote.validators}
-
-    def _waste(self, reason: str, amount: int) -> None:
-        if amount:
-            self._counters.waste(reason, self._template.stream, amount)
-
-
-def _first_difference(one: bytes, other: bytes) -> int:
-    return next(
-        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +426,6 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
         answer.close()
     if len(text) > MAX_CATALOG_BYTES:
         raise rejected(f"{url} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is")
-    if not answer.confirmed and await pool.length_of(upstream, ask, answer.head) != len(text):
+    if not answer.head.delimited and await pool.length_of(upstream, ask, answer.head) != len(text):
         raise unconfirmed(name, len(text))
     return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

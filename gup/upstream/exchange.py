@@ -19,9 +19,6 @@ _AGE = re.compile(r"[0-9]{1,12}")
 _Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
 
-# --- failures
-
-
 class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
     """One failed try. `outcome` is the label of its counter, `slug` the type of the problem for a client.
 
@@ -60,10 +57,10 @@ def misframed(detail: str) -> UpstreamFailure:
 
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
     """The body ended with its connection, so it may be incomplete."""
-    detail = (
-        f"{name} sent {received} bytes and closed the connection, without a Content-Length or a last chunk "
-        "to tell that this is all: it is passed on and not stored"
+    untold = (
+        "without a Content-Length or a last chunk to tell that this is all: it is passed on and not stored"
     )
+    detail = f"{name} sent {received} bytes and closed the connection, {untold}"
     return UpstreamFailure("rejected", "upstream-unsure-end", detail)
 
 
@@ -74,14 +71,12 @@ def unreachable(detail: str, *, again: bool = False) -> UpstreamFailure:
 
 def refusal(name: str, status: int, headers: Mapping[str, str], now: float) -> UpstreamFailure:
     """A response with an error status. `now` is in Unix seconds."""
+    slug, later = "upstream-error" if status >= 500 else "upstream-refused", None
+    detail = f"{name} answered {status}"
     if status == 508:
-        detail = f"{name} answered 508: the request would go round in a circle"
-        return UpstreamFailure("error", "loop", detail, status=status)
-    later = None
+        slug, detail = "loop", f"{detail}: the request would go round in a circle"
     if status in (429, 503):
         later = retry_after_seconds(headers.get("Retry-After"), headers.get("Date"), now)
-    slug = "upstream-error" if status >= 500 else "upstream-refused"
-    detail = f"{name} answered {status}"
     return UpstreamFailure("error", slug, detail, status=status, retry_after_seconds=later)
 
 
@@ -122,10 +117,9 @@ def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
 def proxy_refused(name: str, proxy: str | None, status: int, reason: str = "") -> UpstreamFailure:
     """The web proxy refused to forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
-    remedy = "; it wants a user and a password: http://user:password@host:port"
-    return unreachable(
-        f"{name}: {proxy_in_words(proxy)} answered {said}{remedy if status in (401, 407) else ''}"
-    )
+    if status in (401, 407):
+        said += "; it wants a user and a password: http://user:password@host:port"
+    return unreachable(f"{name}: {proxy_in_words(proxy)} answered {said}")
 
 
 # --- validators

@@ -1,4 +1,4 @@
-"""Health of the upstreams, shared by all processes, and the active health checks.
+"""Health of the upstreams, shared by all processes.
 
 There are two kinds of failures. Those that no request can cause (DNS, connection refused or timed out, TLS,
 an unreachable web proxy) take the upstream down for all requests. All others (reset, 5xx, silence, an invalid
@@ -9,10 +9,9 @@ Each upstream has one 64-bit word, which is read and written at once:
 
     state 2 bits | marks 10 | since 32 (Unix seconds) | tried 20 (monotonic tenths of a second)
 
-Signs come from requests (gup.upstream.pool) and from checks (`Checks`, in one process, for all).
+Signs come from requests and from checks, which one process makes for all (gup.upstream.pool).
 """
 
-import asyncio
 import logging
 import math
 import time
@@ -20,17 +19,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import xxhash
 
-from gup import config
-from gup.content.catalog import CATALOG_PATH
 from gup.upstream.exchange import UpstreamFailure
-from gup.upstream.session import Ask, Upstream
-
-if TYPE_CHECKING:
-    from gup.upstream.pool import Pool
 
 _LOG = logging.getLogger("gup.upstream")
 
@@ -86,11 +79,9 @@ def mark(name: str, client: str) -> int:
 
     Several names or clients may share a bit, so the number of bits is a lower bound.
     """
-    return 1 << _SET_BITS + _bit(name) | 1 << _bit(client)
-
-
-def _bit(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape")) % _SET_BITS
+    digests = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape")) for text in (name, client))
+    of_name, of_client = (1 << digest % _SET_BITS for digest in digests)
+    return of_name << _SET_BITS | of_client
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +180,9 @@ class Board:
     ) -> None:
         # Sorted: after a reload with another order, new processes must find the same words.
         self._at = {name: first + number for number, name in enumerate(sorted(names)[:most])}
-        self._words = words
+        self._words, self._locked, self._tell = words, locked, tell
         self._own: dict[str, int] = {}
-        self._locked = locked
-        self._tell = tell
-        self._clock = clock
-        self._wall_clock = wall_clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._told: dict[str, float] = {}
 
     @classmethod
@@ -216,15 +204,20 @@ class Board:
         if sign is not Sign.ANSWERED and detail and now - self._told.get(name, -math.inf) >= _TOLD_SECONDS:
             self._told[name] = now
             self._tell(name, detail)
-        before = self.get(name)
-        if after(before, sign, failed, now, wall_now) == before:
+        if after(before := self.get(name), sign, failed, now, wall_now) == before:
             return
         with self._locked(self._at.get(name, 0)):
             before = self.get(name)
             health = after(before, sign, failed, now, wall_now)
             self._set(name, health)
-        if health.state is not before.state:
-            _log_change(name, before.state, health.state, detail)
+        if health.state is before.state:
+            return
+        if health.state is State.DOWN:
+            _LOG.warning("upstream %s is down: %s", name, detail)
+        elif before.state is State.DOWN:
+            _LOG.info("upstream %s is up again", name)
+        elif health.state is State.DOUBTFUL:
+            _LOG.info("upstream %s is doubtful: %s", name, detail)
 
     def forget(self, name: str) -> None:
         """Forget what is known: the upstream's settings have changed."""
@@ -232,8 +225,9 @@ class Board:
             self._set(name, Health(since=int(self._wall_clock())))
 
     def seconds_to_trial(self, name: str, connect_seconds: float, longest: float = TRIAL_SECONDS) -> float:
-        """Time until an upstream that is down may be tried; 0 for now."""
-        health = self.get(name)
+        """Time until an upstream may be asked, or tried if it is down; 0 for now."""
+        if (health := self.get(name)).state is not State.DOWN:
+            return 0.0
         wait = health.trial_wait_seconds(connect_seconds, longest)
         return max(0.0, wait - health.quiet_seconds(self._clock()))
 
@@ -248,9 +242,9 @@ class Board:
         with self._locked(self._at.get(name, 0)):
             if not due():  # another process has taken it
                 return False
-            trials = min((self.get(name).marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
-            tried = _tenths(self._clock())
-            self._set(name, replace(self.get(name), marks=_TRYING | trials, tried=tried))
+            health = self.get(name)
+            trials = min((health.marks & _MOST_TRIALS) + 1, _MOST_TRIALS)
+            self._set(name, replace(health, marks=_TRYING | trials, tried=_tenths(self._clock())))
             return True
 
     def doubted(self, name: str) -> bool:
@@ -264,76 +258,3 @@ class Board:
             self._own[name] = health.encode()
         else:
             self._words[at] = health.encode()
-
-
-def _log_change(name: str, before: State, now: State, detail: str) -> None:
-    if now is State.DOWN:
-        _LOG.warning("upstream %s is down: %s", name, detail)
-    elif before is State.DOWN:
-        _LOG.info("upstream %s is up again", name)
-    elif now is State.DOUBTFUL:
-        _LOG.info("upstream %s is doubtful: %s", name, detail)
-
-
-# --- checks
-
-_TICK_SECONDS = 0.2
-_DOUBT_INTERVAL_SECONDS = 1.0
-_PATHS = {"manager": CATALOG_PATH, "liveupdate": "/minitri.flg", "gup": "/"}
-"""Managers and LiveUpdate are asked for an index file. Another gup is asked for a path that it refuses by
-itself: for an index file it would ask its upstream, and a gup whose upstream is down still serves.
-"""
-
-
-def check_path(settings: config.Upstream) -> str:
-    """The path that a check requests, by HEAD."""
-    return settings.health_path or _PATHS[settings.kind]
-
-
-class Checks:
-    """Checks all upstreams of a pool, each in a task of its own; `run` goes on until it is cancelled.
-
-    A check is a HEAD request. Any response means that the upstream is up.
-    """
-
-    def __init__(self, pool: "Pool", clock: Callable[[], float] = time.monotonic) -> None:
-        self._pool = pool
-        self._clock = clock
-        self._began = clock()
-        self._last: dict[str, float] = {}
-        self._running: set[str] = set()
-
-    async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                for upstream in self._pool.upstreams:
-                    if upstream.name not in self._running and self._is_due(upstream):
-                        self._running.add(upstream.name)
-                        group.create_task(self._check(upstream))
-                await asyncio.sleep(_TICK_SECONDS)
-
-    def _is_due(self, upstream: Upstream) -> bool:
-        name, board, settings = upstream.name, self._pool.board, upstream.settings
-        wait = settings.health_interval
-        if wait <= 0:
-            return False
-        state = board.get(name).state
-        if state is State.DOWN:
-            return board.may_try(name, settings.connect_timeout)
-        if state is State.DOUBTFUL:
-            wait = min(wait, _DOUBT_INTERVAL_SECONDS)
-        return self._clock() - self._last.get(name, self._began) >= wait
-
-    async def _check(self, upstream: Upstream) -> None:
-        name = upstream.name
-        self._last[name] = self._clock()
-        try:
-            await self._pool.ask(
-                upstream, Ask(check_path(upstream.settings), "index", method="HEAD", check=True)
-            )
-        except UpstreamFailure as failure:
-            _LOG.debug("check of %s: %s", name, failure.detail)
-        except Exception:  # noqa: BLE001 - the other checks go on
-            _LOG.exception("internal error in a check of %s", name)
-        finally:
-            self._running.discard(name)

@@ -7,14 +7,17 @@ have no other upstream fail at once.
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from gup import config
+from gup.content.catalog import CATALOG_PATH
 from gup.content.key import Variant
 from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
@@ -31,7 +34,16 @@ from gup.upstream.exchange import (
     refusal,
     rejected,
 )
-from gup.upstream.health import EVERY_MARK, RARE_TRIAL_SECONDS, Board, Sign, mark, sign_of
+from gup.upstream.health import (
+    EVERY_MARK,
+    RARE_TRIAL_SECONDS,
+    TRIAL_SECONDS,
+    Board,
+    Sign,
+    State,
+    mark,
+    sign_of,
+)
 from gup.upstream.session import Ask, Fields, Upstream
 
 if TYPE_CHECKING:
@@ -45,6 +57,13 @@ _LEARN_SECONDS = 1.0
 """Time limit for learning another gup's name, which it answers by itself."""
 _LEARN_AGAIN_SECONDS = 2.0
 """After a failure, requests do not wait again for this long."""
+_TICK_SECONDS = 0.2
+_DOUBT_INTERVAL_SECONDS = 1.0
+CHECK_PATHS = {"manager": CATALOG_PATH, "liveupdate": "/minitri.flg", "gup": "/"}
+"""Paths of health checks by kind. Another gup is asked for a path that it refuses by itself: for an index
+file it would ask its upstream, and a gup whose upstream is down still serves.
+"""
+_LOG = logging.getLogger("gup.upstream")
 _OUTCOMES = {304: "not_modified", 404: "not_found", 410: "not_found"}
 
 
@@ -62,13 +81,10 @@ class Pool:
         board: Board | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._user_agent = user_agent
-        self._via = via
+        self._user_agent, self._via = user_agent, via
         self.upstreams: list[Upstream] = []
         self.board = board or Board.private([settings.name for settings in upstreams])
-        self.wan = wan
-        self._counters = counters
-        self._clock = clock
+        self.wan, self._counters, self._clock = wan, counters, clock
         self._last_detail = ""
         self._asked: set[Upstream] = set()
         """Those that may be open, the retired among them."""
@@ -98,12 +114,13 @@ class Pool:
 
     # --- choice
 
-    def candidates(self, variant: Variant, key: str = "") -> list[Upstream]:
+    def candidates(self, variant: Variant, key: str = "", via: str | None = None) -> list[Upstream]:
         """The upstreams of `variant` in the order to ask them, those that are down at the end.
 
         For a wide variant these are all that it covers; if some of them list the stream, only those. A
         variant that no upstream is configured for is widened: a takeover or a repair knows only the key.
-        LiveUpdate's files are at LiveUpdate, whatever the variant.
+        LiveUpdate's files are at LiveUpdate, whatever the variant. Those in the request's `via` are left out:
+        asking them would close a loop; UpstreamFailure when it has passed through all.
         """
         stream = next(iter(key.split("/")[2:]), "")
         from_liveupdate = stream == LIVEUPDATE_STREAM
@@ -114,12 +131,17 @@ class Pool:
             if wide.is_wide and (variant.is_wide or not found):
                 found = [one for one in managers if wide.covers(one.variant)]
                 found = [one for one in found if self.lists(one.name, stream)] or found
-        return sorted(found, key=lambda upstream: self._rank(upstream, key))
+        passed = node_names(via)
+        left = [upstream for upstream in found if upstream.node not in passed]
+        if found and not left:
+            raise UpstreamFailure("error", "loop", "the request came from the upstream itself")
 
-    def _rank(self, upstream: Upstream, key: str) -> tuple[int, int, float]:
-        settings = upstream.settings
-        doubt = 2 if self.board.is_down(upstream.name) else int(self.board.doubted(upstream.name))
-        return doubt, settings.priority, -rendezvous(key, upstream.name, settings.weight)
+        def rank(upstream: Upstream) -> tuple[int, int, float]:
+            settings, name = upstream.settings, upstream.name
+            doubt = 2 if self.board.is_down(name) else int(self.board.doubted(name))
+            return doubt, settings.priority, -rendezvous(key, name, settings.weight)
+
+        return sorted(left, key=rank)
 
     def chosen(
         self, variant: Variant, key: str, via: str | None, *, resuming: bool
@@ -129,7 +151,7 @@ class Pool:
         Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`; a resumed body does
         not wait for a trial.
         """
-        candidates = self.off_the_way(self.candidates(variant, key), via)
+        candidates = self.candidates(variant, key, via)
         admitted = candidates if resuming else self.admitted(variant, key, via)
         return admitted, [upstream for upstream in candidates if upstream not in admitted]
 
@@ -138,34 +160,19 @@ class Pool:
 
         UpstreamFailure when all candidates are down and no trial is due.
         """
-        candidates = self.off_the_way(self.candidates(variant, key), via)
+        candidates = self.candidates(variant, key, via)
         usable = [u for u in candidates if not self.board.is_down(u.name)]
+        away, longest = candidates, TRIAL_SECONDS
         if usable:
             # Of those that are not checked only requests can tell that they are up.
-            trials = [
-                u
-                for u in candidates
-                if u not in usable
-                and u.settings.health_interval <= 0
-                and u.settings.priority <= usable[0].settings.priority
-                and self.board.may_try(u.name, u.settings.connect_timeout, RARE_TRIAL_SECONDS)
-            ]
-            return trials + usable
-        trials = [u for u in candidates if self.board.may_try(u.name, u.settings.connect_timeout)]
-        if candidates and not trials:
+            unchecked = (u for u in candidates if u not in usable and u.settings.health_interval <= 0)
+            away = [u for u in unchecked if u.settings.priority <= usable[0].settings.priority]
+            longest = RARE_TRIAL_SECONDS
+        may_try = self.board.may_try
+        trials = [u for u in away if may_try(u.name, u.settings.connect_timeout, longest)]
+        if candidates and not trials and not usable:
             raise self._away(candidates)
-        return trials
-
-    def off_the_way(self, candidates: Sequence[Upstream], via: str | None) -> list[Upstream]:
-        """The candidates that the request has not passed through by its Via: others would close a loop.
-
-        UpstreamFailure when it has passed through all.
-        """
-        passed = node_names(via)
-        left = [upstream for upstream in candidates if upstream.node not in passed]
-        if candidates and not left:
-            raise UpstreamFailure("error", "loop", "the request came from the upstream itself")
-        return left
+        return trials + usable
 
     def refuse_while_away(self, variant: Variant, key: str) -> None:
         """Raise what `admitted` would raise, without beginning a trial."""
@@ -174,9 +181,6 @@ class Pool:
             raise self._away(candidates)
 
     def _seconds_away(self, upstream: Upstream) -> float:
-        """Time until it may be asked; 0 for now."""
-        if not self.board.is_down(upstream.name):
-            return 0.0
         return self.board.seconds_to_trial(upstream.name, upstream.settings.connect_timeout)
 
     def _away(self, candidates: Sequence[Upstream]) -> UpstreamFailure:
@@ -193,6 +197,12 @@ class Pool:
         Each is sent a HEAD for `/`, which a gup answers by itself. Without a response in time the name stays
         unknown.
         """
+
+        async def learn(upstream: Upstream) -> None:
+            with contextlib.suppress(UpstreamFailure, TimeoutError):
+                async with asyncio.timeout(_LEARN_SECONDS):
+                    await self.ask(upstream, Ask("/", "index", method="HEAD", check=True))
+
         async with self._learning:
             latest = self._clock() - _LEARN_AGAIN_SECONDS
             due = [
@@ -202,13 +212,8 @@ class Pool:
                 and not self.board.is_down(upstream.name)
                 and self._learned_at.get(upstream.name, -math.inf) <= latest
             ]
-            await asyncio.gather(*(self._learn_name(upstream) for upstream in due))
+            await asyncio.gather(*map(learn, due))
             self._learned_at |= {upstream.name: self._clock() for upstream in due}
-
-    async def _learn_name(self, upstream: Upstream) -> None:
-        with contextlib.suppress(UpstreamFailure, TimeoutError):
-            async with asyncio.timeout(_LEARN_SECONDS):
-                await self.ask(upstream, Ask(path="/", purpose="index", method="HEAD", check=True))
 
     # --- asking
 
@@ -220,30 +225,29 @@ class Pool:
         await upstream.take_connection()
         upstream.in_use += 1
         self._asked.add(upstream)
-        answer = None
+        answer, outcome = None, ""
         try:
-            response = await upstream.request(ask, limited=self.wan.rate_bytes_per_second > 0)
+            response = await upstream.request(ask, limited=self.wan.rate() > 0)
             try:
                 answer = await self._judge(upstream, ask, response)
             except BaseException:
                 response.close()
                 raise
+            outcome = _OUTCOMES.get(response.status, "ok")
         except UpstreamFailure as failure:
-            self._count(upstream, failure.outcome)
+            outcome = failure.outcome
             self.note_failure(upstream, ask, failure)
             raise
         finally:
+            if outcome:
+                self._counters.add("gup_upstream_requests_total", upstream=upstream.name, outcome=outcome)
             if not isinstance(answer, Answer):
                 self.done(upstream)
-        self._count(upstream, _OUTCOMES.get(response.status, "ok"))
         self.board.note(upstream.name, Sign.ANSWERED)
         return answer
 
     async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
-        """The length of the body with this `head`, by a HEAD; None when the response is another or has none.
-
-        For a body whose end is not confirmed.
-        """
+        """The length of a body whose end is not confirmed, by a HEAD; None when that tells none."""
         plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via, client=ask.client)
         try:
             told = await self.ask(upstream, plain)
@@ -253,14 +257,10 @@ class Pool:
         same = (told.status, told.etag, told.last_modified) == (200, head.etag, head.last_modified)
         return told.length if same else None
 
-    def _count(self, upstream: Upstream, outcome: str) -> None:
-        self._counters.add("gup_upstream_requests_total", upstream=upstream.name, outcome=outcome)
-
     def count_received(self, upstream: Upstream, ask: Ask, amount: int) -> None:
-        """Count bytes of a body."""
-        counters, name = self._counters, "gup_upstream_received_bytes_total"
-        counters.add(name, amount, upstream=upstream.name, purpose=ask.purpose)
-        counters.add_stream("received", *ask.stream, amount)
+        labels = {"upstream": upstream.name, "purpose": ask.purpose}
+        self._counters.add("gup_upstream_received_bytes_total", amount, **labels)
+        self._counters.add_stream("received", *ask.stream, amount)
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         """Record in the upstream's health what a failure shows."""
@@ -330,6 +330,46 @@ class Pool:
             await upstream.close()
         await asyncio.gather(*self._closing)
 
+    # --- health checks
+
+    async def run_checks(self) -> None:
+        """Check all upstreams by HEAD, each in a task of its own, until cancelled; in one process, for all.
+
+        Any response means that the upstream is up.
+        """
+        began, last, running = self._clock(), dict[str, float](), set[str]()
+
+        async def check(upstream: Upstream) -> None:
+            name, path = upstream.name, upstream.settings.health_path or CHECK_PATHS[upstream.settings.kind]
+            try:
+                await self.ask(upstream, Ask(path, "index", method="HEAD", check=True))
+            except UpstreamFailure as failure:
+                _LOG.debug("check of %s: %s", name, failure.detail)
+            except Exception:  # noqa: BLE001 - the other checks go on
+                _LOG.exception("internal error in a check of %s", name)
+            finally:
+                running.discard(name)
+
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for upstream in self.upstreams:
+                    name = upstream.name
+                    if name not in running and self._is_check_due(upstream, last.get(name, began)):
+                        last[name] = self._clock()
+                        running.add(name)
+                        group.create_task(check(upstream))
+                await asyncio.sleep(_TICK_SECONDS)
+
+    def _is_check_due(self, upstream: Upstream, last: float) -> bool:
+        wait, state = upstream.settings.health_interval, self.board.get(upstream.name).state
+        if wait <= 0:
+            return False
+        if state is State.DOWN:
+            return self.board.may_try(upstream.name, upstream.settings.connect_timeout)
+        return self._clock() - last >= (
+            min(wait, _DOUBT_INTERVAL_SECONDS) if state is State.DOUBTFUL else wait
+        )
+
 
 def rendezvous(key: str, name: str, weight: int) -> float:
     """The score of an upstream for `key`; the largest wins.
@@ -351,22 +391,19 @@ class Answer:
         self, pool: Pool, upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
     ) -> None:
         self.head = head
-        self._pool = pool
-        self._upstream = upstream
-        self._ask = ask
-        self._response = response
+        self._pool, self._upstream, self._ask, self._response = pool, upstream, ask, response
         self._unpaid = 0
         """Bytes returned that the WAN's rate has not been charged for."""
         self._position = head.start
         self._ended = False
         self._closed = False
         settings = upstream.settings
-        self._steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
+        self.steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
         connection = response.connection
-        transport = connection.transport if connection is not None else None
-        socket = transport.get_extra_info("socket") if transport is not None else None
-        self._window = ReceiveWindow(pool.wan, socket)
-        self._protocol = connection.protocol if connection is not None else None
+        transport, self._protocol = (
+            (connection.transport, connection.protocol) if connection else (None, None)
+        )
+        self._window = ReceiveWindow(pool.wan, transport.get_extra_info("socket") if transport else None)
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
             self._connection_end.remove_done_callback(_take_exception)  # an earlier response's
@@ -379,16 +416,6 @@ class Answer:
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
 
-    @property
-    def confirmed(self) -> bool:
-        """Whether the end that `read` reports is certain: by a length or a last chunk."""
-        return self.head.delimited
-
-    @property
-    def slow(self) -> bool:
-        """Whether the body comes slower than `upstream.min_rate`."""
-        return self._steadiness.slow
-
     async def read(self) -> bytes:
         """The next piece, once the one before is paid for; empty at the end.
 
@@ -400,7 +427,7 @@ class Answer:
             self._unpaid = 0
         if self._ended:
             return b""
-        if self.slow and self._upstream.waiting:  # all of max_connections are in use
+        if self.steadiness.slow and self._upstream.waiting:  # all of max_connections are in use
             detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
@@ -425,11 +452,13 @@ class Answer:
                 # Without a rate not read(n): aiohttp would buffer n bytes.
                 piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
             waited_seconds = time.monotonic() - began
-        self._steadiness.note(waited_seconds, len(piece))
+        self.steadiness.note(waited_seconds, len(piece))
         return piece
 
     def _advance(self, amount: int) -> None:
         """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
+        from gup.upstream.connector import HttpProcessingError  # noqa: PLC0415 - imports aiohttp
+
         self._pool.count_received(self._upstream, self._ask, amount)
         self._unpaid = amount
         self._position += amount
@@ -438,14 +467,10 @@ class Answer:
         if stop is not None and self._ended and self._position < stop:
             detail = f"{name} ended at byte {self._position}, not at {stop} as announced"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=True)
-        if stop is not None and (self._position > stop or (self._ended and self._trailed())):
+        # Invalid HTTP behind the body: the announced length was not the body's.
+        end = self._protocol.exception() if self._ended and self._protocol is not None else None
+        if stop is not None and (self._position > stop or isinstance(end, HttpProcessingError)):
             raise rejected(f"{name} sent more bytes than it announced")
-
-    def _trailed(self) -> bool:
-        """Whether invalid HTTP followed the body: then the announced length was not the body's."""
-        from gup.upstream.connector import is_no_http  # noqa: PLC0415 - imports aiohttp
-
-        return self._protocol is not None and is_no_http(self._protocol.exception())
 
     def close(self) -> None:
         """Return the connection to the pool if the body was read to its end, else close it."""
@@ -464,25 +489,23 @@ def _take_exception(end: asyncio.Future[None]) -> None:
         end.exception()
 
 
+@dataclass(slots=True)
 class Steadiness:
     """Whether a body comes slower than its minimum rate. Only time spent waiting for the upstream counts.
 
     Waits of gup's own, for the WAN, the disk or a queue, are not noted here.
     """
 
-    __slots__ = ("_amount", "_least_rate", "_waited", "_window", "slow")
-
-    def __init__(self, least_rate_bytes_per_second: int, window_seconds: float) -> None:
-        self._least_rate = least_rate_bytes_per_second
-        self._window = window_seconds
-        self._waited = 0.0
-        self._amount = 0
-        self.slow = False
-        """The result of the last complete window."""
+    least_rate_bytes_per_second: int
+    window_seconds: float
+    slow: bool = False
+    """The result of the last complete window."""
+    _waited_seconds: float = 0.0
+    _amount: int = 0
 
     def note(self, waited_seconds: float, amount: int) -> None:
-        self._waited += waited_seconds
+        self._waited_seconds += waited_seconds
         self._amount += amount
-        if self._waited >= self._window:
-            self.slow = self._amount < self._least_rate * self._waited
-            self._waited, self._amount = 0.0, 0
+        if self._waited_seconds >= self.window_seconds:
+            self.slow = self._amount < self.least_rate_bytes_per_second * self._waited_seconds
+            self._waited_seconds, self._amount = 0.0, 0

@@ -25,8 +25,6 @@ from gup.upstream.exchange import (
 if TYPE_CHECKING:
     import aiohttp
 
-# gup.upstream.connector imports aiohttp, so it is imported where it is used: see there.
-
 _PATH = re.compile(r"/[!-~]*")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -72,8 +70,7 @@ class Upstream:
     """One upstream and its connections. A retired one finishes its requests and closes then."""
 
     def __init__(self, settings: config.Upstream, user_agent: str, via: str) -> None:
-        self.settings = settings
-        self.name = settings.name
+        self.settings, self.name = settings, settings.name
         self.variant = Variant(settings.version, settings.language)
         self.in_use = 0
         """Requests in progress and responses being read; changed by Pool only."""
@@ -81,8 +78,8 @@ class Upstream:
         self.node: str | None = None
         """A gup's name in Via, "" for another server; None until its first response."""
         self._via = via
-        self._fixed = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
-        self._fixed |= {**_declared(settings), **settings.headers}
+        fixed = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
+        self._fixed = fixed | _declared(settings) | settings.headers
         self._certificates = _certificates(settings)
         self._session: aiohttp.ClientSession | None = None
         self.free = asyncio.Semaphore(settings.max_connections)
@@ -99,9 +96,8 @@ class Upstream:
 
         settings, url = self.settings, self.url(ask.path)
         if self._session is None:
-            self._session = connector.open_session(
-                self._tls(), settings.connect_timeout, settings.first_byte_timeout
-            )
+            limits = settings.connect_timeout, settings.first_byte_timeout
+            self._session = connector.open_session(self._tls(), *limits)
         step = self._session.request(
             ask.method,
             connector.URL(url, encoded=True),
@@ -120,16 +116,15 @@ class Upstream:
         return self.settings.url + path
 
     def headers(self, ask: Ask) -> dict[str, str]:
-        fields = {**self._fixed, "Via": f"{ask.via}, {self._via}" if ask.via else self._via}
-        if ask.ranged:
-            fields["Range"] = f"bytes={ask.start}-{'' if ask.stop is None else ask.stop - 1}"
-            if ask.if_range:
-                fields["If-Range"] = ask.if_range
-        if ask.if_none_match:
-            fields["If-None-Match"] = ask.if_none_match
-        if ask.if_modified_since:
-            fields["If-Modified-Since"] = ask.if_modified_since
-        return fields
+        last = "" if ask.stop is None else ask.stop - 1
+        fields = {
+            "Range": f"bytes={ask.start}-{last}" if ask.ranged else None,
+            "If-Range": ask.if_range if ask.ranged else None,
+            "If-None-Match": ask.if_none_match,
+            "If-Modified-Since": ask.if_modified_since,
+            "Via": f"{ask.via}, {self._via}" if ask.via else self._via,
+        }
+        return self._fixed | {name: text for name, text in fields.items() if text}
 
     def _tls(self) -> ssl.SSLContext | bool:
         settings = self.settings
@@ -152,8 +147,8 @@ class Upstream:
             async with asyncio.timeout(self.settings.first_byte_timeout):
                 await self.free.acquire()
         except TimeoutError as error:
-            most = f"upstream.max_connections ({self.settings.max_connections})"
-            detail = f"all of {most} to {self.name} are in use"
+            most = self.settings.max_connections
+            detail = f"all of upstream.max_connections ({most}) to {self.name} are in use"
             raise UpstreamFailure("unreachable", "overloaded", detail) from error
         finally:
             self.waiting -= 1
@@ -162,13 +157,9 @@ class Upstream:
         """Whether these settings, and the certificates in `ca_file`, are the same as this upstream's."""
         return settings == self.settings and _certificates(settings) == self._certificates
 
-    @property
-    def is_open(self) -> bool:
-        return self._session is not None
-
     async def close(self) -> None:
-        if self._session is not None:
-            session, self._session = self._session, None
+        session, self._session = self._session, None
+        if session is not None:
             await session.close()
             await asyncio.sleep(0)  # aiohttp closes its transports in the loop's next turn
 
@@ -226,18 +217,20 @@ class Fields:
             raise rejected(f"{self.name} sent an empty body")
         headers = self.response.headers
         modified = self.one(b"last-modified", _TEXT)
+        if modified is not None and parse_http_date(modified) is None:
+            modified = None
         return RemoteHead(
-            self.response.status,
-            start,
-            length,
-            self.one(b"etag", _ETAG),
-            modified if modified is not None and parse_http_date(modified) is not None else None,
-            self.one(b"content-type", _TEXT) or _UNKNOWN_TYPE,
-            self.name,
-            age_seconds,
-            Validators.of(headers.get("ETag"), headers.get("Last-Modified"), headers.get("Date")),
-            stop,
-            delimited,
+            status=self.response.status,
+            start=start,
+            length=length,
+            etag=self.one(b"etag", _ETAG),
+            last_modified=modified,
+            content_type=self.one(b"content-type", _TEXT) or _UNKNOWN_TYPE,
+            upstream=self.name,
+            age_seconds=age_seconds,
+            validators=Validators.of(headers.get("ETag"), headers.get("Last-Modified"), headers.get("Date")),
+            stop=stop,
+            delimited=delimited,
         )
 
     def framing(self) -> tuple[int | None, bool]:
@@ -257,9 +250,8 @@ class Fields:
         if not lengths:
             return None, False
         if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
-            raise misframed(
-                f"{self.name} sent Content-Length {', '.join(lengths)!r}, which is not one number"
-            )
+            sent = ", ".join(lengths)
+            raise misframed(f"{self.name} sent Content-Length {sent!r}, which is not one number")
         return int(lengths[0]), False
 
     def _extent(self) -> tuple[int, int | None, int | None, bool]:

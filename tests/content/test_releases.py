@@ -38,7 +38,7 @@ BUILDS = st.tuples(st.integers(100, 20000), st.integers(0, 20000))
 )
 def test_names_and_builds_are_one_thing(text, release):
     assert str(RELEASES.version(text).release) == release
-    assert RELEASES.version(text).same_release(RELEASES.version(release))
+    assert RELEASES.version(text).release == RELEASES.version(release).release
 
 
 def test_what_is_no_version_is_none():
@@ -75,7 +75,7 @@ def test_releases_stand_in_the_order_they_came():
 )
 def test_equal_versions_are_equal_builds(one, other, equal):
     assert (RELEASES.version(one) == RELEASES.version(other)) is equal
-    assert RELEASES.version(one).same_release(RELEASES.version(other))
+    assert RELEASES.version(one).release == RELEASES.version(other).release
 
 
 @pytest.mark.parametrize(

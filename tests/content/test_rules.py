@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gup.config import Settings
 from gup.content.catalog import Listed
 from gup.content.client_identity import NOBODY
-from gup.content.rules import Action, Rule, Rulebook, document, lines, problem
+from gup.content.rules import Rule, Rulebook, document, lines, problem
 from gup.errors import SettingsError
 from gup.metrics import BY_NAME
 
@@ -36,7 +36,7 @@ def test_the_documents_french_manager():
     assert decide(rulebook, PATCH, "14.3 RU2", "French").allowed
     german = decide(rulebook, PATCH, "14.3 RU2", "German")
     assert german.rule is Rule.LANGUAGE
-    (remedy,) = (one for one in german.remedies if one.action is Action.AUTOUPGRADE_TO_ENGLISH)
+    (remedy,) = (one for one in german.remedies if one.action == "autoupgrade-to-english")
     assert remedy.text.startswith("German is not supported: enable AutoUpgrade")
     assert "rules.english_after_autoupgrade" in remedy.text  # what is to be done here once it is English
 
@@ -142,7 +142,7 @@ def test_undeclared(manager, language, client, spoken, silent_about):
     if silent_about:
         assert f"does not state its {silent_about}" in served.because
         assert f"does not state its {silent_about}" in refused.because
-        assert refused.remedies[0].action is Action.DECLARE
+        assert refused.remedies[0].action == "declare"
     assert bool(refused.notes) == (client == "newest" or manager == language == "any")
     wrong = decide(book("14.3 RU2", "French", undeclared="refuse"), PATCH, "14.3 RU3")
     assert wrong.rule is Rule.VERSION, "a wrong version is refused though the language is not stated"
@@ -199,9 +199,9 @@ def test_liveupdate_serves_every_version_and_language(stream, client):
 @pytest.mark.parametrize(
     ("manager", "client", "actions"),
     [
-        ("14.3 RU3", "14.3 RU2", [Action.UPGRADE_CLIENT, Action.UPGRADE_MANAGER, Action.LIVEUPDATE]),
-        ("14.3 RU2", "14.3 RU3", [Action.UPGRADE_MANAGER, Action.UPGRADE_CLIENT, Action.LIVEUPDATE]),
-        ("14.3 RU2", "14.3 RU1", [Action.UPGRADE_CLIENT, Action.LIVEUPDATE]),  # RU1 managers have none
+        ("14.3 RU3", "14.3 RU2", ["upgrade-client", "upgrade-manager", "liveupdate"]),
+        ("14.3 RU2", "14.3 RU3", ["upgrade-manager", "upgrade-client", "liveupdate"]),
+        ("14.3 RU2", "14.3 RU1", ["upgrade-client", "liveupdate"]),  # RU1 managers have none
     ],
 )
 def test_both_ways_out_of_unequal_versions_the_older_side_first(manager, client, actions):
@@ -213,10 +213,10 @@ def test_both_ways_out_of_unequal_versions_the_older_side_first(manager, client,
 @pytest.mark.parametrize(
     ("client", "rules", "action", "word"),
     [
-        ("German", {}, Action.AUTOUPGRADE_TO_ENGLISH, "If German is not supported: "),
-        ("German", {"supported_languages": ["fr"]}, Action.AUTOUPGRADE_TO_ENGLISH, "German is not supported"),
+        ("German", {}, "autoupgrade-to-english", "If German is not supported: "),
+        ("German", {"supported_languages": ["fr"]}, "autoupgrade-to-english", "German is not supported"),
         ("German", {"supported_languages": ["de"]}, None, ""),
-        ("English", {}, Action.CHANGE_SETTING, "english_after_autoupgrade = true"),
+        ("English", {}, "change-setting", "english_after_autoupgrade = true"),
         ("English", {"english_after_autoupgrade": True}, None, ""),
     ],
 )
@@ -226,8 +226,8 @@ def test_ways_out_of_unequal_languages(client, rules, action, word):
     between = refused.remedies[1:-1]
     assert [remedy.action for remedy in between] == ([action] if action else [])
     assert not action or word in between[0].text
-    assert refused.remedies[0].action is Action.MANAGER_OF_LANGUAGE
-    assert refused.remedies[-1].action is Action.LIVEUPDATE
+    assert refused.remedies[0].action == "manager-of-language"
+    assert refused.remedies[-1].action == "liveupdate"
 
 
 # --- what holds for every client

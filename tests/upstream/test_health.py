@@ -19,7 +19,6 @@ from gup.upstream.health import (
     Sign,
     State,
     after,
-    check_path,
     mark,
     sign_of,
 )
@@ -291,20 +290,6 @@ def test_answers_of_what_is_up_take_no_lock():
 
 
 # --- checks
-
-
-@pytest.mark.parametrize(
-    ("table", "path"),
-    [
-        ({"kind": "gup"}, "/"),
-        ({"kind": "manager"}, "/content/ContentInfo.txt"),
-        ({"kind": "liveupdate"}, "/minitri.flg"),
-        ({"kind": "manager", "health_path": "/healthy%20or%20not"}, "/healthy%20or%20not"),
-    ],
-)
-def test_what_a_check_asks_for(table, path):
-    (settings,) = Settings.model_validate({"upstream": [{"url": "http://127.0.0.1:9", **table}]}).upstream
-    assert check_path(settings) == path
 
 
 @pytest.mark.parametrize("path", ["", "content", "http://a/b", "/a b", "/a?b", "/a#b", "/a\r\nX: y", "/\xe9"])

@@ -12,7 +12,7 @@ from harness.scripted import Gate
 
 from gup.content.key import Variant
 from gup.upstream.exchange import RemoteHead, UpstreamFailure
-from gup.upstream.health import Checks, Sign, State
+from gup.upstream.health import Sign, State
 from gup.upstream.pool import Answer, rendezvous
 from gup.upstream.session import Ask
 
@@ -32,6 +32,10 @@ def names(found) -> list[str]:
 def down(pool, *which: str) -> None:
     for name in which:
         pool.board.note(name, Sign.AWAY, f"{name} refused")
+
+
+def is_open(upstream) -> bool:
+    return upstream._session is not None
 
 
 async def whole(answer) -> bytes:
@@ -259,7 +263,7 @@ async def until(condition) -> None:
 @asynccontextmanager
 async def checking(pool, clock, seconds):
     """Checks that run, so many seconds later."""
-    checks = asyncio.create_task(Checks(pool, clock).run())
+    checks = asyncio.create_task(pool.run_checks())
     await asyncio.sleep(0)
     clock.ahead_seconds += seconds
     try:
@@ -269,14 +273,22 @@ async def checking(pool, clock, seconds):
         await asyncio.gather(checks, return_exceptions=True)
 
 
-@pytest.mark.parametrize("status", [200, 302, 404, 503])
-async def test_any_answer_to_a_check_says_that_it_lives(pool_of, upstream, clock, status):
-    upstream.answer("/alive", Scripted(b"", status))
-    async with pool_of({"name": "a", "url": upstream.url, "health_path": "/alive"}) as pool:
+@pytest.mark.parametrize(
+    ("table", "path", "status"),
+    [
+        ({}, INDEX, 200),
+        ({"kind": "liveupdate"}, "/minitri.flg", 302),
+        ({"kind": "gup"}, "/", 404),
+        ({"health_path": "/a%20b"}, "/a%20b", 503),
+    ],
+)
+async def test_any_answer_to_a_check_says_that_it_lives(pool_of, upstream, clock, table, path, status):
+    upstream.answer(path, Scripted(b"", status))
+    async with pool_of({"name": "a", "url": upstream.url, **table}) as pool:
         down(pool, "a")
         async with checking(pool, clock, 5):
             await until(lambda: pool.board.get("a").state is State.UP)
-        assert {(seen.method, seen.path) for seen in upstream.seen} == {("HEAD", "/alive")}
+        assert {(seen.method, seen.path) for seen in upstream.seen} == {("HEAD", path)}
 
 
 async def test_a_check_without_an_answer_makes_it_doubtful_and_others_are_asked_first(
@@ -345,8 +357,8 @@ async def test_names_are_learned_before_anything_waits_for_them(pool_of, upstrea
         await asyncio.gather(*(pool.learn_names(ANY, f"k{number}") for number in range(20)))
         assert (one.node, other.node) == ("top-1", None)
         assert len(upstream.seen) == 1
-        assert names(pool.off_the_way(pool.upstreams, "1.1 top-1 (gup)")) == ["b"]
-        assert len(pool.off_the_way(pool.upstreams, "1.1 corner (squid)")) == 2
+        assert names(pool.candidates(ANY, "k", "1.1 top-1 (gup)")) == ["b"]
+        assert len(pool.candidates(ANY, "k", "1.1 corner (squid)")) == 2
 
 
 # --- settings that change
@@ -363,10 +375,10 @@ async def test_a_changed_upstream_is_replaced_and_ends_what_it_began(pool_of, up
         pool.apply(upstreams(changed, same))
         new, kept_now = pool.upstreams
         assert (new is old, kept_now is kept) == (False, True)
-        assert old.is_open
+        assert is_open(old)
         gate.open()
         assert await whole(answer) == b"x" * 100_000
-        await until(lambda: not old.is_open)
+        await until(lambda: not is_open(old))
         upstream.answer(PATH, Scripted(b"new"))
         assert await whole(await pool.ask(new, Ask(PATH, "fill"))) == b"new"
         assert upstream.requests(PATH)[-1].header("x-site") == "2"
@@ -386,8 +398,8 @@ async def test_an_old_upstream_that_is_asked_once_more_is_closed_with_the_pool(p
         (old,) = pool.upstreams
         pool.apply(upstreams({"name": "a", "url": upstream.url, "weight": 2}))
         answer = await pool.ask(old, Ask(PATH, "fill"))
-        assert old.is_open
-    assert not old.is_open
+        assert is_open(old)
+    assert not is_open(old)
     answer.close()
 
 

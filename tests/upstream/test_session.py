@@ -275,11 +275,11 @@ async def test_an_end_that_only_the_connection_tells_is_not_confirmed(pool_of, v
         async with pool_of({"url": upstream.url, **QUICK}) as pool:
             told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
             assert await body_of(told) == b"half of it"
-            assert not told.confirmed
+            assert not told.head.delimited
             upstream.answer = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
             told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
             assert await body_of(told) == b"hello"
-            assert told.confirmed
+            assert told.head.delimited
 
 
 # --- odd heads

@@ -213,7 +213,7 @@ def test_the_end_of_tls_confirms_no_bodys_end(reached_by_tls, pool_of, runner, e
         async with pool_of(table) as pool:
             told = await pool.ask(pool.upstreams[0], Ask("/content/x.dax", "fill"))
             assert await body_of(told) == BODY[:300_000]
-            assert not told.confirmed
+            assert not told.head.delimited
 
     with reached_by_tls(answer) as at:
         runner.run(run(at.table))
