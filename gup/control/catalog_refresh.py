@@ -102,11 +102,6 @@ class CatalogRefresher:
     def label(self, stream: Stream, file: str = "") -> Label | None:
         return self.catalogues.label(stream, file)  # a reading replaces `catalogues`
 
-    def product_of(self, stream: Stream) -> tuple[str, str] | None:
-        """A stream's product and language; None when no catalogue lists it."""
-        label = self.catalogues.label(stream)
-        return None if label is None else (label.product, label.language)
-
     def shown(self) -> Mapping[str, dict[str, Any]]:
         """Each upstream's catalogue for pages: source, number of streams, time of reading, problem."""
         return {

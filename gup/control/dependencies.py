@@ -30,11 +30,9 @@ class ControlDependencies:
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
     """Version, language and moniker of each slot."""
-    product_of: Callable[[Stream], tuple[str, str] | None]
-    """A stream's product and language from the catalogue."""
     label_of: Callable[[Stream, str], Label | None]
-    """The same with version and type, for a file of a stream of a variant (LiveUpdate's index files tell by
-    their names what they are); None for what nothing lists.
+    """What the catalogue says of a stream, or of a file of it (LiveUpdate's index files tell by their names
+    what they are); None for what nothing lists.
     """
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""

@@ -72,10 +72,10 @@ class Scrubber:
 
     def restore(self) -> None:
         """Continue the stored pass; after the index was opened."""
-        self._pass = read_pass(self._index.note(_SCRUB_NOTE))
+        self._pass = read_pass(self._index.notes.get(_SCRUB_NOTE))
 
     def save(self) -> None:
-        self._index.set_note(_SCRUB_NOTE, self._pass.model_dump())
+        self._index.notes[_SCRUB_NOTE] = self._pass.model_dump()
 
     def progress(self) -> schemas.Scrub:
         """The pass for `/api/v1/status`."""

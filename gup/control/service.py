@@ -148,7 +148,7 @@ class Control:
 
     async def apply(self, settings: Settings) -> None:
         """Take over reloaded settings; the listening address stays."""
-        await self._access.renew(settings.listen, self._dependencies.store.run)
+        await self._access.read(settings.listen, self._dependencies.store.run)
         self.state.evictor.look_soon()
 
     # --- jobs

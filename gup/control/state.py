@@ -31,7 +31,6 @@ from gup.control.events import (
     parse_event,
 )
 from gup.control.eviction import AgeClock, Evictor
-from gup.control.exposition import Figures
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
@@ -41,10 +40,16 @@ from gup.control.stats.client_records import ClientWindows
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import Recorder
 from gup.control.stats.usage_reports import Reports
-from gup.control.traffic import Traffic, newest_times
+from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
+from gup.metrics import MAX_STREAMS
 
 _log = logging.getLogger("gup.control.state")
+
+
+Label = tuple[str, str]
+"""Product and language."""
+OTHER: Label = ("other", "other")
 
 
 class Refusals:
@@ -282,9 +287,15 @@ class ControlState:
         now = self.clock()
         return [row for row in reversed(self._rejections.values()) if abs(now - row.at) < REJECTED_SECONDS]
 
-    def label(self, stream: Stream) -> tuple[str, str]:
+    def label(self, stream: Stream) -> Label:
         """Product and language of a stream: from the catalogue, else moniker and variant."""
-        return self.dependencies.product_of(stream) or (stream[2], stream[1])
+        listed = self.dependencies.label_of(stream, "")
+        return (stream[2], stream[1]) if listed is None else (listed.product, listed.language)
+
+    def slot_labels(self) -> list[Label]:
+        """Product and language of each slot of the counters of streams; OTHER for those without a name."""
+        named = [self.label(stream) for stream in self.dependencies.stream_names()[:MAX_STREAMS]]
+        return named + [OTHER] * (MAX_STREAMS + 1 - len(named))
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
@@ -294,32 +305,3 @@ class ControlState:
         if not any(worker.get("ready") for worker in self.dependencies.workers()):
             reasons.append("no worker is ready")
         return reasons
-
-    async def figures(self) -> Figures:
-        """Everything for `/metrics`."""
-        disk = await self.evictor.measure()
-        now = self.clock()
-        storms: dict[tuple[str, str], bool] = {}
-        self.traffic.look()
-        for stream, storm in self.traffic.flags().items():
-            storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
-        return Figures(
-            totals=self.dependencies.totals(),
-            upstreams=[upstream.name for upstream in self.settings.upstream],
-            stream_names=self.dependencies.stream_names(),
-            product_of=self.dependencies.product_of,
-            entries=len(self.index.rows),
-            size_bytes=disk.size_bytes,
-            limit_bytes=self.settings.cache.max_size,
-            free_bytes=disk.free_bytes,
-            clients_seen=self.clients.counts(now),
-            upstreams_up=self.dependencies.upstreams_up(),
-            wan_bytes_per_second=self.dependencies.wan_rate(),
-            client_bytes_per_second=self.settings.clients.rate,
-            limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.traffic.newest(), self.label),
-            storms=storms,
-            config_ok=self.dependencies.config_ok(),
-            site=self.settings.site.name,
-            started_at=self.dependencies.started_at,
-        )

@@ -225,14 +225,11 @@ def revision_time(revision: str) -> float | None:
 
 
 def newest_times(
-    held: Mapping[Stream, str], requested: Mapping[Stream, str], label: Callable[[Stream], tuple[str, str]]
-) -> dict[tuple[str, str, str], float]:
-    """Unix times of the newest revisions by product, language and where; at most MAX_STREAMS streams each."""
-    times: dict[tuple[str, str, str], float] = {}
-    for where, revisions in (("held", held), ("requested", requested)):
-        for stream in sorted(revisions)[:MAX_STREAMS]:
-            at = revision_time(revisions[stream])
-            if at is not None:
-                series = (*label(stream), where)
-                times[series] = max(at, times.get(series, at))
+    revisions: Mapping[Stream, str], label: Callable[[Stream], tuple[str, str]]
+) -> dict[tuple[str, str], float]:
+    """Unix times of the newest revisions by product and language; of at most MAX_STREAMS streams."""
+    times: dict[tuple[str, str], float] = {}
+    for stream in sorted(revisions)[:MAX_STREAMS]:
+        if (at := revision_time(revisions[stream])) is not None:
+            times[label(stream)] = max(at, times.get(label(stream), at))
     return times

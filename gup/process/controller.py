@@ -65,7 +65,6 @@ class Controller(ChildProcess):
                 totals=shared.totals,
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
-                product_of=catalogues.product_of,
                 raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,

@@ -70,7 +70,6 @@ class World:
     )
     upstreams: dict[str, bool] = field(default_factory=lambda: {"manager": True})
     streams: list[tuple[str, str, str]] = field(default_factory=list)
-    products: dict[str, tuple[str, str]] = field(default_factory=dict)
     wan_rate: int = 8_000_000
     config_ok: bool = True
     reloads: int = 0
@@ -163,7 +162,6 @@ class World:
             totals=self.totals,
             since_start=self.totals,
             stream_names=lambda: self.streams,
-            product_of=lambda stream: self.products.get(stream[2]),
             raise_store_epoch=self.raise_epoch,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,

@@ -16,5 +16,5 @@ def test_revisions_begin_with_their_day(revision, at):
 
 def test_newest_content_takes_the_latest_of_a_product():
     held = {("v1", "l", "{A}"): "260101001", ("v2", "l", "{A}"): "260103002", ("v", "l", "{B}"): "269999999"}
-    times = newest_times(held, {}, lambda stream: (stream[2], stream[1]))
-    assert times == {("{A}", "l", "held"): revision_time("260103002")}
+    times = newest_times(held, lambda stream: (stream[2], stream[1]))
+    assert times == {("{A}", "l"): revision_time("260103002")}

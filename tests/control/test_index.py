@@ -57,12 +57,12 @@ async def closed_with(opened, *rows):
 async def test_rows_and_notes_come_back_after_a_restart(opened):
     index, _ = await opened()
     index.put(row(hits=3))
-    index.set_note("clients", [["10.0.0.1", 4.0]])
+    index.notes["clients"] = [["10.0.0.1", 4.0]]
     index.complete = True
     await index.close()
     again, damage = await opened()
     assert again.rows == {row().key: row(hits=3)}
-    assert again.note("clients") == [["10.0.0.1", 4.0]]
+    assert again.notes["clients"] == [["10.0.0.1", 4.0]]
     assert (again.complete, again.total_bytes, damage.times) == (True, 10, 0)
 
 

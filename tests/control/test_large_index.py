@@ -7,6 +7,7 @@ import pytest
 from gup.content.key import ContentKey, Kind
 from gup.control.alarm_collector import AlarmCollector
 from gup.control.api.status import status
+from gup.control.exposition import gauges
 from gup.control.index import Row
 from gup.control.service import Jobs
 from gup.control.state import ControlState
@@ -56,7 +57,7 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     (storm,) = plane.traffic.storms()
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
-    await plane.figures()
+    await gauges(plane, plane.dependencies.totals())
     await status(plane)
 
 

@@ -89,7 +89,7 @@ async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
             schemas.DayTraffic(
                 day=day or None,
                 **dict(savings.figures(days[day])),
-                streams=savings.streams(days[day], process.stream_names(), process.product_of),
+                streams=savings.streams(days[day], state.slot_labels()),
             )
             for day in listed
         ],
