@@ -53,19 +53,19 @@ class AlarmCollector:
 
     def _of_upstreams(self) -> Findings:
         state, dependencies = self._state, self._dependencies
-        ups, states = dependencies.upstreams_up(), dependencies.upstream_states()
+        states = {name: known for name, (known, _) in dependencies.upstream_states().items()}
         names = [upstream.name for upstream in state.settings.upstream]
         errors = {name: state.upstream_errors[name][1] for name in names if name in state.upstream_errors}
-        some_up = any(ups.get(name, True) for name in names)
+        some_up = any(states.get(name) != "down" for name in names)
         if names and not some_up:
             why = next((f" ({error})" for error in errors.values() if error), "")
             text = f"no upstream answers ({', '.join(names)}): only what is stored can be served{why}"
             yield "no-upstream", "", text
         for name in names:
             why = f" ({errors[name]})" if errors.get(name) else ""
-            if some_up and not ups.get(name, True):
+            if some_up and states.get(name) == "down":
                 yield "upstream-down", name, f"{name} is down; others are asked{why}"
-            if states.get(name, [""])[0] == "doubtful":
+            if states.get(name) == "doubtful":
                 yield "upstream-doubtful", name, f"{name} takes connections but fails to answer{why}"
         limit, waiting = dependencies.wan_rate(), dependencies.fills_waiting()
         if limit and waiting and state.history.wan.bytes_per_second() >= NEAR_LIMIT * limit:

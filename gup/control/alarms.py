@@ -26,91 +26,61 @@ class AlarmType(NamedTuple):
     """It begins when found for `after` seconds and ends when not found for `calm` seconds: nothing flaps."""
 
     name: str
+    severity: Literal["warning", "critical"]
+    after: float
+    calm: float
     what_to_do: str
-    severity: Literal["warning", "critical"] = "warning"
-    after: float = 0.0
-    calm: float = 15.0
 
 
+# fmt: off
 ALARMS = (
-    AlarmType(
-        "no-upstream",
-        "Look whether the WAN stands and the management server runs: curl it from this machine.",
-        "critical",
-    ),
-    AlarmType(
-        "upstream-down",
-        "Look at that server and the way to it; is it gone for good, take it off the settings.",
-    ),
-    AlarmType(
-        "upstream-doubtful",
-        "Look at that server's own log, and ask it for a file with curl from this machine.",
-        after=60.0,
-        calm=60.0,
-    ),
-    AlarmType(
-        "bad-content",
-        "Look at that file on that server, and at proxies on the way. It is looked at again at the latest 15 "
-        "minutes after the last time, when a client asks for it.",
-    ),
-    AlarmType(
-        "disk-refuses",
-        "Look at the disk of cache.directory: full, read-only, out of inodes, over a quota, or broken.",
-        "critical",
-    ),
-    AlarmType(
-        "not-stored",
-        "Raise cache.max_size, or make room below cache.min_free: until then each client's download of it "
-        "crosses the WAN.",
-    ),
-    AlarmType("disk-short", "Something else fills the disk: make room, or lower cache.max_size.", after=30.0),
-    AlarmType(
-        "cache-short", "Raise cache.max_size, or lower cache.keep_revisions or cache.max_unused.", calm=60.0
-    ),
-    AlarmType(
-        "damage",
-        "It was mended where an upstream has the content; `gup cache verify` looks at everything. If it goes "
-        "on, look at the disk and its cable (smartctl, dmesg).",
-    ),
-    AlarmType(
-        "full-storm",
-        "Look why these clients do not take deltas: away for long, a damaged installation, deltas that the "
-        "management server does not keep for long enough, or 0-byte deltas there.",
-        calm=60.0,
-    ),
-    AlarmType(
-        "reload-failed", "`gup config check` tells what is wrong; put it right and `gup reload`.", calm=0.0
-    ),
-    AlarmType(
-        "workers-restarting", "Look into the log for why they ended; if nobody killed them, report it."
-    ),
-    AlarmType(
-        "stale-stream", "Look whether the management server has that revision and has published it whole."
-    ),
-    AlarmType(
-        "stale-catalogue",
-        "Look whether the management server has /content/ContentInfo.txt, or name a copy in catalog.file.",
-        after=60.0,
-    ),
-    AlarmType(
-        "unsure-end",
-        "Have that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): without "
-        "them a body that was cut looks like a whole one, so nothing of it is stored.",
-        calm=60.0,
-    ),
-    AlarmType(
-        "wan-full", "Raise wan.rate if the link carries more; see `gup status`.", after=60.0, calm=30.0
-    ),
-    AlarmType(
-        "clients-silent",
-        "Over a holiday that is right. Else look whether clients reach this machine's port, and whether "
-        "their policy still names it.",
-    ),
-    AlarmType(
-        "events-lost",
-        "The machine is too busy; look what else runs on it. The figures are put right within ten minutes.",
-    ),
+    AlarmType("no-upstream", "critical", 0.0, 15.0,
+              "Look whether the WAN stands and the management server runs: curl it from this machine."),
+    AlarmType("upstream-down", "warning", 0.0, 15.0,
+              "Look at that server and the way to it; is it gone for good, take it off the settings."),
+    AlarmType("upstream-doubtful", "warning", 60.0, 60.0,
+              "Look at that server's own log, and ask it for a file with curl from this machine."),
+    AlarmType("bad-content", "warning", 0.0, 15.0, (
+              "Look at that file on that server, and at proxies on the way. It is looked at again at the "
+              "latest 15 minutes after the last time, when a client asks for it.")),
+    AlarmType("disk-refuses", "critical", 0.0, 15.0, (
+              "Look at the disk of cache.directory: full, read-only, out of inodes, over a quota, or "
+              "broken.")),
+    AlarmType("not-stored", "warning", 0.0, 15.0, (
+              "Raise cache.max_size, or make room below cache.min_free: until then each client's download "
+              "of it crosses the WAN.")),
+    AlarmType("disk-short", "warning", 30.0, 15.0,
+              "Something else fills the disk: make room, or lower cache.max_size."),
+    AlarmType("cache-short", "warning", 0.0, 60.0,
+              "Raise cache.max_size, or lower cache.keep_revisions or cache.max_unused."),
+    AlarmType("damage", "warning", 0.0, 15.0, (
+              "It was mended where an upstream has the content; `gup cache verify` looks at everything. If "
+              "it goes on, look at the disk and its cable (smartctl, dmesg).")),
+    AlarmType("full-storm", "warning", 0.0, 60.0, (
+              "Look why these clients do not take deltas: away for long, a damaged installation, deltas "
+              "that the management server does not keep for long enough, or 0-byte deltas there.")),
+    AlarmType("reload-failed", "warning", 0.0, 0.0,
+              "`gup config check` tells what is wrong; put it right and `gup reload`."),
+    AlarmType("workers-restarting", "warning", 0.0, 15.0,
+              "Look into the log for why they ended; if nobody killed them, report it."),
+    AlarmType("stale-stream", "warning", 0.0, 15.0,
+              "Look whether the management server has that revision and has published it whole."),
+    AlarmType("stale-catalogue", "warning", 60.0, 15.0, (
+              "Look whether the management server has /content/ContentInfo.txt, or name a copy in "
+              "catalog.file.")),
+    AlarmType("unsure-end", "warning", 0.0, 60.0, (
+              "Have that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): "
+              "without them a body that was cut looks like a whole one, so nothing of it is stored.")),
+    AlarmType("wan-full", "warning", 60.0, 30.0,
+              "Raise wan.rate if the link carries more; see `gup status`."),
+    AlarmType("clients-silent", "warning", 0.0, 15.0, (
+              "Over a holiday that is right. Else look whether clients reach this machine's port, and "
+              "whether their policy still names it.")),
+    AlarmType("events-lost", "warning", 0.0, 15.0, (
+              "The machine is too busy; look what else runs on it. The figures are put right within ten "
+              "minutes.")),
 )
+# fmt: on
 """All alarms, in the order in which they are shown."""
 
 

@@ -51,7 +51,6 @@ def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
     return context
 
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FOR_PROBES = frozenset({"/healthz", "/readyz"})
 """Attempt by whoever watches over the process, without a token; they tell no secrets."""
 _BEARER = 'Bearer realm="gup"'
@@ -73,10 +72,8 @@ class AdminListener:
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """What the decision needs to know of a request.
-
-    `peer` and `local` are the addresses of the connection, "" for a Unix socket, None when unknown. `right`
-    is that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
+    """`peer` and `local` are the connection's addresses, "" for a Unix socket, None when unknown. `right` is
+    that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
     """
 
     method: str
@@ -91,7 +88,7 @@ class AccessRequest:
 
     @property
     def changes(self) -> bool:
-        return self.method not in _SAFE_METHODS
+        return self.method not in ("GET", "HEAD", "OPTIONS")
 
 
 class Refusal(NamedTuple):
@@ -126,8 +123,8 @@ def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
 
 def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """The refusal of a request whose token does not allow it."""
-    where = ""
-    if listener.token_file and is_near(attempt.peer):
+    where, near = "", is_near(attempt.peer)
+    if listener.token_file and near:
         where = f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
     if attempt.right is None:
         return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
@@ -136,7 +133,7 @@ def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
             challenge = f'{_BEARER}, error="insufficient_scope"'
             return Refusal(403, "That token is good for reading only", (challenge,))
         return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
-    if attempt.right is Right.NONE and not (listener.on_loopback and is_near(attempt.peer)):
+    if attempt.right is Right.NONE and not (listener.on_loopback and near):
         page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
         detail = f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}"
         return Refusal(401, detail, (_BEARER, *page))
@@ -159,13 +156,11 @@ def is_loopback(address: str | None) -> bool:
 
 def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
     name = _without_port(attempt.host).lower()
-    if name == "localhost" or is_loopback(name):
-        return True
-    if name in {admin_address.lower(), (attempt.local or "").lower()} - {""}:
+    if is_loopback(name) or (name and name in (admin_address.lower(), (attempt.local or "").lower())):
         return True
     # Beyond loopback the machine is called by its host name, which another site can't make resolve to us.
-    ours = {socket.gethostname().lower(), socket.gethostname().split(".")[0].lower()}
-    return not is_loopback(admin_address) and name in ours
+    machine = socket.gethostname().lower()
+    return not is_loopback(admin_address) and name in (machine, machine.split(".")[0])
 
 
 def _without_port(host: str) -> str:

@@ -40,9 +40,8 @@ class ControlDependencies:
     """Called with the bytes of bodies, and of parts that nobody fills."""
     promised_bytes: Callable[[], int]
     """What all fills under way will take."""
-    upstreams_up: Callable[[], Mapping[str, bool]]
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
-    """Each upstream's state, and since when; None: since the start."""
+    """Each upstream's state ("down", "doubtful", …), and since when; None: since the start."""
     wan_rate: Callable[[], int]
     """Bytes per second, 0 unlimited."""
     workers: Callable[[], Sequence[Mapping[str, object]]]

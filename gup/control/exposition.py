@@ -168,7 +168,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
     }
     limits = {"upstream": dependencies.wan_rate(), "client": settings.clients.rate}
     rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
-    labels = state.slot_labels()
+    labels, upstreams = state.slot_labels(), dependencies.upstream_states()
     return {
         **stream_bytes(totals, labels),
         **newest_and_storms(newest, storms, labels),
@@ -177,7 +177,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "gup_cache_size_bytes": [({}, disk.size_bytes)],
         "gup_cache_limit_bytes": [({}, settings.cache.max_size)],
         "gup_disk_free_bytes": [({}, disk.free_bytes)],
-        "gup_upstream_up": [({"upstream": name}, up) for name, up in dependencies.upstreams_up().items()],
+        "gup_upstream_up": [({"upstream": name}, state != "down") for name, (state, _) in upstreams.items()],
         "gup_bandwidth_limit_bytes_per_second": rates,
         "gup_allowed_at_once": [({"of": name}, limit) for name, limit in numbers(settings).items()],
         "gup_config_last_reload_successful": [({}, dependencies.config_ok())],

@@ -214,13 +214,11 @@ class Index:
                 if not held.keys:
                     del self._streams[before.stream_id]
         for order, value in ORDERS.items():  # some 20 µs with 1e5 rows
-            old = None if before is None else (value(before), key)
-            new = None if row is None else (value(row), key)
-            if old != new:
-                if old is not None:
-                    self._sorted[order].remove(old)
-                if new is not None:
-                    self._sorted[order].add(new)
+            old, new = (None if one is None else (value(one), key) for one in (before, row))
+            if old is not None and old != new:
+                self._sorted[order].remove(old)
+            if new is not None and old != new:
+                self._sorted[order].add(new)
         for watcher in self._watchers:
             watcher.add(key)
 
@@ -238,8 +236,8 @@ class Index:
     def of_moniker(self, moniker: str) -> list[Row]:
         """The rows of all streams of this moniker, whatever its case."""
         wanted = moniker.casefold()
-        found = (held for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
-        return [self.rows[key] for held in found for key in held.keys]
+        found = (held.keys for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
+        return [self.rows[key] for keys in found for key in keys]
 
     def newest_held(self) -> Mapping[Stream, str]:
         """The newest revision held of each stream."""
@@ -247,8 +245,8 @@ class Index:
 
     def deltas(self, stream: Stream) -> tuple[int, int]:
         """How many deltas of a stream are held, and their bytes."""
-        held = self._streams.get(stream)
-        return (held.deltas, held.delta_bytes) if held is not None else (0, 0)
+        held = self._streams.get(stream, _Held())
+        return held.deltas, held.delta_bytes
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:

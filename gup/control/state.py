@@ -6,7 +6,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from gup.cache.store import Part
 from gup.config import Settings
@@ -96,7 +95,6 @@ class FillRates:
         self._rates: dict[tuple[str, int], RateWindow] = {}
 
     def see(self, parts: Iterable[Part]) -> None:
-        """Take in the sizes of the present fills' parts."""
         known, self._rates = self._rates, {}
         for part in parts:
             rate = known.get((part.id, part.generation)) or RateWindow(_RATE_SECONDS)
@@ -123,7 +121,7 @@ class ControlState:
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
     ) -> None:
-        """`ages` is the clock that ages are measured with, by default `clock`."""
+        """Ages are measured with `ages`, by default with `clock`."""
         self.dependencies = dependencies
         self.clock = clock
         self._ages = ages
@@ -149,13 +147,8 @@ class ControlState:
             held=self.index.newest_held,
             on_written=partial(self.refusals.note, "reports"),
         )
-        self.history = Recorder(
-            dependencies,
-            self.database,
-            dependencies.settings,
-            clock,
-            partial(self.refusals.note, "savings"),
-        )
+        on_saved = partial(self.refusals.note, "savings")
+        self.history = Recorder(dependencies, self.database, dependencies.settings, clock, on_saved)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
@@ -234,15 +227,14 @@ class ControlState:
         self.refusals.note("content", None)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
-        known = self.index.rows.get(event.key.text)
-        more: dict[str, Any] = {"received_bytes": event.length}
+        row = make_row(event.key, event.kind, event.length, stored_at=now, used_at=self._age_clock())
+        received, known = event.length, self.index.rows.get(row.key)
         if known is not None:
-            more = {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}
-            more["received_bytes"] = event.length + known.received_bytes
+            received += known.received_bytes
+            row = replace(row, hits=known.hits, pinned=known.pinned, sent_bytes=known.sent_bytes)
             if known.pinned and event.replaced:
                 self.repin.add(known.key)  # the new generation's record knows of no pin
-        used_at = self._age_clock()
-        self.index.put(make_row(event.key, event.kind, event.length, stored_at=now, used_at=used_at, **more))
+        self.index.put(replace(row, received_bytes=received))
         self.evictor.look_soon()
 
     def _used(self, event: Usage, now: float) -> None:
@@ -299,9 +291,6 @@ class ControlState:
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
-        reasons = []
-        if not self.index.opened:
-            reasons.append("the index is being opened")
-        if not any(worker.get("ready") for worker in self.dependencies.workers()):
-            reasons.append("no worker is ready")
-        return reasons
+        ready = any(worker.get("ready") for worker in self.dependencies.workers())
+        reasons = {"the index is being opened": self.index.opened, "no worker is ready": ready}
+        return [reason for reason, is_so in reasons.items() if not is_so]

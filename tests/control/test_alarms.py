@@ -13,7 +13,7 @@ from gup.control.traffic import Storm, Unmet
 NOW = 1_000_000.0
 STREAM, OTHER = ("v", "l", "X"), ("v", "l", "Y")
 WELL = {
-    "upstreams": {"a": (True, "was refused", "up"), "b": (True, "", "up")},
+    "upstreams": {"a": ("up", "was refused"), "b": ("up", "")},
     "size": 990,
     "free": 100,
     "lately": {},
@@ -38,8 +38,7 @@ class Collector(AlarmCollector):
         known = SimpleNamespace(**WELL | given)
         self.counts, self.disk = known.lately, DiskUsage((), known.free, known.size)
         dependencies = SimpleNamespace(
-            upstreams_up=lambda: {name: up for name, (up, _, _) in known.upstreams.items()},
-            upstream_states=lambda: {name: (state, None) for name, (_, _, state) in known.upstreams.items()},
+            upstream_states=lambda: {name: (state, None) for name, (state, _) in known.upstreams.items()},
             catalogues=lambda: {name: {"problem": problem} for name, problem in known.catalogues.items()},
             wan_rate=lambda: 100,
             fills_waiting=lambda: 3,
@@ -54,7 +53,7 @@ class Collector(AlarmCollector):
             dependencies=dependencies,
             settings=settings,
             clock=lambda: NOW,
-            upstream_errors={name: (0.0, error) for name, (_, error, _) in known.upstreams.items() if error},
+            upstream_errors={name: (0.0, error) for name, (_, error) in known.upstreams.items() if error},
             rejections=lambda: known.rejections,
             failures=[
                 SimpleNamespace(problem=problem, at=at, detail=text) for problem, at, text in known.failures
@@ -85,7 +84,7 @@ def found(**given):
 
 
 STORM = Storm(("v", "l", "{A}"), 9.0, 40, 3, 7, ("10.0.0.1", "10.0.0.2"), 4_000_000_000, 100_000_000, 200_000)
-DOWN_A, UP_B = (False, "refused", "down"), (True, "", "up")
+DOWN_A, UP_B = ("down", "refused"), ("up", "")
 STORMY = (
     "7 clients (10.0.0.1, 10.0.0.2 and 5 more) asked for 40 full packages of Definitions {A}, against 3 "
     "deltas, within 20 minutes: 4.0 GB over the LAN, 100 MB over the WAN; as deltas of 200 kB on average "
@@ -100,9 +99,9 @@ UNSURE = "upstream-unsure-end"
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
     ("upstream-down", {"upstreams": {"a": DOWN_A, "b": UP_B}}, "a", "a is down; others are asked (refused)"),
-    ("no-upstream", {"upstreams": {"a": DOWN_A, "b": (False, "", "down")}}, "",
+    ("no-upstream", {"upstreams": {"a": DOWN_A, "b": ("down", "")}}, "",
      "no upstream answers (a, b): only what is stored can be served (refused)"),
-    ("upstream-doubtful", {"upstreams": {"a": (True, "was reset", "doubtful")}}, "a",
+    ("upstream-doubtful", {"upstreams": {"a": ("doubtful", "was reset")}}, "a",
      "a takes connections but fails to answer (was reset)"),
     ("bad-content", {"rejections": (Rejection(FULL, "a", "does not end as a ZIP file does", 9.0),)}, FULL,
      f"a has no usable {FULL}: does not end as a ZIP file does"),
@@ -181,7 +180,7 @@ DAMAGED, MORE = [("damage", "x", "1 damaged")], [("damage", "x", "3 damaged")]
 
 
 def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
-    alarms = AlarmBoard([AlarmType("damage", "Do.", after=5.0, calm=10.0)])
+    alarms = AlarmBoard([AlarmType("damage", "warning", 5.0, 10.0, "Do.")])
     with caplog.at_level(logging.WARNING):
         for clock in (0.0, 4.9):
             alarms.look(DAMAGED, NOW, clock)
@@ -208,6 +207,6 @@ def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
 
 
 def test_many_subjects_are_bounded():
-    alarms = AlarmBoard([AlarmType("many", "Do.")])
+    alarms = AlarmBoard([AlarmType("many", "warning", 0.0, 15.0, "Do.")])
     alarms.look([("many", str(number), "bad") for number in range(1000)], NOW, 0.0)
     assert len(alarms.standing()) == MAX_OF_A_TYPE

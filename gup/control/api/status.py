@@ -237,12 +237,12 @@ _CONFIGURED = ("name", "url", "kind", "priority", "weight", "version", "language
 
 def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     process, rows = state.dependencies, []
-    up, states, catalogues = process.upstreams_up(), process.upstream_states(), process.catalogues()
+    states, catalogues = process.upstream_states(), process.catalogues()
     for upstream in state.settings.upstream:
         health, since = states.get(upstream.name, ("unknown", None))
         at, detail = state.upstream_errors.get(upstream.name, (None, None))
         found = {
-            "up": up.get(upstream.name, True),
+            "up": health != "down",
             "state": health,
             "since": since or process.started_at,
             "last_error": detail,
