@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, WatchedFileHandler
 from pathlib import Path
@@ -41,8 +41,7 @@ def configure(own: config.Log) -> None:
     SettingsError when the destination can't be written to; the log in force stays then.
     """
     handler = WritingHandler(_destination(own))
-    root = logging.getLogger()
-    before = _handlers()
+    root, before = logging.getLogger(), _handlers()
     root.addHandler(handler)
     for old in before:
         root.removeHandler(old)
@@ -89,15 +88,12 @@ def _handlers() -> list["WritingHandler"]:
 def _destination(own: config.Log) -> "Destination":
     name, _, path = own.destination.partition(":")
     try:
-        match name:
-            case "stderr":
-                destination: Destination = _DescriptorHandler(2)
-            case "stdout":
-                destination = _DescriptorHandler(1)
-            case "journald":
-                destination = _JournalHandler(path or _JOURNAL)
-            case _:
-                destination = _FileHandler(own.destination)
+        if name in ("stderr", "stdout"):
+            destination: Destination = _DescriptorHandler(1 + (name == "stderr"))
+        elif name == "journald":
+            destination = _JournalHandler(path or _JOURNAL)
+        else:
+            destination = _FileHandler(own.destination)
     except OSError as error:
         raise SettingsError([_unwritable(own.destination, error.strerror or str(error))]) from error
     destination.setFormatter(_JsonFormatter() if own.format == "json" else _TextFormatter())
@@ -310,12 +306,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 
 def _time(record: logging.LogRecord) -> str:
     """RFC 3339, UTC, milliseconds."""
-    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
-
-
-@lru_cache(maxsize=4)  # many lines share one
-def _second(unix_seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_seconds))
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 class _TextFormatter(logging.Formatter):
@@ -327,15 +318,10 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head = f"{_time(record)} {record.levelname.lower()} {record.name}[{record.process}]: "
         more = "".join(f" {name}={_shown(value)}" for name, value in _extras(record).items())
-        line = head + _escaped(record.getMessage() + more)
+        rows = [head + record.getMessage() + more]
         if record.exc_info:
-            trace = self.formatException(record.exc_info)
-            line += "".join("\n    " + _escaped(row) for row in trace.splitlines())
-        return line
-
-
-def _escaped(text: str) -> str:
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+            rows += self.formatException(record.exc_info).splitlines()
+        return "\n    ".join(_CONTROLS.sub(lambda found: ascii(found[0])[1:-1], row) for row in rows)
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@ A stored figure is one 64-bit word in a block that one process alone writes, at 
 also after that process was killed. The control plane sums the blocks when it is asked.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,12 @@ def series(name: str, labels: Mapping[str, str]) -> str:
     """The one spelling of a series: `name{label="value",…}`, labels in the order of their names."""
     pairs = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
     return f"{name}{{{pairs}}}" if pairs else name
+
+
+def parse_series(name: str) -> tuple[str, dict[str, str]]:
+    """Metric and labels of a series, as `series` spells it."""
+    base, _, labels = name.partition("{")
+    return base, dict(re.findall(r'([a-z_]+)="([^"]*)"', labels))
 
 
 def label_sets(metric: Metric, upstreams: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from gup.config import Settings, load
-from gup.control.tokens import TokenError, local_path, read_token
+from gup.control.tokens import local_path, read_token
 from gup.errors import GupError
 from gup.files import FileError, trust
 
@@ -39,7 +39,7 @@ def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_f
         try:
             if file is not None and not token:
                 token = read_token(file)
-        except TokenError as error:
+        except FileError as error:
             if token_file is not None:
                 raise AdminError(f"--token-file: {error}") from error
             lack = str(error)

@@ -11,61 +11,46 @@ import ipaddress
 import logging
 import socket
 import ssl
-import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gup.config import Listen
-from gup.control.tokens import Right, TokenError, Tokens, local_path, read_token, token_doubts
+from gup.control.tokens import Right, Tokens, local_path, read_token, readable_by_all, token_doubts
 from gup.errors import SettingsError
-from gup.files import FileError, read_file, trust
+from gup.files import PEM_BYTES, FileError, read_file, trust
 
 _log = logging.getLogger("gup.control.auth")
 _RIGHT_CERT = "it must hold the control plane's certificate with its chain, in PEM"
 _RIGHT_KEY = "it must hold the certificate's key, in PEM, without a password"
 
 
-class CertificateError(ValueError):
-    """Files that can't be used; the text names the setting and tells why."""
-
-
-class _EncryptedKeyError(ValueError):
-    """The key is encrypted: somebody would have to enter its password at each start."""
-
-
-def _no_password() -> str:
-    raise _EncryptedKeyError
-
-
 def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
-    """A server's TLS context; CertificateError when the files can't be read or don't match."""
-    for setting, file, right in (("cert", cert_file, _RIGHT_CERT), ("key", key_file, _RIGHT_KEY)):
-        try:
-            read_file(file, 1)
-        except FileError as error:
-            raise CertificateError(f"listen.admin_{setting}_file: {error}: {right}") from error
+    """A server's TLS context; FileError, with the setting, when the files can't be read or don't match."""
+    setting, right = "cert", _RIGHT_CERT
+    try:
+        read_file(cert_file, 1)
+        setting, right = "key", _RIGHT_KEY
+        text = read_file(key_file, PEM_BYTES)
+    except FileError as error:
+        raise FileError(f"listen.admin_{setting}_file: {error}: {right}") from error
+    key = f"listen.admin_key_file: {str(key_file)!r}"
+    if b"ENCRYPTED" in text:
+        raise FileError(f"{key} is encrypted; gup can ask nobody for its password: {_RIGHT_KEY}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cert_file, key_file, password=_no_password)
+        context.load_cert_chain(cert_file, key_file, password="")  # else OpenSSL asks at the terminal
     except (ssl.SSLError, ValueError) as error:
-        raise CertificateError(_told(error, cert_file, key_file)) from error
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            raise FileError(f"{key} is not the key of the certificate in {str(cert_file)!r}") from error
+        try:
+            trust(cert_file)
+        except FileError as lacking:
+            raise FileError(f"listen.admin_cert_file: {lacking}") from error
+        raise FileError(f"{key} holds no key: {_RIGHT_KEY}") from error
     return context
 
 
-def _told(error: Exception, cert_file: Path, key_file: Path) -> str:
-    key = f"listen.admin_key_file: {str(key_file)!r}"
-    if isinstance(error, _EncryptedKeyError):
-        return f"{key} is encrypted; gup can ask nobody for its password: {_RIGHT_KEY}"
-    if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-        return f"{key} is not the key of the certificate in {str(cert_file)!r}"
-    try:
-        trust(cert_file)
-    except FileError as lacking:
-        return f"listen.admin_cert_file: {lacking}"
-    return f"{key} holds no key: {_RIGHT_KEY}"
-
-
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FOR_PROBES = frozenset({"/healthz", "/readyz"})
 """Attempt by whoever watches over the process, without a token; they tell no secrets."""
 _BEARER = 'Bearer realm="gup"'
@@ -87,10 +72,8 @@ class AdminListener:
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """What the decision needs to know of a request.
-
-    `peer` and `local` are the addresses of the connection, "" for a Unix socket, None when unknown. `right`
-    is that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
+    """`peer` and `local` are the connection's addresses, "" for a Unix socket, None when unknown. `right` is
+    that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
     """
 
     method: str
@@ -105,11 +88,10 @@ class AccessRequest:
 
     @property
     def changes(self) -> bool:
-        return self.method not in _SAFE_METHODS
+        return self.method not in ("GET", "HEAD", "OPTIONS")
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Status and reason; `challenges` are the WWW-Authenticate values (RFC 9110 section 11.6.1)."""
 
     status: int
@@ -141,8 +123,8 @@ def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
 
 def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """The refusal of a request whose token does not allow it."""
-    where = ""
-    if listener.token_file and is_near(attempt.peer):
+    where, near = "", is_near(attempt.peer)
+    if listener.token_file and near:
         where = f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
     if attempt.right is None:
         return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
@@ -151,7 +133,7 @@ def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
             challenge = f'{_BEARER}, error="insufficient_scope"'
             return Refusal(403, "That token is good for reading only", (challenge,))
         return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
-    if attempt.right is Right.NONE and not (listener.on_loopback and is_near(attempt.peer)):
+    if attempt.right is Right.NONE and not (listener.on_loopback and near):
         page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
         detail = f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}"
         return Refusal(401, detail, (_BEARER, *page))
@@ -174,13 +156,11 @@ def is_loopback(address: str | None) -> bool:
 
 def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
     name = _without_port(attempt.host).lower()
-    if name == "localhost" or is_loopback(name):
-        return True
-    if name in {admin_address.lower(), (attempt.local or "").lower()} - {""}:
+    if is_loopback(name) or (name and name in (admin_address.lower(), (attempt.local or "").lower())):
         return True
     # Beyond loopback the machine is called by its host name, which another site can't make resolve to us.
-    ours = {socket.gethostname().lower(), socket.gethostname().split(".")[0].lower()}
-    return not is_loopback(admin_address) and name in ours
+    machine = socket.gethostname().lower()
+    return not is_loopback(admin_address) and name in (machine, machine.split(".")[0])
 
 
 def _without_port(host: str) -> str:
@@ -192,44 +172,45 @@ def _without_port(host: str) -> str:
     return name if not port or port.isdigit() else ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """What the files hold that the settings name: what can be used; what can't, and what is unsafe."""
+class _Files(NamedTuple):
+    """What the files hold that the settings name; what can't be used, and what is unsafe."""
 
-    change: str
-    read: str
+    tokens: Tokens
     context: ssl.SSLContext | None
     problems: list[str]
     doubts: list[str]
 
 
-def _read_files(listen: Listen) -> _Files:
-    tokens, context = {"admin_token_file": "", "admin_read_token_file": ""}, None
+def _read_files(listen: Listen, run: Path | None = None) -> _Files:
+    """`run` is the folder of the local token."""
+    found, context = {"local": ""}, None
     problems: list[str] = []
     doubts: list[str] = []
-    for name in tokens:
-        file = getattr(listen, name)
+    for right, name in (("change", "admin_token_file"), ("read", "admin_read_token_file")):
+        found[right], file = "", getattr(listen, name)
         if file is not None:
             doubts += token_doubts(file)
             try:
-                tokens[name] = read_token(file)
-            except TokenError as error:
+                found[right] = read_token(file)
+            except FileError as error:
                 problems.append(f"listen.{name}: {error}")
-    change, read = tokens.values()
-    if change and change == read:
-        problems.append(
-            "listen.admin_read_token_file: it holds the token of admin_token_file; they must differ"
-        )
+    if found["change"] and found["change"] == found["read"]:
+        text = "listen.admin_read_token_file: it holds the token of admin_token_file; they must differ"
+        problems.append(text)
     if listen.admin_cert_file is not None and (key := listen.admin_key_file) is not None:
         try:
             context = load_context(listen.admin_cert_file, key)
-            if key.stat().st_mode & stat.S_IROTH:
-                doubts.append(f"{key} can be read by everybody on this machine: chmod o-r {key}")
-        except CertificateError as error:
+            doubts += readable_by_all(key)
+        except FileError as error:
             problems.append(str(error))
         except OSError:  # gone again
             problems.append(f"listen.admin_key_file: {str(key)!r} can't be read")
-    return _Files(change, read, context, problems, doubts)
+    if run is not None:
+        try:
+            found["local"] = read_token(local_path(run))
+        except FileError:
+            doubts.append(f"commands on this machine find no token in {local_path(run)}")
+    return _Files(Tokens.of(**found), context, problems, doubts)
 
 
 def require_access(listen: Listen) -> None:
@@ -269,27 +250,18 @@ class Access:
             self.tls.sni_callback = self._choose
         elif not self.listener.on_loopback:
             _log.warning("the control plane at %s has no TLS: tokens cross the network unencrypted", address)
-        await self._read(listen, run, at_start=True)
+        await self.read(listen, run, at_start=True)
 
-    async def renew(self, listen: Listen, run: Path) -> None:
+    async def read(self, listen: Listen, run: Path, *, at_start: bool = False) -> None:
         """Read tokens and certificate again; unusable files leave the old ones in force."""
-        await self._read(listen, run, at_start=False)
-
-    async def _read(self, listen: Listen, run: Path, *, at_start: bool) -> None:
-        files = await asyncio.to_thread(_read_files, listen)
-        local = ""
-        try:
-            local = await asyncio.to_thread(read_token, local_path(run))
-        except TokenError:
-            _log.warning("commands on this machine find no token in %s", local_path(run))
+        files = await asyncio.to_thread(_read_files, listen, run)
         for doubt in files.doubts:
             _log.warning("%s", doubt)
         what_now = "nobody gets in until a reload" if at_start else "the old ones stay in force"
         for problem in files.problems:
             _log.error("%s; %s", problem, what_now)
         if at_start or not files.problems:
-            self.tokens = Tokens.of(change=files.change, read=files.read, local=local)
-            self._certificate = files.context
+            self.tokens, self._certificate = files.tokens, files.context
 
     def _choose(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
         if self._certificate is not None:

@@ -41,8 +41,6 @@ _FIRST_RETRY_SECONDS = 5.0
 _LEAST_GAP_SECONDS = 2.0
 """Between two readings because of unlisted monikers, which any client may make up."""
 _MOST_UNLISTED = 1000
-
-
 _NONE = Kept("")
 
 
@@ -92,20 +90,14 @@ class CatalogRefresher:
 
     def unlisted(self, moniker: str) -> None:
         """A client asked for a moniker that no catalogue lists: read them again, once for each moniker."""
-        if moniker in self._asked_for or len(self._asked_for) >= _MOST_UNLISTED:
-            return
-        if self.catalogues.somewhere(moniker) is None:
+        new = moniker not in self._asked_for and len(self._asked_for) < _MOST_UNLISTED
+        if new and self.catalogues.somewhere(moniker) is None:
             self._asked_for.add(moniker)
             self._doubted = True
             self._wake.set()
 
     def label(self, stream: Stream, file: str = "") -> Label | None:
         return self.catalogues.label(stream, file)  # a reading replaces `catalogues`
-
-    def product_of(self, stream: Stream) -> tuple[str, str] | None:
-        """A stream's product and language; None when no catalogue lists it."""
-        label = self.catalogues.label(stream)
-        return None if label is None else (label.product, label.language)
 
     def shown(self) -> Mapping[str, dict[str, Any]]:
         """Each upstream's catalogue for pages: source, number of streams, time of reading, problem."""
@@ -148,9 +140,9 @@ class CatalogRefresher:
         """Read all catalogues once; keep and publish what is new."""
         settings = self._settings
         doubted, self._doubted = self._doubted, False
-        names = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
-        readings = [self._read(upstream, doubted=doubted) for upstream in names]
-        kept = dict(zip((u.name for u in names), await asyncio.gather(*readings), strict=True))
+        managers = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
+        readings = await asyncio.gather(*(self._read(upstream, doubted=doubted) for upstream in managers))
+        kept = {upstream.name: one for upstream, one in zip(managers, readings, strict=True)}
         if settings is not self._settings:
             self._wake.set()  # the settings were changed meanwhile: what was read may be of another upstream
             return
@@ -166,8 +158,14 @@ class CatalogRefresher:
             old = Kept(source)  # another server or file: its rows do not belong to this one
         if settings.file is None and not settings.refresh:
             return replace(old, problem=None)
+        known = old if old.rows is not None else Kept(source)
         try:
-            fetched = await self._fetched(upstream.name, old, doubted=doubted)
+            if settings.file is not None:
+                fetched = Fetched(await asyncio.to_thread(read_file, settings.file, MAX_CATALOG_BYTES))
+            elif doubted:
+                fetched = await self._fetch(upstream.name, known.etag, known.last_modified)
+            else:
+                fetched = await self._look(upstream.name)
         except (UpstreamFailure, Problem) as failure:
             return self._failed(old, failure.detail)
         except FileError as error:
@@ -176,19 +174,9 @@ class CatalogRefresher:
             return replace(old, read_at=self._wall_clock(), problem=None)
         rows = parse_catalog(fetched.text)
         if not rows:
-            return self._failed(
-                old, f"{source} lists nothing: no line is {{MONIKER}}: product - … - language"
-            )
+            text = f"{source} lists nothing: no line is {{MONIKER}}: product - … - language"
+            return self._failed(old, text)
         return Kept(source, rows, self._wall_clock(), None, fetched.etag, fetched.last_modified)
-
-    async def _fetched(self, name: str, old: Kept, *, doubted: bool) -> Fetched:
-        file = self._settings.catalog.file
-        if file is not None:
-            return Fetched(await asyncio.to_thread(read_file, file, MAX_CATALOG_BYTES))
-        if not doubted:
-            return await self._look(name)
-        known = old.rows is not None
-        return await self._fetch(name, old.etag if known else None, old.last_modified if known else None)
 
     @staticmethod
     def _failed(old: Kept, problem: str) -> Kept:

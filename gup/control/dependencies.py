@@ -30,11 +30,9 @@ class ControlDependencies:
     since_start: Callable[[], Mapping[str, int]]
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
     """Version, language and moniker of each slot."""
-    product_of: Callable[[Stream], tuple[str, str] | None]
-    """A stream's product and language from the catalogue."""
     label_of: Callable[[Stream, str], Label | None]
-    """The same with version and type, for a file of a stream of a variant (LiveUpdate's index files tell by
-    their names what they are); None for what nothing lists.
+    """What the catalogue says of a stream, or of a file of it (LiveUpdate's index files tell by their names
+    what they are); None for what nothing lists.
     """
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
@@ -42,9 +40,8 @@ class ControlDependencies:
     """Called with the bytes of bodies, and of parts that nobody fills."""
     promised_bytes: Callable[[], int]
     """What all fills under way will take."""
-    upstreams_up: Callable[[], Mapping[str, bool]]
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
-    """Each upstream's state, and since when; None: since the start."""
+    """Each upstream's state ("down", "doubtful", …), and since when; None: since the start."""
     wan_rate: Callable[[], int]
     """Bytes per second, 0 unlimited."""
     workers: Callable[[], Sequence[Mapping[str, object]]]

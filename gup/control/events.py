@@ -101,10 +101,7 @@ class Part(NamedTuple):
 
 
 class Take(NamedTuple):
-    """What a client was sent of a body, with what the client states of itself.
-
-    `sent` is the part that was sent, 1 for all of the body, 0 for nothing of it.
-    """
+    """What a client was sent of a body: a part, 1 for all, 0 for nothing; with what it states of itself."""
 
     client: Client
     key: Key
@@ -136,10 +133,8 @@ class Committed(_Event):
 
 
 class Usage(_Event):
-    """What one worker's clients asked for, once a second.
-
-    `uses` are of stored bodies, `asked` of bodies that were not stored whole yet; `fulls` tell who asked for
-    full packages, `clients` who asked for anything.
+    """What one worker's clients asked for, once a second: `uses` of stored bodies, `asked` of others;
+    `fulls` tell who asked for full packages, `clients` who asked for anything.
     """
 
     type: Literal["used"] = "used"

@@ -42,7 +42,6 @@ class DiskUsage:
 
     @property
     def size_bytes(self) -> int:
-        """Bodies and parts together."""
         return self.entries_bytes + self.parts_bytes
 
     @property
@@ -109,9 +108,9 @@ def plan_evictions(
 def _is_whole(part: Part) -> bool:
     """Whether this holds every byte of its body: recovery commits it."""
     state = part.state
-    if state is None or state.head is None or part.generation != state.generation:
+    if state is None or state.head is None:
         return False
-    return part.size_bytes == state.head.length
+    return (part.generation, part.size_bytes) == (state.generation, state.head.length)
 
 
 def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
@@ -170,8 +169,6 @@ class Evictor:
         self.recent_evicted = 0
         """Entries evicted for space since the start that had been used within a day."""
 
-    # --- being asked
-
     def look_soon(self) -> None:
         """Something was committed: check the limits soon, at once when they are exceeded."""
         self._due.set()
@@ -207,18 +204,12 @@ class Evictor:
             rest = max(_REST_SECONDS, _REST_FACTOR * (time.monotonic() - begun))
             await _wait(self._urgent, min(rest, interval_seconds))
 
-    # --- looking and removing
-
     async def measure(self) -> DiskUsage:
         """Measure the parts and the free space of the file system."""
         entries_bytes = self._index.total_bytes
-
-        def measured() -> DiskUsage:
-            figures = os.statvfs(self._store.root)
-            free_bytes = figures.f_bavail * figures.f_frsize
-            return DiskUsage(tuple(self._store.parts(self._claims)), free_bytes, entries_bytes)
-
-        return await asyncio.to_thread(measured)
+        figures = await asyncio.to_thread(os.statvfs, self._store.root)
+        parts = await asyncio.to_thread(self._store.parts, self._claims)
+        return DiskUsage(tuple(parts), figures.f_bavail * figures.f_frsize, entries_bytes)
 
     async def evict(self) -> list[Eviction]:
         """Evict what exceeds the limits; return what was removed. Nothing before the index is complete."""
@@ -230,11 +221,11 @@ class Evictor:
             rows = list(self._index.rows.values())  # before the measuring, see DiskUsage
             disk = await self.measure()
             promised = self._dependencies.promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes
-            limits = self._dependencies.settings().cache
+            limits, need = self._dependencies.settings().cache, max(need, promised)
 
             def planned() -> list[Eviction]:
                 now = self._now(row.used_at for row in rows)
-                return plan_evictions(rows, disk, limits, now, need=max(need, promised), refused=refused)
+                return plan_evictions(rows, disk, limits, now, need=need, refused=refused)
 
             plan = await asyncio.to_thread(planned)
             done: list[Eviction] = []
@@ -312,23 +303,16 @@ def remove_part(store: Store, part: Part) -> bool:
             return False
     except FileNotFoundError:
         return False
-    keeps_state = part.generation and _is_of_another(part, store)
+    state = None
+    with contextlib.suppress(ValueError):
+        state = store.load_state(part.id)
+    described = state.generation if state is not None else part.generation
+    of_another = part.generation not in (0, described) and store.part_path(part.id, described).exists()
     if part.generation:
         store.drop_part(part.id, part.generation)
-    if not keeps_state:
+    if not of_another:
         store.drop_state(part.id)
     return True
-
-
-def _is_of_another(part: Part, store: Store) -> bool:
-    """Whether the key's state describes another generation that has a part of its own."""
-    try:
-        state = store.load_state(part.id)
-    except ValueError:
-        return False
-    if state is None or state.generation == part.generation:
-        return False
-    return store.part_path(part.id, state.generation).exists()
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

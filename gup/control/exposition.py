@@ -4,10 +4,8 @@ Names, labels and help of all metrics are in gup.metrics.
 """
 
 import platform
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Literal
 
@@ -18,114 +16,68 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
-from gup.metrics import KINDS, MAX_SHOWN, MAX_STREAMS, METRICS, Metric, label_sets, stream_series
+from gup.control.state import OTHER, ControlState, Label, numbers
+from gup.control.traffic import newest_times
+from gup.metrics import (
+    KINDS,
+    MAX_SHOWN,
+    MAX_STREAMS,
+    METRICS,
+    Metric,
+    label_sets,
+    parse_series,
+    stream_series,
+)
 
-Label = tuple[str, str]
-"""Product and language."""
-OTHER: Label = ("other", "other")
-
-StreamNames = Sequence[tuple[str, str, str]]
-ProductOf = Callable[[tuple[str, str, str]], Label | None]
-"""Product and language of a stream (version, language, moniker); None where no catalogue lists it."""
-
-
-def stream_labels(names: StreamNames, slot: int, product_of: ProductOf) -> Label:
-    """Product and language of stream `slot`: from the catalogue, else moniker and variant."""
-    if slot >= min(len(names), MAX_STREAMS):
-        return OTHER
-    _, language, stream = names[slot]
-    return product_of(names[slot]) or (stream, language)
+Samples = Sequence[tuple[Mapping[str, str], float]]
+"""Labels and value of each series of a metric."""
 
 
-def shown_labels(names: StreamNames, product_of: ProductOf) -> list[Label]:
+def shown_labels(labels: Iterable[Label]) -> list[Label]:
     """The label of each slot: the first MAX_SHOWN products and languages apart, the rest as OTHER.
 
-    A slot is never given to another stream, so the labels stay the same while the catalogue does.
+    A slot is never given to another stream, so what is shown apart stays the same while the catalogue does.
     """
-    shown: dict[Label, None] = {}
-    labels = []
-    for slot in range(MAX_STREAMS + 1):
-        label = stream_labels(names, slot, product_of)
-        if label not in shown and (label == OTHER or len(shown) >= MAX_SHOWN):
-            label = OTHER
-        else:
-            shown[label] = None
-        labels.append(label)
-    return labels
+    apart = list(dict.fromkeys(label for label in labels if label != OTHER))[:MAX_SHOWN]
+    return [label if label in apart else OTHER for label in labels]
 
 
-def first_shown(names: StreamNames, product_of: ProductOf, labels: Iterable[Label]) -> list[Label]:
-    """At most MAX_SHOWN of `labels`, in their order: first those whose bytes have series of their own."""
-    apart = set(shown_labels(names, product_of))
-    return sorted(labels, key=lambda label: label not in apart)[:MAX_SHOWN]
-
-
-_NANOSECONDS = 1_000_000_000
-_LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
 _DIRECTIONS: tuple[Literal["sent", "received"], ...] = ("sent", "received")
+_NANOSECONDS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """All that the exposition shows.
+def expose(
+    totals: Mapping[str, int], upstreams: Sequence[str], gauges: Mapping[str, Samples], accept: str
+) -> tuple[bytes, str]:
+    """The exposition in the format that `accept` asks for (text or OpenMetrics), and its content type.
 
-    `totals` are the counters by series name; `newest` has the Unix time of the newest revision by product,
-    language and where ("held", "requested"); `storms` tells by product and language whether there is one.
+    `totals` are the counters by series name, `gauges` the samples of what is not stored, by metric.
     """
-
-    totals: Mapping[str, int]
-    upstreams: Sequence[str]
-    stream_names: StreamNames
-    product_of: ProductOf
-    entries: int = 0
-    size_bytes: int = 0
-    limit_bytes: int = 0
-    free_bytes: int = 0
-    clients_seen: Mapping[str, int] = field(default_factory=dict)
-    upstreams_up: Mapping[str, bool] = field(default_factory=dict)
-    wan_bytes_per_second: int = 0
-    client_bytes_per_second: int = 0
-    limits: Mapping[str, int] = field(default_factory=dict)
-    newest: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
-    storms: Mapping[tuple[str, str], bool] = field(default_factory=dict)
-    config_ok: bool = True
-    site: str = ""
-    started_at: float = 0.0
-
-
-def parse_series(name: str) -> tuple[str, dict[str, str]]:
-    """Metric and labels of a series name, as gup.metrics.series spells it."""
-    base, _, labels = name.partition("{")
-    return base, dict(_LABEL.findall(labels))
-
-
-def expose(figures: Figures, accept: str) -> tuple[bytes, str]:
-    """The exposition in the format that `accept` asks for (text or OpenMetrics), and its content type."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Figures(figures))
+    registry.register(_Families(totals, upstreams, gauges))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
-class _Figures(Collector):
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
+class _Families(Collector):
+    def __init__(
+        self, totals: Mapping[str, int], upstreams: Sequence[str], gauges: Mapping[str, Samples]
+    ) -> None:
+        self._totals, self._upstreams, self._gauges = totals, upstreams, gauges
 
     def collect(self) -> Iterable[Family]:
         words: dict[str, dict[_Labels, int]] = defaultdict(dict)
-        for name, value in self._figures.totals.items():
+        for name, value in self._totals.items():
             base, labels = parse_series(name)
             words[base][tuple(sorted(labels.items()))] = value
         for metric in METRICS:
             if metric.kind == "histogram":
                 yield _histogram(metric, words)
             elif metric.stored:  # enumerated labels that were not counted yet are 0
-                samples = {
-                    tuple(sorted(row.items())): 0 for row in label_sets(metric, self._figures.upstreams)
-                }
+                samples = {tuple(sorted(row.items())): 0 for row in label_sets(metric, self._upstreams)}
                 samples |= words[metric.name]
                 yield _family(metric, [(dict(labels), value) for labels, value in samples.items()])
-            elif rows := list(_ROWS[metric.name](self._figures)):
+            elif rows := self._gauges.get(metric.name):
                 yield _family(metric, rows)
 
 
@@ -156,71 +108,80 @@ def _histogram(metric: Metric, words: Mapping[str, Mapping[_Labels, int]]) -> Fa
     return family
 
 
-_Samples = Iterable[tuple[Mapping[str, str], float]]
-
-
-def _streams(direction: Literal["sent", "received"]) -> Callable[[Figures], _Samples]:
-    """Bytes by product, language and kind, of streams that were counted.
+def stream_bytes(totals: Mapping[str, int], labels: Sequence[Label]) -> dict[str, Samples]:
+    """Bytes by product, language and kind, of streams that were counted; `labels` are those of the slots.
 
     Both directions appear together, so that their difference is defined from the first byte on.
     """
-
-    def samples(figures: Figures) -> _Samples:
-        sums: dict[tuple[Label, str], int] = {}
-        labels = shown_labels(figures.stream_names, figures.product_of)
-        for slot, kind in product(range(MAX_STREAMS + 1), KINDS):
-            ways = {way: figures.totals.get(stream_series(way, slot, kind), 0) for way in _DIRECTIONS}
-            if any(ways.values()):
-                row = (labels[slot], kind)
-                sums[row] = sums.get(row, 0) + ways[direction]
-        for ((name, language), kind), value in sums.items():
-            yield {"product": name, "language": language, "kind": kind}, value
-
-    return samples
-
-
-def _limits(figures: Figures) -> _Samples:
-    for direction, limit in (
-        ("upstream", figures.wan_bytes_per_second),
-        ("client", figures.client_bytes_per_second),
-    ):
-        if limit:
-            yield {"direction": direction}, limit
+    sums: dict[str, Counter[tuple[Label, str]]] = {way: Counter() for way in _DIRECTIONS}
+    shown = shown_labels(labels)
+    for slot, kind in product(range(MAX_STREAMS + 1), KINDS):
+        ways = {way: totals.get(stream_series(way, slot, kind), 0) for way in _DIRECTIONS}
+        if any(ways.values()):
+            for way, value in ways.items():
+                sums[way][shown[slot], kind] += value
+    return {
+        f"gup_stream_{way}_bytes_total": [
+            (_product(label) | {"kind": kind}, value) for (label, kind), value in counts.items()
+        ]
+        for way, counts in sums.items()
+    }
 
 
-def _newest(figures: Figures) -> _Samples:
-    known = {(name, language): at for (name, language, _), at in figures.newest.items()}
-    for name, language in first_shown(figures.stream_names, figures.product_of, known):
-        for where in ("held", "requested"):
-            at = figures.newest.get((name, language, where))
-            if at is not None:
-                yield {"product": name, "language": language, "where": where}, at
+def newest_and_storms(
+    newest: Mapping[str, Mapping[Label, float]], storms: Mapping[Label, bool], labels: Iterable[Label]
+) -> dict[str, Samples]:
+    """Times of the newest revisions ("held", "requested") and storms, of at most MAX_SHOWN labels each.
+
+    First come those whose bytes have series of their own. Present storms come before all calm streams.
+    """
+    apart = set(shown_labels(labels))
+    known = dict.fromkeys(label for times in newest.values() for label in times)
+    first = sorted(known, key=lambda label: label not in apart)[:MAX_SHOWN]
+    order = sorted(storms, key=lambda label: (not storms[label], label not in apart))
+    return {
+        "gup_newest_content_timestamp_seconds": [
+            (_product(label) | {"where": where}, times[label])
+            for label in first
+            for where, times in newest.items()
+            if label in times
+        ],
+        "gup_full_storm": [(_product(label), storms[label]) for label in order[:MAX_SHOWN]],
+    }
 
 
-def _storms(figures: Figures) -> _Samples:
-    """Present storms come first, so that the limit on series hides calm streams before them."""
-    under_way = [label for label, storm in figures.storms.items() if storm]
-    calm = [label for label, storm in figures.storms.items() if not storm]
-    shown = first_shown(figures.stream_names, figures.product_of, calm)
-    for name, language in [*under_way, *shown][:MAX_SHOWN]:
-        yield {"product": name, "language": language}, figures.storms[name, language]
+def _product(label: Label) -> dict[str, str]:
+    return {"product": label[0], "language": label[1]}
 
 
-_ROWS: Mapping[str, Callable[[Figures], _Samples]] = {
-    "gup_stream_sent_bytes_total": _streams("sent"),
-    "gup_stream_received_bytes_total": _streams("received"),
-    "gup_clients_seen": lambda f: [({"window": window}, n) for window, n in f.clients_seen.items()],
-    "gup_cache_entries": lambda f: [({}, f.entries)],
-    "gup_cache_size_bytes": lambda f: [({}, f.size_bytes)],
-    "gup_cache_limit_bytes": lambda f: [({}, f.limit_bytes)],
-    "gup_disk_free_bytes": lambda f: [({}, f.free_bytes)],
-    "gup_upstream_up": lambda f: [({"upstream": name}, up) for name, up in f.upstreams_up.items()],
-    "gup_bandwidth_limit_bytes_per_second": _limits,
-    "gup_allowed_at_once": lambda f: [({"of": name}, limit) for name, limit in f.limits.items()],
-    "gup_newest_content_timestamp_seconds": _newest,
-    "gup_full_storm": _storms,
-    "gup_config_last_reload_successful": lambda f: [({}, f.config_ok)],
-    "gup_start_time_seconds": lambda f: [({}, f.started_at)],
-    "gup_build_info": lambda _: [({"version": gup.__version__, "python": platform.python_version()}, 1)],
-    "gup_site_info": lambda f: [({"site": f.site}, 1)],
-}
+async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Samples]:
+    """What is worked out on request, by metric."""
+    disk, settings, dependencies = await state.evictor.measure(), state.settings, state.dependencies
+    storms: dict[Label, bool] = {}
+    state.traffic.look()
+    for stream, storm in state.traffic.flags().items():
+        label = state.label(stream)
+        storms[label] = storm or storms.get(label, False)
+    newest = {
+        "held": newest_times(state.index.newest_held(), state.label),
+        "requested": newest_times(state.traffic.newest(), state.label),
+    }
+    limits = {"upstream": dependencies.wan_rate(), "client": settings.clients.rate}
+    rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
+    labels, upstreams = state.slot_labels(), dependencies.upstream_states()
+    return {
+        **stream_bytes(totals, labels),
+        **newest_and_storms(newest, storms, labels),
+        "gup_clients_seen": [({"window": w}, n) for w, n in state.clients.counts(state.clock()).items()],
+        "gup_cache_entries": [({}, len(state.index.rows))],
+        "gup_cache_size_bytes": [({}, disk.size_bytes)],
+        "gup_cache_limit_bytes": [({}, settings.cache.max_size)],
+        "gup_disk_free_bytes": [({}, disk.free_bytes)],
+        "gup_upstream_up": [({"upstream": name}, state != "down") for name, (state, _) in upstreams.items()],
+        "gup_bandwidth_limit_bytes_per_second": rates,
+        "gup_allowed_at_once": [({"of": name}, limit) for name, limit in numbers(settings).items()],
+        "gup_config_last_reload_successful": [({}, dependencies.config_ok())],
+        "gup_start_time_seconds": [({}, dependencies.started_at)],
+        "gup_build_info": [({"version": gup.__version__, "python": platform.python_version()}, 1)],
+        "gup_site_info": [({"site": settings.site.name}, 1)],
+    }

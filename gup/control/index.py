@@ -88,17 +88,12 @@ class Row:
         return replace(self, hits=hits, sent_bytes=sent_bytes, used_at=max(self.used_at, at))
 
 
-_ROW = TypeAdapter(Row)
-
-
-def row_text(row: Row) -> str:
-    """A row as JSON; `read_row` reads it back."""
-    return _ROW.dump_json(row).decode()
+ROW = TypeAdapter(Row)
 
 
 def read_row(text: str) -> Row:
     """The row in a JSON text; ValueError."""
-    row = _ROW.validate_json(text, strict=True)
+    row = ROW.validate_json(text, strict=True)
     if ContentKey.parse(row.key).text != "/".join((*row.stream_id, row.revision, row.file)):
         raise InvalidError(f"a row whose names are not those of its key {row.key!r:.60}")
     return row
@@ -117,17 +112,13 @@ def row_of(stored: Stored, known: Row | None = None) -> Row:
     """The row of a body found on disk; hits and totals come from the row known before."""
     record = stored.record
     assert record is not None
-    return make_row(
-        record.key,
-        record.kind,
-        stored.size_bytes,
-        stored_at=record.stored_at,
-        used_at=max(stored.used_at, known.used_at if known else 0.0),
-        hits=known.hits if known else 0,
-        pinned=record.pinned,
-        sent_bytes=known.sent_bytes if known else 0,
-        received_bytes=known.received_bytes if known else stored.size_bytes,
-    )
+    more: dict[str, Any] = {"pinned": record.pinned, "received_bytes": stored.size_bytes}
+    used_at = stored.used_at
+    if known is not None:
+        used_at = max(used_at, known.used_at)
+        more |= {name: getattr(known, name) for name in ("hits", "sent_bytes", "received_bytes")}
+    times = {"stored_at": record.stored_at, "used_at": used_at}
+    return make_row(record.key, record.kind, stored.size_bytes, **times, **more)
 
 
 Place = tuple[float, str]
@@ -188,8 +179,9 @@ class Index:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-index")
         self._dirty: set[str] = set()
         self._sorted = {order: SortedList() for order in ORDERS}
-        self._notes: dict[str, Any] = {}
-        self._dirty_notes: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        """Further JSON values that are stored with the index; replaced, never changed."""
+        self._written_notes: dict[str, Any] = {}
         self._watchers: list[set[str]] = []
         self._writing = asyncio.Lock()
         self._written_whole = False
@@ -197,7 +189,6 @@ class Index:
     # --- the view
 
     def put(self, row: Row) -> None:
-        """Add or replace a row."""
         self._apply(row.key, row)
         self._dirty.add(row.key)
 
@@ -223,13 +214,11 @@ class Index:
                 if not held.keys:
                     del self._streams[before.stream_id]
         for order, value in ORDERS.items():  # some 20 µs with 1e5 rows
-            old = None if before is None else (value(before), key)
-            new = None if row is None else (value(row), key)
-            if old != new:
-                if old is not None:
-                    self._sorted[order].remove(old)
-                if new is not None:
-                    self._sorted[order].add(new)
+            old, new = (None if one is None else (value(one), key) for one in (before, row))
+            if old is not None and old != new:
+                self._sorted[order].remove(old)
+            if new is not None and old != new:
+                self._sorted[order].add(new)
         for watcher in self._watchers:
             watcher.add(key)
 
@@ -247,8 +236,8 @@ class Index:
     def of_moniker(self, moniker: str) -> list[Row]:
         """The rows of all streams of this moniker, whatever its case."""
         wanted = moniker.casefold()
-        found = (held for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
-        return [self.rows[key] for held in found for key in held.keys]
+        found = (held.keys for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
+        return [self.rows[key] for keys in found for key in keys]
 
     def newest_held(self) -> Mapping[Stream, str]:
         """The newest revision held of each stream."""
@@ -256,8 +245,8 @@ class Index:
 
     def deltas(self, stream: Stream) -> tuple[int, int]:
         """How many deltas of a stream are held, and their bytes."""
-        held = self._streams.get(stream)
-        return (held.deltas, held.delta_bytes) if held is not None else (0, 0)
+        held = self._streams.get(stream, _Held())
+        return held.deltas, held.delta_bytes
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -269,15 +258,6 @@ class Index:
         finally:
             # By identity: two watchers may hold equal sets.
             self._watchers = [watcher for watcher in self._watchers if watcher is not touched]
-
-    def note(self, name: str) -> Any:
-        """A further JSON value that is stored with the index; None when there is none."""
-        return self._notes.get(name)
-
-    def set_note(self, name: str, value: Any) -> None:
-        if self._notes.get(name) != value:
-            self._notes[name] = value
-            self._dirty_notes.add(name)
 
     # --- the file
 
@@ -297,7 +277,7 @@ class Index:
                     self._apply(row.key, row)
                 if number % ROWS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-            self._notes = {**notes, **self._notes}
+            self.notes, self._written_notes = notes | self.notes, notes
         self.complete = found is not None
         self.opened = True
 
@@ -312,28 +292,28 @@ class Index:
     async def flush(self) -> None:
         """Write what changed. What the disk refuses stays due; a damaged file is written anew."""
         async with self._writing:
-            keys, notes, whole = self._dirty, self._dirty_notes, self.complete
+            keys, whole = self._dirty, self.complete
+            notes = {n: value for n, value in self.notes.items() if self._written_notes.get(n) != value}
             if not (keys or notes or whole != self._written_whole):
                 return
-            self._dirty, self._dirty_notes = set(), set()
+            self._dirty = set()
             rows = [self.rows[key] for key in keys if key in self.rows]
             gone = [key for key in keys if key not in self.rows]
-            noted = {name: self._notes[name] for name in notes}
             try:
-                await self._in_thread(lambda: self._file.write(rows, gone, noted, whole=whole))
-                self._written_whole = whole
-                self._on_written(None)
+                await self._in_thread(lambda: self._file.write(rows, gone, notes, whole=whole))
             except DamagedIndexError as error:
                 await self._start_anew(str(error))
-                self._written_whole = False
+                self._written_whole, self._written_notes = False, {}
                 self._dirty |= set(self.rows)
-                self._dirty_notes |= set(self._notes)
             except (OSError, asyncio.CancelledError) as error:
                 self._dirty |= keys  # writing them twice does no harm
-                self._dirty_notes |= notes
                 if isinstance(error, asyncio.CancelledError):
                     raise
                 self._on_written(str(error))
+            else:
+                self._written_whole = whole
+                self._written_notes |= notes
+                self._on_written(None)
 
     async def close(self) -> None:
         """Write what is due and end the thread."""
@@ -441,7 +421,7 @@ class IndexFile:
                 self._open()
             with self._cache.transact():  # a retry of diskcache's has no end, whatever the error
                 for row in rows:
-                    self._cache[_ENTRY + row.key] = row_text(row)
+                    self._cache[_ENTRY + row.key] = ROW.dump_json(row).decode()
                 for key in gone:
                     self._cache.delete(_ENTRY + key)
                 for name, value in notes.items():
@@ -454,7 +434,6 @@ class IndexFile:
             raise DamagedIndexError(f"{type(error).__name__}: {error}") from error
 
     def delete(self) -> None:
-        """Delete the index; OSError."""
         self.close()
         shutil.rmtree(self._folder)
 

@@ -1,13 +1,13 @@
 """Integrity jobs: the scrubber in the background, and verification on command."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -20,6 +20,7 @@ from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.index import Count, Index, Time
 from gup.control.reconcile import index_again, to_its_end
+from gup.errors import Problem
 
 _log = logging.getLogger("gup.control.integrity")
 
@@ -31,9 +32,9 @@ _MOST_BEHIND_SECONDS = 1.0
 
 
 class Pass(BaseModel):
-    """One pass over the store in the order of keys. `after` is the last key that was read.
+    """One pass over the store in the order of keys, stored with the index so that a restart continues it.
 
-    Only the scrubber changes it; it is stored with the index, so that a restart continues the pass.
+    `after` is the last key that was read. Only the scrubber changes it.
     """
 
     began_at: Time = 0.0
@@ -72,10 +73,10 @@ class Scrubber:
 
     def restore(self) -> None:
         """Continue the stored pass; after the index was opened."""
-        self._pass = read_pass(self._index.note(_SCRUB_NOTE))
+        self._pass = read_pass(self._index.notes.get(_SCRUB_NOTE))
 
     def save(self) -> None:
-        self._index.set_note(_SCRUB_NOTE, self._pass.model_dump())
+        self._index.notes[_SCRUB_NOTE] = self._pass.model_dump()
 
     def progress(self) -> schemas.Scrub:
         """The pass for `/api/v1/status`."""
@@ -127,10 +128,11 @@ class Scrubber:
         _log.info(text, now.checked, now.checked_bytes, now.damaged, now.mended)
 
     async def _scrub(self, key: ContentKey) -> None:
-        record, file = await asyncio.to_thread(self._open, key)
-        if record is None or file is None:
+        opened = await asyncio.to_thread(self._open, key)
+        if opened is None:
             await self._look_at_odd(key)
             return
+        record, file = opened
         for chunk in range(len(record.sums)):
             length = span_of(record, chunk)[1]
             await self._pay(length)
@@ -141,13 +143,13 @@ class Scrubber:
                     await self._damaged(key, f"chunk {chunk} does not agree with its sum")
                 return
 
-    def _open(self, key: ContentKey) -> tuple[Record | None, OpenFile | None]:
+    def _open(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
         store = self._dependencies.store
-        try:
+        with contextlib.suppress(ValueError):
             record = store.load(key)
-        except ValueError:
-            return None, None
-        return record, store.open_body(record) if record is not None else None
+            if record is not None and (file := store.open_body(record)) is not None:
+                return record, file
+        return None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Check under the claim whether the entry is damaged, or was just removed or replaced."""
@@ -166,10 +168,9 @@ class Scrubber:
         self._pass.damaged += 1
         self._dependencies.counters.add("gup_integrity_failures_total", where="body")
         _log.warning("damaged body of %s: %s", key.text, detail)
-        problem = await self._dependencies.mend(key, True)
+        problem = await _mend(key, self._dependencies, self._index)
         if problem is None:
             self._pass.mended += 1
-            await index_again(key, self._index, self._dependencies.store)
         else:
             _log.warning("%s could not be mended: %s", key.text, problem.detail)
 
@@ -182,13 +183,25 @@ class Scrubber:
         await asyncio.sleep(max(0.0, self._paid_until - now))
 
 
+async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index) -> Problem | None:
+    """Fetch the damaged chunks of a body anew; why it could not be done."""
+    problem = await dependencies.mend(key, True)
+    if problem is None:
+        await index_again(key, index, dependencies.store)
+    return problem
+
+
 _GRACE_SECONDS = 60.0
 """A younger stray file may be one that is being made."""
 _PATIENCE_SECONDS = 10.0
 """How long to wait at the end for the claims of entries that look damaged."""
 _PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
-_NOTHING: dict[str, Any] = {"failed": None, "checked": 0, "total": 0, "busy": 0, "damaged": 0, "mended": 0}
+_Check = Callable[[], list[Finding]]
+_NEVER = schemas.Verification(
+    running=False, repair=False, began_at=None, ended_at=None, failed=None, found=[],
+    checked=0, total=0, busy=0, damaged=0, mended=0,
+)  # fmt: skip
 
 
 class Verification:
@@ -199,17 +212,14 @@ class Verification:
         self._index = index
         self._store = dependencies.store
         self._task: asyncio.Task[None] | None = None
-        self._told = schemas.Verification(
-            running=False, repair=False, began_at=None, ended_at=None, found=[], **_NOTHING
-        )
+        self._told = _NEVER
 
     def start(self, *, repair: bool) -> bool:
         """Start; False when one is running."""
         if self._told.running:
             return False
-        self._told = schemas.Verification(
-            running=True, repair=repair, began_at=time.time(), ended_at=None, found=[], **_NOTHING
-        )
+        begun = {"running": True, "repair": repair, "began_at": time.time(), "found": []}
+        self._told = _NEVER.model_copy(update=begun)
         self._task = asyncio.create_task(self._run(), name="control verify")
         return True
 
@@ -219,7 +229,6 @@ class Verification:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def progress(self) -> schemas.Verification:
-        """Progress and findings."""
         return self._told.model_copy(update={"found": list(self._told.found)})
 
     async def _run(self) -> None:
@@ -262,12 +271,7 @@ class Verification:
         return checked
 
     async def _check(
-        self,
-        check: Callable[[], list[Finding]],
-        where: str,
-        path: Path,
-        offset: int | None = None,
-        key: ContentKey | None = None,
+        self, check: _Check, where: str, path: Path, offset: int | None = None, key: ContentKey | None = None
     ) -> bool:
         """Check and note what is wrong; False when somebody holds the claim: a commit under way looks like
         damage. An entry is read without its claim first. An exception becomes a finding.
@@ -280,33 +284,27 @@ class Verification:
                 return False
             try:
                 for finding in await to_its_end(check):
-                    if finding.where == "body" and self._told.repair:
+                    if not self._told.repair:
+                        self._note(finding, None)
+                    elif finding.where == "body":
                         mends.append(finding)  # by a fill, which takes the claim itself
                     else:
-                        self._note(finding, await self._put_right(finding))
+                        await to_its_end(put_right, self._store, finding, alone=False)
+                        if finding.key is not None and finding.where == "record":
+                            self._index.discard(finding.key.text)
+                            self._dependencies.raise_store_epoch()
+                        self._note(finding, True)
             finally:
                 if offset is not None:
                     claims.release(offset)
             for finding in mends:
                 assert key is not None
-                problem = await self._dependencies.mend(key, True)
-                if problem is None:
-                    await index_again(key, self._index, self._store)
+                problem = await _mend(key, self._dependencies, self._index)
                 self._note(finding, problem is None, problem.detail if problem is not None else None)
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
             detail = f"it can't be looked at: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
             self._note(finding, False if self._told.repair else None, str(error) or None)
-        return True
-
-    async def _put_right(self, finding: Finding) -> bool | None:
-        """Remove what nobody can use, under the claim."""
-        if not self._told.repair:
-            return None
-        await to_its_end(put_right, self._store, finding, alone=False)
-        if finding.key is not None and finding.where == "record":
-            self._index.discard(finding.key.text)
-            self._dependencies.raise_store_epoch()
         return True
 
     def _note(self, finding: Finding, mended: bool | None, why_not: str | None = None) -> None:
@@ -318,13 +316,5 @@ class Verification:
         told.mended += bool(mended)
         if len(told.found) < _MOST_FINDINGS:
             key = finding.key.text if finding.key else None
-            told.found.append(
-                schemas.Finding(
-                    where=where,
-                    path=finding.path,
-                    key=key,
-                    detail=finding.detail,
-                    mended=mended,
-                    why_not=why_not,
-                )
-            )
+            shown = {"where": where, "path": finding.path, "key": key, "detail": finding.detail}
+            told.found.append(schemas.Finding.model_validate(shown | {"mended": mended, "why_not": why_not}))

@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
 
@@ -34,6 +34,7 @@ MAX_QUEUED = 1000
 MAX_PENDING = 900
 _MAX_TEXT = 9000
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class Outcome(StrEnum):
@@ -83,80 +84,73 @@ class QueuedFetch(BaseModel):
     def pending(self) -> bool:
         return self.outcome in TRANSITIONS
 
-    def move(self, outcome: Outcome, now: float, detail: str = "") -> None:
-        assert outcome in TRANSITIONS.get(self.outcome, ()), (self.outcome, outcome)
-        self.outcome, self.detail = outcome, plain_text(detail, _MAX_TEXT)
-        self.ended_at = None if self.pending else now
-
 
 class PrefetchQueue:
     """Queued fetches by key, the latest at the end. `changed` is reset by whoever saves the queue."""
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[ContentKey, QueuedFetch] = OrderedDict()
+        self.rows: OrderedDict[ContentKey, QueuedFetch] = OrderedDict()
         self.changed = False
-
-    def __iter__(self) -> Iterator[QueuedFetch]:
-        return iter(self._rows.values())
-
-    def get(self, key: ContentKey) -> QueuedFetch | None:
-        return self._rows.get(key)
 
     @property
     def pending(self) -> int:
-        return sum(item.pending for item in self)
+        return sum(item.pending for item in self.rows.values())
 
     def add(self, item: QueuedFetch) -> bool:
         """Append, in place of an earlier one of the same key; False when too many are pending."""
         if self.pending >= MAX_PENDING:
             return False
-        self._rows[item.key] = item
-        self._rows.move_to_end(item.key)
-        if len(self._rows) > MAX_QUEUED:
-            del self._rows[next(item.key for item in self if not item.pending)]
+        self.rows[item.key] = item
+        self.rows.move_to_end(item.key)
+        if len(self.rows) > MAX_QUEUED:
+            del self.rows[next(key for key, item in self.rows.items() if not item.pending)]
         self.changed = True
         return True
 
     def move(self, item: QueuedFetch, outcome: Outcome, now: float, detail: str = "") -> None:
-        item.move(outcome, now, detail)
+        assert outcome in TRANSITIONS.get(item.outcome, ()), (item.outcome, outcome)
+        item.outcome, item.detail = outcome, plain_text(detail, _MAX_TEXT)
+        item.ended_at = None if item.pending else now
         self.changed = True
 
     def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
         """The next one of these kinds: operators' first, then in the order of the queue."""
-        queued = (item for item in self if item.outcome is Outcome.QUEUED)
+        queued = (item for item in self.rows.values() if item.outcome is Outcome.QUEUED)
         found = [item for item in queued if item.kind in kinds and item.due_at <= now]
         return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
         """Drop queued deltas to older revisions, unless an operator wants them."""
-        for item in self:
-            if item.outcome is Outcome.QUEUED and item.by == "traffic" and stream_of(item.key) == stream:
-                names = named(item.key)
-                if names is not None and names.revision < newest:
-                    self.move(item, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
+        for item in self.rows.values():
+            if item.outcome is not Outcome.QUEUED or item.by == "operator" or stream_of(item.key) != stream:
+                continue
+            if (names := named(item.key)) is not None and names.revision < newest:
+                self.move(item, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
 
     def to_json(self) -> list[Any]:
-        return [item.model_dump(mode="json") for item in self]
+        return [item.model_dump(mode="json") for item in self.rows.values()]
 
     def restore(self, rows: Any) -> None:
         """Put what `to_json` gave before what has come since; malformed rows are left out.
 
         What was being fetched is queued again.
         """
-        newer, self._rows = self._rows, OrderedDict()
-        for row in rows if isinstance(rows, list) else ():
-            try:
-                item = QueuedFetch.model_validate(row)
-            except ValueError:
-                continue
+        newer, self.rows = self.rows, OrderedDict()
+        for item in _readable(QueuedFetch, rows):
             if item.outcome is Outcome.FETCHING:
                 item.outcome = Outcome.QUEUED
-            self._rows[item.key] = item
-        for key, item in newer.items():
-            self._rows[key] = item
-            self._rows.move_to_end(key)
-        while len(self._rows) > MAX_QUEUED:
-            self._rows.popitem(last=False)
+            if item.key not in newer:
+                self.rows[item.key] = item
+        self.rows.update(newer)
+        while len(self.rows) > MAX_QUEUED:
+            self.rows.popitem(last=False)
+
+
+def _readable(model: type[_M], rows: Any) -> Iterator[_M]:
+    """What is stored, without malformed rows."""
+    for row in rows if isinstance(rows, list) else ():
+        with contextlib.suppress(ValueError):
+            yield model.model_validate(row)
 
 
 MAX_REVISIONS = 64
@@ -216,14 +210,14 @@ class Revisions:
     """Revisions by stream. `changed`: whether anything new was learned since whoever saves it reset it."""
 
     def __init__(self) -> None:
-        self._streams = LatestStreams(_Known)
+        self.streams = LatestStreams(_Known)
         self.changed = False
 
     def learn(self, stream: Stream, named: Named, now: float, moniker: str = "") -> bool:
         """Note what a client was sent, or is being sent. True when the deltas have to be looked at again: the
         revision is newer than any before, or one that no client of the site was known to be at.
         """
-        known = self._streams.met(stream)
+        known = self.streams.met(stream)
         known.moniker = moniker or known.moniker
         known.folder = named.folder or known.folder
         news = any(name and name not in known.seen for name in (named.revision, named.from_revision))
@@ -237,43 +231,36 @@ class Revisions:
 
     def refused(self, stream: Stream, named: Named, now: float) -> None:
         """Upstream does not have what was asked for: that tells where a client is, and announces nothing."""
-        if stream in self._streams:
-            self._streams.met(stream).name(named, now)
+        if stream in self.streams:
+            self.streams.met(stream).name(named, now)
 
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
         """The stream's newest revision, and the `most` others named last within `within_seconds`.
 
         Those are left out whose delta a client has asked for already.
         """
-        known = self._streams[stream]
+        known = self.streams[stream]
         lately = [
             revision
             for revision, at in reversed(known.seen.items())
             if revision < known.newest and revision not in known.asked and now - at <= within_seconds
         ][:most]
         # else that of other streams of the same upstream, or of the public log (FIELD)
-        others = (other.folder for name, other in self._streams.items() if name[:2] == stream[:2])
+        others = (other.folder for name, other in self.streams.items() if name[:2] == stream[:2])
         folder = known.folder or next(filter(None, others), Folder.FROM)
         paths = (delta_path(known.moniker or stream[2], old, known.newest, folder) for old in lately)
         return Announced(known.newest, known.announced_at, tuple(paths))
 
-    def __iter__(self) -> Iterator[Stream]:
-        return iter(self._streams)
-
     def to_json(self) -> list[Any]:
-        return [known.model_dump() | {"stream": list(stream)} for stream, known in self._streams.items()]
+        return [known.model_dump() | {"stream": list(stream)} for stream, known in self.streams.items()]
 
     def restore(self, rows: Any) -> None:
         """Take back what `to_json` gave. Malformed rows are left out; what has come since stays."""
-        newer = dict(self._streams)
-        for row in rows if isinstance(rows, list) else ():
-            try:
-                stored = _KnownStream.model_validate(row)
-            except ValueError:
-                continue
-            self._streams[stored.stream] = stored
+        newer = dict(self.streams)
+        for stored in _readable(_KnownStream, rows):
+            self.streams[stored.stream] = stored
         for stream, new in newer.items():
-            if (old := self._streams.met(stream)) is new:
+            if (old := self.streams.met(stream)) is new:
                 continue
             for revision, at in new.seen.items():
                 old.see(revision, at)
@@ -322,19 +309,17 @@ class Prefetcher:
         names = named(key)
         if names is None:
             return
-        stream = stream_of(key)
-        if self.revisions.learn(stream, names, self._clock(), spelled_moniker(upstream_path)):
-            self._look_at(stream)
+        if self.revisions.learn(stream_of(key), names, self._clock(), spelled_moniker(upstream_path)):
+            self._look_at(stream_of(key))
 
     def refused(self, key: ContentKey) -> None:
         """Upstream does not have what a client asked for."""
-        names = named(key)
-        if names is not None:
+        if (names := named(key)) is not None:
             self.revisions.refused(stream_of(key), names, self._clock())
 
     async def look_over(self) -> None:
         """Look at every stream again: what was unknown, or not allowed, may not be so now."""
-        for stream in list(self.revisions):
+        for stream in list(self.revisions.streams):
             self._look_at(stream)
 
     def _look_at(self, stream: Stream) -> None:
@@ -356,7 +341,7 @@ class Prefetcher:
         for path in newest.paths:
             route = self._routes().route(parse_target(path.encode()).path)
             key = route.key(Variant(*stream[:2]))
-            if self.queue.get(key) is None and key.text not in self._index.rows:
+            if self.queue.rows.get(key) is None and key.text not in self._index.rows:
                 fresh += self._add(route, key, "traffic")
         if fresh:
             _log.info(
@@ -393,12 +378,12 @@ class Prefetcher:
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
         for key in keys:
-            item = self.queue.get(key)
+            item = self.queue.rows.get(key)
             if item is not None and item.pending:
                 item.by = "operator"
             elif not self._add(route, key, "operator"):
                 raise Busy(f"{MAX_PENDING} are waiting already: try again later")
-        return [item for key in keys if (item := self.queue.get(key)) is not None]
+        return [self.queue.rows[key] for key in keys]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
         """The variants under which content of upstreams of this version and language is stored."""
@@ -419,8 +404,8 @@ class Prefetcher:
         return Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:
-        path, now = route.upstream_path, self._clock()
-        if not self.queue.add(QueuedFetch(key=key, path=path, kind=route.kind, by=by, asked_at=now)):
+        item = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
+        if not self.queue.add(item):
             return False
         for kinds, news in zip(LANES, self._news, strict=True):
             if route.kind in kinds:
@@ -472,14 +457,14 @@ class Prefetcher:
         """Save what is new since the last time; `all_`: also when known revisions were named again."""
         if self.revisions.changed or all_:
             self.revisions.changed = False
-            self._index.set_note(_REVISIONS_NOTE, self.revisions.to_json())
+            self._index.notes[_REVISIONS_NOTE] = self.revisions.to_json()
         if self.queue.changed:
             self.queue.changed = False
-            self._index.set_note(_QUEUE_NOTE, self.queue.to_json())
+            self._index.notes[_QUEUE_NOTE] = self.queue.to_json()
 
     def restore(self) -> None:
         """Take back what was saved, whatever it holds; after the index was opened."""
-        self.revisions.restore(self._index.note(_REVISIONS_NOTE))
-        self.queue.restore(self._index.note(_QUEUE_NOTE))
+        self.revisions.restore(self._index.notes.get(_REVISIONS_NOTE))
+        self.queue.restore(self._index.notes.get(_QUEUE_NOTE))
         for news in self._news:
             news.set()

@@ -146,9 +146,7 @@ def _record(key: ContentKey, store: Store) -> Record | None:
 def _remove_orphan(key: ContentKey, store: Store) -> bool:
     """Remove what can't be served, under the claim; False when there is nothing, or it can be by now."""
     record = _record(key, store)
-    if record is not None and store.open_body(record) is not None:
-        return False
-    if store.state_path(key.id).exists():
+    if (record is not None and store.open_body(record) is not None) or store.state_path(key.id).exists():
         return False
     there = store.body_path(key).exists() or store.record_path(key).exists()
     store.remove(key)

@@ -29,10 +29,7 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` once. No other job of this name may be running."""
-        if any(task.get_name() == f"control {name}" for task in self._tasks):
-            work.close()
-            raise AssertionError(f"{name} runs already")
+        """Run `work` once."""
         task = asyncio.create_task(self._guarded(name, work), name=f"control {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -148,7 +145,7 @@ class Control:
 
     async def apply(self, settings: Settings) -> None:
         """Take over reloaded settings; the listening address stays."""
-        await self._access.renew(settings.listen, self._dependencies.store.run)
+        await self._access.read(settings.listen, self._dependencies.store.run)
         self.state.evictor.look_soon()
 
     # --- jobs

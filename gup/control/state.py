@@ -6,7 +6,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from gup.cache.store import Part
 from gup.config import Settings
@@ -31,7 +30,6 @@ from gup.control.events import (
     parse_event,
 )
 from gup.control.eviction import AgeClock, Evictor
-from gup.control.exposition import Figures
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
@@ -41,10 +39,16 @@ from gup.control.stats.client_records import ClientWindows
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import Recorder
 from gup.control.stats.usage_reports import Reports
-from gup.control.traffic import Traffic, newest_times
+from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
+from gup.metrics import MAX_STREAMS
 
 _log = logging.getLogger("gup.control.state")
+
+
+Label = tuple[str, str]
+"""Product and language."""
+OTHER: Label = ("other", "other")
 
 
 class Refusals:
@@ -91,7 +95,6 @@ class FillRates:
         self._rates: dict[tuple[str, int], RateWindow] = {}
 
     def see(self, parts: Iterable[Part]) -> None:
-        """Take in the sizes of the present fills' parts."""
         known, self._rates = self._rates, {}
         for part in parts:
             rate = known.get((part.id, part.generation)) or RateWindow(_RATE_SECONDS)
@@ -118,7 +121,7 @@ class ControlState:
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
     ) -> None:
-        """`ages` is the clock that ages are measured with, by default `clock`."""
+        """Ages are measured with `ages`, by default with `clock`."""
         self.dependencies = dependencies
         self.clock = clock
         self._ages = ages
@@ -144,13 +147,8 @@ class ControlState:
             held=self.index.newest_held,
             on_written=partial(self.refusals.note, "reports"),
         )
-        self.history = Recorder(
-            dependencies,
-            self.database,
-            dependencies.settings,
-            clock,
-            partial(self.refusals.note, "savings"),
-        )
+        on_saved = partial(self.refusals.note, "savings")
+        self.history = Recorder(dependencies, self.database, dependencies.settings, clock, on_saved)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
@@ -229,15 +227,14 @@ class ControlState:
         self.refusals.note("content", None)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
-        known = self.index.rows.get(event.key.text)
-        more: dict[str, Any] = {"received_bytes": event.length}
+        row = make_row(event.key, event.kind, event.length, stored_at=now, used_at=self._age_clock())
+        received, known = event.length, self.index.rows.get(row.key)
         if known is not None:
-            more = {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}
-            more["received_bytes"] = event.length + known.received_bytes
+            received += known.received_bytes
+            row = replace(row, hits=known.hits, pinned=known.pinned, sent_bytes=known.sent_bytes)
             if known.pinned and event.replaced:
                 self.repin.add(known.key)  # the new generation's record knows of no pin
-        used_at = self._age_clock()
-        self.index.put(make_row(event.key, event.kind, event.length, stored_at=now, used_at=used_at, **more))
+        self.index.put(replace(row, received_bytes=received))
         self.evictor.look_soon()
 
     def _used(self, event: Usage, now: float) -> None:
@@ -282,44 +279,18 @@ class ControlState:
         now = self.clock()
         return [row for row in reversed(self._rejections.values()) if abs(now - row.at) < REJECTED_SECONDS]
 
-    def label(self, stream: Stream) -> tuple[str, str]:
+    def label(self, stream: Stream) -> Label:
         """Product and language of a stream: from the catalogue, else moniker and variant."""
-        return self.dependencies.product_of(stream) or (stream[2], stream[1])
+        listed = self.dependencies.label_of(stream, "")
+        return (stream[2], stream[1]) if listed is None else (listed.product, listed.language)
+
+    def slot_labels(self) -> list[Label]:
+        """Product and language of each slot of the counters of streams; OTHER for those without a name."""
+        named = [self.label(stream) for stream in self.dependencies.stream_names()[:MAX_STREAMS]]
+        return named + [OTHER] * (MAX_STREAMS + 1 - len(named))
 
     def not_ready(self) -> list[str]:
         """Why content can't be served yet; empty when it can."""
-        reasons = []
-        if not self.index.opened:
-            reasons.append("the index is being opened")
-        if not any(worker.get("ready") for worker in self.dependencies.workers()):
-            reasons.append("no worker is ready")
-        return reasons
-
-    async def figures(self) -> Figures:
-        """Everything for `/metrics`."""
-        disk = await self.evictor.measure()
-        now = self.clock()
-        storms: dict[tuple[str, str], bool] = {}
-        self.traffic.look()
-        for stream, storm in self.traffic.flags().items():
-            storms[self.label(stream)] = storm or storms.get(self.label(stream), False)
-        return Figures(
-            totals=self.dependencies.totals(),
-            upstreams=[upstream.name for upstream in self.settings.upstream],
-            stream_names=self.dependencies.stream_names(),
-            product_of=self.dependencies.product_of,
-            entries=len(self.index.rows),
-            size_bytes=disk.size_bytes,
-            limit_bytes=self.settings.cache.max_size,
-            free_bytes=disk.free_bytes,
-            clients_seen=self.clients.counts(now),
-            upstreams_up=self.dependencies.upstreams_up(),
-            wan_bytes_per_second=self.dependencies.wan_rate(),
-            client_bytes_per_second=self.settings.clients.rate,
-            limits=numbers(self.settings),
-            newest=newest_times(self.index.newest_held(), self.traffic.newest(), self.label),
-            storms=storms,
-            config_ok=self.dependencies.config_ok(),
-            site=self.settings.site.name,
-            started_at=self.dependencies.started_at,
-        )
+        ready = any(worker.get("ready") for worker in self.dependencies.workers())
+        reasons = {"the index is being opened": self.index.opened, "no worker is ready": ready}
+        return [reason for reason, is_so in reasons.items() if not is_so]

@@ -23,10 +23,6 @@ _SHORT = 16
 _MAX_BYTES = 4096
 
 
-class TokenError(ValueError):
-    """No token in a file; the text names the file and what would be right."""
-
-
 class Right(IntEnum):
     """What a token allows; each includes the one before."""
 
@@ -92,16 +88,16 @@ def _digest(token: str) -> bytes:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file; TokenError."""
+    """The token in a file; FileError with what would be right."""
     try:
         text = read_file(path, _MAX_BYTES + 1)
     except FileError as error:
-        raise TokenError(f"{error}: it must hold a token, {HOW}") from error
+        raise FileError(f"{error}: it must hold a token, {HOW}") from error
     token = text.decode("utf-8", "replace").strip()
     if not token:
-        raise TokenError(f"{str(path)!r} is empty: it must hold a token, {HOW}")
+        raise FileError(f"{str(path)!r} is empty: it must hold a token, {HOW}")
     if len(text) > _MAX_BYTES or not _TOKEN.fullmatch(token):
-        raise TokenError(f"{str(path)!r} holds no token: it must be one line of ASCII without spaces, {HOW}")
+        raise FileError(f"{str(path)!r} holds no token: it must be one line of ASCII without spaces, {HOW}")
     return token
 
 
@@ -110,11 +106,15 @@ HOW = "such as made by: openssl rand -hex 32"
 
 def token_doubts(path: Path) -> Iterator[str]:
     """What makes a token file unsafe, as sentences."""
-    with suppress(OSError, TokenError):
-        if path.stat().st_mode & stat.S_IROTH:
-            yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
+    with suppress(OSError, FileError):
+        yield from readable_by_all(path)
         if len(read_token(path)) < _SHORT:
             yield f"the token in {path} is short enough to be guessed: take one {HOW}"
+
+
+def readable_by_all(path: Path) -> Iterator[str]:
+    if path.stat().st_mode & stat.S_IROTH:
+        yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
 
 
 def local_path(run: Path) -> Path:

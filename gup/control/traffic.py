@@ -65,9 +65,7 @@ class Unmet(NamedTuple):
 
 @dataclass(slots=True)
 class _Asked:
-    """Requests for one stream in this window and the one before, since when a storm stands and when it was
-    seen last; the newest revision that clients got, and those that they asked for in vain.
-    """
+    """Requests for a stream in two windows, its storm (begin and last sight), revisions got and unmet."""
 
     now: _Window = field(default_factory=_Window)
     before: _Window = field(default_factory=_Window)
@@ -121,8 +119,8 @@ class Traffic:
         self._clock = clock
         self._streams = LatestStreams(_Asked)
 
-    def _asked(self, stream: Stream) -> _Asked:
-        asked = self._streams.met(stream)
+    def _asked(self, key: ContentKey) -> _Asked:
+        asked = self._streams.met(stream_of(key))
         asked.turn(self._clock())
         return asked
 
@@ -131,7 +129,7 @@ class Traffic:
         names = named(key)
         if names is None:
             return
-        asked = self._asked(stream_of(key))
+        asked = self._asked(key)
         asked.newest = max(asked.newest, names.revision)
         asked.unmet.pop(names.revision, None)
         if names.kind is Kind.FULL:
@@ -144,7 +142,7 @@ class Traffic:
         names, now = named(key), self._clock()
         if names is None:
             return
-        unmet = self._asked(stream_of(key)).unmet
+        unmet = self._asked(key).unmet
         before = unmet.get(names.revision)
         first = before.first if before is not None and now - before.last <= _UNMET_SECONDS else now
         unmet[names.revision] = Unmet(names.revision, first, now)
@@ -154,7 +152,7 @@ class Traffic:
 
     def note_client(self, key: ContentKey, address: str, times: int) -> None:
         """Note who asked for a full, and how often."""
-        addresses = self._asked(stream_of(key)).now.addresses
+        addresses = self._asked(key).now.addresses
         if address in addresses or len(addresses) < MAX_ADDRESSES:
             addresses[address] += times
 
@@ -225,14 +223,11 @@ def revision_time(revision: str) -> float | None:
 
 
 def newest_times(
-    held: Mapping[Stream, str], requested: Mapping[Stream, str], label: Callable[[Stream], tuple[str, str]]
-) -> dict[tuple[str, str, str], float]:
-    """Unix times of the newest revisions by product, language and where; at most MAX_STREAMS streams each."""
-    times: dict[tuple[str, str, str], float] = {}
-    for where, revisions in (("held", held), ("requested", requested)):
-        for stream in sorted(revisions)[:MAX_STREAMS]:
-            at = revision_time(revisions[stream])
-            if at is not None:
-                series = (*label(stream), where)
-                times[series] = max(at, times.get(series, at))
+    revisions: Mapping[Stream, str], label: Callable[[Stream], tuple[str, str]]
+) -> dict[tuple[str, str], float]:
+    """Unix times of the newest revisions by product and language; of at most MAX_STREAMS streams."""
+    times: dict[tuple[str, str], float] = {}
+    for stream in sorted(revisions)[:MAX_STREAMS]:
+        if (at := revision_time(revisions[stream])) is not None:
+            times[label(stream)] = max(at, times.get(label(stream), at))
     return times

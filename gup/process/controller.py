@@ -64,11 +64,9 @@ class Controller(ChildProcess):
                 totals=shared.totals,
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
-                product_of=catalogues.product_of,
                 raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
-                upstreams_up=lambda: {u.name: not board.is_down(u.name) for u in self.settings.upstream},
                 upstream_states=lambda: {
                     u.name: (board.get(u.name).state.name.lower(), board.get(u.name).since or None)
                     for u in self.settings.upstream
@@ -164,9 +162,10 @@ class Controller(ChildProcess):
             return ["the supervisor does not read its messages"]
         self._reloads.append(outcome)
         try:
-            problems = await asyncio.wait_for(outcome, _RELOAD_SECONDS)
-            if self._applying is not None:  # the settings arrived before the answer
-                await asyncio.wait_for(asyncio.shield(self._applying), _RELOAD_SECONDS)
+            async with asyncio.timeout(_RELOAD_SECONDS):  # wait_for of Python 3.11 may swallow a cancellation
+                problems = await outcome
+                if self._applying is not None:  # the settings arrived before the answer
+                    await asyncio.shield(self._applying)
         except TimeoutError:
             return [f"the settings were not applied within {_RELOAD_SECONDS:g} s"]
         return problems

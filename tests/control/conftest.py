@@ -68,9 +68,7 @@ class World:
     workers: list[dict[str, object]] = field(
         default_factory=lambda: [{"slot": 0, "pid": 4711, "up_since": 1_999_000.0, "ready": True}]
     )
-    upstreams: dict[str, bool] = field(default_factory=lambda: {"manager": True})
     streams: list[tuple[str, str, str]] = field(default_factory=list)
-    products: dict[str, tuple[str, str]] = field(default_factory=dict)
     wan_rate: int = 8_000_000
     config_ok: bool = True
     reloads: int = 0
@@ -163,11 +161,9 @@ class World:
             totals=self.totals,
             since_start=self.totals,
             stream_names=lambda: self.streams,
-            product_of=lambda stream: self.products.get(stream[2]),
             raise_store_epoch=self.raise_epoch,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
-            upstreams_up=lambda: self.upstreams,
             wan_rate=lambda: self.wan_rate,
             workers=lambda: self.workers,
             config_ok=lambda: self.config_ok,
@@ -179,7 +175,7 @@ class World:
             started_at=self.now - 3600,
             installed_at=self.installed_at,
             label_of=lambda _stream, _file: None,
-            upstream_states=dict,
+            upstream_states=lambda: {"manager": ("unknown", None)},
             fetch_ahead=self.fetch_ahead,
             drop_memory=lambda _key: 0,
             places=lambda _stream: (),

@@ -1,95 +1,147 @@
 """The table of alarms: each row found where it should be and not elsewhere; when one begins and ends."""
 
 import logging
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from gup.control.alarms import (
-    ALARMS,
-    MAX_OF_A_TYPE,
-    AlarmBoard,
-    AlarmType,
-    Missed,
-    Rejection,
-    Snapshot,
-    UpstreamHealth,
-)
-from gup.control.traffic import Storm
+from gup.control.alarm_collector import AlarmCollector
+from gup.control.alarms import ALARMS, MAX_OF_A_TYPE, AlarmBoard, AlarmType, Rejection
+from gup.control.eviction import DiskUsage
+from gup.control.traffic import Storm, Unmet
 
-WELL = Snapshot(
-    now=1_000_000.0,
-    upstreams=(UpstreamHealth("a", up=True, last_error="was refused"), UpstreamHealth("b", up=True)),
-    size_bytes=990,
-    limit_bytes=1000,
-    free_bytes=100,
-    min_free_bytes=100,
-    missed=(Missed("X", "260102001", "260102001", 0.0, 5000.0), Missed("Y", "260102001", None, 0.0, 1.0)),
-    wan_limit=100,
-    wan_used=94,
-    fills_waiting=3,
-    clients_week=5,
-    client_last_seen=999_000.0,
-)
+NOW = 1_000_000.0
+STREAM, OTHER = ("v", "l", "X"), ("v", "l", "Y")
+WELL = {
+    "upstreams": {"a": ("up", "was refused"), "b": ("up", "")},
+    "size": 990,
+    "free": 100,
+    "lately": {},
+    "refusals": {},
+    "unstored": None,
+    "storms": (),
+    "unmet": {STREAM: Unmet("260102001", 0.0, 5000.0), OTHER: Unmet("260102001", 0.0, 1.0)},
+    "failures": (),
+    "rejections": (),
+    "catalogues": {"a": ""},
+    "wan_used": 94,
+    "config_ok": True,
+    "last_seen": 999_000.0,
+    "addresses": "full",
+}
+
+
+class Collector(AlarmCollector):
+    """Over a control state in which everything is well but what is given."""
+
+    def __init__(self, **given):
+        known = SimpleNamespace(**WELL | given)
+        self.counts, self.disk = known.lately, DiskUsage((), known.free, known.size)
+        dependencies = SimpleNamespace(
+            upstream_states=lambda: {name: (state, None) for name, (state, _) in known.upstreams.items()},
+            catalogues=lambda: {name: {"problem": problem} for name, problem in known.catalogues.items()},
+            wan_rate=lambda: 100,
+            fills_waiting=lambda: 3,
+            config_ok=lambda: known.config_ok,
+        )
+        settings = SimpleNamespace(
+            upstream=[SimpleNamespace(name=name) for name in known.upstreams],
+            cache=SimpleNamespace(max_size=1000, min_free=100),
+            reports=SimpleNamespace(addresses=known.addresses),
+        )
+        state = SimpleNamespace(
+            dependencies=dependencies,
+            settings=settings,
+            clock=lambda: NOW,
+            upstream_errors={name: (0.0, error) for name, (_, error) in known.upstreams.items() if error},
+            rejections=lambda: known.rejections,
+            failures=[
+                SimpleNamespace(problem=problem, at=at, detail=text) for problem, at, text in known.failures
+            ],
+            refusals=SimpleNamespace(
+                rows={what: SimpleNamespace(detail=text) for what, text in known.refusals.items()}
+            ),
+            unstored=known.unstored,
+            evictor=SimpleNamespace(recent_evicted=0),
+            index=SimpleNamespace(newest_held=lambda: {STREAM: "260102001"}),
+            traffic=SimpleNamespace(storms=lambda: known.storms, unmet=lambda: known.unmet),
+            label=lambda stream: ("Definitions", stream[2]),
+            history=SimpleNamespace(wan=SimpleNamespace(bytes_per_second=lambda: known.wan_used)),
+            clients=SimpleNamespace(
+                newest=lambda _n: [("c", known.last_seen)], counts=lambda _now: {"7d": 5}
+            ),
+            malformed_events=0,
+        )
+        super().__init__(state)
+
+    def lately(self, what, _counts=None, **_more):
+        return self.counts.get(what, 0)
+
+
+def found(**given):
+    collector = Collector(**given)
+    return list(collector.find(collector.disk))
+
+
 STORM = Storm(("v", "l", "{A}"), 9.0, 40, 3, 7, ("10.0.0.1", "10.0.0.2"), 4_000_000_000, 100_000_000, 200_000)
-DOWN_A, DOWN_B = UpstreamHealth("a", up=False, last_error="refused"), UpstreamHealth("b", up=False)
+DOWN_A, UP_B = ("down", "refused"), ("up", "")
 STORMY = (
-    "7 clients (10.0.0.1, 10.0.0.2 and 5 more) asked for 40 full packages of Definitions, against 3 deltas, "
-    "within 20 minutes: 4.0 GB over the LAN, 100 MB over the WAN; as deltas of 200 kB on average it would be "
-    "8.0 MB over the LAN"
+    "7 clients (10.0.0.1, 10.0.0.2 and 5 more) asked for 40 full packages of Definitions {A}, against 3 "
+    "deltas, within 20 minutes: 4.0 GB over the LAN, 100 MB over the WAN; as deltas of 200 kB on average "
+    "it would be 8.0 MB over the LAN"
 )
 FULL = "v/l/{A}/26/full.zip"
-DOUBTFUL = UpstreamHealth("a", up=True, last_error="was reset", doubtful=True)
-OVERDUE = Missed("X", "260103001", "260102001", 999_000.0, 999_900.0)
+TOO_LARGE = "any/any/a/-/full.zip: it takes more than cache.max_size"
+OVERDUE = (
+    "clients have asked for 260103001 of Definitions X for 16 min 40 s in vain; the newest here is 260102001"
+)
+UNSURE = "upstream-unsure-end"
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
-    ("upstream-down", {"upstreams": (DOWN_A, UpstreamHealth("b", up=True))}, "a",
-     "a is down; others are asked (refused)"),
-    ("no-upstream", {"upstreams": (DOWN_A, DOWN_B)}, "",
+    ("upstream-down", {"upstreams": {"a": DOWN_A, "b": UP_B}}, "a", "a is down; others are asked (refused)"),
+    ("no-upstream", {"upstreams": {"a": DOWN_A, "b": ("down", "")}}, "",
      "no upstream answers (a, b): only what is stored can be served (refused)"),
-    ("upstream-doubtful", {"upstreams": (DOUBTFUL,)}, "a",
+    ("upstream-doubtful", {"upstreams": {"a": ("doubtful", "was reset")}}, "a",
      "a takes connections but fails to answer (was reset)"),
     ("bad-content", {"rejections": (Rejection(FULL, "a", "does not end as a ZIP file does", 9.0),)}, FULL,
      f"a has no usable {FULL}: does not end as a ZIP file does"),
     ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk takes no content: No space"),
-    ("not-stored", {"unstored": "any/any/a/-/full.zip: it takes more than cache.max_size"}, "",
-     "content is passed through and not stored: any/any/a/-/full.zip: it takes more than cache.max_size"),
-    ("disk-short", {"free_bytes": 99}, "",
+    ("not-stored", {"unstored": (NOW - 599, TOO_LARGE)}, "",
+     f"content is passed through and not stored: {TOO_LARGE}"),
+    ("disk-short", {"free": 99}, "",
      "99 B are free on the cache's disk, less than the 100 B of cache.min_free"),
-    ("cache-short", {"recent_evicted_lately": 4}, "",
+    ("cache-short", {"lately": {"evicted": 4}}, "",
      "the cache is full (1.0 kB), and 4 entries that were used within a day had to go"),
-    ("damage", {"damage": 2}, "", "damage was found in the store 2 times within the last hour"),
-    ("full-storm", {"storms": (("Definitions", STORM),)}, "v/l/{A}", STORMY),
+    ("damage", {"lately": {"gup_integrity_failures_total": 2}}, "",
+     "damage was found in the store 2 times within the last hour"),
+    ("full-storm", {"storms": (STORM,)}, "v/l/{A}", STORMY),
     ("reload-failed", {"config_ok": False}, "",
      "the settings could not be read again: those before are in force"),
-    ("workers-restarting", {"restarts_lately": 2}, "",
+    ("workers-restarting", {"lately": {"gup_worker_restarts_total": 2}}, "",
      "worker processes died 2 times within 10 minutes and were replaced"),
-    ("stale-stream", {"missed": (OVERDUE,)}, "X",
-     "clients have asked for 260103001 of X for 16 min 40 s in vain; the newest here is 260102001"),
+    ("stale-stream", {"unmet": {STREAM: Unmet("260103001", 999_000.0, 999_900.0)}}, "Definitions X",
+     OVERDUE),
     ("stale-catalogue", {"catalogues": {"a": "a answered 404"}}, "a",
      "the catalogue of a can't be read: a answered 404"),
-    ("unsure-end", {"unsure_ends": ("a sent 5 bytes",)}, "", "a sent 5 bytes"),
+    ("unsure-end", {"failures": ((UNSURE, NOW - 601, "old"), (UNSURE, NOW, "a sent 5 bytes"))}, "",
+     "a sent 5 bytes"),
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait for their turn"),
-    ("clients-silent", {"client_last_seen": 1_000_000.0 - 90_000}, "",
+    ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has asked for 1 d 1 h, where 5 did within the last week"),
-    ("events-lost", {"lost_events_lately": 9}, "",
+    ("events-lost", {"lately": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
 ]
 # fmt: on
 
 
-def found(snapshot: Snapshot) -> dict[str, list[tuple[str, str]]]:
-    return {type_.name: list(type_.find(snapshot)) for type_ in ALARMS if list(type_.find(snapshot))}
-
-
 def test_a_service_that_is_well_has_no_alarm():
-    assert found(WELL) == {}
-    assert found(Snapshot(now=0.0)) == {}
+    assert found() == []
+    assert found(upstreams={}, unmet={}, unstored=(NOW - 601, TOO_LARGE)) == []
 
 
 @pytest.mark.parametrize(("name", "changed", "subject", "text"), SICK, ids=[row[0] for row in SICK])
 def test_each_alarm_is_found_where_it_should_be(name, changed, subject, text):
-    assert found(replace(WELL, **changed)) == {name: [(subject, text)]}
+    assert found(**changed) == [(name, subject, text)]
 
 
 def test_every_row_is_tried_and_says_what_to_do():
@@ -102,47 +154,51 @@ def test_every_row_is_tried_and_says_what_to_do():
 
 def test_a_storm_without_addresses_or_deltas_is_told_too():
     storm = STORM._replace(clients=0, addresses=(), delta_bytes=0)
-    assert found(replace(WELL, storms=(("D", storm),)))["full-storm"][0][1] == (
-        "clients asked for 40 full packages of D, against 3 deltas, within 20 minutes: "
+    [(_, _, text)] = found(storms=(storm,))
+    assert text == (
+        "clients asked for 40 full packages of Definitions {A}, against 3 deltas, within 20 minutes: "
         "4.0 GB over the LAN, 100 MB over the WAN"
     )
+    [(_, _, text)] = found(storms=(STORM,), addresses="off")
+    assert "10.0.0.1" not in text
 
 
-def _damaged(snapshot: Snapshot):
-    if snapshot.damage:
-        yield "x", f"{snapshot.damage} damaged"
+def test_counts_are_those_of_the_window():
+    totals, now = {'gup_x{a="1"}': 5, "gup_x": 1, "gup_y": 9}, [0.0]
+    state = SimpleNamespace(dependencies=SimpleNamespace(totals=lambda: totals))
+    collector = AlarmCollector(state, lambda: now[0])
+    assert collector.lately("gup_x") == 0
+    totals["gup_x"] += 3
+    assert collector.lately("gup_x") == 3
+    now[0] = 300.0
+    assert collector.lately("gup_x") == 3
+    now[0] = 900.0
+    assert collector.lately("gup_x") == 0
 
 
-def board(after: float = 0.0, calm: float = 10.0) -> AlarmBoard:
-    return AlarmBoard([AlarmType("damage", _damaged, "Do.", after=after, calm=calm)])
+DAMAGED, MORE = [("damage", "x", "1 damaged")], [("damage", "x", "3 damaged")]
 
 
 def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
-    sick, well, alarms = replace(WELL, damage=1), WELL, board(after=5.0, calm=10.0)
+    alarms = AlarmBoard([AlarmType("damage", "warning", 5.0, 10.0, "Do.")])
     with caplog.at_level(logging.WARNING):
         for clock in (0.0, 4.9):
-            alarms.look(sick, clock)
+            alarms.look(DAMAGED, NOW, clock)
             assert alarms.standing() == []
-        alarms.look(well, 5.0)
+        alarms.look([], NOW, 5.0)
         for clock in (6.0, 10.9):  # it began anew
-            alarms.look(sick, clock)
+            alarms.look(DAMAGED, NOW, clock)
             assert alarms.standing() == []
-        alarms.look(replace(sick, now=77.0), 11.0)
-        alarms.look(replace(sick, now=78.0, damage=3), 12.0)
+        alarms.look(DAMAGED, 77.0, 11.0)
+        alarms.look(MORE, 78.0, 12.0)
         (standing,) = alarms.standing()
-        assert standing.model_dump() == {
-            "name": "damage",
-            "severity": "warning",
-            "since": 77.0,
-            "subject": "x",
-            "text": "3 damaged",
-            "what_to_do": "Do.",
-        }
-        alarms.look(well, 21.9)
-        alarms.look(sick, 22.0)  # it is back before it was calm for long enough: the same alarm
-        alarms.look(well, 31.9)
+        assert (standing.name, standing.severity, standing.since) == ("damage", "warning", 77.0)
+        assert (standing.subject, standing.text, standing.what_to_do) == ("x", "3 damaged", "Do.")
+        alarms.look([], NOW, 21.9)
+        alarms.look(DAMAGED, NOW, 22.0)  # it is back before it was calm for long enough: the same alarm
+        alarms.look([], NOW, 31.9)
         assert len(alarms.standing()) == 1
-        alarms.look(well, 32.0)
+        alarms.look([], NOW, 32.0)
         assert alarms.standing() == []
     assert [record.message for record in caplog.records] == [
         "alarm damage: 1 damaged",
@@ -151,9 +207,6 @@ def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
 
 
 def test_many_subjects_are_bounded():
-    def many(_snapshot):
-        yield from ((str(number), "bad") for number in range(1000))
-
-    alarms = AlarmBoard([AlarmType("many", many, "Do.")])
-    alarms.look(WELL, 0.0)
+    alarms = AlarmBoard([AlarmType("many", "warning", 0.0, 15.0, "Do.")])
+    alarms.look([("many", str(number), "bad") for number in range(1000)], NOW, 0.0)
     assert len(alarms.standing()) == MAX_OF_A_TYPE

@@ -11,19 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
-from gup.control.auth import (
-    Access,
-    AccessRequest,
-    AdminListener,
-    CertificateError,
-    load_context,
-    refusal,
-    require_access,
-)
+from gup.control.auth import Access, AccessRequest, AdminListener, load_context, refusal, require_access
 from gup.control.tokens import (
     Presented,
     Right,
-    TokenError,
     Tokens,
     local_path,
     make_local_token,
@@ -32,6 +23,7 @@ from gup.control.tokens import (
     token_doubts,
 )
 from gup.errors import SettingsError
+from gup.files import FileError
 
 LOOPBACK, OPEN = AdminListener("127.0.0.1", token_file="/run/admin-token"), AdminListener("0.0.0.0")
 NEAR = {"host": "127.0.0.1:2968", "peer": "127.0.0.1", "local": "127.0.0.1"}
@@ -176,9 +168,9 @@ def test_no_header_raises_or_gives_a_right(header):
 def test_files_that_hold_no_token(tmp_path, text):
     file = tmp_path / "token"
     file.write_bytes(text)
-    with pytest.raises(TokenError, match=str(file)):
+    with pytest.raises(FileError, match=str(file)):
         read_token(file)
-    with pytest.raises(TokenError, match="can't be read: No such file"):
+    with pytest.raises(FileError, match="can't be read: No such file"):
         read_token(tmp_path / "none")
 
 
@@ -264,7 +256,7 @@ def test_certificates_that_can_not_be_used_are_told(tmp_path):
         ((key, cert), "holds a key but no certificate: it must hold certificates, in PEM"),
         ((cert, tmp_path / "none"), "can't be read: No such file"),
     ):
-        with pytest.raises(CertificateError, match=words):
+        with pytest.raises(FileError, match=words):
             load_context(*pair)
 
 
@@ -278,7 +270,7 @@ async def test_a_file_that_is_being_written_leaves_the_old_token_in_force(tmp_pa
     with socket.create_server(("127.0.0.1", 0)) as admin:
         await held.open(listen, tmp_path, admin)
     file.write_text("\n")
-    await held.renew(listen, tmp_path)
+    await held.read(listen, tmp_path)
     assert held.tokens.right(Presented("a-token-of-this-test"), near=False) is Right.CHANGE
 
 

@@ -66,7 +66,8 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     managers.answers["fr"] = Fetched(LINE, '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")
     keeper = managers.keeper()
     await keeper.read()
-    assert keeper.product_of(STREAM) == ("SEPC Virus Definitions Win32 12.1 RU6", "SymAllLanguages")
+    label = keeper.label(STREAM)
+    assert (label.product, label.language) == ("SEPC Virus Definitions Win32 12.1 RU6", "SymAllLanguages")
     assert keeper.label(("any", "any", MONIKER)).type == "virus_definitions"
     assert managers.published == 1
     for worse in (
@@ -76,7 +77,7 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     ):
         managers.answers["fr"] = worse
         await keeper.read()
-        assert keeper.product_of(STREAM) is not None
+        assert keeper.label(STREAM) is not None
         assert keeper.shown()["fr"]["problem"]
     assert managers.asked == [("fr", "by way of the store", None)] * 4
     keeper.unlisted(OTHER)
@@ -84,7 +85,7 @@ async def test_the_last_good_one_stays_and_outlives_the_process(managers):
     assert managers.asked[4:] == [("fr", '"1"', "Mon, 01 Jan 2026 00:00:00 GMT")]
     assert managers.published == 1, "nothing has changed for the workers"
     again = managers.keeper()
-    assert again.product_of(STREAM) is not None, "before anybody was asked"
+    assert again.label(STREAM) is not None, "before anybody was asked"
     managers.answers["fr"] = Fetched(None, '"1"', None)
     await again.read()
     assert again.shown()["fr"] == {
@@ -119,7 +120,7 @@ async def test_another_server_under_the_same_name_has_not_the_old_one_s_streams(
     changed["upstream"][0]["url"] = "http://new:8014"
     keeper.apply(Settings.model_validate(changed))
     await keeper.read()
-    assert keeper.product_of(STREAM) is None
+    assert keeper.label(STREAM) is None
     assert managers.asked[-1] == ("fr", None, None), "past the store: who reloads wants what is there now"
     assert managers.published == 2
 
@@ -132,7 +133,7 @@ async def test_a_file_stands_for_all_managers_and_nobody_is_asked(managers, tmp_
     assert keeper.catalogues.listed("en", MONIKER) == keeper.catalogues.listed("fr", MONIKER)
     file.unlink()
     await keeper.read()
-    assert keeper.product_of(STREAM) is not None
+    assert keeper.label(STREAM) is not None
     assert "can't be read: No such file" in keeper.shown()["fr"]["problem"]
     assert not managers.asked
 

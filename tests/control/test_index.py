@@ -57,13 +57,16 @@ async def closed_with(opened, *rows):
 async def test_rows_and_notes_come_back_after_a_restart(opened):
     index, _ = await opened()
     index.put(row(hits=3))
-    index.set_note("clients", [["10.0.0.1", 4.0]])
+    index.notes["clients"] = [["10.0.0.1", 4.0]]
     index.complete = True
     await index.close()
     again, damage = await opened()
     assert again.rows == {row().key: row(hits=3)}
-    assert again.note("clients") == [["10.0.0.1", 4.0]]
+    assert again.notes["clients"] == [["10.0.0.1", 4.0]]
     assert (again.complete, again.total_bytes, damage.times) == (True, 10, 0)
+    again.discard(row().key)
+    await again.close()
+    assert (await opened())[0].rows == {}, "discarded rows stay away"
 
 
 async def test_an_index_that_never_was_complete_is_not_trusted(opened):
@@ -72,15 +75,6 @@ async def test_an_index_that_never_was_complete_is_not_trusted(opened):
     await index.close()
     again, damage = await opened()
     assert (again.rows, again.complete, damage.times) == ({}, False, 0)
-
-
-async def test_discarded_rows_stay_away(opened):
-    await closed_with(opened, row("a"), row("b"))
-    index, _ = await opened()
-    index.discard(row("a").key)
-    await index.close()
-    again, _ = await opened()
-    assert set(again.rows) == {row("b").key}
 
 
 async def test_totals_and_newest_revisions_follow_the_rows(opened):

@@ -1,14 +1,12 @@
 """A large store and many clients: what is done each second looks at none of them one by one."""
 
-import asyncio
-
 import pytest
 
 from gup.content.key import ContentKey, Kind
 from gup.control.alarm_collector import AlarmCollector
 from gup.control.api.status import status
+from gup.control.exposition import gauges
 from gup.control.index import Row
-from gup.control.service import Jobs
 from gup.control.state import ControlState
 
 ROWS, CLIENTS = 20_000, 20_000
@@ -56,17 +54,5 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     (storm,) = plane.traffic.storms()
     assert (storm.fulls, storm.delta_bytes) == (50, 1000)
     await plane.meter()
-    await plane.figures()
+    await gauges(plane, plane.dependencies.totals())
     await status(plane)
-
-
-async def test_two_jobs_of_one_name_never_run():
-    jobs = Jobs()
-
-    async def turn() -> None:
-        await asyncio.sleep(0)
-
-    jobs.every(1.0, "meter", turn)
-    with pytest.raises(AssertionError, match="meter runs already"):
-        jobs.every(1.0, "meter", turn)
-    await jobs.stop()

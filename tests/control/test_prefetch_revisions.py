@@ -7,13 +7,7 @@ import pytest
 from gup.content.deltas import Folder, named
 from gup.content.key import ContentKey, Kind, delta_step
 from gup.content.routes import path_of
-from gup.control.prefetch import (
-    MAX_REVISIONS,
-    Outcome,
-    PrefetchQueue,
-    QueuedFetch,
-    Revisions,
-)
+from gup.control.prefetch import MAX_REVISIONS, Outcome, PrefetchQueue, QueuedFetch, Revisions
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 STREAM = ("any", "any", MONIKER)
@@ -71,7 +65,7 @@ def test_an_older_revision_announces_nothing_and_only_what_was_named_lately_coun
 def test_what_upstream_does_not_have_announces_nothing_but_tells_where_a_client_is():
     revisions = Revisions()
     revisions.refused(STREAM, named(delta("260101009", "999999999")), 0.0)
-    assert list(revisions) == []
+    assert list(revisions.streams) == []
     learn(revisions, delta("260101001", "260110001"), 0.0)
     revisions.refused(STREAM, named(delta("260101008", "999999999")), 0.0)
     revisions.refused(
@@ -111,7 +105,7 @@ def test_what_is_remembered_is_bounded():
         learn(revisions, full(f"26010{number:04}"), float(number))
         revisions.learn(("any", "any", str(number)), named(full("260101001")), 0.0)
         learn(revisions, full(f"26010{number:04}"), float(number))
-    assert len(list(revisions)) == 50
+    assert len(list(revisions.streams)) == 50
     assert len(wanted(revisions, 1000.0, most=10_000)[1]) == MAX_REVISIONS - 1
 
 
@@ -141,37 +135,37 @@ def wish(number: int = 1, *, by="traffic", kind=Kind.DELTA, new="260110001") -> 
 
 
 def test_an_operator_goes_first_then_who_came_first():
-    wishes = PrefetchQueue()
+    queue = PrefetchQueue()
     for one in (wish(1), wish(2), wish(3, by="operator"), wish(4, kind=Kind.FULL, by="operator")):
-        assert wishes.add(one)
+        assert queue.add(one)
     deltas = frozenset({Kind.DELTA})
     order = []
-    while (one := wishes.due(deltas, 0.0)) is not None:
+    while (one := queue.due(deltas, 0.0)) is not None:
         order.append(int(one.asked_at))
-        wishes.move(one, Outcome.FETCHING, 1.0)
-        wishes.move(one, Outcome.STORED, 2.0)
+        queue.move(one, Outcome.FETCHING, 1.0)
+        queue.move(one, Outcome.STORED, 2.0)
     assert order == [3, 1, 2]
-    assert wishes.pending == 1
+    assert queue.pending == 1
 
 
 def test_what_is_to_be_tried_again_waits_for_its_time():
-    wishes = PrefetchQueue()
+    queue = PrefetchQueue()
     one = wish()
-    wishes.add(one)
+    queue.add(one)
     one.due_at = 5.0
-    assert wishes.due(frozenset({Kind.DELTA}), 4.0) is None
-    assert wishes.due(frozenset({Kind.DELTA}), 5.0) is one
+    assert queue.due(frozenset({Kind.DELTA}), 4.0) is None
+    assert queue.due(frozenset({Kind.DELTA}), 5.0) is one
 
 
 def test_a_newer_revision_takes_the_place_of_an_older_one():
-    wishes = PrefetchQueue()
+    queue = PrefetchQueue()
     old, ordered, new, fetching = wish(1), wish(2, by="operator"), wish(3, new="260111001"), wish(4)
     for one in (old, ordered, new, fetching):
-        wishes.add(one)
-    wishes.move(fetching, Outcome.FETCHING, 1.0)
-    wishes.supersede(("any", "any", "{OTHER}"), "260111001", 2.0)
-    assert wishes.pending == 4
-    wishes.supersede(STREAM, "260111001", 2.0)
+        queue.add(one)
+    queue.move(fetching, Outcome.FETCHING, 1.0)
+    queue.supersede(("any", "any", "{OTHER}"), "260111001", 2.0)
+    assert queue.pending == 4
+    queue.supersede(STREAM, "260111001", 2.0)
     assert [one.outcome for one in (old, ordered, new, fetching)] == [
         Outcome.SUPERSEDED,
         Outcome.QUEUED,
@@ -182,48 +176,48 @@ def test_a_newer_revision_takes_the_place_of_an_older_one():
 
 
 def test_moves_that_make_no_sense_are_our_mistake():
-    one = wish()
-    one.move(Outcome.FETCHING, 1.0)
-    one.move(Outcome.PRESENT, 1.0)
+    queue, one = PrefetchQueue(), wish()
+    queue.move(one, Outcome.FETCHING, 1.0)
+    queue.move(one, Outcome.PRESENT, 1.0)
     with pytest.raises(AssertionError):
-        one.move(Outcome.FETCHING, 2.0)
+        queue.move(one, Outcome.FETCHING, 2.0)
 
 
 def test_the_list_is_bounded_and_forgets_what_has_ended(monkeypatch):
     monkeypatch.setattr("gup.control.prefetch.MAX_PENDING", 45)
     monkeypatch.setattr("gup.control.prefetch.MAX_QUEUED", 50)
-    wishes = PrefetchQueue()
-    assert all(wishes.add(wish(number)) for number in range(45))
-    assert not wishes.add(wish(45))
-    for one in list(wishes):
-        wishes.move(one, Outcome.FETCHING, 1.0)
-        wishes.move(one, Outcome.ABSENT, 2.0)
-    assert all(wishes.add(wish(number)) for number in range(45, 70))
-    assert len(list(wishes)) == 50
-    assert wishes.pending == 25
+    queue = PrefetchQueue()
+    assert all(queue.add(wish(number)) for number in range(45))
+    assert not queue.add(wish(45))
+    for one in list(queue.rows.values()):
+        queue.move(one, Outcome.FETCHING, 1.0)
+        queue.move(one, Outcome.ABSENT, 2.0)
+    assert all(queue.add(wish(number)) for number in range(45, 70))
+    assert len(queue.rows) == 50
+    assert queue.pending == 25
 
 
 def test_the_list_is_kept_and_what_was_being_fetched_is_tried_again():
-    wishes, after = PrefetchQueue(), PrefetchQueue()
+    queue, after = PrefetchQueue(), PrefetchQueue()
     done, fetching, queued = wish(1), wish(2), wish(3, by="operator")
     for one in (done, fetching, queued):
-        wishes.add(one)
+        queue.add(one)
     for one in (done, fetching):
-        wishes.move(one, Outcome.FETCHING, 1.0)
-    wishes.move(done, Outcome.ABSENT, 2.0, "404")
+        queue.move(one, Outcome.FETCHING, 1.0)
+    queue.move(done, Outcome.ABSENT, 2.0, "404")
     newer = wish(4)
     after.add(newer)
-    rows = json.loads(json.dumps(wishes.to_json()))
+    rows = json.loads(json.dumps(queue.to_json()))
     after.restore([*rows, {"key": "nonsense"}, 7, {**rows[0], "outcome": "unknown"}])
-    found = {int(one.asked_at): (one.outcome, one.by) for one in after}
+    found = {int(one.asked_at): (one.outcome, one.by) for one in after.rows.values()}
     assert found == {
         1: (Outcome.ABSENT, "traffic"),
         2: (Outcome.QUEUED, "traffic"),
         3: (Outcome.QUEUED, "operator"),
         4: (Outcome.QUEUED, "traffic"),
     }
-    assert next(iter(after)).detail == "404"
-    assert after.get(newer.key) is newer
+    assert next(iter(after.rows.values())).detail == "404"
+    assert after.rows.get(newer.key) is newer
 
 
 def test_folders_have_names_that_are_kept():

@@ -52,9 +52,7 @@ class Site:
             label_of=lambda _stream, _file: Label("", "", "", self.type) if self.type else None,
             places=self.places,
         )
-        index: Any = SimpleNamespace(
-            rows=self.held, note=self.notes.get, set_note=lambda name, value: self.notes.update({name: value})
-        )
+        index: Any = SimpleNamespace(rows=self.held, notes=self.notes)
         self.prefetcher = Prefetcher(dependencies, index, lambda: self.now)
 
     def places(self, _stream: str) -> list[tuple[Variant, Variant]]:
@@ -77,7 +75,7 @@ class Site:
         self.settings = settings(**sections)
 
     def outcomes(self) -> dict[str, Outcome]:
-        return {wish.key.file: wish.outcome for wish in self.prefetcher.queue}
+        return {wish.key.file: wish.outcome for wish in self.prefetcher.queue.rows.values()}
 
     async def settle(self) -> dict[str, Outcome]:
         """Run both lanes until nothing is due."""
@@ -204,7 +202,7 @@ async def test_failures_that_may_pass_are_tried_again_later(site):
         site.now += 3600
     assert tries == 3
     assert site.outcomes()[key.file] is Outcome.FAILED
-    [wish] = site.prefetcher.queue
+    [wish] = site.prefetcher.queue.rows.values()
     assert (wish.detail, wish.ended_at) == ("nobody there", site.now)
 
 

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from gup.content.key import ContentKey
-from gup.control.traffic import CALM_SECONDS, FULLS, MAX_ADDRESSES, WINDOW_SECONDS, Traffic, Unmet
+from gup.control.traffic import (
+    CALM_SECONDS,
+    FULLS,
+    MAX_ADDRESSES,
+    WINDOW_SECONDS,
+    Traffic,
+    Unmet,
+    newest_times,
+    revision_time,
+)
 
 STREAM = ("any", "any", "{A}")
 FULL, OTHER_FULL = ContentKey(*STREAM, "260101002", "full.zip"), ContentKey(*STREAM, "260101001", "full.zip")
@@ -121,3 +130,18 @@ def test_what_is_asked_for_in_vain_is_remembered_while_somebody_asks(site):
     for number in range(100):
         site.missed(f"2602{number:05}", 5000.0)
     assert site.unmet(5000.0)[STREAM].revision == "260200099"
+
+
+@pytest.mark.parametrize(
+    ("revision", "at"), [("700102001", 86400.0 + 0), ("269901001", None), ("260231001", None)]
+)
+def test_revisions_begin_with_their_day(revision, at):
+    found = revision_time(revision)
+    assert (found is None) == (at is None)
+    assert found is None or found % 86400 == 0
+
+
+def test_newest_content_takes_the_latest_of_a_product():
+    held = {("v1", "l", "{A}"): "260101001", ("v2", "l", "{A}"): "260103002", ("v", "l", "{B}"): "269999999"}
+    times = newest_times(held, lambda stream: (stream[2], stream[1]))
+    assert times == {("{A}", "l"): revision_time("260103002")}

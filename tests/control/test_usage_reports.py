@@ -285,7 +285,7 @@ async def test_savings_by_day_add_up_over_restarts(site, browser):
     assert first["today"] == first["since_install"]
     assert (first["today"]["saved_bytes"], first["days"][0]["day"]) == (700, "2026-08-01")
     whole = {"sent_bytes": 1000, "received_bytes": 300, "saved_bytes": 700, "wasted_bytes": 0}
-    named = {"product": MONIKER, "language": "French", "kind": "full"}
+    named = {"product": "Virus Definitions Win32", "language": "French", "kind": "full"}
     assert first["days"][0]["streams"] == [named | whole]
     assert [day["day"] for day in second["days"]] == ["2026-08-02", "2026-08-01"]
     today = second["today"]

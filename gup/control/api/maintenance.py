@@ -1,6 +1,7 @@
 """What an operator orders: content prefetched, limits applied, the store verified, settings read again."""
 
 import re
+from itertools import islice
 from typing import Annotated, Literal
 
 from aiohttp import web
@@ -61,7 +62,7 @@ async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
     return schemas.PrefetchQueue(
         enabled=state.settings.prefetch.enabled,
         pending=queued.pending,
-        wanted=[_prefetch(state, fetch) for fetch in list(queued)[::-1][: query.limit]],
+        wanted=[_prefetch(state, fetch) for fetch in islice(reversed(queued.rows.values()), query.limit)],
         left_out=[
             schemas.SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
             for stream, why in state.prefetcher.left_out.items()

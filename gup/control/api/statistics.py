@@ -75,7 +75,7 @@ async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
 async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
     """What was sent, fetched, saved and wasted, by day and stream."""
     today, days = await state.history.savings()
-    process = state.dependencies
+    process, labels = state.dependencies, state.slot_labels()
     dates = sorted(days.keys() - {EARLIER}, reverse=True)
     month = [counts for day, counts in days.items() if savings.within(day, today, _MONTH)]
     listed = [*dates[: query.days], *([EARLIER] if EARLIER in days and query.days > len(dates) else [])]
@@ -89,7 +89,7 @@ async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
             schemas.DayTraffic(
                 day=day or None,
                 **dict(savings.figures(days[day])),
-                streams=savings.streams(days[day], process.stream_names(), process.product_of),
+                streams=savings.streams(days[day], labels),
             )
             for day in listed
         ],

@@ -15,7 +15,7 @@ from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
 from gup.control.api import schemas
 from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
-from gup.control.exposition import expose
+from gup.control.exposition import expose, gauges
 from gup.control.index import stream_of
 from gup.control.state import ControlState, numbers
 from gup.control.stats.history import RECEIVED, SENT, shown, sums_of
@@ -151,8 +151,8 @@ async def readyz(state: ControlState) -> web.Response:
 
 async def metrics(state: ControlState, request: web.Request) -> web.Response:
     """The exposition, as text or OpenMetrics."""
-    figures = await state.figures()
-    body, content_type = expose(figures, request.headers.get("Accept", ""))
+    totals, names = state.dependencies.totals(), [upstream.name for upstream in state.settings.upstream]
+    body, content_type = expose(totals, names, await gauges(state, totals), request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
@@ -237,12 +237,12 @@ _CONFIGURED = ("name", "url", "kind", "priority", "weight", "version", "language
 
 def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     process, rows = state.dependencies, []
-    up, states, catalogues = process.upstreams_up(), process.upstream_states(), process.catalogues()
+    states, catalogues = process.upstream_states(), process.catalogues()
     for upstream in state.settings.upstream:
         health, since = states.get(upstream.name, ("unknown", None))
         at, detail = state.upstream_errors.get(upstream.name, (None, None))
         found = {
-            "up": up.get(upstream.name, True),
+            "up": health != "down",
             "state": health,
             "since": since or process.started_at,
             "last_error": detail,

@@ -19,11 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from gup.config import Settings
 from gup.control.dependencies import ControlDependencies
-from gup.control.exposition import parse_series
 from gup.control.rate_window import RateWindow
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.savings import Days, Reading, add_reading, days_until, last_reading_at
-from gup.metrics import CODES_OF_RESULT
+from gup.metrics import CODES_OF_RESULT, parse_series
 
 SENT, RECEIVED = "client_sent_bytes", "upstream_received_bytes"
 _FIGURES = {

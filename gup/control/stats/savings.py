@@ -7,15 +7,14 @@ was killed in between: what was counted meanwhile belongs to the day of the next
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
-from gup.control.exposition import ProductOf, StreamNames, parse_series, stream_labels
-from gup.metrics import KINDS, PURPOSES, SOURCES, STREAM_WASTED, WASTED
+from gup.metrics import KINDS, MAX_STREAMS, PURPOSES, SOURCES, STREAM_WASTED, WASTED, parse_series
 from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.stats")
@@ -156,13 +155,16 @@ def figures(counts: Counts) -> TrafficByCause:
     return TrafficByCause(**members | parts)
 
 
-def streams(counts: Counts, names: StreamNames, product_of: ProductOf) -> list[StreamTraffic]:
-    """Sent, received and wasted bytes by product, language and kind, the most sent first."""
+def streams(counts: Counts, labels: Sequence[tuple[str, str]]) -> list[StreamTraffic]:
+    """Sent, received and wasted bytes by product, language and kind, the most sent first.
+
+    `labels` are product and language of each slot.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, value in counts.items():
         metric, series = parse_series(name)
         if metric.startswith("gup_stream_") and value:
-            product, language = stream_labels(names, int(series["slot"]), product_of)
+            product, language = labels[min(int(series["slot"]), MAX_STREAMS)]
             row = rows.setdefault(
                 (product, language, series["kind"]), {"sent_bytes": 0, "received_bytes": 0, "wasted_bytes": 0}
             )
