@@ -104,7 +104,7 @@ async def test_a_client_that_asks_hurries_it(tmp_path, upstream, elsewhere):
 async def test_what_waits_for_the_wan_takes_the_place_of_its_new_priority(tmp_path, upstream):
     async with working(tmp_path, [upstream.url]) as worker:
         wan = worker.means.pool.wan
-        wan._rate = lambda: 100_000
+        wan.rate = lambda: 100_000
         order: list[str] = []
 
         async def pay(name: str, share: Share) -> None:
