@@ -93,11 +93,13 @@ class Space:
         if not 0 < self.used() < self._short_on_disk(amount_bytes):
             self.promise(amount_bytes)
             made = False
+
+            def missing() -> int:
+                over = self.used() + self._settling - self.max_size()
+                return max(over, self._short_on_disk(amount_bytes))
+
             try:
-                made = await self._made(
-                    lambda: self._missing(amount_bytes),
-                    lambda missing: self.need(min(missing, amount_bytes), False),
-                )
+                made = await self._made(missing, lambda most: self.need(min(most, amount_bytes), False))
             finally:
                 if not made:
                     self.promise(-amount_bytes)
@@ -140,10 +142,6 @@ class Space:
 
     def _settle(self, amount_bytes: int) -> None:
         self._settling += amount_bytes
-
-    def _missing(self, amount_bytes: int) -> int:
-        over = self.used() + self._settling - self.max_size()
-        return max(over, self._short_on_disk(amount_bytes))
 
     def _short_on_disk(self, amount_bytes: int) -> int:
         """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""

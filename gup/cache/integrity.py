@@ -43,7 +43,7 @@ class Contents:
 
 def contents(store: Store, grace_seconds: float) -> Contents:
     """All names. A file changed within `grace_seconds` is no stray yet: somebody may be at work on it."""
-    keys: dict[str, ContentKey] = {}
+    keys: set[ContentKey] = set()
     ids: set[str] = set()
     strays: list[Path] = []
     for path in _files(store.content):
@@ -51,8 +51,7 @@ def contents(store: Store, grace_seconds: float) -> Contents:
         if name.startswith(".") and name.endswith(".gup"):
             name = name[1:-4]
         try:
-            key = ContentKey.parse("/".join((*folders, name)))
-            keys[key.text] = key
+            keys.add(ContentKey.parse("/".join((*folders, name))))
         except ValueError:
             strays.append(path)
     for path in _files(store.partial):
@@ -62,7 +61,7 @@ def contents(store: Store, grace_seconds: float) -> Contents:
         elif path.name != "claims" and not (rest.endswith(".sums") and path.with_suffix(".part").exists()):
             strays.append(path)
     old = [path for path in strays if _age_seconds(path) >= grace_seconds]
-    return Contents([keys[text] for text in sorted(keys)], sorted(ids), old)
+    return Contents(sorted(keys, key=lambda key: key.text), sorted(ids), old)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -323,7 +323,7 @@ class FillState:
     holds: Annotated[tuple[Hold, ...], Field(max_length=256)] = ()
     """Upstreams not to be asked for it, or not to be believed."""
     ahead: Flag = False
-    """Whether nobody had asked for it: then whoever fetches ahead goes on with it, or a client that asks."""
+    """Whether it is a background fill: prefetch goes on with it, or a client that asks."""
     pinned: Flag = False
     stored_at: Time | None = None
     """Of a demoted entry: they are the entry's again when it is whole. Unix seconds."""

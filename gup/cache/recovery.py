@@ -330,7 +330,10 @@ class Recovery:
             self.counters.add("gup_integrity_failures_total", where="state")
             store.drop_state(part.id)
             state = None
-        if state is not None and self._finish(state):
+        record = store.load_or_none(state.key) if state is not None else None
+        if record and state and record.generation == state.generation and store.finish_commit(record):
+            self.tell(committed(record, replaced=True))
+            log.info("finished the commit of %s", record.key.text)
             return
         generation = state.generation if state is not None and state.head is not None else 0
         if part.generation and part.generation != generation:
@@ -342,15 +345,6 @@ class Recovery:
         resumable = generation and store.part_path(part.id, generation).exists()
         if not resumable and (state is None or not state.stands(self.clock())):
             store.drop_state(part.id)
-
-    def _finish(self, state: FillState) -> bool:
-        """Finish a commit that was interrupted after its record; whether there was one."""
-        record = self.store.load_or_none(state.key)
-        if record is None or record.generation != state.generation or not self.store.finish_commit(record):
-            return False
-        self.tell(committed(record, replaced=True))
-        log.info("finished the commit of %s", record.key.text)
-        return True
 
     def _drop_leftovers(self) -> None:
         """Temporary files of writers that died, and sums without their part."""
