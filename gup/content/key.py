@@ -12,16 +12,12 @@ from gup.jsonmodel import InvalidError
 
 ANY = "any"
 """Version or language of content that is the same for every client."""
-
 EVERY = "*"
 """Version or language in a choice of upstreams: all that have the content alike. Not in a key."""
-
 ABSENT = "_"
 """Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
-
 MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
-
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Controls, line ends, and what UTF-8 can't encode."""
 

@@ -154,11 +154,8 @@ class Rulebook:
         found = self._decide_for_all(stream, origin)
         if isinstance(found, Decision):
             return found
-        return (
-            self._refuse_version(found, client)
-            or self._refuse_language(found, client)
-            or self._decide_undeclared(found, client)
-        )
+        refusal = self._refuse_version(found, client) or self._refuse_language(found, client)
+        return refusal or self._decide_undeclared(found, client)
 
     def refuses(self, decision: Decision) -> bool:
         """Whether a decision is enforced: with `rules.mode` "report" it is only counted and logged."""
@@ -194,22 +191,20 @@ class Rulebook:
             because = f"{origin.name} is {origin.version}, and client patches come with {FIRST_WITH_PATCHES}"
             upgrade = Remedy("upgrade-manager", f"Bring the manager to {FIRST_WITH_PATCHES} or later.")
             return refused(Rule.MANAGER_TOO_OLD, because, upgrade, LIVEUPDATE)
-        patch = self._patch(stream, origin)
-        if patch.fits != NOBODY:
-            return patch
-        because = "neither settings nor catalogue tell which version and language it is for"
-        note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
-        return patch.decision(because, NOBODY, note=note)
-
-    def _patch(self, stream: Listed, origin: Origin) -> _Patch:
         version = origin.version
         if version is None:
             # The catalogue's word, if that is a release with patches: "14.3" alone names a line of products.
             listed = self.releases.version(stream.version)
             version = listed if listed is not None and listed.release >= FIRST_WITH_PATCHES else None
-        if stream.all_languages:
-            return _Patch(version, None, None)
-        return _Patch(version, origin.language, parse_language(stream.language))
+        languages = (
+            (None, None) if stream.all_languages else (origin.language, parse_language(stream.language))
+        )
+        patch = _Patch(version, *languages)
+        if patch.fits != NOBODY:
+            return patch
+        because = "neither settings nor catalogue tell which version and language it is for"
+        note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
+        return patch.decision(because, NOBODY, note=note)
 
     # --- by client
 
