@@ -104,10 +104,7 @@ class AlarmBoard:
         self._rows: dict[tuple[str, str], _Found] = {}
 
     def look(self, found: Iterable[tuple[str, str, str]], now: float, clock: float) -> None:
-        """Begin and end alarms: `found` are name, subject and text of those that are due.
-
-        Called about once a second; `now` is shown, the monotonic `clock` measures.
-        """
+        """Begin and end alarms by those due now: name, subject, text. `now` is shown, `clock` measures."""
         subjects: Counter[str] = Counter()
         for name, subject, text in found:
             subjects[name] += 1

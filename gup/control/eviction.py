@@ -277,10 +277,9 @@ class Evictor:
         return done
 
     async def purge(self, key: ContentKey) -> int:
-        """Remove an entry, even a pinned one, and its unfinished parts for an operator; the bytes freed.
+        """Remove an entry, pinned or not, and its parts for an operator; the bytes freed. Readers read on.
 
-        Readers read on to the end. The entry of a fill under way is removed when the fill ends soon enough;
-        else BusyError.
+        A fill under way is waited for a little, then BusyError.
         """
         freed = await change(self._claims, key, lambda: self._store.purge(key))
         freed += self._dependencies.drop_memory(key)
@@ -351,10 +350,7 @@ class AgeClock:
         self._doubted_since: float | None = None
 
     def begin(self, uses: Iterable[float]) -> None:
-        """Start from the last uses of all that is stored: they tell what the time was before this start.
-
-        Only the first call counts; call it before anything is evicted for its age.
-        """
+        """Start from the last uses of all that is stored, which tell the time before; at the first call."""
         if self._begun:
             return
         self._begun = True

@@ -26,6 +26,7 @@ from gup.metrics import (
     Metric,
     label_sets,
     parse_series,
+    series,
     stream_series,
 )
 
@@ -66,23 +67,18 @@ class _Families(Collector):
         self._totals, self._upstreams, self._gauges = totals, upstreams, gauges
 
     def collect(self) -> Iterable[Family]:
-        words: dict[str, dict[_Labels, int]] = defaultdict(dict)
+        totals: dict[str, dict[str, int]] = defaultdict(dict)
         for name, value in self._totals.items():
-            base, labels = parse_series(name)
-            words[base][tuple(sorted(labels.items()))] = value
+            totals[name.partition("{")[0]][name] = value
         for metric in METRICS:
             if metric.kind == "histogram":
-                yield _histogram(metric, words)
+                yield _histogram(metric, self._totals)
             elif metric.stored:  # enumerated labels that were not counted yet are 0
-                samples = {tuple(sorted(row.items())): 0 for row in label_sets(metric, self._upstreams)}
-                samples |= words[metric.name]
-                yield _family(metric, [(dict(labels), value) for labels, value in samples.items()])
+                samples = {series(metric.name, row): 0 for row in label_sets(metric, self._upstreams)}
+                samples |= totals[metric.name]
+                yield _family(metric, [(parse_series(name)[1], value) for name, value in samples.items()])
             elif rows := self._gauges.get(metric.name):
                 yield _family(metric, rows)
-
-
-_Labels = tuple[tuple[str, str], ...]
-"""Sorted pairs of name and value."""
 
 
 def _family(metric: Metric, rows: Sequence[tuple[Mapping[str, str], float]]) -> Family:
@@ -94,17 +90,15 @@ def _family(metric: Metric, rows: Sequence[tuple[Mapping[str, str], float]]) -> 
     return family
 
 
-def _histogram(metric: Metric, words: Mapping[str, Mapping[_Labels, int]]) -> Family:
+def _histogram(metric: Metric, totals: Mapping[str, int]) -> Family:
     family = HistogramMetricFamily(metric.name, metric.help, labels=sorted(dict(metric.labels)))
     for row in label_sets(metric, ()):
         buckets, cumulated = [], 0
         for edge in [*(f"{edge:g}" for edge in metric.buckets), "+Inf"]:
-            labels = tuple(sorted({**row, "le": edge}.items()))
-            cumulated += words.get(metric.name + "_bucket", {}).get(labels, 0)
+            cumulated += totals.get(series(metric.name + "_bucket", row | {"le": edge}), 0)
             buckets.append((edge, cumulated))
-        labels = tuple(sorted(row.items()))
-        total = words.get(metric.name + "_sum", {}).get(labels, 0)
-        family.add_metric([value for _, value in labels], buckets, total / _NANOSECONDS)
+        total = totals.get(series(metric.name + "_sum", row), 0)
+        family.add_metric([row[name] for name in sorted(row)], buckets, total / _NANOSECONDS)
     return family
 
 

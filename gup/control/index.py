@@ -225,10 +225,7 @@ class Index:
     def page(
         self, order: str, limit: int, *, descending: bool = False, after: Place | None = None
     ) -> list[Row]:
-        """Rows in one of ORDERS, ties by key; those after the place `after`, `limit` at most.
-
-        Costs what it returns, not what is stored.
-        """
+        """At most `limit` rows in one of ORDERS, ties by key, after a place. Costs what it returns."""
         least, most = (None, after) if descending else (after, None)
         places = self._sorted[order].irange(least, most, inclusive=(False, False), reverse=descending)
         return [self.rows[key] for _, key in islice(places, limit)]
@@ -465,10 +462,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def check_index(folder: Path, *, repair: bool) -> str | None:
-    """What is wrong with the index of a stopped service; None when nothing is.
-
-    `repair` removes a damaged one: it is made anew from the records.
-    """
+    """What is wrong with the index of a stopped service, if anything; `repair` removes a damaged one."""
     if not folder.is_dir() or not list(folder.iterdir()):
         return None
     file = IndexFile(folder)

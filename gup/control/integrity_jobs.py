@@ -19,7 +19,7 @@ from gup.content.key import ContentKey
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.index import Count, Index, Time
-from gup.control.reconcile import index_again, to_its_end
+from gup.control.reconcile import BusyError, change, index_again, to_its_end
 from gup.errors import Problem
 
 _log = logging.getLogger("gup.control.integrity")
@@ -59,10 +59,7 @@ def read_pass(note: object) -> Pass:
 
 
 class Scrubber:
-    """Compares all bodies with their sums, pass after pass, at `cache.scrub_rate`; damage is mended.
-
-    What it read does not stay in the page cache.
-    """
+    """Compares all bodies with their sums at `cache.scrub_rate`, past the page cache; damage is mended."""
 
     def __init__(self, dependencies: ControlDependencies, index: Index, clock: Callable[[], float]) -> None:
         self._dependencies = dependencies
@@ -153,13 +150,11 @@ class Scrubber:
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Check under the claim whether the entry is damaged, or was just removed or replaced."""
-        claims = self._dependencies.claims
-        if not claims.try_claim(key.claim_offset):
-            return
+        check = partial(check_entry, self._dependencies.store, key)
         try:
-            found = await to_its_end(check_entry, self._dependencies.store, key)
-        finally:
-            claims.release(key.claim_offset)
+            found = await change(self._dependencies.claims, key, check, patience_seconds=0.0)
+        except BusyError:
+            return
         for finding in found:
             if finding.where == "body":  # a record's damage is found, and counted, by whoever needs it
                 await self._damaged(key, finding.detail)

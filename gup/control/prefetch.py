@@ -131,10 +131,7 @@ class PrefetchQueue:
         return [item.model_dump(mode="json") for item in self.rows.values()]
 
     def restore(self, rows: Any) -> None:
-        """Put what `to_json` gave before what has come since; malformed rows are left out.
-
-        What was being fetched is queued again.
-        """
+        """Put what `to_json` gave before what has come since; what was being fetched is queued again."""
         newer, self.rows = self.rows, OrderedDict()
         for item in _readable(QueuedFetch, rows):
             if item.outcome is Outcome.FETCHING:
@@ -235,10 +232,7 @@ class Revisions:
             self.streams.met(stream).name(named, now)
 
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
-        """The stream's newest revision, and the `most` others named last within `within_seconds`.
-
-        Those are left out whose delta a client has asked for already.
-        """
+        """The newest revision, and others named lately without those whose delta a client has asked for."""
         known = self.streams[stream]
         lately = [
             revision
@@ -363,10 +357,7 @@ class Prefetcher:
     # --- what an operator wants
 
     def order(self, path: str, version: str | None, language: str | None) -> list[QueuedFetch]:
-        """Queue `path` for all matching variants. ValueError tells what is wrong with the order.
-
-        Busy when the list is full.
-        """
+        """Queue `path` for all matching variants; ValueError when it is wrong, Busy when the list is full."""
         try:
             target = parse_target(path.encode())
             if target.authority is not None:

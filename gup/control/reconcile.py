@@ -36,10 +36,7 @@ class BusyError(GupError):
 async def change(
     claims: Claims, key: ContentKey, work: Callable[[], _Result], patience_seconds: float = PATIENCE_SECONDS
 ) -> _Result:
-    """Run `work` in a thread, holding the key's claim.
-
-    BusyError when somebody else holds it for longer than `patience_seconds`.
-    """
+    """Run `work` in a thread, holding the key's claim; BusyError when another holds it for too long."""
     give_up_at = time.monotonic() + patience_seconds
     while not claims.try_claim(key.claim_offset):
         if time.monotonic() >= give_up_at:

@@ -175,9 +175,7 @@ class Control:
         refusals.note("pins", None)
 
     async def _touch(self) -> None:
-        """Write what is due each minute: revisions named again, and times of last use to the bodies, where
-        they survive the loss of the index.
-        """
+        """Write revisions named again, and times of last use to the bodies: they survive a lost index."""
         due, self.state.touches = self.state.touches, {}
 
         def touch_all() -> None:

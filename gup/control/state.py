@@ -94,17 +94,22 @@ class FillRates:
         self._monotonic = monotonic
         self._rates: dict[tuple[str, int], RateWindow] = {}
 
-    def see(self, parts: Iterable[Part]) -> None:
+    def of(self, parts: Iterable[Part], now: float) -> list[float | None]:
+        """Over the last seconds, since the beginning when seen once only; None when it just began."""
         known, self._rates = self._rates, {}
+        found = []
         for part in parts:
-            rate = known.get((part.id, part.generation)) or RateWindow(_RATE_SECONDS)
-            rate.see(part.size_bytes, self._monotonic())
-            self._rates[part.id, part.generation] = rate
+            at = part.id, part.generation
+            window = self._rates[at] = known.get(at) or RateWindow(_RATE_SECONDS)
+            window.see(part.size_bytes, self._monotonic())
+            rate, age_seconds = window.per_second(), now - began_at(part)
+            found.append(part.size_bytes / age_seconds if rate is None and age_seconds > 0 else rate)
+        return found
 
-    def rate(self, part: Part, age_seconds: float) -> float | None:
-        """Over the last seconds, or since the beginning when seen once only; None when it just began."""
-        rate = self._rates[part.id, part.generation].per_second()
-        return part.size_bytes / age_seconds if rate is None and age_seconds > 0 else rate
+
+def began_at(part: Part) -> float:
+    """A generation is the time at which its fill began, in microseconds."""
+    return part.generation / 1e6
 
 
 _FAILURES = 50

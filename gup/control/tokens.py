@@ -40,10 +40,7 @@ class Presented:
 
 
 def presented(header: str | None) -> Presented | None:
-    """The token in an Authorization header: Bearer (RFC 6750), or Basic, whose password it is (RFC 7617).
-
-    None without the header. A malformed one gives a token that matches nothing.
-    """
+    """The token of Bearer (RFC 6750), or Basic's password (RFC 7617); a malformed one matches nothing."""
     if header is None:
         return None
     scheme, _, rest = header.strip().partition(" ")
@@ -70,8 +67,7 @@ class Tokens:
     def right(self, shown: Presented | None, *, near: bool) -> Right | None:
         """What the token allows; None for an unknown one. All are compared, in constant time.
 
-        The local token is valid on its own machine only (`near`); what a browser adds by itself allows
-        reading.
+        The local token is valid on its own machine only (`near`); what a browser adds allows reading.
         """
         if shown is None:
             return Right.NONE

@@ -7,7 +7,7 @@ from gup.cache.records import FillState, Phase
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.api.status import began_at, fill_of, limits_of, totals_of
+from gup.control.api.status import fill_of, limits_of, totals_of
 from gup.control.state import FillRates, numbers
 
 pytestmark = pytest.mark.usefixtures("no_blocking_call")
@@ -53,9 +53,7 @@ def test_rates_are_those_of_the_last_seconds(world):
         return Part(world.key().id, generation, size_bytes, 0.0, True, state)
 
     def rate(size_bytes: int, **more: int) -> float | None:
-        found = part(size_bytes, **more)
-        rates.see([found])
-        return rates.rate(found, 60.0 - began_at(found))
+        return rates.of([part(size_bytes, **more)], 60.0)[0]
 
     assert rate(1000) == 100.0  # seen once: 1000 bytes in the ten seconds since it began
     clock[0] += 1

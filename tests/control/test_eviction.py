@@ -44,13 +44,8 @@ class Limits:
 
 
 def planned(rows, parts, limits: Limits) -> list[Eviction]:
-    cache = Cache.model_construct(
-        max_size=limits.size,
-        min_free=limits.free,
-        max_unused=limits.unused,
-        keep_revisions=limits.keep,
-        max_part_age=limits.part_age,
-    )
+    space = {"max_size": limits.size, "min_free": limits.free, "keep_revisions": limits.keep}
+    cache = Cache.model_construct(**space, max_unused=limits.unused, max_part_age=limits.part_age)
     disk = DiskUsage(tuple(parts), limits.available, sum(row.length_bytes for row in rows))
     return plan_evictions(rows, disk, cache, NOW, need=limits.need)
 
@@ -60,10 +55,8 @@ def test_nothing_goes_while_everything_holds():
 
 
 def test_revisions_beyond_those_kept_go_with_their_deltas():
-    rows = [row(f"26010100{n}") for n in range(1, 5)] + [
-        row("260101001", Kind.DELTA),
-        row("260101004", Kind.DELTA),
-    ]
+    rows = [row(f"26010100{n}") for n in range(1, 5)]
+    rows += [row("260101001", Kind.DELTA), row("260101004", Kind.DELTA)]
     plan = planned(rows, [], Limits(keep=2))
     assert {e.reason for e in plan} == {"revision"}
     assert {e.key for e in plan} == {rows[0].key, rows[1].key, rows[4].key}
@@ -188,15 +181,11 @@ def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[
     freed = sum(e.size_bytes for e in plan)
     total = sum(r.length_bytes for r in rows) + sum(p.size_bytes for p in parts)
     need = given_limits.need if given_limits.need <= given_limits.size else 0
-    held = (
-        total - freed + need <= given_limits.size
-        and given_limits.available + freed >= given_limits.free + need
-    )
-    movable = {r.key for r in rows if not r.pinned} | {
-        p.id
-        for p in parts
-        if not p.claimed and p.size_bytes and not (p.state and p.state.head.length == p.size_bytes)
-    }
+    held = total - freed + need <= given_limits.size
+    held = held and given_limits.available + freed >= given_limits.free + need
+    whole = {p.id for p in parts if p.state and p.state.head.length == p.size_bytes}
+    movable = {r.key for r in rows if not r.pinned}
+    movable |= {p.id for p in parts if not p.claimed and p.size_bytes and p.id not in whole}
     assert held or movable <= gone
     after = replace(given_limits, available=given_limits.available + freed)
     rest = [r for r in rows if r.key not in gone]

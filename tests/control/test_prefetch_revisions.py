@@ -68,9 +68,7 @@ def test_what_upstream_does_not_have_announces_nothing_but_tells_where_a_client_
     assert list(revisions.streams) == []
     learn(revisions, delta("260101001", "260110001"), 0.0)
     revisions.refused(STREAM, named(delta("260101008", "999999999")), 0.0)
-    revisions.refused(
-        STREAM, named(delta("260101007", "260110001")), 0.0
-    )  # that delta is not there: not tried
+    revisions.refused(STREAM, named(delta("260101007", "260110001")), 0.0)  # not there: not tried
     assert wanted(revisions) == ("260110001", ["260101008"])
     learn(revisions, full("260111001"), 1.0)
     assert set(wanted(revisions, 1.0)[1]) == {"260101001", "260101007", "260101008", "260110001"}
@@ -79,14 +77,11 @@ def test_what_upstream_does_not_have_announces_nothing_but_tells_where_a_client_
 @pytest.mark.parametrize(("folder", "under"), [("260101001", "260110001"), ("260110001", "260111001")])
 def test_the_path_has_the_folder_and_the_spelling_of_the_traffic(folder, under):
     revisions = Revisions()
-    learn(
-        revisions, delta("260101001", "260110001", folder), 0.0, "%7B535cb6a4-441f-4e8a-a897-804cd859100e%7D"
-    )
+    spelled = "%7B535cb6a4-441f-4e8a-a897-804cd859100e%7D"
+    learn(revisions, delta("260101001", "260110001", folder), 0.0, spelled)
     learn(revisions, full("260111001"), 1.0)
     paths = revisions.announced(STREAM, 1.0, within_seconds=DAY, most=1).paths
-    assert paths == (
-        f"/content/%7B535cb6a4-441f-4e8a-a897-804cd859100e%7D/{under}/xdelta260110001_To_260111001.dax",
-    )
+    assert paths == (f"/content/{spelled}/{under}/xdelta260110001_To_260111001.dax",)
 
 
 def test_without_a_delta_in_the_traffic_the_folder_is_that_of_other_streams():
@@ -166,13 +161,8 @@ def test_a_newer_revision_takes_the_place_of_an_older_one():
     queue.supersede(("any", "any", "{OTHER}"), "260111001", 2.0)
     assert queue.pending == 4
     queue.supersede(STREAM, "260111001", 2.0)
-    assert [one.outcome for one in (old, ordered, new, fetching)] == [
-        Outcome.SUPERSEDED,
-        Outcome.QUEUED,
-        Outcome.QUEUED,
-        Outcome.FETCHING,
-    ]
-    assert old.ended_at == 2.0
+    assert (old.outcome, old.ended_at, fetching.outcome) == (Outcome.SUPERSEDED, 2.0, Outcome.FETCHING)
+    assert ordered.outcome is new.outcome is Outcome.QUEUED
 
 
 def test_moves_that_make_no_sense_are_our_mistake():

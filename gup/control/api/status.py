@@ -17,7 +17,7 @@ from gup.control.api import schemas
 from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
 from gup.control.exposition import expose, gauges
 from gup.control.index import stream_of
-from gup.control.state import ControlState, numbers
+from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import RECEIVED, SENT, shown, sums_of
 
 
@@ -199,16 +199,8 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
 def _fills(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
     """The parts that some process fetches at this moment."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
-    state.fill_rates.see(in_progress)
-    return [
-        fill_of(part, state.fill_rates.rate(part, state.clock() - began_at(part)), state.label)
-        for part in in_progress
-    ]
-
-
-def began_at(part: Part) -> float:
-    """A generation is the time at which its fill began, in microseconds."""
-    return part.generation / 1e6
+    rates = state.fill_rates.of(in_progress, state.clock())
+    return [fill_of(part, rate, state.label) for part, rate in zip(in_progress, rates, strict=True)]
 
 
 def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str, str]]) -> schemas.Fill:
