@@ -49,15 +49,11 @@ class Span(Request):
 
 async def clients(state: ControlState, query: Listing) -> schemas.Clients:
     """How many clients were seen, and who they are."""
-    now = state.clock()
-    page = await state.reports.clients(
-        since=now - WINDOWS[query.seen] if query.seen else 0.0,
-        version=query.version,
-        language=query.language,
-        after=query.cursor,
-        most=query.limit,
-    )
-    if not state.reports.keeps_clients:
+    now, (seen_at, id_) = state.clock(), query.cursor or (None, None)
+    since = now - WINDOWS[query.seen] if query.seen else 0.0
+    wanted = {"since": since, "version": query.version, "language": query.language}
+    page = await state.reports.clients(query.limit, **wanted, seen_at=seen_at, id=id_)
+    if state.reports.mode == "off":
         page["known"] = len(state.clients)
     return schemas.Clients(seen=state.clients.counts(now), **page)
 

@@ -16,8 +16,8 @@ from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.page.render import clock
 from gup.control.state import ControlState
-from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point, added
-from gup.control.stats.savings import within
+from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point
+from gup.control.stats.savings import added_up, within
 
 _T = TypeVar("_T")
 
@@ -140,7 +140,8 @@ def _chart(points: list[Point], step: int, form: str) -> dict[str, Any]:
 
 
 def _row(points: list[Point]) -> dict[str, Any]:
-    total, seconds = added(points), max(1.0, sum(point.covered_seconds for point in points))
+    total = added_up(point.sums for point in points)
+    seconds = max(1.0, sum(point.covered_seconds for point in points))
     sent, received = total[SENT], total[RECEIVED]
     return {
         "sent_bytes": sent,

@@ -68,14 +68,13 @@ class ClientWindows:
 
 
 _Span = tuple[int, int]
-_MOST_BODIES = 20_000
 _MOST_PARTS = 64
 
 
 class ReceivedParts:
     """The parts of bodies that clients were sent; the longest unchanged are forgotten."""
 
-    def __init__(self, most: int = _MOST_BODIES) -> None:
+    def __init__(self, most: int = 20_000) -> None:
         self._parts: OrderedDict[tuple[str, str], list[_Span]] = OrderedDict()
         self._most = most
 
@@ -108,14 +107,6 @@ _AHEAD_SECONDS = 2 * 86400.0
 """A revision's date may be so far ahead, because of time zones and clocks; one further ahead is ignored."""
 
 
-class Seen(NamedTuple):
-    """When a client was seen last, and what it stated ("" for nothing)."""
-
-    at: float
-    version: str
-    language: str
-
-
 class Asked(NamedTuple):
     """When a client asked for a revision, the revision that it came from, and when it had taken it whole."""
 
@@ -129,11 +120,12 @@ class Batch:
     """What is new since the last write; bounded by MAX_PENDING."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, tuple[float, str, str]] = {}
+        """When each client was seen last, and the version and language that it stated ("" for nothing)."""
         self.asked: dict[tuple[str, Stream, str], Asked] = {}
 
     @property
-    def full(self) -> bool:
+    def _full(self) -> bool:
         return len(self.seen) + len(self.asked) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
@@ -145,11 +137,9 @@ class Batch:
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         """A client asked for something."""
-        if client in self.seen or not self.full:
-            before = self.seen.get(client, Seen(at, "", ""))
-            self.seen[client] = Seen(
-                max(before.at, at), version or before.version, language or before.language
-            )
+        if client in self.seen or not self._full:
+            before, its_version, its_language = self.seen.get(client, (at, "", ""))
+            self.seen[client] = max(before, at), version or its_version, language or its_language
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
         """A client took or asked for a body."""
@@ -163,19 +153,17 @@ class Batch:
         revision = content_revision(Kind.DELTA if step else kind, take.key.revision, take.key.file)
         date = revision_time(revision) if revision else None
         if revision is not None and date is not None and _FIRST_DATE <= date <= at + _AHEAD_SECONDS:
-            came_from, taken_at = step.from_revision if step else "", at if whole else None
-            asked = Asked(at, came_from, taken_at, take.version)
+            asked = Asked(at, step.from_revision if step else "", at if whole else None, take.version)
             self._ask((take.client, stream_of(take.key), revision), asked)
 
     def _ask(self, what: tuple[str, Stream, str], asked: Asked) -> None:
         before = self.asked.get(what)
-        if before is None and (self.full or what[0] not in self.seen):
-            return
-        if before is not None and (asked.taken_at is None or before.taken_at is not None):
-            asked = asked._replace(taken_at=before.taken_at, version_then=before.version_then)
-        if before is not None and not asked.came_from:
-            asked = asked._replace(came_from=before.came_from)
-        self.asked[what] = asked
+        if before is not None:
+            if asked.taken_at is None or before.taken_at is not None:
+                asked = asked._replace(taken_at=before.taken_at, version_then=before.version_then)
+            self.asked[what] = asked._replace(came_from=asked.came_from or before.came_from)
+        elif what[0] in self.seen and not self._full:
+            self.asked[what] = asked
 
 
 MAX_STREAMS = 1000
@@ -226,7 +214,7 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
         db.executemany(statement, rows)
 
 
-def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
+def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
     """Delete clients unseen for `retention_seconds` or beyond `max_clients`, and old takes."""
     oldest = now - retention_seconds
     db.execute(
@@ -244,7 +232,7 @@ def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, 
     _drop_orphans(db)
 
 
-def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
+def rename(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
     """Rename clients; where two get one name, the one seen last stays."""
     for number, name in db.execute("SELECT id, name FROM clients ORDER BY seen_at").fetchall():
         other = new_name(name)

@@ -18,20 +18,19 @@ from gup.metrics import KINDS, MAX_STREAMS, PURPOSES, SOURCES, STREAM_WASTED, WA
 from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.stats")
-METRICS = (
-    "gup_client_sent_bytes_total",
-    "gup_upstream_received_bytes_total",
-    "gup_upstream_wasted_bytes_total",
-    "gup_stream_sent_bytes_total",
-    "gup_stream_received_bytes_total",
-    STREAM_WASTED.name,
-    "gup_requests_total",
-    "gup_fills_total",
-    "gup_evictions_total",
-    "gup_evicted_bytes_total",
-    "gup_integrity_failures_total",
-)
-"""What a day and the history are made of."""
+FIGURES = {
+    "gup_client_sent_bytes_total": "client_sent_bytes",
+    "gup_upstream_received_bytes_total": "upstream_received_bytes",
+    "gup_upstream_wasted_bytes_total": "upstream_wasted_bytes",
+    "gup_evictions_total": "evictions.{reason}",
+    "gup_evicted_bytes_total": "evicted_bytes",
+    "gup_integrity_failures_total": "integrity_failures",
+    "gup_requests_total": "requests.{result}",
+    "gup_fills_total": "fills.{outcome}",
+}
+"""What the history keeps: a metric, and the name of its sum, with labels of the series in it."""
+METRICS = (*FIGURES, "gup_stream_sent_bytes_total", "gup_stream_received_bytes_total", STREAM_WASTED.name)
+"""What a day is made of."""
 EARLIER = ""
 """The row of all that was counted before the days that are kept."""
 
@@ -127,7 +126,7 @@ def prune_days(db: sqlite3.Connection, oldest: str) -> None:
     db.execute("DELETE FROM days WHERE day < ? AND day <> ?", (oldest, EARLIER))
 
 
-def added_up(days: Iterable[Counts]) -> Counts:
+def added_up(days: Iterable[Counts]) -> Counter[str]:
     """The sum of several days."""
     total: Counter[str] = Counter()
     for counts in days:
