@@ -65,7 +65,7 @@ _MATCHING = """
 FROM clients WHERE seen_at >= :since AND (:version IS NULL OR version = :version COLLATE NOCASE)
 AND (:language IS NULL OR language = :language COLLATE NOCASE)
 """
-_NEWEST = f"SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT {client_records.MAX_CLIENTS}"
+_NEWEST = f"SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT {client_records.MAX_CLIENTS}"  # noqa: S608
 _PAGE = f"""
 SELECT {_CLIENT}, first_at AS first_seen_at, id {_MATCHING}
 AND (:seen_at IS NULL OR (seen_at, id) < (:seen_at, :id)) ORDER BY seen_at DESC, id DESC LIMIT :most
@@ -86,7 +86,7 @@ class Reports:
         age_clock: Callable[[], float],
         held: Callable[[], Mapping[Stream, str]],
     ) -> None:
-        """`age_clock` tells the time that ages are measured from, `held` the newest revisions in the store."""
+        """`age_clock` tells the time that ages are measured from, `held` the newest revisions stored."""
         self._dependencies = dependencies
         self._database = database
         self._clock, self._age_clock = clock, age_clock
