@@ -23,7 +23,7 @@ _REST_FACTOR = 10
 _DAYS = 30
 _FAILURES_SHOWN = 10
 _CHARTS = {"hour": (MINUTE, 5 * MINUTE, "%H:%M"), "day": (5 * MINUTE, HOUR, "%a %H:%M")}
-"""Spans that are drawn: seconds of a point of the chart and of a row of its table, the form of a row's time."""
+"""Spans that are drawn: seconds of a point of the chart and of a row of its table, form of the row's time."""
 MAX_STREAMS = 40
 MAX_REVISIONS = 10
 
