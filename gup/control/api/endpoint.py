@@ -71,8 +71,8 @@ class Endpoint:
         return next((kind for kind in self.parameters.values() if issubclass(kind, Request)), Request)
 
     @property
-    def returns(self) -> type:
-        kind: type = signature(self.function).return_annotation
+    def returns(self) -> type[Any]:
+        kind: type[Any] = signature(self.function).return_annotation
         return kind
 
     def route(self) -> web.RouteDef:
@@ -160,8 +160,10 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
     """The description of the endpoints (OpenAPI 3.1)."""
     returned = [each.returns for each in endpoints if issubclass(each.returns, BaseModel)]
     taken = [each.request_model for each in endpoints if each.takes == JSON]
-    models = [(model, "serialization") for model in dict.fromkeys((Problem, *returned, *taken))]
-    refs, found = models_json_schema(models, ref_template=_REF)
+    models: list[type[BaseModel]] = [Problem, *returned, *taken]
+    refs, found = models_json_schema(
+        [(model, "serialization") for model in dict.fromkeys(models)], ref_template=_REF
+    )
     contents = {model: {"schema": ref} for (model, _), ref in refs.items()}
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:

@@ -146,7 +146,7 @@ class Upstreams(Response):
 
 class Limit(Response):
     limit: int | None = Field(description="Null when there is none.")
-    used: int = Field(0, description="Left out where each client or connection has a limit of its own.")
+    used: int = Field(default=0, description="Left out where each client or connection has its own limit.")
 
 
 class Limits(Response):

@@ -20,9 +20,7 @@ class Listing(Request):
 
     version: Text | None = Field(None, description="Only those that state this version.")
     language: Text | None = Field(None, description="Only those that state this language.")
-    seen: Literal["1h", "1d", "7d"] | None = Field(
-        None, description="Only those seen within an hour, a day, seven days."
-    )
+    seen: Literal["1h", "1d", "7d"] | None = Field(None, description="Only those seen within this time.")
     limit: Count = Field(100, description="Rows of a page, at most.")
     cursor: schemas.ClientCursor | None = Field(None, description=schemas.CURSOR)
 
@@ -42,9 +40,7 @@ class Ledger(Form):
 class Span(Request):
     """How far back to look."""
 
-    span: Literal["hour", "day", "week", "quarter"] = Field(
-        "hour", description="An hour or a day by the minute, a week or ninety days by the hour."
-    )
+    span: Literal["hour", "day", "week", "quarter"] = Field("hour", description="A quarter is ninety days.")
 
 
 async def clients(state: ControlState, query: Listing) -> schemas.Clients:
