@@ -108,8 +108,8 @@ class FillRates:
 
 
 def began_at(part: Part) -> float:
-    """A generation is the time at which its fill began, in microseconds."""
-    return part.generation / 1e6
+    """A generation is the time at which its fill began, in nanoseconds."""
+    return part.generation / 1e9
 
 
 _FAILURES = 50
@@ -142,18 +142,9 @@ class ControlState:
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
         self.traffic = Traffic(self.index, clock)
         self.alarms = AlarmBoard()
-        self.database = StatsDatabase(dependencies.store.root)
-        self.reports = Reports(
-            dependencies,
-            self.database,
-            settings=dependencies.settings,
-            clock=clock,
-            age_clock=self._age_clock,
-            held=self.index.newest_held,
-            on_written=partial(self.refusals.note, "reports"),
-        )
-        on_saved = partial(self.refusals.note, "savings")
-        self.history = Recorder(dependencies, self.database, dependencies.settings, clock, on_saved)
+        self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
+        self.reports = Reports(dependencies, self.database, clock, self._age_clock, self.index.newest_held)
+        self.history = Recorder(dependencies, self.database, clock)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()

@@ -21,11 +21,11 @@ from gup.control.stats.history import (
     Gauges,
     Recorder,
     add_gain,
-    added,
     points_of,
     shown,
     sums_of,
 )
+from gup.control.stats.savings import added_up
 from gup.metrics import layout
 
 NOON = 1_800_000_000 // DAY * DAY + 43_200
@@ -37,7 +37,7 @@ class Service:
 
     def __init__(self, path):
         self.count, self.now, self.steady, self.installed_at = 0, float(NOON), 0.0, 1.0
-        self.database = StatsDatabase(path)
+        self.database = StatsDatabase(path, lambda _what, _refusal: None)
         self.begin(0)
 
     def begin(self, count, later=0.0, *, controller_only=False):
@@ -47,8 +47,9 @@ class Service:
         self.steady += later
         if not controller_only:
             self.started_with = self.count
-        clocks = {"clock": lambda: self.now, "monotonic": lambda: self.steady}
-        self.recorder = Recorder(self, self.database, Settings, on_written=lambda _: None, **clocks)
+        self.recorder = Recorder(self, self.database, lambda: self.now, lambda: self.steady)
+
+    settings = Settings
 
     def totals(self, less=0):
         sent = self.count - less
@@ -71,7 +72,8 @@ class Service:
         return [(point.at - NOON, point.sums[SENT]) for point in await self.recorder.series(span)]
 
     async def total(self, step=MINUTE):
-        return added(await self.database.run(lambda db: points_of(db, step, -1e18, 1e18)))[SENT]
+        points = await self.database.run(lambda db: points_of(db, step, -1e18, 1e18))
+        return added_up(point.sums for point in points)[SENT]
 
 
 @asynccontextmanager
@@ -110,7 +112,7 @@ async def test_minutes_and_hours_hold_what_was_gained_in_them(tmp_path):
 
 def within(path, work):
     """What `work` makes of the database."""
-    database = StatsDatabase(path)
+    database = StatsDatabase(path, lambda _what, _refusal: None)
     try:
         return database.transact(work)
     finally:

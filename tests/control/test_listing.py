@@ -92,7 +92,7 @@ def test_wrong_parameters_are_named(parameters):
 def test_every_request_of_the_application_is_documented():
     text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
     app = make_app(SimpleNamespace())
-    described = document(app[ENDPOINTS]).paths
+    described = document(app[ENDPOINTS]).root["paths"]
     for route in app.router.routes():
         path = route.resource.canonical
         if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own

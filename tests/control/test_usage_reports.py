@@ -388,7 +388,7 @@ async def test_a_disk_that_refuses_loses_nothing(site, browser):
 
 def test_a_full_database_refuses_and_is_not_taken_for_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr("gup.control.stats.database._MAX_PAGES", 60)
-    database = StatsDatabase(tmp_path)
+    database = StatsDatabase(tmp_path, lambda _what, _refusal: None)
     with pytest.raises(OSError, match="full"):
         database.transact(lambda db: db.execute("INSERT INTO points VALUES(1, 1, 1, zeroblob(1000000))"))
     count = database.transact(lambda db: db.execute("SELECT count(*) FROM points").fetchone())

@@ -1,7 +1,6 @@
 """Endpoints: functions that take a checked request model and return a response model, as aiohttp routes.
 
-Routes and the OpenAPI document are made from the same rows, so that the document can't say other than what
-holds.
+Routes and the OpenAPI document are made from the same rows.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from inspect import signature
 from typing import Annotated, Any
 
 from aiohttp import web
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
 import gup
@@ -49,10 +48,9 @@ class Endpoint:
     """One request and the function that answers it.
 
     The function gets what the types of its parameters name: the ControlState, the web.Request, a Request
-    model. The model's fields come from the path and the query, or from a JSON body (`takes`). It returns a
-    model, which is sent as JSON, or as lines of `csv` where the request states so; or a response of another
-    of the types in `media`. Its docstring is the summary. `problems` are statuses besides those of every
-    request.
+    model, whose fields come from the path and the query or, with `takes` JSON, from the body. It returns a
+    model, which is sent as JSON or, where the request states so, as lines of `csv`; or a response of one of
+    the types in `media`. Its docstring is the summary. `problems` are further statuses.
     """
 
     method: str
@@ -73,8 +71,8 @@ class Endpoint:
         return next((kind for kind in self.parameters.values() if issubclass(kind, Request)), Request)
 
     @property
-    def returns(self) -> type[BaseModel | web.StreamResponse]:
-        kind: type[BaseModel | web.StreamResponse] = signature(self.function).return_annotation
+    def returns(self) -> type[Any]:
+        kind: type[Any] = signature(self.function).return_annotation
         return kind
 
     def route(self) -> web.RouteDef:
@@ -98,14 +96,12 @@ class Endpoint:
         """What the request states; 400 where that is not allowed, with what would be right."""
         model, in_path = self.request_model, dict(request.match_info)
         given, what = dict[str, Any](request.query), "parameter"
-        if twice := next(
-            (name for name in given if name in in_path or len(request.query.getall(name)) > 1), ""
-        ):
-            raise web.HTTPBadRequest(text=f"the parameter {twice} stands twice")
-        takes_any = model.model_fields.keys() > in_path.keys()
-        if self.takes == JSON:
-            takes_any = not given
-            given, what = (given, what) if given else (await _members(request), "member")
+        for name in given:
+            if name in in_path or len(request.query.getall(name)) > 1:
+                raise web.HTTPBadRequest(text=f"the parameter {name} stands twice")
+        takes_any = model.model_fields.keys() > in_path.keys() and self.takes != JSON
+        if self.takes == JSON and not given:
+            given, what, takes_any = await _members(request), "member", True
         if given and not takes_any:
             names = ", ".join(map(repr, given))
             raise web.HTTPBadRequest(text=f"this request takes no {what}, and {names} was given")
@@ -137,9 +133,7 @@ def problem(status: int, detail: str, **more: object) -> web.Response:
 # --- the OpenAPI document
 
 _ALWAYS = (400, 401, 403, 503)
-"""Problems of every request: parameters that it does not take, no token, a wrong token or a foreign page,
-something broken.
-"""
+"""Problems of every request: a wrong parameter, no token, a wrong token or foreign page, something broken."""
 _TOKEN = {
     "type": "http",
     "scheme": "bearer",
@@ -150,14 +144,8 @@ _REF = "#/components/schemas/{model}"
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
-class Document(Response):
+class Document(RootModel[dict[str, Any]]):
     """An OpenAPI document."""
-
-    openapi: str
-    info: dict[str, Any]
-    servers: list[dict[str, Any]]
-    paths: dict[str, Any]
-    components: dict[str, Any]
 
 
 ENDPOINTS: web.AppKey[Sequence[Endpoint]] = web.AppKey("endpoints", Sequence)
@@ -170,25 +158,25 @@ async def openapi(request: web.Request) -> Document:
 
 def document(endpoints: Sequence[Endpoint]) -> Document:
     """The description of the endpoints (OpenAPI 3.1)."""
-    models: dict[type[BaseModel], None] = {Problem: None}
-    for endpoint in endpoints:
-        models |= {endpoint.returns: None} if issubclass(endpoint.returns, BaseModel) else {}
-        models |= {endpoint.request_model: None} if endpoint.takes == JSON else {}
-    refs, found = models_json_schema([(model, "serialization") for model in models], ref_template=_REF)
+    returned = [each.returns for each in endpoints if issubclass(each.returns, BaseModel)]
+    taken = [each.request_model for each in endpoints if each.takes == JSON]
+    models: list[type[BaseModel]] = [Problem, *returned, *taken]
+    refs, found = models_json_schema(
+        [(model, "serialization") for model in dict.fromkeys(models)], ref_template=_REF
+    )
     contents = {model: {"schema": ref} for (model, _), ref in refs.items()}
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, contents)
+    about = "Sizes are bytes, times Unix seconds, durations seconds."
     return Document(
-        openapi="3.1.0",
-        info={
-            "title": "gup: the control plane",
-            "version": gup.__version__,
-            "description": "Sizes are bytes, times Unix seconds, durations seconds.",
-        },
-        servers=[{"url": "/"}],
-        paths=paths,
-        components={"schemas": _plain(found["$defs"]), "securitySchemes": {"token": _TOKEN}},
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "gup: the control plane", "version": gup.__version__, "description": about},
+            "servers": [{"url": "/"}],
+            "paths": paths,
+            "components": {"schemas": _plain(found["$defs"]), "securitySchemes": {"token": _TOKEN}},
+        }
     )
 
 
@@ -199,15 +187,13 @@ def _plain(schema: Any) -> Any:
     return [_plain(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def _operation(endpoint: Endpoint, contents: dict[type[Any], dict[str, Any]]) -> dict[str, Any]:
-    method, path = endpoint.method, endpoint.path
-    text = {"schema": {"type": "string"}}
+def _operation(endpoint: Endpoint, contents: dict[type, dict[str, Any]]) -> dict[str, Any]:
+    method, path, text = endpoint.method, endpoint.path, {"schema": {"type": "string"}}
     content = dict.fromkeys(endpoint.media, text) | ({CSV: text} if endpoint.csv else {})
     if endpoint.returns in contents:
         content[JSON] = contents[endpoint.returns]
+    problems = sorted({*_ALWAYS, *endpoint.problems, *([415] if endpoint.takes == JSON else [])})
     refused = {"application/problem+json": contents[Problem]}
-    problems = {*_ALWAYS, *endpoint.problems, *([415] if endpoint.takes == JSON else [])}
-    answers = {endpoint.status: content} | dict.fromkeys(sorted(problems), refused)
     described: dict[str, Any] = {
         "summary": (endpoint.function.__doc__ or "").splitlines()[0].strip(),
         "operationId": f"{method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path.lower()).strip('_')}",
@@ -215,8 +201,8 @@ def _operation(endpoint: Endpoint, contents: dict[type[Any], dict[str, Any]]) ->
         "parameters": [] if endpoint.takes == JSON else list(_parameters(endpoint)),
         "security": [*([{}] if method == "GET" else []), {"token": []}],
         "responses": {
-            str(status): {"description": HTTPStatus(status).phrase, "content": content}
-            for status, content in answers.items()
+            str(status): {"description": HTTPStatus(status).phrase, "content": sent}
+            for status, sent in [(endpoint.status, content), *((status, refused) for status in problems)]
         },
     }
     if endpoint.takes:

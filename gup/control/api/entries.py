@@ -20,9 +20,7 @@ from gup.control.state import ControlState
 
 _SAFE_NAME = r"^[^./\\\u0000-\u001f\u007f-\u009f\u2028\u2029][^/\\\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
 _Part = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 240, "pattern": _SAFE_NAME})]
-_Order = Literal[
-    "key", "-key", "used", "-used", "stored", "-stored", "length", "-length", "hits", "-hits"
-]  # fmt: skip
+_Order = Literal["key", "-key", "used", "-used", "stored", "-stored", "length", "-length", "hits", "-hits"]
 
 Labels = Callable[[Row], Label]
 """What the catalogue calls a row's stream; the moniker, and the type "", where it is not listed."""
@@ -52,9 +50,7 @@ class Filter(Request):
 
     product: Text | None = Field(None, description="Only of this product, as rows show it.")
     version: Text | None = Field(None, description="Only of this version: the key's or the product's.")
-    language: Text | None = Field(
-        None, description="Only of this language, however it is written: the key's or the product's."
-    )
+    language: Text | None = Field(None, description="Only of this language: the key's or the product's.")
     stream: Text | None = Field(None, description="Only of this moniker.")
     revision: Text | None = Field(None, description="Only of this revision: the folder's or the content's.")
     kind: Kind | None = Field(None, description="Only files of this kind.")
@@ -99,15 +95,15 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
 
 async def pin(state: ControlState, path: Key) -> schemas.Pinned:
     """Keep an entry whatever the limits say."""
-    return await _set_pinned(state, path.key, pinned=True)
+    return await _pinned(state, path.key, True)
 
 
 async def unpin(state: ControlState, path: Key) -> schemas.Pinned:
     """Let the limits apply to an entry again."""
-    return await _set_pinned(state, path.key, pinned=False)
+    return await _pinned(state, path.key, False)
 
 
-async def _set_pinned(state: ControlState, key: ContentKey, *, pinned: bool) -> schemas.Pinned:
+async def _pinned(state: ControlState, key: ContentKey, pinned: bool) -> schemas.Pinned:
     if not await state.set_pinned(key, pinned=pinned):
         raise _not_found(key)
     return schemas.Pinned(key=key.text, pinned=pinned)
@@ -163,34 +159,33 @@ async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entrie
 
 def matching(rows: Iterable[Row], query: Filter, label: Labels) -> list[Row]:
     """All rows that the filter lets through."""
-    return [row for row in rows if _fits(row, query, label)]
+    language = parse_language(query.language) if query.language is not None else None
 
+    def same(wanted: str, *found: str) -> bool:
+        return wanted.casefold() in map(str.casefold, found)
 
-def _fits(row: Row, query: Filter, label: Labels) -> bool:
-    if query.kind is not None and row.kind is not query.kind:
-        return False
-    if query.stream is not None and not _same(query.stream, row.stream):
-        return False
-    if query.revision is not None and query.revision not in (row.revision, row.content_revision):
-        return False
-    if query.product is None and query.version is None and query.language is None:
-        return True
-    called = label(row)
-    return (
-        (query.product is None or _same(query.product, called.product))
-        and (query.version is None or _same(query.version, row.version, called.version))
-        and (query.language is None or _same_language(query.language, row.language, called.language))
-    )
+    def fits(row: Row) -> bool:
+        if not (
+            (query.kind is None or row.kind is query.kind)
+            and (query.stream is None or same(query.stream, row.stream))
+            and (query.revision is None or query.revision in (row.revision, row.content_revision))
+        ):
+            return False
+        if query.product is None and query.version is None and query.language is None:
+            return True
+        called = label(row)
+        languages = (row.language, called.language)  # each may be written in other ways: French, fr, fr-CA
+        return (
+            (query.product is None or same(query.product, called.product))
+            and (query.version is None or same(query.version, row.version, called.version))
+            and (
+                query.language is None
+                or same(query.language, *languages)
+                or (language is not None and language in map(parse_language, languages))
+            )
+        )
 
-
-def _same(wanted: str, *found: str) -> bool:
-    return wanted.casefold() in map(str.casefold, found)
-
-
-def _same_language(wanted: str, *found: str) -> bool:
-    """Whether one of them is the language, which may be written in other ways: French, fr, fr-CA."""
-    language = parse_language(wanted)
-    return _same(wanted, *found) or (language is not None and language in map(parse_language, found))
+    return [row for row in rows if fits(row)]
 
 
 def shown(row: Row, label: Label) -> schemas.Entry:

@@ -40,17 +40,22 @@ class Variant(Response):
     language: str | None
 
 
-class Totals(Response):
+class Moved(Response):
+    """Of a time; saved is sent minus received and may be below zero."""
+
     client_sent_bytes: int
     upstream_received_bytes: int
-    saved_bytes: int = Field(description="Sent minus received; may be below zero.")
+    saved_bytes: int
     requests: dict[str, int] = Field(description="By result.")
+    evicted_bytes: int
+    integrity_failures: int
+
+
+class Totals(Moved):
     requests_total: int
     hit_ratio: float | None = Field(description="Of the requests for content; null before the first.")
     fills: int
     evictions: int
-    evicted_bytes: int
-    integrity_failures: int
 
 
 class TotalsBySpan(Response):
@@ -141,7 +146,7 @@ class Upstreams(Response):
 
 class Limit(Response):
     limit: int | None = Field(description="Null when there is none.")
-    used: int = Field(0, description="Left out where each client or connection has a limit of its own.")
+    used: int = Field(default=0, description="Left out where each client or connection has its own limit.")
 
 
 class Limits(Response):
@@ -551,18 +556,12 @@ class Savings(Response):
     days: list[DayTraffic] = Field(description="The newest first.")
 
 
-class HistoryPoint(Response):
-    """What was moved in one minute or hour, the highest rates in it, and what held at its end."""
+class HistoryPoint(Moved):
+    """One minute or hour: what was moved, the highest rates in it, and what held at its end."""
 
     at: int = Field(description="When it began.")
     covered_seconds: float = Field(description="How much of it was seen; rates are bytes through this.")
-    client_sent_bytes: int
-    upstream_received_bytes: int
-    saved_bytes: int = Field(description="Sent minus received; may be below zero.")
     upstream_wasted_bytes: int
-    evicted_bytes: int
-    integrity_failures: int
-    requests: dict[str, int] = Field(description="By result.")
     fills: dict[str, int] = Field(description="By outcome.")
     client_peak_bytes_per_second: int
     wan_peak_bytes_per_second: int

@@ -20,9 +20,7 @@ class Listing(Request):
 
     version: Text | None = Field(None, description="Only those that state this version.")
     language: Text | None = Field(None, description="Only those that state this language.")
-    seen: Literal["1h", "1d", "7d"] | None = Field(
-        None, description="Only those seen within an hour, a day, seven days."
-    )
+    seen: Literal["1h", "1d", "7d"] | None = Field(None, description="Only those seen within this time.")
     limit: Count = Field(100, description="Rows of a page, at most.")
     cursor: schemas.ClientCursor | None = Field(None, description=schemas.CURSOR)
 
@@ -42,22 +40,16 @@ class Ledger(Form):
 class Span(Request):
     """How far back to look."""
 
-    span: Literal["hour", "day", "week", "quarter"] = Field(
-        "hour", description="An hour or a day by the minute, a week or ninety days by the hour."
-    )
+    span: Literal["hour", "day", "week", "quarter"] = Field("hour", description="A quarter is ninety days.")
 
 
 async def clients(state: ControlState, query: Listing) -> schemas.Clients:
     """How many clients were seen, and who they are."""
-    now = state.clock()
-    page = await state.reports.clients(
-        since=now - WINDOWS[query.seen] if query.seen else 0.0,
-        version=query.version,
-        language=query.language,
-        after=query.cursor,
-        most=query.limit,
-    )
-    if not state.reports.keeps_clients:
+    now, (seen_at, id_) = state.clock(), query.cursor or (None, None)
+    since = now - WINDOWS[query.seen] if query.seen else 0.0
+    wanted = {"since": since, "version": query.version, "language": query.language}
+    page = await state.reports.clients(query.limit, **wanted, seen_at=seen_at, id=id_)
+    if state.reports.mode == "off":
         page["known"] = len(state.clients)
     return schemas.Clients(seen=state.clients.counts(now), **page)
 

@@ -18,7 +18,7 @@ from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
 from gup.control.exposition import expose, gauges
 from gup.control.index import stream_of
 from gup.control.state import ControlState, began_at, numbers
-from gup.control.stats.history import RECEIVED, SENT, shown, sums_of
+from gup.control.stats.history import shown, sums_of
 
 
 class Question(Request):
@@ -32,14 +32,14 @@ class Question(Request):
 
 async def status(state: ControlState) -> schemas.Status:
     """Everything at a glance."""
-    disk = await state.evictor.measure()
-    process, totals = state.dependencies, state.dependencies.totals()
+    disk, settings, now = await state.evictor.measure(), state.settings, state.clock()
+    process, totals, wan_rate = state.dependencies, state.dependencies.totals(), state.dependencies.wan_rate()
     return schemas.Status(
-        site=state.settings.site.name,
+        site=settings.site.name,
         version=gup.__version__,
         started_at=process.started_at,
         installed_at=process.installed_at,
-        uptime_seconds=max(0.0, state.clock() - process.started_at),
+        uptime_seconds=max(0.0, now - process.started_at),
         ready=not state.not_ready(),
         totals=schemas.TotalsBySpan(
             since_start=totals_of(process.since_start()), since_install=totals_of(totals)
@@ -50,7 +50,7 @@ async def status(state: ControlState) -> schemas.Status:
             parts=sum(1 for part in disk.parts if part.generation),
             parts_bytes=disk.parts_bytes,
             size_bytes=disk.size_bytes,
-            limit_bytes=state.settings.cache.max_size,
+            limit_bytes=settings.cache.max_size,
             free_bytes=disk.free_bytes,
             complete=state.index.complete,
         ),
@@ -58,16 +58,16 @@ async def status(state: ControlState) -> schemas.Status:
         fills=_fills(state, disk.parts),
         fill_waiters=totals.get("gup_fill_waiters", 0),
         clients=schemas.ClientCounts(
-            connections=totals.get("gup_client_connections", 0), seen=state.clients.counts(state.clock())
+            connections=totals.get("gup_client_connections", 0), seen=state.clients.counts(now)
         ),
         workers=[schemas.Worker.model_validate(worker) for worker in process.workers()],
         upstreams=_upstreams(state),
-        wan_rate_bytes_per_second=process.wan_rate() or None,
+        wan_rate_bytes_per_second=wan_rate or None,
         limits=limits_of(
-            state.settings,
+            settings,
             totals,
             size_bytes=disk.size_bytes,
-            wan_rate=process.wan_rate(),
+            wan_rate=wan_rate,
             wan_used=state.history.wan.bytes_per_second(),
         ),
         scrub=state.scrubber.progress(),
@@ -121,21 +121,14 @@ async def explanation(state: ControlState, query: Question) -> schemas.Explanati
         settings, book = state.settings, Rulebook(state.settings)
         client = book.identities.stated(query.client_version, query.client_language)
         chosen = [upstream for upstream in settings.upstream if query.upstream in (None, upstream.name)]
-        sources = _catalogue_sources(state)
+        sources = {one.name: "LiveUpdate has no catalogue" for one in chosen if one.kind == "liveupdate"}
+        for name, kept in state.dependencies.catalogues().items():
+            read, source = kept["streams"] is not None, str(kept["source"])
+            sources[name] = source if read else f"{source} can't be read ({kept['problem']})"
         told = explain(book, state.dependencies.catalogue_rows(), chosen, sources, moniker, client)
         return schemas.Explanation.model_validate(told)
 
     return await asyncio.to_thread(decide)
-
-
-def _catalogue_sources(state: ControlState) -> dict[str, str]:
-    """Where each upstream's catalogue comes from, as for the command."""
-    kinds = {upstream.name: upstream.kind for upstream in state.settings.upstream}
-    sources = {name: "LiveUpdate has no catalogue" for name, kind in kinds.items() if kind == "liveupdate"}
-    for name, kept in state.dependencies.catalogues().items():
-        read, source = kept["streams"] is not None, str(kept["source"])
-        sources[name] = source if read else f"{source} can't be read ({kept['problem']})"
-    return sources
 
 
 async def healthz() -> web.Response:
@@ -173,27 +166,25 @@ ENDPOINTS = (
 
 _FROM_STORE = ("hit", "revalidated", "stale")
 _SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
-_SUMS = (SENT, RECEIVED, "saved_bytes", "evicted_bytes", "integrity_failures")
 
 
 def totals_of(words: Mapping[str, int]) -> schemas.Totals:
-    """What was sent, received and saved, and requests by result, from series and their values.
+    """What was moved, and requests by result, from series and their values.
 
-    Saved is sent minus received and may be below zero: what was fetched and not asked for again has cost.
-    The hit ratio counts requests for content that were answered from the store; None before the first one.
+    The hit ratio counts requests for content that were answered from the store.
     """
     sums = sums_of(words)
     told = shown(sums)
     requests = told["requests"]
     served = sum(requests[result] for result in _SERVED)
-    return schemas.Totals(
-        **{name: told[name] for name in _SUMS},
-        requests=requests,
-        requests_total=sum(requests.values()),
-        hit_ratio=sum(requests[result] for result in _FROM_STORE) / served if served else None,
-        fills=sum(told["fills"].values()),
-        evictions=sum(count for name, count in sums.items() if name.startswith("evictions.")),
-    )
+    del told["upstream_wasted_bytes"]
+    more = {
+        "requests_total": sum(requests.values()),
+        "hit_ratio": sum(requests[result] for result in _FROM_STORE) / served if served else None,
+        "fills": sum(told["fills"].values()),
+        "evictions": sum(count for name, count in sums.items() if name.startswith("evictions.")),
+    }
+    return schemas.Totals(**told | more)
 
 
 def _fills(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
@@ -207,20 +198,20 @@ def fill_of(part: Part, rate: float | None, label: Callable[[Stream], tuple[str,
     """A fill in progress; `label` gives a stream's product and language."""
     fill, head = part.state, part.state.head if part.state else None
     product, language = label(stream_of(fill.key)) if fill else (None, None)
-    left = head.length - part.size_bytes if head is not None and head.length is not None else None
+    length = head.length if head else None
     return schemas.Fill(
         key=fill.key.text if fill else None,
         id=part.id,
         phase=fill.phase if fill else None,
         received_bytes=part.size_bytes,
-        length_bytes=head.length if head else None,
+        length_bytes=length,
         upstream=head.upstream if head else None,
         product=product,
         language=language,
         kind=fill.kind if fill else None,
         began_at=began_at(part),
         bytes_per_second=rate,
-        remaining_seconds=left / rate if left is not None and rate else None,
+        remaining_seconds=(length - part.size_bytes) / rate if length is not None and rate else None,
     )
 
 
@@ -233,7 +224,7 @@ def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     for upstream in state.settings.upstream:
         health, since = states.get(upstream.name, ("unknown", None))
         at, detail = state.upstream_errors.get(upstream.name, (None, None))
-        found = {
+        found = {name: getattr(upstream, name) for name in _CONFIGURED} | {
             "up": health != "down",
             "state": health,
             "since": since or process.started_at,
@@ -241,29 +232,26 @@ def _upstreams(state: ControlState) -> list[schemas.Upstream]:
             "last_error_at": at,
             "catalogue": catalogues.get(upstream.name),
         }
-        configured = {name: getattr(upstream, name) for name in _CONFIGURED}
-        rows.append(schemas.Upstream.model_validate(configured | found))
+        rows.append(schemas.Upstream.model_validate(found))
     return rows
-
-
-_USED = {
-    "downloads": "gup_client_downloads_in_progress",
-    "queue": "gup_client_downloads_queued",
-    "connections": "gup_client_connections",
-    "fills": "gup_fills_in_progress",
-}
 
 
 def limits_of(
     settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
 ) -> schemas.Limits:
     """Limit (None: unlimited) and use of each; rates are bytes per second."""
-    most = numbers(settings)
-    used = {name: {"limit": most.get(name), "used": totals.get(word, 0)} for name, word in _USED.items()}
-    each = {
-        "connections_per_address": {"limit": most.get("connections_per_address")},
-        "client_rate_bytes_per_second": {"limit": settings.clients.rate or None},
-        "wan_rate_bytes_per_second": {"limit": wan_rate or None, "used": wan_used},
-        "cache_size_bytes": {"limit": settings.cache.max_size, "used": size_bytes},
-    }
-    return schemas.Limits.model_validate(used | each)
+    limit, most = schemas.Limit, numbers(settings)
+
+    def number(name: str, series: str) -> schemas.Limit:
+        return limit(limit=most.get(name), used=totals.get(series, 0))
+
+    return schemas.Limits(
+        downloads=number("downloads", "gup_client_downloads_in_progress"),
+        queue=number("queue", "gup_client_downloads_queued"),
+        connections=number("connections", "gup_client_connections"),
+        connections_per_address=limit(limit=most.get("connections_per_address")),
+        client_rate_bytes_per_second=limit(limit=settings.clients.rate or None),
+        wan_rate_bytes_per_second=limit(limit=wan_rate or None, used=wan_used),
+        cache_size_bytes=limit(limit=settings.cache.max_size, used=size_bytes),
+        fills=number("fills", "gup_fills_in_progress"),
+    )

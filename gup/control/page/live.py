@@ -78,9 +78,8 @@ class Page:
             news = {name: data for name, data in self._events.items() if sent.get(name) != data}
             sent |= news
             if news:
-                yield "".join(
-                    f"event: {name.split()[0]}\ndata: {data}\n\n" for name, data in news.items()
-                ).encode()
+                events = (f"event: {name.split()[0]}\ndata: {data}\n\n" for name, data in news.items())
+                yield "".join(events).encode()
             try:
                 async with asyncio.timeout(_QUIET_SECONDS):
                     await changed.wait()
@@ -141,12 +140,9 @@ async def _end(app: web.Application) -> None:
 async def page(request: web.Request) -> web.Response:
     """The page for people."""
     parts = request.app[PAGE]
-    return web.Response(
-        text=parts.renderer.page(await parts.viewer.view()),
-        content_type="text/html",
-        charset="utf-8",
-        headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY},
-    )
+    text = parts.renderer.page(await parts.viewer.view())
+    headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY}
+    return web.Response(text=text, content_type="text/html", charset="utf-8", headers=headers)
 
 
 async def asset(request: web.Request) -> web.Response:

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from heapq import nlargest
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
@@ -16,33 +16,31 @@ from gup.control.api.status import status
 from gup.control.index import Row
 from gup.control.page.render import clock
 from gup.control.state import ControlState
-from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, Point, added
-from gup.control.stats.savings import within
-
-_T = TypeVar("_T")
+from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, SPANS, Point
+from gup.control.stats.savings import added_up, within
 
 _REST_FACTOR = 10
 _DAYS = 30
 _FAILURES_SHOWN = 10
-_CHARTS = {"hour": (5 * MINUTE, "%H:%M"), "day": (HOUR, "%a %H:%M")}
-"""Spans that are drawn: the length of the rows in the tables behind the charts, the form of their times."""
+_CHARTS = {"hour": (MINUTE, 5 * MINUTE, "%H:%M"), "day": (5 * MINUTE, HOUR, "%a %H:%M")}
+"""Spans that are drawn: seconds of a point of the chart and of a row of its table, form of the row's time."""
 MAX_STREAMS = 40
 MAX_REVISIONS = 10
 
 
-class Kept(Generic[_T]):
+class Kept:
     """The result of `find`, kept for some seconds, longer if it took long; concurrent callers share one."""
 
-    def __init__(self, seconds: float, find: Callable[[], Awaitable[_T]]) -> None:
+    def __init__(self, seconds: float, find: Callable[[], Awaitable[Any]]) -> None:
         self._seconds = seconds
         self._find = find
-        self._found: tuple[float, _T] | None = None
+        self._found: tuple[float, Any] = (0.0, None)
         self._finding = asyncio.Lock()
 
-    async def value(self) -> _T:
+    async def value(self) -> Any:
         async with self._finding:
             began = time.monotonic()
-            if self._found is None or began > self._found[0]:
+            if began > self._found[0]:
                 found = await self._find()
                 now = time.monotonic()
                 self._found = now + max(self._seconds, _REST_FACTOR * (now - began)), found
@@ -54,7 +52,7 @@ class Viewer:
 
     def __init__(self, state: ControlState) -> None:
         self._state = state
-        self._kept: dict[str, Kept[Any]] = {
+        self._kept: dict[str, Kept] = {
             "saved": Kept(2.0, self._saved),
             "charts": Kept(5.0, self._charts),
             "held": Kept(5.0, self._held),  # with 1e5 rows some 0.3 s of a thread
@@ -92,8 +90,11 @@ class Viewer:
         return saved.model_copy(update={"days": days})
 
     async def _charts(self) -> dict[str, Any]:
-        history = self._state.history
-        return {span: _chart(await history.series(span), *form) for span, form in _CHARTS.items()}
+        history, now = self._state.history, self._state.clock()
+        return {
+            span: _chart(await history.series(span), now, SPANS[span][1], *form)
+            for span, form in _CHARTS.items()
+        }
 
     async def _held(self) -> dict[str, Any]:
         return await asyncio.to_thread(holdings, list(self._state.index.rows.values()), self._label)
@@ -125,28 +126,39 @@ def figures(view: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _chart(points: list[Point], step: int, form: str) -> dict[str, Any]:
-    """What a chart tells in words: its sums, its highest rates, and a row for each `step` seconds."""
-    buckets: dict[int, list[Point]] = defaultdict(list)
-    for point in points:
-        buckets[point.at // step * step].append(point)
+def _chart(points: list[Point], now: float, length: int, draw: int, step: int, form: str) -> dict[str, Any]:
+    """A chart: `columns` of times, rates and limits (None: nothing ran), and its sums, peaks and rows."""
+    drawn, rows = _by_time(points, draw), _by_time(points, step)
+    times = [int(now) // draw * draw - back for back in range(length - draw, -1, -draw)]
     return {
         **_row(points),
         "client_peak": max((point.client_peak for point in points), default=0),
         "wan_peak": max((point.wan_peak for point in points), default=0),
-        "rows": [{"at": at, **_row(buckets[at])} for at in sorted(buckets, reverse=True)],
+        "columns": [times, *([drawn.get(at, {}).get(name) for at in times] for name in _DRAWN)],
+        "rows": [{"at": at, **rows[at]} for at in sorted(rows, reverse=True)],
         "form": form,
     }
 
 
+_DRAWN = ("client_rate", "wan_rate", "wan_limit")
+
+
+def _by_time(points: list[Point], seconds: int) -> dict[int, dict[str, Any]]:
+    buckets: dict[int, list[Point]] = defaultdict(list)
+    for point in points:
+        buckets[point.at // seconds * seconds].append(point)
+    return {at: _row(found) for at, found in buckets.items()}
+
+
 def _row(points: list[Point]) -> dict[str, Any]:
-    total, seconds = added(points), max(1.0, sum(point.covered_seconds for point in points))
-    sent, received = total[SENT], total[RECEIVED]
+    total = added_up(point.sums for point in points)
+    seconds = max(1.0, sum(point.covered_seconds for point in points))
     return {
-        "sent_bytes": sent,
-        "received_bytes": received,
-        "client_rate": sent / seconds,
-        "wan_rate": received / seconds,
+        "sent_bytes": total[SENT],
+        "received_bytes": total[RECEIVED],
+        "client_rate": round(total[SENT] / seconds),
+        "wan_rate": round(total[RECEIVED] / seconds),
+        "wan_limit": (points[-1].wan_limit or None) if points else None,
     }
 
 

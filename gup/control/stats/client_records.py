@@ -8,7 +8,6 @@ import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
@@ -68,14 +67,13 @@ class ClientWindows:
 
 
 _Span = tuple[int, int]
-_MOST_BODIES = 20_000
 _MOST_PARTS = 64
 
 
 class ReceivedParts:
     """The parts of bodies that clients were sent; the longest unchanged are forgotten."""
 
-    def __init__(self, most: int = _MOST_BODIES) -> None:
+    def __init__(self, most: int = 20_000) -> None:
         self._parts: OrderedDict[tuple[str, str], list[_Span]] = OrderedDict()
         self._most = most
 
@@ -108,32 +106,20 @@ _AHEAD_SECONDS = 2 * 86400.0
 """A revision's date may be so far ahead, because of time zones and clocks; one further ahead is ignored."""
 
 
-class Seen(NamedTuple):
-    """When a client was seen last, and what it stated ("" for nothing)."""
-
-    at: float
-    version: str
-    language: str
-
-
-class Asked(NamedTuple):
-    """When a client asked for a revision, the revision that it came from, and when it had taken it whole."""
-
-    asked_at: float
-    came_from: str
-    taken_at: float | None
-    version_then: str
-
-
 class Batch:
     """What is new since the last write; bounded by MAX_PENDING."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Seen] = {}
-        self.asked: dict[tuple[str, Stream, str], Asked] = {}
+        self.seen: dict[str, tuple[float, str, str]] = {}
+        """When each client was seen last, and the version and language that it stated ("" for nothing)."""
+        self.asked: dict[tuple[str, Stream, str, str, bool], tuple[float, str]] = {}
+        """When a client first asked for something, and the version that it stated.
+
+        By client, stream, revision, the revision that it came from, and whether it took the body whole.
+        """
 
     @property
-    def full(self) -> bool:
+    def _full(self) -> bool:
         return len(self.seen) + len(self.asked) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
@@ -145,11 +131,9 @@ class Batch:
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         """A client asked for something."""
-        if client in self.seen or not self.full:
-            before = self.seen.get(client, Seen(at, "", ""))
-            self.seen[client] = Seen(
-                max(before.at, at), version or before.version, language or before.language
-            )
+        if client in self.seen or not self._full:
+            before, its_version, its_language = self.seen.get(client, (at, "", ""))
+            self.seen[client] = max(before, at), version or its_version, language or its_language
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
         """A client took or asked for a body."""
@@ -163,19 +147,12 @@ class Batch:
         revision = content_revision(Kind.DELTA if step else kind, take.key.revision, take.key.file)
         date = revision_time(revision) if revision else None
         if revision is not None and date is not None and _FIRST_DATE <= date <= at + _AHEAD_SECONDS:
-            came_from, taken_at = step.from_revision if step else "", at if whole else None
-            asked = Asked(at, came_from, taken_at, take.version)
-            self._ask((take.client, stream_of(take.key), revision), asked)
+            came_from = step.from_revision if step else ""
+            self._ask((take.client, stream_of(take.key), revision, came_from, whole), (at, take.version))
 
-    def _ask(self, what: tuple[str, Stream, str], asked: Asked) -> None:
-        before = self.asked.get(what)
-        if before is None and (self.full or what[0] not in self.seen):
-            return
-        if before is not None and (asked.taken_at is None or before.taken_at is not None):
-            asked = asked._replace(taken_at=before.taken_at, version_then=before.version_then)
-        if before is not None and not asked.came_from:
-            asked = asked._replace(came_from=before.came_from)
-        self.asked[what] = asked
+    def _ask(self, what: tuple[str, Stream, str, str, bool], asked: tuple[float, str]) -> None:
+        if what[0] in self.seen and not self._full:
+            self.asked.setdefault(what, asked)
 
 
 MAX_STREAMS = 1000
@@ -192,7 +169,7 @@ INSERT OR IGNORE INTO streams(version, language, moniker)
 SELECT ?, ?, ? WHERE (SELECT count(*) FROM streams) < ?
 """
 _ASK = """
-INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :asked_at, :came_from)
+INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :at, :came_from)
 ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
   came_from = iif(excluded.asked_at >= asked_at AND excluded.came_from <> '', excluded.came_from, came_from),
   asked_at = max(asked_at, excluded.asked_at)
@@ -200,51 +177,54 @@ ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
 # Workers report once a second: of what was taken within 3 s the order is unknown, and the newest revision
 # counts. Else the one taken last does, since a machine that was set up anew takes an older one.
 _STAND = """
-UPDATE standings SET revision = :revision, taken_at = :taken_at, version_then = coalesce(
-  nullif(:version_then, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
+UPDATE standings SET revision = :revision, taken_at = :at, version_then = coalesce(
+  nullif(:version, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
 WHERE stream = :stream AND client = :client AND revision <> :revision
-  AND iif(abs(:taken_at - taken_at) <= 3, :revision > revision, :taken_at > taken_at)
+  AND iif(abs(:at - taken_at) <= 3, :revision > revision, :at > taken_at)
 """
-_TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :taken_at)"
+_TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :at)"
+
+
+_FORGET = """
+DELETE FROM clients WHERE seen_at < ?
+  OR id IN (SELECT id FROM clients ORDER BY seen_at DESC, id DESC LIMIT -1 OFFSET ?)
+"""
+_FORGET_TAKES = """
+DELETE FROM takes WHERE (stream, revision) IN (SELECT stream, revision FROM (
+  SELECT stream, revision, row_number() OVER (PARTITION BY stream ORDER BY revision DESC) AS newer
+  FROM takes GROUP BY stream, revision) WHERE newer > ?)
+"""
 
 
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     """Write a batch. Streams beyond MAX_STREAMS are left out."""
     db.executemany(_SEE, [(name, *seen) for name, seen in batch.seen.items()])
-    named = {stream for _, stream, _ in batch.asked}
+    named = {stream for _, stream, *_ in batch.asked}
     db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in named])
     streams = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}
     number = "SELECT id FROM clients WHERE name = ?"
     clients = {name: db.execute(number, (name,)).fetchone()[0] for name in batch.seen}
+    names = ("client", "stream", "revision", "came_from", "whole", "at", "version")
     asked = [
-        {"client": clients[name], "stream": streams[stream], "revision": revision, **asked._asdict()}
-        for (name, stream, revision), asked in batch.asked.items()
+        dict(zip(names, (clients[name], streams[stream], *rest, *when), strict=True))
+        for (name, stream, *rest), when in batch.asked.items()
         if stream in streams
     ]
-    taken = [row for row in asked if row["taken_at"] is not None]
+    taken = [row for row in asked if row["whole"]]
     for statement, rows in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
         db.executemany(statement, rows)
 
 
-def prune_clients(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
+def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
     """Delete clients unseen for `retention_seconds` or beyond `max_clients`, and old takes."""
     oldest = now - retention_seconds
-    db.execute(
-        "DELETE FROM clients WHERE seen_at < ? OR id IN "
-        "(SELECT id FROM clients ORDER BY seen_at DESC, id DESC LIMIT -1 OFFSET ?)",
-        (oldest, max_clients),
-    )
+    db.execute(_FORGET, (oldest, max_clients))
     db.execute("DELETE FROM takes WHERE taken_at < ?", (oldest,))
-    db.execute(
-        "DELETE FROM takes WHERE (stream, revision) IN (SELECT stream, revision FROM (SELECT stream, "
-        "revision, row_number() OVER (PARTITION BY stream ORDER BY revision DESC) AS newer FROM takes "
-        "GROUP BY stream, revision) WHERE newer > ?)",
-        (KEPT_REVISIONS,),
-    )
+    db.execute(_FORGET_TAKES, (KEPT_REVISIONS,))
     _drop_orphans(db)
 
 
-def rename_clients(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
+def rename(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
     """Rename clients; where two get one name, the one seen last stays."""
     for number, name in db.execute("SELECT id, name FROM clients ORDER BY seen_at").fetchall():
         other = new_name(name)

@@ -39,11 +39,9 @@ CREATE TABLE points(step INTEGER NOT NULL, at INTEGER NOT NULL, number INTEGER N
   PRIMARY KEY(step, at)) WITHOUT ROWID;
 """
 _BUSY_SECONDS = 5.0
-_REFUSALS = frozenset(
-    {
-        *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
-        *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
-    }
+_REFUSALS = (
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
 )
 """Errors of the disk or of another process, not of the file."""
 _MAX_PAGES = 1 << 18
@@ -53,8 +51,10 @@ _MAX_PAGES = 1 << 18
 class StatsDatabase:
     """`reports/stats.db` below the cache directory `root`; opened at its first use, and after damage."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, on_written: Callable[[str, str | None], None]) -> None:
+        """`on_written` is told after each `store` of something why the disk refused it; None: it did not."""
         self.path = root / "reports" / "stats.db"
+        self._on_written = on_written
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-stats")
 
@@ -62,16 +62,14 @@ class StatsDatabase:
         """`transact` in the database's own thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.transact, work)
 
-    async def store(
-        self, work: Callable[[sqlite3.Connection], None], on_written: Callable[[str | None], None]
-    ) -> bool:
-        """`run`; False when the disk refuses. `on_written` is told why, and None when it does not."""
+    async def store(self, what: str, work: Callable[[sqlite3.Connection], None]) -> bool:
+        """`run`; False when the disk refuses."""
         refusal = None
         try:
             await self.run(work)
         except OSError as error:
             refusal = str(error)
-        on_written(refusal)
+        self._on_written(what, refusal)
         return refusal is None
 
     async def stop(self) -> None:
@@ -85,11 +83,11 @@ class StatsDatabase:
         OSError when the disk refuses for now. On a damaged file the work is done again, on a new one.
         """
         try:
-            return self._attempt(work)
-        except sqlite3.DatabaseError as error:
-            self._move_aside(str(error))
-        try:
-            return self._attempt(work)
+            try:
+                return self._attempt(work)
+            except sqlite3.DatabaseError as error:
+                self._move_aside(str(error))
+                return self._attempt(work)
         except sqlite3.DatabaseError as error:
             raise OSError(f"{self.path.name}: {error}") from error
 
@@ -118,11 +116,10 @@ class StatsDatabase:
         try:
             self.path.chmod(0o600)
             # One process uses the file: no shared memory is mapped, which a full disk would make a SIGBUS.
-            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute(f"PRAGMA max_page_count={_MAX_PAGES}")
+            connection.executescript(
+                "PRAGMA locking_mode=EXCLUSIVE; PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; "
+                f"PRAGMA synchronous=NORMAL; PRAGMA max_page_count={_MAX_PAGES};"
+            )
             self._check(connection)
         except BaseException:
             connection.close()

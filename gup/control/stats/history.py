@@ -11,31 +11,19 @@ import functools
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gup.config import Settings
 from gup.control.dependencies import ControlDependencies
 from gup.control.rate_window import RateWindow
 from gup.control.stats.database import StatsDatabase
-from gup.control.stats.savings import Days, Reading, add_reading, days_until, last_reading_at
+from gup.control.stats.savings import FIGURES, Days, Reading, add_reading, days_until, last_reading_at
 from gup.metrics import CODES_OF_RESULT, parse_series
 
 SENT, RECEIVED = "client_sent_bytes", "upstream_received_bytes"
-_FIGURES = {
-    "gup_client_sent_bytes_total": SENT,
-    "gup_upstream_received_bytes_total": RECEIVED,
-    "gup_upstream_wasted_bytes_total": "upstream_wasted_bytes",
-    "gup_evictions_total": "evictions.{reason}",
-    "gup_evicted_bytes_total": "evicted_bytes",
-    "gup_integrity_failures_total": "integrity_failures",
-    "gup_requests_total": "requests.{result}",
-    "gup_fills_total": "fills.{outcome}",
-}
-"""The sums that are kept: the metric, and the name, which may have labels of the series in it."""
 MINUTE, HOUR, DAY = 60, 3600, 86400
 KEPT = {MINUTE: 26 * 60, HOUR: 90 * 24 + 1}
 """How many points are kept, by their length in seconds; a day has up to 25 hours."""
@@ -48,7 +36,7 @@ _RATE_SECONDS = 5.0
 @functools.cache
 def _figure(series: str) -> str | None:
     metric, labels = parse_series(series)
-    return _FIGURES[metric].format(**labels) if metric in _FIGURES else None
+    return FIGURES[metric].format(**labels) if metric in FIGURES else None
 
 
 def sums_of(words: Mapping[str, int]) -> Counter[str]:
@@ -63,7 +51,7 @@ def sums_of(words: Mapping[str, int]) -> Counter[str]:
 def shown(sums: Counter[str]) -> dict[str, Any]:
     """The figures by name, as the API shows them; `saved_bytes` is sent minus received."""
     return {
-        **{name: sums[name] for name in _FIGURES.values() if "." not in name},
+        **{name: sums[name] for name in FIGURES.values() if "." not in name},
         "saved_bytes": sums[SENT] - sums[RECEIVED],
         "requests": {result: sums[f"requests.{result}"] for result in CODES_OF_RESULT},
         "fills": {outcome: sums[f"fills.{outcome}"] for outcome in ("committed", "failed", "unstorable")},
@@ -134,14 +122,6 @@ def add_gain(
         db.execute("DELETE FROM points WHERE step = ? AND number <= ?", (step, number - kept))
 
 
-def added(points: Iterable[Point]) -> Counter[str]:
-    """The sum of the points."""
-    total: Counter[str] = Counter()
-    for point in points:
-        total.update(point.sums)
-    return total
-
-
 class Recorder:
     """Reads the counters: each second for rates (`wan`, `clients`), and now and then for history and savings.
 
@@ -152,18 +132,13 @@ class Recorder:
         self,
         dependencies: ControlDependencies,
         database: StatsDatabase,
-        settings: Callable[[], Settings],
         clock: Callable[[], float],
-        on_written: Callable[[str | None], None],
-        *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.wan, self.clients = RateWindow(_RATE_SECONDS), RateWindow(_RATE_SECONDS)
         self._dependencies = dependencies
         self._database = database
-        self._settings = settings
         self._clock, self._monotonic = clock, monotonic
-        self._on_written = on_written
         self._gauges = Gauges()
         self._writing = asyncio.Lock()
         self._read_at: float | None = None
@@ -187,7 +162,7 @@ class Recorder:
                 seconds = self._catch_up(db, reading, own) if self._read_at is None else now - self._read_at
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
 
-            if await self._database.store(add, self._on_written):
+            if await self._database.store("savings", add):
                 self._read_at = now
             else:
                 gauges.note(self._gauges)
@@ -210,8 +185,8 @@ class Recorder:
         return reading.at - at if 0 <= reading.at - at <= MINUTE else 0.0
 
     def _reading(self) -> Reading:
-        dependencies = self._dependencies
-        return Reading(dependencies.totals(), self._clock(), dependencies.installed_at, self._settings())
+        process = self._dependencies
+        return Reading(process.totals(), self._clock(), process.installed_at, process.settings())
 
     async def series(self, span: str) -> list[Point]:
         """The points of a span that ends now, the oldest first; none for times when gup did not run."""

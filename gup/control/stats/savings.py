@@ -18,20 +18,19 @@ from gup.metrics import KINDS, MAX_STREAMS, PURPOSES, SOURCES, STREAM_WASTED, WA
 from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.stats")
-METRICS = (
-    "gup_client_sent_bytes_total",
-    "gup_upstream_received_bytes_total",
-    "gup_upstream_wasted_bytes_total",
-    "gup_stream_sent_bytes_total",
-    "gup_stream_received_bytes_total",
-    STREAM_WASTED.name,
-    "gup_requests_total",
-    "gup_fills_total",
-    "gup_evictions_total",
-    "gup_evicted_bytes_total",
-    "gup_integrity_failures_total",
-)
-"""What a day and the history are made of."""
+FIGURES = {
+    "gup_client_sent_bytes_total": "client_sent_bytes",
+    "gup_upstream_received_bytes_total": "upstream_received_bytes",
+    "gup_upstream_wasted_bytes_total": "upstream_wasted_bytes",
+    "gup_evictions_total": "evictions.{reason}",
+    "gup_evicted_bytes_total": "evicted_bytes",
+    "gup_integrity_failures_total": "integrity_failures",
+    "gup_requests_total": "requests.{result}",
+    "gup_fills_total": "fills.{outcome}",
+}
+"""What the history keeps: a metric, and the name of its sum, with labels of the series in it."""
+METRICS = (*FIGURES, "gup_stream_sent_bytes_total", "gup_stream_received_bytes_total", STREAM_WASTED.name)
+"""What a day is made of."""
 EARLIER = ""
 """The row of all that was counted before the days that are kept."""
 
@@ -79,13 +78,11 @@ def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = 
     about = (reading.installed_at, reading.at)
     db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?), ('read_at', ?)", about)
     marks = dict(db.execute("SELECT series, value FROM marks"))
-    fresh = (
-        not marks and site_time(reading.settings, reading.installed_at).date().isoformat() != reading.today
-    )
     gained = _difference(reading.counted(), marks)
     if gains_only:
         gained = {name: value for name, value in gained.items() if value > 0}
-    day = EARLIER if fresh else reading.today
+    installed_on = site_time(reading.settings, reading.installed_at).date().isoformat()
+    day = reading.today if marks or installed_on == reading.today else EARLIER
     db.executemany(
         "INSERT INTO days VALUES(?, ?, ?) "
         "ON CONFLICT(day, series) DO UPDATE SET value = value + excluded.value",
@@ -127,7 +124,7 @@ def prune_days(db: sqlite3.Connection, oldest: str) -> None:
     db.execute("DELETE FROM days WHERE day < ? AND day <> ?", (oldest, EARLIER))
 
 
-def added_up(days: Iterable[Counts]) -> Counts:
+def added_up(days: Iterable[Counts]) -> Counter[str]:
     """The sum of several days."""
     total: Counter[str] = Counter()
     for counts in days:
@@ -160,26 +157,26 @@ def streams(counts: Counts, labels: Sequence[tuple[str, str]]) -> list[StreamTra
 
     `labels` are product and language of each slot.
     """
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str], Counter[str]] = {}
     for name, value in counts.items():
         metric, series = parse_series(name)
         if metric.startswith("gup_stream_") and value:
             product, language = labels[min(int(series["slot"]), MAX_STREAMS)]
-            row = rows.setdefault(
-                (product, language, series["kind"]), {"sent_bytes": 0, "received_bytes": 0, "wasted_bytes": 0}
-            )
-            row[metric.removeprefix("gup_stream_").removesuffix("_total")] += value
-    order = sorted(rows, key=lambda where: (-rows[where]["sent_bytes"], where[:2], KINDS.index(where[2])))
-    return [
+            moved = rows.setdefault((product, language, series["kind"]), Counter())
+            moved[metric.removeprefix("gup_stream_").removesuffix("_total")] += value
+    found = [
         StreamTraffic(
             product=product,
             language=language,
             kind=kind,
-            **(row := rows[product, language, kind]),
-            saved_bytes=row["sent_bytes"] - row["received_bytes"],
+            sent_bytes=moved["sent_bytes"],
+            received_bytes=moved["received_bytes"],
+            saved_bytes=moved["sent_bytes"] - moved["received_bytes"],
+            wasted_bytes=moved["wasted_bytes"],
         )
-        for product, language, kind in order
+        for (product, language, kind), moved in rows.items()
     ]
+    return sorted(found, key=lambda r: (-r.sent_bytes, r.product, r.language, KINDS.index(r.kind)))
 
 
 def within(day: str, today: str, days: int) -> bool:

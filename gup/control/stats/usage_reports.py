@@ -12,20 +12,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from gup.client_names import ClientNames, is_hashed, read_key
-from gup.config import Settings
 from gup.content.catalog import CLIENT_PATCHES, Stream
-from gup.content.releases import Releases, Version
+from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Taken
-from gup.control.stats.client_records import (
-    MAX_CLIENTS,
-    Batch,
-    ReceivedParts,
-    prune_clients,
-    rename_clients,
-    write_batch,
-)
+from gup.control.stats import client_records
+from gup.control.stats.client_records import Batch, ReceivedParts, write_batch
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.savings import prune_days
 from gup.control.traffic import revision_time
@@ -72,7 +65,7 @@ _MATCHING = """
 FROM clients WHERE seen_at >= :since AND (:version IS NULL OR version = :version COLLATE NOCASE)
 AND (:language IS NULL OR language = :language COLLATE NOCASE)
 """
-_NEWEST = "SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT ?"
+_NEWEST = f"SELECT name, seen_at FROM clients ORDER BY seen_at DESC LIMIT {client_records.MAX_CLIENTS}"  # noqa: S608
 _PAGE = f"""
 SELECT {_CLIENT}, first_at AS first_seen_at, id {_MATCHING}
 AND (:seen_at IS NULL OR (seen_at, id) < (:seen_at, :id)) ORDER BY seen_at DESC, id DESC LIMIT :most
@@ -89,34 +82,27 @@ class Reports:
         self,
         dependencies: ControlDependencies,
         database: StatsDatabase,
-        *,
-        settings: Callable[[], Settings],
         clock: Callable[[], float],
         age_clock: Callable[[], float],
         held: Callable[[], Mapping[Stream, str]],
-        on_written: Callable[[str | None], None],
     ) -> None:
-        """`age_clock` returns the time that ages are measured from, `held` the newest revisions in the store.
-
-        `on_written` as in StatsDatabase.store.
-        """
+        """`age_clock` tells the time that ages are measured from, `held` the newest revisions stored."""
         self._dependencies = dependencies
         self._database = database
-        self._settings = settings
-        self._clock = clock
-        self._age_clock = age_clock
+        self._clock, self._age_clock = clock, age_clock
         self._held = held
-        self._on_written = on_written
         self._batch = Batch()
         self._parts = ReceivedParts()
         self._names: ClientNames | None = None
         self._named_by = ""
+        """The mode by which stored clients are named; "" after a start, until they are."""
 
     # --- news
 
     @property
-    def keeps_clients(self) -> bool:
-        return self._settings().reports.addresses != "off"
+    def mode(self) -> str:
+        """`reports.addresses`: full, hashed or off."""
+        return self._dependencies.settings().reports.addresses
 
     def see(self, clients: Iterable[str]) -> None:
         """These clients made a request."""
@@ -133,10 +119,9 @@ class Reports:
 
     def _name(self, client: str) -> str | None:
         """The name to store, or None; just after a reload workers still send names by the old settings."""
-        mode = self._settings().reports.addresses
-        if mode == "full" or (mode == "hashed" and is_hashed(client)):
+        if self.mode == "full" or (self.mode == "hashed" and is_hashed(client)):
             return client
-        return self._names.hashed(client) if mode == "hashed" and self._names is not None else None
+        return self._names.hashed(client) if self.mode == "hashed" and self._names is not None else None
 
     # --- jobs
 
@@ -144,21 +129,21 @@ class Reports:
         """Store what is new about clients."""
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
-        if batch.seen and not await self._database.store(lambda db: write_batch(db, batch), self._on_written):
+        if batch.seen and not await self._database.store("reports", lambda db: write_batch(db, batch)):
             self._put_back(batch)
 
     async def prune(self) -> None:
         """Delete what is older than the settings allow."""
-        settings, now = self._settings(), self._age_clock()
+        settings, now = self._dependencies.settings(), self._age_clock()
         own = settings.reports
 
         def forget(db: sqlite3.Connection) -> None:
-            prune_clients(db, now, own.retention, own.max_clients)
+            client_records.prune(db, now, own.retention, own.max_clients)
             oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
             prune_days(db, oldest.date().isoformat())
             db.execute("PRAGMA incremental_vacuum").fetchall()
 
-        await self._database.store(forget, self._on_written)
+        await self._database.store("reports", forget)
 
     def _put_back(self, batch: Batch) -> None:
         batch.absorb(self._batch)
@@ -166,7 +151,7 @@ class Reports:
 
     async def _rename_clients(self) -> None:
         """After a start or reload, rename the stored clients if the settings forbid their names."""
-        mode = self._settings().reports.addresses
+        mode = self.mode
         if mode == self._named_by:
             return
         if self._names is None:
@@ -178,12 +163,12 @@ class Reports:
         def rename(db: sqlite3.Connection) -> None:
             write_batch(db, by_old_names)
             if mode == "off":
-                prune_clients(db, self._clock(), 0.0, 0)
+                client_records.prune(db, self._clock(), 0.0, 0)
                 db.execute("PRAGMA incremental_vacuum").fetchall()
             elif mode == "hashed":
-                rename_clients(db, lambda name: name if is_hashed(name) else names.hashed(name))
+                client_records.rename(db, lambda name: name if is_hashed(name) else names.hashed(name))
 
-        if await self._database.store(rename, self._on_written):
+        if await self._database.store("reports", rename):
             self._named_by = mode
         elif mode == "full":
             self._put_back(by_old_names)
@@ -194,7 +179,7 @@ class Reports:
         """Stored clients with the time they were seen last; none when the disk refuses."""
         await self._rename_clients()
         try:
-            return await self._database.run(lambda db: db.execute(_NEWEST, (MAX_CLIENTS,)).fetchall())
+            return await self._database.run(lambda db: db.execute(_NEWEST).fetchall())
         except OSError:
             return []
 
@@ -214,8 +199,8 @@ class Reports:
             here = held.get(stream, "")
             revisions = [schemas.RevisionClients(**row) for row in _rows(db, _REVISIONS, {"stream": id_})]
             known = sorted({here, taken, asked, *(row.revision for row in revisions)} - {""})
-            lag = _Lag(known)
-            asking = {"stream": id_, "newest": lag.newest, "most": min(left, LAGGING_SHOWN)}
+            newest = known[-1] if known else ""
+            asking = {"stream": id_, "newest": newest, "most": min(left, LAGGING_SHOWN)}
             (behind,) = db.execute(f"SELECT count(*) {_BEHIND}", asking).fetchone()
             lagging = list(_rows(db, _LAGGING, asking))
             left -= len(lagging)
@@ -233,9 +218,9 @@ class Reports:
                 newest_held=here or None,
                 newest_taken=taken or None,
                 newest_asked=asked or None,
-                **lag.of(here),
+                **_lag(known, here),
                 revisions=revisions,
-                lagging=[schemas.LaggingClient(**row, **lag.of(row["revision"])) for row in lagging],
+                lagging=[schemas.LaggingClient(**row, **_lag(known, row["revision"])) for row in lagging],
             )
 
     async def restarts(self) -> schemas.RestartReport:
@@ -243,7 +228,10 @@ class Reports:
         await self.write_clients()
 
         def look(db: sqlite3.Connection) -> schemas.RestartReport:
-            releases, streams = Releases(self._settings().rules.releases), db.execute(_STREAMS).fetchall()
+            releases, streams = (
+                Releases(self._dependencies.settings().rules.releases),
+                db.execute(_STREAMS).fetchall(),
+            )
             labels = {row[3]: self._dependencies.label_of(row[:3], "") for row in streams}
             found = [
                 schemas.Restart(**row, state=state, product=label.product, moniker=moniker)
@@ -265,40 +253,32 @@ class Reports:
 
         return await self._database.run(look)
 
-    async def clients(
-        self,
-        *,
-        since: float,
-        version: str | None,
-        language: str | None,
-        after: tuple[float, int] | None,
-        most: int,
-    ) -> dict[str, Any]:
-        """A page of clients by what they state (None: anything), newest first: members of schemas.Clients."""
+    async def clients(self, most: int, **wanted: Any) -> dict[str, Any]:
+        """A page of clients, newest first: members of schemas.Clients.
+
+        `wanted`: those seen `since` then, their `version` and `language` (None: any), and `seen_at` and `id`
+        of the last one on the page before (None: the first page).
+        """
         await self.write_clients()
-        seen_at, id_ = after or (None, None)
-        wanted = {"since": since, "version": version, "language": language, "seen_at": seen_at, "id": id_}
 
         def look(db: sqlite3.Connection) -> dict[str, Any]:
             rows = list(_rows(db, _PAGE, {**wanted, "most": most + 1}))
-            numbers = [row.pop("id") for row in rows]
-            last = rows[:most][-1:]
+            places = [(row["seen_at"], row.pop("id")) for row in rows]
             return {
                 "known": db.execute("SELECT count(*) FROM clients").fetchone()[0],
                 "matching": db.execute(f"SELECT count(*) {_MATCHING}", wanted).fetchone()[0],
                 "clients": [schemas.KnownClient(**row) for row in rows[:most]],
-                "cursor": (last[0]["seen_at"], numbers[most - 1]) if len(rows) > most else None,
+                "cursor": places[most - 1] if len(rows) > most else None,
             }
 
         return await self._database.run(look)
 
     def _head(self) -> dict[str, Any]:
-        own = self._settings().reports
         return {
             "at": self._clock(),
-            "addresses": own.addresses,
-            "retention_seconds": own.retention,
-            "note": None if self.keeps_clients else _OFF,
+            "addresses": self.mode,
+            "retention_seconds": self._dependencies.settings().reports.retention,
+            "note": _OFF if self.mode == "off" else None,
         }
 
 
@@ -309,20 +289,16 @@ def _rows(db: sqlite3.Connection, query: str, given: Any = ()) -> Iterator[dict[
     return (dict(zip(names, row, strict=True)) for row in found)
 
 
-class _Lag:
-    """How far a revision lies behind the newest of those `known`."""
+def _lag(known: list[str], revision: str | None) -> dict[str, Any]:
+    """How far a revision lies behind the newest of those `known`, which are in order.
 
-    def __init__(self, known: list[str]) -> None:
-        self._known = known
-        self.newest = known[-1] if known else ""
-
-    def of(self, revision: str | None) -> dict[str, Any]:
-        """In revisions, and in whole days by the dates in them; None where one has no date."""
-        newest, own = revision_time(self.newest), revision_time(revision or "")
-        return {
-            "lag_revisions": len(self._known) - bisect_right(self._known, revision or ""),
-            "lag_seconds": None if newest is None or own is None else max(0.0, newest - own),
-        }
+    In revisions, and in whole days by the dates in them; None where one has no date.
+    """
+    newest, own = revision_time(known[-1] if known else ""), revision_time(revision or "")
+    return {
+        "lag_revisions": len(known) - bisect_right(known, revision or ""),
+        "lag_seconds": None if newest is None or own is None else max(0.0, newest - own),
+    }
 
 
 def _restart_state(
@@ -334,9 +310,6 @@ def _restart_state(
         return "unknown"
     if then.older_than(now) or (then.release == now.release and then.patch < now.patch):
         return "restarted"
-    return "pending" if _tells_builds(then) and _tells_builds(now) else "unknown"
-
-
-def _tells_builds(version: Version) -> bool:
-    """Whether the version names a build: the name of a release does not change with a patch."""
-    return version.text.count(".") == 3 or bool(version.patch)
+    # The name of a release does not change with a patch: it names no build.
+    builds = all(version.text.count(".") == 3 or version.patch for version in (then, now))
+    return "pending" if builds else "unknown"

@@ -2,8 +2,6 @@
 "use strict";
 (() => {
   const RETRY_MS = 10_000;
-  const CHART_MS = { hour: 10_000, day: 60_000 };
-  const BUCKET_SECONDS = { hour: 60, day: 300 };
   const zone = document.body.dataset.zone || undefined;
 
   // --- fragments: the old tree takes over what differs, so focus, selection and open tables stay
@@ -42,7 +40,7 @@
     template.innerHTML = html;
     morphChildren(place, template.content);
     if (id === "head") showLive();
-    if (id === "days") drawDays();
+    DRAW[id]?.(id);
   }
 
   // --- events
@@ -94,7 +92,11 @@
   // --- charts
 
   const charts = {};
-  const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const probe = document.body.appendChild(document.createElement("i")); // a canvas takes resolved colours only
+  const colour = (name) => () => {
+    probe.style.color = `var(${name})`;
+    return getComputedStyle(probe).color;
+  };
   const onClocks = (at) => (window.uPlot && zone ? uPlot.tzDate(new Date(at * 1000), zone) : new Date(at * 1000));
   const clock = (form) => {
     const format = window.uPlot ? uPlot.fmtDate(form) : (date) => date.toTimeString().slice(0, 8);
@@ -155,13 +157,19 @@
     }).observe(place);
   }
 
-  function lines(form) {
+  // What was moved in an hour or a day, as the server has added it up; the last figures still grow.
+  function drawSpan(name) {
+    const told = document.querySelector(`#${name} [data-columns]`);
+    if (told) draw(name, lines(), JSON.parse(told.dataset.columns));
+  }
+
+  function lines() {
     const dots = { show: true, size: 5, filter: alone };
     return {
       cursor: { y: false, drag: { x: false, y: false } },
       scales: { y: upwards },
       padding: [6, 12, 0, 0],
-      axes: axes(form, "/s"),
+      axes: axes("{HH}:{mm}", "/s"),
       series: [
         { label: "Time", value: (_, at) => (at === null ? "–" : clock("{HH}:{mm}")(at)) },
         { label: "To clients", stroke: colour("--clients"), fill: colour("--clients-area"), width: 2, points: dots, value: shown("/s") },
@@ -169,37 +177,6 @@
         { label: "WAN limit", stroke: colour("--limit"), width: 1.5, dash: [6, 4], points: { show: false }, value: shown("/s") },
       ],
     };
-  }
-
-  // Rates for each bucket of the span: where nothing ran, nothing is drawn. The last one is still growing.
-  function columns({ points, since, until }, bucket) {
-    const sums = new Map();
-    for (const point of points) {
-      const at = Math.floor(point.at / bucket) * bucket;
-      const sum = sums.get(at) || { seconds: 0, sent: 0, received: 0 };
-      sum.seconds += point.covered_seconds;
-      sum.sent += point.client_sent_bytes;
-      sum.received += point.upstream_received_bytes;
-      sum.limit = point.wan_limit_bytes_per_second;
-      sums.set(at, sum);
-    }
-    const rows = [];
-    for (let at = Math.ceil(since / bucket) * bucket; at <= until; at += bucket) {
-      const { seconds, sent, received, limit = null } = sums.get(at) || { sent: null, received: null };
-      const rate = (bytes) => (bytes === null ? null : bytes / Math.max(1, seconds));
-      rows.push([at, rate(sent), rate(received), limit]);
-    }
-    return [0, 1, 2, 3].map((column) => rows.map((row) => row[column]));
-  }
-
-  async function drawSpan(name) {
-    if (document.hidden) return;
-    try {
-      const answer = await fetch(`/api/v1/history?span=${name}`, { cache: "no-store" });
-      if (answer.ok) draw(name, lines("{HH}:{mm}"), columns(await answer.json(), BUCKET_SECONDS[name]));
-    } catch {
-      lose();
-    }
   }
 
   // From the table behind the chart: there is one set of figures.
@@ -228,23 +205,12 @@
     }, [days, rows.map((row) => value(row, "sent")), rows.map((row) => value(row, "received"))]);
   }
 
-  function drawAll() {
-    Object.keys(CHART_MS).forEach(drawSpan);
-    drawDays();
-  }
+  const DRAW = { hour: drawSpan, day: drawSpan, days: drawDays };
 
-  document.addEventListener("visibilitychange", () => {
-    if (document.hidden) {
-      hush();
-    } else {
-      listen();
-      drawAll();
-    }
-  });
+  document.addEventListener("visibilitychange", () => (document.hidden ? hush() : listen()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     Object.values(charts).forEach((chart) => chart.redraw(false));
   });
+  Object.entries(DRAW).forEach(([name, drawing]) => drawing(name));
   listen();
-  drawAll();
-  Object.entries(CHART_MS).forEach(([name, ms]) => setInterval(() => drawSpan(name), ms));
 })();
