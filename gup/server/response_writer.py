@@ -13,15 +13,9 @@ WAIT = 0  # the body has no more for now: `body.wait(position, …)` tells when
 FINISHED = -1
 BROKEN = -2  # the rest will never come: the connection is to be reset
 # Errors that reading a file can have and writing to a socket never has.
-_DISK_ERRORS = {
-    errno.EIO,
-    errno.EBADMSG,
-    errno.EUCLEAN,
-    errno.ENODATA,
-    errno.ESTALE,
-    errno.EREMOTEIO,
-    errno.ENXIO,
-}
+_DISK_ERRORS = frozenset(
+    {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
+)
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
