@@ -1,5 +1,6 @@
 """Child processes: a child's slot in the supervisor, its start, and the control channel between both."""
 
+import contextlib
 import json
 import os
 import select
@@ -17,13 +18,10 @@ from gup.config import Settings
 
 Message = dict[str, Any]
 
-READY_SECONDS = 30.0  # A child must report that it is ready within this time
-BEAT_SECONDS = 30.0  # A child without a heartbeat for this long is considered hung
-CLOSING_SECONDS = 2.0  # A child must exit this soon after it has closed its control channel
-QUICK_SECONDS = 5.0
-"""A child that lived shorter than this failed quickly; each in a row delays the next start."""
-_FIRST_DELAY_SECONDS = 0.1
-_LAST_DELAY_SECONDS = 5.0
+READY_SECONDS = 30.0  # a child must report that it is ready within this time
+BEAT_SECONDS = 30.0  # a child without a heartbeat for this long is considered hung
+CLOSING_SECONDS = 2.0  # a child must exit this soon after it has closed its control channel
+QUICK_SECONDS = 5.0  # a child that lived shorter failed quickly; each in a row delays the next start
 _FIRST_MESSAGE_SECONDS = 10.0
 
 
@@ -31,8 +29,6 @@ _FIRST_MESSAGE_SECONDS = 10.0
 
 
 class Phase(Enum):
-    """States of a child slot."""
-
     WAITING = auto()  # until `start_at`
     STARTING = auto()
     READY = auto()
@@ -68,25 +64,25 @@ class Assignment(BaseModel, frozen=True):
     lock_fd: int
     generation: int
 
+    @property
+    def descriptors(self) -> set[int]:
+        return {self.shared_fd, self.addresses_fd, self.event_fd, self.lock_fd, *self.listen_fds}
+
 
 @dataclass(slots=True)
 class ChildSlot:
-    """A child and its successors: one worker number, or the controller. Only the supervisor changes it.
-
-    `block` is its block of counters in the shared file. Times are monotonic seconds; `closed_at` is when the
-    child closed its control channel.
-    """
+    """A child and its successors: one worker number, or the controller. Times are monotonic seconds."""
 
     role: Literal["worker", "controller"]
     number: int
-    block: int
+    block: int  # of counters in the shared file
     phase: Phase = Phase.WAITING
     child: "Child | None" = None
     generation: int = 0
     start_at: float = 0.0
     started_at: float = 0.0
     ready_at: float = 0.0
-    closed_at: float | None = None
+    closed_at: float | None = None  # when the child closed its control channel
     quick_failures: int = 0
 
     @property
@@ -98,11 +94,16 @@ class ChildSlot:
         self.phase = phase
 
     def start(self, now: float) -> None:
-        """A child is about to be started; the caller sets `child` afterwards."""
         self.move(Phase.STARTING)
         self.generation += 1
         self.started_at = now
         self.closed_at = None
+
+    def became_ready(self, now: float) -> None:
+        """The child says that it is ready. What a killed child said before its death changes nothing."""
+        if self.phase is Phase.STARTING:
+            self.move(Phase.READY)
+            self.ready_at = now
 
     def exited(self, now: float, *, restart: bool) -> None:
         """The child has exited; with `restart` a successor is due after a delay."""
@@ -134,9 +135,7 @@ class ChildSlot:
 
 def delay_seconds(quick_failures: int) -> float:
     """Delay before the next start after that many quick failures in a row: 0, 0, 0.1, 0.2, … 5."""
-    if quick_failures < 2:
-        return 0.0
-    return float(min(_FIRST_DELAY_SECONDS * 2 ** min(quick_failures - 2, 10), _LAST_DELAY_SECONDS))
+    return 0.0 if quick_failures < 2 else min(0.1 * 2.0 ** min(quick_failures - 2, 10), 5.0)
 
 
 class Channel:
@@ -149,10 +148,8 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         """`sock` is of the type SOCK_SEQPACKET."""
         self._socket = sock
+        self.fileno, self.close = sock.fileno, sock.close
         sock.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def send(self, message: Message) -> bool:
         """Queue the message. False when the other end is closed or its queue is full."""
@@ -168,30 +165,23 @@ class Channel:
     def receive(self) -> list[Message] | None:
         """All queued messages. None when the other end is closed and everything has been read."""
         messages: list[Message] = []
-        while True:
-            try:
-                message = self.receive_one()
-            except BlockingIOError:
-                return messages
-            if message is None:
-                return messages or None
-            messages.append(message)
+        with contextlib.suppress(BlockingIOError):
+            while (message := self.receive_one()) is not None:
+                messages.append(message)
+            return messages or None
+        return messages
 
     def receive_one(self) -> Message | None:
         """The next message; None at the end. BlockingIOError when none is queued."""
-        try:
+        fds: list[int] = []
+        with contextlib.suppress(ConnectionError):
             _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
-        except ConnectionError:
-            return None
         if not fds:
             return None
         with os.fdopen(fds[0], "rb") as file:
             file.seek(0)  # the sender's write has moved the shared offset
             message: Message = json.load(file)
         return message
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 class Child(Channel):
@@ -200,29 +190,22 @@ class Child(Channel):
     def __init__(
         self, command_line: Sequence[str], assignment: Assignment, environment: Mapping[str, str]
     ) -> None:
-        """Start the process and send its assignment. OSError when it can't be started.
-
-        It gets a process group of its own: Ctrl-C on the terminal reaches only the supervisor, which drains.
-        """
+        """Start the process and send its assignment. OSError when it can't be started."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(ours)
         with theirs:
             try:
                 self.process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
                     [*command_line, str(theirs.fileno())],
-                    pass_fds=(*_descriptors(assignment), theirs.fileno()),
+                    pass_fds=(*assignment.descriptors, theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     env=dict(environment),
-                    process_group=0,
+                    process_group=0,  # Ctrl-C on the terminal reaches only the supervisor, which drains
                 )
             except BaseException:
                 self.close()
                 raise
         self.send(assignment.model_dump(mode="json", by_alias=True))
-
-
-def _descriptors(own: Assignment) -> set[int]:
-    return {own.shared_fd, own.addresses_fd, own.event_fd, own.lock_fd, *own.listen_fds}
 
 
 # --- the child's end
@@ -236,15 +219,13 @@ class Parent(Channel):
         if len(argv) != 2 or not argv[1].isdecimal():
             raise SystemExit(f"{argv[0]} is started by gup serve only")
         super().__init__(socket.socket(fileno=int(argv[1])))
-        select.select([self], [], [], _FIRST_MESSAGE_SECONDS)
-        try:
+        first = None
+        if select.select([self], [], [], _FIRST_MESSAGE_SECONDS)[0]:
             first = self.receive_one()  # the second message may be queued already: the event loop reads it
-        except BlockingIOError:
-            first = None
         if first is None:
             self.close()
             raise SystemExit("the supervisor is gone")
         self.assignment = Assignment.model_validate(first)
         # They were made inheritable for this process. Processes that it starts must not get them.
-        for fd in (*_descriptors(self.assignment), self.fileno()):
+        for fd in (*self.assignment.descriptors, self.fileno()):
             os.set_inheritable(fd, False)

@@ -25,17 +25,13 @@ from gup.process.shared_memory import CONFIG_OK, POLICY_EPOCH, STORE_BYTES, STOR
 from gup.process.wiring import ChildProcess, run_child
 from gup.upstream.download import Fetched, fetch_catalogue
 
-_BEAT_SECONDS = 1.0
 _RELOAD_SECONDS = 10.0
 
 
 class Controller(ChildProcess):
-    """The controller, directed by the supervisor's messages."""
-
     def __init__(self, parent: Parent) -> None:
         super().__init__(parent)
-        self._ruled = self.settings, Rulebook(self.settings)
-        """Settings and their rules: made here at the start, in a thread after a reload."""
+        self._ruled = self.settings, Rulebook(self.settings)  # after a reload it is made in a thread
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
@@ -116,7 +112,7 @@ class Controller(ChildProcess):
     async def _keep_beating(self) -> None:
         while True:
             self.beat()
-            await asyncio.sleep(_BEAT_SECONDS)
+            await asyncio.sleep(1.0)
 
     def tell(self, event: Mapping[str, object]) -> None:
         """Take an event of the controller's own fills; those of workers come through the socket."""

@@ -2,12 +2,13 @@
 
 Layout: prefix, description (JSON: names of series, sizes, leftovers), then from a page boundary on 64-bit
 words: the page, two copies of the past counts, the past counts at this start, and one block for each process.
-The past (block PAST) is what exited processes and earlier runs counted. Each other block is written by one
-process only.
+The past (block PAST) is what earlier runs counted. Each other block is written by one process at a time; its
+successor goes on counting where it ended.
 """
 
 import contextlib
 import errno
+import json
 import logging
 import mmap
 import os
@@ -32,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 # clock and the table of memory files are written by whoever holds `locked`, CONFIG_* by the supervisor, a
 # word of a row by the process of its block, all else by the controller.
 
-FOLD = 0  # which copy of the past counts, and which block is excluded: see SharedFile.fold
+PAST_COPY = 0  # bit 31 tells which copy of the past is valid: the first, but in files of earlier versions
 POLICY_EPOCH = 1  # raised when settings or rules have changed
 STORE_EPOCH = 2  # raised when a body was unlinked or replaced
 CONFIG_OK = 3  # 1 when the last reload succeeded, else 0
@@ -55,10 +56,10 @@ class Row(IntEnum):
     """Rows of the page: one word for each block, side by side."""
 
     BEAT = 0  # monotonic nanoseconds of the last heartbeat; 0 before the first
-    DOWNLOAD_TURNS = 1  # monotonic nanoseconds since when the first client waits for a download slot
+    DOWNLOAD_TURNS = 1  # the first waiter for a download slot: see gup.upstream.bandwidth.Turns
     PROMISES = 2  # bytes of disk space that the process has reserved for fills
-    WAN_TURNS = 3  # rank of the first waiter for WAN bytes: see gup.upstream.bandwidth
-    FILL_TURNS = 4  # rank of the first waiter for a fill slot
+    WAN_TURNS = 3  # the first waiter for WAN bytes
+    FILL_TURNS = 4  # the first waiter for a fill slot
     FILL_BACKLOG = 5  # number of waiting fills: see gup.cache.scheduler
 
 
@@ -73,14 +74,13 @@ _MAGIC = b"gupwords"
 _FORMAT = 1
 _PREFIX = struct.Struct("<8sQQQ")  # magic, format, bytes of the description, its xxh3-64
 _ALIGN_BYTES = 4096
-_FIRST_PAGE_WORDS = 320
-"""Size of the page, plus one word a block, in files whose description has no page_words."""
+_FIRST_PAGE_WORDS = 320  # plus one a block, in files whose description has no page_words
 _WORD_MASK = (1 << 64) - 1
 _METRICS = {**BY_NAME, STREAM_WASTED.name: STREAM_WASTED}
 
 
 class _Description(BaseModel, frozen=True):
-    """The part of the file that does not change while it is in use. `blocks` includes PAST."""
+    """What does not change while the file is in use. `blocks` includes PAST."""
 
     series: tuple[str, ...]
     blocks: int
@@ -103,21 +103,18 @@ class SharedFile:
         with contextlib.ExitStack() as failed:
             failed.callback(os.close, fd)
             self._map = failed.enter_context(mmap.mmap(fd, 0))
-            description, start = _read_head(self._map)
-            self._series, self._blocks_count = description.series, description.blocks
-            self._leftover = description.leftover
-            self.installed_at, self.started_at = description.installed_at, description.started_at
-            page = description.page_words or _FIRST_PAGE_WORDS + description.blocks
-            length = len(self._series)
-            if len(self._map) != start + 8 * (page + length * (description.blocks + 2)):
+            self._about, self._start_bytes = about, start = _read_head(self._map)
+            self.installed_at, self.started_at = about.installed_at, about.started_at
+            page = about.page_words or _FIRST_PAGE_WORDS + about.blocks
+            length = len(about.series)
+            if len(self._map) != start + 8 * (page + length * (about.blocks + 2)):
                 raise ValueError("the file's length does not match its description")
             # An OFD lock belongs to the open file description, which children share with the supervisor: two
             # processes would hold it at once. So each opens the file anew; the link works after a rename too.
             self._lock_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
             failed.pop_all()
         self._threads = threading.Lock()
-        self._start_bytes = start
-        self._positions = {name: position for position, name in enumerate(self._series)}
+        self._positions = {name: position for position, name in enumerate(about.series)}
         self._root = memoryview(self._map)[start:].cast("Q")
         self.words = self._root[:page]
         self._views = [self._root[at : at + length] for at in range(page, len(self._root), length)]
@@ -157,12 +154,10 @@ class SharedFile:
     # --- the page
 
     def row(self, row: Row) -> "memoryview[int]":
-        """The words of a row, by block."""
-        first = _ROWS_AT + row * self._blocks_count
-        return self.words[first : first + self._blocks_count]
+        first = _ROWS_AT + row * self._about.blocks
+        return self.words[first : first + self._about.blocks]
 
     def raise_epoch(self, word: int) -> None:
-        """Raise POLICY_EPOCH or STORE_EPOCH."""
         with self.locked(word):
             self.words[word] += 1
 
@@ -183,15 +178,12 @@ class SharedFile:
     # --- counters
 
     def counters(self, block: int) -> Counters:
-        """The block of one process. Not for PAST, whose words move at each fold."""
+        """The block of one process; not for PAST."""
         assert block != PAST
         return Counters(self._blocks[block - 1], self._positions)
 
     def sum_of(self, name: str, /, **labels: str) -> Callable[[], int]:
-        """A function that sums one series over the running processes, cheap enough for each request.
-
-        An exited process is included until the supervisor has folded its block.
-        """
+        """A function that sums one series over the processes of this run, cheap enough for each request."""
         position, blocks = self._positions[series(name, labels)], tuple(self._blocks)
         return lambda: sum([block[position] for block in blocks])
 
@@ -200,63 +192,25 @@ class SharedFile:
 
         Gauges are summed over the running processes.
         """
-        return {**self._leftover, **dict(zip(self._series, self._stable_sums(), strict=True))}
+        return {**self._about.leftover, **dict(zip(self._about.series, self._sums(), strict=True))}
 
     def since_start(self) -> dict[str, int]:
-        """Every series since `started_at`."""
-        rows = zip(self._series, self._stable_sums(), self._baseline.tolist(), strict=True)
+        rows = zip(self._about.series, self._sums(), self._baseline.tolist(), strict=True)
         return {name: now - then & _WORD_MASK for name, now, then in rows}
 
-    def _stable_sums(self) -> list[int]:
-        """Every series summed over the past and all processes; read again if a fold came in between."""
-        while True:
-            before = self.words[FOLD]
-            _, active, excluded = _fold_state(before)
-            columns = [self._copies[active].tolist()]
-            columns += [view.tolist() for block, view in enumerate(self._blocks, 1) if block != excluded]
-            if self.words[FOLD] == before:
-                return [sum(row) & _WORD_MASK for row in zip(*columns, strict=True)]
+    def _sums(self) -> list[int]:
+        past = self._copies[self.words[PAST_COPY] >> 31 & 1]
+        columns = [view.tolist() for view in (past, *self._blocks)]
+        return [sum(row) & _WORD_MASK for row in zip(*columns, strict=True)]
 
-    def fold(self, block: int) -> None:
-        """Add an exited process's counters to the past and clear its block. For the supervisor only."""
-        for _ in self._fold_steps(block):
-            pass
-
-    def _fold_steps(self, block: int) -> Iterator[None]:
-        """The steps of a fold. A kill between two of them neither loses nor doubles a count.
-
-        1. Write the new past into the inactive copy. 2. Make that copy active and exclude the block, by one
-        store: this moves the counts. 3. Clear the block. 4. Exclude no block.
-        Readers compare the FOLD word before and after (`_stable_sums`). x86 makes stores visible in order; on
-        other processors a reader may see the counts of a fold a moment early or late.
-        """
-        assert block != PAST
-        step, active, _ = _fold_state(self.words[FOLD])
-        counts = self._blocks[block - 1]
-        past = zip(self._series, self._copies[active], counts, strict=True)
-        for position, (name, before, counted) in enumerate(past):
-            added = counted if _kind(name) != "gauge" else 0
-            self._copies[1 - active][position] = (before + added) & _WORD_MASK
-        yield
-        self.words[FOLD] = _fold_word(step + 1, 1 - active, block)
-        yield
-        counts[:] = memoryview(bytes(8 * len(counts))).cast("Q")
-        yield
-        self.words[FOLD] = _fold_word(step + 2, 1 - active, PAST)
-        yield
-
-
-def _fold_state(word: int) -> tuple[int, int, int]:
-    """Number of steps so far, the active copy of the past, the excluded block (PAST: none)."""
-    return word >> 32, word >> 31 & 1, word & 0x7FFF_FFFF
-
-
-def _fold_word(step: int, active: int, block: int) -> int:
-    return (step & 0xFFFF_FFFF) << 32 | active << 31 | block
+    def clear_gauges(self, block: int) -> None:
+        """The block's process has exited. Its counters stay: they are part of the totals, and only grow."""
+        for position, name in enumerate(self._about.series):
+            if _kind(name) == "gauge":
+                self._blocks[block - 1][position] = 0
 
 
 def _kind(name: str) -> str | None:
-    """The kind of a series' metric; None when this version has no such metric."""
     metric = _METRICS.get(name.split("{", 1)[0].removesuffix("_bucket").removesuffix("_sum"))
     return metric.kind if metric is not None else None
 
@@ -274,11 +228,8 @@ def _read_head(text: "mmap.mmap | bytes") -> tuple[_Description, int]:
     description = text[_PREFIX.size : _PREFIX.size + length]
     if len(description) != length or xxhash.xxh3_64_intdigest(description) != checksum:
         raise ValueError("the description is damaged")
-    return _Description.model_validate_json(description), _aligned(_PREFIX.size + length)
-
-
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    end = _PREFIX.size + length
+    return _Description.model_validate_json(description), end + -end % _ALIGN_BYTES
 
 
 def _read_old(path: Path, now: float) -> tuple[Mapping[str, int], float]:
@@ -308,22 +259,14 @@ def _first_content(path: Path, upstreams: Sequence[str], workers: int) -> bytes:
     """The bytes of a new file: the counts of the one at `path` as past and baseline, all else 0."""
     now = time.time()
     counts, installed_at = _read_old(path, now)
-    names = tuple(layout(list(dict.fromkeys(upstreams))))
-    known = frozenset(names)
-    leftover = {name: count for name, count in counts.items() if count and name not in known}
+    names = dict.fromkeys(layout(list(dict.fromkeys(upstreams))))
+    leftover = {name: count for name, count in counts.items() if count and name not in names}
     blocks = FIRST_WORKER + workers
     page = _ROWS_AT + len(Row) * blocks
-    description = _Description(
-        series=names,
-        blocks=blocks,
-        page_words=page,
-        leftover=leftover,
-        installed_at=installed_at,
-        started_at=now,
-    )
-    text = description.model_dump_json().encode()
+    about = {"series": [*names], "blocks": blocks, "page_words": page, "leftover": leftover}
+    text = json.dumps(about | {"installed_at": installed_at, "started_at": now}).encode()
     head = _PREFIX.pack(_MAGIC, _FORMAT, len(text), xxhash.xxh3_64_intdigest(text)) + text
     past = struct.pack(f"={len(names)}Q", *(counts.get(name, 0) for name in names))
     # after the page: the past, its inactive copy, the baseline of since_start, and the blocks
     words = bytes(8 * page) + past + bytes(len(past)) + past + bytes(len(past) * (blocks - 1))
-    return head.ljust(_aligned(len(head)), b"\0") + words
+    return head + bytes(-len(head) % _ALIGN_BYTES) + words

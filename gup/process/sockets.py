@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from gup.config import Listen
 from gup.errors import GupError
 
-_MOST_ADMIN_BACKLOG = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
@@ -39,8 +37,7 @@ def open_listeners(listen: Listen, workers: int, passed: tuple[list[int], list[i
             _bind(data, listen.address, listen.port, listen.backlog, workers)
         _adopt(admin, passed[1], listen.backlog)
         if not admin:
-            backlog = min(listen.backlog, _MOST_ADMIN_BACKLOG)
-            _bind(admin, listen.admin_address, listen.admin_port, backlog, 1)
+            _bind(admin, listen.admin_address, listen.admin_port, min(listen.backlog, 128), 1)
     except BaseException:
         close(*data, *admin)
         raise
@@ -53,7 +50,6 @@ def close(*sockets: socket.socket) -> None:
 
 
 def url(sockets: Sequence[socket.socket], *, tls: bool = False) -> str:
-    """The URL of the first socket, or `unix:PATH`."""
     name = sockets[0].getsockname()
     if sockets[0].family == socket.AF_UNIX:
         return f"unix:{name}"
@@ -86,7 +82,6 @@ def _bind(opened: list[socket.socket], host: str, port: int, backlog: int, count
 
 
 def _adopt(opened: list[socket.socket], fds: Sequence[int], backlog: int) -> None:
-    """Take over systemd's sockets."""
     for fd in fds:
         try:
             sock = socket.socket(fileno=fd)

@@ -1,6 +1,5 @@
 """The supervisor, gup's master process: starts, watches, restarts, reloads and stops the children."""
 
-import contextlib
 import logging
 import os
 import resource
@@ -9,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum, auto
 from ipaddress import ip_address
@@ -28,29 +27,25 @@ from gup.server.admission import address_file
 
 _LOG = logging.getLogger(__name__)
 
-_TICK_SECONDS = 1.0
-_SUSPENDED_SECONDS = 5.0
-"""After a longer pause between two ticks the whole machine is assumed to have been suspended."""
-_WORKERS_FIRST_SECONDS = 2.0
-"""The controller starts when all workers are ready, or after this time: client requests come first."""
-_STARTING_AT_ONCE = max(8, 2 * len(os.sched_getaffinity(0)))
-"""Limit of children that start at the same time: more would slow each other beyond the time limit."""
+_TICK_SECONDS = 0.1
+_SUSPENDED_SECONDS = 5.0  # after a longer pause between two ticks, the whole machine was suspended
+_WORKERS_FIRST_SECONDS = 2.0  # the controller starts when all workers are ready, or after this time
+_STARTING_AT_ONCE = max(
+    8, 2 * len(os.sched_getaffinity(0))
+)  # more would slow each other beyond READY_SECONDS
 PAST_DRAIN_SECONDS = 5.0
 LOCK_SECONDS = 5.0  # how long the previous service on the directory may take to end
 _CONTROLLER_STOP_SECONDS = 10.0
 _EVENT_BUFFER_BYTES = 4 << 20
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Reload = Callable[[], Settings]
 ChildCommand = Callable[[str], Sequence[str]]
 
 
 class Stage(Enum):
-    """Stages of the service, in this order. Workers finish while it is DRAINING, the controller STOPPING."""
-
     SERVING = auto()
-    DRAINING = auto()
-    STOPPING = auto()
+    DRAINING = auto()  # workers finish
+    STOPPING = auto()  # the controller does
     ENDED = auto()
 
 
@@ -84,14 +79,11 @@ def serve(
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard limit: a client takes one descriptor, often two.
-
-    If the system refuses (`fs.nr_open` is lower, or a sandbox forbids it), the service runs with what it has.
-    """
+    """Raise the soft limit of open files to the hard limit: a client takes one descriptor, often two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # `fs.nr_open` is lower, or a sandbox forbids it
         _LOG.warning("the limit of open files stays at %d: setrlimit: %s", soft, error)
 
 
@@ -107,9 +99,7 @@ class Supervisor:
         stack: ExitStack,
     ) -> None:
         """Open all that the service needs; `stack` closes it. GupError tells what can't be opened."""
-        self._settings = settings
-        self._reload = reload
-        self._command = child_command
+        self._settings, self._reload, self._command = settings, reload, child_command
         self._environment = {name: text for name, text in environment.items() if name not in VARIABLES}
         self._notifier = Notifier(environment, os.getpid())
         store = Store(settings.cache.directory)
@@ -154,31 +144,25 @@ class Supervisor:
 
     def run(self) -> None:
         """Run until the service has ended. No child is left, whatever happens."""
-        with _signal_socket() as signals:
-            self._selector.register(signals, selectors.EVENT_READ)
-            try:
-                self._tick(time.monotonic())
-                while self._stage is not Stage.ENDED:
-                    for key, _ in self._selector.select(self._pause_seconds(time.monotonic())):
-                        if key.data is None:
-                            self._handle_signals(signals.recv(4096))
-                        else:
-                            self._handle_messages(key.data)
-                    self._reap()
-                    self._tick(time.monotonic())
-            finally:
-                self._stage = Stage.ENDED
-                self._kill(self._slots, "the supervisor is exiting")
-                for slot in self._slots:
-                    if slot.child is not None:
-                        slot.child.process.wait()
+        signals: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: signals.append(number))  # nothing else is interrupted
+        try:
+            self._tick(time.monotonic())
+            while self._stage is not Stage.ENDED:
+                for key, _ in self._selector.select(_TICK_SECONDS):
+                    self._handle_messages(key.data)
+                while signals:
+                    self._handle_signal(signals.pop(0))
                 self._reap()
-
-    def _pause_seconds(self, now: float) -> float:
-        due = [slot.start_at - now for slot in self._slots if self._may_start(slot)]
-        if self._notifier.watchdog_seconds:
-            due.append(self._notifier.watchdog_seconds / 3)
-        return max(0.0, min([_TICK_SECONDS, *due]))
+                self._tick(time.monotonic())
+        finally:
+            self._stage = Stage.ENDED
+            self._kill(self._slots, "the supervisor is exiting")
+            for slot in self._slots:
+                if slot.child is not None:
+                    slot.child.process.wait()
+            self._reap()
 
     def _tick(self, now: float) -> None:
         if now - self._ticked_at > _SUSPENDED_SECONDS:
@@ -187,7 +171,9 @@ class Supervisor:
         if self._controller.generation == 0 and all(slot.phase is Phase.READY for slot in self._workers):
             self._controller.start_at = now
         for slot in self._slots:
-            if slot.start_at <= now and self._may_start(slot):
+            starting = sum(other.phase is Phase.STARTING for other in self._slots)
+            due = slot.phase is Phase.WAITING and slot.start_at <= now
+            if due and self._stage is Stage.SERVING and starting < _STARTING_AT_ONCE:
                 self._start(slot)
             reason = slot.reason_to_kill(now, self._beats[slot.block] / 1e9, self._watched_from)
             if reason is not None:
@@ -198,12 +184,6 @@ class Supervisor:
         if watchdog and now - self._watchdog_at >= watchdog / 3:
             self._notifier.send("WATCHDOG=1")
             self._watchdog_at = now
-
-    def _may_start(self, slot: ChildSlot) -> bool:
-        """Whether a child may be started there, if it is due."""
-        if slot.phase is not Phase.WAITING or self._stage is not Stage.SERVING:
-            return False
-        return sum(other.phase is Phase.STARTING for other in self._slots) < _STARTING_AT_ONCE
 
     # --- one child
 
@@ -244,9 +224,7 @@ class Supervisor:
             return
         for message in messages:
             if message.get("ready"):
-                if slot.phase is Phase.STARTING:  # else it has been killed meanwhile
-                    slot.move(Phase.READY)
-                    slot.ready_at = time.monotonic()
+                slot.became_ready(time.monotonic())
                 self._report_workers()
             elif message.get("drained"):
                 _LOG.info("%s has drained", slot.name)
@@ -254,7 +232,7 @@ class Supervisor:
                 child.send(self._reload_settings())
 
     def _reap(self) -> None:
-        """Reap exited children: add their counters to the totals and free their slots."""
+        """Reap exited children and free their slots."""
         for slot in self._slots:
             child = slot.child
             if child is None or (status := child.process.poll()) is None:
@@ -262,7 +240,7 @@ class Supervisor:
             if slot.closed_at is None:
                 self._selector.unregister(child)
             child.close()
-            self._shared.fold(slot.block)
+            self._shared.clear_gauges(slot.block)
             restart = self._stage is Stage.SERVING
             if restart and slot.role == "worker":
                 self._counters.add("gup_worker_restarts_total")
@@ -304,21 +282,18 @@ class Supervisor:
         if self._announced or any(slot.phase is not Phase.READY for slot in self._slots):
             return
         self._announced = True
-        print(f"gup: {self._status()}", file=sys.stderr, flush=True)  # noqa: T201 - for people, not the log
-        self._notifier.send("READY=1", f"STATUS={self._status()}")
-
-    def _status(self) -> str:
         count, tls = len(self._workers), self._settings.listen.admin_cert_file is not None
         content, control = sockets.url(self._listeners.data), sockets.url(self._listeners.admin, tls=tls)
         workers = "1 worker" if count == 1 else f"{count} workers"
-        return f"serving on {content}, control plane on {control}, {workers}"
+        status = f"serving on {content}, control plane on {control}, {workers}"
+        print(f"gup: {status}", file=sys.stderr, flush=True)  # noqa: T201 - for people, not the log
+        self._notifier.send("READY=1", f"STATUS={status}")
 
-    def _handle_signals(self, numbers: bytes) -> None:
-        for number in numbers:
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self._stop(signal.Signals(number).name)
-            elif number == signal.SIGHUP:
-                self._reload_settings()
+    def _handle_signal(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self._reload_settings()
+        else:
+            self._stop(signal.Signals(number).name)
 
     def _stop(self, reason: str) -> None:
         """Begin to drain. A second call kills all children."""
@@ -366,7 +341,7 @@ class Supervisor:
                 _LOG.error("settings not reloaded: %s", problem)
         self._shared.words[shared_memory.CONFIG_OK] = not problems
         if self._announced:
-            self._notifier.send("READY=1", f"STATUS={self._status()}")
+            self._notifier.send("READY=1")
         return {"reloaded": not problems, "problems": problems}
 
     def _apply(self, new: Settings) -> None:
@@ -385,23 +360,6 @@ def _exit_reason(status: int) -> str:
         return f"exited with status {status}"
     known = -status in {*signal.Signals}
     return f"was ended by {signal.Signals(-status).name if known else f'signal {-status}'}"
-
-
-@contextlib.contextmanager
-def _signal_socket() -> Iterator[socket.socket]:
-    """A socket that receives each signal's number as one byte. No signal interrupts anything else."""
-    read, write = socket.socketpair()
-    with read, write:
-        read.setblocking(False)
-        write.setblocking(False)
-        wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-        try:
-            yield read
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
 
 
 def _require_token(admin: Sequence[socket.socket], settings: Settings) -> None:
@@ -433,23 +391,18 @@ def reloadable(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     shared file has counters for the names of upstreams at the start, so if the set of names differs, all
     upstreams keep their old settings.
     """
-    kept = {
-        section: {key: own for key in keys if (own := _get(old, section, key)) != _get(new, section, key)}
-        for section, keys in _FIXED.items()
-    }
-    postponed = [f"{section}.{key}" for section, values in kept.items() for key in values]
+    fixed, postponed = dict(_FIXED), []
     if (old.listen.admin_cert_file is None) != (new.listen.admin_cert_file is None):
-        postponed.append("listen.admin_cert_file")
-        kept["listen"] |= {key: _get(old, "listen", key) for key in ("admin_cert_file", "admin_key_file")}
+        fixed["listen"] += ("admin_cert_file", "admin_key_file")
     if new.listen.admin_token_file is None and not ip_address(old.listen.admin_address).is_loopback:
-        postponed.append("listen.admin_token_file")
-        kept["listen"]["admin_token_file"] = old.listen.admin_token_file
-    changed = {section: getattr(new, section).model_copy(update=values) for section, values in kept.items()}
+        fixed["listen"] += ("admin_token_file",)
+    changed: dict[str, object] = {}
+    for section, keys in fixed.items():
+        before, after = getattr(old, section), getattr(new, section)
+        kept = {key: own for key in keys if (own := getattr(before, key)) != getattr(after, key)}
+        postponed += [f"{section}.{key}" for key in kept if key != "admin_key_file"]
+        changed[section] = after.model_copy(update=kept)
     if {row.name for row in new.upstream} != {row.name for row in old.upstream}:
         postponed.append("upstream")
         changed["upstream"] = old.upstream
     return new.model_copy(update=changed), postponed
-
-
-def _get(settings: Settings, section: str, key: str) -> object:
-    return getattr(getattr(settings, section), key)

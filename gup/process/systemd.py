@@ -43,7 +43,6 @@ class Notifier:
         self.watchdog_seconds = int(usec) / 1e6 if usec.isdecimal() and int(usec) and ours else None
 
     def send(self, *assignments: str) -> None:
-        """Send assignments of sd_notify(3), such as READY=1."""
         if not self._address:
             return
         try:

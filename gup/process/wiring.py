@@ -31,11 +31,8 @@ from gup.upstream.health import Board
 from gup.upstream.pool import Pool
 
 # First lock number of each kind of slot in run/slots.
-_BULK_FIRST = 0
-_URGENT_FIRST = 10_000
-_INHERITED_FIRST = 20_000
-_RANGE_BYPASS_FIRST = 100_000
-_BYPASS_FIRST = 200_000
+_BULK_FIRST, _URGENT_FIRST, _INHERITED_FIRST = 0, 10_000, 20_000
+_RANGE_BYPASS_FIRST, _BYPASS_FIRST = 100_000, 200_000
 DOWNLOADS_FIRST = 1_000_000
 
 _RANGE_BYPASS_SLOTS = 2
@@ -68,8 +65,6 @@ class ChildProcess(ABC):
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
-        # In the controller too: a word of 0 from a process that is alive would go before every waiter.
-        self.download_turns = self.turns(Row.DOWNLOAD_TURNS)
         self.wan = Wan(
             words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
         )
@@ -142,13 +137,11 @@ class ChildProcess(ABC):
         )
 
     def turns(self, row: Row) -> Turns:
-        """The order among processes, by their first waiters."""
         return Turns(self.shared.row(row), self.block, self._alive)
 
     # --- what is shared with other processes
 
     def beat(self) -> None:
-        """Record a heartbeat."""
         self._beats[self.block] = time.monotonic_ns()
 
     def _alive(self, block: int) -> bool:
@@ -165,7 +158,6 @@ class ChildProcess(ABC):
         return self._rate
 
     def reserved_bytes(self) -> int:
-        """Disk space reserved by the fills of all processes."""
         return sum(self._reserved)
 
     def _reserve(self, change: int) -> None:
@@ -195,7 +187,6 @@ class ChildProcess(ABC):
         """Work until `stopped` is set or the supervisor is gone."""
 
     def apply(self, settings: Settings) -> None:
-        """Take over reloaded settings."""
         self.settings = self.means.settings = settings
         self._rate_until = 0.0
         self.pool.apply(settings.upstream)

@@ -12,7 +12,7 @@ from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
 from gup.process.child import Message, Parent
-from gup.process.shared_memory import POLICY_EPOCH, STORE_EPOCH
+from gup.process.shared_memory import POLICY_EPOCH, STORE_EPOCH, Row
 from gup.process.wiring import DOWNLOADS_FIRST, ChildProcess, run_child
 from gup.server.access_log import AccessLog
 from gup.server.admission import AddressCounts, Admission
@@ -35,7 +35,7 @@ class Worker(ChildProcess):
         # Called for each hit, so without a Python frame.
         epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), self.words)
         hot_cache = HotCache(epochs, self.cache.close_removed)
-        turns = self.download_turns
+        turns = self.turns(Row.DOWNLOAD_TURNS)
         slots = Slots(self.slots, DOWNLOADS_FIRST, lambda: self.settings.clients.max_downloads)
         downloads = Downloads(slots, lambda: self.settings.clients, self.counters, shared.sum_of, turns)
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))

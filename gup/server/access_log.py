@@ -18,15 +18,13 @@ from gup.server.response import Response
 log = logging.getLogger(ACCESS)
 
 _NEVER = 1 << 63
-_LINES_A_SECOND = 100
-"""Of what is no hit, while access is sampled: a flood of refusals must not become one of lines."""
+_LINES_A_SECOND = 100  # of what is no hit, while access is sampled: a flood of refusals must not become one
 _ROWS = 200  # of one event, which has to fit a datagram
 _EVENTS_A_SECOND = 10
 _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
-_MOST_HEADS = 1000
-_MOST_PARTS = 2000
-"""Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn."""
+# Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn.
+_MOST_HEADS, _MOST_PARTS = 1000, 2000
 _MOST_FULLS = 5000  # addresses and keys told in a second; there may be more
 
 Tell = Callable[[Mapping[str, object]], object]
@@ -65,9 +63,8 @@ class AccessLog:
         self._counters = counters
         self._names = names
         self.connected: set[str] = set()  # clients whose connection was accepted in this second
-        self._used: Counter[str] = Counter()
-        self._missed: Counter[str] = Counter()
-        self._fulls: Counter[tuple[str, str]] = Counter()
+        self._used, self._missed = Counter[str](), Counter[str]()
+        self._fulls = Counter[tuple[str, str]]()
         self._taken: set[ClientRecord] = set()
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
         self._asked: set[ClientRecord] = set()
@@ -77,7 +74,6 @@ class AccessLog:
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        """Use new settings for responses that end from now on."""
         self._access, every = settings.log.access, settings.log.access_sample
         samples = {"off": (_NEVER, -1), "sampled": (every, 1 % every), "all": (1, 0)}
         self._every, self._first = samples[self._access]
@@ -89,7 +85,6 @@ class AccessLog:
     # --- responses
 
     def begin(self, peer: str, response: Response) -> None:
-        """Count a response that begins to leave."""
         self.words[self.requests[response.result, response.status]] += 1
         response.first_byte = self.clock()
         key = response.key
@@ -119,7 +114,6 @@ class AccessLog:
     # --- the hot path
 
     def begin_hot(self, peer: str, row: HotRow, at: int) -> None:
-        """Count a ready-made response that begins to leave."""
         self.words[at] += 1
         used, key = self._used, row.key_text
         used[key] = used.get(key, 0) + 1
@@ -145,7 +139,6 @@ class AccessLog:
             self._line(peer, response, span.stop - span.start, complete=True)
 
     def of_row(self, row: HotRow, head: bytes, span: Span, client: Stated | bytes, began: float) -> Response:
-        """A ready-made response that has begun to leave."""
         return Response(
             200 if span is row.whole else 206,
             head,
@@ -168,12 +161,12 @@ class AccessLog:
         now, began, first_byte = self.clock(), response.began, response.first_byte
         request, client = response.request, self._stated(self._client(response))
         sampled = response.result == "hit" and self._access == "sampled"
-        target = None if request is None else request.target[:_TARGET_LETTERS].decode("latin-1")
+        target = request.target[:_TARGET_LETTERS].decode("latin-1") if request and not response.key else ""
         fields = {
             "client": self._names.shown(peer),
             "method": request.method if request is not None else "GET" if response.key else None,
             "key": response.key,
-            "target": None if response.key else target or None,
+            "target": target or None,
             "result": response.result,
             "status": response.status or None,
             "bytes": sent,
@@ -188,7 +181,6 @@ class AccessLog:
         log.info("request", extra=fields)
 
     def _client(self, response: Response) -> Stated | bytes:
-        """What a client states, or the head that the hot cache found."""
         if response.request is not None:
             return self.declarations.of(response.request.headers)
         return response.client
@@ -199,7 +191,7 @@ class AccessLog:
     # --- client records
 
     def _took_full(self, peer: str, key: str) -> None:
-        """Note who asks for a full: the controller tells the operator who makes a storm."""
+        """The controller tells the operator who makes a storm."""
         who = (peer, key)
         if who in self._fulls or len(self._fulls) < _MOST_FULLS:
             self._fulls[who] = self._fulls.get(who, 0) + 1
@@ -253,23 +245,22 @@ class AccessLog:
     def _gather(self) -> None:
         """Put what clients took into rows that wait to be sent; bounded."""
         records: list[tuple[ClientRecord, object]] = [(who, 1) for who in self._taken]
-        records += self._parts
-        records += [(who, 0) for who in self._asked - self._taken]
+        records += [*self._parts, *((who, 0) for who in self._asked - self._taken)]
         if self._names.mode == "off":
             self.connected |= {peer for peer, _, _ in self._taken}
             records.clear()
             self._unnoted = 0
-        for gathered in (self._taken, self._parts, self._asked):
-            gathered.clear()
         for (peer, key, client), what in records:
             stated = self._stated(client)
             self._waiting.append([self._names.of(peer), key, stated.version, stated.language, what])
-        excess = len(self._waiting) - _MOST_WAITING
+        excess = max(0, len(self._waiting) - _MOST_WAITING)
+        del self._waiting[:excess]
         for lost in (self._unnoted, excess):
-            if lost > 0:
+            if lost:
                 self._counters.add("gup_events_lost_total", lost // _ROWS + 1)
         self._unnoted = 0
-        del self._waiting[: max(0, excess)]
+        for gathered in (self._taken, self._parts, self._asked):
+            gathered.clear()
 
 
 def _is_get(response: Response) -> bool:

@@ -11,7 +11,6 @@ import xxhash
 from gup import config
 from gup.metrics import Counters
 
-_KNOWN_ADDRESSES = 20_000
 _CELLS = 1 << 16
 _COLUMN_WORDS = 2 * _CELLS
 
@@ -19,8 +18,9 @@ _COLUMN_WORDS = 2 * _CELLS
 class Admission:
     """Admits or refuses a connection at accept, and counts those that are open.
 
-    Limits are the machine's; `total` sums over its workers. A connection is counted first and compared then:
-    workers that accept at the same moment may both refuse where one had room, but never both admit.
+    Limits are the machine's; `total` sums over its workers, `most_here` is what this process has descriptors
+    for. A connection is counted first and compared then: workers that accept at the same moment may both
+    refuse where one had room, but never both admit.
     """
 
     def __init__(
@@ -32,17 +32,12 @@ class Admission:
         *,
         most_here: int,
     ) -> None:
-        """`most_here` is what this process has descriptors for."""
-        self._counters = counters
-        self._open = counters.position("gup_client_connections")
-        self._addresses = addresses
-        self._total = total
-        self._most_here = most_here
+        self._counters, self._open = counters, counters.position("gup_client_connections")
+        self._addresses, self._total, self._most_here = addresses, total, most_here
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        """Use new settings for connections that come from now on."""
-        self._is_allowed = lru_cache(_KNOWN_ADDRESSES)(allowed_networks(settings.clients.allow))
+        self._is_allowed = lru_cache(20_000)(allowed_networks(settings.clients.allow))
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
@@ -65,13 +60,11 @@ class Admission:
         return False
 
     def leave(self, address: str) -> None:
-        """A connection that was admitted has closed."""
         self._counters.words[self._open] -= 1
         self._addresses.remove(address)
 
 
 def allowed_networks(texts: Sequence[str]) -> Callable[[str], bool]:
-    """A function that tells whether an address is in the networks of `clients.allow`."""
     networks = [ipaddress.ip_network(text) for text in texts]
 
     def contains(address: str) -> bool:
@@ -88,9 +81,8 @@ class AddressCounts:
 
     Every worker counts in a column of its own in a shared file: no locks are needed, and what a killed worker
     counted is gone when its successor clears the column. A column is a count-min sketch: two rows of counts
-    in which an address has one cell each. It is small, bounded and never too low; it is too high only for an
-    address that shares both cells with others, which the size makes rare. This worker's own connections are
-    counted exactly.
+    in which an address has one cell each. It is never too low, and too high only for an address that shares
+    both cells with others. This worker's own connections are counted exactly.
     """
 
     def __init__(self, fd: int, column: int) -> None:
@@ -111,7 +103,6 @@ class AddressCounts:
         return mine + sum(min(other[first], other[second]) for other in self._others)
 
     def remove(self, address: str) -> None:
-        """Count one connection less."""
         self._own[address] -= 1
         if not self._own[address]:
             del self._own[address]

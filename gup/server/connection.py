@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, auto
 
 from gup.config import Listen
 from gup.content.client_identity import Stated
@@ -31,24 +31,25 @@ from gup.server.response_writer import BROKEN, FINISHED, ResponseWriter
 _READ_BYTES = 4096  # heads are short, and memory for more would be taken at every read
 _TURN_BYTES = 1 << 20  # the most one connection sends before others have their turn
 _LINGER_SECONDS = 2.0
-_RESET = struct.pack("ii", 1, 0)
 _CRLF = b"\r\n"
 _HEAD_END = b"\r\n\r\n"
 
 
+def close_by_reset(sock: socket.socket) -> None:
+    """Have `close` send a reset: the client knows at once, and nothing of it stays in the kernel."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 class Phase(Enum):
-    """READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED.
+    """READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED."""
 
-    WAITING: the response is not known yet. QUEUED: it is, but it is a download without a slot. A client that
-    closes its end then is taken to be gone, even if it might still read: its place is for those who wait.
-    """
-
-    READING = "reading"
-    WAITING = "waiting"
-    QUEUED = "queued"
-    SENDING = "sending"
-    LINGERING = "lingering"
-    CLOSED = "closed"
+    READING = auto()
+    WAITING = auto()  # the response is not known yet
+    QUEUED = auto()  # it is, but it is a download without a slot
+    SENDING = auto()
+    LINGERING = auto()  # all has left; until the client has closed
+    CLOSED = auto()
 
 
 _READING = Phase.READING
@@ -103,11 +104,6 @@ class Connection:
         """Whether it may be closed without anybody losing a response."""
         return self._phase is _READING and not self._pending
 
-    @property
-    def queued(self) -> bool:
-        """Whether it waits for a download slot."""
-        return self._phase is Phase.QUEUED
-
     # --- reading
 
     def on_ready(self, events: int) -> None:
@@ -126,7 +122,13 @@ class Connection:
             self.close()
             return
         if not piece:
-            self._ended()
+            # The client sends no more; it may still read what it asked for. One without a slot is taken to
+            # be gone, even if it might: its place is for those who wait.
+            self._eof = True
+            if self._phase in (_READING, Phase.QUEUED, Phase.LINGERING):
+                self.close()
+            else:
+                self._watch(self._watched & ~READ)
         elif self._phase is _READING:
             if not self._pending:
                 found = self._context.hot_cache.look_up(piece)
@@ -138,18 +140,7 @@ class Connection:
         elif self._phase is not Phase.LINGERING:
             self._pending += piece
             if len(self._pending) > MAX_HEAD_BYTES:
-                self._want(READ, wanted=False)  # the client waits for responses before it may send more
-
-    def _ended(self) -> None:
-        """The client sends no more; it may still read what it asked for."""
-        self._eof = True
-        if self._phase in (_READING, Phase.QUEUED, Phase.LINGERING):
-            self.close()
-        else:
-            self._want(READ, wanted=False)
-
-    def _want(self, event: int, *, wanted: bool) -> None:
-        self._watch(self._watched | event if wanted else self._watched & ~event)
+                self._watch(self._watched & ~READ)  # the client waits for responses before it may send more
 
     def _watch(self, events: int) -> None:
         if events != self._watched:
@@ -174,18 +165,16 @@ class Connection:
             found = self._context.hot_cache.look_up(head)
             if found is None or not self._send_hot(*found):
                 self._answer(head)
-        if self._phase is _READING:
-            if self._eof:
-                self.close()
-            else:
-                self._want(READ, wanted=True)
+        if self._phase is _READING and self._eof:
+            self.close()
+        elif self._phase is _READING:
+            self._watch(self._watched | READ)
 
-    # --- answering from the hot cache, in the callback that read the request
+    # --- answering from the hot cache, in the callback that read the request; docs/performance.md has figures
 
     def _send_hot(self, row: HotRow, span: Span, client: Stated | bytes, last: bool) -> bool:
         """Send a ready-made response; False: nothing was done.
 
-        What a warm hit costs stands here and in the next two functions; docs/performance.md has figures.
         `last`: the client wants no other response. Then only a whole small body is sent.
         """
         context = self._context
@@ -214,7 +203,6 @@ class Connection:
     def _send_message(
         self, row: HotRow, message: bytes, client: Stated | bytes, began: float, *, last: bool
     ) -> None:
-        """Send head and body together."""
         log = self._context.access_log
         body_at = len(message) - row.length
         if last:
@@ -274,8 +262,7 @@ class Connection:
     # --- answering by the handler
 
     def _answer(self, head: bytes) -> None:
-        context = self._context
-        began = context.access_log.clock()
+        context, began = self._context, self._context.access_log.clock()
         try:
             request = parse_head(head, self.peer)
         except Problem as problem:
@@ -311,13 +298,17 @@ class Connection:
     # --- sending
 
     def _send(self, response: Response, began: float) -> None:
-        """Send a response, a download when it has a slot; the connection reads on when it has left."""
         response.began = began
         self._response, self._ticket = response, response.ticket
+
+        def begin() -> None:
+            self._context.access_log.begin(self.peer, response)
+            self._start(response)
+
         if self._ticket is not None and self._ticket.slot is None:
-            self._queue(self._ticket, lambda: self._begin(response))
+            self._queue(self._ticket, begin)
         else:
-            self._begin(response)
+            begin()
 
     def _queue(self, ticket: Ticket, send: Callable[[], None]) -> None:
         def admitted() -> None:
@@ -329,13 +320,10 @@ class Connection:
         self._phase = Phase.QUEUED
 
     def reject(self) -> None:
-        """Reject a queued download: the service stops, and the client may ask another."""
-        self._release()
-        self._refuse(stopping())
-
-    def _begin(self, response: Response) -> None:
-        self._context.access_log.begin(self.peer, response)
-        self._start(response)
+        """The service stops: reject a queued download, whose client may ask another."""
+        if self._phase is Phase.QUEUED:
+            self._release()
+            self._refuse(stopping())
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
         """Send a response of whose body so many bytes have left already."""
@@ -366,7 +354,7 @@ class Connection:
                 if writer.full:
                     break
         except (BlockingIOError, InterruptedError):
-            self._want(WRITE, wanted=True)
+            self._watch(self._watched | WRITE)
             return
         except OSError:
             self.close()
@@ -375,18 +363,18 @@ class Connection:
         delay = pacer.delay_seconds(context.loop.time()) if pacer is not None else 0.0
         if delay:
             context.loop.call_later(delay, self._writable)
-        self._want(WRITE, wanted=not delay)
+        self._watch(self._watched & ~WRITE if delay else self._watched | WRITE)
 
     def _stopped(self, writer: ResponseWriter, why: int) -> None:
         """The response has ended, or its body has no more for now, or never will."""
         if why == FINISHED:
             self._finish()
         elif why == BROKEN:
-            self._reset()
+            self._cut()
         else:
+            self._watch(self._watched & ~WRITE)
             assert self._response is not None
             assert self._response.body is not None
-            self._want(WRITE, wanted=False)
             self._response.body.wait(writer.position, self._writable)
 
     def _writable(self) -> None:
@@ -396,11 +384,10 @@ class Connection:
             self._advance()
 
     def _finish(self) -> None:
-        """The response has left: go on with the next request, or end."""
         assert self._response is not None
         close = self._response.close or self._context.handler.draining
         self._log_end(complete=True)
-        self._want(WRITE, wanted=False)
+        self._watch(self._watched & ~WRITE)
         self._release()
         self.since = self._context.now
         if not close:
@@ -412,7 +399,7 @@ class Connection:
             self._pending.clear()
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
-            self._want(READ, wanted=True)
+            self._watch(self._watched | READ)
 
     # --- the end
 
@@ -433,10 +420,9 @@ class Connection:
         if self._writer is not None:
             self._writer.end()
 
-    def _reset(self) -> None:
+    def _cut(self) -> None:
         """End with a reset: the client must never take a part for the whole."""
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        close_by_reset(self._sock)
         self.close()
 
     def close(self) -> None:
@@ -457,20 +443,18 @@ class Connection:
     def expired(self, now: float) -> bool:
         """Whether the present phase has lasted too long without progress; see Listener's sweep."""
         listen = self._context.listen
-        allowed = float("inf")
+        since = now - self.since
         if self._phase is _READING:
-            allowed = listen.header_timeout if self._pending else listen.idle_timeout
-        elif self._phase is Phase.LINGERING:
-            allowed = _LINGER_SECONDS
-        elif self._phase is Phase.SENDING and self._watched & WRITE:  # the client takes nothing
-            allowed = listen.write_timeout
-        return now - self.since > allowed
+            return since > (listen.header_timeout if self._pending else listen.idle_timeout)
+        if self._phase is Phase.SENDING and self._watched & WRITE:  # the client takes nothing
+            return since > listen.write_timeout
+        return self._phase is Phase.LINGERING and since > _LINGER_SECONDS
 
     def expire(self) -> None:
         """End because time is up: a client with a begun head is told so, a begun response is cut."""
         if self._phase is _READING and self._pending:
             self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
         elif self._phase is Phase.SENDING:
-            self._reset()
+            self._cut()
         else:
             self.close()

@@ -54,10 +54,7 @@ class Downloads:
         sum_of: Callable[[str], Callable[[], int]],
         turns: Turns,
     ) -> None:
-        self._slots = slots
-        self._limits = limits
-        self._words = counters.words
-        self._turns = turns
+        self._slots, self._limits, self._words, self._turns = slots, limits, counters.words, turns
         in_progress, queued = "gup_client_downloads_in_progress", "gup_client_downloads_queued"
         ended = "gup_client_downloads_total"
         self._in_progress, self._all_in_progress = counters.position(in_progress), sum_of(in_progress)
@@ -71,7 +68,6 @@ class Downloads:
     def take_ticket(self) -> Ticket:
         """A ticket for one large body, with a slot or waiting for one. Problem when the queue is full."""
         ticket = Ticket(time.monotonic_ns())
-        limits = self._limits()
         if self._turns.free() and (slot := self._free_slot()) is not None:
             self._admit(ticket, slot)
             return ticket
@@ -79,7 +75,7 @@ class Downloads:
             raise stopping()
         self._words[self._queued] += 1
         # counted first, then compared: two workers can't both take the last place of the queue
-        if (queued := self._all_queued()) > limits.queue:
+        if (queued := self._all_queued()) > self._limits().queue:
             self._words[self._queued] -= 1
             detail = f"{queued - 1} downloads wait already; that is as many as may"
             raise Problem("overloaded", detail, retry_after_seconds=self._served_within(queued))
@@ -101,7 +97,6 @@ class Downloads:
             self._poll_in(0.0)
 
     def each_second(self) -> None:
-        """Note how many downloads have ended, for the rate."""
         self._ends.append(self._all_ended())
 
     def stop(self) -> None:
@@ -123,7 +118,6 @@ class Downloads:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._poll)
 
     def _poll(self) -> None:
-        """Admit waiting tickets as far as there are slots for them."""
         self._timer = None
         while self._waiting:
             if not self._turns.mine() or (slot := self._free_slot()) is None:
@@ -153,18 +147,15 @@ class Downloads:
         self._ask()
 
     def _ask(self) -> None:
-        first = next(iter(self._waiting), None)
-        self._turns.ask(first.since_ns if first is not None else None)
+        self._turns.ask(next((ticket.since_ns for ticket in self._waiting), None))
 
     def _served_within(self, downloads: int) -> float:
         """How long so many downloads take at the rate of the last half minute: then the queue has room."""
-        ended = max(0, self._ends[-1] - self._ends[0]) if self._ends else 0
-        if not ended:
+        ended = self._ends[-1] - self._ends[0] if self._ends else 0
+        if ended <= 0:
             return float(_RATE_SECONDS)
-        per_second = ended / max(1, len(self._ends) - 1)
-        return min(max(1.0, downloads / per_second), _LONGEST_RETRY_SECONDS)
+        return min(max(1.0, downloads * (len(self._ends) - 1) / ended), _LONGEST_RETRY_SECONDS)
 
 
 def stopping() -> Problem:
-    """The answer to a queued download when the service stops."""
     return Problem("draining", "the service stops before this download has begun", retry_after_seconds=5)

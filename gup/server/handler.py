@@ -15,7 +15,7 @@ from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
 from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads, is_download
-from gup.server.hot_cache import HotCache, HotRow
+from gup.server.hot_cache import Epochs, HotCache, HotRow
 from gup.server.policy import Policy
 from gup.server.ranges import Span
 from gup.server.request import Request
@@ -67,7 +67,6 @@ class Handler:
         self._use(means.settings)
 
     def apply(self, settings: config.Settings) -> None:
-        """Use reloaded settings."""
         self._use(settings)
         self._policy.apply()
         self.access_log.apply(settings)
@@ -109,7 +108,6 @@ class Handler:
         return response
 
     def _choose(self, request: Request) -> tuple[Route, Choice]:
-        """What the request asks for, with the key that was chosen for this client."""
         request.check_method()
         via = request.header("via")
         if via is not None and self._node in via:
@@ -146,10 +144,10 @@ class Handler:
                 # The bytes that it begins with have to be at hand: until then an error can be told.
                 if span is None or await self._cache.is_sound_at(opened, span.start):
                     return self._complete(opened, response)
-            replaced = "the stored body was replaced at every try"
-            return self.refuse(
-                Problem("internal-error", replaced, retry_after_seconds=1.0), request, keep_alive=False
+            problem = Problem(
+                "internal-error", "the stored body was replaced at every try", retry_after_seconds=1
             )
+            return self.refuse(problem, request, keep_alive=False)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request, route, choice)
 
@@ -157,10 +155,9 @@ class Handler:
         self, route: Route, choice: Choice, opened: Opened, span: Span, via: str | None
     ) -> Opened:
         """A range of a growing body that is fetched alone if the fill will not reach it soon."""
+        alone = self._cache.pass_through.range
         try:
-            body = await self._cache.pass_through.range(
-                opened, route, choice.asked, span.start, span.stop, via
-            )
+            body = await alone(opened, route, choice.asked, span.start, span.stop, via)
         except BaseException:
             opened.body.leave()  # the client has gone
             raise
@@ -183,7 +180,6 @@ class Handler:
         return format_http_date(self._means.wall_clock())
 
     def _complete(self, opened: Opened, response: Response) -> Response:
-        """Add what the response needs to be sent, counted and logged."""
         body = opened.body
         if any(isinstance(segment, Span) for segment in response.segments):
             if is_download(opened.kind, body.end()):
@@ -209,7 +205,7 @@ class Handler:
         choice: Choice,
         opened: Opened,
         response: Response,
-        epochs: tuple[int, int, int],
+        epochs: Epochs,
     ) -> None:
         """Make the next response to the same head ready, and to all that ask plainly for the same target."""
         entry = opened.entry
@@ -249,16 +245,13 @@ class Handler:
     ) -> Response:
         """The response to a request that ended in `error`; route and choice as far as they were found."""
         key = route.key(choice.asked).text if route is not None and choice is not None else None
-        keep_alive = request.keep_alive
+        if isinstance(error, OSError) and is_exhausted(error):
+            error = exhausted(error)
         if isinstance(error, Problem):
-            problem = error
-        elif isinstance(error, OSError) and is_exhausted(error):
-            problem = exhausted(error)
-        else:
-            log.error("a request failed: %r", request.head[:200], exc_info=error)
-            problem = Problem("internal-error", "an error in gup itself; its log has the details")
-            keep_alive = False
-        return self.refuse(problem, request, key, keep_alive=keep_alive)
+            return self.refuse(error, request, key, keep_alive=request.keep_alive)
+        log.error("a request failed: %r", request.head[:200], exc_info=error)
+        problem = Problem("internal-error", "an error in gup itself; its log has the details")
+        return self.refuse(problem, request, key, keep_alive=False)
 
     def refuse(
         self, problem: Problem, request: Request | None = None, key: str | None = None, *, keep_alive: bool
@@ -275,6 +268,6 @@ class Handler:
 
 
 def _authority(url: str) -> str:
-    """Host and port that an absolute-form target names this upstream by."""
+    """What an absolute-form target names this upstream by."""
     parts = urlsplit(url.lower())
     return parts.netloc if parts.port else f"{parts.netloc}:{443 if parts.scheme == 'https' else 80}"

@@ -23,8 +23,7 @@ MAX_HEAD_BYTES = 2048  # longer heads are not learned
 _MOST_ROWS = 8192
 SMALL_BODY_BYTES = 32 * 1024  # A body up to this size leaves with its head in one `send`
 _MOST_MESSAGE_BYTES = 4 << 20  # of all messages that are kept for a second
-_WARM_SECONDS = 5.0
-"""How long a body of one chunk is not checked again for being in the page cache; see Entry.available."""
+_WARM_SECONDS = 5.0  # how long a body of one chunk is not checked again for being in the page cache
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +50,6 @@ class HotRow:
     whole: Span = field(init=False)
     _before_length: bytes = field(init=False)
     _after_length: bytes = field(init=False)
-    used: bool = True
     message: bytes | None = None  # head and body together, valid while `message_date` is the date
     message_date: bytes | None = None
     _head: bytes = b""
@@ -64,10 +62,8 @@ class HotRow:
         self.download = is_download(self.kind, record.length)
         self.small = self.length <= SMALL_BODY_BYTES
         self.whole = Span(0, self.length)
-        rest = self.planned.partition(b"\r\nAge: 0\r\n")[2]
-        self._before_length, _, self._after_length = rest.partition(
-            b"\r\nContent-Length: %d\r\n" % self.length
-        )
+        rest, length_line = self.planned.partition(b"\r\nAge: 0\r\n")[2], b"\r\nContent-Length: %d\r\n"
+        self._before_length, _, self._after_length = rest.partition(length_line % self.length)
 
     def head(self, date: bytes, wall_now: float, span: Span) -> bytes:
         """The head for `span`: a 200 for `whole` itself, else a 206. Age is exact to a second, as Date is."""
@@ -99,22 +95,22 @@ class HotRow:
 
     def read(self) -> bytes | None:
         """All bytes of a small body, if they are in the page cache."""
-        if self.entry.available(0, 1) <= 0:
-            return None
-        with contextlib.suppress(OSError):
-            body = os.pread(self.entry.fd, self.length, 0)
-            if len(body) == self.length:
-                return body
-        self.entry.unreadable()
+        if self.entry.available(0, 1) > 0:
+            with contextlib.suppress(OSError):
+                body = os.pread(self.entry.fd, self.length, 0)
+                if len(body) == self.length:
+                    return body
+            self.entry.unreadable()
         return None
 
 
+Epochs = tuple[int, int, int]
 # A row, the span of it that is asked for, what tells about the client, whether the connection ends.
 Found = tuple[HotRow, Span, Stated | bytes, bool]
 
 
 class HotCache:
-    """Bounded; rows that were not used since the last pass go first.
+    """Bounded: the oldest rows go first, and what is still asked for is learned again.
 
     `shared_epochs` reads those of policy and store: a change of the first drops all rows, of the second those
     whose file has no link left.
@@ -144,15 +140,15 @@ class HotCache:
             # A client that sends `Connection: close` wants no more than this response; the rest may be plain.
             rest, found = _CLOSE.subn(b"", head)
             plain, last = _plain_head(rest) if found == 1 else None, True
-            if plain is None:
-                return None
+        if plain is None:
+            return None
         target, *positions = plain.groups()
         row = self.find_target(target)
         if row is None or (last and not row.small):
             return None
         if positions == _NO_RANGE:
             return row, row.whole, head, last
-        span = _span(row.length, *positions)
+        span = _span(row.length, positions)
         return None if span is None or last else (row, span, head, False)
 
     def find_target(self, target: bytes) -> HotRow | None:
@@ -166,19 +162,16 @@ class HotCache:
             return False
         if row.fresh_until is not None and time.monotonic() >= row.fresh_until:
             return False
-        row.used = True
         return row.entry.all_verified
 
     # --- learning and forgetting
 
     @property
-    def epochs(self) -> tuple[int, int, int]:
+    def epochs(self) -> Epochs:
         """To be read before a decision; `learn` refuses it when they have changed since."""
         return (*self._shared(), self._drops)
 
-    def learn(
-        self, head: bytes | None, target: bytes | None, row: HotRow, epochs: tuple[int, int, int]
-    ) -> None:
+    def learn(self, head: bytes | None, target: bytes | None, row: HotRow, epochs: Epochs) -> None:
         """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
         if epochs != self.epochs:
             return
@@ -201,7 +194,6 @@ class HotCache:
         self._drops += 1
 
     def refresh(self) -> None:
-        """Follow the epochs' changes."""
         policy, store = self._shared()
         if policy != self._seen[0]:
             self.drop()
@@ -238,12 +230,8 @@ class HotCache:
 
 
 def _insert(table: dict[bytes, HotRow], name: bytes, row: HotRow) -> None:
-    while len(table) >= _MOST_ROWS:
-        oldest = next(iter(table))
-        candidate = table.pop(oldest)
-        if candidate.used:
-            candidate.used = False
-            table[oldest] = candidate
+    if len(table) >= _MOST_ROWS:
+        del table[next(iter(table))]
     table[name] = row
 
 
@@ -280,12 +268,10 @@ _plain_head = PLAIN_HEAD.fullmatch
 _NO_RANGE = [None] * 4
 
 
-def _span(
-    length: int, first: bytes | None, last: bytes | None, other_first: bytes | None, other_last: bytes | None
-) -> Span | None:
+def _span(length: int, positions: list[bytes | None]) -> Span | None:
     """One range that can be satisfied, before Host or after it; None for any other."""
+    first, last, other_first, other_last = positions
     if first is not None and other_first is not None:
         return None
-    start, end = int(first or other_first or 0), int(last or other_last or 0)
-    stop = min(end + 1, length)
+    start, stop = int(first or other_first or 0), min(int(last or other_last or 0) + 1, length)
     return Span(start, stop) if start < stop else None

@@ -5,14 +5,13 @@ import contextlib
 import heapq
 import logging
 import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 
 from gup import config
 from gup.errors import is_exhausted
 from gup.server.admission import Admission
-from gup.server.connection import Connection, Context
+from gup.server.connection import Connection, Context, close_by_reset
 from gup.server.handler import Handler
 from gup.server.pacing import Pacer
 from gup.server.poller import Poller
@@ -25,7 +24,6 @@ _PAUSE_SECONDS = 0.1  # after running out of descriptors, so that open connectio
 _QUIET_SECONDS = 60.0  # running out is logged once, until it has not happened for so long
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
-_RESET = struct.pack("ii", 1, 0)
 
 
 class Listener:
@@ -43,8 +41,8 @@ class Listener:
         on_second: Callable[[float], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sockets = sockets
-        self._handler = handler
+        self._sockets, self._handler, self._admission = sockets, handler, admission
+        self._on_second, self._rate = on_second, settings.clients.rate
         self._context = Context(
             self._loop,
             settings.listen,
@@ -55,9 +53,6 @@ class Listener:
             handler.access_log,
             self._closed,
         )
-        self._admission = admission
-        self._on_second = on_second
-        self._rate = settings.clients.rate
         self._connections: set[Connection] = set()
         self._idle: list[Connection] = []
         self._none_idle_at = 0
@@ -67,7 +62,6 @@ class Listener:
         self._second = 0
 
     def start(self) -> None:
-        """Begin to accept."""
         for listening in self._sockets:
             listening.setblocking(False)
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
@@ -75,7 +69,6 @@ class Listener:
         self._tick()
 
     def apply(self, settings: config.Settings) -> None:
-        """Use new settings for what connects and times out from now on."""
         self._handler.apply(settings)
         self._admission.apply(settings)
         self._rate = settings.clients.rate
@@ -98,8 +91,7 @@ class Listener:
 
     def _admit(self, sock: socket.socket, address: str) -> None:
         if not self._admission.admit(address, self._make_room):
-            # reset, not closed: nothing of it stays in the kernel, and the client knows at once
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            close_by_reset(sock)
             sock.close()
             return
         sock.setblocking(False)
@@ -172,7 +164,7 @@ class Listener:
         for connection in [c for c in self._connections if c.idle]:
             connection.close()
         context.downloads.stop()
-        for connection in [c for c in self._connections if c.queued]:
+        for connection in list(self._connections):
             connection.reject()
         if self._connections:
             with contextlib.suppress(TimeoutError):

@@ -21,8 +21,7 @@ from gup.server.request import Request
 
 log = logging.getLogger("gup.rules")
 
-_FIRST_READING_SECONDS = 15.0
-"""From a worker's start or a reload: no request waits longer for catalogues that were never read."""
+_FIRST_READING_SECONDS = 15.0  # after a start or reload no request waits for unread catalogues any more
 _PATIENCE_SECONDS = 5.0  # how long one request waits for them
 _POLL_SECONDS = 0.02
 _MOST_REPORTED = 1000
@@ -45,7 +44,6 @@ class Policy:
         self.choices, self._complete = self._made(means.settings)
 
     def apply(self) -> None:
-        """Decide by reloaded settings from now on."""
         self._seen = -1
         self._wait_until = time.monotonic() + _FIRST_READING_SECONDS
 
@@ -53,7 +51,6 @@ class Policy:
 
     @property
     def ready(self) -> bool:
-        """Whether a decision can be made at once."""
         return self._seen == self._epoch() and (self._complete or time.monotonic() >= self._wait_until)
 
     async def until_ready(self) -> None:

@@ -17,8 +17,6 @@ _LOOKS = 4  # in one turn of the loop: timers and fills must not wait long
 
 
 class Watched(Protocol):
-    """The owner of a socket."""
-
     def on_ready(self, events: int) -> None:
         """The socket is ready for these, or has an error or an end to report (EPOLLERR, EPOLLHUP)."""
 

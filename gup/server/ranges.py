@@ -4,9 +4,7 @@ import re
 from itertools import pairwise
 from typing import NamedTuple
 
-MAX_RANGES = 50
-"""More ranges than this are ignored, and the whole body is sent (RFC 9110 section 14.2 allows it)."""
-
+MAX_RANGES = 50  # of more, the whole body is sent (RFC 9110 section 14.2 allows it)
 _MAX_OVERLAPPING = 2
 _MAX_UNORDERED_SMALL = 8
 _SMALL_BYTES = 128  # about what a part of a multipart body costs besides its bytes

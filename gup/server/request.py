@@ -14,6 +14,7 @@ from gup.errors import Problem
 MAX_HEAD_BYTES = 16384
 MAX_TARGET_BYTES = 8192
 MAX_HEADERS = 100
+_TARGET_TOO_LONG = f"A request target may have {MAX_TARGET_BYTES} bytes."
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of methods that anybody has registered
@@ -90,35 +91,26 @@ def _check_size(buffer: bytes | bytearray) -> None:
         return
     line_end = buffer.find(b"\r\n")
     if line_end < 0 or line_end > MAX_TARGET_BYTES + _LONGEST_METHOD_AND_VERSION_BYTES:
-        raise _uri_too_long()
+        raise Problem("uri-too-long", _TARGET_TOO_LONG)
     raise Problem("head-too-large", f"A request head may have {MAX_HEAD_BYTES} bytes.")
 
 
-def _uri_too_long() -> Problem:
-    return Problem("uri-too-long", f"A request target may have {MAX_TARGET_BYTES} bytes.")
-
-
-def _check_line(head: bytes | bytearray) -> int:
-    """Problem unless the request line, which is whole, is one; where it ends."""
+def _check_line(head: bytes | bytearray) -> re.Match[bytes]:
     line = _REQUEST_LINE.match(head)
     if not line:
         raise Problem("bad-request", "The request line is malformed.")
     if len(line[1]) > MAX_TARGET_BYTES:
-        raise _uri_too_long()
+        raise Problem("uri-too-long", _TARGET_TOO_LONG)
     if line[2] not in (b"1.0", b"1.1"):
         raise Problem("http-version", f"HTTP/{line[2].decode()} is not spoken here.")
-    return line.end()
+    return line
 
 
 class _Fields:
     """llhttp's callbacks."""
 
     def __init__(self) -> None:
-        self.target = b""
         self.headers: list[tuple[str, str]] = []
-
-    def on_url(self, url: bytes) -> None:
-        self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
@@ -131,7 +123,8 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     method that llhttp does not know.
     """
     _check_size(head)
-    fields_at = _check_line(head)
+    line = _check_line(head)
+    fields_at = line.end()
     if not _FIELD_LINES.fullmatch(head, fields_at):
         raise Problem("bad-request", "A header field is malformed.")
     if head.count(b"\r\n", fields_at) - 1 > MAX_HEADERS:
@@ -153,20 +146,19 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     # RFC 9112 section 9.3.
     options = {option.strip(" \t").lower() for option in ",".join(_values(headers, "connection")).split(",")}
     keep_alive = "close" not in options and (minor == 1 or "keep-alive" in options)
-    return Request(method, fields.target, minor, headers, keep_alive, head, peer)
+    return Request(method, line[1], minor, headers, keep_alive, head, peer)
 
 
 def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
     # RFC 9112 section 6.3 lets a server refuse all this; whoever disagrees on a length can smuggle requests.
     if _values(headers, "transfer-encoding"):
         raise Problem("bad-request", "A request with Transfer-Encoding is not taken.")
-    lengths = _values(headers, "content-length")
+    lengths, hosts = _values(headers, "content-length"), _values(headers, "host")
     if len(lengths) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
         raise Problem("bad-request", "The Content-Length is malformed or repeated.")
     if method in ("GET", "HEAD") and any(int(length) for length in lengths):
         raise Problem("bad-request", f"A {method} request has no body here.")
     # RFC 9112 section 3.2. An empty host is refused too: no http URL has one (RFC 9110 section 4.2.1).
-    hosts = _values(headers, "host")
     if len(hosts) > 1 or len(hosts) < minor_version:
         raise Problem("bad-request", "A request must have exactly one Host field.")
     if not all(_HOST.fullmatch(host) for host in hosts):

@@ -39,8 +39,7 @@ class Response:
     segments: tuple[bytes | Span, ...] = ()
     close: bool = False  # whether the connection ends after it
     chunked: bool = False  # whether the segments go out in chunks
-    request: Request | None = field(default=None, compare=False)
-    """None: it could not be read, or the hot cache answered it."""
+    request: Request | None = field(default=None, compare=False)  # None: unreadable, or answered hot
 
     body: Body | None = None
     ticket: Ticket | None = None  # of a download, which begins when it has a slot
@@ -51,8 +50,7 @@ class Response:
     key: str | None = None
     kind: Kind | None = None
     stored: bool = False  # whether it is answered from a committed entry
-    client: Stated | bytes = NOTHING
-    """For the hot cache: what the client states, or its head, to be read only if somebody wants to know."""
+    client: Stated | bytes = NOTHING  # of the hot cache: what the client states, or the head it stands in
     problem: str | None = None
     began: float = 0.0
     first_byte: float | None = None
@@ -96,12 +94,11 @@ def plan(request: Request, head: Head, serving: Serving) -> Response:
 
 
 def _streamed(request: Request, head: Head, serving: Serving) -> Response:
+    chunked = request.minor_version > 0
     fields = [("Content-Type", head.content_type), *_validators(head, serving.vary)]
-    span = (Span(0, UNBOUNDED),)
-    if request.minor_version == 0:
-        return _response(200, request, serving, fields, span, close=True)
-    response = _response(200, request, serving, [*fields, ("Transfer-Encoding", "chunked")], span)
-    response.chunked = True
+    fields += [("Transfer-Encoding", "chunked")] if chunked else []
+    response = _response(200, request, serving, fields, (Span(0, UNBOUNDED),), close=not chunked)
+    response.chunked = chunked
     return response
 
 
@@ -117,16 +114,13 @@ def _of_known_length(request: Request, head: Head, length: int, serving: Serving
         return refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
     if spans is not None and len(spans) > 1:
         return _multipart(request, head, spans, serving)
-    fields = [("Content-Type", head.content_type), ("Content-Length", str(length))]
-    others = [*_validators(head, serving.vary), ("Accept-Ranges", "bytes")]
-    if spans is None:
-        return _response(200, request, serving, fields + others, (Span(0, length),) if length else ())
-    ((start, stop),) = spans
-    fields[1:] = [
-        ("Content-Length", str(stop - start)),
-        ("Content-Range", f"bytes {start}-{stop - 1}/{length}"),
-    ]
-    return _response(206, request, serving, fields + others, tuple(spans))
+    ((start, stop),) = spans or [Span(0, length)]
+    fields = [("Content-Type", head.content_type), ("Content-Length", str(stop - start))]
+    if spans is not None:
+        fields.append(("Content-Range", f"bytes {start}-{stop - 1}/{length}"))
+    fields += [*_validators(head, serving.vary), ("Accept-Ranges", "bytes")]
+    status = 200 if spans is None else 206
+    return _response(status, request, serving, fields, (Span(start, stop),) if length else ())
 
 
 def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
@@ -138,8 +132,7 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
     for span in spans:
         told = f"bytes {span.start}-{span.stop - 1}/{head.length}"
         part = field_lines([("Content-Type", head.content_type), ("Content-Range", told)])
-        opening = ("\r\n" if segments else "") + f"--{boundary}\r\n"
-        segments += [opening.encode() + part + b"\r\n", span]
+        segments += [b"%b--%b\r\n%b\r\n" % (b"\r\n" if segments else b"", boundary.encode(), part), span]
     segments.append(f"\r\n--{boundary}--\r\n".encode())
     length = sum(len(part) if isinstance(part, bytes) else part.stop - part.start for part in segments)
     fields = [

@@ -12,10 +12,10 @@ from gup.server.response import Response
 WAIT = 0  # the body has no more for now: `body.wait(position, …)` tells when
 FINISHED = -1
 BROKEN = -2  # the rest will never come: the connection is to be reset
+# Errors that reading a file can have and writing to a socket never has.
 _DISK_ERRORS = frozenset(
     {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
 )
-"""Errors that reading a file can have and writing to a socket never has."""
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -35,11 +35,9 @@ class ResponseWriter:
 
     def start(self, response: Response, body_sent: int = 0) -> None:
         """Write `response` from now on, of whose body so many bytes have left already."""
-        self._response = response
-        self._segments = response.segments
+        self._response, self._segments = response, response.segments
         self._chunk_left = self.position = self._stop = 0
-        self.sent_bytes = body_sent
-        self.full = False
+        self.sent_bytes, self.full = body_sent, False
         literal = response.head
         if response.body is None:  # what is literal then is no content, and not counted
             literal += b"".join(segment for segment in response.segments if isinstance(segment, bytes))
@@ -51,8 +49,7 @@ class ResponseWriter:
 
     def end(self) -> None:
         """Let go of the response."""
-        self._response = None
-        self._segments = ()
+        self._response, self._segments = None, ()
 
     def write(self, sock: socket.socket, most: int) -> int:
         """Send some bytes, at most `most` of the body; returns how many, or WAIT, FINISHED, BROKEN.
@@ -115,8 +112,7 @@ class ResponseWriter:
         return sent
 
     def _next_segment(self, response: Response) -> None:
-        segment, *rest = self._segments
-        self._segments = tuple(rest)
+        segment, self._segments = self._segments[0], self._segments[1:]
         if isinstance(segment, Span):
             self.position, self._stop = segment.start, segment.stop
         else:  # the boundary of a multipart body

@@ -242,13 +242,14 @@ def rank(priority: int, tag: int) -> int:
 class Turns:
     """Order among processes that wait for the same thing: one shared word per process.
 
-    The word is the rank of the process's first waiter, or NOBODY. Only its process writes it. Processes that
-    are no longer `alive` are skipped; a successor clears the word when it starts.
+    The word is NOBODY less the rank of the process's first waiter; so 0, as in a new file, is nobody, and a
+    process that never waits holds no other up. Only its process writes it. Processes that are no longer
+    `alive` are skipped; a successor clears the word when it starts.
     """
 
     def __init__(self, words: "memoryview[int]", mine: int, alive: Callable[[int], bool]) -> None:
         self._words, self._mine, self._alive = words, mine, alive
-        words[mine] = NOBODY
+        words[mine] = 0
 
     @classmethod
     def alone(cls) -> "Turns":
@@ -257,16 +258,16 @@ class Turns:
 
     def ask(self, first: int | None) -> None:
         """Publish the rank of this process's first waiter; None without waiters."""
-        self._words[self._mine] = NOBODY if first is None else first
+        self._words[self._mine] = 0 if first is None else NOBODY - first
 
     def free(self) -> bool:
         """Whether no process has a waiter."""
-        return all(word == NOBODY or not self._alive(block) for block, word in enumerate(self._words))
+        return all(not word or not self._alive(block) for block, word in enumerate(self._words))
 
     def mine(self) -> bool:
         """Whether no other process has a waiter that goes before this process's first."""
         own = self._words[self._mine]
-        return not any(other < own and self._alive(block) for block, other in enumerate(self._words))
+        return not any(other > own and self._alive(block) for block, other in enumerate(self._words))
 
 
 # --- the schedule

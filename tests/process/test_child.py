@@ -155,8 +155,7 @@ def slot_in(phase, role="worker"):
     if phase is not Phase.WAITING:
         slot.start(100.0)
     if phase is Phase.READY:
-        slot.move(Phase.READY)
-        slot.ready_at = 101.0
+        slot.became_ready(101.0)
     return slot
 
 
@@ -218,3 +217,11 @@ def test_a_closed_channel_must_be_followed_by_an_end():
     assert "closed its control channel" in slot.reason_to_kill(112.1, 111.0, 0)
     slot.move(Phase.KILLED)
     assert slot.reason_to_kill(200.0, 0, 0) is None
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.KILLED, Phase.WAITING, Phase.ENDED])
+def test_a_late_ready_changes_nothing(phase):
+    """It was queued before the child was killed, and is read afterwards."""
+    slot = ChildSlot("worker", 0, 3, phase=phase, ready_at=101.0)
+    slot.became_ready(120.0)
+    assert (slot.phase, slot.ready_at) == (phase, 101.0)

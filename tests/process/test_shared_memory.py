@@ -1,17 +1,13 @@
-"""The shared file: exact over restarts, deaths and a supervisor killed within a fold."""
+"""The shared file: exact over restarts and deaths."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from gup.cache.scheduler import CLASSES
 from gup.errors import StoreError
@@ -97,7 +93,6 @@ def test_the_page_has_words_of_their_own_for_any_number_of_workers(create, worke
     named = FILL_HELD + CLASSES
     assert list(shared.words[:named]) == before[:named]
     hit(shared, blocks - 1, 3)
-    shared.fold(blocks - 1)
     assert shared.totals()[HITS] == 3
 
 
@@ -120,23 +115,21 @@ def test_the_counters_of_a_page_of_another_size_are_kept(create, path):
 
 
 def test_no_process_counts_into_the_past(create):
-    shared = create()
-    for call in (shared.counters, shared.fold):
-        with pytest.raises(AssertionError):
-            call(0)
+    with pytest.raises(AssertionError):
+        create().counters(0)
 
 
-def test_a_fold_keeps_counters_and_drops_gauges(create):
+def test_the_counters_of_an_exited_process_stay_and_its_gauges_go(create):
     shared = create()
     worker = shared.counters(FIRST_WORKER)
     hit(shared, n=7)
     worker.set("gup_client_connections", 5)
     worker.observe("gup_fill_duration_seconds", 2.0)
     assert shared.totals()["gup_client_connections"] == 5
-    shared.fold(FIRST_WORKER)
-    assert set(worker.words) == {0}
-    hit(shared, n=3)
-    shared.fold(FIRST_WORKER)
+    shared.clear_gauges(FIRST_WORKER)
+    assert shared.totals()[HITS] == 7
+    hit(shared, n=3)  # its successor
+    shared.clear_gauges(FIRST_WORKER)
     totals = shared.totals()
     assert (totals[HITS], totals["gup_client_connections"]) == (10, 0)
     assert totals['gup_fill_duration_seconds_bucket{le="5"}'] == 1
@@ -249,65 +242,13 @@ def test_a_folder_that_is_missing_is_told(tmp_path):
         SharedFile.create(tmp_path / "shared", [], 1)
 
 
-LIFE = st.tuples(st.integers(0, 2), st.integers(0, 1000), st.integers(0, 4), st.booleans())
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lives=st.lists(LIFE, max_size=6))
-def test_a_supervisor_killed_within_a_fold_loses_and_doubles_nothing(create, path, lives):
-    create.end()
-    path.unlink(missing_ok=True)
-    shared = create(workers=2)
-    counted = 0
-    for block, amount, stores, attach in lives:
-        hit(shared, block + 1, amount)
-        counted += amount
-        fold = shared._fold_steps(block + 1)
-        for _ in range(stores):
-            next(fold)
-        fold.close()
-        assert shared.totals()[HITS] == counted
-        if stores < 4:  # killed: the next life finds the file as it is
-            if attach:
-                again = SharedFile(os.dup(shared.fd))
-                assert again.totals()[HITS] == counted
-                again.close()
-            shared = create(workers=2)
-        assert shared.totals()[HITS] == counted
-
-
-def test_readers_never_see_a_counter_go_back_or_double(create):
-    shared = create()
-    reader = SharedFile(os.dup(shared.fd))
-    counted, wrong, reads, stop = [0], [], [0], threading.Event()
-
-    def read():
-        last = 0
-        while not stop.is_set():
-            value = reader.totals()[HITS]
-            if not last <= value <= counted[0]:
-                wrong.append((last, value, counted[0]))
-            last = value
-            reads[0] += 1
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        for _ in range(50):
-            for _ in range(20):
-                counted[0] += 1  # announced first, so a reader may never see more
-                hit(shared)
-            shared.fold(FIRST_WORKER)
-    finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-    assert wrong == []
-    assert reads[0] > 0
-    assert shared.totals()[HITS] == 1000
-    reader.close()
+def test_the_counts_of_exited_processes_are_kept_from_files_of_earlier_versions(create):
+    """They were moved into one of the two copies of the past; bit 31 of the first word tells which."""
+    old = create()
+    hit(old, n=3)
+    old._copies[1][list(old.totals()).index(HITS)] = 10
+    old.words[module.PAST_COPY] = 5 << 32 | 1 << 31
+    assert create().totals()[HITS] == 13
 
 
 CHILD = """

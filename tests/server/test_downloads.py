@@ -51,7 +51,8 @@ def make(tmp_path):
     sites = []
 
     def make(workers: int, **limits: int) -> Site:
-        site = Site(Clients(**limits), memoryview(bytearray(8 * workers)).cast("Q"))
+        # one word more: the controller's, which lives and has no downloads
+        site = Site(Clients(**limits), memoryview(bytearray(8 * (workers + 1))).cast("Q"))
         sites.append(site)
         for number in range(workers):
             site.counters.append(Counters.private())
@@ -97,7 +98,7 @@ async def test_the_limit_holds_over_workers_and_the_longest_waiting_goes_first(m
         gone += name
         await site.until(*gone)
     assert site.gauges == (2, 0)
-    assert list(site.turns) == [NOBODY, NOBODY]
+    assert not any(site.turns)
     for worker, ticket in ((1, tickets[2]), (0, tickets[3])):
         site.workers[worker].give_back(ticket)
     assert site.gauges == (0, 0)
@@ -118,9 +119,20 @@ async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     site.workers[0].give_back(newcomer)
 
 
+async def test_a_process_that_never_downloads_holds_nobody_up(make):
+    """The order has a word for the controller too; as rank 0, it made every large body wait for ever."""
+    site = make(1, max_downloads=1, queue=10)
+    held = site.ask(0, "a")
+    assert held.slot == 0, "at once"
+    waiting = site.ask(0, "b")
+    site.workers[0].give_back(held)
+    await site.until("b")
+    site.workers[0].give_back(waiting)
+
+
 async def test_a_dead_workers_place_in_the_queue_is_skipped(make):
     site = make(2, max_downloads=1, queue=10)
-    site.turns[1] = 1  # a worker that hangs while its clients wait, longest of all
+    site.turns[1] = NOBODY - 1  # a worker that hangs while its clients wait, longest of all
     ticket = site.ask(0, "a")
     await asyncio.sleep(0.05)
     assert ticket.slot is None
