@@ -57,21 +57,6 @@ def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(ser
     running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
 
 
-def test_connections_that_wait_in_the_queue_are_served_by_the_successor(service):
-    running = service({"workers": {"count": 1}})
-    with running.connect() as client:
-        pid = client.ask("who")["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        waiting = [running.connect() for _ in range(20)]
-        for one in waiting:
-            one.send("who")
-        os.kill(pid, signal.SIGKILL)
-        answers = [one.answer() for one in waiting]
-    assert {answer["generation"] for answer in answers} == {2}
-    for one in waiting:
-        one.close()
-
-
 def test_a_worker_that_dies_again_and_again_is_started_ever_later(service):
     running = service({"workers": {"count": 1}})
     delays = []
@@ -165,15 +150,6 @@ def test_workers_that_never_drain_are_killed(service):
     assert "draining took too long" in "".join(running.lines)
 
 
-def test_a_signal_before_it_is_ready_ends_it(service):
-    running = service(environment={"FAKE_NEVER_READY": "worker", "FAKE_NEVER_DRAINS": "1"}, ready=False)
-    running.until("worker 1 started")
-    running.signal(signal.SIGTERM)
-    running.until("draining")
-    running.signal(signal.SIGTERM)
-    assert running.end() == 0
-
-
 def test_a_second_instance_on_the_directory_is_refused_by_name(service):
     first = service()
     second = service(environment={"TEST_LOCK_SECONDS": "0.2"}, ready=False)
@@ -219,38 +195,6 @@ def test_children_end_when_the_supervisor_is_killed_and_counters_go_on(service, 
     third = service()
     with third.controller() as controller:
         assert controller.ask("totals")[HITS] == 13
-
-
-def test_systemd_passes_sockets_and_is_told(service, tmp_path):
-    with (
-        socket.create_server(("127.0.0.1", 0)) as data,
-        socket.create_server(("127.0.0.1", 0)) as admin,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
-    ):
-        systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(20)
-        notify = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
-        running = service(environment={"LISTEN_FDS": "2", **notify}, sockets=[data, admin])
-
-        def until(word):
-            while not (text := systemd.recv(4096).decode()).startswith(word):
-                pass
-            return text
-
-        assert running.data == data.getsockname()
-        assert running.admin == admin.getsockname()
-        until("WATCHDOG=1")
-        assert "serving on http://127.0.0.1:" in until("READY=1")
-        with running.connect() as client, running.controller() as controller:
-            assert not {"LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"} & set(client.ask("environment"))
-            assert controller.ask("who")["role"] == "controller"
-        until("WATCHDOG=1")
-        running.signal(signal.SIGHUP)
-        until("RELOADING=1\nMONOTONIC_USEC=")
-        until("READY=1")
-        running.signal(signal.SIGTERM)
-        until("STOPPING=1")
-        assert running.end() == 0
 
 
 def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps_its_value(service):
