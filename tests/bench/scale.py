@@ -183,8 +183,7 @@ def _miss_path(number: int) -> str:
 
 
 def _with_entries(site: Rig, folder: Path, count: int, at: int, seconds: float) -> list[str]:
-    settings = {"GUP_CACHE__KEEP_REVISIONS": "0"}
-    server = GupCache(folder / "entries", site.upstream.port, env=settings, start=False)
+    server = GupCache(folder / "entries", site.upstream.port, start=False, GUP_CACHE__KEEP_REVISIONS="0")
     try:
         started = _start_to_first_hit(server, _entry_path(count - 1))
         until(lambda: server.service.status()["cache"]["complete"], "the index is complete", 60)

@@ -69,19 +69,8 @@ def measure(site: Rig, chosen: Sequence[Cell], rounds: int, seconds: float) -> d
                 for server in order:
                     run = wrk(server, cell.target, connections, seconds, cell.script, *cell.words)
                     found.setdefault((cell.name, connections, server.name), []).append(run)
-            _tell(cell, connections, found)
+            sys.stdout.write(f"{cell.name}, {connections} connections: done\n")
     return found
-
-
-def _tell(cell: Cell, connections: int, found: dict[Key, list[Run]]) -> None:
-    for (name, count, server), runs in found.items():
-        if (name, count) == (cell.name, connections):
-            rate = median([run.requests_per_second for run in runs])
-            size = median([run.bytes_per_second for run in runs]) / 1e6
-            cpu = median([run.cpu_per_answer(cell.answer_bytes) for run in runs]) * 1e6
-            line = f"{name:24} {count:5} {server:22} {rate:9.0f}/s {size:7.0f} MB/s {cpu:9.1f} µs"
-            sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def tables(chosen: Sequence[Cell], found: dict[Key, list[Run]]) -> list[Table]:
