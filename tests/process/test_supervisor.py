@@ -15,10 +15,8 @@ HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
 
 
-def test_it_says_where_it_serves_within_a_second_or_two_and_logs_json_when_asked(service):
-    started = time.monotonic()
+def test_it_says_where_it_serves_and_logs_json_when_asked(service):
     running = service({"log": {"format": "json"}})
-    assert time.monotonic() - started < 5  # far less alone; other tests may share the machine
     with running.connect() as client, running.controller() as controller:
         assert client.ask("who")["role"] == "worker"
         own = controller.ask("who")
