@@ -3,15 +3,16 @@
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from harness.swarm import Client, Swarm
 from harness.trees import Tree, content_path
 from harness.upstreams import Nginx
 from harness.waiting import until
 
-from bench import crowd
 from bench.link import Passed, Wan
-from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, percentile, verdict
+from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, verdict
 from bench.rig import put
 from bench.servers import GupCache, NginxCache, Server, VarnishCache
 
@@ -54,10 +55,26 @@ MAKERS: dict[str, Callable[[Path, int], Server]] = {
 }
 
 
-def _measure(
-    site: tuple[Tree, Nginx, Wan, Server], files: int, file_bytes: int, clients: int
-) -> tuple[crowd.Outcome, Passed, float, float, float]:
-    """One herd on new files; what upstream sent of them, the server's CPU and the machine's busy share."""
+@dataclass(frozen=True, slots=True)
+class _Herd:
+    """One herd on new files: its clients, what passed the link, and what upstream sent of the files."""
+
+    clients: list[Client]
+    passed: Passed
+    share: float
+    server_cpu_seconds: float
+    clients_cpu_seconds: float
+    busy: float
+    """Share of the cores."""
+    whole: bool
+    """Whether each client has its body."""
+
+    @property
+    def done_seconds(self) -> float:
+        return max(c.finished_at for c in self.clients) - min(c.asked_at for c in self.clients)
+
+
+def _measure(site: tuple[Tree, Nginx, Wan, Server], files: int, file_bytes: int, clients: int) -> _Herd:
     tree, upstream, wan, server = site
     number = next(_numbers)
     paths = [
@@ -66,16 +83,17 @@ def _measure(
     ]
     wan.look()
     before, busy = cpu_seconds(server.pids()), machine_busy_seconds()
-    outcome = crowd.run(server.port, [paths[at % files] for at in range(clients)], PATIENCE_SECONDS)
+    with Swarm(("127.0.0.1", server.port), drops=True) as swarm:
+        for at in range(clients):
+            swarm.add(1, paths[at % files])
+        swarm.wait(timeout_seconds=PATIENCE_SECONDS)
     spent, busy_now = cpu_seconds(server.pids()) - before, machine_busy_seconds()
     until(lambda: all(upstream.requests(path) for path in paths), "the upstream's log is written")
     sent = sum(upstream.body_bytes(path) for path in paths)
     share = (busy_now[0] - busy[0]) / max(1e-9, busy_now[1] - busy[1])
-    return outcome, wan.look(), sent / (files * file_bytes), spent, share
-
-
-def _whole(outcome: crowd.Outcome, body_bytes: int) -> bool:
-    return all(t.body_bytes == body_bytes and t.status == 200 for t in outcome.transfers)
+    whole = all(client.body_bytes == file_bytes and client.status == 200 for client in swarm.clients)
+    passed = wan.look()
+    return _Herd(swarm.clients, passed, sent / (files * file_bytes), spent, swarm.cpu_seconds, share, whole)
 
 
 def _share(share: float, *, ours: bool) -> str:
@@ -93,12 +111,10 @@ def one_file(folder: Path, rounds: int) -> Table:
         rows = []
         with _site(folder / f"one-{name}", make) as site:
             for _ in range(rounds):
-                outcome, passed, share, spent, busy = _measure(site, 1, ONE_FILE_BYTES, ONE_FILE_CLIENTS)
-                firsts = [t.asked_at + t.first_byte_seconds - passed.first_at for t in outcome.transfers]
-                began = min(t.asked_at for t in outcome.transfers)
-                done = max(t.asked_at + t.done_seconds - began for t in outcome.transfers)
-                row = (share, median(firsts), max(firsts), done, spent, outcome.cpu_seconds, busy)
-                rows.append((*row, _whole(outcome, ONE_FILE_BYTES)))
+                herd = _measure(site, 1, ONE_FILE_BYTES, ONE_FILE_CLIENTS)
+                firsts = [client.first_byte_at - herd.passed.first_at for client in herd.clients]
+                row = (herd.share, median(firsts), max(firsts), herd.done_seconds, herd.server_cpu_seconds)
+                rows.append((*row, herd.clients_cpu_seconds, herd.busy, herd.whole))
         share, first, last, done, spent, own, busy = (median([row[at] for row in rows]) for at in range(7))
         ours = name == "gup"
         table.add(
@@ -116,23 +132,18 @@ def one_file(folder: Path, rounds: int) -> Table:
 def many_files(folder: Path, rounds: int) -> Table:
     """200 clients over 20 files."""
     title = f"{FILES_CLIENTS} clients over {FILES} files of 2 MB at once, the same link"
-    columns = [
-        "server",
-        "upstream bytes / body",
-        "link full until its last byte",
-        "last client done",
-        "server CPU",
-    ]
+    columns = ["server", "upstream bytes / body", "link full until its last byte", "last client done"]
+    columns.append("server CPU")
     note = "Full: what passed, over the rate times the time from the first to the last byte on the link."
     table = Table(title, columns, notes=[note])
     for name, make in MAKERS.items():
         rows = []
         with _site(folder / f"many-{name}", make) as site:
             for _ in range(rounds):
-                outcome, passed, share, spent, _busy = _measure(site, FILES, FILE_BYTES, FILES_CLIENTS)
-                full = passed.passed_bytes / PER_SECOND / max(passed.last_at - passed.first_at, 1e-9)
-                done = percentile([t.done_seconds for t in outcome.transfers], 1.0)
-                rows.append((share, full, done, spent, _whole(outcome, FILE_BYTES)))
+                herd = _measure(site, FILES, FILE_BYTES, FILES_CLIENTS)
+                took = max(herd.passed.last_at - herd.passed.first_at, 1e-9)
+                full = herd.passed.passed_bytes / PER_SECOND / took
+                rows.append((herd.share, full, herd.done_seconds, herd.server_cpu_seconds, herd.whole))
         share, full, done, spent = (median([row[at] for row in rows]) for at in range(4))
         ours = name == "gup"
         table.add(

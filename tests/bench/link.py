@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -124,28 +123,20 @@ class Wan:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.close()
-        self._process.wait(10)
-        stdout.close()
+        self._process.communicate(timeout=10)
 
     def look(self) -> Passed:
         """What has passed since the last look."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write("\n")
-        stdin.flush()
-        return Passed(**json.loads(stdout.readline()))
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return Passed(**json.loads(self._process.stdout.readline()))
 
 
-def main(words: list[str], runner: Callable[..., asyncio.Runner] = asyncio.Runner) -> None:
-    port, upstream_port, per_second, latency = words
-    with runner(loop_factory=uvloop.new_event_loop) as running:
-        running.run(_Relay(int(upstream_port), int(per_second), float(latency)).run(int(port)))
+def main() -> None:
+    port, upstream_port, per_second, latency = sys.argv[1:]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Relay(int(upstream_port), int(per_second), float(latency)).run(int(port)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

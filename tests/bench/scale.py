@@ -5,10 +5,12 @@ import http.client
 import json
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -106,7 +108,6 @@ def scrape(folder: Path, rounds: int, seconds: float) -> Table:
     ratios, rates, times = [], {False: [], True: []}, []
     with rig(folder / "scrape", servers=("gup",)) as site:
         server = site.servers[0]
-        assert isinstance(server, GupCache)
         path = put(site.tree, sized_path(ENTRY_BYTES), ENTRY_BYTES)
         site.warm([path])
         wrk(server, path, 64, 1)
@@ -161,23 +162,10 @@ def _fill_store(root: Path, numbers: range) -> None:
 
 def entries(folder: Path, rounds: int, seconds: float) -> Table:
     del rounds
-    table = Table(
-        "Entries in the store",
-        [
-            "entries",
-            "start to first hit",
-            "hit, one entry",
-            "hits over 2000 entries",
-            "miss, CPU",
-            "worker memory",
-            "controller memory",
-            "list of 50",
-            "purge of one",
-        ],
-        notes=[
-            "Start: from the command to the first answered hit; CPU times and memory are those of workers.",
-        ],
-    )
+    columns = ["entries", "start to first hit", "hit, one entry", "hits over 2000 entries", "miss, CPU"]
+    columns += ["worker memory", "controller memory", "list of 50", "purge of one"]
+    note = "Start: from the command to the first answered hit; CPU times and memory are those of workers."
+    table = Table("Entries in the store", columns, notes=[note])
     have = 0
     with rig(folder / "entries", servers=()) as site:
         for number in range(MISSES * len(ENTRIES)):
@@ -190,25 +178,17 @@ def entries(folder: Path, rounds: int, seconds: float) -> Table:
     return table
 
 
-class _Workers:
-    """A gup whose workers alone are looked at: the controller has its own work just after a start."""
-
-    def __init__(self, server: GupCache) -> None:
-        self.name, self.port, self.pids = server.name, server.port, server.service.workers
-        self.stop = server.stop
-
-
 def _miss_path(number: int) -> str:
     return content_path(f"xdelta{number:09d}_To_260802001.dax", revision="250101001")
 
 
 def _with_entries(site: Rig, folder: Path, count: int, at: int, seconds: float) -> list[str]:
-    settings = {"GUP_CACHE__KEEP_REVISIONS": "0"}
-    server = GupCache(folder / "entries", site.upstream.port, env=settings, start=False)
+    server = GupCache(folder / "entries", site.upstream.port, start=False, GUP_CACHE__KEEP_REVISIONS="0")
     try:
         started = _start_to_first_hit(server, _entry_path(count - 1))
         until(lambda: server.service.status()["cache"]["complete"], "the index is complete", 60)
-        workers = _Workers(server)
+        # workers alone: the controller has its own work just after a start
+        workers = SimpleNamespace(name=server.name, port=server.port, pids=server.service.workers)
         one = wrk(workers, _entry_path(0), 64, seconds)
         targets = folder / "targets.txt"
         targets.write_text("".join(_entry_path(n) + "\n" for n in range(0, count, max(1, count // 2000))))
@@ -246,7 +226,9 @@ def _start_to_first_hit(server: GupCache, path: str) -> float:
     while True:
         try:
             fetch(server.port, path)
-        except ConnectionRefusedError:
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
             time.sleep(0.002)
             continue
         started = time.monotonic() - began
@@ -317,13 +299,7 @@ def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
     ]
 
 
-PIECES = {
-    "idle": idle,
-    "accepts": accepts,
-    "scrape": scrape,
-    "entries": entries,
-    "big": big,
-}
+PIECES = {"idle": idle, "accepts": accepts, "scrape": scrape, "entries": entries, "big": big}
 
 
 def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:

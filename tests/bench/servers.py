@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 from harness.processes import environment, free_port, listens
@@ -22,18 +21,6 @@ PACKAGES = {"nginx": "nginx", "varnishd": "varnish", "wrk": "wrk"}
 GUP, NOPUSH_ON, NOPUSH_OFF, VARNISH = "gup", "nginx tcp_nopush on", "nginx tcp_nopush off", "varnish"
 
 
-class Server(Protocol):
-    """A running cache."""
-
-    name: str
-    port: int
-
-    def pids(self) -> list[int]:
-        """All its processes."""
-
-    def stop(self) -> None: ...
-
-
 def program(name: str) -> str:
     """Where a program is. SystemExit that tells what to install."""
     found = shutil.which(name, path=PATH)
@@ -43,8 +30,8 @@ def program(name: str) -> str:
     return found
 
 
-class _Process:
-    """A server that is one process with children."""
+class Server:
+    """A running cache: one process with children."""
 
     def __init__(self, name: str, port: int, command: list[str]) -> None:
         self.name = name
@@ -118,21 +105,15 @@ http {{
 """
 
 
-class NginxCache(_Process):
+class NginxCache(Server):
     def __init__(self, folder: Path, upstream_port: int, *, nopush: bool) -> None:
         prefix = folder / f"nginx-{'on' if nopush else 'off'}"
         prefix.mkdir(parents=True)
         port = free_port()
         config = prefix / "nginx.conf"
-        config.write_text(
-            _NGINX.format(
-                cores=CORES,
-                prefix=prefix,
-                port=port,
-                upstream=upstream_port,
-                nopush="on" if nopush else "off",
-            )
-        )
+        push = "on" if nopush else "off"
+        text = _NGINX.format(cores=CORES, prefix=prefix, port=port, upstream=upstream_port, nopush=push)
+        config.write_text(text)
         command = [program("nginx"), "-p", str(prefix), "-c", str(config), "-e", str(prefix / "error.log")]
         super().__init__(NOPUSH_ON if nopush else NOPUSH_OFF, port, command)
 
@@ -145,8 +126,8 @@ sub vcl_backend_response { set beresp.ttl = 1d; set beresp.do_stream = true; }
 """
 
 
-class VarnishCache(_Process):
-    def __init__(self, folder: Path, upstream_port: int, *, storage: str = "malloc,3G") -> None:
+class VarnishCache(Server):
+    def __init__(self, folder: Path, upstream_port: int) -> None:
         prefix = folder / "varnish"
         prefix.mkdir(parents=True)
         port = free_port()
@@ -154,7 +135,7 @@ class VarnishCache(_Process):
         vcl.write_text(_VCL % upstream_port)
         tuning = {"thread_pools": CORES, "thread_pool_min": 50, "thread_pool_max": 2000, "timeout_idle": 75}
         command = [program("varnishd"), "-F", "-j", "none", "-n", str(prefix / "work"), "-f", str(vcl)]
-        command += ["-a", f"127.0.0.1:{port}", "-s", storage]
+        command += ["-a", f"127.0.0.1:{port}", "-s", "malloc,3G"]
         command += [word for name, value in tuning.items() for word in ("-p", f"{name}={value}")]
         super().__init__(VARNISH, port, command)
 
@@ -163,27 +144,12 @@ _SETTINGS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0", "GUP_LOG__ACCESS":
 """All load comes from one address; the others log no access either."""
 
 
-class GupCache:
+class GupCache(Server):
     """`gup serve` at its defaults: a worker a core, metrics counted, no rate on the WAN."""
 
-    name = GUP
-
-    def __init__(
-        self,
-        folder: Path,
-        upstream_port: int,
-        *,
-        env: dict[str, str] | None = None,
-        name: str = "gup",
-        start: bool = True,
-    ) -> None:
-        self.service = Gup(
-            folder / name,
-            [f"http://127.0.0.1:{upstream_port}"],
-            workers=CORES,
-            env={**_SETTINGS, **(env or {})},
-            start=start,
-        )
+    def __init__(self, folder: Path, upstream_port: int, *, start: bool = True, **env: str) -> None:
+        self.name, upstream = GUP, [f"http://127.0.0.1:{upstream_port}"]
+        self.service = Gup(folder / "gup", upstream, workers=CORES, env={**_SETTINGS, **env}, start=start)
         self.port = self.service.data[1]
 
     def pids(self) -> list[int]:

@@ -44,6 +44,7 @@ def cells(site: Rig) -> list[Cell]:
         lists[name].write_text("\n".join(targets) + "\n")
     mean = sum(site.tree.file(path).stat().st_size for path in mix) // len(mix)
     both = {"cpu_goals": (0.9, 1.0)}
+    ranged = (str(RANGE_BYTES), str(100 * MIB))
     return [
         Cell("4 KiB", paths["4 KiB"], SIZES["4 KiB"], goals=(1.15, 1.05), **both),
         Cell("64 KiB", paths["64 KiB"], SIZES["64 KiB"], goals=(1.05, 1.0), **both),
@@ -51,13 +52,7 @@ def cells(site: Rig) -> list[Cell]:
         Cell("100 MiB", paths["100 MiB"], 100 * MIB, by_bytes=True, goals=(1.2, 1.0), **both),
         Cell("4 KiB, differing heads", paths["4 KiB"], SIZES["4 KiB"], script="heads", goals=(1.0, 0.95)),
         Cell("8 files a connection", "/", 92 * KIB, script="several", words=(str(lists["several"]),)),
-        Cell(
-            "ranges of 64 KiB",
-            paths["100 MiB"],
-            RANGE_BYTES,
-            script="ranges",
-            words=(str(RANGE_BYTES), str(100 * MIB)),
-        ),
+        Cell("ranges of 64 KiB", paths["100 MiB"], RANGE_BYTES, script="ranges", words=ranged),
         Cell("the mix", "/", mean, by_bytes=True, script="several", words=(str(lists["mix"]),)),
     ]
 
@@ -74,19 +69,8 @@ def measure(site: Rig, chosen: Sequence[Cell], rounds: int, seconds: float) -> d
                 for server in order:
                     run = wrk(server, cell.target, connections, seconds, cell.script, *cell.words)
                     found.setdefault((cell.name, connections, server.name), []).append(run)
-            _tell(cell, connections, found)
+            sys.stdout.write(f"{cell.name}, {connections} connections: done\n")
     return found
-
-
-def _tell(cell: Cell, connections: int, found: dict[Key, list[Run]]) -> None:
-    for (name, count, server), runs in found.items():
-        if (name, count) == (cell.name, connections):
-            rate = median([run.requests_per_second for run in runs])
-            size = median([run.bytes_per_second for run in runs]) / 1e6
-            cpu = median([run.cpu_per_answer(cell.answer_bytes) for run in runs]) * 1e6
-            line = f"{name:24} {count:5} {server:22} {rate:9.0f}/s {size:7.0f} MB/s {cpu:9.1f} µs"
-            sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def tables(chosen: Sequence[Cell], found: dict[Key, list[Run]]) -> list[Table]:

@@ -2,7 +2,7 @@
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.raw import Over, RawUpstream, Talk, ok
+from harness.scripted import Over, RawUpstream, Talk, ok
 from harness.trees import noise, zip_of
 
 from gup.cache.catalog_cache import read_catalogue

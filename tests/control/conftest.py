@@ -152,7 +152,7 @@ class World:
             kind=str(record.kind),
         )
 
-    def surroundings(self, admin: socket.socket | None = None) -> ControlDependencies:
+    def dependencies(self, admin: socket.socket | None = None) -> ControlDependencies:
         return ControlDependencies(
             settings=lambda: self.settings,
             store=self.store,
@@ -197,7 +197,7 @@ class World:
         before = asyncio.all_tasks()
         admin = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{admin.getsockname()[1]}"
-        control = Control(self.surroundings(admin), lambda: self.now)
+        control = Control(self.dependencies(admin), lambda: self.now)
         await control.start()
         try:
             if complete:

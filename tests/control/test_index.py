@@ -239,7 +239,7 @@ async def test_reconciling_takes_the_disk_over(world, opened):
     index.put(row("lost"))
     known = make_row(record.key, Kind.FULL, 4, stored_at=1.0, used_at=90.0, hits=12, sent_bytes=48)
     index.put(known)
-    await reconcile(world.surroundings(), index, 200.0)
+    await reconcile(world.dependencies(), index, 200.0)
     assert set(index.rows) == {record.key.text}
     found = index.rows[record.key.text]
     assert (found.used_at, found.hits, found.sent_bytes) == (100.0, 12, 48), "what no record knows stays"
@@ -259,7 +259,7 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
         return iter(found)
 
     monkeypatch.setattr(type(world.store), "scan", lambda _self: slow_scan())
-    task = asyncio.create_task(reconcile(world.surroundings(), index, 200.0))
+    task = asyncio.create_task(reconcile(world.dependencies(), index, 200.0))
     await asyncio.to_thread(scanned.wait, 10)
     index.discard(purged.key.text)
     index.put(row("fresh"))
@@ -273,11 +273,11 @@ async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world
     world.store.record_path(record.key).write_bytes(b"{damaged")
     index, _ = await opened(world.store.index)
     written = world.store.body_path(record.key).stat().st_mtime
-    await reconcile(world.surroundings(), index, written + 1)
+    await reconcile(world.dependencies(), index, written + 1)
     assert world.store.body_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 0
     now = written + ORPHAN_AGE_SECONDS + 1
-    await reconcile(world.surroundings(), index, now)
+    await reconcile(world.dependencies(), index, now)
     assert not world.store.body_path(record.key).exists()
     assert not world.store.record_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 1
@@ -289,7 +289,7 @@ async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
     world.store.record_path(record.key).unlink()
     index, _ = await opened(world.store.index)
     assert world.claims.try_claim(record.key.claim_offset)
-    await reconcile(world.surroundings(), index, 1e10)
+    await reconcile(world.dependencies(), index, 1e10)
     assert world.store.body_path(record.key).exists()
 
 

@@ -24,7 +24,7 @@ def row(number: int) -> Row:
 async def plane(world):
     """A plane that knows all of it, with a storm that stands."""
     world.now = 3_000_000.0
-    made = ControlState(world.surroundings(), lambda: world.now)
+    made = ControlState(world.dependencies(), lambda: world.now)
     for number in range(ROWS):
         made.index.put(row(number))
     for number in range(CLIENTS):

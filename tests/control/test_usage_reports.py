@@ -39,8 +39,8 @@ def site(world):
     world.now, world.installed_at = NOON, NOON - 3600
     own = world.settings.site.model_copy(update={"time_zone": "UTC"})
     world.settings = world.settings.model_copy(update={"site": own})
-    before = world.surroundings
-    world.surroundings = lambda admin: replace(
+    before = world.dependencies
+    world.dependencies = lambda admin: replace(
         before(admin), label_of=lambda stream, _file: LABELS.get(stream[2])
     )
     return world

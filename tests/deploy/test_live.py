@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-from harness.deployed import DEPLOY, rules, run
+from harness.deployed import DEPLOY, Prometheus, rules, run
 from harness.processes import needs
-from harness.prometheus import Prometheus
 from harness.service import Gup
 from harness.trees import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
 from harness.upstreams import Nginx

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from harness.clients import fetch
 from harness.deployed import DEPLOY, run
@@ -74,6 +75,8 @@ def test_a_real_gup_tells_systemd_how_it_stands(tmp_path):
             assert f"STATUS=serving on {gup.url}" in ready
             assert fetch(gup.admin, "/healthz").status == 200
             assert gup.get("/nothing").status == 404, "READY came when clients were answered"
+            passed = [psutil.Process(pid).environ() for pid in gup.children()]
+            assert not any("NOTIFY_SOCKET" in environ for environ in passed), "children tell systemd nothing"
             heard("WATCHDOG=1")
             gup.signal(signal.SIGHUP)
             heard("RELOADING=1\nMONOTONIC_USEC=")

@@ -104,7 +104,7 @@ async def _commit_left(root: Path, upstream: ScriptedUpstream) -> None:
             store.save(record)
             raise asyncio.CancelledError
 
-        store.commit = dies  # type: ignore[method-assign]
+        store.commit = dies
         with contextlib.suppress(Cut):  # as its readers are when it dies
             await worker.get(FULL)
         await _until(lambda: not worker.cache.fills)
@@ -259,7 +259,6 @@ async def _assert_nothing_lost(
         assert await worker.get(path) in bodies, path
     if "pinned" in marks:
         record = worker.means.store.load(key_of(case.path))
-        assert record is not None
         assert record.pinned
 
 

@@ -1,6 +1,6 @@
 """Fills outlive the death of all processes: only the rest is fetched, whatever a power cut left of a part."""
 
-import random
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.internals import Routes, Variant
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
-from harness.trees import content_path, zip_of
+from harness.trees import content_path, noise, zip_of
 from harness.waiting import until
 
 CHUNK_BYTES = 1 << 20
@@ -34,11 +34,6 @@ def overwrite(path: Path, at: int, piece: bytes) -> None:
         file.write(piece)
 
 
-def cut(path: Path, size: int) -> None:
-    with path.open("r+b") as file:
-        file.truncate(size)
-
-
 def a_second_part(left: Left) -> None:
     """Of an older generation, as a takeover leaves it that died before it dropped the damaged one."""
     id_, generation, _ = left.part.name.split(".")
@@ -48,23 +43,19 @@ def a_second_part(left: Left) -> None:
 Damage = tuple[Callable[[Left], object], int, str]
 DAMAGES: dict[str, Damage] = {
     "nothing": (lambda _: None, SURE, ""),
-    "garbage at the end": (
-        lambda left: overwrite(left.part, AT, random.Random(1).randbytes(300_000)),
-        SURE,
-        "part",
-    ),
+    "garbage at the end": (lambda left: overwrite(left.part, AT, noise("garbage", 300_000)), SURE, "part"),
     "zeros at the end": (lambda left: overwrite(left.part, AT - 200_000, bytes(200_000)), SURE, "part"),
-    "zeros in the middle": (
-        lambda left: overwrite(left.part, CHUNK_BYTES + 4096, bytes(4096)),
+    "zeros between": (
+        lambda left: overwrite(left.part, 4096 + CHUNK_BYTES, bytes(4096)),
         CHUNK_BYTES,
         "part",
     ),
-    "truncated": (lambda left: cut(left.part, AT - 1_500_000), CHUNK_BYTES, ""),
-    "longer than the body is": (lambda left: cut(left.part, LENGTH + 1000), SURE, "part"),
+    "truncated": (lambda left: os.truncate(left.part, AT - 1_500_000), CHUNK_BYTES, ""),
+    "longer than the body is": (lambda left: os.truncate(left.part, LENGTH + 1000), SURE, "part"),
     "no sums": (lambda left: left.sums.unlink(), 0, ""),
-    "torn sums": (lambda left: cut(left.sums, 11), CHUNK_BYTES, ""),
+    "torn sums": (lambda left: os.truncate(left.sums, 11), CHUNK_BYTES, ""),
     "no state file": (lambda left: left.state.unlink(), 0, ""),
-    "torn state": (lambda left: cut(left.state, 200), 0, "state"),
+    "torn state": (lambda left: os.truncate(left.state, 200), 0, "state"),
     "state of zeros": (lambda left: left.state.write_bytes(bytes(left.state.stat().st_size)), 0, "state"),
     "two parts": (a_second_part, SURE, ""),
 }

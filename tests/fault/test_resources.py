@@ -6,7 +6,7 @@ import time
 
 import pytest
 from harness.clients import RawConnection, assert_problem, fetch
-from harness.clock import WallClock
+from harness.faults import WallClock
 from harness.processes import only_descriptors
 from harness.scripted import Answer, Gate
 from harness.service import Gup

@@ -9,7 +9,7 @@ import pytest
 from harness.clients import Response, assert_problem
 from harness.commands import command
 from harness.harm import flip, only, scribble
-from harness.scripted import Answer, Gate
+from harness.scripted import Answer
 from harness.service import Gup
 from harness.trees import BIG, content_path, zip_of
 from harness.waiting import until
@@ -181,30 +181,6 @@ def test_other_bytes_upstream_are_never_mixed_in(stored):
     cut_at_damage(gup, 2 * CHUNK)
     until(lambda: gup.get(BIG).complete, "the new body")
     assert gup.serves(BIG, other).etag != tag
-
-
-@pytest.mark.long
-def test_rot_in_fills_that_were_killed(serve):
-    at, gate = 3 * CHUNK, Gate()
-    harms = {"part": CHUNK + 7, "sums": 8, "state": 60}
-    paths = {suffix: content_path("full.zip", revision=f"26090200{n}") for n, suffix in enumerate(harms)}
-    answers = Answer(BODY, etag='"a"', gates=((at, gate),)), GOOD
-    gup, upstream = serve(dict.fromkeys(paths.values(), answers), cache={"scrub_rate": "0"})
-    for path in paths.values():
-        gup.begin(path, at)
-    gup.kill()
-    gate.open()
-    partial = gup.cache_dir / "partial"
-    ids = {json.loads(file.read_bytes())["key"]: file.stem for file in partial.glob("*.state")}
-    for suffix, path in paths.items():
-        id_ = next(id_ for key, id_ in ids.items() if path.split("/")[-2] in key)
-        flip(only(partial.glob(f"{id_}*.{suffix}")), harms[suffix])
-    gup.start()
-    for suffix, path in paths.items():
-        gup.serves(path, BODY)
-        kept = 0 if suffix == "state" else CHUNK
-        assert upstream.requests(path)[1].body_bytes <= LENGTH - kept + 2 * OVERLAP
-    assert (found(gup, "part"), found(gup, "state")) == (2, 1)
 
 
 # --- modes, the scrubber, the command

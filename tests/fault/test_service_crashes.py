@@ -17,15 +17,6 @@ from harness.waiting import until
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 LENGTH = 2_500_000
 CHANGES = ["fopen", "open", "pwrite", "write", "fsync", "rename", "unlink", "mkdir", "ftruncate"]
-POINTS = {
-    "before the head is known to others": ("rename", "partial/*.state", 1),
-    "in mid-body": ("pwrite", "partial/*.part", 12),
-    "before the body is durable": ("fsync", "partial/*.part", 1),
-    "before the commit's journal": ("rename", "partial/*.state", 2),
-    "before the body's rename": ("rename", "full.zip", 1),
-    "before the record": ("rename", ".full.zip.gup", 1),
-    "before the journal goes": ("unlink", "partial/*.state", 1),
-}
 
 
 def fetched(gup: Gup, path: str) -> bytes | None:
@@ -49,14 +40,10 @@ def assert_well_after_start(gup: Gup, bodies: dict[str, bytes]) -> None:
     assert violations(gup.cache_dir) == []
 
 
-@pytest.mark.parametrize(
-    "point",
-    [pytest.param(name, marks=() if name == "before the record" else pytest.mark.long) for name in POINTS],
-)
-def test_the_service_dies_in_a_fill(serve, tmp_path, point):
-    call, pattern, nth = POINTS[point]
+def test_the_service_dies_between_a_body_and_its_record(serve, tmp_path):
+    """Each other step of a fill: `test_crash_points`, and `test_the_service_dies_anywhere`."""
     body, died = zip_of("service", LENGTH), tmp_path / "died"
-    fault = {"call": call, "path": pattern, "do": "kill-service", "nth": nth, "once": str(died)}
+    fault = {"call": "rename", "path": ".full.zip.gup", "do": "kill-service", "nth": 1, "once": str(died)}
     gup, _ = serve({BIG: body}, env=planned(fault))
     assert fetched(gup, BIG) in (None, body)
     until(died.exists, "it has died")

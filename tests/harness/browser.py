@@ -36,9 +36,9 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def look(self, *, width: int = 1280, height: int = 900, theme: str = "light", motion: str = "") -> None:
-        """Another window and other wishes of its user."""
-        wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": motion}
-        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        """Another window and other preferences of its user."""
+        wanted = {"prefers-color-scheme": theme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
         self._tell("Emulation.setEmulatedMedia", features=features)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._tell("Emulation.setDeviceMetricsOverride", **size)

@@ -123,16 +123,16 @@ async def working(
         promised[0] += change
 
     claims = store.claims = Claims(store.partial / "claims")
-    places = Claims(store.run / "slots")
+    slot_locks = Claims(store.run / "slots")
     told: list[dict] = []
 
     def tell(event) -> None:
         told.append(dict(event))
 
     queue = FillQueue(
-        Slots(places, 10_000, lambda: settings.fill.max),
-        Slots(places, 0, lambda: settings.fill.max),
-        Slots(places, 20_000, lambda: 2 * settings.fill.max),
+        Slots(slot_locks, 10_000, lambda: settings.fill.max),
+        Slots(slot_locks, 0, lambda: settings.fill.max),
+        Slots(slot_locks, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
         Turns.alone(),
         Backlog.alone(),
@@ -175,8 +175,8 @@ async def working(
     cache = Cache(
         means,
         max_open=64,
-        bypass=Slots(places, 200_000, lambda: 4),
-        range_bypass=Slots(places, 100_000, lambda: 2),
+        bypass=Slots(slot_locks, 200_000, lambda: 4),
+        range_bypass=Slots(slot_locks, 100_000, lambda: 2),
     )
     worker = Worker(cache, means, told)
     try:
@@ -187,5 +187,5 @@ async def working(
         executor.shutdown(wait=True)
         wan.close()
         claims.close()
-        places.close()
+        slot_locks.close()
         await asyncio.sleep(0)

@@ -7,17 +7,7 @@ from pathlib import Path
 
 from harness.processes import needs
 
-NEW_KEY = (
-    "req",
-    "-x509",
-    "-newkey",
-    "ec",
-    "-pkeyopt",
-    "ec_paramgen_curve:prime256v1",
-    "-nodes",
-    "-days",
-    "2",
-)
+NEW_KEY = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
 
 
 @dataclass
@@ -34,8 +24,7 @@ class Authority:
         self._openssl("ca", f"/CN={self.name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 
     def _openssl(self, file: str, subject: str, *more: str) -> None:
-        command = [needs("openssl"), *NEW_KEY]
-        command += ["-subj", subject, *more]
+        command = [needs("openssl"), *NEW_KEY.split(), "-subj", subject, *more]
         command += ["-keyout", str(self.folder / f"{file}.key"), "-out", str(self.folder / f"{file}.pem")]
         subprocess.run(command, check=True, capture_output=True)
 

@@ -68,7 +68,7 @@ class Crash:
 
     def place(self, path: object) -> str | None:
         try:
-            named = _real_readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)  # type: ignore[arg-type]
+            named = _real_readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fsdecode(path)
         except OSError:
             return None
         named = os.path.abspath(named)  # noqa: PTH100 - Path.resolve would follow links, and be slow

@@ -1,4 +1,4 @@
-"""`python -m harness.probe HOST PORT PATH PER_SECOND SECONDS`: how long hits take, from a process of its own.
+"""`python -m harness.probe HOST PORT PATH SECONDS`: how long hits take, from a process of its own.
 
 Requests leave at fixed times over one kept connection; what a slow answer delays counts from when it should
 have left, so that slow answers do not hide in fewer samples. Prints JSON: count, percentiles in
@@ -6,7 +6,6 @@ milliseconds.
 """
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -14,40 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.clients import RawConnection
+
 PER_SECOND = 100
 
 
-def _receive_whole(sock: socket.socket) -> None:
-    head = b""
-    while b"\r\n\r\n" not in head:
-        piece = sock.recv(65536)
-        if not piece:
-            raise ConnectionError("closed by the server")
-        head += piece
-    fields, _, body = head.partition(b"\r\n\r\n")
-    status, *lines = fields.split(b"\r\n")
-    if b" 200 " not in status:
-        raise ConnectionError(status.decode())
-    length = next(int(line.split(b":")[1]) for line in lines if line.lower().startswith(b"content-length:"))
-    left = length - len(body)
-    while left:
-        left -= len(sock.recv(min(left, 65536)))
-
-
-def probe(host: str, port: int, path: str, per_second: float, seconds: float) -> dict[str, float]:
-    request = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+def probe(address: tuple[str, int], path: str, seconds: float) -> dict[str, float]:
     took = []
-    with socket.create_connection((host, port)) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with RawConnection(address) as client:
         began = time.perf_counter()
-        for number in range(int(per_second * seconds)):
-            due = began + number / per_second
+        for number in range(int(PER_SECOND * seconds)):
+            due = began + number / PER_SECOND
             time.sleep(max(0.0, due - time.perf_counter()))
-            due = max(
-                due, time.perf_counter() - 1 / per_second
-            )  # the probe's own lateness is not the server's
-            sock.sendall(request)
-            _receive_whole(sock)
+            due = max(due, time.perf_counter() - 1 / PER_SECOND)  # its own lateness is not the server's
+            answer = client.get(path)
+            assert (answer.status, answer.complete) == (200, True), answer.status
             took.append(time.perf_counter() - due)
     took.sort()
     return {
@@ -61,7 +41,7 @@ def probing(address: tuple[str, int], path: str, seconds: float) -> Iterator[Cal
     """A probe beside what the block does; the answer waits for its figures."""
     arguments = [sys.executable, "-m", "harness.probe", address[0], str(address[1]), path]
     with subprocess.Popen(
-        [*arguments, str(PER_SECOND), str(seconds)],
+        [*arguments, str(seconds)],
         cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         text=True,
@@ -73,5 +53,5 @@ def probing(address: tuple[str, int], path: str, seconds: float) -> Iterator[Cal
 
 
 if __name__ == "__main__":
-    host, port, path, per_second, seconds = sys.argv[1:]
-    sys.stdout.write(json.dumps(probe(host, int(port), path, float(per_second), float(seconds))))
+    host, port, path, seconds = sys.argv[1:]
+    sys.stdout.write(json.dumps(probe((host, int(port)), path, float(seconds))))

@@ -107,7 +107,7 @@ class Gup:
         unread = {} if settings and "catalog" in settings else {"GUP_CATALOG__REFRESH": "0"}
         self._env = {**unlimited, **unread, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         self._runs = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
         self.data: tuple[str, int] = ("", 0)
         self.admin: tuple[str, int] = ("", 0)
         self.command = [*self.PROGRAM, "serve"]
@@ -146,11 +146,11 @@ class Gup:
 
     def launch(self) -> None:
         """Start the process and don't wait for it."""
-        assert self._process is None or self._process.poll() is not None, "runs already"
+        assert self.process is None or self.process.poll() is not None, "runs already"
         self._runs += 1
         env = environment(self._mark, self._env)
         with self._log().open("wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
 
@@ -178,11 +178,6 @@ class Gup:
         """What this run wrote to its standard output and error."""
         return self._log().read_text(errors="replace")
 
-    @property
-    def process(self) -> "subprocess.Popen[bytes]":
-        assert self._process is not None
-        return self._process
-
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -200,11 +195,11 @@ class Gup:
 
     def kill(self) -> None:
         """SIGKILL to all of it; for the end of a test, and for a power cut."""
-        if self._process is None:
+        if self.process is None:
             return
-        if self._process.poll() is None:
-            self._process.kill()
-        end(self._process, self._mark)
+        if self.process.poll() is None:
+            self.process.kill()
+        end(self.process, self._mark)
 
     # --- processes
 
@@ -328,7 +323,6 @@ class Gup:
     def status(self) -> dict[str, Any]:
         code, found = self.api("/api/v1/status")
         assert code == 200, found
-        assert isinstance(found, dict)
         return found
 
     # --- its files

@@ -1,6 +1,5 @@
 """Content trees on disk as a manager would offer them: seeded random bytes, never repeated between files."""
 
-import hashlib
 import io
 import os
 import random
@@ -87,7 +86,3 @@ def make_tree(root: Path, big_bytes: int = BIG_BYTES) -> Tree:
         tree.put(content_path(name), noise(name, 40_000 * (number + 1)))
     tree.put(INDEX, CONTENT_INFO)
     return tree
-
-
-def digest(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=16).hexdigest()

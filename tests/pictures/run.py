@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from harness.browser import browser
-from harness.clock import WallClock
+from harness.faults import WallClock
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
 from harness.swarm import Swarm

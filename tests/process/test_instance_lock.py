@@ -1,6 +1,5 @@
 """Two services never share one cache directory."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -71,24 +70,6 @@ def test_a_child_that_outlives_its_supervisor_holds_the_directory(run):
         child.stdin.close()
         child.wait(10)
         InstanceLock(run, 0.0).close()
-
-
-def test_children_hold_their_lock_shared(run):
-    lock = InstanceLock(run)
-    other = os.open(run / "children.lock", os.O_RDWR)
-    fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(other)
-    lock.close()
-
-
-def test_a_refusal_leaves_no_descriptor(run, holder):
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a count
-    with pytest.raises(StoreError):
-        InstanceLock(run, 0.0)
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - a count
-    assert holder.poll() is None
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -15,10 +15,8 @@ HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
 
 
-def test_it_says_where_it_serves_within_a_second_or_two_and_logs_json_when_asked(service):
-    started = time.monotonic()
+def test_it_says_where_it_serves_and_logs_json_when_asked(service):
     running = service({"log": {"format": "json"}})
-    assert time.monotonic() - started < 5  # far less alone; other tests may share the machine
     with running.connect() as client, running.controller() as controller:
         assert client.ask("who")["role"] == "worker"
         own = controller.ask("who")
@@ -55,21 +53,6 @@ def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(ser
     clients[1].close()
     successor.close()
     running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
-
-
-def test_connections_that_wait_in_the_queue_are_served_by_the_successor(service):
-    running = service({"workers": {"count": 1}})
-    with running.connect() as client:
-        pid = client.ask("who")["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        waiting = [running.connect() for _ in range(20)]
-        for one in waiting:
-            one.send("who")
-        os.kill(pid, signal.SIGKILL)
-        answers = [one.answer() for one in waiting]
-    assert {answer["generation"] for answer in answers} == {2}
-    for one in waiting:
-        one.close()
 
 
 def test_a_worker_that_dies_again_and_again_is_started_ever_later(service):
@@ -163,15 +146,6 @@ def test_workers_that_never_drain_are_killed(service):
     assert running.stop() == 0
     assert time.monotonic() - started > 0.4
     assert "draining took too long" in "".join(running.lines)
-
-
-def test_a_signal_before_it_is_ready_ends_it(service):
-    running = service(environment={"FAKE_NEVER_READY": "worker", "FAKE_NEVER_DRAINS": "1"}, ready=False)
-    running.until("worker 1 started")
-    running.signal(signal.SIGTERM)
-    running.until("draining")
-    running.signal(signal.SIGTERM)
-    assert running.end() == 0
 
 
 def test_a_second_instance_on_the_directory_is_refused_by_name(service):

@@ -52,14 +52,7 @@ def test_the_watchdog(environment, seconds):
         ({"LISTEN_PID": "7", "LISTEN_FDS": "x"}, ([], [])),
         ({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, ([3], [])),
         ({"LISTEN_PID": "7", "LISTEN_FDS": "2"}, ([3], [4])),
-        (
-            {"LISTEN_PID": "7", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "gup.socket:gup-admin.socket"},
-            ([3], [4]),
-        ),
-        (
-            {"LISTEN_PID": "7", "LISTEN_FDS": "3", "LISTEN_FDNAMES": "admin:data:data"},
-            ([4, 5], [3]),
-        ),
+        ({"LISTEN_PID": "7", "LISTEN_FDS": "3", "LISTEN_FDNAMES": "admin:data:data"}, ([4, 5], [3])),
         ({"LISTEN_PID": "7", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "admin"}, ([], [3])),
     ],
 )

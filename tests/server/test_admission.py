@@ -56,15 +56,6 @@ def test_connections_of_an_address_are_counted_over_workers(make):
     assert two.add("10.0.0.1") == 2
 
 
-def test_a_successor_forgets_what_the_killed_worker_counted(make):
-    one, two = make(0), make(1)
-    for _ in range(5):
-        one.add("10.0.0.1")
-    assert two.add("10.0.0.1") == 6
-    make(0)
-    assert two.add("10.0.0.1") == 2
-
-
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 30)), max_size=200))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_the_count_is_never_too_low_and_ends_at_nothing(make, steps):

@@ -9,7 +9,7 @@ from gup.cache.locks import Claims, Slots
 from gup.config import Clients
 from gup.errors import Problem
 from gup.metrics import Counters
-from gup.server.downloads import NO_SLOT, Downloads, Ticket
+from gup.server.downloads import Downloads, Ticket
 from gup.upstream.bandwidth import NOBODY, Turns
 
 
@@ -69,18 +69,6 @@ def make(tmp_path):
             claims.close()
 
 
-async def test_without_a_limit_all_go_at_once_and_are_counted(make):
-    site = make(1, max_downloads=0)
-    tickets = [site.ask(0, str(n)) for n in range(3)]
-    assert {ticket.slot for ticket in tickets} == {NO_SLOT}
-    assert site.gauges == (3, 0)
-    for ticket in tickets:
-        site.workers[0].give_back(ticket)
-    assert site.gauges == (0, 0)
-    assert site.counters[0].get("gup_client_downloads_total") == 3
-    site.workers[0].close()
-
-
 async def test_the_limit_holds_over_workers_and_the_longest_waiting_goes_first(make):
     site = make(2, max_downloads=2, queue=10)
     held = [site.ask(0, "a"), site.ask(1, "b")]
@@ -111,7 +99,7 @@ async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     held = site.ask(0, "a")
     first = site.ask(1, "b")
     site.workers[0].give_back(held)
-    newcomer = site.ask(0, "c")  # the place is free, and not its own
+    newcomer = site.ask(0, "c")  # the slot is free, and not its own
     assert newcomer.slot is None
     await site.until("b")
     site.workers[1].give_back(first)
@@ -199,16 +187,6 @@ async def test_a_limit_that_goes_lets_everybody_go_and_one_that_comes_counts_tho
     assert late.slot == 0
     site.workers[0].give_back(late)
     site.workers[0].close()
-
-
-async def test_a_killed_workers_locks_are_free_when_its_counts_are(make):
-    site = make(2, max_downloads=1, queue=5)
-    site.ask(1, "dead")
-    ticket = site.ask(0, "a")
-    site.claims.pop(1).close()  # as the kernel does
-    site.counters[1].add("gup_client_downloads_in_progress", -1)  # as the supervisor does
-    await site.until("a")
-    site.workers[0].give_back(ticket)
 
 
 async def test_nobody_begins_to_wait_when_the_service_stops(make):

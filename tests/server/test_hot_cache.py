@@ -91,39 +91,20 @@ def test_a_small_body_that_can_not_be_read_is_not_answered_hot_and_its_entry_is_
 # --- plain heads
 
 TARGET = b"/content/%7B535CB6A4-441F-4E8A-A897-804CD859100E%7D/260801001/full.zip"
-FIELDS = [
-    b"Host: gup:2967",
-    b"host:[::1]:80",
-    b"Host: a b",
-    b"Accept: */*",
-    b"User-Agent: Endpoint/14.3 (client \xe9)",
-    b"User-agent: x",
-    b"X-Client-Version:14.3.4615.2000\t",
-    b"Cache-Control: no-cache",
-    b"Connection: Keep-Alive",
-    b"Connection: close",
-    b"connection: keep-alive, close",
-    b"Proxy-Connection: close",
-    b"Range: bytes=0-99",
+FIELDS = [b"Host: gup:2967", b"host:[::1]:80", b"Host: a b", b"Accept: */*", b"User-agent: x"]
+FIELDS += [b"User-Agent: Endpoint/14.3 (client \xe9)", b"X-Client-Version:14.3.4615.2000\t"]
+FIELDS += [b"Cache-Control: no-cache", b"Connection: Keep-Alive", b"Connection: close"]
+FIELDS += [b"connection: keep-alive, close", b"Proxy-Connection: close", b"Range: bytes=0-99"]
+OTHERS = [
     b"range:bytes=5-",
     b"Range: bytes=-5",
     b"Range: bytes=0-1,5-6",
     b"Range: lines=1-2",
     b'If-Range: "a"',
-    b'If-None-Match: "a"',
-    b"Content-Length: 0",
-    b"Content-Length: 5",
-    b"Transfer-Encoding: chunked",
-    b"Upgrade: h2c",
-    b"Expect: 100-continue",
-    b"Via: 1.1 other",
-    b"Bad Name: x",
-    b" folded",
-    b"A:\x00",
-    b"A: b\nC: d",
-    b"B:",
-    b":",
 ]
+OTHERS += [b'If-None-Match: "a"', b"Content-Length: 0", b"Content-Length: 5", b"Transfer-Encoding: chunked"]
+OTHERS += [b"Upgrade: h2c", b"Expect: 100-continue", b"Via: 1.1 other", b"Bad Name: x", b" folded"]
+OTHERS += [b"A:\x00", b"A: b\nC: d", b"B:", b":"]
 
 
 def head(line: bytes, fields: list[bytes]) -> bytes:
@@ -154,12 +135,7 @@ def agrees(text: bytes) -> bool:
     return True
 
 
-@given(st.lists(st.sampled_from(FIELDS), max_size=8))
-def test_what_is_recognised_is_what_the_parser_sees(fields):
-    agrees(head(b"GET " + TARGET + b" HTTP/1.1", fields))
-
-
-@given(st.lists(st.sampled_from(FIELDS[:13]), max_size=6))
+@given(st.lists(st.sampled_from(FIELDS), max_size=6))
 def test_what_is_found_is_what_the_parser_sees(fields):
     text = head(b"GET " + TARGET + b" HTTP/1.1", [b"Host: gup", *fields])
     found = knowing(TARGET).look_up(text)
@@ -194,8 +170,8 @@ def test_the_field_that_ends_the_connection(fields, closes):
     assert (found is not None and found[3]) is closes
 
 
-@given(st.lists(st.sampled_from(FIELDS[:10]), max_size=4), st.binary(min_size=1, max_size=3), st.data())
-def test_nor_do_changed_bytes_lead_it_astray(fields, change, data):
+@given(st.lists(st.sampled_from(FIELDS + OTHERS), max_size=8), st.binary(max_size=3), st.data())
+def test_what_is_recognised_is_what_the_parser_sees_whatever_bytes_are_changed(fields, change, data):
     text = head(b"GET " + TARGET + b" HTTP/1.1", [b"Host: gup", *fields])
     at = data.draw(st.integers(0, len(text)))
     agrees(text[:at] + change + text[at + data.draw(st.integers(0, 3)) :])

@@ -115,8 +115,8 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
     hot_cache = HotCache(lambda: (epoch[0], means.store_epoch()), worker.cache.close_removed)
     policy = Policy(means, lambda: epoch[0], hot_cache.drop)
     means.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
-    places = Claims(means.store.run / "downloads")
-    slots = Slots(places, 0, lambda: 0)
+    slot_locks = Claims(means.store.run / "downloads")
+    slots = Slots(slot_locks, 0, lambda: 0)
     none = lambda _name: lambda: 0  # noqa: E731
     downloads = Downloads(slots, lambda: means.settings.clients, means.counters, none, Turns.alone())
     access_log = AccessLog(means.settings, means.counters, ClientNames("full", b"0" * 16))
@@ -135,7 +135,7 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
         await policy.close()
         addresses.close()
         os.close(fd)
-        places.close()
+        slot_locks.close()
 
 
 def catalogue(run) -> None:

@@ -21,7 +21,9 @@ def certificate(folder: Path, name: str) -> None:
     """A certificate of its own for 127.0.0.1 and its key, in the files that the settings name."""
     files = ("-keyout", folder / "key.pem", "-out", folder / "cert.pem")
     names = ("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1")
-    subprocess.run([needs("openssl"), *NEW_KEY, *files, *names], check=True, capture_output=True, timeout=30)
+    subprocess.run(
+        [needs("openssl"), *NEW_KEY.split(), *files, *names], check=True, capture_output=True, timeout=30
+    )
 
 
 def ask(gup: Gup, cert: Path, method: str, path: str, token: str = "", **headers: str) -> int:

@@ -5,8 +5,7 @@ import time
 from harness.clients import Ended, Response, assert_problem
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup
-from harness.trees import BIG, DELTA, INDEX, content_path, make_tree, noise, zip_of
-from harness.upstreams import Nginx
+from harness.trees import BIG, DELTA, content_path, noise, zip_of
 from harness.waiting import until
 
 LENGTH = 2_000_000
@@ -64,16 +63,11 @@ def test_a_failing_upstream_is_told_at_once_to_all(serve):
     gate = Gate()
     failing = {
         "500": (Answer(b"oops", 500), 502, "upstream-error"),
-        "503": (Answer(b"oops", 503), 502, "upstream-error"),
-        "599": (Answer(b"oops", 599), 502, "upstream-error"),
         "403": (Answer(b"oops", 403), 502, "upstream-refused"),
-        "204": (Answer(b"oops", 204), 502, ""),
         "206": (Answer(b"oops", 206), 502, ""),
-        "304": (Answer(b"oops", 304), 502, ""),
         "302": (Answer(b"oops", 302), 502, ""),
         "reset": (Answer(reset_at=-1), 502, ""),
         "empty": (Answer(b""), 502, "upstream-bad-body"),
-        "html": (Answer(b"<html>", content_type="text/html; charset=utf-8"), 502, "upstream-bad-body"),
         "disguise": (Answer(b"<html>" * 100, content_type="Text/HTML"), 502, "upstream-bad-body"),
         "gzip": (Answer(b"x" * 99, fields=(("Content-Encoding", "gzip"),)), 502, "upstream-bad-body"),
         "silent": (Answer(b"late", head_gate=gate), 504, "upstream-timeout"),
@@ -97,7 +91,7 @@ def test_a_failing_upstream_is_told_at_once_to_all(serve):
         gup.wait_log(f"2608{number:02}001")
     assert gup.bodies() == {}
     assert gup.metric("gup_requests_total", result="error") == 20 * len(failing)
-    assert gup.metric("gup_upstream_requests_total", outcome="rejected") >= 4
+    assert gup.metric("gup_upstream_requests_total", outcome="rejected") >= 3
     gate.open()
 
 
@@ -110,13 +104,10 @@ def test_an_error_stands_no_longer_than_error_ttl(serve):
 
 BAD_TAILS = {  # no ranges, and the same answer for ever: nothing can be resumed
     "short": Answer(SHORT, announced=LENGTH, close_at=HALF, ranges=False),
-    "short by one": Answer(SHORT, announced=LENGTH, close_at=LENGTH - 1, ranges=False),
     "reset": Answer(SHORT, reset_at=HALF, ranges=False),
     "cut chunks": Answer(SHORT, chunked=True, close_at=HALF, ranges=False),
-    "no chunks": Answer(SHORT, chunked=True, garbage_at=HALF, ranges=False),
     "cut without length": Answer(SHORT, framed=False, close_at=HALF, ranges=False),
     "longer than announced": Answer(SHORT, announced=LENGTH - 1000, ranges=False),
-    "no zip": Answer(noise("no zip", LENGTH), ranges=False),
     "zip with a tail": Answer(SHORT[:-22] + b"x" * 22, ranges=False),
 }
 
@@ -140,42 +131,6 @@ def test_a_body_that_ends_wrong_is_never_a_complete_200(serve):
         gup.wait_log(path.split("/")[3])
 
 
-def test_one_that_hangs_in_mid_body_is_asked_after_the_others(serve):
-    """Each of its tries would cost the clients `read_timeout` once more."""
-    second = ScriptedUpstream()
-    second.answer(BIG, SHORT)
-    hangs = Answer(SHORT, etag='"1"', stall_after=HALF)
-    gup, upstream = serve({BIG: hangs}, each=QUICK, behind=[second])
-    gup.serves(BIG, SHORT)
-    assert len(upstream.requests(BIG)) == 1
-    assert [seen.status for seen in second.requests(BIG)] == [206]
-    assert gup.metric("gup_fill_resumes_total", reason="failover") == 1
-
-
-LIARS = {
-    "wrong range": Answer(SHORT, etag='"r"', range_shift=100_000),
-    "changed bytes": Answer(SHORT, etag='"r"', range_body=noise("changed", LENGTH)),
-    "other content": Answer(noise("other", LENGTH), etag='"other"'),
-    "other length": Answer(SHORT[:-1000], etag='"r"'),
-}
-
-
-def test_a_resume_with_other_bytes_reaches_nobody(serve):
-    gup, upstream = serve(each=QUICK)
-    for number, (name, liar) in enumerate(LIARS.items()):
-        path, gate = path_of(number), Gate()
-        upstream.answer(path, Answer(SHORT, etag='"r"', gates=((HALF, gate),), reset_at=HALF), liar)
-        client, response = gup.begin(path, HALF)
-        gate.open()
-        client.finish(response)
-        assert SHORT.startswith(response.body), name
-        assert response.complete is (response.body == SHORT), name
-        assert response.complete or response.reset, name
-        gup.wait_metric(0, "gup_fills_in_progress")
-        if any(path.split("/")[3] in key for key in gup.bodies()):
-            gup.serves(path, SHORT)
-
-
 def test_redirects_and_cookies_are_not_followed(serve):
     cookie = ("Set-Cookie", "a=b")
     with ScriptedUpstream() as elsewhere:
@@ -189,19 +144,6 @@ def test_redirects_and_cookies_are_not_followed(serve):
     seen = upstream.requests(MISSING)[0]
     assert (seen.header("cookie"), seen.header("authorization")) == (None, None)
     assert seen.header("accept-encoding") == "identity"
-
-
-def test_a_kept_connection_that_died_is_no_error(tmp_path):
-    """The upstream restarts between two requests: what was pooled is dead, and no client sees it."""
-    tree = make_tree(tmp_path / "tree", big_bytes=100_000)
-    with Nginx(tree, tmp_path / "nginx") as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        gup.serves(DELTA, tree.body(DELTA))
-        for path in (BIG, INDEX):
-            upstream.stop()
-            upstream.restart()
-            for pid in gup.workers():
-                response = gup.connect_to(pid).get(path)
-                assert (response.status, response.body) == (200, tree.body(path))
 
 
 def test_a_client_that_takes_nothing_is_cut(serve):

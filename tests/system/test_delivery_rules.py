@@ -129,6 +129,7 @@ def test_each_client_gets_what_its_manager_has_and_nothing_is_mixed(site):
     assert len(gup.bodies()) == 7
     assert site.get(CATALOG, ENGLISH).body == lines("English", "14.3 RU3")
     assert site.get(CATALOG, FRENCH).body == lines("French", "14.3 RU2")
+    assert site.asked(CATALOG) == (1, 1), "one fetch for controller and clients"
 
 
 def test_a_refusal_tells_the_ways_out_and_binds_every_way_of_asking(site):
@@ -185,7 +186,7 @@ def test_a_reload_drops_decisions_and_report_only_counts(site):
     until(lambda: site.get(path(PATCH), GERMAN).status == 200, "the new rules hold", 10)
     until(lambda: gup.log.count("settings reloaded") == 1, "all were told")
     counted = gup.metric("gup_rule_refusals_total", mode="report")
-    for _ in range(10):  # no lane passes the counting by
+    for _ in range(10):  # from the hot cache too
         assert site.get(path(PATCH), GERMAN).body == body(PATCH, "French")
     assert gup.metric("gup_rule_refusals_total", mode="report") == counted + 10
     gup.wait_log("would be refused by the rule language")

@@ -3,13 +3,14 @@
 The table is written out by hand: it is the rules as an administrator reads them, not as the program has them.
 """
 
-import asyncio
 import json
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
+from harness.clients import RawConnection
 from harness.scripted import Answer, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import noise, zip_of
@@ -19,7 +20,7 @@ PATCH = "{11111111-1111-1111-1111-111111111111}"
 TEXTS = "{22222222-2222-2222-2222-222222222222}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 FULL, DELTA = "full.zip", "xdelta260701001_To_260801001.dax"
-AT_ONCE = 64
+AT_ONCE = 16
 
 
 def stated(version: str = "", language: str = "", **fields: str) -> dict[str, str]:
@@ -98,76 +99,60 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
 
 
-async def ask(reader, writer, target: str, headers: dict[str, str], method: str = "GET") -> tuple[int, bytes]:
-    lines = [
-        f"{method} {target} HTTP/1.1",
-        "Host: gup",
-        *(f"{name}: {text}" for name, text in headers.items()),
-    ]
-    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    length = int(head.split("content-length: ")[1].split("\r\n")[0])
-    return int(head.split(" ")[1]), b"" if method == "HEAD" else await reader.readexactly(length)
-
-
-async def one_client(gup: Gup, number: int, chance: random.Random, seen: Seen) -> None:
+def asked_by(gup: Gup, number: int, chance: random.Random) -> list[tuple]:
     """A client with an address of its own asks for everything, in an order and a manner of its own."""
     headers, patches, others = CASES[number % len(CASES)]
-    headers = headers | ({} if "User-Agent" in headers else {"User-Agent": f"client-{number}"})
+    headers = {"User-Agent": f"client-{number}"} | headers
     own = f"127.{1 + number // 62_500}.{number // 250 % 250}.{1 + number % 250}"
-    reader, writer = await asyncio.open_connection(*gup.data, local_addr=(own, 0))
-    try:
+    found = []
+    with RawConnection(gup.data, source=own) as client:
         for moniker, file in chance.sample(SHELF, len(SHELF)):
             manner = chance.choice(("GET", "GET", "HEAD", "range"))
             more = {"Range": "bytes=100-199"} if manner == "range" else {}
             method = "HEAD" if manner == "HEAD" else "GET"
-            status, got = await ask(reader, writer, path(moniker, file), headers | more, method)
+            response = client.get(path(moniker, file), headers | more, method=method)
             source = patches if moniker == PATCH else others
-            check(seen, (headers, moniker, file, manner), source, status, got)
-    finally:
-        writer.close()
-        await writer.wait_closed()
+            found.append((headers, moniker, file, manner, source, response.status, response.body))
+    return found
 
 
-def check(seen: Seen, what: tuple, source: str, status: int, got: bytes) -> None:
-    _, moniker, file, manner = what
+def check(seen: Seen, row: tuple) -> None:
+    headers, moniker, file, manner, source, status, got = row
     seen.answers[status, manner] += 1
     if source in RULES:
         seen.refusals[source] += 1
-        told = json.loads(got)["rule"] if got else source
-        if (status, told) != (403, source):
-            seen.wrong.append(f"{what}: {status} {told} in place of 403 {source}")
+        if (status, json.loads(got)["rule"] if got else source) != (403, source):
+            seen.wrong.append(f"{headers} {moniker} {file} {manner}: {status} in place of 403 {source}")
         return
     seen.body_bytes += len(got)
     whole = body(moniker, file, source)
     wanted = {"GET": (200, whole), "HEAD": (200, b""), "range": (206, whole[100:200])}[manner]
     if (status, got) != wanted:
-        seen.wrong.append(f"{what}: {status}, {len(got)} bytes are not {source}'s")
+        seen.wrong.append(
+            f"{headers} {moniker} {file} {manner}: {status}, {len(got)} bytes are not {source}'s"
+        )
 
 
-async def crowd(gup: Gup, clients: int, seed: int) -> Seen:
+def crowd(gup: Gup, clients: int) -> Seen:
     """All clients, so many at once, those of the table mixed."""
-    seen, places = Seen(), asyncio.Semaphore(AT_ONCE)
-    numbers = list(range(clients))
-    random.Random(seed).shuffle(numbers)
-
-    async def one(number: int) -> None:
-        async with places:
-            await one_client(gup, number, random.Random(f"{seed} {number}"), seen)
-
-    await asyncio.gather(*(one(number) for number in numbers))
+    seen, numbers = Seen(), list(range(clients))
+    random.Random(clients).shuffle(numbers)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for rows in pool.map(lambda n: asked_by(gup, n, random.Random(f"{clients} {n}")), numbers):
+            for row in rows:
+                check(seen, row)
     return seen
 
 
 @pytest.mark.parametrize("clients", [240, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(600)
-async def test_every_client_gets_what_the_table_says_and_nothing_is_fetched_twice(site, clients):
+def test_every_client_gets_what_the_table_says_and_nothing_is_fetched_twice(site, clients):
     managers, gup = site
-    seen = await crowd(gup, clients, seed=clients)
+    seen = crowd(gup, clients)
     assert not seen.wrong, "\n".join(seen.wrong[:10])
     assert sum(seen.answers.values()) == clients * len(SHELF)
-    assert await asyncio.to_thread(fetched, managers) == expected_fetches()
-    metrics = await asyncio.to_thread(gup.metrics)
+    assert fetched(managers) == expected_fetches()
+    metrics = gup.metrics()
     for rule in RULES:
         assert metrics("gup_rule_refusals_total", rule=rule, mode="enforce") == seen.refusals[rule]
     assert metrics("gup_rule_refusals_total") == seen.refusals.total()
@@ -179,7 +164,7 @@ async def test_every_client_gets_what_the_table_says_and_nothing_is_fetched_twic
     assert metrics("gup_upstream_received_bytes_total") == received
     streams = {dict(labels)["language"] for labels in metrics.series("gup_stream_sent_bytes_total")}
     assert streams == {"French", "English", "German", "SymAllLanguages"}
-    await asyncio.to_thread(gup.wait_metric, clients, "gup_clients_seen", 20.0, window="1h")
+    gup.wait_metric(clients, "gup_clients_seen", 20.0, window="1h")
 
 
 def fetched(managers: dict[str, ScriptedUpstream]) -> Counter[tuple[str, str]]:

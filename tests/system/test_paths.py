@@ -66,47 +66,21 @@ def test_all_spellings_are_one_entry(site):
 
 ESCAPES = [
     "/content/../../etc/passwd",
-    "/content/..%2f..%2fetc/passwd",
-    "/content/%2e%2e/%2e%2e/etc/passwd",
     "/content/%2E%2E%2F%2E%2E%2Fetc%2Fpasswd",
-    "/content/.%2e/%2e./etc/passwd",
-    "/content/..\\..\\etc\\passwd",
     "/content/..%5c..%5cetc%5cpasswd",
-    "/content/./full.zip",
-    "/content//etc/passwd",
     "//etc/passwd",
-    "/content/%2fetc/passwd",
-    "/content/x%00.zip",
     "/content/x%0d%0aSet-Cookie:%20a",
-    "/content/x%7f",
     "/content/%zz",
-    "/content/%2",
-    "/content/%",
     "/content/%c0%ae%c0%ae/%c0%ae%c0%ae/etc/passwd",
-    "/content/%ff%fe",
-    "/content/..",
-    "/content/...%2f..",
-    "/..",
-    "/content/.hidden",
     "/content/{" + GUID + "}/260801001/.full.zip.gup",
     "/content/" + "x" * 300,
 ]
 TWICE_ESCAPED = ["/content/%252e%252e/%252e%252e/etc/passwd", "/content/%25%32%65%25%32%65/passwd"]
-NO_CONTENT = [
-    "/",
-    "/secars/secars.dll?h=1",
-    "/content",
-    "/index.html",
-    "/Content/x",
-    "/metrics",
-    "/api/v1/status",
-]
+NO_CONTENT = ["/", "/secars/secars.dll?h=1", "/content", "/Content/x", "/metrics", "/api/v1/status"]
 OTHER_HOSTS = [
     "http://example.com/content/x.txt",
     "http://127.0.0.1:1/content/x.txt",
-    "http://localhost/content/x.txt",
     "http://127.0.0.1:{port}@example.com/content/x.txt",
-    "http://example.com:{port}/content/x.txt",
     "ftp://127.0.0.1:{port}/content/x.txt",
 ]
 
@@ -138,39 +112,19 @@ def test_other_methods_are_refused(site):
     assert_problem(site.raw("OPTIONS * HTTP/1.1\r\nHost: gup\r\n\r\n"), 405)
 
 
-BAD_FRAMING = {
+BAD_FRAMING = {  # the rows of the parser's own tests that could smuggle a request, and the limits
     "length and chunks": (f"{HOST}Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", 400),
     "chunks": (f"{HOST}Transfer-Encoding: chunked\r\n", 400),
-    "odd coding": (f"{HOST}Transfer-Encoding: xchunked\r\n", 400),
     "two lengths": (f"{HOST}Content-Length: 3\r\nContent-Length: 4\r\n", 400),
-    "list of lengths": (f"{HOST}Content-Length: 3, 3\r\n", 400),
-    "negative length": (f"{HOST}Content-Length: -1\r\n", 400),
-    "signed length": (f"{HOST}Content-Length: +1\r\n", 400),
-    "no number": (f"{HOST}Content-Length: x\r\n", 400),
     "a body": (f"{HOST}Content-Length: 3\r\n", 400),
     "bare lf": (f"{HOST}X: a\nY: b\r\n", 400),
-    "bare cr": (f"{HOST}X: a\rY: b\r\n", 400),
-    "folded line": (f"{HOST}X: a\r\n b\r\n", 400),
-    "space before colon": (f"{HOST}X : a\r\n", 400),
-    "no name": (f"{HOST}: a\r\n", 400),
-    "no colon": (f"{HOST}nothing\r\n", 400),
-    "nul": (f"{HOST}X: a\0b\r\n", 400),
-    "no host": ("X: a\r\n", 400),
     "two hosts": (f"{HOST}{HOST}", 400),
-    "bad host": ("Host: a b\r\n", 400),
-    "host with path": ("Host: a/b\r\n", 400),
     "too many": (f"{HOST}" + "".join(f"X-{n}: y\r\n" for n in range(300)), 431),
     "too large": (f"{HOST}X: {'y' * 40_000}\r\n", 431),
 }
 BAD_LINES = {  # the parser may not get as far as the version
     f"GET {DELTA} HTTP/2.0": (400, 505),
-    f"GET {DELTA} HTTP/1.2": (400, 505),
-    f"GET {DELTA} HTTP/9.9": (400, 505),
-    f"GET {DELTA} XTTP/1.1": (400,),
     f"GET {DELTA}": (400,),
-    f"GET  {DELTA} HTTP/1.1": (400,),
-    f"G\x01T {DELTA} HTTP/1.1": (400,),
-    "GET  HTTP/1.1": (400,),
     "\x16\x03\x01\x02\x00\x01": (400,),
     f"GET /content/{'x' * 9000} HTTP/1.1": (414,),
 }

@@ -129,8 +129,8 @@ def test_the_folder_and_the_spelling_are_those_of_the_traffic_and_disabled_means
     assert [len(upstream.requests(path)) for path in others] == [1, 1]
 
 
-def test_a_client_hurries_what_is_being_fetched_ahead(site):
-    """What is fetched ahead stands still while a client's full streams; asked for, it goes on."""
+def test_a_client_promotes_a_background_fill(site):
+    """It stands still while a client's full streams; asked for, it goes on."""
     gate, big, body = Gate(), delta(A, B), noise("big", 2_000_000)
     blocking = Answer(zip_of("blocking", 300_000), etag='"f"', gates=((100_000, gate),))
     gup, upstream = site({big: Answer(body, etag='"big"', piece_seconds=0.02), full(A): blocking})

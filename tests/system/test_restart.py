@@ -3,10 +3,10 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from harness.clients import fetch
+from harness.harm import flip
 from harness.processes import free_port, listens
 from harness.scripted import Answer, Gate
 from harness.service import Gup
@@ -91,8 +91,8 @@ def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(serve):
     assert gup.metric("gup_fill_resumes_total", reason="takeover") == 1
 
 
-def test_a_takeover_needs_no_place_and_no_patience(serve):
-    """One place, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
+def test_a_takeover_needs_no_slot_and_no_patience(serve):
+    """One slot, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
     gate, stays, patience_seconds = Gate(), Gate(), 1.0
     others = [content_path("full.dax", revision=f"2608020{n:02}") for n in range(8)]
     answers = dict.fromkeys(others, Answer(BODY, gates=((100_000, stays),)))
@@ -116,7 +116,7 @@ def test_a_takeover_needs_no_place_and_no_patience(serve):
     stays.open()
     gup.wait_stored(BIG)
     gup.wait_metric(0, "gup_fills_in_progress")
-    gup.serves(others[-1], BODY)  # no place is lost
+    gup.serves(others[-1], BODY)  # no slot is lost
 
 
 def test_a_fill_that_nobody_waits_for_is_taken_over_too(serve):
@@ -182,19 +182,9 @@ def test_damage_on_disk_is_noticed_and_mended(serve, where):
     gup.wait_metric(1, "gup_cache_entries")
     assert gup.stop() == 0
     root = gup.cache_dir
-    damage(root / "run" / "shared" if where == "shared" else next((root / "index").rglob("*.db")))
+    flip(root / "run" / "shared" if where == "shared" else next((root / "index").rglob("*.db")), *range(64))
     gup.start()
     gup.serves(BIG, BODY)
     assert len(upstream.requests(BIG)) == 1
     gup.wait_metric(1, "gup_cache_entries")
     assert where == "shared" or gup.metric("gup_integrity_failures_total", where=where) >= 1
-
-
-def damage(file: Path) -> None:
-    """Overwrite some bytes at the beginning and in the middle; the times stay, as with a bad disk."""
-    stat = file.stat()
-    with file.open("r+b") as opened:
-        for at in (0, stat.st_size // 2):
-            opened.seek(at)
-            opened.write(b"\xa5" * 64)
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

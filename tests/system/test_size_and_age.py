@@ -4,7 +4,6 @@ import shutil
 import time
 from urllib.parse import quote
 
-import pytest
 from harness.scripted import ScriptedUpstream
 from harness.service import Gup
 from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, name_of, noise, zip_of
@@ -83,18 +82,6 @@ def test_the_least_recently_used_goes_first(serve):
         gup.get(DELTAS[0])
     until(lambda: on_disk(gup) <= 5 * MB, "the size is under its limit")
     assert (gup.stored(DELTAS[0]), gup.stored(DELTAS[1])) == (True, False)
-
-
-@pytest.mark.parametrize(("cache", "times"), [({"min_free": "4000000GB"}, 3), ({"max_size": "1MB"}, 1)])
-def test_what_can_not_be_kept_is_passed_through(serve, cache, times):
-    body = zip_of("no room", 3 * MB)
-    gup, _ = serve({BIG: body}, workers=1, cache=cache)
-    for _ in range(times):
-        gup.serves(BIG, body)
-    until_evicted(gup, lambda: on_disk(gup) == 0, "nothing is kept")
-    metrics = gup.metrics()
-    assert metrics("gup_fills_total", outcome="unstorable") >= 1
-    assert metrics("gup_disk_free_bytes") > 0
 
 
 def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(serve):

@@ -11,7 +11,7 @@ from harness.clients import assert_problem
 from harness.processes import environment, free_port
 from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import Gup, toml
-from harness.trees import BIG, DELTA, INDEX, content_path, make_tree, noise, zip_of
+from harness.trees import BIG, DELTA, INDEX, make_tree, noise, zip_of
 from harness.upstreams import Nginx
 from harness.waiting import until
 from harness.web_proxy import WebProxy
@@ -19,26 +19,6 @@ from harness.web_proxy import WebProxy
 LENGTH = 3_000_000
 BODY = zip_of("upstreams", LENGTH)
 QUICK = {"connect_timeout": "5s", "read_timeout": "5s", "give_up": "10s"}
-
-
-def test_weights_share_content_out_and_a_key_stays_with_its_upstream(tmp_path):
-    paths = [content_path("full.dax", revision=f"2608{number:02}001") for number in range(1, 31)]
-    with ScriptedUpstream() as one, ScriptedUpstream() as two:
-        for upstream in (one, two):
-            for path in paths:
-                upstream.answer(path, noise(path, 500))
-        tables = [{"name": "one", "url": one.url, "weight": 1}, {"name": "two", "url": two.url, "weight": 3}]
-        asked = []
-        for run in range(2):  # a second site of the same settings prefers the same
-            one.seen.clear()
-            two.seen.clear()
-            with Gup(tmp_path / f"cache{run}", workers=1, settings={"upstream": tables}) as gup:
-                for path in paths:
-                    gup.serves(path, noise(path, 500))
-            assert len(one.requests()) + len(two.requests()) == len(paths)
-            asked.append({seen.path for seen in two.requests()})
-        assert asked[0] == asked[1]
-        assert 15 <= len(asked[0]) <= 29
 
 
 def test_changed_upstreams_take_effect_in_running_workers_with_headers_that_nobody_else_sees(serve):

@@ -9,7 +9,7 @@ import time
 import pytest
 import uvloop
 import yarl
-from harness.raw import Over, RawUpstream, Talk, ok
+from harness.scripted import Over, RawUpstream, Talk, ok
 from harness.trees import noise
 from hypothesis import given
 from hypothesis import strategies as st

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 from harness.certificates import Authority
-from harness.raw import Over, RawUpstream, Talk, ok
+from harness.scripted import Over, RawUpstream, Talk, ok
 from harness.trees import noise
 from harness.web_proxy import WebProxy
 

@@ -23,6 +23,8 @@ log      a line "pid call path [path]" is appended to this file for each matchin
 
 Every rule counts for itself; the first that acts decides, later ones don't see the call. Calls made from C
 are not seen (SQLite, mmap, the writes of file objects; their `open` is seen, as "fopen").
+
+And `time.time` adds what stands in the file GUP_TEST_CLOCK, at every call; monotonic time stays.
 """
 
 import builtins
@@ -30,8 +32,10 @@ import errno
 import functools
 import io
 import json
+import mmap
 import os
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -157,3 +161,10 @@ def _install(rules: list[_Rule]) -> None:
 
 if "GUP_TEST_FAULTS" in os.environ:
     _install([_Rule(told) for told in json.loads(os.environ["GUP_TEST_FAULTS"])])
+
+if "GUP_TEST_CLOCK" in os.environ:
+    _fd = _open(os.environ["GUP_TEST_CLOCK"], os.O_RDONLY | os.O_CLOEXEC)
+    _page = mmap.mmap(_fd, 8, prot=mmap.PROT_READ)
+    _close(_fd)
+    _real = time.time
+    time.time = lambda: _real() + struct.unpack("=d", _page[:8])[0]
