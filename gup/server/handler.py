@@ -47,7 +47,7 @@ class Handler:
 
     def __init__(
         self,
-        means: FillDependencies,
+        dependencies: FillDependencies,
         cache: Cache,
         policy: Policy,
         hot_cache: HotCache,
@@ -59,12 +59,12 @@ class Handler:
         self.downloads = downloads
         self.access_log = access_log
         self.draining = False
-        self._means = means
+        self._dependencies = dependencies
         self._cache = cache
         self._policy = policy
         self._node = node
         self._via = f"1.1 {node} (gup)"
-        self._use(means.settings)
+        self._use(dependencies.settings)
 
     def apply(self, settings: config.Settings) -> None:
         """Use reloaded settings."""
@@ -119,7 +119,7 @@ class Handler:
             detail = f"{target.authority} is no upstream of this service; it is not an open proxy"
             raise Problem("forbidden-host", detail)
         route = self._routes.route(target.path)
-        if not self._means.settings.upstream:
+        if not self._dependencies.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
         choice = self._policy.choose(request, route)
         return choice.of(route), choice
@@ -180,7 +180,7 @@ class Handler:
         return Serving(self._date(), self._via, age, cache_status, vary, ranges)
 
     def _date(self) -> str:
-        return format_http_date(self._means.wall_clock())
+        return format_http_date(self._dependencies.wall_clock())
 
     def _complete(self, opened: Opened, response: Response) -> Response:
         """Add what the response needs to be sent, counted and logged."""
@@ -192,7 +192,7 @@ class Handler:
                 except Problem:
                     body.leave()
                     raise
-            number = self._means.streams.number(opened.key)
+            number = self._dependencies.streams.number(opened.key)
             response.body = body
             response.sent_at = self.access_log.sent[body.source]
             response.stream_at = self.access_log.stream[number, str(opened.kind)]
@@ -226,14 +226,14 @@ class Handler:
         stays = request.plain and request.keep_alive
         if not stays and self.hot_cache.find_target(request.target) is not None:
             return
-        age = self._means.wall_clock() - entry.record.validated_at
-        left = self._means.settings.cache.index_ttl - age
+        age = self._dependencies.wall_clock() - entry.record.validated_at
+        left = self._dependencies.settings.cache.index_ttl - age
         plain = Request("GET", request.target, 1, (), keep_alive=True)
         row = HotRow(
             entry=entry,
             kind=opened.kind,
             planned=plan(plain, entry.head, self._serving(choice, 0, _CACHE_STATUS[Result.HIT])).head,
-            fresh_until=None if route.immutable else self._means.clock() + left,
+            fresh_until=None if route.immutable else self._dependencies.clock() + left,
             sent_at=response.sent_at,
             stream_at=response.stream_at,
             client=self.access_log.declarations.of(request.headers),

@@ -32,17 +32,17 @@ class Policy:
     """`choices` are replaced by `_load` alone, and `on_change` is called then."""
 
     def __init__(
-        self, means: FillDependencies, epoch: Callable[[], int], on_change: Callable[[], None]
+        self, dependencies: FillDependencies, epoch: Callable[[], int], on_change: Callable[[], None]
     ) -> None:
         """Blocks: to be called before the first request."""
-        self._means = means
+        self._dependencies = dependencies
         self._epoch = epoch
         self._on_change = on_change
         self._loading: asyncio.Task[None] | None = None
         self._reported: set[tuple[str, ...]] = set()
         self.apply()
         self._seen = epoch()
-        self.choices, self._complete = self._made(means.settings)
+        self.choices, self._complete = self._made(dependencies.settings)
 
     def apply(self) -> None:
         """Decide by reloaded settings from now on."""
@@ -75,10 +75,10 @@ class Policy:
 
     async def _load(self) -> None:
         try:
-            seen, settings = self._epoch(), self._means.settings
+            seen, settings = self._epoch(), self._dependencies.settings
             loop = asyncio.get_running_loop()
-            choices, complete = await loop.run_in_executor(self._means.executor, self._made, settings)
-            if settings is self._means.settings:
+            choices, complete = await loop.run_in_executor(self._dependencies.executor, self._made, settings)
+            if settings is self._dependencies.settings:
                 self.choices, self._complete, self._seen = choices, complete, seen
                 self._reported.clear()
                 self._on_change()
@@ -88,7 +88,7 @@ class Policy:
     def _made(self, settings: config.Settings) -> tuple[Choices, bool]:
         """The choices under these settings, and whether it was tried to read every manager's catalogue."""
         book = Rulebook(settings)
-        kept = read_kept(self._means.store.run)
+        kept = read_kept(self._dependencies.store.run)
         rows = {name: one.rows for name, one in kept.items() if one.rows is not None}
         catalogues = Catalogues(rows, settings.upstream, book.types)
         reads = settings.catalog.file is not None or settings.catalog.refresh > 0
@@ -113,10 +113,12 @@ class Policy:
         choice = choices.choose(route.stream, request.header)
         decision = choice.decision
         if choice.unlisted and self._first(route.stream):
-            self._means.tell({"type": "unlisted", "moniker": route.stream})
+            self._dependencies.tell({"type": "unlisted", "moniker": route.stream})
         if not decision.allowed:
             assert decision.rule is not None
-            self._means.counters.add("gup_rule_refusals_total", rule=str(decision.rule), mode=book.mode)
+            self._dependencies.counters.add(
+                "gup_rule_refusals_total", rule=str(decision.rule), mode=book.mode
+            )
             client = decision.client
             if self._first(route.stream, decision.rule, str(client.version), str(client.language)):
                 verb = "refused" if choice.refused else "would be refused"

@@ -47,7 +47,7 @@ class Worker:
     """One worker's cache, and what it told and counted."""
 
     cache: Cache
-    means: FillDependencies
+    dependencies: FillDependencies
     told: list[dict] = field(default_factory=list)
 
     async def open(self, path: str) -> Opened:
@@ -61,7 +61,7 @@ class Worker:
             opened.body.leave()
 
     def counted(self, name: str, **labels: str) -> int:
-        return self.means.counters.get(name, **labels)
+        return self.dependencies.counters.get(name, **labels)
 
 
 class Cut(Exception):  # noqa: N818 - an event, wanted by some tests
@@ -123,23 +123,23 @@ async def working(
         promised[0] += change
 
     claims = store.claims = Claims(store.partial / "claims")
-    places = Claims(store.run / "slots")
+    slots = Claims(store.run / "slots")
     told: list[dict] = []
 
     def tell(event) -> None:
         told.append(dict(event))
 
     queue = FillQueue(
-        Slots(places, 10_000, lambda: settings.fill.max),
-        Slots(places, 0, lambda: settings.fill.max),
-        Slots(places, 20_000, lambda: 2 * settings.fill.max),
+        Slots(slots, 10_000, lambda: settings.fill.max),
+        Slots(slots, 0, lambda: settings.fill.max),
+        Slots(slots, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
         Turns.alone(),
         Backlog.alone(),
     )
     epochs: list[None] = []
 
-    means = FillDependencies(
+    dependencies = FillDependencies(
         store=store,
         claims=claims,
         pool=pool,
@@ -173,12 +173,12 @@ async def working(
         clock=time.monotonic,
     )
     cache = Cache(
-        means,
+        dependencies,
         max_open=64,
-        bypass=Slots(places, 200_000, lambda: 4),
-        range_bypass=Slots(places, 100_000, lambda: 2),
+        bypass=Slots(slots, 200_000, lambda: 4),
+        range_bypass=Slots(slots, 100_000, lambda: 2),
     )
-    worker = Worker(cache, means, told)
+    worker = Worker(cache, dependencies, told)
     try:
         yield worker
     finally:
@@ -187,5 +187,5 @@ async def working(
         executor.shutdown(wait=True)
         wan.close()
         claims.close()
-        places.close()
+        slots.close()
         await asyncio.sleep(0)

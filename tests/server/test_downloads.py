@@ -110,7 +110,7 @@ async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     held = site.ask(0, "a")
     first = site.ask(1, "b")
     site.workers[0].give_back(held)
-    newcomer = site.ask(0, "c")  # the place is free, and not its own
+    newcomer = site.ask(0, "c")  # the slot is free, and not its own
     assert newcomer.slot is None
     await site.until("b")
     site.workers[1].give_back(first)

@@ -120,7 +120,7 @@ def test_an_unsure_end_is_passed_on_as_one_and_told(serve):
 
 
 def test_a_trickle_gives_its_place_to_others(serve):
-    """A byte per 0.1 s, and one place for fulls: the next full has it when the trickle is found out."""
+    """A byte per 0.1 s, and one slot for fulls: the next full has it when the trickle is found out."""
 
     def answer(talk: Talk) -> None:
         if not talk.path.endswith("full.zip"):

@@ -92,7 +92,7 @@ def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(serve):
 
 
 def test_a_takeover_needs_no_place_and_no_patience(serve):
-    """One place, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
+    """One slot, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
     gate, stays, patience_seconds = Gate(), Gate(), 1.0
     others = [content_path("full.dax", revision=f"2608020{n:02}") for n in range(8)]
     answers = dict.fromkeys(others, Answer(BODY, gates=((100_000, stays),)))
@@ -116,7 +116,7 @@ def test_a_takeover_needs_no_place_and_no_patience(serve):
     stays.open()
     gup.wait_stored(BIG)
     gup.wait_metric(0, "gup_fills_in_progress")
-    gup.serves(others[-1], BODY)  # no place is lost
+    gup.serves(others[-1], BODY)  # no slot is lost
 
 
 def test_a_fill_that_nobody_waits_for_is_taken_over_too(serve):
