@@ -201,12 +201,13 @@ class Fill:
             self._settled.set()
 
 
-def committed(record: Record, *, replaced: bool) -> dict[str, object]:
-    """The event that tells the controller of a new body."""
+def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:
+    """The event that tells the controller of a new body; with the `path` that a client's fill asked for."""
     return {
         "type": "committed",
         "key": record.key.text,
         "length": record.length,
         "replaced": replaced,
         "kind": str(record.kind),
+        "path": path,
     }

@@ -548,7 +548,7 @@ class Leader:
             body.go_on_in(self._memory.file)
         if fill.body is not body:
             fill.attach(body)
-            if not fill.background:  # the controller may want what belongs to it
+            if not fill.background and not (self._whole and self._memory is None):  # else `committed` tells
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
@@ -627,7 +627,7 @@ class Leader:
         deps.failures.forget(self._key)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
-        deps.tell(committed(record, replaced=replaced))
+        deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.land(FillEnd.COMMITTED)
 

@@ -80,25 +80,26 @@ class Handler:
 
     # --- the way of a request
 
-    def respond(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
-        """The response, or, if that takes disk or upstream, a coroutine that returns it.
-
-        Neither raises anything; the coroutine may be cancelled.
-        """
-        return self._respond(request) if self._policy.ready else self._respond_when_ready(request)
-
-    async def _respond_when_ready(self, request: Request) -> Response:
+    async def _respond_when_ready(self, request: Request, route: Route) -> Response:
         try:
-            await self._policy.until_ready()
+            await self._policy.until_ready(route)
         except Exception as error:  # noqa: BLE001 - `_failed` turns it into a response
             return self._failed(error, request)
-        response = self._respond(request)
+        response = self.respond(request, waited=True)
         return response if isinstance(response, Response) else await response
 
-    def _respond(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
+    def respond(self, request: Request, *, waited: bool = False) -> Response | Coroutine[Any, Any, Response]:
+        """The response, or, if that takes disk or upstream, a coroutine that returns it.
+
+        Neither raises anything; the coroutine may be cancelled. `waited`: the policy's patience is over.
+        """
         epochs, route, choice = self.hot_cache.epochs, None, None
         try:
-            route, choice = self._choose(request)
+            route = self._route(request)
+            if not waited and not self._policy.is_ready(route):
+                return self._respond_when_ready(request, route)
+            choice = self._policy.choose(request, route)
+            route = choice.of(route)
             opened = self._cache.open_now(route, choice.asked)
             if opened is None:
                 return self._respond_later(request, route, choice)
@@ -108,8 +109,8 @@ class Handler:
             return self._failed(error, request, route, choice)
         return response
 
-    def _choose(self, request: Request) -> tuple[Route, Choice]:
-        """What the request asks for, with the key that was chosen for this client."""
+    def _route(self, request: Request) -> Route:
+        """What the request asks for; Problem when that is nothing that is served here."""
         request.check_method()
         via = request.header("via")
         if via is not None and self._node in via:
@@ -121,8 +122,7 @@ class Handler:
         route = self._routes.route(target.path)
         if not self._dependencies.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
-        choice = self._policy.choose(request, route)
-        return choice.of(route), choice
+        return route
 
     async def _respond_later(self, request: Request, route: Route, choice: Choice) -> Response:
         via, peer = request.header("via"), request.peer

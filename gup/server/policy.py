@@ -13,6 +13,7 @@ from gup import config
 from gup.cache.catalog_cache import read_kept
 from gup.cache.inflight import FillDependencies
 from gup.content.catalog import Catalogues
+from gup.content.key import ABSENT
 from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Rulebook, problem
 from gup.content.variant_choice import Choice, Choices
@@ -26,6 +27,8 @@ _FIRST_READING_SECONDS = 15.0
 _PATIENCE_SECONDS = 5.0  # how long one request waits for them
 _POLL_SECONDS = 0.02
 _MOST_REPORTED = 1000
+_WITHOUT_RULES = (ABSENT, LIVEUPDATE_STREAM)
+"""Files beside the streams, such as catalogues, and LiveUpdate's are for every client."""
 
 
 class Policy:
@@ -51,18 +54,18 @@ class Policy:
 
     # --- what is in force
 
-    @property
-    def ready(self) -> bool:
-        """Whether a decision can be made at once."""
-        return self._seen == self._epoch() and (self._complete or time.monotonic() >= self._wait_until)
+    def is_ready(self, route: Route) -> bool:
+        """Whether a decision on `route` can be made at once. Not every route needs catalogues."""
+        known = self._complete or route.stream in _WITHOUT_RULES
+        return self._seen == self._epoch() and (known or time.monotonic() >= self._wait_until)
 
-    async def until_ready(self) -> None:
+    async def until_ready(self, route: Route) -> None:
         """Load what has changed; at the start, wait until a catalogue was read.
 
         A client patch must not pass because it is not known yet to be one.
         """
         patience = time.monotonic() + _PATIENCE_SECONDS
-        while not self.ready:
+        while not self.is_ready(route):
             if self._seen != self._epoch():
                 # One load for all requests that wait for it; it goes on when the first of them is cancelled.
                 if self._loading is None:
