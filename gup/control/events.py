@@ -228,7 +228,6 @@ def parse_event(datagram: bytes) -> Event:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidError(f"event: {quoted(where)[:100]}: {quoted(first['msg'])[:200]}") from error
-    path = event.path if isinstance(event, Begun | Committed) else ""
-    if path and not leads_to(path, event.key):
-        raise InvalidError(f"event: 'path' does not lead to {event.key.text[:200]}: {shown(path)}")
+    if isinstance(event, Begun | Committed) and event.path and not leads_to(event.path, event.key):
+        raise InvalidError(f"event: 'path' does not lead to {event.key.text[:200]}: {shown(event.path)}")
     return event
