@@ -211,7 +211,10 @@ class Leader:
         self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
         resuming = begun is not None and fill.is_read
-        chosen, reserve = deps.pool.chosen(fill.variant, self._key.text, fill.via, resuming=resuming)
+        candidates = deps.pool.candidates(fill.variant, self._key.text, fill.via)
+        chosen = (
+            candidates if resuming else deps.pool.admitted(candidates)
+        )  # a resumed body waits for no trial
         if not chosen:
             raise Problem("no-upstream", f"no upstream has {fill.variant}")
         upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
@@ -238,7 +241,7 @@ class Leader:
             immutable=fill.route.immutable,
             reread=self._reread,
             begun=begun,
-            reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
+            reserve=[u for u in candidates if u not in chosen and not holds.seconds_left(u.name)],
             is_read=lambda: fill.is_read,
             holds=holds,
             clock=deps.clock,
