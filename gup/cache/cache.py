@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Coroutine
-from typing import TypeVar
+from collections.abc import Coroutine
 
 from gup.cache.catalog_cache import spell
 from gup.cache.disk_space import DiskError, on_disk, refusal, told_apart
@@ -34,7 +33,6 @@ _CIRCLE_SECONDS = 0.5
 """Between two looks at whether a gup that waits here is the one that the fill waits for."""
 _MOST_FILLS = 3
 """For one request, when the entry is gone as soon as it is stored."""
-_Result = TypeVar("_Result")
 _Found = tuple[Record, OpenFile, bool]
 """An entry on disk: its record, its body, and whether its chunks need not be compared."""
 
@@ -259,7 +257,7 @@ class Cache:
         follower = Follower(self._deps, fill)
         try:
             while not fill.over:
-                found = await self._in_thread(self._look_up, fill)
+                found = await on_disk(self._deps.executor, self._look_up, fill)
                 if found is None:
                     await follower.run()
                 elif isinstance(found, Prior):
@@ -419,7 +417,7 @@ class Cache:
         while (fill := self._fills.get(key)) is not None and not fill.suspect:
             await fill.ended.wait()
         if fill is None:
-            record = await self._in_thread(self._deps.store.load_or_none, key)
+            record = await on_disk(self._deps.executor, self._deps.store.load_or_none, key)
             if record is None:
                 return Problem("upstream-not-found", "there is no record of it")
             fill = self._fills.get(key) or self._suspect(record, counted=counted)
@@ -455,6 +453,3 @@ class Cache:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._deps.memory.close()
         self._entries.clear()
-
-    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        return await on_disk(self._deps.executor, work, *arguments)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -77,6 +78,8 @@ class Space:
     """Changes when something was evicted."""
     _settling: int = 0
     _in_vain_until: float = 0.0
+    _free_bytes: int = 0
+    _measured_at: float = -math.inf
 
     async def reserve(self, amount_bytes: int, held_bytes: int) -> None:
         """Promise room, evicting if need be, to a body that has `held_bytes` already. Unstorable without.
@@ -145,9 +148,11 @@ class Space:
 
     def _short_on_disk(self, amount_bytes: int) -> int:
         """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""
-        with told_apart():
-            disk = os.statvfs(self.folder)
-        return self.min_free() + amount_bytes - disk.f_bavail * disk.f_frsize
+        if time.monotonic() - self._measured_at >= _POLL_SECONDS:
+            with told_apart():
+                disk = os.statvfs(self.folder)
+            self._free_bytes, self._measured_at = disk.f_bavail * disk.f_frsize, time.monotonic()
+        return self.min_free() + amount_bytes - self._free_bytes
 
 
 def refusal(error: DiskError | Unstorable) -> str:

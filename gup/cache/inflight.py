@@ -120,10 +120,6 @@ class Fill:
     def __post_init__(self) -> None:
         self.share = Share(BACKGROUND_PRIORITY if self.background else PRIORITIES[self.route.kind])
 
-    def suspects(self, record: Record) -> bool:
-        """Whether the body of `record` may be damaged."""
-        return self.suspect and self.seen in (None, record.generation)
-
     @property
     def is_read(self) -> bool:
         """Whether clients have some of its body."""
@@ -201,12 +197,7 @@ class Fill:
             self._settled.set()
 
 
-def committed(record: Record, *, replaced: bool) -> dict[str, object]:
-    """The event that tells the controller of a new body."""
-    return {
-        "type": "committed",
-        "key": record.key.text,
-        "length": record.length,
-        "replaced": replaced,
-        "kind": str(record.kind),
-    }
+def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:
+    """The event that tells the controller of a new body; with the `path` that a client's fill asked for."""
+    own = {"key": record.key.text, "length": record.length, "kind": str(record.kind)}
+    return {"type": "committed", **own, "replaced": replaced, "path": path}

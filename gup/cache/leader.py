@@ -34,14 +34,7 @@ from gup.cache.records import (
     head_of,
     remote_of,
 )
-from gup.cache.recovery import (
-    Prior,
-    give_up,
-    note_damage,
-    renew,
-    save_failure,
-    validated_at,
-)
+from gup.cache.recovery import Prior, give_up, note_damage, renew, save_failure, validated_at
 from gup.cache.scheduler import FillSlot
 from gup.cache.store import OpenFile, Store
 from gup.content.key import Kind
@@ -97,13 +90,11 @@ class Leader:
         """When a part's last byte came, if it was found whole; Unix seconds."""
         self._room = Room(dependencies.space)
         self._slot: FillSlot | None = None
-        self._had_slot = False
-        """Whether it had one before: then it is not the queue that its clients have waited for."""
+        """Stays when it is left: then it is not the queue that the fill's clients have waited for."""
         self._next_look = 0.0
         self._began_at = dependencies.clock()
-        self._holds = Holds(
-            prior.holds, dependencies.settings.cache.error_ttl, dependencies.clock, self._tell_rejected
-        )
+        error_ttl = dependencies.settings.cache.error_ttl
+        self._holds = Holds(prior.holds, error_ttl, dependencies.clock, self._tell_rejected)
 
     async def run(self, path: str) -> Problem | None:
         """Bring the fill to its end, or return the problem that no upstream has anything under `path`.
@@ -220,19 +211,18 @@ class Leader:
         self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
         resuming = begun is not None and fill.is_read
-        chosen, reserve = deps.pool.chosen(fill.variant, self._key.text, fill.via, resuming=resuming)
+        candidates = deps.pool.candidates(fill.variant, self._key.text, fill.via)
+        chosen = (
+            candidates if resuming else deps.pool.admitted(candidates)
+        )  # a resumed body waits for no trial
         if not chosen:
             raise Problem("no-upstream", f"no upstream has {fill.variant}")
         upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
         if not upstreams:
-            raise UpstreamFailure(
-                "error",
-                "upstream-error",
-                ", ".join(upstream.name for upstream in chosen)
-                + ": not asked for this again yet, as it said or since what it sent was wrong",
-                again=False,
-                retry_after_seconds=min(holds.seconds_left(upstream.name) for upstream in chosen),
-            )
+            names = ", ".join(upstream.name for upstream in chosen)
+            detail = f"{names}: not asked for this again yet, as it said or since what it sent was wrong"
+            retry = min(holds.seconds_left(upstream.name) for upstream in chosen)
+            raise UpstreamFailure("error", "upstream-error", detail, again=False, retry_after_seconds=retry)
         ask = Ask(
             path=self._state.path,
             purpose=self._purpose(),
@@ -251,7 +241,7 @@ class Leader:
             immutable=fill.route.immutable,
             reread=self._reread,
             begun=begun,
-            reserve=[upstream for upstream in reserve if not holds.seconds_left(upstream.name)],
+            reserve=[u for u in candidates if u not in chosen and not holds.seconds_left(u.name)],
             is_read=lambda: fill.is_read,
             holds=holds,
             clock=deps.clock,
@@ -303,13 +293,13 @@ class Leader:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
             return
-        waited_seconds = 0.0 if self._had_slot else deps.clock() - fill.since
+        waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
         async with deps.queue.held(
             PRIORITIES[fill.route.kind], waited_seconds, inherits=fill.inherits, patient=fill.patient
         ) as slot:
             if slot is None:
                 raise deps.queue.refusal(fill.share.priority)
-            self._slot, self._had_slot = slot, True
+            self._slot = slot
             yield
 
     async def _watch_for_waiters(self) -> None:
@@ -472,14 +462,13 @@ class Leader:
 
     async def _receive(self, body: GrowingBody) -> RemoteHead:
         """Read the body to its end, check it, and commit it; what its upstream told of it."""
-        writer, download = self._part, self._source
         if self._fill.body is body or self._memory is not None or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends by itself, and soon
-        await self._check_structure(writer)
+        await self._check_structure()
         remote = self._source_head
-        if not download.confirmed:
-            await self._pass_on_unconfirmed(body, writer, remote)
+        if not self._source.confirmed:
+            await self._pass_on_unconfirmed(body, remote)
         self._whole = True
         self._leave_upstream()
         await self._finish(body, remote)
@@ -522,6 +511,9 @@ class Leader:
                     self._leave_slot()
                 await self._yield_to_others()
 
+    async def _write_end(self) -> None:
+        await self._twice(lambda: self._part.write_all(lambda _sums: None))
+
     async def _write_sure(self, body: GrowingBody) -> None:
         await self._twice(self._part.write_sure)
         if self._fill.body is body:
@@ -548,7 +540,7 @@ class Leader:
             body.go_on_in(self._memory.file)
         if fill.body is not body:
             fill.attach(body)
-            if not fill.background:  # the controller may want what belongs to it
+            if not fill.background and not (self._whole and self._memory is None):  # else `committed` tells
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
@@ -559,9 +551,9 @@ class Leader:
             with contextlib.suppress(OSError):  # the next write will tell
                 await self._save_state()
 
-    async def _check_structure(self, writer: PartWriter) -> None:
+    async def _check_structure(self) -> None:
         """UpstreamFailure when the whole body can't be what its name says."""
-        file, received = self._key.file, writer.received
+        file, received = self._key.file, self._part.received
         if not file.lower().endswith(".zip"):
             return
         start = max(0, received - ZIP_TAIL_BYTES)
@@ -573,16 +565,16 @@ class Leader:
         self._holds.note(self._source_head.upstream, failure, self._source_head)
         raise failure
 
-    async def _pass_on_unconfirmed(self, body: GrowingBody, writer: PartWriter, remote: RemoteHead) -> None:
+    async def _pass_on_unconfirmed(self, body: GrowingBody, remote: RemoteHead) -> None:
         """All that came is for those who wait, without an end that nobody knows; then UpstreamFailure.
 
         A stored index file that is stale is better than one that may lack its end.
         """
         if self._fill.body is body or self._record is None:
-            await self._twice(lambda: writer.write_all(lambda _sums: None))
+            await self._write_end()
             await self._show(body)
             await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
-        raise unconfirmed(remote.upstream, writer.received)
+        raise unconfirmed(remote.upstream, self._part.received)
 
     async def _finish(self, body: GrowingBody, remote: RemoteHead) -> None:
         """Commit the whole body, and show its end.
@@ -600,7 +592,7 @@ class Leader:
             if self._fill.body is not body:
                 body.head = head
         if self._memory is not None or self._record is not None:
-            await self._twice(lambda: writer.write_all(lambda _sums: None))
+            await self._write_end()
             self._show_end(body)
             if self._memory is not None:
                 return
@@ -627,7 +619,7 @@ class Leader:
         deps.failures.forget(self._key)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
-        deps.tell(committed(record, replaced=replaced))
+        deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.land(FillEnd.COMMITTED)
 

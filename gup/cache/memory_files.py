@@ -145,7 +145,9 @@ class MemoryFile:
 
     def drop(self) -> None:
         """It is of no use any more."""
-        self._files.give_back(self)
+        if self._files.own.pop(self.slot, None) is self and self.is_listed:
+            with self._files.changing():
+                self._files.row(self.slot)[_Word.PID] = 0
 
 
 class MemoryFiles:
@@ -169,7 +171,7 @@ class MemoryFiles:
         self._slots = range((len(words) - 1) // ROW_WORDS)
         self._seen: int | None = None
         self._rows: dict[str, Row] = {}
-        self._own: dict[int, MemoryFile] = {}
+        self.own: dict[int, MemoryFile] = {}
         self._held: dict[tuple[str, int], _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -271,7 +273,7 @@ class MemoryFiles:
             words[_Word.FINISHED] = words[_Word.EXPIRES_AT] = words[_Word.STORE_AT] = 0
             words[_Word.USED_AT] = time.monotonic_ns()
             words[_Word.PID] = os.getpid()
-        own = self._own[slot] = MemoryFile(self, slot, file, generation)
+        own = self.own[slot] = MemoryFile(self, slot, file, generation)
         self._look_later()
         return own
 
@@ -306,16 +308,10 @@ class MemoryFiles:
             self.row(slot)[_Word.PID] = 0
         return next((slot for slot in self._slots if not self.row(slot)[_Word.PID]), -1)
 
-    def give_back(self, own: MemoryFile) -> None:
-        """See MemoryFile.drop."""
-        if self._own.pop(own.slot, None) is own and own.is_listed:
-            with self.changing():
-                self.row(own.slot)[_Word.PID] = 0
-
     def close(self) -> None:
         """The process ends: its memory is nobody's any more."""
-        for own in list(self._own.values()):
-            self.give_back(own)
+        for own in list(self.own.values()):
+            own.drop()
         self._held.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -334,7 +330,7 @@ class MemoryFiles:
         for row in [row for row in self._now().values() if row.expired]:
             self._free(row)
         rows = self._now()
-        self._own = {slot: own for slot, own in self._own.items() if own.is_listed}
+        self.own = {slot: own for slot, own in self.own.items() if own.is_listed}
         for (id_, generation), held in list(self._held.items()):
             present = rows.get(id_)
             if present is not None and present.generation == generation:
@@ -345,7 +341,7 @@ class MemoryFiles:
             if not held.body.readers or now - held.gone_at > self._grace_seconds():
                 held.body.revoke()
                 del self._held[id_, generation]
-        if self._own or self._held:
+        if self.own or self._held:
             self._look_later()
 
     def _use(self, row: Row) -> None:

@@ -234,7 +234,7 @@ class PassThrough:
         pool, key = self._deps.pool, route.key(variant)
         ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), via=via)
         try:
-            admitted = pool.admitted(variant, key.text, via)
+            admitted = pool.admitted(pool.candidates(variant, key.text, via))
         except UpstreamFailure as failure:
             retry = failure.retry_after_seconds or 2.0
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure

@@ -71,7 +71,7 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
         dependencies.tell(committed(record, replaced=True))  # its leader died before it could
         dependencies.raise_store_epoch()
         state, holds = None, ()
-    suspect = record is not None and fill.suspects(record)
+    suspect = record is not None and fill.suspect and fill.seen in (None, record.generation)
     sound = record is not None and not suspect and store.open_body(record) is not None
     if record is not None and sound and (immutable or is_fresh(dependencies, record)):
         return FillEnd.COMMITTED

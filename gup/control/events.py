@@ -73,6 +73,7 @@ Name = Annotated[str, Strict(), Field(max_length=200)]
 Client = Annotated[Name, _that(is_name, "a client")]
 Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
 """What others say of themselves: it may be of any length and hold anything."""
+Path = Annotated[str, Strict(), Field(max_length=MAX_DATAGRAM_BYTES)]
 Detail = Annotated[str, Strict(), _cut(MAX_DATAGRAM_BYTES), AfterValidator(quoted)]
 
 
@@ -123,13 +124,16 @@ class _Event(BaseModel):
 
 
 class Committed(_Event):
-    """A body is in the store. `replaced` says that there was an older generation."""
+    """A body is in the store. `replaced` says that there was an older generation; `path` as in Begun, "" if
+    no client asked.
+    """
 
     type: Literal["committed"] = "committed"
     key: Key
     length: Count
     kind: Kind
     replaced: StrictBool = False
+    path: Path = ""
 
 
 class Usage(_Event):
@@ -154,11 +158,11 @@ class Taken(_Event):
 
 
 class Begun(_Event):
-    """What a client asked for has begun to arrive; `path` is as upstream was asked for it."""
+    """A large body that a client asked for has begun to arrive; `path` is as upstream was asked for it."""
 
     type: Literal["begun"] = "begun"
     key: Key
-    path: Annotated[str, Strict(), Field(max_length=MAX_DATAGRAM_BYTES)]
+    path: Path
 
 
 class Need(_Event):
@@ -224,6 +228,6 @@ def parse_event(datagram: bytes) -> Event:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidError(f"event: {quoted(where)[:100]}: {quoted(first['msg'])[:200]}") from error
-    if isinstance(event, Begun) and not leads_to(event.path, event.key):
+    if isinstance(event, Begun | Committed) and event.path and not leads_to(event.path, event.key):
         raise InvalidError(f"event: 'path' does not lead to {event.key.text[:200]}: {shown(event.path)}")
     return event

@@ -221,6 +221,8 @@ class ControlState:
 
     def _committed(self, event: Committed, now: float) -> None:
         self.refusals.note("content", None)
+        if event.path:
+            self.prefetcher.asked(event.key, event.path)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
         row = make_row(event.key, event.kind, event.length, stored_at=now, used_at=self._age_clock())

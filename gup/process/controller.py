@@ -36,8 +36,8 @@ class Controller(ChildProcess):
         self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        shared, words, means, board = self.shared, self.words, self.means, self.pool.board
-        recovery = Recovery(self.store, means.claims, self.counters, self._take_over, self.tell)
+        shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
+        recovery = Recovery(self.store, dependencies.claims, self.counters, self._take_over, self.tell)
         self._catalogues = catalogues = CatalogRefresher(
             self.store.run,
             self.settings,
@@ -55,7 +55,7 @@ class Controller(ChildProcess):
             ControlDependencies(
                 settings=lambda: self.settings,
                 store=self.store,
-                claims=means.claims,
+                claims=dependencies.claims,
                 counters=self.counters,
                 totals=shared.totals,
                 since_start=shared.since_start,
@@ -78,10 +78,10 @@ class Controller(ChildProcess):
                 started_at=shared.started_at,
                 installed_at=shared.installed_at,
                 fetch_ahead=self.cache.prefetch,
-                drop_memory=means.memory.drop,
+                drop_memory=dependencies.memory.drop,
                 places=self._places,
-                link_idle=means.queue.idle,
-                fills_waiting=means.queue.waiting,
+                link_idle=dependencies.queue.idle,
+                fills_waiting=dependencies.queue.waiting,
                 label_of=catalogues.label,
                 catalogues=catalogues.shown,
                 catalogue_rows=lambda: catalogues.catalogues,

@@ -83,7 +83,7 @@ class ChildProcess(ABC):
                 names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, shared.locked, tell_health
             ),
         )
-        self.means = FillDependencies(
+        self.dependencies = FillDependencies(
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
@@ -118,7 +118,7 @@ class ChildProcess(ABC):
             clock=time.monotonic,
         )
         self.cache = Cache(
-            self.means,
+            self.dependencies,
             max_open=min(4096, self.descriptors // 8),
             bypass=Slots(self.slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
             range_bypass=Slots(self.slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
@@ -187,7 +187,8 @@ class ChildProcess(ABC):
         """Work until `stopped` is set or the supervisor is gone."""
 
     def apply(self, settings: Settings) -> None:
-        self.settings = self.means.settings = settings
+        """Take over reloaded settings."""
+        self.settings = self.dependencies.settings = settings
         self._rate_until = 0.0
         self.pool.apply(settings.upstream)
         log.configure_child(settings.log)

@@ -40,11 +40,11 @@ class Worker(ChildProcess):
         downloads = Downloads(slots, lambda: self.settings.clients, self.counters, shared.sum_of, turns)
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))
         self._access_log = AccessLog(settings, self.counters, names)
-        self._policy = Policy(self.means, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
+        self._policy = Policy(self.dependencies, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
         policy = self._policy
         self.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
         handler = Handler(
-            self.means, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
+            self.dependencies, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
         )
         self._addresses = AddressCounts(parent.assignment.addresses_fd, parent.assignment.slot)
         admission = Admission(
@@ -91,7 +91,7 @@ class Worker(ChildProcess):
     async def _drain(self) -> None:
         await self._listener.drain(self.settings.listen.drain_timeout)
         await self.cache.stop()  # bodies that clients have in full are committed first
-        self._each_second(self.means.wall_clock(), everything=True)
+        self._each_second(self.dependencies.wall_clock(), everything=True)
         self.parent.send({"drained": True})
         self.stopped.set()
 

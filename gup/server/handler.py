@@ -47,7 +47,7 @@ class Handler:
 
     def __init__(
         self,
-        means: FillDependencies,
+        dependencies: FillDependencies,
         cache: Cache,
         policy: Policy,
         hot_cache: HotCache,
@@ -59,12 +59,12 @@ class Handler:
         self.downloads = downloads
         self.access_log = access_log
         self.draining = False
-        self._means = means
+        self._dependencies = dependencies
         self._cache = cache
         self._policy = policy
         self._node = node
         self._via = f"1.1 {node} (gup)"
-        self._use(means.settings)
+        self._use(dependencies.settings)
 
     def apply(self, settings: config.Settings) -> None:
         self._use(settings)
@@ -79,25 +79,26 @@ class Handler:
 
     # --- the way of a request
 
-    def respond(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
-        """The response, or, if that takes disk or upstream, a coroutine that returns it.
-
-        Neither raises anything; the coroutine may be cancelled.
-        """
-        return self._respond(request) if self._policy.ready else self._respond_when_ready(request)
-
-    async def _respond_when_ready(self, request: Request) -> Response:
+    async def _respond_when_ready(self, request: Request, route: Route) -> Response:
         try:
-            await self._policy.until_ready()
+            await self._policy.until_ready(route)
         except Exception as error:  # noqa: BLE001 - `_failed` turns it into a response
             return self._failed(error, request)
-        response = self._respond(request)
+        response = self.respond(request, waited=True)
         return response if isinstance(response, Response) else await response
 
-    def _respond(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
+    def respond(self, request: Request, *, waited: bool = False) -> Response | Coroutine[Any, Any, Response]:
+        """The response, or, if that takes disk or upstream, a coroutine that returns it.
+
+        Neither raises anything; the coroutine may be cancelled. `waited`: the policy's patience is over.
+        """
         epochs, route, choice = self.hot_cache.epochs, None, None
         try:
-            route, choice = self._choose(request)
+            route = self._route(request)
+            if not waited and not self._policy.is_ready(route):
+                return self._respond_when_ready(request, route)
+            choice = self._policy.choose(request, route)
+            route = choice.of(route)
             opened = self._cache.open_now(route, choice.asked)
             if opened is None:
                 return self._respond_later(request, route, choice)
@@ -107,7 +108,8 @@ class Handler:
             return self._failed(error, request, route, choice)
         return response
 
-    def _choose(self, request: Request) -> tuple[Route, Choice]:
+    def _route(self, request: Request) -> Route:
+        """What the request asks for; Problem when that is nothing that is served here."""
         request.check_method()
         via = request.header("via")
         if via is not None and self._node in via:
@@ -117,10 +119,9 @@ class Handler:
             detail = f"{target.authority} is no upstream of this service; it is not an open proxy"
             raise Problem("forbidden-host", detail)
         route = self._routes.route(target.path)
-        if not self._means.settings.upstream:
+        if not self._dependencies.settings.upstream:
             raise Problem("no-upstream", "no upstream is configured")
-        choice = self._policy.choose(request, route)
-        return choice.of(route), choice
+        return route
 
     async def _respond_later(self, request: Request, route: Route, choice: Choice) -> Response:
         via, peer = request.header("via"), request.peer
@@ -177,7 +178,7 @@ class Handler:
         return Serving(self._date(), self._via, age, cache_status, vary, ranges)
 
     def _date(self) -> str:
-        return format_http_date(self._means.wall_clock())
+        return format_http_date(self._dependencies.wall_clock())
 
     def _complete(self, opened: Opened, response: Response) -> Response:
         body = opened.body
@@ -188,7 +189,7 @@ class Handler:
                 except Problem:
                     body.leave()
                     raise
-            number = self._means.streams.number(opened.key)
+            number = self._dependencies.streams.number(opened.key)
             response.body = body
             response.sent_at = self.access_log.sent[body.source]
             response.stream_at = self.access_log.stream[number, str(opened.kind)]
@@ -222,14 +223,14 @@ class Handler:
         stays = request.plain and request.keep_alive
         if not stays and self.hot_cache.find_target(request.target) is not None:
             return
-        age = self._means.wall_clock() - entry.record.validated_at
-        left = self._means.settings.cache.index_ttl - age
+        age = self._dependencies.wall_clock() - entry.record.validated_at
+        left = self._dependencies.settings.cache.index_ttl - age
         plain = Request("GET", request.target, 1, (), keep_alive=True)
         row = HotRow(
             entry=entry,
             kind=opened.kind,
             planned=plan(plain, entry.head, self._serving(choice, 0, _CACHE_STATUS[Result.HIT])).head,
-            fresh_until=None if route.immutable else self._means.clock() + left,
+            fresh_until=None if route.immutable else self._dependencies.clock() + left,
             sent_at=response.sent_at,
             stream_at=response.stream_at,
             client=self.access_log.declarations.of(request.headers),

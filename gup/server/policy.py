@@ -13,6 +13,7 @@ from gup import config
 from gup.cache.catalog_cache import read_kept
 from gup.cache.inflight import FillDependencies
 from gup.content.catalog import Catalogues
+from gup.content.key import ABSENT
 from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Rulebook, problem
 from gup.content.variant_choice import Choice, Choices
@@ -25,23 +26,25 @@ _FIRST_READING_SECONDS = 15.0  # after a start or reload no request waits for un
 _PATIENCE_SECONDS = 5.0  # how long one request waits for them
 _POLL_SECONDS = 0.02
 _MOST_REPORTED = 1000
+_WITHOUT_RULES = (ABSENT, LIVEUPDATE_STREAM)
+"""Files beside the streams, such as catalogues, and LiveUpdate's are for every client."""
 
 
 class Policy:
     """`choices` are replaced by `_load` alone, and `on_change` is called then."""
 
     def __init__(
-        self, means: FillDependencies, epoch: Callable[[], int], on_change: Callable[[], None]
+        self, dependencies: FillDependencies, epoch: Callable[[], int], on_change: Callable[[], None]
     ) -> None:
         """Blocks: to be called before the first request."""
-        self._means = means
+        self._dependencies = dependencies
         self._epoch = epoch
         self._on_change = on_change
         self._loading: asyncio.Task[None] | None = None
         self._reported: set[tuple[str, ...]] = set()
         self.apply()
         self._seen = epoch()
-        self.choices, self._complete = self._made(means.settings)
+        self.choices, self._complete = self._made(dependencies.settings)
 
     def apply(self) -> None:
         self._seen = -1
@@ -49,17 +52,18 @@ class Policy:
 
     # --- what is in force
 
-    @property
-    def ready(self) -> bool:
-        return self._seen == self._epoch() and (self._complete or time.monotonic() >= self._wait_until)
+    def is_ready(self, route: Route) -> bool:
+        """Whether a decision on `route` can be made at once. Not every route needs catalogues."""
+        known = self._complete or route.stream in _WITHOUT_RULES
+        return self._seen == self._epoch() and (known or time.monotonic() >= self._wait_until)
 
-    async def until_ready(self) -> None:
+    async def until_ready(self, route: Route) -> None:
         """Load what has changed; at the start, wait until a catalogue was read.
 
         A client patch must not pass because it is not known yet to be one.
         """
         patience = time.monotonic() + _PATIENCE_SECONDS
-        while not self.ready:
+        while not self.is_ready(route):
             if self._seen != self._epoch():
                 # One load for all requests that wait for it; it goes on when the first of them is cancelled.
                 if self._loading is None:
@@ -72,10 +76,10 @@ class Policy:
 
     async def _load(self) -> None:
         try:
-            seen, settings = self._epoch(), self._means.settings
+            seen, settings = self._epoch(), self._dependencies.settings
             loop = asyncio.get_running_loop()
-            choices, complete = await loop.run_in_executor(self._means.executor, self._made, settings)
-            if settings is self._means.settings:
+            choices, complete = await loop.run_in_executor(self._dependencies.executor, self._made, settings)
+            if settings is self._dependencies.settings:
                 self.choices, self._complete, self._seen = choices, complete, seen
                 self._reported.clear()
                 self._on_change()
@@ -85,7 +89,7 @@ class Policy:
     def _made(self, settings: config.Settings) -> tuple[Choices, bool]:
         """The choices under these settings, and whether it was tried to read every manager's catalogue."""
         book = Rulebook(settings)
-        kept = read_kept(self._means.store.run)
+        kept = read_kept(self._dependencies.store.run)
         rows = {name: one.rows for name, one in kept.items() if one.rows is not None}
         catalogues = Catalogues(rows, settings.upstream, book.types)
         reads = settings.catalog.file is not None or settings.catalog.refresh > 0
@@ -110,10 +114,12 @@ class Policy:
         choice = choices.choose(route.stream, request.header)
         decision = choice.decision
         if choice.unlisted and self._first(route.stream):
-            self._means.tell({"type": "unlisted", "moniker": route.stream})
+            self._dependencies.tell({"type": "unlisted", "moniker": route.stream})
         if not decision.allowed:
             assert decision.rule is not None
-            self._means.counters.add("gup_rule_refusals_total", rule=str(decision.rule), mode=book.mode)
+            self._dependencies.counters.add(
+                "gup_rule_refusals_total", rule=str(decision.rule), mode=book.mode
+            )
             client = decision.client
             if self._first(route.stream, decision.rule, str(client.version), str(client.language)):
                 verb = "refused" if choice.refused else "would be refused"

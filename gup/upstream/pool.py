@@ -143,24 +143,11 @@ class Pool:
 
         return sorted(left, key=rank)
 
-    def chosen(
-        self, variant: Variant, key: str, via: str | None, *, resuming: bool
-    ) -> tuple[list[Upstream], list[Upstream]]:
-        """The upstreams to ask, and a reserve for a body of which clients already have some bytes.
-
-        Both are empty when no upstream has the variant. UpstreamFailure as in `admitted`; a resumed body does
-        not wait for a trial.
-        """
-        candidates = self.candidates(variant, key, via)
-        admitted = candidates if resuming else self.admitted(variant, key, via)
-        return admitted, [upstream for upstream in candidates if upstream not in admitted]
-
-    def admitted(self, variant: Variant, key: str, via: str | None = None) -> list[Upstream]:
+    def admitted(self, candidates: Sequence[Upstream]) -> list[Upstream]:
         """The candidates for a new request; of those that are down, the ones with a trial due.
 
         UpstreamFailure when all candidates are down and no trial is due.
         """
-        candidates = self.candidates(variant, key, via)
         usable = [u for u in candidates if not self.board.is_down(u.name)]
         away, longest = candidates, TRIAL_SECONDS
         if usable:
@@ -176,6 +163,8 @@ class Pool:
 
     def refuse_while_away(self, variant: Variant, key: str) -> None:
         """Raise what `admitted` would raise, without beginning a trial."""
+        if not any(self.board.is_down(upstream.name) for upstream in self.upstreams):
+            return
         candidates = self.candidates(variant, key)
         if candidates and all(self._seconds_away(upstream) for upstream in candidates):
             raise self._away(candidates)

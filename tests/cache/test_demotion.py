@@ -31,7 +31,7 @@ async def filled(one, upstream, until, answer=GOOD) -> Path:
     assert await one.get(FILE) == answer.body
     await until(lambda: not one.cache.fills, "the fill ends")
     one.cache._entries.clear()
-    return only((one.means.store.root / "content").rglob("full.dax"))
+    return only((one.dependencies.store.root / "content").rglob("full.dax"))
 
 
 async def whole_again(one, until) -> None:
@@ -65,7 +65,7 @@ def found(one, where="body") -> int:
 
 
 def record_of(one):
-    record = one.means.store.load(KEY)
+    record = one.dependencies.store.load(KEY)
     assert record is not None
     return record
 
@@ -94,9 +94,9 @@ async def test_readers_are_cut_at_the_damage_and_the_rest_is_fetched_again(tmp_p
 async def test_pin_and_times_are_kept(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url]) as one:
         body = await filled(one, upstream, until)
-        assert one.means.claims.try_claim(KEY.claim_offset)
-        one.means.store.save(replace(record_of(one), pinned=True, stored_at=1_700_000_000.0))
-        one.means.claims.release(KEY.claim_offset)
+        assert one.dependencies.claims.try_claim(KEY.claim_offset)
+        one.dependencies.store.save(replace(record_of(one), pinned=True, stored_at=1_700_000_000.0))
+        one.dependencies.claims.release(KEY.claim_offset)
         flip(body, 3 * CHUNK_BYTES)
         await whole_again(one, until)
         record = record_of(one)
@@ -107,9 +107,9 @@ async def test_a_part_that_was_an_entry_survives_a_crash_with_its_pin(tmp_path, 
     gate = Gate()
     async with working(tmp_path, [upstream.url]) as one:
         body = await filled(one, upstream, until)
-        assert one.means.claims.try_claim(KEY.claim_offset)
-        one.means.store.save(replace(record_of(one), pinned=True))
-        one.means.claims.release(KEY.claim_offset)
+        assert one.dependencies.claims.try_claim(KEY.claim_offset)
+        one.dependencies.store.save(replace(record_of(one), pinned=True))
+        one.dependencies.claims.release(KEY.claim_offset)
         flip(body, 2 * CHUNK_BYTES)
         upstream.answer(FILE, replace(GOOD, gates=((3 * CHUNK_BYTES, gate),)))
         opened = await one.open(FILE)
@@ -217,7 +217,7 @@ async def test_without_upstream_sound_chunks_are_served_and_kept(tmp_path, upstr
             await one.cache.is_sound_at(opened, 3 * CHUNK_BYTES)
         assert body.exists()
         upstream.answer(FILE, GOOD)
-        await until(lambda: one.means.failures.get(KEY) is None, "the failure expires")
+        await until(lambda: one.dependencies.failures.get(KEY) is None, "the failure expires")
         await whole_again(one, until)
 
 
@@ -261,7 +261,7 @@ async def test_a_file_that_was_changed_under_a_reader_is_doubted(tmp_path, upstr
 async def test_the_scrub_mode_trusts_what_it_opens_until_somebody_looks(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
         body = await filled(one, upstream, until)
-        write_mark(one.means.store.run, Mark(boot_id=boot_id(), at=1.0))
+        write_mark(one.dependencies.store.run, Mark(boot_id=boot_id(), at=1.0))
         flip(body, 2 * CHUNK_BYTES)
         opened = await one.open(FILE)
         assert await read(opened.body) != BODY

@@ -21,7 +21,7 @@ async def stored(one, upstream, until):
     assert await one.get(FILE) == BODY
     await until(lambda: not one.cache.fills, "the fill ends")
     one.cache._entries.clear()
-    record = one.means.store.load(route(FILE).key(Variant()))
+    record = one.dependencies.store.load(route(FILE).key(Variant()))
     assert record is not None
     return record
 
@@ -31,7 +31,7 @@ async def test_a_sync_is_made_when_something_was_committed(tmp_path, upstream, m
     monkeypatch.setattr(durability, "sync_file_system", calls.append)
     async with working(tmp_path, [upstream.url]) as one:
         count = [0]
-        syncing = Durability(one.means.store, lambda: 10.0, lambda: count[0])
+        syncing = Durability(one.dependencies.store, lambda: 10.0, lambda: count[0])
         await syncing.sync()
         await syncing.sync()
         assert len(calls) == 1  # once at the start: what an earlier run left is covered then
@@ -40,7 +40,7 @@ async def test_a_sync_is_made_when_something_was_committed(tmp_path, upstream, m
         await syncing.sync()
         await syncing.sync()
         assert len(calls) == 2
-        mark = read_mark(one.means.store.run)
+        mark = read_mark(one.dependencies.store.run)
         assert mark.boot_id == boot_id()
         assert before <= mark.at <= time.time()
 
@@ -50,7 +50,7 @@ async def test_a_refused_sync_covers_nothing_and_is_tried_again(
 ):
     async with working(tmp_path, [upstream.url]) as one:
         record = await stored(one, upstream, until)
-        syncing = Durability(one.means.store, lambda: 10.0, lambda: 1)
+        syncing = Durability(one.dependencies.store, lambda: 10.0, lambda: 1)
 
         def refuses(_fd):
             raise OSError(5, "Input/output error")
@@ -60,9 +60,9 @@ async def test_a_refused_sync_covers_nothing_and_is_tried_again(
             await syncing.sync()
             await syncing.sync()
         assert caplog.text.count("refuses to sync") == 1
-        assert not read_mark(one.means.store.run).covers(record)
+        assert not read_mark(one.dependencies.store.run).covers(record)
         await syncing.sync()
-        assert read_mark(one.means.store.run).covers(record)
+        assert read_mark(one.dependencies.store.run).covers(record)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ async def test_in_every_mode_what_a_power_cut_may_have_torn_is_compared(
     async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
         record = await stored(one, upstream, until)
         mark = Mark(boot_id=boot or boot_id(), at=record.stored_at - ago)
-        durability.write_mark(one.means.store.run, mark)
+        durability.write_mark(one.dependencies.store.run, mark)
         flip(only((tmp_path / "content").rglob("full.dax")), 1000)
         opened = await one.open(FILE)
         if sent_unseen:

@@ -92,11 +92,11 @@ async def dies_before_its_commit(tmp_path, upstream, path: str, answer: Answer) 
 
 def recovery_of(worker, clock) -> Recovery:
     return Recovery(
-        worker.means.store,
-        worker.means.claims,
-        worker.means.counters,
+        worker.dependencies.store,
+        worker.dependencies.claims,
+        worker.dependencies.counters,
         lambda found, inherits: worker.cache.take_over(found, found.variant, inherits=inherits),
-        worker.means.tell,
+        worker.dependencies.tell,
         clock,
     )
 
@@ -108,7 +108,7 @@ async def test_a_whole_part_is_committed_without_upstream(tmp_path, upstream, un
     await dies_before_its_commit(tmp_path, upstream, FILE, answer)
     upstream.stop()
     async with working(tmp_path, [upstream.url], fill={"max": 1}) as next_one:
-        async with next_one.means.queue.held(2, 0.0):  # it needs no place either
+        async with next_one.dependencies.queue.held(2, 0.0):  # it needs no slot either
             if by == "the controller":
                 now = [0.0]
                 recovery = recovery_of(next_one, lambda: now[0])
@@ -124,7 +124,7 @@ async def test_a_whole_part_is_committed_without_upstream(tmp_path, upstream, un
             await until(lambda: not next_one.cache.fills, "it is committed")
         assert (await next_one.open(FILE)).result is Result.HIT
         assert [event["type"] for event in next_one.told].count("committed") == 1
-        assert next_one.means.store.load_state(route(FILE).key(Variant()).id) is None
+        assert next_one.dependencies.store.load_state(route(FILE).key(Variant()).id) is None
     assert not list((tmp_path / "partial").glob("*.part"))
     assert not list((tmp_path / "partial").glob("*.sums"))
 
@@ -135,7 +135,7 @@ async def test_a_follower_that_has_it_whole_commits_it(tmp_path, upstream, until
     async with working(tmp_path, [upstream.url]) as follower:
         async with working(tmp_path, [upstream.url]) as leader:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(leader.means.store, "commit", lambda record: dies(None, record))
+                patch.setattr(leader.dependencies.store, "commit", lambda record: dies(None, record))
                 led, followed = await leader.open(FILE), await follower.open(FILE)
                 with pytest.raises(Cut):
                     await read(led.body)
@@ -186,7 +186,7 @@ async def test_a_whole_part_that_is_no_zip_is_not_committed(tmp_path, upstream):
 
 @pytest.mark.parametrize("seen", [False, True], ids=["left by a stop", "its leader was seen to die"])
 async def test_what_the_controller_goes_on_with_is_never_refused(tmp_path, upstream, until, seen):
-    """All places are taken, for longer than the queue has patience: it waits, or has its leader's place."""
+    """All slots are taken, for longer than the queue has patience: it waits, or has its leader's slot."""
     gate = Gate()
     now = [0.0]
     cut = Answer(BODY, etag='"a"', gates=((CHUNK_BYTES + 100_000, gate),))
@@ -199,20 +199,20 @@ async def test_what_the_controller_goes_on_with_is_never_refused(tmp_path, upstr
             if seen:
                 await recovery.run()
         gate.open()
-        async with controller.means.queue.held(2, 0.0) as held:
+        async with controller.dependencies.queue.held(2, 0.0) as held:
             assert held
             for later in (10.0, 20.0):
                 now[0] = later
                 await recovery.run()
             if seen:
-                await until(lambda: not controller.cache.fills, "it has ended, with the place still taken")
+                await until(lambda: not controller.cache.fills, "it has ended, with the slot still taken")
             else:
-                await until(controller.means.queue.waiting, "it waits")
+                await until(controller.dependencies.queue.waiting, "it waits")
                 await asyncio.sleep(0.05)
                 assert controller.cache.fills == 1
         await until(lambda: not controller.cache.fills, "it has ended")
         assert (await controller.open(FILE)).result is Result.HIT
-        assert controller.means.queue.idle()
+        assert controller.dependencies.queue.idle()
 
 
 # --- followers
@@ -227,17 +227,17 @@ async def test_a_follower_looks_ever_more_rarely_while_its_leader_queues(tmp_pat
         working(tmp_path, [upstream.url], fill={"max": 1}) as follower,
     ):
         other = asyncio.create_task(leader.get(path_of("full.dax", revision="260101001")))
-        await until(lambda: gate.is_reached, "the place is taken")
+        await until(lambda: gate.is_reached, "the slot is taken")
         queued = asyncio.create_task(leader.get(FILE))
-        await until(leader.means.queue.waiting, "the leader queues")
-        looks, taken = 0, follower.means.claims.taken
+        await until(leader.dependencies.queue.waiting, "the leader queues")
+        looks, taken = 0, follower.dependencies.claims.taken
 
         def counted(offset: int) -> bool:
             nonlocal looks
             looks += offset == route(FILE).key(Variant()).claim_offset
             return taken(offset)
 
-        follower.means.claims.taken = counted  # type: ignore[method-assign]
+        follower.dependencies.claims.taken = counted  # type: ignore[method-assign]
         following = asyncio.create_task(follower.get(FILE))
         await asyncio.sleep(1.5)
         assert 10 < looks < 65, "over 130 with a look each 16 ms"

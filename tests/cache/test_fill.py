@@ -249,7 +249,7 @@ async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monk
     body = BODY if size == "large" else BODY[:5000]
     upstream.answer(FILE, Answer(body, etag='"a"'))
     async with working(tmp_path, [upstream.url]) as one:
-        store = one.means.store
+        store = one.dependencies.store
         died = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -268,7 +268,7 @@ async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monk
         opened = await next_one.open(FILE)
         assert opened.result is Result.HIT
         assert await read(opened.body) == body
-        assert next_one.means.store.load_state(opened.key.id) is None
+        assert next_one.dependencies.store.load_state(opened.key.id) is None
     assert len(upstream.requests(FILE)) == 1
 
 
@@ -277,7 +277,7 @@ async def test_a_record_of_the_first_format_is_read(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url]) as one:
         assert await one.get(FILE) == BODY
         await until(lambda: not one.cache.fills, "the fill ends")
-        store = one.means.store
+        store = one.dependencies.store
         (path,) = (tmp_path / "content").rglob(".full.dax.gup")
         members = unseal(path.read_bytes(), "record", 1 << 20)
         body = store.body_path(ContentKey.parse(members["key"]))
@@ -315,9 +315,9 @@ async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
             found = looked(key)
             if left[0]:
                 left[0] -= 1
-                one.means.store.claims = None
-                one.means.store.remove(key)
-                two.means.raise_store_epoch()
+                one.dependencies.store.claims = None
+                one.dependencies.store.remove(key)
+                two.dependencies.raise_store_epoch()
             return found
 
         monkeypatch.setattr(two.cache._entries, "load", purged_after_the_look)
@@ -332,13 +332,13 @@ async def test_a_failure_in_mid_body_keeps_the_part_for_the_next_try(tmp_path, u
         with pytest.raises(Cut):
             await read(opened.body)
         await until(lambda: not one.cache.fills, "the fill ends")
-        state = one.means.store.load_state(opened.key.id)
+        state = one.dependencies.store.load_state(opened.key.id)
         assert state is not None
         assert state.phase is Phase.FAILED
         assert state.failure is not None
         upstream.answer(FILE, Answer(BODY, etag='"a"'))
         before = upstream.body_bytes(FILE)
-        await until(lambda: one.means.failures.get(opened.key) is None, "the failure expires")
+        await until(lambda: one.dependencies.failures.get(opened.key) is None, "the failure expires")
         again = await one.open(FILE)
         assert again.body.head.etag == opened.body.head.etag
         assert await read(again.body) == BODY
@@ -415,7 +415,7 @@ async def test_an_index_file_is_revalidated_once_and_served_stale(tmp_path, upst
     upstream.answer(index, Answer(b"first", etag='"1"'))
     async with working(tmp_path, [upstream.url], cache={"index_ttl": "60s", "error_ttl": "60s"}) as one:
         ahead = 0.0
-        one.means.wall_clock = lambda: time.time() + ahead
+        one.dependencies.wall_clock = lambda: time.time() + ahead
         assert await one.get(index) == b"first"
         await until(lambda: not one.cache.fills, "the fill ends")
         ahead = 61.0
@@ -439,7 +439,7 @@ async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_par
             await next_one.get(FILE)
         upstream.answer(FILE, Answer(BODY, etag='"a"'))
         key = route(FILE).key(Variant())
-        await until(lambda: next_one.means.failures.get(key) is None, "the failure expires")
+        await until(lambda: next_one.dependencies.failures.get(key) is None, "the failure expires")
         assert await next_one.get(FILE) == BODY
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
 
@@ -456,8 +456,8 @@ async def test_an_upstream_that_can_not_be_reached_costs_nothing_of_the_part_eit
             with pytest.raises(Problem) as told:
                 await next_one.get(FILE)
             assert told.value.slug == "upstream-unreachable"
-            await until(lambda: next_one.means.failures.get(key) is None, "the failure expires")
-        state = next_one.means.store.load_state(key.id)
+            await until(lambda: next_one.dependencies.failures.get(key) is None, "the failure expires")
+        state = next_one.dependencies.store.load_state(key.id)
         assert state is not None
         assert state.head is not None
     assert list((tmp_path / "partial").glob("*.part"))
@@ -489,22 +489,22 @@ async def test_a_revalidation_puts_no_old_record_over_what_came_meanwhile(tmp_pa
     upstream.answer(FILE, Answer(BODY, etag='"a"'), Answer(b"x" + BODY, etag='"b"'))
     async with working(tmp_path, [upstream.url]) as one:
         await one.get(FILE)
-        key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
+        key, store, claims = route(FILE).key(Variant()), one.dependencies.store, one.dependencies.claims
         await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         old = store.load(key)
         store.set_pinned(key, True)
-        renew(one.means, old, 5.0)
+        renew(one.dependencies, old, 5.0)
         assert store.load(key) == replace(old, pinned=True, validated_at=5.0)
         store.remove(key)
-        renew(one.means, old, 6.0)
+        renew(one.dependencies, old, 6.0)
         assert store.load(key) is None
         claims.release(key.claim_offset)
-        one.means.raise_store_epoch()
+        one.dependencies.raise_store_epoch()
         one.cache.close_removed()
         assert await one.get(FILE) == b"x" + BODY
         await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         new = store.load(key)
-        renew(one.means, old, 7.0)
+        renew(one.dependencies, old, 7.0)
         assert store.load(key) == new
         claims.release(key.claim_offset)
 
@@ -513,7 +513,7 @@ async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, up
     upstream.answer(FILE, Answer(BODY, etag='"a"'))
     async with working(tmp_path, [upstream.url]) as one:
         await one.get(FILE)
-        key, store, claims = route(FILE).key(Variant()), one.means.store, one.means.claims
+        key, store, claims = route(FILE).key(Variant()), one.dependencies.store, one.dependencies.claims
         await until(lambda: claims.try_claim(key.claim_offset), "the fill ends")
         record = store.load(key)
         claims.release(key.claim_offset)

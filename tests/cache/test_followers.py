@@ -29,7 +29,7 @@ async def test_a_part_of_an_earlier_service_is_not_read_before_its_leader_has_co
         opened.body.leave()
     gate.open()
     async with working(tmp_path, [upstream.url]) as now:
-        store = now.means.store
+        store = now.dependencies.store
         store.service_start = 5.0
         state = store.load_state(key.id)
         part = store.part_path(key.id, state.generation)

@@ -346,7 +346,7 @@ async def test_what_is_in_memory_is_stored_without_being_fetched_again(
                 await asyncio.sleep(0.01)
         assert len(upstream.requests(FILE)) == 1
         await until(lambda: two.counted("gup_fills_total", outcome="committed") == 1, "it is counted")
-        assert not one.means.memory.find(first.key)
+        assert not one.dependencies.memory.find(first.key)
 
 
 async def test_a_mismatch_cuts_the_readers(tmp_path, upstream, monkeypatch, until):
@@ -365,7 +365,7 @@ async def test_a_mismatch_cuts_the_readers(tmp_path, upstream, monkeypatch, unti
         assert BODY[CHUNK_BYTES:].startswith(cut.value.args[0])
         await until(lambda: not one.cache.fills, "the fill ends")
         assert one.counted("gup_fills_total", outcome="failed") == 1
-        assert one.means.memory.find(opened.key) is None
+        assert one.dependencies.memory.find(opened.key) is None
 
 
 async def test_when_the_leader_ends_its_readers_elsewhere_are_cut_and_the_next_one_fetches(
@@ -484,5 +484,5 @@ async def test_nothing_is_kept_open_when_it_is_over(tmp_path, upstream, monkeypa
         assert await one.get(FILE) == BODY
         await until(lambda: not one.cache.fills, "the fill ends")
         assert memory_files() == before + 2
-        one.means.memory.drop(route(FILE).key(Variant()))
+        one.dependencies.memory.drop(route(FILE).key(Variant()))
         await until(lambda: memory_files() == before, "its memory is given back")

@@ -1,4 +1,4 @@
-"""The queue of fills: places by class, order over processes, and refusing what would wait too long."""
+"""The fill queue: slots by class, order over processes, and refusing what would wait too long."""
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +13,7 @@ DELTA, INDEX, FULL, PREFETCH = range(4)
 
 
 class Site:
-    """Queues of several processes of one service, with places in one file and words in one page."""
+    """Queues of several processes of one service, with slots in one file and words in one page."""
 
     def __init__(self, directory, processes=2, most=2):
         self.most = most
@@ -42,7 +42,7 @@ class Site:
 
     @asynccontextmanager
     async def waiter(self, process, priority, waited=0.0):
-        """One who waits in the block, and notes when its turn has come; it holds its place for no time."""
+        """One who waits in the block, and notes when its turn has come; it holds its slot for no time."""
 
         async def wait():
             async with self.queues[process].held(priority, waited) as held:
@@ -134,7 +134,7 @@ async def test_a_free_place_is_never_refused(site):
 
 
 async def test_the_wait_is_foretold_over_all_processes(site):
-    site.held[1] = 6_000_000  # a fill held its place for 6 s
+    site.held[1] = 6_000_000  # a fill held its slot for 6 s
     async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
         await hold(stack, site.queues[0], FULL, 2)
         assert site.queues[0].expected_seconds(FULL) == pytest.approx(3.0)
@@ -162,7 +162,7 @@ async def test_who_waits_in_vain_is_told_when_that_is_known(site):
         await hold(stack, site.queues[0], FULL, 2)
         for _ in range(5):
             await waiters.enter_async_context(site.waiter(0, FULL))
-        site.held[1] = 50_000_000  # places become free every 25 s
+        site.held[1] = 50_000_000  # slots become free every 25 s
         await turns(lambda: len(site.order) == 3)
         assert site.order == [(FULL, False)] * 3
         assert site.waiting() == 2, "the first two have their turn within twice their patience"
@@ -191,7 +191,7 @@ async def test_the_mean_follows_what_fills_take_now(site):
 
 
 async def test_an_heir_waits_for_nothing_and_is_never_refused(site):
-    """The dead leader's place is another fill's already, and the queue is full: it goes on all the same."""
+    """The dead leader's slot is another fill's already, and the queue is full: it goes on all the same."""
     site.most = 1
     async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
         await hold(stack, site.queues[0], FULL, 1)

@@ -15,13 +15,13 @@ BODY = noise("small", 100_000)
 
 async def jobs_of(worker, monkeypatch, work) -> int:
     """How many jobs `work` gives to threads."""
-    jobs, submit = [], worker.means.executor.submit
+    jobs, submit = [], worker.dependencies.executor.submit
 
     def counted(*arguments):
         jobs.append(arguments)
         return submit(*arguments)
 
-    monkeypatch.setattr(worker.means.executor, "submit", counted)
+    monkeypatch.setattr(worker.dependencies.executor, "submit", counted)
     await work
     monkeypatch.undo()
     return len(jobs)
@@ -34,7 +34,9 @@ async def test_a_miss_is_two_jobs_and_leaves_body_and_record(tmp_path, upstream,
         async def miss():
             opened = await one.open(FILE)
             assert (opened.result, opened.body.source) == (Result.MISS, "fill")
-            assert one.means.store.open_body(one.means.store.load(opened.key)), "stored before it is shown"
+            assert one.dependencies.store.open_body(one.dependencies.store.load(opened.key)), (
+                "stored before it is shown"
+            )
             assert await read(opened.body) == BODY
             opened.body.leave()
             await until(lambda: not one.cache.fills, "the fill ends")

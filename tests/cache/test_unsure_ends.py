@@ -61,7 +61,9 @@ async def test_all_that_came_is_passed_on_and_nothing_is_stored(tmp_path, until,
                 assert len(gets) == asked, "each request that comes later asks anew, once"
                 assert {row["problem"] for row in one.told if row["type"] == "failed"} == {SLUG}
                 key = opened.key
-                await until(lambda key=key: one.means.failures.get(key) is None, "the failure has passed")
+                await until(
+                    lambda key=key: one.dependencies.failures.get(key) is None, "the failure has passed"
+                )
     assert not [found for found in (tmp_path / "content").rglob("*") if found.is_file()]
     assert not list((tmp_path / "partial").glob("*.part"))
 
@@ -106,7 +108,9 @@ async def test_a_stale_index_is_better_than_one_of_unsure_end(tmp_path, until):
             await until(lambda: not one.cache.fills, "the fill ends")
             upstream.answer = until_it_closes(b"second")
             first = await one.open(index)
-            await until(lambda: one.means.wall_clock() - first.entry.record.validated_at > 0.1, "it is stale")
+            await until(
+                lambda: one.dependencies.wall_clock() - first.entry.record.validated_at > 0.1, "it is stale"
+            )
             opened = await one.open(index)
             assert opened.result is Result.STALE
             assert await read(opened.body) == b"first"
@@ -133,8 +137,8 @@ async def test_a_catalogue_of_unsure_end_is_not_believed(tmp_path):
     with RawUpstream(until_it_closes(SMALL)) as upstream:
         async with working(tmp_path, [upstream.url]) as one:
             with pytest.raises(UpstreamFailure, match="to tell that this is all"):
-                await fetch_catalogue(one.means.pool, "u0", None, None)
+                await fetch_catalogue(one.dependencies.pool, "u0", None, None)
             with pytest.raises(Problem, match="broke off"):
                 await read_catalogue(one.cache.open, Variant())
             upstream.answer = until_it_closes(SMALL, len(SMALL))
-            assert (await fetch_catalogue(one.means.pool, "u0", None, None)).text == SMALL
+            assert (await fetch_catalogue(one.dependencies.pool, "u0", None, None)).text == SMALL

@@ -65,7 +65,7 @@ def test_events_are_read(fields, event):
         b'{"type": "committed", "key": "a/b/c/d/e", "length": 80, "kind": "full", "replaced": "no"}',
         b'{"type": "committed", "key": ["a"], "length": 80, "kind": "full"}',
         b'{"type": "begun", "key": "any/any/_/_/x", "path": "@evil:80/x"}',
-        b'{"type": "begun", "key": "any/any/_/_/x", "path": "//evil/content/x"}',
+        b'{"type": "committed", "key": "any/any/_/_/x", "length": 1, "kind": "full", "path": "//evil/x"}',
         b'{"type": "begun", "key": "any/any/_/_/x", "path": "/content/y"}',
         b'{"type": "failed", "key": "a/b/c/d/e", "problem": "loop", "detail": {"a": []}}',
         b'{"type": "used", "at": 1, "clients": [["10.0.0.1"]]}', b'{"type": "upstream", "name": 5}',

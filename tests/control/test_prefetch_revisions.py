@@ -1,4 +1,4 @@
-"""Which revisions a site's clients come from, by the traffic; and the list of what is to be fetched ahead."""
+"""Which revisions a site's clients come from, by the traffic; and the list of what is to be prefetched."""
 
 import json
 

@@ -68,7 +68,12 @@ def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> 
         return worker.cache.take_over(found, found.variant, inherits=inherits)
 
     return Recovery(
-        worker.means.store, worker.means.claims, worker.means.counters, take_over, worker.means.tell, clock
+        worker.dependencies.store,
+        worker.dependencies.claims,
+        worker.dependencies.counters,
+        take_over,
+        worker.dependencies.tell,
+        clock,
     )
 
 
@@ -79,22 +84,22 @@ async def unmended(_key: ContentKey, _counted: bool) -> Problem | None:
 
 async def space_of(worker: Worker, max_size: int) -> Evictor:
     """The controller's eviction over what is in the store."""
-    means = worker.means
+    dependencies = worker.dependencies
     cache = CacheSettings(
-        directory=means.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0
+        directory=dependencies.store.root, max_size=max_size, min_free=0, max_part_age=3600, max_unused=0
     )
     dependencies: Any = SimpleNamespace(
         settings=lambda: SimpleNamespace(cache=cache),
-        store=means.store,
-        claims=means.claims,
-        counters=means.counters,
+        store=dependencies.store,
+        claims=dependencies.claims,
+        counters=dependencies.counters,
         mend=unmended,
-        raise_store_epoch=means.raise_store_epoch,
+        raise_store_epoch=dependencies.raise_store_epoch,
         set_store_bytes=lambda _: None,
         promised_bytes=lambda: 0,
         drop_memory=lambda _key: 0,
     )
-    index = Index(means.store.index, lambda: None, lambda _refusal: None)
+    index = Index(dependencies.store.index, lambda: None, lambda _refusal: None)
     await reconcile(dependencies, index, time.time())
     return Evictor(dependencies, index, lambda _uses: time.time())
 
@@ -121,8 +126,8 @@ async def _purge(worker: Worker, crash: Crash) -> None:
 
 
 async def _pin(worker: Worker, crash: Crash) -> None:
-    store = worker.means.store
-    await change(worker.means.claims, key_of(FULL), lambda: store.set_pinned(key_of(FULL), True))
+    store = worker.dependencies.store
+    await change(worker.dependencies.claims, key_of(FULL), lambda: store.set_pinned(key_of(FULL), True))
     crash.mark("pinned")
 
 
@@ -164,7 +169,7 @@ async def run(scenario: str, root: Path, url: str, crash: Crash) -> None:
             if event["type"] == "committed":
                 crash.mark(f"committed {event['key']}")
 
-        worker.means.tell = tell
+        worker.dependencies.tell = tell
         install(crash)
         crash.mark("begun")
         await ACTIONS[scenario](worker, crash)

@@ -98,7 +98,7 @@ async def _commit_left(root: Path, upstream: ScriptedUpstream) -> None:
     """A commit that was interrupted right after its record."""
     upstream.answer(FULL, GOOD)
     async with working(root, [upstream.url]) as worker:
-        store = worker.means.store
+        store = worker.dependencies.store
 
         def dies(record: Record) -> bool:
             store.save(record)
@@ -258,7 +258,8 @@ async def _assert_nothing_lost(
         upstream.answer(path, DOWN)
         assert await worker.get(path) in bodies, path
     if "pinned" in marks:
-        record = worker.means.store.load(key_of(case.path))
+        record = worker.dependencies.store.load(key_of(case.path))
+        assert record is not None
         assert record.pinned
 
 
@@ -278,7 +279,7 @@ async def _assert_served(worker: Worker, path: str, bodies: tuple[bytes, ...]) -
 
 async def _settle(worker: Worker) -> None:
     """The controller's work, with time passing."""
-    store, means = worker.means.store, worker.means
+    store, dependencies = worker.dependencies.store, worker.dependencies
 
     async def look_over(now: float) -> Index:
         index = Index(store.index, lambda: None, lambda _: None)
@@ -288,7 +289,9 @@ async def _settle(worker: Worker) -> None:
     def mend(key: ContentKey, counted: bool) -> Awaitable[Problem | None]:
         return worker.cache.repair(key, counted=counted)
 
-    dependencies: Any = SimpleNamespace(store=store, claims=means.claims, counters=means.counters, mend=mend)
+    dependencies: Any = SimpleNamespace(
+        store=store, claims=dependencies.claims, counters=dependencies.counters, mend=mend
+    )
 
     await look_over(time.time() + A_WHILE_SECONDS)
     ahead = 0.0
@@ -310,4 +313,4 @@ async def _settle(worker: Worker) -> None:
 
 
 async def _assert_clean(worker: Worker) -> None:
-    assert violations(worker.means.store.root) == []
+    assert violations(worker.dependencies.store.root) == []

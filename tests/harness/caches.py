@@ -47,7 +47,7 @@ class Worker:
     """One worker's cache, and what it told and counted."""
 
     cache: Cache
-    means: FillDependencies
+    dependencies: FillDependencies
     told: list[dict] = field(default_factory=list)
 
     async def open(self, path: str) -> Opened:
@@ -61,7 +61,7 @@ class Worker:
             opened.body.leave()
 
     def counted(self, name: str, **labels: str) -> int:
-        return self.means.counters.get(name, **labels)
+        return self.dependencies.counters.get(name, **labels)
 
 
 class Cut(Exception):  # noqa: N818 - an event, wanted by some tests
@@ -139,7 +139,7 @@ async def working(
     )
     epochs: list[None] = []
 
-    means = FillDependencies(
+    dependencies = FillDependencies(
         store=store,
         claims=claims,
         pool=pool,
@@ -173,12 +173,12 @@ async def working(
         clock=time.monotonic,
     )
     cache = Cache(
-        means,
+        dependencies,
         max_open=64,
         bypass=Slots(slot_locks, 200_000, lambda: 4),
         range_bypass=Slots(slot_locks, 100_000, lambda: 2),
     )
-    worker = Worker(cache, means, told)
+    worker = Worker(cache, dependencies, told)
     try:
         yield worker
     finally:

@@ -110,22 +110,26 @@ async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
-    means, epoch = worker.means, [0]
-    catalogue(means.store.run)
-    hot_cache = HotCache(lambda: (epoch[0], means.store_epoch()), worker.cache.close_removed)
-    policy = Policy(means, lambda: epoch[0], hot_cache.drop)
-    means.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
-    slot_locks = Claims(means.store.run / "downloads")
-    slots = Slots(slot_locks, 0, lambda: 0)
+    dependencies, epoch = worker.dependencies, [0]
+    catalogue(dependencies.store.run)
+    hot_cache = HotCache(lambda: (epoch[0], dependencies.store_epoch()), worker.cache.close_removed)
+    policy = Policy(dependencies, lambda: epoch[0], hot_cache.drop)
+    dependencies.pool.lists = lambda name, moniker: (
+        policy.choices.catalogues.listed(name, moniker) is not None
+    )
+    locks = Claims(dependencies.store.run / "downloads")
+    slots = Slots(locks, 0, lambda: 0)
     none = lambda _name: lambda: 0  # noqa: E731
-    downloads = Downloads(slots, lambda: means.settings.clients, means.counters, none, Turns.alone())
-    access_log = AccessLog(means.settings, means.counters, ClientNames("full", b"0" * 16))
-    handler = Handler(means, worker.cache, policy, hot_cache, downloads, access_log, "test")
+    downloads = Downloads(
+        slots, lambda: dependencies.settings.clients, dependencies.counters, none, Turns.alone()
+    )
+    access_log = AccessLog(dependencies.settings, dependencies.counters, ClientNames("full", b"0" * 16))
+    handler = Handler(dependencies, worker.cache, policy, hot_cache, downloads, access_log, "test")
     fd = address_file(1)
     addresses = AddressCounts(fd, 0)
-    admission = Admission(means.settings, means.counters, addresses, lambda: 1, most_here=100)
+    admission = Admission(dependencies.settings, dependencies.counters, addresses, lambda: 1, most_here=100)
     listening = socket.create_server(("127.0.0.1", 0))
-    listener = Listener([listening], means.settings, handler, admission, lambda _now: None)
+    listener = Listener([listening], dependencies.settings, handler, admission, lambda _now: None)
     address = listening.getsockname()
     listener.start()
     try:
@@ -135,7 +139,7 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
         await policy.close()
         addresses.close()
         os.close(fd)
-        slot_locks.close()
+        locks.close()
 
 
 def catalogue(run) -> None:
@@ -168,7 +172,7 @@ async def test_a_policy_that_changed_is_decided_anew_at_once(plane):
     await plane.warm(PATCH, FRENCH)
     assert await plane.get(PATCH, FRENCH) == {body(PATCH, "French")}
     lines = f"{PATCH}: SEP Client Patch Win64 14.3 RU2 - Patch - German\n".encode()
-    write_kept(plane.worker.means.store.run, {"u0": Kept("a test", parse_catalog(lines))})
+    write_kept(plane.worker.dependencies.store.run, {"u0": Kept("a test", parse_catalog(lines))})
     plane.epoch[0] += 1
     (refused,) = await plane.get(PATCH, FRENCH)
     assert b'"rule": "language"' in refused
@@ -176,11 +180,11 @@ async def test_a_policy_that_changed_is_decided_anew_at_once(plane):
 
 
 async def test_settings_that_changed_are_decided_by_from_the_next_request_on(plane):
-    settings = plane.worker.means.settings
+    settings = plane.worker.dependencies.settings
     changed = settings.model_dump(mode="json", by_alias=True)
     changed["rules"]["download_client_patches"] = False
     await plane.warm(PATCH, FRENCH)
-    plane.worker.means.settings = type(settings).model_validate(changed)
+    plane.worker.dependencies.settings = type(settings).model_validate(changed)
     plane.policy.apply()
     plane.epoch[0] += 1  # as the supervisor does
     (refused,) = await plane.get(PATCH, FRENCH)

@@ -151,12 +151,35 @@ def test_a_circle_of_two_ends_at_once_at_both(serve):
 def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, kind):
     """At their first start neither knows the other's name, and either's fill waits for the other's answer."""
     gups = circle(serve, kind, catalog={})
+    began = time.monotonic()
+    assert {gup.get("/", method="HEAD").status for gup in gups} == {404}
+    assert time.monotonic() - began < 0.5
     for gup in gups:  # the first one's catalogue was asked for before the other was there
         until(lambda g=gup: g.upstream()["up"], "the other is seen")
     for path in (DELTA, BIG, "/content/circle.txt"):
         statuses, seconds = all_ask(gups, path)
         assert statuses == {508}
         assert seconds < 9, path  # who has no catalogue yet waits 5 s for it
+
+
+def test_what_no_rule_is_about_waits_for_no_catalogue(serve):
+    """At the start, before a silent upstream; only content that rules may be about waits."""
+    gate = Gate()
+    gup, upstream = serve({INDEX: Answer(CONTENT_INFO, head_gate=gate)}, workers=1, catalog={"refresh": "1h"})
+    until(lambda: upstream.requests(INDEX), "the catalogue is asked for")
+    upstream.answer("/content/beside.txt", Answer(b"beside", etag='"b"'))
+    upstream.answer(DELTA, Answer(b"delta"))
+    began = time.monotonic()
+    assert gup.get("/", method="HEAD").status == 404
+    assert_problem(gup.get("/content/../etc"), 400, "bad-path")
+    gup.serves("/content/beside.txt", b"beside")
+    assert time.monotonic() - began < 0.5
+    with gup.connect() as client:
+        client.ask(DELTA)
+        time.sleep(0.2)
+        assert not upstream.requests(DELTA)
+        gate.open()
+        assert client.response().body == b"delta"
 
 
 def test_a_gup_that_is_its_own_upstream(serve):

@@ -1,4 +1,4 @@
-"""Through real processes: deltas fetched ahead, content that an operator wants, storms of fulls, alarms."""
+"""Through real processes: deltas prefetched, content that an operator wants, storms of fulls, alarms."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def site(serve):
 
 
 def wanted(gup: Gup) -> dict[str, str]:
-    """What became of each file that was to be fetched ahead."""
+    """What became of each file that was to be prefetched."""
     code, found = gup.api("/api/v1/prefetch?limit=1000")
     assert code == 200, found
     return {name_of(row["key"]): row["outcome"] for row in found["wanted"]}
@@ -57,7 +57,7 @@ def settled(gup: Gup, *paths: str) -> dict[str, str]:
         ended = all(found.get(name_of(path), "queued") not in ("queued", "fetching") for path in paths)
         return found if ended else None
 
-    return until(look, f"{paths} are fetched ahead, or not")
+    return until(look, f"{paths} are prefetched, or not")
 
 
 def asked(gup: Gup, *paths: str) -> list[str]:
@@ -149,7 +149,7 @@ def test_a_client_promotes_a_background_fill(site):
 
 
 def stands_still(gup: Gup) -> int | None:
-    """The bytes received ahead, when they do not grow within a while."""
+    """The bytes prefetched, when they do not grow within a while."""
     before, began = gup.metric(RECEIVED, purpose="prefetch"), time.monotonic()
     while time.monotonic() - began < 0.5:
         if gup.metric(RECEIVED, purpose="prefetch") != before:
@@ -246,6 +246,6 @@ def test_a_clients_miss_is_not_slowed_by_what_is_fetched_ahead(site, figures):
     began, before = time.monotonic(), gup.metric(RECEIVED, purpose="prefetch")
     gup.serves(full(B), body)
     took, now = time.monotonic() - began, gup.metric(RECEIVED, purpose="prefetch")
-    figures(f"a miss at 1 MB/s: {len(body) / took / 1e6:.2f} MB/s; {now - before:.0f} B ahead meanwhile")
+    figures(f"a miss at 1 MB/s: {len(body) / took / 1e6:.2f} MB/s; {now - before:.0f} B prefetched meanwhile")
     assert len(body) / took >= 0.8 * 1_000_000
     until(lambda: gup.metric(RECEIVED, purpose="prefetch") > now + 200_000, "it goes on")

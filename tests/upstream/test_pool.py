@@ -123,60 +123,56 @@ async def test_the_healthy_are_asked_first_and_the_dead_not_at_all(pool_of):
         assert names(pool.candidates(ANY, "k")) == ["b", "c", "a"]
         down(pool, "b")
         assert names(pool.candidates(ANY, "k")) == ["c", "a", "b"]
-        assert names(pool.admitted(ANY, "k")) == ["c", "a"]
-        asked, reserve = pool.chosen(ANY, "k", None, resuming=False)
-        assert (names(asked), names(reserve)) == (["c", "a"], ["b"])
-        asked, reserve = pool.chosen(ANY, "k", None, resuming=True)
-        assert (names(asked), names(reserve)) == (["c", "a", "b"], [])
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["c", "a"]
 
 
 async def test_while_all_are_down_one_trial_of_each_goes_out(pool_of, clock):
     async with pool_of(table("a"), table("b", priority=1)) as pool:
         down(pool, "a", "b")
         with pytest.raises(UpstreamFailure) as failure:
-            pool.admitted(ANY, "k")
+            pool.admitted(pool.candidates(ANY, "k"))
         assert failure.value.slug == "upstream-unreachable"
         assert failure.value.retry_after_seconds == pytest.approx(1, abs=0.2)
         with pytest.raises(UpstreamFailure):
             pool.refuse_while_away(ANY, "k")
         clock.ahead_seconds += 1.2
         pool.refuse_while_away(ANY, "k")
-        assert names(pool.admitted(ANY, "k")) == ["a", "b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a", "b"]
         with pytest.raises(UpstreamFailure):
-            pool.admitted(ANY, "another")
+            pool.admitted(pool.candidates(ANY, "another"))
         down(pool, "a", "b")  # so the trials ended
         clock.ahead_seconds += 1.2
-        assert names(pool.admitted(ANY, "k")) == ["a", "b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a", "b"]
         pool.board.note("b", Sign.ANSWERED)
         pool.refuse_while_away(ANY, "k")
-        assert names(pool.admitted(ANY, "another")) == ["b"]
+        assert names(pool.admitted(pool.candidates(ANY, "another"))) == ["b"]
 
 
 async def test_another_variant_s_upstream_that_is_up_helps_nobody(pool_of):
     async with pool_of(table("fr", language="French"), table("any")) as pool:
         down(pool, "any")
         with pytest.raises(UpstreamFailure):
-            pool.admitted(ANY, "k")
+            pool.admitted(pool.candidates(ANY, "k"))
 
 
 async def test_without_checks_requests_try_what_was_down(pool_of, clock):
     first = table("a", health_interval="0")
     async with pool_of(first, table("b", priority=1, health_interval="0")) as pool:
         down(pool, "a")
-        assert names(pool.admitted(ANY, "k")) == ["b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["b"]
         clock.ahead_seconds += 1.5
-        assert names(pool.admitted(ANY, "k")) == ["a", "b"]
-        assert names(pool.admitted(ANY, "k")) == ["b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a", "b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["b"]
     async with pool_of(table("a"), table("b", priority=1)) as pool:
         down(pool, "a")
         clock.ahead_seconds += 1000
-        assert names(pool.admitted(ANY, "k")) == ["b"], "the controller checks it"
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["b"], "the controller checks it"
 
 
 async def test_nobody_is_asked_that_the_request_has_passed_through(pool_of):
     async with pool_of(table("a", kind="gup"), table("b", priority=1)) as pool:
         pool.upstreams[0].node = "site-a"
-        assert names(pool.admitted(ANY, "k", "1.1 site-x (gup), 1.1 site-a (gup)")) == ["b"]
+        assert names(pool.candidates(ANY, "k", "1.1 site-x (gup), 1.1 site-a (gup)")) == ["b"]
         assert names(pool.admitted(ANY, "k", "1.1 site-x (gup)")) == ["a", "b"]
     async with pool_of(table("a", kind="gup")) as pool:
         pool.upstreams[0].node = "site-a"
@@ -197,7 +193,7 @@ async def test_resets_of_one_file_take_nothing_away(pool_of, upstream):
             with pytest.raises(UpstreamFailure):
                 await pool.ask(one, Ask(PATH, "fill", client="10.0.0.1"))
         assert pool.board.get("a").state is State.UP
-        assert names(pool.admitted(ANY, "k")) == ["a"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a"]
         upstream.answer(PATH, Scripted(b"fine"))
         assert await whole(await pool.ask(one, Ask(PATH, "fill"))) == b"fine"
 
@@ -297,10 +293,10 @@ async def test_a_check_without_an_answer_makes_it_doubtful_and_others_are_asked_
     upstream.answer(INDEX, Scripted(reset_at=-1))
     first = {"name": "a", "url": upstream.url}
     async with pool_of(first, table("b", priority=1, health_interval="0")) as pool:
-        assert names(pool.admitted(ANY, "k")) == ["a", "b"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a", "b"]
         async with checking(pool, clock, 100):
             await until(lambda: pool.board.get("a").state is State.DOUBTFUL)
-            assert names(pool.admitted(ANY, "k")) == ["b", "a"]
+            assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["b", "a"]
             upstream.answer(INDEX, Scripted(b"", 500))
             clock.ahead_seconds += 2
             await until(lambda: pool.board.get("a").state is State.UP)
@@ -389,7 +385,7 @@ async def test_what_was_down_is_tried_anew_when_its_settings_change(pool_of, ups
         down(pool, "a", "b")
         pool.apply(upstreams({**table("a"), "url": "http://127.0.0.1:10"}, table("b")))
         assert (pool.board.get("a").state, pool.board.get("b").state) == (State.UNKNOWN, State.DOWN)
-        assert names(pool.admitted(ANY, "k")) == ["a"]
+        assert names(pool.admitted(pool.candidates(ANY, "k"))) == ["a"]
 
 
 async def test_an_old_upstream_that_is_asked_once_more_is_closed_with_the_pool(pool_of, upstream, upstreams):
