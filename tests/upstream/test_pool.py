@@ -173,11 +173,11 @@ async def test_nobody_is_asked_that_the_request_has_passed_through(pool_of):
     async with pool_of(table("a", kind="gup"), table("b", priority=1)) as pool:
         pool.upstreams[0].node = "site-a"
         assert names(pool.candidates(ANY, "k", "1.1 site-x (gup), 1.1 site-a (gup)")) == ["b"]
-        assert names(pool.admitted(ANY, "k", "1.1 site-x (gup)")) == ["a", "b"]
+        assert names(pool.candidates(ANY, "k", "1.1 site-x (gup)")) == ["a", "b"]
     async with pool_of(table("a", kind="gup")) as pool:
         pool.upstreams[0].node = "site-a"
         with pytest.raises(UpstreamFailure) as failure:
-            pool.admitted(ANY, "k", "1.1 site-a (gup)")
+            pool.candidates(ANY, "k", "1.1 site-a (gup)")
         assert failure.value.slug == "loop"
 
 
