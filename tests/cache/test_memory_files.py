@@ -154,7 +154,7 @@ async def test_index_files_go_when_they_expire(table, until):
     kept(files, 0, 1000, expires=0.05)
     assert files.finished(key_of(0)) is not None
     await until(lambda: files.finished(key_of(0)) is None, "it expires")
-    await until(lambda: not files._own, "its owner lets go of it")
+    await until(lambda: not files.own, "its owner lets go of it")
 
 
 async def test_one_of_all_processes_tries_to_store_at_a_time(table):
