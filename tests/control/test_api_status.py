@@ -49,7 +49,7 @@ def test_rates_are_those_of_the_last_seconds(world):
     rates = FillRates(lambda: clock[0])
     state = FillState(world.key(), Kind.FULL, 1, Phase.STREAMING, None)
 
-    def part(size_bytes: int, generation: int = 50_000_000) -> Part:
+    def part(size_bytes: int, generation: int = 50_000_000_000) -> Part:
         return Part(world.key().id, generation, size_bytes, 0.0, True, state)
 
     def rate(size_bytes: int, **more: int) -> float | None:
@@ -61,8 +61,8 @@ def test_rates_are_those_of_the_last_seconds(world):
     clock[0] += 20
     assert rate(6000) == 0.0  # it hangs
     clock[0] += 1
-    assert rate(10, generation=60_000_000) is None  # begun anew at this moment
-    fill = fill_of(part(10, 60_000_000), None, lambda stream: (stream[2], stream[1]))
+    assert rate(10, generation=60_000_000_000) is None  # begun anew at this moment
+    fill = fill_of(part(10, 60_000_000_000), None, lambda stream: (stream[2], stream[1]))
     assert (fill.remaining_seconds, fill.began_at, fill.kind) == (None, 60.0, "full")
 
 

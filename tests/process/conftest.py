@@ -16,12 +16,22 @@ HERE = Path(__file__).parent
 LINE = re.compile(
     r"gup: serving on http://(\S+):(\d+), control plane on http://(\S+):(\d+), (\d+) workers?\n"
 )
+# Puts inherited descriptors where systemd would, then becomes the service.
+SYSTEMD = """
+import os, sys
+count = int(sys.argv[1])
+high = [os.dup2(int(fd), 200 + n) for n, fd in enumerate(sys.argv[2:2 + count])]
+for n, fd in enumerate(high):
+    os.dup2(fd, 3 + n, inheritable=True)
+    os.close(fd)
+os.execv(sys.executable, [sys.executable, *sys.argv[2 + count:]])
+"""
 
 
 class Service:
     """One process of `serve`, its log and its ports."""
 
-    def __init__(self, folder, settings, environment):
+    def __init__(self, folder, settings, environment, sockets):
         self.folder = folder
         self.file = folder / "settings.json"
         self.settings = {
@@ -34,8 +44,10 @@ class Service:
         self.lines = []
         self.asked = 0
         script = [str(HERE / "run_service.py"), str(self.file)]
+        fds = [str(sock.fileno()) for sock in sockets]
         self.process = subprocess.Popen(
-            [sys.executable, *script],
+            [sys.executable, *(["-c", SYSTEMD, str(len(fds)), *fds] if fds else []), *script],
+            pass_fds=[sock.fileno() for sock in sockets],
             stderr=subprocess.PIPE,
             env=os.environ | environment,
             text=True,
@@ -156,8 +168,8 @@ def service(tmp_path):
     """Makes services on one folder; all are ended, and must leave no process."""
     made = []
 
-    def make(settings=None, environment=None, ready=True):
-        made.append(Service(tmp_path, settings or {}, environment or {}))
+    def make(settings=None, environment=None, sockets=(), ready=True):
+        made.append(Service(tmp_path, settings or {}, environment or {}, sockets))
         if ready:
             made[-1].ready()
         return made[-1]

