@@ -45,9 +45,9 @@ def repaired(gup: Gup, bytes_: int) -> bool:
 
 
 def whole(gup: Gup, path: str) -> Response:
-    """The body as clients get it that resume when they are cut."""
+    """The body as clients get it that resume when they are cut: a reset loses what they have not read yet."""
     answer = gup.get(path)
-    for _ in range(5):
+    for _ in range(100):
         if answer.complete:
             break
         rest = gup.get(path, {"Range": f"bytes={len(answer.body)}-", "If-Range": answer.etag})

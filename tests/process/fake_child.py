@@ -57,7 +57,7 @@ class FakeChild:
             self.counters.add("gup_requests_total", result="hit", code="200")
             sock.sendall(json.dumps(self.answer(line.decode())).encode() + b"\n")
 
-    def answer(self, line):  # noqa: C901, PLR0911 - one row a command
+    def answer(self, line):  # noqa: C901, PLR0911, PLR0912 - one row a command
         settings = self.assignment.settings
         match line:
             case "who":
@@ -85,6 +85,8 @@ class FakeChild:
                 self.selector.unregister(self.parent)
                 self.parent.close()
                 return {}
+            case "environment":
+                return dict(os.environ)
             case "event":
                 return {"sent": self.events.send(b"used")}
             case "events":
