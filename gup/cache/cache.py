@@ -16,7 +16,7 @@ from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import PassThrough
 from gup.cache.records import Failure, Head, Record, route_of
-from gup.cache.recovery import Prior, examine, is_fresh
+from gup.cache.recovery import Leftover, examine, is_fresh
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
@@ -260,7 +260,7 @@ class Cache:
                 found = await on_disk(self._deps.executor, self._look_up, fill)
                 if found is None:
                     await follower.run()
-                elif isinstance(found, Prior):
+                elif isinstance(found, Leftover):
                     try:
                         await self._lead(fill, found, follower)
                     finally:
@@ -268,7 +268,7 @@ class Cache:
                 elif isinstance(found, Failure):
                     fill.fail(found.problem(self._deps.clock()))
                 elif isinstance(found, FillEnd):
-                    fill.land(found)
+                    fill.finish(found)
                 else:
                     self._land_on(fill, *found)
         except OSError as error:
@@ -282,7 +282,7 @@ class Cache:
             self._keep_entry(fill)
             fill.ended.set()
 
-    def _look_up(self, fill: Fill) -> _Found | Prior | FillEnd | Failure | None:
+    def _look_up(self, fill: Fill) -> _Found | Leftover | FillEnd | Failure | None:
         """The entry; else what there is to begin the fill with, which is claimed then; None: another process
         has the claim. Blocks.
 
@@ -300,26 +300,26 @@ class Cache:
                 return FillEnd.UNSTORABLE if fill.from_memory else None
             try:
                 with told_apart():
-                    prior = examine(deps, fill)
+                    leftover = examine(deps, fill)
             except DiskError as error:
-                prior = Prior(unstorable=refusal(error))
-            if isinstance(prior, Prior):
+                leftover = Leftover(unstorable=refusal(error))
+            if isinstance(leftover, Leftover):
                 claimed = False  # it stays the caller's
-            elif prior is FillEnd.COMMITTED:
-                return self._entries.load(key) or prior
-            return prior
+            elif leftover is FillEnd.COMMITTED:
+                return self._entries.load(key) or leftover
+            return leftover
         finally:
             if claimed:
                 claims.release(key.claim_offset)
 
-    async def _lead(self, fill: Fill, prior: Prior, follower: Follower) -> None:
+    async def _lead(self, fill: Fill, leftover: Leftover, follower: Follower) -> None:
         """Lead a claimed fill; ask for it under another spelling if upstream does not have this one."""
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
-        if not prior.finished and (failure := self._deps.failures.get(fill.key)) is not None:
+        if not leftover.finished and (failure := self._deps.failures.get(fill.key)) is not None:
             fill.fail(failure)
             return
-        leader = Leader(self._deps, fill, prior)
+        leader = Leader(self._deps, fill, leftover)
         absent = await leader.run(fill.route.upstream_path)
         # No slot is held meanwhile: the catalogue may have to be fetched itself.
         if absent is not None and (other := await self._spelled_otherwise(fill)) is not None:
@@ -341,7 +341,7 @@ class Cache:
             else:
                 body.fail()
         self._entries.put(record, file, trusting)
-        fill.land(FillEnd.COMMITTED)
+        fill.finish(FillEnd.COMMITTED)
 
     def _keep_entry(self, fill: Fill) -> None:
         """Have the entry open that the fill has brought about."""
@@ -349,7 +349,7 @@ class Cache:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
             self._entries.adopt(entry, fill.record)
-        if fill.landing in (FillEnd.COMMITTED, FillEnd.VALIDATED):
+        if fill.end in (FillEnd.COMMITTED, FillEnd.VALIDATED):
             self._deps.memory.drop(fill.key)
 
     # --- damage
@@ -422,7 +422,7 @@ class Cache:
                 return Problem("upstream-not-found", "there is no record of it")
             fill = self._fills.get(key) or self._suspect(record, counted=counted)
         await fill.ended.wait()
-        if fill.problem is None and fill.landing is FillEnd.UNSTORABLE:
+        if fill.problem is None and fill.end is FillEnd.UNSTORABLE:
             return Problem("overloaded", "it is damaged, and can't be stored", retry_after_seconds=10.0)
         return fill.problem
 

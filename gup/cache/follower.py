@@ -104,7 +104,7 @@ class Follower:
                 self._publish(body)
                 if row.finished:
                     body.complete(body.published)
-                    fill.land(FillEnd.UNSTORABLE)
+                    fill.finish(FillEnd.UNSTORABLE)
         return fill.over
 
     def _lose_memory(self) -> None:
@@ -114,7 +114,7 @@ class Follower:
             return
         self._publish(body)
         if body.ended:
-            self._fill.land(FillEnd.UNSTORABLE)
+            self._fill.finish(FillEnd.UNSTORABLE)
         else:
             self._fill.detach()
 
@@ -129,7 +129,7 @@ class Follower:
         except PermissionError as error:
             log.warning("%s is in another process's memory, which can't be read: %s", fill.key.text, error)
             fill.detach()
-            fill.land(FillEnd.UNSTORABLE)
+            fill.finish(FillEnd.UNSTORABLE)
             return None
         except (FileNotFoundError, ValueError):
             self._memory_seen = None  # it is gone: the next look tells
@@ -165,7 +165,7 @@ class Follower:
         elif state.phase is Phase.UNSTORABLE and stands:
             if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it goes on there
                 fill.detach()
-                fill.land(FillEnd.UNSTORABLE)
+                fill.finish(FillEnd.UNSTORABLE)
         elif state.phase is Phase.FAILED and state.failure is not None and stands:
             fill.fail(state.failure.problem(now))
 

@@ -98,7 +98,7 @@ class Fill:
     count_readers: Callable[[int], None] | None = None
     """Called with every change of the number of its body's readers."""
     body: GrowingBody | None = None
-    landing: FillEnd | None = None
+    end: FillEnd | None = None
     problem: Problem | None = None
     record: Record | None = None
     """Of the entry that it has committed or validated."""
@@ -132,7 +132,7 @@ class Fill:
 
     @property
     def over(self) -> bool:
-        return self.landing is not None or self.problem is not None
+        return self.end is not None or self.problem is not None
 
     def attach(self, body: GrowingBody) -> None:
         """From now on this is the body to read; readers of another one are cut."""
@@ -148,9 +148,9 @@ class Fill:
             self.body.fail()
             self.body = self._settled = None
 
-    def land(self, landing: FillEnd) -> None:
+    def finish(self, end: FillEnd) -> None:
         assert not self.over
-        self.landing = landing
+        self.end = end
         self._settle()
 
     def fail(self, problem: Problem) -> None:
@@ -173,8 +173,8 @@ class Fill:
             raise self.problem.again()
         if self.body is not None:
             return self.body.reader()
-        assert self.landing is not None
-        return self.landing
+        assert self.end is not None
+        return self.end
 
     def promote(self, wan: Wan) -> None:
         """A client waits for it from now on."""
@@ -188,7 +188,7 @@ class Fill:
         await self.ended.wait()
         if self.problem is not None:
             raise self.problem.again()
-        if self.landing is FillEnd.UNSTORABLE:
+        if self.end is FillEnd.UNSTORABLE:
             raise Problem("overloaded", "it can't be stored: it is too large, or the disk refuses it")
         return self.fetched
 

@@ -34,7 +34,7 @@ from gup.cache.records import (
     head_of,
     remote_of,
 )
-from gup.cache.recovery import Prior, give_up, note_damage, renew, save_failure, validated_at
+from gup.cache.recovery import Leftover, give_up, note_damage, renew, save_failure, validated_at
 from gup.cache.scheduler import FillSlot
 from gup.cache.store import OpenFile, Store
 from gup.content.key import Kind
@@ -62,20 +62,20 @@ _Result = TypeVar("_Result")
 class Leader:
     """One fill, led by this process. Whatever goes wrong ends in the fill, and in what others see."""
 
-    def __init__(self, dependencies: FillDependencies, fill: Fill, prior: Prior) -> None:
-        """`prior` is what earlier fills left."""
+    def __init__(self, dependencies: FillDependencies, fill: Fill, leftover: Leftover) -> None:
+        """`leftover` is what earlier fills left."""
         self._deps = dependencies
         self._fill = fill
         self._key = fill.key
-        self._prior = prior
-        self._record = prior.record
+        self._leftover = leftover
+        self._record = leftover.record
         """The older body under this key, which is served on if this fill fails."""
         self._state = FillState(fill.key, fill.route.kind, 0, Phase.CLAIMED, path=fill.route.upstream_path)
         """As others are to see it; its head is there while the part is worth resuming."""
-        self._has_state = prior.state is not None
+        self._has_state = leftover.state is not None
         """Whether there is a state file."""
-        if prior.state is not None:
-            self._take_over(prior.state)
+        if leftover.state is not None:
+            self._take_over(leftover.state)
         self._writer: PartWriter | None = None
         self._body: GrowingBody | None = None
         """What the writer writes, whether it is shown already or not."""
@@ -94,7 +94,7 @@ class Leader:
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         error_ttl = dependencies.settings.cache.error_ttl
-        self._holds = Holds(prior.holds, error_ttl, dependencies.clock, self._tell_rejected)
+        self._holds = Holds(leftover.holds, error_ttl, dependencies.clock, self._tell_rejected)
 
     async def run(self, path: str) -> Problem | None:
         """Bring the fill to its end, or return the problem that no upstream has anything under `path`.
@@ -104,7 +104,7 @@ class Leader:
         try:
             if self._fill.from_memory:
                 await self._store_memory()
-            elif self._prior.finished:
+            elif self._leftover.finished:
                 await self._finish_part()
             else:
                 return await self._fetch(path)
@@ -133,10 +133,10 @@ class Leader:
 
         Nobody waits for a slot while no upstream can be reached, except for what is here.
         """
-        fill, prior = self._fill, self._prior
-        if prior.state is not None and fill.body is not None:
+        fill, leftover = self._fill, self._leftover
+        if leftover.state is not None and fill.body is not None:
             fill.inherits = True
-        if prior.damaged is None and not prior.is_whole and not fill.is_read:
+        if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
             self._deps.pool.refuse_while_away(fill.variant, self._key.text)
         async with self._fill_slot():
             self._deps.counters.add("gup_fills_in_progress", 1)
@@ -153,9 +153,9 @@ class Leader:
 
     async def _fetch_or_bypass_disk(self) -> Problem | UpstreamFailure | None:
         """Store it, or, as soon as that can't be, go on in memory. Returned is why it has no body."""
-        if self._prior.unstorable is not None:
-            refused = Unstorable(self._prior.unstorable, disk=True)
-            return await self._go_on_in_memory(refused, told=self._prior.told)
+        if self._leftover.unstorable is not None:
+            refused = Unstorable(self._leftover.unstorable, disk=True)
+            return await self._go_on_in_memory(refused, told=self._leftover.told)
         try:
             return await self._fetch_to_disk()
         except (Unstorable, DiskError) as error:
@@ -163,11 +163,11 @@ class Leader:
 
     async def _fetch_to_disk(self) -> Problem | UpstreamFailure | None:
         body: GrowingBody | None = None
-        prior = self._prior
-        if prior.damaged is not None and prior.salvage is not None:
-            body = await self._demote(prior.damaged, prior.salvage)
-        elif prior.state is not None and prior.salvage is not None:
-            body = await self._resume(prior.state, prior.salvage)
+        leftover = self._leftover
+        if leftover.damaged is not None and leftover.salvage is not None:
+            body = await self._demote(leftover.damaged, leftover.salvage)
+        elif leftover.state is not None and leftover.salvage is not None:
+            body = await self._resume(leftover.state, leftover.salvage)
         for changes_left in range(_MOST_CHANGES, -1, -1):
             if body is None:
                 remote = await self._ask_upstream(None, self._record).begin()
@@ -199,7 +199,7 @@ class Leader:
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         else:
             self._fill.record = replace(record, validated_at=at)
-        self._fill.land(FillEnd.VALIDATED)
+        self._fill.finish(FillEnd.VALIDATED)
         self._log_end("validated")
         return None
 
@@ -269,8 +269,8 @@ class Leader:
         try:
             if self._writer is not None:
                 return await self._writer.reread(offset, length)
-            assert self._prior.file is not None
-            return await self._in_thread(os.pread, self._prior.file.fd, length, offset)
+            assert self._leftover.file is not None
+            return await self._in_thread(os.pread, self._leftover.file.fd, length, offset)
         except DiskError as error:
             detail = f"what is here can't be compared: {error.strerror or error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
@@ -444,7 +444,7 @@ class Leader:
                 pinned=record.pinned,
                 stored_at=record.stored_at,
             )
-            await self._on_disk(deps.store.demote, record, self._prior.file, sound_bytes, self._state)
+            await self._on_disk(deps.store.demote, record, self._leftover.file, sound_bytes, self._state)
         except (BadDiskError, Unstorable, DiskError) as error:
             self._leave_upstream()  # it sends the rest only
             if isinstance(error, BadDiskError):
@@ -621,7 +621,7 @@ class Leader:
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
         deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
-        self._fill.land(FillEnd.COMMITTED)
+        self._fill.finish(FillEnd.COMMITTED)
 
     def _show_end(self, body: GrowingBody) -> None:
         self._attach(body)
@@ -629,7 +629,7 @@ class Leader:
 
     async def _finish_part(self) -> None:
         """Commit a part that holds every byte: nobody has to be asked for anything."""
-        state, salvage = self._prior.state, self._prior.salvage
+        state, salvage = self._leftover.state, self._leftover.salvage
         assert state is not None
         assert state.head is not None
         assert salvage is not None
@@ -642,7 +642,7 @@ class Leader:
             await self._finish(body, remote_of(state.head))
         except DiskError as error:
             log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
-            self._fill.land(FillEnd.UNSTORABLE)
+            self._fill.finish(FillEnd.UNSTORABLE)
 
     # --- going on without the disk
 
@@ -678,7 +678,7 @@ class Leader:
         if self._memory is None or not self._memory.finished:
             await self._tell_unstorable(why, disk=disk, told=told, passed_through=passed_through)
             fill.detach()
-        fill.land(FillEnd.UNSTORABLE)
+        fill.finish(FillEnd.UNSTORABLE)
         return None
 
     def _is_worth_memory(self) -> bool:
@@ -744,8 +744,8 @@ class Leader:
     async def _store_memory(self) -> None:
         """Try again to store a body that is whole in memory: nobody is asked for it again."""
         deps, row = self._deps, self._deps.memory.find(self._key)
-        if self._prior.unstorable is not None or row is None:
-            self._fill.land(FillEnd.UNSTORABLE)
+        if self._leftover.unstorable is not None or row is None:
+            self._fill.finish(FillEnd.UNSTORABLE)
             return
         try:
             file, state = deps.memory.open(row)
@@ -762,10 +762,10 @@ class Leader:
             self._room.release(committed=False)
             disk = isinstance(error, DiskError) or error.disk
             await self._tell_unstorable(refusal(error), disk=disk, told=False)
-            self._fill.land(FillEnd.UNSTORABLE)
+            self._fill.finish(FillEnd.UNSTORABLE)
         except (OSError, ValueError) as error:
             log.info("%s is not in memory any more: %s", self._key.text, error)
-            self._fill.land(FillEnd.UNSTORABLE)
+            self._fill.finish(FillEnd.UNSTORABLE)
 
     # --- ends other than a commit
 

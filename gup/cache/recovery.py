@@ -26,7 +26,7 @@ log = logging.getLogger("gup.recovery")
 
 
 @dataclass(frozen=True, slots=True)
-class Prior:
+class Leftover:
     """What there is to go on with: a record to revalidate, a part to append to, or nothing."""
 
     record: Record | None = None
@@ -55,7 +55,7 @@ class Prior:
 
 def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this order
     dependencies: FillDependencies, fill: Fill
-) -> Prior | FillEnd | Failure:
+) -> Leftover | FillEnd | Failure:
     """Look the key up again now that it is claimed.
 
     1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the fill. 3. A
@@ -76,16 +76,16 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
     if record is not None and sound and (immutable or is_fresh(dependencies, record)):
         return FillEnd.COMMITTED
     if state is not None and not suspect and (finished := _whole_part(dependencies, state)) is not None:
-        return Prior(record, state, finished, finished=True)
+        return Leftover(record, state, finished, finished=True)
     revalidated = record if sound else None
     if (why := store.demotions.disk_is_bad()) is not None:
-        return Prior(revalidated, unstorable=why)
+        return Leftover(revalidated, unstorable=why)
     if state is not None and state.failure is not None and state.failure.stands(dependencies.clock()):
         if state.phase is not Phase.UNSTORABLE:
             return state.failure
         if state.passed_through:
             return FillEnd.UNSTORABLE
-        return Prior(revalidated, unstorable=state.failure.detail, told=True)
+        return Leftover(revalidated, unstorable=state.failure.detail, told=True)
     if record is not None and not sound:
         damage = _compare(dependencies, record, holds, noted=fill.noted)
         if damage is not None:
@@ -99,7 +99,7 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
             if salvage is not None:
                 continue
         store.drop_part(key.id, generation)
-    return Prior(record, state if salvage is not None else None, salvage, holds=holds)
+    return Leftover(record, state if salvage is not None else None, salvage, holds=holds)
 
 
 def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[FillState | None, Record | None]:
@@ -119,7 +119,7 @@ def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[Fill
 
 def _compare(
     dependencies: FillDependencies, record: Record, holds: tuple[Hold, ...], *, noted: bool
-) -> Prior | None:
+) -> Leftover | None:
     """What is sound of a body, None when all of it is right after all.
 
     Another time alone is no damage: a restored backup looks so. `noted`: the damage is counted already.
@@ -134,7 +134,7 @@ def _compare(
         note_damage(dependencies, "body", key, f"it is right for {sound} of {chunks} chunks of 1 MiB")
     sums = list(record.sums[: min(sound, chunks - 1)])
     salvage = Salvage(len(sums) * CHUNK_BYTES, len(sums) * CHUNK_BYTES, sums)
-    return Prior(salvage=salvage, damaged=record, file=file, holds=holds)
+    return Leftover(salvage=salvage, damaged=record, file=file, holds=holds)
 
 
 def _whole_part(dependencies: FillDependencies, state: FillState) -> Salvage | None:

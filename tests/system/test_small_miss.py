@@ -1,11 +1,11 @@
 """What a small body that nobody has costs: system calls of the worker, as strace counts them."""
 
 import re
-import shutil
 import signal
 import subprocess
 
 import pytest
+from harness.processes import needs
 from harness.scripted import Answer, ScriptedUpstream
 from harness.service import Gup
 from harness.trees import content_path, noise
@@ -17,7 +17,6 @@ MOST = {"openat": 8, "rename": 2, "futex": 60, "mkdir": 1, "fsync": 0, "fdatasyn
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_a_small_miss_costs_few_system_calls(tmp_path):
     paths = [content_path(f"xdelta2607{n:05d}_To_260801001.dax") for n in range(MISSES + 1)]
     body = noise("small", 100_000)
@@ -30,7 +29,7 @@ def test_a_small_miss_costs_few_system_calls(tmp_path):
                 counts = tmp_path / "counts"
                 (worker,) = gup.workers()
                 tracer = subprocess.Popen(
-                    ["strace", "-f", "-c", "-S", "name", "-o", str(counts), "-p", str(worker)],
+                    [needs("strace"), "-f", "-c", "-S", "name", "-o", str(counts), "-p", str(worker)],
                     stderr=subprocess.PIPE,
                 )
                 assert tracer.stderr
