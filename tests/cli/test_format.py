@@ -7,7 +7,7 @@ import pytest
 from harness.commands import run
 
 import gup
-from gup.cli.format import printable
+from gup.cli.shared import printable
 from gup.units import bytes_in_words, time_in_words
 
 # --- words

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from gup.process.systemd import Notifier, passed_sockets
+from gup.process.sockets import Notifier, passed_sockets
 
 
 @pytest.mark.parametrize("abstract", [False, True])
