@@ -41,16 +41,12 @@ def serve(
     ] = None,
 ) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reads the settings again."""
-    flags = serve_flags(upstream or [], listen, admin, cache_dir, workers)
+    flags, problems = serve_flags(upstream or [], listen, admin, cache_dir, workers)
 
     def read() -> "Settings":
-        from gup.cli.usable import require_usable
-        from gup.config import load, require_servable
+        from gup.cli.usable import usable
 
-        settings = load(config, flags=flags)
-        require_servable(settings)
-        require_usable(settings)
-        return settings
+        return usable(config, flags, problems, servable=True)
 
     first = read()
     from gup.process import supervisor
@@ -64,8 +60,8 @@ def serve_flags(
     admin: str | None = None,
     cache_dir: Path | None = None,
     workers: int | None = None,
-) -> dict[str, Any]:
-    """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags that were given, nested like the file, and a sentence for each that is malformed."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):
@@ -76,15 +72,13 @@ def serve_flags(
                 problems += error.problems
                 continue
             addresses |= {f"{prefix}address": host} if host else {}
-    if problems:
-        raise SettingsError(problems)
     flags: dict[str, Any] = {
         "listen": addresses,
         "upstream": [{"url": url} for url in upstream],
         "cache": {"directory": cache_dir} if cache_dir is not None else {},
         "workers": {"count": workers} if workers is not None else {},
     }
-    return {section: values for section, values in flags.items() if values}
+    return {section: values for section, values in flags.items() if values}, problems
 
 
 def host_port(flag: str, text: str) -> tuple[str, int]:

@@ -14,12 +14,10 @@ config = typer.Typer(help="Look at settings without starting anything.", no_args
 @config.command("check")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
     """Say whether `gup serve --config FILE` could start, or every mistake."""
-    from gup.cli.usable import require_usable
-    from gup.config import load
+    from gup.cli.usable import usable
     from gup.units import format_size
 
-    settings = load(file)
-    require_usable(settings)
+    settings = usable(file, servable=False)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(
@@ -68,17 +66,19 @@ def explain(
     """Say for each upstream whether the client may have the stream from it, and why."""
     from gup.cli.serve import serve_flags
     from gup.cli.usable import read_catalog
-    from gup.config import load, require_servable
+    from gup.config import read
     from gup.content import variant_choice
     from gup.content.catalog import Catalogues, normal_moniker
     from gup.content.rules import Rulebook
     from gup.errors import SettingsError
 
-    settings = load(config, flags=serve_flags(upstream=upstream or []))
-    require_servable(settings)
+    flags, _ = serve_flags(upstream=upstream or [])
+    settings, problems = read(config, flags=flags, servable=True)
     stream = normal_moniker(moniker)
     if stream is None:
-        raise SettingsError([f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without"])
+        problems.append(f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without")
+    if problems or stream is None:
+        raise SettingsError(problems)
     book = Rulebook(settings)
     client = book.identities.stated(client_version, client_language)
     found = {upstream.name: read_catalog(settings, upstream) for upstream in settings.upstream}

@@ -18,9 +18,8 @@ from gup.units import bytes_in_words, time_in_words
 if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
 
-FAILED = 1
-UNUSABLE = 2
-"""Exit statuses: the work failed; flags or settings can't be used (as for unknown flags)."""
+FAILED, UNUSABLE, WAITING = 1, 2, 3
+"""Exit statuses: the work failed; flags or settings can't be used; some settings wait for a restart."""
 
 ConfigFlag = Annotated[
     Path | None,

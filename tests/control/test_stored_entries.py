@@ -86,11 +86,13 @@ async def test_other_methods_paths_and_forged_requests_are_problems_and_do_nothi
 async def test_reload_is_asked_for(world, browser):
     async with world.running():
         async with browser.post(world.url + "/api/v1/reload") as answer:
-            assert (answer.status, await answer.json()) == (200, {"reloaded": True, "problems": []})
+            told = {"reloaded": True, "problems": [], "changed": ["wan.rate"], "waiting": []}
+            assert (answer.status, await answer.json()) == (200, told)
         assert world.reloads == 1
         world.reload_problems = ["cache.max_size: is too small"]
         async with browser.post(world.url + "/api/v1/reload") as answer:
-            assert await answer.json() == {"reloaded": False, "problems": world.reload_problems}
+            told = await answer.json()
+            assert (told["reloaded"], told["problems"]) == (False, world.reload_problems)
         world.config_ok = False
         _, told = await get(browser, world, "/api/v1/status")
         assert told["reload"] == {"successful": False}

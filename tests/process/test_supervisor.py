@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gup.config import Settings
-from gup.process.supervisor import reloadable
+from gup.process.supervisor import differing, reloadable
 
 HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
@@ -244,7 +244,7 @@ def test_a_bad_reload_changes_nothing_but_the_metric(service):
         assert controller.ask("reload") == {"sent": True}
         messages = controller.until("messages", lambda messages: len(messages) == 2)
         assert messages[0]["settings"]["wan"]["rate"] == 1_000_000
-        assert messages[1] == {"reloaded": True, "problems": []}
+        assert messages[1] == {"problems": [], "changed": ["wan.rate"], "waiting": []}
         assert controller.ask("page")["words"][3] == 1
 
 
@@ -266,6 +266,16 @@ def test_most_settings_take_effect():
     assert reloadable(settings(), new) == (new, [])
 
 
+def test_what_differs_is_named_as_people_write_it():
+    new = settings(
+        wan={"rate": "1MB/s", "schedule": [{"days": ["mon"], "from": "08:00", "to": "09:00", "rate": "0"}]},
+        upstream=[{"url": "http://a", "priority": 3}],
+        log={"level": "debug"},
+    )
+    assert differing(settings(), new) == ["upstream", "wan.rate", "wan.schedule", "log.level"]
+    assert differing(new, new) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -276,6 +286,7 @@ def test_most_settings_take_effect():
         ({"listen": {"backlog": 1}}, "listen.backlog"),
         ({"cache": {"directory": "/elsewhere"}}, "cache.directory"),
         ({"workers": {"count": 64}}, "workers.count"),
+        ({"site": {"name": "elsewhere"}}, "site.name"),
         ({"upstream": []}, "upstream"),
         ({"upstream": [{"url": "http://a"}, {"url": "http://b"}]}, "upstream"),
     ],
