@@ -155,9 +155,18 @@ def test_a_second_instance_on_the_directory_is_refused_by_name(service):
     said = second.lines[-1]
     assert f"another gup uses the cache directory {first.folder / 'cache'}" in said
     assert str(first.process.pid) in said
-    assert len(second.lines) == 1
+    assert len(second.lines) == 2
     with first.connect() as client:
         assert client.ask("who")["generation"] == 1
+
+
+def test_a_second_instance_says_at_once_for_whom_it_waits_and_serves_when_that_one_has_ended(service):
+    first = service()
+    second = service(environment={"TEST_LOCK_SECONDS": "20"}, ready=False)
+    second.until(rf"another gup uses .* \(pid {first.process.pid}.*: waiting 20 s for it to end")
+    assert first.stop() == 0
+    second.ready()
+    assert second.stop() == 0
 
 
 def test_what_can_not_be_opened_is_told_in_one_line(service, tmp_path):
