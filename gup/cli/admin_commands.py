@@ -124,14 +124,16 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
 @with_connection_flags
 def prefetch(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Such as /content/{MONIKER}/260101001/full.zip.")
+        list[str], typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip.")
     ],
     *,
     version: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this version; without it, of each.")
+        str | None,
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version."),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this language; without it, of each.")
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language."),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Put it on the list and return; status 0 then.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.shared import ConfigFlag, JsonFlag, SeedFlag, quantity
+from gup.cli.shared import Commands, ConfigFlag, JsonFlag, SeedFlag, quantity
 from gup.errors import SettingsError
 from gup.units import parse_duration, parse_rate, parse_size
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _HOST_PORT = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*):([0-9]{1,5})")
 
 simulate = typer.Typer(
-    help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
+    cls=Commands, help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
 )
-ClientsFlag = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
-SecondsFlag = Annotated[float, typer.Option(min=1, help="How long they run.")]
+ClientsFlag = Annotated[int, typer.Option(min=1, metavar="N", help="Simulated clients.")]
+SecondsFlag = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long they run.")]
 
 
 def serve(
@@ -94,7 +94,7 @@ def demo(
     *,
     clients: ClientsFlag = 200,
     seconds: SecondsFlag = 30.0,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes of gup.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes of gup.")] = 2,
     wan_rate: Annotated[int, quantity(parse_rate, "RATE", "Of the simulated WAN.", "10MB/s")] = 10_000_000,
     seed: SeedFlag = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Stay up after the summary.")] = False,
@@ -121,7 +121,7 @@ def simulate_manager(
         float,
         quantity(parse_duration, "DURATION", "Between new revisions; 0 publishes none by itself.", "10s"),
     ] = 10.0,
-    products: Annotated[int, typer.Option(min=1, help="Streams of content.")] = 4,
+    products: Annotated[int, typer.Option(min=1, metavar="N", help="Streams of content.")] = 4,
     full_size: Annotated[int, quantity(parse_size, "SIZE", "Of a full package.", "4MB")] = 4_000_000,
 ) -> None:
     """Play a management server with a tree of content until SIGTERM or SIGINT."""

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from gup.cli.shared import ConfigFlag, JsonFlag, print_json
+from gup.cli.shared import Commands, ConfigFlag, JsonFlag, print_json
 
-config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
+config = typer.Typer(cls=Commands, help="Look at settings without starting anything.", no_args_is_help=True)
 
 
 @config.command("check")
@@ -29,7 +29,7 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The setting
 
 @config.command("show")
 def show(
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings' file (TOML).")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="The settings' file (TOML).")] = None,
 ) -> None:
     """Print all settings in force, from FILE, the environment and the defaults; secrets are masked."""
     from gup.cli.reference import settings_toml
@@ -38,7 +38,7 @@ def show(
     typer.echo(settings_toml(load(file)), nl=False)
 
 
-rules = typer.Typer(help="Ask what the delivery rules decide.", no_args_is_help=True)
+rules = typer.Typer(cls=Commands, help="Ask what the delivery rules decide.", no_args_is_help=True)
 
 
 @rules.callback()
