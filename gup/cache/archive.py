@@ -14,9 +14,8 @@ from typing import IO, Annotated, Any
 from pydantic import BaseModel, Field, TypeAdapter
 
 import gup
-from gup.cache.chunks import read_aside
 from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
-from gup.cache.store import OpenFile, Store
+from gup.cache.store import OpenFile, Store, read_aside
 from gup.content.key import ContentKey
 from gup.errors import GupError, quoted
 from gup.fsutil import write_all

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.locks import want_offset
 from gup.cache.memory_files import Row
@@ -97,7 +97,7 @@ class Follower:
         row = memory.find(fill.key)
         if row is None:
             self._lose_memory()
-        elif row.announced:
+        elif row.state_fd:
             self._news_at = self._deps.clock()
             body = self._body_in_memory(row)
             if body is not None:

@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.demotions import BadDiskError
-from gup.cache.disk_space import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
+from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
 from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import want_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
@@ -36,7 +35,7 @@ from gup.cache.records import (
 )
 from gup.cache.recovery import Leftover, give_up, note_damage, renew, save_failure, validated_at
 from gup.cache.scheduler import FillSlot
-from gup.cache.store import OpenFile, Store
+from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download

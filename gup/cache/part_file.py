@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from gup.cache.disk_space import on_disk
+from gup.cache.disk import on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
 from gup.fsutil import start_writeback

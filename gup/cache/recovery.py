@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gup.cache.chunks import sound_chunks
 from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed
 from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
 from gup.cache.records import CHUNK_BYTES, Failure, FillState, Hold, Phase, Record, route_of
-from gup.cache.store import OpenFile, Part, Store, unlink
+from gup.cache.store import OpenFile, Part, Store, sound_chunks, unlink
 from gup.content.key import ContentKey
 from gup.content.routes import Route
 from gup.metrics import Counters

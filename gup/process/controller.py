@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from gup.cache.catalog_cache import read_catalogue
-from gup.cache.durability import Durability
+from gup.cache.disk import Durability
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
@@ -47,7 +47,7 @@ class Controller(ChildProcess):
         )
         self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
-            self.store,
+            self.store.root,
             lambda: self.settings.cache.sync_interval,
             shared.sum_of("gup_fills_total", outcome="committed"),
         )

@@ -11,7 +11,7 @@ from harness.harm import flip, only, scribble
 from harness.scripted import Answer, Gate
 
 from gup.cache.cache import Result
-from gup.cache.durability import Mark, boot_id, write_mark
+from gup.cache.disk import Mark, boot_id, write_mark
 from gup.cache.records import CHUNK_BYTES
 from gup.content.key import Variant
 from gup.errors import Problem
