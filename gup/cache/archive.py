@@ -216,20 +216,6 @@ class TarReader:
 # --- taking in
 
 
-@dataclass(frozen=True, slots=True)
-class Custody:
-    """What an import needs of whoever owns the store, called from its thread.
-
-    `claim` and `release` take a key's offset. `room` tells why a body of so many bytes can't be taken, or "".
-    `taken` is told of each new entry.
-    """
-
-    claim: Callable[[int], bool]
-    release: Callable[[int], None]
-    room: Callable[[int], str]
-    taken: Callable[[Record], None]
-
-
 @dataclass(slots=True)
 class Imported:
     """What became of an archive. `complete`: it was read to its last member; `problem`: why not."""
@@ -244,11 +230,14 @@ class Imported:
 
 @dataclass(slots=True)
 class Import:
-    """One archive on its way into a store."""
+    """One archive on its way into a store. `refuse_room` and `taken` are called from its thread."""
 
     store: Store
-    custody: Custody
     now: float
+    refuse_room: Callable[[int], str]
+    """Tells why a body of so many bytes can't be taken, or ""."""
+    taken: Callable[[Record], None]
+    """Told of each new entry."""
     _done: Imported = field(default_factory=Imported)
 
     def take(self, stream: IO[bytes]) -> Imported:
@@ -293,19 +282,19 @@ class Import:
             raise ArchiveError("neither a record nor a body")
         if record is None or member.name != _FOLDER + record.key.text:
             raise ArchiveError("a body without its record before it")
-        store, key, custody = self.store, record.key, self.custody
+        store, key = self.store, record.key
         if self._is_present(key):
             return
         if member.size != record.length:
             raise ArchiveError(f"{member.size} bytes long instead of {record.length}")
-        if why := custody.room(record.length):
+        if why := self.refuse_room(record.length):
             raise ArchiveError(why)
         temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
         try:
             _copy(archive, temporary, record)
-            if not custody.claim(key.claim_offset):
-                raise ArchiveError("it is being fetched at this moment")
-            try:
+            with store.claimed(key.id) as claimed:
+                if not claimed:
+                    raise ArchiveError("it is being fetched at this moment")
                 if self._is_present(key):
                     return
                 record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000))
@@ -313,13 +302,11 @@ class Import:
                 temporary.rename(store.part_path(key.id, record.generation))
                 store.commit(record)
                 store.drop_state(key.id)
-            finally:
-                custody.release(key.claim_offset)
         finally:
             temporary.unlink(missing_ok=True)
         self._done.imported += 1
         self._done.imported_bytes += record.length
-        custody.taken(record)
+        self.taken(record)
 
     def _is_present(self, key: ContentKey) -> bool:
         """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""

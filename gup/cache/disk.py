@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,6 +177,7 @@ class Room:
     """What one fill was promised."""
 
     space: Space
+    executor: Executor
     _promised: int = 0
 
     async def reserve(self, amount: int) -> None:
@@ -193,14 +194,14 @@ class Room:
             self.space.release(self._promised, committed=committed)
             self._promised = 0
 
-    async def twice(self, work: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Do `work`; when the disk is full, evict and do it once more. It must be fit to be repeated."""
+    async def on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        """`work` in a thread; when the disk is full, evict and do it once more: it must be fit for that."""
         try:
-            return await work()
+            return await on_disk(self.executor, work, *arguments)
         except DiskError as error:
             if error.errno not in _FULL or not await self.space.make_room():
                 raise
-        return await work()
+        return await on_disk(self.executor, work, *arguments)
 
 
 # --- what a power cut can't take

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.locks import Claims
+from gup.cache.locks import Claims, claim_offset
 from gup.cache.records import (
     CHUNK_BYTES,
     MAX_RECORD_BYTES,
@@ -91,6 +91,20 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def claimed(self, id_: str) -> Iterator[bool]:
+        """Hold the claim of the key of this id for the block; False when somebody else has it."""
+        offset = claim_offset(id_)
+        if self.claims is None:
+            yield True
+        elif self.claims.try_claim(offset):
+            try:
+                yield True
+            finally:
+                self.claims.release(offset)
+        else:
+            yield False
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
@@ -329,7 +343,7 @@ class Store:
         self.save_state(state)
         self.remove(record.key)
 
-    def parts(self, claims: Claims | None = None) -> list[Part]:
+    def parts(self) -> list[Part]:
         """What lies in `partial/`: one row a part, and one for a state that has no part."""
         rows, names = [], sorted(path.name for path in self.partial.iterdir())
         with_part = {name[:32] for name in names if name.endswith(".part")}
@@ -343,7 +357,7 @@ class Store:
                 stat, state = (self.partial / name).stat(), None
                 with contextlib.suppress(ValueError, OSError):
                     state = self.load_state(id_)
-                claimed = claims is not None and claims.taken(int(id_[:16], 16) >> 2)
+                claimed = self.claims is not None and self.claims.taken(claim_offset(id_))
                 size = stat.st_size if generation else 0
                 rows.append(Part(id_, generation, size, stat.st_mtime, claimed, state))
         return rows

@@ -371,7 +371,7 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
     import pwd
     from dataclasses import asdict
 
-    from gup.cache.archive import Custody, Import
+    from gup.cache.archive import Import
     from gup.cache.records import Record
     from gup.control.eviction import no_room
     from gup.errors import StoreError
@@ -398,5 +398,4 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
 
     with _alone(store):  # no other process is at work: every claim is free
         held_bytes = sum(stored.size_bytes for stored in store.scan())
-        custody = Custody(claim=lambda _: True, release=lambda _: None, room=room, taken=taken)
-        return asdict(Import(store, custody, time.time()).take(source))
+        return asdict(Import(store, time.time(), room, taken).take(source))

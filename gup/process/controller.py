@@ -37,7 +37,7 @@ class Controller(ChildProcess):
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
-        recovery = Recovery(self.store, dependencies.claims, self.counters, self._take_over, self.tell)
+        recovery = Recovery(self.store, self.counters, self._take_over, self.tell)
         self._catalogues = catalogues = CatalogRefresher(
             self.store.run,
             self.settings,

@@ -16,6 +16,7 @@ from harness.scripted import Answer, Gate
 from harness.trees import noise
 
 from gup.cache.body import GrowingBody
+from gup.cache.disk import Room
 from gup.cache.memory_files import ROW_WORDS, STEP_BYTES, MemoryFile, MemoryFiles, MemoryFull
 from gup.cache.open_entries import Result
 from gup.cache.part_file import PartWriter
@@ -233,7 +234,7 @@ async def test_who_reads_what_is_gone_has_a_time_of_grace(table, until):
 
 
 def writer_of(tmp_path, executor) -> PartWriter:
-    return PartWriter(tmp_path / "part", executor, len(BODY))
+    return PartWriter(tmp_path / "part", Room(None, executor), len(BODY))
 
 
 async def test_a_part_goes_over_byte_for_byte_and_goes_on(tmp_path, executor, table):
