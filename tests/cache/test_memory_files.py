@@ -22,7 +22,6 @@ from gup.cache.open_entries import Result
 from gup.cache.part_file import PartWriter
 from gup.cache.records import CHUNK_BYTES, FillState, Head, Phase
 from gup.content.key import ContentKey, Kind, Variant
-from gup.errors import Problem
 
 FILE = path_of("xdelta260731001.dax")
 BODY = noise("memory", 3 * CHUNK_BYTES + 1000)
@@ -413,24 +412,6 @@ async def test_a_follower_that_can_not_open_the_file_holds_nothing_up(tmp_path, 
         assert await asyncio.gather(read(first.body), read(second.body)) == [BODY, BODY]
         second.body.leave()
         assert len(upstream.requests(FILE)) == (2 if isinstance(error, PermissionError) else 1)
-
-
-async def test_beyond_the_memory_clients_are_passed_through_four_at_once(tmp_path, upstream, monkeypatch):
-    refuse(monkeypatch)
-    gate = Gate()
-    upstream.answer(FILE, Answer(BODY, etag='"a"'), Answer(BODY, etag='"a"', gates=((MB, gate),)))
-    async with working(tmp_path, [upstream.url], fill={"memory": "1MB"}) as one:
-        opened = [await one.open(FILE) for _ in range(4)]
-        with pytest.raises(Problem) as refused:
-            await one.open(FILE)
-        assert refused.value.slug == "overloaded"
-        assert refused.value.retry_after_seconds
-        assert {each.result for each in opened} == {Result.BYPASS}
-        gate.open()
-        for each in opened:
-            assert await read(each.body) == BODY
-            each.body.leave()
-        assert len(upstream.requests(FILE)) == 5, "one that could not be stored, and one each"
 
 
 async def test_of_unknown_length_its_readers_are_cut_at_the_limit_and_then_passed_through(
