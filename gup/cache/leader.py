@@ -835,7 +835,7 @@ class Leader:
     def _current_state(self) -> FillState:
         return replace(
             self._state,
-            ahead=self._fill.background,
+            background=self._fill.background,
             holds=self._holds.rows,
             service_start=self._deps.store.service_start,
         )

@@ -286,7 +286,7 @@ class Recovery:
                 self._watch(state, seen, first_seconds=0.0)  # needs no upstream, if its bytes are right
             elif state.phase is not Phase.STREAMING:
                 await self._tidy_or_tell(part, seen)
-            elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
+            elif not state.background and len(self._going_on) < _MOST_AT_ONCE:
                 self._watch(state, seen, first_seconds=_ORPHANED_SECONDS)
         await asyncio.to_thread(self._drop_leftovers)
 
