@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.harm import flip, only, to_directory, to_fifo, to_link
-from harness.scripted import Answer, Gate
+from harness.disks import flip, only, to_directory, to_fifo, to_link
+from harness.upstreams import Answer, Gate
 
 from gup.cache.cache import Result
 from gup.cache.records import CHUNK_BYTES
