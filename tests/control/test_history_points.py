@@ -18,14 +18,14 @@ from gup.control.stats.history import (
     KEPT,
     MINUTE,
     SENT,
-    Gauges,
+    Point,
     Recorder,
     add_gain,
+    added_up,
     points_of,
     shown,
     sums_of,
 )
-from gup.control.stats.savings import added_up
 from gup.metrics import layout
 
 NOON = 1_800_000_000 // DAY * DAY + 43_200
@@ -121,8 +121,8 @@ def within(path, work):
 
 def test_gauges_are_the_last_and_rates_the_highest(tmp_path):
     def work(db):
-        add_gain(db, NOON, Counter(), 1.0, Gauges(wan_peak=5, wan_limit=8, client_peak=70, entries_bytes=3))
-        add_gain(db, NOON, Counter(), 1.0, Gauges(wan_peak=2, wan_limit=4, client_peak=90, entries_bytes=2))
+        add_gain(db, NOON, Counter(), 1.0, Point(wan_peak=5, wan_limit=8, client_peak=70, entries_bytes=3))
+        add_gain(db, NOON, Counter(), 1.0, Point(wan_peak=2, wan_limit=4, client_peak=90, entries_bytes=2))
         return points_of(db, MINUTE, NOON, NOON)
 
     (point,) = within(tmp_path, work)
@@ -135,9 +135,9 @@ def test_points_beyond_those_kept_are_dropped_in_the_order_in_which_they_were_be
 
     def work(db):
         for minute in range(160):
-            add_gain(db, NOON + 60 * minute, Counter({SENT: 5}), 60.0, Gauges())
+            add_gain(db, NOON + 60 * minute, Counter({SENT: 5}), 60.0, Point())
         for hour in range(70):
-            add_gain(db, NOON - 3600 * hour, Counter({SENT: 5}), 60.0, Gauges())
+            add_gain(db, NOON - 3600 * hour, Counter({SENT: 5}), 60.0, Point())
         return {step: sorted(point.number for point in points_of(db, step, 0, 1e18)) for step in KEPT}
 
     found = within(tmp_path, work)
@@ -192,7 +192,7 @@ async def test_an_hour_of_a_wrong_clock_takes_no_right_point_away(tmp_path):
 
     def work(db):
         for minute in minutes:
-            add_gain(db, NOON + 60 * minute, Counter({SENT: 1}), 60.0, Gauges())
+            add_gain(db, NOON + 60 * minute, Counter({SENT: 1}), 60.0, Point())
 
     within(tmp_path, work)
     async with serving(tmp_path) as service:

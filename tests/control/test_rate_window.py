@@ -1,6 +1,6 @@
 """The increase and rate of a counter over a time window."""
 
-from gup.control.rate_window import RateWindow
+from gup.control.stats.history import RateWindow
 
 
 def test_the_increase_is_that_of_the_window():
