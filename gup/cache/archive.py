@@ -3,14 +3,16 @@
 An archive is a tar of a first member that tells of it, a record and a body for each entry, and a last member.
 """
 
+import asyncio
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any
 
+import aiofiles
 from pydantic import BaseModel, Field, TypeAdapter
 
 import gup
@@ -18,7 +20,7 @@ from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
 from gup.cache.store import OpenFile, Store, read_aside
 from gup.content.key import ContentKey
 from gup.errors import GupError, quoted
-from gup.fsutil import write_all
+from gup.files import write_all
 from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, read, shown
 
 FORMAT = 1
@@ -66,22 +68,23 @@ class Ending(BaseModel):
 # --- writing
 
 
-def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> Iterator[bytes]:
+async def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> AsyncIterator[bytes]:
     """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last."""
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
-    yield from _member(FIRST, first.model_dump_json().encode(), now)
+    yield _member(FIRST, first.model_dump_json().encode(), now)
     last = Ending(entries=0, bytes=0, left_out=[])
     for key in keys:
         try:
-            record, file = _sound(store, key)
+            record, file = await asyncio.to_thread(_sound, store, key)
         except (ValueError, OSError) as error:
             last.left_out.append(LeftOut(key=key.text, why=plain_text(str(error), _MAX_TEXT)))
             continue
-        yield from _member(_record_name(key), record.encode(), record.stored_at)
-        yield from _body_member(record, file)
+        yield _member(_record_name(key), record.encode(), record.stored_at)
+        async for piece in _body_member(record, file):
+            yield piece
         last.entries += 1
         last.bytes += record.length
-    yield from _member(LAST, last.model_dump_json().encode(), now)
+    yield _member(LAST, last.model_dump_json().encode(), now)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -98,21 +101,21 @@ def _sound(store: Store, key: ContentKey) -> tuple[Record, OpenFile]:
     return record, file
 
 
-def _body_member(record: Record, file: OpenFile) -> Iterator[bytes]:
+async def _body_member(record: Record, file: OpenFile) -> AsyncIterator[bytes]:
     yield _header(_FOLDER + record.key.text, record.length, record.stored_at)
-    sums, at = ChunkSums(), 0
-    while piece := os.pread(file.fd, min(_PIECE_BYTES, record.length - at), at):
-        sums.add(piece)
-        at += len(piece)
-        yield piece
+    sums, left = ChunkSums(), record.length
+    async with aiofiles.open(file.fd, "rb", buffering=0, closefd=False) as body:
+        while piece := await body.read(min(_PIECE_BYTES, left)):
+            sums.add(piece)
+            left -= len(piece)
+            yield piece
     if sums.finish() != record.sums:
         raise ArchiveError(f"{record.key.text} was changed while it was read")
     yield bytes(-record.length % tarfile.BLOCKSIZE)
 
 
-def _member(name: str, content: bytes, at: float) -> Iterator[bytes]:
-    yield _header(name, len(content), at)
-    yield content + bytes(-len(content) % tarfile.BLOCKSIZE)
+def _member(name: str, content: bytes, at: float) -> bytes:
+    return _header(name, len(content), at) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def _header(name: str, size_bytes: int, at: float) -> bytes:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from gup.cache.records import MAX_BODY_BYTES, Record
 from gup.errors import GupError, is_exhausted
-from gup.fsutil import replace_file, sync_file_system
+from gup.files import replace_file, sync_file_system
 
 log = logging.getLogger("gup.durability")
 

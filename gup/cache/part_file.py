@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 from gup.cache.disk import Room, on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
-from gup.fsutil import start_writeback
+from gup.files import start_writeback
 
 _Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20

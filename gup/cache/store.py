@@ -25,7 +25,7 @@ from gup.cache.records import (
 )
 from gup.content.key import ContentKey
 from gup.errors import GupError, StoreError
-from gup.fsutil import read_regular, sync_folder, write_all
+from gup.files import read_regular, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})

@@ -17,8 +17,17 @@ from urllib.parse import quote, urlencode
 
 import typer
 
-from gup.cli.format import Columns, print_json, show_table
-from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags, with_flags
+from gup.cli.shared import (
+    FAILED,
+    Columns,
+    JsonFlag,
+    Where,
+    asking,
+    print_json,
+    show_table,
+    with_connection_flags,
+    with_flags,
+)
 from gup.units import bytes_in_words
 
 if TYPE_CHECKING:
@@ -265,6 +274,8 @@ def export(
 
     Status 1 when something had to be left out because it is damaged. Without a service all is exported.
     """
+    import asyncio
+
     from gup.cache.archive import summary
 
     with _new(file) as (archive, path):
@@ -272,7 +283,7 @@ def export(
             where,
             cache_dir,
             lambda admin: archive.writelines(admin.pieces("GET", "export?" + urlencode(filters))),
-            lambda store: archive.writelines(_read_here(store, filters)),
+            lambda store: asyncio.run(_write_here(archive, store, filters)),
         )
         archive.flush()
         told = summary(path)
@@ -305,7 +316,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
         path.unlink(missing_ok=True)
 
 
-def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
+async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> None:
     """Committed bodies never change, so they can be read whoever else is at work there."""
     import socket
 
@@ -320,7 +331,8 @@ def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
         for key in contents(store, grace_seconds=0.0).keys
         if all(getattr(key, name).casefold() == value.casefold() for name, value in filters.items())
     ]
-    yield from written(store, keys, socket.gethostname(), time.time())
+    async for piece in written(store, keys, socket.gethostname(), time.time()):
+        archive.write(piece)
 
 
 # --- import

@@ -1,5 +1,6 @@
 """Archives of entries: out of one store and into another, whole, damaged, cut off, and made by others."""
 
+import asyncio
 import io
 import json
 import re
@@ -64,7 +65,11 @@ def keys_of(store):
 
 
 def archive(store, keys=None) -> bytes:
-    return b"".join(written(store, keys if keys is not None else keys_of(store), "lyon", NOW))
+    async def pieces() -> list[bytes]:
+        made = written(store, keys if keys is not None else keys_of(store), "lyon", NOW)
+        return [piece async for piece in made]
+
+    return b"".join(asyncio.run(pieces()))
 
 
 def importing(store: Store, taken: list | None = None, why: str = "") -> Import:

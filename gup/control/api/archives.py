@@ -53,7 +53,7 @@ class Archives:
             response.enable_chunked_encoding()
             await response.prepare(request)
             try:
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                async for piece in pieces:
                     await response.write(piece)
             except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
                 _log.warning("an export broke off: %s", error)
@@ -71,7 +71,7 @@ class Archives:
             loop, content = asyncio.get_running_loop(), request.content
             taking = asyncio.create_task(asyncio.to_thread(_take, state, content, loop))
             try:
-                return Import.model_validate(await asyncio.shield(taking))
+                return Import(await asyncio.shield(taking))
             except asyncio.CancelledError:  # the service stops: let the thread end, at an entry's border
                 content.set_exception(ConnectionResetError("the service stops"))
                 await asyncio.gather(taking, return_exceptions=True)
