@@ -27,9 +27,8 @@ from gup.client_names import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
-from gup.control.index import Count, Time
 from gup.errors import PROBLEMS, quoted
-from gup.jsonmodel import InvalidError, parse, plain_text, shown
+from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, shown
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000

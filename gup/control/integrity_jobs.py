@@ -17,10 +17,10 @@ from gup.cache.records import Record
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
 from gup.control.api import schemas
-from gup.control.dependencies import ControlDependencies
-from gup.control.index import Count, Index, Time
-from gup.control.reconcile import BusyError, change, index_again, to_its_end
+from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
+from gup.control.index import Index
 from gup.errors import Problem
+from gup.jsonmodel import Count, Time
 
 _log = logging.getLogger("gup.control.integrity")
 
@@ -182,7 +182,7 @@ async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index
     """Fetch the damaged chunks of a body anew; why it could not be done."""
     problem = await dependencies.mend(key, True)
     if problem is None:
-        await index_again(key, index, dependencies.store)
+        await index.read_again(key, dependencies.store)
     return problem
 
 

@@ -23,10 +23,10 @@ from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route, Routes, leads_to, parse_target
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Key
-from gup.control.index import Count, Index, Stream, Time, stream_of
+from gup.control.index import Index, Stream, stream_of
 from gup.control.traffic import LatestStreams
 from gup.errors import GupError, Problem
-from gup.jsonmodel import plain_text
+from gup.jsonmodel import Count, Time, plain_text
 
 _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000

@@ -12,7 +12,7 @@ from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmBoard, Rejection
 from gup.control.api.schemas import FailedFill, WriteRefusal
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, change
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
     Begun,
@@ -34,7 +34,6 @@ from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.rate_window import RateWindow
-from gup.control.reconcile import change
 from gup.control.stats.client_records import ClientWindows
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import Recorder

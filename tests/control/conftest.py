@@ -22,9 +22,9 @@ from gup.config import Settings
 from gup.content.catalog import Catalogues
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
+from gup.control.auth import local_path, make_local_token
 from gup.control.dependencies import ControlDependencies
 from gup.control.service import Control
-from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 

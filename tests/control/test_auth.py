@@ -11,15 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Listen, Settings
-from gup.control.auth import Access, AccessRequest, AdminListener, load_context, refusal, require_access
-from gup.control.tokens import (
+from gup.control.auth import (
+    Access,
+    AccessRequest,
+    AdminListener,
     Presented,
     Right,
     Tokens,
+    load_context,
     local_path,
     make_local_token,
     presented,
     read_token,
+    refusal,
+    require_access,
     token_doubts,
 )
 from gup.errors import SettingsError
@@ -123,7 +128,7 @@ def basic(text):
     return "Basic " + base64.b64encode(text.encode()).decode()
 
 
-TOKENS = Tokens.of(change="c" * 20, read="r" * 20, local="l" * 20)
+TOKENS = Tokens(change="c" * 20, read="r" * 20, local="l" * 20)
 
 
 @pytest.mark.parametrize(

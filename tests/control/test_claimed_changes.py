@@ -15,7 +15,7 @@ from harness.control import get, limited
 from gup.cache.records import FillState, Phase, seal
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
-from gup.control.reconcile import BusyError, change, to_its_end
+from gup.control.dependencies import BusyError, change, to_its_end
 from gup.control.service import Control
 
 OLD, NEW = b"the old body", b"the new generation"

@@ -9,8 +9,15 @@ from contextlib import closing
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import ORDERS, DamagedIndexError, Index, IndexFile, make_row
-from gup.control.reconcile import ORPHAN_AGE_SECONDS, reconcile
+from gup.control.index import (
+    ORDERS,
+    ORPHAN_AGE_SECONDS,
+    DamagedIndexError,
+    Index,
+    IndexFile,
+    make_row,
+    reconcile,
+)
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
