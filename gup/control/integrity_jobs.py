@@ -1,7 +1,6 @@
 """Integrity jobs: the scrubber in the background, and verification on command."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -142,11 +141,9 @@ class Scrubber:
 
     def _open(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
         store = self._dependencies.store
-        with contextlib.suppress(ValueError):
-            record = store.load(key)
-            if record is not None and (file := store.open_body(record)) is not None:
-                return record, file
-        return None
+        record = store.load_or_none(key)
+        file = store.open_body(record) if record is not None else None
+        return (record, file) if record is not None and file is not None else None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Check under the claim whether the entry is damaged, or was just removed or replaced."""
