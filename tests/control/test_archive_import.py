@@ -2,12 +2,8 @@
 
 import asyncio
 
-import pytest
-
 from gup.cache.archive import summary
 from gup.config import Settings
-
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def exported(browser, world, query=""):
