@@ -268,31 +268,29 @@ class Verification:
         """Check and note what is wrong; False when somebody holds the claim: a commit under way looks like
         damage. An entry is read without its claim first. An exception becomes a finding.
         """
-        claims, mends = self._dependencies.claims, []
+        claims, repair = self._dependencies.claims, self._told.repair
         try:
             if key is not None and not await asyncio.to_thread(check):
                 return True
             if offset is not None and not claims.try_claim(offset):
                 return False
             try:
-                for finding in await to_its_end(check):
-                    if not self._told.repair:
-                        self._note(finding, None)
-                    elif finding.where == "body":
-                        mends.append(finding)  # by a fill, which takes the claim itself
-                    else:
+                found = await to_its_end(check)
+                for finding in found if repair else ():
+                    if finding.where != "body":  # bodies are mended by a fill, which takes the claim itself
                         await to_its_end(put_right, self._store, finding, alone=False)
-                        if finding.key is not None and finding.where == "record":
-                            self._index.discard(finding.key.text)
-                            self._dependencies.raise_store_epoch()
-                        self._note(finding, True)
+                    if finding.where == "record" and finding.key is not None:
+                        self._index.discard(finding.key.text)
+                        self._dependencies.raise_store_epoch()
             finally:
                 if offset is not None:
                     claims.release(offset)
-            for finding in mends:
-                assert key is not None
-                problem = await _mend(key, self._dependencies, self._index)
-                self._note(finding, problem is None, problem.detail if problem is not None else None)
+            for finding in found:
+                problem = None
+                if repair and finding.where == "body" and key is not None:
+                    problem = await _mend(key, self._dependencies, self._index)
+                why_not = problem.detail if problem is not None else None
+                self._note(finding, problem is None if repair else None, why_not)
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
             detail = f"it can't be looked at: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
@@ -300,13 +298,13 @@ class Verification:
         return True
 
     def _note(self, finding: Finding, mended: bool | None, why_not: str | None = None) -> None:
-        told, where = self._told, finding.where
+        told = self._told
         _log.warning("%s: %s", finding.path, finding.detail)
-        if where != "stray":
-            self._dependencies.counters.add("gup_integrity_failures_total", where=where)
+        if finding.where != "stray":
+            self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
         told.damaged += 1
         told.mended += bool(mended)
         if len(told.found) < _MOST_FINDINGS:
             key = finding.key.text if finding.key else None
-            shown = {"where": where, "path": finding.path, "key": key, "detail": finding.detail}
+            shown = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
             told.found.append(schemas.Finding.model_validate(shown | {"mended": mended, "why_not": why_not}))
