@@ -27,8 +27,7 @@ from aiofiles.os import wrap
 
 from gup.config import Listen
 from gup.errors import SettingsError
-from gup.files import PEM_BYTES, FileError, read_file, trust
-from gup.fsutil import replace_file
+from gup.files import PEM_BYTES, FileError, read_file, replace_file, trust
 
 _log = logging.getLogger("gup.control.auth")
 

@@ -12,7 +12,7 @@ from aiohttp import web
 from gup.cache.archive import ArchiveError
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.alarm_collector import AlarmCollector
+from gup.control.alarms import AlarmCollector
 from gup.control.api import archives, entries, maintenance, statistics, status
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
