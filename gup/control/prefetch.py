@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
 
 from gup.content.catalog import CLIENT_PATCHES, OTHER
-from gup.content.deltas import Folder, Named, delta_path, named, spelled_moniker
-from gup.content.key import ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes, leads_to, parse_target
+from gup.content.key import ContentKey, Folder, Kind, Named, Variant, named
+from gup.content.routes import Route, Routes, delta_path, leads_to, parse_target, spelled_moniker
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Key
 from gup.control.index import Count, Index, Stream, Time, stream_of

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from gup.content.deltas import Folder, named
-from gup.content.key import ContentKey, Kind, delta_step
+from gup.content.key import ContentKey, Folder, Kind, delta_step, named
 from gup.content.routes import path_of
 from gup.control.prefetch import MAX_REVISIONS, Outcome, PrefetchQueue, QueuedFetch, Revisions
 
