@@ -5,17 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.key import (
-    ANY,
-    BadKeyError,
-    ContentKey,
-    Folder,
-    Kind,
-    Named,
-    Variant,
-    delta_step,
-    named,
-)
+from gup.content.key import ANY, BadKeyError, ContentKey, Folder, Kind, Named, Variant, delta_step, named
 from gup.content.routes import Routes, delta_path, parse_target, spelled_moniker
 
 KEY = ContentKey("14.3 RU2", "de", "{07B590B3-9282-482F-BBAA-6D515D385869}", "190815061", "full.zip")

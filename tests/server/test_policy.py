@@ -22,10 +22,7 @@ PATCH = "{11111111-1111-1111-1111-111111111111}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 FRENCH = {"GUP-Client-Version": "14.3 RU2", "GUP-Client-Language": "French"}
 ENGLISH = {"GUP-Client-Version": "14.3 RU3", "GUP-Client-Language": "English"}
-TABLES = [
-    {"version": "14.3 RU2", "language": "French"},
-    {"version": "14.3 RU3", "language": "English"},
-]
+TABLES = [{"version": "14.3 RU2", "language": "French"}, {"version": "14.3 RU3", "language": "English"}]
 ASKED = ((Choices, "choose"), (Choices, "choose_for"), (Rulebook, "decide"), (Identities, "read"))
 
 

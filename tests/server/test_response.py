@@ -185,11 +185,7 @@ def test_a_failed_precondition_is_a_problem(fields, more):
 
 @pytest.mark.parametrize(
     ("header", "start", "stop"),
-    [
-        ("bytes=0-", 0, len(BODY)),
-        ("bytes=5-9,8-20", 5, 21),
-        ("bytes=10000-99999999", 10000, len(BODY)),
-    ],
+    [("bytes=0-", 0, len(BODY)), ("bytes=5-9,8-20", 5, 21), ("bytes=10000-99999999", 10000, len(BODY))],
 )
 def test_one_range(header, start, stop):
     response, content, fields = received(ask(("range", header)))
