@@ -4,10 +4,10 @@ import json
 
 import pytest
 from harness.commands import run
-from harness.scripted import Answer, ScriptedUpstream
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
-from gup.cli.catalog_reader import read_catalog
+from gup.cli.usable import read_catalog
 from gup.config import Settings
 from gup.content.catalog import parse_catalog
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from deploy.deployed import DEPLOY, run
 from harness.clients import fetch
-from harness.deployed import DEPLOY, run
-from harness.processes import MARK, end, environment, free_port, listens, needs
+from harness.processes import MARK, end, environment, free_port, listens, needs, until
 from harness.service import Gup
-from harness.waiting import until
 
 UNITS = DEPLOY / "systemd"
 EXPOSURE = "15"
@@ -44,7 +43,8 @@ def test_the_unit_is_hardened():
 
 def test_the_unit_gives_what_gup_needs():
     text = (UNITS / "gup.service").read_text()
-    for line in ("Type=notify", "User=gup", "ProtectSystem=strict", "StateDirectory=gup", "WatchdogSec=30"):
+    for line in ("Type=notify", "User=gup", "ProtectSystem=strict", "StateDirectory=gup", "WatchdogSec=30",
+                 "CapabilityBoundingSet=", "NoNewPrivileges=yes"):  # fmt: skip
         assert f"\n{line}\n" in text, line
 
 

@@ -13,8 +13,8 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from harness.scripted import Answer, ScriptedUpstream
-from harness.trees import zip_of
+from harness.content import zip_of
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.server.request import Request
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 from harness.caches import Worker
-from harness.scripted import Answer, ScriptedUpstream
-from harness.trees import zip_of
+from harness.content import zip_of
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
 from gup.content.catalog import parse_catalog

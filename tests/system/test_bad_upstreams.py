@@ -3,10 +3,10 @@
 import time
 
 from harness.clients import Ended, Response, assert_problem
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import BIG, DELTA, content_path, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import BIG, DELTA, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 LENGTH = 2_000_000
 HALF = LENGTH // 2

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 from harness.clients import Response
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 CATALOG = "/content/ContentInfo.txt"
 PATCH = "{11111111-1111-1111-1111-111111111111}"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 from harness.clients import RawConnection
-from harness.scripted import Answer, ScriptedUpstream
+from harness.content import noise, zip_of
 from harness.service import Gup
-from harness.trees import noise, zip_of
+from harness.upstreams import Answer, ScriptedUpstream
 
 MANAGERS = {"fr": ("14.3 RU2", "French"), "en": ("14.3 RU3", "English"), "de": ("14.3 RU2", "German")}
 PATCH = "{11111111-1111-1111-1111-111111111111}"

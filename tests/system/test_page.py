@@ -8,12 +8,11 @@ from urllib.parse import quote
 
 import pytest
 from harness.browser import Browser, browser
-from harness.clients import RawConnection
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.clients import RawConnection, Swarm
+from harness.content import MONIKER, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import Swarm
-from harness.trees import MONIKER, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 ATTACK = "<img src=x onerror=window.hit=1>"
 PRODUCT = f"Virus <script>window.hit=1</script>\"'><b onclick=window.hit=1> {ATTACK}"

@@ -10,10 +10,10 @@ import subprocess
 from collections import Counter
 
 import pytest
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import zip_of
+from harness.processes import until
 from harness.service import REPOSITORY, Gup
-from harness.trees import zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 from typer.testing import CliRunner
 
 from gup.cli.app import app

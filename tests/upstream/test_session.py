@@ -12,12 +12,10 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 import yarl
-from harness.certificates import Authority
+from harness.content import noise
 from harness.processes import free_port
-from harness.scripted import Answer as Scripted
-from harness.scripted import Over, RawUpstream, Talk, ok
-from harness.trees import noise
-from harness.web_proxy import WebProxy
+from harness.upstreams import Answer as Scripted
+from harness.upstreams import Authority, Over, RawUpstream, Request, WebProxy, ok
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +72,7 @@ async def failure_of(pool) -> UpstreamFailure:
 
 
 async def test_silence_in_mid_body_ends_by_read_timeout(before):
-    def half(talk: Talk) -> None:
+    def half(talk: Request) -> None:
         talk.send(ok(BODY)[: len(BODY) // 2])
         talk.pause(30)
 
@@ -102,7 +100,7 @@ def test_what_no_request_asked_for_is_nobodys_answer(pool_of, new_loop):
     asks, chance = 300, random.Random(300)
     said: set[str] = set()
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         true = ok(talk.path.encode())
         how = chance.randrange(4)
         try:
@@ -134,15 +132,15 @@ def test_what_no_request_asked_for_is_nobodys_answer(pool_of, new_loop):
 # --- reused connections
 
 
-def close(_: Talk) -> None:
+def close(_: Request) -> None:
     raise Over
 
 
-def reset(talk: Talk) -> None:
+def reset(talk: Request) -> None:
     talk.reset()
 
 
-def garbage(talk: Talk) -> None:
+def garbage(talk: Request) -> None:
     talk.send(b"0\r\n\r\nleft over\r\n")
     raise Over
 
@@ -150,7 +148,7 @@ def garbage(talk: Talk) -> None:
 async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(before):
     """GET: test_a_stale_connection_is_no_failure."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.number > 1:
             raise Over
         talk.send(ok(b"fine")[:-4])
@@ -162,7 +160,7 @@ async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(be
             assert told.length == 4
         assert pool.board.get("u").state is State.UP
         assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 5
-        assert 5 <= len(upstream.asked) <= 10
+        assert 5 <= len(upstream.seen) <= 10
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
@@ -171,7 +169,7 @@ async def test_a_failure_on_a_fresh_connection_counts_and_is_not_tried_here(befo
         with pytest.raises(UpstreamFailure):
             await get(pool)
         assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 1
-        assert len(upstream.asked) == 1
+        assert len(upstream.seen) == 1
 
 
 async def test_connections_are_given_back_whatever_comes_of_the_requests(before):
@@ -180,7 +178,7 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(before)
         (ok(b"fine"), b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno", b"nonsense\r\n\r\n")
     )
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.pause(0.02)
         talk.send(next(answers))
 
@@ -193,7 +191,7 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(before)
 
 
 async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_not_blamed(before):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(BODY)[:1000])
         talk.pause(30)
 
@@ -237,7 +235,7 @@ MISFRAMED = {
 
 @pytest.mark.parametrize("text", MISFRAMED.values(), ids=MISFRAMED.keys())
 async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(before, text):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
@@ -247,7 +245,7 @@ async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(before, text):
 
 
 async def test_a_body_longer_than_announced_is_refused_at_its_end(before):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(BODY[:300_000]))
         talk.send(b"and more that was not announced")
         raise Over
@@ -277,7 +275,7 @@ RANGES = {
 
 @pytest.mark.parametrize(("lines", "body"), RANGES.values(), ids=RANGES.keys())
 async def test_a_range_that_is_not_as_told_is_refused(before, lines, body):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send("\r\n".join(("HTTP/1.1 206 Part", *lines)).encode() + b"\r\n\r\n" + body)
         raise Over
 
@@ -288,7 +286,7 @@ async def test_a_range_that_is_not_as_told_is_refused(before, lines, body):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 async def test_an_end_that_only_the_connection_tells_is_not_confirmed(before, version):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(f"HTTP/{version} 200 OK\r\n\r\n".encode() + b"half of it")
         raise Over
 
@@ -296,7 +294,7 @@ async def test_an_end_that_only_the_connection_tells_is_not_confirmed(before, ve
         told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
         assert await body_of(told) == b"half of it"
         assert not told.head.delimited
-        upstream.answer = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
+        upstream.reply = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
         told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
         assert await body_of(told) == b"hello"
         assert told.head.delimited
@@ -348,7 +346,7 @@ async def test_a_head_is_kept_as_far_as_it_can_be_passed_on(before, line, etag, 
     ids=["letters", "bytes", "reason", "encoding", "transfer", "html"],
 )
 async def test_what_upstream_says_is_told_in_bounds(before, text):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
@@ -365,7 +363,7 @@ async def test_what_upstream_says_is_told_in_bounds(before, text):
 async def test_a_head_may_take_longer_than_read_timeout(before):
     """A manager that builds a delta for 20 s, scaled."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.pause(0.5)
         talk.send(ok(b"built"))
 
@@ -374,17 +372,17 @@ async def test_a_head_may_take_longer_than_read_timeout(before):
         assert await get(pool) == b"built"
 
 
-def silent(talk: Talk) -> None:
+def silent(talk: Request) -> None:
     talk.pause(30)
 
 
-def continuing(talk: Talk) -> None:
+def continuing(talk: Request) -> None:
     while True:
         talk.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         talk.pause(0.02)
 
 
-def dribbling(talk: Talk) -> None:
+def dribbling(talk: Request) -> None:
     for letter in ok(b"fine", "X-Long: " + "x" * 3000):
         talk.send(bytes([letter]))
         talk.pause(0.02)
@@ -397,17 +395,17 @@ async def test_a_head_must_be_here_within_its_limit(before, answer, reused):
     async with before(lambda talk: talk.send(ok(b"fine")), table) as (upstream, pool):
         if reused:
             assert await get(pool) == b"fine"
-        upstream.answer = answer
-        began, before = time.monotonic(), len(upstream.asked)
+        upstream.reply = answer
+        began, seen = time.monotonic(), len(upstream.seen)
         with pytest.raises(UpstreamFailure, match="first_byte_timeout") as raised:
             await get(pool)
         assert raised.value.outcome == "timeout"
         assert 0.45 < time.monotonic() - began < 3
-        assert len(upstream.asked) - before == 1, "a slow head is no stale connection"
+        assert len(upstream.seen) - seen == 1, "a slow head is no stale connection"
 
 
 async def test_an_errors_body_holds_nobody_up(before):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.1 404 No\r\nContent-Length: 60000\r\n\r\n")
         while True:
             talk.send(b"x")
@@ -443,7 +441,7 @@ def test_only_waiting_for_upstream_makes_a_body_slow():
 
 
 async def test_a_trickle_makes_room_when_others_wait_for_its_connection(before):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.path != PATH:
             talk.send(ok(b"fine"))
             return
@@ -455,7 +453,7 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(before):
     table = {"name": "u", "max_connections": 1, "read_timeout": "400ms", "min_rate": "1kB/s"}
     async with before(answer, table) as (upstream, pool):
         trickle = asyncio.create_task(get(pool))
-        while not upstream.asked:  # noqa: ASYNC110 - a thread's list
+        while not upstream.seen:  # noqa: ASYNC110 - a thread's list
             await asyncio.sleep(0.01)
         assert await asyncio.wait_for(get(pool, "/content/other"), 10) == b"fine"
         with pytest.raises(UpstreamFailure, match="min_rate") as raised:
@@ -499,7 +497,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def over(way: str, authority: Authority, pool_of: Callable, new_loop: Callable) -> Callable:
     """Runs a coroutine, on a loop of its own, with an upstream and a pool that reaches it this way."""
 
-    def reach(answer: Callable[[Talk], None], run: Callable) -> None:
+    def reach(answer: Callable[[Request], None], run: Callable) -> None:
         encrypted = way in ("tls", "tunnel")
         with (
             RawUpstream(answer, authority.context() if encrypted else None) as upstream,
@@ -536,14 +534,14 @@ def by_tls(request: pytest.FixtureRequest, authority: Authority, pool_of, new_lo
     return over(request.param, authority, pool_of, new_loop)
 
 
-def path_in(talk: Talk) -> bytes:
+def path_in(talk: Request) -> bytes:
     """Without the host that a proxy is told."""
     return b"/content/" + talk.path.partition("/content/")[2].encode()
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
 def test_a_stale_connection_is_no_failure(by_each_way, again):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.number > 1:
             again(talk)
         talk.send(ok(path_in(talk)))
@@ -555,7 +553,7 @@ def test_a_stale_connection_is_no_failure(by_each_way, again):
         assert pool.board.get("u").state is State.UP
         assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 8
         assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 0
-        assert len(upstream.asked) > 8, "none was used again: the test tells nothing"
+        assert len(upstream.seen) > 8, "none was used again: the test tells nothing"
 
     by_each_way(answer, run)
 
@@ -563,7 +561,7 @@ def test_a_stale_connection_is_no_failure(by_each_way, again):
 def test_an_upstream_that_closes_idle_connections_is_up(by_each_way):
     """It closes 10 ms after each answer, and gup asks about then."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(path_in(talk)))
         talk.pause(0.01)
         raise Over
@@ -589,7 +587,7 @@ def test_what_no_request_asked_for_is_nobodys_answer_by_any_way(by_each_way, str
     """It comes when an answer was read. The next request goes out when it has come."""
     had: set[bytes] = set()
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(path_in(talk)))
         while path_in(talk) not in had:
             talk.pause(0.0005)
@@ -620,13 +618,13 @@ def test_pauses_of_ours_are_no_timeouts(by_each_way):
     by_each_way(lambda talk: talk.send(ok(BODY)), run)
 
 
-def say_goodbye(talk: Talk) -> None:
+def say_goodbye(talk: Request) -> None:
     talk.say_goodbye()
 
 
 @pytest.mark.parametrize("end", [close, say_goodbye], ids=["without close_notify", "with close_notify"])
 def test_the_end_of_tls_confirms_no_bodys_end(by_tls, end):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:300_000])
         end(talk)
 
@@ -647,7 +645,7 @@ CUT = {
 @pytest.mark.parametrize("text", CUT.values(), ids=CUT)
 @pytest.mark.parametrize("end", [close, reset])
 def test_a_body_that_is_cut_is_never_whole(by_each_way, text, end):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         end(talk)
 
@@ -667,7 +665,7 @@ async def test_a_proxy_that_opens_no_tunnel_costs_connect_timeout(authority, poo
             failure = await failure_of(pool)
             assert failure.outcome == "unreachable"
             assert time.monotonic() - began < 2.5
-        assert [method for method, _ in proxy.asked] == ["CONNECT"]
+        assert [request.method for request in proxy.seen] == ["CONNECT"]
 
 
 # --- a web proxy's failures are told as its own, with the setting that names it
