@@ -1,8 +1,8 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
-# ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 from collections.abc import Callable
 from typing import Annotated
+from urllib.parse import urlencode
 
 import typer
 
@@ -35,18 +35,14 @@ _SHOWN = 20
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Content taken here: who stands at which revision, what lags, and who."""
-    from gup.control.stats.tables import CONTENT
-
-    _report("content", where, csv_output, json_output, CONTENT.csv, _show_content)
+    _report("content", where, csv_output, json_output, _show_content)
 
 
 @report.command()
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Clients by the version they state, and those that may wait for a restart after a client patch."""
-    from gup.control.stats.tables import RESTARTS
-
-    _report("clients", where, csv_output, json_output, RESTARTS.csv, _show_clients)
+    _report("clients", where, csv_output, json_output, _show_clients)
 
 
 @report.command()
@@ -59,9 +55,7 @@ def savings(
     json_output: JsonFlag = False,
 ) -> None:
     """What was sent, fetched, saved and wasted, by day and by stream."""
-    from gup.control.stats.tables import SAVINGS
-
-    _report(f"savings?days={days}", where, csv_output, json_output, SAVINGS.csv, _show_savings)
+    _report("savings", where, csv_output, json_output, _show_savings, days=days)
 
 
 def _report(
@@ -69,20 +63,21 @@ def _report(
     where: Where,
     csv_output: bool,
     json_output: bool,
-    as_csv: Callable[[Row], str],
     show: Callable[[Row], None],
+    **parameters: object,
 ) -> None:
     if csv_output and json_output:
         typer.echo("gup: --csv and --json: one of them, not both", err=True)
         raise typer.Exit(UNUSABLE)
+    resource = f"report/{name}?" + urlencode(parameters | {"format": "csv" if csv_output else "json"})
     with asking(where) as admin:
-        answer = admin.ask("GET", f"report/{name}")
-        if json_output:
-            print_json(answer)
-        elif csv_output:
-            typer.echo(as_csv(answer), nl=False)
+        if csv_output:
+            for piece in admin.pieces("GET", resource):
+                typer.echo(piece, nl=False)
+        elif json_output:
+            print_json(admin.ask("GET", resource))
         else:
-            show(answer)
+            show(admin.ask("GET", resource))
 
 
 # --- content
