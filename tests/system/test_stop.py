@@ -2,12 +2,13 @@
 
 import signal
 import time
+from email.utils import formatdate
 
 from harness.commands import command
-from harness.content import BIG, DELTA, noise, zip_of
-from harness.processes import listens, until
+from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
+from harness.processes import free_port, listens, until
 from harness.service import Gup, toml
-from harness.upstreams import Answer, Gate
+from harness.upstreams import Answer, Elsewhere, Gate
 
 LENGTH = 3_000_000
 HALF = LENGTH // 2
@@ -115,6 +116,26 @@ def test_wrong_settings_are_named_and_nothing_starts(tmp_path):
         assert gup.wait(15) == 2
         assert [word for word in ("cache.max_size", "fill.max", "many") if word not in gup.log] == [], gup.log
         assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_work_is_told_at_the_start_and_by_the_check(serve, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "holiday.jpg").touch()
+    yesterday = formatdate(time.time() - 86_400, usegmt=True)
+    catalogue = Answer(CONTENT_INFO, fields=(("Date", yesterday),))
+    cache = {"directory": str(tmp_path / "cache"), "min_free": "900TB"}
+    gup, _ = serve({INDEX: catalogue}, workers=1, each={"health_interval": "1s"}, cache=cache)
+    at_once = ("900TB, and the file system of", "not gup's (holiday.jpg)")
+    assert [words for words in at_once if words not in gup.log] == []
+    gup.wait_log("clock is 1 d ahead of that of u0:")
+    checked = command("config", "check", gup.folder / "gup.toml")
+    assert checked.returncode == 0
+    assert [words for words in at_once if words not in checked.stderr] == []
+
+
+def test_an_upstream_that_nobody_can_reach_is_told_at_the_start(serve):
+    gup, _ = serve(before=Elsewhere(free_port()), workers=1, catalog={"refresh": "1h"})
+    gup.wait_log("alarm no-upstream: no upstream answers")
 
 
 def test_a_reload_takes_new_settings_and_keeps_the_old_when_they_are_bad(serve):
