@@ -48,7 +48,7 @@ def sign(file: Path, key: Ed25519PrivateKey) -> str:
         signed = _Signature.model_construct(public_key=public, ed25519=key.sign(_digest(archive, end)))
         text = signed.model_dump_json().encode().ljust(tarfile.BLOCKSIZE)
         archive.seek(end)
-        archive.write(b"".join(member_bytes(SIGNATURE, text, time.time())) + bytes(_TRAILER_BYTES))
+        archive.write(member_bytes(SIGNATURE, text, time.time()) + bytes(_TRAILER_BYTES))
     return _fingerprint(public)
 
 

@@ -208,7 +208,7 @@ class Evictor:
         """Measure the parts and the free space of the file system."""
         entries_bytes = self._index.total_bytes
         figures = await aiofiles.os.statvfs(self._store.root)
-        parts = await asyncio.to_thread(self._store.parts, self._claims)
+        parts = await asyncio.to_thread(self._store.parts)
         return DiskUsage(tuple(parts), figures.f_bavail * figures.f_frsize, entries_bytes)
 
     async def evict(self) -> list[Eviction]:

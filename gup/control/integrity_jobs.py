@@ -10,10 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gup.cache.chunks import read_aside, span_of
 from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.records import Record
-from gup.cache.store import OpenFile
+from gup.cache.store import OpenFile, read_aside, span_of
 from gup.content.key import ContentKey
 from gup.control.api import schemas
 from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end

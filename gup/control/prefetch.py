@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field
 
 from gup.content.catalog import CLIENT_PATCHES, OTHER
-from gup.content.deltas import Folder, Named, delta_path, named, spelled_moniker
-from gup.content.key import ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes, parse_target
+from gup.content.key import ContentKey, Folder, Kind, Named, Variant, named
+from gup.content.routes import Route, Routes, delta_path, parse_target, spelled_moniker
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Key, Path
 from gup.control.index import Index, Stream, stream_of

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from gup.content.deltas import named
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey, Kind, named
 from gup.control.index import Index, Stream, stream_of
 from gup.metrics import MAX_STREAMS
 

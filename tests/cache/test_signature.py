@@ -13,10 +13,10 @@ from gup.files import FileError
 
 
 @pytest.fixture
-def archive(tmp_path):
+async def archive(tmp_path):
     """A written archive without entries."""
     file = tmp_path / "a.tar"
-    file.write_bytes(b"".join(written(Store(tmp_path), [], "lyon", 1.0)))
+    file.write_bytes(b"".join([piece async for piece in written(Store(tmp_path), [], "lyon", 1.0)]))
     return file
 
 

@@ -51,10 +51,14 @@ def commit(store: Store, key: ContentKey, body: bytes, kind: Kind = Kind.FULL, a
 
 @dataclass
 class World:
-    """The fake process: what the control plane asked of it, and the way to send it events."""
+    """The fake process: what the control plane asked of it, and the way to send it events.
+
+    `controlled` is the control plane's store, `store` that of a test, whose changes need no claim.
+    """
 
     root: Path
     store: Store
+    controlled: Store
     claims: Claims
     worker_claims: Claims
     counters: Counters
@@ -156,7 +160,7 @@ class World:
     def dependencies(self, admin: socket.socket | None = None) -> ControlDependencies:
         return ControlDependencies(
             settings=lambda: self.settings,
-            store=self.store,
+            store=self.controlled,
             claims=self.claims,
             counters=self.counters,
             totals=self.totals,
@@ -236,7 +240,10 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     )
     counters = Counters.private(["manager"])
     with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
-        yield World(tmp_path, store, claims, worker_claims, counters, settings, sender, receiver)
+        yield World(
+            *(tmp_path, store, Store(store.root, claims), claims, worker_claims),
+            *(counters, settings, sender, receiver),
+        )
     claims.close()
     worker_claims.close()
     sender.close()

@@ -110,7 +110,7 @@ async def test_nothing_of_what_was_purged_comes_back(world, generation):
     async def nobody(_route):
         raise AssertionError("a purged body is taken over")
 
-    await Recovery(world.store, world.claims, world.counters, nobody, lambda _event: None).run()
+    await Recovery(world.store, world.counters, nobody, lambda _event: None).run()
     assert [path.name for path in world.store.partial.iterdir()] == ["claims"]
     assert world.store.load(record.key) is None
     assert not world.store.body_path(record.key).exists()

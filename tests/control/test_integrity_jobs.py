@@ -277,7 +277,7 @@ async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, brow
 
     async with world.running() as control:
         await scrub_all(world, control.state.scrubber)
-        monkeypatch.setattr(world.store, "load", broken)
+        monkeypatch.setattr(world.controlled, "load", broken)
         assert await scrub_all(world, control.state.scrubber) == 3
         progress = await verified(world, browser)
         assert progress["checked"] == 3

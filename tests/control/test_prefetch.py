@@ -10,8 +10,7 @@ import pytest
 
 from gup.config import Settings
 from gup.content.catalog import Label
-from gup.content.deltas import Folder, named
-from gup.content.key import ContentKey, Kind, Variant, delta_step
+from gup.content.key import ContentKey, Folder, Kind, Variant, delta_step, named
 from gup.content.routes import Route, path_of
 from gup.control.prefetch import (
     LANES,

@@ -8,7 +8,7 @@ from typing import IO, Any, TypeVar, cast
 
 from aiohttp import StreamReader, web
 
-from gup.cache.archive import ArchiveError, Custody, Imported, TarError, written
+from gup.cache.archive import ArchiveError, Imported, TarError, written
 from gup.cache.archive import Import as ArchiveImport
 from gup.cache.records import Record
 from gup.content.key import ContentKey, Variant
@@ -57,7 +57,7 @@ class Archives:
             response.enable_chunked_encoding()
             await response.prepare(request)
             try:
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                async for piece in pieces:
                     await response.write(piece)
             except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
                 _log.warning("an export broke off: %s", error)
@@ -99,7 +99,7 @@ def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[Cont
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
-    """The import, in a thread. Body, claims and index are used on the event loop."""
+    """The import, in a thread. Body and index are used on the event loop."""
 
     def wait_for(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
@@ -128,11 +128,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         figures = os.statvfs(state.dependencies.store.root)
         return no_room(length_bytes, held, figures.f_bavail * figures.f_frsize, state.settings.cache)
 
-    claims = state.dependencies.claims
-    custody = Custody(
-        claim=lambda offset: call(claims.try_claim, offset),
-        release=lambda offset: call(claims.release, offset),
-        room=room,
-        taken=lambda record: wait_for(taken(record)),
+    importing = ArchiveImport(
+        state.dependencies.store, state.clock(), room, lambda record: wait_for(taken(record))
     )
-    return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], Body()))
+    return importing.take(cast(IO[bytes], Body()))
