@@ -20,6 +20,7 @@ import typer
 from gup.cli.shared import (
     FAILED,
     Columns,
+    Commands,
     JsonFlag,
     Where,
     asking,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
+cache = typer.Typer(cls=Commands, help="Look at and change what a service keeps.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -49,17 +50,19 @@ _IMPORT_SECONDS = 600.0
 DirectoryFlag = Annotated[
     Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
 ]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
 
 def _filter_flags(
     *,
-    product: Annotated[str | None, typer.Option(help="Only of this product.")] = None,
-    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
+    product: Annotated[str | None, typer.Option(metavar="PRODUCT", help="Only of this product.")] = None,
+    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Only of this version.")] = None,
+    language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Only of this language.")] = None,
+    stream: Annotated[str | None, typer.Option(metavar="MONIKER", help="Only of this moniker.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Only of this revision.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only full, delta, index or other files.")
+    ] = None,
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind}
@@ -87,9 +90,12 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="key, used, stored, length or hits; -used is the other way round.")
+        str,
+        typer.Option(
+            metavar="ORDER", help="key, used, stored, length or hits; -used is the other way round."
+        ),
     ] = "key",
-    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="How many at most; 0 lists all.")] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
