@@ -133,7 +133,6 @@ MAY_IMPORT = {
     "harness/commands.py",  # runs the command line in the test's process
     "harness/scripted.py",  # shares its answers to conditions with the demo
     "harness/control.py",
-    "system/test_reports.py",
 }
 
 
