@@ -15,10 +15,9 @@ import psutil
 import pytest
 import uvloop
 from blockbuster import blockbuster_ctx
-from harness.processes import NEEDS
-from harness.scripted import Answer, ScriptedUpstream
+from harness.processes import NEEDS, until
 from harness.service import Gup
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
 
 Answers = Mapping[str, Answer | bytes | Sequence[Answer | bytes]]
 

@@ -131,7 +131,7 @@ THROUGH_THE_FACADE = ("system", "fault", "soak", "bench", "pictures", "harness")
 MAY_IMPORT = {
     "harness/internals.py",  # the façade
     "harness/commands.py",  # runs the command line in the test's process
-    "harness/scripted.py",  # shares its answers to conditions with the demo
+    "harness/upstreams.py",  # shares its answers to conditions with the demo
     "harness/control.py",
 }
 

@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from harness.waiting import until
+from harness.processes import until
 
 from gup import log
 from gup.config import Log

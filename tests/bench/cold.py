@@ -5,7 +5,7 @@ import socket
 import time
 from pathlib import Path
 
-from harness.trees import content_path
+from harness.content import content_path
 
 from bench.measure import Table, median, percentile, verdict
 from bench.rig import KIB, MIB, Rig, put, rig

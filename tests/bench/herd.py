@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.swarm import Client, Swarm
-from harness.trees import Tree, content_path
+from harness.clients import Client, Swarm
+from harness.content import Tree, content_path
+from harness.processes import until
 from harness.upstreams import Nginx
-from harness.waiting import until
 
 from bench.link import Passed, Wan
 from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, verdict

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import uvloop
-from harness.processes import free_port, listens
-from harness.waiting import until
+from harness.processes import free_port, listens, until
 
 PIECE_BYTES = 16 * 1024
 _MOST_WAITING_BYTES = 256 * 1024

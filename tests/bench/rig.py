@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.trees import Tree, content_path
+from harness.content import Tree, content_path
 from harness.upstreams import Nginx
 
 from bench.servers import GupCache, NginxCache, Server, VarnishCache

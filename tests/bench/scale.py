@@ -14,10 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+from harness.content import content_path
 from harness.internals import ChunkSums, Head, Record, Routes, Store, Variant
-from harness.processes import free_port
-from harness.trees import content_path
-from harness.waiting import until
+from harness.processes import free_port, until
 
 from bench.cold import cold_get
 from bench.measure import Run, Table, cpu_seconds, every, forget_peaks, median, resident_bytes, verdict, wrk

@@ -10,9 +10,8 @@ import subprocess
 from pathlib import Path
 
 import psutil
-from harness.processes import environment, free_port, listens
+from harness.processes import environment, free_port, listens, until
 from harness.service import Gup
-from harness.waiting import until
 
 CORES = 2
 PATH = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness.scripted import ScriptedUpstream
+from harness.upstreams import ScriptedUpstream
 
 
 @pytest.fixture

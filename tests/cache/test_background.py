@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 from harness.caches import path_of, read, route, working
-from harness.scripted import Answer, Gate, ScriptedUpstream
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.open_entries import Result
 from gup.content.key import Variant

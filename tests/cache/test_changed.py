@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.scripted import Answer, Gate, ScriptedUpstream
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.records import CHUNK_BYTES
 from gup.content.key import Variant

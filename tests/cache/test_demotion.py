@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.harm import flip, only, scribble
-from harness.scripted import Answer, Gate
+from harness.disks import flip, only, scribble
+from harness.upstreams import Answer, Gate
 
 from gup.cache.cache import Result
 from gup.cache.durability import Mark, boot_id, write_mark

@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 from harness.caches import path_of, working
-from harness.scripted import Answer
+from harness.upstreams import Answer
 
 from gup.cache.disk_space import DiskError, on_disk, told_apart
 from gup.cache.part_file import PartWriter

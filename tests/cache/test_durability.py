@@ -4,9 +4,9 @@ import time
 
 import pytest
 from harness.caches import path_of, read, route, working
-from harness.harm import flip, only
-from harness.scripted import Answer
-from harness.trees import noise
+from harness.content import noise
+from harness.disks import flip, only
+from harness.upstreams import Answer
 
 from gup.cache import durability
 from gup.cache.durability import Durability, Mark, boot_id, read_mark

@@ -6,8 +6,8 @@ import time
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.scripted import Answer, Gate, ScriptedUpstream
-from harness.trees import noise, zip_of
+from harness.content import noise, zip_of
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
 from gup.cache.records import CHUNK_BYTES, chunk_sum

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from harness.caches import MONIKER, Cut, path_of, read, route, working
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
 from gup.cache.records import CHUNK_BYTES, Phase, seal, unseal

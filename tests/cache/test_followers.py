@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import replace
 
 from harness.caches import path_of, read, route, working
-from harness.scripted import Answer, Gate
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Answer, Gate
 
 from gup.cache.locks import Claims
 from gup.cache.records import CHUNK_BYTES

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.harm import flip
+from harness.disks import flip
 
 from gup.cache.integrity import Finding, check_entry, check_part, check_stray, contents, put_right
 from gup.cache.part_file import survey

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.scripted import Answer, Gate
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Answer, Gate
 
 from gup.cache.growing_body import GrowingBody
 from gup.cache.memory_files import ROW_WORDS, STEP_BYTES, MemoryFile, MemoryFiles, MemoryFull

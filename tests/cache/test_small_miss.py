@@ -3,8 +3,8 @@
 import asyncio
 
 from harness.caches import path_of, read, route, working
-from harness.scripted import Answer
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Answer
 
 from gup.cache.open_entries import Result
 from gup.content.key import Variant

@@ -2,8 +2,8 @@
 
 import pytest
 from harness.caches import Cut, path_of, read, route, working
-from harness.scripted import Over, RawUpstream, Talk, ok
-from harness.trees import noise, zip_of
+from harness.content import noise, zip_of
+from harness.upstreams import Over, RawUpstream, Request, ok
 
 from gup.cache.catalog_cache import read_catalogue
 from gup.cache.open_entries import Result
@@ -26,8 +26,8 @@ CASES = {
 def until_it_closes(body: bytes, told: int | None = None, *, ranges: bool = True):
     """Answers of HTTP/1.0: only a HEAD tells a length, if `told`; a GET that is asked for a range has one."""
 
-    def answer(talk: Talk) -> None:
-        wanted = talk.fields.get("range", "")
+    def answer(talk: Request) -> None:
+        wanted = talk.header("range") or ""
         if talk.method == "HEAD":
             length = f"Content-Length: {told}\r\n" if told is not None else ""
             talk.send(f"HTTP/1.0 200 OK\r\n{length}\r\n".encode())
@@ -57,7 +57,7 @@ async def test_all_that_came_is_passed_on_and_nothing_is_stored(tmp_path, until,
                 assert cut.value.args[0] == body
                 opened.body.leave()
                 await until(lambda: not one.cache.fills, "the fill ends")
-                gets = [method for method, _ in upstream.asked if method == "GET"]
+                gets = [request.method for request in upstream.seen if request.method == "GET"]
                 assert len(gets) == asked, "each request that comes later asks anew, once"
                 assert {row["problem"] for row in one.told if row["type"] == "failed"} == {SLUG}
                 key = opened.key
@@ -77,7 +77,7 @@ async def test_a_head_that_tells_the_same_length_confirms_the_end(tmp_path, unti
             stored = await one.open(path)
             assert (stored.result, stored.body.head.length) == (Result.HIT, len(body))
             stored.body.leave()
-    assert [method for method, _ in upstream.asked] == ["GET", "HEAD"]
+    assert [request.method for request in upstream.seen] == ["GET", "HEAD"]
 
 
 async def test_a_body_that_stops_at_half_is_gone_on_with_when_a_head_tells_its_length(tmp_path, until):
@@ -87,7 +87,7 @@ async def test_a_body_that_stops_at_half_is_gone_on_with_when_a_head_tells_its_l
             assert await one.get(path) == LARGE
             await until(lambda: not one.cache.fills, "the fill ends")
             assert (await one.open(path)).result is Result.HIT
-    assert [method for method, _ in upstream.asked] == ["GET", "HEAD", "GET"]
+    assert [request.method for request in upstream.seen] == ["GET", "HEAD", "GET"]
 
 
 async def test_more_than_a_head_tells_is_refused(tmp_path):
@@ -106,7 +106,7 @@ async def test_a_stale_index_is_better_than_one_of_unsure_end(tmp_path, until):
         async with working(tmp_path, [upstream.url], cache={"index_ttl": "50ms"}) as one:
             assert await one.get(index) == b"first"
             await until(lambda: not one.cache.fills, "the fill ends")
-            upstream.answer = until_it_closes(b"second")
+            upstream.reply = until_it_closes(b"second")
             first = await one.open(index)
             await until(
                 lambda: one.dependencies.wall_clock() - first.entry.record.validated_at > 0.1, "it is stale"
@@ -140,5 +140,5 @@ async def test_a_catalogue_of_unsure_end_is_not_believed(tmp_path):
                 await fetch_catalogue(one.dependencies.pool, "u0", None, None)
             with pytest.raises(Problem, match="broke off"):
                 await read_catalogue(one.cache.open, Variant())
-            upstream.answer = until_it_closes(SMALL, len(SMALL))
+            upstream.reply = until_it_closes(SMALL, len(SMALL))
             assert (await fetch_catalogue(one.dependencies.pool, "u0", None, None)).text == SMALL

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from harness.commands import run
-from harness.scripted import Answer, ScriptedUpstream
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
 from gup.cli.catalog_reader import read_catalog

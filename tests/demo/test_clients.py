@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import xxhash
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.content.key import Kind
 from gup.demo import clients as simulated

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from harness.deployed import DEPLOY, load, run
+from deploy.deployed import DEPLOY, load, run
 from harness.processes import needs
 
 DOCKERFILE = DEPLOY / "container" / "Dockerfile"

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from harness.deployed import DEPLOY, load, rules
+from deploy.deployed import DEPLOY, load, rules
 
 from gup.metrics import METRICS
 from gup_dashboards.build import DASHBOARDS, write_all

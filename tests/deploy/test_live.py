@@ -4,12 +4,11 @@ import json
 import time
 
 import pytest
-from harness.deployed import DEPLOY, Prometheus, rules, run
-from harness.processes import needs
+from deploy.deployed import DEPLOY, Prometheus, rules, run
+from harness.content import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
+from harness.processes import needs, until
 from harness.service import Gup
-from harness.trees import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
 from harness.upstreams import Nginx
-from harness.waiting import until
 
 STREAMS = 50
 MAX_SERIES = 500

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from harness.deployed import DEPLOY, ROOT, alerts, load, rules, run
+from deploy.deployed import DEPLOY, ROOT, alerts, load, rules, run
 from harness.processes import needs
 
 FOLDER = DEPLOY / "prometheus"

@@ -4,10 +4,10 @@ import re
 import sys
 from pathlib import Path
 
-from harness.deployed import DEPLOY, load
+from deploy.deployed import DEPLOY, load
+from harness.content import DELTA, make_tree
 from harness.processes import needs, needs_root
 from harness.service import Gup
-from harness.trees import DELTA, make_tree
 from harness.upstreams import Nginx
 
 # As ProtectSystem=strict with StateDirectory=, and `read_only` with a volume: the first word stays writable.

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from deploy.deployed import DEPLOY, run
 from harness.clients import fetch
-from harness.deployed import DEPLOY, run
-from harness.processes import MARK, end, environment, free_port, listens, needs
+from harness.processes import MARK, end, environment, free_port, listens, needs, until
 from harness.service import Gup
-from harness.waiting import until
 
 UNITS = DEPLOY / "systemd"
 EXPOSURE = "15"

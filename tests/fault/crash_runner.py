@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp  # noqa: F401 - imported late otherwise, in each run
+from fault.crashing import Crash, install
 from harness.caches import Cut, Worker, path_of, read, route, working
-from harness.crashing import Crash, install
 from harness.internals import (
     CacheSettings,
     ContentKey,

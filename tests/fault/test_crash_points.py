@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
+from fault.crashing import cut_power
+from fault.invariants import bodies_of, violations
 from harness.caches import Cut, Worker, working
-from harness.crashing import cut_power
+from harness.content import zip_of
 from harness.internals import CHUNK_BYTES, ContentKey, Index, Problem, Record, Store, reconcile
-from harness.invariants import bodies_of, violations
-from harness.scripted import Answer, Gate, ScriptedUpstream
 from harness.service import REPOSITORY
-from harness.trees import zip_of
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 BODY = random.Random("body").randbytes(CHUNK_BYTES + 200_000)

@@ -7,14 +7,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from harness.clients import Ended
+from harness.clients import Client, End, Ended, body_digest
+from harness.content import BIG, content_path, noise, zip_of
 from harness.disks import SmallDisk, small_disk
 from harness.faults import planned
-from harness.scripted import Answer, Gate
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import Client, End, body_digest
-from harness.trees import BIG, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate
 
 MB = 1 << 20
 BODY = zip_of("disk", 3 * MB)

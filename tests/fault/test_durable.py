@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.content import content_path, noise, zip_of
 from harness.internals import Routes, Variant
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 CHUNK_BYTES = 1 << 20
 OVERLAP_BYTES = 64 * 1024

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from harness.clients import fetch
+from harness.content import content_path, noise, zip_of
 from harness.disks import Image, make_image, shelf
-from harness.scripted import Answer, ScriptedUpstream
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
 
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 IMAGE_BYTES = 4 << 30

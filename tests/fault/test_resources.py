@@ -6,12 +6,11 @@ import time
 
 import pytest
 from harness.clients import RawConnection, assert_problem, fetch
+from harness.content import BIG, DELTA, INDEX, OTHER_MONIKER, REVISION, content_path, noise, zip_of
 from harness.faults import WallClock
-from harness.processes import only_descriptors
-from harness.scripted import Answer, Gate
+from harness.processes import only_descriptors, until
 from harness.service import Gup
-from harness.trees import BIG, DELTA, INDEX, OTHER_MONIKER, REVISION, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
 YEAR_SECONDS = 365 * 86400.0

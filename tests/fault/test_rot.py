@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from harness.clients import Response, assert_problem
 from harness.commands import command
-from harness.harm import flip, only, scribble
-from harness.scripted import Answer
+from harness.content import BIG, content_path, zip_of
+from harness.disks import flip, only, scribble
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import BIG, content_path, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer
 
 CHUNK = 1 << 20
 OVERLAP = 64 * 1024

@@ -6,13 +6,13 @@ import random
 import time
 
 import pytest
+from fault.invariants import violations
 from harness.clients import Ended
+from harness.content import BIG, INDEX, content_path, noise, zip_of
 from harness.faults import planned
-from harness.invariants import violations
-from harness.scripted import Answer
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import BIG, INDEX, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer
 
 SEED = os.environ.get("GUP_TEST_SEED", "1")
 LENGTH = 2_500_000

@@ -1,7 +1,6 @@
 """Clients that read nothing, next to nothing, send a byte now and then, or vanish: nobody else notices."""
 
 import contextlib
-import select
 import socket
 import threading
 import time
@@ -9,11 +8,9 @@ from typing import Self
 
 import psutil
 import pytest
-from harness.probe import probing
-from harness.processes import needs_root
-from harness.swarm import End, body_digest
-from harness.trees import content_path, noise
-from harness.waiting import until
+from harness.clients import End, body_digest, probing, readable
+from harness.content import content_path, noise
+from harness.processes import needs_root, until
 
 HIT = content_path("xdelta260701001_To_260731001.dax")
 WARM = content_path("full.dax")
@@ -68,7 +65,7 @@ class Nuisances:
         What gup sends to it afterwards is answered with a reset, as by a host that was started anew.
         """
         for sock in self.connect(count, path):
-            until(lambda sock=sock: select.select([sock], [], [], 0)[0], "the answer has begun")
+            until(lambda sock=sock: readable(sock, 0), "the answer has begun")
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
             sock.close()
         del self._all[-count:]

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.clients import Client, End, body_digest
+from harness.content import BIG, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import Client, End, body_digest
-from harness.trees import BIG, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 LENGTH = 6_000_000
 HALF = LENGTH // 2

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.content import MONIKER
 from harness.internals import (
     CUT,
     FAILURE_WORDS,
@@ -34,7 +35,6 @@ from harness.internals import (
     Variant,
     Wan,
 )
-from harness.trees import MONIKER
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""

@@ -1,13 +1,31 @@
-"""Clients over raw sockets: one connection under byte-exact control. Never retries, never follows."""
+"""Clients over raw sockets: one connection under byte-exact control, and hundreds that stream in one thread.
 
+None retries or follows. `python -m harness.clients HOST PORT PATH SECONDS` probes from a process of its own.
+"""
+
+import contextlib
+import enum
 import json
 import select
+import selectors
 import socket
-from dataclasses import dataclass
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+import xxhash
+
+from harness.processes import until
+
 RECEIVE_BYTES = 1 << 18
+PROBES_PER_SECOND = 100
 
 
 @dataclass(slots=True)
@@ -53,6 +71,13 @@ def request_text(
 ) -> bytes:
     lines = [f"{method} {target} {version}", *(f"{name}: {value}" for name, value in fields.items())]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether something arrives within so long; unlike select(2) for descriptors above 1023 too."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def parsed_head(text: bytes) -> Response:
@@ -228,7 +253,7 @@ class RawConnection:
         """Whether nothing arrives (not even the end) for that long: to show that gup waits."""
         if self._buffer or self._ended:
             return False
-        return not select.select([self._socket], [], [], seconds)[0]
+        return not readable(self._socket, seconds)
 
 
 def fetch(
@@ -267,3 +292,251 @@ def send_raw(address: tuple[str, int], text: bytes, timeout_seconds: float = 30.
     with RawConnection(address, timeout_seconds) as connection:
         connection.send(text)
         return connection.response()
+
+
+# --- many at once, each byte hashed as it arrives, no body ever held
+
+
+class End(enum.StrEnum):
+    """How a client's transfer ended."""
+
+    COMPLETE = "complete"
+    LEFT = "left"
+    CUT = "cut"
+    RESET = "reset"
+    REFUSED = "refused"
+
+
+def body_digest(body: bytes | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(body)
+
+
+@dataclass(slots=True)
+class Client:
+    """One client's transfer; written by the swarm's thread alone. Times are on the monotonic clock."""
+
+    target: str
+    headers: dict[str, str]
+    leave_after_bytes: int | None
+    asked_at: float = 0.0
+    status: int = 0
+    fields: dict[str, str] = field(default_factory=dict)
+    body_bytes: int = 0
+    first_byte_at: float = 0.0
+    """When the body's first byte arrived."""
+    finished_at: float = 0.0
+    end: End | None = None
+    local_port: int = 0
+    _digest: xxhash.xxh3_64 = field(default_factory=xxhash.xxh3_64)
+    _socket: socket.socket | None = None
+    _head: bytearray = field(default_factory=bytearray)
+    _left: int | None = None
+
+    @property
+    def digest(self) -> int:
+        return self._digest.intdigest()
+
+
+class Swarm:
+    """Clients of one address. `add` any time; the thread ends with `close`.
+
+    Bodies need a Content-Length (or end with the connection): chunked bodies are asked with RawConnection.
+    """
+
+    def __init__(self, address: tuple[str, int], *, drops: bool = False) -> None:
+        """`drops`: bodies are counted and not hashed, so that a thousand clients take little of the cores."""
+        self._address = address
+        self._drops = drops
+        self.cpu_seconds = 0.0
+        self._new: deque[Client] = deque()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._stopping = False
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self.clients: list[Client] = []
+        self._thread = threading.Thread(target=self._run, name="swarm")
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stopping = True
+        self._wake_write.send(b"x")
+        self._thread.join()
+        for client in self.clients:
+            if client._socket is not None:
+                client._socket.close()
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def add(
+        self,
+        count: int,
+        target: str,
+        headers: dict[str, str] | None = None,
+        *,
+        leave_after_bytes: int | None = None,
+    ) -> list[Client]:
+        """`count` clients connect and ask now; with `leave_after_bytes` each closes at that body offset."""
+        clients = [Client(target, headers or {}, leave_after_bytes) for _ in range(count)]
+        self.clients += clients
+        self._new.extend(clients)
+        self._wake_write.send(b"x")
+        return clients
+
+    def wait(self, clients: list[Client] | None = None, timeout_seconds: float = 60.0) -> list[Client]:
+        """Until all (or these) clients have ended."""
+        waited = self.clients if clients is None else clients
+        until(lambda: all(c.end for c in waited), "all clients ended", timeout_seconds)
+        return waited
+
+    def reach(self, body_bytes: int, clients: list[Client] | None = None, spare: int = 0) -> None:
+        """Until all (or these) clients have so many bytes and no more, or up to `spare` fewer."""
+        waited = self.clients if clients is None else clients
+        until(
+            lambda: all(body_bytes - spare <= c.body_bytes <= body_bytes for c in waited),
+            f"all have {body_bytes} bytes",
+        )
+
+    # --- the thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for key, events in self._selector.select():
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        self._wake_read.recv(4096)
+                    self._connect_new()
+                elif events & selectors.EVENT_WRITE:
+                    self._ask(key.data)
+                else:
+                    self._receive(key.data)
+            self.cpu_seconds = time.thread_time()
+
+    def _connect_new(self) -> None:
+        while self._new:
+            client = self._new.popleft()
+            client.asked_at = time.monotonic()
+            client._socket = sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(self._address)
+            self._selector.register(sock, selectors.EVENT_WRITE, client)
+
+    def _ask(self, client: Client) -> None:
+        sock = client._socket
+        fields = {"Host": f"{self._address[0]}:{self._address[1]}", "Connection": "close", **client.headers}
+        try:
+            sock.send(request_text(client.target, fields))
+        except OSError:
+            self._finish(client, End.REFUSED)
+            return
+        client.local_port = sock.getsockname()[1]
+        self._selector.modify(sock, selectors.EVENT_READ, client)
+
+    def _receive(self, client: Client) -> None:
+        try:
+            dropped = socket.MSG_TRUNC if self._drops and client.status else 0  # the kernel copies nothing
+            count = client._socket.recv_into(self._buffer, 0, dropped)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._finish(client, End.RESET)
+            return
+        if count == 0:
+            whole = client.status and client._left is None
+            self._finish(client, End.COMPLETE if whole else End.CUT)
+        elif client.status:
+            self._body(client, memoryview(self._buffer)[:count])
+        else:
+            self._headers(client, self._buffer[:count])
+
+    def _headers(self, client: Client, piece: bytearray) -> None:
+        client._head += piece
+        end = client._head.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        response = parsed_head(bytes(client._head[:end]))
+        client.fields, client.status = dict(response.fields), response.status
+        length = client.fields.get("content-length")
+        client._left = int(length) if length is not None else None
+        body = bytes(client._head[end + 4 :])
+        client._head.clear()
+        if body or client._left == 0:
+            self._body(client, memoryview(body))
+
+    def _body(self, client: Client, piece: memoryview) -> None:
+        if client.leave_after_bytes is not None:
+            piece = piece[: client.leave_after_bytes - client.body_bytes]
+        if not client.body_bytes and len(piece):
+            client.first_byte_at = time.monotonic()
+        if not self._drops:
+            client._digest.update(piece)
+        client.body_bytes += len(piece)
+        if client._left is not None:
+            client._left -= len(piece)
+        if client._left == 0:
+            self._finish(client, End.COMPLETE)
+        elif client.body_bytes == client.leave_after_bytes:
+            self._finish(client, End.LEFT)
+
+    def _finish(self, client: Client, end: End) -> None:
+        self._selector.unregister(client._socket)
+        client._socket.close()
+        client._socket = None
+        client.finished_at = time.monotonic()
+        client.end = end
+
+
+# --- a probe beside what a test does
+
+
+def probe(address: tuple[str, int], path: str, seconds: float) -> dict[str, float]:
+    """How long hits take, in milliseconds.
+
+    Requests leave at fixed times over one kept connection; what a slow answer delays counts from when it
+    should have left, so that slow answers do not hide in fewer samples.
+    """
+    took = []
+    with RawConnection(address) as client:
+        began = time.perf_counter()
+        for number in range(int(PROBES_PER_SECOND * seconds)):
+            due = began + number / PROBES_PER_SECOND
+            time.sleep(max(0.0, due - time.perf_counter()))
+            # its own lateness is not the server's
+            due = max(due, time.perf_counter() - 1 / PROBES_PER_SECOND)
+            answer = client.get(path)
+            assert (answer.status, answer.complete) == (200, True), answer.status
+            took.append(time.perf_counter() - due)
+    took.sort()
+    return {
+        "count": len(took),
+        **{f"p{share}": 1000 * took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 90, 99)},
+    }
+
+
+@contextlib.contextmanager
+def probing(address: tuple[str, int], path: str, seconds: float) -> Iterator[Callable[[], dict[str, float]]]:
+    """A probe beside what the block does; the answer waits for its figures."""
+    arguments = [sys.executable, "-m", "harness.clients", address[0], str(address[1]), path]
+    with subprocess.Popen(
+        [*arguments, str(seconds)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield lambda: json.loads(process.communicate(timeout=600)[0])
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    host, port, path, seconds = sys.argv[1:]
+    sys.stdout.write(json.dumps(probe((host, int(port)), path, float(seconds))))

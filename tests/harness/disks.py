@@ -1,4 +1,4 @@
-"""Disks for tests: small ones that become full, and images cloned in use, as a power cut would leave them.
+"""Disks for tests: bits that turn, small disks that become full, images cloned as a power cut leaves them.
 
 A clone (FICLONE, ioctl_ficlone(2)) is one moment of the whole device: nothing of the mounted file system is
 flushed for it, so what it had not written yet is missing, as after a power cut. The images lie on an xfs of
@@ -9,12 +9,11 @@ import contextlib
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.processes import needs, needs_root
-from harness.waiting import until
+from harness.processes import needs, needs_root, until
 
 _FICLONE = 0x40049409
 _MAKE = {
@@ -114,3 +113,26 @@ def shelf(folder: Path) -> Iterator[Path]:
     with image.mounted(folder / "shelf") as mounted:
         yield mounted
     image.path.unlink()
+
+
+def only(paths: Iterable[Path]) -> Path:
+    """The one path that there is."""
+    (path,) = paths
+    return path
+
+
+def flip(path: Path, *offsets: int) -> None:
+    """Turn a bit at each offset, as a disk does: the file's times and size tell of nothing."""
+    stat = path.stat()
+    scribble(path, *offsets)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def scribble(path: Path, *offsets: int) -> None:
+    """Turn a bit at each offset, as a person with an editor does."""
+    with path.open("r+b") as file:
+        for offset in offsets:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x10]))

@@ -1,4 +1,4 @@
-"""Real processes: starting them, finding them in /proc, ending exactly those that a test started."""
+"""Processes: found in /proc, ended exactly where a test started them; waiting for a condition."""
 
 import contextlib
 import os
@@ -7,19 +7,31 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
 
-from harness.waiting import until
-
+Found = TypeVar("Found")
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 NEEDS = "needs "
 """Begins the reason of a skipped test; the rest of it is the tool."""
 MARK = "SYSTEM_TEST_MARK"
 """In the environment of every process that a test starts, so that none can hide by changing its parent."""
+
+
+def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) -> Found:
+    """The first true answer of `found`; AssertionError naming `what` when the time is over."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        answer = found()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_seconds} s: {what} (last: {answer!r})")
+        time.sleep(0.005)
 
 
 def needs(tool: str) -> str:

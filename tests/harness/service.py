@@ -17,12 +17,10 @@ from typing import Any, Self
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.clients import RawConnection, Response, address_of, fetch
-from harness.processes import command_line, end, environment, marked, owners_of_connection
-from harness.scripted import ScriptedUpstream
-from harness.swarm import Swarm
-from harness.trees import name_of
-from harness.waiting import until
+from harness.clients import RawConnection, Response, Swarm, address_of, fetch
+from harness.content import name_of
+from harness.processes import command_line, end, environment, marked, owners_of_connection, until
+from harness.upstreams import ScriptedUpstream
 
 READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
 REPOSITORY = Path(__file__).parents[2]

@@ -11,12 +11,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from harness.browser import browser
+from harness.clients import Swarm
+from harness.content import noise, zip_of
 from harness.faults import WallClock
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import Swarm
-from harness.trees import noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 DAY, HOUR, MINUTE = 86400, 3600, 60
 MOST_BYTES = 200_000

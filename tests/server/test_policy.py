@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 from harness.caches import Worker, working
-from harness.scripted import Answer, ScriptedUpstream
-from harness.trees import zip_of
+from harness.content import zip_of
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
 from gup.cache.locks import Claims, Slots

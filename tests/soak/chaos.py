@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
-from harness.processes import command_line
-from harness.scripted import Answer, ScriptedUpstream
+from harness.processes import command_line, until
 from harness.service import Gup
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
 
 from soak.model import LIE_BYTES, Content
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from harness.clients import Response
-from harness.trees import content_path, zip_of
+from harness.content import content_path, zip_of
 
 MB = 1_000_000
 NOTHING = content_path("xdelta000000001_To_000000002.dax")

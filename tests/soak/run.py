@@ -14,9 +14,9 @@ from typing import Any
 
 from harness.clients import Ended, RawConnection
 from harness.commands import command
-from harness.scripted import ScriptedUpstream
+from harness.processes import until
 from harness.service import Gup
-from harness.waiting import until
+from harness.upstreams import ScriptedUpstream
 
 from soak.chaos import Chaos, offer
 from soak.footprint import Footprint

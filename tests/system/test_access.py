@@ -5,9 +5,9 @@ import socket
 import time
 
 import psutil
+from harness.content import DELTA
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import DELTA
-from harness.waiting import until
 
 BODY = b"d" * 5000
 

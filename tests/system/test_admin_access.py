@@ -10,11 +10,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness.certificates import NEW_KEY
 from harness.commands import command, started
-from harness.processes import needs
+from harness.processes import needs, until
 from harness.service import Gup, toml
-from harness.waiting import until
+from harness.upstreams import NEW_KEY
 
 
 def certificate(folder: Path, name: str) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from harness.commands import command
-from harness.scripted import Answer, ScriptedUpstream
+from harness.content import DELTA, content_path, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import DELTA, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
 
 FULL = content_path("full.zip")
 BODIES = {FULL: zip_of("full", 3_000_000), DELTA: noise("delta", 70_000)}

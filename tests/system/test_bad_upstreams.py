@@ -4,10 +4,10 @@ import time
 
 import pytest
 from harness.clients import Ended, Response, assert_problem
-from harness.scripted import Answer, Gate, Over, RawUpstream, ScriptedUpstream, Talk, ok
+from harness.content import BIG, DELTA, content_path, name_of, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import BIG, DELTA, content_path, name_of, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, Over, RawUpstream, Request, ScriptedUpstream, ok
 
 LENGTH = 2_000_000
 HALF = LENGTH // 2
@@ -183,7 +183,7 @@ def test_a_client_that_pauses_is_not_upstreams_silence(serve):
 def test_an_unsure_end_is_passed_on_as_one_and_told(serve):
     bodies = {"dax": noise("unsure", 500_000), "zip": zip_of("unsure", 500_000)}
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.0 200 OK\r\n\r\n" + (bodies[talk.path[-3:]] if talk.method == "GET" else b""))
         raise Over
 
@@ -208,7 +208,7 @@ def test_an_unsure_end_is_passed_on_as_one_and_told(serve):
 def test_a_trickle_gives_its_slot_to_others(serve):
     """A byte per 0.1 s, and one slot for fulls: the next full has it when the trickle is found out."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if not talk.path.endswith("full.zip"):
             talk.send(ok(b"another full"))
             return

@@ -3,13 +3,10 @@
 import time
 
 import pytest
-from harness.clients import assert_problem
-from harness.processes import free_port
-from harness.scripted import Answer, Gate
-from harness.swarm import End, body_digest
-from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
-from harness.upstreams import Elsewhere
-from harness.waiting import until
+from harness.clients import End, assert_problem, body_digest
+from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
+from harness.processes import free_port, until
+from harness.upstreams import Answer, Elsewhere, Gate
 
 LENGTH = 6_000_000
 HALF = LENGTH // 2

@@ -2,13 +2,11 @@
 
 import re
 
-from harness.clients import fetch
-from harness.scripted import Answer, Gate
+from harness.clients import End, fetch
+from harness.content import BIG, DELTA, INDEX, make_tree, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import End
-from harness.trees import BIG, DELTA, INDEX, make_tree, zip_of
-from harness.upstreams import Nginx
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, Nginx
 
 LENGTH = 3_000_000
 

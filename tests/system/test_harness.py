@@ -1,10 +1,9 @@
 """The harness proved without gup: upstreams count right, clients see right, gates hold."""
 
 import pytest
-from harness.clients import RawConnection, fetch
-from harness.scripted import Answer, Gate, ScriptedUpstream
-from harness.swarm import End, Swarm
-from harness.trees import noise
+from harness.clients import End, RawConnection, Swarm, fetch
+from harness.content import noise
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 
 def test_the_scripted_upstream_stops_at_gates_and_counts():

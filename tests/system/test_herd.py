@@ -4,12 +4,11 @@ import statistics
 import time
 
 import pytest
-from harness.scripted import Answer, Gate
+from harness.clients import Client, End, body_digest
+from harness.content import BIG, BIG_BYTES, content_path, make_tree, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.swarm import Client, End, body_digest
-from harness.trees import BIG, BIG_BYTES, content_path, make_tree, noise, zip_of
-from harness.upstreams import Nginx
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, Nginx
 
 CLIENTS = 500
 LENGTH = 4_000_000

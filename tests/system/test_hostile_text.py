@@ -2,9 +2,9 @@
 
 from harness.clients import assert_problem, fetch
 from harness.commands import command
-from harness.scripted import Answer
-from harness.trees import content_path
-from harness.waiting import until
+from harness.content import content_path
+from harness.processes import until
+from harness.upstreams import Answer
 
 ANSI, HTML, LONG = "\x1b[2J\x1b]0;owned\x07", "<script>alert(1)</script>", "y" * 100_000
 HOSTILE = {

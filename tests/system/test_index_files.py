@@ -4,11 +4,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from harness.clients import assert_problem
-from harness.scripted import Answer, Gate
+from harness.content import CONTENT_INFO, INDEX, make_tree
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import CONTENT_INFO, INDEX, make_tree
-from harness.upstreams import Nginx
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, Nginx
 
 
 def hammer(gup: Gup, seconds: float) -> list[tuple[int, bytes]]:

@@ -4,9 +4,9 @@ import os
 
 import pytest
 from harness.clients import address_of
+from harness.content import BIG, zip_of
+from harness.processes import until
 from harness.service import READY, REPOSITORY
-from harness.trees import BIG, zip_of
-from harness.waiting import until
 
 BODY = zip_of("machines", 100_000)
 REFUSING = """

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import pytest
 from harness.clients import RawConnection, Response
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import INDEX as CATALOG
+from harness.content import MONIKER as VIRUS
+from harness.content import noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import INDEX as CATALOG
-from harness.trees import MONIKER as VIRUS
-from harness.trees import noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 MANAGERS = {"fr": ("14.3 RU2", "French"), "en": ("14.3 RU3", "English"), "de": ("14.3 RU2", "German")}
 PATCH = "{11111111-1111-1111-1111-111111111111}"

@@ -7,10 +7,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import CONTENT_INFO, DELTA, INDEX, content_path, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import CONTENT_INFO, DELTA, INDEX, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate, ScriptedUpstream
 from hypothesis import HealthCheck, Phase, given, settings
 
 with warnings.catch_warnings():

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import psutil
 import pytest
-from harness.probe import probing
-from harness.swarm import Client, End, Swarm, body_digest
-from harness.trees import content_path, noise
+from harness.clients import Client, End, Swarm, body_digest, probing
+from harness.content import content_path, noise
 
 HIT = content_path("xdelta260701001_To_260731001.dax")
 

@@ -9,9 +9,9 @@ from urllib.parse import quote
 import pytest
 from harness.browser import Browser, browser
 from harness.clients import RawConnection
-from harness.scripted import Answer, Gate
-from harness.trees import INDEX, MONIKER, noise, zip_of
-from harness.waiting import until
+from harness.content import INDEX, MONIKER, noise, zip_of
+from harness.processes import until
+from harness.upstreams import Answer, Gate
 
 ATTACK = "<img src=x onerror=window.hit=1>"
 PRODUCT = f"Virus <script>window.hit=1</script>\"'><b onclick=window.hit=1> {ATTACK}"

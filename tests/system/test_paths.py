@@ -2,8 +2,8 @@
 
 import pytest
 from harness.clients import Response, assert_problem, send_raw
+from harness.content import noise
 from harness.service import Gup
-from harness.trees import noise
 
 GUID = "535CB6A4-441F-4e8A-a897-804CD859100E"
 FILE = "260801001/xdelta260801001_To_260802001.dax"

@@ -6,10 +6,10 @@ import time
 
 import pytest
 from harness.commands import command
-from harness.scripted import Answer, Gate
+from harness.content import CONTENT_INFO, INDEX, MONIKER, OTHER_MONIKER, content_path, name_of, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import CONTENT_INFO, INDEX, MONIKER, OTHER_MONIKER, content_path, name_of, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate
 
 OLD = [f"26010{day}001" for day in range(1, 6)]
 A, B, C = "260110001", "260111001", "260112001"

@@ -6,8 +6,8 @@ import time
 
 import pytest
 from harness.clients import Response, assert_problem
-from harness.scripted import Answer, Gate
-from harness.trees import BIG, DELTA, INDEX, MODIFIED_AT, noise, zip_of
+from harness.content import BIG, DELTA, INDEX, MODIFIED_AT, noise, zip_of
+from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
 HALF = LENGTH // 2

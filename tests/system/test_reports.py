@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 from harness.clients import fetch
 from harness.commands import command, on
-from harness.scripted import Answer, Gate
-from harness.trees import INDEX, MONIKER, zip_of
-from harness.waiting import until
+from harness.content import INDEX, MONIKER, zip_of
+from harness.processes import until
+from harness.upstreams import Answer, Gate
 
 PATCHES = "{0C2A4E6D-1111-4222-8333-444455556666}"
 CATALOGUE = (

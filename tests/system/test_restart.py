@@ -5,14 +5,12 @@ import signal
 import time
 
 import pytest
-from harness.clients import fetch
-from harness.harm import flip
-from harness.processes import free_port, listens
-from harness.scripted import Answer, Gate
+from harness.clients import End, body_digest, fetch
+from harness.content import BIG, DELTA, INDEX, content_path, noise, zip_of
+from harness.disks import flip
+from harness.processes import free_port, listens, until
 from harness.service import Gup
-from harness.swarm import End, body_digest
-from harness.trees import BIG, DELTA, INDEX, content_path, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate
 
 LENGTH = 6_000_000
 HALF = LENGTH // 2

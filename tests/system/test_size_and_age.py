@@ -4,10 +4,10 @@ import shutil
 import time
 from urllib.parse import quote
 
-from harness.scripted import ScriptedUpstream
+from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, name_of, noise, zip_of
+from harness.processes import until
 from harness.service import Gup
-from harness.trees import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, name_of, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import ScriptedUpstream
 
 MB = 1_000_000
 DELTAS = [content_path(f"xdelta2607{n:02}001_To_260801001.dax") for n in range(1, 31)]

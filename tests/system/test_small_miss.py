@@ -5,11 +5,10 @@ import signal
 import subprocess
 
 import pytest
-from harness.processes import needs
-from harness.scripted import Answer, ScriptedUpstream
+from harness.content import content_path, noise
+from harness.processes import needs, until
 from harness.service import Gup
-from harness.trees import content_path, noise
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
 
 MISSES = 40
 MOST = {"openat": 8, "rename": 2, "futex": 60, "mkdir": 1, "fsync": 0, "fdatasync": 0, "syncfs": 0}

@@ -3,11 +3,10 @@
 import signal
 import time
 
-from harness.processes import listens
-from harness.scripted import Answer, Gate
+from harness.content import BIG, DELTA, noise, zip_of
+from harness.processes import listens, until
 from harness.service import Gup
-from harness.trees import BIG, DELTA, noise, zip_of
-from harness.waiting import until
+from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
 HALF = LENGTH // 2

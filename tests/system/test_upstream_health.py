@@ -5,11 +5,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from harness.clients import Response, assert_problem, fetch
-from harness.processes import free_port
-from harness.scripted import Answer, ScriptedUpstream
-from harness.trees import BIG, DELTA, content_path, noise, zip_of
-from harness.upstreams import Elsewhere
-from harness.waiting import until
+from harness.content import BIG, DELTA, content_path, noise, zip_of
+from harness.processes import free_port, until
+from harness.upstreams import Answer, Elsewhere, ScriptedUpstream
 
 QUICK = {"read_timeout": "2s", "health_interval": "0s"}
 """With the default connect_timeout: a busy machine may need more than a second to take a connection."""

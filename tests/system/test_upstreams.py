@@ -6,15 +6,11 @@ from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from harness.certificates import Authority
 from harness.clients import assert_problem
-from harness.processes import environment, free_port
-from harness.scripted import Answer, Gate, ScriptedUpstream
+from harness.content import BIG, DELTA, INDEX, make_tree, noise, zip_of
+from harness.processes import environment, free_port, until
 from harness.service import Gup, toml
-from harness.trees import BIG, DELTA, INDEX, make_tree, noise, zip_of
-from harness.upstreams import Nginx
-from harness.waiting import until
-from harness.web_proxy import WebProxy
+from harness.upstreams import Answer, Authority, Gate, Nginx, ScriptedUpstream, WebProxy
 
 LENGTH = 3_000_000
 BODY = zip_of("upstreams", LENGTH)
@@ -86,7 +82,9 @@ def test_an_upstream_with_a_certificate_of_the_own_ca_and_a_tunnel_through_a_web
             gup.serves(BIG, nginx.tree.body(BIG))
         with WebProxy() as proxy, before(tmp_path / "proxy", url, proxy=proxy.url, ca_file=ca) as gup:
             gup.serves(BIG, nginx.tree.body(BIG))
-            assert [seen[:2] for seen in proxy.seen] == [("CONNECT", url.removeprefix("https://"))]
+            assert [(seen.method, seen.path) for seen in proxy.seen] == [
+                ("CONNECT", url.removeprefix("https://"))
+            ]
         assert [row.status for row in nginx.log(BIG)] == [200, 200]
 
 
@@ -150,9 +148,9 @@ def test_content_comes_through_a_web_proxy_and_one_that_refuses_or_is_away_is_to
         with before(tmp_path, nginx.url, proxy=proxy.url) as gup:
             gup.serves(BIG, tree.body(BIG))
             gup.serves(DELTA, tree.body(DELTA))
-            asked = {(method, unquote(urlsplit(target).path)) for method, target, _ in proxy.seen}
+            asked = {(seen.method, unquote(urlsplit(seen.path).path)) for seen in proxy.seen}
             assert asked == {("GET", BIG), ("GET", DELTA)}
-            assert all(target.startswith(nginx.url) for _, target, _ in proxy.seen)
+            assert all(seen.path.startswith(nginx.url) for seen in proxy.seen)
             assert "tops3cret" not in gup.log
         url, wrong = f"https://127.0.0.1:{free_port()}", proxy.url.replace("gup:", "wrong:")
         with before(tmp_path / "refused", url, proxy=wrong) as gup:

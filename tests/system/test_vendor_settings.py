@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from harness.clients import RawConnection, assert_problem
-from harness.processes import free_port
+from harness.content import DELTA, INDEX, content_path, noise, zip_of
+from harness.processes import free_port, until
 from harness.service import Gup
-from harness.trees import DELTA, INDEX, content_path, noise, zip_of
-from harness.waiting import until
 
 MB = 1_000_000
 FULL, OTHER, MEDIUM, MISS = (content_path("full.zip", revision=f"26080{n}001") for n in range(1, 5))

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.delay_line import SERVER, DelayLine
-from harness.processes import needs_root
-from harness.scripted import Answer, ScriptedUpstream
+from harness.clients import Client, End, Swarm
+from harness.content import content_path, noise
+from harness.processes import needs_root, until
 from harness.service import Gup
-from harness.swarm import Client, End, Swarm
-from harness.trees import content_path, noise
-from harness.waiting import until
+from harness.upstreams import Answer, ScriptedUpstream
+from system.delay_line import SERVER, DelayLine
 
 pytestmark = pytest.mark.alone
 MB = 1_000_000

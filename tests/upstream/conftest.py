@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from harness.scripted import ScriptedUpstream
+from harness.upstreams import ScriptedUpstream
 
 from gup.config import Settings
 from gup.metrics import Counters

@@ -4,8 +4,8 @@ import asyncio
 import random
 
 import pytest
-from harness.scripted import Answer
-from harness.trees import BIG, noise
+from harness.content import BIG, noise
+from harness.upstreams import Answer
 
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 from harness.processes import free_port
-from harness.scripted import Answer as Scripted
-from harness.scripted import Gate
+from harness.upstreams import Answer as Scripted
+from harness.upstreams import Gate
 
 from gup.content.key import Variant
 from gup.upstream.exchange import RemoteHead, UpstreamFailure

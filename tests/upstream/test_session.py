@@ -9,8 +9,8 @@ import time
 import pytest
 import uvloop
 import yarl
-from harness.scripted import Over, RawUpstream, Talk, ok
-from harness.trees import noise
+from harness.content import noise
+from harness.upstreams import Over, RawUpstream, Request, ok
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +44,7 @@ async def get(pool, path: str = PATH, **more: object) -> bytes:
 
 
 async def test_silence_in_mid_body_ends_by_read_timeout(pool_of):
-    def half(talk: Talk) -> None:
+    def half(talk: Request) -> None:
         talk.send(ok(BODY)[: len(BODY) // 2])
         talk.pause(30)
 
@@ -73,7 +73,7 @@ def test_what_no_request_asked_for_is_nobodys_answer(pool_of, new_loop):
     asks, chance = 300, random.Random(300)
     said: set[str] = set()
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         true = ok(talk.path.encode())
         how = chance.randrange(4)
         try:
@@ -105,15 +105,15 @@ def test_what_no_request_asked_for_is_nobodys_answer(pool_of, new_loop):
 # --- reused connections
 
 
-def close(_: Talk) -> None:
+def close(_: Request) -> None:
     raise Over
 
 
-def reset(talk: Talk) -> None:
+def reset(talk: Request) -> None:
     talk.reset()
 
 
-def garbage(talk: Talk) -> None:
+def garbage(talk: Request) -> None:
     talk.send(b"0\r\n\r\nleft over\r\n")
     raise Over
 
@@ -121,7 +121,7 @@ def garbage(talk: Talk) -> None:
 async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(pool_of):
     """GET: test_ways."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.number > 1:
             raise Over
         talk.send(ok(b"fine")[:-4])
@@ -134,7 +134,7 @@ async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(po
                 assert told.length == 4
             assert pool.board.get("u").state is State.UP
             assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 5
-        assert 5 <= len(upstream.asked) <= 10
+        assert 5 <= len(upstream.seen) <= 10
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
@@ -144,7 +144,7 @@ async def test_a_failure_on_a_fresh_connection_counts_and_is_not_tried_here(pool
             with pytest.raises(UpstreamFailure):
                 await get(pool)
             assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 1
-        assert len(upstream.asked) == 1
+        assert len(upstream.seen) == 1
 
 
 async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of):
@@ -153,7 +153,7 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of
         (ok(b"fine"), b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno", b"nonsense\r\n\r\n")
     )
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.pause(0.02)
         talk.send(next(answers))
 
@@ -167,7 +167,7 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of
 
 
 async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_not_blamed(pool_of):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(BODY)[:1000])
         talk.pause(30)
 
@@ -212,7 +212,7 @@ MISFRAMED = {
 
 @pytest.mark.parametrize("text", MISFRAMED.values(), ids=MISFRAMED.keys())
 async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(pool_of, text):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
@@ -224,7 +224,7 @@ async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(pool_of, text):
 
 
 async def test_a_body_longer_than_announced_is_refused_at_its_end(pool_of):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(BODY[:300_000]))
         talk.send(b"and more that was not announced")
         raise Over
@@ -255,7 +255,7 @@ RANGES = {
 
 @pytest.mark.parametrize(("lines", "body"), RANGES.values(), ids=RANGES.keys())
 async def test_a_range_that_is_not_as_told_is_refused(pool_of, lines, body):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send("\r\n".join(("HTTP/1.1 206 Part", *lines)).encode() + b"\r\n\r\n" + body)
         raise Over
 
@@ -267,7 +267,7 @@ async def test_a_range_that_is_not_as_told_is_refused(pool_of, lines, body):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 async def test_an_end_that_only_the_connection_tells_is_not_confirmed(pool_of, version):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(f"HTTP/{version} 200 OK\r\n\r\n".encode() + b"half of it")
         raise Over
 
@@ -276,7 +276,7 @@ async def test_an_end_that_only_the_connection_tells_is_not_confirmed(pool_of, v
             told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
             assert await body_of(told) == b"half of it"
             assert not told.head.delimited
-            upstream.answer = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
+            upstream.reply = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
             told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
             assert await body_of(told) == b"hello"
             assert told.head.delimited
@@ -329,7 +329,7 @@ async def test_a_head_is_kept_as_far_as_it_can_be_passed_on(pool_of, line, etag,
     ids=["letters", "bytes", "reason", "encoding", "transfer", "html"],
 )
 async def test_what_upstream_says_is_told_in_bounds(pool_of, text):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
@@ -348,7 +348,7 @@ async def test_what_upstream_says_is_told_in_bounds(pool_of, text):
 async def test_a_head_may_take_longer_than_read_timeout(pool_of):
     """A manager that builds a delta for 20 s, scaled."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.pause(0.5)
         talk.send(ok(b"built"))
 
@@ -358,17 +358,17 @@ async def test_a_head_may_take_longer_than_read_timeout(pool_of):
             assert await get(pool) == b"built"
 
 
-def silent(talk: Talk) -> None:
+def silent(talk: Request) -> None:
     talk.pause(30)
 
 
-def continuing(talk: Talk) -> None:
+def continuing(talk: Request) -> None:
     while True:
         talk.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         talk.pause(0.02)
 
 
-def dribbling(talk: Talk) -> None:
+def dribbling(talk: Request) -> None:
     for letter in ok(b"fine", "X-Long: " + "x" * 3000):
         talk.send(bytes([letter]))
         talk.pause(0.02)
@@ -382,17 +382,17 @@ async def test_a_head_must_be_here_within_its_limit(pool_of, answer, reused):
         async with pool_of(table) as pool:
             if reused:
                 assert await get(pool) == b"fine"
-            upstream.answer = answer
-            began, before = time.monotonic(), len(upstream.asked)
+            upstream.reply = answer
+            began, before = time.monotonic(), len(upstream.seen)
             with pytest.raises(UpstreamFailure, match="first_byte_timeout") as raised:
                 await get(pool)
             assert raised.value.outcome == "timeout"
             assert 0.45 < time.monotonic() - began < 3
-            assert len(upstream.asked) - before == 1, "a slow head is no stale connection"
+            assert len(upstream.seen) - before == 1, "a slow head is no stale connection"
 
 
 async def test_an_errors_body_holds_nobody_up(pool_of):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.1 404 No\r\nContent-Length: 60000\r\n\r\n")
         while True:
             talk.send(b"x")
@@ -429,7 +429,7 @@ def test_only_waiting_for_upstream_makes_a_body_slow():
 
 
 async def test_a_trickle_makes_room_when_others_wait_for_its_connection(pool_of):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.path != PATH:
             talk.send(ok(b"fine"))
             return
@@ -442,7 +442,7 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(pool_of)
     with RawUpstream(answer) as upstream:
         async with pool_of({"url": upstream.url, **table}) as pool:
             trickle = asyncio.create_task(get(pool))
-            while not upstream.asked:  # noqa: ASYNC110 - a thread's list
+            while not upstream.seen:  # noqa: ASYNC110 - a thread's list
                 await asyncio.sleep(0.01)
             assert await asyncio.wait_for(get(pool, "/content/other"), 10) == b"fine"
             with pytest.raises(UpstreamFailure, match="min_rate") as raised:

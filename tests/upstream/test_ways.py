@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import uvloop
-from harness.certificates import Authority
-from harness.scripted import Over, RawUpstream, Talk, ok
-from harness.trees import noise
-from harness.web_proxy import WebProxy
+from harness.content import noise
+from harness.upstreams import Authority, Over, RawUpstream, Request, WebProxy, ok
 
 from gup.upstream.connector import is_quiet
 from gup.upstream.exchange import UpstreamFailure
@@ -38,7 +36,7 @@ class Reached:
     """Settings that lead there."""
 
 
-Reach = Callable[[Callable[[Talk], None]], AbstractContextManager[Reached]]
+Reach = Callable[[Callable[[Request], None]], AbstractContextManager[Reached]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @contextmanager
-def reach(way: str, authority: Authority, answer: Callable[[Talk], None]) -> Iterator[Reached]:
+def reach(way: str, authority: Authority, answer: Callable[[Request], None]) -> Iterator[Reached]:
     encrypted = way in ("tls", "tunnel")
     with RawUpstream(answer, authority.context() if encrypted else None) as upstream:
         table = {"url": upstream.url, "ca_file": str(authority.ca) if encrypted else None, **QUICK}
@@ -94,27 +92,27 @@ async def get(pool, path: str = "/content/x.dax", pause_seconds: float = 0.0) ->
     return await body_of(await pool.ask(pool.upstreams[0], Ask(path, "fill")), pause_seconds)
 
 
-def path_in(talk: Talk) -> bytes:
+def path_in(talk: Request) -> bytes:
     """Without the host that a proxy is told."""
     return b"/content/" + talk.path.partition("/content/")[2].encode()
 
 
-def close(_: Talk) -> None:
+def close(_: Request) -> None:
     raise Over
 
 
-def reset(talk: Talk) -> None:
+def reset(talk: Request) -> None:
     talk.reset()
 
 
-def garbage(talk: Talk) -> None:
+def garbage(talk: Request) -> None:
     talk.send(b"0\r\n\r\nleft over\r\n")
     raise Over
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
 def test_a_stale_connection_is_no_failure(reached, pool_of, runner, again):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         if talk.number > 1:
             again(talk)
         talk.send(ok(path_in(talk)))
@@ -130,13 +128,13 @@ def test_a_stale_connection_is_no_failure(reached, pool_of, runner, again):
 
     with reached(answer) as at:
         runner.run(run(at.table))
-        assert len(at.upstream.asked) > 8, "none was used again: the test tells nothing"
+        assert len(at.upstream.seen) > 8, "none was used again: the test tells nothing"
 
 
 def test_an_upstream_that_closes_idle_connections_is_up(reached, pool_of, runner):
     """It closes 10 ms after each answer, and gup asks about then."""
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(path_in(talk)))
         talk.pause(0.01)
         raise Over
@@ -164,7 +162,7 @@ def test_what_no_request_asked_for_is_nobodys_answer(reached, pool_of, runner, s
     """It comes when an answer was read. The next request goes out when it has come."""
     had: set[bytes] = set()
 
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(ok(path_in(talk)))
         while path_in(talk) not in had:
             talk.pause(0.0005)
@@ -199,13 +197,13 @@ def test_pauses_of_ours_are_no_timeouts(reached, pool_of, runner):
         assert at.upstream.connections == 1
 
 
-def say_goodbye(talk: Talk) -> None:
+def say_goodbye(talk: Request) -> None:
     talk.say_goodbye()
 
 
 @pytest.mark.parametrize("end", [close, say_goodbye], ids=["without close_notify", "with close_notify"])
 def test_the_end_of_tls_confirms_no_bodys_end(reached_by_tls, pool_of, runner, end):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:300_000])
         end(talk)
 
@@ -228,7 +226,7 @@ CUT = {
 @pytest.mark.parametrize("text", CUT.values(), ids=CUT)
 @pytest.mark.parametrize("end", [close, reset])
 def test_a_body_that_is_cut_is_never_whole(reached, pool_of, runner, text, end):
-    def answer(talk: Talk) -> None:
+    def answer(talk: Request) -> None:
         talk.send(text)
         end(talk)
 
@@ -255,4 +253,4 @@ def test_a_proxy_that_opens_no_tunnel_costs_connect_timeout(authority, pool_of, 
     with RawUpstream(lambda talk: talk.pause(30)) as proxy:
         table = {"url": "https://127.0.0.1:9", "ca_file": str(authority.ca), "proxy": proxy.url}
         runner.run(run(QUICK | table | {"connect_timeout": "500ms"}))
-        assert [method for method, _ in proxy.asked] == ["CONNECT"]
+        assert [request.method for request in proxy.seen] == ["CONNECT"]

@@ -2,7 +2,7 @@
 
 import pytest
 from harness.processes import free_port
-from harness.scripted import Answer as Scripted
+from harness.upstreams import Answer as Scripted
 
 from gup.upstream.exchange import UpstreamFailure, proxy_in_words
 from gup.upstream.health import Sign, sign_of

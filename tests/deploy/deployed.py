@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-
-from harness.processes import end, environment, free_port, needs
-from harness.waiting import until
+from harness.processes import end, environment, free_port, needs, until
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
