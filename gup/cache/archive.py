@@ -19,7 +19,7 @@ from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
 from gup.cache.store import OpenFile, Store
 from gup.content.key import ContentKey
 from gup.errors import GupError, quoted
-from gup.fsutil import write_all
+from gup.files import write_all
 from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, read, shown
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from gup.cache.records import Record
 from gup.cache.store import Store
-from gup.fsutil import replace_file, sync_file_system
+from gup.files import replace_file, sync_file_system
 
 log = logging.getLogger("gup.durability")
 

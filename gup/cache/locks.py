@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gup.fsutil import is_range_locked, lock_range, unlock_range
+from gup.files import is_range_locked, lock_range, unlock_range
 
 _BESIDE = 1 << 62  # beyond every claim, which has 62 bits
 
@@ -21,7 +21,7 @@ def want_offset(key_id: str) -> int:
 
 
 class Claims:
-    """The claims that this process holds (gup.fsutil.lock_range).
+    """The claims that this process holds (gup.files.lock_range).
 
     The kernel frees them however the process dies. Two holders in one process would share the open file and
     not see each other, so the set of held offsets is asked first.

@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 from gup.cache.disk_space import on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
-from gup.fsutil import start_writeback
+from gup.files import start_writeback
 
 _Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20

@@ -20,7 +20,7 @@ from gup.cache.locks import Claims
 from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, MAX_STATE_BYTES, FillState, Record
 from gup.content.key import ContentKey
 from gup.errors import StoreError
-from gup.fsutil import read_regular, sync_folder, write_all
+from gup.files import read_regular, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})

@@ -17,8 +17,17 @@ from urllib.parse import quote, urlencode
 
 import typer
 
-from gup.cli.format import Columns, print_json, show_table
-from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags, with_flags
+from gup.cli.shared import (
+    FAILED,
+    Columns,
+    JsonFlag,
+    Where,
+    asking,
+    print_json,
+    show_table,
+    with_connection_flags,
+    with_flags,
+)
 from gup.units import bytes_in_words
 
 if TYPE_CHECKING:

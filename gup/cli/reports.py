@@ -1,13 +1,23 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
-# ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 from collections.abc import Callable
 from typing import Annotated
+from urllib.parse import urlencode
 
 import typer
 
-from gup.cli.format import Columns, Row, print_json, printable, show_table
-from gup.cli.options import UNUSABLE, JsonFlag, Where, asking, with_connection_flags
+from gup.cli.shared import (
+    UNUSABLE,
+    Columns,
+    JsonFlag,
+    Row,
+    Where,
+    asking,
+    print_json,
+    printable,
+    show_table,
+    with_connection_flags,
+)
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True)
@@ -22,18 +32,14 @@ _SHOWN = 20
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Content taken here: who stands at which revision, what lags, and who."""
-    from gup.control.stats.tables import CONTENT
-
-    _report("content", where, csv_output, json_output, CONTENT.csv, _show_content)
+    _report("content", where, csv_output, json_output, _show_content)
 
 
 @report.command()
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
     """Clients by the version they state, and those that may wait for a restart after a client patch."""
-    from gup.control.stats.tables import RESTARTS
-
-    _report("clients", where, csv_output, json_output, RESTARTS.csv, _show_clients)
+    _report("clients", where, csv_output, json_output, _show_clients)
 
 
 @report.command()
@@ -46,9 +52,7 @@ def savings(
     json_output: JsonFlag = False,
 ) -> None:
     """What was sent, fetched, saved and wasted, by day and by stream."""
-    from gup.control.stats.tables import SAVINGS
-
-    _report(f"savings?days={days}", where, csv_output, json_output, SAVINGS.csv, _show_savings)
+    _report("savings", where, csv_output, json_output, _show_savings, days=days)
 
 
 def _report(
@@ -56,20 +60,21 @@ def _report(
     where: Where,
     csv_output: bool,
     json_output: bool,
-    as_csv: Callable[[Row], str],
     show: Callable[[Row], None],
+    **parameters: object,
 ) -> None:
     if csv_output and json_output:
         typer.echo("gup: --csv and --json: one of them, not both", err=True)
         raise typer.Exit(UNUSABLE)
+    resource = f"report/{name}?" + urlencode(parameters | {"format": "csv" if csv_output else "json"})
     with asking(where) as admin:
-        answer = admin.ask("GET", f"report/{name}")
-        if json_output:
-            print_json(answer)
-        elif csv_output:
-            typer.echo(as_csv(answer), nl=False)
+        if csv_output:
+            for piece in admin.pieces("GET", resource):
+                typer.echo(piece, nl=False)
+        elif json_output:
+            print_json(admin.ask("GET", resource))
         else:
-            show(answer)
+            show(admin.ask("GET", resource))
 
 
 # --- content

@@ -6,6 +6,7 @@ Names, labels and help of all metrics are in gup.metrics.
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -60,24 +61,24 @@ def expose(
     return encode(registry), content_type
 
 
+@dataclass(eq=False)
 class _Families(Collector):
-    def __init__(
-        self, totals: Mapping[str, int], upstreams: Sequence[str], gauges: Mapping[str, Samples]
-    ) -> None:
-        self._totals, self._upstreams, self._gauges = totals, upstreams, gauges
+    totals: Mapping[str, int]
+    upstreams: Sequence[str]
+    gauges: Mapping[str, Samples]
 
     def collect(self) -> Iterable[Family]:
         totals: dict[str, dict[str, int]] = defaultdict(dict)
-        for name, value in self._totals.items():
+        for name, value in self.totals.items():
             totals[name.partition("{")[0]][name] = value
         for metric in METRICS:
             if metric.kind == "histogram":
-                yield _histogram(metric, self._totals)
+                yield _histogram(metric, self.totals)
             elif metric.stored:  # enumerated labels that were not counted yet are 0
-                samples = {series(metric.name, row): 0 for row in label_sets(metric, self._upstreams)}
+                samples = {series(metric.name, row): 0 for row in label_sets(metric, self.upstreams)}
                 samples |= totals[metric.name]
                 yield _family(metric, [(parse_series(name)[1], value) for name, value in samples.items()])
-            elif rows := self._gauges.get(metric.name):
+            elif rows := self.gauges.get(metric.name):
                 yield _family(metric, rows)
 
 

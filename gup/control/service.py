@@ -10,7 +10,7 @@ from aiohttp import web
 
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.alarm_collector import AlarmCollector
+from gup.control.alarms import AlarmCollector
 from gup.control.application import make_app
 from gup.control.auth import Access
 from gup.control.dependencies import ControlDependencies

@@ -6,12 +6,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.alarms import AlarmBoard, Rejection
-from gup.control.api.schemas import FailedFill, WriteRefusal
+from gup.control.api.schemas import Alarm, FailedFill, WriteRefusal
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
@@ -33,12 +33,10 @@ from gup.control.eviction import AgeClock, Evictor
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
-from gup.control.rate_window import RateWindow
 from gup.control.reconcile import change
-from gup.control.stats.client_records import ClientWindows
+from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
-from gup.control.stats.history import Recorder
-from gup.control.stats.usage_reports import Reports
+from gup.control.stats.history import RateWindow, Recorder
 from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
 from gup.metrics import MAX_STREAMS
@@ -49,6 +47,15 @@ _log = logging.getLogger("gup.control.state")
 Label = tuple[str, str]
 """Product and language."""
 OTHER: Label = ("other", "other")
+
+
+class Rejection(NamedTuple):
+    """A body that an upstream sent and that can't be the content asked for."""
+
+    key: str
+    upstream: str
+    detail: str
+    at: float
 
 
 class Refusals:
@@ -141,7 +148,8 @@ class ControlState:
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
         self.traffic = Traffic(self.index, clock)
-        self.alarms = AlarmBoard()
+        self.alarms: list[Alarm] = []
+        """Those that stand, as the alarm collector found them last."""
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, self.index.newest_held)
         self.history = Recorder(dependencies, self.database, clock)

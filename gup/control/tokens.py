@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from gup.files import FileError, read_file
-from gup.fsutil import replace_file
+from gup.files import FileError, read_file, replace_file
 
 LOCAL_NAME = "admin-token"
 """File in `run/` of the cache directory, made at each start for commands on the same machine."""

@@ -22,7 +22,7 @@ from gup.process import shared_memory, sockets
 from gup.process.child import Assignment, Child, ChildSlot, Message, Phase
 from gup.process.instance_lock import InstanceLock
 from gup.process.shared_memory import Row, SharedFile
-from gup.process.systemd import VARIABLES, Notifier, passed_sockets
+from gup.process.sockets import VARIABLES, Notifier, passed_sockets
 from gup.server.admission import address_file
 
 _LOG = logging.getLogger(__name__)

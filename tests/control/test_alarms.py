@@ -1,13 +1,12 @@
 """The table of alarms: each row found where it should be and not elsewhere; when one begins and ends."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 
-from gup.control.alarm_collector import AlarmCollector
-from gup.control.alarms import ALARMS, MAX_OF_A_TYPE, AlarmBoard, AlarmType, Rejection
+from gup.control.alarms import ALARMS, MAX_OF_A_TYPE, AlarmBoard, AlarmCollector, AlarmType
 from gup.control.eviction import DiskUsage
+from gup.control.state import Rejection
 from gup.control.traffic import Storm, Unmet
 
 NOW = 1_000_000.0
@@ -177,29 +176,29 @@ def test_counts_are_those_of_the_window():
 
 
 DAMAGED, MORE = [("damage", "x", "1 damaged")], [("damage", "x", "3 damaged")]
+LOOKS = [  # what is due, the clock, the texts of those that stand
+    (DAMAGED, 0.0, []),
+    (DAMAGED, 4.9, []),
+    ([], 5.0, []),
+    (DAMAGED, 6.0, []),  # it began anew
+    (DAMAGED, 10.9, []),
+    (DAMAGED, 11.0, ["1 damaged"]),
+    (MORE, 12.0, ["3 damaged"]),
+    ([], 21.9, ["3 damaged"]),
+    (DAMAGED, 22.0, ["1 damaged"]),  # it is back before it was calm for long enough: the same alarm
+    ([], 31.9, ["1 damaged"]),
+    ([], 32.0, []),
+]
 
 
 def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
     alarms = AlarmBoard([AlarmType("damage", "warning", 5.0, 10.0, "Do.")])
-    with caplog.at_level(logging.WARNING):
-        for clock in (0.0, 4.9):
-            alarms.look(DAMAGED, NOW, clock)
-            assert alarms.standing() == []
-        alarms.look([], NOW, 5.0)
-        for clock in (6.0, 10.9):  # it began anew
-            alarms.look(DAMAGED, NOW, clock)
-            assert alarms.standing() == []
-        alarms.look(DAMAGED, 77.0, 11.0)
-        alarms.look(MORE, 78.0, 12.0)
-        (standing,) = alarms.standing()
-        assert (standing.name, standing.severity, standing.since) == ("damage", "warning", 77.0)
-        assert (standing.subject, standing.text, standing.what_to_do) == ("x", "3 damaged", "Do.")
-        alarms.look([], NOW, 21.9)
-        alarms.look(DAMAGED, NOW, 22.0)  # it is back before it was calm for long enough: the same alarm
-        alarms.look([], NOW, 31.9)
-        assert len(alarms.standing()) == 1
-        alarms.look([], NOW, 32.0)
-        assert alarms.standing() == []
+    for due, clock, wanted in LOOKS:
+        standing = alarms.look(due, NOW + clock, clock)
+        assert [alarm.text for alarm in standing] == wanted, clock
+        for alarm in standing:
+            assert (alarm.name, alarm.severity, alarm.since) == ("damage", "warning", NOW + 11)
+            assert (alarm.subject, alarm.what_to_do) == ("x", "Do.")
     assert [record.message for record in caplog.records] == [
         "alarm damage: 1 damaged",
         "alarm damage is over, after 21 s: 1 damaged",
@@ -208,5 +207,5 @@ def test_an_alarm_begins_when_it_has_stood_and_ends_when_it_was_calm(caplog):
 
 def test_many_subjects_are_bounded():
     alarms = AlarmBoard([AlarmType("many", "warning", 0.0, 15.0, "Do.")])
-    alarms.look([("many", str(number), "bad") for number in range(1000)], NOW, 0.0)
-    assert len(alarms.standing()) == MAX_OF_A_TYPE
+    due = [("many", str(number), "bad") for number in range(1000)]
+    assert len(alarms.look(due, NOW, 0.0)) == MAX_OF_A_TYPE

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from harness.control import ask
 
 from gup.cache.archive import summary
 from gup.config import Settings
@@ -17,14 +18,12 @@ async def exported(browser, world, query=""):
 
 
 async def imported(browser, world, text):
-    async with browser.post(world.url + "/api/v1/import", data=text) as answer:
-        return answer.status, await answer.json(content_type=None)
+    return await ask(browser, world, "POST", "/api/v1/import", data=text)
 
 
 async def purge_all(browser, world, control):
     for key in list(control.state.index.rows):
-        async with browser.delete(f"{world.url}/api/v1/content/{key}") as answer:
-            assert answer.status == 200
+        assert (await ask(browser, world, "DELETE", f"/api/v1/content/{key}"))[0] == 200
     assert control.state.index.rows == {}
 
 
@@ -86,12 +85,8 @@ async def test_a_sender_that_goes_leaves_whole_entries_and_frees_the_way(world, 
         assert (await imported(browser, world, text))[0] == 409
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-
-        async def taken() -> bool:
-            return (await imported(browser, world, text))[0] == 200
-
-        for _ in range(200):
-            if await taken():
+        while True:  # until its thread has ended
+            if (await imported(browser, world, text))[0] == 200:
                 break
             await asyncio.sleep(0.02)
         assert len(control.state.index.rows) == 2

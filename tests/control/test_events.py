@@ -71,7 +71,11 @@ def test_events_are_read(fields, event):
         b'{"type": "used", "at": 1, "clients": [["10.0.0.1"]]}', b'{"type": "upstream", "name": 5}',
         b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", 1, 2, 1]]}',
         b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", true]]}',
-        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", [5, 4, 9]]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", [5, 5, 9]]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e", "", "", 2]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "a/b/c/d/e"]]}',
+        b'{"type": "taken", "at": 1, "rows": [["10.0.0.1", "no key", "", "", 1]]}',
+        b'{"type": "taken", "at": 1, "rows": [["<script>", "a/b/c/d/e", "", "", 1]]}',
         b'{"type": "unlisted", "moniker": [["{"]]}', b'{"type": "need", "bytes": ' + b"9" * 5000 + b"}",
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.alarm_collector import AlarmCollector
+from gup.control.alarms import AlarmCollector
 from gup.control.api.status import status
 from gup.control.exposition import gauges
 from gup.control.index import Row

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
 from gup.control.index import make_row
-from gup.control.page import render
+from gup.control.page import view
 from gup.control.page.live import MAX_LISTENERS, Page
 from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
 
@@ -27,9 +27,7 @@ SHARES = {0: "0 %", 0.004: "0.4 %", 0.5: "50 %", 0.9996: "99.9 %", 1: "100 %", -
 SPANS = {-3: "0 s", 59.9: "60 s", 60: "1 min", 7200: "2 h", 1e6: "11 d"}
 
 
-@pytest.mark.parametrize(
-    ("word", "rows"), [(render.size, SIZES), (render.percent, SHARES), (render.span, SPANS)]
-)
+@pytest.mark.parametrize(("word", "rows"), [(view.size, SIZES), (view.percent, SHARES), (view.span, SPANS)])
 def test_figures_in_words(word, rows):
     """Shares are never rounded to all or nothing."""
     assert {given: word(given) for given in rows} == {
@@ -40,8 +38,8 @@ def test_figures_in_words(word, rows):
 @given(st.floats(-1e18, 1e18))
 @settings(max_examples=50)
 def test_every_size_has_at_most_three_digits_before_its_point(count):
-    number = render.size(count).split(SPACE)[0]
-    assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "PB" in render.size(count)
+    number = view.size(count).split(SPACE)[0]
+    assert len(re.sub(r"\D", "", number.split(".")[0])) <= 3 or "PB" in view.size(count)
 
 
 def row(stream, revision, file, *, hits=0, length=100, at=5.0):

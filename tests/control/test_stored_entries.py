@@ -4,7 +4,7 @@ import asyncio
 import os
 
 import pytest
-from harness.control import get
+from harness.control import ask, get
 
 from gup.content.key import Kind
 
@@ -32,23 +32,20 @@ async def test_keys_that_are_none_or_not_there(world, browser):
     async with world.running():
         for key in ("a/b/c/d/e", "a/b/c/d", "a/b/c/d/.hidden", "a/b/c/d/%2e%2e", "a/b/c/d%2Fe/f"):
             for method in ("GET", "DELETE"):
-                async with browser.request(method, f"{world.url}/api/v1/content/{key}") as answer:
-                    assert answer.status in (400, 404), key
-                    assert answer.content_type == "application/problem+json"
-                    assert (await answer.json(content_type=None))["status"] == answer.status
+                status, told = await ask(browser, world, method, f"/api/v1/content/{key}")
+                assert status == told["status"] in (400, 404), key
 
 
 async def test_purge_removes_while_a_reader_reads_on(world, browser):
     record = world.commit(body=b"the whole body")
     reader = world.store.open_body(record)
     async with world.running() as control:
-        epochs = world.epochs
-        async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
-            assert (answer.status, (await answer.json())["freed_bytes"]) == (200, 14)
+        epochs, path = world.epochs, f"/api/v1/content/{record.key.text}"
+        status, told = await ask(browser, world, "DELETE", path)
+        assert (status, told["freed_bytes"]) == (200, 14)
         assert control.state.index.rows == {}
         assert world.epochs == epochs + 1
-        async with browser.delete(f"{world.url}/api/v1/content/{record.key.text}") as answer:
-            assert answer.status == 404
+        assert (await ask(browser, world, "DELETE", path))[0] == 404
     assert not world.store.body_path(record.key).exists()
     assert os.pread(reader.fd, 99, 0) == b"the whole body"
 
@@ -58,13 +55,12 @@ async def test_pinning_lasts_and_is_taken_back(world, browser):
     url = f"/api/v1/content/{record.key.text}/pin"
     async with world.running() as control:
         for method, pinned in (("PUT", True), ("DELETE", False)):
-            async with browser.request(method, world.url + url) as answer:
-                assert (answer.status, (await answer.json())["pinned"]) == (200, pinned)
+            status, told = await ask(browser, world, method, url)
+            assert (status, told["pinned"]) == (200, pinned)
             assert control.state.index.rows[record.key.text].pinned is pinned
             stored = await asyncio.to_thread(world.store.load, record.key)
             assert stored.pinned is pinned
-        async with browser.put(f"{world.url}/api/v1/content/a/b/c/d/e/pin") as answer:
-            assert answer.status == 404
+        assert (await ask(browser, world, "PUT", "/api/v1/content/a/b/c/d/e/pin"))[0] == 404
 
 
 async def test_other_methods_paths_and_forged_requests_are_problems_and_do_nothing(world, browser):
@@ -85,12 +81,11 @@ async def test_other_methods_paths_and_forged_requests_are_problems_and_do_nothi
 
 async def test_reload_is_asked_for(world, browser):
     async with world.running():
-        async with browser.post(world.url + "/api/v1/reload") as answer:
-            assert (answer.status, await answer.json()) == (200, {"reloaded": True, "problems": []})
-        assert world.reloads == 1
-        world.reload_problems = ["cache.max_size: is too small"]
-        async with browser.post(world.url + "/api/v1/reload") as answer:
-            assert await answer.json() == {"reloaded": False, "problems": world.reload_problems}
+        for number, problems in enumerate(([], ["cache.max_size: is too small"]), 1):
+            world.reload_problems = problems
+            told = await ask(browser, world, "POST", "/api/v1/reload")
+            assert told == (200, {"reloaded": not problems, "problems": problems})
+            assert world.reloads == number
         world.config_ok = False
         _, told = await get(browser, world, "/api/v1/status")
         assert told["reload"] == {"successful": False}
@@ -99,8 +94,8 @@ async def test_reload_is_asked_for(world, browser):
 async def test_our_own_mistake_is_a_problem_and_logged(world, browser, caplog):
     async with world.running() as control:
         control.state.evictor.measure = lambda: 1 / 0
-        async with browser.get(world.url + "/api/v1/status") as answer:
-            assert (answer.status, answer.content_type) == (500, "application/problem+json")
+        status, told = await get(browser, world, "/api/v1/status")
+        assert (status, told["type"]) == (500, "about:blank")
     assert "ZeroDivisionError" in caplog.text
 
 

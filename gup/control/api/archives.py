@@ -71,7 +71,7 @@ class Archives:
             loop, content = asyncio.get_running_loop(), request.content
             taking = asyncio.create_task(asyncio.to_thread(_take, state, content, loop))
             try:
-                return Import.model_validate(await asyncio.shield(taking))
+                return Import(await asyncio.shield(taking))
             except asyncio.CancelledError:  # the service stops: let the thread end, at an entry's border
                 content.set_exception(ConnectionResetError("the service stops"))
                 await asyncio.gather(taking, return_exceptions=True)

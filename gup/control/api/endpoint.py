@@ -4,12 +4,15 @@ Routes and the OpenAPI document are made from the same rows.
 """
 
 import asyncio
+import csv
+import io
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from inspect import signature
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from aiohttp import web
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
@@ -19,7 +22,6 @@ import gup
 from gup.config.loading import complaints
 from gup.control.api.schemas import Problem, Response
 from gup.control.state import ControlState
-from gup.control.stats.tables import Table
 
 STATE: web.AppKey[ControlState] = web.AppKey("state", ControlState)
 JSON, CSV, TEXT = "application/json", "text/csv", "text/plain"
@@ -41,6 +43,31 @@ def _digits(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_digits)]
 Days = Annotated[int, Field(ge=1, le=3660), BeforeValidator(_digits)]
+
+
+class Table(NamedTuple):
+    """A response as CSV (RFC 4180): the columns, and the rows of a response."""
+
+    columns: tuple[str, ...]
+    rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
+
+    def csv(self, response: dict[str, Any]) -> str:
+        """The table as text; times are UTC. What looks like a formula is quoted: clients state any text."""
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(self.columns)
+        for row in self.rows(response):
+            table.writerow(_cell(name, row.get(name)) for name in self.columns)
+        return text.getvalue()
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _cell(name: str, value: Any) -> object:
+    if name.endswith("_at") and value:
+        return datetime.fromtimestamp(value, UTC).isoformat(timespec="seconds")
+    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 @dataclass(frozen=True, slots=True)

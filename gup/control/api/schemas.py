@@ -6,10 +6,11 @@ Sizes are bytes, times Unix seconds, durations seconds. A member that is null is
 import base64
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, WithJsonSchema, WrapValidator
 
+from gup.cache.archive import Imported
 from gup.content.key import Kind
 
 
@@ -56,11 +57,6 @@ class Totals(Moved):
     hit_ratio: float | None = Field(description="Of the requests for content; null before the first.")
     fills: int
     evictions: int
-
-
-class TotalsBySpan(Response):
-    since_start: Totals
-    since_install: Totals
 
 
 class Cache(Response):
@@ -149,17 +145,6 @@ class Limit(Response):
     used: int = Field(default=0, description="Left out where each client or connection has its own limit.")
 
 
-class Limits(Response):
-    downloads: Limit
-    queue: Limit
-    connections: Limit
-    connections_per_address: Limit
-    client_rate_bytes_per_second: Limit
-    wan_rate_bytes_per_second: Limit
-    cache_size_bytes: Limit
-    fills: Limit
-
-
 class Scrub(Response):
     running: bool
     rate_bytes_per_second: int | None
@@ -205,7 +190,7 @@ class Status(Response):
     installed_at: float
     uptime_seconds: float
     ready: bool
-    totals: TotalsBySpan
+    totals: dict[Literal["since_start", "since_install"], Totals]
     cache: Cache
     disk: Disk
     fills: list[Fill]
@@ -214,7 +199,7 @@ class Status(Response):
     workers: list[Worker]
     upstreams: list[Upstream]
     wan_rate_bytes_per_second: int | None
-    limits: Limits
+    limits: dict[str, Limit] = Field(description="By what is limited.")
     scrub: Scrub
     reload: Reload
     alarms: list[Alarm]
@@ -343,18 +328,8 @@ class Pinned(Response):
     pinned: bool
 
 
-class RefusedMember(Response):
-    name: str
-    why: str
-
-
-class Import(Response):
-    imported: int
-    imported_bytes: int
-    present: int = Field(description="Entries that were here already; nothing is overwritten.")
-    refused: list[RefusedMember]
-    complete: bool = Field(description="Whether the archive was read to its last member.")
-    problem: str | None = Field(description="Why it was not.")
+class Import(RootModel[Imported]):
+    """`present`: entries that were here already. `problem`: why the archive was not read to its end."""
 
 
 class Eviction(Response):
@@ -524,6 +499,12 @@ class Traffic(Response):
     received_bytes: int
     saved_bytes: int
     wasted_bytes: int = Field(description="Of those received, what was of no use.")
+
+    @classmethod
+    def of(cls, sent: int, received: int, wasted: int, /, **more: Any) -> Self:
+        """With the difference worked out."""
+        moved = {"sent_bytes": sent, "received_bytes": received, "wasted_bytes": wasted}
+        return cls(**moved, saved_bytes=sent - received, **more)
 
 
 class TrafficByCause(Traffic):

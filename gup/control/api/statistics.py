@@ -1,16 +1,24 @@
 """Clients, reports, savings and history: what the statistics' database holds."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field
 
 from gup.control.api import schemas
-from gup.control.api.endpoint import Count, Days, Endpoint, Request, Text
+from gup.control.api.endpoint import Count, Days, Endpoint, Request, Table, Text
 from gup.control.state import ControlState
-from gup.control.stats import savings, tables
 from gup.control.stats.client_records import WINDOWS
-from gup.control.stats.history import SPANS, shown
-from gup.control.stats.savings import EARLIER
+from gup.control.stats.history import (
+    EARLIER,
+    SPANS,
+    added_up,
+    shown,
+    traffic,
+    traffic_by_stream,
+    within,
+)
+from gup.metrics import WASTED
 
 _MONTH = 30
 
@@ -67,21 +75,19 @@ async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
 async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
     """What was sent, fetched, saved and wasted, by day and stream."""
     today, days = await state.history.savings()
-    process, labels = state.dependencies, state.slot_labels()
+    labels = state.slot_labels()
     dates = sorted(days.keys() - {EARLIER}, reverse=True)
-    month = [counts for day, counts in days.items() if savings.within(day, today, _MONTH)]
+    month = [counts for day, counts in days.items() if within(day, today, _MONTH)]
     listed = [*dates[: query.days], *([EARLIER] if EARLIER in days and query.days > len(dates) else [])]
     return schemas.Savings(
-        counted_since=process.installed_at,
+        counted_since=state.dependencies.installed_at,
         time_zone=state.settings.site.time_zone,
-        today=savings.figures(days.get(today, {})),
-        last_30_days=savings.figures(savings.added_up(month)),
-        since_install=savings.figures(savings.added_up(days.values())),
+        today=traffic(days.get(today, {})),
+        last_30_days=traffic(added_up(month)),
+        since_install=traffic(added_up(days.values())),
         days=[
             schemas.DayTraffic(
-                day=day or None,
-                **dict(savings.figures(days[day])),
-                streams=savings.streams(days[day], labels),
+                **dict(traffic(days[day])), day=day or None, streams=traffic_by_stream(days[day], labels)
             )
             for day in listed
         ],
@@ -107,11 +113,53 @@ async def history(state: ControlState, query: Span) -> schemas.History:
     return schemas.History(span=query.span, step_seconds=step, since=now - length, until=now, points=points)
 
 
+# --- as tables
+
+_STREAM = ("product", "version", "language", "type", "moniker")
+
+
+def _content_rows(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One line for each revision of a stream, then one for each lagging client."""
+    for stream in report["content"]:
+        named = {name: stream[name] for name in _STREAM}
+        yield from (row | named | {"line": "revision"} for row in stream["revisions"])
+        for row in stream["lagging"]:
+            yield row | named | {"line": "client", "last_taken_at": row["taken_at"]}
+
+
+_BYTES = ("sent_bytes", "received_bytes", "saved_bytes", "wasted_bytes")
+_WASTED = {why: f"wasted_{why}_bytes" for why in WASTED}
+
+
+def _savings_rows(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One line for each day and stream, and one for each day's waste: columns add up to the counters."""
+    nothing = dict.fromkeys((*_BYTES, *_WASTED.values()), 0)
+    for day in report["days"]:
+        on = nothing | {"day": day["day"] or "earlier"}
+        yield from (on | row for row in day["streams"])
+        yield on | {"kind": "wasted"} | {_WASTED[why]: day["wasted"][why] for why in WASTED}
+
+
+_CONTENT = Table(
+    (
+        *("line", *_STREAM, "revision", "clients", "took", "first_taken_at", "last_taken_at"),
+        *("address", "lag_revisions", "lag_seconds", "seen_at"),
+    ),
+    _content_rows,
+)
+_RESTARTS = Table(
+    (
+        *("address", "state", "version", "language", "version_then", "product", "moniker", "revision"),
+        *("taken_at", "seen_at"),
+    ),
+    lambda report: report["restart_pending"],
+)
+_SAVINGS = Table(("day", "product", "language", "kind", *_BYTES, *_WASTED.values()), _savings_rows)
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/clients", clients),
-    Endpoint("GET", "/api/v1/report/content", content, csv=tables.CONTENT),
-    Endpoint("GET", "/api/v1/report/clients", restarts, csv=tables.RESTARTS),
-    Endpoint("GET", "/api/v1/report/savings", saved, csv=tables.SAVINGS),
-    Endpoint("GET", "/api/v1/savings", saved, csv=tables.SAVINGS),
+    Endpoint("GET", "/api/v1/report/content", content, csv=_CONTENT),
+    Endpoint("GET", "/api/v1/report/clients", restarts, csv=_RESTARTS),
+    Endpoint("GET", "/api/v1/report/savings", saved, csv=_SAVINGS),
+    Endpoint("GET", "/api/v1/savings", saved, csv=_SAVINGS),
     Endpoint("GET", "/api/v1/history", history),
 )

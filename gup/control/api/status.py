@@ -41,9 +41,7 @@ async def status(state: ControlState) -> schemas.Status:
         installed_at=process.installed_at,
         uptime_seconds=max(0.0, now - process.started_at),
         ready=not state.not_ready(),
-        totals=schemas.TotalsBySpan(
-            since_start=totals_of(process.since_start()), since_install=totals_of(totals)
-        ),
+        totals={"since_start": totals_of(process.since_start()), "since_install": totals_of(totals)},
         cache=schemas.Cache(
             entries=len(state.index.rows),
             entries_bytes=disk.entries_bytes,
@@ -72,7 +70,7 @@ async def status(state: ControlState) -> schemas.Status:
         ),
         scrub=state.scrubber.progress(),
         reload=schemas.Reload(successful=process.config_ok()),
-        alarms=state.alarms.standing(),
+        alarms=state.alarms,
         failures=list(state.failures),
         malformed_events=state.malformed_events,
     )
@@ -92,7 +90,7 @@ async def upstreams(state: ControlState) -> schemas.Upstreams:
 
 async def alarms(state: ControlState) -> schemas.Alarms:
     """What an operator should look at now."""
-    return schemas.Alarms(alarms=state.alarms.standing())
+    return schemas.Alarms(alarms=state.alarms)
 
 
 async def config(state: ControlState) -> Settings:
@@ -236,22 +234,23 @@ def _upstreams(state: ControlState) -> list[schemas.Upstream]:
     return rows
 
 
+_USED = {
+    "downloads": "gup_client_downloads_in_progress",
+    "queue": "gup_client_downloads_queued",
+    "connections": "gup_client_connections",
+    "fills": "gup_fills_in_progress",
+}
+
+
 def limits_of(
     settings: Settings, totals: Mapping[str, int], *, size_bytes: int, wan_rate: int, wan_used: int
-) -> schemas.Limits:
+) -> dict[str, schemas.Limit]:
     """Limit (None: unlimited) and use of each; rates are bytes per second."""
     limit, most = schemas.Limit, numbers(settings)
-
-    def number(name: str, series: str) -> schemas.Limit:
-        return limit(limit=most.get(name), used=totals.get(series, 0))
-
-    return schemas.Limits(
-        downloads=number("downloads", "gup_client_downloads_in_progress"),
-        queue=number("queue", "gup_client_downloads_queued"),
-        connections=number("connections", "gup_client_connections"),
-        connections_per_address=limit(limit=most.get("connections_per_address")),
-        client_rate_bytes_per_second=limit(limit=settings.clients.rate or None),
-        wan_rate_bytes_per_second=limit(limit=wan_rate or None, used=wan_used),
-        cache_size_bytes=limit(limit=settings.cache.max_size, used=size_bytes),
-        fills=number("fills", "gup_fills_in_progress"),
-    )
+    return {
+        **{name: limit(limit=most.get(name), used=totals.get(of, 0)) for name, of in _USED.items()},
+        "connections_per_address": limit(limit=most.get("connections_per_address")),
+        "client_rate_bytes_per_second": limit(limit=settings.clients.rate or None),
+        "wan_rate_bytes_per_second": limit(limit=wan_rate or None, used=wan_used),
+        "cache_size_bytes": limit(limit=settings.cache.max_size, used=size_bytes),
+    }

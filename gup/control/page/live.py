@@ -15,8 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from gup.control.api.endpoint import STATE, Endpoint
-from gup.control.page.render import QUICK, SLOW, SLOW_SECONDS, Renderer
-from gup.control.page.view import Viewer, figures
+from gup.control.page.view import QUICK, SLOW, SLOW_SECONDS, Renderer, Viewer, figures
 
 _log = logging.getLogger("gup.control.page")
 MAX_LISTENERS = 32

@@ -1,27 +1,30 @@
-"""What the page shows of the control state at one moment, as plain values for the templates."""
+"""The page: what it shows of the control state at one moment, and its HTML, by the templates beside it."""
 
 import asyncio
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, tzinfo
 from heapq import nlargest
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 from zoneinfo import ZoneInfo
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gup.content.catalog import Stream
 from gup.content.key import ABSENT, Kind
 from gup.control.api import schemas, statistics
 from gup.control.api.status import status
 from gup.control.index import Row
-from gup.control.page.render import clock
 from gup.control.state import ControlState
-from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, SPANS, Point
-from gup.control.stats.savings import added_up, within
+from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, SPANS, Point, added_up, within
+from gup.units import bytes_in_words
 
 _REST_FACTOR = 10
 _DAYS = 30
-_FAILURES_SHOWN = 10
 _CHARTS = {"hour": (MINUTE, 5 * MINUTE, "%H:%M"), "day": (5 * MINUTE, HOUR, "%a %H:%M")}
 """Spans that are drawn: seconds of a point of the chart and of a row of its table, form of the row's time."""
 MAX_STREAMS = 40
@@ -64,18 +67,12 @@ class Viewer:
         """All that is shown, by the names that the templates use."""
         state = self._state
         await state.meter()
-        shown = await status(state)
         return {
             "now": state.clock(),
             "zone": self._zone(),
-            "status": shown,
+            "status": await status(state),
             "not_ready": state.not_ready(),
-            "rates": {
-                "clients": state.history.clients.bytes_per_second(),
-                "wan": state.history.wan.bytes_per_second(),
-                "wan_limit": shown.wan_rate_bytes_per_second,
-            },
-            "failures": shown.failures[:_FAILURES_SHOWN],
+            "client_rate": state.history.clients.bytes_per_second(),
         } | {name: await kept.value() for name, kept in self._kept.items()}
 
     def _zone(self) -> ZoneInfo | None:
@@ -109,13 +106,14 @@ class Viewer:
 
 def figures(view: Mapping[str, Any]) -> dict[str, Any]:
     """The few figures of a view that scripts take live, as `/api/v1/events` sends them."""
-    status, saved, rates = view["status"], view["saved"], view["rates"]
+    status, saved = view["status"], view["saved"]
+    wan = status.limits["wan_rate_bytes_per_second"]
     return {
         "at": view["now"],
         "ready": status.ready,
-        "client_bytes_per_second": rates["clients"],
-        "wan_bytes_per_second": rates["wan"],
-        "wan_limit_bytes_per_second": rates["wan_limit"],
+        "client_bytes_per_second": view["client_rate"],
+        "wan_bytes_per_second": wan.used,
+        "wan_limit_bytes_per_second": wan.limit,
         "client_connections": status.clients.connections,
         "fills": len(status.fills),
         "fill_waiters": status.fill_waiters,
@@ -205,3 +203,122 @@ def _sums(rows: Sequence[Row]) -> dict[str, Any]:
         "used_at": max(row.used_at for row in rows),
         "pinned": any(row.pinned for row in rows),
     }
+
+
+# --- as HTML
+
+QUICK = ("head", "alarms", "saved", "now", "fills", "upstreams")
+SLOW = ("hour", "day", "days", "held", "clients", "service")
+"""The parts of the page that change, each by its template; the element with this id holds it."""
+SLOW_SECONDS = 5.0
+"""How long the slow parts stand: they are large."""
+_FOLDER = Path(__file__).parent
+_FILES = {
+    "page.css": ("static", "text/css"),
+    "page.js": ("static", "text/javascript"),
+    "icon.svg": ("static", "image/svg+xml"),
+    "uPlot.iife.min.js": ("vendor", "text/javascript"),
+    "uPlot.min.css": ("vendor", "text/css"),
+}
+"""Those under `vendor` come with the installation (hatch_build.py); without them there are no charts."""
+
+
+class Asset(NamedTuple):
+    """A file that the page uses; `tag` changes with its bytes."""
+
+    body: bytes
+    content_type: str
+    tag: str
+
+
+class Renderer:
+    """Templates and files, read once: by the constructor, which blocks."""
+
+    def __init__(self) -> None:
+        environment = Environment(
+            loader=FileSystemLoader(_FOLDER / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        environment.filters |= {
+            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
+        }
+        names = (name.removesuffix(".html") for name in environment.list_templates())
+        self._templates = {name: environment.get_template(f"{name}.html") for name in names}
+        self.assets: dict[str, Asset] = {}
+        for name, (folder, content_type) in _FILES.items():
+            if (path := _FOLDER / folder / name).is_file():
+                body = path.read_bytes()
+                self.assets[name] = Asset(body, content_type, _digest(body))
+        self.missing = [name for name in _FILES if name not in self.assets]
+        self.edition = _digest("".join(asset.tag for asset in self.assets.values()).encode())
+        """Changes with any of the files."""
+
+    def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
+        """Parts that change, by name."""
+        macros = self._templates["macros"].make_module(dict(view))
+        return {
+            name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
+            for name in names
+        }
+
+    def page(self, view: Mapping[str, Any]) -> str:
+        """The whole document."""
+        return self._templates["page"].render(
+            view,
+            m=self._templates["macros"].make_module(dict(view)),
+            parts=self.fragments(view),
+            urls={name: f"/assets/{name}?{asset.tag}" for name, asset in self.assets.items()},
+            edition=self.edition,
+        )
+
+
+def _digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+# --- figures as people read them
+
+
+def size(count: float) -> str:
+    """Bytes in steps of a thousand: `1.5 GB`."""
+    return bytes_in_words(count).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
+
+
+def rate(bytes_per_second: float) -> str:
+    """`1.5 MB/s`."""
+    return f"{size(bytes_per_second)}/s"
+
+
+def span(seconds: float) -> str:
+    """A span of time in its largest unit: `3 h`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}\N{NO-BREAK SPACE}{unit}"
+    return f"{max(seconds, 0):.0f}\N{NO-BREAK SPACE}s"
+
+
+def number(count: float) -> str:
+    """`12,345`."""
+    return f"{count:,.0f}"
+
+
+def percent(part: float) -> str:
+    """A share of one as `93 %`; next to all and next to nothing keep a decimal."""
+    hundredth = 100 * part
+    decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
+    shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
+    return f"{shown:.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def iso(at: float) -> str:
+    """A moment for `<time datetime>`."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def clock(at: float, zone: tzinfo | None, form: str = "%Y-%m-%d %H:%M") -> str:
+    """A moment on the site's clocks."""
+    return datetime.fromtimestamp(at, zone).strftime(form)

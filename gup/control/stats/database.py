@@ -113,6 +113,7 @@ class StatsDatabase:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
+        connection.row_factory = sqlite3.Row
         try:
             self.path.chmod(0o600)
             # One process uses the file: no shared memory is mapped, which a full disk would make a SIGBUS.
@@ -128,10 +129,11 @@ class StatsDatabase:
 
     def _check(self, connection: sqlite3.Connection) -> None:
         """Make a new file's tables; sqlite3.DatabaseError when a file is damaged or of another format."""
-        if (found := connection.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {found}")
         (found,) = connection.execute("PRAGMA user_version").fetchone()
-        if found == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+        if found == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchall():
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")

@@ -1,4 +1,4 @@
-"""The history on disk: what points hold, what restarts, crashes and wrong clocks do to it."""
+"""The history: rates, what points hold, what restarts, crashes and wrong clocks do to them."""
 
 import asyncio
 import tempfile
@@ -18,14 +18,15 @@ from gup.control.stats.history import (
     KEPT,
     MINUTE,
     SENT,
-    Gauges,
+    Point,
+    RateWindow,
     Recorder,
     add_gain,
+    added_up,
     points_of,
     shown,
     sums_of,
 )
-from gup.control.stats.savings import added_up
 from gup.metrics import layout
 
 NOON = 1_800_000_000 // DAY * DAY + 43_200
@@ -92,11 +93,8 @@ def test_series_are_summed_by_figure():
     words['gup_requests_total{code="200",result="hit"}'] = 2
     words['gup_requests_total{code="206",result="hit"}'] = 1
     found = shown(sums_of(words))
-    assert (found["client_sent_bytes"], found["upstream_received_bytes"], found["saved_bytes"]) == (
-        30,
-        11,
-        19,
-    )
+    names = ("client_sent_bytes", "upstream_received_bytes", "saved_bytes")
+    assert [found[name] for name in names] == [30, 11, 19]
     assert found["requests"]["hit"] == sum(found["requests"].values()) == 3
     assert set(found["fills"]) == {"committed", "failed", "unstorable"}
 
@@ -110,22 +108,26 @@ async def test_minutes_and_hours_hold_what_was_gained_in_them(tmp_path):
         assert [point.covered_seconds for point in await service.recorder.series("hour")] == [59, 1]
 
 
-def within(path, work):
-    """What `work` makes of the database."""
+def points(path, work):
+    """The points of each length after `work`, in the order in which they were begun."""
+
+    def look(db):
+        work(db)
+        return {step: sorted(points_of(db, step, 0, 1e18), key=lambda point: point.number) for step in KEPT}
+
     database = StatsDatabase(path, lambda _what, _refusal: None)
     try:
-        return database.transact(work)
+        return database.transact(look)
     finally:
         database.close()
 
 
 def test_gauges_are_the_last_and_rates_the_highest(tmp_path):
     def work(db):
-        add_gain(db, NOON, Counter(), 1.0, Gauges(wan_peak=5, wan_limit=8, client_peak=70, entries_bytes=3))
-        add_gain(db, NOON, Counter(), 1.0, Gauges(wan_peak=2, wan_limit=4, client_peak=90, entries_bytes=2))
-        return points_of(db, MINUTE, NOON, NOON)
+        add_gain(db, NOON, Counter(), 1.0, Point(wan_peak=5, wan_limit=8, client_peak=70, entries_bytes=3))
+        add_gain(db, NOON, Counter(), 1.0, Point(wan_peak=2, wan_limit=4, client_peak=90, entries_bytes=2))
 
-    (point,) = within(tmp_path, work)
+    (point,) = points(tmp_path, work)[MINUTE]
     assert (point.wan_peak, point.client_peak, point.wan_limit, point.entries_bytes) == (5, 90, 4, 2)
 
 
@@ -134,13 +136,10 @@ def test_points_beyond_those_kept_are_dropped_in_the_order_in_which_they_were_be
     monkeypatch.setitem(KEPT, HOUR, 20)
 
     def work(db):
-        for minute in range(160):
-            add_gain(db, NOON + 60 * minute, Counter({SENT: 5}), 60.0, Gauges())
-        for hour in range(70):
-            add_gain(db, NOON - 3600 * hour, Counter({SENT: 5}), 60.0, Gauges())
-        return {step: sorted(point.number for point in points_of(db, step, 0, 1e18)) for step in KEPT}
+        for at in (*(NOON + 60 * n for n in range(160)), *(NOON - 3600 * n for n in range(70))):
+            add_gain(db, at, Counter({SENT: 5}), 60.0, Point())
 
-    found = within(tmp_path, work)
+    found = {step: [point.number for point in kept] for step, kept in points(tmp_path, work).items()}
     assert [len(numbers) for numbers in found.values()] == [60, 20]
     assert all(numbers == list(range(numbers[0], numbers[0] + len(numbers))) for numbers in found.values())
 
@@ -192,13 +191,12 @@ async def test_an_hour_of_a_wrong_clock_takes_no_right_point_away(tmp_path):
 
     def work(db):
         for minute in minutes:
-            add_gain(db, NOON + 60 * minute, Counter({SENT: 1}), 60.0, Gauges())
+            add_gain(db, NOON + 60 * minute, Counter({SENT: 1}), 60.0, Point())
 
-    within(tmp_path, work)
+    points(tmp_path, work)
     async with serving(tmp_path) as service:
         service.now = NOON + 60 * 1399
-        points = await service.recorder.series("day")
-        assert len(points) == 1400  # no gap, and nothing of next year
+        assert len(await service.recorder.series("day")) == 1400  # no gap, and nothing of next year
         assert await service.total() == len(minutes)
         assert len(await service.recorder.series("hour")) == 60 + 1  # the present one is on top
 
@@ -241,3 +239,21 @@ async def test_a_damaged_point_is_left_out(tmp_path):
         damage = "UPDATE points SET fields = '[]' WHERE step = 60 AND number = 0"
         await service.database.run(lambda db: db.execute(damage))
         assert await service.sent("hour") == [(60, 2)]
+
+
+# --- rates
+
+
+@pytest.mark.parametrize(
+    ("seconds", "readings"),  # counter, time, increase, rate
+    [
+        (600.0, [(100, 0, 0, 0), (103, 1, 3, 3), (103, 500, 3, 0), (103, 1300, 0, 0), (104, 1301, 1, 0)]),
+        (5.0, [(0, 0, 0, 0), *((1000 * n, n, 1000 * min(n, 5), 1000) for n in range(1, 50))]),
+        (5.0, [(500, 0, 0, 0), (0, 1, 0, 0)]),  # it fell
+    ],
+)
+def test_increase_and_rate_are_those_of_the_window(seconds, readings):
+    window = RateWindow(seconds)
+    assert window.bytes_per_second() == 0
+    for total, now, increase, rate in readings:
+        assert (window.see(total, float(now)), window.bytes_per_second()) == (increase, rate), now
