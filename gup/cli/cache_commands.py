@@ -274,6 +274,8 @@ def export(
 
     Status 1 when something had to be left out because it is damaged. Without a service all is exported.
     """
+    import asyncio
+
     from gup.cache.archive import summary
 
     with _new(file) as (archive, path):
@@ -281,7 +283,7 @@ def export(
             where,
             cache_dir,
             lambda admin: archive.writelines(admin.pieces("GET", "export?" + urlencode(filters))),
-            lambda store: archive.writelines(_read_here(store, filters)),
+            lambda store: asyncio.run(_write_here(archive, store, filters)),
         )
         archive.flush()
         told = summary(path)
@@ -314,7 +316,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
         path.unlink(missing_ok=True)
 
 
-def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
+async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> None:
     """Committed bodies never change, so they can be read whoever else is at work there."""
     import socket
 
@@ -329,7 +331,8 @@ def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
         for key in contents(store, grace_seconds=0.0).keys
         if all(getattr(key, name).casefold() == value.casefold() for name, value in filters.items())
     ]
-    yield from written(store, keys, socket.gethostname(), time.time())
+    async for piece in written(store, keys, socket.gethostname(), time.time()):
+        archive.write(piece)
 
 
 # --- import
@@ -380,7 +383,7 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
     import pwd
     from dataclasses import asdict
 
-    from gup.cache.archive import Custody, Import
+    from gup.cache.archive import Import
     from gup.cache.records import Record
     from gup.control.eviction import no_room
     from gup.errors import StoreError
@@ -407,5 +410,4 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
 
     with _alone(store):  # no other process is at work: every claim is free
         held_bytes = sum(stored.size_bytes for stored in store.scan())
-        custody = Custody(claim=lambda _: True, release=lambda _: None, room=room, taken=taken)
-        return asdict(Import(store, custody, time.time()).take(source))
+        return asdict(Import(store, time.time(), room, taken).take(source))

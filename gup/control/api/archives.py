@@ -8,7 +8,7 @@ from typing import IO, Any, TypeVar, cast
 
 from aiohttp import StreamReader, web
 
-from gup.cache.archive import ArchiveError, Custody, Imported, TarError, written
+from gup.cache.archive import ArchiveError, Imported, TarError, written
 from gup.cache.archive import Import as ArchiveImport
 from gup.cache.records import Record
 from gup.content.key import ContentKey
@@ -16,7 +16,6 @@ from gup.control.api.endpoint import Endpoint
 from gup.control.api.entries import Filter, labels_of, matching
 from gup.control.api.schemas import Import
 from gup.control.eviction import no_room
-from gup.control.reconcile import index_again
 from gup.control.state import ControlState
 
 _log = logging.getLogger("gup.control.archives")
@@ -53,7 +52,7 @@ class Archives:
             response.enable_chunked_encoding()
             await response.prepare(request)
             try:
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                async for piece in pieces:
                     await response.write(piece)
             except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
                 _log.warning("an export broke off: %s", error)
@@ -79,7 +78,7 @@ class Archives:
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
-    """The import, in a thread. Body, claims and index are used on the event loop."""
+    """The import, in a thread. Body and index are used on the event loop."""
 
     def wait_for(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
@@ -100,7 +99,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
                 raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:
-        await index_again(record.key, state.index, state.dependencies.store)
+        await state.index.read_again(record.key, state.dependencies.store)
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
@@ -108,11 +107,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         figures = os.statvfs(state.dependencies.store.root)
         return no_room(length_bytes, held, figures.f_bavail * figures.f_frsize, state.settings.cache)
 
-    claims = state.dependencies.claims
-    custody = Custody(
-        claim=lambda offset: call(claims.try_claim, offset),
-        release=lambda offset: call(claims.release, offset),
-        room=room,
-        taken=lambda record: wait_for(taken(record)),
+    importing = ArchiveImport(
+        state.dependencies.store, state.clock(), room, lambda record: wait_for(taken(record))
     )
-    return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], Body()))
+    return importing.take(cast(IO[bytes], Body()))
