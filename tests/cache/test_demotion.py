@@ -183,9 +183,9 @@ async def test_other_bytes_are_never_joined_and_get_another_tag(tmp_path, upstre
 async def test_another_generation_than_that_of_the_damage_is_left_alone(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url]) as one:
         await filled(one, upstream, until)
-        flight = one.cache._suspect(record_of(one), counted=False, seen=1)
-        await flight.ended.wait()
-        assert flight.problem is None
+        fill = one.cache._suspect(record_of(one), counted=False, seen=1)
+        await fill.ended.wait()
+        assert fill.problem is None
         assert len(upstream.requests(FILE)) == 1
 
 
