@@ -84,7 +84,7 @@ def test_the_decision_in_words(tmp_path):
         "  fits: version 14.3 RU2, language French",
         "  remedy: Let a manager whose language is German serve it.",
         f"  remedy: {unsupported} English client patches. {then}",
-        "  remedy: Meanwhile let the client take it from a LiveUpdate server. (http://lu:7070)",
+        "  remedy: Until then the client can use a LiveUpdate server. (http://lu:7070)",
     ]
 
 

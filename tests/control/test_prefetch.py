@@ -436,7 +436,7 @@ async def test_an_order_is_for_each_variant_that_fits(site):
 @pytest.mark.parametrize(
     ("target", "why"),
     [
-        ("/secars", "none of the content"),
+        ("/secars", "not content that gup serves"),
         ("content/x", "neither a path nor an http URL"),
         ("http://manager:8014/content/ContentInfo.txt", "begin it with /content/, without the server"),
         ("/content/../etc/passwd", "begins with a dot"),

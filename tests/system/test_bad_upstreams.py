@@ -147,7 +147,11 @@ def test_redirects_and_cookies_are_not_followed(shared):
     with ScriptedUpstream() as elsewhere:
         elsewhere.answer(DELTA, b"stolen")
         upstream.answer(DELTA, Answer(b"", 302, fields=(("Location", elsewhere.url + DELTA), cookie)))
-        assert gup.get(DELTA).status == 502
+        told = str(assert_problem(gup.get(DELTA), 502, "upstream-refused")["detail"])
+        assert told.endswith(f"set upstream.url to the final address (Location: {elsewhere.url}{DELTA})"), (
+            told
+        )
+        gup.wait_log(f"Location: {elsewhere.url}")
         assert elsewhere.seen == []
     upstream.answer(OTHER, Answer(b"fine", etag='"x"', fields=(cookie,)))
     response = gup.get(OTHER, {"Cookie": "c=d", "Authorization": "Basic x"})

@@ -172,7 +172,7 @@ def test_an_operator_has_files_fetched_before_the_morning(site):
     assert (again.returncode, outcomes) == (1, ["present", "absent"])
     assert ordered(delta(A, B), "--no-wait").returncode == 0
     for arguments, told in (
-        (("/etc/passwd",), "can't be fetched: This path is none of the content"),
+        (("/etc/passwd",), "can't be fetched: This path is not content that gup serves"),
         ((delta(A, B), "--language", "French"), "no upstream has 'French'; there is 'any' and 'any'"),
     ):
         refused = ordered(*arguments)
