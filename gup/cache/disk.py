@@ -117,8 +117,8 @@ class Space:
             if made:
                 return
         if self._short_on_disk(amount_bytes) > 0:
-            raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
-        raise Unstorable("no room could be made below cache.max_size")
+            raise Unstorable("eviction made no room: less than cache.min_free would stay free", disk=True)
+        raise Unstorable("eviction made no room below cache.max_size")
 
     async def make_room(self) -> bool:
         """Evict for a disk that is full though its figures told otherwise (quota, inodes); whether it did."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
+cache = typer.Typer(help="List and change stored content.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -46,7 +46,10 @@ _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Work on this cache directory; no service may run on it."
+    ),
 ]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
 
@@ -86,9 +89,9 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="key, used, stored, length or hits; -used is the other way round.")
+        str, typer.Option(help="key, used, stored, length or hits; -used reverses the order.")
     ] = "key",
-    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
+    limit: Annotated[int, typer.Option(min=0, help="Maximum number of entries; 0 lists all.")] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
@@ -123,11 +126,9 @@ def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
                 typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 
-_change(
-    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
-)
-_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
-_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
+_change("purge", "purged", "DELETE", "", "Remove entries; clients that are receiving one still get it whole.")
+_change("pin", "pinned", "PUT", "/pin", "Exempt entries from eviction.")
+_change("unpin", "unpinned", "DELETE", "/pin", "Make entries evictable again.")
 
 
 # --- by a service, or here
@@ -177,7 +178,9 @@ def verify(
     *,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what is damaged, or drop it, so that it is fetched anew."),
+        typer.Option(
+            "--repair", help="Repair damaged entries, or remove them so that they are fetched again."
+        ),
     ] = False,
     cache_dir: DirectoryFlag = None,
     where: Where,
@@ -194,13 +197,13 @@ def verify(
         print_json(result)
     else:
         for row in result["found"]:
-            end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
+            end = {None: "", True: " (mended)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
             typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
-        busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if result["repair"] else ""
-        typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
+        busy = f", {result['busy']} left out because of fills" if result["busy"] else ""
+        mended = f", {result['mended']} repaired" if result["repair"] else ""
+        typer.echo(f"{result['checked']} checked: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
 
@@ -253,7 +256,7 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
 
 def _show_progress(checked: int, total: int, damaged: int) -> None:
     if sys.stderr.isatty():
-        typer.echo(f"\r{checked} of {total} looked at, {damaged} damaged ", err=True, nl=checked == total)
+        typer.echo(f"\r{checked} of {total} checked, {damaged} damaged ", err=True, nl=checked == total)
 
 
 # --- export
@@ -303,7 +306,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
-        raise AdminError(f"{file} is there already; an export overwrites nothing")
+        raise AdminError(f"{file} exists; an export does not overwrite files")
     path = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with path.open("xb") as target:
@@ -325,7 +328,7 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind"} & filters.keys()):
-        raise StoreError(f"--{odd[0]}: only a running service can tell; none answers")
+        raise StoreError(f"--{odd[0]}: works only with a running service; none answers")
     keys = [
         key
         for key in contents(store, grace_seconds=0.0).keys
@@ -374,7 +377,7 @@ def import_(
             typer.echo(done["problem"], err=True)
             sys.stderr.flush()
         took = f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}"
-        typer.echo(f"{took}; {done['present']} were here already, {len(done['refused'])} refused")
+        typer.echo(f"{took}; {done['present']} were stored already, {len(done['refused'])} refused")
     if done["refused"] or not done["complete"]:
         raise typer.Exit(FAILED)
 
@@ -395,8 +398,8 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         except KeyError:
             name = str(owner)
         raise StoreError(
-            f"{store.root} belongs to user {name}, who could not use what another user puts there: "
-            "run this as that user"
+            f"{store.root} belongs to user {name}, who could not use files of another user: "
+            "run this command as that user"
         )
     held_bytes = 0
 

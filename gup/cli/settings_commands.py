@@ -8,7 +8,7 @@ import typer
 
 from gup.cli.shared import ConfigFlag, JsonFlag, print_json
 
-config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
+config = typer.Typer(help="Check and print settings.", no_args_is_help=True)
 
 
 @config.command("check")
@@ -40,7 +40,7 @@ def show(
     typer.echo(settings_toml(load(file)), nl=False)
 
 
-rules = typer.Typer(help="Ask what the delivery rules decide.", no_args_is_help=True)
+rules = typer.Typer(help="Evaluate the delivery rules.", no_args_is_help=True)
 
 
 @rules.callback()

@@ -48,7 +48,9 @@ def _lock(fd: int, run: Path, deadline: float) -> None:
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
                 who = (
-                    f"pid {', '.join(map(str, pids))}" if (pids := holders(run)) else "not visible from here"
+                    f"pid {', '.join(map(str, pids))}"
+                    if (pids := holders(run))
+                    else "its pid is not visible here"
                 )
                 raise StoreError(f"another gup uses the cache directory {run.parent} ({who})") from error
         else:

@@ -78,9 +78,7 @@ def check_begun(buffer: bytes | bytearray) -> None:
     _check_size(buffer)
     ends = buffer.count(b"\r\n")
     if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
-        raise Problem(
-            "bad-request", "Lines of a request head end with CRLF; this CR or LF stands alone."
-        )
+        raise Problem("bad-request", "Lines of a request head end with CRLF; this CR or LF stands alone.")
     if not _BEGINNING.match(buffer):
         raise Problem("bad-request", "This is not HTTP. This port does not support TLS: use http://.")
     if ends:

@@ -417,7 +417,9 @@ class Answer:
         if self._ended:
             return b""
         if self.steadiness.slow and self._upstream.waiting:  # all of max_connections are in use
-            detail = f"{self.head.upstream} is below upstream.min_rate, and other requests wait for a connection"
+            detail = (
+                f"{self.head.upstream} is below upstream.min_rate, and other requests wait for a connection"
+            )
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp

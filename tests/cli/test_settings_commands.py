@@ -82,7 +82,7 @@ def test_the_decision_in_words(tmp_path):
         f"  refused by the rule language: {because}",
         "  type of content: client_patches",
         "  fits: version 14.3 RU2, language French",
-        "  remedy: Let a manager whose language is German serve it.",
+        "  remedy: Serve it from a manager in German.",
         f"  remedy: {unsupported} English client patches. {then}",
         "  remedy: Until then the client can use a LiveUpdate server. (http://lu:7070)",
     ]
@@ -99,7 +99,7 @@ def test_without_a_catalogue_nothing_is_known_to_be_bound(tmp_path, manager):
     )
     (decision,) = told["decisions"]
     assert (decision["allowed"], decision["product"]) == (True, None)
-    assert "can't be read (what is there lists nothing)" in decision["catalogue"]
+    assert "can't be read (its catalogue lists nothing)" in decision["catalogue"]
 
 
 def test_the_copy_in_the_cache_stands_in_for_a_manager_that_is_away(tmp_path):

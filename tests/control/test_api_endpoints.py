@@ -118,5 +118,5 @@ def test_a_cursor_is_read_back_by_the_listing_that_wrote_it_and_by_no_other():
     page = Entries(entries=[], matching=2, cursor=(1.5, "a/b/c/d/e"), complete=True)
     text = page.model_dump(mode="json")["cursor"]
     assert EntryListing.model_validate({"cursor": text}).cursor == (1.5, "a/b/c/d/e")
-    with pytest.raises(ValidationError, match="it is not the cursor of a page before"):
+    with pytest.raises(ValidationError, match="it is not a cursor from an earlier page"):
         ClientListing.model_validate({"cursor": text})

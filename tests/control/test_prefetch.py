@@ -438,7 +438,7 @@ async def test_an_order_is_for_each_variant_that_fits(site):
     [
         ("/secars", "not content that gup serves"),
         ("content/x", "neither a path nor an http URL"),
-        ("http://manager:8014/content/ContentInfo.txt", "begin it with /content/, without the server"),
+        ("http://manager:8014/content/ContentInfo.txt", "must begin with /content/, without the server"),
         ("/content/../etc/passwd", "begins with a dot"),
     ],
 )

@@ -173,7 +173,7 @@ async def test_restart_pending(site, browser):
         ("10.0.0.3", "unknown", None),
         ("10.0.0.4", "unknown", "14.3 RU2"),
     ]
-    assert "Taken is not installed" in found["saying"]
+    assert "Taken does not mean installed" in found["saying"]
     assert {"version": NEW, "language": "fr", "clients": 1} in found["clients"]
 
 

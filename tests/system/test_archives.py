@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         until(lambda: gup.metric("gup_cache_entries") >= 2, "the entries are known")
         by = ("--config", settings_of(gup, folder / "first.toml"))
         assert json.loads(cache("export", archive, *by, "--json"))["left_out"] == []
-        cache("export", archive, *by, code=1, says="overwrites nothing")
+        cache("export", archive, *by, code=1, says="does not overwrite files")
         cache("export", folder / "part.tar", *by, "--kind", "delta", says="1 entries, 70.0 kB")
     assert sorted(path.name for path in folder.glob("*.tar")) == ["part.tar", "site.tar"]
     return folder
@@ -57,7 +57,7 @@ def test_a_running_site_is_seeded_without_an_upstream(site, tmp_path):
         settings = settings_of(gup, tmp_path / "second.toml")
         token = {"GUP_TOKEN_FILE": str(gup.cache_dir / "run" / "admin-token")}
         remote, by = ("--admin", gup.admin_url), ("--config", settings)
-        cache("import", archive, *remote, code=1, says="needs Authorization")
+        cache("import", archive, *remote, code=1, says="Changes need a token")
         cache("import", settings, *remote, code=1, says="it is no archive made by gup", **token)
         cache("import", archive, "--cache-dir", gup.cache_dir, code=1, says=str(gup.process.pid))
         cut = cache("import", tmp_path / "cut.tar", *remote, "--json", code=1, **token)
@@ -82,7 +82,7 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
         (folder / "content").mkdir(parents=True)
     told = json.loads(cache("import", archive, "--cache-dir", target, "--json"))
     assert (told["imported"], told["refused"], told["complete"]) == (entries, [], True)
-    limit, already = {"GUP_CACHE__MAX_SIZE": "1MB"}, f"{entries} were here already"
+    limit, already = {"GUP_CACHE__MAX_SIZE": "1MB"}, f"{entries} were stored already"
     cache("import", archive, "--cache-dir", first, says=already, **limit)
     exceeded = "cache.max_size (1MB) would be exceeded"
     cache("import", archive, "--cache-dir", small, code=1, says=exceeded, **limit)

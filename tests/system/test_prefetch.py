@@ -224,7 +224,7 @@ def test_alarms_begin_and_end_with_their_causes(serve):
     upstream.stop()
     (found,) = until(lambda: gup.alarms("no-upstream"), "nobody answers", 30)
     assert found["severity"] == "critical"
-    assert found["what_to_do"].startswith("Look whether the WAN stands")
+    assert found["what_to_do"].startswith("Check the WAN link")
     assert abs(found["since"] - time.time()) < 60
     assert gup.alarms()[0]["name"] == "no-upstream"
     gup.wait_log(f"alarm no-upstream: {found['text']}")
