@@ -40,7 +40,7 @@ ALARMS = (
               "Check the disk of cache.directory: it is full, read-only, out of inodes, over quota, or "
               "failing.")),
     AlarmType("upstream-down", "warning", 0.0, 15.0,
-              "Check that server and the network to it; if it is gone for good, remove it from the settings."),
+              "Check that server and the network to it; if it is gone, remove it from the settings."),
     AlarmType("upstream-doubtful", "warning", 60.0, 60.0,
               "Check that server's log, and request a file from it with curl from this machine."),
     AlarmType("bad-content", "warning", 0.0, 15.0, (

@@ -204,5 +204,5 @@ async def test_a_disk_that_damages_again_and_again_is_not_written_to(tmp_path, u
         await until(lambda: not one.cache.fills, "the try ends")
         assert one.counted("gup_fills_total", outcome="unstorable") == 1
         told = [event for event in one.told if event["type"] == "unstorable"]
-        assert "again and again" in told[-1]["detail"]
+        assert "damages stored bodies repeatedly" in told[-1]["detail"]
         assert told[-1]["disk"]

@@ -58,7 +58,7 @@ def test_a_running_site_is_seeded_without_an_upstream(site, tmp_path):
         token = {"GUP_TOKEN_FILE": str(gup.cache_dir / "run" / "admin-token")}
         remote, by = ("--admin", gup.admin_url), ("--config", settings)
         cache("import", archive, *remote, code=1, says="Changes need a token")
-        cache("import", settings, *remote, code=1, says="it is no archive made by gup", **token)
+        cache("import", settings, *remote, code=1, says="it is not an archive made by gup", **token)
         cache("import", archive, "--cache-dir", gup.cache_dir, code=1, says=str(gup.process.pid))
         cut = cache("import", tmp_path / "cut.tar", *remote, "--json", code=1, **token)
         assert json.loads(cut)["complete"] is False
