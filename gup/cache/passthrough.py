@@ -206,7 +206,7 @@ class PassThrough:
         if slot is None:
             raise Problem(
                 "overloaded",
-                "this content can't be stored, and the limit of clients passed through is reached; try again later",
+                "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
         try:

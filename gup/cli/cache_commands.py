@@ -186,9 +186,9 @@ def verify(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Compare everything stored with its sums; status 0 when all is right (or mended), 1 when not.
+    """Compare all stored content with its sums; status 0 when all is right or repaired, else 1.
 
-    A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
+    A running service does this while it serves. Without one the command does it, and none can start meanwhile.
     """
     result = _by_service_or_here(
         where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
@@ -273,9 +273,9 @@ def export(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write entries with their records to an archive, to seed another site with it.
+    """Write entries with their records to an archive, to seed another site.
 
-    Status 1 when something had to be left out because it is damaged. Without a service all is exported.
+    Status 1 when damaged entries were left out. Without a service all entries are exported.
     """
     import asyncio
 
@@ -350,9 +350,9 @@ def import_(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Take an archive's entries in: nothing is overwritten or evicted, what is damaged is refused.
+    """Import the entries of an archive; nothing is overwritten or evicted, damaged entries are refused.
 
-    Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
+    Status 1 when entries were refused or the archive is truncated; the others are imported.
     """
     from gup.cli.admin_client import AdminError
     from gup.config import load

@@ -31,14 +31,14 @@ _SHOWN = 20
 @report.command()
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
-    """Content taken here: who stands at which revision, what lags, and who."""
+    """Content by revision: which clients have which, and which lag."""
     _report("content", where, csv_output, json_output, _show_content)
 
 
 @report.command()
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
-    """Clients by the version they state, and those that may wait for a restart after a client patch."""
+    """Clients by stated version, and those that may need a restart after a client patch."""
     _report("clients", where, csv_output, json_output, _show_clients)
 
 
@@ -51,7 +51,7 @@ def savings(
     csv_output: CsvFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """What was sent, fetched, saved and wasted, by day and by stream."""
+    """Bytes sent, fetched, saved and wasted, by day and by stream."""
     _report("savings", where, csv_output, json_output, _show_savings, days=days)
 
 

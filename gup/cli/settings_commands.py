@@ -13,7 +13,7 @@ config = typer.Typer(help="Check and print settings.", no_args_is_help=True)
 
 @config.command("check")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
-    """Say whether `gup serve --config FILE` could start, or every mistake."""
+    """Check whether `gup serve --config FILE` can start; list every mistake."""
     from gup.cli.usable import require_usable
     from gup.config import load
     from gup.units import format_size
@@ -65,7 +65,7 @@ def explain(
     config: ConfigFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Say for each upstream whether the client may have the stream from it, and why."""
+    """Show for each upstream whether the client may have the stream, and why."""
     from gup.cli.serve import serve_flags
     from gup.cli.usable import read_catalog
     from gup.config import load, require_servable
