@@ -7,6 +7,7 @@ import asyncio
 import os
 import tarfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ _MAX_LAST_BYTES = 64 << 20
 _MAX_TEXT = 2000
 _MOST_REFUSED = 10_000
 _MOST_SHOWN = 300
+_MOST_REASONS = 1000
 _NOT_OURS = "it is not an archive made by gup cache export"
 
 _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
@@ -58,33 +60,41 @@ class LeftOut(BaseModel):
 
 
 class Ending(BaseModel):
-    """The last member: what the archive holds, and what was left out."""
+    """The last member: what the archive holds, and what was left out: entries that could not be read, and how
+    many that the archive is not for, by reason.
+    """
 
     entries: Count
     bytes: Count
     left_out: Annotated[list[LeftOut], Field(max_length=100_000)]
+    not_wanted: Annotated[dict[_Text, Count], Field(max_length=_MOST_REASONS)] = Field(default_factory=dict)
 
 
 # --- writing
 
 
-async def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> AsyncIterator[bytes]:
-    """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last."""
+async def written(
+    store: Store, keys: Iterable[ContentKey], site: str, now: float, why_not: Iterable[str] = ()
+) -> AsyncIterator[bytes]:
+    """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last.
+    `why_not` has the reason of each further entry, which the archive is not for.
+    """
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
-    yield _member(FIRST, first.model_dump_json().encode(), now)
-    last = Ending(entries=0, bytes=0, left_out=[])
+    yield member_bytes(FIRST, first.model_dump_json().encode(), now)
+    counted = Counter(plain_text(why, _MAX_TEXT) for why in why_not)
+    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(counted.most_common(_MOST_REASONS)))
     for key in keys:
         try:
             record, file = await asyncio.to_thread(_sound, store, key)
         except (ValueError, OSError) as error:
             last.left_out.append(LeftOut(key=key.text, why=plain_text(str(error), _MAX_TEXT)))
             continue
-        yield _member(_record_name(key), record.encode(), record.stored_at)
+        yield member_bytes(_record_name(key), record.encode(), record.stored_at)
         async for piece in _body_member(record, file):
             yield piece
         last.entries += 1
         last.bytes += record.length
-    yield _member(LAST, last.model_dump_json().encode(), now)
+    yield member_bytes(LAST, last.model_dump_json().encode(), now)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -114,7 +124,7 @@ async def _body_member(record: Record, file: OpenFile) -> AsyncIterator[bytes]:
     yield bytes(-record.length % tarfile.BLOCKSIZE)
 
 
-def _member(name: str, content: bytes, at: float) -> bytes:
+def member_bytes(name: str, content: bytes, at: float) -> bytes:
     return _header(name, len(content), at) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 

@@ -24,6 +24,7 @@ from gup.cli.shared import (
     Where,
     asking,
     print_json,
+    printable,
     show_table,
     with_connection_flags,
     with_flags,
@@ -139,9 +140,11 @@ def _by_service_or_here(
     directory: Path | None,
     by_service: Callable[["Admin"], T],
     here: Callable[["Store"], T],
+    *,
+    create: bool = False,
 ) -> T:
     """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
-    when no service answers where the settings put it.
+    when no service answers where the settings put it. `create`: the directory may be missing, or be empty.
     """
     from gup.cache.store import Store
     from gup.cli.admin_client import NobodyThereError
@@ -156,9 +159,16 @@ def _by_service_or_here(
             if where.url is not None:
                 raise
     store = Store(directory.absolute() if directory is not None else load(where.config).cache.directory)
-    if not store.content.is_dir():
+    if not (store.content.is_dir() or (create and _is_new(store.root))):
         raise StoreError(f"{store.root} is no cache directory: it has no content/")
     return here(store)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a folder is missing or empty, as before the first start."""
+    if not os.path.lexists(folder):
+        return True
+    return folder.is_dir() and all(path.name == "lost+found" for path in folder.iterdir())
 
 
 def _alone(store: "Store") -> "closing[InstanceLock]":
@@ -188,7 +198,7 @@ def verify(
 ) -> None:
     """Compare all stored content with its sums; status 0 when all is right or repaired, else 1.
 
-    A running service does this while it serves. Without one the command does it, and none can start meanwhile.
+    A running service does this while it serves. Without one the command does; none can start meanwhile.
     """
     result = _by_service_or_here(
         where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
@@ -197,7 +207,7 @@ def verify(
         print_json(result)
     else:
         for row in result["found"]:
-            end = {None: "", True: " (mended)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
+            end = {None: "", True: " (repaired)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
             typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
@@ -269,18 +279,25 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive (tar) to write; must not exist.")],
     *,
     filters: Filters,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Sign the archive with this private Ed25519 key (PEM)."),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
     """Write entries with their records to an archive, to seed another site.
 
-    Status 1 when damaged entries were left out. Without a service all entries are exported.
+    With --version and --language it has what a site of these needs, content for all versions or languages
+    too. Entries left out are counted, with the reason. Status 1 when damaged entries were left out.
     """
     import asyncio
 
     from gup.cache.archive import summary
+    from gup.cache.signature import read_signing_key, sign
 
+    key = read_signing_key(sign_key) if sign_key is not None else None
     with _new(file) as (archive, path):
         _by_service_or_here(
             where,
@@ -290,12 +307,16 @@ def export(
         )
         archive.flush()
         told = summary(path)
+        signer = sign(path, key) if key is not None else None
     if json_output:
-        print_json(told | {"file": str(file)})
+        print_json(told | {"file": str(file), "signed_by": signer})
     else:
         for row in told["left_out"]:
             typer.echo(f"left out: {row['key']}: {row['why']}")
-        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}")
+        for why, count in told["not_wanted"].items():
+            typer.echo(f"left out: {count} entries: {printable(why)}")
+        signed = f"signed by the key {signer}" if signer is not None else "not signed"
+        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}, {signed}")
     if told["left_out"]:
         raise typer.Exit(FAILED)
 
@@ -325,16 +346,22 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
 
     from gup.cache.archive import written
     from gup.cache.integrity import contents
+    from gup.content.variant_choice import why_not_for
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind"} & filters.keys()):
         raise StoreError(f"--{odd[0]}: works only with a running service; none answers")
-    keys = [
-        key
-        for key in contents(store, grace_seconds=0.0).keys
-        if all(getattr(key, name).casefold() == value.casefold() for name, value in filters.items())
-    ]
-    async for piece in written(store, keys, socket.gethostname(), time.time()):
+    keys, why_not = [], []
+    others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
+    for key in contents(store, grace_seconds=0.0).keys:
+        why = why_not_for(key.variant, filters.get("version"), filters.get("language"), None)
+        if not why and any(getattr(key, name).casefold() != value for name, value in others.items()):
+            why = f"it is not of that {', '.join(others)}"
+        if why:
+            why_not.append(why)
+        else:
+            keys.append(key)
+    async for piece in written(store, keys, socket.gethostname(), time.time(), why_not):
         archive.write(piece)
 
 
@@ -346,6 +373,14 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive that gup cache export wrote.")],
     *,
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="GUP_SIGNED_BY",
+            help="Take nothing unless the archive is signed by this key (public Ed25519 key, PEM).",
+        ),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
@@ -354,11 +389,15 @@ def import_(
 
     Status 1 when entries were refused or the archive is truncated; the others are imported.
     """
+    from gup.cache.signature import require_signer, signer_of
     from gup.cli.admin_client import AdminError
     from gup.config import load
 
     try:
         with file.open("rb") as source:
+            signer = signer_of(source) if source.seekable() else None
+            if signed_by is not None:
+                require_signer(signer, signed_by)
             done = _by_service_or_here(
                 where,
                 cache_dir,
@@ -366,12 +405,17 @@ def import_(
                     admin.pieces("POST", "import", source, "application/x-tar", _IMPORT_SECONDS)
                 ),
                 lambda store: _import_here(source, store, load(where.config)),
+                create=True,
             )
     except OSError as error:
         raise AdminError(f"{file} can't be read: {error.strerror or error}") from error
     if json_output:
-        print_json(done)
+        print_json(done | {"signed_by": signer})
     else:
+        trusted = (
+            "as required" if signed_by is not None else "whether it is trusted was not asked: --signed-by"
+        )
+        typer.echo(f"signed by the key {signer} ({trusted})" if signer else "the archive is not signed")
         show_table({"refused": "name", "why": "why"}, done["refused"])
         if done["problem"]:
             typer.echo(done["problem"], err=True)
@@ -391,7 +435,8 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
     from gup.control.eviction import no_room
     from gup.errors import StoreError
 
-    owner = store.content.stat().st_uid
+    there = next((folder for folder in (store.content, store.root) if folder.exists()), None)
+    owner = there.stat().st_uid if there is not None else os.geteuid()
     if owner != os.geteuid():
         try:
             name = pwd.getpwuid(owner).pw_name
@@ -411,6 +456,10 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         nonlocal held_bytes
         held_bytes += record.length
 
+    if not store.content.exists():
+        typer.echo(
+            f"{store.root} is made for the user who runs this: the service must run as that user", err=True
+        )
     with _alone(store):  # no other process is at work: every claim is free
         held_bytes = sum(stored.size_bytes for stored in store.scan())
         return asdict(Import(store, time.time(), room, taken).take(source))

@@ -103,7 +103,7 @@ def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):
         names = found.getnames()
         assert json.load(found.extractfile(FIRST))["site"] == "lyon"
     assert (names[0], names[-1], len(names)) == (FIRST, LAST, 8)
-    assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": []}
+    assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": [], "not_wanted": {}}
     file.write_bytes(file.read_bytes()[:-2048])
     with pytest.raises(ArchiveError, match="truncated"):
         summary(file)

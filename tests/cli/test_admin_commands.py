@@ -339,10 +339,10 @@ def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> di
 @pytest.mark.parametrize(
     ("arguments", "found", "mended", "status", "line"),
     [
-        ((), 0, None, 0, "7 looked at: 0 damaged, 1 left out because of fills"),
+        ((), 0, None, 0, "7 checked: 0 damaged, 1 left out because of fills"),
         ((), 1, None, 1, "body: content/x: 1 of 4 chunks\n"),
-        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (mended)\n"),
-        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT mended: nobody there)\n"),
+        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (repaired)\n"),
+        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT repaired: nobody there)\n"),
     ],
 )
 def test_verify_waits_for_the_service_and_tells_what_it_found(

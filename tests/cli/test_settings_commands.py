@@ -72,7 +72,7 @@ def test_the_decision_in_words(tmp_path):
     assert result.exit_code == 0, result.output
     because = "the client is German and the manager French; client patches need the same language on both"
     unsupported = "If German is not supported: enable AutoUpgrade, which installs the English package and"
-    then = "To get those here then, set rules.english_after_autoupgrade or add an English manager."
+    then = "To serve those here, set rules.english_after_autoupgrade or add an English manager."
     assert result.stdout.splitlines() == [
         f'{PATCH}: refused (rules.mode is "report": nothing is refused)',
         "note: the version stated in client-version, 'new', can't be read and counts as not stated",

@@ -56,7 +56,7 @@ async def test_parts_of_the_path_parameters_and_members_of_a_body_make_one_reque
         assert (answer.status, await answer.json()) == (status, {"text": text})
 
 
-TWICE, NONE = "the parameter {} stands twice", "this request takes no parameter, and 'x' was given"
+TWICE, NONE = "the parameter {} is given twice", "this request takes no parameter, and 'x' was given"
 WRONG = [
     ("GET", "/named/a?name=b", None, 400, TWICE.format("name")),
     ("GET", "/named/a?limit=2&limit=3", None, 400, TWICE.format("limit")),

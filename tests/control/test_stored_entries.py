@@ -152,7 +152,8 @@ async def test_garbage_is_passed_over_and_counted(world, browser):
 async def test_a_pin_outlives_a_new_generation(world):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, b"old", Kind.INDEX)
-    world.store.set_pinned(key, True)
+    with world.claimed(key) as store:
+        store.set_pinned(key, True)
     async with world.running() as control:
         fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
         world.tell_committed(fresh, replaced=True)

@@ -1,12 +1,13 @@
 """A site is seeded from another one's archive: by running services and by stopped ones."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from harness.commands import command
 from harness.content import DELTA, content_path, noise, zip_of
-from harness.processes import until
+from harness.processes import needs, until
 from harness.service import Gup
 from harness.upstreams import ScriptedUpstream
 
@@ -77,9 +78,8 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
     archive = tmp_path / "stopped.tar"
     first, target, small = site / "first", tmp_path / "third", tmp_path / "fourth"
     entries = json.loads(cache("export", archive, "--cache-dir", first, "--json"))["entries"]
-    cache("import", archive, "--cache-dir", target, code=1, says="is no cache directory")
-    for folder in (target, small):
-        (folder / "content").mkdir(parents=True)
+    cache("import", archive, "--cache-dir", site, code=1, says="is no cache directory")
+    (small / "lost+found").mkdir(parents=True)
     told = json.loads(cache("import", archive, "--cache-dir", target, "--json"))
     assert (told["imported"], told["refused"], told["complete"]) == (entries, [], True)
     limit, already = {"GUP_CACHE__MAX_SIZE": "1MB"}, f"{entries} were stored already"
@@ -89,3 +89,24 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
     with Gup(target, [NOBODY], workers=1) as gup:
         for path, body in BODIES.items():
             gup.serves(path, body)
+
+
+def test_a_signed_archive_is_taken_where_a_signature_is_required_and_no_other(site, tmp_path):
+    key, public, target = tmp_path / "key.pem", tmp_path / "key.pub", tmp_path / "target"
+    for words in (f"genpkey -algorithm ed25519 -out {key}", f"pkey -in {key} -pubout -out {public}"):
+        subprocess.run([needs("openssl"), *words.split()], check=True, capture_output=True)
+    signed = tmp_path / "signed.tar"
+    first, here = ("--cache-dir", site / "first"), ("--cache-dir", target)
+    plain, changed = tmp_path / "plain.tar", tmp_path / "changed.tar"
+    cache("export", plain, *first, says="not signed")
+    cache("export", signed, *first, "--sign-key", public, code=1, says="a private Ed25519 key")
+    assert not signed.exists()
+    cache("export", signed, *first, "--sign-key", key, says="signed by the key")
+    text = bytearray(signed.read_bytes())
+    text[text.index(BODIES[DELTA][:1000]) + 500] ^= 1
+    changed.write_bytes(text)
+    for file, why in ((plain, "it is not signed"), (changed, "it is not what was signed")):
+        cache("import", file, *here, code=1, says=why, GUP_SIGNED_BY=str(public))
+        assert not target.exists()
+    cache("import", signed, *here, "--signed-by", public, says="signed by the key")
+    cache("import", plain, *here, says="the archive is not signed")

@@ -203,7 +203,7 @@ def test_a_storm_tells_who_how_many_and_what_it_costs(site):
     until(lambda: "15 full packages" in gup.alarms("full-storm")[0]["text"], "all are counted")
     (storm,) = gup.alarms()
     costs = "4.5 MB over the LAN, 300 kB over the WAN; as deltas of 2.0 kB on average it would be"
-    told = rf"3 clients \((.+)\) asked for 15 full packages of .*against 1 deltas.*{re.escape(costs)}"
+    told = rf"3 clients \((.+)\) requested 15 full packages of .*against 1 deltas.*{re.escape(costs)}"
     who = re.match(told, storm["text"])
     assert (storm["severity"], sorted(who[1].split(", "))) == ("warning", [f"127.0.0.{n}" for n in (2, 3, 4)])
     gup.wait_log("a storm of fulls: ")
