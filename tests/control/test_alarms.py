@@ -91,7 +91,10 @@ STORMY = (
 )
 FULL = "v/l/{A}/26/full.zip"
 TOO_LARGE = "any/any/a/-/full.zip: it takes more than cache.max_size"
-OVERDUE = "clients have requested 260103001 of Definitions X for 16 min 40 s, but it can't be fetched; the newest here is 260102001"
+OVERDUE = (
+    "clients have requested 260103001 of Definitions X for 16 min 40 s, but it can't be fetched; the newest "
+    "here is 260102001"
+)
 UNSURE = "upstream-unsure-end"
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [

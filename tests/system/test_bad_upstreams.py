@@ -161,6 +161,28 @@ def test_redirects_and_cookies_are_not_followed(shared):
     assert seen.header("accept-encoding") == "identity"
 
 
+def test_neither_side_s_cache_directives_are_heeded_and_none_is_passed_on(shared):
+    gup, upstream = shared
+    path, directives = path_of(300), {"Cache-Control": "no-store, max-age=0", "Expires": "0", "Vary": "*"}
+    upstream.answer(
+        path, Answer(SHORT, etag='"d"', fields=tuple({**directives, "Pragma": "no-cache"}.items()))
+    )
+    gup.serves(path, SHORT)
+    gup.wait_stored(path)
+    asks = (
+        {},
+        {"Cache-Control": "no-cache"},
+        {"Cache-Control": "no-store, max-age=0"},
+        {"Pragma": "no-cache"},
+    )
+    for headers in asks:
+        answer = gup.serves(path, SHORT, headers)
+        assert answer.header("cache-status") == "gup; hit", headers
+        assert [name for name in (*directives, "Pragma") if answer.header(name)] == []
+    (asked,) = upstream.requests(path)
+    assert [name for name in ("cache-control", "pragma") if asked.header(name)] == []
+
+
 def test_a_client_that_takes_nothing_is_cut(serve):
     body = zip_of("takes nothing", 20_000_000)
     gup, _ = serve({BIG: body}, listen={"write_timeout": "300ms"})
