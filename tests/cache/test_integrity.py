@@ -149,9 +149,9 @@ def test_while_a_service_runs_no_file_is_cut(store):
 
 MIB = CHUNK_BYTES
 PARTS = {
-    "part": (lambda s: flip(s.part_path(KEY.id, 5), MIB), "part", "right up to byte 1048576", MIB),
-    "first chunk": (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right up to byte 0", 0),
-    "sums": (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right up to byte 1048576", MIB),
+    "part": (lambda s: flip(s.part_path(KEY.id, 5), MIB), "part", "right only up to byte 1048576", MIB),
+    "first chunk": (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right only up to byte 0", 0),
+    "sums": (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right only up to byte 1048576", MIB),
     "no state": (lambda s: s.drop_state(KEY.id), "part", "without its state", 0),
     "bad state": (lambda s: flip(s.state_path(KEY.id), 30), "state", "a damaged state", 0),
     "no part": (lambda s: s.drop_part(KEY.id, 5), "state", "a state without its part", 0),
