@@ -1,5 +1,7 @@
 """Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
 
+import hashlib
+import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -46,13 +48,13 @@ class NegativeCache:
         self._locked = locked
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
-    def get(self, key: ContentKey) -> Problem | None:
+    def get(self, key: ContentKey, path: str) -> Problem | None:
         """The problem to answer with while the failure stands, with the time that is left."""
-        high = _halves(key)[0]
+        high, low = _halves(key, path)
         if not any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
             return None
         with self._locked():
-            row = self._find(key)
+            row = self._find(high, low)
             if row is None:
                 return None
             left = (row[_Word.UNTIL] - time.monotonic_ns()) / 1e9
@@ -63,15 +65,17 @@ class NegativeCache:
             detail = row[_Word.DETAIL :].tobytes()[:size].decode(errors="ignore")
         return problem_that_stands(slug, detail, left)
 
-    def put(self, key: ContentKey, problem: Problem, seconds: float) -> None:
-        """Remember a failure for so long."""
+    def put(self, key: ContentKey, path: str, problem: Problem, seconds: float) -> None:
+        """Remember for so long that `key` could not be had, asked for by `path`."""
         if seconds <= 0:
             return
-        high, low = _halves(key)
+        high, low = _halves(key, path)
         room = 8 * (FAILURE_WORDS - _Word.DETAIL)
         detail = problem.detail.encode(errors="replace")[:room]
         with self._locked():
-            row = self._find(key) or min(self._rows(high), key=lambda row: row[_Word.UNTIL] * bool(row[0]))
+            row = self._find(high, low) or min(
+                self._rows(high), key=lambda row: row[_Word.UNTIL] * bool(row[0])
+            )
             row[_Word.KEY_HIGH] = 0
             row[_Word.KEY_LOW] = low
             row[_Word.UNTIL] = time.monotonic_ns() + int(seconds * 1e9)
@@ -79,17 +83,16 @@ class NegativeCache:
             row[_Word.DETAIL :] = memoryview(detail.ljust(room, b"\0")).cast("Q")
             row[_Word.KEY_HIGH] = high
 
-    def forget(self, key: ContentKey) -> None:
+    def forget(self, key: ContentKey, path: str) -> None:
         """It is here by now."""
-        high = _halves(key)[0]
+        high, low = _halves(key, path)
         if any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
             with self._locked():
-                row = self._find(key)
+                row = self._find(high, low)
                 if row is not None:
                     row[_Word.KEY_HIGH] = 0
 
-    def _find(self, key: ContentKey) -> "memoryview[int] | None":
-        high, low = _halves(key)
+    def _find(self, high: int, low: int) -> "memoryview[int] | None":
         rows = self._rows(high)
         return next((r for r in rows if r[_Word.KEY_HIGH] == high and r[_Word.KEY_LOW] == low), None)
 
@@ -99,8 +102,11 @@ class NegativeCache:
         return [self._words[at : at + FAILURE_WORDS] for at in starts]
 
 
-def _halves(key: ContentKey) -> tuple[int, int]:
-    return int(key.id[:16], 16) or 1, int(key.id[16:], 16)
+def _halves(key: ContentKey, path: str) -> tuple[int, int]:
+    """A failure belongs to the spelling that was asked: upstream may have the same under another one."""
+    digest = hashlib.blake2b(f"{key.text} {path}".encode(), digest_size=16).digest()
+    high, low = struct.unpack("=QQ", digest)
+    return high or 1, low
 
 
 def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:

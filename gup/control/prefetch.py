@@ -391,7 +391,7 @@ class Prefetcher:
         return found
 
     def _routes(self) -> Routes:
-        return Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+        return Routes.of(self._settings().upstream)
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:
         item = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())

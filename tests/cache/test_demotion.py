@@ -217,7 +217,7 @@ async def test_without_upstream_sound_chunks_are_served_and_kept(tmp_path, upstr
             await one.cache.is_sound_at(opened, 3 * CHUNK_BYTES)
         assert body.exists()
         upstream.answer(FILE, GOOD)
-        await until(lambda: one.dependencies.failures.get(KEY) is None, "the failure expires")
+        await until(lambda: not one.failed(FILE), "the failure expires")
         await whole_again(one, until)
 
 
