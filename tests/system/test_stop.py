@@ -3,9 +3,10 @@
 import signal
 import time
 
+from harness.commands import command
 from harness.content import BIG, DELTA, noise, zip_of
 from harness.processes import listens, until
-from harness.service import Gup
+from harness.service import Gup, toml
 from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
@@ -127,3 +128,18 @@ def test_a_reload_takes_new_settings_and_keeps_the_old_when_they_are_bad(serve):
     assert gup.metric("gup_cache_limit_bytes") == 60_000_000
     assert gup.get("/content/none.txt").status == 404
     assert gup.workers() == workers
+
+
+def test_a_reload_tells_what_is_in_force_and_what_waits_for_a_restart(serve):
+    gup, _ = serve(workers=1, cache={"max_size": "50MB"})
+    changed = {"cache": {"max_size": "60MB"}, "site": {"name": "elsewhere"}, "listen": {"backlog": 7}}
+    (gup.folder / "gup.toml").write_text(toml(changed))
+    url, token = "http://{}:{}".format(*gup.admin), gup.cache_dir / "run" / "admin-token"
+    told = command("reload", "--admin", url, "--token-file", token)
+    assert told.returncode == 3, told
+    assert told.stdout.splitlines() == [
+        "in force now: cache.max_size",
+        "waiting for a restart of the service: listen.backlog, site.name",
+    ]
+    via = gup.get("/content/none.txt").header("via")
+    assert "elsewhere" not in f"{via} {gup.status()['site']}", "one name until the restart"
