@@ -348,7 +348,7 @@ class Finding(Response):
     path: str
     key: str | None
     detail: str
-    mended: bool | None = Field(description="Null when that was not asked for.")
+    mended: bool | None = Field(description="Null without repair.")
     why_not: str | None
 
 
@@ -373,7 +373,7 @@ class Reloaded(Response):
 
 class Prefetch(Response):
     key: str
-    path: str = Field(description="As upstream is asked for it.")
+    path: str = Field(description="The path at the upstream.")
     product: str
     language: str
     kind: Kind
@@ -430,18 +430,18 @@ class Report(Response):
 
 class RevisionClients(Response):
     revision: str
-    clients: int = Field(description="Clients that stand at it now.")
+    clients: int = Field(description="Clients at it now.")
     took: int = Field(description="Clients that ever took it here.")
     first_taken_at: float | None
     last_taken_at: float | None
 
 
 class LaggingClient(Client):
-    revision: str | None = Field(description="Where it stands; null when that is not known.")
+    revision: str | None = Field(description="Its revision; null while unknown.")
     lag_revisions: int
     lag_seconds: float | None = Field(description="By the dates in the revisions: whole days.")
     taken_at: float | None
-    asked: str | None = Field(description="The newest revision that it asked for.")
+    asked: str | None = Field(description="The newest revision that it requested.")
     asked_at: float | None
 
 
@@ -452,7 +452,7 @@ class StreamReport(Response):
     type: str | None
     moniker: str
     variant: Variant = Field(description="Whose bytes they are: of an upstream of this version and language.")
-    clients: int = Field(description="Clients that asked for any of it.")
+    clients: int = Field(description="Clients that requested any of it.")
     current: int = Field(description="Of them, those at the newest revision.")
     behind: int = Field(description="Of them, the others.")
     newest_held: str | None = Field(description="The newest revision in the store.")
