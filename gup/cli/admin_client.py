@@ -2,6 +2,7 @@
 
 import json
 import ssl
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from gup.config import Settings, load
+from gup.config import Settings, read
 from gup.control.auth import local_path, read_token
 from gup.errors import GupError
 from gup.files import FileError, trust
@@ -29,8 +30,13 @@ class NobodyThereError(AdminError):
 
 
 def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_file: Path | None) -> "Admin":
-    """The control plane that the flags mean; SettingsError or AdminError when they mean none."""
-    settings = load(config) if url is None or config is not None else None
+    """The control plane that the flags mean; AdminError when they mean none.
+
+    Of a file with mistakes the rest counts: what is wrong in it must not hide the service from who looks.
+    """
+    settings, problems = read(config) if url is None or config is not None else (None, [])
+    for problem in problems:  # a service that runs still has settings that were right
+        sys.stderr.write(f"gup: warning: {problem}\n")
     files = [token_file]
     if token_file is None and settings is not None:
         files = [settings.listen.admin_token_file, local_path(settings.cache.directory / "run")]

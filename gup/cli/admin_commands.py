@@ -8,6 +8,7 @@ import typer
 
 from gup.cli.shared import (
     FAILED,
+    WAITING,
     Columns,
     JsonFlag,
     Row,
@@ -100,30 +101,39 @@ _FILLS: Columns = {
 
 @with_connection_flags
 def reload(*, where: Where, json_output: JsonFlag = False) -> None:
-    """Have a running service read its settings again; exit status 1 if it can't use them."""
+    """Have a running service read its settings again, and say what took effect.
+
+    Status 1 when the settings can't be used: those before stay in force. Status 3 when some of them need a
+    restart: the port, the cache directory, the number of workers.
+    """
     with asking(where) as admin:
         answer = admin.ask("POST", "reload")
+        changed, waiting = answer["changed"], answer["waiting"]
     if json_output:
         print_json(answer)
-    elif answer["reloaded"]:
-        typer.echo("the new settings are in force")
-    else:
+    elif not answer["reloaded"]:
         typer.echo("\n  ".join(["the old settings stay in force:", *answer["problems"]]), err=True)
-    if not answer["reloaded"]:
-        raise typer.Exit(FAILED)
+    else:
+        typer.echo(f"in force now: {', '.join(changed)}" if changed else "nothing has changed")
+        if waiting:
+            typer.echo(f"restart the service for: {', '.join(waiting)}")
+    if not answer["reloaded"] or waiting:
+        raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
 
 
 @with_connection_flags
 def prefetch(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Such as /content/{MONIKER}/260101001/full.zip.")
+        list[str], typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip.")
     ],
     *,
     version: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this version; default: all.")
+        str | None,
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this language; default: all.")
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language; default: all."),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Queue it and return at once with status 0.")

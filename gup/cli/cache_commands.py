@@ -20,6 +20,7 @@ import typer
 from gup.cli.shared import (
     FAILED,
     Columns,
+    Commands,
     JsonFlag,
     Where,
     asking,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(help="List and change stored content.", no_args_is_help=True)
+cache = typer.Typer(cls=Commands, help="List and change stored content.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -52,17 +53,19 @@ DirectoryFlag = Annotated[
         "--cache-dir", metavar="DIR", help="Work on this cache directory; no service may run on it."
     ),
 ]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
 
 def _filter_flags(
     *,
-    product: Annotated[str | None, typer.Option(help="Only of this product.")] = None,
-    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
+    product: Annotated[str | None, typer.Option(metavar="PRODUCT", help="Only of this product.")] = None,
+    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Only of this version.")] = None,
+    language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Only of this language.")] = None,
+    stream: Annotated[str | None, typer.Option(metavar="MONIKER", help="Only of this moniker.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Only of this revision.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only full, delta, index or other files.")
+    ] = None,
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind}
@@ -90,9 +93,12 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="key, used, stored, length or hits; -used reverses the order.")
+        str,
+        typer.Option(metavar="ORDER", help="key, used, stored, length or hits; -used reverses the order."),
     ] = "key",
-    limit: Annotated[int, typer.Option(min=0, help="Maximum number of entries; 0 lists all.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Maximum number of entries; 0 lists all.")
+    ] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:

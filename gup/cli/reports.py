@@ -9,6 +9,7 @@ import typer
 from gup.cli.shared import (
     UNUSABLE,
     Columns,
+    Commands,
     JsonFlag,
     Row,
     Where,
@@ -20,7 +21,9 @@ from gup.cli.shared import (
 )
 from gup.units import bytes_in_words, time_in_words
 
-report = typer.Typer(help="Content by client, pending restarts, bandwidth saved.", no_args_is_help=True)
+report = typer.Typer(
+    cls=Commands, help="Content by client, pending restarts, bandwidth saved.", no_args_is_help=True
+)
 
 CsvFlag = Annotated[bool, typer.Option("--csv", help="Print CSV, times in UTC.")]
 _DAY_SECONDS = 86400
@@ -46,7 +49,7 @@ def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag 
 @with_connection_flags
 def savings(
     *,
-    days: Annotated[int, typer.Option(min=1, max=3660, help="Number of days.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=3660, metavar="N", help="Number of days.")] = 30,
     where: Where,
     csv_output: CsvFlag = False,
     json_output: JsonFlag = False,

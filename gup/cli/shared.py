@@ -12,22 +12,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperArgument, TyperGroup
 
 from gup.units import bytes_in_words, time_in_words
 
 if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
 
-FAILED = 1
-UNUSABLE = 2
-"""Exit statuses: the work failed; flags or settings can't be used (as for unknown flags)."""
+FAILED, UNUSABLE, WAITING = 1, 2, 3
+"""Exit statuses: the work failed; flags or settings can't be used; some settings wait for a restart."""
+
+
+class Commands(TyperGroup):
+    """Commands under one name. The help shows whole sentences, and no types of Python's."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for command in self.commands.values():
+            for parameter in command.params:
+                if isinstance(parameter, TyperArgument):
+                    parameter.display_type_rich = lambda **_: ""  # type: ignore[method-assign]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, sentence(self.commands[name])) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def sentence(command: Any) -> str:
+    """The first sentence of a command's help, in one line."""
+    return " ".join((command.help or "").split("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
+
 
 ConfigFlag = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SeedFlag = Annotated[int, typer.Option(help="Seed of the generated content and clients.")]
+SeedFlag = Annotated[int, typer.Option(metavar="N", help="Seed of the generated content and clients.")]
 
 
 def quantity(parse: Callable[[object], float], metavar: str, help_: str, default: str) -> Any:

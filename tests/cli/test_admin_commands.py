@@ -68,6 +68,8 @@ ENTRIES = [entry(number, pinned=number == 1) for number in range(2500)]
 
 
 PROBLEMS: list[str] = []
+CHANGED: list[str] = []
+WAITING: list[str] = []
 
 
 def control_plane(method, url):
@@ -80,7 +82,8 @@ def control_plane(method, url):
             end = start + int(query["limit"])
             return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
         case "POST", "/api/v1/reload":
-            return 200, {"reloaded": not PROBLEMS, "problems": PROBLEMS}
+            told = {"reloaded": not PROBLEMS, "problems": PROBLEMS, "changed": CHANGED, "waiting": WAITING}
+            return 200, told
         case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
         case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
@@ -215,14 +218,34 @@ def test_an_odd_url_is_refused():
 
 
 def test_reload_says_what_came_of_it(plane, monkeypatch):
-    result = run("reload", "--admin", plane.url)
-    assert (result.exit_code, "in force" in result.stdout) == (0, True)
+    assert run("reload", "--admin", plane.url).stdout == "nothing has changed\n"
     assert asked(plane) == ["POST /api/v1/reload"]
+    monkeypatch.setitem(globals(), "CHANGED", ["wan.rate", "upstream"])
+    result = run("reload", "--admin", plane.url)
+    assert (result.exit_code, result.stdout) == (0, "in force now: wan.rate, upstream\n")
+    monkeypatch.setitem(globals(), "WAITING", ["listen.port", "workers.count"])
+    result = run("reload", "--admin", plane.url)
+    assert (result.exit_code, result.stdout.splitlines()[1:]) == (
+        3,
+        ["waiting for a restart of the service: listen.port, workers.count"],
+    )
     monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, "  wan.rate: 'x' is no rate" in result.stderr) == (1, True)
     result = run("reload", "--admin", plane.url, "--json")
     assert (result.exit_code, json.loads(result.stdout)["problems"]) == (1, PROBLEMS)
+
+
+@pytest.mark.parametrize("wrong", ['rate = "much"', "rate ="])
+def test_a_broken_file_hides_no_running_service(plane, tmp_path, monkeypatch, wrong):
+    file = tmp_path / "gup.toml"
+    file.write_text(f"[listen]\nadmin_port = {plane.port}\n[wan]\n{wrong}\n")
+    monkeypatch.setenv("GUP_LISTEN__ADMIN_PORT", str(plane.port))  # of what is no TOML nothing can be read
+    result = run("status", "--config", file)
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "gup 0.1.0 at lyon: ready, up 3 h 5 min")
+    (told,) = result.stderr.splitlines()
+    assert told.startswith("gup: warning: ")
+    assert str(file) in told
 
 
 # --- tokens

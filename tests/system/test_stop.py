@@ -6,9 +6,10 @@ import time
 
 import pytest
 from harness.clients import address_of
+from harness.commands import command
 from harness.content import BIG, DELTA, noise, zip_of
 from harness.processes import listens, until
-from harness.service import READY, REPOSITORY
+from harness.service import READY, REPOSITORY, toml
 from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
@@ -114,6 +115,21 @@ def test_where_the_limit_of_open_files_cannot_be_raised_every_process_lives(serv
     gup.serves(BIG, BODY)
     assert gup.metric("gup_worker_restarts_total") == 0
     assert gup.log.count("the limit of open files stays at 1000: setrlimit:") == 1
+
+
+def test_a_reload_tells_what_is_in_force_and_what_waits_for_a_restart(serve):
+    gup, _ = serve(workers=1, cache={"max_size": "50MB"})
+    changed = {"cache": {"max_size": "60MB"}, "site": {"name": "elsewhere"}, "listen": {"backlog": 7}}
+    (gup.folder / "gup.toml").write_text(toml(changed))
+    url, token = "http://{}:{}".format(*gup.admin), gup.cache_dir / "run" / "admin-token"
+    told = command("reload", "--admin", url, "--token-file", token)
+    assert told.returncode == 3, told
+    assert told.stdout.splitlines() == [
+        "in force now: cache.max_size",
+        "restart the service for: listen.backlog, site.name",
+    ]
+    via = gup.get("/content/none.txt").header("via")
+    assert "elsewhere" not in f"{via} {gup.status()['site']}", "one name until the restart"
 
 
 @pytest.mark.long

@@ -369,6 +369,8 @@ class Verification(Response):
 class Reloaded(Response):
     reloaded: bool = Field(description="Whether the new settings are in force; if not, the old ones are.")
     problems: list[str] = Field(description="Mistakes in the settings, each with its key.")
+    changed: list[str] = Field(description="Keys whose new values are in force now.")
+    waiting: list[str] = Field(description="Keys whose new values need a restart; the old ones hold.")
 
 
 class Prefetch(Response):
