@@ -370,7 +370,9 @@ class Reloaded(Response):
     reloaded: bool = Field(description="Whether the new settings are in force; if not, the old ones are.")
     problems: list[str] = Field(description="Mistakes in the settings, each with its key.")
     changed: list[str] = Field(description="Keys whose new values are in force now.")
-    waiting: list[str] = Field(description="Keys whose new values need a restart; the old ones hold.")
+    waiting: list[str] = Field(
+        description="Keys whose new values need a restart; until then the old values are in force."
+    )
 
 
 class Prefetch(Response):
