@@ -83,7 +83,7 @@ def _state(upstream: Row) -> str:
     return "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
 
 
-def _here(fill: Row) -> str:
+def _received(fill: Row) -> str:
     received, length = fill["received_bytes"], fill["length_bytes"]
     share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
     return bytes_in_words(received) + share
@@ -93,9 +93,9 @@ _UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last e
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
-    "#here": _here,
-    "#a second": "bytes_per_second",
-    "#left": "remaining_seconds",
+    "#received": _received,
+    "#rate": "bytes_per_second",
+    "#time left": "remaining_seconds",
 }
 
 

@@ -406,7 +406,7 @@ class IndexFile:
             elif name != _FORMAT_KEY:
                 rows.append(row := read_row(self._cache[name]))
                 if _ENTRY + row.key != name:
-                    raise DamagedIndexError(f"a row stands under another key: {name!r:.60}")
+                    raise DamagedIndexError(f"a row is stored under another key: {name!r:.60}")
         return rows, notes
 
     def write(

@@ -129,7 +129,7 @@ def test_status_in_words(plane):
         ["spare", "DOWN"],
     ]
     assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
-    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[11].split() == ["fill", "from", "received", "rate", "time", "left"]
     assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
     assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
     assert lines[13].split() == ["0e", "-", "1.5", "kB", "-", "-"]
