@@ -52,6 +52,7 @@ def test_a_404_or_410_is_passed_on_and_kept_for_all_workers(serve):
         assert gup.get(path).status == status
         assert time.monotonic() - began < 3.0, "the machine was too slow for this test"
         assert len(upstream.requests(path)) == 1
+    assert [file.name for file in (gup.cache_dir / "partial").iterdir()] == ["claims"], "it makes no file"
     upstream.answer(path, Answer(b"now it is here", etag='"n"'))
     until(lambda: gup.get(path).body == b"now it is here", "it is asked for again after negative_ttl")
     assert {response.status for response in at_once(gup, [DELTA] * 30)[0]} == {404}
@@ -64,9 +65,10 @@ def test_a_failing_upstream_is_told_at_once_to_all(serve):
     failing = {
         "500": (Answer(b"oops", 500), 502, "upstream-error"),
         "403": (Answer(b"oops", 403), 502, "upstream-refused"),
+        "401": (Answer(b"oops", 401), 502, "upstream-refused"),
         "206": (Answer(b"oops", 206), 502, ""),
-        "302": (Answer(b"oops", 302), 502, ""),
-        "reset": (Answer(reset_at=-1), 502, ""),
+        "302": (Answer(b"oops", 302), 502, "upstream-refused"),
+        "reset": (Answer(reset_at=-1), 502, "upstream-error"),
         "empty": (Answer(b""), 502, "upstream-bad-body"),
         "disguise": (Answer(b"<html>" * 100, content_type="Text/HTML"), 502, "upstream-bad-body"),
         "gzip": (Answer(b"x" * 99, fields=(("Content-Encoding", "gzip"),)), 502, "upstream-bad-body"),
