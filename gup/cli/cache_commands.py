@@ -5,6 +5,7 @@ The last three work without a service too, on the cache directory.
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,8 +19,17 @@ from urllib.parse import quote, urlencode
 import typer
 
 from gup.cli.format import Columns, print_json, show_table
-from gup.cli.options import FAILED, JsonFlag, Where, asking, with_connection_flags, with_flags
-from gup.units import bytes_in_words
+from gup.cli.options import (
+    FAILED,
+    UNUSABLE,
+    JsonFlag,
+    Where,
+    asking,
+    quantity,
+    with_connection_flags,
+    with_flags,
+)
+from gup.units import bytes_in_words, parse_duration
 
 if TYPE_CHECKING:
     from gup.cache.store import Store
@@ -33,6 +43,7 @@ T = TypeVar("T")
 Filters = dict[str, str]
 _PAGE = 1000
 _POLL_SECONDS = 0.2
+_PURGE_SECONDS = 600.0
 _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
@@ -40,6 +51,10 @@ DirectoryFlag = Annotated[
     Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
 ]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+
+
+def _age(help_: str) -> Any:
+    return Annotated[float | None, quantity(parse_duration, "AGE", f'{help_} Such as "30d".', "")]
 
 
 def _filter_flags(
@@ -50,9 +65,16 @@ def _filter_flags(
     stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
     revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help='Only keys that fit it, such as "*/full.zip": * is any text.')
+    ] = None,
+    older_than: _age("Only what was stored so long ago, or before.") = None,  # type: ignore[valid-type]
+    unused_for: _age("Only what nobody was sent for so long.") = None,  # type: ignore[valid-type]
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
-    named |= {"revision": revision, "kind": kind}
+    named |= {"revision": revision, "kind": kind, "pattern": pattern}
+    ages = {"older_than": older_than, "unused_for": unused_for}
+    named |= {name: None if age is None else str(math.ceil(age)) for name, age in ages.items()}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -77,48 +99,115 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="key, used, stored, length or hits; -used is the other way round.")
-    ] = "key",
+        str, typer.Option(help="name, key, used, stored, length or hits; -used is the other way round.")
+    ] = "name",
     limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
     """List entries; with --json each is one line."""
-    left, query = limit or sys.maxsize, filters | {"order": order}
     with asking(where) as admin:
-        while left:
-            query["limit"] = str(min(left, _PAGE))
-            answer = admin.ask("GET", "content?" + urlencode(query))
-            if json_output:
-                for entry in answer["entries"]:
-                    typer.echo(json.dumps(entry, ensure_ascii=False))
-            else:
-                show_table(_ENTRIES, answer["entries"])
-            left -= len(answer["entries"])
-            if answer["cursor"] is None:
-                return
-            query["cursor"] = answer["cursor"]
+        left = _list(admin, filters | {"order": order}, limit or sys.maxsize, json_output=json_output)
+        if left is None:
+            stored = admin.ask("GET", "content?limit=1")["matching"]
+            typer.echo(f"no entry matches: {stored} are stored" if stored else "nothing is stored", err=True)
 
 
-def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
-    """A command that changes entries: one line for one key, printed as soon as it is done."""
+def _list(admin: "Admin", query: Filters, most: int, *, json_output: bool) -> int | None:
+    """Print so many entries at most; how many more there are, None when there are none at all."""
+    left, matching = most, 0
+    while left:
+        answer = admin.ask("GET", "content?" + urlencode(query | {"limit": str(min(left, _PAGE))}))
+        matching = answer["matching"]
+        if json_output:
+            for entry in answer["entries"]:
+                typer.echo(json.dumps(entry, ensure_ascii=False))
+        else:
+            show_table(_ENTRIES, answer["entries"])
+        left -= len(answer["entries"])
+        if answer["cursor"] is None:
+            break
+        query["cursor"] = answer["cursor"]
+    return max(0, matching - most) if matching else None
 
-    @cache.command(name, help=help_)
-    @with_connection_flags
-    def change(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-        with asking(where) as admin:
-            for key in keys:
-                answer = admin.ask(method, f"content/{quote(key)}{below}")
-                freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
-                words = f"{done} {key}{freed}"
-                typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
+
+_DRY_RUN_ROWS = 20
 
 
-_change(
-    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
-)
-_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
-_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
+@cache.command("purge")
+@_with_filters
+@with_connection_flags
+def purge(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")
+    ] = None,
+    *,
+    filters: Filters,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Those that are pinned too.")] = False,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Remove entries, named or chosen; clients that are being sent one get the whole of it.
+
+    Named ones go, pinned or not. Chosen ones go unless they are pinned, or a fill or check works on them:
+    status 1 when any was left for that.
+    """
+    if bool(keys) == bool(filters) or (keys and (dry_run or pinned)):
+        typer.echo("gup: name keys, or choose by flags such as --product; --dry-run is for those", err=True)
+        raise typer.Exit(UNUSABLE)
+    with asking(where) as admin:
+        if keys:
+            _change_each(admin, keys, "purged", "DELETE", "", json_output=json_output)
+            return
+        query = filters | {"dry_run": str(int(dry_run)), "pinned": str(int(pinned))}
+        answer = admin.understood(
+            admin.pieces("DELETE", "content?" + urlencode(query), patience_seconds=_PURGE_SECONDS)
+        )
+        if json_output:
+            print_json(answer)
+        else:
+            if dry_run and (
+                more := _list(admin, filters | {"order": "name"}, _DRY_RUN_ROWS, json_output=False)
+            ):
+                typer.echo(f"and {more} more")
+            freed = bytes_in_words(answer["freed_bytes"])
+            left = "".join(
+                f", {answer[name]} left: {why}"
+                for name, why in (("pinned", "pinned"), ("busy", "being fetched or checked"))
+                if answer[name]
+            )
+            done = "would be purged" if dry_run else "purged"
+            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}")
+    if answer["busy"]:
+        raise typer.Exit(FAILED)
+
+
+def _change_each(
+    admin: "Admin", keys: list[str], done: str, method: str, below: str, *, json_output: bool
+) -> None:
+    """One line for one key, printed as soon as it is done."""
+    for key in keys:
+        answer = admin.ask(method, f"content/{quote(key)}{below}")
+        freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+        words = f"{done} {key}{freed}"
+        typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
+
+
+@cache.command("pin")
+@with_connection_flags
+def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+    """Keep entries whatever the limits say."""
+    with asking(where) as admin:
+        _change_each(admin, keys, "pinned", "PUT", "/pin", json_output=json_output)
+
+
+@cache.command("unpin")
+@with_connection_flags
+def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+    """Let the limits apply to entries again."""
+    with asking(where) as admin:
+        _change_each(admin, keys, "unpinned", "DELETE", "/pin", json_output=json_output)
 
 
 # --- by a service, or here
@@ -313,8 +402,8 @@ def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
     from gup.cache.integrity import contents
     from gup.errors import StoreError
 
-    if odd := sorted({"product", "kind"} & filters.keys()):
-        raise StoreError(f"--{odd[0]}: only a running service can tell; none answers")
+    if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
+        raise StoreError(f"--{odd[0].replace('_', '-')}: only a running service can tell; none answers")
     keys = [
         key
         for key in contents(store, grace_seconds=0.0).keys

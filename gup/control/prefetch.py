@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -368,13 +368,26 @@ class Prefetcher:
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
-        for key in keys:
-            item = self.queue.rows.get(key)
-            if item is not None and item.pending:
-                item.by = "operator"
-            elif not self._add(route, key, "operator"):
-                raise Busy(f"{MAX_PENDING} are waiting already: try again later")
-        return [self.queue.rows[key] for key in keys]
+        return [self._wish(route, key) for key in keys]
+
+    def order_newest(self, revisions: Mapping[Stream, str]) -> list[QueuedFetch]:
+        """Queue the full package of these revisions."""
+        wishes = []
+        for stream, revision in revisions.items():
+            known = self.revisions.streams.get(stream)
+            moniker = known.moniker if known is not None and known.moniker else stream[2]
+            target = parse_target(f"/content/{moniker}/{revision}/full.zip".encode())
+            route = self._routes().route(target.path)
+            wishes.append(self._wish(route, route.key(Variant(*stream[:2]))))
+        return wishes
+
+    def _wish(self, route: Route, key: ContentKey) -> QueuedFetch:
+        item = self.queue.rows.get(key)
+        if item is not None and item.pending:
+            item.by = "operator"
+        elif not self._add(route, key, "operator"):
+            raise Busy(f"{MAX_PENDING} are waiting already: try again later")
+        return self.queue.rows[key]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
         """The variants under which content of upstreams of this version and language is stored."""

@@ -13,7 +13,7 @@ from gup.cache.archive import Import as ArchiveImport
 from gup.cache.records import Record
 from gup.content.key import ContentKey
 from gup.control.api.endpoint import Endpoint
-from gup.control.api.entries import Filter, labels_of, matching
+from gup.control.api.entries import Filter, candidates, labels_of, matching
 from gup.control.api.schemas import Import
 from gup.control.eviction import no_room
 from gup.control.reconcile import index_again
@@ -45,8 +45,8 @@ class Archives:
         if self._exporting.locked():
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
-            rows = list(state.index.rows.values())
-            found = await asyncio.to_thread(matching, rows, query, labels_of(state))
+            rows, label, now = candidates(state.index, query), labels_of(state), state.clock()
+            found = await asyncio.to_thread(matching, rows, query, label, now)
             keys = [ContentKey.parse(key) for key in sorted(row.key for row in found)]
             pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock())
             response = web.StreamResponse(headers={"Content-Type": TAR})
