@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from gup.fsutil import lock_range
+from gup.files import lock_range
 
 Mode = Literal["full", "hashed", "off"]
 

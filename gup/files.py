@@ -1,20 +1,136 @@
-"""Files that settings and flags name: read whole, bounded, and what is wrong with one is said in words."""
+"""Files: read bounded, replaced atomically, synced, locked by ranges of bytes; what settings name."""
 
 import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import select
 import ssl
+import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from gup.errors import GupError
-from gup.fsutil import read_regular
 
 PEM_BYTES = 16 << 20
 """No bundle of certificates is larger; what the largest systems trust takes 0.3 MB."""
 _DER_BEGIN = b"\x30\x82"
 """A SEQUENCE with a length of two bytes: how a certificate in DER begins."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
 class FileError(GupError, ValueError):
     """A file that can't be used; the text names the file and the cause."""
+
+
+def read_regular(path: Path, most_bytes: int, flags: int = 0) -> bytes:
+    """A regular file, or its first `most_bytes`; OSError for all else. A pipe in its place does not block."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | flags)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "It is a pipe, a socket or a device")
+        return os.read(fd, most_bytes)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, content: bytes | memoryview) -> None:
+    """write(2) may take less than all: on a disk that is nearly full, into a pipe."""
+    rest = memoryview(content)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:  # another process made a shared descriptor non-blocking
+            select.select([], [fd], [])
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` beside `path`, readable by the owner only, and rename it there.
+
+    Readers see the old file or the whole new one; with `durable` also after a power cut. One process at a
+    time writes a path: the new file's name is fixed, so nothing piles up.
+    """
+    os.close(replaced_file(path, content, durable=durable))
+
+
+def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:
+    """The same, and the new file's descriptor."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)  # it may be another's, with other rights
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content)
+        if durable:
+            os.fsync(fd)
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except BaseException:
+        os.close(fd)
+        temporary.unlink(missing_ok=True)
+        raise
+    return fd
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable (fsync(2)): a new file's, a renamed one's, a removed one's."""
+    with _opened(folder) as fd:
+        os.fsync(fd)
+
+
+def lock_range(fd: int, start: int, length: int = 1, *, wait: bool) -> None:
+    """Take the write lock of a range of bytes (F_OFD_SETLK, fcntl(2)); EAGAIN or EACCES when another has it.
+
+    The kernel frees it when the open file description is closed, however its processes end.
+    """
+    _ask(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, fcntl.F_WRLCK, start, length)
+
+
+def unlock_range(fd: int, start: int, length: int = 1) -> None:
+    _ask(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, start, length)
+
+
+def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
+    """Whether another description has a lock there."""
+    answer = _ask(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
+    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write these bytes of a file to the disk (sync_file_range(2)); a mere hint."""
+    span = ctypes.c_int64(offset), ctypes.c_int64(length)
+    _LIBC.sync_file_range(ctypes.c_int(fd), *span, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
+def sync_file_system(folder: Path) -> None:
+    """Write all that changed on a folder's file system to the disk (syncfs(2)). Blocks; OSError."""
+    with _opened(folder) as fd:
+        if _LIBC.syncfs(ctypes.c_int(fd)) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+# --- files that settings and flags name: what is wrong with one is said in words
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any
 
 from gup import config
 from gup.errors import SettingsError
-from gup.fsutil import write_all
+from gup.files import write_all
 
 ACCESS = "gup.access"
 """The logger of requests: `log.access` decides about it, `log.level` does not."""

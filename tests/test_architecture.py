@@ -118,7 +118,7 @@ def test_the_environment_is_read_in_few_places():
 
 def test_work_on_the_cache_directory_goes_through_the_one_place_that_names_the_disk():
     """`on_disk` makes an OSError the disk's; looks at chunks tell by their result and raise nothing."""
-    allowed = {"gup/cache/disk_space.py", "gup/cache/open_entries.py"}
+    allowed = {"gup/cache/disk.py", "gup/cache/open_entries.py"}
 
     def goes_around(path):
         return [node.lineno for node in nodes(path, ast.Attribute) if node.attr == "run_in_executor"]

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from gup import units
 from gup.units import (
     MAX_SIZE_BYTES,
+    bytes_in_words,
     format_http_date,
     parse_duration,
     parse_http_date,
     parse_rate,
     parse_size,
+    time_in_words,
 )
 
 EXAMPLE = 784111777  # the moment of RFC 9110's own examples
@@ -26,18 +28,8 @@ RIGHT = {
 }  # fmt: skip
 WRONG = {
     parse_size: [
-        "20 apples",
-        "",
-        "GB",
-        "-1",
-        -1,
-        2.5,
-        True,
-        None,
-        "\u0661GB",
-        "1e3",
-        "2^4",
-        MAX_SIZE_BYTES + 1,
+        *("20 apples", "", "GB", "-1", "\u0661GB", "1e3", "2^4"),
+        *(-1, 2.5, True, None, MAX_SIZE_BYTES + 1),
     ],
     parse_rate: ["8MB", "8Mbit/s", "fast", "8", True, -5, None],
     parse_duration: ["10 years", "", -1, True, float("inf"), float("nan"), "99999999999d", None],
@@ -50,6 +42,22 @@ def test_quantities_are_read_and_others_are_refused(parse):
     for text in WRONG[parse]:
         with pytest.raises(ValueError, match="a duration" if parse is parse_duration else "size"):
             parse(text)
+
+
+WORDS = {
+    bytes_in_words: {
+        0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_499: "999 kB", 999_500: "1.0 MB", 123_456_789: "123 MB",
+        -1_500_000: "-1.5 MB", 5 * 10**18: "5000 PB",
+    },
+    time_in_words: {
+        0.2: "0 s", 59: "59 s", 61: "1 min 1 s", 3600: "1 h", 90_000: "1 d 1 h", 90_061: "1 d 1 h"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_words", WORDS)
+def test_figures_for_people(in_words):
+    assert {figure: in_words(figure) for figure in WORDS[in_words]} == WORDS[in_words]
 
 
 @given(st.sampled_from(["size", "rate", "duration"]), st.integers(0, 10**11))

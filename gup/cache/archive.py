@@ -3,23 +3,25 @@
 An archive is a tar of a first member that tells of it, a record and a body for each entry, and a last member.
 """
 
+import asyncio
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Annotated, Any
 
+import aiofiles
 from pydantic import BaseModel, Field, TypeAdapter
 
 import gup
-from gup.cache.chunks import read_aside
 from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
-from gup.cache.store import OpenFile, Store
+from gup.cache.store import OpenFile, Store, read_aside
 from gup.content.key import ContentKey
 from gup.errors import GupError, quoted
-from gup.fsutil import write_all
+from gup.files import write_all
 from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, read, shown
 
 FORMAT = 1
@@ -31,6 +33,7 @@ _MAX_LAST_BYTES = 64 << 20
 _MAX_TEXT = 2000
 _MOST_REFUSED = 10_000
 _MOST_SHOWN = 300
+_MOST_REASONS = 1000
 _NOT_OURS = "it is no archive made by gup cache export"
 
 _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
@@ -57,32 +60,41 @@ class LeftOut(BaseModel):
 
 
 class Ending(BaseModel):
-    """The last member: what the archive holds, and what was left out."""
+    """The last member: what the archive holds, and what was left out: entries that could not be read, and how
+    many that the archive is not for, by reason.
+    """
 
     entries: Count
     bytes: Count
     left_out: Annotated[list[LeftOut], Field(max_length=100_000)]
+    not_wanted: Annotated[dict[_Text, Count], Field(max_length=_MOST_REASONS)] = Field(default_factory=dict)
 
 
 # --- writing
 
 
-def written(store: Store, keys: Iterable[ContentKey], site: str, now: float) -> Iterator[bytes]:
-    """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last."""
+async def written(
+    store: Store, keys: Iterable[ContentKey], site: str, now: float, why_not: Iterable[str] = ()
+) -> AsyncIterator[bytes]:
+    """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last.
+    `why_not` has the reason of each further entry, which the archive is not for.
+    """
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
-    yield from _member(FIRST, first.model_dump_json().encode(), now)
-    last = Ending(entries=0, bytes=0, left_out=[])
+    yield member_bytes(FIRST, first.model_dump_json().encode(), now)
+    counted = Counter(plain_text(why, _MAX_TEXT) for why in why_not)
+    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(counted.most_common(_MOST_REASONS)))
     for key in keys:
         try:
-            record, file = _sound(store, key)
+            record, file = await asyncio.to_thread(_sound, store, key)
         except (ValueError, OSError) as error:
             last.left_out.append(LeftOut(key=key.text, why=plain_text(str(error), _MAX_TEXT)))
             continue
-        yield from _member(_record_name(key), record.encode(), record.stored_at)
-        yield from _body_member(record, file)
+        yield member_bytes(_record_name(key), record.encode(), record.stored_at)
+        async for piece in _body_member(record, file):
+            yield piece
         last.entries += 1
         last.bytes += record.length
-    yield from _member(LAST, last.model_dump_json().encode(), now)
+    yield member_bytes(LAST, last.model_dump_json().encode(), now)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -99,21 +111,21 @@ def _sound(store: Store, key: ContentKey) -> tuple[Record, OpenFile]:
     return record, file
 
 
-def _body_member(record: Record, file: OpenFile) -> Iterator[bytes]:
+async def _body_member(record: Record, file: OpenFile) -> AsyncIterator[bytes]:
     yield _header(_FOLDER + record.key.text, record.length, record.stored_at)
-    sums, at = ChunkSums(), 0
-    while piece := os.pread(file.fd, min(_PIECE_BYTES, record.length - at), at):
-        sums.add(piece)
-        at += len(piece)
-        yield piece
+    sums, left = ChunkSums(), record.length
+    async with aiofiles.open(file.fd, "rb", buffering=0, closefd=False) as body:
+        while piece := await body.read(min(_PIECE_BYTES, left)):
+            sums.add(piece)
+            left -= len(piece)
+            yield piece
     if sums.finish() != record.sums:
         raise ArchiveError(f"{record.key.text} was changed while it was read")
     yield bytes(-record.length % tarfile.BLOCKSIZE)
 
 
-def _member(name: str, content: bytes, at: float) -> Iterator[bytes]:
-    yield _header(name, len(content), at)
-    yield content + bytes(-len(content) % tarfile.BLOCKSIZE)
+def member_bytes(name: str, content: bytes, at: float) -> bytes:
+    return _header(name, len(content), at) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def _header(name: str, size_bytes: int, at: float) -> bytes:
@@ -217,20 +229,6 @@ class TarReader:
 # --- taking in
 
 
-@dataclass(frozen=True, slots=True)
-class Custody:
-    """What an import needs of whoever owns the store, called from its thread.
-
-    `claim` and `release` take a key's offset. `room` tells why a body of so many bytes can't be taken, or "".
-    `taken` is told of each new entry.
-    """
-
-    claim: Callable[[int], bool]
-    release: Callable[[int], None]
-    room: Callable[[int], str]
-    taken: Callable[[Record], None]
-
-
 @dataclass(slots=True)
 class Imported:
     """What became of an archive. `complete`: it was read to its last member; `problem`: why not."""
@@ -245,11 +243,14 @@ class Imported:
 
 @dataclass(slots=True)
 class Import:
-    """One archive on its way into a store."""
+    """One archive on its way into a store. `refuse_room` and `taken` are called from its thread."""
 
     store: Store
-    custody: Custody
     now: float
+    refuse_room: Callable[[int], str]
+    """Tells why a body of so many bytes can't be taken, or ""."""
+    taken: Callable[[Record], None]
+    """Told of each new entry."""
     _done: Imported = field(default_factory=Imported)
 
     def take(self, stream: IO[bytes]) -> Imported:
@@ -294,19 +295,19 @@ class Import:
             raise ArchiveError("neither a record nor a body")
         if record is None or member.name != _FOLDER + record.key.text:
             raise ArchiveError("a body without its record before it")
-        store, key, custody = self.store, record.key, self.custody
+        store, key = self.store, record.key
         if self._is_present(key):
             return
         if member.size != record.length:
             raise ArchiveError(f"{member.size} bytes long instead of {record.length}")
-        if why := custody.room(record.length):
+        if why := self.refuse_room(record.length):
             raise ArchiveError(why)
         temporary = store.partial / f"{os.getpid()}.{time.monotonic_ns()}.{key.id}.tmp"
         try:
             _copy(archive, temporary, record)
-            if not custody.claim(key.claim_offset):
-                raise ArchiveError("it is being fetched at this moment")
-            try:
+            with store.claimed(key.id) as claimed:
+                if not claimed:
+                    raise ArchiveError("it is being fetched at this moment")
                 if self._is_present(key):
                     return
                 record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000))
@@ -314,13 +315,11 @@ class Import:
                 temporary.rename(store.part_path(key.id, record.generation))
                 store.commit(record)
                 store.drop_state(key.id)
-            finally:
-                custody.release(key.claim_offset)
         finally:
             temporary.unlink(missing_ok=True)
         self._done.imported += 1
         self._done.imported_bytes += record.length
-        custody.taken(record)
+        self.taken(record)
 
     def _is_present(self, key: ContentKey) -> bool:
         """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""

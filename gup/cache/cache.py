@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Coroutine
 
+from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
-from gup.cache.disk_space import DiskError, on_disk, refusal, told_apart
+from gup.cache.disk import DiskError, on_disk, refusal, told_apart
 from gup.cache.follower import Follower
-from gup.cache.growing_body import GrowingBody
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.leader import Leader
 from gup.cache.locks import Slots

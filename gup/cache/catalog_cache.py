@@ -13,7 +13,7 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_c
 from gup.content.key import Variant
 from gup.content.routes import Route, Routes
 from gup.errors import Problem
-from gup.fsutil import replace_file
+from gup.files import replace_file
 from gup.upstream.download import Fetched
 
 FILE = "catalogs.json"

@@ -5,9 +5,9 @@ import contextlib
 import logging
 import os
 
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
-from gup.cache.locks import want_offset
+from gup.cache.locks import waiters_offset
 from gup.cache.memory_files import Row
 from gup.cache.records import FillState, Phase
 from gup.cache.store import OpenFile
@@ -35,7 +35,7 @@ class Follower:
         self._fill = fill
         self._state_seen: tuple[int, int] | None = None
         self._memory_seen: int | None = None
-        self._want = want_offset(fill.key.id)
+        self._waiters = waiters_offset(fill.key.id)
         self._news_at = dependencies.clock()
         """When a look last found something new. A leader in the queue brings nothing new for long."""
 
@@ -46,7 +46,7 @@ class Follower:
             while claims.taken(self._fill.key.claim_offset):
                 if not told and self._fill.wanted:  # the leader is told that somebody waits
                     with contextlib.suppress(OSError):  # no lock left: the fill is only not promoted
-                        told = claims.try_claim(self._want)
+                        told = claims.try_claim(self._waiters)
                 try:
                     if self._look():
                         return
@@ -57,7 +57,7 @@ class Follower:
                 await asyncio.sleep(self._pause())
         finally:
             if told:
-                claims.release(self._want)
+                claims.release(self._waiters)
 
     def ended_in_memory(self) -> bool:
         """Whether the leader has brought it to its end in memory. What died with a leader is cut here."""
@@ -97,7 +97,7 @@ class Follower:
         row = memory.find(fill.key)
         if row is None:
             self._lose_memory()
-        elif row.announced:
+        elif row.state_fd:
             self._news_at = self._deps.clock()
             body = self._body_in_memory(row)
             if body is not None:

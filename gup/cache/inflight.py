@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gup import config
-from gup.cache.disk_space import Space
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
+from gup.cache.disk import Space
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.chunks import read_aside, sound_chunks
 from gup.cache.part_file import survey
 from gup.cache.records import CHUNK_BYTES, FillState, Phase, Record
-from gup.cache.store import Store, unlink
+from gup.cache.store import Store, read_aside, sound_chunks, unlink
 from gup.content.key import ContentKey
 
 

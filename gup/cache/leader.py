@@ -9,15 +9,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from gup.cache.demotions import BadDiskError
-from gup.cache.disk_space import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
+from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
 from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed
-from gup.cache.locks import want_offset
+from gup.cache.locks import waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
 from gup.cache.negative_cache import Holds, problem_that_stands
@@ -36,7 +35,7 @@ from gup.cache.records import (
 )
 from gup.cache.recovery import Leftover, give_up, note_damage, renew, save_failure, validated_at
 from gup.cache.scheduler import FillSlot
-from gup.cache.store import OpenFile, Store
+from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.upstream.download import Begun, BodyChanged, Download
@@ -88,7 +87,7 @@ class Leader:
         """Whether upstream has other bytes than were known: their ETag must be another, too."""
         self._came_at: float | None = None
         """When a part's last byte came, if it was found whole; Unix seconds."""
-        self._room = Room(dependencies.space)
+        self._room = Room(dependencies.space, dependencies.executor)
         self._slot: FillSlot | None = None
         """Stays when it is left: then it is not the queue that the fill's clients have waited for."""
         self._next_look = 0.0
@@ -194,7 +193,7 @@ class Leader:
             return absent(remote)
         at = validated_at(deps, remote, self._fill.route.immutable)
         try:
-            await self._on_disk(renew, deps, record, at)
+            await self._room.on_disk(renew, deps, record, at)
         except DiskError as error:  # asked again at the next request: what is stored is right all the same
             log.warning("that %s is still right could not be kept: %s", self._key.text, error)
         else:
@@ -305,7 +304,7 @@ class Leader:
     async def _watch_for_waiters(self) -> None:
         """Until another process's client wants the body: that process holds the lock beside the claim."""
         while self._fill.background:
-            if self._deps.claims.taken(want_offset(self._key.id)):
+            if self._deps.claims.taken(waiters_offset(self._key.id)):
                 self._fill.promote(self._deps.pool.wan)
             await asyncio.sleep(_LOOK_SECONDS)
 
@@ -326,7 +325,7 @@ class Leader:
 
     def _new_writer(self, length: int | None) -> PartWriter:
         path = self._deps.store.part_path(self._key.id, self._state.generation)
-        self._writer = PartWriter(path, self._deps.executor, length)
+        self._writer = PartWriter(path, self._room, length)
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
@@ -344,7 +343,7 @@ class Leader:
         assert head is not None
         self._take_over(state)
         writer = self._new_writer(head.length)
-        await self._on_disk(writer.reopen, salvage)
+        await self._room.on_disk(writer.reopen, salvage)
         body = self._fill.body
         if body is None or body.generation != state.generation:
             body = GrowingBody(head, state.generation, writer.file, self._deps.clock())
@@ -400,7 +399,7 @@ class Leader:
         self._leave_upstream()
         old = await self._in_thread(OpenFile, store.part_path(id_, state.generation))
         body = self._begin_generation(state.head)
-        await self._on_disk(self._part.copy_from, old, salvage)
+        await self._room.on_disk(self._part.copy_from, old, salvage)
         self._state = replace(self._state, phase=Phase.REQUESTED, head=state.head)
         await self._save_state()
         await self._in_thread(store.drop_part, id_, state.generation)
@@ -444,7 +443,7 @@ class Leader:
                 pinned=record.pinned,
                 stored_at=record.stored_at,
             )
-            await self._on_disk(deps.store.demote, record, self._leftover.file, sound_bytes, self._state)
+            await self._room.on_disk(deps.store.demote, record, self._leftover.file, sound_bytes, self._state)
         except (BadDiskError, Unstorable, DiskError) as error:
             self._leave_upstream()  # it sends the rest only
             if isinstance(error, BadDiskError):
@@ -511,11 +510,8 @@ class Leader:
                     self._leave_slot()
                 await self._yield_to_others()
 
-    async def _write_end(self) -> None:
-        await self._twice(lambda: self._part.write_all(lambda _sums: None))
-
     async def _write_sure(self, body: GrowingBody) -> None:
-        await self._twice(self._part.write_sure)
+        await self._part.write_sure()
         if self._fill.body is body:
             body.publish(self._part.written)
 
@@ -571,7 +567,7 @@ class Leader:
         A stored index file that is stale is better than one that may lack its end.
         """
         if self._fill.body is body or self._record is None:
-            await self._write_end()
+            await self._part.write_all(lambda _sums: None)
             await self._show(body)
             await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
         raise unconfirmed(remote.upstream, self._part.received)
@@ -592,7 +588,7 @@ class Leader:
             if self._fill.body is not body:
                 body.head = head
         if self._memory is not None or self._record is not None:
-            await self._write_end()
+            await self._part.write_all(lambda _sums: None)
             self._show_end(body)
             if self._memory is not None:
                 return
@@ -609,7 +605,7 @@ class Leader:
             )
             return record, _commit(deps.store, record)
 
-        record, replaced = await self._twice(lambda: writer.write_all(commit))
+        record, replaced = await writer.write_all(commit)
         self._fill.record, self._fill.file = record, writer.file
         if not body.ended:
             self._show_end(body)
@@ -683,7 +679,7 @@ class Leader:
 
     def _is_worth_memory(self) -> bool:
         """Whether anybody waits for it, here or elsewhere; what is whole is kept for who comes late."""
-        return self._whole or self._fill.wanted or self._deps.claims.taken(want_offset(self._key.id))
+        return self._whole or self._fill.wanted or self._deps.claims.taken(waiters_offset(self._key.id))
 
     async def _enter_memory(self) -> GrowingBody:
         """Go on in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
@@ -755,7 +751,7 @@ class Leader:
             body = self._begin_generation(state.head)
             self._state = replace(self._state, path=state.path)
             self._came_at = stat.st_mtime
-            await self._on_disk(self._part.copy_memory, file, stat.st_size)
+            await self._room.on_disk(self._part.copy_memory, file, stat.st_size)
             await self._finish(body, remote_of(state.head))
         except (Unstorable, DiskError) as error:
             self._state = replace(self._state, phase=Phase.UNSTORABLE)
@@ -839,7 +835,7 @@ class Leader:
     def _current_state(self) -> FillState:
         return replace(
             self._state,
-            ahead=self._fill.background,
+            background=self._fill.background,
             holds=self._holds.rows,
             service_start=self._deps.store.service_start,
         )
@@ -849,18 +845,10 @@ class Leader:
             self._state = replace(self._state, head=head)
         self._state = self._current_state()
         self._has_state = True
-        await self._on_disk(self._deps.store.save_state, self._state)
+        await self._room.on_disk(self._deps.store.save_state, self._state)
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         return await on_disk(self._deps.executor, work, *arguments)
-
-    async def _on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        """In a thread, and once more when the disk was full and something could be evicted."""
-        return await self._room.twice(lambda: self._in_thread(work, *arguments))
-
-    async def _twice(self, write: Callable[[], Awaitable[_Result]]) -> _Result:
-        """A step of the writer, with the same second chance."""
-        return await (self._room.twice(write) if self._memory is None else write())
 
     def _tell_rejected(self, upstream: str, detail: str) -> None:
         self._deps.tell({"type": "rejected", "key": self._key.text, "upstream": upstream, "detail": detail})

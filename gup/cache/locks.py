@@ -7,21 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gup.fsutil import is_range_locked, lock_range, unlock_range
+from gup.files import is_range_locked, lock_range, unlock_range
 
 _BESIDE = 1 << 62  # beyond every claim, which has 62 bits
 
 
-def want_offset(key_id: str) -> int:
-    """The lock that is held while clients wait for a body whose fill another process leads.
+def claim_offset(id_: str) -> int:
+    """The claim of the key of this id: ContentKey.claim_offset."""
+    return int(id_[:16], 16) >> 2
 
-    `key_id` is the key's 32 digits, whose other half makes the claim's offset.
-    """
-    return int(key_id[16:], 16) >> 2 | _BESIDE
+
+def waiters_offset(id_: str) -> int:
+    """The lock that is held while clients wait for a body whose fill another process leads."""
+    return int(id_[16:], 16) >> 2 | _BESIDE
 
 
 class Claims:
-    """The claims that this process holds (gup.fsutil.lock_range).
+    """The claims that this process holds (gup.files.lock_range).
 
     The kernel frees them however the process dies. Two holders in one process would share the open file and
     not see each other, so the set of held offsets is asked first.

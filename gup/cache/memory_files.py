@@ -7,16 +7,16 @@ When the owner dies the kernel frees the memory, and whoever sees such a row rem
 """
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import GrowingBody
 from gup.cache.records import MAX_STATE_BYTES, FillState
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey
@@ -24,7 +24,6 @@ from gup.errors import GupError, is_exhausted
 
 STEP_BYTES = 4 << 20
 """Memory is reserved in steps of this size while a body's length is unknown."""
-ROW_WORDS = 10
 _LOOK_SECONDS = 0.25
 """How late a process lets go of memory that another one needs."""
 _SEALS = 0x000F
@@ -33,47 +32,40 @@ _ADD_SEALS = 1033
 _NS = 1_000_000_000
 
 
-class _Word(IntEnum):
-    """The words of a row. Times are monotonic nanoseconds."""
+class Row(ctypes.Structure):
+    """A row of the table, or a copy of one. Times are monotonic nanoseconds."""
 
-    KEY_HIGH = 0
-    KEY_LOW = 1
-    PID = 2
-    """0: the row is free."""
-    GENERATION = 3
-    DESCRIPTORS = 4
-    """The body's in the upper half; the state's in the lower one, 0 until readers may have the body."""
-    BYTES = 5
-    """Reserved of `fill.memory`."""
-    FINISHED = 6
-    USED_AT = 7
-    EXPIRES_AT = 8
-    """0: never."""
-    STORE_AT = 9
-    """When somebody may try to store it again."""
-
-
-class MemoryFull(GupError):  # noqa: N818 - an outcome, not our error
-    """`fill.memory` has no room for a body, or for more of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it was when the table last changed."""
-
-    slot: int
-    id: str
+    key: "ctypes.Array[ctypes.c_ubyte]"
     pid: int
+    """0: the row is free."""
     generation: int
     body_fd: int
     state_fd: int
-    finished: bool
+    """0 until readers may have the body."""
+    reserved_bytes: int
+    finished: int
+    used_at_ns: int
     expires_at_ns: int
+    """0: never."""
+    store_at_ns: int
+    """When somebody may try to store it again."""
+    _fields_ = (
+        ("key", ctypes.c_ubyte * 16),
+        ("pid", ctypes.c_uint64),
+        ("generation", ctypes.c_uint64),
+        ("body_fd", ctypes.c_uint32),
+        ("state_fd", ctypes.c_uint32),
+        ("reserved_bytes", ctypes.c_uint64),
+        ("finished", ctypes.c_uint64),
+        ("used_at_ns", ctypes.c_uint64),
+        ("expires_at_ns", ctypes.c_uint64),
+        ("store_at_ns", ctypes.c_uint64),
+    )
 
     @property
-    def announced(self) -> bool:
-        """Whether readers may have it."""
-        return self.state_fd > 0
+    def id(self) -> str:
+        """The key's."""
+        return bytes(self.key).hex()
 
     @property
     def link(self) -> str:
@@ -81,8 +73,22 @@ class Row:
         return f"/memfd:{_name(self.id, self.generation)} (deleted)"
 
     @property
-    def expired(self) -> bool:
-        return 0 < self.expires_at_ns <= time.monotonic_ns()
+    def usable(self) -> bool:
+        """Whether it has not expired, and its process lives and has the file open."""
+        if 0 < self.expires_at_ns <= time.monotonic_ns():
+            return False
+        return _link(f"/proc/{self.pid}/fd/{self.body_fd}") in (self.link, "")
+
+    def is_of(self, other: "Row") -> bool:
+        """Whether both tell of the same memory file."""
+        return (self.pid, self.generation, self.body_fd) == (other.pid, other.generation, other.body_fd)
+
+
+ROW_WORDS = ctypes.sizeof(Row) // 8
+
+
+class MemoryFull(GupError):  # noqa: N818 - an outcome, not our error
+    """`fill.memory` has no room for a body, or for more of it."""
 
 
 @dataclass(slots=True)
@@ -98,56 +104,53 @@ class MemoryFile:
     finished.
     """
 
-    def __init__(self, files: "MemoryFiles", slot: int, file: OpenFile, generation: int) -> None:
+    def __init__(self, files: "MemoryFiles", row: Row, file: OpenFile) -> None:
         self.file = file
-        self.slot = slot
-        self.generation = generation
         self.finished = False
         self._files = files
+        self._row = row
+        self._copy = Row.from_buffer_copy(row)
         self._state_file: OpenFile | None = None
         """Open for as long as this is: others open it by its number."""
 
     @property
     def is_listed(self) -> bool:
         """Whether it has its row still."""
-        words = self._files.row(self.slot)
-        own = (os.getpid(), self.generation, self.file.fd)
-        return own == (words[_Word.PID], words[_Word.GENERATION], words[_Word.DESCRIPTORS] >> 32)
+        return self._row.is_of(self._copy)
 
     def keep(self, received: int) -> None:
         """Have memory for so many bytes. MemoryFull when there is none."""
         assert self.is_listed
-        words = self._files.row(self.slot)
-        if received > words[_Word.BYTES]:
+        if received > self._row.reserved_bytes:
             with self._files.changing():
-                self._files.make_room(STEP_BYTES, for_new=False)
-                words[_Word.BYTES] += STEP_BYTES
+                self._files.make_room(STEP_BYTES)
+                self._row.reserved_bytes += STEP_BYTES
 
     def announce(self, state: FillState) -> None:
         """Readers in all processes may have it from now on; `state` tells them its head."""
         if self._state_file is None:
-            self._state_file = _sealed(f"{_name(state.key.id, self.generation)}-state", state.encode())
+            self._state_file = _sealed(f"{_name(state.key.id, state.generation)}-state", state.encode())
             with self._files.changing():
-                words = self._files.row(self.slot)
-                words[_Word.DESCRIPTORS] = self.file.fd << 32 | self._state_file.fd
+                self._row.state_fd = self._state_file.fd
 
     def finish(self, size: int, *, expires_seconds: float | None, store_seconds: float) -> None:
         """All of it is there. It stays until memory is needed, or until it expires."""
         self.finished = True
-        now = time.monotonic_ns()
+        row, now = self._row, time.monotonic_ns()
         with self._files.changing():
-            words = self._files.row(self.slot)
-            words[_Word.BYTES] = size
-            words[_Word.EXPIRES_AT] = 0 if expires_seconds is None else now + int(expires_seconds * _NS)
-            words[_Word.STORE_AT] = now + int(store_seconds * _NS)
-            words[_Word.USED_AT] = now
-            words[_Word.FINISHED] = 1
+            row.reserved_bytes = size
+            row.expires_at_ns = 0 if expires_seconds is None else now + int(expires_seconds * _NS)
+            row.store_at_ns = now + int(store_seconds * _NS)
+            row.used_at_ns = now
+            row.finished = 1
 
     def drop(self) -> None:
         """It is of no use any more."""
-        if self._files.own.pop(self.slot, None) is self and self.is_listed:
-            with self._files.changing():
-                self._files.row(self.slot)[_Word.PID] = 0
+        if self in self._files.own:
+            self._files.own.remove(self)
+            if self.is_listed:
+                with self._files.changing():
+                    self._row.pid = 0
 
 
 class MemoryFiles:
@@ -165,13 +168,16 @@ class MemoryFiles:
         grace_seconds: Callable[[], float],
     ) -> None:
         self._words = words
+        self._table = [
+            Row.from_buffer(words, 8 + at) for at in range(0, 8 * (len(words) - 1), ctypes.sizeof(Row))
+        ]
         self._locked = locked
         self._limit_bytes = limit_bytes
         self._grace_seconds = grace_seconds
-        self._slots = range((len(words) - 1) // ROW_WORDS)
         self._seen: int | None = None
         self._rows: dict[str, Row] = {}
-        self.own: dict[int, MemoryFile] = {}
+        """Copies of the rows, by key, as they were when `epoch` was `_seen`."""
+        self.own: set[MemoryFile] = set()
         self._held: dict[tuple[str, int], _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -183,9 +189,9 @@ class MemoryFiles:
     # --- what there is
 
     def find(self, key: ContentKey) -> Row | None:
-        """The key's row; None when there is none, or its owner is gone, or it has expired."""
+        """A copy of the key's row; None when there is none, or its owner is gone, or it has expired."""
         row = self._now().get(key.id)
-        if row is not None and (row.expired or not _is_there(row)):
+        if row is not None and not row.usable:
             self._free(row)
             return None
         return row
@@ -232,11 +238,11 @@ class MemoryFiles:
         if row is None or not row.finished:
             return False
         with self._locked():
-            words = self.row(row.slot)
-            due = _is(words, row) and words[_Word.STORE_AT] <= now
-            if due:
-                words[_Word.STORE_AT] = now + int(again_seconds * _NS)
-        return due
+            live = self._live(row)
+            if live is None or live.store_at_ns > now:
+                return False
+            live.store_at_ns = now + int(again_seconds * _NS)
+        return True
 
     def drop(self, key: ContentKey) -> int:
         """Remove a finished body, whoever owns it: it is stored by now, or was purged. Bytes freed."""
@@ -260,26 +266,19 @@ class MemoryFiles:
                 raise
             raise MemoryFull(f"the system gives no memory file: {error.strerror}") from error
         with self.changing():
-            for slot in self._slots:
-                row = _row(slot, self.row(slot))
-                if row is not None and (row.id == key.id or row.expired or not _is_there(row)):
-                    self.row(slot)[_Word.PID] = 0
-            slot = self.make_room(amount)
-            words = self.row(slot)
-            words[_Word.KEY_HIGH], words[_Word.KEY_LOW] = int(key.id[:16], 16), int(key.id[16:], 16)
-            words[_Word.GENERATION] = generation
-            words[_Word.DESCRIPTORS] = file.fd << 32
-            words[_Word.BYTES] = amount
-            words[_Word.FINISHED] = words[_Word.EXPIRES_AT] = words[_Word.STORE_AT] = 0
-            words[_Word.USED_AT] = time.monotonic_ns()
-            words[_Word.PID] = os.getpid()
-        own = self.own[slot] = MemoryFile(self, slot, file, generation)
+            for row in self._taken():
+                if row.id == key.id or not row.usable:
+                    row.pid = 0
+            row = self.make_room(amount, rows=1)
+            row.key[:] = list(bytes.fromhex(key.id))
+            row.generation, row.body_fd, row.state_fd, row.reserved_bytes = generation, file.fd, 0, amount
+            row.finished = row.expires_at_ns = row.store_at_ns = 0
+            row.used_at_ns = time.monotonic_ns()
+            row.pid = os.getpid()
+        own = MemoryFile(self, row, file)
+        self.own.add(own)
         self._look_later()
         return own
-
-    def row(self, slot: int) -> "memoryview[int]":
-        first = 1 + slot * ROW_WORDS
-        return self._words[first : first + ROW_WORDS]
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -288,29 +287,31 @@ class MemoryFiles:
             yield
             self._words[0] += 1
 
-    def make_room(self, amount: int, *, for_new: bool = True) -> int:
-        """Remove finished rows until `amount` fits; a free row's number. MemoryFull changes nothing.
+    def make_room(self, amount: int, *, rows: int = 0) -> Row:
+        """Remove finished bodies until `amount` and so many new `rows` fit; the first free row.
 
-        The caller is `changing` the table. With `for_new` a free row is needed, too.
+        MemoryFull changes nothing. The caller is `changing` the table.
         """
-        used = {slot: self.row(slot)[_Word.BYTES] for slot in self._slots if self.row(slot)[_Word.PID]}
-        idle = [slot for slot in used if self.row(slot)[_Word.FINISHED]]
-        idle.sort(key=lambda slot: self.row(slot)[_Word.USED_AT], reverse=True)
-        gone: list[int] = []
-        while sum(used.values()) + amount > self._limit_bytes() or (
-            for_new and len(used) == len(self._slots)
-        ):
-            if not idle:
+        taken = self._taken()
+        finished = sorted((row for row in taken if row.finished), key=lambda row: row.used_at_ns)
+        excess = sum(row.reserved_bytes for row in taken) + amount - self._limit_bytes()
+        excess_rows = len(taken) + rows - len(self._table)
+        gone = 0
+        while excess > 0 or excess_rows > gone:
+            if gone == len(finished):
                 raise MemoryFull("fill.memory is used up by bodies that are arriving")
-            gone.append(idle.pop())
-            del used[gone[-1]]
-        for slot in gone:
-            self.row(slot)[_Word.PID] = 0
-        return next((slot for slot in self._slots if not self.row(slot)[_Word.PID]), -1)
+            excess -= finished[gone].reserved_bytes
+            gone += 1
+        for row in finished[:gone]:
+            row.pid = 0
+        return next((row for row in self._table if not row.pid), self._table[0])
+
+    def _taken(self) -> list[Row]:
+        return [row for row in self._table if row.pid]
 
     def close(self) -> None:
         """The process ends: its memory is nobody's any more."""
-        for own in list(self.own.values()):
+        for own in list(self.own):
             own.drop()
         self._held.clear()
         if self._timer is not None:
@@ -327,10 +328,10 @@ class MemoryFiles:
         """Let go of what lost its row; cut who still reads that after the time of grace."""
         self._timer = None
         now = time.monotonic()
-        for row in [row for row in self._now().values() if row.expired]:
+        for row in [row for row in self._now().values() if not row.usable]:
             self._free(row)
         rows = self._now()
-        self.own = {slot: own for slot, own in self.own.items() if own.is_listed}
+        self.own = {own for own in self.own if own.is_listed}
         for (id_, generation), held in list(self._held.items()):
             present = rows.get(id_)
             if present is not None and present.generation == generation:
@@ -345,49 +346,28 @@ class MemoryFiles:
             self._look_later()
 
     def _use(self, row: Row) -> None:
-        words = self.row(row.slot)
-        if _is(words, row):
-            words[_Word.USED_AT] = time.monotonic_ns()
+        if (live := self._live(row)) is not None:
+            live.used_at_ns = time.monotonic_ns()
 
     def _now(self) -> dict[str, Row]:
-        """The rows by key; read anew when the table has changed."""
+        """Copies of the rows by key, read anew when the table has changed."""
         if self._seen != self._words[0]:
             with self._locked():
                 self._seen = self._words[0]
-                rows = [_row(slot, self.row(slot)) for slot in self._slots]
-            self._rows = {row.id: row for row in rows if row is not None}
+                self._rows = {row.id: Row.from_buffer_copy(row) for row in self._taken()}
         return self._rows
+
+    def _live(self, row: Row) -> Row | None:
+        """The row of which `row` is a copy, if it is still the same."""
+        return next((live for live in self._table if live.is_of(row)), None)
 
     def _free(self, row: Row) -> int:
         """Remove a row if it is still the same; the bytes that were reserved."""
         with self.changing():
-            words = self.row(row.slot)
-            if not _is(words, row):
+            if (live := self._live(row)) is None:
                 return 0
-            words[_Word.PID] = 0
-            return words[_Word.BYTES]
-
-
-def _row(slot: int, words: "memoryview[int]") -> Row | None:
-    if not words[_Word.PID]:
-        return None
-    descriptors = words[_Word.DESCRIPTORS]
-    return Row(
-        slot,
-        f"{words[_Word.KEY_HIGH]:016x}{words[_Word.KEY_LOW]:016x}",
-        words[_Word.PID],
-        words[_Word.GENERATION],
-        descriptors >> 32,
-        descriptors & 0xFFFF_FFFF,
-        bool(words[_Word.FINISHED]),
-        words[_Word.EXPIRES_AT],
-    )
-
-
-def _is(words: "memoryview[int]", row: Row) -> bool:
-    """Whether a row still tells of the same memory file."""
-    found = (words[_Word.PID], words[_Word.GENERATION], words[_Word.DESCRIPTORS] >> 32)
-    return found == (row.pid, row.generation, row.body_fd)
+            live.pid = 0
+            return live.reserved_bytes
 
 
 def _name(id_: str, generation: int) -> str:
@@ -402,11 +382,6 @@ def _link(path: str) -> str | None:
         return ""
     except OSError:
         return None
-
-
-def _is_there(row: Row) -> bool:
-    """Whether the row's process lives and has the file open."""
-    return _link(f"/proc/{row.pid}/fd/{row.body_fd}") in (row.link, "")
 
 
 def _anonymous(name: str, flags: int = 0) -> OpenFile:

@@ -1,9 +1,9 @@
 """Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from enum import IntEnum
 
 from gup.cache.records import MEMORY_SECONDS, Hold, Told
 from gup.content.key import ContentKey
@@ -11,8 +11,6 @@ from gup.errors import PROBLEMS, Problem
 from gup.jsonmodel import MAX_INTEGER
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, bounded
 
-FAILURE_WORDS = 32
-"""Words of one row of the table of failures."""
 _WAYS = 4
 """A key's failure stands in one of so many rows."""
 _SLUGS = tuple(PROBLEMS)
@@ -20,18 +18,26 @@ LONGEST_HOLD_SECONDS = 900.0
 """Between two looks at a body that was found wrong."""
 
 
-class _Word(IntEnum):
-    """The words of a row."""
+class _Row(ctypes.Structure):
+    """One failure. Its detail is in UTF-8, cut to what has room."""
 
-    KEY_HIGH = 0
-    """0: the row is free, or being written."""
-    KEY_LOW = 1
-    UNTIL = 2
-    """Monotonic nanoseconds."""
-    WHAT = 3
-    """The slug's place in PROBLEMS in the upper half, the detail's length in bytes in the lower one."""
-    DETAIL = 4
-    """The first of the words with the detail in UTF-8, cut to what has room."""
+    key: "ctypes.Array[ctypes.c_ubyte]"
+    """All 0: the row is free."""
+    until_ns: int
+    """Monotonic."""
+    slug: int
+    """Its place in PROBLEMS."""
+    detail: bytes
+    _fields_ = (
+        ("key", ctypes.c_ubyte * 16),
+        ("until_ns", ctypes.c_uint64),
+        ("slug", ctypes.c_uint64),
+        ("detail", ctypes.c_char * 224),
+    )
+
+
+FAILURE_WORDS = ctypes.sizeof(_Row) // 8
+_FREE = bytes(16)
 
 
 class NegativeCache:
@@ -48,59 +54,41 @@ class NegativeCache:
 
     def get(self, key: ContentKey) -> Problem | None:
         """The problem to answer with while the failure stands, with the time that is left."""
-        high = _halves(key)[0]
-        if not any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
+        if self._find(key) is None:
             return None
         with self._locked():
             row = self._find(key)
-            if row is None:
+            left = (row.until_ns - time.monotonic_ns()) / 1e9 if row is not None else 0.0
+            if row is None or left <= 0:
                 return None
-            left = (row[_Word.UNTIL] - time.monotonic_ns()) / 1e9
-            if left <= 0:
-                row[_Word.KEY_HIGH] = 0
-                return None
-            slug, size = _SLUGS[row[_Word.WHAT] >> 32], row[_Word.WHAT] & 0xFFFF_FFFF
-            detail = row[_Word.DETAIL :].tobytes()[:size].decode(errors="ignore")
-        return problem_that_stands(slug, detail, left)
+            return problem_that_stands(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
 
     def put(self, key: ContentKey, problem: Problem, seconds: float) -> None:
         """Remember a failure for so long."""
         if seconds <= 0:
             return
-        high, low = _halves(key)
-        room = 8 * (FAILURE_WORDS - _Word.DETAIL)
-        detail = problem.detail.encode(errors="replace")[:room]
         with self._locked():
-            row = self._find(key) or min(self._rows(high), key=lambda row: row[_Word.UNTIL] * bool(row[0]))
-            row[_Word.KEY_HIGH] = 0
-            row[_Word.KEY_LOW] = low
-            row[_Word.UNTIL] = time.monotonic_ns() + int(seconds * 1e9)
-            row[_Word.WHAT] = _SLUGS.index(problem.slug) << 32 | len(detail)
-            row[_Word.DETAIL :] = memoryview(detail.ljust(room, b"\0")).cast("Q")
-            row[_Word.KEY_HIGH] = high
+            row = self._find(key) or min(self._rows(key), key=lambda row: row.until_ns)
+            row.until_ns = time.monotonic_ns() + int(seconds * 1e9)
+            row.slug = _SLUGS.index(problem.slug)
+            row.detail = problem.detail.encode(errors="replace").replace(b"\0", b" ")[:224]
+            row.key[:] = list(bytes.fromhex(key.id))
 
     def forget(self, key: ContentKey) -> None:
         """It is here by now."""
-        high = _halves(key)[0]
-        if any(row[_Word.KEY_HIGH] == high for row in self._rows(high)):
+        if self._find(key) is not None:
             with self._locked():
-                row = self._find(key)
-                if row is not None:
-                    row[_Word.KEY_HIGH] = 0
+                if (row := self._find(key)) is not None:
+                    row.key[:] = list(_FREE)
+                    row.until_ns = 0
 
-    def _find(self, key: ContentKey) -> "memoryview[int] | None":
-        high, low = _halves(key)
-        rows = self._rows(high)
-        return next((r for r in rows if r[_Word.KEY_HIGH] == high and r[_Word.KEY_LOW] == low), None)
+    def _find(self, key: ContentKey) -> _Row | None:
+        wanted = bytes.fromhex(key.id)
+        return next((row for row in self._rows(key) if bytes(row.key) == wanted), None)
 
-    def _rows(self, high: int) -> "list[memoryview[int]]":
-        first = high % self._sets * _WAYS * FAILURE_WORDS
-        starts = range(first, first + _WAYS * FAILURE_WORDS, FAILURE_WORDS)
-        return [self._words[at : at + FAILURE_WORDS] for at in starts]
-
-
-def _halves(key: ContentKey) -> tuple[int, int]:
-    return int(key.id[:16], 16) or 1, int(key.id[16:], 16)
+    def _rows(self, key: ContentKey) -> list[_Row]:
+        first = int(key.id[:16], 16) % self._sets * _WAYS
+        return [_Row.from_buffer(self._words, (first + way) * ctypes.sizeof(_Row)) for way in range(_WAYS)]
 
 
 def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gup.cache.body import CUT, Body, Callback
-from gup.cache.chunks import in_page_cache, is_chunk_sound, span_of
-from gup.cache.disk_space import on_disk
-from gup.cache.durability import read_mark
+from gup.cache.disk import on_disk, read_mark
 from gup.cache.inflight import FillDependencies
 from gup.cache.records import CHUNK_BYTES, Record
-from gup.cache.store import OpenFile
+from gup.cache.store import OpenFile, in_page_cache, is_chunk_sound, span_of
 from gup.content.key import ContentKey, Kind
 
 _WARM_SECONDS = 30.0

@@ -5,16 +5,15 @@ import errno
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from gup.cache.disk_space import on_disk
+from gup.cache.disk import Room, on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
-from gup.fsutil import start_writeback
+from gup.files import start_writeback
 
 _Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20
@@ -96,7 +95,7 @@ class PartWriter:
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(self, path: Path, executor: Executor, length: int | None) -> None:
+    def __init__(self, path: Path, room: Room, length: int | None) -> None:
         """A part that is not there yet, of a body of this length."""
         self.received = 0
         self.written = 0
@@ -104,7 +103,7 @@ class PartWriter:
         self._file: OpenFile | None = None
         self._sums_file: OpenFile | None = None
         self._sums = ChunkSums()
-        self._executor = executor
+        self._room = room
         self.length = length
         self._held: deque[memoryview] = deque()
         """What was received and is not `written`, as it came."""
@@ -195,11 +194,11 @@ class PartWriter:
         return min(self.received, max(last_sure, self.written)) - self.written
 
     async def write_sure(self) -> None:
-        """Write all but what is withheld. DiskError when the disk refuses; it may be asked again."""
+        """Write all but what is withheld. DiskError when the disk refuses."""
         amount = self.unwritten
         if amount > 0:
             pieces = self._first_held(amount)
-            await on_disk(self._executor, self._write_now, pieces)
+            await self._in_thread(self._write_now, pieces)
             self._note_written(pieces)
 
     async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
@@ -217,7 +216,7 @@ class PartWriter:
             self._write_now(pieces)
             return then(self._sums.finish())
 
-        result = await on_disk(self._executor, write)
+        result = await self._in_thread(write)
         self._note_written(pieces)
         return result
 
@@ -228,7 +227,13 @@ class PartWriter:
         held = b"".join(self._held)[at : at + length - in_file] if in_file < length else b""
         if not in_file:
             return held
-        return await on_disk(self._executor, os.pread, self.file.fd, in_file, offset) + held
+        return await self._in_thread(os.pread, self.file.fd, in_file, offset) + held
+
+    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        """A step. Evicting makes no room in memory."""
+        if self._in_memory:
+            return await on_disk(self._room.executor, work, *arguments)
+        return await self._room.on_disk(work, *arguments)
 
     def _first_held(self, amount: int) -> list[memoryview]:
         pieces = []

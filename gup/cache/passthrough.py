@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from gup.cache.body import CUT, Callback
-from gup.cache.growing_body import GrowingBody
+from gup.cache.body import CUT, Callback, GrowingBody
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Opened, Result

@@ -322,7 +322,7 @@ class FillState:
     """What upstream is asked for: lets anybody take the fill over."""
     holds: Annotated[tuple[Hold, ...], Field(max_length=256)] = ()
     """Upstreams not to be asked for it, or not to be believed."""
-    ahead: Flag = False
+    background: Flag = False
     """Whether it is a background fill: prefetch goes on with it, or a client that asks."""
     pinned: Flag = False
     stored_at: Time | None = None

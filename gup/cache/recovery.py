@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gup.cache.chunks import sound_chunks
 from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed
-from gup.cache.locks import Claims
 from gup.cache.part_file import Salvage, ends_as_named, survey
 from gup.cache.records import CHUNK_BYTES, Failure, FillState, Hold, Phase, Record, route_of
-from gup.cache.store import OpenFile, Part, Store, unlink
+from gup.cache.store import OpenFile, Part, Store, sound_chunks, unlink
 from gup.content.key import ContentKey
 from gup.content.routes import Route
 from gup.metrics import Counters
@@ -263,7 +261,6 @@ class Recovery:
     """One pass at a time, in the controller."""
 
     store: Store
-    claims: Claims
     counters: Counters
     take_over: Callable[[Route, bool], asyncio.Event | None]
     """Goes on with a fill; told whether its leader was seen to be at it, it has that one's slot. The event is
@@ -276,7 +273,7 @@ class Recovery:
 
     async def run(self) -> None:
         """Look at everything in `partial/` once."""
-        parts = await asyncio.to_thread(self.store.parts, self.claims)
+        parts = await asyncio.to_thread(self.store.parts)
         self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
         for part in parts:
@@ -289,7 +286,7 @@ class Recovery:
                 self._watch(state, seen, first_seconds=0.0)  # needs no upstream, if its bytes are right
             elif state.phase is not Phase.STREAMING:
                 await self._tidy_or_tell(part, seen)
-            elif not state.ahead and len(self._going_on) < _MOST_AT_ONCE:
+            elif not state.background and len(self._going_on) < _MOST_AT_ONCE:
                 self._watch(state, seen, first_seconds=_ORPHANED_SECONDS)
         await asyncio.to_thread(self._drop_leftovers)
 
@@ -308,9 +305,6 @@ class Recovery:
 
     async def _tidy_or_tell(self, part: Part, seen: _Seen) -> None:
         """Finish or clear what needs no upstream. Under the claim: a new leader may come at any moment."""
-        offset = int(part.id[:16], 16) >> 2
-        if not self.claims.try_claim(offset):
-            return
         try:
             await asyncio.to_thread(self._tidy, part, seen)
             seen.refused = False
@@ -318,10 +312,13 @@ class Recovery:
             if not seen.refused:
                 log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
             seen.refused = True
-        finally:
-            self.claims.release(offset)
 
     def _tidy(self, part: Part, seen: _Seen) -> None:
+        with self.store.claimed(part.id) as claimed:
+            if claimed:
+                self._tidy_claimed(part, seen)
+
+    def _tidy_claimed(self, part: Part, seen: _Seen) -> None:
         store = self.store
         try:
             state = store.load_state(part.id)

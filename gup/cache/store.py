@@ -10,17 +10,22 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.chunks import sound_chunks
-from gup.cache.demotions import Demotions
-from gup.cache.locks import Claims
-from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, MAX_STATE_BYTES, FillState, Record
+from gup.cache.locks import Claims, claim_offset
+from gup.cache.records import (
+    CHUNK_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_STATE_BYTES,
+    FillState,
+    Record,
+    chunk_sum,
+)
 from gup.content.key import ContentKey
-from gup.errors import StoreError
-from gup.fsutil import read_regular, sync_folder, write_all
+from gup.errors import GupError, StoreError
+from gup.files import read_regular, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
@@ -86,6 +91,20 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def claimed(self, id_: str) -> Iterator[bool]:
+        """Hold the claim of the key of this id for the block; False when somebody else has it."""
+        offset = claim_offset(id_)
+        if self.claims is None:
+            yield True
+        elif self.claims.try_claim(offset):
+            try:
+                yield True
+            finally:
+                self.claims.release(offset)
+        else:
+            yield False
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
@@ -324,7 +343,7 @@ class Store:
         self.save_state(state)
         self.remove(record.key)
 
-    def parts(self, claims: Claims | None = None) -> list[Part]:
+    def parts(self) -> list[Part]:
         """What lies in `partial/`: one row a part, and one for a state that has no part."""
         rows, names = [], sorted(path.name for path in self.partial.iterdir())
         with_part = {name[:32] for name in names if name.endswith(".part")}
@@ -338,7 +357,7 @@ class Store:
                 stat, state = (self.partial / name).stat(), None
                 with contextlib.suppress(ValueError, OSError):
                     state = self.load_state(id_)
-                claimed = claims is not None and claims.taken(int(id_[:16], 16) >> 2)
+                claimed = self.claims is not None and self.claims.taken(claim_offset(id_))
                 size = stat.st_size if generation else 0
                 rows.append(Part(id_, generation, size, stat.st_mtime, claimed, state))
         return rows
@@ -397,3 +416,124 @@ def unlink(path: Path) -> None:
         if not path.is_dir():
             raise
         shutil.rmtree(path)
+
+
+# --- chunks
+
+_PROBE_STEP_BYTES = 128 * 1024
+
+
+def span_of(record: Record, chunk: int) -> tuple[int, int]:
+    """Offset and length of a chunk, in bytes."""
+    start = chunk * CHUNK_BYTES
+    return start, min(CHUNK_BYTES, record.length - start)
+
+
+def _agrees(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk's bytes are those that were stored; what can't be read at all is not."""
+    start, length = span_of(record, chunk)
+    try:
+        piece = os.pread(fd, length, start)
+    except OSError:
+        return False
+    return len(piece) == length and chunk_sum(piece) == record.sums[chunk]
+
+
+def read_aside(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk is sound, looked at without keeping its pages: clients' own stay in the page cache.
+
+    Pages that were there before are compared as they are: they are what a client would be sent.
+    """
+    start, length = span_of(record, chunk)
+    known = in_page_cache(fd, start, length)
+    try:
+        os.posix_fadvise(fd, start, length, os.POSIX_FADV_RANDOM)  # no reading ahead into the next chunk
+        sound = _agrees(fd, record, chunk)
+        if not known:
+            os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        return False
+    return sound
+
+
+def is_chunk_sound(fd: int, record: Record, chunk: int) -> bool:
+    """Whether the chunk is what was stored. A mismatch counts when it is seen twice, then from the disk."""
+    if _agrees(fd, record, chunk):
+        return True
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, *span_of(record, chunk), os.POSIX_FADV_DONTNEED)
+    return _agrees(fd, record, chunk)
+
+
+def sound_chunks(fd: int, record: Record) -> int:
+    """How many chunks from the first on are what was stored. Blocks for as long as reading them takes."""
+    chunks = range(len(record.sums))
+    return next((chunk for chunk in chunks if not is_chunk_sound(fd, record, chunk)), len(chunks))
+
+
+def in_page_cache(fd: int, start: int, length: int) -> bool:
+    """Whether reading these bytes would not wait for the disk, by samples; never blocks."""
+    probe = [bytearray(1)]
+    try:
+        for offset in (*range(start, start + length, _PROBE_STEP_BYTES), start + length - 1):
+            if not os.preadv(fd, probe, offset, os.RWF_NOWAIT):
+                return True  # shorter than recorded: whoever reads it finds out
+    except OSError as error:
+        # A file system that can't tell counts as warm; what can't be read is found out in the thread.
+        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+    return True
+
+
+# --- damage
+
+_MOST_A_MINUTE = 16
+_MOST_A_DAY = 2
+"""Of one key."""
+_DAY_SECONDS = 86400.0
+_KEPT_LINES = 4096
+_WHY = "the disk damages what is stored, again and again: replace it, then run gup cache verify --repair"
+
+
+class BadDiskError(GupError):
+    """The disk damages what is stored: nothing more is demoted, and nothing stored, for a while."""
+
+
+class Demotions:
+    """A line a demotion in a file of all processes: Unix time and the key's id."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+
+    def note(self, id_: str) -> None:
+        """Count one more. BadDiskError instead, when there were too many. Blocks; OSError."""
+        now, rows = self._clock(), self._rows()
+        of_key = sum(1 for at, other in rows if other == id_ and 0 <= now - at < _DAY_SECONDS)
+        if of_key >= _MOST_A_DAY or _many(rows, now):
+            raise BadDiskError(_WHY)
+        with self._path.open("a") as file:
+            file.write(f"{int(now)} {id_}\n")
+
+    def disk_is_bad(self) -> str | None:
+        """Why nothing should be stored now, None when nothing speaks against it. Blocks."""
+        now = self._clock()
+        try:
+            recent = 0 <= now - self._path.stat().st_mtime < 60.0
+        except OSError:
+            return None
+        return _WHY if recent and _many(self._rows(), now) else None
+
+    def _rows(self) -> list[tuple[float, str]]:
+        try:
+            lines = self._path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        split = (line.partition(" ") for line in lines[-_KEPT_LINES:])
+        rows = [(float(at), id_) for at, _, id_ in split if at.isdecimal() and len(id_) == 32]
+        if len(lines) > 2 * _KEPT_LINES:
+            self._path.write_text("".join(f"{int(at)} {id_}\n" for at, id_ in rows))
+        return rows
+
+
+def _many(rows: list[tuple[float, str]], now: float) -> bool:
+    return sum(1 for at, _ in rows if 0 <= now - at < 60.0) >= _MOST_A_MINUTE

@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.format import Columns, Row, print_json, printable, show_table
-from gup.cli.options import FAILED, UNUSABLE, JsonFlag, Where, asking, with_connection_flags
+from gup.cli.shared import (
+    FAILED,
+    UNUSABLE,
+    Columns,
+    JsonFlag,
+    Row,
+    Where,
+    asking,
+    print_json,
+    printable,
+    show_table,
+    with_connection_flags,
+)
 from gup.units import bytes_in_words, format_rate, time_in_words
 
 if TYPE_CHECKING:

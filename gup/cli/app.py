@@ -7,7 +7,7 @@ from typer.core import TyperGroup
 
 import gup
 from gup.cli import admin_commands, cache_commands, reports, serve, settings_commands
-from gup.cli.options import FAILED, UNUSABLE
+from gup.cli.shared import FAILED, UNUSABLE
 from gup.errors import GupError, SettingsError
 
 

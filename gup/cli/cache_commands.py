@@ -18,14 +18,17 @@ from urllib.parse import quote, urlencode
 
 import typer
 
-from gup.cli.format import Columns, print_json, show_table
-from gup.cli.options import (
+from gup.cli.shared import (
     FAILED,
     UNUSABLE,
+    Columns,
     JsonFlag,
     Where,
     asking,
+    print_json,
+    printable,
     quantity,
+    show_table,
     with_connection_flags,
     with_flags,
 )
@@ -218,9 +221,11 @@ def _by_service_or_here(
     directory: Path | None,
     by_service: Callable[["Admin"], T],
     here: Callable[["Store"], T],
+    *,
+    create: bool = False,
 ) -> T:
     """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
-    when no service answers where the settings put it.
+    when no service answers where the settings put it. `create`: the directory may be missing, or be empty.
     """
     from gup.cache.store import Store
     from gup.cli.admin_client import NobodyThereError
@@ -235,9 +240,16 @@ def _by_service_or_here(
             if where.url is not None:
                 raise
     store = Store(directory.absolute() if directory is not None else load(where.config).cache.directory)
-    if not store.content.is_dir():
+    if not (store.content.is_dir() or (create and _is_new(store.root))):
         raise StoreError(f"{store.root} is no cache directory: it has no content/")
     return here(store)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a folder is missing or empty, as before the first start."""
+    if not os.path.lexists(folder):
+        return True
+    return folder.is_dir() and all(path.name == "lost+found" for path in folder.iterdir())
 
 
 def _alone(store: "Store") -> "closing[InstanceLock]":
@@ -346,31 +358,45 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive (tar) to write; must not exist.")],
     *,
     filters: Filters,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Sign the archive with this private Ed25519 key (PEM)."),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
     """Write entries with their records to an archive, to seed another site with it.
 
-    Status 1 when something had to be left out because it is damaged. Without a service all is exported.
+    With --version and --language it has what a site of these needs: content for all versions or languages
+    too. What is left out is counted, with the reason. Status 1 when something had to be left out because it
+    is damaged.
     """
-    from gup.cache.archive import summary
+    import asyncio
 
+    from gup.cache.archive import summary
+    from gup.cache.signature import read_signing_key, sign
+
+    key = read_signing_key(sign_key) if sign_key is not None else None
     with _new(file) as (archive, path):
         _by_service_or_here(
             where,
             cache_dir,
             lambda admin: archive.writelines(admin.pieces("GET", "export?" + urlencode(filters))),
-            lambda store: archive.writelines(_read_here(store, filters)),
+            lambda store: asyncio.run(_write_here(archive, store, filters)),
         )
         archive.flush()
         told = summary(path)
+        signer = sign(path, key) if key is not None else None
     if json_output:
-        print_json(told | {"file": str(file)})
+        print_json(told | {"file": str(file), "signed_by": signer})
     else:
         for row in told["left_out"]:
             typer.echo(f"left out: {row['key']}: {row['why']}")
-        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}")
+        for why, count in told["not_wanted"].items():
+            typer.echo(f"left out: {count} entries: {printable(why)}")
+        signed = f"signed by the key {signer}" if signer is not None else "not signed"
+        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}, {signed}")
     if told["left_out"]:
         raise typer.Exit(FAILED)
 
@@ -394,22 +420,29 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
         path.unlink(missing_ok=True)
 
 
-def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
+async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> None:
     """Committed bodies never change, so they can be read whoever else is at work there."""
     import socket
 
     from gup.cache.archive import written
     from gup.cache.integrity import contents
+    from gup.content.variant_choice import why_not_for
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
         raise StoreError(f"--{odd[0].replace('_', '-')}: only a running service can tell; none answers")
-    keys = [
-        key
-        for key in contents(store, grace_seconds=0.0).keys
-        if all(getattr(key, name).casefold() == value.casefold() for name, value in filters.items())
-    ]
-    yield from written(store, keys, socket.gethostname(), time.time())
+    keys, why_not = [], []
+    others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
+    for key in contents(store, grace_seconds=0.0).keys:
+        why = why_not_for(key.variant, filters.get("version"), filters.get("language"), None)
+        if not why and any(getattr(key, name).casefold() != value for name, value in others.items()):
+            why = f"it is not of that {', '.join(others)}"
+        if why:
+            why_not.append(why)
+        else:
+            keys.append(key)
+    async for piece in written(store, keys, socket.gethostname(), time.time(), why_not):
+        archive.write(piece)
 
 
 # --- import
@@ -420,6 +453,14 @@ def _read_here(store: "Store", filters: Filters) -> Iterator[bytes]:
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive that gup cache export wrote.")],
     *,
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="GUP_SIGNED_BY",
+            help="Take nothing unless the archive is signed by this key (public Ed25519 key, PEM).",
+        ),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
@@ -428,11 +469,15 @@ def import_(
 
     Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
     """
+    from gup.cache.signature import require_signer, signer_of
     from gup.cli.admin_client import AdminError
     from gup.config import load
 
     try:
         with file.open("rb") as source:
+            signer = signer_of(source) if source.seekable() else None
+            if signed_by is not None:
+                require_signer(signer, signed_by)
             done = _by_service_or_here(
                 where,
                 cache_dir,
@@ -440,12 +485,17 @@ def import_(
                     admin.pieces("POST", "import", source, "application/x-tar", _IMPORT_SECONDS)
                 ),
                 lambda store: _import_here(source, store, load(where.config)),
+                create=True,
             )
     except OSError as error:
         raise AdminError(f"{file} can't be read: {error.strerror or error}") from error
     if json_output:
-        print_json(done)
+        print_json(done | {"signed_by": signer})
     else:
+        trusted = (
+            "as required" if signed_by is not None else "whether it is trusted was not asked: --signed-by"
+        )
+        typer.echo(f"signed by the key {signer} ({trusted})" if signer else "the archive is not signed")
         show_table({"refused": "name", "why": "why"}, done["refused"])
         if done["problem"]:
             typer.echo(done["problem"], err=True)
@@ -460,12 +510,13 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
     import pwd
     from dataclasses import asdict
 
-    from gup.cache.archive import Custody, Import
+    from gup.cache.archive import Import
     from gup.cache.records import Record
     from gup.control.eviction import no_room
     from gup.errors import StoreError
 
-    owner = store.content.stat().st_uid
+    there = next((folder for folder in (store.content, store.root) if folder.exists()), None)
+    owner = there.stat().st_uid if there is not None else os.geteuid()
     if owner != os.geteuid():
         try:
             name = pwd.getpwuid(owner).pw_name
@@ -485,7 +536,10 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         nonlocal held_bytes
         held_bytes += record.length
 
+    if not store.content.exists():
+        typer.echo(
+            f"{store.root} is made for the user who runs this: the service must run as that user", err=True
+        )
     with _alone(store):  # no other process is at work: every claim is free
         held_bytes = sum(stored.size_bytes for stored in store.scan())
-        custody = Custody(claim=lambda _: True, release=lambda _: None, room=room, taken=taken)
-        return asdict(Import(store, custody, time.time()).take(source))
+        return asdict(Import(store, time.time(), room, taken).take(source))

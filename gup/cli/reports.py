@@ -6,8 +6,18 @@ from urllib.parse import urlencode
 
 import typer
 
-from gup.cli.format import Columns, Row, print_json, printable, show_table
-from gup.cli.options import UNUSABLE, JsonFlag, Where, asking, with_connection_flags
+from gup.cli.shared import (
+    UNUSABLE,
+    Columns,
+    JsonFlag,
+    Row,
+    Where,
+    asking,
+    print_json,
+    printable,
+    show_table,
+    with_connection_flags,
+)
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True)

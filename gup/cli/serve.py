@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.options import ConfigFlag, JsonFlag, SeedFlag, quantity
+from gup.cli.shared import ConfigFlag, JsonFlag, SeedFlag, quantity
 from gup.errors import SettingsError
 from gup.units import parse_duration, parse_rate, parse_size
 

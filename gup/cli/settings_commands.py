@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gup.cli.format import print_json
-from gup.cli.options import ConfigFlag, JsonFlag
+from gup.cli.shared import ConfigFlag, JsonFlag, print_json
 
 config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
 
@@ -67,8 +66,8 @@ def explain(
     json_output: JsonFlag = False,
 ) -> None:
     """Say for each upstream whether the client may have the stream from it, and why."""
-    from gup.cli.catalog_reader import read_catalog
     from gup.cli.serve import serve_flags
+    from gup.cli.usable import read_catalog
     from gup.config import load, require_servable
     from gup.content import variant_choice
     from gup.content.catalog import Catalogues, normal_moniker

@@ -1,19 +1,22 @@
-"""Checks that a service can start with given settings: the files that they name, the log, the rules.
+"""What settings name, looked at without a service: whether one can start with them, and the catalogues.
 
-`gup config check`, `gup serve` and every reload ask this, so that all three refuse the same.
+`gup config check`, `gup serve` and every reload ask `require_usable`, so that all three refuse the same.
 """
 
+import ssl
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from gup import log
-from gup.config import Settings
-from gup.content.catalog import MAX_CATALOG_BYTES, parse_catalog
+from gup.cache.catalog_cache import FILE, read_kept
+from gup.cache.store import Store
+from gup.config import Settings, Upstream
+from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
-from gup.errors import SettingsError
+from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
 
@@ -67,3 +70,51 @@ def _require_folder(folder: Path) -> None:
         if not stat.S_ISDIR(mode):
             raise FileError(f"{str(path)!r} is no folder: it must be one, or not be there yet")
         return
+
+
+# --- catalogues
+
+
+def read_catalog(settings: Settings, upstream: Upstream) -> tuple[Mapping[str, Listed] | None, str]:
+    """One upstream's catalogue, and where it was read; else None and why. GupError for `catalog.file`.
+
+    From `catalog.file`; else from the manager; else the copy that the cache directory holds of it.
+    """
+    from http.client import HTTPException  # noqa: PLC0415 - with urllib for this alone
+
+    named = settings.catalog.file
+    if named is not None:
+        try:
+            return parse_catalog(read_file(named, MAX_CATALOG_BYTES)), str(named)
+        except FileError as error:
+            raise GupError(f"catalog.file: {error}") from error
+    if upstream.kind == "liveupdate":
+        return None, "LiveUpdate has no catalogue"
+    url = upstream.url + CATALOG_PATH
+    try:
+        rows = parse_catalog(_fetch(url, upstream))
+        if rows:
+            return rows, url
+        reason = "what is there lists nothing"
+    except FileError as error:
+        reason = f"upstream.ca_file: {error}"
+    except (OSError, HTTPException, ValueError) as error:  # URLError and TLS errors among them
+        reason = str(getattr(error, "reason", error))
+    run = Store(settings.cache.directory).run
+    kept = read_kept(run).get(upstream.name)
+    if kept is not None and kept.rows is not None and kept.source == url:
+        return kept.rows, f"{run / FILE} (the manager does not answer)"
+    return None, f"{url} can't be read ({reason})"
+
+
+def _fetch(url: str, upstream: Upstream) -> bytes:
+    import urllib.request  # noqa: PLC0415 - a service that starts does without
+
+    tls = trust(upstream.ca_file) if upstream.ca_file is not None else ssl.create_default_context()
+    if not upstream.verify_tls:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    proxies = {"http": upstream.proxy, "https": upstream.proxy} if upstream.proxy else {}
+    handlers = urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=tls)
+    request = urllib.request.Request(url, headers=upstream.headers)  # noqa: S310 - settings: http or https
+    with urllib.request.build_opener(*handlers).open(request, timeout=upstream.read_timeout) as response:
+        return bytes(response.read(MAX_CATALOG_BYTES))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from gup.cache.catalog_cache import read_catalogue
-from gup.cache.durability import Durability
+from gup.cache.disk import Durability
 from gup.cache.recovery import Recovery
 from gup.cache.streams import read_streams
 from gup.config import Settings
@@ -37,7 +37,7 @@ class Controller(ChildProcess):
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
-        recovery = Recovery(self.store, dependencies.claims, self.counters, self._take_over, self.tell)
+        recovery = Recovery(self.store, self.counters, self._take_over, self.tell)
         self._catalogues = catalogues = CatalogRefresher(
             self.store.run,
             self.settings,
@@ -47,7 +47,7 @@ class Controller(ChildProcess):
         )
         self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
-            self.store,
+            self.store.root,
             lambda: self.settings.cache.sync_interval,
             shared.sum_of("gup_fills_total", outcome="committed"),
         )

@@ -24,7 +24,7 @@ import xxhash
 from pydantic import BaseModel
 
 from gup.errors import StoreError
-from gup.fsutil import lock_range, replaced_file, unlock_range
+from gup.files import lock_range, replaced_file, unlock_range
 from gup.metrics import BY_NAME, STREAM_WASTED, Counters, layout, series
 
 _LOG = logging.getLogger(__name__)

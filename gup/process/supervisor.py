@@ -16,13 +16,13 @@ from ipaddress import ip_address
 from gup import log
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.control.tokens import local_path, make_local_token
+from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
 from gup.process import shared_memory, sockets
 from gup.process.child import Assignment, Child, ChildSlot, Message, Phase
 from gup.process.instance_lock import InstanceLock
 from gup.process.shared_memory import Row, SharedFile
-from gup.process.systemd import VARIABLES, Notifier, passed_sockets
+from gup.process.sockets import VARIABLES, Notifier, passed_sockets
 from gup.server.admission import address_file
 
 _LOG = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gup import __version__, log
 from gup.cache.cache import Cache
-from gup.cache.disk_space import Space
+from gup.cache.disk import Space
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles

@@ -23,7 +23,7 @@ from weakref import WeakSet
 from zoneinfo import ZoneInfo
 
 from gup import config
-from gup.fsutil import lock_range, unlock_range
+from gup.files import lock_range, unlock_range
 
 _BURST_NS = 100_000_000
 """Unused time that may be caught up on: covers late wakeups on a busy machine; 1 % of ten seconds."""

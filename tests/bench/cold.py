@@ -1,10 +1,10 @@
 """Cold keys before a near upstream without a limit: how fast a fill is, and how soon its first byte comes."""
 
 import os
-import socket
 import time
 from pathlib import Path
 
+from harness.clients import RawConnection
 from harness.content import content_path
 
 from bench.measure import Table, median, percentile, verdict
@@ -15,26 +15,15 @@ FILL_BYTES = 256 * MIB
 FILLS = 3
 KEYS = 150
 KEY_BYTES = 64 * KIB
-_DROP_BYTES = 1 << 20
 
 
-def cold_get(port: int, path: str, buffer: bytearray) -> tuple[float, float, int]:
+def cold_get(port: int, path: str) -> tuple[float, float, int]:
     """Seconds to the body's first byte and to its end, and its length; on a new connection."""
-    with socket.create_connection(("127.0.0.1", port), 60) as sock:
-        head = bytearray()
+    with RawConnection(("127.0.0.1", port), 60) as client:
         began = time.monotonic()
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: gup\r\n\r\n".encode())
-        while (end := head.find(b"\r\n\r\n")) < 0 or len(head) == end + 4:
-            piece = sock.recv(4096)
-            assert piece, (port, path)
-            head += piece
+        response = client.begin(path, 1)
         first = time.monotonic() - began
-        assert head.startswith(b"HTTP/1.1 200"), head[:200]
-        fields = dict(line.split(": ", 1) for line in head[:end].decode().lower().split("\r\n")[1:])
-        length = int(fields["content-length"])
-        size = len(head) - end - 4
-        while size < length:
-            size += sock.recv_into(buffer)
+        length = client.drop(response)
         return first, time.monotonic() - began, length
 
 
@@ -51,11 +40,10 @@ def _put_all(site: Rig) -> tuple[list[str], list[str]]:
 def fills(site: Rig, paths: list[str]) -> Table:
     """One client, one large body that nobody has."""
     found: dict[str, list[float]] = {}
-    buffer = bytearray(_DROP_BYTES)
     for path in paths:
         for server in site.servers:
             os.sync()  # what the one before left to be written would slow the next
-            _, seconds, length = cold_get(server.port, path, buffer)
+            _, seconds, length = cold_get(server.port, path)
             found.setdefault(server.name, []).append(length / seconds / 1e6)
     table = Table(
         f"Cold: one body of {FILL_BYTES // MIB} MiB, one client, upstream on the same machine",
@@ -81,10 +69,9 @@ def _compare(table: Table, found: dict[str, list[float]], goal: float, scale: fl
 def first_bytes(site: Rig, paths: list[str]) -> Table:
     """One client asks key after key that nobody has."""
     found: dict[str, list[float]] = {}
-    buffer = bytearray(_DROP_BYTES)
     for path in paths:
         for server in site.servers:
-            first, _, _ = cold_get(server.port, path, buffer)
+            first, _, _ = cold_get(server.port, path)
             found.setdefault(server.name, []).append(first)
     table = Table(
         f"Cold: first byte of bodies of {KEY_BYTES // KIB} KiB, one client, upstream on the same machine",
@@ -112,7 +99,6 @@ def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table
 
 def _wake(server: Server, site: Rig) -> None:
     """The first fill of a process imports and connects: that is not what is measured here."""
-    buffer = bytearray(_DROP_BYTES)
     for number in range(16):
         path = put(site.tree, content_path(f"xdelta2605{number:05d}_To_260801001.dax"), KEY_BYTES)
-        cold_get(server.port, path, buffer)
+        cold_get(server.port, path)

@@ -1,12 +1,12 @@
 """The upstream with its content, and the caches started before it; loads nothing."""
 
 import random
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.clients import RawConnection
 from harness.content import Tree, content_path
 from harness.upstreams import Nginx
 
@@ -17,7 +17,6 @@ SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB, "100 MiB": 100 * MI
 _DELTAS = 28
 _FULLS = 2
 _PIECE_BYTES = 8 * MIB
-_READ_BYTES = 1 << 18
 
 
 def sized_path(size_bytes: int) -> str:
@@ -73,9 +72,8 @@ class Rig:
 
 def fetch(port: int, path: str) -> None:
     """One GET whose body is thrown away as it comes."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60.0) as answer:
-        while answer.read(_READ_BYTES):
-            pass
+    with RawConnection(("127.0.0.1", port), 60) as client:
+        client.drop(client.begin(path))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import http.client
 import json
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,10 +192,9 @@ def _with_entries(site: Rig, folder: Path, count: int, at: int, seconds: float) 
         targets.write_text("".join(_entry_path(n) + "\n" for n in range(0, count, max(1, count // 2000))))
         wrk(server, "/", 64, 6, "several", str(targets))
         many = wrk(workers, "/", 64, seconds, "several", str(targets))
-        buffer = bytearray(1 << 20)
         before = cpu_seconds(workers.pids())
         for number in range(at * MISSES, (at + 1) * MISSES):
-            cold_get(server.port, _miss_path(number), buffer)
+            cold_get(server.port, _miss_path(number))
         missed = (cpu_seconds(workers.pids()) - before) / MISSES
         controller = [pid for pid in server.service.children() if pid not in workers.pids()]
         listing, page = _call(server, "GET", "/api/v1/content?limit=50")
@@ -225,9 +223,7 @@ def _start_to_first_hit(server: GupCache, path: str) -> float:
     while True:
         try:
             fetch(server.port, path)
-        except urllib.error.URLError as error:
-            if not isinstance(error.reason, ConnectionRefusedError):
-                raise
+        except ConnectionRefusedError:
             time.sleep(0.002)
             continue
         started = time.monotonic() - began
@@ -270,13 +266,12 @@ def big(folder: Path, rounds: int, seconds: float) -> Table:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
             out.truncate(BIG_BYTES)
-        buffer = bytearray(1 << 20)
         for name in ("cold", "warm"):
-            table.add(name, *_big_row(server, path, buffer))
+            table.add(name, *_big_row(server, path))
     return table
 
 
-def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
+def _big_row(server: Server, path: str) -> list[str]:
     pids = server.pids()
     before = resident_bytes(pids, "RssAnon")
     forget_peaks(pids)
@@ -286,7 +281,7 @@ def _big_row(server: Server, path: str, buffer: bytearray) -> list[str]:
         most[0] = max(most[0], resident_bytes(pids, "RssAnon"))
 
     with every(0.05, watch):
-        _, taken, length = cold_get(server.port, path, buffer)
+        _, taken, length = cold_get(server.port, path)
     assert length == BIG_BYTES
     peak = resident_bytes(pids, "VmHWM")
     mib = 1 << 20

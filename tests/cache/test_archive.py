@@ -1,11 +1,13 @@
 """Archives of entries: out of one store and into another, whole, damaged, cut off, and made by others."""
 
+import asyncio
 import io
 import json
 import re
 import subprocess
 import tarfile
 import tracemalloc
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gup.cache.archive import FIRST, LAST, ArchiveError, Custody, Import, Imported, summary, written
+from gup.cache.archive import FIRST, LAST, ArchiveError, Import, Imported, summary, written
 from gup.cache.integrity import check_entry, contents
+from gup.cache.locks import Claims
 from gup.cache.records import ChunkSums, FillState, Head, Phase, Record, seal
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
@@ -62,30 +65,21 @@ def keys_of(store):
 
 
 def archive(store, keys=None) -> bytes:
-    return b"".join(written(store, keys if keys is not None else keys_of(store), "lyon", NOW))
+    async def pieces() -> list[bytes]:
+        made = written(store, keys if keys is not None else keys_of(store), "lyon", NOW)
+        return [piece async for piece in made]
+
+    return b"".join(asyncio.run(pieces()))
 
 
-class Owner:
-    """Whoever owns the store that is imported to."""
-
-    def __init__(self):
-        self.claimed, self.taken, self.busy, self.why = [], [], set(), ""
-
-    def custody(self):
-        return Custody(self._claim, self.claimed.remove, lambda _length: self.why, self.taken.append)
-
-    def _claim(self, offset):
-        if offset in self.busy:
-            return False
-        self.claimed.append(offset)
-        return True
+def importing(store: Store, taken: list | None = None, why: str = "") -> Import:
+    return Import(store, NOW, lambda _length: why, (taken if taken is not None else []).append)
 
 
-def take(text: bytes, store: Store, owner: Owner | None = None, *, seekable: bool = True) -> Imported:
-    owner = owner or Owner()
-    done = Import(store, owner.custody(), NOW).take(io.BytesIO(text) if seekable else Stream(text))
-    assert owner.claimed == []
-    assert len(owner.taken) == done.imported
+def take(text: bytes, store: Store, *, why: str = "", seekable: bool = True) -> Imported:
+    taken: list = []
+    done = importing(store, taken, why).take(io.BytesIO(text) if seekable else Stream(text))
+    assert len(taken) == done.imported
     assert list(store.partial.glob("*")) == []
     return done
 
@@ -109,7 +103,7 @@ def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):
         names = found.getnames()
         assert json.load(found.extractfile(FIRST))["site"] == "lyon"
     assert (names[0], names[-1], len(names)) == (FIRST, LAST, 8)
-    assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": []}
+    assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": [], "not_wanted": {}}
     file.write_bytes(file.read_bytes()[:-2048])
     with pytest.raises(ArchiveError, match="broke off"):
         summary(file)
@@ -145,15 +139,19 @@ def test_nothing_is_overwritten_sound_or_not(source, tmp_path):
 
 
 def test_without_room_or_while_it_is_fetched_an_entry_is_refused(source, tmp_path):
-    target, owner = store_at(tmp_path / "target"), Owner()
-    owner.busy.add(key().claim_offset)
-    done = take(archive(source), target, owner)
-    assert (done.imported, done.refused) == (
-        2,
-        [{"name": key().text, "why": "it is being fetched at this moment"}],
-    )
-    owner.busy, owner.why, owner.taken = set(), "no room", []
-    assert take(archive(source), target, owner).refused == [{"name": key().text, "why": "no room"}]
+    target, text = store_at(tmp_path / "target"), archive(source)
+    assert take(text, target, why="no room").refused[0] == {"name": key().text, "why": "no room"}
+    claims = target.run / "claims"
+    with closing(Claims(claims)) as target.claims, closing(Claims(claims)) as others:
+        others.try_claim(key().claim_offset)
+        done = take(text, target)
+        assert (done.imported, done.refused) == (
+            2,
+            [{"name": key().text, "why": "it is being fetched at this moment"}],
+        )
+        others.release(key().claim_offset)
+        assert take(text, target).imported == 1
+        assert not any(others.taken(name.claim_offset) for name in keys_of(target))
 
 
 def test_an_unfinished_part_gives_way(source, tmp_path):
@@ -289,7 +287,7 @@ def test_no_header_costs_memory_or_an_unknown_error(tmp_path, parts, words):
     stream = Stream(BEGINNING, *parts)
     target = store_at(tmp_path / "target")
     tracemalloc.start()
-    done = Import(target, Owner().custody(), NOW).take(stream)
+    done = importing(target).take(stream)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert re.search(words, done.problem)
@@ -304,7 +302,7 @@ def test_a_member_of_200_mb_is_passed_over_and_not_kept(tmp_path, name):
     stream = Stream(*start, header(name, HUGE), HUGE, header(LAST, 0), 1024)
     tracemalloc.start()
     try:
-        done = Import(target, Owner().custody(), NOW).take(stream)
+        done = importing(target).take(stream)
         assert (done.complete, len(done.refused)) == (True, 1)
         assert "bytes long" in done.refused[0]["why"]
     except ArchiveError:
@@ -316,7 +314,7 @@ def test_a_member_of_200_mb_is_passed_over_and_not_kept(tmp_path, name):
 
 def test_refused_members_are_named_up_to_a_limit(tmp_path):
     many = header("content/\x1b[2J" + "x" * 60, 0) * 10_050
-    done = Import(store_at(tmp_path / "target"), Owner().custody(), NOW).take(Stream(BEGINNING, many))
+    done = importing(store_at(tmp_path / "target")).take(Stream(BEGINNING, many))
     assert len(done.refused) == 10_000
     assert "10000 members were refused" in done.problem
     assert all(row["name"].isprintable() for row in done.refused)
@@ -335,7 +333,7 @@ def test_an_archive_that_tar_packed_anew_is_taken(source, tmp_path, form):
     subprocess.run(made, check=True, input=names.encode())
     target = store_at(tmp_path / "target")
     with (tmp_path / "b.tar").open("rb") as stream:
-        done = Import(target, Owner().custody(), NOW).take(stream)
+        done = importing(target).take(stream)
     assert (done.imported, done.refused, done.complete) == (2, [], True)
     assert summary(tmp_path / "b.tar")["entries"] == 2
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from harness.caches import path_of, read, route, working
 from harness.content import noise
-from harness.upstreams import Answer, Gate, ScriptedUpstream
+from harness.upstreams import Answer, Gate
 
 from gup.cache.open_entries import Result
 from gup.content.key import Variant
@@ -15,21 +15,6 @@ from gup.upstream.bandwidth import Share
 BACKGROUND, CLIENTS = path_of("xdelta260801001_To_260802001.dax"), path_of("full.dax")
 BODY = noise("background", 1_000_000)
 RECEIVED = "gup_upstream_received_bytes_total"
-
-
-async def until(found, what: str) -> None:
-    try:
-        async with asyncio.timeout(10):
-            while not found():  # noqa: ASYNC110 - what is waited for happens in another thread
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"not in time: {what}") from None
-
-
-@pytest.fixture
-def upstream():
-    with ScriptedUpstream() as scripted:
-        yield scripted
 
 
 async def test_what_was_fetched_ahead_is_a_hit_and_is_not_fetched_again(tmp_path, upstream):
@@ -58,7 +43,7 @@ async def test_what_can_not_be_had_raises_and_is_no_failure_of_clients(tmp_path,
     assert len(upstream.requests(BACKGROUND)) == 1
 
 
-async def test_it_takes_nobodys_place_and_stands_still_while_others_fill(tmp_path, upstream):
+async def test_it_takes_nobodys_place_and_stands_still_while_others_fill(tmp_path, upstream, until):
     first, blocking = Gate(), Gate()
     upstream.answer(BACKGROUND, Answer(BODY, gates=((200_000, first),)))
     upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
@@ -79,7 +64,7 @@ async def test_it_takes_nobodys_place_and_stands_still_while_others_fill(tmp_pat
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same process", "another process"])
-async def test_a_client_that_asks_hurries_it(tmp_path, upstream, elsewhere):
+async def test_a_client_that_asks_hurries_it(tmp_path, upstream, until, elsewhere):
     first, blocking = Gate(), Gate()
     upstream.answer(BACKGROUND, Answer(BODY, gates=((200_000, first),)))
     upstream.answer(CLIENTS, Answer(noise("full", 300_000), gates=((100_000, blocking),)))
@@ -101,7 +86,7 @@ async def test_a_client_that_asks_hurries_it(tmp_path, upstream, elsewhere):
     assert len(upstream.requests(BACKGROUND)) == 1
 
 
-async def test_what_waits_for_the_wan_takes_the_place_of_its_new_priority(tmp_path, upstream):
+async def test_what_waits_for_the_wan_takes_the_place_of_its_new_priority(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url]) as worker:
         wan = worker.dependencies.pool.wan
         wan.rate = lambda: 100_000

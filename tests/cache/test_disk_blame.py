@@ -8,7 +8,7 @@ import pytest
 from harness.caches import path_of, working
 from harness.upstreams import Answer
 
-from gup.cache.disk_space import DiskError, on_disk, told_apart
+from gup.cache.disk import DiskError, on_disk, told_apart
 from gup.cache.part_file import PartWriter
 from gup.cache.store import Store
 from gup.errors import GupError, Problem, is_exhausted
@@ -66,7 +66,7 @@ async def test_what_the_disk_refuses_is_told_as_the_disks(
         raise OSError(number, os.strerror(number))
 
     async with working(tmp_path, [upstream.url]) as one:
-        monkeypatch.setattr("gup.cache.disk_space._PATIENCE_SECONDS", 0.05)
+        monkeypatch.setattr("gup.cache.disk._PATIENCE_SECONDS", 0.05)
         monkeypatch.setattr(owner, work, refuses)
         assert await one.get(FILE) == body
         await until(lambda: not one.cache.fills, "the fill ends")

@@ -8,8 +8,8 @@ from harness.content import noise
 from harness.disks import flip, only
 from harness.upstreams import Answer
 
-from gup.cache import durability
-from gup.cache.durability import Durability, Mark, boot_id, read_mark
+from gup.cache import disk
+from gup.cache.disk import Durability, Mark, boot_id, read_mark, write_mark
 from gup.content.key import Variant
 
 FILE = path_of("full.dax")
@@ -28,10 +28,10 @@ async def stored(one, upstream, until):
 
 async def test_a_sync_is_made_when_something_was_committed(tmp_path, upstream, monkeypatch):
     calls = []
-    monkeypatch.setattr(durability, "sync_file_system", calls.append)
+    monkeypatch.setattr(disk, "sync_file_system", calls.append)
     async with working(tmp_path, [upstream.url]) as one:
         count = [0]
-        syncing = Durability(one.dependencies.store, lambda: 10.0, lambda: count[0])
+        syncing = Durability(one.dependencies.store.root, lambda: 10.0, lambda: count[0])
         await syncing.sync()
         await syncing.sync()
         assert len(calls) == 1  # once at the start: what an earlier run left is covered then
@@ -50,13 +50,13 @@ async def test_a_refused_sync_covers_nothing_and_is_tried_again(
 ):
     async with working(tmp_path, [upstream.url]) as one:
         record = await stored(one, upstream, until)
-        syncing = Durability(one.dependencies.store, lambda: 10.0, lambda: 1)
+        syncing = Durability(one.dependencies.store.root, lambda: 10.0, lambda: 1)
 
         def refuses(_fd):
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(durability, "sync_file_system", refuses)
+            patch.setattr(disk, "sync_file_system", refuses)
             await syncing.sync()
             await syncing.sync()
         assert caplog.text.count("refuses to sync") == 1
@@ -77,7 +77,7 @@ async def test_in_every_mode_what_a_power_cut_may_have_torn_is_compared(
     async with working(tmp_path, [upstream.url], cache={"verify": "scrub"}) as one:
         record = await stored(one, upstream, until)
         mark = Mark(boot_id=boot or boot_id(), at=record.stored_at - ago)
-        durability.write_mark(one.dependencies.store.run, mark)
+        write_mark(one.dependencies.store.run, mark)
         flip(only((tmp_path / "content").rglob("full.dax")), 1000)
         opened = await one.open(FILE)
         if sent_unseen:

@@ -93,7 +93,6 @@ async def dies_before_its_commit(tmp_path, upstream, path: str, answer: Answer) 
 def recovery_of(worker, clock) -> Recovery:
     return Recovery(
         worker.dependencies.store,
-        worker.dependencies.claims,
         worker.dependencies.counters,
         lambda found, inherits: worker.cache.take_over(found, found.variant, inherits=inherits),
         worker.dependencies.tell,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gup.cache.growing_body import Pace
+from gup.cache.body import Pace
 
 
 def grown(pace, rate, start, seconds, size=0.0):

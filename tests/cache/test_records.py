@@ -43,7 +43,7 @@ VALIDATORS = {"m": Validators("", "x", True), "n": Validators('"a"')}
 STATES = [
     FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, FAILURE, holds=(HOLD,), told=VALIDATORS),
     FillState(KEY, Kind.FULL, 7, Phase.STREAMING, HEAD, path=path_of(KEY)),
-    FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, path=path_of(KEY), ahead=True, pinned=True),
+    FillState(KEY, Kind.FULL, 7, Phase.FAILED, HEAD, FAILURE, background=True, pinned=True),
     FillState(KEY, Kind.FULL, 7, Phase.UNSTORABLE, failure=FAILURE, stored_at=1.5, passed_through=True),
     FillState(KEY, Kind.FULL, 7, Phase.REQUESTED, HEAD, holds=(Hold("a", 5.0, 2.0), Hold("b", 1e9, 3600.0))),
 ]
@@ -137,7 +137,7 @@ WRONG_STATES = {
     "failure": [{}, *(A_FAILURE | {"slug": slug} for slug in ("no-such", []))],
     "failure ": [A_FAILURE | wrong for wrong in ({"detail": 5}, {"ttl": "1"}, {"until": True})],
     "path": ["@evil.example:80/x"],
-    "ahead": [1],
+    "background": [1],
     "told": [[], *({"m": row} for row in (['"\r\nX: y"', None, True], ['"ł"'], [5, None, True], 5))],
     "holds": [5, {}, [5], [[]], [["u", 1]], [["u", "x", 2, 0, None, 3]], [["u", 1, 2, 3.0, None, 4]]],
     "holds ": [[list(HOLD)] * 300, *([["u", 1, 2, 3, told, 4]] for told in (['"a"', None, 80.0], ['"a"']))],

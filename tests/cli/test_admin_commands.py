@@ -1,12 +1,11 @@
 """The command line beside a running service: what it asks, and what people are told."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from harness.commands import run
+from harness.upstreams import RawUpstream, ok
 
 from gup.cli.admin_client import Admin, AdminError, admin_url
 from gup.cli.admin_commands import status_lines
@@ -15,24 +14,19 @@ from gup.config import Settings
 # --- a running service
 
 
+def totals(sent, received, saved, ratio):
+    amounts = {"client_sent_bytes": sent, "upstream_received_bytes": received, "saved_bytes": saved}
+    return amounts | {"hit_ratio": ratio}
+
+
 STATUS = {
     "site": "lyon",
     "version": "0.1.0",
     "uptime_seconds": 11_105.0,
     "ready": True,
     "totals": {
-        "since_start": {
-            "client_sent_bytes": 0,
-            "upstream_received_bytes": 0,
-            "saved_bytes": 0,
-            "hit_ratio": None,
-        },
-        "since_install": {
-            "client_sent_bytes": 10**12,
-            "upstream_received_bytes": 5 * 10**9,
-            "saved_bytes": 995 * 10**9,
-            "hit_ratio": 0.9876,
-        },
+        "since_start": totals(0, 0, 0, None),
+        "since_install": totals(10**12, 5 * 10**9, 995 * 10**9, 0.9876),
     },
     "cache": {"entries": 12, "size_bytes": 3 * 10**9, "limit_bytes": 2 * 10**10, "free_bytes": 10**11},
     "wan_rate_bytes_per_second": 8_000_000,
@@ -49,12 +43,8 @@ STATUS = {
     ],
     "reload": {"successful": False},
     "alarms": [
-        {
-            "name": "no-upstream",
-            "severity": "critical",
-            "text": "no upstream answers \x1b[2J",
-            "what_to_do": "Look at the WAN.",
-        }
+        {"name": "no-upstream", "severity": "critical", "text": "no upstream answers \x1b[2J"}
+        | {"what_to_do": "Look at the WAN."}
     ],
 }
 
@@ -72,25 +62,6 @@ def entry(number, *, pinned=False):
         "used_at": 0.0,
         "pinned": pinned,
     }
-
-
-class _ControlPlane(BaseHTTPRequestHandler):
-    """Answers as the control plane does; `server.asked` has each method and target."""
-
-    def _answer(self):
-        self.server.asked.append(f"{self.command} {self.path}")
-        self.server.shown.append(self.headers.get("Authorization"))
-        status, body = self.server.answers(self.command, urlsplit(self.path))
-        text = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    do_GET = do_PUT = do_DELETE = do_POST = _answer  # noqa: N815 - http.server's names
-
-    def log_message(self, *_):
-        """Quiet."""
 
 
 ENTRIES = [entry(number, pinned=number == 1) for number in range(2500)]
@@ -124,16 +95,20 @@ def control_plane(method, url):  # noqa: PLR0911 - a case for each request
 
 @pytest.fixture
 def plane():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _ControlPlane)
-    server.daemon_threads = False
-    server.asked, server.shown, server.answers = [], [], control_plane
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    """Answers as the control plane does; what `answers` gives is sent as JSON, bytes as they are."""
+
+    def reply(request):
+        status, body = plane.answers(request.method, urlsplit(request.path))
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request.send(ok(text).replace(b"200 OK", f"{status} Told".encode(), 1))
+
+    with RawUpstream(reply) as plane:
+        plane.answers = control_plane
+        yield plane
+
+
+def asked(plane):
+    return [f"{request.method} {request.path}" for request in plane.seen]
 
 
 def test_status_in_words(plane):
@@ -185,13 +160,12 @@ def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch
     token = tmp_path / "token"
     token.write_text("a-token-of-some-length")
     file.write_text(
-        f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.server_port}\n'
-        f'admin_token_file = "{token}"\n'
+        f'[listen]\nadmin_address = "0.0.0.0"\nadmin_port = {plane.port}\nadmin_token_file = "{token}"\n'
     )
     assert run("status", "--config", file).exit_code == 0
     monkeypatch.setenv("GUP_ADMIN", plane.url)
     assert run("status").exit_code == 0
-    assert plane.asked == ["GET /api/v1/status"] * 2
+    assert asked(plane) == ["GET /api/v1/status"] * 2
 
 
 @pytest.mark.parametrize(
@@ -248,7 +222,7 @@ def test_an_odd_url_is_refused():
 def test_reload_says_what_came_of_it(plane, monkeypatch):
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, "in force" in result.stdout) == (0, True)
-    assert plane.asked == ["POST /api/v1/reload"]
+    assert asked(plane) == ["POST /api/v1/reload"]
     monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, "  wan.rate: 'x' is no rate" in result.stderr) == (1, True)
@@ -262,9 +236,7 @@ def test_reload_says_what_came_of_it(plane, monkeypatch):
 def settings_file(tmp_path, plane, token_file=None):
     file = tmp_path / "gup.toml"
     named = f'admin_token_file = "{token_file}"\n' if token_file else ""
-    file.write_text(
-        f'[listen]\nadmin_port = {plane.server_port}\n{named}[cache]\ndirectory = "{tmp_path}/cache"\n'
-    )
+    file.write_text(f'[listen]\nadmin_port = {plane.port}\n{named}[cache]\ndirectory = "{tmp_path}/cache"\n')
     return file
 
 
@@ -280,7 +252,7 @@ def test_the_token_is_that_of_the_flag_else_of_the_settings_else_the_one_left_in
     assert run("reload", "--config", plain, "--token-file", tmp_path / "given").exit_code == 0
     assert run("reload", "--admin", plane.url, "--token-file", tmp_path / "given").exit_code == 0
     assert run("reload", "--admin", plane.url).exit_code == 0
-    assert plane.shown == [
+    assert [request.header("authorization") for request in plane.seen] == [
         *("Bearer local-token", "Bearer named-token", "Bearer given-token", "Bearer given-token", None)
     ]
 
@@ -311,11 +283,12 @@ def test_cache_list_shows_rows(plane):
 def test_cache_list_follows_the_pages(plane):
     result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 0)
     assert [json.loads(line) for line in result.stdout.splitlines()] == ENTRIES
-    assert len(plane.asked) == 3
-    plane.asked.clear()
+    assert len(asked(plane)) == 3
+    plane.seen.clear()
     result = run("cache", "list", "--admin", plane.url, "--json", "--limit", 1100)
     assert len(result.stdout.splitlines()) == 1100
-    assert [parse_qs(urlsplit(line.split()[1]).query)["limit"] for line in plane.asked] == [["1000"], ["100"]]
+    limits = [parse_qs(urlsplit(line.split()[1]).query)["limit"] for line in asked(plane)]
+    assert limits == [["1000"], ["100"]]
 
 
 def test_cache_list_passes_its_filters_on(plane):
@@ -323,7 +296,7 @@ def test_cache_list_passes_its_filters_on(plane):
         *("cache", "list", "--admin", plane.url, "--version", "14.3", "--language", "fr", "--stream", "{AB}"),
         *("--kind", "delta", "--order", "-used", "--product", "Virus", "--revision", "1"),
     )
-    assert parse_qs(urlsplit(plane.asked[0].split()[1]).query) == {
+    assert parse_qs(urlsplit(asked(plane)[0].split()[1]).query) == {
         "version": ["14.3"],
         "language": ["fr"],
         "stream": ["{AB}"],
@@ -341,7 +314,7 @@ def test_purge_pin_and_unpin(plane):
     assert run("cache", "pin", key, "--admin", plane.url).stdout == f"pinned {key}\n"
     assert run("cache", "unpin", key, "--admin", plane.url).stdout == f"unpinned {key}\n"
     target = "/api/v1/content/any/any/%7BAB%7D/1/full1.zip"
-    assert plane.asked == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
+    assert asked(plane) == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
 
 
 def test_a_list_that_finds_nothing_says_so(plane):
@@ -357,20 +330,20 @@ def test_a_purge_of_what_flags_choose_tells_how_much_and_first_what(plane):
     lines = result.stdout.splitlines()
     assert (result.exit_code, len(lines)) == (0, 1 + 20 + 2), result.output
     assert lines[-2:] == ["and 2480 more", "7 entries would be purged, 1.5 MB, 2 left: pinned"]
-    listed, purged = (parse_qs(urlsplit(line.split()[1]).query) for line in reversed(plane.asked))
+    listed, purged = (parse_qs(urlsplit(line.split()[1]).query) for line in reversed(asked(plane)))
     chosen = {"product": ["Virus"], "older_than": ["2592000"]}
     assert listed == chosen | {"order": ["name"], "limit": ["20"]}
     assert purged == chosen | {"dry_run": ["1"], "pinned": ["0"]}
-    plane.asked.clear()
+    plane.seen.clear()
     result = run("cache", "purge", "--admin", plane.url, "--kind", "full", "--pinned")
     assert result.stdout == "7 entries purged, 1.5 MB, 2 left: pinned, 1 left: being fetched or checked\n"
-    assert (result.exit_code, plane.asked) == (1, ["DELETE /api/v1/content?kind=full&dry_run=0&pinned=1"])
+    assert (result.exit_code, asked(plane)) == (1, ["DELETE /api/v1/content?kind=full&dry_run=0&pinned=1"])
 
 
 @pytest.mark.parametrize("arguments", [(), ("k", "--kind", "full"), ("k", "--dry-run"), ("--dry-run",)])
 def test_a_purge_names_its_keys_or_chooses(plane, arguments):
     result = run("cache", "purge", "--admin", plane.url, *arguments)
-    assert (result.exit_code, plane.asked) == (2, [])
+    assert (result.exit_code, asked(plane)) == (2, [])
     assert "name keys, or choose" in result.stderr
 
 
@@ -379,7 +352,7 @@ def test_the_newest_of_a_product_is_ordered(plane):
     plane.answers = lambda *_: (202, {"wanted": [row]})
     result = run("prefetch", "--admin", plane.url, "--product", "Virus", "--language", "fr", "--no-wait")
     assert (result.exit_code, result.stdout) == (0, "a/b/c/d/e: waits\n")
-    assert plane.asked == ["POST /api/v1/prefetch"]
+    assert asked(plane) == ["POST /api/v1/prefetch"]
     assert run("prefetch", "--admin", plane.url).exit_code == 2
 
 
@@ -420,21 +393,17 @@ def test_verify_waits_for_the_service_and_tells_what_it_found(
     plane, monkeypatch, arguments, found, mended, status, line
 ):
     monkeypatch.setattr("gup.cli.cache_commands._POLL_SECONDS", 0.0)
-    asked = []
 
     def answers(method, *_):
-        asked.append(method)
-        running = len(asked) < 4
-        return (
-            202 if method == "POST" else 200,
-            progress(running=running, found=0 if running else found, mended=mended),
-        )
+        running = len(plane.seen) < 4
+        status = 202 if method == "POST" else 200
+        return status, progress(running=running, found=0 if running else found, mended=mended)
 
     plane.answers = answers
     result = run("cache", "verify", "--admin", plane.url, *arguments)
     assert (result.exit_code, line in result.stdout) == (status, True), result.output
-    assert asked == ["POST", "GET", "GET", "GET"]
-    assert plane.asked[0] == f"POST /api/v1/verify?repair={int(bool(arguments))}"
+    verify = "/api/v1/verify"
+    assert asked(plane) == [f"POST {verify}?repair={int(bool(arguments))}", *[f"GET {verify}"] * 3]
 
 
 def test_verify_here_refuses_what_is_no_cache_directory(tmp_path):
@@ -450,5 +419,5 @@ def test_verify_goes_to_the_directory_of_the_settings_when_nobody_serves(tmp_pat
     settings.write_text(f'[cache]\ndirectory = "{tmp_path}"\n[listen]\nadmin_port = 1\n')
     result = run("cache", "verify", "--config", settings, "--json")
     assert (result.exit_code, json.loads(result.stdout)["damaged"]) == (0, 0), result.output
-    asked = run("cache", "verify", "--config", settings, "--admin", "http://127.0.0.1:1")
-    assert "no control plane answers" in asked.stderr
+    told = run("cache", "verify", "--config", settings, "--admin", "http://127.0.0.1:1").stderr
+    assert "no control plane answers" in told

@@ -7,7 +7,7 @@ from harness.commands import run
 from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
-from gup.cli.catalog_reader import read_catalog
+from gup.cli.usable import read_catalog
 from gup.config import Settings
 from gup.content.catalog import parse_catalog
 

@@ -1,11 +1,12 @@
 """A real store, a fake process around the control plane, and a browser of sorts."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,9 @@ from gup.config import Settings
 from gup.content.catalog import Catalogues
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
+from gup.control.auth import local_path, make_local_token
 from gup.control.dependencies import ControlDependencies
 from gup.control.service import Control
-from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 
@@ -57,6 +58,7 @@ class World:
     store: Store
     claims: Claims
     worker_claims: Claims
+    worker_store: Store
     counters: Counters
     settings: Settings
     sender: socket.socket
@@ -95,23 +97,29 @@ class World:
     ) -> Record:
         """Bring an entry into the store the way a worker does: holding the key's claim."""
         key = key or content_key()
+        with self.claimed(key) as store:
+            return commit(store, key, body, kind, at)
+
+    @contextlib.contextmanager
+    def claimed(self, key: ContentKey) -> Iterator[Store]:
+        """A worker's store, while that worker has the key's claim."""
         while not self.worker_claims.try_claim(key.claim_offset):
             time.sleep(0.001)  # the controller looks at this key at the moment
         try:
-            return commit(self.store, key, body, kind, at)
+            yield self.worker_store
         finally:
             self.worker_claims.release(key.claim_offset)
 
     def commit_claimed(self, key: ContentKey, body: bytes, kind: Kind = Kind.FULL) -> Record:
         """The same, by a worker that holds the claim already."""
         assert self.worker_claims.held(key.claim_offset)
-        return commit(self.store, key, body, kind)
+        return commit(self.worker_store, key, body, kind)
 
     def begin_part(self, key: ContentKey, body: bytes, length: int) -> None:
         """A part under way, as a worker leaves it on disk (the claim is the test's affair)."""
         head = Head(length, '"tag"', "application/zip", None, "manager", None)
         self.store.part_path(key.id, 1).write_bytes(body)
-        self.store.save_state(FillState(key, Kind.FULL, 1, Phase.STREAMING, head))
+        self.worker_store.save_state(FillState(key, Kind.FULL, 1, Phase.STREAMING, head))
 
     def totals(self) -> dict[str, int]:
         return {name: self.counters.words[at] for at, name in enumerate(layout(["manager"]))}
@@ -133,12 +141,13 @@ class World:
         """What the cache would do: the body is whole again, unless a problem is set."""
         self.mends.append((key.text, counted))
         if self.problem is None and key.text in self.whole:
-            record = self.store.load(key)
-            assert record is not None
-            path = self.store.body_path(key)
-            path.write_bytes(self.whole[key.text])
-            self.store.set_time(path, record)
+            await asyncio.to_thread(self._make_whole, key)
         return self.problem
+
+    def _make_whole(self, key: ContentKey) -> None:
+        path, record = self.store.body_path(key), self.store.load(key)
+        path.write_bytes(self.whole[key.text])
+        self.store.set_time(path, record)
 
     def tell(self, **event: Any) -> None:
         self.sender.send(json.dumps(event).encode())
@@ -219,6 +228,8 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     store.prepare()
     await asyncio.to_thread(make_local_token, store.run)
     claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
+    store.claims = claims
+    worker_store = Store(store.root, worker_claims)
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     settings = Settings.model_validate(
         {
@@ -233,9 +244,11 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             "site": {"name": "branch-7"},
         }
     )
-    yield World(
-        tmp_path, store, claims, worker_claims, Counters.private(["manager"]), settings, sender, receiver
-    )
+    counters = Counters.private(["manager"])
+    with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
+        yield World(
+            tmp_path, store, claims, worker_claims, worker_store, counters, settings, sender, receiver
+        )
     claims.close()
     worker_claims.close()
     sender.close()
@@ -249,10 +262,3 @@ async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=20)
     async with aiohttp.ClientSession(timeout=timeout, headers=shown) as session:
         yield session
-
-
-@pytest.fixture
-def no_blocking_call():
-    """Blocking calls made by the control plane on the event loop raise (the tests themselves may block)."""
-    with blockbuster_ctx("gup.control"):
-        yield

@@ -5,13 +5,10 @@ import os
 from dataclasses import replace
 from urllib.parse import quote, unquote
 
-import pytest
 from harness.control import ask, get
 
 from gup.content.catalog import Label
 from gup.content.key import Kind
-
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def test_entries_are_listed_shown_and_found_by_their_key(world, browser):
@@ -56,13 +53,13 @@ async def test_purge_removes_while_a_reader_reads_on(world, browser):
 async def test_a_purge_of_many_removes_what_the_filter_chooses_after_a_dry_run(world, browser):
     world.commit(world.key("260101001"))
     pinned = world.commit(world.key("260101002"))
-    world.store.set_pinned(pinned.key, True)
     busy = world.commit(world.key("260101003"))
     gone = [world.commit(world.key("260101004", f"{n}.zip"), b"0123456789") for n in range(70)]
     assert world.worker_claims.try_claim(busy.key.claim_offset)
     query = "/api/v1/content?pattern=*/2601010*&stream=" + quote(world.MONIKER)
     async with world.running() as control:
         rows = control.state.index.rows
+        assert (await ask(browser, world, "PUT", f"/api/v1/content/{pinned.key.text}/pin"))[0] == 200
         assert (await ask(browser, world, "DELETE", "/api/v1/content"))[0] == 400, (
             "no filter is no wish for all"
         )
@@ -219,7 +216,8 @@ async def test_garbage_is_passed_over_and_counted(world, browser):
 async def test_a_pin_outlives_a_new_generation(world):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, b"old", Kind.INDEX)
-    world.store.set_pinned(key, True)
+    with world.claimed(key) as store:
+        store.set_pinned(key, True)
     async with world.running() as control:
         fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
         world.tell_committed(fresh, replaced=True)

@@ -45,6 +45,7 @@ def test_the_compose_file_is_valid_and_complete():
         assert service["cap_drop"] == ["ALL"], name
         assert "no-new-privileges:true" in service["security_opt"], name
     assert "healthcheck" not in services["gup"], "the image's own holds"
+    assert services["gup"]["user"] == "10001:10001"
 
 
 def test_every_file_that_is_mounted_is_there():

@@ -4,7 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-from deploy.deployed import DEPLOY, load
 from harness.content import DELTA, make_tree
 from harness.processes import needs, needs_root
 from harness.service import Gup
@@ -41,11 +40,3 @@ def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
         gup.wait_stored(DELTA.rpartition("/")[2])
         assert gup.stop() == 0
         assert "Read-only file system" not in gup.log
-
-
-def test_the_unit_and_the_compose_file_confine_so():
-    unit = (DEPLOY / "systemd" / "gup.service").read_text()
-    for line in ("ProtectSystem=strict", "CapabilityBoundingSet=", "NoNewPrivileges=yes"):
-        assert f"\n{line}\n" in unit
-    service = load(DEPLOY / "container" / "compose.yml")["services"]["gup"]
-    assert (service["read_only"], service["cap_drop"], service["user"]) == (True, ["ALL"], "10001:10001")

@@ -43,7 +43,8 @@ def test_the_unit_is_hardened():
 
 def test_the_unit_gives_what_gup_needs():
     text = (UNITS / "gup.service").read_text()
-    for line in ("Type=notify", "User=gup", "ProtectSystem=strict", "StateDirectory=gup", "WatchdogSec=30"):
+    for line in ("Type=notify", "User=gup", "ProtectSystem=strict", "StateDirectory=gup", "WatchdogSec=30",
+                 "CapabilityBoundingSet=", "NoNewPrivileges=yes"):  # fmt: skip
         assert f"\n{line}\n" in text, line
 
 

@@ -69,7 +69,6 @@ def recovery_of(worker: Worker, clock: Callable[[], float] = time.monotonic) -> 
 
     return Recovery(
         worker.dependencies.store,
-        worker.dependencies.claims,
         worker.dependencies.counters,
         take_over,
         worker.dependencies.tell,

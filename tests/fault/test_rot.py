@@ -9,7 +9,7 @@ import pytest
 from harness.clients import Response, assert_problem
 from harness.commands import command
 from harness.content import BIG, content_path, zip_of
-from harness.disks import flip, only, scribble
+from harness.disks import flip, only, scribble, to_directory, to_fifo, to_link
 from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Answer
@@ -84,41 +84,16 @@ def cut_at_damage(gup: Gup, most: int) -> Response:
     return answer
 
 
-def test_a_client_is_cut_at_the_damage_and_resumes(stored):
-    gup, _, body = stored()
-    flip(body, 4 * CHUNK + 5)
-    gup.start()
-    first = cut_at_damage(gup, 4 * CHUNK)
-    again = whole(gup, BIG)
-    assert (again.complete, again.etag, again.body == BODY) == (True, first.etag, True)
-
-
-def _directory(body: Path) -> None:
-    body.unlink()
-    body.mkdir()
-    (body / "in it").write_text("x")
-
-
-def _link(body: Path) -> None:
-    body.rename(body.with_name("elsewhere.zip"))
-    body.symlink_to(body.with_name("elsewhere.zip"))
-
-
-def _fifo(body: Path) -> None:
-    """As unreadable as a file can be made for root, too: whoever opens it waits for ever."""
-    body.unlink()
-    os.mkfifo(body)
-
-
 HARMS = {
     "flipped": (lambda body: flip(body, 2 * CHUNK + 99), LENGTH - 2 * CHUNK, "body"),
     "truncated": (lambda body: os.truncate(body, 3 * CHUNK + 1), LENGTH - 3 * CHUNK, "body"),
     "too long": (lambda body: os.truncate(body, LENGTH + 1), (LENGTH - 1) % CHUNK + 1, "body"),
     "deleted": (Path.unlink, LENGTH, "body"),
-    "directory": (_directory, LENGTH, "body"),
-    "link": (_link, LENGTH, "body"),
-    "fifo": (_fifo, LENGTH, "body"),
+    "directory": (to_directory, LENGTH, "body"),
+    "link": (to_link, LENGTH, "body"),
+    "fifo": (to_fifo, LENGTH, "body"),
     "record": (lambda body: flip(record_of(body), 200), LENGTH, "record"),
+    "directory for a record": (lambda body: to_directory(record_of(body)), LENGTH, "record"),
     "torn record": (lambda body: os.truncate(record_of(body), 100), LENGTH, "record"),
 }
 """What is done to a body or its record, how much of it is to be fetched again, and where that is counted."""
@@ -169,18 +144,6 @@ def test_without_upstream_what_is_sound_is_served_and_the_rest_is_an_honest_erro
     upstream.answer(BIG, GOOD)
     until(lambda: gup.get(BIG).body == BODY, "it is whole when upstream is back")
     assert repaired(gup, LENGTH - 2 * CHUNK)
-
-
-def test_other_bytes_upstream_are_never_mixed_in(stored):
-    other = zip_of("rot, another", LENGTH)
-    gup, upstream, body = stored()
-    tag = json.loads(record_of(body).read_bytes())["etag"]
-    flip(body, 2 * CHUNK)
-    upstream.answer(BIG, Answer(other, etag='"a"'))
-    gup.start()
-    cut_at_damage(gup, 2 * CHUNK)
-    until(lambda: gup.get(BIG).complete, "the new body")
-    assert gup.serves(BIG, other).etag != tag
 
 
 # --- modes, the scrubber, the command

@@ -204,6 +204,16 @@ class RawConnection:
         response.reset = self.was_reset
         return response
 
+    def drop(self, response: Response) -> int:
+        """Receive the rest of a body of known length and keep none of it; the body's length."""
+        length = int(response.header("content-length") or 0)
+        left, buffer = length - len(response.body) - len(self._buffer), bytearray(RECEIVE_BYTES)
+        while left > 0:
+            count = self._socket.recv_into(buffer)
+            assert count, f"the connection ended {left} bytes before its body"
+            left -= count
+        return length
+
     def _chunks(self, response: Response) -> bool:
         pieces = []
         try:

@@ -121,6 +121,23 @@ def only(paths: Iterable[Path]) -> Path:
     return path
 
 
+def to_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "in it").write_text("x")
+
+
+def to_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere.zip"))
+    path.symlink_to(path.with_name("elsewhere.zip"))
+
+
+def to_fifo(path: Path) -> None:
+    """As unreadable as a file can be made for root, too: whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def flip(path: Path, *offsets: int) -> None:
     """Turn a bit at each offset, as a disk does: the file's times and size tell of nothing."""
     stat = path.stat()

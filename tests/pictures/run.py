@@ -1,17 +1,15 @@
 """The pictures in docs/images: a real gup, a month played with its clock put ahead, a real Chromium."""
 
 import argparse
-import http.client
 import random
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import quote
 
 from harness.browser import browser
-from harness.clients import Swarm
+from harness.clients import Swarm, fetch
 from harness.content import noise, zip_of
 from harness.faults import WallClock
 from harness.processes import until
@@ -75,14 +73,9 @@ class Site:
             return
         one_behind = len(self._revisions) > 1 and has == self._revisions[-2]
         file = f"xdelta{has}_To_{newest}.dax" if one_behind else "full.zip"
-        connection = http.client.HTTPConnection(*self._gup.data, source_address=(client, 0), timeout=30)
-        connection.request(
-            "GET", quote(f"/content/{moniker}/{newest}/{file}"), headers={"User-Agent": "SEP/14.3.4615.2000"}
-        )
-        answer = connection.getresponse()
-        assert answer.status == 200, (answer.status, file)
-        answer.read()
-        connection.close()
+        path = f"/content/{moniker}/{newest}/{file}"
+        answer = fetch(self._gup.data, path, {"User-Agent": "SEP/14.3.4615.2000"}, source=client)
+        assert (answer.status, answer.complete) == (200, True), (answer.status, file)
 
 
 def month(site: Site, chance: random.Random) -> None:

@@ -1,12 +1,13 @@
 """A site is seeded from another one's archive: by running services and by stopped ones."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from harness.commands import command
 from harness.content import DELTA, content_path, noise, zip_of
-from harness.processes import until
+from harness.processes import needs, until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
 
@@ -89,16 +90,39 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
     assert done.returncode == 0, done
     entries = json.loads(done.stdout)["entries"]
     target = tmp_path / "third"
-    missing = command("cache", "import", archive, "--cache-dir", target)
-    assert (missing.returncode, "is no cache directory" in missing.stderr) == (1, True), missing
-    (target / "content").mkdir(parents=True)
+    foreign = command("cache", "import", archive, "--cache-dir", site)
+    assert (foreign.returncode, "is no cache directory" in foreign.stderr) == (1, True), foreign
     told = json.loads(command("cache", "import", archive, "--cache-dir", target, "--json").stdout)
     assert (told["imported"], told["refused"], told["complete"]) == (entries, [], True)
     small = command("cache", "import", archive, "--cache-dir", site / "first", GUP_CACHE__MAX_SIZE="1MB")
     assert f"{entries} were here already" in small.stdout
-    (tmp_path / "fourth" / "content").mkdir(parents=True)
+    (tmp_path / "fourth" / "lost+found").mkdir(parents=True)
     small = command("cache", "import", archive, "--cache-dir", tmp_path / "fourth", GUP_CACHE__MAX_SIZE="1MB")
     assert (small.returncode, "cache.max_size (1MB) would be exceeded" in small.stdout) == (1, True), small
     with Gup(target, [NOBODY], workers=1) as gup:
         for path, body in BODIES.items():
             gup.serves(path, body)
+
+
+def test_a_signed_archive_is_taken_where_a_signature_is_required_and_no_other(site, tmp_path):
+    key, public, target = tmp_path / "key.pem", tmp_path / "key.pub", tmp_path / "target"
+    for words in (f"genpkey -algorithm ed25519 -out {key}", f"pkey -in {key} -pubout -out {public}"):
+        subprocess.run([needs("openssl"), *words.split()], check=True, capture_output=True)
+    signed = tmp_path / "signed.tar"
+    where = ("--cache-dir", site / "first")
+    assert "not signed" in command("cache", "export", tmp_path / "plain.tar", *where).stdout
+    bad = command("cache", "export", signed, *where, "--sign-key", public)
+    assert (bad.returncode, "a private Ed25519 key" in bad.stderr, signed.exists()) == (1, True, False), bad
+    done = command("cache", "export", signed, *where, "--sign-key", key)
+    assert (done.returncode, "signed by the key" in done.stdout) == (0, True), done
+    text = bytearray(signed.read_bytes())
+    text[text.index(BODIES[DELTA][:1000]) + 500] ^= 1
+    (tmp_path / "changed.tar").write_bytes(text)
+    for name, why in (("plain", "it is not signed"), ("changed", "it is not what was signed")):
+        file = tmp_path / f"{name}.tar"
+        refused = command("cache", "import", file, "--cache-dir", target, GUP_SIGNED_BY=str(public))
+        assert (refused.returncode, why in refused.stderr, target.exists()) == (1, True, False), refused
+    taken = command("cache", "import", signed, "--cache-dir", target, "--signed-by", public)
+    assert (taken.returncode, "signed by the key" in taken.stdout) == (0, True), taken
+    again = command("cache", "import", tmp_path / "plain.tar", "--cache-dir", target)
+    assert (again.returncode, "the archive is not signed" in again.stdout) == (0, True), again

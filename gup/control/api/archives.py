@@ -3,20 +3,21 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import IO, Any, TypeVar, cast
 
 from aiohttp import StreamReader, web
 
-from gup.cache.archive import ArchiveError, Custody, Imported, TarError, written
+from gup.cache.archive import ArchiveError, Imported, TarError, written
 from gup.cache.archive import Import as ArchiveImport
 from gup.cache.records import Record
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Variant
+from gup.content.variant_choice import why_not_for
 from gup.control.api.endpoint import Endpoint
-from gup.control.api.entries import Filter, candidates, labels_of, matching
+from gup.control.api.entries import Filter, Labels, labels_of, matching
 from gup.control.api.schemas import Import
 from gup.control.eviction import no_room
-from gup.control.reconcile import index_again
+from gup.control.index import Row
 from gup.control.state import ControlState
 
 _log = logging.getLogger("gup.control.archives")
@@ -41,19 +42,22 @@ class Archives:
         )
 
     async def export(self, state: ControlState, query: Filter, request: web.Request) -> web.StreamResponse:
-        """Entries with their records as a tar archive, each compared with its sums before it is sent."""
+        """Entries with their records as a tar archive, each compared with its sums before it is sent.
+
+        version and language mean those of a site: with them go the entries that such a site has a use for,
+        what is for all versions or languages too.
+        """
         if self._exporting.locked():
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
-            rows, label, now = candidates(state.index, query), labels_of(state), state.clock()
-            found = await asyncio.to_thread(matching, rows, query, label, now)
-            keys = [ContentKey.parse(key) for key in sorted(row.key for row in found)]
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock())
+            rows, label, now = list(state.index.rows.values()), labels_of(state), state.clock()
+            keys, why_not = await asyncio.to_thread(chosen, rows, query, label, now)
+            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, why_not)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
             try:
-                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                async for piece in pieces:
                     await response.write(piece)
             except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
                 _log.warning("an export broke off: %s", error)
@@ -78,8 +82,28 @@ class Archives:
                 raise
 
 
+def chosen(
+    rows: Sequence[Row], query: Filter, label: Labels, now: float
+) -> tuple[list[ContentKey], list[str]]:
+    """The keys that the filter and a site of its version and language choose, and why not each other one."""
+    keys, why_not = [], []
+    others = query.model_copy(update={"version": None, "language": None})
+    named = ", ".join(sorted(others.model_dump(exclude_none=True)))
+    of_that = {row.key for row in matching(rows, others, label, now)}
+    for row in rows:
+        called = label(row.stream_id, row.file)
+        why = why_not_for(Variant(row.version, row.language), query.version, query.language, called)
+        if not why and row.key not in of_that:
+            why = f"it is not of that {named}"
+        if why:
+            why_not.append(why)
+        else:
+            keys.append(ContentKey.parse(row.key))
+    return sorted(keys, key=lambda key: key.text), why_not
+
+
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
-    """The import, in a thread. Body, claims and index are used on the event loop."""
+    """The import, in a thread. Body and index are used on the event loop."""
 
     def wait_for(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, loop).result()
@@ -100,7 +124,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
                 raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:
-        await index_again(record.key, state.index, state.dependencies.store)
+        await state.index.read_again(record.key, state.dependencies.store)
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
@@ -108,11 +132,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         figures = os.statvfs(state.dependencies.store.root)
         return no_room(length_bytes, held, figures.f_bavail * figures.f_frsize, state.settings.cache)
 
-    claims = state.dependencies.claims
-    custody = Custody(
-        claim=lambda offset: call(claims.try_claim, offset),
-        release=lambda offset: call(claims.release, offset),
-        room=room,
-        taken=lambda record: wait_for(taken(record)),
+    importing = ArchiveImport(
+        state.dependencies.store, state.clock(), room, lambda record: wait_for(taken(record))
     )
-    return ArchiveImport(state.dependencies.store, custody, state.clock()).take(cast(IO[bytes], Body()))
+    return importing.take(cast(IO[bytes], Body()))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gup import fsutil
+from gup import files
 
 
 def test_a_replaced_file_is_whole_private_and_leaves_nothing_beside_it(tmp_path):
@@ -15,7 +15,7 @@ def test_a_replaced_file_is_whole_private_and_leaves_nothing_beside_it(tmp_path)
     path.write_text("old")
     (tmp_path / "state.new").write_text("left by a process that died, and readable by all")
     (tmp_path / "state.new").chmod(0o644)
-    fsutil.replace_file(path, b"new")
+    files.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [path]
@@ -28,23 +28,23 @@ def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_fd, _content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fsutil, "write_all", full)
+    monkeypatch.setattr(files, "write_all", full)
     with pytest.raises(OSError, match="No space left"):
-        fsutil.replace_file(path, b"new")
+        files.replace_file(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_descriptor_of_a_replaced_file_is_the_new_file(tmp_path):
-    fd = fsutil.replaced_file(tmp_path / "state", b"new")
+    fd = files.replaced_file(tmp_path / "state", b"new")
     assert os.fstat(fd).st_ino == (tmp_path / "state").stat().st_ino
     os.close(fd)
 
 
 HOLDER = """
 import os, sys
-from gup import fsutil
-fsutil.lock_range(os.open(sys.argv[1], os.O_RDWR), 1 << 61, 8, wait=False)
+from gup import files
+files.lock_range(os.open(sys.argv[1], os.O_RDWR), 1 << 61, 8, wait=False)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -57,12 +57,12 @@ def test_a_range_is_locked_against_other_processes_until_its_holder_dies(tmp_pat
     command = [sys.executable, "-c", HOLDER, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        assert fsutil.is_range_locked(fd, (1 << 61) + 7)
-        assert not fsutil.is_range_locked(fd, (1 << 61) + 8)
+        assert files.is_range_locked(fd, (1 << 61) + 7)
+        assert not files.is_range_locked(fd, (1 << 61) + 8)
         with pytest.raises(BlockingIOError):
-            fsutil.lock_range(fd, 1 << 61, wait=False)
-        fsutil.lock_range(fd, 0, wait=False)
+            files.lock_range(fd, 1 << 61, wait=False)
+        files.lock_range(fd, 0, wait=False)
         holder.kill()
-        fsutil.lock_range(fd, 1 << 61, wait=True)
-        fsutil.unlock_range(fd, 1 << 61)
+        files.lock_range(fd, 1 << 61, wait=True)
+        files.unlock_range(fd, 1 << 61)
     os.close(fd)

@@ -1,19 +1,27 @@
-"""The cache directory's disk: what it refuses, reservations over all workers, a second try when full."""
+"""The cache directory's disk: what it refuses, the room on it, and how far it is synced."""
 
 import asyncio
 import errno
+import logging
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gup.cache.records import MAX_BODY_BYTES
+from pydantic import BaseModel
+
+from gup.cache.records import MAX_BODY_BYTES, Record
 from gup.errors import GupError, is_exhausted
+from gup.files import replace_file, sync_file_system
+
+log = logging.getLogger("gup.durability")
+
+# --- refusals and room
 
 _PATIENCE_SECONDS = 2.0
 """For eviction to show an effect; each further one is waited for as long again."""
@@ -169,6 +177,7 @@ class Room:
     """What one fill was promised."""
 
     space: Space
+    executor: Executor
     _promised: int = 0
 
     async def reserve(self, amount: int) -> None:
@@ -185,11 +194,92 @@ class Room:
             self.space.release(self._promised, committed=committed)
             self._promised = 0
 
-    async def twice(self, work: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Do `work`; when the disk is full, evict and do it once more. It must be fit to be repeated."""
+    async def on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        """`work` in a thread; when the disk is full, evict and do it once more: it must be fit for that."""
         try:
-            return await work()
+            return await on_disk(self.executor, work, *arguments)
         except DiskError as error:
             if error.errno not in _FULL or not await self.space.make_room():
                 raise
-        return await work()
+        return await on_disk(self.executor, work, *arguments)
+
+
+# --- what a power cut can't take
+#
+# New entries are not synced one by one: the controller syncs the file system now and then, and marks up to
+# when it did. An entry that the mark covers, or that was stored since the machine started, is on the disk or
+# in the page cache as it was written; of any other every chunk is compared before it is sent, in every mode
+# (cache.verify).
+
+_FILE = "synced"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MARGIN_SECONDS = 5.0
+"""A record's time is taken a moment before its body is in place, and clocks are set."""
+
+
+class Mark(BaseModel):
+    """The last sync: the boot of the machine it was made in, and its Unix time. 0: it failed."""
+
+    boot_id: str = ""
+    at: float = 0.0
+
+    def covers(self, record: Record) -> bool:
+        """Whether no power cut since can have torn the record's body."""
+        this_boot = self.at > 0 and self.boot_id == boot_id()
+        return this_boot or record.stored_at <= self.at - _MARGIN_SECONDS
+
+
+def boot_id() -> str:
+    """The machine's present boot; another text after each start."""
+    return _BOOT_ID.read_text().strip()
+
+
+def read_mark(run: Path) -> Mark:
+    """The mark as it is kept; one that covers nothing when there is none. Blocks."""
+    try:
+        return Mark.model_validate_json((run / _FILE).read_bytes())
+    except (OSError, ValueError):
+        return Mark()
+
+
+def write_mark(run: Path, mark: Mark) -> None:
+    replace_file(run / _FILE, mark.model_dump_json().encode())
+
+
+@dataclass(slots=True)
+class Durability:
+    """Syncs every `interval()` seconds if `committed()`, a count, has changed; in the controller."""
+
+    root: Path
+    """The cache directory."""
+    interval: Callable[[], float]
+    committed: Callable[[], int]
+    _synced_count: int = -1
+    _failed: bool = False
+
+    async def run(self) -> None:
+        while True:
+            await self.sync()
+            await asyncio.sleep(max(self.interval(), 0.1))
+
+    async def sync(self) -> None:
+        """Sync if something was committed since the last time. A refusal is told once, and tried again."""
+        count = self.committed()
+        if count == self._synced_count:
+            return
+        try:
+            await asyncio.to_thread(self._sync)
+        except OSError as error:
+            if not self._failed:
+                log.warning("the disk refuses to sync: stored bodies are compared before use: %s", error)
+            self._failed = True
+        else:
+            self._failed, self._synced_count = False, count
+
+    def _sync(self) -> None:
+        mark, began = Mark(boot_id=boot_id()), time.time()
+        try:
+            sync_file_system(self.root)
+            mark.at = began
+        finally:
+            write_mark(self.root / "run", mark)

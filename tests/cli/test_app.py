@@ -1,4 +1,4 @@
-"""What people are told, in words; and the command itself."""
+"""The command itself: its help, its start, and that nothing from outside steers the terminal."""
 
 import subprocess
 import sys
@@ -7,42 +7,11 @@ import pytest
 from harness.commands import run
 
 import gup
-from gup.cli.format import printable
-from gup.units import bytes_in_words, time_in_words
-
-# --- words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (999_499, "999 kB"),
-        (999_500, "1.0 MB"),
-        (123_456_789, "123 MB"),
-        (-1_500_000, "-1.5 MB"),
-        (5 * 10**18, "5000 PB"),
-    ],
-)
-def test_bytes_in_words(count, words):
-    assert bytes_in_words(count) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3600, "1 h"), (90_000, "1 d 1 h"), (90_061, "1 d 1 h")],
-)
-def test_time_in_words(seconds, words):
-    assert time_in_words(seconds) == words
+from gup.cli.shared import printable
 
 
 def test_nothing_from_outside_steers_the_terminal():
     assert printable("a\x1b[2Jb\r\n\u202ec") == "a\ufffd[2Jb\ufffd\ufffd\ufffdc"
-
-
-# --- the command itself
 
 
 def test_every_command_has_its_help():
