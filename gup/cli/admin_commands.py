@@ -8,6 +8,7 @@ import typer
 
 from gup.cli.shared import (
     FAILED,
+    UNUSABLE,
     WAITING,
     Columns,
     JsonFlag,
@@ -72,7 +73,7 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     yield f"clients: {status['clients']['connections']} connections"
     if not status["reload"]["successful"]:
-        yield "the last reload FAILED: the settings before it are in force; the log says why"
+        yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
         words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
         yield printable(words)
@@ -83,7 +84,7 @@ def _state(upstream: Row) -> str:
     return "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
 
 
-def _here(fill: Row) -> str:
+def _received(fill: Row) -> str:
     received, length = fill["received_bytes"], fill["length_bytes"]
     share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
     return bytes_in_words(received) + share
@@ -93,9 +94,9 @@ _UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last e
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
-    "#here": _here,
-    "#a second": "bytes_per_second",
-    "#left": "remaining_seconds",
+    "#received": _received,
+    "#rate": "bytes_per_second",
+    "#time left": "remaining_seconds",
 }
 
 
@@ -112,11 +113,11 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
     if json_output:
         print_json(answer)
     elif not answer["reloaded"]:
-        typer.echo("\n  ".join(["the settings before stay in force:", *answer["problems"]]), err=True)
+        typer.echo("\n  ".join(["the old settings stay in force:", *answer["problems"]]), err=True)
     else:
         typer.echo(f"in force now: {', '.join(changed)}" if changed else "nothing has changed")
         if waiting:
-            typer.echo(f"waiting for a restart of the service: {', '.join(waiting)}")
+            typer.echo(f"restart the service for: {', '.join(waiting)}")
     if not answer["reloaded"] or waiting:
         raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
 
@@ -124,19 +125,24 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
 @with_connection_flags
 def prefetch(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip."),
+    ] = None,
     *,
+    product: Annotated[
+        str | None,
+        typer.Option(metavar="PRODUCT", help="The newest full packages of this product."),
+    ] = None,
     version: Annotated[
         str | None,
-        typer.Option(metavar="VERSION", help="Only from upstreams of this version."),
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language."),
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language; default: all."),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Put it on the list and return; status 0 then.")
+        bool, typer.Option("--no-wait", help="Queue it and return at once with status 0.")
     ] = False,
     where: Where,
     json_output: JsonFlag = False,
@@ -147,8 +153,12 @@ def prefetch(
     """
     given = {"version": version, "language": language}
     order = {name: value for name, value in given.items() if value is not None}
+    orders = [{"path": path} for path in paths or ()] + ([{"product": product}] if product else [])
+    if not orders:
+        typer.echo("gup: name paths, or --product", err=True)
+        raise typer.Exit(UNUSABLE)
     with asking(where) as admin:
-        answers = [admin.ask("POST", "prefetch", {"path": path} | order) for path in paths]
+        answers = [admin.ask("POST", "prefetch", each | order) for each in orders]
         wanted = [row for answer in answers for row in answer["wanted"]]
         if not no_wait:
             wanted = _wait(admin, wanted)
@@ -167,6 +177,6 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
-        gone = {"outcome": "failed", "detail": "it is not on the service's list any more"}
+        gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted

@@ -72,7 +72,7 @@ CHANGED: list[str] = []
 WAITING: list[str] = []
 
 
-def control_plane(method, url):
+def control_plane(method, url):  # noqa: PLR0911 - a case for each request
     query = {name: values[0] for name, values in parse_qs(url.query).items()}
     match method, unquote(url.path):
         case "GET", "/api/v1/status":
@@ -80,7 +80,12 @@ def control_plane(method, url):
         case "GET", "/api/v1/content":
             start = int(query.get("cursor", "0"))
             end = start + int(query["limit"])
-            return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
+            found = [] if query.get("product") == "none" else ENTRIES
+            cursor = str(end) if end < len(found) else None
+            return 200, {"entries": found[start:end], "cursor": cursor, "matching": len(found)}
+        case "DELETE", "/api/v1/content":
+            done = {"dry_run": query["dry_run"] == "1", "entries": 7, "freed_bytes": 1_500_000, "pinned": 2}
+            return 200, done | {"busy": int(query.get("kind") == "full")}
         case "POST", "/api/v1/reload":
             told = {"reloaded": not PROBLEMS, "problems": PROBLEMS, "changed": CHANGED, "waiting": WAITING}
             return 200, told
@@ -120,7 +125,7 @@ def test_status_in_words(plane):
         "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
         "WAN: 8MB/s",
         "clients: 42 connections",
-        "the last reload FAILED: the settings before it are in force; the log says why",
+        "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes",
         "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
     ]
     assert [line.split()[:2] for line in lines[8:11]] == [
@@ -129,7 +134,7 @@ def test_status_in_words(plane):
         ["spare", "DOWN"],
     ]
     assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
-    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[11].split() == ["fill", "from", "received", "rate", "time", "left"]
     assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
     assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
     assert lines[13].split() == ["0e", "-", "1.5", "kB", "-", "-"]
@@ -188,7 +193,7 @@ def test_nobody_listens_there():
     assert result.exit_code == 1
     assert "no control plane answers at http://127.0.0.1:1 (" in result.stderr
     assert "Connection refused" in result.stderr
-    assert "is gup running?" in result.stderr
+    assert "is it running?" in result.stderr
 
 
 def test_another_server_listens_there(plane):
@@ -196,10 +201,10 @@ def test_another_server_listens_there(plane):
     result = run("status", "--admin", plane.url)
     assert (result.exit_code, result.stderr) == (
         1,
-        f"gup: {plane.url}: what answers there is no control plane of gup\n",
+        f"gup: {plane.url}: the server there is not a gup control plane\n",
     )
     plane.answers = lambda *_: (200, [])
-    assert "no control plane" in run("status", "--admin", plane.url).stderr
+    assert "not a gup control plane" in run("status", "--admin", plane.url).stderr
     plane.answers = lambda *_: (502, b"<html>")
     assert "502" in run("status", "--admin", plane.url).stderr
 
@@ -212,7 +217,7 @@ def test_a_gup_of_another_version_listens_there(plane):
 
 
 def test_an_odd_url_is_refused():
-    with pytest.raises(AdminError, match="begins with http://"):
+    with pytest.raises(AdminError, match="must begin with http://"):
         Admin("ftp://x")
     assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
 
@@ -227,7 +232,7 @@ def test_reload_says_what_came_of_it(plane, monkeypatch):
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, result.stdout.splitlines()[1:]) == (
         3,
-        ["waiting for a restart of the service: listen.port, workers.count"],
+        ["restart the service for: listen.port, workers.count"],
     )
     monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
     result = run("reload", "--admin", plane.url)
@@ -335,6 +340,45 @@ def test_purge_pin_and_unpin(plane):
     assert asked(plane) == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
 
 
+def test_a_list_that_finds_nothing_says_so(plane):
+    result = run("cache", "list", "--admin", plane.url, "--product", "none")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "no entry matches: 2500 are stored\n"
+
+
+def test_a_purge_of_what_flags_choose_tells_how_much_and_first_what(plane):
+    result = run(
+        "cache", "purge", "--admin", plane.url, "--product", "Virus", "--older-than", "30d", "--dry-run"
+    )
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, len(lines)) == (0, 1 + 20 + 2), result.output
+    assert lines[-2:] == ["and 2480 more", "7 entries would be purged, 1.5 MB, 2 left: pinned"]
+    listed, purged = (parse_qs(urlsplit(line.split()[1]).query) for line in reversed(asked(plane)))
+    chosen = {"product": ["Virus"], "older_than": ["2592000"]}
+    assert listed == chosen | {"order": ["name"], "limit": ["20"]}
+    assert purged == chosen | {"dry_run": ["1"], "pinned": ["0"]}
+    plane.seen.clear()
+    result = run("cache", "purge", "--admin", plane.url, "--kind", "full", "--pinned")
+    assert result.stdout == "7 entries purged, 1.5 MB, 2 left: pinned, 1 left: being fetched or checked\n"
+    assert (result.exit_code, asked(plane)) == (1, ["DELETE /api/v1/content?kind=full&dry_run=0&pinned=1"])
+
+
+@pytest.mark.parametrize("arguments", [(), ("k", "--kind", "full"), ("k", "--dry-run"), ("--dry-run",)])
+def test_a_purge_names_its_keys_or_chooses(plane, arguments):
+    result = run("cache", "purge", "--admin", plane.url, *arguments)
+    assert (result.exit_code, asked(plane)) == (2, [])
+    assert "give keys or filters" in result.stderr
+
+
+def test_the_newest_of_a_product_is_ordered(plane):
+    row = {"key": "a/b/c/d/e", "outcome": "queued", "detail": ""}
+    plane.answers = lambda *_: (202, {"wanted": [row]})
+    result = run("prefetch", "--admin", plane.url, "--product", "Virus", "--language", "fr", "--no-wait")
+    assert (result.exit_code, result.stdout) == (0, "a/b/c/d/e: waits\n")
+    assert asked(plane) == ["POST /api/v1/prefetch"]
+    assert run("prefetch", "--admin", plane.url).exit_code == 2
+
+
 def test_a_refusal_is_told_in_its_own_words(plane):
     result = run("cache", "purge", "no/such/key/at/all", "--admin", plane.url)
     assert result.exit_code == 1
@@ -362,10 +406,10 @@ def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> di
 @pytest.mark.parametrize(
     ("arguments", "found", "mended", "status", "line"),
     [
-        ((), 0, None, 0, "7 looked at: 0 damaged, 1 left out because they were at work"),
+        ((), 0, None, 0, "7 checked: 0 damaged, 1 left out because of fills"),
         ((), 1, None, 1, "body: content/x: 1 of 4 chunks\n"),
-        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (mended)\n"),
-        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT mended: nobody there)\n"),
+        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (repaired)\n"),
+        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT repaired: nobody there)\n"),
     ],
 )
 def test_verify_waits_for_the_service_and_tells_what_it_found(
