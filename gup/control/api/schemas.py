@@ -323,6 +323,14 @@ class Purged(Response):
     freed_bytes: int
 
 
+class PurgedEntries(Response):
+    dry_run: bool
+    entries: int = Field(description="How many were purged; in a dry run: would be.")
+    freed_bytes: int
+    pinned: int = Field(description="Left because they are pinned.")
+    busy: int = Field(description="Left because another process worked on them.")
+
+
 class Pinned(Response):
     key: str
     pinned: bool
