@@ -131,9 +131,7 @@ def prefetch(
     *,
     product: Annotated[
         str | None,
-        typer.Option(
-            metavar="PRODUCT", help="The newest full packages of this product, as `gup cache list` shows it."
-        ),
+        typer.Option(metavar="PRODUCT", help="Its newest full packages; named as by `gup cache list`."),
     ] = None,
     version: Annotated[
         str | None,
@@ -149,9 +147,9 @@ def prefetch(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Fetch content before a client requests it, and wait; status 0 when all is stored, else 1.
+    """Fetch content before clients request it, and wait; status 0 when all is stored, else 1.
 
-    Fills for clients go first, and wan.rate applies. Ctrl-C ends the waiting only.
+    It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends only the wait.
     """
     given = {"version": version, "language": language}
     order = {name: value for name, value in given.items() if value is not None}
