@@ -1,4 +1,4 @@
-"""Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
+"""The negative cache of all processes, and the upstreams that are on hold for one key."""
 
 import ctypes
 import time
@@ -12,21 +12,20 @@ from gup.jsonmodel import MAX_INTEGER
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, bounded
 
 _WAYS = 4
-"""A key's failure stands in one of so many rows."""
+"""A key's failure is in one of this many rows."""
 _SLUGS = tuple(PROBLEMS)
 LONGEST_HOLD_SECONDS = 900.0
-"""Between two looks at a body that was found wrong."""
+"""Longest time before a body that was found wrong is checked again."""
 
 
 class _Row(ctypes.Structure):
-    """One failure. Its detail is in UTF-8, cut to what has room."""
+    """One failure. Its detail is in UTF-8, cut to the space there is."""
 
     key: "ctypes.Array[ctypes.c_ubyte]"
     """All 0: the row is free."""
     until_ns: int
-    """Monotonic."""
     slug: int
-    """Its place in PROBLEMS."""
+    """Index in PROBLEMS."""
     detail: bytes
     _fields_ = (
         ("key", ctypes.c_ubyte * 16),
@@ -41,10 +40,10 @@ _FREE = bytes(16)
 
 
 class NegativeCache:
-    """What could not be had, and need not be asked for again yet: one table in shared memory.
+    """Failures for which upstreams need not be asked again yet: one table in shared memory.
 
-    Bounded: a new row replaces the one of its four that ends first. `words` change while `locked` is held;
-    a reader that finds its key takes the lock, too, so that it reads no row by half.
+    Bounded: a new row replaces the one of its four that ends first. `words` change while `locked` is held; a
+    reader that finds its key takes the lock, too, so that it reads no half-written row.
     """
 
     def __init__(self, words: "memoryview[int]", locked: Callable[[], AbstractContextManager[None]]) -> None:
@@ -53,7 +52,7 @@ class NegativeCache:
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
     def get(self, key: ContentKey) -> Problem | None:
-        """The problem to answer with while the failure stands, with the time that is left."""
+        """The remembered problem with its remaining time, until it expires."""
         if self._find(key) is None:
             return None
         with self._locked():
@@ -64,7 +63,6 @@ class NegativeCache:
             return problem_that_stands(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
 
     def put(self, key: ContentKey, problem: Problem, seconds: float) -> None:
-        """Remember a failure for so long."""
         if seconds <= 0:
             return
         with self._locked():
@@ -75,7 +73,6 @@ class NegativeCache:
             row.key[:] = list(bytes.fromhex(key.id))
 
     def forget(self, key: ContentKey) -> None:
-        """It is here by now."""
         if self._find(key) is not None:
             with self._locked():
                 if (row := self._find(key)) is not None:
@@ -92,22 +89,22 @@ class NegativeCache:
 
 
 def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:
-    """A remembered failure for one more client. `Retry-After` stands where trying again may help."""
+    """`Retry-After` is set where trying again may help."""
     absent = PROBLEMS[slug].status in (404, 410)
     return Problem(slug, detail, retry_after_seconds=None if absent else max(left_seconds, 1.0))
 
 
 def told_by(head: RemoteHead) -> Told:
-    """What tells an upstream's body from its next one."""
+    """Identifies an upstream's body."""
     etag, modified = (bounded(text) if text is not None else None for text in (head.etag, head.last_modified))
     return etag, modified, None if head.length is None else min(head.length, MAX_INTEGER)
 
 
 class Holds:
-    """The upstreams that one key is not asked for: by their own Retry-After, or since what came was wrong.
+    """The upstreams that one key is not requested from: by their own Retry-After, or after a wrong body.
 
-    A wrong body is waited for `first_seconds`, doubled each time it is found wrong again, up to 15 minutes.
-    After the wait its head is asked for: one that tells another body is a new chance and begins anew.
+    A wrong body is on hold for `first_seconds`, doubled each time it is found wrong again, up to 15 minutes.
+    After that its head is requested: another body starts anew.
     """
 
     def __init__(
@@ -117,7 +114,6 @@ class Holds:
         clock: Callable[[], float],
         tell: Callable[[str, str], None] = lambda _upstream, _detail: None,
     ) -> None:
-        """`tell` is called with an upstream and what is wrong with its body."""
         self._first_seconds = first_seconds or 1.0
         self._clock = clock
         self._tell = tell
@@ -129,7 +125,7 @@ class Holds:
         return tuple(self._rows.values())
 
     def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
-        """Take in why an upstream's answer was of no use; `head` is that of a body that was read."""
+        """Record why an upstream's answer was rejected; `head` is that of a body that was read."""
         if failure.retry_after_seconds is not None:
             self._hold(upstream, failure.retry_after_seconds)
         elif failure.outcome == "rejected":
@@ -163,6 +159,6 @@ class Holds:
         return row.seconds_left(self._clock()) if row is not None else 0.0
 
     def is_wrong(self, head: RemoteHead) -> bool:
-        """Whether `head` tells the body that was found wrong. Without validators nobody can tell."""
+        """Whether `head` is of the body that was found wrong. Without validators that is unknown."""
         row = self._rows.get(head.upstream)
         return row is not None and row.told == told_by(head) and bool(head.etag or head.last_modified)
