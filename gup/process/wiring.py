@@ -191,7 +191,7 @@ class ChildProcess(ABC):
         log.configure_child(settings.log)
 
     async def handle_messages(self) -> bool:
-        """Handle the supervisor's messages until `stopped` is set. False if the supervisor is gone."""
+        """False if the supervisor is gone."""
         loop, gone = asyncio.get_running_loop(), False
 
         def readable() -> None:

@@ -1,4 +1,4 @@
-"""What is stored: listed, shown, purged, pinned."""
+"""Entries: listed, shown, purged, pinned."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ _Part = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 240
 _Order = Literal["key", "-key", "used", "-used", "stored", "-stored", "length", "-length", "hits", "-hits"]
 
 Labels = Callable[[Row], Label]
-"""What the catalogue calls a row's stream; the moniker, and the type "", where it is not listed."""
+"""The catalogue's label of a row's stream; the moniker, and the type "", where it is not listed."""
 
 
 class Key(Request):
@@ -46,7 +46,7 @@ class Key(Request):
 
 
 class Filter(Request):
-    """Which entries. Text is compared without regard to capitals."""
+    """Which entries. Text is compared without case."""
 
     product: Text | None = Field(None, description="Only of this product, as rows show it.")
     version: Text | None = Field(None, description="Only of this version: the key's or the product's.")
@@ -70,7 +70,7 @@ async def listing(state: ControlState, query: Listing) -> schemas.Entries:
 
 
 async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
-    """One entry, with what its record says."""
+    """One entry, with its record."""
     row = state.index.rows.get(path.key.text)
     stored = await asyncio.to_thread(state.dependencies.store.stored, path.key)
     record = stored.record if stored is not None else None
@@ -85,7 +85,7 @@ async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
 
 
 async def purge(state: ControlState, path: Key) -> schemas.Purged:
-    """Remove an entry, pinned or not, and what lies unfinished of it; whoever reads it reads on."""
+    """Remove an entry, pinned or not, and its parts; open readers continue."""
     known = path.key.text in state.index.rows
     freed = await state.evictor.purge(path.key)
     if not freed and not known:
@@ -124,13 +124,13 @@ ENDPOINTS = (
 
 
 def labels_of(state: ControlState) -> Labels:
-    """What the catalogue calls the rows' streams at this moment."""
+    """The catalogue's present labels."""
     label_of = state.dependencies.label_of
     return lambda row: label_of(row.stream_id, row.file) or Label(state.label(row.stream_id)[0], "", "", "")
 
 
 async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entries:
-    """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
+    """Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, most = ORDERS[order], query.limit + 1
 
@@ -158,7 +158,6 @@ async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entrie
 
 
 def matching(rows: Iterable[Row], query: Filter, label: Labels) -> list[Row]:
-    """All rows that the filter lets through."""
     language = parse_language(query.language) if query.language is not None else None
 
     def same(wanted: str, *found: str) -> bool:
@@ -189,7 +188,6 @@ def matching(rows: Iterable[Row], query: Filter, label: Labels) -> list[Row]:
 
 
 def shown(row: Row, label: Label) -> schemas.Entry:
-    """A row of the index with the names that the catalogue has for it."""
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return schemas.Entry(
         **asdict(row),
