@@ -29,7 +29,7 @@ class NobodyThereError(AdminError):
 
 
 def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_file: Path | None) -> "Admin":
-    """The control plane that the flags mean; SettingsError or AdminError when they mean none."""
+    """The control plane that the flags name; SettingsError or AdminError when they name none."""
     settings = load(config) if url is None or config is not None else None
     files = [token_file]
     if token_file is None and settings is not None:
@@ -51,7 +51,7 @@ def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_f
 
 
 def admin_url(settings: Settings) -> str:
-    """Where a service with `settings` has its control plane, as seen from its own machine."""
+    """The control plane's address of a service with `settings`, as seen from its own machine."""
     listen = settings.listen
     host = _WILDCARDS.get(listen.admin_address, listen.admin_address)
     scheme = "http" if listen.admin_cert_file is None else "https"
@@ -62,8 +62,8 @@ def admin_url(settings: Settings) -> str:
 class Admin:
     """The control plane at `url`. Every method raises AdminError.
 
-    `lack` says why there is no `token`. `ca_file` is trusted besides what the machine trusts. `pinned` is the
-    service's own certificate (PEM): it must show that very one, under whatever name.
+    `lack` says why there is no `token`. `ca_file` is trusted in addition to the machine's certificates.
+    `pinned` is the service's own certificate (PEM): it must present that one, under any name.
     """
 
     url: str
@@ -80,12 +80,11 @@ class Admin:
             raise AdminError(f"{given}: the control plane's URL begins with http:// or https://")
 
     def ask(self, method: str, resource: str, given: object = None) -> dict[str, Any]:
-        """One request for what is below /api/v1/, with `given` as its JSON, and the JSON that answers it."""
+        """One request below /api/v1/, with `given` as its JSON; returns the response's JSON."""
         body = None if given is None else json.dumps(given).encode()
         return self.understood(self.pieces(method, resource, body))
 
     def understood(self, pieces: Iterable[bytes]) -> dict[str, Any]:
-        """The JSON object in an answer."""
         try:
             answer = json.loads(b"".join(pieces))
         except ValueError:
@@ -102,7 +101,7 @@ class Admin:
         media: str = "application/json",
         patience_seconds: float = _TIMEOUT_SECONDS,
     ) -> Iterator[bytes]:
-        """One request, its body sent piece by piece if it is a file, and its good answer as it comes."""
+        """One request; a file is sent, and a successful response returned, piece by piece."""
         headers = {"Content-Type": media} if body is not None else {}
         headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connection = self._connected()

@@ -43,7 +43,7 @@ Filters = dict[str, str]
 _PAGE = 1000
 _POLL_SECONDS = 0.2
 _IMPORT_SECONDS = 600.0
-"""For an answer to an import: the last entry's commit waits for the disk."""
+"""Time limit for the response to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
     Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
@@ -130,7 +130,7 @@ _change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
 _change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
 
 
-# --- by a service, or here
+# --- by a service, or in the cache directory
 
 
 def _by_service_or_here(
@@ -139,8 +139,8 @@ def _by_service_or_here(
     by_service: Callable[["Admin"], T],
     here: Callable[["Store"], T],
 ) -> T:
-    """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
-    when no service answers where the settings put it.
+    """Work done by the service that the flags name, or in the cache directory: when --cache-dir names one, or
+    when no service answers at the settings' address.
     """
     from gup.cache.store import Store
     from gup.cli.admin_client import NobodyThereError
@@ -161,7 +161,7 @@ def _by_service_or_here(
 
 
 def _alone(store: "Store") -> "closing[InstanceLock]":
-    """Hold the locks that a service takes, so that none starts in between; StoreError when one runs."""
+    """Hold the locks of a service, so that none starts in between; StoreError when one runs."""
     from gup.process.instance_lock import InstanceLock
 
     store.prepare()
@@ -299,7 +299,7 @@ def export(
 
 @contextmanager
 def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside `file`, which takes that name when it is whole; nothing is left when it is not."""
+    """A file beside `file` that is renamed when complete; on an error nothing is left."""
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
@@ -317,7 +317,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> None:
-    """Committed bodies never change, so they can be read whoever else is at work there."""
+    """Committed bodies never change, so they can be read while a service runs."""
     import socket
 
     from gup.cache.archive import written

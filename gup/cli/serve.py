@@ -65,7 +65,7 @@ def serve_flags(
     cache_dir: Path | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
+    """The given flags, nested like the file. SettingsError names every malformed flag."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):
