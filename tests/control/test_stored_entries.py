@@ -79,9 +79,10 @@ async def test_other_methods_paths_and_forged_requests_are_problems_and_do_nothi
 async def test_reload_is_asked_for(world, browser):
     async with world.running():
         for number, problems in enumerate(([], ["cache.max_size: is too small"]), 1):
-            world.reload_problems = problems
-            told = await ask(browser, world, "POST", "/api/v1/reload")
-            assert told == (200, {"reloaded": not problems, "problems": problems})
+            world.reload_problems, world.reload_waiting = problems, ["listen.port"]
+            status, told = await ask(browser, world, "POST", "/api/v1/reload")
+            assert (status, told["reloaded"], told["problems"]) == (200, not problems, problems)
+            assert (told["changed"], told["waiting"]) == (["wan.rate"], ["listen.port"])
             assert world.reloads == number
         world.config_ok = False
         _, told = await get(browser, world, "/api/v1/status")
