@@ -73,8 +73,8 @@ class Fill:
     key: ContentKey
     route: Route
     variant: Variant
-    via: str | None = None
-    """Via of the request that began it, so that upstreams detect loops."""
+    passed: tuple[str, ...] = ()
+    """The gups that its first request came through, so that upstreams detect loops."""
     client: str = ""
     """Address of that request's client; "" without a request."""
     since: float = 0.0
@@ -106,6 +106,8 @@ class Fill:
     """It fetches the rest of a damaged entry."""
     finishing: bool = False
     """All of the body has arrived: the process does not stop before it is committed."""
+    asks_gups: bool = True
+    """Some of its upstreams are gups, or may be."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
@@ -153,6 +155,17 @@ class Fill:
             self.body.fail()
         self._settle()
 
+    def has_failed(self, path: str, passed: tuple[str, ...]) -> bool:
+        """Whether its failure is also that of a request for `path` that came through these gups.
+
+        Upstream may have the same content under another spelling; and what `passed` brought about is no
+        other client's.
+        """
+        if self.problem is None or path != self.route.upstream_path:
+            return False
+        shared = is_shared(self.problem, self.passed, asks_gups=self.asks_gups)
+        return shared or set(self.passed) <= set(passed)
+
     async def join(self) -> GrowingBody | FillEnd:
         """Wait for a body to read, as one of its readers, or for the end. Problem when it failed."""
         self._joining += 1
@@ -188,6 +201,14 @@ class Fill:
     def _settle(self) -> None:
         if self._settled is not None:
             self._settled.set()
+
+
+def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> bool:
+    """Whether a failure is every client's, and may be remembered: no client's Via can have brought it about.
+
+    An upstream that is no gup has a file or has it not, whatever gups the request has `passed`.
+    """
+    return not passed or (not asks_gups and problem.status in (404, 410))
 
 
 def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:

@@ -372,7 +372,7 @@ class Prefetcher:
         return found
 
     def _route(self, path: str) -> Route:
-        routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+        routes = Routes.of(self._settings().upstream)
         return routes.route(parse_target(path.encode()).path)
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:

@@ -227,7 +227,7 @@ def test_reload_says_what_came_of_it(plane, monkeypatch):
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, result.stdout.splitlines()[1:]) == (
         3,
-        ["waiting for a restart of the service: listen.port, workers.count"],
+        ["restart the service for: listen.port, workers.count"],
     )
     monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
     result = run("reload", "--admin", plane.url)
