@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from typing import IO, Any, TypeVar, cast
 
@@ -51,8 +52,9 @@ class Archives:
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
             rows = list(state.index.rows.values())
-            keys, why_not = await asyncio.to_thread(chosen, rows, query, labels_of(state))
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock(), why_not)
+            keys, not_wanted = await asyncio.to_thread(chosen, rows, query, labels_of(state))
+            site, now = state.settings.site.name, state.clock()
+            pieces = written(state.dependencies.store, keys, site, now, not_wanted)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
@@ -82,9 +84,10 @@ class Archives:
                 raise
 
 
-def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[ContentKey], list[str]]:
-    """The keys that the filter and a site of its version and language choose, and why not each other one."""
-    keys, why_not = [], []
+def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[ContentKey], Counter[str]]:
+    """The keys that the filter and a site of its version and language choose; why not the others, counted."""
+    keys: list[ContentKey] = []
+    not_wanted: Counter[str] = Counter()
     others = query.model_copy(update={"version": None, "language": None})
     named = ", ".join(sorted(others.model_dump(exclude_none=True)))
     for row in rows:
@@ -92,10 +95,10 @@ def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[Cont
         if not why and not matching([row], others, label):
             why = f"it is not of that {named}"
         if why:
-            why_not.append(why)
+            not_wanted[why] += 1
         else:
             keys.append(ContentKey.parse(row.key))
-    return sorted(keys, key=lambda key: key.text), why_not
+    return sorted(keys, key=lambda key: key.text), not_wanted
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
