@@ -7,9 +7,9 @@ import asyncio
 import os
 import tarfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -74,16 +74,20 @@ class Ending(BaseModel):
 
 
 async def written(
-    store: Store, keys: Iterable[ContentKey], site: str, now: float, why_not: Iterable[str] = ()
+    store: Store,
+    keys: Iterable[ContentKey],
+    site: str,
+    now: float,
+    not_wanted: Mapping[str, int] | None = None,
 ) -> AsyncIterator[bytes]:
     """The archive in pieces; damaged and missing entries are left out, and named in the last member.
 
-    `why_not` has a reason for each entry that was not selected.
+    `not_wanted` counts the entries that were not selected, by reason.
     """
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
     yield member_bytes(FIRST, first.model_dump_json().encode(), now)
-    counted = Counter(plain_text(why, _MAX_TEXT) for why in why_not)
-    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(counted.most_common(_MOST_REASONS)))
+    reasons = ((plain_text(why, _MAX_TEXT), count) for why, count in (not_wanted or {}).items())
+    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(islice(reasons, _MOST_REASONS)))
     for key in keys:
         try:
             record, file = await asyncio.to_thread(_sound, store, key)

@@ -339,7 +339,7 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 JUMP_SECONDS = 3600.0
-"""A wall clock that gains this much on the time since boot was set."""
+"""A wall clock that gains or loses this much on the time since boot was set."""
 GAP_SECONDS = 7 * 86400.0
 """At the start: if nothing was used for this long, the clock may be wrong."""
 BELIEVED_AFTER_SECONDS = 86400.0
