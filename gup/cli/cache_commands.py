@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -450,17 +451,17 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
         flag = odd[0].replace("_", "-")
         raise StoreError(f"--{flag}: works only with a running service; none answers")
-    keys, why_not = [], []
+    keys, not_wanted = [], Counter[str]()
     others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
     for key in contents(store, grace_seconds=0.0).keys:
         why = why_not_for(key.variant, filters.get("version"), filters.get("language"), None)
         if not why and any(getattr(key, name).casefold() != value for name, value in others.items()):
             why = f"it is not of that {', '.join(others)}"
         if why:
-            why_not.append(why)
+            not_wanted[why] += 1
         else:
             keys.append(key)
-    async for piece in written(store, keys, socket.gethostname(), time.time(), why_not):
+    async for piece in written(store, keys, socket.gethostname(), time.time(), not_wanted):
         archive.write(piece)
 
 

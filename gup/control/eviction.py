@@ -341,7 +341,7 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 JUMP_SECONDS = 3600.0
-"""A wall clock that gains so much on the time since boot was set by somebody."""
+"""A wall clock that gains or loses so much on the time since boot was set by somebody."""
 GAP_SECONDS = 7 * 86400.0
 """At the start: so long after the last use of anything, the clock may be wrong."""
 BELIEVED_AFTER_SECONDS = 86400.0

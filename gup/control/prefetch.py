@@ -31,6 +31,9 @@ _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000
 """In the queue, ended ones included; the oldest ended ones are forgotten."""
 MAX_PENDING = 900
+_TRIES = 4
+_FIRST_RETRY_SECONDS = 30.0
+_LAST_RETRY = _FIRST_RETRY_SECONDS * 2 ** (_TRIES - 2)
 _MAX_TEXT = 9000
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 _M = TypeVar("_M", bound=BaseModel)
@@ -108,7 +111,8 @@ class PrefetchQueue:
     def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
         """The next one of these kinds: operators' first, then in the order of the queue."""
         queued = (item for item in self.rows.values() if item.outcome is Outcome.QUEUED)
-        found = [item for item in queued if item.kind in kinds and item.due_at <= now]
+        # One that is due later than any retry was put off by a clock that has been put back since.
+        found = [item for item in queued if item.kind in kinds and not 0 < item.due_at - now <= _LAST_RETRY]
         return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
@@ -220,7 +224,7 @@ class Revisions:
         lately = [
             revision
             for revision, at in reversed(known.seen.items())
-            if revision < known.newest and revision not in known.asked and now - at <= within_seconds
+            if revision < known.newest and revision not in known.asked and abs(now - at) <= within_seconds
         ][:most]
         # else that of other streams of the same upstream, or of the public log (FIELD)
         others = (other.folder for name, other in self.streams.items() if name[:2] == stream[:2])
@@ -248,8 +252,6 @@ class Revisions:
 
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))
 """Kinds that are fetched one after the other: a full that takes hours delays no delta."""
-_TRIES = 4
-_FIRST_RETRY_SECONDS = 30.0
 _IDLE_LOOK_SECONDS = 0.1
 _LOOK_SECONDS = 5.0
 """Between two looks for a retry that is due."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import IO, Any, TypeVar, cast
 
@@ -51,8 +52,8 @@ class Archives:
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
             rows, label, now = list(state.index.rows.values()), labels_of(state), state.clock()
-            keys, why_not = await asyncio.to_thread(chosen, rows, query, label, now)
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, why_not)
+            keys, not_wanted = await asyncio.to_thread(chosen, rows, query, label, now)
+            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, not_wanted)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
@@ -84,9 +85,10 @@ class Archives:
 
 def chosen(
     rows: Sequence[Row], query: Filter, label: Labels, now: float
-) -> tuple[list[ContentKey], list[str]]:
-    """The keys that the filter and a site of its version and language choose, and why not each other one."""
-    keys, why_not = [], []
+) -> tuple[list[ContentKey], Counter[str]]:
+    """The keys that the filter and a site of its version and language choose; why not the others, counted."""
+    keys: list[ContentKey] = []
+    not_wanted: Counter[str] = Counter()
     others = query.model_copy(update={"version": None, "language": None})
     named = ", ".join(sorted(others.model_dump(exclude_none=True)))
     of_that = {row.key for row in matching(rows, others, label, now)}
@@ -96,10 +98,10 @@ def chosen(
         if not why and row.key not in of_that:
             why = f"it is not of that {named}"
         if why:
-            why_not.append(why)
+            not_wanted[why] += 1
         else:
             keys.append(ContentKey.parse(row.key))
-    return sorted(keys, key=lambda key: key.text), why_not
+    return sorted(keys, key=lambda key: key.text), not_wanted
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
