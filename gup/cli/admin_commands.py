@@ -10,6 +10,7 @@ import typer
 from gup.cli.shared import (
     FAILED,
     UNUSABLE,
+    WAITING,
     Columns,
     JsonFlag,
     Row,
@@ -88,7 +89,7 @@ def status_lines(status: Row) -> Iterator[str]:
         f"clients: {clients['connections']} connections; seen: {seen}" + (last and f"; the last: {last}")
     )
     if not status["reload"]["successful"]:
-        yield "the last reload FAILED: the settings before it are in force; the log says why"
+        yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
         words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
         yield printable(words)
@@ -99,7 +100,7 @@ def _state(upstream: Row) -> str:
     return "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
 
 
-def _here(fill: Row) -> str:
+def _received(fill: Row) -> str:
     received, length = fill["received_bytes"], fill["length_bytes"]
     share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
     return bytes_in_words(received) + share
@@ -116,9 +117,9 @@ _FAILURES: Columns = {
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
-    "#here": _here,
-    "#a second": "bytes_per_second",
-    "#left": "remaining_seconds",
+    "#received": _received,
+    "#rate": "bytes_per_second",
+    "#time left": "remaining_seconds",
 }
 
 
@@ -152,17 +153,24 @@ def why(
 
 @with_connection_flags
 def reload(*, where: Where, json_output: JsonFlag = False) -> None:
-    """Have a running service read its settings again; exit status 1 if it can't use them."""
+    """Have a running service read its settings again, and say what took effect.
+
+    Status 1 when the settings can't be used: those before stay in force. Status 3 when some of them need a
+    restart: the port, the cache directory, the number of workers.
+    """
     with asking(where) as admin:
         answer = admin.ask("POST", "reload")
+        changed, waiting = answer["changed"], answer["waiting"]
     if json_output:
         print_json(answer)
-    elif answer["reloaded"]:
-        typer.echo("the settings were read again and are in force")
+    elif not answer["reloaded"]:
+        typer.echo("\n  ".join(["the old settings stay in force:", *answer["problems"]]), err=True)
     else:
-        typer.echo("\n  ".join(["the settings before stay in force:", *answer["problems"]]), err=True)
-    if not answer["reloaded"]:
-        raise typer.Exit(FAILED)
+        typer.echo(f"in force now: {', '.join(changed)}" if changed else "nothing has changed")
+        if waiting:
+            typer.echo(f"restart the service for: {', '.join(waiting)}")
+    if not answer["reloaded"] or waiting:
+        raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
 
 
 @with_connection_flags
@@ -174,16 +182,20 @@ def prefetch(
     *,
     product: Annotated[
         str | None,
-        typer.Option(help="The newest full packages of this product, as `gup cache list` shows it."),
+        typer.Option(
+            metavar="PRODUCT", help="The newest full packages of this product, as `gup cache list` shows it."
+        ),
     ] = None,
     version: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this version; without it, of each.")
+        str | None,
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this language; without it, of each.")
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language; default: all."),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Put it on the list and return; status 0 then.")
+        bool, typer.Option("--no-wait", help="Queue it and return at once with status 0.")
     ] = False,
     where: Where,
     json_output: JsonFlag = False,
@@ -218,6 +230,6 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
-        gone = {"outcome": "failed", "detail": "it is not on the service's list any more"}
+        gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted

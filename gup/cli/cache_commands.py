@@ -22,6 +22,7 @@ from gup.cli.shared import (
     FAILED,
     UNUSABLE,
     Columns,
+    Commands,
     JsonFlag,
     Where,
     asking,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
+cache = typer.Typer(cls=Commands, help="List and change stored content.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -51,9 +52,12 @@ _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Work on this cache directory; no service may run on it."
+    ),
 ]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
 
 def _age(help_: str) -> Any:
@@ -62,17 +66,20 @@ def _age(help_: str) -> Any:
 
 def _filter_flags(
     *,
-    product: Annotated[str | None, typer.Option(help="Only of this product.")] = None,
-    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help='Only keys that fit it, such as "*/full.zip": * is any text.')
+    product: Annotated[str | None, typer.Option(metavar="PRODUCT", help="Only of this product.")] = None,
+    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Only of this version.")] = None,
+    language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Only of this language.")] = None,
+    stream: Annotated[str | None, typer.Option(metavar="MONIKER", help="Only of this moniker.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Only of this revision.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only full, delta, index or other files.")
     ] = None,
-    older_than: _age("Only what was stored so long ago, or before.") = None,  # type: ignore[valid-type]
-    unused_for: _age("Only what nobody was sent for so long.") = None,  # type: ignore[valid-type]
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help='Only keys that match, such as "*/full.zip": * is any text.'),
+    ] = None,
+    older_than: _age("Only what was stored at least this long ago.") = None,  # type: ignore[valid-type]
+    unused_for: _age("Only what no client was sent for this long.") = None,  # type: ignore[valid-type]
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind, "pattern": pattern}
@@ -102,9 +109,14 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="name, key, used, stored, length or hits; -used is the other way round.")
+        str,
+        typer.Option(
+            metavar="ORDER", help="name, key, used, stored, length or hits; -used reverses the order."
+        ),
     ] = "name",
-    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Maximum number of entries; 0 lists all.")
+    ] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
@@ -146,18 +158,23 @@ def purge(
     ] = None,
     *,
     filters: Filters,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; remove nothing.")] = False,
-    pinned: Annotated[bool, typer.Option("--pinned", help="Those that are pinned too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")
+    ] = False,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Include pinned entries.")] = False,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Remove entries, named or chosen; clients that are being sent one get the whole of it.
+    """Remove entries by key or by filter; clients that are receiving one still get it whole.
 
-    Named ones go, pinned or not. Chosen ones go unless they are pinned, or a fill or check works on them:
-    status 1 when any was left for that.
+    Entries named by key are removed even if pinned. Filters leave pinned entries, and those that are being
+    fetched or checked: status 1 if there were such.
     """
     if bool(keys) == bool(filters) or (keys and (dry_run or pinned)):
-        typer.echo("gup: name keys, or choose by flags such as --product; --dry-run is for those", err=True)
+        typer.echo(
+            "gup: give keys or filters such as --product, not both; --dry-run and --pinned need filters",
+            err=True,
+        )
         raise typer.Exit(UNUSABLE)
     with asking(where) as admin:
         if keys:
@@ -200,7 +217,7 @@ def _change_each(
 @cache.command("pin")
 @with_connection_flags
 def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Keep entries whatever the limits say."""
+    """Exempt entries from eviction."""
     with asking(where) as admin:
         _change_each(admin, keys, "pinned", "PUT", "/pin", json_output=json_output)
 
@@ -208,7 +225,7 @@ def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
 @cache.command("unpin")
 @with_connection_flags
 def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Let the limits apply to entries again."""
+    """Make entries evictable again."""
     with asking(where) as admin:
         _change_each(admin, keys, "unpinned", "DELETE", "/pin", json_output=json_output)
 
@@ -269,15 +286,17 @@ def verify(
     *,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what is damaged, or drop it, so that it is fetched anew."),
+        typer.Option(
+            "--repair", help="Repair damaged entries, or remove them so that they are fetched again."
+        ),
     ] = False,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Compare everything stored with its sums; status 0 when all is right (or mended), 1 when not.
+    """Compare all stored content with its sums; status 0 when all is right or repaired, else 1.
 
-    A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
+    A running service does this while it serves. Without one the command does; none can start meanwhile.
     """
     result = _by_service_or_here(
         where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
@@ -286,13 +305,13 @@ def verify(
         print_json(result)
     else:
         for row in result["found"]:
-            end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
+            end = {None: "", True: " (repaired)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
             typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
-        busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if result["repair"] else ""
-        typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
+        busy = f", {result['busy']} left out because of fills" if result["busy"] else ""
+        mended = f", {result['mended']} repaired" if result["repair"] else ""
+        typer.echo(f"{result['checked']} checked: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
 
@@ -345,7 +364,7 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
 
 def _show_progress(checked: int, total: int, damaged: int) -> None:
     if sys.stderr.isatty():
-        typer.echo(f"\r{checked} of {total} looked at, {damaged} damaged ", err=True, nl=checked == total)
+        typer.echo(f"\r{checked} of {total} checked, {damaged} damaged ", err=True, nl=checked == total)
 
 
 # --- export
@@ -366,11 +385,10 @@ def export(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write entries with their records to an archive, to seed another site with it.
+    """Write entries with their records to an archive, to seed another site.
 
-    With --version and --language it has what a site of these needs: content for all versions or languages
-    too. What is left out is counted, with the reason. Status 1 when something had to be left out because it
-    is damaged.
+    With --version and --language it has what a site of these needs, content for all versions or languages
+    too. Entries left out are counted, with the reason. Status 1 when damaged entries were left out.
     """
     import asyncio
 
@@ -407,7 +425,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
-        raise AdminError(f"{file} is there already; an export overwrites nothing")
+        raise AdminError(f"{file} exists; an export does not overwrite files")
     path = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with path.open("xb") as target:
@@ -430,7 +448,8 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
-        raise StoreError(f"--{odd[0].replace('_', '-')}: only a running service can tell; none answers")
+        flag = odd[0].replace("_", "-")
+        raise StoreError(f"--{flag}: works only with a running service; none answers")
     keys, why_not = [], []
     others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
     for key in contents(store, grace_seconds=0.0).keys:
@@ -465,9 +484,9 @@ def import_(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Take an archive's entries in: nothing is overwritten or evicted, what is damaged is refused.
+    """Import the entries of an archive; nothing is overwritten or evicted, damaged entries are refused.
 
-    Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
+    Status 1 when entries were refused or the archive is truncated; the others are imported.
     """
     from gup.cache.signature import require_signer, signer_of
     from gup.cli.admin_client import AdminError
@@ -501,7 +520,7 @@ def import_(
             typer.echo(done["problem"], err=True)
             sys.stderr.flush()
         took = f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}"
-        typer.echo(f"{took}; {done['present']} were here already, {len(done['refused'])} refused")
+        typer.echo(f"{took}; {done['present']} were stored already, {len(done['refused'])} refused")
     if done["refused"] or not done["complete"]:
         raise typer.Exit(FAILED)
 
@@ -523,8 +542,8 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         except KeyError:
             name = str(owner)
         raise StoreError(
-            f"{store.root} belongs to user {name}, who could not use what another user puts there: "
-            "run this as that user"
+            f"{store.root} belongs to user {name}, who could not use files of another user: "
+            "run this command as that user"
         )
     held_bytes = 0
 

@@ -117,7 +117,7 @@ class PrefetchQueue:
             if item.outcome is not Outcome.QUEUED or item.by == "operator" or stream_of(item.key) != stream:
                 continue
             if (names := named(item.key)) is not None and names.revision < newest:
-                self.move(item, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
+                self.move(item, Outcome.SUPERSEDED, now, f"clients request {newest} by now")
 
     def to_json(self) -> list[Any]:
         return [item.model_dump(mode="json") for item in self.rows.values()]
@@ -343,31 +343,31 @@ class Prefetcher:
         """Queue `path` for all matching variants; ValueError when it is wrong, Busy when the list is full."""
         try:
             if parse_target(path.encode()).authority is not None:
-                raise ValueError("path: begin it with /content/, without the server")
+                raise ValueError("path: it must begin with /content/, without the server")
             route = self.route(path)
         except Problem as problem:
             kind = NotThereError if problem.status == 404 else ValueError
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
-        return [self._wish(route, key) for key in keys]
+        return [self._queue_for_operator(route, key) for key in keys]
 
     def order_newest(self, revisions: Mapping[Stream, str]) -> list[QueuedFetch]:
         """Queue the full package of these revisions."""
-        wishes = []
+        queued = []
         for stream, revision in revisions.items():
             known = self.revisions.streams.get(stream)
             moniker = known.moniker if known is not None and known.moniker else stream[2]
             route = self.route(f"/content/{moniker}/{revision}/full.zip")
-            wishes.append(self._wish(route, route.key(Variant(*stream[:2]))))
-        return wishes
+            queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
+        return queued
 
-    def _wish(self, route: Route, key: ContentKey) -> QueuedFetch:
+    def _queue_for_operator(self, route: Route, key: ContentKey) -> QueuedFetch:
         item = self.queue.rows.get(key)
         if item is not None and item.pending:
             item.by = "operator"
         elif not self._add(route, key, "operator"):
-            raise Busy(f"{MAX_PENDING} are waiting already: try again later")
+            raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
         return self.queue.rows[key]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
@@ -386,7 +386,7 @@ class Prefetcher:
         return found
 
     def route(self, path: str) -> Route:
-        routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+        routes = Routes.of(self._settings().upstream)
         return routes.route(parse_target(path.encode()).path)
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:

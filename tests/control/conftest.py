@@ -24,7 +24,7 @@ from gup.content.catalog import Catalogues
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
 from gup.control.auth import local_path, make_local_token
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.service import Control
 from gup.errors import Problem
 from gup.metrics import Counters, layout
@@ -75,6 +75,7 @@ class World:
     config_ok: bool = True
     reloads: int = 0
     reload_problems: list[str] = field(default_factory=list)
+    reload_waiting: list[str] = field(default_factory=list)
     recovered: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
     mends: list[tuple[str, bool]] = field(default_factory=list)
@@ -127,9 +128,9 @@ class World:
     def raise_epoch(self) -> None:
         self.epochs += 1
 
-    async def reload(self) -> list[str]:
+    async def reload(self) -> Reload:
         self.reloads += 1
-        return self.reload_problems
+        return Reload(self.reload_problems, ["wan.rate"], self.reload_waiting)
 
     async def recover(self) -> None:
         self.recovered.set()

@@ -1,4 +1,7 @@
-"""What all endpoints of the API have in common: requests are checked, responses are as described."""
+"""What all endpoints of the API have in common: checked requests, described and documented responses."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -56,7 +59,7 @@ async def test_parts_of_the_path_parameters_and_members_of_a_body_make_one_reque
         assert (answer.status, await answer.json()) == (status, {"text": text})
 
 
-TWICE, NONE = "the parameter {} stands twice", "this request takes no parameter, and 'x' was given"
+TWICE, NONE = "the parameter {} is given twice", "this request takes no parameter, and 'x' was given"
 WRONG = [
     ("GET", "/named/a?name=b", None, 400, TWICE.format("name")),
     ("GET", "/named/a?limit=2&limit=3", None, 400, TWICE.format("limit")),
@@ -101,11 +104,18 @@ def test_the_document_is_made_from_what_is_checked_and_returned():
     assert "415" in described["paths"]["/named"]["post"]["responses"]
 
 
-def test_every_response_is_a_model_or_of_another_type_than_json():
-    for endpoint in make_app(None)[ENDPOINTS]:
-        assert (JSON in endpoint.media) == (not issubclass(endpoint.returns, web.StreamResponse)), (
-            endpoint.path
-        )
+def test_every_request_is_documented_and_every_response_a_model_or_of_another_type_than_json():
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text().replace("?", "`")
+    app = make_app(SimpleNamespace())
+    described = document(app[ENDPOINTS]).root["paths"]
+    for endpoint in app[ENDPOINTS]:
+        assert (JSON in endpoint.media) == (not issubclass(endpoint.returns, web.StreamResponse)), endpoint
+    for route in app.router.routes():
+        path = route.resource.canonical
+        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
+            assert (route.method.lower() in described.get(path, ())) == (path != "/"), path
+            path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
+            assert f"`{route.method} {path}`" in text, (route.method, path)
 
 
 def test_a_response_holds_nothing_that_the_document_does_not_name():
@@ -118,5 +128,5 @@ def test_a_cursor_is_read_back_by_the_listing_that_wrote_it_and_by_no_other():
     page = Entries(entries=[], matching=2, cursor=(1.5, "a/b/c/d/e"), complete=True)
     text = page.model_dump(mode="json")["cursor"]
     assert EntryListing.model_validate({"cursor": text}).cursor == (1.5, "a/b/c/d/e")
-    with pytest.raises(ValidationError, match="it is not the cursor of a page before"):
+    with pytest.raises(ValidationError, match="it is not a cursor from an earlier page"):
         ClientListing.model_validate({"cursor": text})

@@ -1,16 +1,11 @@
-"""Listing entries: filters, orders, pages; and whether all requests are documented."""
-
-from pathlib import Path
-from types import SimpleNamespace
+"""Listing entries: filters, orders, pages."""
 
 import pytest
 
 from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind
-from gup.control.api.endpoint import ENDPOINTS, document
 from gup.control.api.entries import Listing, matching, page_of, shown
 from gup.control.index import Index, make_row
-from gup.control.service import make_app
 
 
 def row(name="full.zip", kind=Kind.FULL, revision="260101001", length=10, **more):
@@ -129,15 +124,3 @@ def test_a_delta_tells_its_step():
 def test_wrong_parameters_are_named(parameters):
     with pytest.raises(ValueError, match=next(iter(parameters))):
         Listing.model_validate(parameters)
-
-
-def test_every_request_of_the_application_is_documented():
-    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    app = make_app(SimpleNamespace())
-    described = document(app[ENDPOINTS]).root["paths"]
-    for route in app.router.routes():
-        path = route.resource.canonical
-        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
-            assert (route.method.lower() in described.get(path, ())) == (path != "/"), path
-            path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
-            assert f"`{route.method} {path}`" in text.replace("?", "`"), (route.method, path)

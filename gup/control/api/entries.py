@@ -76,7 +76,8 @@ class Listing(Filter):
     """What to list."""
 
     order: _Order = Field(
-        "key", description="What rows are in order of (name: product, version, language); a - turns it round."
+        "key",
+        description="Order of the rows (name: product, version, language); a - before it reverses it.",
     )
     limit: Count = Field(100, description="Rows of a page, at most.")
     cursor: schemas.EntryCursor | None = Field(None, description=schemas.CURSOR)

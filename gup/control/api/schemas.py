@@ -93,7 +93,7 @@ class Fill(Response):
     kind: str | None
     began_at: float
     bytes_per_second: float | None = Field(description="Over the last seconds; null when it has just begun.")
-    remaining_seconds: float | None = Field(description="At that rate; null when that can't be told.")
+    remaining_seconds: float | None = Field(description="At that rate; null while unknown.")
 
 
 class Fills(Response):
@@ -168,7 +168,7 @@ class Scrub(Response):
 
 
 class Reload(Response):
-    successful: bool = Field(description="Whether the last reload took.")
+    successful: bool = Field(description="Whether the last reload succeeded.")
 
 
 class Alarm(Response):
@@ -181,7 +181,7 @@ class Alarm(Response):
 
 
 class Alarms(Response):
-    alarms: list[Alarm] = Field(description="All that stand, the critical ones first.")
+    alarms: list[Alarm] = Field(description="The active alarms, the critical ones first.")
 
 
 class FailedFill(Response):
@@ -261,7 +261,7 @@ def _read(value: object, check: Callable[[object], Any]) -> Any:
     try:
         return check(json.loads(base64.urlsafe_b64decode(value)) if isinstance(value, str) else value)
     except (ValueError, RecursionError) as error:
-        raise ValueError("it is not the cursor of a page before") from error
+        raise ValueError("it is not a cursor from an earlier page") from error
 
 
 def _written(place: tuple[float, str | int]) -> str:
@@ -275,7 +275,7 @@ EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializ
 """What entries are in order of, and the last one's key."""
 ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
 """When the last client was seen, and its number among those seen at that time."""
-CURSOR = "Of the page before, asked for with the same other parameters."
+CURSOR = "From the previous page, with the same other parameters."
 
 
 class Entry(Response):
@@ -305,7 +305,7 @@ class Entry(Response):
 class Entries(Response):
     entries: list[Entry]
     matching: int = Field(description="How many match, on all pages.")
-    cursor: EntryCursor | None = Field(description="What the next page is asked for with; null on the last.")
+    cursor: EntryCursor | None = Field(description="The cursor of the next page; null on the last.")
     complete: bool = Field(description="Whether the index covers the whole store yet.")
 
 
@@ -372,7 +372,7 @@ class Finding(Response):
     path: str
     key: str | None
     detail: str
-    mended: bool | None = Field(description="Null when that was not asked for.")
+    mended: bool | None = Field(description="Null without repair.")
     why_not: str | None
 
 
@@ -391,13 +391,17 @@ class Verification(Response):
 
 
 class Reloaded(Response):
-    reloaded: bool = Field(description="Whether the settings took; if not, those before stay in force.")
-    problems: list[str] = Field(description="What is wrong with the settings, each with its key.")
+    reloaded: bool = Field(description="Whether the new settings are in force; if not, the old ones are.")
+    problems: list[str] = Field(description="Mistakes in the settings, each with its key.")
+    changed: list[str] = Field(description="Keys whose new values are in force now.")
+    waiting: list[str] = Field(
+        description="Keys whose new values need a restart; until then the old values are in force."
+    )
 
 
 class Prefetch(Response):
     key: str
-    path: str = Field(description="As upstream is asked for it.")
+    path: str = Field(description="The path at the upstream.")
     product: str
     language: str
     kind: Kind
@@ -472,33 +476,33 @@ class KnownClient(Client):
 
 class Clients(Response):
     seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
-    known: int = Field(description="Clients remembered.")
+    known: int = Field(description="Client records.")
     matching: int = Field(description="How many match, on all pages.")
-    clients: list[KnownClient] = Field(description="Those seen last first.")
-    cursor: ClientCursor | None = Field(description="What the next page is asked for with; null on the last.")
+    clients: list[KnownClient] = Field(description="The last seen first.")
+    cursor: ClientCursor | None = Field(description="The cursor of the next page; null on the last.")
 
 
 class Report(Response):
     at: float
     addresses: str = Field(description="reports.addresses: full, hashed or off.")
-    retention_seconds: float = Field(description="A client not seen for so long is forgotten.")
+    retention_seconds: float = Field(description="Records of clients not seen for so long are removed.")
     note: str | None = Field(description="Why the report is empty, where that is by the settings.")
 
 
 class RevisionClients(Response):
     revision: str
-    clients: int = Field(description="Clients that stand at it now.")
+    clients: int = Field(description="Clients at it now.")
     took: int = Field(description="Clients that ever took it here.")
     first_taken_at: float | None
     last_taken_at: float | None
 
 
 class LaggingClient(Client):
-    revision: str | None = Field(description="Where it stands; null when that is not known.")
+    revision: str | None = Field(description="Its revision; null while unknown.")
     lag_revisions: int
     lag_seconds: float | None = Field(description="By the dates in the revisions: whole days.")
     taken_at: float | None
-    asked: str | None = Field(description="The newest revision that it asked for.")
+    asked: str | None = Field(description="The newest revision that it requested.")
     asked_at: float | None
 
 
@@ -509,7 +513,7 @@ class StreamReport(Response):
     type: str | None
     moniker: str
     variant: Variant = Field(description="Whose bytes they are: of an upstream of this version and language.")
-    clients: int = Field(description="Clients that asked for any of it.")
+    clients: int = Field(description="Clients that requested any of it.")
     current: int = Field(description="Of them, those at the newest revision.")
     behind: int = Field(description="Of them, the others.")
     newest_held: str | None = Field(description="The newest revision in the store.")
@@ -542,7 +546,9 @@ class RestartReport(Report):
     """Clients by what they state, and those that may wait for a restart."""
 
     clients: list[ClientGroup]
-    catalogue_known: bool = Field(description="Without a catalogue nobody knows which streams are patches.")
+    catalogue_known: bool = Field(
+        description="Without a catalogue it is not known which streams are patches."
+    )
     pending: int
     unknown: int
     saying: str
@@ -598,7 +604,9 @@ class HistoryPoint(Moved):
     """One minute or hour: what was moved, the highest rates in it, and what held at its end."""
 
     at: int = Field(description="When it began.")
-    covered_seconds: float = Field(description="How much of it was seen; rates are bytes through this.")
+    covered_seconds: float = Field(
+        description="For how much of it there are figures; a rate is bytes divided by this."
+    )
     upstream_wasted_bytes: int
     fills: dict[str, int] = Field(description="By outcome.")
     client_peak_bytes_per_second: int
