@@ -7,9 +7,9 @@ import asyncio
 import os
 import tarfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -74,15 +74,19 @@ class Ending(BaseModel):
 
 
 async def written(
-    store: Store, keys: Iterable[ContentKey], site: str, now: float, why_not: Iterable[str] = ()
+    store: Store,
+    keys: Iterable[ContentKey],
+    site: str,
+    now: float,
+    not_wanted: Mapping[str, int] | None = None,
 ) -> AsyncIterator[bytes]:
     """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last.
-    `why_not` has the reason of each further entry, which the archive is not for.
+    `not_wanted` has the reasons why other entries are not in it, with their number.
     """
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
     yield member_bytes(FIRST, first.model_dump_json().encode(), now)
-    counted = Counter(plain_text(why, _MAX_TEXT) for why in why_not)
-    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(counted.most_common(_MOST_REASONS)))
+    reasons = ((plain_text(why, _MAX_TEXT), count) for why, count in (not_wanted or {}).items())
+    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(islice(reasons, _MOST_REASONS)))
     for key in keys:
         try:
             record, file = await asyncio.to_thread(_sound, store, key)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from gup.cache.body import GrowingBody
 from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed
+from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed, is_shared
 from gup.cache.locks import waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
@@ -210,7 +210,8 @@ class Leader:
         self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
         resuming = begun is not None and fill.is_read
-        candidates = deps.pool.candidates(fill.variant, self._key.text, fill.via)
+        fill.asks_gups = deps.pool.asks_gups(fill.variant, self._key.text)
+        candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
             candidates if resuming else deps.pool.admitted(candidates)
         )  # a resumed body waits for no trial
@@ -231,7 +232,7 @@ class Leader:
             if_none_match=record.upstream_etag if record else None,
             if_modified_since=record.last_modified if record else None,
             share=fill.share,
-            via=fill.via,
+            passed=fill.passed,
             client=fill.client,
         )
         self._download = Download(
@@ -614,7 +615,7 @@ class Leader:
         self._room.release(committed=True)
         if replaced:
             deps.raise_store_epoch()
-        deps.failures.forget(self._key)
+        deps.failures.forget(self._key, self._fill.route.upstream_path)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
         deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
@@ -776,7 +777,9 @@ class Leader:
         if problem.slug in _EXPECTED:
             stands_seconds = deps.settings.cache.negative_ttl
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
-        deps.failures.put(self._key, problem, stands_seconds)
+        if not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
+            stands_seconds = 0.0
+        deps.failures.put(self._key, fill.route.upstream_path, problem, stands_seconds)
         if self._has_state or self._holds.rows or (self._writer is not None and self._writer.exists):
             failure = Failure.of(problem, stands_seconds, deps.clock())
             state = replace(self._current_state(), phase=Phase.FAILED, failure=failure)

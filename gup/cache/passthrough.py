@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gup.cache.body import CUT, Callback, GrowingBody
-from gup.cache.inflight import FillDependencies
+from gup.cache.inflight import FillDependencies, is_shared
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
@@ -139,13 +139,13 @@ class PassThrough:
         self._bodies = bodies
         self._ranges = ranges
 
-    async def head(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Head:
+    async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
         """What GET would tell of a body that is not here. Problem when there is none to be had."""
         key = route.key(variant)
-        if (failure := self._deps.failures.get(key)) is not None:
+        if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
         remote = await self._ask(
-            route, variant, via, Ask(route.upstream_path, "bypass", method="HEAD", client=client)
+            route, variant, passed, Ask(route.upstream_path, "bypass", method="HEAD", client=client)
         )
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
@@ -154,7 +154,13 @@ class PassThrough:
         return head
 
     async def range(
-        self, opened: Opened, route: Route, variant: Variant, start: int, stop: int, via: str | None = None
+        self,
+        opened: Opened,
+        route: Route,
+        variant: Variant,
+        start: int,
+        stop: int,
+        passed: tuple[str, ...] = (),
     ) -> BypassBody | None:
         """A range far ahead of the fill; None when waiting for the fill is as good, or right.
 
@@ -171,7 +177,7 @@ class PassThrough:
         head, answer = body.head, None
         try:
             ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
-            answer = await self._ask(route, variant, via, ask, only=head.upstream)
+            answer = await self._ask(route, variant, passed, ask, only=head.upstream)
             assert isinstance(answer, Answer)
             told = Validators(head.upstream_etag, head.last_modified)
             same = told.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
@@ -200,7 +206,9 @@ class PassThrough:
             body.forget(reached.set)
         return body.seconds_to(offset, clock()) > self._deps.settings.fill.range_wait
 
-    async def whole(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Opened:
+    async def whole(
+        self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = ""
+    ) -> Opened:
         """A body that can't be stored. Problem when the most clients that may be are being passed through."""
         slot = self._bodies.try_take()
         if slot is None:
@@ -210,7 +218,9 @@ class PassThrough:
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, via, Ask(route.upstream_path, "bypass", client=client))
+            answer = await self._ask(
+                route, variant, passed, Ask(route.upstream_path, "bypass", client=client)
+            )
         except BaseException:
             self._bodies.give_back(slot)
             raise
@@ -227,18 +237,20 @@ class PassThrough:
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(
-        self, route: Route, variant: Variant, via: str | None, ask: Ask, only: str | None = None
+        self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask, only: str | None = None
     ) -> Answer | RemoteHead:
         """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
-        ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), via=via)
+        ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
+        asks_gups = pool.asks_gups(variant, key.text)
         try:
-            admitted = pool.admitted(pool.candidates(variant, key.text, via))
+            admitted = pool.admitted(pool.candidates(variant, key.text, passed))
         except UpstreamFailure as failure:
             retry = failure.retry_after_seconds or 2.0
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
         problem = Problem("no-upstream", f"no upstream is configured for {variant}")
         waits: list[float] = []
+        stands_seconds = 0.0
         for upstream in admitted:
             if only not in (None, upstream.name):
                 continue
@@ -251,10 +263,11 @@ class PassThrough:
             if isinstance(answer, RemoteHead) and answer.status != 200:
                 slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
                 problem = Problem(slug, f"{answer.upstream} answered {answer.status}")
-                self._deps.failures.put(key, problem, self._deps.settings.cache.negative_ttl)
+                stands_seconds = self._deps.settings.cache.negative_ttl
                 break
             return answer
         if waits and len(waits) == len(admitted):  # all of them want to be left alone for a while
-            problem.retry_after_seconds = min(waits)
-            self._deps.failures.put(key, problem, min(waits))
+            problem.retry_after_seconds = stands_seconds = min(waits)
+        if is_shared(problem, passed, asks_gups=asks_gups):
+            self._deps.failures.put(key, route.upstream_path, problem, stands_seconds)
         raise problem

@@ -79,11 +79,12 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
     if (why := store.demotions.disk_is_bad()) is not None:
         return Leftover(revalidated, unstorable=why)
     if state is not None and state.failure is not None and state.failure.stands(dependencies.clock()):
-        if state.phase is not Phase.UNSTORABLE:
-            return state.failure
         if state.passed_through:
             return FillEnd.UNSTORABLE
-        return Leftover(revalidated, unstorable=state.failure.detail, told=True)
+        if state.phase is Phase.UNSTORABLE:
+            return Leftover(revalidated, unstorable=state.failure.detail, told=True)
+        if state.path == fill.route.upstream_path:
+            return state.failure
     if record is not None and not sound:
         damage = _compare(dependencies, record, holds, noted=fill.noted)
         if damage is not None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -31,6 +31,9 @@ _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000
 """In the queue, ended ones included; the oldest ended ones are forgotten."""
 MAX_PENDING = 900
+_TRIES = 4
+_FIRST_RETRY_SECONDS = 30.0
+_LAST_RETRY = _FIRST_RETRY_SECONDS * 2 ** (_TRIES - 2)
 _MAX_TEXT = 9000
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 _M = TypeVar("_M", bound=BaseModel)
@@ -108,7 +111,8 @@ class PrefetchQueue:
     def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
         """The next one of these kinds: operators' first, then in the order of the queue."""
         queued = (item for item in self.rows.values() if item.outcome is Outcome.QUEUED)
-        found = [item for item in queued if item.kind in kinds and item.due_at <= now]
+        # One that is due later than any retry was put off by a clock that has been put back since.
+        found = [item for item in queued if item.kind in kinds and not 0 < item.due_at - now <= _LAST_RETRY]
         return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
@@ -220,7 +224,7 @@ class Revisions:
         lately = [
             revision
             for revision, at in reversed(known.seen.items())
-            if revision < known.newest and revision not in known.asked and now - at <= within_seconds
+            if revision < known.newest and revision not in known.asked and abs(now - at) <= within_seconds
         ][:most]
         # else that of other streams of the same upstream, or of the public log (FIELD)
         others = (other.folder for name, other in self.streams.items() if name[:2] == stream[:2])
@@ -248,8 +252,6 @@ class Revisions:
 
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))
 """Kinds that are fetched one after the other: a full that takes hours delays no delta."""
-_TRIES = 4
-_FIRST_RETRY_SECONDS = 30.0
 _IDLE_LOOK_SECONDS = 0.1
 _LOOK_SECONDS = 5.0
 """Between two looks for a retry that is due."""
@@ -350,13 +352,25 @@ class Prefetcher:
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
-        for key in keys:
-            item = self.queue.rows.get(key)
-            if item is not None and item.pending:
-                item.by = "operator"
-            elif not self._add(route, key, "operator"):
-                raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
-        return [self.queue.rows[key] for key in keys]
+        return [self._queue_for_operator(route, key) for key in keys]
+
+    def order_newest(self, revisions: Mapping[Stream, str]) -> list[QueuedFetch]:
+        """Queue the full package of these revisions."""
+        queued = []
+        for stream, revision in revisions.items():
+            known = self.revisions.streams.get(stream)
+            moniker = known.moniker if known is not None and known.moniker else stream[2]
+            route = self._route(f"/content/{moniker}/{revision}/full.zip")
+            queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
+        return queued
+
+    def _queue_for_operator(self, route: Route, key: ContentKey) -> QueuedFetch:
+        item = self.queue.rows.get(key)
+        if item is not None and item.pending:
+            item.by = "operator"
+        elif not self._add(route, key, "operator"):
+            raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
+        return self.queue.rows[key]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
         """The variants under which content of upstreams of this version and language is stored."""
@@ -374,7 +388,7 @@ class Prefetcher:
         return found
 
     def _route(self, path: str) -> Route:
-        routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+        routes = Routes.of(self._settings().upstream)
         return routes.route(parse_target(path.encode()).path)
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:

@@ -29,7 +29,7 @@ from gup.control.events import (
     Use,
     parse_event,
 )
-from gup.control.eviction import AgeClock, Evictor
+from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
@@ -248,6 +248,8 @@ class ControlState:
         for use in event.uses:
             row = self.index.rows.get(use.key.text)
             if row is not None:
+                if row.used_at > at + JUMP_SECONDS and at >= self.dependencies.installed_at:
+                    row = replace(row, used_at=at)  # noted by a clock that was ahead and has been put back
                 self.index.put(row.used(use.times, use.sent_bytes, at))
                 self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
                 self._sent(use)

@@ -62,6 +62,11 @@ class Unmet(NamedTuple):
     last: float
 
 
+def _is_recent(one: Unmet, now: float) -> bool:
+    """Whether it was asked for lately; not if that lies ahead: the clock was put back since."""
+    return abs(now - one.last) <= _UNMET_SECONDS
+
+
 @dataclass(slots=True)
 class _Asked:
     """Requests for a stream in two windows, its storm (begin and last sight), revisions got and unmet."""
@@ -143,7 +148,7 @@ class Traffic:
             return
         unmet = self._asked(key).unmet
         before = unmet.get(names.revision)
-        first = before.first if before is not None and now - before.last <= _UNMET_SECONDS else now
+        first = before.first if before is not None and _is_recent(before, now) else now
         unmet[names.revision] = Unmet(names.revision, first, now)
         unmet.move_to_end(names.revision)
         while len(unmet) > _MAX_UNMET:
@@ -165,7 +170,7 @@ class Traffic:
                 asked.last = now
                 if asked.since is None:
                     asked.since = now
-                    text = "a storm of fulls: %d clients asked for %d full packages of %s, where deltas exist"
+                    text = "a storm of fulls: %d clients requested %d full packages of %s, where deltas exist"
                     _log.warning(text, len(asked.addresses), fulls, name)
             elif asked.since is not None and not 0 <= now - asked.last < CALM_SECONDS:
                 _log.warning("the storm of fulls of %s is over, after %d s", name, asked.last - asked.since)
@@ -207,7 +212,7 @@ class Traffic:
         """The newest revision of each stream that was asked for in vain lately."""
         found, now = {}, self._clock()
         for stream, asked in self._streams.items():
-            lately = [one for one in asked.unmet.values() if now - one.last <= _UNMET_SECONDS]
+            lately = [one for one in asked.unmet.values() if _is_recent(one, now)]
             if lately:
                 found[stream] = max(lately)
         return found

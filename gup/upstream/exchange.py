@@ -14,7 +14,9 @@ from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 MOST_FIELD_BYTES = 512
-_GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
+MOST_HOPS = 16
+"""Gups that a request may have passed through."""
+_GUP_NAME = re.compile(r"[0-9A-Za-z._:\[\]-]{1,128}")
 _AGE = re.compile(r"[0-9]{1,12}")
 _Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
@@ -215,12 +217,11 @@ def read_age(text: str | None) -> int:
     return min(int(text), 1 << 31) if text is not None and _AGE.fullmatch(text) else 0
 
 
-def node_names(via: str | None) -> list[str]:
-    """The received-by names in Via (RFC 9110 section 7.6.3)."""
+def gup_names(via: str | None) -> tuple[str, ...]:
+    """The gups in Via (RFC 9110 section 7.6.3): all that it is read for, to find loops.
+
+    Other proxies' names need not be unique; what no gup is called is ignored.
+    """
     members = (member.split() for member in (via or "").split(","))
-    return [words[1] for words in members if len(words) > 1]
-
-
-def gup_names(via: str | None) -> list[str]:
-    """The names of gups in Via. Names of other proxies need not be unique."""
-    return _GUP_MEMBER.findall(via or "")
+    names = (words[1] for words in members if len(words) == 3 and words[2] == "(gup)")
+    return tuple(filter(_GUP_NAME.fullmatch, names))

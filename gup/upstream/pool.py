@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ from gup.upstream.exchange import (
     UpstreamFailure,
     answered_by_proxy,
     gup_names,
-    node_names,
     proxy_in_words,
     proxy_refused,
     read_age,
@@ -114,13 +113,13 @@ class Pool:
 
     # --- choice
 
-    def candidates(self, variant: Variant, key: str = "", via: str | None = None) -> list[Upstream]:
+    def candidates(self, variant: Variant, key: str = "", passed: Collection[str] = ()) -> list[Upstream]:
         """The upstreams of `variant` in the order to ask them, those that are down at the end.
 
         For a wide variant these are all that it covers; if some of them list the stream, only those. A
         variant that no upstream is configured for is widened: a takeover or a repair knows only the key.
-        LiveUpdate's files are at LiveUpdate, whatever the variant. Those in the request's `via` are left out:
-        asking them would close a loop; UpstreamFailure when it has passed through all.
+        LiveUpdate's files are at LiveUpdate, whatever the variant. Gups that the request has `passed` are
+        left out: asking them would close a loop; UpstreamFailure when it has passed through all.
         """
         stream = next(iter(key.split("/")[2:]), "")
         from_liveupdate = stream == LIVEUPDATE_STREAM
@@ -131,7 +130,6 @@ class Pool:
             if wide.is_wide and (variant.is_wide or not found):
                 found = [one for one in managers if wide.covers(one.variant)]
                 found = [one for one in found if self.lists(one.name, stream)] or found
-        passed = node_names(via)
         left = [upstream for upstream in found if upstream.node not in passed]
         if found and not left:
             raise UpstreamFailure("error", "loop", "the request came from the upstream itself")
@@ -142,6 +140,11 @@ class Pool:
             return doubt, settings.priority, -rendezvous(key, name, settings.weight)
 
         return sorted(left, key=rank)
+
+    def asks_gups(self, variant: Variant, key: str) -> bool:
+        """Whether some of the candidates are gups, or may be: a loop may go through them."""
+        candidates = self.candidates(variant, key)
+        return any(upstream.settings.kind == "gup" or upstream.node != "" for upstream in candidates)
 
     def admitted(self, candidates: Sequence[Upstream]) -> list[Upstream]:
         """The candidates for a new request; of those that are down, the ones with a trial due.
@@ -237,7 +240,7 @@ class Pool:
 
     async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
         """The length of a body whose end is not confirmed, by a HEAD; None when that tells none."""
-        plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via, client=ask.client)
+        plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", passed=ask.passed, client=ask.client)
         try:
             told = await self.ask(upstream, plain)
         except UpstreamFailure:

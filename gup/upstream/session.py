@@ -43,8 +43,8 @@ class Ask:
 
     `stream` is the slot and the kind that the bytes are counted for. `stop` is the offset after the last
     requested byte; None requests all from `start` on. The bytes are charged to `share`, which all requests of
-    a download have in common. This node is appended to `via`, the client's. `client` is the client's address,
-    "" for a request of gup's own. `check`: a health check, for which any response means that it is up.
+    a download have in common. `passed` are the gups that the client's request came through. `client` is the
+    client's address, "" for a request of gup's own. `check`: a health check, for which any response is good.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Ask:
     if_modified_since: str | None = None
     method: str = "GET"
     share: Share = field(default_factory=lambda: Share(2))
-    via: str | None = None
+    passed: tuple[str, ...] = ()
     client: str = ""
     check: bool = False
 
@@ -122,7 +122,7 @@ class Upstream:
             "If-Range": ask.if_range if ask.ranged else None,
             "If-None-Match": ask.if_none_match,
             "If-Modified-Since": ask.if_modified_since,
-            "Via": f"{ask.via}, {self._via}" if ask.via else self._via,
+            "Via": ", ".join((*(f"1.1 {name} (gup)" for name in ask.passed), self._via)),
         }
         return self._fixed | {name: text for name, text in fields.items() if text}
 
@@ -208,7 +208,7 @@ class Fields:
         """The head of a 200 or 206; UpstreamFailure when it can't be content."""
         encoding = ", ".join(self.all(b"content-encoding")).lower()
         if encoding not in ("", "identity"):
-            raise rejected(f"{self.name} sent Content-Encoding {encoding!r} though identity was asked for")
+            raise rejected(f"{self.name} sent Content-Encoding {encoding!r} though identity was requested")
         for content_type in self.all(b"content-type"):
             if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
                 raise rejected(f"{self.name} sent a web page ({content_type})")

@@ -1,9 +1,10 @@
 """Chains of gups: three in a row, one request at the top, a middle that dies; circles that end at once."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness.clients import End, assert_problem, body_digest
+from harness.clients import End, assert_problem, body_digest, fetch
 from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
 from harness.processes import free_port, until
 from harness.upstreams import Answer, Elsewhere, Gate
@@ -108,6 +109,30 @@ def test_ages_of_index_files_add_up(serve, told, least):
     assert response.header("cache-status") == "gup; hit"
     assert least <= int(response.header("age") or 0) < 60
     assert len(above.requests(INDEX)) == 1
+
+
+def test_what_a_clients_via_brings_about_is_its_alone(serve):
+    """It names the gup two tiers above, or is long; another client asks for the same names beside it."""
+    upstream, top, _, bottom = chain(serve)
+    node = (top.get("/", method="HEAD").header("via") or "").split()[1]
+    harmless = ", ".join(f"1.1 proxy{number} (squid)" for number in range(600))
+    many = ", ".join(f"1.1 gup{number} (gup)" for number in range(100))
+    with ThreadPoolExecutor(8) as pool:
+        for kind, via in enumerate((f"1.1 {node} (gup)", many, harmless)):
+            names = [f"/content/{kind}/{number}.dax" for number in range(20)]
+            for name in names:
+                upstream.answer(name, BODY[:500])
+            attack = [pool.submit(fetch, bottom.data, name, {"Via": via}) for name in names]
+            served = [fetch(bottom.data, name, source="127.0.0.2").status for name in names]
+            assert served == [200] * len(names)
+            assert {one.result().status for one in attack} <= {200, 508}
+            for name in (f"/content/{kind}/{number}.none" for number in range(5)):
+                own = (404, "upstream-not-found") if via == harmless else (508, "loop")
+                assert_problem(fetch(bottom.data, name, {"Via": via}), *own)
+                assert_problem(bottom.get(name), 404, "upstream-not-found")
+    assert max(len(seen.header("via") or "") for seen in upstream.seen) < 200
+    names = {name for seen in upstream.seen for name, _ in seen.fields}
+    assert names <= {"host", "via", "user-agent", "accept-encoding", "accept", "connection"}
 
 
 # --- circles

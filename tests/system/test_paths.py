@@ -68,6 +68,38 @@ def test_all_spellings_are_one_entry(site):
     assert len(site.gup.bodies()) == 1
 
 
+def test_a_spelling_that_upstream_does_not_have_costs_the_others_nothing(serve):
+    """On an upstream that minds case; the wrong spelling is asked first, by GET and by HEAD."""
+    gup, upstream = serve()
+    upstream.exact = True
+    right, wrong = f"/content/{{{GUID.lower()}}}", f"/content/{{{GUID}}}"
+    upstream.answer(f"{right}/{FILE}", BODY)
+    upstream.answer(f"{right}/1/full.dax", BODY)
+    for target in (f"{wrong}/{FILE}", f"{wrong}/1/full.dax"):
+        assert_problem(gup.get(target), 404, "upstream-not-found")
+        assert gup.get(target, method="HEAD").status == 404
+        asked = len(upstream.seen)
+        assert_problem(gup.get(target), 404, "upstream-not-found")
+        assert len(upstream.seen) == asked, "its own failure is remembered"
+        gup.serves(target.replace(GUID, GUID.lower()), BODY)
+        gup.wait_stored(target)
+        gup.serves(target, BODY)
+
+
+def test_windows_spellings_are_one_fetch_or_none(serve):
+    gup, upstream = serve()
+    folder = f"/content/{{{GUID}}}/260801001"
+    upstream.answer(f"{folder}/full.dax", BODY)
+    for name in ("full.dax", "FULL.DAX", "Full.Dax", "fULL.dAX", "%66ull.dax"):
+        gup.serves(f"{folder}/{name}", BODY)
+    assert len(upstream.seen) == 1
+    assert len(gup.bodies()) == 1
+    for end in (".", "%20", "::$INDEX_ALLOCATION", ".%20.", ":x"):
+        assert_problem(gup.get(f"/content/{{{GUID}}}{end}/260801001/full.dax"), 400, "bad-path")
+        assert_problem(gup.get(f"{folder}/full.dax{end}"), 400, "bad-path")
+    assert len(upstream.seen) == 1
+
+
 ESCAPES = [
     "/content/../../etc/passwd",
     "/content/%2E%2E%2F%2E%2E%2Fetc%2Fpasswd",

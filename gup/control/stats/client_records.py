@@ -23,6 +23,7 @@ from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Part, Take, Taken
+from gup.control.eviction import JUMP_SECONDS
 from gup.control.index import content_revision, stream_of
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import prune_days
@@ -56,9 +57,10 @@ class ClientWindows:
         self._forget()
 
     def counts(self, now: float) -> dict[str, int]:
-        """How many addresses were seen in each window."""
+        """How many addresses were seen in each window; those of a clock that was ahead when seen again."""
+        until = self._by_time.bisect_left((now + JUMP_SECONDS,))
         return {
-            window: len(self) - self._by_time.bisect_left((now - seconds,))
+            window: max(0, until - self._by_time.bisect_left((now - seconds,)))
             for window, seconds in WINDOWS.items()
         }
 
@@ -180,20 +182,24 @@ _NAME_STREAM = """
 INSERT OR IGNORE INTO streams(version, language, moniker)
 SELECT ?, ?, ? WHERE (SELECT count(*) FROM streams) < ?
 """
-_ASK = """
+# What stands far ahead was stored by a clock that has been put back since: the news is later.
+_ASK = f"""
 INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :at, :came_from)
 ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
-  came_from = iif(excluded.asked_at >= asked_at AND excluded.came_from <> '', excluded.came_from, came_from),
-  asked_at = max(asked_at, excluded.asked_at)
+  came_from = iif((excluded.asked_at >= asked_at OR asked_at > excluded.asked_at + {JUMP_SECONDS})
+    AND excluded.came_from <> '', excluded.came_from, came_from),
+  asked_at = iif(asked_at > excluded.asked_at + {JUMP_SECONDS}, excluded.asked_at,
+    max(asked_at, excluded.asked_at))
 """
 # Workers report once a second: of what was taken within 3 s the order is unknown, and the newest revision
 # counts. Else the one taken last does, since a machine that was set up anew takes an older one.
-_STAND = """
+_STAND = f"""
 UPDATE standings SET revision = :revision, taken_at = :at, version_then = coalesce(
   nullif(:version, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
 WHERE stream = :stream AND client = :client AND revision <> :revision
-  AND iif(abs(:at - taken_at) <= 3, :revision > revision, :at > taken_at)
-"""
+  AND iif(abs(:at - taken_at) <= 3, :revision > revision,
+    :at > taken_at OR taken_at > :at + {JUMP_SECONDS})
+"""  # noqa: S608 - a constant of ours
 _TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :at)"
 
 

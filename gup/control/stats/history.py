@@ -3,12 +3,14 @@
 All minutes, all hours and all days add up to the counters, across restarts too: a reading adds what was
 counted since the one before, in one transaction with the marks that it is compared with. The wall clock only
 names points. Minutes and hours are dropped in the order in which they were begun: a clock that is wrong for
-an hour adds an hour of misplaced points and removes nothing. Days are the savings ledger, in the site's zone.
+an hour adds an hour of misplaced points and removes nothing; when it is put back, `take_back` brings them to
+the present. Days are the savings ledger, in the site's zone.
 """
 
 import asyncio
 import functools
 import logging
+import math
 import sqlite3
 import time
 from collections import Counter, deque
@@ -22,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
 from gup.control.dependencies import ControlDependencies
+from gup.control.eviction import JUMP_SECONDS
 from gup.control.stats.database import StatsDatabase
 from gup.metrics import (
     CODES_OF_RESULT,
@@ -301,17 +304,51 @@ def points_of(db: sqlite3.Connection, step: int, since: float, until: float) -> 
 def add_gain(db: sqlite3.Connection, now: float, gained: Counter[str], seconds: float, gauges: Point) -> None:
     """Add to the minute and the hour of `now` (Unix) what was counted within so many seconds."""
     for step, kept in KEPT.items():
-        at = int(now // step) * step
-        (newest,) = db.execute("SELECT max(number) FROM points WHERE step = ?", (step,)).fetchone()
-        number = 0 if newest is None else newest + 1
-        point = next(iter(points_of(db, step, at, at)), Point(step=step, at=at, number=number))
         # Counters that lost their last seconds in a power cut gain nothing: what was counted before was true.
-        point.sums.update(+gained)
-        point.covered_seconds += seconds
-        point.note(gauges)
-        row = (step, at, point.number, _POINT.dump_json(point).decode())
-        db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)", row)
+        number = _add_to_point(db, step, now, +gained, seconds, gauges)
         db.execute("DELETE FROM points WHERE step = ? AND number <= ?", (step, number - kept))
+
+
+def _add_to_point(
+    db: sqlite3.Connection, step: int, now: float, gained: Counter[str], seconds: float, gauges: Point
+) -> int:
+    """Add to the point of this length at `now`; the number of the next one that is begun."""
+    at = int(now // step) * step
+    (newest,) = db.execute("SELECT max(number) FROM points WHERE step = ?", (step,)).fetchone()
+    number = 0 if newest is None else newest + 1
+    point = next(iter(points_of(db, step, at, at)), Point(step=step, at=at, number=number))
+    point.sums.update(gained)
+    point.covered_seconds += seconds
+    point.note(gauges)
+    row = (step, at, point.number, _POINT.dump_json(point).decode())
+    db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)", row)
+    return number
+
+
+_TIMES = (
+    *(("clients", "first_at"), ("clients", "seen_at")),
+    *(("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
+)
+
+
+def take_back(db: sqlite3.Connection, reading: Reading) -> None:
+    """Bring all that lies in the future of this reading to its time: the clock was ahead when it was written.
+
+    Days and points are added to the present ones, so that they still add up to the counters.
+    """
+    for table, column in _TIMES:
+        db.execute(f"UPDATE {table} SET {column} = ?1 WHERE {column} > ?1", (reading.at,))  # noqa: S608
+    db.execute(
+        "INSERT INTO days SELECT ?1, series, sum(value) FROM days WHERE day > ?1 "  # noqa: S608
+        f"GROUP BY series {_ADD_TO_DAY}",
+        (reading.today,),
+    )
+    db.execute("DELETE FROM days WHERE day > ?", (reading.today,))
+    for step in KEPT:
+        ahead = points_of(db, step, int(reading.at) + 1, math.inf)
+        db.execute("DELETE FROM points WHERE step = ? AND at > ?", (step, reading.at))
+        for point in ahead:
+            _add_to_point(db, step, reading.at, point.sums, point.covered_seconds, point)
 
 
 class Recorder:
@@ -352,7 +389,14 @@ class Recorder:
 
             def add(db: sqlite3.Connection) -> None:
                 seconds = self._catch_up(db, reading, own) if self._read_at is None else now - self._read_at
+                before = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
+                # A clock before the installation is wrong itself: perhaps one without a battery, not yet set.
+                if before is not None and reading.installed_at <= reading.at < before[0] - JUMP_SECONDS:
+                    _log.warning(
+                        "the clock was put back: what was stored ahead of it is brought to the present"
+                    )
+                    take_back(db, reading)
 
             if await self._database.store("savings", add):
                 self._read_at = now
