@@ -301,8 +301,9 @@ async def test_reconciling_mends_what_is_not_as_recorded_and_removes_what_no_ups
     os.utime(path, (1, 1))
     world.problem = Problem(slug, "told so") if slug else None
     world.whole[record.key.text] = BODY
-    async with world.running():
+    async with world.running() as control:
         await world.until(lambda: bool(world.mends) and path.exists() is left)
+        await world.until(lambda: bool(slug) or record.key.text in control.state.index.rows)
     assert world.mends == [(record.key.text, False)]
     assert path.exists() is left
     assert slug or path.read_bytes() == BODY
