@@ -13,19 +13,15 @@ from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
 from gup.cache.records import Record
-from gup.cache.scheduler import FillQueue
+from gup.cache.scheduler import Class, FillQueue, class_of
 from gup.cache.store import OpenFile, Store
 from gup.cache.streams import Streams
-from gup.content.key import ContentKey, Kind, Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.pool import Pool
-
-PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
-"""Order in which fills get a slot, and bytes of the WAN: small and urgent ones first."""
-BACKGROUND_PRIORITY = 3
 
 
 @dataclass(slots=True)
@@ -118,7 +114,7 @@ class Fill:
     _joining: int = 0
 
     def __post_init__(self) -> None:
-        self.share = Share(BACKGROUND_PRIORITY if self.background else PRIORITIES[self.route.kind])
+        self.share = Share(Class.BACKGROUND if self.background else class_of(self.route))
 
     @property
     def is_read(self) -> bool:
@@ -180,7 +176,7 @@ class Fill:
         """A client waits for it from now on."""
         if self.background:
             self.background = False
-            self.share.priority = PRIORITIES[self.route.kind]
+            self.share.priority = class_of(self.route)
             wan.sort_anew(self.share)
 
     async def outcome(self) -> bool:

@@ -19,7 +19,7 @@ from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
-from gup.cache.scheduler import CLASSES, Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Settings
@@ -125,14 +125,14 @@ class ChildProcess(ABC):
         )
 
     def _fill_queue(self) -> FillQueue:
-        held = self.words[layout.FILL_HELD : layout.FILL_HELD + CLASSES]
+        held = self.words[layout.FILL_HELD : layout.FILL_HELD + GROUPS]
         return FillQueue(
             Slots(self.slots, _URGENT_FIRST, lambda: self.settings.fill.max),
             Slots(self.slots, _BULK_FIRST, lambda: self.settings.fill.max),
             # As many as an exited process can have held: `fill.max` of each class.
             Slots(self.slots, _INHERITED_FIRST, lambda: 2 * self.settings.fill.max),
             lambda: self.settings.fill.queue_timeout,
-            self.turns(Row.FILL_TURNS),
+            (self.turns(Row.URGENT_TURNS), self.turns(Row.BULK_TURNS)),
             Backlog(self.shared.row(Row.FILL_BACKLOG), held, self.block, self._alive),
         )
 

@@ -8,6 +8,7 @@ from operator import itemgetter
 
 import uvloop
 
+from gup.cache.fair_shares import FairShares, Shared
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
@@ -15,7 +16,7 @@ from gup.process.child import Message, Parent
 from gup.process.shared_memory import POLICY_EPOCH, STORE_EPOCH, Row
 from gup.process.wiring import DOWNLOADS_FIRST, ChildProcess, run_child
 from gup.server.access_log import AccessLog
-from gup.server.admission import AddressCounts, Admission
+from gup.server.admission import Admission
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
@@ -46,11 +47,12 @@ class Worker(ChildProcess):
         handler = Handler(
             self.dependencies, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
         )
-        self._addresses = AddressCounts(parent.assignment.addresses_fd, parent.assignment.slot)
+        self._shares = FairShares(parent.assignment.shares_fd, parent.assignment.slot)
+        self.dependencies.queue.clients = self._shares.counts[Shared.FILLS]
         admission = Admission(
             settings,
             self.counters,
-            self._addresses,
+            self._shares.counts[Shared.CONNECTIONS],
             shared.sum_of("gup_client_connections"),
             most_here=self.descriptors * 3 // 4,
         )
@@ -70,7 +72,7 @@ class Worker(ChildProcess):
             await self._listener.drain(0.0)  # the supervisor is gone
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
-        self._addresses.close()
+        self._shares.close()
         await self._policy.close()
         await self.close()
 

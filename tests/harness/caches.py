@@ -134,7 +134,7 @@ async def working(
         Slots(slot_locks, 0, lambda: settings.fill.max),
         Slots(slot_locks, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
-        Turns.alone(),
+        (Turns.alone(), Turns.alone()),
         Backlog.alone(),
     )
     epochs: list[None] = []

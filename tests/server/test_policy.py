@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from harness.content import zip_of
 from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims, Slots
 from gup.client_names import ClientNames
 from gup.content.catalog import parse_catalog
@@ -22,7 +22,7 @@ from gup.content.client_identity import Identities
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
 from gup.server.access_log import AccessLog
-from gup.server.admission import AddressCounts, Admission, address_file
+from gup.server.admission import Admission
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
@@ -125,9 +125,14 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
     )
     access_log = AccessLog(dependencies.settings, dependencies.counters, ClientNames("full", b"0" * 16))
     handler = Handler(dependencies, worker.cache, policy, hot_cache, downloads, access_log, "test")
-    fd = address_file(1)
-    addresses = AddressCounts(fd, 0)
-    admission = Admission(dependencies.settings, dependencies.counters, addresses, lambda: 1, most_here=100)
+    connections = ClientCounts.alone()
+    admission = Admission(
+        dependencies.settings,
+        dependencies.counters,
+        connections,
+        lambda: 1,
+        most_here=100,
+    )
     listening = socket.create_server(("127.0.0.1", 0))
     listener = Listener([listening], dependencies.settings, handler, admission, lambda _now: None)
     address = listening.getsockname()
@@ -137,8 +142,6 @@ async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
     finally:
         await listener.drain(1.0)
         await policy.close()
-        addresses.close()
-        os.close(fd)
         locks.close()
 
 
