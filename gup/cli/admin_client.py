@@ -10,7 +10,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from gup.config import Settings, load
-from gup.control.tokens import local_path, read_token
+from gup.control.auth import local_path, read_token
 from gup.errors import GupError
 from gup.files import FileError, trust
 

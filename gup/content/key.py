@@ -21,7 +21,9 @@ MAX_PART_BYTES = 240
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Controls, line ends, and what UTF-8 can't encode."""
 
+FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
 _DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
+_COMPARABLE = re.compile(r"[0-9]{9}")
 
 
 class BadKeyError(InvalidError):
@@ -129,3 +131,41 @@ class ContentKey:
         if len(parts) != 5:
             raise BadKeyError(f"not a content key, which has five parts separated by '/': {text!r:.80}")
         return cls(*parts)
+
+
+# --- revisions in names
+
+
+class Folder(StrEnum):
+    """Which of a delta's two revisions names its folder: one source says the old, another the new (FIELD). So
+    the folder is taken from the traffic, and what a delta leads from and to from its file name alone.
+    """
+
+    FROM = "from"
+    TO = "to"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The revisions in a name. `from_revision` and `folder` are of deltas; None is another folder."""
+
+    kind: Kind
+    revision: str
+    from_revision: str | None = None
+    folder: Folder | None = None
+
+
+def named(key: ContentKey) -> Named | None:
+    """The revision that a body brings a client to, and a delta's other one; None for all other content.
+
+    Only nine digits can be compared (FIELD: YYMMDDrrr).
+    """
+    step = delta_step(key.file)
+    if step is not None:
+        if not all(map(_COMPARABLE.fullmatch, step)):
+            return None
+        folders = {step.to_revision: Folder.TO, step.from_revision: Folder.FROM}
+        return Named(Kind.DELTA, step.to_revision, step.from_revision, folders.get(key.revision))
+    if FULL.fullmatch(key.file) and _COMPARABLE.fullmatch(key.revision):
+        return Named(Kind.FULL, key.revision)
+    return None

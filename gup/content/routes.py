@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from gup.content.key import ABSENT, ANY, MAX_PART_BYTES, ContentKey, Kind, Variant
+from gup.content.key import ABSENT, ANY, FULL, MAX_PART_BYTES, ContentKey, Folder, Kind, Variant
 from gup.errors import Problem
 
 LIVEUPDATE_STREAM = "liveupdate"
@@ -22,7 +22,6 @@ _DEFAULT_PORTS = {b"http": 80, b"https": 443}
 _ANY_CASE = re.IGNORECASE | re.ASCII
 _MONIKER = re.compile(r"\{[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\}")
 _REVISION = re.compile(r"[0-9]+")
-_FULL = re.compile(r"full\..+", _ANY_CASE)
 _DELTA = re.compile(r"xdelta.*\.dax", _ANY_CASE)
 
 _LIVEUPDATE_INDEX = re.compile(r"minitri\.flg|.*_livetri\.zip", _ANY_CASE)
@@ -144,6 +143,18 @@ def path_of(key: ContentKey) -> str:
     return quote("/".join(("", *map(unquote, (*folders, *key.file.split("%2F"))))), safe=_PATH_SAFE)
 
 
+def spelled_moniker(upstream_path: str) -> str:
+    """The moniker of a content path as the client spelled it, percent-encoded; "" when there is none."""
+    parts = upstream_path.split("/")
+    return parts[2] if len(parts) == 5 and parts[1] == "content" else ""
+
+
+def delta_path(moniker: str, from_revision: str, to_revision: str, folder: Folder) -> str:
+    """The path of a delta, with the moniker as it is given."""
+    under = from_revision if folder is Folder.FROM else to_revision
+    return f"/content/{moniker}/{under}/xdelta{from_revision}_To_{to_revision}.dax"
+
+
 def _content_route(path: str, segments: list[str]) -> Route | None:
     stream, revision, files = ABSENT, ABSENT, segments
     if _MONIKER.fullmatch(segments[0]):
@@ -155,7 +166,7 @@ def _content_route(path: str, segments: list[str]) -> Route | None:
     kind = Kind.INDEX
     # Only a number names content that never changes; a folder called "latest" must be asked for again.
     if len(files) == 1 and _REVISION.fullmatch(revision):
-        if _FULL.fullmatch(files[0]):
+        if FULL.fullmatch(files[0]):
             kind = Kind.FULL
         elif _DELTA.fullmatch(files[0]):
             kind = Kind.DELTA

@@ -1,4 +1,4 @@
-"""Access to the control plane: TLS, and the decision on each request.
+"""Access to the control plane: tokens, TLS, and the decision on each request.
 
 On a loopback address everybody on the machine may read; changes need a token, and beyond loopback everything
 does. A browser carries out what any web site tells it: so the Host header must be a name of this machine (a
@@ -6,21 +6,130 @@ rebound DNS name is not), an Origin must be that of our own page, and credential
 itself change nothing.
 """
 
-import asyncio
+import base64
+import hashlib
+import hmac
 import ipaddress
 import logging
+import re
+import secrets
 import socket
 import ssl
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from aiofiles.os import wrap
+
 from gup.config import Listen
-from gup.control.tokens import Right, Tokens, local_path, read_token, readable_by_all, token_doubts
 from gup.errors import SettingsError
-from gup.files import PEM_BYTES, FileError, read_file, trust
+from gup.files import PEM_BYTES, FileError, read_file, replace_file, trust
 
 _log = logging.getLogger("gup.control.auth")
+
+# --- tokens
+
+_TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 has, but what a header can hold in one piece
+_SHORT = 16
+_MAX_BYTES = 4096
+_HOW = "such as made by: openssl rand -hex 32"
+
+
+class Right(IntEnum):
+    """What a token allows; each includes the one before."""
+
+    NONE = 0
+    READ = 1
+    CHANGE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """The token of an Authorization header, and whether a browser may have added it."""
+
+    token: str
+    by_browser: bool = False
+
+
+def presented(header: str | None) -> Presented | None:
+    """The token of Bearer (RFC 6750), or Basic's password (RFC 7617); a malformed one matches nothing."""
+    if header is None:
+        return None
+    scheme, _, rest = header.strip().partition(" ")
+    if scheme.lower() != "basic":
+        return Presented(rest.strip() if scheme.lower() == "bearer" else "")
+    password = ""
+    with suppress(ValueError):
+        password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+    return Presented(password, by_browser=True)
+
+
+class Tokens:
+    """The valid tokens, as digests; "" for those that are not set."""
+
+    def __init__(self, *, change: str = "", read: str = "", local: str = "") -> None:
+        self._digests = [_digest(token) if token else b"" for token in (change, read, local)]
+
+    def right(self, shown: Presented | None, *, near: bool) -> Right | None:
+        """What the token allows; None for an unknown one. All are compared, in constant time.
+
+        The local token is valid on its own machine only (`near`); what a browser adds allows reading.
+        """
+        if shown is None:
+            return Right.NONE
+        digest = _digest(shown.token)
+        changes, reads, is_local = (hmac.compare_digest(digest, known) for known in self._digests)
+        found = Right.CHANGE if changes or (is_local and near) else Right.READ if reads else None
+        return min(found, Right.READ) if found is not None and shown.by_browser else found
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file; FileError with what would be right."""
+    try:
+        text = read_file(path, _MAX_BYTES + 1)
+    except FileError as error:
+        raise FileError(f"{error}: it must hold a token, {_HOW}") from error
+    token = text.decode("utf-8", "replace").strip()
+    if not token:
+        raise FileError(f"{str(path)!r} is empty: it must hold a token, {_HOW}")
+    if len(text) > _MAX_BYTES or not _TOKEN.fullmatch(token):
+        raise FileError(f"{str(path)!r} holds no token: it must be one line of ASCII without spaces, {_HOW}")
+    return token
+
+
+def token_doubts(path: Path) -> Iterator[str]:
+    """What makes a token file unsafe, as sentences."""
+    with suppress(OSError, FileError):
+        yield from _readable_by_all(path)
+        if len(read_token(path)) < _SHORT:
+            yield f"the token in {path} is short enough to be guessed: take one {_HOW}"
+
+
+def _readable_by_all(path: Path) -> Iterator[str]:
+    if path.stat().st_mode & stat.S_IROTH:
+        yield f"{path} can be read by everybody on this machine: chmod o-r {path}"
+
+
+def local_path(run: Path) -> Path:
+    """The token that is made at each start, in `run/`, for commands on the same machine."""
+    return run / "admin-token"
+
+
+def make_local_token(run: Path) -> None:
+    """Write a new token into `run/`, readable by its owner only; OSError."""
+    replace_file(local_path(run), f"{secrets.token_hex(32)}\n".encode(), durable=False)
+
+
+# --- TLS
+
 _RIGHT_CERT = "it must hold the control plane's certificate with its chain, in PEM"
 _RIGHT_KEY = "it must hold the certificate's key, in PEM, without a password"
 
@@ -51,9 +160,13 @@ def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
     return context
 
 
+# --- the decision
+
+
 _FOR_PROBES = frozenset({"/healthz", "/readyz"})
-"""Attempt by whoever watches over the process, without a token; they tell no secrets."""
+"""Asked by whoever watches over the process, without a token; they tell no secrets."""
 _BEARER = 'Bearer realm="gup"'
+_HOST = re.compile(r"(?:\[([^]]*)\]|([^:]*))(?::[0-9]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +268,9 @@ def is_loopback(address: str | None) -> bool:
 
 
 def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
-    name = _without_port(attempt.host).lower()
+    # A host that is malformed has no name here.
+    found = _HOST.fullmatch(attempt.host)
+    name = (found[1] or found[2] or "").lower() if found else ""
     if is_loopback(name) or (name and name in (admin_address.lower(), (attempt.local or "").lower())):
         return True
     # Beyond loopback the machine is called by its host name, which another site can't make resolve to us.
@@ -163,13 +278,7 @@ def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
     return not is_loopback(admin_address) and name in (machine, machine.split(".")[0])
 
 
-def _without_port(host: str) -> str:
-    """The name in a Host header; empty when malformed."""
-    if host.startswith("["):
-        name, bracket, rest = host[1:].partition("]")
-        return name if bracket and (not rest or rest.startswith(":")) else ""
-    name, _, port = host.partition(":")
-    return name if not port or port.isdigit() else ""
+# --- the settings' files, in force
 
 
 class _Files(NamedTuple):
@@ -200,7 +309,7 @@ def _read_files(listen: Listen, run: Path | None = None) -> _Files:
     if listen.admin_cert_file is not None and (key := listen.admin_key_file) is not None:
         try:
             context = load_context(listen.admin_cert_file, key)
-            doubts += readable_by_all(key)
+            doubts += _readable_by_all(key)
         except FileError as error:
             problems.append(str(error))
         except OSError:  # gone again
@@ -210,7 +319,7 @@ def _read_files(listen: Listen, run: Path | None = None) -> _Files:
             found["local"] = read_token(local_path(run))
         except FileError:
             doubts.append(f"commands on this machine find no token in {local_path(run)}")
-    return _Files(Tokens.of(**found), context, problems, doubts)
+    return _Files(Tokens(**found), context, problems, doubts)
 
 
 def require_access(listen: Listen) -> None:
@@ -254,7 +363,7 @@ class Access:
 
     async def read(self, listen: Listen, run: Path, *, at_start: bool = False) -> None:
         """Read tokens and certificate again; unusable files leave the old ones in force."""
-        files = await asyncio.to_thread(_read_files, listen, run)
+        files = await wrap(_read_files)(listen, run)
         for doubt in files.doubts:
             _log.warning("%s", doubt)
         what_now = "nobody gets in until a reload" if at_start else "the old ones stay in force"

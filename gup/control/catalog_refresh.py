@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from aiofiles.os import wrap
+
 from gup import config
 from gup.cache.catalog_cache import Kept, read_kept, write_kept
 from gup.content.catalog import (
@@ -161,7 +163,7 @@ class CatalogRefresher:
         known = old if old.rows is not None else Kept(source)
         try:
             if settings.file is not None:
-                fetched = Fetched(await asyncio.to_thread(read_file, settings.file, MAX_CATALOG_BYTES))
+                fetched = Fetched(await wrap(read_file)(settings.file, MAX_CATALOG_BYTES))
             elif doubted:
                 fetched = await self._fetch(upstream.name, known.etag, known.last_modified)
             else:
@@ -195,7 +197,7 @@ class CatalogRefresher:
             if (one := kept.get(name, _NONE)).rows is not None:
                 _log.info("catalogue of %s: %d streams, from %s", name, len(one.rows), one.source)
         try:
-            await asyncio.to_thread(write_kept, self._run, kept)
+            await wrap(write_kept)(self._run, kept)
         except OSError as error:
             _log.warning("can't write the catalogues: %s", error.strerror or error)
             self._kept = before  # so that the next reading tries again

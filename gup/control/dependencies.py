@@ -1,8 +1,11 @@
-"""The collaborators of the control plane, given by the controller process."""
+"""The collaborators of the control plane, given by the controller process, and how it changes an entry."""
 
+import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from gup.cache.locks import Claims
 from gup.cache.store import Store
@@ -10,7 +13,7 @@ from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
-from gup.errors import Problem
+from gup.errors import GupError, Problem
 from gup.metrics import Counters
 
 
@@ -77,3 +80,50 @@ class ControlDependencies:
     """The present rows of the upstreams' catalogues."""
     unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""
+
+
+PATIENCE_SECONDS = 5.0
+"""How long an operator's command waits for a fill of the same key."""
+_POLL_SECONDS = 0.01
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+class BusyError(GupError):
+    """The entry can't be changed now: another process fills, revalidates or mends it."""
+
+    def __init__(self, key: ContentKey) -> None:
+        super().__init__(
+            f"{key.text} is being fetched or checked at this moment, so nothing was changed: "
+            "try again when that has ended"
+        )
+
+
+async def change(
+    claims: Claims, key: ContentKey, work: Callable[[], _Result], patience_seconds: float = PATIENCE_SECONDS
+) -> _Result:
+    """Run `work` in a thread, holding the key's claim; BusyError when another holds it for too long."""
+    give_up_at = time.monotonic() + patience_seconds
+    while not claims.try_claim(key.claim_offset):
+        if time.monotonic() >= give_up_at:
+            raise BusyError(key)
+        await asyncio.sleep(_POLL_SECONDS)
+    try:
+        return await to_its_end(work)
+    finally:
+        claims.release(key.claim_offset)
+
+
+async def to_its_end(
+    work: Callable[_Given, _Result], *arguments: _Given.args, **named: _Given.kwargs
+) -> _Result:
+    """Run `work` in a thread; a cancelled caller waits until the thread has ended.
+
+    A thread can't be stopped: otherwise the caller would release its claim while the work goes on.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise

@@ -21,15 +21,15 @@ from pydantic import (
     StrictBool,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
 )
 
 from gup.client_names import is_name
 from gup.content.catalog import normal_moniker
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
-from gup.control.index import Count, Time
 from gup.errors import PROBLEMS, quoted
-from gup.jsonmodel import InvalidError, parse, plain_text, shown
+from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, shown
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000
@@ -63,6 +63,12 @@ def _that(is_right: Callable[[Any], object], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _leads(path: str, info: ValidationInfo) -> str:
+    if "key" in info.data and not leads_to(path, info.data["key"]):
+        raise ValueError(f"it does not lead to {info.data['key'].text[:200]}: {shown(path)}")
+    return path
+
+
 def _cut(most: int) -> BeforeValidator:
     return BeforeValidator(lambda v: plain_text(v[:most], most) if isinstance(v, str) else v)
 
@@ -73,7 +79,8 @@ Name = Annotated[str, Strict(), Field(max_length=200)]
 Client = Annotated[Name, _that(is_name, "a client")]
 Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
 """What others say of themselves: it may be of any length and hold anything."""
-Path = Annotated[str, Strict(), Field(max_length=MAX_DATAGRAM_BYTES)]
+Path = Annotated[str, Strict(), AfterValidator(_leads)]
+"""The path by which upstream is asked for the body called `key`, a member before it."""
 Detail = Annotated[str, Strict(), _cut(MAX_DATAGRAM_BYTES), AfterValidator(quoted)]
 
 
@@ -133,7 +140,7 @@ class Committed(_Event):
     length: Count
     kind: Kind
     replaced: StrictBool = False
-    path: Path = ""
+    path: Path | Literal[""] = ""
 
 
 class Usage(_Event):
@@ -223,11 +230,8 @@ def parse_event(datagram: bytes) -> Event:
     """The event in a datagram; InvalidError when it is none."""
     members = parse(datagram, "event", MAX_DATAGRAM_BYTES)
     try:
-        event = _EVENT.validate_python(members)
+        return _EVENT.validate_python(members)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidError(f"event: {quoted(where)[:100]}: {quoted(first['msg'])[:200]}") from error
-    if isinstance(event, Begun | Committed) and event.path and not leads_to(event.path, event.key):
-        raise InvalidError(f"event: 'path' does not lead to {event.key.text[:200]}: {shown(event.path)}")
-    return event

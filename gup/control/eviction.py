@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import aiofiles.os
+
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, change, to_its_end
 from gup.control.index import Index, Row, Stream
-from gup.control.reconcile import change, to_its_end
 from gup.errors import GupError
 from gup.units import format_size
 
@@ -207,7 +207,7 @@ class Evictor:
     async def measure(self) -> DiskUsage:
         """Measure the parts and the free space of the file system."""
         entries_bytes = self._index.total_bytes
-        figures = await asyncio.to_thread(os.statvfs, self._store.root)
+        figures = await aiofiles.os.statvfs(self._store.root)
         parts = await asyncio.to_thread(self._store.parts)
         return DiskUsage(tuple(parts), figures.f_bavail * figures.f_frsize, entries_bytes)
 

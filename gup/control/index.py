@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import diskcache
-from pydantic import AfterValidator, Field, Strict, TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 from sortedcontainers import SortedList
 
-from gup.cache.store import Stored
+from gup.cache.store import Store, Stored
 from gup.content.key import ContentKey, Kind, delta_step
-from gup.jsonmodel import MAX_INTEGER, MAX_TIME, InvalidError
+from gup.control.dependencies import BusyError, ControlDependencies, change
+from gup.jsonmodel import Count, InvalidError, Time
 
 _log = logging.getLogger("gup.control.index")
 _REVISION = re.compile(r"\d{9}")
@@ -35,8 +36,6 @@ _T = TypeVar("_T")
 
 Stream = tuple[str, str, str]
 """Version, language and moniker: revisions are compared within a stream."""
-Count = Annotated[int, Strict(), Field(ge=0, le=MAX_INTEGER)]
-Time = Annotated[float, Strict(), Field(ge=-MAX_TIME, le=MAX_TIME)]
 Name = Annotated[str, AfterValidator(sys.intern)]
 """Many rows share a name: interned, it is in memory once."""
 
@@ -110,15 +109,14 @@ def make_row(
 
 def row_of(stored: Stored, known: Row | None = None) -> Row:
     """The row of a body found on disk; hits and totals come from the row known before."""
-    record = stored.record
+    record, size_bytes, used_at = stored.record, stored.size_bytes, stored.used_at
     assert record is not None
-    more: dict[str, Any] = {"pinned": record.pinned, "received_bytes": stored.size_bytes}
-    used_at = stored.used_at
+    more: dict[str, Any] = {"received_bytes": size_bytes}
     if known is not None:
         used_at = max(used_at, known.used_at)
-        more |= {name: getattr(known, name) for name in ("hits", "sent_bytes", "received_bytes")}
+        more = {name: getattr(known, name) for name in ("hits", "sent_bytes", "received_bytes")}
     times = {"stored_at": record.stored_at, "used_at": used_at}
-    return make_row(record.key, record.kind, stored.size_bytes, **times, **more)
+    return make_row(record.key, record.kind, size_bytes, pinned=record.pinned, **times, **more)
 
 
 Place = tuple[float, str]
@@ -255,6 +253,12 @@ class Index:
         finally:
             # By identity: two watchers may hold equal sets.
             self._watchers = [watcher for watcher in self._watchers if watcher is not touched]
+
+    async def read_again(self, key: ContentKey, store: Store) -> None:
+        """Take over an entry that was mended or imported."""
+        stored = await asyncio.to_thread(store.stored, key)
+        if stored is not None and stored.record is not None:
+            self.put(row_of(stored, self.rows.get(key.text)))
 
     # --- the file
 
@@ -477,3 +481,76 @@ def check_index(folder: Path, *, repair: bool) -> str | None:
     finally:
         file.close()
     return None
+
+
+ORPHAN_AGE_SECONDS = 600.0
+"""A younger body without a record may belong to a commit that is under way."""
+
+
+async def reconcile(dependencies: ControlDependencies, index: Index, now: float) -> None:
+    """Scan the store and correct the index, except for rows that changed during the scan."""
+    store, known = dependencies.store, dict(index.rows)
+    with index.watch() as touched:
+        changed, keys, orphans = await asyncio.to_thread(_scan, store, known)
+        for number, stored in enumerate(changed, 1):
+            if stored.key.text not in touched:
+                index.put(row_of(stored, index.rows.get(stored.key.text)))
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        gone = known.keys() - keys
+        for key in gone - touched:
+            index.discard(key)
+    index.complete = True
+    if changed or gone:
+        _log.info("the index took over %d entries and dropped %d", len(changed), len(gone))
+    await asyncio.to_thread(store.prune)
+    for orphan in orphans:
+        if now - orphan.used_at > ORPHAN_AGE_SECONDS:
+            try:
+                await _settle_orphan(orphan, dependencies, index)
+            except Exception:  # noqa: BLE001 - one entry must not keep the others from being looked at
+                _log.exception("could not repair %s", orphan.key.text)
+
+
+def _scan(store: Store, known: Mapping[str, Row]) -> tuple[list[Stored], set[str], list[Stored]]:
+    """What is not as in `known`, the keys found, and the bodies whose record is missing or damaged."""
+    changed, keys, orphans = [], set(), []
+    for stored in store.scan():
+        if stored.record is None:
+            orphans.append(stored)
+            continue
+        keys.add(key := stored.key.text)
+        if row_of(stored, known.get(key)) != known.get(key):
+            changed.append(stored)
+    return changed, keys, orphans
+
+
+async def _settle_orphan(orphan: Stored, dependencies: ControlDependencies, index: Index) -> None:
+    """Mend a body that has its record. Remove one without a record, or that no upstream has any more.
+
+    Not while a fill holds its claim, or an interrupted commit waits.
+    """
+    key, store = orphan.key, dependencies.store
+    recorded = orphan.size_bytes > 0 and await asyncio.to_thread(store.load_or_none, key) is not None
+    if recorded:
+        problem = await dependencies.mend(key, False)
+        if problem is None:
+            await index.read_again(key, store)
+            return
+        if problem.status not in (404, 410):
+            return  # what is sound of it can be served, and the rest be had later
+    with contextlib.suppress(BusyError):
+        if await change(dependencies.claims, key, lambda: _remove_orphan(key, store), patience_seconds=0.0):
+            if not recorded:
+                dependencies.counters.add("gup_integrity_failures_total", where="record")
+            _log.warning("removed a body without a usable record, or a record without its body: %s", key.text)
+
+
+def _remove_orphan(key: ContentKey, store: Store) -> bool:
+    """Remove what can't be served, under the claim; False when there is nothing, or it can be by now."""
+    record = store.load_or_none(key)
+    if (record is not None and store.open_body(record) is not None) or store.state_path(key.id).exists():
+        return False
+    there = store.body_path(key).exists() or store.record_path(key).exists()
+    store.remove(key)
+    return there

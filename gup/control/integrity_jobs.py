@@ -1,7 +1,6 @@
 """Integrity jobs: the scrubber in the background, and verification on command."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -16,10 +15,10 @@ from gup.cache.records import Record
 from gup.cache.store import OpenFile, read_aside, span_of
 from gup.content.key import ContentKey
 from gup.control.api import schemas
-from gup.control.dependencies import ControlDependencies
-from gup.control.index import Count, Index, Time
-from gup.control.reconcile import BusyError, change, index_again, to_its_end
+from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
+from gup.control.index import Index
 from gup.errors import Problem
+from gup.jsonmodel import Count, Time
 
 _log = logging.getLogger("gup.control.integrity")
 
@@ -141,11 +140,9 @@ class Scrubber:
 
     def _open(self, key: ContentKey) -> tuple[Record, OpenFile] | None:
         store = self._dependencies.store
-        with contextlib.suppress(ValueError):
-            record = store.load(key)
-            if record is not None and (file := store.open_body(record)) is not None:
-                return record, file
-        return None
+        record = store.load_or_none(key)
+        file = store.open_body(record) if record is not None else None
+        return (record, file) if record is not None and file is not None else None
 
     async def _look_at_odd(self, key: ContentKey) -> None:
         """Check under the claim whether the entry is damaged, or was just removed or replaced."""
@@ -181,7 +178,7 @@ async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index
     """Fetch the damaged chunks of a body anew; why it could not be done."""
     problem = await dependencies.mend(key, True)
     if problem is None:
-        await index_again(key, index, dependencies.store)
+        await index.read_again(key, dependencies.store)
     return problem
 
 
@@ -270,31 +267,29 @@ class Verification:
         """Check and note what is wrong; False when somebody holds the claim: a commit under way looks like
         damage. An entry is read without its claim first. An exception becomes a finding.
         """
-        claims, mends = self._dependencies.claims, []
+        claims, repair = self._dependencies.claims, self._told.repair
         try:
             if key is not None and not await asyncio.to_thread(check):
                 return True
             if offset is not None and not claims.try_claim(offset):
                 return False
             try:
-                for finding in await to_its_end(check):
-                    if not self._told.repair:
-                        self._note(finding, None)
-                    elif finding.where == "body":
-                        mends.append(finding)  # by a fill, which takes the claim itself
-                    else:
+                found = await to_its_end(check)
+                for finding in found if repair else ():
+                    if finding.where != "body":  # bodies are mended by a fill, which takes the claim itself
                         await to_its_end(put_right, self._store, finding, alone=False)
-                        if finding.key is not None and finding.where == "record":
-                            self._index.discard(finding.key.text)
-                            self._dependencies.raise_store_epoch()
-                        self._note(finding, True)
+                    if finding.where == "record" and finding.key is not None:
+                        self._index.discard(finding.key.text)
+                        self._dependencies.raise_store_epoch()
             finally:
                 if offset is not None:
                     claims.release(offset)
-            for finding in mends:
-                assert key is not None
-                problem = await _mend(key, self._dependencies, self._index)
-                self._note(finding, problem is None, problem.detail if problem is not None else None)
+            for finding in found:
+                problem = None
+                if repair and finding.where == "body" and key is not None:
+                    problem = await _mend(key, self._dependencies, self._index)
+                why_not = problem.detail if problem is not None else None
+                self._note(finding, problem is None if repair else None, why_not)
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
             detail = f"it can't be looked at: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
@@ -302,13 +297,13 @@ class Verification:
         return True
 
     def _note(self, finding: Finding, mended: bool | None, why_not: str | None = None) -> None:
-        told, where = self._told, finding.where
+        told = self._told
         _log.warning("%s: %s", finding.path, finding.detail)
-        if where != "stray":
-            self._dependencies.counters.add("gup_integrity_failures_total", where=where)
+        if finding.where != "stray":
+            self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
         told.damaged += 1
         told.mended += bool(mended)
         if len(told.found) < _MOST_FINDINGS:
             key = finding.key.text if finding.key else None
-            shown = {"where": where, "path": finding.path, "key": key, "detail": finding.detail}
+            shown = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
             told.found.append(schemas.Finding.model_validate(shown | {"mended": mended, "why_not": why_not}))

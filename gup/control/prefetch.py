@@ -15,18 +15,17 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from gup.content.catalog import CLIENT_PATCHES, OTHER
-from gup.content.deltas import Folder, Named, delta_path, named, spelled_moniker
-from gup.content.key import ContentKey, Kind, Variant
-from gup.content.routes import Route, Routes, leads_to, parse_target
+from gup.content.key import ContentKey, Folder, Kind, Named, Variant, named
+from gup.content.routes import Route, Routes, delta_path, parse_target, spelled_moniker
 from gup.control.dependencies import ControlDependencies
-from gup.control.events import Key
-from gup.control.index import Count, Index, Stream, Time, stream_of
+from gup.control.events import Key, Path
+from gup.control.index import Index, Stream, stream_of
 from gup.control.traffic import LatestStreams
 from gup.errors import GupError, Problem
-from gup.jsonmodel import plain_text
+from gup.jsonmodel import Count, Time, plain_text
 
 _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000
@@ -63,8 +62,7 @@ class QueuedFetch(BaseModel):
     """One body to prefetch. Only the prefetcher changes it; times are Unix seconds."""
 
     key: Key
-    path: Text
-    """The path that upstream is asked for."""
+    path: Path
     kind: Kind
     by: Literal["traffic", "operator"]
     asked_at: Time
@@ -73,12 +71,6 @@ class QueuedFetch(BaseModel):
     ended_at: Time | None = None
     due_at: float = Field(default=0.0, exclude=True)
     tries: Count = 0
-
-    @model_validator(mode="after")
-    def _is_its_key_s(self) -> "QueuedFetch":
-        if not leads_to(self.path, self.key):
-            raise ValueError("its path does not lead to its key")
-        return self
 
     @property
     def pending(self) -> bool:
@@ -146,18 +138,12 @@ class PrefetchQueue:
 def _readable(model: type[_M], rows: Any) -> Iterator[_M]:
     """What is stored, without malformed rows."""
     for row in rows if isinstance(rows, list) else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             yield model.model_validate(row)
 
 
 MAX_REVISIONS = 64
 """Revisions remembered of each stream; those named longest ago are forgotten."""
-_PAIRS: TypeAdapter[list[tuple[str, Time]]] = TypeAdapter(list[tuple[str, Time]])
-_Seen = Annotated[
-    dict[str, float],
-    BeforeValidator(lambda pairs: dict(_PAIRS.validate_python(pairs))),
-    PlainSerializer(lambda seen: list(seen.items())),
-]
 
 
 class _Known(BaseModel):
@@ -167,11 +153,12 @@ class _Known(BaseModel):
     done for them.
     """
 
+    stream: Stream
     newest: str = ""
     announced_at: Time = 0.0
     moniker: str = ""
     folder: Folder | None = None
-    seen: _Seen = Field(default_factory=dict)
+    seen: Annotated[dict[str, Time], BeforeValidator(dict)] = Field(default_factory=dict)
     asked: set[str] = Field(default_factory=set, exclude=True)
 
     def name(self, named: Named, now: float) -> None:
@@ -189,10 +176,6 @@ class _Known(BaseModel):
             self.asked.discard(forgotten)
 
 
-class _KnownStream(_Known):
-    stream: tuple[str, str, str]
-
-
 class Announced(NamedTuple):
     """A stream's newest revision, since when, and the paths of the deltas to it from the revisions that
     other clients of the site are at, the latest named first.
@@ -207,7 +190,7 @@ class Revisions:
     """Revisions by stream. `changed`: whether anything new was learned since whoever saves it reset it."""
 
     def __init__(self) -> None:
-        self.streams = LatestStreams(_Known)
+        self.streams = LatestStreams(lambda stream: _Known(stream=stream))
         self.changed = False
 
     def learn(self, stream: Stream, named: Named, now: float, moniker: str = "") -> bool:
@@ -246,12 +229,12 @@ class Revisions:
         return Announced(known.newest, known.announced_at, tuple(paths))
 
     def to_json(self) -> list[Any]:
-        return [known.model_dump() | {"stream": list(stream)} for stream, known in self.streams.items()]
+        return [known.model_dump() for known in self.streams.values()]
 
     def restore(self, rows: Any) -> None:
         """Take back what `to_json` gave. Malformed rows are left out; what has come since stays."""
         newer = dict(self.streams)
-        for stored in _readable(_KnownStream, rows):
+        for stored in _readable(_Known, rows):
             self.streams[stored.stream] = stored
         for stream, new in newer.items():
             if (old := self.streams.met(stream)) is new:
@@ -333,7 +316,7 @@ class Prefetcher:
         self.left_out.pop(stream, None)
         fresh = 0
         for path in newest.paths:
-            route = self._routes().route(parse_target(path.encode()).path)
+            route = self._route(path)
             key = route.key(Variant(*stream[:2]))
             if self.queue.rows.get(key) is None and key.text not in self._index.rows:
                 fresh += self._add(route, key, "traffic")
@@ -359,10 +342,9 @@ class Prefetcher:
     def order(self, path: str, version: str | None, language: str | None) -> list[QueuedFetch]:
         """Queue `path` for all matching variants; ValueError when it is wrong, Busy when the list is full."""
         try:
-            target = parse_target(path.encode())
-            if target.authority is not None:
+            if parse_target(path.encode()).authority is not None:
                 raise ValueError("path: begin it with /content/, without the server")
-            route = self._routes().route(target.path)
+            route = self._route(path)
         except Problem as problem:
             kind = NotThereError if problem.status == 404 else ValueError
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
@@ -391,8 +373,9 @@ class Prefetcher:
             raise NotThereError(f"version, language: no upstream has {wanted}; there is {there_is}")
         return found
 
-    def _routes(self) -> Routes:
-        return Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+    def _route(self, path: str) -> Route:
+        routes = Routes(liveupdate=any(u.kind == "liveupdate" for u in self._settings().upstream))
+        return routes.route(parse_target(path.encode()).path)
 
     def _add(self, route: Route, key: ContentKey, by: Literal["traffic", "operator"]) -> bool:
         item = QueuedFetch(key=key, path=route.upstream_path, kind=route.kind, by=by, asked_at=self._clock())
@@ -427,8 +410,7 @@ class Prefetcher:
         self.queue.move(item, Outcome.FETCHING, self._clock())
         item.tries += 1
         try:
-            route = self._routes().route(parse_target(item.path.encode()).path)
-            fetched = await self._dependencies.fetch_ahead(route, item.key.variant)
+            fetched = await self._dependencies.fetch_ahead(self._route(item.path), item.key.variant)
             outcome, detail = Outcome.STORED if fetched else Outcome.PRESENT, ""
         except Problem as problem:
             detail = problem.detail

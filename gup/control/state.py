@@ -12,7 +12,7 @@ from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.api.schemas import Alarm, FailedFill, WriteRefusal
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, change
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
     Begun,
@@ -33,7 +33,6 @@ from gup.control.eviction import AgeClock, Evictor
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
-from gup.control.reconcile import change
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import RateWindow, Recorder

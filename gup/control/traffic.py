@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from gup.content.deltas import named
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey, Kind, named
 from gup.control.index import Index, Stream, stream_of
 from gup.metrics import MAX_STREAMS
 
@@ -20,13 +19,13 @@ _Known = TypeVar("_Known")
 class LatestStreams(OrderedDict[Stream, _Known], Generic[_Known]):
     """What is known of each stream; beyond MAX_STREAMS the longest idle ones are forgotten."""
 
-    def __init__(self, make: Callable[[], _Known]) -> None:
+    def __init__(self, make: Callable[[Stream], _Known]) -> None:
         super().__init__()
         self._make = make
 
     def met(self, stream: Stream) -> _Known:
         """What is known of a stream that is met now."""
-        known = self[stream] = self.pop(stream) if stream in self else self._make()
+        known = self[stream] = self.pop(stream) if stream in self else self._make(stream)
         while len(self) > MAX_STREAMS:
             self.popitem(last=False)
         return known
@@ -117,7 +116,7 @@ class Traffic:
     def __init__(self, index: Index, clock: Callable[[], float]) -> None:
         self._index = index
         self._clock = clock
-        self._streams = LatestStreams(_Asked)
+        self._streams = LatestStreams(lambda _: _Asked())
 
     def _asked(self, key: ContentKey) -> _Asked:
         asked = self._streams.met(stream_of(key))

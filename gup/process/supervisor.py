@@ -17,7 +17,7 @@ from gup import log
 from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
 from gup.config import Settings
-from gup.control.tokens import local_path, make_local_token
+from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
 from gup.process import shared_memory, sockets
 from gup.process.child import Assignment, Child, ChildSlot, Message, Phase

@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from gup import config
 from gup.errors import is_exhausted
 from gup.server.admission import Admission
-from gup.server.connection import Connection, Context, close_by_reset
+from gup.server.connection import Connection, Context, Pacer, Poller, close_by_reset
 from gup.server.handler import Handler
-from gup.server.pacing import Pacer
-from gup.server.poller import Poller
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")

@@ -128,59 +128,43 @@ def test_what_is_for_all_languages_is_so_in_every_catalogue(moniker, expected):
     assert catalogues().for_all_languages(moniker) is expected
 
 
+IN_ENGLISH = Label("SEP Client Patch 14.3 RU3", "14.3 RU3", "English", CLIENT_PATCHES)
+IN_FRENCH = Label("SEP Client Patch 14.3 RU2", "14.3 RU2", "French", CLIENT_PATCHES)
+FOR_ALL = Label(DEFINITIONS, "12.1 RU6", "SymAllLanguages", "virus_definitions")
+BY_INDEX = Label("SEPC Virus Definitions Win64", "14.3 RU2", "SymAllLanguages", "virus_definitions")
+INDEX_NAME = "SEPC$20Virus$20Definitions$20Win64_14.3$20RU2_SymAllLanguages_livetri.zip"
+
+
 @pytest.mark.parametrize(
     ("stream", "file", "expected"),
     [
-        (
-            ("14.3 RU3", "English", PATCH),
-            "full.zip",
-            ("SEP Client Patch 14.3 RU3", "14.3 RU3", "English", CLIENT_PATCHES),
-        ),
-        (
-            ("14.3 RU2", "French", PATCH),
-            "full.zip",
-            ("SEP Client Patch 14.3 RU2", "14.3 RU2", "French", CLIENT_PATCHES),
-        ),
-        (
-            ("any", "any", VIRUS),
-            "full.zip",
-            (DEFINITIONS, "12.1 RU6", "SymAllLanguages", "virus_definitions"),
-        ),
+        (("14.3 RU3", "English", PATCH), "full.zip", IN_ENGLISH),
+        (("14.3 RU2", "French", PATCH), "full.zip", IN_FRENCH),
+        (("any", "any", VIRUS), "full.zip", FOR_ALL),
         (("any", "any", UNKNOWN), "full.zip", None),
-        (
-            ("14.3 RU2", "SymAllLanguages", LIVEUPDATE_STREAM),
-            "SEPC$20Virus$20Definitions$20Win64_14.3$20RU2_SymAllLanguages_livetri.zip",
-            ("SEPC Virus Definitions Win64", "14.3 RU2", "SymAllLanguages", "virus_definitions"),
-        ),
-        (("any", "any", LIVEUPDATE_STREAM), "1700000000jtun_x.m25", ("LiveUpdate", "", "any", "other")),
+        (("14.3 RU2", "SymAllLanguages", LIVEUPDATE_STREAM), INDEX_NAME, BY_INDEX),
+        (("any", "any", LIVEUPDATE_STREAM), "17jtun_x.m25", Label("LiveUpdate", "", "any", "other")),
     ],
 )
 def test_labels(stream, file, expected):
-    assert catalogues().label(stream, file) == (expected and Label(*expected))
+    assert catalogues().label(stream, file) == expected
 
 
 SHIPPED = StreamTypes(Settings().catalog.types)
+PRODUCTS = {
+    CLIENT_PATCHES: ["SEPC Client Patch Win64 14.3 RU2", "sepc  CLIENT\tPATCHES"],
+    "virus_definitions": ["SEPC Virus Definitions Win32 12.1 RU6"],
+    "ips_signatures": ["SEPC IPS Signatures Win64", "SEPC CIDS Signatures 14.3", "SEPC Network Threat 14.3"],
+    "behavior_analysis": ["SEPC Behavior Analysis 14.3", "SEPC Behavior And Security Heuristics 14.3"],
+    "submission_control": ["SEPC Submission Control Data"],
+    OTHER: ["SEPC Extended File Attributes", ""],
+}
+PRODUCTS["behavior_analysis"].append("SEPC SONAR Definitions")
 
 
-@pytest.mark.parametrize(
-    ("product", "type_"),
-    [
-        ("SEPC Client Patch Win64 14.3 RU2", CLIENT_PATCHES),
-        ("sepc  CLIENT\tPATCHES", CLIENT_PATCHES),
-        ("SEPC Virus Definitions Win32 12.1 RU6", "virus_definitions"),
-        ("SEPC IPS Signatures Win64 14.3", "ips_signatures"),
-        ("SEPC CIDS Signatures 14.3", "ips_signatures"),
-        ("SEPC Network Threat 14.3", "ips_signatures"),
-        ("SEPC Behavior Analysis 14.3", "behavior_analysis"),
-        ("SEPC Behavior And Security Heuristics 14.3", "behavior_analysis"),
-        ("SEPC SONAR Definitions", "behavior_analysis"),
-        ("SEPC Submission Control Data", "submission_control"),
-        ("SEPC Extended File Attributes", OTHER),
-        ("", OTHER),
-    ],
-)
-def test_the_shipped_types(product, type_):
-    assert SHIPPED.of(product) == type_
+@pytest.mark.parametrize(("type_", "products"), PRODUCTS.items())
+def test_the_shipped_types(type_, products):
+    assert {SHIPPED.of(product) for product in products} == {type_}
 
 
 def test_own_types_are_tried_first_and_an_empty_list_takes_one_away():

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gup.content.key import ANY, BadKeyError, ContentKey, Variant, delta_step
+from gup.content.key import ANY, BadKeyError, ContentKey, Folder, Kind, Named, Variant, delta_step, named
+from gup.content.routes import Routes, delta_path, parse_target, spelled_moniker
 
 KEY = ContentKey("14.3 RU2", "de", "{07B590B3-9282-482F-BBAA-6D515D385869}", "190815061", "full.zip")
 
@@ -56,36 +57,52 @@ def test_unsafe_parts_are_no_key(part, place):
         ContentKey.parse("/".join(parts))
 
 
-@pytest.mark.parametrize("value", [None, 5, 1.0, True, [], {}, ["a", "b", "c", "d", "e"]])
-def test_what_is_no_text_is_no_key(value):
+NO_TEXTS = [None, 5, 1.0, True, [], {}, ["a", "b", "c", "d", "e"]]
+OUTSIDE = ["../../../../x", "a/../../../x", "/etc/passwd/a/b", "a/b/c/d/..", "a/b/c/d/"]
+
+
+@pytest.mark.parametrize("value", [*NO_TEXTS, *OUTSIDE, "", "a/b/c/d", "a/b/c/d/e/f"])
+def test_nothing_else_is_read_as_a_key(value):
     with pytest.raises(BadKeyError, match="not a content key"):
         ContentKey.parse(value)
 
 
-@pytest.mark.parametrize(
-    "text", ["../../../../x", "a/../../../x", "/etc/passwd/a/b", "a/b/c/d/..", "a/b/c/d/"]
-)
-def test_no_key_leads_out_of_the_cache_directory(text):
-    with pytest.raises(BadKeyError):
-        ContentKey.parse(text)
-
-
-@pytest.mark.parametrize("text", ["", "a/b/c/d", "a/b/c/d/e/f"])
-def test_a_key_has_five_parts(text):
-    with pytest.raises(BadKeyError, match="five parts"):
-        ContentKey.parse(text)
+OLD, NEW = "260101001", "260102001"
+DELTA = f"xdelta{OLD}_To_{NEW}.dax"
 
 
 @pytest.mark.parametrize(
-    ("file", "step"),
+    ("revision", "file", "step", "wanted"),
     [
-        ("xdelta190815061_To_190816061.dax", ("190815061", "190816061")),
-        ("XDELTA1_TO_2.DAX", ("1", "2")),
-        ("xdelta190815061.dax", None),
-        ("xdelta1_To_2.dax.tmp", None),
-        ("full.zip", None),
+        (OLD, "full.zip", None, Named(Kind.FULL, OLD)),
+        (OLD, "FULL.dax", None, Named(Kind.FULL, OLD)),
+        (OLD, DELTA, (OLD, NEW), Named(Kind.DELTA, NEW, OLD, Folder.FROM)),
+        (NEW, DELTA.upper(), (OLD, NEW), Named(Kind.DELTA, NEW, OLD, Folder.TO)),
+        ("260103001", DELTA, (OLD, NEW), Named(Kind.DELTA, NEW, OLD)),
+        (OLD, "xdelta1_To_260102001.dax", ("1", NEW), None),
+        (OLD, "xdelta190815061.dax", None, None),
+        (OLD, DELTA + ".tmp", None, None),
+        ("latest", "full.zip", None, None),
+        ("26010100", "full.zip", None, None),
+        (OLD, "readme.txt", None, None),
+        ("_", "ContentInfo.txt", None, None),
     ],
 )
-def test_a_deltas_name_tells_from_where_to_where(file, step):
-    found = delta_step(file)
-    assert (found and (found.from_revision, found.to_revision)) == step
+def test_the_revisions_that_a_name_tells(revision, file, step, wanted):
+    assert delta_step(file) == step
+    assert named(ContentKey("any", "any", KEY.stream, revision, file)) == wanted
+
+
+@pytest.mark.parametrize("folder", Folder)
+def test_the_path_of_a_delta_leads_to_a_key_that_names_the_same(folder):
+    moniker = "%7B535cb6a4-441F-4e8a-A897-804CD859100E%7D"
+    path = delta_path(moniker, OLD, NEW, folder)
+    route = Routes().route(parse_target(path.encode()).path)
+    assert route.upstream_path == path
+    assert named(route.key(Variant())) == Named(Kind.DELTA, NEW, OLD, folder)
+    assert spelled_moniker(path) == moniker
+
+
+@pytest.mark.parametrize("path", ["/content/ContentInfo.txt", "/content/%7B1%7D/1/2/full.zip", "/x.flg", ""])
+def test_a_path_without_a_moniker_spells_none(path):
+    assert spelled_moniker(path) == ""

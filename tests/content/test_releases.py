@@ -10,35 +10,28 @@ RELEASES = Releases()
 BUILDS = st.tuples(st.integers(100, 20000), st.integers(0, 20000))
 
 
-@pytest.mark.parametrize(
-    ("text", "release"),
-    [
-        ("14.3 RU2", "14.3 RU2"),
-        ("14.3RU2", "14.3 RU2"),
-        ("14.3-ru2", "14.3 RU2"),
-        (" 14.3  RU 2 ", "14.3 RU2"),
-        ("14.3.2", "14.3 RU2"),  # as the vendor counts: the third number is the update
-        ("14.3.2.1", "14.3 RU2 MP1"),
-        ("14.3.4615.2000", "14.3 RU2"),  # the first build of a release
-        ("14.3.4614.9999", "14.3 RU1"),  # the last before it
-        ("14.3.4700.2000", "14.3 RU2"),  # a patched client
-        ("14.3.5412.3000", "14.3 RU2"),
-        ("14.3.5413.3000", "14.3 RU3"),
-        ("14.3.5413.3000.105", "14.3 RU3"),  # as installed folders are called
-        ("14.3.558.0000", "14.3"),
-        ("14.3.557.0000", "14.3"),  # older than any known: all that can be told
-        ("14.3", "14.3"),
-        ("14", "14.0"),
-        ("12.1 RU6 MP10", "12.1 RU6 MP10"),
-        ("14.3 RU8 Patch 3", "14.3 RU8"),
-        ("14.2.1031.0100", "14.2"),  # another minor version's builds are not compared
-        ("14.4.200.0000", "14.4"),
-        ("15.0.1000.0000", "15.0"),
-    ],
-)
-def test_names_and_builds_are_one_thing(text, release):
-    assert str(RELEASES.version(text).release) == release
-    assert RELEASES.version(text).release == RELEASES.version(release).release
+WRITTEN = {
+    # "14.3.2": as the vendor counts, the third number is the update; then the first build, and patched ones
+    "14.3 RU2": ["14.3 RU2", "14.3RU2", "14.3-ru2", " 14.3  RU 2 ", "14.3.2", "14.3.4615.2000"],
+    "14.3 RU2 MP1": ["14.3.2.1"],
+    "14.3 RU1": ["14.3.4614.9999"],  # the last build before RU2
+    "14.3 RU3": ["14.3.5413.3000", "14.3.5413.3000.105"],  # the second as installed folders are called
+    "14.3": ["14.3", "14.3.558.0000", "14.3.557.0000"],  # older than any known: all that can be told
+    "14.0": ["14"],
+    "12.1 RU6 MP10": ["12.1 RU6 MP10"],
+    "14.3 RU8": ["14.3 RU8 Patch 3"],
+    "14.2": ["14.2.1031.0100"],  # another minor version's builds are not compared
+    "14.4": ["14.4.200.0000"],
+    "15.0": ["15.0.1000.0000"],
+}
+WRITTEN["14.3 RU2"] += ["14.3.4700.2000", "14.3.5412.3000"]
+
+
+@pytest.mark.parametrize(("release", "texts"), WRITTEN.items())
+def test_names_and_builds_are_one_thing(release, texts):
+    for text in texts:
+        assert str(RELEASES.version(text).release) == release
+        assert RELEASES.version(text).release == RELEASES.version(release).release
 
 
 def test_what_is_no_version_is_none():
@@ -62,35 +55,24 @@ def test_releases_stand_in_the_order_they_came():
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "equal"),
+    ("one", "order", "other"),
     [
-        ("14.3.4615.2000", "14.3 RU2", True),  # a name stands for its first build
-        ("14.3.4700.2000", "14.3 RU2", False),
-        ("14.3.4700.2000", "14.3.4700.2000.105", True),
-        ("14.3 RU8 Patch 3", "14.3RU8 patch 3", True),
-        ("14.3 RU8 Patch 3", "14.3 RU8 Patch 2", False),
-        ("14.3 RU8 Patch 3", "14.3 RU8", False),
-        ("12.1 RU6", "12.1RU6", True),  # first builds not known
+        ("14.3.4615.2000", "=", "14.3 RU2"),  # a name stands for its first build
+        ("14.3 RU2", "<", "14.3.4700.2000"),
+        ("14.3.4700.2000", "=", "14.3.4700.2000.105"),
+        ("14.3.4615.2000", "<", "14.3.4700.2000"),
+        ("14.3 RU1", "<", "14.3 RU2"),
+        ("14.3 RU8 Patch 3", "=", "14.3RU8 patch 3"),
+        ("14.3 RU8 Patch 3", "?", "14.3 RU8 Patch 2"),
+        ("14.3 RU8 Patch 3", "?", "14.3 RU8"),  # its build is not known: neither is older
+        ("12.1 RU6", "=", "12.1RU6"),  # first builds not known
     ],
 )
-def test_equal_versions_are_equal_builds(one, other, equal):
-    assert (RELEASES.version(one) == RELEASES.version(other)) is equal
-    assert RELEASES.version(one).release == RELEASES.version(other).release
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "older"),
-    [
-        ("14.3 RU1", "14.3 RU2", True),
-        ("14.3 RU2", "14.3 RU1", False),
-        ("14.3.4615.2000", "14.3.4700.2000", True),
-        ("14.3.4700.2000", "14.3.4615.2000", False),
-        ("14.3 RU8", "14.3 RU8 Patch 3", False),  # its build is not known: neither is older
-        ("14.3 RU8 Patch 3", "14.3 RU8", False),
-    ],
-)
-def test_which_is_older(one, other, older):
-    assert RELEASES.version(one).older_than(RELEASES.version(other)) is older
+def test_which_versions_are_equal_and_which_is_older(one, order, other):
+    first, second = RELEASES.version(one), RELEASES.version(other)
+    assert (first == second) is (order == "=")
+    assert (first.older_than(second), second.older_than(first)) == (order == "<", False)
+    assert (first.release == second.release) is (one != "14.3 RU1")
 
 
 def test_versions_show_their_release():

@@ -41,71 +41,64 @@ def test_the_documents_french_manager():
     assert "rules.english_after_autoupgrade" in remedy.text  # what is to be done here once it is English
 
 
+TOO_OLD, VERSION, LANGUAGE = Rule.MANAGER_TOO_OLD, Rule.VERSION, Rule.LANGUAGE
+
+
 @pytest.mark.parametrize(
-    ("manager", "client", "match", "rule"),
+    ("manager", "match", "clients", "rule"),
     [
         # no client patches from a manager older than 14.3 RU2, whoever asks
-        ("14.3 RU1", "14.3 RU1", "release", Rule.MANAGER_TOO_OLD),
-        ("14.3 RU1", "14.3 RU2", "release", Rule.MANAGER_TOO_OLD),
-        ("14.3", None, "release", Rule.MANAGER_TOO_OLD),
-        ("12.1 RU6 MP10", "12.1 RU6 MP10", "release", Rule.MANAGER_TOO_OLD),
-        ("14.3.4614.9999", "14.3.4614.9999", "release", Rule.MANAGER_TOO_OLD),
-        # the document's table
-        ("14.3 RU2", "14.3 RU2", "release", None),
-        ("14.3 RU2", "14.3 RU1", "release", Rule.VERSION),
-        # equal versions: the same release
-        ("14.3.4615.2000", "14.3 RU2", "release", None),
-        ("14.3 RU2", "14.3.4700.2000", "release", None),
-        ("14.3.4615.2000", "14.3.5412.3000", "release", None),
-        ("14.3 RU8", "14.3 RU8 Patch 3", "release", None),
-        ("14.3 RU2", "14.3 RU3", "release", Rule.VERSION),
-        ("14.3 RU3", "14.3.5412.3000", "release", Rule.VERSION),
-        ("14.3 RU10", "14.4", "release", Rule.VERSION),
+        ("14.3 RU1", "release", ["14.3 RU1", "14.3 RU2"], TOO_OLD),
+        ("14.3", "release", [None], TOO_OLD),
+        ("12.1 RU6 MP10", "release", ["12.1 RU6 MP10"], TOO_OLD),
+        ("14.3.4614.9999", "release", ["14.3.4614.9999"], TOO_OLD),
+        # equal versions: the same release; silence is served unless it is refused
+        ("14.3 RU2", "release", ["14.3 RU2", "14.3.4700.2000", None], None),
+        ("14.3 RU2", "release", ["14.3 RU1", "14.3 RU3"], VERSION),
+        ("14.3.4615.2000", "release", ["14.3 RU2", "14.3.5412.3000"], None),
+        ("14.3 RU8", "release", ["14.3 RU8 Patch 3"], None),
+        ("14.3 RU3", "release", ["14.3.5412.3000"], VERSION),
+        ("14.3 RU10", "release", ["14.4"], VERSION),
+        ("any", "release", ["14.3 RU1"], None),
         # or the same build
-        ("14.3.4615.2000", "14.3 RU2", "build", None),
-        ("14.3 RU2", "14.3.4700.2000", "build", Rule.VERSION),
-        ("14.3.4700.2000", "14.3.4700.2000", "build", None),
-        # silence is served unless it is refused
-        ("14.3 RU2", None, "release", None),
-        ("any", "14.3 RU1", "release", None),
+        ("14.3.4615.2000", "build", ["14.3 RU2"], None),
+        ("14.3 RU2", "build", ["14.3.4700.2000"], VERSION),
+        ("14.3.4700.2000", "build", ["14.3.4700.2000"], None),
     ],
 )
-def test_versions(manager, client, match, rule):
-    assert decide(book(manager, version_match=match), PATCH, client).rule is rule
+def test_versions(manager, match, clients, rule):
+    rulebook = book(manager, version_match=match)
+    assert {decide(rulebook, PATCH, client).rule for client in clients} == {rule}
 
 
 @pytest.mark.parametrize(
-    ("manager", "listed", "client", "english", "rule"),
+    ("manager", "listed", "after_autoupgrade", "clients", "rule"),
     [
-        ("French", "", "fr-CA", False, None),
-        ("fr", "French", "French", False, None),
-        ("French", "", "German", False, Rule.LANGUAGE),
-        ("French", "", "English", False, Rule.LANGUAGE),
-        ("English", "", "German", True, Rule.LANGUAGE),
+        ("French", "", False, ["fr-CA", "SymAllLanguages", None], None),  # all languages fit everybody
+        ("French", "", False, ["German", "English"], LANGUAGE),
+        ("fr", "French", False, ["French"], None),
+        ("English", "", True, ["German"], LANGUAGE),
         # the case that the document leaves open: the German client is an English one after AutoUpgrade
-        ("French", "", "English", True, None),
-        ("French", "English", "English", True, None),
-        ("French", "French", "English", True, Rule.LANGUAGE),  # the patch itself is French
-        ("French", "English", "French", True, Rule.LANGUAGE),
-        ("French", "English", "English", False, Rule.LANGUAGE),
-        ("French", "", "German", True, Rule.LANGUAGE),
-        # all languages fit everybody
-        ("French", "SymAllLanguages", "German", False, None),
-        ("French", "", "SymAllLanguages", False, None),
-        ("SymAllLanguages", "", "German", False, None),
+        ("French", "", True, ["English"], None),
+        ("French", "", True, ["German"], LANGUAGE),
+        ("French", "English", True, ["English"], None),
+        ("French", "French", True, ["English"], LANGUAGE),  # the patch itself is French
+        ("French", "English", True, ["French"], LANGUAGE),
+        ("French", "English", False, ["English"], LANGUAGE),
+        ("French", "SymAllLanguages", False, ["German"], None),
+        ("SymAllLanguages", "", False, ["German"], None),
         # where the settings are silent, the catalogue speaks
-        ("any", "French", "German", False, Rule.LANGUAGE),
-        ("any", "French", "fr", False, None),
-        ("any", "", "German", False, None),
-        ("any", "gibberish", "German", False, None),
-        ("French", "", None, False, None),
-        ("Chinese (Simplified)", "", "zh-CN", False, None),
-        ("Chinese (Simplified)", "", "zh-TW", False, Rule.LANGUAGE),
+        ("any", "French", False, ["German"], LANGUAGE),
+        ("any", "French", False, ["fr"], None),
+        ("any", "", False, ["German"], None),
+        ("any", "gibberish", False, ["German"], None),
+        ("Chinese (Simplified)", "", False, ["zh-CN"], None),
+        ("Chinese (Simplified)", "", False, ["zh-TW"], LANGUAGE),
     ],
 )
-def test_languages(manager, listed, client, english, rule):
-    rulebook = book("14.3 RU2", manager, english_after_autoupgrade=english)
-    assert decide(rulebook, patch(listed), "14.3 RU2", client).rule is rule
+def test_languages(manager, listed, after_autoupgrade, clients, rule):
+    rulebook = book("14.3 RU2", manager, english_after_autoupgrade=after_autoupgrade)
+    assert {decide(rulebook, patch(listed), "14.3 RU2", client).rule for client in clients} == {rule}
 
 
 @pytest.mark.parametrize(
@@ -234,9 +227,7 @@ def test_ways_out_of_unequal_languages(client, rules, action, word):
 
 VERSIONS = st.sampled_from(["any", "14.3 RU1", "14.3 RU2", "14.3.4700.2000", "14.3 RU3"])
 LANGUAGES = st.sampled_from(["any", "French", "German", "English", "SymAllLanguages"])
-STREAMS = st.sampled_from(
-    [None, VIRUS, PATCH, patch("French"), patch("", "14.3 RU2"), patch("English", "14.3")]
-)
+STREAMS = st.sampled_from([None, VIRUS, PATCH, patch("French"), patch("", "14.3 RU2"), patch("en", "14.3")])
 RULES = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(["enforce", "report", "off"]),
@@ -248,8 +239,6 @@ RULES = st.fixed_dictionaries(
         "english_after_autoupgrade": st.booleans(),
     }
 )
-
-
 KINDS = st.sampled_from(["manager", "gup", "liveupdate"])
 
 
@@ -303,11 +292,8 @@ def test_a_refusal_is_a_problem_that_helps():
     assert told.extensions["rule"] == "version"
     assert told.extensions["client"] == {"version": "14.3 RU3", "language": None}
     assert told.extensions["fits"] == {"version": "14.3 RU2", "language": "French"}
-    assert [one["action"] for one in told.extensions["remedies"]] == [
-        "upgrade-manager",
-        "upgrade-client",
-        "liveupdate",
-    ]
+    remedies = ["upgrade-manager", "upgrade-client", "liveupdate"]
+    assert [one["action"] for one in told.extensions["remedies"]] == remedies
     assert told.extensions["remedies"][-1]["url"] == "http://lu:7070"
     assert "'xx'" in told.extensions["notes"][0]
 
@@ -363,15 +349,11 @@ def test_every_mistake_of_the_rules_is_told_with_its_key():
     with pytest.raises(SettingsError) as caught:
         Rulebook(Settings.model_validate(settings))
     told = caught.value.problems
-    assert [text.split(": ")[0] for text in told] == [
-        "rules.releases.RU11",
-        "rules.releases.14.3 RU12",
-        "upstream#2.version",
-        "upstream#2.language",
-        "rules.content_types",
-        "rules.supported_languages",
-        "rules.version_sources",
-        "rules.language_sources",
-    ]
+    keys = (
+        "releases.RU11 releases.14.3_RU12 content_types supported_languages version_sources language_sources"
+    )
+    expected = [f"rules.{key.replace('_RU', ' RU')}" for key in keys.split()]
+    expected[2:2] = ["upstream#2.version", "upstream#2.language"]
+    assert [text.split(": ")[0] for text in told] == expected
     assert "'virus'" in told[4]
     assert "virus_definitions" in told[4]

@@ -22,9 +22,9 @@ from gup.config import Settings
 from gup.content.catalog import Catalogues
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
+from gup.control.auth import local_path, make_local_token
 from gup.control.dependencies import ControlDependencies
 from gup.control.service import Control
-from gup.control.tokens import local_path, make_local_token
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 
@@ -133,12 +133,13 @@ class World:
         """What the cache would do: the body is whole again, unless a problem is set."""
         self.mends.append((key.text, counted))
         if self.problem is None and key.text in self.whole:
-            record = self.store.load(key)
-            assert record is not None
-            path = self.store.body_path(key)
-            path.write_bytes(self.whole[key.text])
-            self.store.set_time(path, record)
+            await asyncio.to_thread(self._make_whole, key)
         return self.problem
+
+    def _make_whole(self, key: ContentKey) -> None:
+        path, record = self.store.body_path(key), self.store.load(key)
+        path.write_bytes(self.whole[key.text])
+        self.store.set_time(path, record)
 
     def tell(self, **event: Any) -> None:
         self.sender.send(json.dumps(event).encode())
@@ -233,9 +234,9 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             "site": {"name": "branch-7"},
         }
     )
-    yield World(
-        tmp_path, store, claims, worker_claims, Counters.private(["manager"]), settings, sender, receiver
-    )
+    counters = Counters.private(["manager"])
+    with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
+        yield World(tmp_path, store, claims, worker_claims, counters, settings, sender, receiver)
     claims.close()
     worker_claims.close()
     sender.close()
@@ -249,10 +250,3 @@ async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=20)
     async with aiohttp.ClientSession(timeout=timeout, headers=shown) as session:
         yield session
-
-
-@pytest.fixture
-def no_blocking_call():
-    """Blocking calls made by the control plane on the event loop raise (the tests themselves may block)."""
-    with blockbuster_ctx("gup.control"):
-        yield

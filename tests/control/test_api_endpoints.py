@@ -9,7 +9,7 @@ from gup.control.api.endpoint import ENDPOINTS, JSON, STATE, Count, Endpoint, Re
 from gup.control.api.entries import Listing as EntryListing
 from gup.control.api.schemas import Entries, Purged, Remedy, Response
 from gup.control.api.statistics import Listing as ClientListing
-from gup.control.application import make_app
+from gup.control.service import make_app
 
 
 class Named(Request):

@@ -1,6 +1,5 @@
 """The status and its parts: fills with their rate, upstreams, limits, settings without secrets."""
 
-import pytest
 from harness.control import get
 
 from gup.cache.records import FillState, Phase
@@ -9,8 +8,6 @@ from gup.config import Settings
 from gup.content.key import Kind
 from gup.control.api.status import fill_of, limits_of, totals_of
 from gup.control.state import FillRates, numbers
-
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def test_fills_and_upstreams_are_those_of_the_status(world, browser):

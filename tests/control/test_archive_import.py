@@ -2,13 +2,10 @@
 
 import asyncio
 
-import pytest
 from harness.control import ask
 
 from gup.cache.archive import summary
 from gup.config import Settings
-
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def exported(browser, world, query=""):

@@ -1,50 +1,41 @@
-"""Every change of an entry holds its claim, and no bad entry stops a job over all of them."""
+"""Every change of an entry holds its claim."""
 
 import asyncio
-import json
 import os
 import threading
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import aiohttp
 import pytest
-from harness.control import get, limited
 
-from gup.cache.records import FillState, Phase, seal
+from gup.cache.records import FillState, Phase
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
-from gup.control.reconcile import BusyError, change, to_its_end
-from gup.control.service import Control
+from gup.control.dependencies import BusyError, change, to_its_end
 
 OLD, NEW = b"the old body", b"the new generation"
 
 
-class Tried:
+@pytest.fixture
+def refused(world, monkeypatch) -> asyncio.Event:
     """Tells when the controller has tried to take a claim in vain."""
+    told, taken = asyncio.Event(), world.claims.try_claim
 
-    def __init__(self, world, monkeypatch):
-        self.refused = asyncio.Event()
-        taken = world.claims.try_claim
+    def try_claim(offset):
+        if not (got := taken(offset)):
+            told.set()
+        return got
 
-        def try_claim(offset):
-            got = taken(offset)
-            if not got:
-                self.refused.set()
-            return got
-
-        monkeypatch.setattr(world.claims, "try_claim", try_claim)
+    monkeypatch.setattr(world.claims, "try_claim", try_claim)
+    return told
 
 
-async def test_a_pin_waits_for_the_fill_and_pins_what_that_has_stored(world, monkeypatch):
+async def test_a_pin_waits_for_the_fill_and_pins_what_that_has_stored(world, refused):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, OLD, Kind.INDEX)
     async with world.running() as control:
-        tried = Tried(world, monkeypatch)
         assert world.worker_claims.try_claim(key.claim_offset)
         pinning = asyncio.create_task(control.state.set_pinned(key, pinned=True))
-        await tried.refused.wait()
+        await refused.wait()
         assert not world.store.load(key).pinned
         fresh = world.commit_claimed(key, NEW, Kind.INDEX)
         world.worker_claims.release(key.claim_offset)
@@ -54,13 +45,12 @@ async def test_a_pin_waits_for_the_fill_and_pins_what_that_has_stored(world, mon
     assert world.store.open_body(stored) is not None
 
 
-async def test_a_purge_waits_for_the_fill_and_removes_what_that_has_stored(world, browser, monkeypatch):
+async def test_a_purge_waits_for_the_fill_and_removes_what_that_has_stored(world, browser, refused):
     key = world.key()
     async with world.running():
-        tried = Tried(world, monkeypatch)
         assert world.worker_claims.try_claim(key.claim_offset)
         purging = asyncio.create_task(browser.delete(f"{world.url}/api/v1/content/{key.text}"))
-        await tried.refused.wait()
+        await refused.wait()
         world.commit_claimed(key, NEW)
         world.worker_claims.release(key.claim_offset)
         async with await purging as answer:
@@ -90,16 +80,15 @@ async def test_what_is_claimed_for_longer_is_told_and_left_as_it_is(
         assert world.store.open_body(record) is not None
 
 
-async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(world, monkeypatch):
+async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(world, refused):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, OLD, Kind.INDEX)
     world.store.set_pinned(key, True)
     async with world.running() as control:
-        tried = Tried(world, monkeypatch)
         assert world.worker_claims.try_claim(key.claim_offset)
         fresh = world.commit_claimed(key, NEW, Kind.INDEX)
         world.tell_committed(fresh, replaced=True)
-        await asyncio.wait_for(tried.refused.wait(), 10)
+        await asyncio.wait_for(refused.wait(), 10)
         assert control.state.repin == {key.text}
         assert world.store.load(key) == fresh
         world.worker_claims.release(key.claim_offset)
@@ -155,107 +144,3 @@ async def test_what_goes_wrong_in_the_thread_is_raised_and_the_claim_given_back(
         await change(world.claims, world.key(), broken)
     assert not world.worker_claims.taken(world.key().claim_offset)
     assert await to_its_end(lambda: 5) == 5
-
-
-# --- bad entries
-
-
-def spoil(world, record, **changed):
-    """A record with a right checksum and wrong values, as an earlier release imported them."""
-    path = world.store.record_path(record.key)
-    fields = json.loads(path.read_bytes())
-    del fields["checksum"]
-    path.write_bytes(seal(fields | changed))
-
-
-BAD = {
-    "length 80.0": lambda world, record: spoil(world, record, length=80.0),
-    "negative length": lambda world, record: spoil(world, record, length=-5),
-    "huge length": lambda world, record: spoil(world, record, length=10**30),
-    "other host": lambda world, record: spoil(world, record, path="@evil.example:80/x"),
-    "CRLF": lambda world, record: spoil(world, record, upstream_etag='"\r\nX: y"'),
-    "no sums": lambda world, record: spoil(world, record, sums=""),
-    "nested": lambda world, record: world.store.record_path(record.key).write_bytes(b"[" * 100_000),
-    "pipe": lambda world, record: (
-        world.store.record_path(record.key).unlink(),
-        os.mkfifo(world.store.record_path(record.key)),
-    ),
-    "huge file": lambda world, record: os.truncate(world.store.record_path(record.key), 1 << 32),
-}
-
-
-@dataclass
-class Passes:
-    """What passes over the entries of a running control plane tell."""
-
-    control: Control
-    world: Any
-    browser: aiohttp.ClientSession
-
-    async def scrub(self) -> int:
-        """A whole pass of the scrubber; how many entries it read."""
-        scrubber, world = self.control.state.scrubber, self.world
-        before = scrubber.progress().ended_at or 0
-        world.now += 8 * 86400
-        await world.until(lambda: (scrubber.progress().ended_at or 0) > before)
-        return scrubber.progress().checked
-
-    async def verify(self) -> dict:
-        async with self.browser.post(f"{self.world.url}/api/v1/verify") as answer:
-            assert answer.status == 202
-        progress = {"running": True}
-        while progress["running"]:
-            _, progress = await get(self.browser, self.world, "/api/v1/verify")
-        assert progress["failed"] is None
-        return progress
-
-
-@asynccontextmanager
-async def passes(world, browser):
-    world.settings = limited(world.settings, max_size=1 << 30, keep_revisions=0, scrub_rate=1 << 40)
-    async with world.running() as control:
-        made = Passes(control, world, browser)
-        await made.scrub()
-        yield made
-
-
-async def test_bad_records_stop_no_pass_over_all(world, browser):
-    """What comes after them is scrubbed, verified, reconciled, listed and evicted too."""
-    keys = [world.key(f"2601010{n:02}") for n in range(len(BAD) + 2)]
-    records = [world.commit(key, b"body of %s" % key.revision.encode(), at=1000.0) for key in keys]
-    good = {keys[0].text, keys[-1].text}
-    async with passes(world, browser) as seen:
-        for record, harm in zip(records[1:-1], BAD.values(), strict=True):
-            harm(world, record)
-        assert await seen.scrub() == len(keys)
-        _, told = await get(browser, world, "/api/v1/content")
-        assert len(told["entries"]) == len(keys)
-        for record in records[1:-1]:
-            status, told = await get(browser, world, f"/api/v1/content/{record.key.text}")
-            assert (status, told["record"]) == (200, None)
-        progress = await seen.verify()
-        assert progress["checked"] == progress["total"] == len(keys)
-        found = {(finding["where"], finding["key"]) for finding in progress["found"]}
-        assert found == {("record", record.key.text) for record in records[1:-1]}
-        await seen.control._reconcile()
-        assert set(seen.control.state.index.rows) == good
-        world.settings = limited(world.settings, max_size=1)
-        assert {eviction.key for eviction in await seen.control.state.evictor.evict()} == good
-
-
-async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, browser, monkeypatch):
-    records = [world.commit(world.key(f"26010100{n}"), b"body %d" % n) for n in range(3)]
-    load = world.store.load
-
-    def broken(key):
-        if key == records[1].key:
-            raise RuntimeError("nobody has thought of that")
-        return load(key)
-
-    async with passes(world, browser) as seen:
-        monkeypatch.setattr(world.store, "load", broken)
-        assert await seen.scrub() == 3
-        progress = await seen.verify()
-        assert progress["checked"] == 3
-        (found,) = progress["found"]
-        assert "nobody has thought of that" in found["detail"]

@@ -10,9 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from gup.cache.records import Phase
 from gup.control.service import Jobs
 
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
-
-
 # --- health, readiness, metrics, page
 
 

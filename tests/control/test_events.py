@@ -11,6 +11,9 @@ from gup.control.events import Committed, Failed, FullRequests, Need, UpstreamTr
 from gup.jsonmodel import InvalidError
 
 KEY = "14.3 RU2/French/{S}/260101001/full.zip"
+OF = ContentKey.parse(KEY)
+WHO = "fe80::1"
+FULLS, CLIENTS = (FullRequests(WHO, OF, 2),), ("10.0.0.1", WHO)
 
 
 @pytest.mark.parametrize(
@@ -18,26 +21,26 @@ KEY = "14.3 RU2/French/{S}/260101001/full.zip"
     [
         (
             {"type": "committed", "key": KEY, "length": 5, "kind": "full", "replaced": True},
-            Committed(key=ContentKey.parse(KEY), length=5, kind=Kind.FULL, replaced=True),
+            Committed(key=OF, length=5, kind=Kind.FULL, replaced=True),
         ),
         (
             {"type": "used", "uses": [[KEY, 3], [KEY, 1, 99]], "at": 7},
-            Usage(uses=(Use(ContentKey.parse(KEY), 3, 0), Use(ContentKey.parse(KEY), 1, 99)), at=7.0),
+            Usage(uses=(Use(OF, 3, 0), Use(OF, 1, 99)), at=7.0),
         ),
         (
-            {"type": "used", "at": 1, "asked": [[KEY, 2]], "fulls": [["fe80::1", KEY, 2]]}
-            | {"clients": ["10.0.0.1", "fe80::1"]},
-            Usage(
-                at=1.0,
-                asked=(Use(ContentKey.parse(KEY), 2),),
-                fulls=(FullRequests("fe80::1", ContentKey.parse(KEY), 2),),
-                clients=("10.0.0.1", "fe80::1"),
-            ),
+            {
+                "type": "used",
+                "at": 1,
+                "asked": [[KEY, 2]],
+                "fulls": [[WHO, KEY, 2]],
+                "clients": CLIENTS,
+            },
+            Usage(at=1.0, asked=(Use(OF, 2),), fulls=FULLS, clients=CLIENTS),
         ),
         ({"type": "need", "bytes": 9}, Need(bytes=9)),
         (
             {"type": "failed", "key": KEY, "problem": "upstream-timeout", "detail": "x"},
-            Failed(key=ContentKey.parse(KEY), problem="upstream-timeout", detail="x"),
+            Failed(key=OF, problem="upstream-timeout", detail="x"),
         ),
     ],
 )

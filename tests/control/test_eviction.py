@@ -1,6 +1,10 @@
+"""What is evicted in which order, the limits under a running control plane, and the clock of ages."""
+
+import asyncio
 from dataclasses import dataclass, replace
 
 import pytest
+from harness.control import limited
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,10 +12,18 @@ from gup.cache.records import FillState, Head, Phase
 from gup.cache.store import Part
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind
-from gup.control.eviction import DiskUsage, Eviction, plan_evictions
+from gup.control.eviction import (
+    BELIEVED_AFTER_SECONDS,
+    GAP_SECONDS,
+    AgeClock,
+    DiskUsage,
+    Eviction,
+    plan_evictions,
+    remove_part,
+)
 from gup.control.index import Row, make_row
 
-NOW = 1_000_000.0
+NOW = 1_800_000_000.0
 DAY = 86400.0
 BIG = 1 << 50
 
@@ -50,44 +62,46 @@ def planned(rows, parts, limits: Limits) -> list[Eviction]:
     return plan_evictions(rows, disk, cache, NOW, need=limits.need)
 
 
-def test_nothing_goes_while_everything_holds():
-    assert planned([row()], [part()], Limits(size=200)) == []
+THIRTY, WEEK = 30 * DAY, 7 * DAY
+PLANS = {
+    "nothing goes while all holds": ([row(), part()], Limits(size=200), {}),
+    "revisions beyond those kept, with their deltas": (
+        [*(row(f"26010100{n}") for n in range(1, 5)), *(row(f"26010100{n}", Kind.DELTA) for n in (1, 4))],
+        Limits(keep=2),
+        dict.fromkeys((0, 1, 4), "revision"),
+    ),
+    "a delta belongs to the revision it leads to, whatever its folder": (
+        [row("260101002"), row("260101001", Kind.DELTA, file="xdelta260101001_To_260101002.dax")],
+        Limits(keep=1),
+        {},
+    ),
+    "names that are no revisions are not superseded": (
+        [row("_", Kind.INDEX), row("latest", Kind.OTHER), row("260101001")], Limits(keep=1), {},
+    ),
+    "streams are judged apart": (
+        [row("260101001", stream="{A}"), row("260101002", stream="{B}")], Limits(keep=1), {},
+    ),
+    "long unused entries go and pinned ones stay": (
+        [row(age=31 * DAY), row("260101002", age=29 * DAY), row("260101003", age=99 * DAY, pinned=True)],
+        Limits(unused=THIRTY),
+        {0: "unused"},
+    ),
+    "old parts go unless claimed": (
+        [part(1, age=8 * DAY), part(2, age=8 * DAY, claimed=True), part(3, age=6 * DAY)],
+        Limits(part_age=WEEK),
+        {0: "part"},
+    ),
+    "a whole body waiting for its commit is not taken for space": (
+        [part(1, length=100), part(2, length=200)], Limits(size=0), {1: "part"},
+    ),
+}  # fmt: skip
 
 
-def test_revisions_beyond_those_kept_go_with_their_deltas():
-    rows = [row(f"26010100{n}") for n in range(1, 5)]
-    rows += [row("260101001", Kind.DELTA), row("260101004", Kind.DELTA)]
-    plan = planned(rows, [], Limits(keep=2))
-    assert {e.reason for e in plan} == {"revision"}
-    assert {e.key for e in plan} == {rows[0].key, rows[1].key, rows[4].key}
-
-
-def test_a_delta_belongs_to_the_revision_it_leads_to_whatever_its_folder():
-    newest = row("260101002")
-    in_old_folder = row("260101001", Kind.DELTA, file="xdelta260101001_To_260101002.dax")
-    assert planned([newest, in_old_folder], [], Limits(keep=1)) == []
-
-
-def test_names_that_are_no_revisions_are_never_superseded():
-    rows = [row("_", Kind.INDEX), row("latest", Kind.OTHER), row("260101001")]
-    assert planned(rows, [], Limits(keep=1)) == []
-
-
-def test_streams_are_judged_apart():
-    rows = [row("260101001", stream="{A}"), row("260101002", stream="{B}")]
-    assert planned(rows, [], Limits(keep=1)) == []
-
-
-def test_long_unused_entries_go_and_pinned_ones_stay():
-    rows = [row(age=31 * DAY), row("260101002", age=29 * DAY), row("260101003", age=99 * DAY, pinned=True)]
-    plan = planned(rows, [], Limits(unused=30 * DAY))
-    assert [(e.key, e.reason) for e in plan] == [(rows[0].key, "unused")]
-
-
-def test_old_parts_go_unless_claimed():
-    parts = [part(1, age=8 * DAY), part(2, age=8 * DAY, claimed=True), part(3, age=6 * DAY)]
-    plan = planned([], parts, Limits(part_age=7 * DAY))
-    assert [(e.part, e.reason) for e in plan] == [(parts[0], "part")]
+@pytest.mark.parametrize(("held", "limits", "gone"), PLANS.values(), ids=PLANS)
+def test_what_goes_and_why(held, limits, gone):
+    plan = planned([r for r in held if isinstance(r, Row)], [p for p in held if isinstance(p, Part)], limits)
+    names = [one.key if isinstance(one, Row) else one.id for one in held]
+    assert {names.index(eviction.key): eviction.reason for eviction in plan} == gone
 
 
 def test_for_space_go_parts_then_superseded_deltas_fulls_then_least_recently_used_then_indexes():
@@ -121,12 +135,6 @@ def test_for_space_go_parts_then_superseded_deltas_fulls_then_least_recently_use
 def test_only_as_much_as_needed_goes(given_limits, reasons):
     rows = [row(f"26010100{n}") for n in range(3)]
     assert [e.reason for e in planned(rows, [], given_limits)] == reasons
-
-
-def test_a_whole_body_waiting_for_its_commit_is_not_taken_for_space():
-    whole, half = part(1, length=100), part(2, length=200)
-    plan = planned([], [whole, half], Limits(size=0))
-    assert [eviction.part for eviction in plan] == [half]
 
 
 rows_strategy = st.lists(
@@ -191,3 +199,173 @@ def test_what_a_plan_never_does_and_always_reaches(rows: list[Row], parts: list[
     rest = [r for r in rows if r.key not in gone]
     again = planned(rest, [p for p in parts if p.id not in gone], after)
     assert [e for e in again if e.reason in ("unused", "size", "free")] == [], "nothing is left to do"
+
+
+# --- a running control plane
+
+
+async def test_commits_beyond_the_limit_evict_the_least_recently_used_soon(world):
+    world.settings = limited(world.settings, max_size=1000)
+    old = world.commit(world.key("_", "old.7z"), b"o" * 600, Kind.OTHER, at=10.0)
+    async with world.running() as control:
+        new = await asyncio.to_thread(
+            world.commit, world.key("_", "new.7z"), b"n" * 600, Kind.OTHER, world.now
+        )
+        begun = asyncio.get_running_loop().time()
+        world.tell_committed(new)
+        await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
+        assert asyncio.get_running_loop().time() - begun < 5.0
+        # The old entry may have gone while the new one was still a part: parts count too.
+        await world.until(lambda: set(control.state.index.rows) == {new.key.text})
+        await world.until(lambda: world.store_bytes[-1:] == [600])
+    assert not world.store.body_path(old.key).exists()
+    assert world.counters.get("gup_evicted_bytes_total", reason="size") == 600
+    assert world.epochs == 1
+
+
+async def test_a_worker_in_need_gets_room(world):
+    world.settings = limited(world.settings, max_size=1000)
+    old = world.commit(world.key("_", "old.7z"), b"o" * 600, Kind.OTHER)
+    async with world.running():
+        world.tell(type="need", bytes=500)
+        await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
+    assert not world.store.body_path(old.key).exists()
+
+
+async def test_superseded_revisions_go_after_a_commit(world):
+    world.settings = limited(world.settings, keep_revisions=1)
+    world.commit(world.key("260101001"))
+    async with world.running() as control:
+        new = await asyncio.to_thread(world.commit, world.key("260101002"))
+        world.tell_committed(new)
+        await world.until(lambda: world.counters.get("gup_evictions_total", reason="revision") == 1)
+        assert set(control.state.index.rows) == {new.key.text}
+
+
+async def test_the_limit_holds_under_a_stream_of_commits(world):
+    world.settings = limited(world.settings, max_size=10_000)
+    async with world.running() as control:
+        for number in range(60):
+            key = world.key("_", f"{number:03}.7z")
+            record = await asyncio.to_thread(world.commit, key, b"x" * 1000, Kind.OTHER, world.now)
+            world.tell_committed(record)
+        await world.until(lambda: f"14.3 RU2/French/{world.MONIKER}/_/059.7z" in control.state.index.rows)
+        await world.until(lambda: control.state.index.total_bytes <= 10_000)
+    bodies = [stored.size_bytes for stored in world.store.scan()]
+    assert sum(bodies) == 10_000, "no more is evicted than has to be"
+
+
+async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
+    pinned = world.commit(world.key("_", "pinned.7z"), kind=Kind.OTHER)
+    filled = world.commit(world.key("_", "filled.7z"), kind=Kind.OTHER)
+    free = world.commit(world.key("_", "free.7z"), kind=Kind.OTHER)
+    world.store.set_pinned(pinned.key, True)
+    abandoned, under_way = world.key("260101008"), world.key("260101009")
+    world.begin_part(abandoned, b"a" * 9, 99)
+    world.begin_part(under_way, b"u" * 9, 99)
+    for key in (filled.key, under_way):
+        assert world.claims.try_claim(key.claim_offset)
+    async with world.running() as control:
+        await world.apply(control, limited(world.settings, max_size=0))
+        async with browser.post(world.url + "/api/v1/evict") as answer:
+            assert answer.status == 200
+        await world.until(lambda: set(control.state.index.rows) == {pinned.key.text, filled.key.text})
+    assert not world.store.body_path(free.key).exists()
+    assert not world.store.part_path(abandoned.id, 1).exists()
+    assert not world.store.state_path(abandoned.id).exists()
+    assert world.store.part_path(under_way.id, 1).exists()
+    assert world.counters.get("gup_evictions_total", reason="part") == 1
+    assert not world.claims.held(free.key.claim_offset)
+
+
+async def test_nothing_is_evicted_while_the_index_is_incomplete(world):
+    record = world.commit()
+    world.settings = limited(world.settings, max_size=0)
+    async with world.running() as control:
+        control.state.index.complete = False
+        done = await control.state.evictor.evict()
+        assert done == []
+        control.state.index.complete = True
+        await control.state.evictor.evict()
+    assert not world.store.body_path(record.key).exists()
+
+
+async def test_a_part_that_went_on_meanwhile_is_not_removed(world):
+    key = world.key("260101009")
+    world.begin_part(key, b"a" * 9, 99)
+    async with world.running() as control:
+        (part,) = (await control.state.evictor.measure()).parts
+        await asyncio.to_thread(world.begin_part, key, b"more" * 9, 99)
+        assert not await asyncio.to_thread(remove_part, world.store, part)
+    assert world.store.part_path(key.id, 1).exists()
+
+
+# --- the clock by which entries grow old
+
+MONTH = 30 * 86400.0
+
+
+@dataclass
+class Machine:
+    wall: float = NOW
+    boot: float = 1000.0
+
+    def passes(self, seconds: float) -> None:
+        self.wall += seconds
+        self.boot += seconds
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture
+def ages(machine) -> AgeClock:
+    return AgeClock(lambda: machine.wall, lambda: machine.boot)
+
+
+def test_it_follows_a_clock_that_is_right_and_one_that_is_corrected_a_little(machine, ages):
+    for _ in range(100):
+        machine.passes(3600)
+        machine.wall += 2
+        assert ages() == machine.wall
+
+
+def test_a_jump_ahead_is_not_believed_and_when_it_is_undone_nothing_was(machine, ages):
+    assert ages() == NOW
+    machine.wall += 12 * MONTH
+    machine.passes(3600)
+    assert ages() == NOW + 3600
+    machine.wall -= 12 * MONTH
+    machine.passes(60)
+    assert ages() == machine.wall == NOW + 3660
+
+
+def test_a_jump_that_stands_for_a_day_is_believed(machine, ages):
+    machine.wall += MONTH
+    assert ages() == NOW
+    machine.passes(BELIEVED_AFTER_SECONDS - 1)
+    assert ages() == NOW + BELIEVED_AFTER_SECONDS - 1
+    machine.passes(1)
+    assert ages() == machine.wall
+
+
+def test_a_jump_back_counts_at_once(machine, ages):
+    machine.wall -= MONTH
+    assert ages() == NOW - MONTH
+
+
+@pytest.mark.parametrize(("gap", "believed"), [(GAP_SECONDS - 1, True), (GAP_SECONDS + 1, False)])
+def test_at_the_start_the_last_use_is_what_the_clock_is_held_to(machine, ages, gap, believed):
+    ages.begin([NOW - 2 * gap, NOW - gap, NOW + 1])
+    assert (ages() == NOW) is believed
+    machine.passes(BELIEVED_AFTER_SECONDS + 1)
+    ages()
+    machine.passes(BELIEVED_AFTER_SECONDS + 1)
+    assert ages() == machine.wall
+
+
+def test_a_last_use_in_the_future_changes_nothing(ages):
+    ages.begin([NOW + MONTH])
+    assert ages() == NOW

@@ -9,8 +9,15 @@ from contextlib import closing
 import pytest
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import ORDERS, DamagedIndexError, Index, IndexFile, make_row
-from gup.control.reconcile import ORPHAN_AGE_SECONDS, reconcile
+from gup.control.index import (
+    ORDERS,
+    ORPHAN_AGE_SECONDS,
+    DamagedIndexError,
+    Index,
+    IndexFile,
+    make_row,
+    reconcile,
+)
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
@@ -18,14 +25,21 @@ def row(name="full.zip", size=10, revision="260101001", **more):
     return make_row(key, Kind.FULL, size, stored_at=5.0, used_at=6.0, **more)
 
 
-class Damage:
-    """Counts what an index calls damage."""
+class Opened(Index):
+    """An index in a folder; `damages` are what it called damage."""
 
-    def __init__(self):
-        self.times = 0
+    def __init__(self, folder):
+        self.damages = []
+        super().__init__(folder, lambda: self.damages.append(1), lambda _: None)
 
-    def __call__(self):
-        self.times += 1
+    async def closed_with(self, *rows):
+        for one in rows:
+            self.put(one)
+        self.complete = True
+        await self.close()
+
+    def state(self):
+        return self.rows, self.complete, len(self.damages)
 
 
 @pytest.fixture
@@ -34,11 +48,9 @@ async def opened(tmp_path):
     alive = []
 
     async def open_(folder=tmp_path / "index"):
-        damage = Damage()
-        index = Index(folder, damage, lambda _: None)
-        alive.append(index)
+        alive.append(index := Opened(folder))
         await index.open()
-        return index, damage
+        return index
 
     yield open_
     for index in alive:
@@ -46,39 +58,27 @@ async def opened(tmp_path):
             await index.close()
 
 
-async def closed_with(opened, *rows):
-    index, _ = await opened()
-    for one in rows:
-        index.put(one)
-    index.complete = True
-    await index.close()
-
-
 async def test_rows_and_notes_come_back_after_a_restart(opened):
-    index, _ = await opened()
-    index.put(row(hits=3))
+    index = await opened()
     index.notes["clients"] = [["10.0.0.1", 4.0]]
-    index.complete = True
-    await index.close()
-    again, damage = await opened()
-    assert again.rows == {row().key: row(hits=3)}
-    assert again.notes["clients"] == [["10.0.0.1", 4.0]]
-    assert (again.complete, again.total_bytes, damage.times) == (True, 10, 0)
+    await index.closed_with(row(hits=3))
+    again = await opened()
+    assert again.state() == ({row().key: row(hits=3)}, True, 0)
+    assert (again.notes["clients"], again.total_bytes) == ([["10.0.0.1", 4.0]], 10)
     again.discard(row().key)
     await again.close()
-    assert (await opened())[0].rows == {}, "discarded rows stay away"
+    assert (await opened()).rows == {}, "discarded rows stay away"
 
 
 async def test_an_index_that_never_was_complete_is_not_trusted(opened):
-    index, _ = await opened()
+    index = await opened()
     index.put(row())
     await index.close()
-    again, damage = await opened()
-    assert (again.rows, again.complete, damage.times) == ({}, False, 0)
+    assert (await opened()).state() == ({}, False, 0)
 
 
 async def test_totals_and_newest_revisions_follow_the_rows(opened):
-    index, _ = await opened()
+    index = await opened()
     index.put(row(size=10))
     index.put(row(size=30))
     index.put(row(size=5, revision="260101002"))
@@ -92,33 +92,24 @@ async def test_totals_and_newest_revisions_follow_the_rows(opened):
     assert (index.total_bytes, index.newest_held()) == (0, {})
 
 
-def overwrite(path):
-    path.write_bytes(b"not a database at all" * 1000)
+HARM = {
+    "overwritten": lambda _: b"not a database at all" * 1000,
+    "truncated": lambda text: text[:5000],
+    "scribbled over": lambda text: text[:100] + b"\xff" * (len(text) - 100),
+}
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-def scribble(path):
-    bytes_ = bytearray(path.read_bytes())
-    bytes_[100:] = b"\xff" * (len(bytes_) - 100)
-    path.write_bytes(bytes_)
-
-
-@pytest.mark.parametrize("harm", [overwrite, truncate, scribble])
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
 async def test_a_damaged_index_is_replaced_and_counted(opened, tmp_path, harm):
-    await closed_with(opened, *(row(f"f{n}") for n in range(200)))
-    harm(tmp_path / "index" / "cache.db")
+    await (await opened()).closed_with(*(row(f"f{n}") for n in range(200)))
+    file = tmp_path / "index" / "cache.db"
+    file.write_bytes(harm(file.read_bytes()))
     for extra in ("cache.db-wal", "cache.db-shm"):
-        (tmp_path / "index" / extra).unlink(missing_ok=True)
-    index, damage = await opened()
-    assert (index.rows, index.complete, index.opened, damage.times) == ({}, False, True, 1)
-    index.put(row("new"))
-    index.complete = True
-    await index.close()
-    again, _ = await opened()
-    assert set(again.rows) == {row("new").key}
+        file.with_name(extra).unlink(missing_ok=True)
+    index = await opened()
+    assert (*index.state(), index.opened) == ({}, False, 1, True)
+    await index.closed_with(row("new"))
+    assert set((await opened()).rows) == {row("new").key}
 
 
 class Bomb:
@@ -142,25 +133,21 @@ IS_ROW = "WHERE key LIKE 'entry:%'"
     ids=["pickled value", "pickled key", "no JSON", "no row", "half a row", "another key", "another format"],
 )
 async def test_a_changed_file_is_damage_and_no_pickle_is_ever_loaded(opened, tmp_path, change, values):
-    await closed_with(opened, row())
+    await (await opened()).closed_with(row())
     with closing(sqlite3.connect(tmp_path / "index" / "cache.db", isolation_level=None)) as database:
         database.execute(change, values)
-    index, damage = await opened()
-    assert (index.rows, index.complete, damage.times) == ({}, False, 1)
+    assert (await opened()).state() == ({}, False, 1)
 
 
 async def test_nothing_on_disk_is_a_pickle(opened, tmp_path):
-    await closed_with(opened, row())
-    with sqlite3.connect(tmp_path / "index" / "cache.db") as database:
-        modes = {mode for (mode,) in database.execute("SELECT mode FROM Cache")}
-        values = [value for (value,) in database.execute("SELECT value FROM Cache")]
-    database.close()
-    assert modes == {3}
-    assert all(json.loads(value) is not None for value in values)
+    await (await opened()).closed_with(row())
+    with closing(sqlite3.connect(tmp_path / "index" / "cache.db")) as database:
+        for mode, value in database.execute("SELECT mode, value FROM Cache"):
+            assert (mode, json.loads(value) is not None) == (3, True)
 
 
 async def test_damage_while_running_is_healed_from_memory(opened):
-    index, damage = await opened()
+    index = await opened()
     index.put(row("a"))
     index.complete = True
     await index.flush()
@@ -173,29 +160,26 @@ async def test_damage_while_running_is_healed_from_memory(opened):
     index._file.write = write_once_damaged
     index.put(row("b"))
     await index.flush()
-    assert damage.times == 1
+    assert len(index.damages) == 1
     await index.close()
-    again, _ = await opened()
-    assert set(again.rows) == {row("a").key, row("b").key}
+    assert set((await opened()).rows) == {row("a").key, row("b").key}
 
 
 async def test_a_folder_that_cannot_be_used_leaves_the_index_in_memory(opened, tmp_path):
     (tmp_path / "index").write_text("a file where the folder should be")
-    index, _ = await opened()
+    index = await opened()
     index.put(row())
     await index.flush()
     assert index.opened
     assert row().key in index.rows
     (tmp_path / "index").unlink()
-    index.complete = True
-    await index.close()
-    again, _ = await opened()
-    assert row().key in again.rows, "what could not be written stayed due"
+    await index.closed_with()
+    assert row().key in (await opened()).rows, "what could not be written stayed due"
 
 
 async def test_what_happens_while_opening_wins_over_the_file(opened, tmp_path):
-    await closed_with(opened, row("old", size=1), row("gone", size=1), row("kept", size=1))
-    index = Index(tmp_path / "index", Damage(), lambda _: None)
+    await (await opened()).closed_with(row("old", size=1), row("gone", size=1), row("kept", size=1))
+    index = Opened(tmp_path / "index")
     may_read, real = threading.Event(), index._file.load
 
     def slow_load():
@@ -209,25 +193,8 @@ async def test_what_happens_while_opening_wins_over_the_file(opened, tmp_path):
     index.discard(row("gone").key)
     may_read.set()
     await opening
-    assert {key.rsplit("/")[-1]: one.length_bytes for key, one in index.rows.items()} == {
-        "old": 50,
-        "kept": 1,
-    }
+    assert {one.file: one.length_bytes for one in index.rows.values()} == {"old": 50, "kept": 1}
     await index.close()
-
-
-async def test_the_database_is_touched_by_its_own_thread_only(opened, monkeypatch):
-    names = set()
-    for method in ("load", "write", "close"):
-        real = getattr(IndexFile, method)
-
-        def spy(self, *values, _real=real, **more):
-            names.add(threading.current_thread().name)
-            return _real(self, *values, **more)
-
-        monkeypatch.setattr(IndexFile, method, spy)
-    await closed_with(opened, row())
-    assert names == {"gup-index_0"}
 
 
 # --- reconciling
@@ -235,7 +202,7 @@ async def test_the_database_is_touched_by_its_own_thread_only(opened, monkeypatc
 
 async def test_reconciling_takes_the_disk_over(world, opened):
     record = world.commit(body=b"12345", at=100.0)
-    index, _ = await opened(world.store.index)
+    index = await opened(world.store.index)
     index.put(row("lost"))
     known = make_row(record.key, Kind.FULL, 4, stored_at=1.0, used_at=90.0, hits=12, sent_bytes=48)
     index.put(known)
@@ -248,7 +215,7 @@ async def test_reconciling_takes_the_disk_over(world, opened):
 
 async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opened, monkeypatch):
     purged = world.commit(world.key("260101001"))
-    index, _ = await opened(world.store.index)
+    index = await opened(world.store.index)
     scanned, go_on = threading.Event(), threading.Event()
     real = world.store.scan
 
@@ -271,7 +238,7 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
 async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world, opened):
     record = world.commit()
     world.store.record_path(record.key).write_bytes(b"{damaged")
-    index, _ = await opened(world.store.index)
+    index = await opened(world.store.index)
     written = world.store.body_path(record.key).stat().st_mtime
     await reconcile(world.dependencies(), index, written + 1)
     assert world.store.body_path(record.key).exists()
@@ -287,7 +254,7 @@ async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world
 async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
     record = world.commit()
     world.store.record_path(record.key).unlink()
-    index, _ = await opened(world.store.index)
+    index = await opened(world.store.index)
     assert world.claims.try_claim(record.key.claim_offset)
     await reconcile(world.dependencies(), index, 1e10)
     assert world.store.body_path(record.key).exists()
@@ -340,7 +307,7 @@ def listed(rows, order, descending):
 @pytest.mark.parametrize("seed", range(3))
 async def test_pages_are_what_sorting_all_rows_would_give(opened, seed):
     chance = random.Random(seed)
-    index, _ = await opened()
+    index = await opened()
 
     def change():
         for _ in range(chance.randrange(60)):
@@ -368,7 +335,7 @@ async def test_pages_are_what_sorting_all_rows_would_give(opened, seed):
 
 
 async def test_rows_are_found_by_their_moniker(opened):
-    index, _ = await opened()
+    index = await opened()
     index.put(row("a"))
     index.put(row("b"))
     index.discard(row("b").key)
@@ -378,7 +345,7 @@ async def test_rows_are_found_by_their_moniker(opened):
 
 
 async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypatch):
-    index, _ = await opened()
+    index = await opened()
     for number in range(2000):
         index.put(row(f"f{number:05}"))
     index.page("used", 10)

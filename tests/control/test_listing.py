@@ -9,8 +9,8 @@ from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind
 from gup.control.api.endpoint import ENDPOINTS, document
 from gup.control.api.entries import Listing, matching, page_of, shown
-from gup.control.application import make_app
 from gup.control.index import Index, make_row
+from gup.control.service import make_app
 
 
 def row(name="full.zip", kind=Kind.FULL, revision="260101001", length=10, **more):

@@ -3,12 +3,9 @@
 import asyncio
 import os
 
-import pytest
 from harness.control import ask, get
 
 from gup.content.key import Kind
-
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
 
 
 async def test_entries_are_listed_shown_and_found_by_their_key(world, browser):

@@ -34,8 +34,6 @@ LABELS = {
 }
 OLD, NEW = "14.3.4615.2000", "14.3.4615.2100"
 
-pytestmark = pytest.mark.usefixtures("no_blocking_call")
-
 
 @pytest.fixture
 def site(world):

@@ -19,9 +19,9 @@ from gup.config import Cache as CacheSettings
 from gup.config import Settings
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route, Routes
+from gup.control.dependencies import change
 from gup.control.eviction import Evictor
-from gup.control.index import Index
-from gup.control.reconcile import change, reconcile
+from gup.control.index import Index, reconcile
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Turns, Wan

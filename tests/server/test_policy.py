@@ -1,43 +1,28 @@
 """How often the rules are asked, counted in a whole data plane on one loop."""
 
 import asyncio
-import contextlib
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
-from harness.caches import Worker, working
+from harness.caches import Worker
 from harness.content import zip_of
 from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cache.catalog_cache import Kept, write_kept
-from gup.cache.fair_shares import ClientCounts
-from gup.cache.locks import Claims, Slots
-from gup.client_names import ClientNames
 from gup.content.catalog import parse_catalog
 from gup.content.client_identity import Identities
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
-from gup.server.access_log import AccessLog
-from gup.server.admission import Admission
-from gup.server.downloads import Downloads
-from gup.server.handler import Handler
-from gup.server.hot_cache import HotCache
-from gup.server.listener import Listener
 from gup.server.policy import Policy
-from gup.upstream.bandwidth import Turns
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 VIRUS = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 FRENCH = {"GUP-Client-Version": "14.3 RU2", "GUP-Client-Language": "French"}
 ENGLISH = {"GUP-Client-Version": "14.3 RU3", "GUP-Client-Language": "English"}
-TABLES = [
-    {"version": "14.3 RU2", "language": "French"},
-    {"version": "14.3 RU3", "language": "English"},
-]
+TABLES = [{"version": "14.3 RU2", "language": "French"}, {"version": "14.3 RU3", "language": "English"}]
 ASKED = ((Choices, "choose"), (Choices, "choose_for"), (Rulebook, "decide"), (Identities, "read"))
 
 
@@ -86,7 +71,7 @@ class Plane:
 
 
 @pytest.fixture
-async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
+async def plane(serving, monkeypatch) -> AsyncIterator[Plane]:
     calls: Counter = Counter()
     for owner, name in ASKED:
         real = getattr(owner, name)
@@ -100,52 +85,12 @@ async def plane(tmp_path, monkeypatch) -> AsyncIterator[Plane]:
         for upstream, language in ((french, "French"), (english, "English")):
             upstream.answer(path(PATCH), Answer(body(PATCH, language), etag=f'"{language}"'))
             upstream.answer(path(VIRUS), Answer(body(VIRUS, "all"), etag='"all"'))
-        urls = [french.url, english.url]
-        async with (
-            working(tmp_path, urls, tables=TABLES, catalog={"refresh": "0"}) as worker,
-            serving(worker, calls) as made,
-        ):
-            yield made
+        rules = {"tables": TABLES, "catalog": {"refresh": "0"}, "prepare": catalogue}
+        async with serving([french.url, english.url], **rules) as made:
+            yield Plane(made.worker, made.policy, made.address, calls, made.epoch)
 
 
-@contextlib.asynccontextmanager
-async def serving(worker: Worker, calls: Counter) -> AsyncIterator[Plane]:
-    dependencies, epoch = worker.dependencies, [0]
-    catalogue(dependencies.store.run)
-    hot_cache = HotCache(lambda: (epoch[0], dependencies.store_epoch()), worker.cache.close_removed)
-    policy = Policy(dependencies, lambda: epoch[0], hot_cache.drop)
-    dependencies.pool.lists = lambda name, moniker: (
-        policy.choices.catalogues.listed(name, moniker) is not None
-    )
-    locks = Claims(dependencies.store.run / "downloads")
-    slots = Slots(locks, 0, lambda: 0)
-    none = lambda _name: lambda: 0  # noqa: E731
-    downloads = Downloads(
-        slots, lambda: dependencies.settings.clients, dependencies.counters, none, Turns.alone()
-    )
-    access_log = AccessLog(dependencies.settings, dependencies.counters, ClientNames("full", b"0" * 16))
-    handler = Handler(dependencies, worker.cache, policy, hot_cache, downloads, access_log, "test")
-    connections = ClientCounts.alone()
-    admission = Admission(
-        dependencies.settings,
-        dependencies.counters,
-        connections,
-        lambda: 1,
-        most_here=100,
-    )
-    listening = socket.create_server(("127.0.0.1", 0))
-    listener = Listener([listening], dependencies.settings, handler, admission, lambda _now: None)
-    address = listening.getsockname()
-    listener.start()
-    try:
-        yield Plane(worker, policy, address, calls, epoch)
-    finally:
-        await listener.drain(1.0)
-        await policy.close()
-        locks.close()
-
-
-def catalogue(run) -> None:
+def catalogue(worker) -> None:
     kept = {}
     for number, table in enumerate(TABLES):
         lines = (
@@ -153,7 +98,7 @@ def catalogue(run) -> None:
             f"{VIRUS}: SEPC Virus Definitions Win32 12.1 RU6 - X - SymAllLanguages\n"
         )
         kept[f"u{number}"] = Kept("a test", parse_catalog(lines.encode()))
-    write_kept(run, kept)
+    write_kept(worker.dependencies.store.run, kept)
 
 
 async def test_the_hot_cache_never_asks_the_rules(plane):

@@ -3,14 +3,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gup.errors import Problem
-from gup.server.request import (
-    MAX_HEAD_BYTES,
-    MAX_HEADERS,
-    MAX_TARGET_BYTES,
-    Request,
-    check_begun,
-    parse_head,
-)
+from gup.server.request import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, Request, check_begun, parse_head
 
 HOST = b"Host: gup\r\n"
 

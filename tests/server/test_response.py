@@ -2,11 +2,16 @@
 
 import email.parser
 import email.policy
+import errno
 import http.client
 import io
 import json
+import os
+import random
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -18,7 +23,17 @@ from gup.errors import PROBLEMS, Problem
 from gup.server.hot_cache import HotRow
 from gup.server.ranges import Span
 from gup.server.request import Request
-from gup.server.response import UNBOUNDED, Serving, field_lines, plan, refuse
+from gup.server.response import (
+    BROKEN,
+    FINISHED,
+    UNBOUNDED,
+    Response,
+    ResponseWriter,
+    Serving,
+    field_lines,
+    plan,
+    refuse,
+)
 
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 CHANGED = "Sat, 05 Nov 1994 08:49:37 GMT"
@@ -170,11 +185,7 @@ def test_a_failed_precondition_is_a_problem(fields, more):
 
 @pytest.mark.parametrize(
     ("header", "start", "stop"),
-    [
-        ("bytes=0-", 0, len(BODY)),
-        ("bytes=5-9,8-20", 5, 21),
-        ("bytes=10000-99999999", 10000, len(BODY)),
-    ],
+    [("bytes=0-", 0, len(BODY)), ("bytes=5-9,8-20", 5, 21), ("bytes=10000-99999999", 10000, len(BODY))],
 )
 def test_one_range(header, start, stop):
     response, content, fields = received(ask(("range", header)))
@@ -348,3 +359,88 @@ def test_any_text_is_told_and_ends_no_line(value):
     assert len(line) == len("X: \r\n") + len(value)
     _, body = refused(Problem("bad-path", value))
     assert json.loads(body)["detail"] == value
+
+
+# --- writing: from a descriptor or from memory, the same bytes
+
+LENGTH = 700_001
+BYTES = random.Random(5).randbytes(LENGTH)
+
+
+class FileBody:
+    """A stored body, all of it available."""
+
+    def __init__(self, file, *, in_memory):
+        self._file, self.told = file, 0
+        self.fd = -1 if in_memory else file.fileno()
+
+    def available(self, offset, want):
+        return min(want, LENGTH - offset)
+
+    def view(self, offset, length):
+        return memoryview(os.pread(self._file.fileno(), length, offset))
+
+    def end(self):
+        return LENGTH
+
+    def unreadable(self):
+        self.told += 1
+
+
+@pytest.fixture(params=[False, True], ids=["descriptor", "memory"])
+def body(request, tmp_path):
+    (tmp_path / "body").write_bytes(BYTES)
+    with (tmp_path / "body").open("rb") as file:
+        yield FileBody(file, in_memory=request.param)
+
+
+def written(response, *, sent=0, most=1 << 20):
+    """How writing ends, what has arrived, the bytes counted, and those that are logged."""
+    words = memoryview(bytearray(16)).cast("q")
+    writer, got, done = ResponseWriter(words), bytearray(), 1
+    writer.start(response, sent)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        while done > 0:
+            try:
+                done = writer.write(ours, most)
+            except BlockingIOError:
+                got += theirs.recv(1 << 20)
+        ours.shutdown(socket.SHUT_WR)
+        while piece := theirs.recv(1 << 20):
+            got += piece
+    assert words[0] == words[1]
+    return done, bytes(got), words[0], writer.sent_bytes
+
+
+def of(body, *segments):
+    return Response(206, b"head", segments, body=body, sent_at=0, stream_at=1)
+
+
+@pytest.mark.parametrize("most", [1 << 20, 1000])
+@pytest.mark.parametrize("span", [Span(0, LENGTH), Span(1, 400_000), Span(LENGTH - 1, LENGTH)])
+def test_a_span_arrives_whole_and_is_counted(body, span, most):
+    length, text = span.stop - span.start, BYTES[span.start : span.stop]
+    assert written(of(body, span), most=most) == (FINISHED, b"head" + text, length, length)
+
+
+def test_what_has_left_already_is_not_sent_again(body):
+    rest = b"head" + BYTES[5_001:400_000]
+    assert written(of(body, Span(1, 400_000)), sent=5_000) == (FINISHED, rest, 394_999, 399_999)
+
+
+def test_literal_parts_of_a_body_are_counted_and_a_problems_text_is_not(body):
+    text = b"head--x" + BYTES[:3] + b"--x--"
+    assert written(of(body, b"--x", Span(0, 3), b"--x--")) == (FINISHED, text, 11, 11)
+    assert written(Response(404, b"head", (b"problem",))) == (FINISHED, b"headproblem", 0, 0)
+
+
+def test_what_can_not_be_read_breaks_off_where_it_ends(body, tmp_path, monkeypatch):
+    os.truncate(tmp_path / "body", 300_000)
+    assert written(of(body, Span(0, LENGTH))) == (BROKEN, b"head" + BYTES[:300_000], 300_000, 300_000)
+    assert body.told == 1
+    for read in ("pread", "sendfile"):
+        monkeypatch.setattr(os, read, Mock(side_effect=OSError(errno.EIO, "it is broken")))
+    assert written(of(body, Span(0, LENGTH))) == (BROKEN, b"head", 0, 0)
+    assert body.told == 2

@@ -112,7 +112,7 @@ def test_what_is_down_is_tried_ever_more_rarely_but_soon():
     st.lists(
         st.tuples(st.sampled_from(Sign), st.floats(0, 1e5), st.booleans(), st.integers(0, EVERY_MARK)),
         max_size=60,
-    ),
+    )
 )
 def test_whatever_happens_every_move_is_in_the_table_and_fits_the_word(steps):
     now = 0.0

@@ -49,8 +49,7 @@ def test_the_rate_of_a_moment(moment, rate):
 
 
 @pytest.mark.parametrize(
-    ("day", "utc_hour"),
-    [("2026-03-27", 7), ("2026-03-30", 6), ("2026-10-23", 6), ("2026-10-26", 7)],
+    ("day", "utc_hour"), [("2026-03-27", 7), ("2026-03-30", 6), ("2026-10-23", 6), ("2026-10-26", 7)]
 )
 def test_eight_o_clock_is_what_the_sites_clocks_show(day, utc_hour):
     """The Friday before and the Monday after the change, in spring and in autumn."""

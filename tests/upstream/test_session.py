@@ -5,57 +5,84 @@ import itertools
 import json
 import random
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import uvloop
 import yarl
 from harness.content import noise
-from harness.upstreams import Over, RawUpstream, Request, ok
+from harness.processes import free_port
+from harness.upstreams import Answer as Scripted
+from harness.upstreams import Authority, Over, RawUpstream, Request, WebProxy, ok
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gup import config
-from gup.upstream.exchange import RemoteHead, UpstreamFailure
-from gup.upstream.health import State
+from gup.upstream.connector import is_quiet
+from gup.upstream.exchange import RemoteHead, UpstreamFailure, proxy_in_words
+from gup.upstream.health import Sign, State, sign_of
 from gup.upstream.pool import Answer, Steadiness
 from gup.upstream.session import Ask, Upstream
 
 PATH = "/content/x.dax"
 BODY = noise("session", 3_000_000)
-QUICK = {"connect_timeout": "5s", "read_timeout": "1s", "first_byte_timeout": "3s"}
+QUICK = {"name": "u", "connect_timeout": "5s", "read_timeout": "1s", "first_byte_timeout": "3s"}
 
 
-async def body_of(answer: Answer | RemoteHead) -> bytes:
+@pytest.fixture
+def before(pool_of) -> Callable:
+    """A pool, with these settings, before an upstream that answers so."""
+
+    @asynccontextmanager
+    async def make(answer, table: dict | None = None) -> AsyncIterator[tuple]:
+        with RawUpstream(answer) as upstream:
+            async with pool_of({"url": upstream.url, **QUICK, **(table or {})}) as pool:
+                yield upstream, pool
+
+    return make
+
+
+async def body_of(answer: Answer | RemoteHead, pause_seconds: float = 0.0) -> bytes:
+    """All of it; nothing is read for `pause_seconds` after its first piece."""
     assert isinstance(answer, Answer)
     got = bytearray()
     try:
         while piece := await answer.read():
             got += piece
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = 0.0
     finally:
         answer.close()
     return bytes(got)
 
 
-async def get(pool, path: str = PATH, **more: object) -> bytes:
-    return await body_of(await pool.ask(pool.upstreams[0], Ask(path, "fill", **more)))
+async def get(pool, path: str = PATH, pause_seconds: float = 0.0, **more: object) -> bytes:
+    return await body_of(await pool.ask(pool.upstreams[0], Ask(path, "fill", **more)), pause_seconds)
+
+
+async def failure_of(pool) -> UpstreamFailure:
+    with pytest.raises(UpstreamFailure) as caught:
+        await get(pool)
+    return caught.value
 
 
 # --- pauses
 
 
-async def test_silence_in_mid_body_ends_by_read_timeout(pool_of):
+async def test_silence_in_mid_body_ends_by_read_timeout(before):
     def half(talk: Request) -> None:
         talk.send(ok(BODY)[: len(BODY) // 2])
         talk.pause(30)
 
-    with RawUpstream(half) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK, "read_timeout": "300ms"}) as pool:
-            answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            began = time.monotonic()
-            with pytest.raises(UpstreamFailure, match="read_timeout") as raised:
-                await body_of(answer)
-            assert raised.value.outcome == "timeout"
-            assert 0.25 < time.monotonic() - began < 2
+    async with before(half, {"read_timeout": "300ms"}) as (_, pool):
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        began = time.monotonic()
+        with pytest.raises(UpstreamFailure, match="read_timeout") as raised:
+            await body_of(answer)
+        assert raised.value.outcome == "timeout"
+        assert 0.25 < time.monotonic() - began < 2
 
 
 # --- strays
@@ -118,36 +145,34 @@ def garbage(talk: Request) -> None:
     raise Over
 
 
-async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(pool_of):
-    """GET: test_ways."""
+async def test_a_head_request_that_fails_on_a_reused_connection_is_sent_again(before):
+    """GET: test_a_stale_connection_is_no_failure."""
 
     def answer(talk: Request) -> None:
         if talk.number > 1:
             raise Over
         talk.send(ok(b"fine")[:-4])
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"name": "u", "url": upstream.url, **QUICK}) as pool:
-            for _ in range(5):
-                told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill", method="HEAD"))
-                assert isinstance(told, RemoteHead)
-                assert told.length == 4
-            assert pool.board.get("u").state is State.UP
-            assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 5
+    async with before(answer) as (upstream, pool):
+        for _ in range(5):
+            told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill", method="HEAD"))
+            assert isinstance(told, RemoteHead)
+            assert told.length == 4
+        assert pool.board.get("u").state is State.UP
+        assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 5
         assert 5 <= len(upstream.seen) <= 10
 
 
 @pytest.mark.parametrize("again", [close, reset, garbage])
-async def test_a_failure_on_a_fresh_connection_counts_and_is_not_tried_here(pool_of, again):
-    with RawUpstream(again) as upstream:
-        async with pool_of({"name": "u", "url": upstream.url, **QUICK}) as pool:
-            with pytest.raises(UpstreamFailure):
-                await get(pool)
-            assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 1
+async def test_a_failure_on_a_fresh_connection_counts_and_is_not_tried_here(before, again):
+    async with before(again) as (upstream, pool):
+        with pytest.raises(UpstreamFailure):
+            await get(pool)
+        assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 1
         assert len(upstream.seen) == 1
 
 
-async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of):
+async def test_connections_are_given_back_whatever_comes_of_the_requests(before):
     """One connection at most: who waits for it is not told that upstream did not answer."""
     answers = itertools.cycle(
         (ok(b"fine"), b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno", b"nonsense\r\n\r\n")
@@ -157,29 +182,27 @@ async def test_connections_are_given_back_whatever_comes_of_the_requests(pool_of
         talk.pause(0.02)
         talk.send(next(answers))
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK, "max_connections": 1}) as pool:
-            asked = await asyncio.gather(*(get(pool) for _ in range(9)), return_exceptions=True)
-            fine = [one for one in asked if one == b"fine"]
-            assert len(fine) >= 3
-            assert {one.outcome for one in asked if isinstance(one, UpstreamFailure)} == {"error"}
-            assert not pool.upstreams[0].free.locked(), "all are given back"
+    async with before(answer, {"max_connections": 1}) as (_, pool):
+        asked = await asyncio.gather(*(get(pool) for _ in range(9)), return_exceptions=True)
+        fine = [one for one in asked if one == b"fine"]
+        assert len(fine) >= 3
+        assert {one.outcome for one in asked if isinstance(one, UpstreamFailure)} == {"error"}
+        assert not pool.upstreams[0].free.locked(), "all are given back"
 
 
-async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_not_blamed(pool_of):
+async def test_who_waits_too_long_for_a_connection_is_refused_and_upstream_is_not_blamed(before):
     def answer(talk: Request) -> None:
         talk.send(ok(BODY)[:1000])
         talk.pause(30)
 
     table = {"name": "u", "max_connections": 1, "first_byte_timeout": "400ms", "read_timeout": "9s"}
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **table}) as pool:
-            held = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            with pytest.raises(UpstreamFailure, match="max_connections") as raised:
-                await get(pool)
-            assert raised.value.slug == "overloaded"
-            assert pool.board.get("u").state is State.UP
-            held.close()
+    async with before(answer, table) as (_, pool):
+        held = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        with pytest.raises(UpstreamFailure, match="max_connections") as raised:
+            await get(pool)
+        assert raised.value.slug == "overloaded"
+        assert pool.board.get("u").state is State.UP
+        held.close()
 
 
 # --- framing
@@ -211,31 +234,28 @@ MISFRAMED = {
 
 
 @pytest.mark.parametrize("text", MISFRAMED.values(), ids=MISFRAMED.keys())
-async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(pool_of, text):
+async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(before, text):
     def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            with pytest.raises(UpstreamFailure) as raised:
-                await get(pool)
-            assert raised.value.slug == "upstream-error"
+    async with before(answer) as (_, pool):
+        failure = await failure_of(pool)
+        assert failure.slug == "upstream-error"
 
 
-async def test_a_body_longer_than_announced_is_refused_at_its_end(pool_of):
+async def test_a_body_longer_than_announced_is_refused_at_its_end(before):
     def answer(talk: Request) -> None:
         talk.send(ok(BODY[:300_000]))
         talk.send(b"and more that was not announced")
         raise Over
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            answer_ = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            assert isinstance(answer_, Answer)
-            await asyncio.sleep(0.1)  # all of it is here
-            with pytest.raises(UpstreamFailure, match=r"more bytes than it announced|broke HTTP"):
-                await body_of(answer_)
+    async with before(answer) as (_, pool):
+        answer_ = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert isinstance(answer_, Answer)
+        await asyncio.sleep(0.1)  # all of it is here
+        with pytest.raises(UpstreamFailure, match=r"more bytes than it announced|broke HTTP"):
+            await body_of(answer_)
 
 
 RANGES = {
@@ -254,32 +274,30 @@ RANGES = {
 
 
 @pytest.mark.parametrize(("lines", "body"), RANGES.values(), ids=RANGES.keys())
-async def test_a_range_that_is_not_as_told_is_refused(pool_of, lines, body):
+async def test_a_range_that_is_not_as_told_is_refused(before, lines, body):
     def answer(talk: Request) -> None:
         talk.send("\r\n".join(("HTTP/1.1 206 Part", *lines)).encode() + b"\r\n\r\n" + body)
         raise Over
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            with pytest.raises(UpstreamFailure):
-                await get(pool, start=3)
+    async with before(answer) as (_, pool):
+        with pytest.raises(UpstreamFailure):
+            await get(pool, start=3)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_an_end_that_only_the_connection_tells_is_not_confirmed(pool_of, version):
+async def test_an_end_that_only_the_connection_tells_is_not_confirmed(before, version):
     def answer(talk: Request) -> None:
         talk.send(f"HTTP/{version} 200 OK\r\n\r\n".encode() + b"half of it")
         raise Over
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            assert await body_of(told) == b"half of it"
-            assert not told.head.delimited
-            upstream.reply = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
-            told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            assert await body_of(told) == b"hello"
-            assert told.head.delimited
+    async with before(answer) as (upstream, pool):
+        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert await body_of(told) == b"half of it"
+        assert not told.head.delimited
+        upstream.reply = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
+        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert await body_of(told) == b"hello"
+        assert told.head.delimited
 
 
 # --- odd heads
@@ -304,13 +322,12 @@ async def test_an_end_that_only_the_connection_tells_is_not_confirmed(pool_of, v
         (f"Content-Type: {'t' * 600}", None, None, None),
     ],
 )
-async def test_a_head_is_kept_as_far_as_it_can_be_passed_on(pool_of, line, etag, modified, kind):
-    with RawUpstream(lambda talk: talk.send(ok(b"fine", line))) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            assert isinstance(told, Answer)
-            head = told.head
-            assert await body_of(told) == b"fine"
+async def test_a_head_is_kept_as_far_as_it_can_be_passed_on(before, line, etag, modified, kind):
+    async with before(lambda talk: talk.send(ok(b"fine", line))) as (_, pool):
+        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert isinstance(told, Answer)
+        head = told.head
+        assert await body_of(told) == b"fine"
         assert (head.etag, head.last_modified) == (etag, modified)
         assert head.content_type == (kind or "application/octet-stream")
         json.dumps([head.etag, head.content_type]).encode()
@@ -328,34 +345,31 @@ async def test_a_head_is_kept_as_far_as_it_can_be_passed_on(pool_of, line, etag,
     ],
     ids=["letters", "bytes", "reason", "encoding", "transfer", "html"],
 )
-async def test_what_upstream_says_is_told_in_bounds(pool_of, text):
+async def test_what_upstream_says_is_told_in_bounds(before, text):
     def answer(talk: Request) -> None:
         talk.send(text)
         raise Over
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **QUICK}) as pool:
-            with pytest.raises(UpstreamFailure) as raised:
-                await get(pool)
-    assert len(raised.value.detail.encode()) < 2500
-    assert len(raised.value.detail) < 560
-    assert str(raised.value) == raised.value.detail
+    async with before(answer) as (_, pool):
+        failure = await failure_of(pool)
+    assert len(failure.detail.encode()) < 2500
+    assert len(failure.detail) < 560
+    assert str(failure) == failure.detail
 
 
 # --- slow heads
 
 
-async def test_a_head_may_take_longer_than_read_timeout(pool_of):
+async def test_a_head_may_take_longer_than_read_timeout(before):
     """A manager that builds a delta for 20 s, scaled."""
 
     def answer(talk: Request) -> None:
         talk.pause(0.5)
         talk.send(ok(b"built"))
 
-    with RawUpstream(answer) as upstream:
-        table = {"url": upstream.url, "read_timeout": "200ms", "first_byte_timeout": "5s"}
-        async with pool_of(table) as pool:
-            assert await get(pool) == b"built"
+    table = {"read_timeout": "200ms", "first_byte_timeout": "5s"}
+    async with before(answer, table) as (_, pool):
+        assert await get(pool) == b"built"
 
 
 def silent(talk: Request) -> None:
@@ -376,34 +390,32 @@ def dribbling(talk: Request) -> None:
 
 @pytest.mark.parametrize("answer", [silent, continuing, dribbling])
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh", "reused"])
-async def test_a_head_must_be_here_within_its_limit(pool_of, answer, reused):
-    with RawUpstream(lambda talk: talk.send(ok(b"fine"))) as upstream:
-        table = {"url": upstream.url, "read_timeout": "5s", "first_byte_timeout": "500ms"}
-        async with pool_of(table) as pool:
-            if reused:
-                assert await get(pool) == b"fine"
-            upstream.reply = answer
-            began, before = time.monotonic(), len(upstream.seen)
-            with pytest.raises(UpstreamFailure, match="first_byte_timeout") as raised:
-                await get(pool)
-            assert raised.value.outcome == "timeout"
-            assert 0.45 < time.monotonic() - began < 3
-            assert len(upstream.seen) - before == 1, "a slow head is no stale connection"
+async def test_a_head_must_be_here_within_its_limit(before, answer, reused):
+    table = {"read_timeout": "5s", "first_byte_timeout": "500ms"}
+    async with before(lambda talk: talk.send(ok(b"fine")), table) as (upstream, pool):
+        if reused:
+            assert await get(pool) == b"fine"
+        upstream.reply = answer
+        began, seen = time.monotonic(), len(upstream.seen)
+        with pytest.raises(UpstreamFailure, match="first_byte_timeout") as raised:
+            await get(pool)
+        assert raised.value.outcome == "timeout"
+        assert 0.45 < time.monotonic() - began < 3
+        assert len(upstream.seen) - seen == 1, "a slow head is no stale connection"
 
 
-async def test_an_errors_body_holds_nobody_up(pool_of):
+async def test_an_errors_body_holds_nobody_up(before):
     def answer(talk: Request) -> None:
         talk.send(b"HTTP/1.1 404 No\r\nContent-Length: 60000\r\n\r\n")
         while True:
             talk.send(b"x")
             talk.pause(0.05)
 
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, "read_timeout": "300ms"}) as pool:
-            began = time.monotonic()
-            told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-            assert told.status == 404
-            assert time.monotonic() - began < 2
+    async with before(answer, {"read_timeout": "300ms"}) as (_, pool):
+        began = time.monotonic()
+        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert told.status == 404
+        assert time.monotonic() - began < 2
 
 
 # --- slow bodies
@@ -428,7 +440,7 @@ def test_only_waiting_for_upstream_makes_a_body_slow():
     assert not unlimited.slow
 
 
-async def test_a_trickle_makes_room_when_others_wait_for_its_connection(pool_of):
+async def test_a_trickle_makes_room_when_others_wait_for_its_connection(before):
     def answer(talk: Request) -> None:
         if talk.path != PATH:
             talk.send(ok(b"fine"))
@@ -439,16 +451,15 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(pool_of)
             talk.pause(0.05)
 
     table = {"name": "u", "max_connections": 1, "read_timeout": "400ms", "min_rate": "1kB/s"}
-    with RawUpstream(answer) as upstream:
-        async with pool_of({"url": upstream.url, **table}) as pool:
-            trickle = asyncio.create_task(get(pool))
-            while not upstream.seen:  # noqa: ASYNC110 - a thread's list
-                await asyncio.sleep(0.01)
-            assert await asyncio.wait_for(get(pool, "/content/other"), 10) == b"fine"
-            with pytest.raises(UpstreamFailure, match="min_rate") as raised:
-                await trickle
-            assert raised.value.outcome == "timeout"
-            assert pool.board.get("u").state is State.UP, "to be slow is not to be down"
+    async with before(answer, table) as (upstream, pool):
+        trickle = asyncio.create_task(get(pool))
+        while not upstream.seen:  # noqa: ASYNC110 - a thread's list
+            await asyncio.sleep(0.01)
+        assert await asyncio.wait_for(get(pool, "/content/other"), 10) == b"fine"
+        with pytest.raises(UpstreamFailure, match="min_rate") as raised:
+            await trickle
+        assert raised.value.outcome == "timeout"
+        assert pool.board.get("u").state is State.UP, "to be slow is not to be down"
 
 
 # --- URLs
@@ -471,3 +482,241 @@ def test_whatever_follows_a_slash_the_authority_stays(rest):
     upstream = Upstream(config.Upstream.model_validate({"url": "http://manager:8014"}), "gup", "1.1 a")
     asked = yarl.URL(upstream.url(f"/{rest}"), encoded=True)
     assert (asked.scheme, asked.host, asked.port, asked.user) == ("http", "manager", 8014, None)
+
+
+# --- each way: plain, TLS, through a web proxy, TLS in a web proxy's tunnel
+
+LOOPS = {"std": asyncio.new_event_loop, "uv": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls"))
+
+
+def over(way: str, authority: Authority, pool_of: Callable, new_loop: Callable) -> Callable:
+    """Runs a coroutine, on a loop of its own, with an upstream and a pool that reaches it this way."""
+
+    def reach(answer: Callable[[Request], None], run: Callable) -> None:
+        encrypted = way in ("tls", "tunnel")
+        with (
+            RawUpstream(answer, authority.context() if encrypted else None) as upstream,
+            WebProxy() if way == "tunnel" else nullcontext() as proxy,
+            asyncio.Runner(loop_factory=new_loop) as runner,
+        ):
+            table = {"url": upstream.url, "ca_file": str(authority.ca) if encrypted else None}
+            if way == "tunnel":
+                table["proxy"] = proxy.url
+            elif way == "proxy":  # which answers itself
+                table |= {"url": "http://127.0.0.1:9", "proxy": upstream.url}
+
+            async def main() -> None:
+                async with pool_of({**QUICK, "read_timeout": "400ms", **table}) as pool:
+                    await run(pool, upstream)
+
+            runner.run(main())
+
+    return reach
+
+
+@pytest.fixture(params=LOOPS)
+def new_loop(request: pytest.FixtureRequest) -> Callable:
+    return LOOPS[request.param]
+
+
+@pytest.fixture(params=["plain", "proxy", "tls", "tunnel"])
+def by_each_way(request: pytest.FixtureRequest, authority: Authority, pool_of, new_loop) -> Callable:
+    return over(request.param, authority, pool_of, new_loop)
+
+
+@pytest.fixture(params=["tls", "tunnel"])
+def by_tls(request: pytest.FixtureRequest, authority: Authority, pool_of, new_loop) -> Callable:
+    return over(request.param, authority, pool_of, new_loop)
+
+
+def path_in(talk: Request) -> bytes:
+    """Without the host that a proxy is told."""
+    return b"/content/" + talk.path.partition("/content/")[2].encode()
+
+
+@pytest.mark.parametrize("again", [close, reset, garbage])
+def test_a_stale_connection_is_no_failure(by_each_way, again):
+    def answer(talk: Request) -> None:
+        if talk.number > 1:
+            again(talk)
+        talk.send(ok(path_in(talk)))
+
+    async def run(pool, upstream) -> None:
+        for number in range(8):
+            path = f"/content/{number}"
+            assert await get(pool, path) == path.encode()
+        assert pool.board.get("u").state is State.UP
+        assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 8
+        assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="error") == 0
+        assert len(upstream.seen) > 8, "none was used again: the test tells nothing"
+
+    by_each_way(answer, run)
+
+
+def test_an_upstream_that_closes_idle_connections_is_up(by_each_way):
+    """It closes 10 ms after each answer, and gup asks about then."""
+
+    def answer(talk: Request) -> None:
+        talk.send(ok(path_in(talk)))
+        talk.pause(0.01)
+        raise Over
+
+    async def run(pool, _) -> None:
+        for number, wait in zip(range(24), itertools.cycle([0.0, 0.008, 0.01, 0.012]), strict=False):
+            path = f"/content/{number}"
+            assert await get(pool, path) == path.encode()
+            await asyncio.sleep(wait)
+        assert pool._counters.get("gup_upstream_requests_total", upstream="u", outcome="ok") == 24
+
+    by_each_way(answer, run)
+
+
+def idle_and_quiet(pool) -> list:
+    """Connections in the pool over which nothing has come unasked by now."""
+    idle = [one for conns in pool.upstreams[0]._session.connector._conns.values() for one, _ in conns]
+    return [one for one in idle if is_quiet(SimpleNamespace(protocol=one, transport=one.transport))]
+
+
+@pytest.mark.parametrize("stray", [ok(b"stray " * 20), b"no HTTP\r\n\r\n"], ids=["answer", "noise"])
+def test_what_no_request_asked_for_is_nobodys_answer_by_any_way(by_each_way, stray):
+    """It comes when an answer was read. The next request goes out when it has come."""
+    had: set[bytes] = set()
+
+    def answer(talk: Request) -> None:
+        talk.send(ok(path_in(talk)))
+        while path_in(talk) not in had:
+            talk.pause(0.0005)
+        talk.send(stray)
+
+    async def run(pool, _) -> None:
+        for number in range(30):
+            path = f"/content/{number}"
+            assert await get(pool, path) == path.encode()
+            had.add(path.encode())
+            while idle_and_quiet(pool):
+                if number % 2:
+                    await asyncio.sleep(0.0005)
+                else:
+                    time.sleep(0.0005)  # noqa: ASYNC251 - the loop has not seen it then
+        assert pool.board.get("u").state is State.UP
+
+    by_each_way(answer, run)
+
+
+def test_pauses_of_ours_are_no_timeouts(by_each_way):
+    async def run(pool, upstream) -> None:
+        assert await get(pool, pause_seconds=0.5) == BODY
+        await asyncio.sleep(0.5)
+        assert await get(pool) == BODY
+        assert upstream.connections == 1
+
+    by_each_way(lambda talk: talk.send(ok(BODY)), run)
+
+
+def say_goodbye(talk: Request) -> None:
+    talk.say_goodbye()
+
+
+@pytest.mark.parametrize("end", [close, say_goodbye], ids=["without close_notify", "with close_notify"])
+def test_the_end_of_tls_confirms_no_bodys_end(by_tls, end):
+    def answer(talk: Request) -> None:
+        talk.send(b"HTTP/1.1 200 OK\r\n\r\n" + BODY[:300_000])
+        end(talk)
+
+    async def run(pool, _) -> None:
+        told = await pool.ask(pool.upstreams[0], Ask("/content/x.dax", "fill"))
+        assert await body_of(told) == BODY[:300_000]
+        assert not told.head.delimited
+
+    by_tls(answer, run)
+
+
+CUT = {
+    "of a length": ok(BODY)[:1_000_000],
+    "of chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7a120\r\n" + BODY[:500_000] + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("text", CUT.values(), ids=CUT)
+@pytest.mark.parametrize("end", [close, reset])
+def test_a_body_that_is_cut_is_never_whole(by_each_way, text, end):
+    def answer(talk: Request) -> None:
+        talk.send(text)
+        end(talk)
+
+    async def run(pool, _) -> None:
+        failure = await failure_of(pool)
+        assert failure.again
+        assert failure.outcome == "error"
+
+    by_each_way(answer, run)
+
+
+async def test_a_proxy_that_opens_no_tunnel_costs_connect_timeout(authority, pool_of):
+    with RawUpstream(lambda talk: talk.pause(30)) as proxy:
+        table = {"url": "https://127.0.0.1:9", "ca_file": str(authority.ca), "proxy": proxy.url}
+        async with pool_of({**QUICK, **table, "connect_timeout": "500ms"}) as pool:
+            began = time.monotonic()
+            failure = await failure_of(pool)
+            assert failure.outcome == "unreachable"
+            assert time.monotonic() - began < 2.5
+        assert [request.method for request in proxy.seen] == ["CONNECT"]
+
+
+# --- a web proxy's failures are told as its own, with the setting that names it
+
+
+def proxied(upstream, scheme: str) -> dict:
+    proxy = upstream.url.replace("http://", "http://user:tops3cret@")
+    return {"name": "manager", "url": f"{scheme}://127.0.0.1:9", "proxy": proxy}
+
+
+@pytest.mark.parametrize("status", [401, 407, 502, 503])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxys_own_answer_is_told_as_the_proxys(pool_of, upstream, scheme, status):
+    """To CONNECT every answer is; to a request that was to be sent on, 407 or one that says so."""
+    fields = (("Proxy-Status", "squid; error=connection_refused"),)
+    answer = Scripted(b"no", status, fields=fields, reason="Who are you \x1b[2J")
+    for target in (f"http://127.0.0.1:9{PATH}", "127.0.0.1:9"):
+        upstream.answer(target, answer)
+    async with pool_of(proxied(upstream, scheme)) as pool:
+        failure = await failure_of(pool)
+    assert failure.slug == "upstream-unreachable"
+    assert f"the web proxy http://user:***@127.0.0.1:{upstream.port} (upstream.proxy)" in failure.detail
+    assert f"answered {status}" in failure.detail
+    assert ("wants a user and a password" in failure.detail) == (status in (401, 407))
+    assert "tops3cret" not in failure.detail
+    assert failure.detail.isprintable()
+    assert sign_of(failure, "manager", check=False) is Sign.AWAY
+
+
+@pytest.mark.parametrize("status", [401, 403, 502])
+async def test_an_answer_that_may_be_eithers_names_both(pool_of, upstream, status):
+    upstream.answer(f"http://127.0.0.1:9{PATH}", Scripted(b"no", status))
+    async with pool_of(proxied(upstream, "http")) as pool:
+        failure = await failure_of(pool)
+    assert f"manager answered {status}" in failure.detail
+    assert "upstream.proxy" in failure.detail
+    assert failure.status == status
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxy_that_is_not_there_is_told_as_such(pool_of, scheme, host):
+    proxy = f"http://{host}:{free_port()}"
+    async with pool_of({"name": "manager", "url": f"{scheme}://127.0.0.1:9", "proxy": proxy}) as pool:
+        failure = await failure_of(pool)
+    assert f"{proxy_in_words(proxy)} can't be reached" in failure.detail
+
+
+@pytest.mark.parametrize("status", [401, 502])
+async def test_without_a_proxy_none_is_named(pool_of, upstream, status):
+    upstream.answer(PATH, Scripted(b"no", status, fields=(("Proxy-Status", "x"),)))
+    async with pool_of({"name": "manager", "url": upstream.url}) as pool:
+        failure = await failure_of(pool)
+    assert failure.detail == f"manager answered {status}"

@@ -16,7 +16,6 @@ from gup.control.api.endpoint import Endpoint
 from gup.control.api.entries import Filter, labels_of, matching
 from gup.control.api.schemas import Import
 from gup.control.eviction import no_room
-from gup.control.reconcile import index_again
 from gup.control.state import ControlState
 
 _log = logging.getLogger("gup.control.archives")
@@ -100,7 +99,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
                 raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:
-        await index_again(record.key, state.index, state.dependencies.store)
+        await state.index.read_again(record.key, state.dependencies.store)
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
