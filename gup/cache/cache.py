@@ -14,7 +14,7 @@ from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
-from gup.cache.passthrough import PassThrough
+from gup.cache.passthrough import PassThrough, too_many_misses
 from gup.cache.records import Failure, Head, Record, route_of
 from gup.cache.recovery import Leftover, examine, is_fresh
 from gup.cache.store import OpenFile
@@ -155,6 +155,8 @@ class Cache:
                 await self._refuse_circle(key, variant, via)
             fill = self._fills.get(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
+            if fill is None and not deps.count_miss(client):
+                return await self._only_stored(route, variant)
             fill = fill or self._begin(Fill(key, route, variant, via, client))
             fill.promote(deps.pool.wan)
             joined = await self._joined(fill, via)
@@ -171,6 +173,14 @@ class Cache:
         raise Problem(
             "overloaded", "the entry was removed while it was opened; try again", retry_after_seconds=1.0
         )
+
+    async def _only_stored(self, route: Route, variant: Variant) -> Opened:
+        """For a client that has asked for too much that is not here."""
+        for key in route.keys(variant):
+            entry = await self._entries.get(key)
+            if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
+                return self._opened(entry, route, Result.HIT)
+        raise too_many_misses(self._deps)
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
         """A body that could not be stored; that is tried again now and then."""
@@ -450,6 +460,6 @@ class Cache:
             fill = self._tasks[task]
             if fill is None or not fill.finishing:
                 task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self.pass_through.stop(), return_exceptions=True)
         self._deps.memory.close()
         self._entries.clear()

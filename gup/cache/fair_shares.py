@@ -46,10 +46,14 @@ class ClientCounts:
         """For a single process."""
         return cls(memoryview(bytearray(_COLUMN_BYTES)).cast("I"), ())
 
+    def own(self, client: str) -> int:
+        """How much it has in this process."""
+        return self._own.get(client, 0)
+
     def of(self, client: str) -> int:
         """How much it has now."""
         first, second = _cells(client)
-        return self._own.get(client, 0) + sum(min(other[first], other[second]) for other in self._others)
+        return self.own(client) + sum(min(other[first], other[second]) for other in self._others)
 
     def add(self, client: str) -> int:
         """Count one more; returns how much it has then."""

@@ -9,6 +9,7 @@ from enum import Enum
 from gup import config
 from gup.cache.body import GrowingBody
 from gup.cache.disk import Space
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
@@ -36,6 +37,8 @@ class FillDependencies:
     space: Space
     memory: MemoryFiles
     failures: NegativeCache
+    misses: ClientCounts
+    """Of each client, in this second."""
     streams: Streams
     executor: Executor
     settings: config.Settings
@@ -45,6 +48,11 @@ class FillDependencies:
     store_epoch: Callable[[], int]
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
+
+    def count_miss(self, client: str) -> bool:
+        """Count a request that needs an upstream; False when its client has too many in this second."""
+        most = self.settings.clients.max_misses_per_address
+        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
 
     @property
     def longest_wait_seconds(self) -> float:

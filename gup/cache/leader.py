@@ -226,6 +226,7 @@ class Leader:
             path=self._state.path,
             purpose=self._purpose(),
             stream=self._stream(),
+            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
             if_none_match=record.upstream_etag if record else None,
             if_modified_since=record.last_modified if record else None,
             share=fill.share,

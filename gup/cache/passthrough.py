@@ -12,7 +12,7 @@ from gup.cache.locks import Slots
 from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.records import Head, head_of
-from gup.content.key import Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
@@ -131,6 +131,16 @@ class BypassBody:
             waiting()
 
 
+_OF_NO_KEY = frozenset({"overloaded", "no-upstream", "upstream-unreachable"})
+"""Problems that are no single key's: they are not remembered for one."""
+
+
+def too_many_misses(dependencies: FillDependencies) -> Problem:
+    most = dependencies.settings.clients.max_misses_per_address
+    detail = f"more than {most} requests a second for what is not here (clients.max_misses_per_address)"
+    return Problem("overloaded", detail, retry_after_seconds=1.0)
+
+
 class PassThrough:
     """`bodies` are slots for bodies that are passed through whole, `ranges` for ranges of growing ones."""
 
@@ -138,15 +148,50 @@ class PassThrough:
         self._deps = dependencies
         self._bodies = bodies
         self._ranges = ranges
+        self._heads: dict[ContentKey, asyncio.Task[Head]] = {}
 
     async def head(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Head:
-        """What GET would tell of a body that is not here. Problem when there is none to be had."""
+        """What GET would tell of a body that is not here. Problem when there is none to be had.
+
+        One request to upstream is for all who ask meanwhile, but for other gups: one of them may be waiting
+        for this one itself.
+        """
         key = route.key(variant)
         if (failure := self._deps.failures.get(key)) is not None:
             raise failure
-        remote = await self._ask(
-            route, variant, via, Ask(route.upstream_path, "bypass", method="HEAD", client=client)
-        )
+        asking = self._heads.get(key) if via is None else None
+        if asking is None:
+            if not self._deps.count_miss(client):
+                raise too_many_misses(self._deps)
+            asking = asyncio.get_running_loop().create_task(self._ask_head(route, variant, via, client))
+            if via is None:
+                self._heads[key] = asking
+                asking.add_done_callback(lambda done: self._forget_head(key, done))
+        try:
+            return await asyncio.shield(asking)
+        except Problem as problem:
+            raise problem.again() from problem
+
+    def _forget_head(self, key: ContentKey, done: asyncio.Task[Head]) -> None:
+        del self._heads[key]
+        if not done.cancelled():
+            done.exception()  # retrieved: those who asked may all have gone
+
+    async def stop(self) -> None:
+        for asking in list(self._heads.values()):
+            asking.cancel()
+        await asyncio.gather(*self._heads.values(), return_exceptions=True)
+
+    async def _ask_head(self, route: Route, variant: Variant, via: str | None, client: str) -> Head:
+        key = route.key(variant)
+        try:
+            ask = Ask(route.upstream_path, "bypass", method="HEAD", client=client)
+            remote = await self._ask(route, variant, via, ask)
+        except Problem as problem:
+            known = self._deps.failures.get(key) is not None
+            if via is None and not known and problem.slug not in _OF_NO_KEY:
+                self._deps.failures.put(key, problem, self._deps.settings.cache.error_ttl)
+            raise
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:

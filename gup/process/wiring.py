@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from gup import __version__, log
 from gup.cache.cache import Cache
 from gup.cache.disk import Space
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles
@@ -108,6 +109,7 @@ class ChildProcess(ABC):
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
                 lambda: shared.locked(layout.FAILURES),
             ),
+            misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
             settings=self.settings,

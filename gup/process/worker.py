@@ -38,7 +38,18 @@ class Worker(ChildProcess):
         hot_cache = HotCache(epochs, self.cache.close_removed)
         turns = self.turns(Row.DOWNLOAD_TURNS)
         slots = Slots(self.slots, DOWNLOADS_FIRST, lambda: self.settings.clients.max_downloads)
-        downloads = Downloads(slots, lambda: self.settings.clients, self.counters, shared.sum_of, turns)
+        self._shares = FairShares(parent.assignment.shares_fd, parent.assignment.slot)
+        counts = self._shares.counts
+        self.dependencies.queue.clients = counts[Shared.FILLS]
+        self.dependencies.misses = counts[Shared.MISSES]
+        downloads = Downloads(
+            slots,
+            lambda: self.settings.clients,
+            self.counters,
+            shared.sum_of,
+            turns,
+            counts[Shared.DOWNLOADS],
+        )
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))
         self._access_log = AccessLog(settings, self.counters, names)
         self._policy = Policy(self.dependencies, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
@@ -47,12 +58,10 @@ class Worker(ChildProcess):
         handler = Handler(
             self.dependencies, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
         )
-        self._shares = FairShares(parent.assignment.shares_fd, parent.assignment.slot)
-        self.dependencies.queue.clients = self._shares.counts[Shared.FILLS]
         admission = Admission(
             settings,
             self.counters,
-            self._shares.counts[Shared.CONNECTIONS],
+            counts[Shared.CONNECTIONS],
             shared.sum_of("gup_client_connections"),
             most_here=self.descriptors * 3 // 4,
         )
@@ -72,9 +81,9 @@ class Worker(ChildProcess):
             await self._listener.drain(0.0)  # the supervisor is gone
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
-        self._shares.close()
         await self._policy.close()
         await self.close()
+        self._shares.close()  # fills that ended just now had their part of it
 
     async def _warm_up(self) -> None:
         """Import aiohttp once the worker serves: the import takes longer than the rest of the start."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from gup import config
-from gup.cache.fair_shares import ClientCounts, networks_of
+from gup.cache.fair_shares import ClientCounts, client_of, networks_of
 from gup.metrics import Counters
 
 
@@ -37,8 +37,8 @@ class Admission:
         """Count a connection, or its refusal. `make_room` closes an idle connection; False: there is none."""
         if not self._is_allowed(address):
             return self._refuse("network")
-        if self._addresses.add(address) > self._most_of_address > 0:
-            self._addresses.remove(address)
+        if self._addresses.add(client_of(address)) > self._most_of_address > 0:
+            self._addresses.remove(client_of(address))
             return self._refuse("address")
         words = self._counters.words
         words[self._open] += 1
@@ -53,4 +53,8 @@ class Admission:
 
     def leave(self, address: str) -> None:
         self._counters.words[self._open] -= 1
-        self._addresses.remove(address)
+        self._addresses.remove(client_of(address))
+
+    def among(self, client: str) -> float:
+        """How many workers' parts a client's rate has, by its connections here and in all."""
+        return self._addresses.of(client) / max(1, self._addresses.own(client))

@@ -297,6 +297,8 @@ class Pool:
         if ask.method == "HEAD":
             response.release()
             return head
+        if ask.stream_of_body is not None:
+            ask = replace(ask, stream=ask.stream_of_body())
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:

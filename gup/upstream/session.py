@@ -41,7 +41,8 @@ _LIMITED_READ_AHEAD_BYTES = 4096
 class Ask:
     """One request to an upstream.
 
-    `stream` is the slot and the kind that the bytes are counted for. `stop` is the offset after the last
+    `stream` is the slot and the kind that the bytes are counted for; `stream_of_body`, if set, tells them anew
+    when a body comes. `stop` is the offset after the last
     requested byte; None requests all from `start` on. The bytes are charged to `share`, which all requests of
     a download have in common. This node is appended to `via`, the client's. `client` is the client's address,
     "" for a request of gup's own. `check`: a health check, for which any response means that it is up.
@@ -50,6 +51,7 @@ class Ask:
     path: str
     purpose: str
     stream: tuple[int, str] = (0, "other")
+    stream_of_body: Callable[[], tuple[int, str]] | None = None
     start: int = 0
     stop: int | None = None
     if_range: str | None = None

@@ -17,6 +17,7 @@ from harness.internals import (
     Body,
     Cache,
     Claims,
+    ClientCounts,
     Counters,
     FillDependencies,
     FillQueue,
@@ -163,6 +164,7 @@ async def working(
         failures=NegativeCache(
             _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
         ),
+        misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,
         settings=settings,

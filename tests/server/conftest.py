@@ -51,7 +51,14 @@ def serving(tmp_path) -> Callable:
                 )
                 locks = stack.enter_context(contextlib.closing(Claims(own.store.run / "downloads")))
                 none, limits = lambda _name: lambda: 0, lambda: own.settings.clients
-                downloads = Downloads(Slots(locks, 0, lambda: 0), limits, own.counters, none, Turns.alone())
+                downloads = Downloads(
+                    Slots(locks, 0, lambda: 0),
+                    limits,
+                    own.counters,
+                    none,
+                    Turns.alone(),
+                    ClientCounts.alone(),
+                )
                 access_log = AccessLog(own.settings, own.counters, ClientNames("full", b"0" * 16))
                 handler = Handler(own, worker.cache, policy, hot_cache, downloads, access_log, "test")
                 connections = ClientCounts.alone()
