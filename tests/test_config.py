@@ -6,7 +6,7 @@ import socket
 import pytest
 from pydantic import ValidationError
 
-from gup.config import Settings, Upstream, load, require_servable
+from gup.config import Settings, Upstream, load, read
 from gup.errors import SettingsError
 
 
@@ -263,10 +263,41 @@ def test_a_missing_or_broken_file_is_named(tmp_path, toml):
     assert "is not TOML" in problems_of(binary)[0]
 
 
-def test_without_an_upstream_nothing_can_be_served():
-    with pytest.raises(SettingsError, match="--upstream"):
-        require_servable(Settings())
-    require_servable(Settings(upstream=[Upstream(url="http://m:8014")]))
+def test_without_an_upstream_nothing_can_be_served(toml):
+    remedy = ["upstream: none is given; add --upstream http://manager:8014, or an [[upstream]] table"]
+    assert read(environment={}, servable=True)[1] == remedy
+    assert read(environment={}, flags={"upstream": [{"url": "http://m:8014"}]}, servable=True)[1] == []
+    (unread,) = read(toml("[[upstream"), environment={}, servable=True)[1]
+    assert "is not TOML" in unread, "it may name one"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("[cache\n", {}),
+        ("nonsense = 1\n[listen]\nadmin_port = 5\n", {"listen": {"admin_port": 5}}),
+        ('[listen]\nadmin_port = 5\nport = "x"\n', {"listen": {"admin_port": 5}}),
+        ('[listen]\nadmin_port = 5\n[clients]\nallow = ["10.0.0.0/8", "x"]\n', {"listen": {"admin_port": 5}}),
+        ("[listen]\nadmin_port = 5\n[[upstream]]\npriority = 1\n", {"listen": {"admin_port": 5}}),
+        (
+            '[[upstream]]\nurl = "http://m"\npriority = "x"\n[[upstream]]\nurl = "http://n"\n',
+            {"upstream": [{"url": "http://m"}, {"url": "http://n"}]},
+        ),
+        (
+            '[listen]\nadmin_port = 5\n[[upstream]]\nurl = "http://m"\n[[upstream]]\nurl = "http://m"\n',
+            {"listen": {"admin_port": 5}},
+        ),
+        ("[listen]\nport = 99\nadmin_port = 99\n[cache]\nmin_free = 0\n", {"cache": {"min_free": 0}}),
+        (
+            '[wan]\nrate = "1MB/s"\nschedule = [{days = ["mon"], rate = "0", from = "1:00", to = "09:00"}]\n',
+            {"wan": {"rate": "1MB/s"}},
+        ),
+    ],
+)
+def test_what_is_wrong_hides_nothing_that_is_right(toml, text, left):
+    settings, problems = read(toml(text), environment={})
+    assert len(problems) == 1, problems
+    assert settings == Settings.model_validate(left)
 
 
 def test_addresses_are_normalised_and_equal_ports_of_different_ones_allowed():

@@ -24,13 +24,14 @@ def hook():
 def copy_of_the_repository(folder):
     """What git has: nothing that a build or an installation has put there."""
     leave = shutil.ignore_patterns("vendor", "__pycache__", "*.pyc")
-    shutil.copytree(ROOT / "gup", folder / "gup", ignore=leave)
+    for name in ("gup", "deploy/man", "deploy/completions"):
+        shutil.copytree(ROOT / name, folder / name, ignore=leave)
     for name in ("pyproject.toml", "hatch_build.py", "README.md", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
 
-def test_the_wheel_brings_the_page_with_its_chart_library_and_licence(tmp_path):
+def test_the_wheel_brings_the_page_with_its_chart_library_manual_pages_and_completions(tmp_path):
     source = copy_of_the_repository(tmp_path / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "wheels"), str(source)]
@@ -48,6 +49,9 @@ def test_the_wheel_brings_the_page_with_its_chart_library_and_licence(tmp_path):
     for folder in ("static", "templates"):
         for path in (ROOT / "gup/control/page" / folder).iterdir():
             assert f"gup/control/page/{folder}/{path.name}" in names
+    for name in ("man/man1/gup.1", "man/man1/gup-cache-purge.1", "bash-completion/completions/gup",
+                 "zsh/site-functions/_gup", "fish/vendor_completions.d/gup.fish"):  # fmt: skip
+        assert any(found.endswith(f".data/data/share/{name}") for found in names), name
     assert hook().CARRIER not in metadata.split("Provides-Extra: dev")[0]
 
 

@@ -21,7 +21,7 @@ from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem, exhausted, is_exhausted
-from gup.upstream.exchange import UpstreamFailure, gup_names
+from gup.upstream.exchange import UpstreamFailure
 
 __all__ = ["Cache", "Opened", "Result"]
 
@@ -57,15 +57,18 @@ class Cache:
 
     # --- opening
 
-    async def open(self, route: Route, variant: Variant, via: str | None = None, client: str = "") -> Opened:
+    async def open(
+        self, route: Route, variant: Variant, passed: tuple[str, ...] = (), client: str = ""
+    ) -> Opened:
         """The body of `route` for clients of `variant`. Problem when there is none to be had.
 
-        `via` is the request's: a fill that it begins hands it on. `client` is its address.
+        `passed` are the gups that the request came through: a fill that it begins tells gups above of them.
+        `client` is its address.
         """
         for key in route.keys(variant):
             fill = self._fills.get(key)
             if fill is not None and fill.suspect and fill.body is not None:  # the entry was demoted
-                return await self._filled(key, route, variant, via, client)
+                return await self._filled(key, route, variant, passed, client)
             entry = self._entries.known(key)
             if entry is None and not route.immutable and fill is None:
                 entry = await self._entries.get(key)  # wanted even if it is stale; others their fill looks up
@@ -76,10 +79,10 @@ class Cache:
                 self._damaged(entry)
             if route.immutable or is_fresh(self._deps, entry.record):
                 return self._opened(entry, route, Result.HIT)
-            return await self._revalidated(entry, route, variant, via, client)
+            return await self._revalidated(entry, route, variant, passed, client)
         key = route.key(variant)
         try:
-            return await self._filled(key, route, variant, via, client)
+            return await self._filled(key, route, variant, passed, client)
         except Problem:
             entry = await self._entries.get_damaged(key)
             if entry is None:
@@ -102,7 +105,7 @@ class Cache:
         return Opened(entry, result, entry.key, route.kind, age, entry=entry)
 
     async def head(
-        self, route: Route, variant: Variant, via: str | None = None, client: str = ""
+        self, route: Route, variant: Variant, passed: tuple[str, ...] = (), client: str = ""
     ) -> tuple[Head, Result, int]:
         """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
         key = route.key(variant)
@@ -117,19 +120,19 @@ class Cache:
         if (kept := self._deps.memory.finished(key)) is not None:
             return kept.head, Result.BYPASS, 0
         try:
-            return await self.pass_through.head(route, variant, via, client), Result.MISS, 0
+            return await self.pass_through.head(route, variant, passed, client), Result.MISS, 0
         except Problem as problem:
             if entry is None or problem.status in (404, 410):
                 raise
             return entry.head, Result.STALE, self._opened(entry, route, Result.STALE).age_seconds
 
     async def _revalidated(
-        self, entry: Entry, route: Route, variant: Variant, via: str | None, client: str
+        self, entry: Entry, route: Route, variant: Variant, passed: tuple[str, ...], client: str
     ) -> Opened:
         """A stale index file: ask upstream once for the whole machine; serve it stale if nobody answers."""
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
-                return await self._filled(entry.key, route, variant, via, client)
+                return await self._filled(entry.key, route, variant, passed, client)
         except (Problem, TimeoutError) as error:
             if isinstance(error, Problem) and error.status in (404, 410):
                 raise
@@ -137,34 +140,42 @@ class Cache:
             if age > self._deps.settings.cache.max_stale:
                 if isinstance(error, Problem):
                     raise
-                return await self._filled(entry.key, route, variant, via, client)
+                return await self._filled(entry.key, route, variant, passed, client)
             return self._opened(entry, route, Result.STALE)
 
     async def _filled(
-        self, key: ContentKey, route: Route, variant: Variant, via: str | None, client: str
+        self, key: ContentKey, route: Route, variant: Variant, passed: tuple[str, ...], client: str
     ) -> Opened:
         """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
         deps = self._deps
-        for _ in range(_MOST_FILLS):
-            if (failure := deps.failures.get(key)) is not None:
+        for number in range(1, _MOST_FILLS + 1):
+            if (failure := deps.failures.get(key, route.upstream_path)) is not None:
                 raise failure
             kept = deps.memory.finished(key)
             if kept is not None:
                 return self._kept_in_memory(kept, key, route, variant)
-            if via is not None:
-                await self._refuse_circle(key, variant, via)
+            if passed:
+                await self._refuse_circle(key, variant, passed)
             fill = self._fills.get(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
-            if fill is None and not deps.count_miss(client):
-                return await self._only_stored(route, variant)
-            fill = fill or self._begin(Fill(key, route, variant, via, client))
+            fill = fill or self._begin_for(Fill(key, route, variant, passed, client))
             fill.promote(deps.pool.wan)
-            joined = await self._joined(fill, via)
+            try:
+                joined = await self._joined(fill, passed)
+            except Problem:
+                if (
+                    fill.problem is None
+                    or fill.has_failed(route.upstream_path, passed)
+                    or number == _MOST_FILLS
+                ):
+                    raise
+                await fill.ended.wait()
+                continue
             result = Result.HIT if late else Result.MISS if first and fill.fetched else Result.COLLAPSED
             if isinstance(joined, GrowingBody):
                 return Opened(joined, Result.BYPASS if joined.in_memory else result, key, route.kind)
             if joined is FillEnd.UNSTORABLE:
-                return await self.pass_through.whole(route, variant, via, client)
+                return await self.pass_through.whole(route, variant, passed, client)
             entry = next(filter(None, map(self._entries.known, (key, *route.keys(variant)))), None)
             entry = entry or await self._entries.get(key)
             if entry is not None:
@@ -174,13 +185,11 @@ class Cache:
             "overloaded", "the entry was removed while it was opened; try again", retry_after_seconds=1.0
         )
 
-    async def _only_stored(self, route: Route, variant: Variant) -> Opened:
-        """For a client that has asked for too much that is not here."""
-        for key in route.keys(variant):
-            entry = await self._entries.get(key)
-            if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
-                return self._opened(entry, route, Result.HIT)
-        raise too_many_misses(self._deps)
+    def _begin_for(self, fill: Fill) -> Fill:
+        """Begin a client's fill; Problem when the client asks for too much that is not open here."""
+        if not self._deps.count_miss(fill.client):
+            raise too_many_misses(self._deps)
+        return self._begin(fill)
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
         """A body that could not be stored; that is tried again now and then."""
@@ -190,18 +199,18 @@ class Cache:
         age = max(0, int(deps.wall_clock() - os.fstat(body.fd).st_mtime))
         return Opened(body.reader(), Result.BYPASS, key, route.kind, age)
 
-    async def _joined(self, fill: Fill, via: str | None) -> GrowingBody | FillEnd:
+    async def _joined(self, fill: Fill, passed: tuple[str, ...] = ()) -> GrowingBody | FillEnd:
         """What there is to read. A gup that waits is looked at again and again: its name may be learned only
         now.
         """
         self._count_waiters(1)
         try:
             async with asyncio.timeout(self._deps.longest_wait_seconds):
-                while gup_names(via):
+                while passed:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(_CIRCLE_SECONDS):
                             return await fill.join()
-                    await self._refuse_circle(fill.key, fill.variant, via)
+                    await self._refuse_circle(fill.key, fill.variant, passed)
                 return await fill.join()
         except TimeoutError as error:
             raise Problem(
@@ -213,16 +222,15 @@ class Cache:
     def _count_waiters(self, change: int) -> None:
         self._deps.counters.add("gup_fill_waiters", change)
 
-    async def _refuse_circle(self, key: ContentKey, variant: Variant, via: str | None) -> None:
+    async def _refuse_circle(self, key: ContentKey, variant: Variant, passed: tuple[str, ...]) -> None:
         """A request of the very gup that the fill waits for must not wait for the fill.
 
         That gup may be one that has not answered anything yet, since it waits itself.
         """
         pool = self._deps.pool
-        if gup_names(via):
-            await pool.learn_names(variant, key.text)
+        await pool.learn_names(variant, key.text)
         try:
-            pool.candidates(variant, key.text, via)
+            pool.candidates(variant, key.text, passed)
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 
@@ -237,7 +245,7 @@ class Cache:
         entry = await self._entries.get(key)
         if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
             return False
-        if (failure := self._deps.failures.get(key)) is not None:
+        if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
         fill = self._fills.get(key) or self._begin(Fill(key, route, variant, background=True))
         return await fill.outcome()
@@ -288,7 +296,7 @@ class Cache:
         finally:
             del self._fills[fill.key]
             if not fill.over:  # cancelled at the service's end, or a mistake of ours
-                fill.fail(Problem("internal-error", "the fill ended in a way that was not foreseen"))
+                fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
             fill.ended.set()
 
@@ -326,7 +334,10 @@ class Cache:
         """Lead a claimed fill; ask for it under another spelling if upstream does not have this one."""
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
-        if not leftover.finished and (failure := self._deps.failures.get(fill.key)) is not None:
+        if (
+            not leftover.finished
+            and (failure := self._deps.failures.get(fill.key, fill.route.upstream_path)) is not None
+        ):
             fill.fail(failure)
             return
         leader = Leader(self._deps, fill, leftover)
@@ -387,7 +398,7 @@ class Cache:
         if fill is not None:
             if not fill.suspect:  # its commit is under way
                 self._spawn(self._compare_after(fill, entry))
-        elif self._deps.failures.get(entry.key) is None:
+        elif self._deps.failures.get(entry.key, entry.record.asked_path) is None:
             self._suspect(entry.record, counted=entry.counted, seen=entry.record.generation)
 
     async def _compare_after(self, fill: Fill, entry: Entry) -> None:
@@ -411,10 +422,10 @@ class Cache:
         self._entries.drop(entry)
         fill = self._fills.get(entry.key)
         if fill is not None:
-            joined = await self._joined(fill, None)
+            joined = await self._joined(fill)
             if isinstance(joined, GrowingBody):
                 joined.leave()
-        elif (failure := self._deps.failures.get(entry.key)) is not None:
+        elif (failure := self._deps.failures.get(entry.key, entry.record.asked_path)) is not None:
             raise failure
         return False
 
@@ -429,7 +440,7 @@ class Cache:
         if fill is None:
             record = await on_disk(self._deps.executor, self._deps.store.load_or_none, key)
             if record is None:
-                return Problem("upstream-not-found", "there is no record of it")
+                return Problem("upstream-not-found", "it has no record")
             fill = self._fills.get(key) or self._suspect(record, counted=counted)
         await fill.ended.wait()
         if fill.problem is None and fill.end is FillEnd.UNSTORABLE:

@@ -127,7 +127,7 @@ class Follower:
         try:
             file, state = memory.open(row)
         except PermissionError as error:
-            log.warning("%s is in another process's memory, which can't be read: %s", fill.key.text, error)
+            log.warning("%s is in the memory of another process and can't be read: %s", fill.key.text, error)
             fill.detach()
             fill.finish(FillEnd.UNSTORABLE)
             return None
@@ -157,6 +157,7 @@ class Follower:
     def _follow_state(self, state: FillState) -> None:
         fill, now = self._fill, self._deps.clock()
         stands = state.failure is not None and state.failure.stands(now)
+        same = state.path == fill.route.upstream_path
         if state.phase is Phase.STREAMING and (fill.body is None or fill.body.generation != state.generation):
             if state.service_start == self._deps.store.service_start:
                 self._attach(state)
@@ -166,7 +167,7 @@ class Follower:
             if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it goes on there
                 fill.detach()
                 fill.finish(FillEnd.UNSTORABLE)
-        elif state.phase is Phase.FAILED and state.failure is not None and stands:
+        elif state.phase is Phase.FAILED and state.failure is not None and stands and same:
             fill.fail(state.failure.problem(now))
 
     def _attach(self, state: FillState) -> None:

@@ -79,8 +79,8 @@ class Fill:
     key: ContentKey
     route: Route
     variant: Variant
-    via: str | None = None
-    """Via of the request that began it, for the upstream to detect loops."""
+    passed: tuple[str, ...] = ()
+    """The gups that the request which began it came through, for upstreams to find loops."""
     client: str = ""
     """Address of that request's client; "" if nobody asked."""
     since: float = 0.0
@@ -114,6 +114,8 @@ class Fill:
     """Whether it fetches the rest of a damaged entry."""
     finishing: bool = False
     """Whether all of the body is here: the process does not stop before it is committed."""
+    asks_gups: bool = True
+    """Whether some of its upstreams are gups, or may be."""
     share: Share = field(init=False)
     """The WAN share that its bytes are charged to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -164,6 +166,17 @@ class Fill:
             self.body.fail()
         self._settle()
 
+    def has_failed(self, path: str, passed: tuple[str, ...]) -> bool:
+        """Whether its failure is also that of a request for `path` that came through these gups.
+
+        Upstream may have the same content under another spelling; and what `passed` brought about is no
+        other client's.
+        """
+        if self.problem is None or path != self.route.upstream_path:
+            return False
+        shared = is_shared(self.problem, self.passed, asks_gups=self.asks_gups)
+        return shared or set(self.passed) <= set(passed)
+
     async def join(self) -> GrowingBody | FillEnd:
         """Wait for something to read, as one of its readers, or for the end. Problem when it failed."""
         self._joining += 1
@@ -199,6 +212,14 @@ class Fill:
     def _settle(self) -> None:
         if self._settled is not None:
             self._settled.set()
+
+
+def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> bool:
+    """Whether a failure is every client's, and may be remembered: no client's Via can have brought it about.
+
+    An upstream that is no gup has a file or has it not, whatever gups the request has `passed`.
+    """
+    return not passed or (not asks_gups and problem.status in (404, 410))
 
 
 def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:

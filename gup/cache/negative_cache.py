@@ -1,6 +1,7 @@
 """Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
 
 import ctypes
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -52,43 +53,50 @@ class NegativeCache:
         self._locked = locked
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
-    def get(self, key: ContentKey) -> Problem | None:
+    def get(self, key: ContentKey, path: str) -> Problem | None:
         """The problem to answer with while the failure stands, with the time that is left."""
-        if self._find(key) is None:
+        asked = _digest(key, path)
+        if self._find(asked) is None:
             return None
         with self._locked():
-            row = self._find(key)
+            row = self._find(asked)
             left = (row.until_ns - time.monotonic_ns()) / 1e9 if row is not None else 0.0
             if row is None or left <= 0:
                 return None
             return problem_that_stands(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
 
-    def put(self, key: ContentKey, problem: Problem, seconds: float) -> None:
-        """Remember a failure for so long."""
+    def put(self, key: ContentKey, path: str, problem: Problem, seconds: float) -> None:
+        """Remember for so long that `key` could not be had, asked for by `path`."""
         if seconds <= 0:
             return
+        asked = _digest(key, path)
         with self._locked():
-            row = self._find(key) or min(self._rows(key), key=lambda row: row.until_ns)
+            row = self._find(asked) or min(self._rows(asked), key=lambda row: row.until_ns)
             row.until_ns = time.monotonic_ns() + int(seconds * 1e9)
             row.slug = _SLUGS.index(problem.slug)
             row.detail = problem.detail.encode(errors="replace").replace(b"\0", b" ")[:224]
-            row.key[:] = list(bytes.fromhex(key.id))
+            row.key[:] = list(asked)
 
-    def forget(self, key: ContentKey) -> None:
+    def forget(self, key: ContentKey, path: str) -> None:
         """It is here by now."""
-        if self._find(key) is not None:
+        asked = _digest(key, path)
+        if self._find(asked) is not None:
             with self._locked():
-                if (row := self._find(key)) is not None:
+                if (row := self._find(asked)) is not None:
                     row.key[:] = list(_FREE)
                     row.until_ns = 0
 
-    def _find(self, key: ContentKey) -> _Row | None:
-        wanted = bytes.fromhex(key.id)
-        return next((row for row in self._rows(key) if bytes(row.key) == wanted), None)
+    def _find(self, asked: bytes) -> _Row | None:
+        return next((row for row in self._rows(asked) if bytes(row.key) == asked), None)
 
-    def _rows(self, key: ContentKey) -> list[_Row]:
-        first = int(key.id[:16], 16) % self._sets * _WAYS
+    def _rows(self, asked: bytes) -> list[_Row]:
+        first = int.from_bytes(asked[:8], "big") % self._sets * _WAYS
         return [_Row.from_buffer(self._words, (first + way) * ctypes.sizeof(_Row)) for way in range(_WAYS)]
+
+
+def _digest(key: ContentKey, path: str) -> bytes:
+    """A failure belongs to the spelling that was asked: upstream may have the same under another one."""
+    return hashlib.blake2b(f"{key.text} {path}".encode(), digest_size=16).digest()
 
 
 def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gup.cache.body import CUT, Callback, GrowingBody
-from gup.cache.inflight import FillDependencies
+from gup.cache.inflight import FillDependencies, is_shared
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
@@ -148,32 +148,33 @@ class PassThrough:
         self._deps = dependencies
         self._bodies = bodies
         self._ranges = ranges
-        self._heads: dict[ContentKey, asyncio.Task[Head]] = {}
+        self._heads: dict[tuple[ContentKey, str], asyncio.Task[Head]] = {}
 
-    async def head(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Head:
+    async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
         """What GET would tell of a body that is not here. Problem when there is none to be had.
 
         One request to upstream is for all who ask meanwhile, but for other gups: one of them may be waiting
         for this one itself.
         """
         key = route.key(variant)
-        if (failure := self._deps.failures.get(key)) is not None:
+        if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
-        asking = self._heads.get(key) if via is None else None
+        name = key, route.upstream_path
+        asking = self._heads.get(name) if not passed else None
         if asking is None:
             if not self._deps.count_miss(client):
                 raise too_many_misses(self._deps)
-            asking = asyncio.get_running_loop().create_task(self._ask_head(route, variant, via, client))
-            if via is None:
-                self._heads[key] = asking
-                asking.add_done_callback(lambda done: self._forget_head(key, done))
+            asking = asyncio.get_running_loop().create_task(self._ask_head(route, variant, passed, client))
+            if not passed:
+                self._heads[name] = asking
+                asking.add_done_callback(lambda done: self._forget_head(name, done))
         try:
             return await asyncio.shield(asking)
         except Problem as problem:
             raise problem.again() from problem
 
-    def _forget_head(self, key: ContentKey, done: asyncio.Task[Head]) -> None:
-        del self._heads[key]
+    def _forget_head(self, name: tuple[ContentKey, str], done: asyncio.Task[Head]) -> None:
+        del self._heads[name]
         if not done.cancelled():
             done.exception()  # retrieved: those who asked may all have gone
 
@@ -182,15 +183,17 @@ class PassThrough:
             asking.cancel()
         await asyncio.gather(*self._heads.values(), return_exceptions=True)
 
-    async def _ask_head(self, route: Route, variant: Variant, via: str | None, client: str) -> Head:
+    async def _ask_head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str) -> Head:
         key = route.key(variant)
         try:
             ask = Ask(route.upstream_path, "bypass", method="HEAD", client=client)
-            remote = await self._ask(route, variant, via, ask)
+            remote = await self._ask(route, variant, passed, ask)
         except Problem as problem:
-            known = self._deps.failures.get(key) is not None
-            if via is None and not known and problem.slug not in _OF_NO_KEY:
-                self._deps.failures.put(key, problem, self._deps.settings.cache.error_ttl)
+            known = self._deps.failures.get(key, route.upstream_path) is not None
+            if not passed and not known and problem.slug not in _OF_NO_KEY:
+                self._deps.failures.put(
+                    key, route.upstream_path, problem, self._deps.settings.cache.error_ttl
+                )
             raise
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
@@ -199,7 +202,13 @@ class PassThrough:
         return head
 
     async def range(
-        self, opened: Opened, route: Route, variant: Variant, start: int, stop: int, via: str | None = None
+        self,
+        opened: Opened,
+        route: Route,
+        variant: Variant,
+        start: int,
+        stop: int,
+        passed: tuple[str, ...] = (),
     ) -> BypassBody | None:
         """A range far ahead of the fill; None when waiting for the fill is as good, or right.
 
@@ -216,7 +225,7 @@ class PassThrough:
         head, answer = body.head, None
         try:
             ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
-            answer = await self._ask(route, variant, via, ask, only=head.upstream)
+            answer = await self._ask(route, variant, passed, ask, only=head.upstream)
             assert isinstance(answer, Answer)
             told = Validators(head.upstream_etag, head.last_modified)
             same = told.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
@@ -245,17 +254,21 @@ class PassThrough:
             body.forget(reached.set)
         return body.seconds_to(offset, clock()) > self._deps.settings.fill.range_wait
 
-    async def whole(self, route: Route, variant: Variant, via: str | None, client: str = "") -> Opened:
-        """A body that can't be stored. Problem when as many clients as may be are being passed through."""
+    async def whole(
+        self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = ""
+    ) -> Opened:
+        """A body that can't be stored. Problem when the most clients that may be are being passed through."""
         slot = self._bodies.try_take()
         if slot is None:
             raise Problem(
                 "overloaded",
-                "this content can't be stored here, and as many clients as may be are being passed through",
+                "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
         try:
-            answer = await self._ask(route, variant, via, Ask(route.upstream_path, "bypass", client=client))
+            answer = await self._ask(
+                route, variant, passed, Ask(route.upstream_path, "bypass", client=client)
+            )
         except BaseException:
             self._bodies.give_back(slot)
             raise
@@ -272,18 +285,20 @@ class PassThrough:
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 
     async def _ask(
-        self, route: Route, variant: Variant, via: str | None, ask: Ask, only: str | None = None
+        self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask, only: str | None = None
     ) -> Answer | RemoteHead:
         """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
-        ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), via=via)
+        ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
+        asks_gups = pool.asks_gups(variant, key.text)
         try:
-            admitted = pool.admitted(pool.candidates(variant, key.text, via))
+            admitted = pool.admitted(pool.candidates(variant, key.text, passed))
         except UpstreamFailure as failure:
             retry = failure.retry_after_seconds or 2.0
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
-        problem = Problem("no-upstream", f"no upstream has {variant}")
+        problem = Problem("no-upstream", f"no upstream is configured for {variant}")
         waits: list[float] = []
+        stands_seconds = 0.0
         for upstream in admitted:
             if only not in (None, upstream.name):
                 continue
@@ -296,10 +311,11 @@ class PassThrough:
             if isinstance(answer, RemoteHead) and answer.status != 200:
                 slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
                 problem = Problem(slug, f"{answer.upstream} answered {answer.status}")
-                self._deps.failures.put(key, problem, self._deps.settings.cache.negative_ttl)
+                stands_seconds = self._deps.settings.cache.negative_ttl
                 break
             return answer
         if waits and len(waits) == len(admitted):  # all of them want to be left alone for a while
-            problem.retry_after_seconds = min(waits)
-            self._deps.failures.put(key, problem, min(waits))
+            problem.retry_after_seconds = stands_seconds = min(waits)
+        if is_shared(problem, passed, asks_gups=asks_gups):
+            self._deps.failures.put(key, route.upstream_path, problem, stands_seconds)
         raise problem

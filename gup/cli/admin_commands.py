@@ -8,6 +8,7 @@ import typer
 
 from gup.cli.shared import (
     FAILED,
+    WAITING,
     Columns,
     JsonFlag,
     Row,
@@ -71,7 +72,7 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     yield f"clients: {status['clients']['connections']} connections"
     if not status["reload"]["successful"]:
-        yield "the last reload FAILED: the settings before it are in force; the log says why"
+        yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
         words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
         yield printable(words)
@@ -100,33 +101,42 @@ _FILLS: Columns = {
 
 @with_connection_flags
 def reload(*, where: Where, json_output: JsonFlag = False) -> None:
-    """Have a running service read its settings again; exit status 1 if it can't use them."""
+    """Have a running service read its settings again, and say what took effect.
+
+    Status 1 when the settings can't be used: those before stay in force. Status 3 when some of them need a
+    restart: the port, the cache directory, the number of workers.
+    """
     with asking(where) as admin:
         answer = admin.ask("POST", "reload")
+        changed, waiting = answer["changed"], answer["waiting"]
     if json_output:
         print_json(answer)
-    elif answer["reloaded"]:
-        typer.echo("the settings were read again and are in force")
+    elif not answer["reloaded"]:
+        typer.echo("\n  ".join(["the old settings stay in force:", *answer["problems"]]), err=True)
     else:
-        typer.echo("\n  ".join(["the settings before stay in force:", *answer["problems"]]), err=True)
-    if not answer["reloaded"]:
-        raise typer.Exit(FAILED)
+        typer.echo(f"in force now: {', '.join(changed)}" if changed else "nothing has changed")
+        if waiting:
+            typer.echo(f"restart the service for: {', '.join(waiting)}")
+    if not answer["reloaded"] or waiting:
+        raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
 
 
 @with_connection_flags
 def prefetch(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Such as /content/{MONIKER}/260101001/full.zip.")
+        list[str], typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip.")
     ],
     *,
     version: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this version; without it, of each.")
+        str | None,
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Only from upstreams of this language; without it, of each.")
+        str | None,
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language; default: all."),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Put it on the list and return; status 0 then.")
+        bool, typer.Option("--no-wait", help="Queue it and return at once with status 0.")
     ] = False,
     where: Where,
     json_output: JsonFlag = False,
@@ -157,6 +167,6 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
-        gone = {"outcome": "failed", "detail": "it is not on the service's list any more"}
+        gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted

@@ -3,15 +3,14 @@
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import gup
 from gup.cli import admin_commands, cache_commands, reports, serve, settings_commands
-from gup.cli.shared import FAILED, UNUSABLE
+from gup.cli.shared import FAILED, UNUSABLE, Commands
 from gup.errors import GupError, SettingsError
 
 
-class _Commands(TyperGroup):
+class _Gup(Commands):
     """Errors of all commands become lines on standard error and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -25,7 +24,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_Gup,
     help="A Group Update Provider: fetches content over the WAN once, serves it to the whole site.",
     no_args_is_help=True,
     add_completion=False,

@@ -20,10 +20,12 @@ import typer
 from gup.cli.shared import (
     FAILED,
     Columns,
+    Commands,
     JsonFlag,
     Where,
     asking,
     print_json,
+    printable,
     show_table,
     with_connection_flags,
     with_flags,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(help="Look at and change what a service keeps.", no_args_is_help=True)
+cache = typer.Typer(cls=Commands, help="List and change stored content.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -46,19 +48,24 @@ _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Work on this cache directory; no service may run on it."
+    ),
 ]
-Keys = Annotated[list[str], typer.Argument(metavar="KEY...", help="As `gup cache list` shows them.")]
+Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
 
 def _filter_flags(
     *,
-    product: Annotated[str | None, typer.Option(help="Only of this product.")] = None,
-    version: Annotated[str | None, typer.Option(help="Only of this version.")] = None,
-    language: Annotated[str | None, typer.Option(help="Only of this language.")] = None,
-    stream: Annotated[str | None, typer.Option(help="Only of this moniker.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Only of this revision.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only full, delta, index or other files.")] = None,
+    product: Annotated[str | None, typer.Option(metavar="PRODUCT", help="Only of this product.")] = None,
+    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Only of this version.")] = None,
+    language: Annotated[str | None, typer.Option(metavar="LANGUAGE", help="Only of this language.")] = None,
+    stream: Annotated[str | None, typer.Option(metavar="MONIKER", help="Only of this moniker.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Only of this revision.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only full, delta, index or other files.")
+    ] = None,
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind}
@@ -86,9 +93,12 @@ def list_entries(
     *,
     filters: Filters,
     order: Annotated[
-        str, typer.Option(help="key, used, stored, length or hits; -used is the other way round.")
+        str,
+        typer.Option(metavar="ORDER", help="key, used, stored, length or hits; -used reverses the order."),
     ] = "key",
-    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 lists all.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Maximum number of entries; 0 lists all.")
+    ] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
@@ -123,11 +133,9 @@ def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
                 typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 
-_change(
-    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
-)
-_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
-_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
+_change("purge", "purged", "DELETE", "", "Remove entries; clients that are receiving one still get it whole.")
+_change("pin", "pinned", "PUT", "/pin", "Exempt entries from eviction.")
+_change("unpin", "unpinned", "DELETE", "/pin", "Make entries evictable again.")
 
 
 # --- by a service, or here
@@ -138,9 +146,11 @@ def _by_service_or_here(
     directory: Path | None,
     by_service: Callable[["Admin"], T],
     here: Callable[["Store"], T],
+    *,
+    create: bool = False,
 ) -> T:
     """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
-    when no service answers where the settings put it.
+    when no service answers where the settings put it. `create`: the directory may be missing, or be empty.
     """
     from gup.cache.store import Store
     from gup.cli.admin_client import NobodyThereError
@@ -155,9 +165,16 @@ def _by_service_or_here(
             if where.url is not None:
                 raise
     store = Store(directory.absolute() if directory is not None else load(where.config).cache.directory)
-    if not store.content.is_dir():
+    if not (store.content.is_dir() or (create and _is_new(store.root))):
         raise StoreError(f"{store.root} is no cache directory: it has no content/")
     return here(store)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a folder is missing or empty, as before the first start."""
+    if not os.path.lexists(folder):
+        return True
+    return folder.is_dir() and all(path.name == "lost+found" for path in folder.iterdir())
 
 
 def _alone(store: "Store") -> "closing[InstanceLock]":
@@ -177,15 +194,17 @@ def verify(
     *,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what is damaged, or drop it, so that it is fetched anew."),
+        typer.Option(
+            "--repair", help="Repair damaged entries, or remove them so that they are fetched again."
+        ),
     ] = False,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Compare everything stored with its sums; status 0 when all is right (or mended), 1 when not.
+    """Compare all stored content with its sums; status 0 when all is right or repaired, else 1.
 
-    A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
+    A running service does this while it serves. Without one the command does; none can start meanwhile.
     """
     result = _by_service_or_here(
         where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
@@ -194,13 +213,13 @@ def verify(
         print_json(result)
     else:
         for row in result["found"]:
-            end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
+            end = {None: "", True: " (repaired)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
             typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
-        busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if result["repair"] else ""
-        typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
+        busy = f", {result['busy']} left out because of fills" if result["busy"] else ""
+        mended = f", {result['mended']} repaired" if result["repair"] else ""
+        typer.echo(f"{result['checked']} checked: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
 
@@ -253,7 +272,7 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
 
 def _show_progress(checked: int, total: int, damaged: int) -> None:
     if sys.stderr.isatty():
-        typer.echo(f"\r{checked} of {total} looked at, {damaged} damaged ", err=True, nl=checked == total)
+        typer.echo(f"\r{checked} of {total} checked, {damaged} damaged ", err=True, nl=checked == total)
 
 
 # --- export
@@ -266,18 +285,25 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive (tar) to write; must not exist.")],
     *,
     filters: Filters,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Sign the archive with this private Ed25519 key (PEM)."),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write entries with their records to an archive, to seed another site with it.
+    """Write entries with their records to an archive, to seed another site.
 
-    Status 1 when something had to be left out because it is damaged. Without a service all is exported.
+    With --version and --language it has what a site of these needs, content for all versions or languages
+    too. Entries left out are counted, with the reason. Status 1 when damaged entries were left out.
     """
     import asyncio
 
     from gup.cache.archive import summary
+    from gup.cache.signature import read_signing_key, sign
 
+    key = read_signing_key(sign_key) if sign_key is not None else None
     with _new(file) as (archive, path):
         _by_service_or_here(
             where,
@@ -287,12 +313,16 @@ def export(
         )
         archive.flush()
         told = summary(path)
+        signer = sign(path, key) if key is not None else None
     if json_output:
-        print_json(told | {"file": str(file)})
+        print_json(told | {"file": str(file), "signed_by": signer})
     else:
         for row in told["left_out"]:
             typer.echo(f"left out: {row['key']}: {row['why']}")
-        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}")
+        for why, count in told["not_wanted"].items():
+            typer.echo(f"left out: {count} entries: {printable(why)}")
+        signed = f"signed by the key {signer}" if signer is not None else "not signed"
+        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}, {signed}")
     if told["left_out"]:
         raise typer.Exit(FAILED)
 
@@ -303,7 +333,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
-        raise AdminError(f"{file} is there already; an export overwrites nothing")
+        raise AdminError(f"{file} exists; an export does not overwrite files")
     path = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with path.open("xb") as target:
@@ -322,16 +352,22 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
 
     from gup.cache.archive import written
     from gup.cache.integrity import contents
+    from gup.content.variant_choice import why_not_for
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind"} & filters.keys()):
-        raise StoreError(f"--{odd[0]}: only a running service can tell; none answers")
-    keys = [
-        key
-        for key in contents(store, grace_seconds=0.0).keys
-        if all(getattr(key, name).casefold() == value.casefold() for name, value in filters.items())
-    ]
-    async for piece in written(store, keys, socket.gethostname(), time.time()):
+        raise StoreError(f"--{odd[0]}: works only with a running service; none answers")
+    keys, why_not = [], []
+    others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
+    for key in contents(store, grace_seconds=0.0).keys:
+        why = why_not_for(key.variant, filters.get("version"), filters.get("language"), None)
+        if not why and any(getattr(key, name).casefold() != value for name, value in others.items()):
+            why = f"it is not of that {', '.join(others)}"
+        if why:
+            why_not.append(why)
+        else:
+            keys.append(key)
+    async for piece in written(store, keys, socket.gethostname(), time.time(), why_not):
         archive.write(piece)
 
 
@@ -343,19 +379,31 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive that gup cache export wrote.")],
     *,
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="GUP_SIGNED_BY",
+            help="Take nothing unless the archive is signed by this key (public Ed25519 key, PEM).",
+        ),
+    ] = None,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Take an archive's entries in: nothing is overwritten or evicted, what is damaged is refused.
+    """Import the entries of an archive; nothing is overwritten or evicted, damaged entries are refused.
 
-    Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
+    Status 1 when entries were refused or the archive is truncated; the others are imported.
     """
+    from gup.cache.signature import require_signer, signer_of
     from gup.cli.admin_client import AdminError
     from gup.config import load
 
     try:
         with file.open("rb") as source:
+            signer = signer_of(source) if source.seekable() else None
+            if signed_by is not None:
+                require_signer(signer, signed_by)
             done = _by_service_or_here(
                 where,
                 cache_dir,
@@ -363,18 +411,23 @@ def import_(
                     admin.pieces("POST", "import", source, "application/x-tar", _IMPORT_SECONDS)
                 ),
                 lambda store: _import_here(source, store, load(where.config)),
+                create=True,
             )
     except OSError as error:
         raise AdminError(f"{file} can't be read: {error.strerror or error}") from error
     if json_output:
-        print_json(done)
+        print_json(done | {"signed_by": signer})
     else:
+        trusted = (
+            "as required" if signed_by is not None else "whether it is trusted was not asked: --signed-by"
+        )
+        typer.echo(f"signed by the key {signer} ({trusted})" if signer else "the archive is not signed")
         show_table({"refused": "name", "why": "why"}, done["refused"])
         if done["problem"]:
             typer.echo(done["problem"], err=True)
             sys.stderr.flush()
         took = f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}"
-        typer.echo(f"{took}; {done['present']} were here already, {len(done['refused'])} refused")
+        typer.echo(f"{took}; {done['present']} were stored already, {len(done['refused'])} refused")
     if done["refused"] or not done["complete"]:
         raise typer.Exit(FAILED)
 
@@ -388,15 +441,16 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
     from gup.control.eviction import no_room
     from gup.errors import StoreError
 
-    owner = store.content.stat().st_uid
+    there = next((folder for folder in (store.content, store.root) if folder.exists()), None)
+    owner = there.stat().st_uid if there is not None else os.geteuid()
     if owner != os.geteuid():
         try:
             name = pwd.getpwuid(owner).pw_name
         except KeyError:
             name = str(owner)
         raise StoreError(
-            f"{store.root} belongs to user {name}, who could not use what another user puts there: "
-            "run this as that user"
+            f"{store.root} belongs to user {name}, who could not use files of another user: "
+            "run this command as that user"
         )
     held_bytes = 0
 
@@ -408,6 +462,10 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         nonlocal held_bytes
         held_bytes += record.length
 
+    if not store.content.exists():
+        typer.echo(
+            f"{store.root} is made for the user who runs this: the service must run as that user", err=True
+        )
     with _alone(store):  # no other process is at work: every claim is free
         held_bytes = sum(stored.size_bytes for stored in store.scan())
         return asdict(Import(store, time.time(), room, taken).take(source))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gup.cli.shared import ConfigFlag, JsonFlag, SeedFlag, quantity
+from gup.cli.shared import Commands, ConfigFlag, JsonFlag, SeedFlag, quantity
 from gup.errors import SettingsError
 from gup.units import parse_duration, parse_rate, parse_size
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 _HOST_PORT = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*):([0-9]{1,5})")
 
 simulate = typer.Typer(
-    help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
+    cls=Commands,
+    help="Run one side of a simulated site: the management server, or the clients.",
+    no_args_is_help=True,
 )
-ClientsFlag = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
-SecondsFlag = Annotated[float, typer.Option(min=1, help="How long they run.")]
+ClientsFlag = Annotated[int, typer.Option(min=1, metavar="N", help="Simulated clients.")]
+SecondsFlag = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long they run.")]
 
 
 def serve(
@@ -41,16 +43,12 @@ def serve(
     ] = None,
 ) -> None:
     """Run the service until SIGTERM or SIGINT; SIGHUP reads the settings again."""
-    flags = serve_flags(upstream or [], listen, admin, cache_dir, workers)
+    flags, problems = serve_flags(upstream or [], listen, admin, cache_dir, workers)
 
     def read() -> "Settings":
-        from gup.cli.usable import require_usable
-        from gup.config import load, require_servable
+        from gup.cli.usable import usable
 
-        settings = load(config, flags=flags)
-        require_servable(settings)
-        require_usable(settings)
-        return settings
+        return usable(config, flags, problems, servable=True)
 
     first = read()
     from gup.process import supervisor
@@ -64,8 +62,8 @@ def serve_flags(
     admin: str | None = None,
     cache_dir: Path | None = None,
     workers: int | None = None,
-) -> dict[str, Any]:
-    """The flags that were given, nested like the file. SettingsError names every flag that is malformed."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags that were given, nested like the file, and a sentence for each that is malformed."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):
@@ -76,15 +74,13 @@ def serve_flags(
                 problems += error.problems
                 continue
             addresses |= {f"{prefix}address": host} if host else {}
-    if problems:
-        raise SettingsError(problems)
     flags: dict[str, Any] = {
         "listen": addresses,
         "upstream": [{"url": url} for url in upstream],
         "cache": {"directory": cache_dir} if cache_dir is not None else {},
         "workers": {"count": workers} if workers is not None else {},
     }
-    return {section: values for section, values in flags.items() if values}
+    return {section: values for section, values in flags.items() if values}, problems
 
 
 def host_port(flag: str, text: str) -> tuple[str, int]:
@@ -100,7 +96,7 @@ def demo(
     *,
     clients: ClientsFlag = 200,
     seconds: SecondsFlag = 30.0,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes of gup.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Worker processes of gup.")] = 2,
     wan_rate: Annotated[int, quantity(parse_rate, "RATE", "Of the simulated WAN.", "10MB/s")] = 10_000_000,
     seed: SeedFlag = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Stay up after the summary.")] = False,
@@ -127,10 +123,10 @@ def simulate_manager(
         float,
         quantity(parse_duration, "DURATION", "Between new revisions; 0 publishes none by itself.", "10s"),
     ] = 10.0,
-    products: Annotated[int, typer.Option(min=1, help="Streams of content.")] = 4,
+    products: Annotated[int, typer.Option(min=1, metavar="N", help="Streams of content.")] = 4,
     full_size: Annotated[int, quantity(parse_size, "SIZE", "Of a full package.", "4MB")] = 4_000_000,
 ) -> None:
-    """Play a management server with a tree of content until SIGTERM or SIGINT."""
+    """Run a simulated management server with content until SIGTERM or SIGINT."""
     from gup.demo import manager
 
     host, port = host_port("--listen", listen)
@@ -157,7 +153,7 @@ def simulate_clients(
     seed: SeedFlag = 1,
     json_output: JsonFlag = False,
 ) -> None:
-    """Play a site's clients, which compare every byte."""
+    """Run simulated clients, which compare every byte."""
     from gup.demo.clients import simulate_clients as run
 
     raise typer.Exit(

@@ -6,20 +6,18 @@ from typing import Annotated
 
 import typer
 
-from gup.cli.shared import ConfigFlag, JsonFlag, print_json
+from gup.cli.shared import Commands, ConfigFlag, JsonFlag, print_json
 
-config = typer.Typer(help="Look at settings without starting anything.", no_args_is_help=True)
+config = typer.Typer(cls=Commands, help="Check and print settings.", no_args_is_help=True)
 
 
 @config.command("check")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
-    """Say whether `gup serve --config FILE` could start, or every mistake."""
-    from gup.cli.usable import require_usable
-    from gup.config import load
+    """Check whether `gup serve --config FILE` can start; list every mistake."""
+    from gup.cli.usable import usable
     from gup.units import format_size
 
-    settings = load(file)
-    require_usable(settings)
+    settings = usable(file, servable=False)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(
@@ -31,7 +29,7 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The setting
 
 @config.command("show")
 def show(
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings' file (TOML).")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="The settings' file (TOML).")] = None,
 ) -> None:
     """Print all settings in force, from FILE, the environment and the defaults; secrets are masked."""
     from gup.cli.reference import settings_toml
@@ -40,7 +38,7 @@ def show(
     typer.echo(settings_toml(load(file)), nl=False)
 
 
-rules = typer.Typer(help="Ask what the delivery rules decide.", no_args_is_help=True)
+rules = typer.Typer(cls=Commands, help="Evaluate the delivery rules.", no_args_is_help=True)
 
 
 @rules.callback()
@@ -65,20 +63,22 @@ def explain(
     config: ConfigFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Say for each upstream whether the client may have the stream from it, and why."""
+    """Show for each upstream whether the client may have the stream, and why."""
     from gup.cli.serve import serve_flags
     from gup.cli.usable import read_catalog
-    from gup.config import load, require_servable
+    from gup.config import read
     from gup.content import variant_choice
     from gup.content.catalog import Catalogues, normal_moniker
     from gup.content.rules import Rulebook
     from gup.errors import SettingsError
 
-    settings = load(config, flags=serve_flags(upstream=upstream or []))
-    require_servable(settings)
+    flags, _ = serve_flags(upstream=upstream or [])
+    settings, problems = read(config, flags=flags, servable=True)
     stream = normal_moniker(moniker)
     if stream is None:
-        raise SettingsError([f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without"])
+        problems.append(f"--moniker: {moniker!r} is not right: must be a GUID, with braces or without")
+    if problems or stream is None:
+        raise SettingsError(problems)
     book = Rulebook(settings)
     client = book.identities.stated(client_version, client_language)
     found = {upstream.name: read_catalog(settings, upstream) for upstream in settings.upstream}

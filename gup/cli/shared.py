@@ -12,22 +12,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperArgument, TyperGroup
 
 from gup.units import bytes_in_words, time_in_words
 
 if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
 
-FAILED = 1
-UNUSABLE = 2
-"""Exit statuses: the work failed; flags or settings can't be used (as for unknown flags)."""
+FAILED, UNUSABLE, WAITING = 1, 2, 3
+"""Exit statuses: the work failed; flags or settings can't be used; some settings wait for a restart."""
+
+
+class Commands(TyperGroup):
+    """Commands under one name. The help shows whole sentences, and no types of Python's."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for command in self.commands.values():
+            for parameter in command.params:
+                if isinstance(parameter, TyperArgument):
+                    parameter.display_type_rich = lambda **_: ""  # type: ignore[method-assign]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, sentence(self.commands[name])) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def sentence(command: Any) -> str:
+    """The first sentence of a command's help, in one line."""
+    return " ".join((command.help or "").split("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
+
 
 ConfigFlag = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SeedFlag = Annotated[int, typer.Option(help="Another number makes other content and other clients.")]
+SeedFlag = Annotated[int, typer.Option(metavar="N", help="Seed of the generated content and clients.")]
 
 
 def quantity(parse: Callable[[object], float], metavar: str, help_: str, default: str) -> Any:
@@ -80,8 +102,8 @@ class Where:
     ca_file: Path | None
 
 
-_ADMIN = "The control plane; without it, where the settings put it."
-_TOKEN_FILE = "A file with a token; without it, what the settings name, or what the service left in run/."  # noqa: S105
+_ADMIN = "URL of the control plane; default: the address in the settings."
+_TOKEN_FILE = "A file with a token; default: the file named in the settings, else run/admin-token."  # noqa: S105
 _CA_FILE = "Certificates (PEM) to trust for an https:// URL."
 
 
@@ -109,7 +131,7 @@ def asking(where: Where) -> Iterator["Admin"]:
     try:
         yield admin
     except KeyError as error:
-        words = f"{admin.url}: the answer has no {error}: that gup is of another version"
+        words = f"{admin.url}: the answer has no {error}: the service is another version of gup"
         raise AdminError(words) from error
 
 

@@ -1,18 +1,19 @@
 """What settings name, looked at without a service: whether one can start with them, and the catalogues.
 
-`gup config check`, `gup serve` and every reload ask `require_usable`, so that all three refuse the same.
+`gup config check`, `gup serve` and every reload ask `usable`, so that all three refuse the same.
 """
 
 import ssl
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gup import log
 from gup.cache.catalog_cache import FILE, read_kept
 from gup.cache.store import Store
-from gup.config import Settings, Upstream
+from gup.config import Settings, Upstream, read
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
@@ -20,8 +21,22 @@ from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
 
-def require_usable(settings: Settings) -> None:
-    """SettingsError with every problem: the setting, the file, the cause and what would be right."""
+def usable(
+    file: Path | None, flags: Mapping[str, Any] | None = None, problems: Sequence[str] = (), *, servable: bool
+) -> Settings:
+    """Settings that a service can start with; else SettingsError with every mistake, also in what they name.
+
+    `problems` were found before, in the flags; `servable` as for `gup.config.read`.
+    """
+    settings, found = read(file, flags=flags, servable=servable)
+    problems = [*problems, *found, *_unusable(settings)]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _unusable(settings: Settings) -> list[str]:
+    """What a service could not work with: the setting, the file, the cause and what would be right."""
     problems: list[str] = []
     checks: list[tuple[str, Callable[[], object]]] = [
         (f"upstream#{number}.ca_file", partial(trust, upstream.ca_file))
@@ -42,8 +57,7 @@ def require_usable(settings: Settings) -> None:
             problems.append(f"{setting}: {error}")
         except SettingsError as error:
             problems += error.problems
-    if problems:
-        raise SettingsError(problems)
+    return problems
 
 
 def _require_catalogue(file: Path | None) -> None:
@@ -66,9 +80,11 @@ def _require_folder(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise FileError(f"{str(path)!r} can't be looked at: {error.strerror}") from error
+            raise FileError(f"{str(path)!r} can't be accessed: {error.strerror}") from error
         if not stat.S_ISDIR(mode):
-            raise FileError(f"{str(path)!r} is no folder: it must be one, or not be there yet")
+            raise FileError(
+                f"{str(path)!r} is not a folder: name a folder, or a path that does not exist yet"
+            )
         return
 
 
@@ -95,7 +111,7 @@ def read_catalog(settings: Settings, upstream: Upstream) -> tuple[Mapping[str, L
         rows = parse_catalog(_fetch(url, upstream))
         if rows:
             return rows, url
-        reason = "what is there lists nothing"
+        reason = "its catalogue lists nothing"
     except FileError as error:
         reason = f"upstream.ca_file: {error}"
     except (OSError, HTTPException, ValueError) as error:  # URLError and TLS errors among them

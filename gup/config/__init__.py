@@ -1,7 +1,7 @@
 """Settings: one table of all, and how they are read."""
 
 from gup.config.loading import load as load
-from gup.config.loading import require_servable as require_servable
+from gup.config.loading import read as read
 from gup.config.settings import CONTENT_TYPES as CONTENT_TYPES
 from gup.config.settings import PRIVATE_NETWORKS as PRIVATE_NETWORKS
 from gup.config.settings import Cache as Cache

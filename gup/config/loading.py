@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -38,32 +39,72 @@ def load(
     `flags` is nested like the file. SettingsError names every key that is wrong. The files that settings name
     are not looked at: gup.cli.usable does that.
     """
-    given = os.environ if environment is None else environment
-    variables = {name: text for name, text in given.items() if name.upper().startswith(PREFIX)}
-    layers: list[tuple[str, Values]] = [
-        ("the command line", flags or {}),
-        (PREFIX, _read_environment(variables) if variables else {}),
-        (str(file), _read_toml(file) if file else {}),
-    ]
-    problems = _unknown_variables(variables)
-    values: dict[str, Any] = {}
-    for _, layer in reversed(layers):
-        values = _merge(values, layer)
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        problems += complaints(error, Settings, lambda location: _origin(location, layers))
-        raise SettingsError(problems) from error
+    settings, problems = read(file, flags=flags, environment=environment)
     if problems:
         raise SettingsError(problems)
     return settings
 
 
-def require_servable(settings: Settings) -> None:
-    """SettingsError when a service could not fetch anything."""
-    if not settings.upstream:
+def read(
+    file: Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    servable: bool = False,
+) -> tuple[Settings, list[str]]:
+    """The settings without what is wrong with them, and a sentence for each mistake.
+
+    With `servable` it is a mistake too that there is nothing to fetch from.
+    """
+    given = os.environ if environment is None else environment
+    variables = {name: text for name, text in given.items() if name.upper().startswith(PREFIX)}
+    problems = _unknown_variables(variables)
+    toml: Values = {}
+    try:
+        toml = _read_toml(file) if file else {}
+    except SettingsError as error:
+        problems = error.problems + problems
+        servable = False  # nobody knows what the file names
+    layers: list[tuple[str, Values]] = [
+        ("the command line", flags or {}),
+        (PREFIX, _read_environment(variables) if variables else {}),
+        (str(file), toml),
+    ]
+    values: dict[str, Any] = {}
+    for _, layer in reversed(layers):
+        values = _merge(values, layer)
+    if servable and not values.get("upstream"):
         remedy = "add --upstream http://manager:8014, or an [[upstream]] table"
-        raise SettingsError([f"upstream: none is given; {remedy}"])
+        problems.append(f"upstream: none is given; {remedy}")
+    first = True
+    while True:
+        try:
+            return Settings.model_validate(values), problems
+        except ValidationError as error:
+            if first:  # later ones may come of what was left out
+                problems += complaints(error, Settings, lambda location: _origin(location, layers))
+            first = False
+            values = _without(values, error)
+
+
+def _without(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """What is left when each wrong key is left out, or the whole list where one of its items is wrong.
+
+    Where keys do not go together it is not known which is wrong: upstreams are left out, then `listen`.
+    """
+    left = deepcopy(values)
+    for details in error.errors(include_url=False):
+        place: Any = left
+        table, key = left, "upstream" if "upstream" in left else "listen"
+        for part in details["loc"]:
+            if isinstance(place, dict) and part in place:
+                table, key, place = place, str(part), place[part]
+            elif isinstance(place, list) and isinstance(part, int) and part < len(place):
+                place = place[part]
+            else:
+                break
+        table.pop(key, None)
+    return left if left != values else {}
 
 
 def _read_environment(variables: Mapping[str, str]) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """Routes: which content a request target names, and its content key.
 
-Two paths never share a key, except where the same moniker is only spelled differently.
+Two paths never share a key, except where only the moniker's case differs, or any case where upstream ignores
+case. A name that upstream may take for another one (a moniker with something behind it, on Windows any name
+that ends in a dot) is refused: it would escape that one's rules, and be stored a second time.
 """
 
 import re
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from gup.content.key import ABSENT, ANY, FULL, MAX_PART_BYTES, ContentKey, Folder, Kind, Variant
+from gup import config
+from gup.content.key import ABSENT, ANY, FULL, MAX_PART_BYTES, ContentKey, Folder, Kind, Variant, delta_step
 from gup.errors import Problem
 
 LIVEUPDATE_STREAM = "liveupdate"
@@ -21,7 +25,12 @@ _DEFAULT_PORTS = {b"http": 80, b"https": 443}
 
 _ANY_CASE = re.IGNORECASE | re.ASCII
 _MONIKER = re.compile(r"\{[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\}")
+_LIKE_A_MONIKER = re.compile(r"\{|.*[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_OTHER_NAME_ON_WINDOWS = re.compile(r".*[. ]|.*:.*|[^.]{1,6}~[0-9]{1,6}(?:\.[^.]{1,3})?")
+"""Windows drops dots and spaces at the end, takes what follows a colon for a stream of the file, and gives a
+long name a short one, such as XDELTA~1.DAX."""
 _REVISION = re.compile(r"[0-9]+")
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _DELTA = re.compile(r"xdelta.*\.dax", _ANY_CASE)
 
 _LIVEUPDATE_INDEX = re.compile(r"minitri\.flg|.*_livetri\.zip", _ANY_CASE)
@@ -96,10 +105,19 @@ def parse_target(target: bytes) -> Target:
 
 
 class Routes:
-    """The routing table; LiveUpdate's files at the root only with `liveupdate`."""
+    """The routing table; LiveUpdate's files at the root only with `liveupdate`.
 
-    def __init__(self, *, liveupdate: bool = False) -> None:
-        self._liveupdate = liveupdate
+    `fold_case`: no upstream for content tells names apart by their case.
+    """
+
+    def __init__(self, *, liveupdate: bool = False, fold_case: bool = False) -> None:
+        self._liveupdate, self._fold_case = liveupdate, fold_case
+
+    @classmethod
+    def of(cls, upstreams: Sequence[config.Upstream]) -> "Routes":
+        """Those to these upstreams. Managers run on Windows; what is behind another gup is not known."""
+        kinds = {upstream.kind for upstream in upstreams}
+        return cls(liveupdate="liveupdate" in kinds, fold_case="gup" not in kinds)
 
     def route(self, path: str) -> Route:
         """The route of a decoded path (as `parse_target` gives it).
@@ -109,15 +127,15 @@ class Routes:
         root, *segments = path.removeprefix("/").split("/")
         route = None
         if root == "content" and segments and segments[-1]:
-            route = _content_route(path, segments)
+            route = _content_route(path, segments, fold_case=self._fold_case)
         elif self._liveupdate and root and not segments:
             route = _liveupdate_route(path, root)
         if route is None:
-            raise Problem("not-content", "This path is none of the content that is served here.")
+            raise Problem("not-content", "This path is not content that gup serves.")
         return route
 
 
-_ALL_ROUTES = Routes(liveupdate=True)
+_ALL_ROUTES = Routes(liveupdate=True), Routes(liveupdate=True, fold_case=True)
 _ENCODED_PATH = re.compile(r"/[!-~]{1,8192}")
 
 
@@ -129,10 +147,11 @@ def leads_to(path: str, key: ContentKey) -> bool:
     if not _ENCODED_PATH.fullmatch(path) or "?" in path:
         return False
     try:
-        route = _ALL_ROUTES.route(parse_target(path.encode()).path)
+        decoded = parse_target(path.encode()).path
+        found = [routes.route(decoded) for routes in _ALL_ROUTES]
     except Problem:
         return False
-    return (route.stream, route.revision, route.file) == (key.stream, key.revision, key.file)
+    return any((r.stream, r.revision, r.file) == (key.stream, key.revision, key.file) for r in found)
 
 
 def path_of(key: ContentKey) -> str:
@@ -155,10 +174,14 @@ def delta_path(moniker: str, from_revision: str, to_revision: str, folder: Folde
     return f"/content/{moniker}/{under}/xdelta{from_revision}_To_{to_revision}.dax"
 
 
-def _content_route(path: str, segments: list[str]) -> Route | None:
-    stream, revision, files = ABSENT, ABSENT, segments
+def _content_route(path: str, segments: list[str], *, fold_case: bool) -> Route | None:
+    if _LIKE_A_MONIKER.match(segments[0]) and not _MONIKER.fullmatch(segments[0]):
+        raise _bad_path("something like a moniker, which is {GUID} and nothing else")
+    if any(map(_OTHER_NAME_ON_WINDOWS.fullmatch, segments)):
+        raise _bad_path("a name that another one stands for on Windows")
+    stream, revision, files = ABSENT, ABSENT, [*map(_folded, segments)] if fold_case else segments
     if _MONIKER.fullmatch(segments[0]):
-        stream, files = segments[0].upper(), segments[1:]
+        stream, files = segments[0].upper(), files[1:]
         if not files:  # the moniker alone is a folder
             return None
         if len(files) > 1:
@@ -171,6 +194,14 @@ def _content_route(path: str, segments: list[str]) -> Route | None:
         elif _DELTA.fullmatch(files[0]):
             kind = Kind.DELTA
     return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), quote(path, safe=_PATH_SAFE))
+
+
+def _folded(name: str) -> str:
+    """`name` without regard to case: as managers spell it, else in lower case."""
+    if (step := delta_step(name)) is not None:
+        return f"xdelta{step.from_revision}_To_{step.to_revision}.dax"
+    lower = name.translate(_LOWER)
+    return "ContentInfo.txt" if lower == "contentinfo.txt" else lower
 
 
 def _liveupdate_route(path: str, name: str) -> Route | None:
@@ -214,7 +245,7 @@ def _decode_path(raw: bytes) -> str:
         ("a '%' without two hexadecimal digits", _BAD_ESCAPE.search(raw)),
         ("a fragment", b"#" in raw),
         ("an encoded '/'", b"%2f" in raw.lower()),
-        ("a character that cannot be printed", not path.isprintable()),  # also marks of writing direction
+        ("an unprintable character", not path.isprintable()),  # also marks of writing direction
         ("a backslash", "\\" in path),
         ("'//'", "//" in path),
         ("a name that begins with a dot", "/." in path),  # also "." and "..": none leads anywhere

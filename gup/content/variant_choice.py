@@ -10,17 +10,17 @@ from functools import lru_cache
 from typing import Any
 
 from gup import config
-from gup.content.catalog import CLIENT_PATCHES, Catalogues, Listed
+from gup.content.catalog import CLIENT_PATCHES, Catalogues, Label, Listed
 from gup.content.client_identity import Client, Header
 from gup.content.key import ABSENT, ANY, EVERY, Variant
-from gup.content.languages import ENGLISH
+from gup.content.languages import ENGLISH, parse_language
 from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Decision, Origin, Rulebook, document, lines
 
 _MOST_REMEMBERED = 4096
 """Clients may invent monikers and versions without end."""
 _ALL = Variant(ANY, ANY)
-_NOT_A_STREAM = Decision("files beside the streams are for every client", "")
+_NOT_A_STREAM = Decision("files outside the streams are for every client", "")
 _FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
 
 
@@ -193,6 +193,33 @@ def _version_distance(origin: Origin, client: Client) -> int:
     if origin.version is None:
         return 2
     return 1 if origin.version.release == client.version.release else 3
+
+
+def why_not_for(stored: Variant, version: str | None, language: str | None, label: Label | None) -> str:
+    """Why a site of this version and language (None: of any) has no use for what is stored under a variant;
+    "" when it has.
+
+    What is for all versions or languages is for every site, unless the catalogue says otherwise: everything
+    is stored so where the upstreams' settings have neither.
+    """
+    own_version, own_language = stored.version, stored.language
+    if label is not None:
+        if (
+            own_version == ANY and label.type == CLIENT_PATCHES
+        ):  # other products are for clients of any version
+            own_version = label.version or ANY
+        own_language = label.language if own_language == ANY and label.language else own_language
+    versions = {own_version.casefold(), "" if label is None else label.version.casefold()}
+    if version is not None and own_version != ANY and version.casefold() not in versions:
+        return f"it is for {own_version}"
+    if language is None or own_language in (ANY, language):
+        return ""
+    found, wanted = parse_language(own_language), parse_language(language)
+    if found is None or wanted is None:
+        fits = own_language.casefold() == language.casefold()
+    else:
+        fits = found.fits(wanted)
+    return "" if fits else f"it is for {own_language}"
 
 
 # --- why, for people and programs

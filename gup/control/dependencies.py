@@ -17,6 +17,17 @@ from gup.errors import GupError, Problem
 from gup.metrics import Counters
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What came of reading the settings again: what is wrong with them (then those before stay in force), the
+    keys whose new values are in force, and those whose new values need a restart.
+    """
+
+    problems: Sequence[str]
+    changed: Sequence[str] = ()
+    waiting: Sequence[str] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlDependencies:
     """Times are Unix seconds. `totals` (since installed) and `since_start` are the sums of all blocks of
@@ -50,8 +61,8 @@ class ControlDependencies:
     workers: Callable[[], Sequence[Mapping[str, object]]]
     """`slot`, `pid`, `up_since` and `ready` of each."""
     config_ok: Callable[[], bool]
-    reload: Callable[[], Awaitable[Sequence[str]]]
-    """Has the settings read again; returns what is wrong with them: nothing, if they took."""
+    reload: Callable[[], Awaitable[Reload]]
+    """Has the settings read again."""
     recover: Callable[[], Awaitable[None]]
     """Takes over or clears parts that nobody works on."""
     mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
@@ -93,10 +104,7 @@ class BusyError(GupError):
     """The entry can't be changed now: another process fills, revalidates or mends it."""
 
     def __init__(self, key: ContentKey) -> None:
-        super().__init__(
-            f"{key.text} is being fetched or checked at this moment, so nothing was changed: "
-            "try again when that has ended"
-        )
+        super().__init__(f"{key.text} is being fetched or checked, so nothing was changed; try again later")
 
 
 async def change(

@@ -17,7 +17,7 @@ from gup.content.routes import Route
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
 from gup.control.catalog_refresh import CatalogRefresher
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
 from gup.control.service import Control
 from gup.process.child import Message, Parent
@@ -33,7 +33,7 @@ class Controller(ChildProcess):
         super().__init__(parent)
         self._ruled = self.settings, Rulebook(self.settings)  # after a reload it is made in a thread
         self._worker_rows: Sequence[Mapping[str, object]] = ()
-        self._reloads: deque[asyncio.Future[Sequence[str]]] = deque()
+        self._reloads: deque[asyncio.Future[Reload]] = deque()
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
@@ -126,7 +126,7 @@ class Controller(ChildProcess):
         elif "problems" in message:
             outcome = self._reloads.popleft()
             if not outcome.done():  # else `_reload` timed out
-                outcome.set_result(message["problems"])
+                outcome.set_result(Reload(**message))
 
     def apply(self, settings: Settings) -> None:
         super().apply(settings)
@@ -151,20 +151,20 @@ class Controller(ChildProcess):
         assert route.variant is not None
         return self.cache.take_over(route, route.variant, inherits=inherits)
 
-    async def _reload(self) -> Sequence[str]:
-        """Have the supervisor reload the settings; returns the problems. Answers come in order."""
-        outcome: asyncio.Future[Sequence[str]] = self._loop.create_future()
+    async def _reload(self) -> Reload:
+        """Have the supervisor reload the settings. Answers come in order."""
+        outcome: asyncio.Future[Reload] = self._loop.create_future()
         if not self.parent.send({"reload": True}):
-            return ["the supervisor does not read its messages"]
+            return Reload(["the supervisor does not read its messages"])
         self._reloads.append(outcome)
         try:
             async with asyncio.timeout(_RELOAD_SECONDS):  # wait_for of Python 3.11 may swallow a cancellation
-                problems = await outcome
+                told = await outcome
                 if self._applying is not None:  # the settings arrived before the answer
                     await asyncio.shield(self._applying)
         except TimeoutError:
-            return [f"the settings were not applied within {_RELOAD_SECONDS:g} s"]
-        return problems
+            return Reload([f"the settings were not applied within {_RELOAD_SECONDS:g} s"])
+        return told
 
 
 if __name__ == "__main__":

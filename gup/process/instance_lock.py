@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from pathlib import Path
 
 from gup.errors import StoreError
 
+_LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _NAMES = ("instance.lock", "children.lock")
 
@@ -42,15 +44,20 @@ class InstanceLock:
 
 
 def _lock(fd: int, run: Path, deadline: float) -> None:
+    told = False
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                who = (
-                    f"pid {', '.join(map(str, pids))}" if (pids := holders(run)) else "not visible from here"
-                )
-                raise StoreError(f"another gup uses the cache directory {run.parent} ({who})") from error
+            left = deadline - time.monotonic()
+            if left <= 0 or not told:
+                pids = ", ".join(map(str, holders(run)))
+                who = f"pid {pids}" if pids else "its pid is not visible here"
+                words = f"another gup uses the cache directory {run.parent} ({who})"
+                if left <= 0:
+                    raise StoreError(words) from error
+                _LOG.warning("%s: waiting %.0f s for it to end", words, left)
+                told = True
         else:
             return
         time.sleep(_POLL_SECONDS)

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from enum import Enum, auto
 from ipaddress import ip_address
 
+from pydantic import BaseModel
+
 from gup import log
 from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
@@ -327,13 +329,15 @@ class Supervisor:
     def _reload_settings(self) -> Message:
         """Read the settings again and send them to the children. Returns the answer to the controller."""
         if self._reload is None or self._stage is not Stage.SERVING:
-            problem = "there is no file to read" if self._reload is None else "the service is stopping"
+            problem = "there is no settings file" if self._reload is None else "the service is stopping"
             _LOG.warning("settings not reloaded: %s", problem)
-            return {"reloaded": False, "problems": [problem]}
+            return {"problems": [problem], "changed": [], "waiting": []}
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         problems: list[str] = []
+        changed: list[str] = []
+        waiting: list[str] = []
         try:
-            self._apply(self._reload())
+            changed, waiting = self._apply(self._reload())
             self._shared.words[shared_memory.CONFIG_RELOADED_AT] = int(time.time())
         except (GupError, OSError) as error:
             problems = error.problems if isinstance(error, SettingsError) else [str(error)]
@@ -342,17 +346,20 @@ class Supervisor:
         self._shared.words[shared_memory.CONFIG_OK] = not problems
         if self._announced:
             self._notifier.send("READY=1")
-        return {"reloaded": not problems, "problems": problems}
+        return {"problems": problems, "changed": changed, "waiting": waiting}
 
-    def _apply(self, new: Settings) -> None:
-        settings, postponed = reloadable(self._settings, new)
+    def _apply(self, new: Settings) -> tuple[list[str], list[str]]:
+        """Take over the new settings; the keys that took effect, and those that wait for a restart."""
+        settings, waiting = reloadable(self._settings, new)
         log.configure(settings.log)  # raises if the destination can't be used
+        changed = differing(self._settings, settings)
         self._settings = settings
-        for key in postponed:
+        for key in waiting:
             _LOG.warning("%s: takes effect at the next start", key)
         self._send(self._slots, {"settings": settings.model_dump(mode="json", by_alias=True)})
         self._shared.raise_epoch(shared_memory.POLICY_EPOCH)
-        _LOG.info("settings reloaded")
+        _LOG.info("settings reloaded: %s", ", ".join(changed) or "nothing has changed")
+        return changed, waiting
 
 
 def _exit_reason(status: int) -> str:
@@ -380,8 +387,21 @@ _FIXED = {
     "listen": ("address", "port", "admin_address", "admin_port", "backlog"),
     "cache": ("directory",),
     "workers": ("count",),
+    "site": ("name",),
 }
-"""Settings of what is made once: sockets, cache directory, number of processes."""
+"""Settings of what is made once: sockets, cache directory, number of processes, the name in Via."""
+
+
+def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:
+    """The keys whose values differ, as people write them; a list is one key."""
+    found: list[str] = []
+    for name, field in type(old).model_fields.items():
+        before, after, key = getattr(old, name), getattr(new, name), above + (field.alias or name)
+        if isinstance(before, BaseModel):
+            found += differing(before, after, f"{key}.")
+        elif before != after:
+            found.append(key)
+    return found
 
 
 def reloadable(old: Settings, new: Settings) -> tuple[Settings, list[str]]:

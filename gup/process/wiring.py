@@ -228,7 +228,10 @@ class ChildProcess(ABC):
 def _node_name(settings: Settings) -> str:
     """The site's name, and a hash that differs for each host and cache directory."""
     own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
-    site = "".join(c if c.isalnum() or c in "-._" else "-" for c in settings.site.name) or "gup"
+    site = (
+        "".join(c if (c.isascii() and c.isalnum()) or c in "-._" else "-" for c in settings.site.name)
+        or "gup"
+    )
     return f"{site}-{hashlib.blake2b(own.encode(), digest_size=4).hexdigest()}"
 
 

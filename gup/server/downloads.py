@@ -102,7 +102,7 @@ class Downloads:
         queued, most = self._all_queued(), self._limits().queue
         if queued > most or (2 * queued > most and self._has_most_of_queue(client)):
             self._words[self._queued] -= 1
-            detail = f"{queued - 1} downloads wait already; that is as many as may"
+            detail = f"{queued - 1} downloads are queued already, the limit set by clients.queue"
             raise Problem("overloaded", detail, retry_after_seconds=self._served_within(queued))
         self._waiting[ticket] = None
         self._ask()

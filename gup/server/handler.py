@@ -21,6 +21,7 @@ from gup.server.ranges import Span
 from gup.server.request import Request
 from gup.server.response import Response, Serving, plan, refuse
 from gup.units import format_http_date
+from gup.upstream.exchange import MOST_HOPS, gup_names
 
 log = logging.getLogger("gup.request")
 
@@ -74,8 +75,7 @@ class Handler:
 
     def _use(self, settings: config.Settings) -> None:
         self._authorities = frozenset(_authority(upstream.url) for upstream in settings.upstream)
-        # LiveUpdate's files at the root are served if there is an upstream to have them from.
-        self._routes = Routes(liveupdate=any(upstream.kind == "liveupdate" for upstream in settings.upstream))
+        self._routes = Routes.of(settings.upstream)
 
     # --- the way of a request
 
@@ -111,12 +111,14 @@ class Handler:
     def _route(self, request: Request) -> Route:
         """What the request asks for; Problem when that is nothing that is served here."""
         request.check_method()
-        via = request.header("via")
-        if via is not None and self._node in via:
+        passed = gup_names(request.header("via"))
+        if self._node in passed:
             raise Problem("loop", f"the request's Via names this node, {self._node}")
+        if len(passed) > MOST_HOPS:
+            raise Problem("loop", f"the request's Via names more than {MOST_HOPS} gups")
         target = parse_target(request.target)
         if target.authority is not None and target.authority not in self._authorities:
-            detail = f"{target.authority} is no upstream of this service; it is not an open proxy"
+            detail = f"{target.authority} is not an upstream of this service, which is not an open proxy"
             raise Problem("forbidden-host", detail)
         route = self._routes.route(target.path)
         if not self._dependencies.settings.upstream:
@@ -124,21 +126,21 @@ class Handler:
         return route
 
     async def _respond_later(self, request: Request, route: Route, choice: Choice) -> Response:
-        via, client = request.header("via"), request.client
+        passed, client = gup_names(request.header("via")), request.client
         try:
             if request.method == "HEAD":
-                head, result, age = await self._cache.head(route, choice.asked, via, client)
+                head, result, age = await self._cache.head(route, choice.asked, passed, client)
                 cache_status = _CACHE_STATUS_OF_HEAD_MISS if result is Result.MISS else _CACHE_STATUS[result]
                 response = plan(request, head, self._serving(choice, age, cache_status))
                 response.result, response.key = result, route.key(choice.asked).text
                 return response
             for _ in range(_TRIES):
-                opened = await self._cache.open(route, choice.asked, via, client)
+                opened = await self._cache.open(route, choice.asked, passed, client)
                 response = self._plan(request, choice, opened)
                 span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
                 if opened.entry is None:
                     if span is not None and response.status == 206 and len(response.segments) == 1:
-                        alone = await self._span_alone(route, choice, opened, span, via)
+                        alone = await self._span_alone(route, choice, opened, span, passed)
                         if alone is not opened:
                             opened, response = alone, self._plan(request, choice, alone)
                     return self._complete(request, opened, response)
@@ -146,19 +148,19 @@ class Handler:
                 if span is None or await self._cache.is_sound_at(opened, span.start):
                     return self._complete(request, opened, response)
             problem = Problem(
-                "internal-error", "the stored body was replaced at every try", retry_after_seconds=1
+                "internal-error", "the entry was replaced during each try; try again", retry_after_seconds=1
             )
             return self.refuse(problem, request, keep_alive=False)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request, route, choice)
 
     async def _span_alone(
-        self, route: Route, choice: Choice, opened: Opened, span: Span, via: str | None
+        self, route: Route, choice: Choice, opened: Opened, span: Span, passed: tuple[str, ...]
     ) -> Opened:
         """A range of a growing body that is fetched alone if the fill will not reach it soon."""
         alone = self._cache.pass_through.range
         try:
-            body = await alone(opened, route, choice.asked, span.start, span.stop, via)
+            body = await alone(opened, route, choice.asked, span.start, span.stop, passed)
         except BaseException:
             opened.body.leave()  # the client has gone
             raise

@@ -14,7 +14,9 @@ from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 MOST_FIELD_BYTES = 512
-_GUP_MEMBER = re.compile(r"(?:^|,)\s*\S+\s+([^\s,]+)\s+\(gup\)")
+MOST_HOPS = 16
+"""Gups that a request may have passed through."""
+_GUP_NAME = re.compile(r"[0-9A-Za-z._:\[\]-]{1,128}")
 _AGE = re.compile(r"[0-9]{1,12}")
 _Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
@@ -58,7 +60,7 @@ def misframed(detail: str) -> UpstreamFailure:
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
     """The body ended with its connection, so it may be incomplete."""
     untold = (
-        "without a Content-Length or a last chunk to tell that this is all: it is passed on and not stored"
+        "without a Content-Length or a last chunk to confirm the end: the body is passed on and not stored"
     )
     detail = f"{name} sent {received} bytes and closed the connection, {untold}"
     return UpstreamFailure("rejected", "upstream-unsure-end", detail)
@@ -73,6 +75,9 @@ def refusal(name: str, status: int, headers: Mapping[str, str], now: float) -> U
     """A response with an error status. `now` is in Unix seconds."""
     slug, later = "upstream-error" if status >= 500 else "upstream-refused", None
     detail = f"{name} answered {status}"
+    if 300 <= status < 400:
+        where = mask_password(headers.get("Location", "none"))
+        detail += f": redirects are not followed; set upstream.url to the final address (Location: {where})"
     if status == 508:
         slug, detail = "loop", f"{detail}: the request would go round in a circle"
     if status in (429, 503):
@@ -118,7 +123,7 @@ def proxy_refused(name: str, proxy: str | None, status: int, reason: str = "") -
     """The web proxy refused to forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
     if status in (401, 407):
-        said += "; it wants a user and a password: http://user:password@host:port"
+        said += "; it requires a user and a password: http://user:password@host:port"
     return unreachable(f"{name}: {proxy_in_words(proxy)} answered {said}")
 
 
@@ -212,12 +217,11 @@ def read_age(text: str | None) -> int:
     return min(int(text), 1 << 31) if text is not None and _AGE.fullmatch(text) else 0
 
 
-def node_names(via: str | None) -> list[str]:
-    """The received-by names in Via (RFC 9110 section 7.6.3)."""
+def gup_names(via: str | None) -> tuple[str, ...]:
+    """The gups in Via (RFC 9110 section 7.6.3): all that it is read for, to find loops.
+
+    Other proxies' names need not be unique; what no gup is called is ignored.
+    """
     members = (member.split() for member in (via or "").split(","))
-    return [words[1] for words in members if len(words) > 1]
-
-
-def gup_names(via: str | None) -> list[str]:
-    """The names of gups in Via. Names of other proxies need not be unique."""
-    return _GUP_MEMBER.findall(via or "")
+    names = (words[1] for words in members if len(words) == 3 and words[2] == "(gup)")
+    return tuple(filter(_GUP_NAME.fullmatch, names))

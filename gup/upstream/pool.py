@@ -10,8 +10,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -27,7 +27,6 @@ from gup.upstream.exchange import (
     UpstreamFailure,
     answered_by_proxy,
     gup_names,
-    node_names,
     proxy_in_words,
     proxy_refused,
     read_age,
@@ -114,13 +113,13 @@ class Pool:
 
     # --- choice
 
-    def candidates(self, variant: Variant, key: str = "", via: str | None = None) -> list[Upstream]:
+    def candidates(self, variant: Variant, key: str = "", passed: Collection[str] = ()) -> list[Upstream]:
         """The upstreams of `variant` in the order to ask them, those that are down at the end.
 
         For a wide variant these are all that it covers; if some of them list the stream, only those. A
         variant that no upstream is configured for is widened: a takeover or a repair knows only the key.
-        LiveUpdate's files are at LiveUpdate, whatever the variant. Those in the request's `via` are left out:
-        asking them would close a loop; UpstreamFailure when it has passed through all.
+        LiveUpdate's files are at LiveUpdate, whatever the variant. Gups that the request has `passed` are
+        left out: asking them would close a loop; UpstreamFailure when it has passed through all.
         """
         stream = next(iter(key.split("/")[2:]), "")
         from_liveupdate = stream == LIVEUPDATE_STREAM
@@ -131,7 +130,6 @@ class Pool:
             if wide.is_wide and (variant.is_wide or not found):
                 found = [one for one in managers if wide.covers(one.variant)]
                 found = [one for one in found if self.lists(one.name, stream)] or found
-        passed = node_names(via)
         left = [upstream for upstream in found if upstream.node not in passed]
         if found and not left:
             raise UpstreamFailure("error", "loop", "the request came from the upstream itself")
@@ -142,6 +140,11 @@ class Pool:
             return doubt, settings.priority, -rendezvous(key, name, settings.weight)
 
         return sorted(left, key=rank)
+
+    def asks_gups(self, variant: Variant, key: str) -> bool:
+        """Whether some of the candidates are gups, or may be: a loop may go through them."""
+        candidates = self.candidates(variant, key)
+        return any(upstream.settings.kind == "gup" or upstream.node != "" for upstream in candidates)
 
     def admitted(self, candidates: Sequence[Upstream]) -> list[Upstream]:
         """The candidates for a new request; of those that are down, the ones with a trial due.
@@ -237,7 +240,7 @@ class Pool:
 
     async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
         """The length of a body whose end is not confirmed, by a HEAD; None when that tells none."""
-        plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", via=ask.via, client=ask.client)
+        plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", passed=ask.passed, client=ask.client)
         try:
             told = await self.ask(upstream, plain)
         except UpstreamFailure:
@@ -291,7 +294,7 @@ class Pool:
             await self._drain(fields, ask, upstream)
             failure = refusal(name, status, response.headers, time.time())
             if proxy is not None:
-                failure.detail += f", by way of {proxy_in_words(proxy)}, whose answer it may be"
+                failure.detail += f", through {proxy_in_words(proxy)}, which may have sent this answer"
             raise failure
         head = RemoteHead(status, 0, None, None, None, "", name) if ask.check else fields.head(age)
         if ask.method == "HEAD":
@@ -419,7 +422,9 @@ class Answer:
         if self._ended:
             return b""
         if self.steadiness.slow and self._upstream.waiting:  # all of max_connections are in use
-            detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
+            detail = (
+                f"{self.head.upstream} is below upstream.min_rate, and other requests wait for a connection"
+            )
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp

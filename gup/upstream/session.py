@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,11 @@ _LIMITED_READ_AHEAD_BYTES = 4096
 class Ask:
     """One request to an upstream.
 
-    `stream` is the slot and the kind that the bytes are counted for; `stream_of_body`, if set, tells them anew
-    when a body comes. `stop` is the offset after the last
-    requested byte; None requests all from `start` on. The bytes are charged to `share`, which all requests of
-    a download have in common. This node is appended to `via`, the client's. `client` is the client's address,
-    "" for a request of gup's own. `check`: a health check, for which any response means that it is up.
+    `stream` is the slot and the kind that the bytes are counted for; `stream_of_body`, if set, tells them
+    anew when a body comes. `stop` is the offset after the last requested byte; None requests all from
+    `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
+    are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
+    own. `check`: a health check, for which any response is good.
     """
 
     path: str
@@ -59,7 +60,7 @@ class Ask:
     if_modified_since: str | None = None
     method: str = "GET"
     share: Share = field(default_factory=lambda: Share(2))
-    via: str | None = None
+    passed: tuple[str, ...] = ()
     client: str = ""
     check: bool = False
 
@@ -113,7 +114,7 @@ class Upstream:
     def url(self, path: str) -> str:
         """The URL of a percent-encoded path. UpstreamFailure for anything else, which could name a host."""
         if not _PATH.fullmatch(path):
-            detail = f"{self.name} is not asked: {path[:80]!a} is no path"
+            detail = f"{self.name} is not asked for {path[:80]!a}: that is not a path"
             raise UpstreamFailure("error", "upstream-refused", detail)
         return self.settings.url + path
 
@@ -124,7 +125,7 @@ class Upstream:
             "If-Range": ask.if_range if ask.ranged else None,
             "If-None-Match": ask.if_none_match,
             "If-Modified-Since": ask.if_modified_since,
-            "Via": f"{ask.via}, {self._via}" if ask.via else self._via,
+            "Via": ", ".join((*(f"1.1 {name} (gup)" for name in ask.passed), self._via)),
         }
         return self._fixed | {name: text for name, text in fields.items() if text}
 

@@ -260,7 +260,7 @@ async def test_a_failure_in_mid_body_keeps_the_part_for_the_next_try(tmp_path, u
         assert state.failure is not None
         upstream.answer(FILE, Answer(BODY, etag='"a"'))
         before = upstream.body_bytes(FILE)
-        await until(lambda: one.dependencies.failures.get(opened.key) is None, "the failure expires")
+        await until(lambda: not one.failed(FILE), "the failure expires")
         again = await one.open(FILE)
         assert again.body.head.etag == opened.body.head.etag
         assert await read(again.body) == BODY
@@ -349,8 +349,7 @@ async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_par
         with pytest.raises(Problem):
             await next_one.get(FILE)
         upstream.answer(FILE, Answer(BODY, etag='"a"'))
-        key = route(FILE).key(Variant())
-        await until(lambda: next_one.dependencies.failures.get(key) is None, "the failure expires")
+        await until(lambda: not next_one.failed(FILE), "the failure expires")
         assert await next_one.get(FILE) == BODY
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
 
@@ -367,7 +366,7 @@ async def test_an_upstream_that_can_not_be_reached_costs_nothing_of_the_part_eit
             with pytest.raises(Problem) as told:
                 await next_one.get(FILE)
             assert told.value.slug == "upstream-unreachable"
-            await until(lambda: next_one.dependencies.failures.get(key) is None, "the failure expires")
+            await until(lambda: not next_one.failed(FILE), "the failure expires")
         state = next_one.dependencies.store.load_state(key.id)
         assert state is not None
         assert state.head is not None

@@ -15,8 +15,8 @@ BODY = noise("flood", 5000)
 NAMES = [path_of("full.dax", f"2608{number:05}") for number in range(40)]
 
 
-def head(worker, path: str, client: str = "10.0.0.1", via: str | None = None):
-    return worker.cache.head(route(path), Variant(), via, client)
+def head(worker, path: str, client: str = "10.0.0.1", passed: tuple[str, ...] = ()):
+    return worker.cache.head(route(path), Variant(), passed, client)
 
 
 async def test_heads_of_one_missing_key_are_one_request(tmp_path, upstream):
@@ -25,7 +25,7 @@ async def test_heads_of_one_missing_key_are_one_request(tmp_path, upstream):
         heads = await asyncio.gather(*(head(one, FILE) for _ in range(50)))
         assert {found[0].length for found in heads} == {len(BODY)}
         assert len(upstream.requests(FILE, method="HEAD")) == 1
-        await asyncio.gather(*(head(one, FILE, via="1.1 other (gup)") for _ in range(3)))
+        await asyncio.gather(*(head(one, FILE, passed=("other",)) for _ in range(3)))
     assert len(upstream.requests(FILE, method="HEAD")) == 4, "other gups may be waiting for this one"
     assert upstream.requests(FILE) == []
 
@@ -74,7 +74,7 @@ async def test_an_address_has_so_many_misses_a_second_and_what_is_stored_is_serv
                 if method == "HEAD":
                     await head(one, path, client)
                 else:
-                    (await one.cache.open(route(path), Variant(), None, client)).body.leave()
+                    (await one.cache.open(route(path), Variant(), (), client)).body.leave()
             except Problem as problem:
                 return problem.slug
             return "ok"

@@ -60,10 +60,7 @@ async def test_all_that_came_is_passed_on_and_nothing_is_stored(tmp_path, until,
                 gets = [request.method for request in upstream.seen if request.method == "GET"]
                 assert len(gets) == asked, "each request that comes later asks anew, once"
                 assert {row["problem"] for row in one.told if row["type"] == "failed"} == {SLUG}
-                key = opened.key
-                await until(
-                    lambda key=key: one.dependencies.failures.get(key) is None, "the failure has passed"
-                )
+                await until(lambda: not one.failed(path), "the failure has passed")
     assert not [found for found in (tmp_path / "content").rglob("*") if found.is_file()]
     assert not list((tmp_path / "partial").glob("*.part"))
 
@@ -126,7 +123,7 @@ async def test_what_is_passed_through_shows_the_same_doubt(tmp_path):
                 await read(opened.body)
             assert cut.value.args[0] == LARGE
             opened.body.leave()
-            alone = await one.cache.pass_through.whole(route(path), opened.key.variant, None)
+            alone = await one.cache.pass_through.whole(route(path), opened.key.variant, ())
             with pytest.raises(Cut) as cut:
                 await read(alone.body)
             assert cut.value.args[0] == LARGE
@@ -136,7 +133,7 @@ async def test_what_is_passed_through_shows_the_same_doubt(tmp_path):
 async def test_a_catalogue_of_unsure_end_is_not_believed(tmp_path):
     with RawUpstream(until_it_closes(SMALL)) as upstream:
         async with working(tmp_path, [upstream.url]) as one:
-            with pytest.raises(UpstreamFailure, match="to tell that this is all"):
+            with pytest.raises(UpstreamFailure, match="to confirm the end"):
                 await fetch_catalogue(one.dependencies.pool, "u0", None, None)
             with pytest.raises(Problem, match="broke off"):
                 await read_catalogue(one.cache.open, Variant())

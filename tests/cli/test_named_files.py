@@ -9,8 +9,7 @@ import pytest
 from harness.commands import command, started
 
 from gup.cli.reference import rows, tables
-from gup.cli.usable import require_usable
-from gup.config import load
+from gup.cli.usable import usable
 from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 
@@ -161,12 +160,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         '[log]\ndestination = "/no/folder/gup.log"\n'
     )
     with pytest.raises(SettingsError) as caught:
-        require_usable(load(file, environment={}))
+        usable(file, servable=True)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         *("upstream#1.ca_file", "catalog.file", "cache.directory", "listen.admin_token_file"),
         *("log.destination", "upstream#1.language"),
     ]
-    assert f"'{file}' is no folder" in caught.value.problems[2]
+    assert f"'{file}' is not a folder" in caught.value.problems[2]
 
 
 @pytest.mark.parametrize(

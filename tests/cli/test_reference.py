@@ -1,11 +1,14 @@
 """The tables of settings and metrics can't drift apart from config/gup.toml and the pages in docs/."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+from harness.processes import needs
 
+from gup.cli.manual import STATUSES, manual_pages
 from gup.cli.reference import reference_page, reference_toml, rows, settings_toml, tables, write_all
 from gup.config import Settings, load
 
@@ -24,6 +27,19 @@ def test_the_files_are_those_that_the_table_gives(tmp_path):
         assert (ROOT / name).read_text() == (tmp_path / name).read_text(), (
             f"{name} is old: run `python -m gup.cli.reference`"
         )
+
+
+def test_manual_pages_are_sound_and_statuses_are_those_of_the_documentation():
+    files = sorted((ROOT / "deploy" / "man").iterdir())
+    assert {file.name: file.read_text() for file in files} == manual_pages(), "run `python -m gup.cli.manual`"
+    judged = subprocess.run(
+        [needs("groff"), "-man", "-ww", "-Tutf8", *files], capture_output=True, text=True, check=True
+    )
+    assert judged.stderr == ""
+    assert "gup-cache-purge" in judged.stdout
+    page = (ROOT / "docs" / "commands.md").read_text().partition("## Exit statuses")[2].partition("\n## ")[0]
+    told = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert told == {status for rows in STATUSES.values() for status in rows}
 
 
 def test_the_reference_gives_the_defaults():

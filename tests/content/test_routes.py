@@ -4,8 +4,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from gup.config import Upstream
 from gup.content.key import ABSENT, ContentKey, Kind, Variant
-from gup.content.routes import LIVEUPDATE_STREAM, Routes, Target, parse_target
+from gup.content.routes import LIVEUPDATE_STREAM, Routes, Target, leads_to, parse_target
 from gup.errors import Problem
 
 MIXED = "{535CB6A4-441F-4e8a-A897-804CD859100E}"
@@ -116,7 +117,7 @@ STEP = "xdelta190815061_To_190816061.dax"
     [
         *((f"M/190815061/{full}", Kind.FULL, ("190815061", full)) for full in ("full.zip", "FULL.DAX")),
         (f"M/190815061/{STEP}", Kind.DELTA, ("190815061", STEP)),
-        *((f"M/1/{file}", Kind.INDEX, ("1", file)) for file in ("xdelta.zip", "full", "full.")),
+        *((f"M/1/{file}", Kind.INDEX, ("1", file)) for file in ("xdelta.zip", "full")),
         ("M/190815061/a/full.zip", Kind.INDEX, ("190815061", "a%2Ffull.zip")),
         ("M/latest/full.zip", Kind.INDEX, ("latest", "full.zip")),
         ("M/_/full.zip", Kind.INDEX, ("%5F", "full.zip")),
@@ -150,6 +151,52 @@ def test_a_moniker_is_one_key_however_it_is_spelled(target):
     path = parse_target(target.encode()).path
     expected = ContentKey("any", "any", UPPER, "190815061", "full.zip")
     assert Routes().route(path).key(Variant()) == expected
+
+
+LOOK_ALIKES = [f"{MIXED}{more}" for more in (".", " ", "::$INDEX_ALLOCATION", ";x", "x", "}", "%")]
+LOOK_ALIKES += [MIXED[1:-1], MIXED[:-1], MIXED[1:], f"x{MIXED}", "{nothing}", "{535CB~1", "{"]
+OTHER_NAMES = ["full.zip.", "full.zip ", "full.zip::$DATA", "full.", "XDELTA~1.DAX", "FULLAB~12"]
+
+
+@pytest.mark.parametrize("fold_case", [False, True])
+def test_what_upstream_may_take_for_another_name_is_refused(fold_case):
+    routes = Routes(fold_case=fold_case)
+    for moniker in LOOK_ALIKES:
+        assert slug(routes.route, f"/content/{moniker}/190815061/full.zip") == "bad-path", moniker
+    for name in OTHER_NAMES:
+        assert slug(routes.route, f"/content/{MIXED}/190815061/{name}") == "bad-path", name
+        assert slug(routes.route, f"/content/{MIXED}/{name}/full.zip") == "bad-path", name
+        assert slug(routes.route, f"/content/{name}") == "bad-path", name
+    assert routes.route(f"/content/{MIXED}/190815061/full.a~1b").kind is Kind.FULL
+
+
+@pytest.mark.parametrize(
+    ("paths", "file"),
+    [
+        (["M/Latest/Full.ZIP", "m/LATEST/full.zip"], "{M}/latest/full.zip"),
+        ([f"M/1/{STEP}", f"m/1/{STEP.upper()}", f"M/1/{STEP.lower()}"], f"{{M}}/1/{STEP}"),
+        (["contentinfo.TXT", "ContentInfo.txt"], "_/_/ContentInfo.txt"),
+        (["A/b\u00c9.x", "a/B\u00c9.X"], "_/_/a%2Fb\u00c9.x"),
+    ],
+)
+def test_case_is_folded_where_no_upstream_minds_it(paths, file):
+    key = ContentKey.parse(f"any/any/{file}".replace("{M}", UPPER))
+    for path in paths:
+        spelled = f"/content/{path}".replace("M/", f"{MIXED}/").replace("m/", f"{LOWER}/")
+        route = Routes(fold_case=True).route(spelled)
+        assert route.key(Variant()) == key
+        assert leads_to(route.upstream_path, key)
+        assert unquote(route.upstream_path) == spelled, "upstream is asked as the client spells it"
+
+
+def test_managers_alone_ignore_case():
+    manager, gup, liveupdate = (
+        Upstream(url="http://m", kind=kind) for kind in ("manager", "gup", "liveupdate")
+    )
+    upper = "/content/X.TXT"
+    assert Routes.of([manager, liveupdate]).route(upper).file == "x.txt"
+    assert Routes.of([manager, gup]).route(upper).file == "X.TXT"
+    assert Routes.of([liveupdate]).route("/PAYLOAD.ZIP").file == "PAYLOAD.ZIP"
 
 
 @pytest.mark.parametrize("moniker", [UPPER, LOWER, MIXED])
@@ -248,7 +295,7 @@ def key_of(path):
     try:
         return LIVEUPDATE.route(path).key(Variant())
     except Problem as problem:
-        if problem.slug != "not-content":
+        if problem.slug not in ("not-content", "bad-path"):
             raise
         return None
 

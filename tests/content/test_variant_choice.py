@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.config import Settings
-from gup.content.catalog import Catalogues, parse_catalog
+from gup.content.catalog import CLIENT_PATCHES, Catalogues, Label, parse_catalog
 from gup.content.key import ABSENT, Variant
 from gup.content.routes import LIVEUPDATE_STREAM, Routes
 from gup.content.rules import Rulebook
-from gup.content.variant_choice import Choices
+from gup.content.variant_choice import Choices, why_not_for
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 TEXTS = "{22222222-2222-2222-2222-222222222222}"
@@ -180,3 +180,29 @@ def test_nothing_that_a_client_states_makes_a_variant(version, language, stream)
     assert choice == choose(found, stream, version, language), "the same question has the same answer"
     if choice.stored in configured:
         assert choice.asked == choice.stored
+
+
+PATCH_FOR_RU3 = Label("Client Patch", "14.3 RU3", "SymAllLanguages", CLIENT_PATCHES)
+
+
+@pytest.mark.parametrize(
+    ("stored", "label", "wanted", "why"),
+    [
+        (FR, None, ("14.3 RU2", "French"), ""),
+        (FR, None, ("14.3 ru2", "fr"), ""),
+        (FR, None, (None, None), ""),
+        (FR, None, ("14.3 RU3", "French"), "it is for 14.3 RU2"),
+        (FR, None, (None, "English"), "it is for French"),
+        (ALL, None, ("14.3 RU2", "French"), ""),
+        (Variant("14.3 RU2", "any"), None, ("14.3 RU2", "French"), ""),
+        (Variant("14.3 RU2", "any"), None, ("14.3 RU3", "French"), "it is for 14.3 RU2"),
+        (ALL, Label("Virus", "12.1 RU6", "SymAllLanguages", "virus_definitions"), ("14.3 RU2", "French"), ""),
+        (ALL, Label("Texts", "", "English", "other"), ("14.3 RU2", "French"), "it is for English"),
+        (ALL, Label("Texts", "", "English", "other"), ("14.3 RU2", "en"), ""),
+        (ALL, PATCH_FOR_RU3, ("14.3 RU2", "French"), "it is for 14.3 RU3"),
+        (ALL, PATCH_FOR_RU3, ("14.3 RU3", "French"), ""),
+        (FR, Label("Virus", "14.3.1", "French", "virus_definitions"), ("14.3.1", "French"), ""),
+    ],
+)
+def test_what_a_site_of_a_version_and_language_has_a_use_for(stored, label, wanted, why):
+    assert why_not_for(stored, *wanted, label) == why

@@ -1,11 +1,12 @@
 """A real store, a fake process around the control plane, and a browser of sorts."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from gup.content.catalog import Catalogues
 from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
 from gup.control.auth import local_path, make_local_token
-from gup.control.dependencies import ControlDependencies
+from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.service import Control
 from gup.errors import Problem
 from gup.metrics import Counters, layout
@@ -57,6 +58,7 @@ class World:
     store: Store
     claims: Claims
     worker_claims: Claims
+    worker_store: Store
     counters: Counters
     settings: Settings
     sender: socket.socket
@@ -73,6 +75,7 @@ class World:
     config_ok: bool = True
     reloads: int = 0
     reload_problems: list[str] = field(default_factory=list)
+    reload_waiting: list[str] = field(default_factory=list)
     recovered: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
     mends: list[tuple[str, bool]] = field(default_factory=list)
@@ -95,23 +98,29 @@ class World:
     ) -> Record:
         """Bring an entry into the store the way a worker does: holding the key's claim."""
         key = key or content_key()
+        with self.claimed(key) as store:
+            return commit(store, key, body, kind, at)
+
+    @contextlib.contextmanager
+    def claimed(self, key: ContentKey) -> Iterator[Store]:
+        """A worker's store, while that worker has the key's claim."""
         while not self.worker_claims.try_claim(key.claim_offset):
             time.sleep(0.001)  # the controller looks at this key at the moment
         try:
-            return commit(self.store, key, body, kind, at)
+            yield self.worker_store
         finally:
             self.worker_claims.release(key.claim_offset)
 
     def commit_claimed(self, key: ContentKey, body: bytes, kind: Kind = Kind.FULL) -> Record:
         """The same, by a worker that holds the claim already."""
         assert self.worker_claims.held(key.claim_offset)
-        return commit(self.store, key, body, kind)
+        return commit(self.worker_store, key, body, kind)
 
     def begin_part(self, key: ContentKey, body: bytes, length: int) -> None:
         """A part under way, as a worker leaves it on disk (the claim is the test's affair)."""
         head = Head(length, '"tag"', "application/zip", None, "manager", None)
         self.store.part_path(key.id, 1).write_bytes(body)
-        self.store.save_state(FillState(key, Kind.FULL, 1, Phase.STREAMING, head))
+        self.worker_store.save_state(FillState(key, Kind.FULL, 1, Phase.STREAMING, head))
 
     def totals(self) -> dict[str, int]:
         return {name: self.counters.words[at] for at, name in enumerate(layout(["manager"]))}
@@ -119,9 +128,9 @@ class World:
     def raise_epoch(self) -> None:
         self.epochs += 1
 
-    async def reload(self) -> list[str]:
+    async def reload(self) -> Reload:
         self.reloads += 1
-        return self.reload_problems
+        return Reload(self.reload_problems, ["wan.rate"], self.reload_waiting)
 
     async def recover(self) -> None:
         self.recovered.set()
@@ -220,6 +229,8 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     store.prepare()
     await asyncio.to_thread(make_local_token, store.run)
     claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
+    store.claims = claims
+    worker_store = Store(store.root, worker_claims)
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     settings = Settings.model_validate(
         {
@@ -236,7 +247,9 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     )
     counters = Counters.private(["manager"])
     with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
-        yield World(tmp_path, store, claims, worker_claims, counters, settings, sender, receiver)
+        yield World(
+            tmp_path, store, claims, worker_claims, worker_store, counters, settings, sender, receiver
+        )
     claims.close()
     worker_claims.close()
     sender.close()

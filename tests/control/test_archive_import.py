@@ -1,11 +1,13 @@
 """Archives over the API: sent out, taken in, broken off; and what the index knows of them afterwards."""
 
 import asyncio
+import tarfile
 
 from harness.control import ask
 
 from gup.cache.archive import summary
 from gup.config import Settings
+from gup.content.key import Kind
 
 
 async def exported(browser, world, query=""):
@@ -30,7 +32,9 @@ async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
     async with world.running() as control:
         text = await exported(browser, world)
         (tmp_path / "part.tar").write_bytes(await exported(browser, world, "?revision=260101002"))
-        assert summary(tmp_path / "part.tar") == {"entries": 1, "bytes": 1000, "left_out": []}
+        assert summary(tmp_path / "part.tar") == {
+            "entries": 1, "bytes": 1000, "left_out": [], "not_wanted": {"it is not of that revision": 1},
+        }  # fmt: skip
         await purge_all(browser, world, control)
         status, told = await imported(browser, world, text)
         assert (status, told["imported"], told["imported_bytes"]) == (200, 2, 301_000)
@@ -45,6 +49,29 @@ async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
     assert not world.claims.held(first.key.claim_offset)
 
 
+async def test_an_export_for_a_site_has_what_is_for_all_and_counts_the_rest(world, browser, tmp_path):
+    every = {"version": "any", "language": "any"}
+    mine = [world.key(), world.key("260101002", **every), world.key("_", "ContentInfo.txt", language="any")]
+    others = [
+        *(world.key(f"26010100{n}", language="German") for n in range(3)),
+        world.key(version="14.3 RU3"),
+        world.key("260101002", "xdelta260101001_To_260101002.dax"),
+    ]
+    for key in [*mine, *others[:-1]]:
+        world.commit(key)
+    world.commit(others[-1], kind=Kind.DELTA)
+    async with world.running():
+        query = "?version=14.3%20RU2&language=fr"
+        (tmp_path / "a.tar").write_bytes(await exported(browser, world, query))
+        (tmp_path / "b.tar").write_bytes(await exported(browser, world, f"{query}&kind=full"))
+    not_wanted = {"it is for German": 3, "it is for 14.3 RU3": 1}
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        bodies = {name for name in archive.getnames() if name.startswith("content/") and "/." not in name}
+    assert bodies == {f"content/{key.text}" for key in (*mine, others[-1])}
+    assert summary(tmp_path / "a.tar")["not_wanted"] == not_wanted
+    assert summary(tmp_path / "b.tar")["not_wanted"] == not_wanted | {"it is not of that kind": 1}
+
+
 async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
     world.commit(world.key("260101001"), b"a" * 600_000)
     held = world.commit(world.key("260101002"), b"b" * 1000)
@@ -57,7 +84,7 @@ async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
         _, told = await imported(browser, world, text)
         assert {row["why"].split(" (")[0].split(",")[0] for row in told["refused"]} == {
             "cache.max_size",
-            "it is being fetched at this moment",
+            "it is being fetched; import it again later",
         }
         assert (told["imported"], control.state.index.rows) == (0, {})
         world.worker_claims.release(held.key.claim_offset)

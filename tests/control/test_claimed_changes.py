@@ -83,7 +83,8 @@ async def test_what_is_claimed_for_longer_is_told_and_left_as_it_is(
 async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(world, refused):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, OLD, Kind.INDEX)
-    world.store.set_pinned(key, True)
+    with world.claimed(key) as store:
+        store.set_pinned(key, True)
     async with world.running() as control:
         assert world.worker_claims.try_claim(key.claim_offset)
         fresh = world.commit_claimed(key, NEW, Kind.INDEX)

@@ -259,7 +259,8 @@ async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
     pinned = world.commit(world.key("_", "pinned.7z"), kind=Kind.OTHER)
     filled = world.commit(world.key("_", "filled.7z"), kind=Kind.OTHER)
     free = world.commit(world.key("_", "free.7z"), kind=Kind.OTHER)
-    world.store.set_pinned(pinned.key, True)
+    with world.claimed(pinned.key) as store:
+        store.set_pinned(pinned.key, True)
     abandoned, under_way = world.key("260101008"), world.key("260101009")
     world.begin_part(abandoned, b"a" * 9, 99)
     world.begin_part(under_way, b"u" * 9, 99)

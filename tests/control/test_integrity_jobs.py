@@ -69,7 +69,8 @@ async def test_a_body_that_is_gone_is_mended_and_one_that_was_purged_is_not(worl
         scrub = control.state.scrubber
         await world.until(lambda: scrub.progress().ended_at is not None)
         world.store.body_path(lost.key).unlink()
-        world.store.remove(kept.key)
+        with world.claimed(kept.key) as store:
+            store.remove(kept.key)
         world.problem = Problem("upstream-unreachable", "nobody there")
         world.now += 8 * 86400
         await world.until(lambda: scrub.progress().damaged == 1)

@@ -79,9 +79,10 @@ async def test_other_methods_paths_and_forged_requests_are_problems_and_do_nothi
 async def test_reload_is_asked_for(world, browser):
     async with world.running():
         for number, problems in enumerate(([], ["cache.max_size: is too small"]), 1):
-            world.reload_problems = problems
-            told = await ask(browser, world, "POST", "/api/v1/reload")
-            assert told == (200, {"reloaded": not problems, "problems": problems})
+            world.reload_problems, world.reload_waiting = problems, ["listen.port"]
+            status, told = await ask(browser, world, "POST", "/api/v1/reload")
+            assert (status, told["reloaded"], told["problems"]) == (200, not problems, problems)
+            assert (told["changed"], told["waiting"]) == (["wan.rate"], ["listen.port"])
             assert world.reloads == number
         world.config_ok = False
         _, told = await get(browser, world, "/api/v1/status")
@@ -152,7 +153,8 @@ async def test_garbage_is_passed_over_and_counted(world, browser):
 async def test_a_pin_outlives_a_new_generation(world):
     key = world.key("_", "ContentInfo.txt")
     world.commit(key, b"old", Kind.INDEX)
-    world.store.set_pinned(key, True)
+    with world.claimed(key) as store:
+        store.set_pinned(key, True)
     async with world.running() as control:
         fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
         world.tell_committed(fresh, replaced=True)

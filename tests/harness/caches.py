@@ -61,6 +61,11 @@ class Worker:
         finally:
             opened.body.leave()
 
+    def failed(self, path: str) -> bool:
+        """Whether a failure of this path stands."""
+        asked = route(path)
+        return self.dependencies.failures.get(asked.key(Variant()), asked.upstream_path) is not None
+
     def counted(self, name: str, **labels: str) -> int:
         return self.dependencies.counters.get(name, **labels)
 

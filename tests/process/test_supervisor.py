@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gup.config import Settings
-from gup.process.supervisor import reloadable
+from gup.process.supervisor import differing, reloadable
 
 HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
@@ -155,9 +155,18 @@ def test_a_second_instance_on_the_directory_is_refused_by_name(service):
     said = second.lines[-1]
     assert f"another gup uses the cache directory {first.folder / 'cache'}" in said
     assert str(first.process.pid) in said
-    assert len(second.lines) == 1
+    assert len(second.lines) == 2
     with first.connect() as client:
         assert client.ask("who")["generation"] == 1
+
+
+def test_a_second_instance_says_at_once_for_whom_it_waits_and_serves_when_that_one_has_ended(service):
+    first = service()
+    second = service(environment={"TEST_LOCK_SECONDS": "20"}, ready=False)
+    second.until(rf"another gup uses .* \(pid {first.process.pid}.*: waiting 20 s for it to end")
+    assert first.stop() == 0
+    second.ready()
+    assert second.stop() == 0
 
 
 def test_what_can_not_be_opened_is_told_in_one_line(service, tmp_path):
@@ -244,7 +253,7 @@ def test_a_bad_reload_changes_nothing_but_the_metric(service):
         assert controller.ask("reload") == {"sent": True}
         messages = controller.until("messages", lambda messages: len(messages) == 2)
         assert messages[0]["settings"]["wan"]["rate"] == 1_000_000
-        assert messages[1] == {"reloaded": True, "problems": []}
+        assert messages[1] == {"problems": [], "changed": ["wan.rate"], "waiting": []}
         assert controller.ask("page")["words"][3] == 1
 
 
@@ -266,6 +275,16 @@ def test_most_settings_take_effect():
     assert reloadable(settings(), new) == (new, [])
 
 
+def test_what_differs_is_named_as_people_write_it():
+    new = settings(
+        wan={"rate": "1MB/s", "schedule": [{"days": ["mon"], "from": "08:00", "to": "09:00", "rate": "0"}]},
+        upstream=[{"url": "http://a", "priority": 3}],
+        log={"level": "debug"},
+    )
+    assert differing(settings(), new) == ["upstream", "wan.rate", "wan.schedule", "log.level"]
+    assert differing(new, new) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -276,6 +295,7 @@ def test_most_settings_take_effect():
         ({"listen": {"backlog": 1}}, "listen.backlog"),
         ({"cache": {"directory": "/elsewhere"}}, "cache.directory"),
         ({"workers": {"count": 64}}, "workers.count"),
+        ({"site": {"name": "elsewhere"}}, "site.name"),
         ({"upstream": []}, "upstream"),
         ({"upstream": [{"url": "http://a"}, {"url": "http://b"}]}, "upstream"),
     ],

@@ -1,9 +1,12 @@
 """Which paths, hosts, methods and framings are served, and which are refused, with a problem document."""
 
+from dataclasses import dataclass
+
 import pytest
 from harness.clients import Response, assert_problem, send_raw
 from harness.content import noise
 from harness.service import Gup
+from harness.upstreams import ScriptedUpstream
 
 GUID = "535CB6A4-441F-4e8A-a897-804CD859100E"
 FILE = "260801001/xdelta260801001_To_260802001.dax"
@@ -13,9 +16,10 @@ HOST = "Host: gup\r\n"
 SHARED = {"site": {"name": "branch-17"}}
 
 
+@dataclass
 class Site:
-    def __init__(self, gup: Gup, upstream) -> None:
-        self.gup, self.upstream = gup, upstream
+    gup: Gup
+    upstream: ScriptedUpstream
 
     def raw(self, text: str) -> Response:
         return send_raw(self.gup.data, text.encode("latin-1"))
@@ -62,6 +66,38 @@ def test_all_spellings_are_one_entry(site):
     (asked,) = [seen for seen in site.upstream.seen if "%25" not in seen.path]
     assert "?" not in asked.path
     assert len(site.gup.bodies()) == 1
+
+
+def test_a_spelling_that_upstream_does_not_have_costs_the_others_nothing(serve):
+    """On an upstream that minds case; the wrong spelling is asked first, by GET and by HEAD."""
+    gup, upstream = serve()
+    upstream.exact = True
+    right, wrong = f"/content/{{{GUID.lower()}}}", f"/content/{{{GUID}}}"
+    upstream.answer(f"{right}/{FILE}", BODY)
+    upstream.answer(f"{right}/1/full.dax", BODY)
+    for target in (f"{wrong}/{FILE}", f"{wrong}/1/full.dax"):
+        assert_problem(gup.get(target), 404, "upstream-not-found")
+        assert gup.get(target, method="HEAD").status == 404
+        asked = len(upstream.seen)
+        assert_problem(gup.get(target), 404, "upstream-not-found")
+        assert len(upstream.seen) == asked, "its own failure is remembered"
+        gup.serves(target.replace(GUID, GUID.lower()), BODY)
+        gup.wait_stored(target)
+        gup.serves(target, BODY)
+
+
+def test_windows_spellings_are_one_fetch_or_none(serve):
+    gup, upstream = serve()
+    folder = f"/content/{{{GUID}}}/260801001"
+    upstream.answer(f"{folder}/full.dax", BODY)
+    for name in ("full.dax", "FULL.DAX", "Full.Dax", "fULL.dAX", "%66ull.dax"):
+        gup.serves(f"{folder}/{name}", BODY)
+    assert len(upstream.seen) == 1
+    assert len(gup.bodies()) == 1
+    for end in (".", "%20", "::$INDEX_ALLOCATION", ".%20.", ":x"):
+        assert_problem(gup.get(f"/content/{{{GUID}}}{end}/260801001/full.dax"), 400, "bad-path")
+        assert_problem(gup.get(f"{folder}/full.dax{end}"), 400, "bad-path")
+    assert len(upstream.seen) == 1
 
 
 ESCAPES = [

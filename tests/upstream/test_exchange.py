@@ -1,5 +1,7 @@
 """The parts of an exchange that need no connection: validators, header fields, Retry-After, failures."""
 
+import time
+
 import pytest
 from pydantic import TypeAdapter
 
@@ -8,7 +10,6 @@ from gup.upstream.exchange import (
     UpstreamFailure,
     Validators,
     gup_names,
-    node_names,
     read_age,
     retry_after_seconds,
 )
@@ -99,17 +100,25 @@ def test_fields_that_others_wrote_are_read_with_care():
         *(0, 0, 7, 0, 0, 0),
         1 << 31,
     ]
-    assert node_names(None) == gup_names(None) == []
-    assert gup_names("1.1 a (gup), 1.0 fred,1.1 b (gup) , HTTP/1.1 p.net:80 (gup), 1.1 c (squid)") == [
-        "a",
-        "b",
-        "p.net:80",
-    ]
-    assert node_names("1.1 a (gup), 1.0 fred, HTTP/1.1 p.example.net:80 (x), ") == [
-        "a",
-        "fred",
-        "p.example.net:80",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("via", "names"),
+    [
+        (None, ()),
+        (
+            "1.1 a (gup), 1.0 fred,1.1 b (gup) , HTTP/1.1 p.net:80 (gup), 1.1 c (squid), ",
+            ("a", "b", "p.net:80"),
+        ),
+        ("1.1 a (gup) x, 1.1 (gup), a (gup), 1.1 a(gup), 1.1 a (GUP)", ()),
+        (f"1.1 {'a' * 129} (gup), 1.1 {'b' * 128} (gup)", ("b" * 128,)),
+        ("," * 16_000, ()),
+    ],
+)
+def test_of_via_the_gups_are_read(via, names):
+    began = time.process_time()
+    assert gup_names(via) == names
+    assert time.process_time() - began < 0.2
 
 
 @pytest.mark.parametrize("hostile", ["\x1b[2J\x07", "<script>", "x" * 100_000, "\udcff\u202e"])

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import IO, Any, TypeVar, cast
 
 from aiohttp import StreamReader, web
@@ -11,11 +11,13 @@ from aiohttp import StreamReader, web
 from gup.cache.archive import ArchiveError, Imported, TarError, written
 from gup.cache.archive import Import as ArchiveImport
 from gup.cache.records import Record
-from gup.content.key import ContentKey
+from gup.content.key import ContentKey, Variant
+from gup.content.variant_choice import why_not_for
 from gup.control.api.endpoint import Endpoint
-from gup.control.api.entries import Filter, labels_of, matching
+from gup.control.api.entries import Filter, Labels, labels_of, matching
 from gup.control.api.schemas import Import
 from gup.control.eviction import no_room
+from gup.control.index import Row
 from gup.control.state import ControlState
 
 _log = logging.getLogger("gup.control.archives")
@@ -40,14 +42,17 @@ class Archives:
         )
 
     async def export(self, state: ControlState, query: Filter, request: web.Request) -> web.StreamResponse:
-        """Entries with their records as a tar archive, each compared with its sums before it is sent."""
+        """Entries with their records as a tar archive, each compared with its sums before it is sent.
+
+        version and language mean those of a site: with them go the entries that such a site has a use for,
+        what is for all versions or languages too.
+        """
         if self._exporting.locked():
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
             rows = list(state.index.rows.values())
-            found = await asyncio.to_thread(matching, rows, query, labels_of(state))
-            keys = [ContentKey.parse(key) for key in sorted(row.key for row in found)]
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock())
+            keys, why_not = await asyncio.to_thread(chosen, rows, query, labels_of(state))
+            pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock(), why_not)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
@@ -75,6 +80,22 @@ class Archives:
                 content.set_exception(ConnectionResetError("the service stops"))
                 await asyncio.gather(taking, return_exceptions=True)
                 raise
+
+
+def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[ContentKey], list[str]]:
+    """The keys that the filter and a site of its version and language choose, and why not each other one."""
+    keys, why_not = [], []
+    others = query.model_copy(update={"version": None, "language": None})
+    named = ", ".join(sorted(others.model_dump(exclude_none=True)))
+    for row in rows:
+        why = why_not_for(Variant(row.version, row.language), query.version, query.language, label(row))
+        if not why and not matching([row], others, label):
+            why = f"it is not of that {named}"
+        if why:
+            why_not.append(why)
+        else:
+            keys.append(ContentKey.parse(row.key))
+    return sorted(keys, key=lambda key: key.text), why_not
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:

@@ -42,7 +42,7 @@ class Queue(Request):
 class Verify(Request):
     """What to do with what is damaged."""
 
-    repair: Literal["0", "1"] = Field("0", description="1 mends what is damaged.")
+    repair: Literal["0", "1"] = Field("0", description="1 repairs what is damaged.")
 
 
 async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
@@ -96,8 +96,13 @@ async def verify(state: ControlState, query: Verify) -> schemas.Verification:
 
 async def reload(state: ControlState) -> schemas.Reloaded:
     """Have the settings read again."""
-    problems = await state.dependencies.reload()
-    return schemas.Reloaded(reloaded=not problems, problems=list(problems))
+    told = await state.dependencies.reload()
+    return schemas.Reloaded(
+        reloaded=not told.problems,
+        problems=list(told.problems),
+        changed=list(told.changed),
+        waiting=list(told.waiting),
+    )
 
 
 ENDPOINTS = (
