@@ -1,18 +1,18 @@
-"""The queue for fill slots: which fill streams next, and which had better not wait.
+"""The queue for fill slots: which fill streams next, and which is refused at once.
 
 There are two groups of slots, `fill.max` of each. Deltas and index files (*urgent*) take slots of their own,
-so that fulls never hold them up; fulls and unknown names (*bulk*) take one only while fewer than `fill.max`
-fills of both groups stream, and after some waiting a few whatever the urgent ones have.
+so that fulls never delay them. Fulls and unknown names (*bulk*) take one only while fewer than `fill.max`
+fills of both groups stream; after half a second they may also take a few that urgent fills can't take.
 
-The order is the same over all processes: the more urgent class first; within a class the client that has
-the fewest slots, then who came first. Who has waited for long counts as of a more urgent class of its group,
-so that nobody waits for ever.
+The order is the same over all processes: the more urgent class first, then the client with the fewest slots,
+then first come, first served. A fill that has waited long counts as of a more urgent class of its group, so
+that no fill waits for ever.
 
-A fill that will not have its slot within its patience is refused at once, by what waits before it and by how
-long fills held their slots lately.
+A fill that will not get its slot within its patience is refused at once, judged by the fills before it and by
+how long recent fills held their slots.
 
-Who takes over a fill *inherits* its dead leader's slot. The kernel has freed it by then, and another fill may
-have it already: so there are slots for heirs alone, and as long as one is taken, a bulk slot less is given.
+A takeover *inherits* its dead leader's slot. The kernel has freed it by then, and another fill may have it
+already: so there are extra slots for takeovers, and while one is taken, one bulk slot less is given.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Class(IntEnum):
     INDEX = 1
     FULL = 2
     UNKNOWN = 3
-    """A name that upstream need not have: anybody can make up as many as he likes."""
+    """Any other name: clients can make up as many as they like."""
     BACKGROUND = 4
     """It takes no slot."""
 
@@ -57,7 +57,7 @@ def class_of(route: Route) -> Class:
 _FIELD_BITS = 16
 _FIELD_MASK = (1 << _FIELD_BITS) - 1
 _SMOOTHING = 4
-"""A new duration counts for a quarter, what was known before for the rest."""
+"""A new sample counts for a quarter of the mean."""
 CLASSES = 4
 """That take slots."""
 GROUPS = 2
@@ -66,9 +66,9 @@ GROUPS = 2
 class Backlog:
     """How many fills wait, and how long they hold their slots, over all processes.
 
-    One word a process has four counts of waiting fills by class. A process writes its own word alone, and
-    one that is not `alive` is skipped. One word a group, the mean microseconds that a fill held its slot
-    lately, is written by whoever ends a fill: a lost update costs one sample.
+    Each process has one word with four counts of waiting fills by class. It is written by its process alone,
+    and skipped when that is not `alive`. Each group has one word, the mean microseconds that recent fills
+    held their slots, written at the end of a fill: a lost update costs one sample.
     """
 
     def __init__(
@@ -82,47 +82,43 @@ class Backlog:
 
     @classmethod
     def alone(cls) -> "Backlog":
-        """For a single process."""
         words = memoryview(bytearray(8 * (1 + GROUPS))).cast("Q")
         return cls(words[:1], words[1:], 0, lambda _block: True)
 
     def change(self, class_: Class, count: int) -> None:
-        """So many fills more wait here."""
         self._waiting[self._mine] += count << (_FIELD_BITS * class_)
 
     def waiting(self, class_: Class) -> int:
-        """Fills of this class that wait in all processes."""
         shift = _FIELD_BITS * class_
         words = [(block, word >> shift & _FIELD_MASK) for block, word in enumerate(self._waiting) if word]
         return sum(count for block, count in words if count and self._alive(block))
 
     def held(self, group: int, seconds: float) -> None:
-        """Note that a fill had its slot for so long."""
         sample = max(1, int(seconds * 1_000_000))
         before = self._held[group] or sample
         self._held[group] = before + (sample - before) // _SMOOTHING
 
     def mean_held_seconds(self, group: int) -> float:
-        """How long a fill holds its slot; 0.0 while that is unknown."""
+        """0.0 while it is unknown."""
         return self._held[group] / 1_000_000
 
 
 _POLL_SECONDS = 0.01
-"""Between two looks at slots that other processes hold: the kernel tells nobody when a lock is freed."""
+"""Polling interval for slots that other processes hold: the kernel does not report a freed lock."""
 _THINK_AGAIN_SECONDS = 1.0
-"""Between two looks at whether waiting still makes sense; a fill that can't wait is refused then."""
+"""Waiting fills are checked this often whether to give up."""
 _ORDER_SECONDS = 0.05
-"""For so long an order stands that other processes' clients may have changed."""
+"""The order is computed again this often, since other processes change what clients hold."""
 _AGEING_SECONDS = 10.0
-"""After so long a fill counts as of the next class, if that is of its group."""
+"""After each such time a fill counts as of the next class in its group."""
 _RESERVE_SECONDS = 0.5
-"""After so long a bulk fill may have one of a few slots, a quarter of all, whatever the urgent ones have."""
+"""After this a bulk fill may take one of a quarter of the slots, whatever urgent fills stream."""
 _DOUBT = 2.0
-"""A waiting fill gives up only when its turn is expected so many times later than its patience ends."""
+"""A waiting fill gives up only when its turn is expected this many times later than its patience ends."""
 _MOST_WAITING = 1000
 """In one process. Each holds a claim, and a task."""
 _MOST_OF_CLIENT = 100
-"""Of one client, so that no client takes all of these places."""
+"""Of one client, so that it can't take all places."""
 _LONGEST_RETRY_SECONDS = 300.0
 _MOST_HELD = 63
 _HELD_SHIFT = 54
@@ -130,7 +126,7 @@ _HELD_SHIFT = 54
 
 
 class FillSlot:
-    """A slot that is held. A fill that needs nothing more of the link may leave it early."""
+    """A held slot. A fill that no longer needs the link may leave it early."""
 
     __slots__ = ("_leave",)
 
@@ -138,14 +134,13 @@ class FillSlot:
         self._leave: Callable[[], None] | None = leave
 
     def leave(self) -> None:
-        """Give the slot back, unless that was done."""
+        """Give the slot back; further calls do nothing."""
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()
 
 
 _Taken = tuple[Slots, int]
-"""Of which slots, and its number."""
 
 
 @dataclass(slots=True, eq=False)
@@ -169,19 +164,19 @@ class _Group:
     turns: Turns
     waiting: list[_Waiting] = field(default_factory=list)
     first: _Waiting | None = None
-    """As it was when the order was looked at last."""
+    """As of the last ordering."""
     ordered_at: float = -math.inf
     think_at: float = math.inf
-    """When it is to be looked at whether waiting still makes sense."""
+    """When waiting fills are checked next."""
     timer: asyncio.TimerHandle | None = None
     of_client: "Counter[str]" = field(default_factory=Counter)
     """How many fills of each client wait here."""
 
 
 class FillQueue:
-    """The fills of one process that wait. `turns` (a pair) and `backlog` are shared with the others.
+    """The waiting fills of one process; `turns` (a pair) and `backlog` are shared with the others.
 
-    So is `clients`, which counts the slots that each client has: a worker puts it there.
+    So is `clients`, the number of slots that each client has; the worker sets it.
     """
 
     def __init__(
@@ -203,10 +198,10 @@ class FillQueue:
     # --- whether to wait
 
     def expected_seconds(self, class_: Class, client: str = "") -> float:
-        """How long a fill that comes now will wait; 0.0 when a slot is free or nothing is known yet.
+        """How long a new fill will wait; 0.0 when a slot is free or nothing is known yet.
 
-        Of another client no more fills go before it than it has waiting itself, and one: they take turns.
-        What waits in other processes is taken to be of as many clients as what waits here.
+        Clients take turns, so of each other client only one fill more than its own waiting ones goes before
+        it. Fills in other processes are assumed to belong to as many clients as those here.
         """
         group, before = self._group_of(class_), self._before(class_)
         if not before and self._has_free(group):
@@ -268,7 +263,8 @@ class FillQueue:
         inherits: bool = False,
         patient: bool = False,
     ) -> AsyncIterator[FillSlot | None]:
-        """Hold a slot for the block, or until it is left; None when there is none in what patience is left.
+        """Hold a slot for the block, or until it is left; None when there is none within the remaining
+        patience.
 
         `waited_seconds` is how long this fill's clients have waited already; `client` is who made them ask,
         "": nobody, who is another one each time. One that `inherits` waits for nothing, a `patient` one for

@@ -20,7 +20,7 @@ def read_streams(path: Path) -> list[tuple[str, str, str]]:
 
 
 class Streams:
-    """Gives each stream its number, when a body of it comes; all others count as MAX_STREAMS.
+    """Numbers streams when a body of theirs arrives; all others share the number MAX_STREAMS.
 
     The list only grows, a line a stream, appended under a lock: 50 times in a site's life.
     """
@@ -31,7 +31,7 @@ class Streams:
         self._read_at: tuple[int, int] | None = None
 
     def number(self, key: ContentKey) -> int:
-        """Its number, if it has one: what anybody merely asks for takes none."""
+        """A stream that is only asked for takes no number."""
         name = _name(key)
         if name not in self._numbers:
             try:
@@ -44,10 +44,10 @@ class Streams:
         return self._numbers.get(name, MAX_STREAMS)
 
     def add(self, key: ContentKey) -> int:
-        """Its number, which it has from now on if there is one left."""
+        """The stream's number; it gets one if one is left."""
         number = self.number(key)
         if number == MAX_STREAMS > len(self._numbers):
-            with contextlib.suppress(OSError):  # a full disk: it counts as any other until there is room
+            with contextlib.suppress(OSError):  # a full disk: it shares a number until there is room
                 number = self._numbers[_name(key)] = self._append(_name(key))
         return number
 
@@ -60,7 +60,7 @@ class Streams:
                 return lines.index(name)
             if len(lines) < MAX_STREAMS:
                 line, end = f"{name}\n".encode(), os.fstat(fd).st_size
-                if os.write(fd, line) < len(line):  # the disk became full: no half line may stay
+                if os.write(fd, line) < len(line):  # the disk became full: remove the partial line
                     os.ftruncate(fd, end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return len(lines)

@@ -8,11 +8,11 @@ from gup.metrics import Counters
 
 
 class Admission:
-    """Admits or refuses a connection at accept, and counts those that are open.
+    """Admits or refuses a connection at accept, and counts open ones.
 
-    Limits are the machine's; `total` sums over its workers, `most_here` is what this process has descriptors
-    for. A connection is counted first and compared then: workers that accept at the same moment may both
-    refuse where one had room, but never both admit.
+    Limits are per machine; `total` sums over its workers, `most_here` is limited by this process's
+    descriptors. A connection is counted before it is compared: workers that accept at the same moment may
+    both refuse where one had room, but never both admit.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class Admission:
         self._most_of_address = settings.clients.max_connections_per_address
 
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
-        """Count a connection, or its refusal. `make_room` closes an idle connection; False: there is none."""
+        """Count a connection, or its refusal. `make_room` closes an idle connection, False when there is
+        none.
+        """
         if not self._is_allowed(address):
             return self._refuse("network")
         if self._addresses.add(client_of(address)) > self._most_of_address > 0:

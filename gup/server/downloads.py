@@ -1,7 +1,7 @@
-"""Download slots: how many large bodies the machine sends at once, and the queue of those that wait.
+"""Download slots: how many large bodies the machine sends at once, and the queue for them.
 
-A free slot is for the client that has the fewest, then for who came first, over all workers. Who takes next
-to nothing while others wait goes on without its slot.
+A free slot goes to the client with the fewest slots, then first come, first served, over all workers. A
+download that is very slow gives its slot to those that wait, and continues without one.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ NO_SLOT = -1
 
 
 def is_download(kind: Kind, length: int | None) -> bool:
-    """Whether a body takes a download slot. One of unknown length may become large, so it does."""
+    """A body of unknown length may become large, so it takes one."""
     return kind is not Kind.INDEX and (length is None or length > LARGE_BODY_BYTES)
 
 
@@ -43,7 +43,7 @@ _MOST_HELD = 63
 class Ticket:
     """One request's claim to a download slot. `slot` is None while it waits, NO_SLOT when there is no limit.
 
-    `on_admitted` is called once when a slot is given to a waiting ticket; set it before the event loop runs.
+    `on_admitted` is called once when a waiting ticket gets a slot; set it before the event loop runs.
     """
 
     since_ns: int
@@ -98,7 +98,7 @@ class Downloads:
         if self._stopping:
             raise stopping()
         self._words[self._queued] += 1
-        # counted first, then compared: two workers can't both take the last place of the queue
+        # counted first, then compared: two workers can't both take the last place in the queue
         queued, most = self._all_queued(), self._limits().queue
         if queued > most or (2 * queued > most and self._has_most_of_queue(client)):
             self._words[self._queued] -= 1
@@ -132,7 +132,7 @@ class Downloads:
             self._clients.remove(ticket.client)
         if ticket.slot is not None and ticket.slot != NO_SLOT:
             self._slots.give_back(ticket.slot)
-        if self._waiting:  # not at once: the caller is still ending another response
+        if self._waiting:  # deferred: the caller is still ending another response
             self._poll_in(0.0)
 
     def each_second(self) -> None:
@@ -152,7 +152,6 @@ class Downloads:
         return slow
 
     def stop(self) -> None:
-        """Let nobody into the queue from now on."""
         self._stopping = True
 
     def close(self) -> None:
@@ -186,8 +185,8 @@ class Downloads:
         return not most or self._clients.of(client) < most
 
     def _free_slot(self) -> int | None:
-        # The sum costs no system call, a look at every slot one each; but only the slots' locks decide. It
-        # also counts downloads that began before there was a limit.
+        # The sum needs no system call, looking at every slot one each; but only the slots' locks decide. The
+        # sum includes downloads that began while there was no limit.
         most = self._limits().max_downloads
         if not most:
             return NO_SLOT
@@ -220,7 +219,7 @@ class Downloads:
         return first
 
     def _served_within(self, downloads: int) -> float:
-        """How long so many downloads take at the rate of the last half minute: then the queue has room."""
+        """The time for this many downloads at the rate of the last half minute: then the queue has room."""
         ended = self._ends[-1] - self._ends[0] if self._ends else 0
         if ended <= 0:
             return float(_RATE_SECONDS)
