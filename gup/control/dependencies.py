@@ -1,4 +1,4 @@
-"""The collaborators of the control plane."""
+"""The collaborators of the control plane, given by the controller process."""
 
 import asyncio
 import socket

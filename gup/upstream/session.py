@@ -1,4 +1,4 @@
-"""Connections to one upstream, and one exchange over them."""
+"""One upstream: requests to it, its connections, and how the head of a response is read."""
 
 import asyncio
 import contextlib
