@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -292,6 +292,8 @@ class Pool:
         if ask.method == "HEAD":
             response.release()
             return head
+        if ask.stream_of_body is not None:
+            ask = replace(ask, stream=ask.stream_of_body())
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
