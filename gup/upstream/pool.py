@@ -21,6 +21,7 @@ from gup.content.catalog import CATALOG_PATH
 from gup.content.key import Variant
 from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
+from gup.units import parse_http_date
 from gup.upstream.bandwidth import ReceiveWindow, Wan
 from gup.upstream.exchange import (
     RemoteHead,
@@ -274,6 +275,9 @@ class Pool:
         status, name, proxy = response.status, upstream.name, upstream.settings.proxy
         fields = Fields(response, name)
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
+        sent_at = parse_http_date(response.headers.get("Date", "").strip())
+        if sent_at is not None and "Age" not in response.headers:  # else a cache may have answered
+            upstream.ahead_seconds = time.time() - sent_at
         if proxy is not None and answered_by_proxy(status, response.headers):
             await self._drain(fields, ask, upstream)
             raise proxy_refused(name, proxy, status)
