@@ -72,17 +72,17 @@ PROBLEMS: dict[str, ProblemType] = {
     "uri-too-long": ProblemType(414, "The request target is too long"),
     "range-not-satisfiable": ProblemType(416, "No part of the range lies within the content"),
     "head-too-large": ProblemType(431, "The request head is too large"),
-    "internal-error": ProblemType(500, "gup made a mistake"),
+    "internal-error": ProblemType(500, "Internal error"),
     "upstream-refused": ProblemType(502, "The upstream refused the request"),
     "upstream-error": ProblemType(502, "The upstream answered with an error"),
-    "upstream-bad-body": ProblemType(502, "The upstream's answer cannot be the content asked for"),
-    "upstream-unsure-end": ProblemType(502, "The upstream did not tell where the content ends"),
+    "upstream-bad-body": ProblemType(502, "The upstream's answer is not the requested content"),
+    "upstream-unsure-end": ProblemType(502, "The upstream's answer has no confirmed end"),
     "upstream-unreachable": ProblemType(502, "No upstream can be reached"),
-    "overloaded": ProblemType(503, "Too much is asked for at once"),
+    "overloaded": ProblemType(503, "Too many requests at once"),
     "no-upstream": ProblemType(503, "No upstream is configured for this content"),
     "draining": ProblemType(503, "The service is stopping"),
     "upstream-timeout": ProblemType(504, "The upstream did not answer in time"),
-    "http-version": ProblemType(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here"),
+    "http-version": ProblemType(505, "Only HTTP/1.0 and HTTP/1.1 are supported"),
     "loop": ProblemType(508, "The request has passed through this node before"),
 }
 
@@ -134,4 +134,4 @@ def is_exhausted(error: OSError) -> bool:
 
 def exhausted(error: OSError) -> Problem:
     """The problem to answer then."""
-    return Problem("overloaded", f"gup has run out: {error.strerror}", retry_after_seconds=1.0)
+    return Problem("overloaded", f"gup is out of resources: {error.strerror}", retry_after_seconds=1.0)

@@ -94,7 +94,7 @@ _NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
 _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
 _DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
-_UP_HELP = "Whether content is asked of the upstream; 0 while it is down."
+_UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
 _RULES_HELP = "Requests that a rule refused or would refuse."
 _LIMIT_HELP = "Limit in force; absent when unlimited."
 _STORM_HELP = "Whether clients ask for fulls where deltas exist."
@@ -134,7 +134,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_allowed_at_once", "How many may be at once; absent when unlimited.", _LIMITED),
     _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision.", *_NEWEST),
     _gauge("gup_full_storm", _STORM_HELP, _PRODUCT, _LANGUAGE),
-    _gauge("gup_config_last_reload_successful", "Whether the last reload took."),
+    _gauge("gup_config_last_reload_successful", "Whether the last reload succeeded."),
     _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
     _gauge("gup_site_info", "Name of the site.", ("site", ())),

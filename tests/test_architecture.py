@@ -133,7 +133,6 @@ MAY_IMPORT = {
     "harness/commands.py",  # runs the command line in the test's process
     "harness/upstreams.py",  # shares its answers to conditions with the demo
     "harness/control.py",
-    "system/test_reports.py",
 }
 
 
@@ -177,6 +176,22 @@ def test_what_the_drawings_name_exists():
     assert len(methods) > 10
     assert methods - functions == set()
     assert set(re.findall(r"(?<![.\w])([a-z_]\w*)\(\)", page)) - plain == set()
+
+
+def test_the_modules_and_files_that_pages_name_exist():
+    page = text(ROOT / "docs" / "architecture.md")
+    table = re.search(r"^\| package \| holds \|\n.*?\n\n", page, re.MULTILINE | re.DOTALL)[0]
+    modules = {part for path in MODULES for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert set(re.findall(r"`(\w+)`", table)) - modules == set()
+
+    def missing(path):
+        return {
+            found
+            for found in re.findall(r"`((?:gup|tests)/[\w/.]+)`", text(path))
+            if not (ROOT / found).exists()
+        }
+
+    assert breaking(missing, [page for page in PAGES if page.name != "CHANGELOG.md"]) == {}
 
 
 def test_metrics_go_by_their_declared_names():

@@ -34,7 +34,7 @@ _MAX_TEXT = 2000
 _MOST_REFUSED = 10_000
 _MOST_SHOWN = 300
 _MOST_REASONS = 1000
-_NOT_OURS = "it is no archive made by gup cache export"
+_NOT_OURS = "it is not an archive made by gup cache export"
 
 _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 
@@ -105,7 +105,7 @@ def _sound(store: Store, key: ContentKey) -> tuple[Record, OpenFile]:
         raise ValueError("there is no such entry")
     file = store.open_body(record)
     if file is None:
-        raise ValueError("the body is missing or is not the one that was recorded")
+        raise ValueError("the body is missing or does not match its record")
     if not all(read_aside(file.fd, record, chunk) for chunk in range(len(record.sums))):
         raise ValueError("the body is damaged")
     return record, file
@@ -140,7 +140,7 @@ def _record_name(key: ContentKey) -> str:
 
 def summary(file: Path) -> dict[str, Any]:
     """What the last member of a written archive says; ArchiveError when it was cut off."""
-    why = "the archive broke off before its end"
+    why = "the archive is truncated: its last member is missing"
     try:
         with file.open("rb") as stream:
             archive = TarReader(stream)
@@ -214,7 +214,9 @@ class TarReader:
                     raise TarError("it has a sparse member, or one of a negative size")
                 self._content = self._archive.extractfile(member)
         except _ODD as error:
-            raise TarError(f"it has a damaged header, or is no tar archive: {quoted(str(error))}") from error
+            raise TarError(
+                f"it has a damaged header, or it is not a tar archive: {quoted(str(error))}"
+            ) from error
         return member
 
     def read(self, size_bytes: int) -> bytes:
@@ -223,7 +225,7 @@ class TarReader:
         try:
             return self._content.read(size_bytes) if self._content is not None else b""
         except tarfile.TarError as error:
-            raise TarError(f"it is cut off: {error}") from error
+            raise TarError(f"it is truncated: {error}") from error
 
 
 # --- taking in
@@ -261,15 +263,15 @@ class Import:
         try:
             while not done.complete and (member := archive.next()) is not None:
                 if len(done.refused) >= _MOST_REFUSED:
-                    done.problem = f"{_MOST_REFUSED} members were refused: the rest was not looked at"
+                    done.problem = f"{_MOST_REFUSED} members were refused: the rest was not read"
                     return done
                 done.complete = member.name == LAST
                 if not done.complete:
                     record = self._member(archive, member, record)
         except TarError as error:
-            done.problem = f"the archive can't be read on: {error}"
+            done.problem = f"reading the archive failed: {error}"
         if not done.complete and done.problem is None:
-            done.problem = "the archive ends before its last member: it was cut off"
+            done.problem = "the archive is truncated: its last member is missing"
         return done
 
     def _member(self, archive: TarReader, member: tarfile.TarInfo, record: Record | None) -> Record | None:
@@ -294,7 +296,7 @@ class Import:
         if not member.isreg() or not member.name.startswith(_FOLDER):
             raise ArchiveError("neither a record nor a body")
         if record is None or member.name != _FOLDER + record.key.text:
-            raise ArchiveError("a body without its record before it")
+            raise ArchiveError("a body that does not follow its record")
         store, key = self.store, record.key
         if self._is_present(key):
             return
@@ -307,7 +309,7 @@ class Import:
             _copy(archive, temporary, record)
             with store.claimed(key.id) as claimed:
                 if not claimed:
-                    raise ArchiveError("it is being fetched at this moment")
+                    raise ArchiveError("it is being fetched; import it again later")
                 if self._is_present(key):
                     return
                 record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000))
@@ -364,4 +366,4 @@ def _copy(content: TarReader, path: Path, record: Record) -> None:
             break
         write_all(file.fd, piece)
     if sums.finish() != record.sums:
-        raise ArchiveError("damaged: its bytes are not those that were recorded")
+        raise ArchiveError("damaged: its bytes don't match the sums in its record")

@@ -290,7 +290,7 @@ class Cache:
         finally:
             del self._fills[fill.key]
             if not fill.over:  # cancelled at the service's end, or a mistake of ours
-                fill.fail(Problem("internal-error", "the fill ended in a way that was not foreseen"))
+                fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
             fill.ended.set()
 
@@ -434,7 +434,7 @@ class Cache:
         if fill is None:
             record = await on_disk(self._deps.executor, self._deps.store.load_or_none, key)
             if record is None:
-                return Problem("upstream-not-found", "there is no record of it")
+                return Problem("upstream-not-found", "it has no record")
             fill = self._fills.get(key) or self._suspect(record, counted=counted)
         await fill.ended.wait()
         if fill.problem is None and fill.end is FillEnd.UNSTORABLE:

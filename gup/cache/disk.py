@@ -97,10 +97,10 @@ class Space:
         """
         wanted = held_bytes + amount_bytes
         if wanted > MAX_BODY_BYTES:
-            detail = f"it takes more than a record can describe ({MAX_BODY_BYTES} bytes)"
+            detail = f"it is larger than a record can describe ({MAX_BODY_BYTES} bytes)"
             raise Unstorable(detail, too_large=True)
         if wanted > self.max_size():
-            raise Unstorable(f"it takes more than cache.max_size ({wanted} bytes)", too_large=True)
+            raise Unstorable(f"it is larger than cache.max_size ({wanted} bytes)", too_large=True)
         if not 0 < self.used() < self._short_on_disk(amount_bytes):
             self.promise(amount_bytes)
             made = False
@@ -117,8 +117,8 @@ class Space:
             if made:
                 return
         if self._short_on_disk(amount_bytes) > 0:
-            raise Unstorable("no room could be made: it would leave less than cache.min_free", disk=True)
-        raise Unstorable("no room could be made below cache.max_size")
+            raise Unstorable("eviction made no room: less than cache.min_free would stay free", disk=True)
+        raise Unstorable("eviction made no room below cache.max_size")
 
     async def make_room(self) -> bool:
         """Evict for a disk that is full though its figures told otherwise (quota, inodes); whether it did."""
@@ -168,7 +168,7 @@ def refusal(error: DiskError | Unstorable) -> str:
     if isinstance(error, DiskError):
         if is_exhausted(error):
             raise error
-        return f"the cache directory refuses: {error.strerror or error}"
+        return f"the cache directory can't be written to: {error.strerror or error}"
     return str(error)
 
 
@@ -271,7 +271,7 @@ class Durability:
             await asyncio.to_thread(self._sync)
         except OSError as error:
             if not self._failed:
-                log.warning("the disk refuses to sync: stored bodies are compared before use: %s", error)
+                log.warning("the disk refuses to sync, so stored bodies are compared before use: %s", error)
             self._failed = True
         else:
             self._failed, self._synced_count = False, count

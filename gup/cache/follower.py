@@ -127,7 +127,7 @@ class Follower:
         try:
             file, state = memory.open(row)
         except PermissionError as error:
-            log.warning("%s is in another process's memory, which can't be read: %s", fill.key.text, error)
+            log.warning("%s is in the memory of another process and can't be read: %s", fill.key.text, error)
             fill.detach()
             fill.finish(FillEnd.UNSTORABLE)
             return None

@@ -108,7 +108,7 @@ def _wrong_with_body(store: Store, record: Record) -> str:
     if bad:
         named = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
         return f"{sized}{len(bad)} of {chunks} chunks of 1 MiB are missing or wrong: {named}"
-    return sized + "what is too much follows the right bytes" if sized else ""
+    return sized + "extra bytes follow the right ones" if sized else ""
 
 
 def _what_is(path: Path) -> str:
@@ -119,7 +119,7 @@ def _what_is(path: Path) -> str:
         return error.strerror or str(error)
     if stat.S_ISREG(mode):
         return "the file can't be read"
-    what = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "no plain file"
+    what = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
     return f"there is {what} in its place"
 
 
@@ -142,7 +142,7 @@ def check_part(store: Store, id_: str) -> list[Finding]:
             try:
                 salvage = survey(part)
                 if not salvage.whole:
-                    wrong = f"right up to byte {salvage.verified} of {salvage.size} only"
+                    wrong = f"right only up to byte {salvage.verified} of {salvage.size}"
             except OSError as error:
                 wrong = f"it can't be read: {error.strerror}"
         if wrong:
@@ -154,7 +154,11 @@ def check_part(store: Store, id_: str) -> list[Finding]:
 
 def check_stray(store: Store, path: Path) -> list[Finding]:
     """The finding for a stray name, if it is still there."""
-    return [Finding("stray", _name(store, path), "nobody's file")] if os.path.lexists(path) else []
+    return (
+        [Finding("stray", _name(store, path), "a file that does not belong to the cache")]
+        if os.path.lexists(path)
+        else []
+    )
 
 
 def put_right(store: Store, finding: Finding, *, alone: bool) -> None:

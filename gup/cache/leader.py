@@ -181,7 +181,7 @@ class Leader:
             except BodyChanged as error:
                 if not changes_left:
                     raise
-                log.warning("%s is fetched anew: %s", self._key.text, str(error))
+                log.warning("%s is fetched again: %s", self._key.text, str(error))
                 await self._give_up_generation()
                 body = None
         return None
@@ -195,7 +195,7 @@ class Leader:
         try:
             await self._room.on_disk(renew, deps, record, at)
         except DiskError as error:  # asked again at the next request: what is stored is right all the same
-            log.warning("that %s is still right could not be kept: %s", self._key.text, error)
+            log.warning("could not store that %s is still fresh: %s", self._key.text, error)
         else:
             self._fill.record = replace(record, validated_at=at)
         self._fill.finish(FillEnd.VALIDATED)
@@ -216,11 +216,13 @@ class Leader:
             candidates if resuming else deps.pool.admitted(candidates)
         )  # a resumed body waits for no trial
         if not chosen:
-            raise Problem("no-upstream", f"no upstream has {fill.variant}")
+            raise Problem("no-upstream", f"no upstream is configured for {fill.variant}")
         upstreams = [upstream for upstream in chosen if not holds.seconds_left(upstream.name)]
         if not upstreams:
             names = ", ".join(upstream.name for upstream in chosen)
-            detail = f"{names}: not asked for this again yet, as it said or since what it sent was wrong"
+            detail = (
+                f"{names}: not asked again yet, because of its Retry-After or because its last body was wrong"
+            )
             retry = min(holds.seconds_left(upstream.name) for upstream in chosen)
             raise UpstreamFailure("error", "upstream-error", detail, again=False, retry_after_seconds=retry)
         ask = Ask(
@@ -272,7 +274,7 @@ class Leader:
             assert self._leftover.file is not None
             return await self._in_thread(os.pread, self._leftover.file.fd, length, offset)
         except DiskError as error:
-            detail = f"what is here can't be compared: {error.strerror or error}"
+            detail = f"the part can't be read for comparison: {error.strerror or error}"
             raise UpstreamFailure("error", "upstream-bad-body", detail, again=False) from error
 
     # --- the fill slot
@@ -381,16 +383,16 @@ class Leader:
                 return await self._ask_for_rest(await self._reopen(state, salvage), salvage)
             except BodyChanged as error:
                 differs_at = error.offset
-                log.warning("the part of %s is not what upstream has: %s", self._key.text, str(error))
+                log.warning("the part of %s differs from the upstream's body: %s", self._key.text, str(error))
         if differs_at >= salvage.verified:
-            detail = f"good up to byte {salvage.verified} of {salvage.size}"
+            detail = f"right up to byte {salvage.verified} of {salvage.size}"
             note_damage(self._deps, "part", self._key, detail)
         if 0 < salvage.verified <= differs_at:
             body = await self._keep_good_chunks(state, salvage)
             try:
                 return await self._ask_for_rest(body, replace(salvage, size=salvage.verified))
             except BodyChanged:
-                log.warning("upstream now has other bytes for %s: fetched anew", self._key.text)
+                log.warning("the upstream now has other bytes for %s: it is fetched again", self._key.text)
         await self._give_up_generation()
         return None
 
@@ -430,7 +432,7 @@ class Leader:
         except BodyChanged as error:
             self._leave_upstream()
             self._bytes_changed = True
-            log.warning("%s is damaged and fetched anew: %s", self._key.text, str(error))
+            log.warning("%s is damaged and is fetched again: %s", self._key.text, str(error))
             return None
         try:
             await self._in_thread(deps.store.demotions.note, self._key.id)
@@ -452,7 +454,7 @@ class Leader:
             raise
         self._has_state = True
         deps.raise_store_epoch()
-        log.info("%s is damaged from byte %d on: the rest is fetched again", self._key.text, sound_bytes)
+        log.info("%s is damaged from byte %d on; the rest is fetched again", self._key.text, sound_bytes)
         body = await self._reopen(self._state, salvage)
         self._fill.attach(body)
         body.publish(sound_bytes)
@@ -557,7 +559,7 @@ class Leader:
         if zip_end_is_right(await self._reread(start, received - start)):
             return
         self._deps.counters.waste("rejected", self._stream(), received)
-        detail = f"what came as {file} does not end as a ZIP file does"
+        detail = f"{file} does not end like a ZIP file, so it is incomplete or not one"
         failure = UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
         self._holds.note(self._source_head.upstream, failure, self._source_head)
         raise failure
@@ -638,7 +640,7 @@ class Leader:
             self._fill.attach(body)
             await self._finish(body, remote_of(state.head))
         except DiskError as error:
-            log.warning("%s is whole and can't be stored: %s", self._key.text, refusal(error))
+            log.warning("%s is complete but can't be stored: %s", self._key.text, refusal(error))
             self._fill.finish(FillEnd.UNSTORABLE)
 
     # --- going on without the disk
@@ -701,7 +703,7 @@ class Leader:
         try:
             await self._in_thread(writer.move, memory.file)
         except DiskError as error:
-            raise Problem("overloaded", f"what was written can't be read back: {error.strerror}") from error
+            raise Problem("overloaded", f"the part can't be read back: {error.strerror}") from error
         if self._fill.body is body:
             await self._show(body)
         return body
@@ -716,7 +718,7 @@ class Leader:
             else:
                 remote = await self._receive(body)
         except DiskError as error:
-            raise Problem("overloaded", f"memory refuses it: {error.strerror}") from error
+            raise Problem("overloaded", f"no memory for it: {error.strerror}") from error
         expires = None
         if not self._fill.route.immutable:
             fresh_until = validated_at(deps, remote, immutable=False) + deps.settings.cache.index_ttl
@@ -761,7 +763,7 @@ class Leader:
             await self._tell_unstorable(refusal(error), disk=disk, told=False)
             self._fill.finish(FillEnd.UNSTORABLE)
         except (OSError, ValueError) as error:
-            log.info("%s is not in memory any more: %s", self._key.text, error)
+            log.info("%s was removed from memory: %s", self._key.text, error)
             self._fill.finish(FillEnd.UNSTORABLE)
 
     # --- ends other than a commit
@@ -785,7 +787,7 @@ class Leader:
             try:
                 await self._in_thread(save_failure, deps.store, state, drop)
             except DiskError as error:
-                log.warning("the failure of %s could not be kept: %s", self._key.text, error)
+                log.warning("could not store the failure of %s: %s", self._key.text, error)
         self._room.release(committed=False)
         if problem.retry_after_seconds is None:
             problem = problem_that_stands(problem.slug, problem.detail, stands_seconds)

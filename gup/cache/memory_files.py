@@ -258,13 +258,13 @@ class MemoryFiles:
         OSError when the system is short of memory or descriptors.
         """
         if amount > self._limit_bytes():
-            raise MemoryFull(f"{amount} bytes are more than fill.memory")
+            raise MemoryFull(f"it needs {amount} bytes, more than fill.memory")
         try:
             file = _anonymous(_name(key.id, generation))
         except OSError as error:
             if is_exhausted(error):
                 raise
-            raise MemoryFull(f"the system gives no memory file: {error.strerror}") from error
+            raise MemoryFull(f"the system refused a memory file: {error.strerror}") from error
         with self.changing():
             for row in self._taken():
                 if row.id == key.id or not row.usable:
@@ -299,7 +299,7 @@ class MemoryFiles:
         gone = 0
         while excess > 0 or excess_rows > gone:
             if gone == len(finished):
-                raise MemoryFull("fill.memory is used up by bodies that are arriving")
+                raise MemoryFull("fill.memory is in use by other fills")
             excess -= finished[gone].reserved_bytes
             gone += 1
         for row in finished[:gone]:

@@ -163,7 +163,7 @@ class PartWriter:
             at = chunk * CHUNK_BYTES
             piece = memoryview(os.pread(self.file.fd, min(CHUNK_BYTES, self._in_file - at), at))
             if chunk_sum(piece) != expected:
-                raise OSError(errno.EIO, "what was written is not there any more")
+                raise OSError(errno.EIO, "the bytes read back differ from those written")
             while piece:
                 done = os.pwrite(file.fd, piece, at)
                 piece, at = piece[done:], at + done

@@ -209,12 +209,12 @@ class PassThrough:
     async def whole(
         self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = ""
     ) -> Opened:
-        """A body that can't be stored. Problem when as many clients as may be are being passed through."""
+        """A body that can't be stored. Problem when the most clients that may be are being passed through."""
         slot = self._bodies.try_take()
         if slot is None:
             raise Problem(
                 "overloaded",
-                "this content can't be stored here, and as many clients as may be are being passed through",
+                "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
         try:
@@ -248,7 +248,7 @@ class PassThrough:
         except UpstreamFailure as failure:
             retry = failure.retry_after_seconds or 2.0
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
-        problem = Problem("no-upstream", f"no upstream has {variant}")
+        problem = Problem("no-upstream", f"no upstream is configured for {variant}")
         waits: list[float] = []
         stands_seconds = 0.0
         for upstream in admitted:

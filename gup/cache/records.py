@@ -76,7 +76,7 @@ def unseal(text: bytes, model: str, most_bytes: int) -> dict[str, Any]:
     try:
         right = _checksum(members)
     except (ValueError, RecursionError) as error:  # what UTF-8 can't encode
-        raise InvalidError(f"{model}: not what is written there: {shown(str(error))}") from error
+        raise InvalidError(f"{model}: not text in UTF-8: {shown(str(error))}") from error
     if checksum != right:
         raise InvalidError(f"{model}: the checksum is wrong")
     if type(members.get("format")) is not int or members["format"] not in READABLE_FORMATS:
@@ -352,7 +352,7 @@ class FillState:
         if state.phase is Phase.STREAMING and state.head is None:
             raise InvalidError("state: a body under way without its head")
         if state.phase in (Phase.FAILED, Phase.UNSTORABLE) and state.failure is None:
-            raise InvalidError("state: a failure that does not tell why")
+            raise InvalidError("state: a failure without its cause")
         return state
 
 
@@ -403,7 +403,7 @@ def remote_of(head: Head) -> RemoteHead:
 def absent(remote: RemoteHead) -> Problem | UpstreamFailure:
     """What an answer without a body means."""
     if remote.status == 304:
-        detail = f"{remote.upstream} answered 304 though nothing was asked conditionally"
+        detail = f"{remote.upstream} answered 304 to a request without a condition"
         return UpstreamFailure("error", "upstream-error", detail, again=False)
     slug = "upstream-gone" if remote.status == 410 else "upstream-not-found"
     return Problem(slug, f"{remote.upstream} answered {remote.status}")

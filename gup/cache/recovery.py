@@ -181,11 +181,11 @@ def give_up(store: Store, state: FillState) -> None:
     try:
         store.drop_parts(key.id)
     except OSError as error:
-        log.warning("a part of %s stays on the disk: %s", key.text, error)
+        log.warning("a part of %s can't be removed: %s", key.text, error)
     try:
         store.save_state(state)
     except OSError as error:
-        log.warning("that %s can't be stored could not be kept: %s", key.text, error)
+        log.warning("could not note that %s can't be stored: %s", key.text, error)
         with contextlib.suppress(OSError):
             store.drop_state(key.id)
 
@@ -298,7 +298,7 @@ class Recovery:
         if seen.due_at is None:
             seen.due_at = now + patience
         if now >= seen.due_at:
-            log.info("nobody goes on with %s: taking it over", state.key.text)
+            log.info("taking over the fill of %s, which has no leader", state.key.text)
             ended = self.take_over(route_of(state), seen.led)
             seen.due_at, seen.led, seen.tries = None, False, min(seen.tries + 1, 16)
             if ended is not None:
@@ -311,7 +311,7 @@ class Recovery:
             seen.refused = False
         except OSError as error:
             if not seen.refused:
-                log.warning("what a fill left can't be cleared: %s: %s", part.id, error)
+                log.warning("files left by a fill can't be removed: %s: %s", part.id, error)
             seen.refused = True
 
     def _tidy(self, part: Part, seen: _Seen) -> None:
@@ -338,7 +338,7 @@ class Recovery:
             seen.stateless_at = seen.stateless_at or self.clock()
             if state is None and self.clock() - seen.stateless_at < _STATELESS_SECONDS:
                 return  # a small body's, whose record may be written: whoever claims the key finishes it
-            log.info("dropped a part that nobody can go on with: %s.%d", part.id, part.generation)
+            log.info("removed a part that can't be resumed: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         resumable = generation and store.part_path(part.id, generation).exists()
         if not resumable and (state is None or not state.stands(self.clock())):

@@ -172,7 +172,7 @@ class FillQueue:
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
         return Problem(
             "overloaded",
-            "the queue for fills is full: too much is waiting for the link to upstream",
+            "the fill queue is full; try again later",
             retry_after_seconds=min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS),
         )
 

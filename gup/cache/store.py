@@ -491,7 +491,7 @@ _MOST_A_DAY = 2
 """Of one key."""
 _DAY_SECONDS = 86400.0
 _KEPT_LINES = 4096
-_WHY = "the disk damages what is stored, again and again: replace it, then run gup cache verify --repair"
+_WHY = "the disk damages stored bodies repeatedly: replace it, then run gup cache verify --repair"
 
 
 class BadDiskError(GupError):

@@ -83,7 +83,7 @@ class Admin:
         if "://" not in given:
             self.url = f"http://{self.url}"
         if not self.url.startswith(("http://", "https://")):
-            raise AdminError(f"{given}: the control plane's URL begins with http:// or https://")
+            raise AdminError(f"{given}: the control plane's URL must begin with http:// or https://")
 
     def ask(self, method: str, resource: str, given: object = None) -> dict[str, Any]:
         """One request for what is below /api/v1/, with `given` as its JSON, and the JSON that answers it."""
@@ -97,7 +97,7 @@ class Admin:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise AdminError(f"{self.url}: what answers there is no control plane of gup")
+            raise AdminError(f"{self.url}: the server there is not a gup control plane")
         return answer
 
     def pieces(
@@ -149,13 +149,11 @@ class Admin:
             reason = getattr(error, "verify_message", "") or error.reason or str(error)
             hint = "does it speak TLS? its certificate is in listen.admin_cert_file"
             if isinstance(error, ssl.SSLCertVerificationError):
-                hint = "--ca-file names whom to trust"
-            words = f"{self.url}: no TLS with what answers there ({reason}); {hint}"
+                hint = "name a certificate to trust with --ca-file"
+            words = f"{self.url}: TLS failed ({reason}); {hint}"
             raise AdminError(words) from error
         except (OSError, HTTPException, ValueError) as error:  # ValueError: no such URL
-            words = (
-                f"no control plane answers at {self.url} ({error}); is gup running? --admin asks elsewhere"
-            )
+            words = f"no control plane answers at {self.url} ({error}); is it running? --admin names another"
             raise NobodyThereError(words) from error
         return connection
 
@@ -178,8 +176,8 @@ class Admin:
         first = text[text.index(_PEM_BEGIN) : text.index(_PEM_END) + len(_PEM_END)]
         if connected.getpeercert(binary_form=True) != ssl.PEM_cert_to_DER_cert(first):
             raise AdminError(
-                f"what answers at {self.url} does not show the certificate in {pinned}: "
-                "another service, or one that has not read it again (SIGHUP makes it)"
+                f"the server at {self.url} does not show the certificate in {pinned}: "
+                "it is another service, or has not reloaded its certificate (send it SIGHUP)"
             )
 
     def _refusal(self, response: HTTPResponse) -> AdminError:

@@ -72,7 +72,7 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     yield f"clients: {status['clients']['connections']} connections"
     if not status["reload"]["successful"]:
-        yield "the last reload FAILED: the settings before it are in force; the log says why"
+        yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
         words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
         yield printable(words)
@@ -112,11 +112,11 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
     if json_output:
         print_json(answer)
     elif not answer["reloaded"]:
-        typer.echo("\n  ".join(["the settings before stay in force:", *answer["problems"]]), err=True)
+        typer.echo("\n  ".join(["the old settings stay in force:", *answer["problems"]]), err=True)
     else:
         typer.echo(f"in force now: {', '.join(changed)}" if changed else "nothing has changed")
         if waiting:
-            typer.echo(f"waiting for a restart of the service: {', '.join(waiting)}")
+            typer.echo(f"restart the service for: {', '.join(waiting)}")
     if not answer["reloaded"] or waiting:
         raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
 
@@ -129,14 +129,14 @@ def prefetch(
     *,
     version: Annotated[
         str | None,
-        typer.Option(metavar="VERSION", help="Only from upstreams of this version."),
+        typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language."),
+        typer.Option(metavar="LANGUAGE", help="Only from upstreams of this language; default: all."),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Put it on the list and return; status 0 then.")
+        bool, typer.Option("--no-wait", help="Queue it and return at once with status 0.")
     ] = False,
     where: Where,
     json_output: JsonFlag = False,
@@ -167,6 +167,6 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
-        gone = {"outcome": "failed", "detail": "it is not on the service's list any more"}
+        gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted

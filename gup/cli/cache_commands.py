@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gup.config import Settings
     from gup.process.instance_lock import InstanceLock
 
-cache = typer.Typer(cls=Commands, help="Look at and change what a service keeps.", no_args_is_help=True)
+cache = typer.Typer(cls=Commands, help="List and change stored content.", no_args_is_help=True)
 
 T = TypeVar("T")
 Filters = dict[str, str]
@@ -48,7 +48,10 @@ _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Look here, while no service runs on it.")
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Work on this cache directory; no service may run on it."
+    ),
 ]
 Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
@@ -91,11 +94,11 @@ def list_entries(
     filters: Filters,
     order: Annotated[
         str,
-        typer.Option(
-            metavar="ORDER", help="key, used, stored, length or hits; -used is the other way round."
-        ),
+        typer.Option(metavar="ORDER", help="key, used, stored, length or hits; -used reverses the order."),
     ] = "key",
-    limit: Annotated[int, typer.Option(min=0, metavar="N", help="How many at most; 0 lists all.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Maximum number of entries; 0 lists all.")
+    ] = 100,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
@@ -130,11 +133,9 @@ def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
                 typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 
-_change(
-    "purge", "purged", "DELETE", "", "Remove entries; clients that are being sent one get the whole of it."
-)
-_change("pin", "pinned", "PUT", "/pin", "Keep entries whatever the limits say.")
-_change("unpin", "unpinned", "DELETE", "/pin", "Let the limits apply to entries again.")
+_change("purge", "purged", "DELETE", "", "Remove entries; clients that are receiving one still get it whole.")
+_change("pin", "pinned", "PUT", "/pin", "Exempt entries from eviction.")
+_change("unpin", "unpinned", "DELETE", "/pin", "Make entries evictable again.")
 
 
 # --- by a service, or here
@@ -193,15 +194,17 @@ def verify(
     *,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what is damaged, or drop it, so that it is fetched anew."),
+        typer.Option(
+            "--repair", help="Repair damaged entries, or remove them so that they are fetched again."
+        ),
     ] = False,
     cache_dir: DirectoryFlag = None,
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Compare everything stored with its sums; status 0 when all is right (or mended), 1 when not.
+    """Compare all stored content with its sums; status 0 when all is right or repaired, else 1.
 
-    A running service does it, and goes on serving. Without one it is done here, and none can start meanwhile.
+    A running service does this while it serves. Without one the command does; none can start meanwhile.
     """
     result = _by_service_or_here(
         where, cache_dir, partial(_verify_by_service, repair=repair), partial(_verify_here, repair=repair)
@@ -210,13 +213,13 @@ def verify(
         print_json(result)
     else:
         for row in result["found"]:
-            end = {None: "", True: " (mended)", False: f" (NOT mended: {row['why_not']})"}[row["mended"]]
+            end = {None: "", True: " (repaired)", False: f" (NOT repaired: {row['why_not']})"}[row["mended"]]
             typer.echo(f"{row['where']}: {row['path']}: {row['detail']}{end}")
         if result["failed"]:
             typer.echo(f"ended early: {result['failed']}")
-        busy = f", {result['busy']} left out because they were at work" if result["busy"] else ""
-        mended = f", {result['mended']} mended" if result["repair"] else ""
-        typer.echo(f"{result['checked']} looked at: {result['damaged']} damaged{mended}{busy}")
+        busy = f", {result['busy']} left out because of fills" if result["busy"] else ""
+        mended = f", {result['mended']} repaired" if result["repair"] else ""
+        typer.echo(f"{result['checked']} checked: {result['damaged']} damaged{mended}{busy}")
     if result["failed"] or result["damaged"] > (result["mended"] if repair else 0):
         raise typer.Exit(FAILED)
 
@@ -269,7 +272,7 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
 
 def _show_progress(checked: int, total: int, damaged: int) -> None:
     if sys.stderr.isatty():
-        typer.echo(f"\r{checked} of {total} looked at, {damaged} damaged ", err=True, nl=checked == total)
+        typer.echo(f"\r{checked} of {total} checked, {damaged} damaged ", err=True, nl=checked == total)
 
 
 # --- export
@@ -290,11 +293,10 @@ def export(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write entries with their records to an archive, to seed another site with it.
+    """Write entries with their records to an archive, to seed another site.
 
-    With --version and --language it has what a site of these needs: content for all versions or languages
-    too. What is left out is counted, with the reason. Status 1 when something had to be left out because it
-    is damaged.
+    With --version and --language it has what a site of these needs, content for all versions or languages
+    too. Entries left out are counted, with the reason. Status 1 when damaged entries were left out.
     """
     import asyncio
 
@@ -331,7 +333,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
-        raise AdminError(f"{file} is there already; an export overwrites nothing")
+        raise AdminError(f"{file} exists; an export does not overwrite files")
     path = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with path.open("xb") as target:
@@ -354,7 +356,7 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     from gup.errors import StoreError
 
     if odd := sorted({"product", "kind"} & filters.keys()):
-        raise StoreError(f"--{odd[0]}: only a running service can tell; none answers")
+        raise StoreError(f"--{odd[0]}: works only with a running service; none answers")
     keys, why_not = [], []
     others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
     for key in contents(store, grace_seconds=0.0).keys:
@@ -389,9 +391,9 @@ def import_(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Take an archive's entries in: nothing is overwritten or evicted, what is damaged is refused.
+    """Import the entries of an archive; nothing is overwritten or evicted, damaged entries are refused.
 
-    Status 1 when anything was refused or the archive is not whole; the rest of it is taken all the same.
+    Status 1 when entries were refused or the archive is truncated; the others are imported.
     """
     from gup.cache.signature import require_signer, signer_of
     from gup.cli.admin_client import AdminError
@@ -425,7 +427,7 @@ def import_(
             typer.echo(done["problem"], err=True)
             sys.stderr.flush()
         took = f"{done['imported']} imported, {bytes_in_words(done['imported_bytes'])}"
-        typer.echo(f"{took}; {done['present']} were here already, {len(done['refused'])} refused")
+        typer.echo(f"{took}; {done['present']} were stored already, {len(done['refused'])} refused")
     if done["refused"] or not done["complete"]:
         raise typer.Exit(FAILED)
 
@@ -447,8 +449,8 @@ def _import_here(source: IO[bytes], store: "Store", settings: "Settings") -> dic
         except KeyError:
             name = str(owner)
         raise StoreError(
-            f"{store.root} belongs to user {name}, who could not use what another user puts there: "
-            "run this as that user"
+            f"{store.root} belongs to user {name}, who could not use files of another user: "
+            "run this command as that user"
         )
     held_bytes = 0
 

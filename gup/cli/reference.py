@@ -52,7 +52,7 @@ UNITS = (
 _TOML_HEAD = (
     "Every setting of gup at its default. Written by `python -m gup.cli.reference` from the table in "
     f"gup/config/settings.py. {UNITS} "
-    "Keys that begin with # have no default: what stands there is an example."
+    "Keys that begin with # have no default: the value shown is an example."
 )
 _PAGE_HEAD = f"""# Settings
 
@@ -62,10 +62,10 @@ Settings come from a TOML file (`gup serve --config FILE`), the environment, and
 environment, the environment wins over the file. The variable of a key is `{PREFIX}<SECTION>{DELIMITER}<KEY>`:
 `GUP_CACHE__MAX_SIZE=5GB`. Lists are written with commas or as JSON: `GUP_CLIENTS__ALLOW=10.0.0.0/8,fc00::/7`.
 `GUP_UPSTREAM=http://manager:8014` names upstreams by URL alone, `GUP_UPSTREAM__URL` and the like describe
-one. A list that is given again replaces the other one whole.
+one. A list that is set again replaces the other one.
 
-An unknown key or a bad value stops the start. All mistakes are told at once, each with its key, the value and
-what would be right; `upstream#2.url` is the second upstream's. `gup config check FILE` looks for them without
+An unknown key or a bad value stops the start. All mistakes are listed, each with its key, the value and
+what would be right; `upstream#2.url` is the second upstream's. `gup config check FILE` lists them without
 starting anything, `gup config show FILE` prints what is in force.
 
 {UNITS}

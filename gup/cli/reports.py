@@ -22,7 +22,7 @@ from gup.cli.shared import (
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(
-    cls=Commands, help="What clients took, who waits for a restart, what was saved.", no_args_is_help=True
+    cls=Commands, help="Content by client, pending restarts, bandwidth saved.", no_args_is_help=True
 )
 
 CsvFlag = Annotated[bool, typer.Option("--csv", help="Print CSV, times in UTC.")]
@@ -34,14 +34,14 @@ _SHOWN = 20
 @report.command()
 @with_connection_flags
 def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
-    """Content taken here: who stands at which revision, what lags, and who."""
+    """Content by revision: which clients have which, and which lag."""
     _report("content", where, csv_output, json_output, _show_content)
 
 
 @report.command()
 @with_connection_flags
 def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
-    """Clients by the version they state, and those that may wait for a restart after a client patch."""
+    """Clients by stated version, and those that may need a restart after a client patch."""
     _report("clients", where, csv_output, json_output, _show_clients)
 
 
@@ -49,12 +49,12 @@ def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag 
 @with_connection_flags
 def savings(
     *,
-    days: Annotated[int, typer.Option(min=1, max=3660, metavar="N", help="The last so many days.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=3660, metavar="N", help="Number of days.")] = 30,
     where: Where,
     csv_output: CsvFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """What was sent, fetched, saved and wasted, by day and by stream."""
+    """Bytes sent, fetched, saved and wasted, by day and by stream."""
     _report("savings", where, csv_output, json_output, _show_savings, days=days)
 
 
@@ -67,7 +67,7 @@ def _report(
     **parameters: object,
 ) -> None:
     if csv_output and json_output:
-        typer.echo("gup: --csv and --json: one of them, not both", err=True)
+        typer.echo("gup: use --csv or --json, not both", err=True)
         raise typer.Exit(UNUSABLE)
     resource = f"report/{name}?" + urlencode(parameters | {"format": "csv" if csv_output else "json"})
     with asking(where) as admin:
@@ -154,7 +154,7 @@ def _show_clients(answer: Row) -> None:
         typer.echo(answer["note"])
     show_table(_GROUPS, answer["clients"])
     if not answer["catalogue_known"]:
-        typer.echo("without a catalogue nobody knows which streams are client patches")
+        typer.echo("without a catalogue it is not known which streams are client patches")
         return
     typer.echo(f"restart pending: {answer['pending']}, not known: {answer['unknown']}")
     show_table(_RESTARTS, answer["restart_pending"])

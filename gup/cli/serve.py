@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _HOST_PORT = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*):([0-9]{1,5})")
 
 simulate = typer.Typer(
-    cls=Commands, help="Play one side of a site: the management server, or the clients.", no_args_is_help=True
+    cls=Commands,
+    help="Run one side of a simulated site: the management server, or the clients.",
+    no_args_is_help=True,
 )
 ClientsFlag = Annotated[int, typer.Option(min=1, metavar="N", help="Simulated clients.")]
 SecondsFlag = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long they run.")]
@@ -124,7 +126,7 @@ def simulate_manager(
     products: Annotated[int, typer.Option(min=1, metavar="N", help="Streams of content.")] = 4,
     full_size: Annotated[int, quantity(parse_size, "SIZE", "Of a full package.", "4MB")] = 4_000_000,
 ) -> None:
-    """Play a management server with a tree of content until SIGTERM or SIGINT."""
+    """Run a simulated management server with content until SIGTERM or SIGINT."""
     from gup.demo import manager
 
     host, port = host_port("--listen", listen)
@@ -151,7 +153,7 @@ def simulate_clients(
     seed: SeedFlag = 1,
     json_output: JsonFlag = False,
 ) -> None:
-    """Play a site's clients, which compare every byte."""
+    """Run simulated clients, which compare every byte."""
     from gup.demo.clients import simulate_clients as run
 
     raise typer.Exit(

@@ -8,12 +8,12 @@ import typer
 
 from gup.cli.shared import Commands, ConfigFlag, JsonFlag, print_json
 
-config = typer.Typer(cls=Commands, help="Look at settings without starting anything.", no_args_is_help=True)
+config = typer.Typer(cls=Commands, help="Check and print settings.", no_args_is_help=True)
 
 
 @config.command("check")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
-    """Say whether `gup serve --config FILE` could start, or every mistake."""
+    """Check whether `gup serve --config FILE` can start; list every mistake."""
     from gup.cli.usable import usable
     from gup.units import format_size
 
@@ -38,7 +38,7 @@ def show(
     typer.echo(settings_toml(load(file)), nl=False)
 
 
-rules = typer.Typer(cls=Commands, help="Ask what the delivery rules decide.", no_args_is_help=True)
+rules = typer.Typer(cls=Commands, help="Evaluate the delivery rules.", no_args_is_help=True)
 
 
 @rules.callback()
@@ -63,7 +63,7 @@ def explain(
     config: ConfigFlag = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Say for each upstream whether the client may have the stream from it, and why."""
+    """Show for each upstream whether the client may have the stream, and why."""
     from gup.cli.serve import serve_flags
     from gup.cli.usable import read_catalog
     from gup.config import read

@@ -49,9 +49,7 @@ ConfigFlag = Annotated[
     typer.Option("--config", metavar="FILE", envvar="GUP_CONFIG", help="The settings' file (TOML)."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SeedFlag = Annotated[
-    int, typer.Option(metavar="N", help="Another number makes other content and other clients.")
-]
+SeedFlag = Annotated[int, typer.Option(metavar="N", help="Seed of the generated content and clients.")]
 
 
 def quantity(parse: Callable[[object], float], metavar: str, help_: str, default: str) -> Any:
@@ -104,8 +102,8 @@ class Where:
     ca_file: Path | None
 
 
-_ADMIN = "The control plane; without it, where the settings put it."
-_TOKEN_FILE = "A file with a token; without it, what the settings name, or what the service left in run/."  # noqa: S105
+_ADMIN = "URL of the control plane; default: the address in the settings."
+_TOKEN_FILE = "A file with a token; default: the file named in the settings, else run/admin-token."  # noqa: S105
 _CA_FILE = "Certificates (PEM) to trust for an https:// URL."
 
 
@@ -133,7 +131,7 @@ def asking(where: Where) -> Iterator["Admin"]:
     try:
         yield admin
     except KeyError as error:
-        words = f"{admin.url}: the answer has no {error}: that gup is of another version"
+        words = f"{admin.url}: the answer has no {error}: the service is another version of gup"
         raise AdminError(words) from error
 
 

@@ -80,9 +80,11 @@ def _require_folder(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise FileError(f"{str(path)!r} can't be looked at: {error.strerror}") from error
+            raise FileError(f"{str(path)!r} can't be accessed: {error.strerror}") from error
         if not stat.S_ISDIR(mode):
-            raise FileError(f"{str(path)!r} is no folder: it must be one, or not be there yet")
+            raise FileError(
+                f"{str(path)!r} is not a folder: name a folder, or a path that does not exist yet"
+            )
         return
 
 
@@ -109,7 +111,7 @@ def read_catalog(settings: Settings, upstream: Upstream) -> tuple[Mapping[str, L
         rows = parse_catalog(_fetch(url, upstream))
         if rows:
             return rows, url
-        reason = "what is there lists nothing"
+        reason = "its catalogue lists nothing"
     except FileError as error:
         reason = f"upstream.ca_file: {error}"
     except (OSError, HTTPException, ValueError) as error:  # URLError and TLS errors among them

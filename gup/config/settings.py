@@ -173,20 +173,20 @@ class Listen(Section):
     admin_port: Port = row(2968, "Port of the control plane; 0 takes a free one.")
     admin_token_file: Absolute | None = row(
         None,
-        "A file with the token to look and change things, needed beyond loopback; a reload reads it again.",
+        "File with the token for reading and changing; required beyond loopback; read again on reload.",
     )
     admin_read_token_file: Absolute | None = row(
-        None, "A file with another token, to look only, as Prometheus does; a reload reads it again."
+        None, "File with another token, for reading only, as Prometheus does; read again on reload."
     )
     admin_cert_file: Absolute | None = row(
-        None, "Certificate of the control plane with its chain (PEM); read on reload."
+        None, "Certificate of the control plane with its chain (PEM); read again on reload."
     )
     admin_key_file: Absolute | None = row(None, "The certificate's key (PEM, without a password).")
     backlog: Positive = row(4096, "Connections that the kernel queues for each worker.")
     max_connections: Positive = row(20000, "Client connections of all workers; more are closed at once.")
     header_timeout: Timeout = row(15.0, "Time for a request's head to arrive whole.")
     idle_timeout: Timeout = row(75.0, "Time for the next request on a connection to begin.")
-    write_timeout: Timeout = row(60.0, "Time for a client to take any byte while one is offered.")
+    write_timeout: Timeout = row(60.0, "Time in which a client must accept a byte of its response.")
     drain_timeout: Duration = row(30.0, "Time for responses under way when the service stops.")
 
 
@@ -207,40 +207,44 @@ class Cache(Section):
         "first_use",
         "When stored bytes are compared with their sums; docs/reliability.md explains each value.",
     )
-    sync_interval: Duration = row(10.0, "What was stored so long ago is durable: a power cut costs the rest.")
+    sync_interval: Duration = row(
+        10.0, "Time between syncs; a power cut costs at most what was stored since the last one."
+    )
     scrub_rate: Rate = row(20_000_000, 'Rate of reading stored bodies to find damage; "0" reads none.')
     scrub_interval: Duration = row(WEEK, "Time between the beginnings of two passes over all bodies.")
 
 
 class Upstream(Section):
-    """One management server, LiveUpdate server or other gup; the table may stand several times."""
+    """One management server, LiveUpdate server or other gup; the table may be repeated."""
 
-    name: Label = row("", "Its name in logs and metrics; left out, the URL's host and port.")
-    url: Url = Field(description="http:// or https://, host, port; a path is put before every request's.")
+    name: Label = row("", "Its name in logs and metrics; default: the URL's host and port.")
+    url: Url = Field(
+        description="http:// or https://, host, port; a path in it is prefixed to every request's."
+    )
     kind: Literal["manager", "liveupdate", "gup"] = row("manager", "What kind of server it is.")
     priority: Count = row(0, "The lowest is asked first.")
     weight: Weight = row(1, "Share of the content among upstreams of one priority.")
     version: Variant = row("any", "The manager's release or build, such as 14.3 RU2.")
     language: Variant = row("any", "The manager's language, such as French or fr.")
     ca_file: Absolute | None = row(None, "Certificates (PEM) to trust in place of the system's.")
-    verify_tls: bool = row(True, "Whether its certificate must be right.")
+    verify_tls: bool = row(True, "Whether its certificate is verified.")
     proxy: Proxy | None = row(None, "URL of a web proxy on the way; its password is kept secret.", repr=False)
     headers: Headers = Field(
         default_factory=dict, repr=False, description="Sent with every request; the values are kept secret."
     )
-    max_connections: Positive = row(16, "Connections at once, of each worker.")
-    connect_timeout: Timeout = row(5.0, "Time for a connection to stand, TLS included.")
-    first_byte_timeout: Timeout = row(60.0, "Time for a response's head, from when the connection stands.")
-    read_timeout: Timeout = row(15.0, "Time for any byte of a body, while gup is ready to take it.")
+    max_connections: Positive = row(16, "Connections of each worker at a time.")
+    connect_timeout: Timeout = row(5.0, "Time to establish a connection, TLS included.")
+    first_byte_timeout: Timeout = row(60.0, "Time for a response's head, once connected.")
+    read_timeout: Timeout = row(15.0, "Longest pause within a body while gup is ready to read.")
     min_rate: LeastRate = row(
         100,
-        "Rate below which a body over four times read_timeout goes on without its place among those of "
-        'fill.max, and is broken off when requests wait for a connection; "0" sets none.',
+        "Least rate of a body over four times read_timeout; a slower one gives up its fill slot, and is "
+        'broken off when requests wait for a connection; "0" sets none.',
     )
-    give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams.")
-    health_interval: Duration = row(30.0, "Time between health checks while all is well; 0 makes none.")
+    give_up: Timeout = row(60.0, "Time without a new byte, over all tries and upstreams, until a fill fails.")
+    health_interval: Duration = row(30.0, "Time between health checks; 0 turns them off.")
     health_path: UrlPath | None = row(
-        None, "Path of health checks (HEAD); left out, ContentInfo.txt, minitri.flg or / by its kind."
+        None, "Path of health checks (HEAD); default: ContentInfo.txt, minitri.flg or / by its kind."
     )
 
     @model_validator(mode="before")
@@ -254,34 +258,42 @@ class Upstream(Section):
 class Fill(Section):
     """Fetching from upstream."""
 
-    max: Positive = row(8, "Fills that stream at once; beside fulls as many deltas and index files.")
-    queue_timeout: Duration = row(30.0, "Time to wait for a fill to begin; 503 at once if it needs longer.")
-    range_wait: Duration = row(10.0, "Time for a fill to reach a range; one further ahead is fetched alone.")
-    memory: Size = row(256_000_000, "Memory of all processes for bodies that the disk refuses; 0 takes none.")
+    max: Positive = row(
+        8, "Fill slots: so many full packages stream at once, and as many deltas and index files."
+    )
+    queue_timeout: Duration = row(30.0, "Longest wait for a fill slot; 503 at once if it would take longer.")
+    range_wait: Duration = row(
+        10.0, "Longest wait for a fill to reach a range; one further ahead is fetched separately."
+    )
+    memory: Size = row(
+        256_000_000, "Memory of all processes for bodies that can't be stored; 0 turns it off."
+    )
 
 
 class Prefetch(Section):
     """Content that is fetched before a client asks for it, while no client's fill needs the link."""
 
     enabled: bool = row(
-        True, "Whether deltas to a new revision from those seen here are fetched; client patches never are."
+        True, "Whether to prefetch deltas to a new revision from those that clients have; not client patches."
     )
     max: Annotated[Count, Field(le=16)] = row(
-        8, "Deltas fetched for one new revision of a stream, from those seen last; 0 fetches none."
+        8, "Deltas prefetched for each new revision of a stream; 0 turns it off."
     )
-    seen_within: Duration = row(WEEK, "Revisions that no client has named for this time get no deltas.")
-    unlisted: Literal["skip", "fetch"] = row("skip", "Whether streams are fetched that no catalogue lists.")
+    seen_within: Duration = row(WEEK, "Revisions that no client has named for this time are left out.")
+    unlisted: Literal["skip", "fetch"] = row("skip", "Whether to prefetch streams that no catalogue lists.")
 
 
 class WanSchedule(Section):
-    """Another WAN rate at certain hours of the site; of several such tables the first that holds decides."""
+    """Another WAN rate at certain hours of the site; the first matching table applies."""
 
     days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)] = (
         Field(description="Weekdays, of mon, tue, wed, thu, fri, sat, sun.")
     )
-    from_: Minute = Field(alias="from", description="First minute, HH:MM; later than `to`: over midnight.")
-    to: Minute = Field(description="The minute after the last, HH:MM, to 24:00.")
-    rate: Rate = Field(description="Rate while it holds.")
+    from_: Minute = Field(
+        alias="from", description="Begin, HH:MM; if later than `to`, the period spans midnight."
+    )
+    to: Minute = Field(description="End, HH:MM, up to 24:00.")
+    rate: Rate = Field(description="Rate during the period.")
 
     @model_validator(mode="after")
     def _some_time(self) -> Self:
@@ -307,7 +319,7 @@ PRIVATE_NETWORKS = (
 class Clients(Section):
     """Which clients are served, and how much at once."""
 
-    allow: Networks = row(list(PRIVATE_NETWORKS), "Networks of the site's clients.")
+    allow: Networks = row(list(PRIVATE_NETWORKS), "Networks whose clients may connect.")
     max_downloads: Count = row(0, "Bodies over 256 KiB sent at once; more wait; 0 is unlimited.")
     queue: Count = row(1000, "Requests that may wait for a download; more get 503.")
     rate: Rate = row(0, 'Rate to each connection; "0" is unlimited.')
@@ -341,18 +353,20 @@ class Catalog(Section):
     refresh: Duration = row(3600.0, "Time between readings of the managers' catalogues; 0 reads none.")
     types: Annotated[dict[str, list[str]], AfterValidator(_with_known_types)] = row(
         CONTENT_TYPES,
-        "Types of content, by patterns (* and ?) of products' names in the catalogue, the first that fits; "
-        "these stand besides those named here, and an empty list takes one away.",
+        "Types of content by patterns (* and ?) of product names in the catalogue; the first match counts. "
+        "Types set here are added to the defaults; an empty list removes one.",
     )
 
 
 class Rules(Section):
     """Delivery rules for client patches."""
 
-    mode: Literal["enforce", "report", "off"] = row("enforce", "Whether to refuse, to count, or neither.")
-    version_match: Literal["release", "build"] = row("release", "What must be the same in equal versions.")
-    undeclared: Serve = row("serve", "Whether a client is served that does not state what a rule needs.")
-    unlisted: Serve = row("serve", "Whether content is served whose moniker no catalogue lists.")
+    mode: Literal["enforce", "report", "off"] = row(
+        "enforce", "Whether to refuse requests, only report them, or turn the rules off."
+    )
+    version_match: Literal["release", "build"] = row("release", "Whether releases or builds are compared.")
+    undeclared: Serve = row("serve", "Whether to serve a client that does not state what a rule compares.")
+    unlisted: Serve = row("serve", "Whether to serve content that no catalogue lists.")
     download_client_patches: bool = row(True, "Whether client patches are served at all.")
     content_types: Words = row([], 'Types served, of those in catalog.types and "other"; empty is all.')
     english_after_autoupgrade: bool = row(
@@ -363,14 +377,14 @@ class Rules(Section):
     )
     version_sources: Words = row(
         ["GUP-Client-Version", "User-Agent: SEP"],
-        'Where a client states its version, the first that does: a header, or "HEADER: PRODUCT" for '
-        "PRODUCT/VERSION in it.",
+        "Headers in which clients state their version; the first that is present counts: HEADER, or "
+        '"HEADER: PRODUCT" for PRODUCT/VERSION in it.',
     )
     language_sources: Words = row(
         ["GUP-Client-Language"],
-        "Likewise its language; Accept-Language may be added, but tells Windows' own.",
+        "Likewise for their language; Accept-Language may be added, but has the language of Windows.",
     )
-    liveupdate: Url | None = row(None, "LiveUpdate server shown to refused clients; left out, an upstream's.")
+    liveupdate: Url | None = row(None, "LiveUpdate server shown to refused clients; default: an upstream's.")
     releases: dict[str, str] = row(
         {}, 'More releases, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".'
     )
@@ -380,26 +394,26 @@ class Log(Section):
     """What is logged, and where to."""
 
     level: Literal["debug", "info", "warning", "error"] = row(
-        "info", "The least level written; lines of requests are decided by access alone."
+        "info", "Lowest level logged; request lines depend on access only."
     )
     format: Literal["text", "json"] = row("text", "A line of text, or a JSON object.")
     destination: LogDestination = row(
         "stderr", '"stderr", "stdout", "journald", or the absolute path of a file (logrotate may rename it).'
     )
     access: Literal["off", "sampled", "all"] = row(
-        "sampled", "Which requests are logged: none, some hits and all that is no hit, all."
+        "sampled", "Which requests are logged: none; a sample of hits and all others; all."
     )
-    access_sample: Positive = row(100, "Of how many hits each worker logs one while access is sampled.")
+    access_sample: Positive = row(100, "With sampled access each worker logs one hit in so many.")
 
 
 class Reports(Section):
     """Records of clients and of the bytes saved, for `gup report`."""
 
     addresses: Literal["full", "hashed", "off"] = row(
-        "full", "Clients in reports and log: addresses, keyed hashes of them, or none and no client records."
+        "full", "How clients appear in reports and log: address, keyed hash, or not at all."
     )
-    retention: Timeout = row(90 * DAY, "Clients not seen and content taken are forgotten after it.")
-    max_clients: Positive = row(100_000, "Clients remembered; of more the longest unseen are forgotten.")
+    retention: Timeout = row(90 * DAY, "Time after which client records are removed.")
+    max_clients: Positive = row(100_000, "Client records kept; more remove those not seen for longest.")
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
 
 
@@ -418,7 +432,7 @@ class Site(Section):
     """The site itself."""
 
     name: SiteName = Field(
-        default_factory=_host_name, description="Its name in metrics, Via and pages; left out, the host's."
+        default_factory=_host_name, description="Its name in metrics, Via and pages; default: the host's."
     )
     time_zone: TimeZone = row("", 'IANA time zone of its hours, such as "Europe/Paris"; "" is the host\'s.')
 
@@ -456,7 +470,7 @@ class Settings(Section):
         names, listen = [upstream.name for upstream in self.upstream], self.listen
         addresses = {listen.address, listen.admin_address}
         problems = [
-            f"upstream: the name {name!r} stands {names.count(name)} times; each upstream must have its own"
+            f"upstream: the name {name!r} is used {names.count(name)} times; each upstream must have its own"
             for name in sorted({name for name in names if names.count(name) > 1})
         ]
         if listen.port == listen.admin_port != 0 and (len(addresses) == 1 or addresses & {"0.0.0.0", "::"}):  # noqa: S104
@@ -465,7 +479,7 @@ class Settings(Section):
             problems.append(
                 f"listen.admin_address: {listen.admin_address} can be reached by others, so every request "
                 "needs a token: listen.admin_token_file must name a file with one, such as made by "
-                "openssl rand -hex 32; or let it be 127.0.0.1"
+                "openssl rand -hex 32; or set it to 127.0.0.1"
             )
         if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
             missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"

@@ -125,7 +125,7 @@ class Routes:
         elif self._liveupdate and root and not segments:
             route = _liveupdate_route(path, root)
         if route is None:
-            raise Problem("not-content", "This path is none of the content that is served here.")
+            raise Problem("not-content", "This path is not content that gup serves.")
         return route
 
 
@@ -239,7 +239,7 @@ def _decode_path(raw: bytes) -> str:
         ("a '%' without two hexadecimal digits", _BAD_ESCAPE.search(raw)),
         ("a fragment", b"#" in raw),
         ("an encoded '/'", b"%2f" in raw.lower()),
-        ("a character that cannot be printed", not path.isprintable()),  # also marks of writing direction
+        ("an unprintable character", not path.isprintable()),  # also marks of writing direction
         ("a backslash", "\\" in path),
         ("'//'", "//" in path),
         ("a name that begins with a dot", "/." in path),  # also "." and "..": none leads anywhere

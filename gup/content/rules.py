@@ -52,7 +52,7 @@ class Remedy(NamedTuple):
     text: str
 
 
-LIVEUPDATE = Remedy("liveupdate", "Meanwhile let the client take it from a LiveUpdate server.")
+LIVEUPDATE = Remedy("liveupdate", "Until then the client can use a LiveUpdate server.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Rulebook:
             return Decision("the rules are off", type_)
         if stream is None:
             if settings.unlisted == "serve" or origin.kind == "liveupdate":  # LiveUpdate has no catalogue
-                return Decision("no catalogue lists it, so no rule binds it", "")
+                return Decision("no catalogue lists it, so no rule applies", "")
             return refused(Rule.UNLISTED, "no catalogue lists it", _change('rules.unlisted = "serve"'))
         if settings.content_types and type_ not in settings.content_types:
             remedy = _change(f"{type_} among rules.content_types")
@@ -189,7 +189,7 @@ class Rulebook:
             return Decision("LiveUpdate serves clients of every version", type_)
         if origin.version is not None and origin.version.release < FIRST_WITH_PATCHES:
             because = f"{origin.name} is {origin.version}, and client patches come with {FIRST_WITH_PATCHES}"
-            upgrade = Remedy("upgrade-manager", f"Bring the manager to {FIRST_WITH_PATCHES} or later.")
+            upgrade = Remedy("upgrade-manager", f"Upgrade the manager to {FIRST_WITH_PATCHES} or later.")
             return refused(Rule.MANAGER_TOO_OLD, because, upgrade, LIVEUPDATE)
         version = origin.version
         if version is None:
@@ -202,7 +202,7 @@ class Rulebook:
         patch = _Patch(version, *languages)
         if patch.fits != NOBODY:
             return patch
-        because = "neither settings nor catalogue tell which version and language it is for"
+        because = "neither the settings nor the catalogue state its version and language"
         note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
         return patch.decision(because, NOBODY, note=note)
 
@@ -215,13 +215,13 @@ class Rulebook:
         exact = self._settings.version_match == "build"
         if (wanted == has) if exact else wanted.release == has.release:
             return None
-        remedies = [Remedy("upgrade-client", f"Bring the client to {wanted}, the manager's version.")]
+        remedies = [Remedy("upgrade-client", f"Install {wanted} on the client, the manager's version.")]
         note = ""
         if has.release < FIRST_WITH_PATCHES:
             note = f"no manager has client patches for {has}: they come with {FIRST_WITH_PATCHES}"
         else:
             at = 0 if wanted.older_than(has) else 1  # versions only go up: first what the older side can do
-            manager = Remedy("upgrade-manager", f"Bring the manager to {has}, the client's version.")
+            manager = Remedy("upgrade-manager", f"Upgrade the manager to {has}, the client's version.")
             remedies.insert(at, manager)
         same = "build" if exact else "release"
         because = f"the client is {has} and the manager {wanted}; client patches need the same {same} on both"
@@ -243,7 +243,7 @@ class Rulebook:
         return patch.decision(because, client, Rule.LANGUAGE, *self._language_remedies(patch, has))
 
     def _language_remedies(self, patch: _Patch, has: Language) -> Iterator[Remedy]:
-        yield Remedy("manager-of-language", f"Let a manager whose language is {has} serve it.")
+        yield Remedy("manager-of-language", f"Serve it from a manager in {has}.")
         after_autoupgrade = self._settings.english_after_autoupgrade
         if has == ENGLISH and not after_autoupgrade:
             yield _change("rules.english_after_autoupgrade = true, for English patches")
@@ -253,7 +253,7 @@ class Rulebook:
             text = f"{whether}: {english}"
             if patch.manager_language not in (None, ENGLISH) and not after_autoupgrade:
                 here = "set rules.english_after_autoupgrade or add an English manager"
-                text += f" To get those here then, {here}."
+                text += f" To serve those here, {here}."
             yield Remedy("autoupgrade-to-english", text)
 
     def _decide_undeclared(self, patch: _Patch, client: Client) -> Decision:
@@ -269,12 +269,12 @@ class Rulebook:
         if settings.undeclared == "serve":
             return patch.decision(f'{because}, and rules.undeclared is "serve"', client)
         places = " and ".join(sources[0] for sources in silent.values() if sources)
-        text = f"Let the client state its {' and '.join(silent)}" + (f", as in {places}." if places else ".")
+        text = f"Have the client state its {' and '.join(silent)}" + (f", as in {places}." if places else ".")
         return patch.decision(because, client, Rule.UNDECLARED, Remedy("declare", text))
 
 
 def _change(setting: str) -> Remedy:
-    return Remedy("change-setting", f"Whoever runs this service can allow it: {setting}.")
+    return Remedy("change-setting", f"The administrator of this service can allow it: {setting}.")
 
 
 def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases) -> Iterator[str]:

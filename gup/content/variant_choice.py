@@ -20,7 +20,7 @@ from gup.content.rules import Decision, Origin, Rulebook, document, lines
 _MOST_REMEMBERED = 4096
 """Clients may invent monikers and versions without end."""
 _ALL = Variant(ANY, ANY)
-_NOT_A_STREAM = Decision("files beside the streams are for every client", "")
+_NOT_A_STREAM = Decision("files outside the streams are for every client", "")
 _FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
 
 

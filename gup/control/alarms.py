@@ -35,49 +35,49 @@ class AlarmType(NamedTuple):
 # fmt: off
 ALARMS = (
     AlarmType("no-upstream", "critical", 0.0, 15.0,
-              "Look whether the WAN stands and the management server runs: curl it from this machine."),
+              "Check the WAN link and the management server: request its URL with curl from this machine."),
     AlarmType("disk-refuses", "critical", 0.0, 15.0, (
-              "Look at the disk of cache.directory: full, read-only, out of inodes, over a quota, or "
-              "broken.")),
+              "Check the disk of cache.directory: it is full, read-only, out of inodes, over quota, or "
+              "failing.")),
     AlarmType("upstream-down", "warning", 0.0, 15.0,
-              "Look at that server and the way to it; is it gone for good, take it off the settings."),
+              "Check that server and the network to it; if it is gone, remove it from the settings."),
     AlarmType("upstream-doubtful", "warning", 60.0, 60.0,
-              "Look at that server's own log, and ask it for a file with curl from this machine."),
+              "Check that server's log, and request a file from it with curl from this machine."),
     AlarmType("bad-content", "warning", 0.0, 15.0, (
-              "Look at that file on that server, and at proxies on the way. It is looked at again at the "
-              "latest 15 minutes after the last time, when a client asks for it.")),
+              "Check that file on that server, and web proxies on the way. When a client requests it, gup "
+              "checks it again after at most 15 minutes.")),
     AlarmType("not-stored", "warning", 0.0, 15.0, (
-              "Raise cache.max_size, or make room below cache.min_free: until then each client's download "
-              "of it crosses the WAN.")),
+              "Raise cache.max_size, or free disk space: until then each client's download of it crosses "
+              "the WAN.")),
     AlarmType("disk-short", "warning", 30.0, 15.0,
-              "Something else fills the disk: make room, or lower cache.max_size."),
+              "Something else fills the disk: free space, or lower cache.max_size."),
     AlarmType("cache-short", "warning", 0.0, 60.0,
               "Raise cache.max_size, or lower cache.keep_revisions or cache.max_unused."),
     AlarmType("damage", "warning", 0.0, 15.0, (
-              "It was mended where an upstream has the content; `gup cache verify` looks at everything. If "
-              "it goes on, look at the disk and its cable (smartctl, dmesg).")),
+              "gup repairs it from an upstream; `gup cache verify` checks everything. If it happens again, "
+              "check the disk and its cable (smartctl, dmesg).")),
     AlarmType("full-storm", "warning", 0.0, 60.0, (
-              "Look why these clients do not take deltas: away for long, a damaged installation, deltas "
-              "that the management server does not keep for long enough, or 0-byte deltas there.")),
+              "Find out why these clients request no deltas: they were off for long, their installation is "
+              "damaged, or the management server keeps too few revisions or has deltas of 0 bytes.")),
     AlarmType("reload-failed", "warning", 0.0, 0.0,
-              "`gup config check` tells what is wrong; put it right and `gup reload`."),
+              "`gup config check` lists the mistakes; correct them and run `gup reload`."),
     AlarmType("workers-restarting", "warning", 0.0, 15.0,
-              "Look into the log for why they ended; if nobody killed them, report it."),
+              "The log says why they ended; unless an administrator killed them, please report it."),
     AlarmType("stale-stream", "warning", 0.0, 15.0,
-              "Look whether the management server has that revision and has published it whole."),
+              "Check that the management server has that revision and has published it completely."),
     AlarmType("stale-catalogue", "warning", 60.0, 15.0, (
-              "Look whether the management server has /content/ContentInfo.txt, or name a copy in "
+              "Check that the management server has /content/ContentInfo.txt, or name a copy in "
               "catalog.file.")),
     AlarmType("unsure-end", "warning", 0.0, 60.0, (
-              "Have that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): "
-              "without them a body that was cut looks like a whole one, so nothing of it is stored.")),
+              "Make that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): "
+              "without them a truncated body looks complete, so the body is not stored.")),
     AlarmType("wan-full", "warning", 60.0, 30.0,
-              "Raise wan.rate if the link carries more; see `gup status`."),
+              "Raise wan.rate if the link can carry more; see `gup status`."),
     AlarmType("clients-silent", "warning", 0.0, 15.0, (
-              "Over a holiday that is right. Else look whether clients reach this machine's port, and "
-              "whether their policy still names it.")),
+              "This is normal over a holiday. Otherwise check that clients can reach this machine's port, "
+              "and that their policy names it.")),
     AlarmType("events-lost", "warning", 0.0, 15.0, (
-              "The machine is too busy; look what else runs on it. The figures are put right within ten "
+              "The machine is overloaded; check what else runs on it. The figures are corrected within ten "
               "minutes.")),
 )
 # fmt: on
@@ -188,23 +188,23 @@ class AlarmCollector:
         some_up = any(states.get(name) != "down" for name in names)
         if names and not some_up:
             why = next((f" ({error})" for error in errors.values() if error), "")
-            text = f"no upstream answers ({', '.join(names)}): only what is stored can be served{why}"
+            text = f"no upstream answers ({', '.join(names)}): only stored content is served{why}"
             yield "no-upstream", "", text
         for name in names:
             why = f" ({errors[name]})" if errors.get(name) else ""
             if some_up and states.get(name) == "down":
                 yield "upstream-down", name, f"{name} is down; others are asked{why}"
             if states.get(name) == "doubtful":
-                yield "upstream-doubtful", name, f"{name} takes connections but fails to answer{why}"
+                yield "upstream-doubtful", name, f"{name} accepts connections but its requests fail{why}"
         limit, waiting = dependencies.wan_rate(), dependencies.fills_waiting()
         if limit and waiting and state.history.wan.bytes_per_second() >= NEAR_LIMIT * limit:
             rate = f"{bytes_in_words(limit)}/s"
-            yield "wan-full", "", f"the WAN is full ({rate}), and {waiting} fills wait for their turn"
+            yield "wan-full", "", f"the WAN is full ({rate}), and {waiting} fills wait"
 
     def _of_store(self, disk: DiskUsage) -> Findings:
         state, limits = self._state, self._state.settings.cache
         for what, refusal in state.refusals.rows.items():
-            yield "disk-refuses", what, f"the disk takes no {what}: {refusal.detail}"
+            yield "disk-refuses", what, f"the disk refuses {what}: {refusal.detail}"
         at, unstored = state.unstored or (0.0, "")
         if unstored and 0 <= state.clock() - at < LATELY_SECONDS:
             yield "not-stored", "", f"content is passed through and not stored: {unstored}"
@@ -215,7 +215,7 @@ class AlarmCollector:
         gone = self.lately("evicted", state.evictor.recent_evicted)
         if gone and disk.size_bytes >= NEAR_LIMIT * limits.max_size:
             full = bytes_in_words(limits.max_size)
-            text = f"the cache is full ({full}), and {gone} entries that were used within a day had to go"
+            text = f"the cache is full ({full}), and {gone} entries used within the last day were evicted"
             yield "cache-short", "", text
         if damage := self.lately("gup_integrity_failures_total", seconds=DAMAGE_SECONDS):
             yield "damage", "", f"damage was found in the store {damage} times within the last hour"
@@ -243,19 +243,23 @@ class AlarmCollector:
                 label, since = " ".join(state.label(stream)), time_in_words(state.clock() - unmet.first)
                 what = f"{unmet.revision} of {label}"
                 here = f"the newest here is {newest}" if newest else "nothing newer is here"
-                yield "stale-stream", label, f"clients have asked for {what} for {since} in vain; {here}"
+                yield (
+                    "stale-stream",
+                    label,
+                    f"clients have requested {what} for {since}, but it can't be fetched; {here}",
+                )
 
     def _of_service(self) -> Findings:
         state, now = self._state, self._state.clock()
         if not self._dependencies.config_ok():
-            yield "reload-failed", "", "the settings could not be read again: those before are in force"
+            yield "reload-failed", "", "the last reload failed: the old settings are in force"
         if died := self.lately("gup_worker_restarts_total"):
             text = f"worker processes died {died} times within 10 minutes and were replaced"
             yield "workers-restarting", "", text
         last, week = state.clients.newest(1), state.clients.counts(now)["7d"]
         if week >= REGULARS and last and now - last[0][1] >= SILENT_SECONDS:
             ago = time_in_words(now - last[0][1])
-            text = f"no client has asked for {ago}, where {week} did within the last week"
+            text = f"no client has sent a request for {ago}; {week} did within the last week"
             yield "clients-silent", "", text
         if lost := self.lately("gup_events_lost_total") + self.lately("malformed", state.malformed_events):
             text = f"{lost} messages from workers were lost within 10 minutes: figures of use are too low"
@@ -270,7 +274,7 @@ def storm_in_words(label: str, storm: Storm) -> str:
         more = f" and {storm.clients - len(shown)} more" if storm.clients > len(shown) else ""
         who += f" ({', '.join(shown)}{more})"
     lan, wan, mean = map(bytes_in_words, (storm.lan_bytes, storm.wan_bytes, storm.delta_bytes))
-    text = f"{who} asked for {storm.fulls} full packages of {label}, against {storm.deltas} deltas, "
+    text = f"{who} requested {storm.fulls} full packages of {label}, against {storm.deltas} deltas, "
     text += f"within 20 minutes: {lan} over the LAN, {wan} over the WAN"
     if storm.delta_bytes:
         instead = bytes_in_words(storm.fulls * storm.delta_bytes)

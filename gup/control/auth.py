@@ -145,7 +145,7 @@ def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
         raise FileError(f"listen.admin_{setting}_file: {error}: {right}") from error
     key = f"listen.admin_key_file: {str(key_file)!r}"
     if b"ENCRYPTED" in text:
-        raise FileError(f"{key} is encrypted; gup can ask nobody for its password: {_RIGHT_KEY}")
+        raise FileError(f"{key} is encrypted; gup can't ask for its password: {_RIGHT_KEY}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert_file, key_file, password="")  # else OpenSSL asks at the terminal
@@ -238,17 +238,17 @@ def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """The refusal of a request whose token does not allow it."""
     where, near = "", is_near(attempt.peer)
     if listener.token_file and near:
-        where = f"; on this machine there is one in {listener.token_file} (gup's commands: --token-file)"
+        where = f"; on this machine one is in {listener.token_file} (gup's commands: --token-file)"
     if attempt.right is None:
-        return Refusal(401, f"That token is not known here{where}", (f'{_BEARER}, error="invalid_token"',))
+        return Refusal(401, f"The token is not known{where}", (f'{_BEARER}, error="invalid_token"',))
     if attempt.changes and attempt.right < Right.CHANGE:
         if attempt.bearer and attempt.right is Right.READ:
             challenge = f'{_BEARER}, error="insufficient_scope"'
-            return Refusal(403, "That token is good for reading only", (challenge,))
-        return Refusal(401, f"Changing needs Authorization: Bearer TOKEN{where}", (_BEARER,))
+            return Refusal(403, "The token allows reading only", (challenge,))
+        return Refusal(401, f"Changes need a token (Authorization: Bearer TOKEN){where}", (_BEARER,))
     if attempt.right is Right.NONE and not (listener.on_loopback and near):
         page = ('Basic realm="gup", charset="UTF-8"',) if attempt.path == "/" else ()
-        detail = f"Beyond loopback every request needs Authorization: Bearer TOKEN{where}"
+        detail = f"Beyond loopback every request needs a token (Authorization: Bearer TOKEN){where}"
         return Refusal(401, detail, (_BEARER, *page))
     return None
 
@@ -349,7 +349,7 @@ class Access:
         """Read tokens and certificate at the start.
 
         The supervisor checked them before it started this process. If they are unusable now (the controller
-        may be restarted at any time), nobody gets in until a reload, and the controller goes on working.
+        may be restarted at any time), no token is accepted until a reload; the controller runs on.
         """
         name, tls = admin.getsockname(), listen.admin_cert_file is not None
         address = str(name[0]) if isinstance(name, tuple) else ""
@@ -366,7 +366,7 @@ class Access:
         files = await wrap(_read_files)(listen, run)
         for doubt in files.doubts:
             _log.warning("%s", doubt)
-        what_now = "nobody gets in until a reload" if at_start else "the old ones stay in force"
+        what_now = "no token is accepted until a reload" if at_start else "the old ones stay in force"
         for problem in files.problems:
             _log.error("%s; %s", problem, what_now)
         if at_start or not files.problems:

@@ -183,7 +183,11 @@ class CatalogRefresher:
     @staticmethod
     def _failed(old: Kept, problem: str) -> Kept:
         if old.problem != problem:
-            have = "the last one stays in force" if old.rows is not None else "streams go by their monikers"
+            have = (
+                "the last one stays in force"
+                if old.rows is not None
+                else "streams are shown by their monikers"
+            )
             _log.warning("no catalogue: %s; %s", problem, have)
         return replace(old, problem=problem)
 

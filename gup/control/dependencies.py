@@ -104,10 +104,7 @@ class BusyError(GupError):
     """The entry can't be changed now: another process fills, revalidates or mends it."""
 
     def __init__(self, key: ContentKey) -> None:
-        super().__init__(
-            f"{key.text} is being fetched or checked at this moment, so nothing was changed: "
-            "try again when that has ended"
-        )
+        super().__init__(f"{key.text} is being fetched or checked, so nothing was changed; try again later")
 
 
 async def change(

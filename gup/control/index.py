@@ -283,7 +283,7 @@ class Index:
         self.opened = True
 
     async def _start_anew(self, why: str) -> None:
-        _log.warning("the index is damaged and is made anew from the records: %s", why)
+        _log.warning("the index is damaged and is rebuilt from the records: %s", why)
         self._on_damage()
         try:
             await self._in_thread(self._file.delete)
@@ -502,7 +502,7 @@ async def reconcile(dependencies: ControlDependencies, index: Index, now: float)
             index.discard(key)
     index.complete = True
     if changed or gone:
-        _log.info("the index took over %d entries and dropped %d", len(changed), len(gone))
+        _log.info("the index gained %d entries and lost %d", len(changed), len(gone))
     await asyncio.to_thread(store.prune)
     for orphan in orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:

@@ -119,7 +119,7 @@ class Scrubber:
             self.save()
         now.ended_at = max(self._clock(), now.began_at)
         self.save()
-        text = "read %d bodies, %d bytes: %d damaged, %d mended"
+        text = "read %d bodies, %d bytes: %d damaged, %d repaired"
         _log.info(text, now.checked, now.checked_bytes, now.damaged, now.mended)
 
     async def _scrub(self, key: ContentKey) -> None:
@@ -163,7 +163,7 @@ class Scrubber:
         if problem is None:
             self._pass.mended += 1
         else:
-            _log.warning("%s could not be mended: %s", key.text, problem.detail)
+            _log.warning("%s could not be repaired: %s", key.text, problem.detail)
 
     async def _pay(self, amount_bytes: int) -> None:
         """Wait until the rate allows to read so much."""
@@ -291,7 +291,7 @@ class Verification:
                 why_not = problem.detail if problem is not None else None
                 self._note(finding, problem is None if repair else None, why_not)
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
-            detail = f"it can't be looked at: {error or type(error).__name__}"
+            detail = f"it can't be checked: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
             self._note(finding, False if self._told.repair else None, str(error) or None)
         return True

@@ -117,7 +117,7 @@ class PrefetchQueue:
             if item.outcome is not Outcome.QUEUED or item.by == "operator" or stream_of(item.key) != stream:
                 continue
             if (names := named(item.key)) is not None and names.revision < newest:
-                self.move(item, Outcome.SUPERSEDED, now, f"{newest} is asked for by now")
+                self.move(item, Outcome.SUPERSEDED, now, f"clients request {newest} by now")
 
     def to_json(self) -> list[Any]:
         return [item.model_dump(mode="json") for item in self.rows.values()]
@@ -343,7 +343,7 @@ class Prefetcher:
         """Queue `path` for all matching variants; ValueError when it is wrong, Busy when the list is full."""
         try:
             if parse_target(path.encode()).authority is not None:
-                raise ValueError("path: begin it with /content/, without the server")
+                raise ValueError("path: it must begin with /content/, without the server")
             route = self._route(path)
         except Problem as problem:
             kind = NotThereError if problem.status == 404 else ValueError
@@ -355,7 +355,7 @@ class Prefetcher:
             if item is not None and item.pending:
                 item.by = "operator"
             elif not self._add(route, key, "operator"):
-                raise Busy(f"{MAX_PENDING} are waiting already: try again later")
+                raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
         return [self.queue.rows[key] for key in keys]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:

@@ -52,7 +52,7 @@ def _lock(fd: int, run: Path, deadline: float) -> None:
             left = deadline - time.monotonic()
             if left <= 0 or not told:
                 pids = ", ".join(map(str, holders(run)))
-                who = f"pid {pids}" if pids else "not visible from here"
+                who = f"pid {pids}" if pids else "its pid is not visible here"
                 words = f"another gup uses the cache directory {run.parent} ({who})"
                 if left <= 0:
                     raise StoreError(words) from error

@@ -329,7 +329,7 @@ class Supervisor:
     def _reload_settings(self) -> Message:
         """Read the settings again and send them to the children. Returns the answer to the controller."""
         if self._reload is None or self._stage is not Stage.SERVING:
-            problem = "there is no file to read" if self._reload is None else "the service is stopping"
+            problem = "there is no settings file" if self._reload is None else "the service is stopping"
             _LOG.warning("settings not reloaded: %s", problem)
             return {"problems": [problem], "changed": [], "waiting": []}
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")

@@ -77,7 +77,7 @@ class Downloads:
         # counted first, then compared: two workers can't both take the last place of the queue
         if (queued := self._all_queued()) > self._limits().queue:
             self._words[self._queued] -= 1
-            detail = f"{queued - 1} downloads wait already; that is as many as may"
+            detail = f"{queued - 1} downloads are queued already, the limit set by clients.queue"
             raise Problem("overloaded", detail, retry_after_seconds=self._served_within(queued))
         self._waiting[ticket] = None
         self._ask()

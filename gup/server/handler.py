@@ -118,7 +118,7 @@ class Handler:
             raise Problem("loop", f"the request's Via names more than {MOST_HOPS} gups")
         target = parse_target(request.target)
         if target.authority is not None and target.authority not in self._authorities:
-            detail = f"{target.authority} is no upstream of this service; it is not an open proxy"
+            detail = f"{target.authority} is not an upstream of this service, which is not an open proxy"
             raise Problem("forbidden-host", detail)
         route = self._routes.route(target.path)
         if not self._dependencies.settings.upstream:
@@ -148,7 +148,7 @@ class Handler:
                 if span is None or await self._cache.is_sound_at(opened, span.start):
                     return self._complete(opened, response)
             problem = Problem(
-                "internal-error", "the stored body was replaced at every try", retry_after_seconds=1
+                "internal-error", "the entry was replaced during each try; try again", retry_after_seconds=1
             )
             return self.refuse(problem, request, keep_alive=False)
         except Exception as error:  # noqa: BLE001 - as above

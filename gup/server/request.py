@@ -14,7 +14,7 @@ from gup.errors import Problem
 MAX_HEAD_BYTES = 16384
 MAX_TARGET_BYTES = 8192
 MAX_HEADERS = 100
-_TARGET_TOO_LONG = f"A request target may have {MAX_TARGET_BYTES} bytes."
+_TARGET_TOO_LONG = f"A request target may have at most {MAX_TARGET_BYTES} bytes."
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of methods that anybody has registered
@@ -78,9 +78,9 @@ def check_begun(buffer: bytes | bytearray) -> None:
     _check_size(buffer)
     ends = buffer.count(b"\r\n")
     if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
-        raise Problem("bad-request", "A line of a head ends with CRLF; a CR or LF stands alone here.")
+        raise Problem("bad-request", "Lines of a request head end with CRLF; this CR or LF stands alone.")
     if not _BEGINNING.match(buffer):
-        raise Problem("bad-request", "This is not HTTP; and TLS is not spoken here.")
+        raise Problem("bad-request", "This is not HTTP. This port does not support TLS: use http://.")
     if ends:
         _check_line(buffer)
 
@@ -92,7 +92,7 @@ def _check_size(buffer: bytes | bytearray) -> None:
     line_end = buffer.find(b"\r\n")
     if line_end < 0 or line_end > MAX_TARGET_BYTES + _LONGEST_METHOD_AND_VERSION_BYTES:
         raise Problem("uri-too-long", _TARGET_TOO_LONG)
-    raise Problem("head-too-large", f"A request head may have {MAX_HEAD_BYTES} bytes.")
+    raise Problem("head-too-large", f"A request head may have at most {MAX_HEAD_BYTES} bytes.")
 
 
 def _check_line(head: bytes | bytearray) -> re.Match[bytes]:
@@ -102,7 +102,7 @@ def _check_line(head: bytes | bytearray) -> re.Match[bytes]:
     if len(line[1]) > MAX_TARGET_BYTES:
         raise Problem("uri-too-long", _TARGET_TOO_LONG)
     if line[2] not in (b"1.0", b"1.1"):
-        raise Problem("http-version", f"HTTP/{line[2].decode()} is not spoken here.")
+        raise Problem("http-version", f"HTTP/{line[2].decode()} is not supported here.")
     return line
 
 
@@ -128,7 +128,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     if not _FIELD_LINES.fullmatch(head, fields_at):
         raise Problem("bad-request", "A header field is malformed.")
     if head.count(b"\r\n", fields_at) - 1 > MAX_HEADERS:
-        raise Problem("head-too-large", f"A request may have {MAX_HEADERS} header fields.")
+        raise Problem("head-too-large", f"A request may have at most {MAX_HEADERS} header fields.")
     fields = _Fields()
     parser = httptools.HttpRequestParser(fields)
     try:
@@ -152,12 +152,12 @@ def parse_head(head: bytes, peer: str = "") -> Request:
 def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
     # RFC 9112 section 6.3 lets a server refuse all this; whoever disagrees on a length can smuggle requests.
     if _values(headers, "transfer-encoding"):
-        raise Problem("bad-request", "A request with Transfer-Encoding is not taken.")
+        raise Problem("bad-request", "Requests with Transfer-Encoding are not accepted.")
     lengths, hosts = _values(headers, "content-length"), _values(headers, "host")
     if len(lengths) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
         raise Problem("bad-request", "The Content-Length is malformed or repeated.")
     if method in ("GET", "HEAD") and any(int(length) for length in lengths):
-        raise Problem("bad-request", f"A {method} request has no body here.")
+        raise Problem("bad-request", f"A {method} request must not have a body.")
     # RFC 9112 section 3.2. An empty host is refused too: no http URL has one (RFC 9110 section 4.2.1).
     if len(hosts) > 1 or len(hosts) < minor_version:
         raise Problem("bad-request", "A request must have exactly one Host field.")

@@ -90,7 +90,7 @@ def plan(request: Request, head: Head, serving: Serving) -> Response:
     """
     status = evaluate(request, head.etag, head.last_modified)
     if status == 412:
-        problem = Problem("precondition-failed", "The content is not the one that the request means.")
+        problem = Problem("precondition-failed", "The content does not match the request's condition.")
         response = refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
     elif status == 304:
         response = _response(304, request, serving, _validators(head, serving.vary), ())

@@ -181,7 +181,7 @@ def failure_of(  # noqa: C901, PLR0911 - a table
     if isinstance(error, OSError) and is_exhausted(error):
         return UpstreamFailure("unreachable", "overloaded", exhausted(error).detail, again=True)
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return unreachable(f"{name} takes no connection in time")
+        return unreachable(f"{name} did not accept a connection in time")
     if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
         detail = f"{name} did not answer in time" + (f" ({limit})" if limit else "")
         return UpstreamFailure("timeout", "upstream-timeout", detail)
@@ -199,7 +199,9 @@ def failure_of(  # noqa: C901, PLR0911 - a table
     if isinstance(error, aiohttp.InvalidURL):
         return UpstreamFailure("error", "upstream-refused", f"{name}: bad URL {error}")
     if isinstance(error, aiohttp.ClientResponseError | HttpProcessingError):
-        return UpstreamFailure("error", "upstream-error", f"{name} broke HTTP: {error.message}", again=True)
+        return UpstreamFailure(
+            "error", "upstream-error", f"{name} violated HTTP: {error.message}", again=True
+        )
     # aiohttp raises RuntimeError when its connection has gone and no reader was told.
     if isinstance(error, aiohttp.ClientError | OSError | asyncio.IncompleteReadError | RuntimeError):
         detail = f"{name} broke off: {error or type(error).__name__}"

@@ -208,7 +208,7 @@ class Download:
         length = await self._pool.length_of(self._current(), self._template, answer.head)
         self.confirmed = length is not None
         if length is not None and length < self.received:
-            raise rejected(f"{answer.head.upstream} sent {self.received} bytes and tells {length} by HEAD")
+            raise rejected(f"{answer.head.upstream} sent {self.received} bytes but reports {length} to HEAD")
         return length
 
     def _note_gain(self) -> None:
@@ -304,7 +304,7 @@ class Download:
             if self._may_join(answer.head, vouched=answer.head.status == 206 and bool(ask.if_range)):
                 return answer
             if not self.received:
-                raise BodyChanged(f"{upstream.name} tells other validators than before")
+                raise BodyChanged(f"{upstream.name} sends other validators than before")
             self._doubt(upstream.name, answer.head.validators)
             if answer.head.start == 0:
                 return answer
@@ -328,7 +328,7 @@ class Download:
         assert self.head is not None
         if remote.length is None or self.head.length is None or remote.length == self.head.length:
             return
-        detail = f"{remote.upstream} now tells {remote.length} bytes, not {self.head.length}"
+        detail = f"{remote.upstream} now announces {remote.length} bytes, not {self.head.length}"
         if self._immutable and remote.upstream not in self._sources:
             raise rejected(detail)  # another upstream may have the right body
         raise BodyChanged(detail)
@@ -348,7 +348,7 @@ class Download:
         head, source = answer.head, self._sources.get(answer.head.upstream)
         position = head.start
         if position > self.received:
-            raise rejected(f"{head.upstream} answered from byte {position}, not from where asked")
+            raise rejected(f"{head.upstream} answered from byte {position}, not from the requested one")
         while position < self.received:
             piece = await answer.read()
             if not piece:
@@ -425,7 +425,7 @@ async def fetch_catalogue(pool: Pool, name: str, etag: str | None, last_modified
     finally:
         answer.close()
     if len(text) > MAX_CATALOG_BYTES:
-        raise rejected(f"{url} is over {MAX_CATALOG_BYTES} bytes long: no catalogue is")
+        raise rejected(f"{url} is over {MAX_CATALOG_BYTES} bytes long, the limit for a catalogue")
     if not answer.head.delimited and await pool.length_of(upstream, ask, answer.head) != len(text):
         raise unconfirmed(name, len(text))
     return Fetched(bytes(text), answer.head.etag, answer.head.last_modified)

@@ -65,7 +65,7 @@ def misframed(detail: str) -> UpstreamFailure:
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
     """The body ended with its connection, so it may be incomplete."""
     untold = (
-        "without a Content-Length or a last chunk to tell that this is all: it is passed on and not stored"
+        "without a Content-Length or a last chunk to confirm the end: the body is passed on and not stored"
     )
     detail = f"{name} sent {received} bytes and closed the connection, {untold}"
     return UpstreamFailure("rejected", "upstream-unsure-end", detail)
@@ -80,6 +80,9 @@ def refusal(name: str, status: int, headers: Mapping[str, str], now: float) -> U
     """A response with an error status. `now` is in Unix seconds."""
     slug, later = "upstream-error" if status >= 500 else "upstream-refused", None
     detail = f"{name} answered {status}"
+    if 300 <= status < 400:
+        where = mask_password(headers.get("Location", "none"))
+        detail += f": redirects are not followed; set upstream.url to the final address (Location: {where})"
     if status == 508:
         slug, detail = "loop", f"{detail}: the request would go round in a circle"
     if status in (429, 503):
@@ -136,7 +139,7 @@ def proxy_refused(
     """The web proxy did not forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
     if status in (401, 407):
-        said += "; it wants a user and a password: http://user:password@host:port"
+        said += "; it requires a user and a password: http://user:password@host:port"
     detail = f"{name}: {proxy_in_words(proxy)} answered {said}"
     return unreachable(detail) if for_all else UpstreamFailure("error", "upstream-error", detail)
 

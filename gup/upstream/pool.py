@@ -296,7 +296,7 @@ class Pool:
             await self._drain(fields, ask, upstream)
             failure = refusal(name, status, response.headers, time.time())
             if proxy is not None:
-                failure.detail += f", by way of {proxy_in_words(proxy)}, whose answer it may be"
+                failure.detail += f", through {proxy_in_words(proxy)}, which may have sent this answer"
             raise failure
         head = RemoteHead(status, 0, None, None, None, "", name) if ask.check else fields.head(age)
         if ask.method == "HEAD":
@@ -422,7 +422,9 @@ class Answer:
         if self._ended:
             return b""
         if self.steadiness.slow and self._upstream.waiting:  # all of max_connections are in use
-            detail = f"{self.head.upstream} sends less than upstream.min_rate, and others wait to ask it"
+            detail = (
+                f"{self.head.upstream} is below upstream.min_rate, and other requests wait for a connection"
+            )
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
         self._window.follow()
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp

@@ -111,7 +111,7 @@ class Upstream:
     def url(self, path: str) -> str:
         """The URL of a percent-encoded path. UpstreamFailure for anything else, which could name a host."""
         if not _PATH.fullmatch(path):
-            detail = f"{self.name} is not asked: {path[:80]!a} is no path"
+            detail = f"{self.name} is not asked for {path[:80]!a}: that is not a path"
             raise UpstreamFailure("error", "upstream-refused", detail)
         return self.settings.url + path
 

@@ -105,7 +105,7 @@ def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):
     assert (names[0], names[-1], len(names)) == (FIRST, LAST, 8)
     assert summary(file) == {"entries": 3, "bytes": 2_561_012, "left_out": [], "not_wanted": {}}
     file.write_bytes(file.read_bytes()[:-2048])
-    with pytest.raises(ArchiveError, match="broke off"):
+    with pytest.raises(ArchiveError, match="truncated"):
         summary(file)
 
 
@@ -147,7 +147,7 @@ def test_without_room_or_while_it_is_fetched_an_entry_is_refused(source, tmp_pat
         done = take(text, target)
         assert (done.imported, done.refused) == (
             2,
-            [{"name": key().text, "why": "it is being fetched at this moment"}],
+            [{"name": key().text, "why": "it is being fetched; import it again later"}],
         )
         others.release(key().claim_offset)
         assert take(text, target).imported == 1
@@ -190,10 +190,10 @@ def test_what_does_not_fit_its_record_is_refused_and_the_rest_taken(source, tmp_
     cases = {
         "damaged: its bytes": [record, (body[0], bytes(changed))],
         "bytes long instead of": [record, (body[0], body[1][:-1])],
-        "without its record": [body],
+        "does not follow its record": [body],
         "another entry's name": [(renamed(record[0], "content/a/b/c/d/.e.gup"), record[1])],
         "a damaged record": [(record[0], record[1].replace(b"manager", b"manafer"))],
-        "a body without its record before it": [record, (renamed(body[0], other), body[1])],
+        "a body that does not follow its record": [record, (renamed(body[0], other), body[1])],
         "neither a record nor a body": [(renamed(body[0], "content/../../etc/x"[8:]), body[1])],
     }
     for number, (words, rows) in enumerate(cases.items()):
@@ -210,7 +210,7 @@ def test_links_and_folders_are_refused(source, tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     done = take(tar_of([first, (link, b"")]), store_at(tmp_path / "target"))
     assert done.refused == [{"name": "a/b/c/d/e", "why": "neither a record nor a body"}]
-    assert (done.complete, "cut off" in done.problem) == (False, True)
+    assert (done.complete, "truncated" in done.problem) == (False, True)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -275,11 +275,11 @@ def extended(text: bytes, size: int | None = None) -> bytes:
         ([extended(b"29 GNU.sparse.realsize=9999999\n", 30)], "damaged header"),
         (
             [extended(b"22 GNU.sparse.major=1\n"), header("y", 512), b"9" * 2000, HUGE],
-            "cut off|sparse|header",
+            "truncated|sparse|header",
         ),
         ([extended(b"13 size=-500\n"), header("y", 512)], "damaged header|negative"),
         ([extended(b"\xff\xff\xff")], "damaged header"),
-        ([header("content/a/b/c/d/e", 1 << 60), HUGE], "cut off"),
+        ([header("content/a/b/c/d/e", 1 << 60), HUGE], "truncated"),
     ],
     ids=range(10),
 )
@@ -354,14 +354,14 @@ def first(text: bytes) -> bytes:
 
 
 NONE = {
-    "nothing": (b"", "no archive made by gup cache export"),
-    "zeros": (b"\0" * 2000, "no archive"),
-    "a zip": (b"PK\3\4" * 500, "no archive"),
-    "a tar": (tar_of([(tarfile.TarInfo("a"), b"b")]), "no archive"),
+    "nothing": (b"", "not an archive made by gup cache export"),
+    "zeros": (b"\0" * 2000, "not an archive"),
+    "a zip": (b"PK\3\4" * 500, "not an archive"),
+    "a tar": (tar_of([(tarfile.TarInfo("a"), b"b")]), "not an archive"),
     "another format": (first(b'{"format": 9}'), "format 9; this gup reads format 1"),
     "odd format": (first(b'{"format": [[]], "gup": "1", "site": "s", "made_at": 1}'), "format an array of 1"),
-    "an array": (first(b"[]"), "no archive"),
-    "NaN": (first(b'{"format": 1, "gup": "1", "site": "s", "made_at": NaN}'), "no archive"),
+    "an array": (first(b"[]"), "not an archive"),
+    "NaN": (first(b'{"format": 1, "gup": "1", "site": "s", "made_at": NaN}'), "not an archive"),
     "no gup": (first(b'{"format": 1}'), "'gup': it is missing; export it again"),
     "no text": (
         first(b'{"format": 1, "gup": "1", "site": 5, "made_at": 1}'),
@@ -394,5 +394,5 @@ def test_a_record_that_is_wrong_is_refused_by_name_and_the_rest_is_taken(source,
     assert done.complete
     assert done.imported == 2
     why = {row["why"].partition(";")[0].partition(":")[0] for row in done.refused}
-    assert why == {"a damaged record", "a body without its record before it"}
+    assert why == {"a damaged record", "a body that does not follow its record"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

@@ -183,9 +183,9 @@ async def test_other_bytes_are_never_joined_and_get_another_tag(tmp_path, upstre
 async def test_another_generation_than_that_of_the_damage_is_left_alone(tmp_path, upstream, until):
     async with working(tmp_path, [upstream.url]) as one:
         await filled(one, upstream, until)
-        flight = one.cache._suspect(record_of(one), counted=False, seen=1)
-        await flight.ended.wait()
-        assert flight.problem is None
+        fill = one.cache._suspect(record_of(one), counted=False, seen=1)
+        await fill.ended.wait()
+        assert fill.problem is None
         assert len(upstream.requests(FILE)) == 1
 
 
@@ -204,5 +204,5 @@ async def test_a_disk_that_damages_again_and_again_is_not_written_to(tmp_path, u
         await until(lambda: not one.cache.fills, "the try ends")
         assert one.counted("gup_fills_total", outcome="unstorable") == 1
         told = [event for event in one.told if event["type"] == "unstorable"]
-        assert "again and again" in told[-1]["detail"]
+        assert "damages stored bodies repeatedly" in told[-1]["detail"]
         assert told[-1]["disk"]

@@ -45,7 +45,7 @@ async def test_an_error_that_did_not_come_from_the_disk_is_not_told_as_the_disks
                 await one.get(FILE)
         assert caught.value.slug == ("overloaded" if is_exhausted(error) else "internal-error")
         assert not disk_is_blamed(one), one.told
-        assert "cache directory refuses" not in caplog.text + caught.value.detail
+        assert "cache directory can't be written" not in caplog.text + caught.value.detail
         assert one.counted("gup_fills_total", outcome="unstorable") == 0
         assert await one.get(FILE) == body, "and it is fetched and stored as soon as that is over"
 
@@ -72,7 +72,7 @@ async def test_what_the_disk_refuses_is_told_as_the_disks(
         await until(lambda: not one.cache.fills, "the fill ends")
         told = [event for event in one.told if event["type"] == "unstorable"]
         assert [(event["disk"], event["detail"]) for event in told] == [
-            (True, f"the cache directory refuses: {os.strerror(number)}")
+            (True, f"the cache directory can't be written to: {os.strerror(number)}")
         ]
 
 

@@ -10,7 +10,7 @@ from gup.upstream.exchange import RemoteHead, UpstreamFailure, rejected
 
 KEY = ContentKey.parse("any/any/{535CB6A4-441F-4E8A-A897-804CD859100E}/260801001/full.zip")
 FAILURE = Failure.of(Problem("upstream-error", "x"), 3.0, 100.0)
-WRONG = rejected("does not end as a ZIP file does")
+WRONG = rejected("does not end like a ZIP file")
 
 
 class Time:

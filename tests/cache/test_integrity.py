@@ -80,11 +80,11 @@ def replaced(path, by):
 HARMS = {
     "flipped": (lambda body, _: flip(body, CHUNK_BYTES, 2 * CHUNK_BYTES), "2 of 4 chunks of 1 MiB are"),
     "truncated": (lambda body, _: os.truncate(body, CHUNK_BYTES), "missing or wrong: 1, 2, 3"),
-    "too long": (lambda body, _: os.truncate(body, len(BODY) + 1), "too much follows the right bytes"),
+    "too long": (lambda body, _: os.truncate(body, len(BODY) + 1), "extra bytes follow the right ones"),
     "gone": (lambda body, _: body.unlink(), "a record without its body: No such file or directory"),
     "folder": (lambda body, _: replaced(body, Path.mkdir), "there is a folder in its place"),
     "link": (lambda body, _: replaced(body, lambda at: at.symlink_to("/dev/zero")), "there is a link in"),
-    "fifo": (lambda body, _: replaced(body, os.mkfifo), "there is no plain file in its place"),
+    "fifo": (lambda body, _: replaced(body, os.mkfifo), "there is not a regular file in its place"),
     "no record": (lambda _, record: record.unlink(), "a body without a record"),
     "bad record": (lambda _, record: flip(record, 40), "a damaged record"),
     "odd record": (lambda _, record: replaced(record, Path.mkdir), "it can't be read: Is a directory"),
@@ -149,9 +149,9 @@ def test_while_a_service_runs_no_file_is_cut(store):
 
 MIB = CHUNK_BYTES
 PARTS = {
-    "part": (lambda s: flip(s.part_path(KEY.id, 5), MIB), "part", "right up to byte 1048576", MIB),
-    "first chunk": (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right up to byte 0", 0),
-    "sums": (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right up to byte 1048576", MIB),
+    "part": (lambda s: flip(s.part_path(KEY.id, 5), MIB), "part", "right only up to byte 1048576", MIB),
+    "first chunk": (lambda s: flip(s.part_path(KEY.id, 5), 0), "part", "right only up to byte 0", 0),
+    "sums": (lambda s: flip(s.sums_path(KEY.id, 5), 8), "part", "right only up to byte 1048576", MIB),
     "no state": (lambda s: s.drop_state(KEY.id), "part", "without its state", 0),
     "bad state": (lambda s: flip(s.state_path(KEY.id), 30), "state", "a damaged state", 0),
     "no part": (lambda s: s.drop_part(KEY.id, 5), "state", "a state without its part", 0),

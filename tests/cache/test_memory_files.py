@@ -261,7 +261,7 @@ async def test_a_part_that_is_not_what_arrived_does_not_go_over(tmp_path, execut
         else:
             os.pwrite(part.fileno(), lost, at)
     memory = table.process().begin(key_of(0), 1, len(BODY))
-    with pytest.raises(OSError, match="not there any more"):
+    with pytest.raises(OSError, match="differ from those written"):
         writer.move(memory.file)
 
 

@@ -208,10 +208,10 @@ async def test_an_heir_waits_for_nothing_and_is_never_refused(site):
 @pytest.mark.parametrize("most", [1, 3])
 async def test_while_an_heir_streams_a_place_less_is_given(site, most):
     site.most = most
-    async with AsyncExitStack() as heirs:
+    async with AsyncExitStack() as takeovers:
         async with AsyncExitStack() as stack:
             await hold(stack, site.queues[0], FULL, most)
-            assert await heirs.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
+            assert await takeovers.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
             assert not site.queues[0].idle()
         site.patience = 0.02
         async with AsyncExitStack() as stack:

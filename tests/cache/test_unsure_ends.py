@@ -133,7 +133,7 @@ async def test_what_is_passed_through_shows_the_same_doubt(tmp_path):
 async def test_a_catalogue_of_unsure_end_is_not_believed(tmp_path):
     with RawUpstream(until_it_closes(SMALL)) as upstream:
         async with working(tmp_path, [upstream.url]) as one:
-            with pytest.raises(UpstreamFailure, match="to tell that this is all"):
+            with pytest.raises(UpstreamFailure, match="to confirm the end"):
                 await fetch_catalogue(one.dependencies.pool, "u0", None, None)
             with pytest.raises(Problem, match="broke off"):
                 await read_catalogue(one.cache.open, Variant())

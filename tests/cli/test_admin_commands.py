@@ -120,7 +120,7 @@ def test_status_in_words(plane):
         "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
         "WAN: 8MB/s",
         "clients: 42 connections",
-        "the last reload FAILED: the settings before it are in force; the log says why",
+        "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes",
         "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
     ]
     assert [line.split()[:2] for line in lines[8:11]] == [
@@ -188,7 +188,7 @@ def test_nobody_listens_there():
     assert result.exit_code == 1
     assert "no control plane answers at http://127.0.0.1:1 (" in result.stderr
     assert "Connection refused" in result.stderr
-    assert "is gup running?" in result.stderr
+    assert "is it running?" in result.stderr
 
 
 def test_another_server_listens_there(plane):
@@ -196,10 +196,10 @@ def test_another_server_listens_there(plane):
     result = run("status", "--admin", plane.url)
     assert (result.exit_code, result.stderr) == (
         1,
-        f"gup: {plane.url}: what answers there is no control plane of gup\n",
+        f"gup: {plane.url}: the server there is not a gup control plane\n",
     )
     plane.answers = lambda *_: (200, [])
-    assert "no control plane" in run("status", "--admin", plane.url).stderr
+    assert "not a gup control plane" in run("status", "--admin", plane.url).stderr
     plane.answers = lambda *_: (502, b"<html>")
     assert "502" in run("status", "--admin", plane.url).stderr
 
@@ -212,7 +212,7 @@ def test_a_gup_of_another_version_listens_there(plane):
 
 
 def test_an_odd_url_is_refused():
-    with pytest.raises(AdminError, match="begins with http://"):
+    with pytest.raises(AdminError, match="must begin with http://"):
         Admin("ftp://x")
     assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
 
@@ -362,10 +362,10 @@ def progress(*, running: bool, found: int = 0, mended: bool | None = None) -> di
 @pytest.mark.parametrize(
     ("arguments", "found", "mended", "status", "line"),
     [
-        ((), 0, None, 0, "7 looked at: 0 damaged, 1 left out because they were at work"),
+        ((), 0, None, 0, "7 checked: 0 damaged, 1 left out because of fills"),
         ((), 1, None, 1, "body: content/x: 1 of 4 chunks\n"),
-        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (mended)\n"),
-        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT mended: nobody there)\n"),
+        (("--repair",), 1, True, 0, "body: content/x: 1 of 4 chunks (repaired)\n"),
+        (("--repair",), 1, False, 1, "body: content/x: 1 of 4 chunks (NOT repaired: nobody there)\n"),
     ],
 )
 def test_verify_waits_for_the_service_and_tells_what_it_found(

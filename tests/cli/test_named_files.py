@@ -165,7 +165,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         *("upstream#1.ca_file", "catalog.file", "cache.directory", "listen.admin_token_file"),
         *("log.destination", "upstream#1.language"),
     ]
-    assert f"'{file}' is no folder" in caught.value.problems[2]
+    assert f"'{file}' is not a folder" in caught.value.problems[2]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_decision_in_words(tmp_path):
     assert result.exit_code == 0, result.output
     because = "the client is German and the manager French; client patches need the same language on both"
     unsupported = "If German is not supported: enable AutoUpgrade, which installs the English package and"
-    then = "To get those here then, set rules.english_after_autoupgrade or add an English manager."
+    then = "To serve those here, set rules.english_after_autoupgrade or add an English manager."
     assert result.stdout.splitlines() == [
         f'{PATCH}: refused (rules.mode is "report": nothing is refused)',
         "note: the version stated in client-version, 'new', can't be read and counts as not stated",
@@ -82,9 +82,9 @@ def test_the_decision_in_words(tmp_path):
         f"  refused by the rule language: {because}",
         "  type of content: client_patches",
         "  fits: version 14.3 RU2, language French",
-        "  remedy: Let a manager whose language is German serve it.",
+        "  remedy: Serve it from a manager in German.",
         f"  remedy: {unsupported} English client patches. {then}",
-        "  remedy: Meanwhile let the client take it from a LiveUpdate server. (http://lu:7070)",
+        "  remedy: Until then the client can use a LiveUpdate server. (http://lu:7070)",
     ]
 
 
@@ -99,7 +99,7 @@ def test_without_a_catalogue_nothing_is_known_to_be_bound(tmp_path, manager):
     )
     (decision,) = told["decisions"]
     assert (decision["allowed"], decision["product"]) == (True, None)
-    assert "can't be read (what is there lists nothing)" in decision["catalogue"]
+    assert "can't be read (its catalogue lists nothing)" in decision["catalogue"]
 
 
 def test_the_copy_in_the_cache_stands_in_for_a_manager_that_is_away(tmp_path):

@@ -316,7 +316,7 @@ def test_decisions_as_json_and_as_lines():
     assert "fits: version 14.3 RU2, language French" in text
     assert any(line.startswith("remedy: ") and line.endswith("(http://lu:7070)") for line in text)
     allowed = document(decide(rulebook, None), None)
-    assert list(lines(allowed)) == ["allowed: no catalogue lists it, so no rule binds it"]
+    assert list(lines(allowed)) == ["allowed: no catalogue lists it, so no rule applies"]
     assert (allowed["rule"], allowed["type"], allowed["remedies"]) == (None, None, [])
     noted = document(decide(book(), PATCH), None)
     assert list(lines(noted))[-1].startswith("note: version and language of the upstream m are not set")

@@ -85,37 +85,38 @@ def found(**given):
 STORM = Storm(("v", "l", "{A}"), 9.0, 40, 3, 7, ("10.0.0.1", "10.0.0.2"), 4_000_000_000, 100_000_000, 200_000)
 DOWN_A, UP_B = ("down", "refused"), ("up", "")
 STORMY = (
-    "7 clients (10.0.0.1, 10.0.0.2 and 5 more) asked for 40 full packages of Definitions {A}, against 3 "
+    "7 clients (10.0.0.1, 10.0.0.2 and 5 more) requested 40 full packages of Definitions {A}, against 3 "
     "deltas, within 20 minutes: 4.0 GB over the LAN, 100 MB over the WAN; as deltas of 200 kB on average "
     "it would be 8.0 MB over the LAN"
 )
 FULL = "v/l/{A}/26/full.zip"
 TOO_LARGE = "any/any/a/-/full.zip: it takes more than cache.max_size"
 OVERDUE = (
-    "clients have asked for 260103001 of Definitions X for 16 min 40 s in vain; the newest here is 260102001"
+    "clients have requested 260103001 of Definitions X for 16 min 40 s, but it can't be fetched; the newest "
+    "here is 260102001"
 )
 UNSURE = "upstream-unsure-end"
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
     ("upstream-down", {"upstreams": {"a": DOWN_A, "b": UP_B}}, "a", "a is down; others are asked (refused)"),
     ("no-upstream", {"upstreams": {"a": DOWN_A, "b": ("down", "")}}, "",
-     "no upstream answers (a, b): only what is stored can be served (refused)"),
+     "no upstream answers (a, b): only stored content is served (refused)"),
     ("upstream-doubtful", {"upstreams": {"a": ("doubtful", "was reset")}}, "a",
-     "a takes connections but fails to answer (was reset)"),
-    ("bad-content", {"rejections": (Rejection(FULL, "a", "does not end as a ZIP file does", 9.0),)}, FULL,
-     f"a has no usable {FULL}: does not end as a ZIP file does"),
-    ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk takes no content: No space"),
+     "a accepts connections but its requests fail (was reset)"),
+    ("bad-content", {"rejections": (Rejection(FULL, "a", "does not end like a ZIP file", 9.0),)}, FULL,
+     f"a has no usable {FULL}: does not end like a ZIP file"),
+    ("disk-refuses", {"refusals": {"content": "No space"}}, "content", "the disk refuses content: No space"),
     ("not-stored", {"unstored": (NOW - 599, TOO_LARGE)}, "",
      f"content is passed through and not stored: {TOO_LARGE}"),
     ("disk-short", {"free": 99}, "",
      "99 B are free on the cache's disk, less than the 100 B of cache.min_free"),
     ("cache-short", {"lately": {"evicted": 4}}, "",
-     "the cache is full (1.0 kB), and 4 entries that were used within a day had to go"),
+     "the cache is full (1.0 kB), and 4 entries used within the last day were evicted"),
     ("damage", {"lately": {"gup_integrity_failures_total": 2}}, "",
      "damage was found in the store 2 times within the last hour"),
     ("full-storm", {"storms": (STORM,)}, "v/l/{A}", STORMY),
     ("reload-failed", {"config_ok": False}, "",
-     "the settings could not be read again: those before are in force"),
+     "the last reload failed: the old settings are in force"),
     ("workers-restarting", {"lately": {"gup_worker_restarts_total": 2}}, "",
      "worker processes died 2 times within 10 minutes and were replaced"),
     ("stale-stream", {"unmet": {STREAM: Unmet("260103001", 999_000.0, 999_900.0)}}, "Definitions X",
@@ -124,9 +125,9 @@ SICK: list[tuple[str, dict, str, str]] = [
      "the catalogue of a can't be read: a answered 404"),
     ("unsure-end", {"failures": ((UNSURE, NOW - 601, "old"), (UNSURE, NOW, "a sent 5 bytes"))}, "",
      "a sent 5 bytes"),
-    ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait for their turn"),
+    ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
-     "no client has asked for 1 d 1 h, where 5 did within the last week"),
+     "no client has sent a request for 1 d 1 h; 5 did within the last week"),
     ("events-lost", {"lately": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
 ]
@@ -155,7 +156,7 @@ def test_a_storm_without_addresses_or_deltas_is_told_too():
     storm = STORM._replace(clients=0, addresses=(), delta_bytes=0)
     [(_, _, text)] = found(storms=(storm,))
     assert text == (
-        "clients asked for 40 full packages of Definitions {A}, against 3 deltas, within 20 minutes: "
+        "clients requested 40 full packages of Definitions {A}, against 3 deltas, within 20 minutes: "
         "4.0 GB over the LAN, 100 MB over the WAN"
     )
     [(_, _, text)] = found(storms=(STORM,), addresses="off")

@@ -56,7 +56,7 @@ async def test_parts_of_the_path_parameters_and_members_of_a_body_make_one_reque
         assert (answer.status, await answer.json()) == (status, {"text": text})
 
 
-TWICE, NONE = "the parameter {} stands twice", "this request takes no parameter, and 'x' was given"
+TWICE, NONE = "the parameter {} is given twice", "this request takes no parameter, and 'x' was given"
 WRONG = [
     ("GET", "/named/a?name=b", None, 400, TWICE.format("name")),
     ("GET", "/named/a?limit=2&limit=3", None, 400, TWICE.format("limit")),
@@ -118,5 +118,5 @@ def test_a_cursor_is_read_back_by_the_listing_that_wrote_it_and_by_no_other():
     page = Entries(entries=[], matching=2, cursor=(1.5, "a/b/c/d/e"), complete=True)
     text = page.model_dump(mode="json")["cursor"]
     assert EntryListing.model_validate({"cursor": text}).cursor == (1.5, "a/b/c/d/e")
-    with pytest.raises(ValidationError, match="it is not the cursor of a page before"):
+    with pytest.raises(ValidationError, match="it is not a cursor from an earlier page"):
         ClientListing.model_validate({"cursor": text})

@@ -84,7 +84,7 @@ async def test_an_import_evicts_nothing_and_waits_for_nobody(world, browser):
         _, told = await imported(browser, world, text)
         assert {row["why"].split(" (")[0].split(",")[0] for row in told["refused"]} == {
             "cache.max_size",
-            "it is being fetched at this moment",
+            "it is being fetched; import it again later",
         }
         assert (told["imported"], control.state.index.rows) == (0, {})
         world.worker_claims.release(held.key.claim_offset)

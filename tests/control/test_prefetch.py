@@ -144,14 +144,14 @@ def test_what_was_learned_is_kept_over_a_restart_and_what_was_learned_since_stay
 # --- the queue
 
 
-def wish(number: int = 1, *, by="traffic", kind=Kind.DELTA, new=A) -> QueuedFetch:
+def row(number: int = 1, *, by="traffic", kind=Kind.DELTA, new=A) -> QueuedFetch:
     key = delta(f"2601{number:05}", new)
     return QueuedFetch(key=key, path=path_of(key), kind=kind, by=by, asked_at=float(number))
 
 
-def queue_of(*wishes: QueuedFetch) -> PrefetchQueue:
+def queue_of(*rows: QueuedFetch) -> PrefetchQueue:
     queue = PrefetchQueue()
-    assert all(queue.add(one) for one in wishes)
+    assert all(queue.add(one) for one in rows)
     return queue
 
 
@@ -162,7 +162,7 @@ def ended(queue: PrefetchQueue, one: QueuedFetch, outcome: Outcome, detail: str 
 
 def test_an_operator_goes_first_then_who_came_first():
     operators = {"by": "operator"}
-    queue = queue_of(wish(1), wish(2), wish(3, **operators), wish(4, kind=Kind.FULL, **operators))
+    queue = queue_of(row(1), row(2), row(3, **operators), row(4, kind=Kind.FULL, **operators))
     order = []
     while (one := queue.due(frozenset({Kind.DELTA}), 0.0)) is not None:
         order.append(int(one.asked_at))
@@ -171,7 +171,7 @@ def test_an_operator_goes_first_then_who_came_first():
 
 
 def test_a_newer_revision_takes_the_place_of_an_older_one_that_is_neither_ordered_nor_being_fetched():
-    old, ordered, new, fetching = wish(1), wish(2, by="operator"), wish(3, new=B), wish(4)
+    old, ordered, new, fetching = row(1), row(2, by="operator"), row(3, new=B), row(4)
     queue = queue_of(old, ordered, new, fetching)
     queue.move(fetching, Outcome.FETCHING, 1.0)
     queue.supersede(("any", "any", "{OTHER}"), B, 2.0)
@@ -182,7 +182,7 @@ def test_a_newer_revision_takes_the_place_of_an_older_one_that_is_neither_ordere
 
 
 def test_moves_that_make_no_sense_are_our_mistake():
-    queue, one = PrefetchQueue(), wish()
+    queue, one = PrefetchQueue(), row()
     ended(queue, one, Outcome.PRESENT)
     with pytest.raises(AssertionError):
         queue.move(one, Outcome.FETCHING, 2.0)
@@ -191,21 +191,21 @@ def test_moves_that_make_no_sense_are_our_mistake():
 def test_the_queue_is_bounded_and_forgets_what_has_ended(monkeypatch):
     monkeypatch.setattr("gup.control.prefetch.MAX_PENDING", 45)
     monkeypatch.setattr("gup.control.prefetch.MAX_QUEUED", 50)
-    queue = queue_of(*map(wish, range(45)))
-    assert not queue.add(wish(45))
+    queue = queue_of(*map(row, range(45)))
+    assert not queue.add(row(45))
     for one in list(queue.rows.values()):
         ended(queue, one, Outcome.ABSENT)
-    assert all(queue.add(wish(number)) for number in range(45, 70))
+    assert all(queue.add(row(number)) for number in range(45, 70))
     assert (len(queue.rows), queue.pending) == (50, 25)
 
 
 def test_the_queue_is_kept_and_what_was_being_fetched_is_tried_again():
-    done, fetching, queued, newer = wish(1), wish(2), wish(3, by="operator"), wish(4)
+    done, fetching, queued, newer = row(1), row(2), row(3, by="operator"), row(4)
     queue, after = queue_of(done, fetching, queued), queue_of(newer)
     ended(queue, done, Outcome.ABSENT, "404")
     queue.move(fetching, Outcome.FETCHING, 1.0)
     rows = stored(queue.to_json())
-    elsewhere = {**rows[0], "path": path_of(wish(5).key)}
+    elsewhere = {**rows[0], "path": path_of(row(5).key)}
     after.restore([*rows, {"key": "nonsense"}, 7, {**rows[0], "outcome": "unknown"}, elsewhere])
     assert {int(one.asked_at): (one.outcome, one.by) for one in after.rows.values()} == {
         1: (Outcome.ABSENT, "traffic"),
@@ -277,7 +277,7 @@ class Site:
             self.prefetcher.asked(key, path(key))
 
     def outcomes(self) -> dict[str, Outcome]:
-        return {wish.key.file: wish.outcome for wish in self.prefetcher.queue.rows.values()}
+        return {row.key.file: row.outcome for row in self.prefetcher.queue.rows.values()}
 
     def which(self, outcome: Outcome) -> set[str]:
         return {file for file, found in self.outcomes().items() if found is outcome}
@@ -392,8 +392,8 @@ async def test_failures_that_may_pass_are_tried_again_later(site):
         site.now += 3600
     assert tries == 3
     assert site.outcomes()[key.file] is Outcome.FAILED
-    [wish] = site.prefetcher.queue.rows.values()
-    assert (wish.detail, wish.ended_at) == ("nobody there", site.now)
+    [row] = site.prefetcher.queue.rows.values()
+    assert (row.detail, row.ended_at) == ("nobody there", site.now)
 
 
 async def test_a_newer_revision_makes_what_waits_needless(site):
@@ -404,9 +404,9 @@ async def test_a_newer_revision_makes_what_waits_needless(site):
 
 
 async def test_an_operator_may_order_anything_that_is_content(site):
-    [wish] = site.order(f"/content/%7B{MONIKER[1:-1].lower()}%7D/{B}/full.zip", None, None)
-    assert (wish.key.text, wish.by) == (f"any/any/{MONIKER}/{B}/full.zip", "operator")
-    assert site.order(path(full(B)), None, None) == [wish]
+    [row] = site.order(f"/content/%7B{MONIKER[1:-1].lower()}%7D/{B}/full.zip", None, None)
+    assert (row.key.text, row.by) == (f"any/any/{MONIKER}/{B}/full.zip", "operator")
+    assert site.order(path(full(B)), None, None) == [row]
     site.ends["full.zip"] = False
     assert await site.settle() == {"full.zip": Outcome.PRESENT}
     [third] = site.order(path(full(B)), None, None)
@@ -436,9 +436,9 @@ async def test_an_order_is_for_each_variant_that_fits(site):
 @pytest.mark.parametrize(
     ("target", "why"),
     [
-        ("/secars", "none of the content"),
+        ("/secars", "not content that gup serves"),
         ("content/x", "neither a path nor an http URL"),
-        ("http://manager:8014/content/ContentInfo.txt", "begin it with /content/, without the server"),
+        ("http://manager:8014/content/ContentInfo.txt", "must begin with /content/, without the server"),
         ("/content/../etc/passwd", "begins with a dot"),
     ],
 )

@@ -173,7 +173,7 @@ async def test_restart_pending(site, browser):
         ("10.0.0.3", "unknown", None),
         ("10.0.0.4", "unknown", "14.3 RU2"),
     ]
-    assert "Taken is not installed" in found["saying"]
+    assert "Taken does not mean installed" in found["saying"]
     assert {"version": NEW, "language": "fr", "clients": 1} in found["clients"]
 
 
@@ -350,7 +350,7 @@ async def test_damaged_files_are_moved_aside(site, browser, damage, caplog):
     assert found["clients"][0]["address"] == "10.0.0.2"
     assert savings["since_install"]["sent_bytes"] == 900
     assert path.with_name("stats.db.damaged").exists()
-    assert "stats.db is begun anew" in caplog.text
+    assert "stats.db was replaced by an empty one" in caplog.text
 
 
 async def test_a_disk_that_refuses_loses_nothing(site, browser):

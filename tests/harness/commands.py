@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from gup.cli.app import app
 from harness.processes import environment
+from harness.service import Gup
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,13 @@ def command(*arguments: object, **env: str) -> Done:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def on(gup: Gup, *arguments: object) -> Done:
+    """One command for a running service, by its URL and with its token."""
+    return command(
+        *arguments, "--admin", gup.admin_url, GUP_TOKEN_FILE=str(gup.cache_dir / "run" / "admin-token")
+    )
 
 
 def started(*arguments: object) -> Done:

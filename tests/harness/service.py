@@ -246,6 +246,10 @@ class Gup:
     def url(self) -> str:
         return f"http://{self.data[0]}:{self.data[1]}"
 
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.admin[0]}:{self.admin[1]}"
+
     def connect(self, timeout_seconds: float = 30.0, **how: Any) -> RawConnection:
         """A new connection; closed with the service, if not before."""
         return self._clients.enter_context(RawConnection(self.data, timeout_seconds, **how))

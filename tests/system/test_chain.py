@@ -12,7 +12,9 @@ from harness.upstreams import Answer, Elsewhere, Gate
 LENGTH = 6_000_000
 HALF = LENGTH // 2
 BODY = zip_of("chain", LENGTH)
-QUICK = {"connect_timeout": "5s", "read_timeout": "5s", "give_up": "30s"}
+D = noise("d", 100_000)
+PATIENT = {"connect_timeout": "5s", "read_timeout": "5s"}
+QUICK = PATIENT | {"give_up": "30s"}
 MISSING = "/content/none.txt"
 
 
@@ -21,17 +23,21 @@ def chain(serve):
     top, upstream = serve(folder="top", each=QUICK, site={"name": "top"})
     gups = [top]
     for name in ("middle", "bottom"):
-        bind = f"127.0.0.1:{free_port()}"  # on a port of its own, to come back there
-        before = Elsewhere(gups[-1].data[1], kind="gup")
-        gups.append(serve(folder=name, before=before, each=QUICK, bind=bind, site={"name": name})[0])
+        gups.append(below(serve, gups[-1].data[1], name))
     return upstream, *gups
+
+
+def below(serve, above: int, name: str, kind: str = "gup", port: int = 0, **more):
+    """A gup below the one at port `above`, on a port of its own, to come back there."""
+    before, bind = Elsewhere(above, kind=kind), f"127.0.0.1:{port or free_port()}"
+    return serve(folder=name, before=before, bind=bind, each=QUICK, site={"name": name}, **more)[0]
 
 
 def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(serve):
     upstream, top, middle, bottom = chain(serve)
     gate, swarm = Gate(), bottom.swarm()
     upstream.answer(BIG, Answer(BODY, etag='"top"', gates=((HALF, gate),)))
-    upstream.answer(DELTA, noise("d", 100_000))
+    upstream.answer(DELTA, D)
     clients = swarm.add(60, BIG)
     # what the top has, the bottom's clients have: nobody on the way waits for the end
     swarm.reach(HALF, clients, spare=8192 * 2)
@@ -40,10 +46,10 @@ def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(serve):
     assert {(c.end, c.digest) for c in clients} == {(End.COMPLETE, body_digest(BODY))}
     for tier, served in ((top, LENGTH), (middle, LENGTH), (bottom, 60 * LENGTH)):
         tier.wait_stored(BIG)
-        metrics = tier.metrics()
-        assert metrics("gup_upstream_received_bytes_total", upstream="u0", purpose="fill") == LENGTH
-        assert metrics("gup_client_sent_bytes_total") == served
-        assert metrics("gup_upstream_requests_total", outcome="ok") == 1
+        found = tier.metrics()
+        assert found("gup_upstream_received_bytes_total", upstream="u0", purpose="fill") == LENGTH
+        assert found("gup_client_sent_bytes_total") == served
+        assert found("gup_upstream_requests_total", outcome="ok") == 1
     assert bottom.serves(BIG, BODY).header("cache-status") == "gup; hit"
     (asked,) = upstream.requests(BIG)
     nodes = [member.split()[1].rpartition("-")[0] for member in (asked.header("via") or "").split(",")]
@@ -52,12 +58,12 @@ def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(serve):
     assert bottom.get(MISSING, method="HEAD").status == 404
     assert len(upstream.requests(MISSING)) == 1
     # a middle whose own upstream is gone passes errors on, which makes it no worse, and serves what it holds
-    middle.serves(DELTA, noise("d", 100_000))
+    middle.serves(DELTA, D)
     middle.wait_stored(DELTA)
     top.kill()
     assert {bottom.get(f"/content/{n}.dax").status for n in range(10)} == {502}
     assert bottom.upstream()["up"] is True
-    bottom.serves(DELTA, noise("d", 100_000))
+    bottom.serves(DELTA, D)
     # a dead middle is known to be down: nobody waits for it
     middle.kill()
     assert_problem(bottom.get("/content/x.txt"), 502)
@@ -65,7 +71,7 @@ def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(serve):
     began = time.monotonic()
     for number in range(20):
         assert_problem(bottom.get(f"/content/{number}.txt"), 502)
-    bottom.serves(DELTA, noise("d", 100_000))
+    bottom.serves(DELTA, D)
     assert time.monotonic() - began < 10
 
 
@@ -134,16 +140,9 @@ def test_what_a_clients_via_brings_about_is_its_alone(serve):
 
 def circle(serve, kind: str = "gup", **settings):
     """Two whose upstream is the other one."""
-    ports, gups = (free_port(), free_port()), []
-    for name, here, there in (("a", *ports), ("b", *reversed(ports))):
-        how = {
-            "folder": name,
-            "before": Elsewhere(there, kind=kind),
-            "bind": f"127.0.0.1:{here}",
-            "workers": 1,
-        }
-        gups.append(serve(**how, each=QUICK, site={"name": name}, **settings)[0])
-    return gups
+    a, b = free_port(), free_port()
+    pairs = (("a", b, a), ("b", a, b))
+    return [below(serve, above, name, kind, port, workers=1, **settings) for name, above, port in pairs]
 
 
 def all_ask(gups, path: str) -> tuple[set[int], float]:
@@ -206,27 +205,26 @@ def test_what_no_rule_is_about_waits_for_no_catalogue(serve):
 
 def test_a_gup_that_is_its_own_upstream(serve):
     port = free_port()
-    gup, _ = serve(before=Elsewhere(port, kind="gup"), bind=f"127.0.0.1:{port}", workers=1, each=QUICK)
+    gup = below(serve, port, "own", port=port, workers=1)
     assert_problem(gup.get(DELTA), 508, "loop")
     assert gup.metric("gup_requests_total", result="refused", code="508") >= 1
 
 
 def test_neighbours_that_help_each_other_ask_no_circle(serve):
     """Each has the manager first and the other second; with the manager gone nothing goes round."""
-    ports = free_port(), free_port()
-    each = {"connect_timeout": "5s", "read_timeout": "5s"}
-    binds, neighbours = (
-        [f"127.0.0.1:{port}" for port in ports],
-        [[Elsewhere(port, kind="gup")] for port in reversed(ports)],
-    )
-    answers = {DELTA: noise("d", 100_000)}
-    one, manager = serve(answers, folder="a", bind=binds[0], behind=neighbours[0], each=each)
-    above = Elsewhere(manager.port)
-    two, _ = serve(folder="b", before=above, bind=binds[1], behind=neighbours[1], each=each)
-    one.serves(DELTA, noise("d", 100_000))
+    a, b = free_port(), free_port()
+
+    def helped(port: int, other: int, **how):
+        behind = [Elsewhere(other, kind="gup")]
+        return serve(folder=str(port), bind=f"127.0.0.1:{port}", behind=behind, each=PATIENT, **how)
+
+    one, manager = helped(a, b)
+    two, _ = helped(b, a, before=Elsewhere(manager.port))
+    manager.answer(DELTA, D)
+    one.serves(DELTA, D)
     one.wait_stored(DELTA)
     manager.stop()
-    two.serves(DELTA, noise("d", 100_000))  # the neighbour has it
+    two.serves(DELTA, D)  # the neighbour has it
     began = time.monotonic()
     assert two.get(MISSING).status in (502, 508)
     assert time.monotonic() - began < 5

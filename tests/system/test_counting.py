@@ -5,41 +5,38 @@ import re
 from harness.clients import End, fetch
 from harness.content import BIG, DELTA, INDEX, make_tree, zip_of
 from harness.processes import until
-from harness.service import Gup
 from harness.upstreams import Answer, Gate, Nginx
 
 LENGTH = 3_000_000
 
 
-def test_bytes_and_requests_equal_what_both_sides_counted(tmp_path):
+def test_bytes_and_requests_equal_what_both_sides_counted(serve, tmp_path):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
-    with Nginx(tree, tmp_path / "nginx") as upstream, Gup(tmp_path / "cache", [upstream.url]) as gup:
-        swarm = gup.swarm()
-        for count, path in ((25, BIG), (25, DELTA), (10, INDEX)):
-            swarm.add(count, path)
-        swarm.wait()
-        gup.wait_stored(BIG, DELTA, INDEX)
-        etag = gup.get(DELTA).etag
-        client_bytes = sum(client.body_bytes for client in swarm.clients) + 200_000
-        for start in range(0, LENGTH, 100_000):
-            client_bytes += len(gup.get(BIG, {"Range": f"bytes={start}-{start + 49_999}"}).body)
-        for _ in range(10):
-            assert gup.get(DELTA, {"If-None-Match": etag}).status == 304
-            assert gup.get(DELTA, method="HEAD").status == 200
-        client = gup.connect()
-        client_bytes += sum(len(client.get(DELTA).body) for _ in range(30))
-        metrics = gup.metrics()
-        received = metrics("gup_upstream_received_bytes_total")
-        assert metrics("gup_client_sent_bytes_total") == client_bytes
-        assert received == sum(row.body_bytes for row in upstream.log())
-        assert received == LENGTH + 200_000 + len(tree.body(INDEX))
-        assert metrics("gup_upstream_received_bytes_total", purpose="index") == len(tree.body(INDEX))
-        # 60 of the swarm, one for the tag, 30 ranges, 10 conditions, 10 HEADs, 30 on one connection
-        assert metrics("gup_requests_total") == 60 + 1 + 30 + 10 + 10 + 30
-        for labels, count in (({"code": "304"}, 10), ({"code": "206"}, 30), ({"result": "miss"}, 3)):
-            assert metrics("gup_requests_total", **labels) == count, labels
-        assert metrics("gup_fills_total", outcome="committed") == 3
-        assert metrics("gup_upstream_requests_total", outcome="ok") == 3
+    gup, upstream = serve(before=Nginx(tree, tmp_path / "nginx"))
+    swarm = gup.swarm()
+    for count, path in ((25, BIG), (25, DELTA), (10, INDEX)):
+        swarm.add(count, path)
+    swarm.wait()
+    gup.wait_stored(BIG, DELTA, INDEX)
+    etag = gup.get(DELTA).etag
+    client_bytes = sum(client.body_bytes for client in swarm.clients) + 200_000
+    for start in range(0, LENGTH, 100_000):
+        client_bytes += len(gup.get(BIG, {"Range": f"bytes={start}-{start + 49_999}"}).body)
+    assert {gup.get(DELTA, {"If-None-Match": etag}).status for _ in range(10)} == {304}
+    assert {gup.get(DELTA, method="HEAD").status for _ in range(10)} == {200}
+    client = gup.connect()
+    client_bytes += sum(len(client.get(DELTA).body) for _ in range(30))
+    metrics, index = gup.metrics(), len(tree.body(INDEX))
+    received = metrics("gup_upstream_received_bytes_total")
+    assert metrics("gup_client_sent_bytes_total") == client_bytes
+    assert received == sum(row.body_bytes for row in upstream.log()) == LENGTH + 200_000 + index
+    assert metrics("gup_upstream_received_bytes_total", purpose="index") == index
+    # 60 of the swarm, one for the tag, 30 ranges, 10 conditions, 10 HEADs, 30 on one connection
+    assert metrics("gup_requests_total") == 60 + 1 + 30 + 10 + 10 + 30
+    for labels, count in (({"code": "304"}, 10), ({"code": "206"}, 30), ({"result": "miss"}, 3)):
+        assert metrics("gup_requests_total", **labels) == count, labels
+    assert metrics("gup_fills_total", outcome="committed") == 3
+    assert metrics("gup_upstream_requests_total", outcome="ok") == 3
 
 
 def test_counts_outlive_a_killed_worker_and_a_restart(serve):
@@ -93,20 +90,7 @@ def test_a_client_that_leaves_is_counted_with_what_it_was_sent(serve):
     assert 5 * LENGTH + 1000 <= gup.metric("gup_client_sent_bytes_total") <= 6 * LENGTH
 
 
-def test_connections_are_a_gauge_over_all_workers_and_those_of_a_killed_one_do_not_stay(serve):
-    gup, _ = serve()
-    connections = [gup.connect() for _ in range(20)]
-    assert {connection.get("/content/none.txt").status for connection in connections} == {404}
-    gup.wait_metric(20, "gup_client_connections")
-    victim = gup.workers()[0]
-    others = sum(gup.worker_of(connection) != victim for connection in connections)
-    gup.kill_worker(victim)
-    gup.wait_metric(others, "gup_client_connections")
-    gup.close_clients()
-    gup.wait_metric(0, "gup_client_connections")
-
-
-def test_health_readiness_and_metrics_page(serve):
+def test_a_new_service_is_ready_and_counts_connections_over_all_workers(serve):
     gup, upstream = serve()
     assert fetch(gup.admin, "/healthz").status == 200
     until(lambda: fetch(gup.admin, "/readyz").status == 200, "it is ready")
@@ -123,3 +107,13 @@ def test_health_readiness_and_metrics_page(serve):
     assert status["site"]
     # the control plane is not on the data plane's port, nor the other way round
     assert gup.get("/metrics").status == fetch(gup.admin, DELTA).status == 404
+    gup.wait_metric(0, "gup_client_connections")
+    connections = [gup.connect() for _ in range(20)]
+    assert {connection.get("/content/none.txt").status for connection in connections} == {404}
+    gup.wait_metric(20, "gup_client_connections")
+    victim = gup.workers()[0]
+    others = sum(gup.worker_of(connection) != victim for connection in connections)
+    gup.kill_worker(victim)
+    gup.wait_metric(others, "gup_client_connections")
+    gup.close_clients()
+    gup.wait_metric(0, "gup_client_connections")

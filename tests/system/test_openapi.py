@@ -2,15 +2,14 @@
 
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from harness.content import CONTENT_INFO, DELTA, INDEX, content_path, noise, zip_of
+from harness.content import CONTENT_INFO, DELTA, INDEX, content_path, zip_of
 from harness.processes import until
 from harness.service import Gup
-from harness.upstreams import Answer, Gate, ScriptedUpstream
+from harness.upstreams import Answer, Gate
 from hypothesis import HealthCheck, Phase, given, settings
 
 with warnings.catch_warnings():
@@ -28,25 +27,19 @@ ENDLESS = ("/api/v1/events",)
 
 
 @pytest.fixture
-def gup(tmp_path: Path) -> Iterator[Gup]:
+def gup(serve) -> Iterator[Gup]:
     """A service with a few entries, and one that is being fetched for as long as the test runs."""
     full, slow, gate = content_path("full.zip"), content_path("slow.zip"), Gate()
-    with ScriptedUpstream() as upstream:
-        upstream.answer(INDEX, Answer(CONTENT_INFO))
-        upstream.answer(full, Answer(zip_of("full", 20_000), etag='"full"'))
-        upstream.answer(DELTA, Answer(noise("delta", 5000), etag='"delta"'))
-        upstream.answer(slow, Answer(zip_of("slow", 300_000), gates=((100_000, gate),)))
-        # no connection of upstream's comes or goes while the test runs: it looks for what it left behind
-        patient = {"url": upstream.url, "health_interval": "0s", "read_timeout": "5m"}
-        chosen = {"upstream": [patient]}
-        with Gup(tmp_path / "cache", workers=1, settings=chosen) as service, service.connect() as client:
-            for path in (full, DELTA):
-                assert service.get(path).status == 200
-            client.send(f"GET {quote(slow)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            until(lambda: service.metric("gup_cache_entries") >= 2, "the entries are known")
-            until(lambda: service.status()["fills"], "one is being fetched")
-            yield service
-            gate.open()
+    held = Answer(zip_of("slow", 300_000), gates=((100_000, gate),))
+    answers = {INDEX: Answer(CONTENT_INFO), full: zip_of("full", 20_000), DELTA: b"delta" * 1000, slow: held}
+    # no connection of upstream's comes or goes while the test runs: it looks for what it left behind
+    service, _ = serve(answers, workers=1, each={"health_interval": "0s", "read_timeout": "5m"})
+    assert [service.get(path).status for path in (full, DELTA)] == [200, 200]
+    service.connect().ask(quote(slow))
+    until(lambda: service.metric("gup_cache_entries") >= 2, "the entries are known")
+    until(lambda: service.status()["fills"], "one is being fetched")
+    yield service
+    gate.open()
 
 
 def strict(node: Any) -> Any:
@@ -64,7 +57,7 @@ def schema(gup: Gup) -> Any:
     status, document = gup.api("/api/v1/openapi.json")
     assert status == 200
     loaded = schemathesis.openapi.from_dict(strict(document))
-    loaded.config.update(base_url=f"http://{gup.admin[0]}:{gup.admin[1]}", headers={})
+    loaded.config.update(base_url=gup.admin_url, headers={})
     loaded.config.generation.update(modes=list(GenerationMode))
     return loaded
 

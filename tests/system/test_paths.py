@@ -1,9 +1,12 @@
 """Which paths, hosts, methods and framings are served, and which are refused, with a problem document."""
 
+from dataclasses import dataclass
+
 import pytest
 from harness.clients import Response, assert_problem, send_raw
 from harness.content import noise
 from harness.service import Gup
+from harness.upstreams import ScriptedUpstream
 
 GUID = "535CB6A4-441F-4e8A-a897-804CD859100E"
 FILE = "260801001/xdelta260801001_To_260802001.dax"
@@ -13,9 +16,10 @@ HOST = "Host: gup\r\n"
 SHARED = {"site": {"name": "branch-17"}}
 
 
+@dataclass
 class Site:
-    def __init__(self, gup: Gup, upstream) -> None:
-        self.gup, self.upstream = gup, upstream
+    gup: Gup
+    upstream: ScriptedUpstream
 
     def raw(self, text: str) -> Response:
         return send_raw(self.gup.data, text.encode("latin-1"))

@@ -1,11 +1,12 @@
 """Restarts: of the service with the upstream gone, of a worker killed in a fill, of everything at once."""
 
+import contextlib
 import os
 import signal
 import time
 
 import pytest
-from harness.clients import End, body_digest, fetch
+from harness.clients import Client, End, body_digest, fetch
 from harness.content import BIG, DELTA, INDEX, content_path, noise, zip_of
 from harness.disks import flip
 from harness.processes import free_port, listens, until
@@ -31,10 +32,7 @@ def test_with_the_upstream_gone_everything_cached_is_served(serve, end):
     first_hits = [9.0]
     # after a kill the best of a few counts, and a second more than a quiet machine needs
     while min(first_hits) > 1.0 and len(first_hits) < (4 if end == "kill" else 2):
-        if end == "stop":
-            assert gup.stop() == 0
-        else:
-            gup.kill()
+        assert not getattr(gup, end)()
         began = time.monotonic()
         gup.launch()
         until(lambda: listens(gup.data), "the port is open")  # the ready line may come later
@@ -47,20 +45,34 @@ def test_with_the_upstream_gone_everything_cached_is_served(serve, end):
     assert end == "stop" or min(first_hits) <= 2.0, first_hits
 
 
+def held_at_half(*then) -> tuple[Gate, tuple]:
+    """A gate, and answers: one that stands there when half is sent, then others."""
+    gate = Gate()
+    return gate, (Answer(BODY, etag='"a"', gates=((HALF, gate),)), *then)
+
+
+def controllers(gup: Gup) -> set[int]:
+    return set(gup.children()) - set(gup.workers())
+
+
+def beside(gup: Gup, clients: list[Client], leader: int) -> list[Client]:
+    """Those that another worker serves."""
+    return [c for c in clients if gup.worker_of_port(gup.data[1], c.local_port) != leader]
+
+
 @pytest.mark.alone
 def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(serve):
-    gate, last = Gate(), Gate()
-    first = Answer(BODY, etag='"a"', gates=((HALF, gate),))
-    then = Answer(BODY, etag='"a"', gates=((LENGTH - 500_000, last),))
-    gup, upstream = serve({BIG: (first, then)}, each=GATES_STAY)
+    last = Gate()
+    gate, answers = held_at_half(Answer(BODY, etag='"a"', gates=((LENGTH - 500_000, last),)))
+    gup, upstream = serve({BIG: answers}, each=GATES_STAY)
     workers, swarm = set(gup.workers()), gup.swarm()
     clients = swarm.add(40, BIG)
     gate.wait_reached()
     swarm.reach(HALF, clients)
     leader = gup.leader_of(upstream, BIG)
     (other,) = workers - {leader}
-    of_leader = [c for c in clients if gup.worker_of_port(gup.data[1], c.local_port) == leader]
-    of_other = [c for c in clients if c not in of_leader]
+    of_other = beside(gup, clients, leader)
+    of_leader = [c for c in clients if c not in of_other]
     assert of_leader
     assert of_other
     idle = gup.connect_to(other)
@@ -91,19 +103,19 @@ def test_a_worker_killed_in_a_fill_is_replaced_and_its_fill_taken_over(serve):
 
 def test_a_takeover_needs_no_slot_and_no_patience(serve):
     """One slot, which the next in the queue has at once; and the fill is older than `fill.queue_timeout`."""
-    gate, stays, patience_seconds = Gate(), Gate(), 1.0
+    gate, halves = held_at_half(BODY)
+    stays, fill = Gate(), {"max": 1, "queue_timeout": 1.0}
     others = [content_path("full.dax", revision=f"2608020{n:02}") for n in range(8)]
     answers = dict.fromkeys(others, Answer(BODY, gates=((100_000, stays),)))
-    answers[BIG] = Answer(BODY, etag='"a"', gates=((HALF, gate),)), BODY
-    gup, upstream = serve(answers, each=GATES_STAY, fill={"max": 1, "queue_timeout": patience_seconds})
+    gup, upstream = serve({**answers, BIG: halves}, each=GATES_STAY, fill=fill)
     swarm, began = gup.swarm(), time.monotonic()
     clients = swarm.add(80, BIG)
     gate.wait_reached()
     swarm.reach(HALF, clients)
     leader = gup.leader_of(upstream, BIG)
-    of_other = [c for c in clients if gup.worker_of_port(gup.data[1], c.local_port) != leader]
+    of_other = beside(gup, clients, leader)
     assert len(of_other) >= 20
-    until(lambda: time.monotonic() - began > patience_seconds, "the fill is older than the patience")
+    until(lambda: time.monotonic() - began > 1.0, "the fill is older than the patience")
     for other in others:
         swarm.add(1, other)
     gup.wait_metric(88, "gup_fill_waiters")
@@ -119,8 +131,8 @@ def test_a_takeover_needs_no_slot_and_no_patience(serve):
 
 def test_a_fill_that_nobody_waits_for_is_taken_over_too(serve):
     """No follower in the other worker: the controller brings the dead leader's fill to its end."""
-    gate = Gate()
-    gup, upstream = serve({BIG: (Answer(BODY, etag='"a"', gates=((HALF, gate),)), BODY)})
+    gate, answers = held_at_half(BODY)
+    gup, upstream = serve({BIG: answers})
     client, _ = gup.begin(BIG, HALF)
     client.close()
     gup.kill_worker(gup.leader_of(upstream, BIG))
@@ -134,25 +146,24 @@ def test_a_fill_that_nobody_waits_for_is_taken_over_too(serve):
 
 
 def test_without_its_controller_the_data_plane_goes_on(serve):
-    gate = Gate()
-    gup, _ = serve({BIG: Answer(BODY, etag='"a"', gates=((HALF, gate),)), DELTA: BODY[:1000]})
+    gate, answers = held_at_half()
+    gup, _ = serve({BIG: answers, DELTA: BODY[:1000]})
     client, response = gup.begin(BIG, HALF)
-    (controller,) = set(gup.children()) - set(gup.workers())
+    (controller,) = controllers(gup)
     gup.kill_worker(controller)
     gup.serves(DELTA, BODY[:1000])
     gate.open()
     assert client.finish(response).body == BODY
-    until(lambda: len(set(gup.children()) - set(gup.workers()) - {controller}) == 1, "it is replaced")
-    until(lambda: answers(gup), "its successor answers")
+    until(lambda: len(controllers(gup) - {controller}) == 1, "it is replaced")
+    until(lambda: ready(gup), "its successor answers")
     assert gup.metric("gup_client_sent_bytes_total") == LENGTH + 1000
     gup.wait_metric(LENGTH + 1000, "gup_cache_size_bytes")
 
 
-def answers(gup: Gup) -> bool:
-    try:
+def ready(gup: Gup) -> bool:
+    with contextlib.suppress(OSError):
         return fetch(gup.admin, "/readyz").status == 200
-    except OSError:
-        return False
+    return False
 
 
 def test_connections_in_a_dead_workers_queue_are_served_by_its_successor(serve):

@@ -26,19 +26,10 @@ def change(gup: Gup, path: str, what: str = "", method: str = "PUT") -> None:
 
 def fill(gup: Gup, upstream: ScriptedUpstream, *paths: str, size: int = MB) -> None:
     for path in paths:
-        upstream.answer(path, zip_of(path, size) if path.endswith("zip") else noise(path, size))
-        gup.serves(path, zip_of(path, size) if path.endswith("zip") else noise(path, size))
+        body = zip_of(path, size) if path.endswith("zip") else noise(path, size)
+        upstream.answer(path, body)
+        gup.serves(path, body)
         gup.wait_stored(path)
-
-
-def until_evicted(gup: Gup, gone, what: str) -> None:
-    """Let the limits be enforced until it is so."""
-
-    def look() -> bool:
-        assert gup.api("/api/v1/evict", "POST")[0] in (200, 202, 204)
-        return gone()
-
-    until(look, what)
 
 
 def test_max_size_holds_under_load_and_the_pinned_stays(serve):
@@ -65,6 +56,8 @@ def test_max_size_holds_under_load_and_the_pinned_stays(serve):
     shown = gup.status()["limits"]["cache_size_bytes"]
     assert (shown["limit"], shown["used"]) == (limit, on_disk(gup))
     change(gup, pinned, "/pin", "DELETE")
+    gup.reload(cache={"max_size": 2 * limit})
+    gup.wait_metric(2 * limit, "gup_cache_limit_bytes")
 
 
 def test_the_least_recently_used_goes_first(serve):
@@ -103,15 +96,16 @@ def test_keep_revisions_keeps_the_newest(serve):
     revisions = [f"26080{n}001" for n in range(1, 7)]
     gup, upstream = serve({INDEX: CONTENT_INFO}, workers=1, cache={"keep_revisions": 2})
     gup.get(INDEX)
-    for number in (3, 0, 5, 1, 4, 2):
-        path = content_path("full.zip", MONIKER, revisions[number])
-        upstream.answer(path, zip_of(path, 100_000))
-        gup.serves(path, zip_of(path, 100_000))
+    fulls = [content_path("full.zip", MONIKER, revisions[number]) for number in (3, 0, 5, 1, 4, 2)]
+    for path in fulls:
+        fill(gup, upstream, path, size=100_000)
 
-    def kept() -> list[str]:
-        return sorted(path.split("/")[3] for path in gup.bodies() if path.endswith("full.zip"))
+    def newest_are_left() -> bool:
+        assert gup.api("/api/v1/evict", "POST")[0] in (200, 202, 204)
+        kept = sorted(path.split("/")[3] for path in gup.bodies() if path.endswith("full.zip"))
+        return kept == revisions[-2:]
 
-    until_evicted(gup, lambda: kept() == revisions[-2:], "the two newest revisions are left")
+    until(newest_are_left, "the two newest revisions are left")
     assert gup.stored(INDEX)
     gup.wait_metric(4, "gup_evictions_total", reason="revision")
 

@@ -7,8 +7,6 @@ import subprocess
 import pytest
 from harness.content import content_path, noise
 from harness.processes import needs, until
-from harness.service import Gup
-from harness.upstreams import Answer, ScriptedUpstream
 
 MISSES = 40
 MOST = {"openat": 8, "rename": 2, "futex": 60, "mkdir": 1, "fsync": 0, "fdatasync": 0, "syncfs": 0}
@@ -16,32 +14,22 @@ MOST = {"openat": 8, "rename": 2, "futex": 60, "mkdir": 1, "fsync": 0, "fdatasyn
 
 
 @pytest.mark.alone
-def test_a_small_miss_costs_few_system_calls(tmp_path):
+def test_a_small_miss_costs_few_system_calls(serve, tmp_path):
     paths = [content_path(f"xdelta2607{n:05d}_To_260801001.dax") for n in range(MISSES + 1)]
-    body = noise("small", 100_000)
-    with ScriptedUpstream() as upstream:
-        for path in paths:
-            upstream.answer(path, Answer(body, etag='"a"'))
-        with Gup(tmp_path / "cache", [upstream.url], workers=1) as gup:
-            with gup.connect() as client:
-                assert client.get(paths[0]).body == body
-                counts = tmp_path / "counts"
-                (worker,) = gup.workers()
-                tracer = subprocess.Popen(
-                    [needs("strace"), "-f", "-c", "-S", "name", "-o", str(counts), "-p", str(worker)],
-                    stderr=subprocess.PIPE,
-                )
-                assert tracer.stderr
-                if b"attached" not in tracer.stderr.readline():
-                    pytest.skip("this system does not let strace attach")
-                for path in paths[1:]:
-                    assert client.get(path).body == body
-                tracer.send_signal(signal.SIGINT)
-                tracer.communicate(timeout=20)
-            for path in paths:
-                assert "hit" in gup.get(path).header("cache-status")
-            until(lambda: len(gup.bodies()) == len(paths), "all are stored")
-            assert not gup.parts()
+    body, counts = noise("small", 100_000), tmp_path / "counts"
+    gup, _ = serve(dict.fromkeys(paths, body), workers=1)
+    client = gup.connect()
+    assert client.get(paths[0]).body == body
+    trace = [needs("strace"), *["-f", "-c", "-S", "name", "-o"], str(counts), "-p", str(gup.workers()[0])]
+    with subprocess.Popen(trace, stderr=subprocess.PIPE) as tracer:
+        if b"attached" not in tracer.stderr.readline():
+            pytest.skip("this system does not let strace attach")
+        assert {client.get(path).body for path in paths[1:]} == {body}
+        tracer.send_signal(signal.SIGINT)
+        tracer.communicate(timeout=20)
+    assert all("hit" in gup.get(path).header("cache-status") for path in paths)
+    until(lambda: len(gup.bodies()) == len(paths), "all are stored")
+    assert not gup.parts()
     calls = {
         fields[-1]: int(fields[3])
         for line in counts.read_text().splitlines()

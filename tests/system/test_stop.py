@@ -1,28 +1,37 @@
-"""Starting wrong and stopping right: drain, second instances, bad settings."""
+"""Starting on odd machines, and stopping right: drains, parts that are resumed."""
 
+import os
 import signal
 import time
 
+import pytest
+from harness.clients import address_of
 from harness.commands import command
 from harness.content import BIG, DELTA, noise, zip_of
 from harness.processes import listens, until
-from harness.service import Gup, toml
+from harness.service import READY, REPOSITORY, toml
 from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
 HALF = LENGTH // 2
 BODY = zip_of("stop", LENGTH)
-NOWHERE = "http://127.0.0.1:9"
+
+REFUSING = """
+import resource
+
+
+def refused(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+resource.getrlimit = lambda _: (1000, 2000)  # a soft limit below the hard one: it would be raised
+resource.setrlimit = refused
+"""
+"""A `sitecustomize` that refuses setrlimit as a sandbox does, or a hard limit above `fs.nr_open`."""
 
 
 def halfway(gate: Gate) -> Answer:
     return Answer(BODY, etag='"a"', gates=((HALF, gate),))
-
-
-def drains(gup: Gup, number: signal.Signals = signal.SIGTERM) -> None:
-    gup.signal(number)
-    until(lambda: not listens(gup.data), "no connection is accepted any more")
-    assert gup.process.poll() is None
 
 
 def test_what_is_being_sent_is_finished(serve):
@@ -39,7 +48,9 @@ def test_what_is_being_sent_is_finished(serve):
     reader, response = gup.begin(BIG, HALF)
     waiting.ask(DELTA)
     head_gate.wait_reached()
-    drains(gup)
+    gup.signal(signal.SIGTERM)
+    until(lambda: not listens(gup.data), "no connection is accepted any more")
+    assert gup.process.poll() is None
     assert idle.ended()
     gate.open()
     head_gate.open()
@@ -55,42 +66,31 @@ def test_what_is_being_sent_is_finished(serve):
     assert gup.parts() == {}
 
 
-def test_after_drain_timeout_it_ends_and_the_part_is_resumed(serve):
-    gate = Gate()
-    gup, upstream = serve({BIG: (halfway(gate), BODY)}, listen={"drain_timeout": "300ms"})
-    reader, head = gup.begin(BIG, HALF)
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_it_ends_with_a_fill_under_way_and_the_part_is_resumed(serve, waited_for):
+    """After drain_timeout where a client reads on, at once where all have left."""
+    gate, listen = Gate(), {"drain_timeout": "300ms" if waited_for else "30s"}
+    gup, upstream = serve({BIG: (halfway(gate), BODY), DELTA: b"delta"}, listen=listen)
+    idle = gup.connect()
+    assert idle.get(DELTA).status == 200
+    reader, head = gup.begin(BIG, HALF if waited_for else 1000)
     gate.wait_reached()
+    if not waited_for:
+        reader.close()  # with bytes unread: that is a reset, and needs no further byte to be noticed
+        gup.wait_metric(1, "gup_client_connections")
     began = time.monotonic()
     assert gup.stop() == 0
     assert time.monotonic() - began < 10
-    assert reader.rest() == b""
-    assert reader.was_reset, "a clean end may look like a complete body"
+    assert gup.pids == []
+    if waited_for:
+        assert reader.rest() == b""
+        assert reader.was_reset, "a clean end may look like a complete body"
     gate.open()
     assert sum(gup.parts().values()) >= HALF
     gup.start()
     assert gup.serves(BIG, BODY).etag == head.etag
     second = upstream.requests(BIG)[1]
     assert (second.status, second.header("if-range")) == (206, '"a"')
-
-
-def test_stop_at_rest_is_quick_and_a_fill_that_nobody_waits_for_does_not_hold_it(serve):
-    """All clients left: the part is kept, and what was fetched is not fetched again."""
-    gate = Gate()
-    gup, upstream = serve({BIG: (halfway(gate), BODY), DELTA: b"delta"})
-    idle = gup.connect()
-    assert idle.get(DELTA).status == 200
-    client, _ = gup.begin(BIG, 1000)
-    gate.wait_reached()
-    client.close()  # with bytes unread: that is a reset, and needs no further byte to be noticed
-    gup.wait_metric(1, "gup_client_connections")
-    began = time.monotonic()
-    assert gup.stop() == 0
-    assert time.monotonic() - began < 10
-    assert gup.pids == []
-    gate.open()
-    gup.start()
-    gup.serves(BIG, BODY)
-    assert upstream.requests(BIG)[1].status == 206
 
 
 def test_what_a_client_has_whole_is_there_after_a_stop(serve):
@@ -108,26 +108,13 @@ def test_what_a_client_has_whole_is_there_after_a_stop(serve):
     assert len(upstream.requests(DELTA)) == 1
 
 
-def test_wrong_settings_are_named_and_nothing_starts(tmp_path):
-    with Gup(tmp_path / "cache", [NOWHERE], settings={"cache": {}}, start=False) as gup:
-        (gup.folder / "gup.toml").write_text('[cache]\nmax_size = "x"\n[fill]\nmax = "many"\n')
-        gup.launch()
-        assert gup.wait(15) == 2
-        assert [word for word in ("cache.max_size", "fill.max", "many") if word not in gup.log] == [], gup.log
-        assert not (tmp_path / "cache").exists()
-
-
-def test_a_reload_takes_new_settings_and_keeps_the_old_when_they_are_bad(serve):
-    gup, _ = serve(workers=1, cache={"max_size": "50MB"})
-    workers = gup.workers()
-    gup.rewrite({"cache": {"max_size": "60MB"}})
-    gup.wait_metric(60_000_000, "gup_cache_limit_bytes")
-    gup.rewrite({"cache": {"max_size": "60 sheep"}})
-    gup.wait_metric(0, "gup_config_last_reload_successful")
-    gup.wait_log("60 sheep")
-    assert gup.metric("gup_cache_limit_bytes") == 60_000_000
-    assert gup.get("/content/none.txt").status == 404
-    assert gup.workers() == workers
+def test_where_the_limit_of_open_files_cannot_be_raised_every_process_lives(serve, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(REFUSING)
+    env = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPOSITORY)))}
+    gup, _ = serve({BIG: BODY}, env=env)
+    gup.serves(BIG, BODY)
+    assert gup.metric("gup_worker_restarts_total") == 0
+    assert gup.log.count("the limit of open files stays at 1000: setrlimit:") == 1
 
 
 def test_a_reload_tells_what_is_in_force_and_what_waits_for_a_restart(serve):
@@ -139,7 +126,23 @@ def test_a_reload_tells_what_is_in_force_and_what_waits_for_a_restart(serve):
     assert told.returncode == 3, told
     assert told.stdout.splitlines() == [
         "in force now: cache.max_size",
-        "waiting for a restart of the service: listen.backlog, site.name",
+        "restart the service for: listen.backlog, site.name",
     ]
     via = gup.get("/content/none.txt").header("via")
     assert "elsewhere" not in f"{via} {gup.status()['site']}", "one name until the restart"
+
+
+@pytest.mark.long
+@pytest.mark.alone
+@pytest.mark.timeout(300)
+def test_any_number_of_workers_serves(serve):
+    """45 of them filled the shared page of an earlier release, and the next died at each start."""
+    gup, upstream = serve({BIG: BODY}, workers=64, start=False)
+    gup.launch()
+    found = until(lambda: READY.search(gup.log), "gup's ready line", 240)
+    assert found[3] == "64"
+    gup.data, gup.admin = address_of(found[1]), address_of(found[2])
+    assert len(gup.workers()) == 64
+    assert {gup.get(BIG).body for _ in range(4 * 64)} == {BODY}
+    assert gup.metric("gup_worker_restarts_total") == 0
+    assert len(upstream.requests(BIG)) == 1

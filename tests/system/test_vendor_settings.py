@@ -26,15 +26,10 @@ def all_gone(gup: Gup) -> None:
     until(lambda: downloads(gup) == (0, 0), "nobody downloads any more")
 
 
-def publish(upstream) -> None:
-    for path, size in SIZES.items():
-        upstream.answer(path, zip_of(path, size))
-    for path, body in SMALL.items():
-        upstream.answer(path, body)
-
-
-def warm(gup: Gup) -> None:
+def warm(gup: Gup, upstream) -> None:
     """All but MISS is in the store, and in every worker's hot cache as far as it goes."""
+    for path, body in {**{path: zip_of(path, size) for path, size in SIZES.items()}, **SMALL}.items():
+        upstream.answer(path, body)
     for pid in gup.workers():
         client = gup.connect_to(pid)
         for path in (FULL, OTHER, MEDIUM, DELTA, INDEX) * 2:
@@ -64,8 +59,7 @@ def gup(shared):
     """One download at once, eight wait."""
     gup, upstream = shared
     if not upstream.seen:
-        publish(upstream)
-        warm(gup)
+        warm(gup, upstream)
     all_gone(gup)
     yield gup
     gup.close_clients()
@@ -79,16 +73,12 @@ def test_the_port_is_the_one_that_is_set(serve):
     gup.serves(DELTA, b"delta")
 
 
-# --- simultaneous downloads
-
-
 def test_only_so_many_download_at_once_and_small_ones_pass(gup):
     reader = slow_reader(gup)
     queued = [waiting(gup) for _ in range(4)]
     assert downloads(gup) == (1, 4)
-    for path, body in SMALL.items():
-        for pid in gup.workers():
-            assert gup.connect_to(pid).get(path).body == body
+    for client in map(gup.connect_to, gup.workers()):
+        assert {path: client.get(path).body for path in SMALL} == SMALL
     assert gup.get(FULL, method="HEAD").status == 200, "a head needs no slot"
     assert all(client.silent_for(0.01) for client in queued)
     limits = gup.status()["limits"]
@@ -118,17 +108,15 @@ def test_beyond_the_queue_it_is_503_with_retry_after(gup):
     for _ in range(8):
         waiting(gup)
     before = gup.metrics()
-    for pid in gup.workers():
-        client = gup.connect_to(pid)
+    for client in map(gup.connect_to, gup.workers()):
         response = client.get(FULL)
         assert_problem(response, 503, "overloaded")
         assert 1 <= int(response.header("retry-after") or 0) <= 300
         assert client.get(DELTA).complete, "the connection goes on"
     assert_problem(gup.get(FULL, {"Range": "bytes=0-400000"}), 503, "overloaded")  # not from the hot cache
     after = gup.metrics()
-    refused, hits = {"result": "refused", "code": "503"}, {"result": "hit"}
-    assert after("gup_requests_total", **refused) == before("gup_requests_total", **refused) + 3
-    assert after("gup_requests_total", **hits) == before("gup_requests_total", **hits) + 2, "no hits"
+    for more, labels in ((3, {"result": "refused", "code": "503"}), (2, {"result": "hit"})):
+        assert after("gup_requests_total", **labels) == before("gup_requests_total", **labels) + more
     assert downloads(gup) == (1, 8)
 
 
@@ -166,8 +154,7 @@ def test_what_leaves_at_once_when_its_turn_has_come_is_followed_by_the_next_answ
 
 def test_a_killed_worker_gives_its_slots_and_its_queue_back(serve):
     gup, upstream = serve(clients={"max_downloads": 1, "queue": 8})
-    publish(upstream)
-    warm(gup)
+    warm(gup, upstream)
     doomed, other = gup.workers()
     slow_reader(gup, FULL, doomed)
     dead = [waiting(gup, pid=doomed) for _ in range(2)]
@@ -181,8 +168,7 @@ def test_a_killed_worker_gives_its_slots_and_its_queue_back(serve):
 
 def test_a_reload_changes_how_many_may_and_with_no_queue_whoever_finds_no_slot_is_refused(serve):
     gup, upstream = serve(clients={"max_downloads": 1, "queue": 5})
-    publish(upstream)
-    warm(gup)
+    warm(gup, upstream)
     slow_reader(gup)
     clients = [waiting(gup) for _ in range(3)]
     began = time.monotonic()
@@ -203,17 +189,13 @@ def test_a_reload_changes_how_many_may_and_with_no_queue_whoever_finds_no_slot_i
 
 def test_a_stop_turns_away_who_waits_and_lets_the_others_end(serve):
     gup, upstream = serve(clients={"max_downloads": 1, "queue": 5})
-    publish(upstream)
-    warm(gup)
+    warm(gup, upstream)
     reader = gup.connect(receive_buffer_bytes=16_384)
     begun, client = reader.begin(FULL), waiting(gup)
     gup.process.terminate()
     assert_problem(client.response(), 503, "draining")
     assert reader.finish(begun).complete
     assert gup.wait() == 0
-
-
-# --- rates
 
 
 def seconds_of(gup: Gup, path: str, body: bytes) -> float:

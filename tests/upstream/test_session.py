@@ -472,7 +472,7 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(before):
 @pytest.mark.parametrize("url", ["http://manager:8014", "https://manager", "https://[fd00::1]:8443/sepm"])
 async def test_no_path_changes_the_host_that_is_asked(pool_of, url, path):
     async with pool_of({"name": "a", "url": url}) as pool:
-        with pytest.raises(UpstreamFailure, match="is no path"):
+        with pytest.raises(UpstreamFailure, match="that is not a path"):
             pool.upstreams[0].url(path)
 
 
@@ -689,7 +689,7 @@ async def test_a_proxys_own_answer_is_told_as_the_proxys(pool_of, upstream, sche
     assert failure.slug == "upstream-unreachable"
     assert f"the web proxy http://user:***@127.0.0.1:{upstream.port} (upstream.proxy)" in failure.detail
     assert f"answered {status}" in failure.detail
-    assert ("wants a user and a password" in failure.detail) == (status in (401, 407))
+    assert ("requires a user and a password" in failure.detail) == (status in (401, 407))
     assert "tops3cret" not in failure.detail
     assert failure.detail.isprintable()
     assert sign_of(failure, "manager", check=False) is Sign.AWAY

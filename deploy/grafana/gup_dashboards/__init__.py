@@ -1,1 +1,1 @@
-"""Grafana's dashboards as code: what they show stands here, ../dashboards holds what is built from it."""
+"""Grafana's dashboards as code: defined here, generated into ../dashboards."""

@@ -1,4 +1,4 @@
-"""The dashboard *Fleet*: hundreds of sites at once, and which of them need somebody."""
+"""The dashboard *Fleet*: hundreds of sites at once, and which of them need attention."""
 
 from grafana_foundation_sdk.builders import dashboard as board
 
@@ -32,14 +32,14 @@ def _totals(made: board.Dashboard) -> None:
     made.with_row(board.Row("All sites"))
     made.with_panel(
         figure(
-            About("Sites that answer", "Of those that Prometheus was told of."),
+            About("Sites that answer", "Of the targets that Prometheus has."),
             Query(f'sum(max by (site) (up{{job="gup", {_SITE}}}))'),
             span=3,
         )
     )
     made.with_panel(
         figure(
-            About("Sites that do not", "Their clients go over the WAN meanwhile."),
+            About("Sites that do not", "Their clients bypass gup and use the WAN."),
             Query(f'sum(1 - max by (site) (up{{job="gup", {_SITE}}}))'),
             span=3,
             steps=((None, "green"), (1, "red")),
@@ -60,14 +60,14 @@ def _totals(made: board.Dashboard) -> None:
     )
     made.with_panel(
         figure(
-            About("Clients in a day", "Addresses that asked within 24 hours."),
+            About("Clients in a day", "Client addresses seen within 24 hours."),
             Query(f"sum(site:gup_clients_seen_1d:sum{{{_SITE}}})"),
             span=3,
         )
     )
     made.with_panel(
         figure(
-            About("Alerts firing", "See the table for where."),
+            About("Alerts firing", "The table shows at which sites."),
             Query(f"count({_FIRING}) or vector(0)"),
             span=3,
             steps=_NONE_IS_GOOD,
@@ -99,7 +99,7 @@ def _worst(made: board.Dashboard) -> None:
         rows(
             About(
                 "The worst sites",
-                "Trouble: a critical alert counts ten, a warning one. Ratios, savings, clients: of a day.",
+                "Trouble: a critical alert counts ten, a warning one. Other figures are of a day.",
             ),
             {"site": "Site"},
             columns,
@@ -114,7 +114,7 @@ def _traffic(made: board.Dashboard) -> None:
     made.with_row(board.Row("Traffic of all sites"))
     made.with_panel(
         graph(
-            About("To clients, and over the WAN", "The gap between the two is what is saved.", "Bps"),
+            About("To clients, and over the WAN", "The gap between the two is the saving.", "Bps"),
             Query(f"sum(site:gup_client_sent_bytes:rate5m{{{_SITE}}})", "to clients"),
             Query(f"sum(site:gup_upstream_received_bytes:rate5m{{{_SITE}}})", "over the WAN"),
         )
@@ -144,7 +144,7 @@ def _outliers(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Most errors", "Ten sites, of all answers but refusals.", "percentunit"),
+            About("Most errors", "Ten sites, of all responses except refusals.", "percentunit"),
             Query(f"topk(10, site:gup_errors:ratio5m{{{_SITE}}})", "{{site}}"),
         )
     )

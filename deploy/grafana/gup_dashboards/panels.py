@@ -1,4 +1,4 @@
-"""The kinds of panel that the dashboards are made of, each in one look; knows no metric."""
+"""The kinds of panel that the dashboards are made of, in one style; without metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from grafana_foundation_sdk.models.dashboard import (
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 FULL_WIDTH = 24
 Steps = Sequence[tuple[float | None, str]]
-"""Colours from a value on; the first has none."""
+"""Colours from a value upwards; the first has no value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """PromQL, and what its series are called in the legend."""
+    """PromQL, and the name of its series in the legend."""
 
     expr: str
     legend: str = ""
@@ -35,7 +35,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a panel is called, what it tells, and its unit (Grafana's name of it)."""
+    """A panel's title, description, and unit (by Grafana's name)."""
 
     title: str
     text: str

@@ -1,4 +1,4 @@
-"""The dashboard *Site*: one gup, from what it saves to what is wrong with it."""
+"""The dashboard *Site*: one gup, from savings to alerts."""
 
 from grafana_foundation_sdk.builders import dashboard as board
 
@@ -39,7 +39,7 @@ def _quantile(quantile: float, histogram: str, window: str, by: str = "") -> str
 
 
 def site() -> board.Dashboard:
-    """Saved, served, fetched, and what is wrong."""
+    """Saved, served, fetched, and alerts."""
     made = dashboard("gup-site", "gup: Site", "One site's Group Update Provider.", every_site=False)
     for section in (_savings, _traffic, _fills, _content, _health):
         section(made)
@@ -69,13 +69,13 @@ def _savings(made: board.Dashboard) -> None:
     fills = f"sum(increase(gup_fills_total{{{_SITE}}}[$__range]))"
     made.with_panel(
         figure(
-            About("Clients per fill", "Requests that one fetch from upstream answered while it ran."),
+            About("Clients per fill", "Requests answered by one fetch from upstream while it ran."),
             Query(f"{waiting} / {fills}"),
         )
     )
     made.with_panel(
         figure(
-            About("Clients in a day", "Addresses that asked within 24 hours."),
+            About("Clients in a day", "Client addresses seen within 24 hours."),
             Query(f'sum(gup_clients_seen{{{_SITE}, window="1d"}})'),
         )
     )
@@ -103,7 +103,7 @@ def _traffic(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Requests by result", "How each was answered.", "reqps"),
+            About("Requests by result", "The result of each request.", "reqps"),
             Query(f"sum by (result) (rate(gup_requests_total{{{_SITE}}}[{_RATE}]))", "{{result}}"),
             stacked=True,
         )
@@ -124,7 +124,7 @@ def _fills(made: board.Dashboard) -> None:
     made.with_row(board.Row("Fills and waiting"))
     made.with_panel(
         graph(
-            About("Fills and who waits", "Fetches under way, and the requests attached to them."),
+            About("Fills and waiters", "Fetches under way, and the requests attached to them."),
             Query(f"sum(gup_fills_in_progress{{{_SITE}}})", "fills"),
             Query(f"sum(gup_fill_waiters{{{_SITE}}})", "waiters"),
             span=8,
@@ -132,7 +132,7 @@ def _fills(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Time to first byte", "From the request to content; hits of the hot cache left out.", "s"),
+            About("Time to first byte", "From request to first byte; without hits of the hot cache.", "s"),
             *(
                 Query(_quantile(q, first_byte, _FILLS, "result"), f"{{{{result}}}} p{round(q * 100)}")
                 for q in (0.5, 0.95)
@@ -158,7 +158,7 @@ def _content(made: board.Dashboard) -> None:
         rate = f"sum by (kind) (rate(gup_stream_{way}_bytes_total{{{_SITE}}}[{_RATE}]))"
         made.with_panel(
             graph(
-                About(title, "Many fulls where deltas exist are a storm.", "Bps"),
+                About(title, "Many full packages where deltas exist are a storm.", "Bps"),
                 Query(rate, "{{kind}}"),
                 stacked=True,
             )
@@ -167,7 +167,7 @@ def _content(made: board.Dashboard) -> None:
     sent = "sum by (product, language) (increase(gup_stream_{}_bytes_total{{{}}}[$__range]))"
     made.with_panel(
         rows(
-            About("Streams", "Age of the newest revision, by day; bytes in the range; whether a storm runs."),
+            About("Streams", "Age of the newest revision, by day; bytes in the range; storms."),
             {"product": "Product", "language": "Language"},
             [
                 Column(
@@ -201,14 +201,14 @@ def _health(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Days kept", "What is stored, over what a day brings: how long content stays.", "d"),
+            About("Days kept", "Bytes stored, over bytes received in a day: how long content stays.", "d"),
             Query('site:gup_content_kept:days{site="$site"}', "days"),
             span=8,
         )
     )
     made.with_panel(
         graph(
-            About("Evicted", "Why content went.", "Bps"),
+            About("Evicted", "By reason.", "Bps"),
             Query(f"sum by (reason) (rate(gup_evicted_bytes_total{{{_SITE}}}[{_RATE}]))", "{{reason}}"),
             span=8,
             stacked=True,
@@ -216,7 +216,7 @@ def _health(made: board.Dashboard) -> None:
     )
     made.with_panel(
         states(
-            About("Upstreams", "Green while content is asked of it."),
+            About("Upstreams", "Green while content is requested from it."),
             Query(f"max by (upstream) (gup_upstream_up{{{_SITE}}})", "{{upstream}}"),
         )
     )
@@ -238,7 +238,7 @@ def _health(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
-            About("Fills that ended", "And the bytes of them that were for nothing.", "short"),
+            About("Fills that ended", "And the bytes of them that were discarded.", "short"),
             Query(f"sum by (outcome) (increase(gup_fills_total{{{_SITE}}}[{_RATE}]))", "{{outcome}}"),
             Query(
                 f"sum by (reason) (increase(gup_fill_resumes_total{{{_SITE}}}[{_RATE}]))",
@@ -249,7 +249,7 @@ def _health(made: board.Dashboard) -> None:
     )
     made.with_panel(
         figure(
-            About("Integrity failures, in the range", "Damage found in the store; gup mends it."),
+            About("Integrity failures, in the range", "Damage found in the store; gup repairs it."),
             Query(_increase("gup_integrity_failures_total", "$__range")),
             steps=_NONE_IS_GOOD,
         )
@@ -263,7 +263,7 @@ def _health(made: board.Dashboard) -> None:
     )
     made.with_panel(
         rows(
-            About("Alerts", "What Prometheus complains of for this site."),
+            About("Alerts", "Alerts that fire for this site."),
             {"alertname": "Alert", "severity": "Severity", "alertstate": "State", "product": "Product"},
             [
                 Column(

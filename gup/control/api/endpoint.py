@@ -125,7 +125,7 @@ class Endpoint:
         given, what = dict[str, Any](request.query), "parameter"
         for name in given:
             if name in in_path or len(request.query.getall(name)) > 1:
-                raise web.HTTPBadRequest(text=f"the parameter {name} stands twice")
+                raise web.HTTPBadRequest(text=f"the parameter {name} is given twice")
         takes_any = model.model_fields.keys() > in_path.keys() and self.takes != JSON
         if self.takes == JSON and not given:
             given, what, takes_any = await _members(request), "member", True

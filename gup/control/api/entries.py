@@ -59,7 +59,7 @@ class Filter(Request):
 class Listing(Filter):
     """What to list."""
 
-    order: _Order = Field("key", description="What rows are in order of; a - turns it round.")
+    order: _Order = Field("key", description="Order of the rows; a - before it reverses it.")
     limit: Count = Field(100, description="Rows of a page, at most.")
     cursor: schemas.EntryCursor | None = Field(None, description=schemas.CURSOR)
 

@@ -42,7 +42,7 @@ class Queue(Request):
 class Verify(Request):
     """What to do with what is damaged."""
 
-    repair: Literal["0", "1"] = Field("0", description="1 mends what is damaged.")
+    repair: Literal["0", "1"] = Field("0", description="1 repairs what is damaged.")
 
 
 async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:

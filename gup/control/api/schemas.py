@@ -93,7 +93,7 @@ class Fill(Response):
     kind: str | None
     began_at: float
     bytes_per_second: float | None = Field(description="Over the last seconds; null when it has just begun.")
-    remaining_seconds: float | None = Field(description="At that rate; null when that can't be told.")
+    remaining_seconds: float | None = Field(description="At that rate; null while unknown.")
 
 
 class Fills(Response):
@@ -160,7 +160,7 @@ class Scrub(Response):
 
 
 class Reload(Response):
-    successful: bool = Field(description="Whether the last reload took.")
+    successful: bool = Field(description="Whether the last reload succeeded.")
 
 
 class Alarm(Response):
@@ -173,7 +173,7 @@ class Alarm(Response):
 
 
 class Alarms(Response):
-    alarms: list[Alarm] = Field(description="All that stand, the critical ones first.")
+    alarms: list[Alarm] = Field(description="The active alarms, the critical ones first.")
 
 
 class FailedFill(Response):
@@ -245,7 +245,7 @@ def _read(value: object, check: Callable[[object], Any]) -> Any:
     try:
         return check(json.loads(base64.urlsafe_b64decode(value)) if isinstance(value, str) else value)
     except (ValueError, RecursionError) as error:
-        raise ValueError("it is not the cursor of a page before") from error
+        raise ValueError("it is not a cursor from an earlier page") from error
 
 
 def _written(place: tuple[float, str | int]) -> str:
@@ -259,7 +259,7 @@ EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializ
 """What entries are in order of, and the last one's key."""
 ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
 """When the last client was seen, and its number among those seen at that time."""
-CURSOR = "Of the page before, asked for with the same other parameters."
+CURSOR = "From the previous page, with the same other parameters."
 
 
 class Entry(Response):
@@ -289,7 +289,7 @@ class Entry(Response):
 class Entries(Response):
     entries: list[Entry]
     matching: int = Field(description="How many match, on all pages.")
-    cursor: EntryCursor | None = Field(description="What the next page is asked for with; null on the last.")
+    cursor: EntryCursor | None = Field(description="The cursor of the next page; null on the last.")
     complete: bool = Field(description="Whether the index covers the whole store yet.")
 
 
@@ -367,8 +367,8 @@ class Verification(Response):
 
 
 class Reloaded(Response):
-    reloaded: bool = Field(description="Whether the settings took; if not, those before stay in force.")
-    problems: list[str] = Field(description="What is wrong with the settings, each with its key.")
+    reloaded: bool = Field(description="Whether the new settings are in force; if not, the old ones are.")
+    problems: list[str] = Field(description="Mistakes in the settings, each with its key.")
     changed: list[str] = Field(description="Keys whose new values are in force now.")
     waiting: list[str] = Field(description="Keys whose new values need a restart; the old ones hold.")
 
@@ -417,16 +417,16 @@ class KnownClient(Client):
 
 class Clients(Response):
     seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
-    known: int = Field(description="Clients remembered.")
+    known: int = Field(description="Client records.")
     matching: int = Field(description="How many match, on all pages.")
-    clients: list[KnownClient] = Field(description="Those seen last first.")
-    cursor: ClientCursor | None = Field(description="What the next page is asked for with; null on the last.")
+    clients: list[KnownClient] = Field(description="The last seen first.")
+    cursor: ClientCursor | None = Field(description="The cursor of the next page; null on the last.")
 
 
 class Report(Response):
     at: float
     addresses: str = Field(description="reports.addresses: full, hashed or off.")
-    retention_seconds: float = Field(description="A client not seen for so long is forgotten.")
+    retention_seconds: float = Field(description="Records of clients not seen for so long are removed.")
     note: str | None = Field(description="Why the report is empty, where that is by the settings.")
 
 
@@ -487,7 +487,9 @@ class RestartReport(Report):
     """Clients by what they state, and those that may wait for a restart."""
 
     clients: list[ClientGroup]
-    catalogue_known: bool = Field(description="Without a catalogue nobody knows which streams are patches.")
+    catalogue_known: bool = Field(
+        description="Without a catalogue it is not known which streams are patches."
+    )
     pending: int
     unknown: int
     saying: str
@@ -543,7 +545,9 @@ class HistoryPoint(Moved):
     """One minute or hour: what was moved, the highest rates in it, and what held at its end."""
 
     at: int = Field(description="When it began.")
-    covered_seconds: float = Field(description="How much of it was seen; rates are bytes through this.")
+    covered_seconds: float = Field(
+        description="For how much of it there are figures; a rate is bytes divided by this."
+    )
     upstream_wasted_bytes: int
     fills: dict[str, int] = Field(description="By outcome.")
     client_peak_bytes_per_second: int

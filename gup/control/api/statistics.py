@@ -68,7 +68,7 @@ async def content(state: ControlState, _query: Form) -> schemas.ContentReport:
 
 
 async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
-    """Clients that took a client patch and may wait for a restart."""
+    """Clients that took a client patch and may need a restart."""
     return await state.reports.restarts()
 
 

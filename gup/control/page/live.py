@@ -159,7 +159,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     parts = request.app[PAGE]
     with parts.listening() as admitted:
         if not admitted:
-            told = f"{MAX_LISTENERS} listen already; the page itself can be loaded again"
+            told = f"{MAX_LISTENERS} clients receive events already; reload the page instead"
             raise web.HTTPServiceUnavailable(text=told, headers={"Retry-After": "10"})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)

@@ -260,10 +260,10 @@ SHOWN = 10_000
 LAGGING_SHOWN = 1000
 """Lagging clients shown of one stream."""
 SAYING = (
-    "Taken is not installed: a client listed as pending was sent a client patch and still states the build "
-    "of before. It may wait for a restart, or not have begun to install."
+    "Taken does not mean installed: a client listed as pending was sent a client patch and still states its "
+    "old build. It may need a restart, or may not have begun to install."
 )
-_OFF = "reports.addresses is off: no client is remembered"
+_OFF = "reports.addresses is off: there are no client records"
 _HAS = "max(revision, came_from)"
 """The revision that a client has: what it took here or what it came from, whichever is newer."""
 _CLIENT = "name AS address, seen_at, nullif(version, '') AS version, nullif(language, '') AS language"

@@ -146,4 +146,4 @@ class StatsDatabase:
             new.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 old.replace(new)
-        _log.warning("%s is begun anew: %s; what there was lies in %s", self.path.name, why, aside)
+        _log.warning("%s was replaced by an empty one: %s; the old one is %s", self.path.name, why, aside)

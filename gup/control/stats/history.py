@@ -211,7 +211,7 @@ def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = 
         db.execute("INSERT INTO old_days SELECT ?, day, series, value FROM days", since)
         db.execute("DELETE FROM days")
         db.execute("DELETE FROM marks")
-        _log.warning("the counters are counted anew: savings begin anew, those before are in table old_days")
+        _log.warning("the counters were reset: savings begin at zero, the old ones are in table old_days")
     about = (reading.installed_at, reading.at)
     db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?), ('read_at', ?)", about)
     marks = dict(db.execute("SELECT series, value FROM marks"))
