@@ -37,13 +37,14 @@ class Admission:
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        self._is_allowed = lru_cache(20_000)(allowed_networks(settings.clients.allow))
+        self.is_allowed = lru_cache(20_000)(allowed_networks(settings.clients.allow))
+        """Whether an address is in `clients.allow`."""
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
         """Count a connection, or its refusal. `make_room` closes an idle connection; False: there is none."""
-        if not self._is_allowed(address):
+        if not self.is_allowed(address):
             return self._refuse("network")
         if self._addresses.add(address) > self._most_of_address > 0:
             self._addresses.remove(address)

@@ -69,6 +69,8 @@ class Listener:
     def apply(self, settings: config.Settings) -> None:
         self._handler.apply(settings)
         self._admission.apply(settings)
+        for connection in [c for c in self._connections if not self._admission.is_allowed(c.peer)]:
+            connection.cut()
         self._rate = settings.clients.rate
         self._context.listen = settings.listen
 
