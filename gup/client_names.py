@@ -27,7 +27,7 @@ def read_key(path: Path) -> bytes:
     try:
         key = bytes.fromhex((path.read_text() if path.exists() else "") or _create(path))
         if len(key) != _KEY_BYTES:
-            raise ValueError(f"{path} is no key")  # noqa: TRY301 - told as what can not be read is
+            raise ValueError(f"{path} is not a key of {_KEY_BYTES} bytes")  # noqa: TRY301 - told as what can not be read is
     except (OSError, ValueError) as error:
         _log.warning("the key of hashed addresses can't be kept, so they change at the next start: %s", error)
         return secrets.token_bytes(_KEY_BYTES)

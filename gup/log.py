@@ -73,7 +73,7 @@ def require_destination(own: config.Log) -> None:
     if not own.destination.startswith("/") or file.exists():
         _destination(own).close()
     elif not file.parent.is_dir():
-        raise SettingsError([_unwritable(own.destination, f"there is no folder {str(file.parent)!r}")])
+        raise SettingsError([_unwritable(own.destination, f"the folder {str(file.parent)!r} does not exist")])
 
 
 def _unwritable(destination: str, why: str) -> str:

@@ -194,6 +194,30 @@ def test_the_modules_and_files_that_pages_name_exist():
     assert breaking(missing, [page for page in PAGES if page.name != "CHANGELOG.md"]) == {}
 
 
+RIDDLES = re.compile(
+    r"\b(anew|in vain|lately|maimed|mend(s|ed|ing)?|nobody's|put right|somebody|turned? away|upkeep|"
+    r"whoever|goes? on with|gone on with|looked through|fetch(ed|ing)? ahead|by way of|"
+    r"is no (archive|key|path|folder))\b"
+)
+"""Words of the first edition: a reader of a message or a page should not have to guess."""
+
+
+def test_what_users_read_is_plain_english():
+    """Messages, help and log lines in code (texts of two words and more), pages, monitoring."""
+
+    def riddles(path):
+        if path.suffix != ".py":
+            return {match[0] for match in RIDDLES.finditer(re.sub(r"`[^`\n]*`", "", text(path)))}
+        docstrings = {id(node.value) for node in nodes(path, ast.Expr)}
+        texts = [node for node in nodes(path, ast.Constant) if id(node) not in docstrings]
+        words = [node.value for node in texts if isinstance(node.value, str) and " " in node.value.strip()]
+        return {match[0] for word in words for match in RIDDLES.finditer(word)}
+
+    templates = [*(ROOT / "gup").rglob("*.html"), *(ROOT / "gup").rglob("page.js")]
+    shown = [page for page in PAGES if page.name != "CHANGELOG.md"] + [*(ROOT / "deploy").rglob("*.yml")]
+    assert breaking(riddles, [*MODULES, *templates, *shown]) == {}
+
+
 def test_metrics_go_by_their_declared_names():
     """In code whatever ends like a counter; in pages whatever looks like a metric (site:… is a rule)."""
 

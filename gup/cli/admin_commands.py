@@ -8,6 +8,7 @@ import typer
 
 from gup.cli.shared import (
     FAILED,
+    UNUSABLE,
     WAITING,
     Columns,
     JsonFlag,
@@ -83,7 +84,7 @@ def _state(upstream: Row) -> str:
     return "up" if upstream["up"] and state == "unknown" else state if upstream["up"] else state.upper()
 
 
-def _here(fill: Row) -> str:
+def _received(fill: Row) -> str:
     received, length = fill["received_bytes"], fill["length_bytes"]
     share = "" if length is None else f" of {bytes_in_words(length)} ({received / length:.0%})"
     return bytes_in_words(received) + share
@@ -93,9 +94,9 @@ _UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last e
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
-    "#here": _here,
-    "#a second": "bytes_per_second",
-    "#left": "remaining_seconds",
+    "#received": _received,
+    "#rate": "bytes_per_second",
+    "#time left": "remaining_seconds",
 }
 
 
@@ -124,9 +125,14 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
 @with_connection_flags
 def prefetch(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Such as /content/{MONIKER}/260101001/full.zip."),
+    ] = None,
     *,
+    product: Annotated[
+        str | None,
+        typer.Option(help="The newest full packages of this product, as `gup cache list` shows it."),
+    ] = None,
     version: Annotated[
         str | None,
         typer.Option(metavar="VERSION", help="Only from upstreams of this version; default: all."),
@@ -147,8 +153,12 @@ def prefetch(
     """
     given = {"version": version, "language": language}
     order = {name: value for name, value in given.items() if value is not None}
+    orders = [{"path": path} for path in paths or ()] + ([{"product": product}] if product else [])
+    if not orders:
+        typer.echo("gup: name paths, or --product", err=True)
+        raise typer.Exit(UNUSABLE)
     with asking(where) as admin:
-        answers = [admin.ask("POST", "prefetch", {"path": path} | order) for path in paths]
+        answers = [admin.ask("POST", "prefetch", each | order) for each in orders]
         wanted = [row for answer in answers for row in answer["wanted"]]
         if not no_wait:
             wanted = _wait(admin, wanted)

@@ -5,6 +5,7 @@ The last three work without a service too, on the cache directory.
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ import typer
 
 from gup.cli.shared import (
     FAILED,
+    UNUSABLE,
     Columns,
     Commands,
     JsonFlag,
@@ -26,11 +28,12 @@ from gup.cli.shared import (
     asking,
     print_json,
     printable,
+    quantity,
     show_table,
     with_connection_flags,
     with_flags,
 )
-from gup.units import bytes_in_words
+from gup.units import bytes_in_words, parse_duration
 
 if TYPE_CHECKING:
     from gup.cache.store import Store
@@ -44,6 +47,7 @@ T = TypeVar("T")
 Filters = dict[str, str]
 _PAGE = 1000
 _POLL_SECONDS = 0.2
+_PURGE_SECONDS = 600.0
 _IMPORT_SECONDS = 600.0
 """For an answer to an import: the last entry's commit waits for the disk."""
 
@@ -56,6 +60,10 @@ DirectoryFlag = Annotated[
 Keys = Annotated[list[str], typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")]
 
 
+def _age(help_: str) -> Any:
+    return Annotated[float | None, quantity(parse_duration, "AGE", f'{help_} Such as "30d".', "")]
+
+
 def _filter_flags(
     *,
     product: Annotated[str | None, typer.Option(metavar="PRODUCT", help="Only of this product.")] = None,
@@ -66,9 +74,17 @@ def _filter_flags(
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="Only full, delta, index or other files.")
     ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help='Only keys that match, such as "*/full.zip": * is any text.'),
+    ] = None,
+    older_than: _age("Only what was stored at least this long ago.") = None,  # type: ignore[valid-type]
+    unused_for: _age("Only what no client was sent for this long.") = None,  # type: ignore[valid-type]
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
-    named |= {"revision": revision, "kind": kind}
+    named |= {"revision": revision, "kind": kind, "pattern": pattern}
+    ages = {"older_than": older_than, "unused_for": unused_for}
+    named |= {name: None if age is None else str(math.ceil(age)) for name, age in ages.items()}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -94,8 +110,10 @@ def list_entries(
     filters: Filters,
     order: Annotated[
         str,
-        typer.Option(metavar="ORDER", help="key, used, stored, length or hits; -used reverses the order."),
-    ] = "key",
+        typer.Option(
+            metavar="ORDER", help="name, key, used, stored, length or hits; -used reverses the order."
+        ),
+    ] = "name",
     limit: Annotated[
         int, typer.Option(min=0, metavar="N", help="Maximum number of entries; 0 lists all.")
     ] = 100,
@@ -103,39 +121,113 @@ def list_entries(
     json_output: JsonFlag = False,
 ) -> None:
     """List entries; with --json each is one line."""
-    left, query = limit or sys.maxsize, filters | {"order": order}
     with asking(where) as admin:
-        while left:
-            query["limit"] = str(min(left, _PAGE))
-            answer = admin.ask("GET", "content?" + urlencode(query))
-            if json_output:
-                for entry in answer["entries"]:
-                    typer.echo(json.dumps(entry, ensure_ascii=False))
-            else:
-                show_table(_ENTRIES, answer["entries"])
-            left -= len(answer["entries"])
-            if answer["cursor"] is None:
-                return
-            query["cursor"] = answer["cursor"]
+        left = _list(admin, filters | {"order": order}, limit or sys.maxsize, json_output=json_output)
+        if left is None:
+            stored = admin.ask("GET", "content?limit=1")["matching"]
+            typer.echo(f"no entry matches: {stored} are stored" if stored else "nothing is stored", err=True)
 
 
-def _change(name: str, done: str, method: str, below: str, help_: str) -> None:
-    """A command that changes entries: one line for one key, printed as soon as it is done."""
+def _list(admin: "Admin", query: Filters, most: int, *, json_output: bool) -> int | None:
+    """Print so many entries at most; how many more there are, None when there are none at all."""
+    left, matching = most, 0
+    while left:
+        answer = admin.ask("GET", "content?" + urlencode(query | {"limit": str(min(left, _PAGE))}))
+        matching = answer["matching"]
+        if json_output:
+            for entry in answer["entries"]:
+                typer.echo(json.dumps(entry, ensure_ascii=False))
+        else:
+            show_table(_ENTRIES, answer["entries"])
+        left -= len(answer["entries"])
+        if answer["cursor"] is None:
+            break
+        query["cursor"] = answer["cursor"]
+    return max(0, matching - most) if matching else None
 
-    @cache.command(name, help=help_)
-    @with_connection_flags
-    def change(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
-        with asking(where) as admin:
-            for key in keys:
-                answer = admin.ask(method, f"content/{quote(key)}{below}")
-                freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
-                words = f"{done} {key}{freed}"
-                typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
+
+_DRY_RUN_ROWS = 20
 
 
-_change("purge", "purged", "DELETE", "", "Remove entries; clients that are receiving one still get it whole.")
-_change("pin", "pinned", "PUT", "/pin", "Exempt entries from eviction.")
-_change("unpin", "unpinned", "DELETE", "/pin", "Make entries evictable again.")
+@cache.command("purge")
+@_with_filters
+@with_connection_flags
+def purge(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="As `gup cache list` shows them.")
+    ] = None,
+    *,
+    filters: Filters,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")
+    ] = False,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Include pinned entries.")] = False,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Remove entries by key or by filter; clients that are receiving one still get it whole.
+
+    Entries named by key are removed even if pinned. Filters leave pinned entries, and those that are being
+    fetched or checked: status 1 if there were such.
+    """
+    if bool(keys) == bool(filters) or (keys and (dry_run or pinned)):
+        typer.echo(
+            "gup: give keys or filters such as --product, not both; --dry-run and --pinned need filters",
+            err=True,
+        )
+        raise typer.Exit(UNUSABLE)
+    with asking(where) as admin:
+        if keys:
+            _change_each(admin, keys, "purged", "DELETE", "", json_output=json_output)
+            return
+        query = filters | {"dry_run": str(int(dry_run)), "pinned": str(int(pinned))}
+        answer = admin.understood(
+            admin.pieces("DELETE", "content?" + urlencode(query), patience_seconds=_PURGE_SECONDS)
+        )
+        if json_output:
+            print_json(answer)
+        else:
+            if dry_run and (
+                more := _list(admin, filters | {"order": "name"}, _DRY_RUN_ROWS, json_output=False)
+            ):
+                typer.echo(f"and {more} more")
+            freed = bytes_in_words(answer["freed_bytes"])
+            left = "".join(
+                f", {answer[name]} left: {why}"
+                for name, why in (("pinned", "pinned"), ("busy", "being fetched or checked"))
+                if answer[name]
+            )
+            done = "would be purged" if dry_run else "purged"
+            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}")
+    if answer["busy"]:
+        raise typer.Exit(FAILED)
+
+
+def _change_each(
+    admin: "Admin", keys: list[str], done: str, method: str, below: str, *, json_output: bool
+) -> None:
+    """One line for one key, printed as soon as it is done."""
+    for key in keys:
+        answer = admin.ask(method, f"content/{quote(key)}{below}")
+        freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+        words = f"{done} {key}{freed}"
+        typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
+
+
+@cache.command("pin")
+@with_connection_flags
+def pin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+    """Exempt entries from eviction."""
+    with asking(where) as admin:
+        _change_each(admin, keys, "pinned", "PUT", "/pin", json_output=json_output)
+
+
+@cache.command("unpin")
+@with_connection_flags
+def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
+    """Make entries evictable again."""
+    with asking(where) as admin:
+        _change_each(admin, keys, "unpinned", "DELETE", "/pin", json_output=json_output)
 
 
 # --- by a service, or here
@@ -355,8 +447,9 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     from gup.content.variant_choice import why_not_for
     from gup.errors import StoreError
 
-    if odd := sorted({"product", "kind"} & filters.keys()):
-        raise StoreError(f"--{odd[0]}: works only with a running service; none answers")
+    if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
+        flag = odd[0].replace("_", "-")
+        raise StoreError(f"--{flag}: works only with a running service; none answers")
     keys, why_not = [], []
     others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
     for key in contents(store, grace_seconds=0.0).keys:

@@ -11,7 +11,7 @@ from gup.cli.shared import sentence
 
 STATUSES = {
     "": {0: "Done.", 1: "It failed, or not all of it could be done; standard error says why.",
-         2: "Flags or settings can't be used; nothing was done, and all mistakes are told."},
+         2: "Flags or settings can't be used; nothing was done, and all mistakes are listed."},
     "gup serve": {0: "The service was told to stop, and has ended."},
     "gup reload": {3: "Some of the settings wait for a restart of the service."},
     "gup demo": {0: "Every byte was right and no file was fetched twice.", 1: "A byte was wrong or missing.",
@@ -19,7 +19,7 @@ STATUSES = {
                  3: "gup did not start, or ended early.",
                  4: "gup's figures are not those of the management server.", 130: "Interrupted."},
     "gup simulate clients": {0: "Every byte was right.", 1: "A byte was wrong or missing.",
-                             3: "The simulated manager's catalogue can't be had."},
+                             3: "The simulated manager's catalogue can't be fetched."},
 }  # fmt: skip
 """Exit statuses of all commands, and where single ones have others; docs/commands.md has them too."""
 

@@ -95,7 +95,7 @@ _CONTENT: Columns = {
     "product": "product",
     "language": "language",
     "held": "newest_held",
-    "asked for": "newest_asked",
+    "requested": "newest_asked",
     "site lags": _lag,
     "#clients": "clients",
     "#current": "current",
@@ -103,7 +103,7 @@ _CONTENT: Columns = {
 }
 _REVISIONS: Columns = {
     "revision": "revision",
-    "#clients now at it": "clients",
+    "#clients at it now": "clients",
     "#clients that took it": "took",
     "first taken": "first_taken_at",
     "last taken": "last_taken_at",

@@ -61,7 +61,7 @@ def quantity(parse: Callable[[object], float], metavar: str, help_: str, default
         except ValueError as error:
             raise typer.BadParameter(f"{text!r} is not right: {error}") from error
 
-    return typer.Option(parser=parser, metavar=metavar, help=help_, show_default=default)
+    return typer.Option(parser=parser, metavar=metavar, help=help_, show_default=default or False)
 
 
 def with_flags(**bundles: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -136,7 +136,7 @@ UrlPath = Annotated[str, _printable(_URL_PATH, _PATH_IS)]
 _VARIANT_IS = "must be 1 to 64 printable characters without / or \\, not beginning with a dot"
 Variant = Annotated[str, AfterValidator(str.strip), _printable(r"(?!\.)[^/\\]{1,64}", _VARIANT_IS)]
 Label = Annotated[str, _printable(r'[^"\\]{1,64}', 'must be 1 to 64 printable characters without " or \\')]
-_NAME_IS = "must be 1 to 64 letters, digits, dots, dashes or underscores (it stands in Via)"
+_NAME_IS = "must be 1 to 64 letters, digits, dots, dashes or underscores (it is sent in Via)"
 SiteName = Annotated[str, _printable(_SITE_NAME, _NAME_IS)]
 _DESTINATION_IS = 'must be "stderr", "stdout", "journald" or the absolute path of a file'
 LogDestination = Annotated[str, _printable("stderr|stdout|journald(:/.*)?|/.*", _DESTINATION_IS)]
@@ -373,7 +373,8 @@ class Rules(Section):
         False, "Whether a manager of another language may give English patches to English clients."
     )
     supported_languages: Words = row(
-        [], "Languages of installation packages; a client in another one is told of AutoUpgrade to English."
+        [],
+        "Languages of installation packages; a client in another one is referred to AutoUpgrade.",
     )
     version_sources: Words = row(
         ["GUP-Client-Version", "User-Agent: SEP"],

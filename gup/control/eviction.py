@@ -14,7 +14,7 @@ import aiofiles.os
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey, Kind
-from gup.control.dependencies import ControlDependencies, change, to_its_end
+from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
 from gup.control.index import Index, Row, Stream
 from gup.errors import GupError
 from gup.units import format_size
@@ -281,12 +281,32 @@ class Evictor:
 
         A fill under way is waited for a little, then BusyError.
         """
-        freed = await change(self._claims, key, lambda: self._store.purge(key))
-        freed += self._dependencies.drop_memory(key)
+        freed = await self._purge(key)
+        await self._purged()
+        return freed
+
+    async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
+        """Purge many; how many were, and the bytes freed. Those that another process works on are left."""
+        purged, freed = 0, 0
+        try:
+            for key in keys:
+                with contextlib.suppress(BusyError):
+                    freed += await self._purge(key, 0.0)
+                    purged += 1
+                    if purged % _BATCH == 0:
+                        self._dependencies.raise_store_epoch()
+        finally:
+            await self._purged()
+        return purged, freed
+
+    async def _purge(self, key: ContentKey, *patience_seconds: float) -> int:
+        freed = await change(self._claims, key, lambda: self._store.purge(key), *patience_seconds)
         self._index.discard(key.text)
+        return freed + self._dependencies.drop_memory(key)
+
+    async def _purged(self) -> None:
         self._dependencies.raise_store_epoch()
         self._tell(await self.measure())
-        return freed
 
     def _tell(self, disk: DiskUsage) -> None:
         self._disk = disk

@@ -228,11 +228,12 @@ class Index:
         places = self._sorted[order].irange(least, most, inclusive=(False, False), reverse=descending)
         return [self.rows[key] for _, key in islice(places, limit)]
 
-    def of_moniker(self, moniker: str) -> list[Row]:
-        """The rows of all streams of this moniker, whatever its case."""
-        wanted = moniker.casefold()
-        found = (held.keys for (_, _, name), held in self._streams.items() if name.casefold() == wanted)
-        return [self.rows[key] for keys in found for key in keys]
+    def streams(self) -> list[Stream]:
+        """All that anything is held of."""
+        return list(self._streams)
+
+    def of_stream(self, stream: Stream) -> list[Row]:
+        return [self.rows[key] for key in self._streams[stream].keys] if stream in self._streams else []
 
     def newest_held(self) -> Mapping[Stream, str]:
         """The newest revision held of each stream."""
@@ -406,7 +407,7 @@ class IndexFile:
             elif name != _FORMAT_KEY:
                 rows.append(row := read_row(self._cache[name]))
                 if _ENTRY + row.key != name:
-                    raise DamagedIndexError(f"a row stands under another key: {name!r:.60}")
+                    raise DamagedIndexError(f"a row is stored under another key: {name!r:.60}")
         return rows, notes
 
     def write(

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -350,13 +350,25 @@ class Prefetcher:
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
         variants = self._variants(route.stream, version, language)
         keys = list(dict.fromkeys(route.key(variant) for variant in variants))
-        for key in keys:
-            item = self.queue.rows.get(key)
-            if item is not None and item.pending:
-                item.by = "operator"
-            elif not self._add(route, key, "operator"):
-                raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
-        return [self.queue.rows[key] for key in keys]
+        return [self._queue_for_operator(route, key) for key in keys]
+
+    def order_newest(self, revisions: Mapping[Stream, str]) -> list[QueuedFetch]:
+        """Queue the full package of these revisions."""
+        queued = []
+        for stream, revision in revisions.items():
+            known = self.revisions.streams.get(stream)
+            moniker = known.moniker if known is not None and known.moniker else stream[2]
+            route = self._route(f"/content/{moniker}/{revision}/full.zip")
+            queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
+        return queued
+
+    def _queue_for_operator(self, route: Route, key: ContentKey) -> QueuedFetch:
+        item = self.queue.rows.get(key)
+        if item is not None and item.pending:
+            item.by = "operator"
+        elif not self._add(route, key, "operator"):
+            raise Busy(f"{MAX_PENDING} fetches are queued already; try again later")
+        return self.queue.rows[key]
 
     def _variants(self, stream: str, version: str | None, language: str | None) -> list[Variant]:
         """The variants under which content of upstreams of this version and language is stored."""

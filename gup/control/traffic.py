@@ -165,7 +165,7 @@ class Traffic:
                 asked.last = now
                 if asked.since is None:
                     asked.since = now
-                    text = "a storm of fulls: %d clients asked for %d full packages of %s, where deltas exist"
+                    text = "a storm of fulls: %d clients requested %d full packages of %s, where deltas exist"
                     _log.warning(text, len(asked.addresses), fulls, name)
             elif asked.since is not None and not 0 <= now - asked.last < CALM_SECONDS:
                 _log.warning("the storm of fulls of %s is over, after %d s", name, asked.last - asked.since)

@@ -130,7 +130,7 @@ async def _demo(plan: Plan, command: Command, directory: Path, console: Console,
         if plan.keep:
             keeping.set()
             places = f"content {gup.url}/content/ContentInfo.txt, page {gup.control_url}/"
-            words = f"The demo goes on until Ctrl-C: {places}, management server {url}{COUNTS_PATH}"
+            words = f"The demo runs until Ctrl-C: {places}, management server {url}{COUNTS_PATH}"
             console.print(words, highlight=False, soft_wrap=True, markup=False)
             await show.keep(stop)
             status = WRONG_BYTE if summary.figures.wrong else status

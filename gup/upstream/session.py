@@ -208,7 +208,7 @@ class Fields:
         """The head of a 200 or 206; UpstreamFailure when it can't be content."""
         encoding = ", ".join(self.all(b"content-encoding")).lower()
         if encoding not in ("", "identity"):
-            raise rejected(f"{self.name} sent Content-Encoding {encoding!r} though identity was asked for")
+            raise rejected(f"{self.name} sent Content-Encoding {encoding!r} though identity was requested")
         for content_type in self.all(b"content-type"):
             if content_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
                 raise rejected(f"{self.name} sent a web page ({content_type})")

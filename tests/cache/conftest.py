@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness.upstreams import ScriptedUpstream
 
+from gup.cache.store import Store
+
 
 @pytest.fixture
 def upstream():
@@ -30,3 +32,10 @@ def until() -> Callable:
 def executor() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(1) as threads:
         yield threads
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    made = Store(tmp_path / "cache")
+    made.prepare()
+    return made

@@ -17,21 +17,6 @@ BODY = noise("background", 1_000_000)
 RECEIVED = "gup_upstream_received_bytes_total"
 
 
-async def test_what_was_fetched_ahead_is_a_hit_and_is_not_fetched_again(tmp_path, upstream):
-    upstream.answer(BACKGROUND, Answer(BODY))
-    async with working(tmp_path, [upstream.url]) as worker:
-        assert await worker.cache.prefetch(route(BACKGROUND), Variant())
-        assert not await worker.cache.prefetch(route(BACKGROUND), Variant())
-        opened = await worker.open(BACKGROUND)
-        assert opened.result is Result.HIT
-        assert await read(opened.body) == BODY
-        opened.body.leave()
-        assert worker.counted(RECEIVED, upstream="u0", purpose="prefetch") == len(BODY)
-        assert worker.counted(RECEIVED, upstream="u0", purpose="fill") == 0
-        assert [event["type"] for event in worker.told if event["type"] != "used"] == ["committed"]
-    assert len(upstream.requests(BACKGROUND)) == 1
-
-
 async def test_what_can_not_be_had_raises_and_is_no_failure_of_clients(tmp_path, upstream):
     async with working(tmp_path, [upstream.url]) as worker:
         with pytest.raises(Problem) as caught:

@@ -55,18 +55,6 @@ async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch,
     assert list((tmp_path / "partial").glob("*.part")) == []
 
 
-async def test_a_fill_in_mid_body_holds_no_stop(tmp_path, upstream, until):
-    gate = Gate()
-    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((CHUNK_BYTES, gate),)))
-    async with working(tmp_path, [upstream.url]) as one:
-        opened = await one.open(FILE)
-        await until(lambda: gate.is_reached and opened.body.published, "the gate")
-        began = time.monotonic()
-        await one.cache.stop()
-        assert time.monotonic() - began < 2.0
-    gate.open()
-
-
 # --- whole parts
 
 

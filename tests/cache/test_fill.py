@@ -1,7 +1,6 @@
 """Fills: one leader on the machine, followers in other processes, and every end that a fill can have."""
 
 import asyncio
-import contextlib
 import os
 import random
 import time
@@ -12,6 +11,7 @@ from harness.caches import MONIKER, Cut, path_of, read, route, working
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
+from gup.cache.locks import Claims
 from gup.cache.records import CHUNK_BYTES, Phase, seal, unseal
 from gup.cache.recovery import renew
 from gup.content.catalog import CATALOG_PATH
@@ -20,45 +20,8 @@ from gup.errors import Problem
 
 FILE = path_of("full.dax")
 BODY = random.Random(7).randbytes(3 * CHUNK_BYTES + 12345)
-
-
-async def test_the_committed_entry_is_a_hit_in_every_process_with_the_same_etag(tmp_path, upstream, until):
-    upstream.answer(FILE, Answer(BODY, etag='"a"'))
-    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
-        first = await one.open(FILE)
-        assert await read(first.body) == BODY
-        await until(lambda: not one.cache.fills, "the fill ends")
-        second = await two.open(FILE)
-        assert second.result is Result.HIT
-        assert second.body.head.etag == first.body.head.etag
-        assert await read(second.body) == BODY
-    assert len(upstream.requests(FILE)) == 1
-
-
-async def test_a_follower_in_another_process_reads_while_the_leader_writes(tmp_path, upstream, until):
-    gate = Gate()
-    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((CHUNK_BYTES, gate),)))
-    async with working(tmp_path, [upstream.url]) as leader, working(tmp_path, [upstream.url]) as follower:
-        led = await leader.open(FILE)
-        followed = await follower.open(FILE)
-        assert (led.result, followed.result) == (Result.MISS, Result.COLLAPSED)
-        await until(lambda: followed.body.published >= CHUNK_BYTES - 65536, "bytes before the gate")
-        gate.open()
-        assert await read(followed.body) == BODY
-        assert await read(led.body) == BODY
-        assert followed.body.head.etag == led.body.head.etag
-    assert len(upstream.requests(FILE)) == 1
-
-
-async def test_the_fill_goes_on_when_all_readers_leave(tmp_path, upstream, until):
-    gate = Gate()
-    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((1000, gate),)))
-    async with working(tmp_path, [upstream.url]) as one:
-        opened = await one.open(FILE)
-        opened.body.leave()
-        gate.open()
-        await until(lambda: not one.cache.fills, "the fill ends")
-        assert (await one.open(FILE)).result is Result.HIT
+SMALL_FILE = path_of("xdelta260801001_To_260802001.dax")
+SMALL_BODY = BODY[:100_000]
 
 
 async def test_the_end_is_withheld_until_the_body_is_found_right(tmp_path, upstream, until):
@@ -88,41 +51,6 @@ async def test_a_body_that_ends_wrongly_is_never_held_whole_and_not_stored(tmp_p
         assert not list((tmp_path / "partial").glob("*.part"))
 
 
-@pytest.mark.parametrize(
-    ("answer", "slug"),
-    [
-        (Answer(b"", etag='"e"'), "upstream-bad-body"),
-        (Answer(BODY[:5000], content_type="text/html"), "upstream-bad-body"),
-        (Answer(BODY[:5000], fields=(("Content-Encoding", "gzip"),)), "upstream-bad-body"),
-        (Answer(b"no", 404), "upstream-not-found"),
-        (Answer(b"no", 410), "upstream-gone"),
-        (Answer(b"no", 500), "upstream-error"),
-        (Answer(b"no", 401), "upstream-refused"),
-        (Answer(b"no", 302, fields=(("Location", "/x"),)), "upstream-refused"),
-        (Answer(BODY[:5000], reset_at=-1), "upstream-error"),
-    ],
-)
-async def test_what_is_no_content_is_told_and_not_asked_for_again(tmp_path, upstream, answer, slug):
-    upstream.answer(FILE, answer)
-    async with working(tmp_path, [upstream.url]) as one, working(tmp_path, [upstream.url]) as two:
-        results = await asyncio.gather(*(one.open(FILE) for _ in range(3)), return_exceptions=True)
-        asked = len(upstream.requests(FILE))
-        with pytest.raises(Problem) as elsewhere:
-            await two.open(FILE)
-        assert {result.slug for result in results} == {slug} == {elsewhere.value.slug}
-        assert len(upstream.requests(FILE)) == asked <= 6  # three tries, each of which aiohttp repeats
-        assert not list((tmp_path / "content").rglob("*.dax"))
-
-
-async def test_a_body_shorter_than_announced_is_cut_and_not_stored(tmp_path, upstream):
-    upstream.answer(FILE, Answer(BODY[:50_000], announced=60_000, ranges=False))
-    async with working(tmp_path, [upstream.url]) as one:
-        opened = await one.open(FILE)
-        with pytest.raises(Cut):
-            await read(opened.body)
-        assert not list((tmp_path / "content").rglob("*.dax"))
-
-
 # --- takeover
 
 
@@ -144,22 +72,6 @@ async def test_a_dead_leaders_part_is_taken_over_from_its_last_good_byte(tmp_pat
         assert next_one.counted("gup_fill_resumes_total", reason="takeover") == 1
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
     assert upstream.requests(FILE)[-1].header("if-range") == '"a"'
-
-
-async def test_a_follower_takes_over_and_its_readers_notice_nothing(tmp_path, upstream, until):
-    gate = Gate()
-    upstream.answer(
-        FILE, Answer(BODY, etag='"a"', gates=((2 * CHUNK_BYTES, gate),)), Answer(BODY, etag='"a"')
-    )
-    async with working(tmp_path, [upstream.url]) as follower:
-        async with working(tmp_path, [upstream.url]) as leader:
-            led = await leader.open(FILE)
-            followed = await follower.open(FILE)
-            reading = asyncio.create_task(read(followed.body))
-            await until(lambda: led.body.published > CHUNK_BYTES and gate.is_reached, "the gate")
-        gate.open()  # the leader is dead: cancelled in the middle, its claim free
-        assert await reading == BODY
-    assert len(upstream.requests(FILE)) == 2
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
@@ -209,18 +121,6 @@ async def test_a_record_of_the_first_format_is_read(tmp_path, upstream, until):
         opened = await next_one.open(FILE)
         assert opened.result is Result.HIT
         assert await read(opened.body) == BODY
-
-
-async def test_two_processes_asked_at_once_fetch_once(tmp_path, upstream):
-    upstream.answer(FILE, Answer(BODY, etag='"a"'))
-    async with contextlib.AsyncExitStack() as stack:
-        workers = [await stack.enter_async_context(working(tmp_path, [upstream.url])) for _ in range(4)]
-        got = await asyncio.gather(*(worker.get(FILE) for worker in workers for _ in range(5)))
-        assert all(body == BODY for body in got)
-        received = "gup_upstream_received_bytes_total"
-        assert sum(one.counted(received, upstream="u0", purpose="fill") for one in workers) == len(BODY)
-    assert len(upstream.requests(FILE)) == 1
-    assert upstream.body_bytes(FILE) == len(BODY)
 
 
 async def test_an_entry_that_is_purged_as_soon_as_it_is_stored_is_fetched_again(
@@ -354,25 +254,6 @@ async def test_an_upstream_that_is_away_at_the_takeover_costs_nothing_of_the_par
     assert upstream.requests(FILE)[-1].body_bytes == len(BODY) - 2 * CHUNK_BYTES + 65536
 
 
-async def test_an_upstream_that_can_not_be_reached_costs_nothing_of_the_part_either(
-    tmp_path, upstream, until
-):
-    """Neither at the try that finds it out, nor at those that are refused at once for as long."""
-    await _dies_at(tmp_path, upstream, 2 * CHUNK_BYTES, until)
-    upstream.stop()
-    async with working(tmp_path, [upstream.url], cache={"error_ttl": "10ms"}) as next_one:
-        key = route(FILE).key(Variant())
-        for _ in range(3):
-            with pytest.raises(Problem) as told:
-                await next_one.get(FILE)
-            assert told.value.slug == "upstream-unreachable"
-            await until(lambda: not next_one.failed(FILE), "the failure expires")
-        state = next_one.dependencies.store.load_state(key.id)
-        assert state is not None
-        assert state.head is not None
-    assert list((tmp_path / "partial").glob("*.part"))
-
-
 async def test_an_upstream_that_cuts_within_the_unsure_tail_is_got_through_all_the_same(
     tmp_path, upstream, until
 ):
@@ -437,3 +318,86 @@ async def test_the_store_is_changed_by_whoever_holds_the_claim_only(tmp_path, up
             with pytest.raises(AssertionError, match="is not claimed"):
                 change()
         assert store.load(key) == record
+
+
+# --- a follower
+
+
+async def test_a_part_of_an_earlier_service_is_not_read_before_its_leader_has_compared_it(
+    tmp_path, upstream, until
+):
+    """A power cut left zeros, in a part that is as long as the body; another process has just claimed it."""
+    gate, at = Gate(), 2 * CHUNK_BYTES
+    body = BODY[: at + 5000]
+    upstream.answer(FILE, Answer(body, etag='"a"', gates=((at, gate),)))
+    key = route(FILE).key(Variant())
+    async with working(tmp_path, [upstream.url]) as before:
+        opened = await before.open(FILE)
+        await until(lambda: opened.body.available(at - 1, 1) == 1, "the part has its first bytes")
+        opened.body.leave()
+    gate.open()
+    async with working(tmp_path, [upstream.url]) as now:
+        store = now.dependencies.store
+        store.service_start = 5.0
+        state = store.load_state(key.id)
+        part = store.part_path(key.id, state.generation)
+        part.write_bytes(body[:100] + bytes(len(body) - 100))
+        leader = Claims(store.partial / "claims")
+        assert leader.try_claim(key.claim_offset)
+        opening = asyncio.ensure_future(now.open(FILE))
+        assert not (await asyncio.wait({opening}, timeout=0.2))[0], "nothing is read of the torn part"
+        part.write_bytes(body[:at])
+        store.save_state(replace(state, service_start=5.0))
+        opened = await opening
+        reading = asyncio.ensure_future(read(opened.body))
+        part.write_bytes(body)
+        assert await reading == body
+        opened.body.leave()
+        leader.close()
+
+
+# --- a small body takes one step: two jobs in threads, two files, and nothing that another process polls
+
+
+async def jobs_of(worker, monkeypatch, work) -> int:
+    """How many jobs `work` gives to threads."""
+    jobs, submit = [], worker.dependencies.executor.submit
+
+    def counted(*arguments):
+        jobs.append(arguments)
+        return submit(*arguments)
+
+    monkeypatch.setattr(worker.dependencies.executor, "submit", counted)
+    await work
+    monkeypatch.undo()
+    return len(jobs)
+
+
+async def test_a_miss_is_two_jobs_and_leaves_body_and_record(tmp_path, upstream, monkeypatch, until):
+    upstream.answer(SMALL_FILE, Answer(SMALL_BODY, etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+
+        async def miss():
+            opened = await one.open(SMALL_FILE)
+            assert (opened.result, opened.body.source) == (Result.MISS, "fill")
+            assert one.dependencies.store.open_body(one.dependencies.store.load(opened.key)), (
+                "stored before it is shown"
+            )
+            assert await read(opened.body) == SMALL_BODY
+            opened.body.leave()
+            await until(lambda: not one.cache.fills, "the fill ends")
+
+        assert await jobs_of(one, monkeypatch, miss()) == 2
+        assert (await one.open(SMALL_FILE)).result is Result.HIT
+    kept = {path.name for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "run"}
+    assert kept == {"claims", route(SMALL_FILE).file, f".{route(SMALL_FILE).file}.gup"}
+
+
+async def test_a_slow_one_opens_a_part_and_is_shown(tmp_path, upstream):
+    upstream.answer(SMALL_FILE, Answer(SMALL_BODY, etag='"a"', piece_seconds=0.03))
+    async with working(tmp_path, [upstream.url]) as one:
+        opened = await one.open(SMALL_FILE)
+        assert opened.body.end() == len(SMALL_BODY)
+        assert opened.body.published < len(SMALL_BODY)
+        assert list((tmp_path / "partial").glob("*.part"))
+        assert await read(opened.body) == SMALL_BODY

@@ -22,13 +22,6 @@ PATH = path_of(KEY)
 BODY = bytes(range(251)) * (4 * CHUNK_BYTES // 251)
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
-    made = Store(tmp_path)
-    made.prepare()
-    return made
-
-
 HEAD = Head(len(BODY), '"tag"', "application/zip", None, "manager", '"theirs"')
 
 

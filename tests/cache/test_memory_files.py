@@ -318,36 +318,6 @@ async def test_readers_in_two_processes_go_on_over_one_download(
         assert len(upstream.requests(FILE)) == 1
 
 
-async def test_what_is_in_memory_is_stored_without_being_fetched_again(
-    tmp_path, upstream, monkeypatch, until
-):
-    switch = refuse(monkeypatch)
-    upstream.answer(FILE, Answer(BODY, etag='"a"'))
-    cache = {"error_ttl": "50ms"}
-    async with (
-        working(tmp_path, [upstream.url], cache=cache) as one,
-        working(tmp_path, [upstream.url], cache=cache) as two,
-    ):
-        first = await one.open(FILE)
-        assert await read(first.body) == BODY
-        first.body.leave()
-        switch["on"] = False
-
-        async def stored() -> bool:
-            again = await two.open(FILE)
-            assert await read(again.body) == BODY
-            assert again.body.head.etag == first.body.head.etag
-            again.body.leave()
-            return again.result is Result.HIT
-
-        async with asyncio.timeout(10):
-            while not await stored():  # noqa: ASYNC110 - each try asks
-                await asyncio.sleep(0.01)
-        assert len(upstream.requests(FILE)) == 1
-        await until(lambda: two.counted("gup_fills_total", outcome="committed") == 1, "it is counted")
-        assert not one.dependencies.memory.find(first.key)
-
-
 async def test_a_mismatch_cuts_the_readers(tmp_path, upstream, monkeypatch, until):
     refuse(monkeypatch, 2 * CHUNK_BYTES)
     gate = Gate()
@@ -365,27 +335,6 @@ async def test_a_mismatch_cuts_the_readers(tmp_path, upstream, monkeypatch, unti
         await until(lambda: not one.cache.fills, "the fill ends")
         assert one.counted("gup_fills_total", outcome="failed") == 1
         assert one.dependencies.memory.find(opened.key) is None
-
-
-async def test_when_the_leader_ends_its_readers_elsewhere_are_cut_and_the_next_one_fetches(
-    tmp_path, upstream, monkeypatch, until
-):
-    refuse(monkeypatch)
-    gate = Gate()
-    upstream.answer(
-        FILE, Answer(BODY, etag='"a"', gates=((2 * CHUNK_BYTES, gate),)), Answer(BODY, etag='"a"')
-    )
-    async with working(tmp_path, [upstream.url]) as two:
-        async with working(tmp_path, [upstream.url]) as one:
-            await one.open(FILE)
-            other = await two.open(FILE)
-            await until(lambda: other.body.published >= CHUNK_BYTES, "it has a part")
-            assert other.body.source == "bypass"
-        gate.open()
-        with pytest.raises(Cut):
-            await read(other.body)
-        assert await two.get(FILE) == BODY
-        assert len(upstream.requests(FILE)) == 2
 
 
 @pytest.mark.parametrize(

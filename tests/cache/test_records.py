@@ -26,7 +26,6 @@ from gup.cache.records import (
     head_of,
     seal,
 )
-from gup.cache.store import Store
 from gup.content import key, routes
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to, path_of
@@ -215,13 +214,6 @@ def test_whatever_an_upstream_states_of_a_wrong_body_its_state_can_be_read(tag, 
 
 
 # --- in the store
-
-
-@pytest.fixture
-def store(tmp_path):
-    made = Store(tmp_path / "cache")
-    made.prepare()
-    return made
 
 
 @pytest.mark.parametrize("kind", ["record", "state"])

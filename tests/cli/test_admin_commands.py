@@ -72,7 +72,7 @@ CHANGED: list[str] = []
 WAITING: list[str] = []
 
 
-def control_plane(method, url):
+def control_plane(method, url):  # noqa: PLR0911 - a case for each request
     query = {name: values[0] for name, values in parse_qs(url.query).items()}
     match method, unquote(url.path):
         case "GET", "/api/v1/status":
@@ -80,7 +80,12 @@ def control_plane(method, url):
         case "GET", "/api/v1/content":
             start = int(query.get("cursor", "0"))
             end = start + int(query["limit"])
-            return 200, {"entries": ENTRIES[start:end], "cursor": str(end) if end < len(ENTRIES) else None}
+            found = [] if query.get("product") == "none" else ENTRIES
+            cursor = str(end) if end < len(found) else None
+            return 200, {"entries": found[start:end], "cursor": cursor, "matching": len(found)}
+        case "DELETE", "/api/v1/content":
+            done = {"dry_run": query["dry_run"] == "1", "entries": 7, "freed_bytes": 1_500_000, "pinned": 2}
+            return 200, done | {"busy": int(query.get("kind") == "full")}
         case "POST", "/api/v1/reload":
             told = {"reloaded": not PROBLEMS, "problems": PROBLEMS, "changed": CHANGED, "waiting": WAITING}
             return 200, told
@@ -129,7 +134,7 @@ def test_status_in_words(plane):
         ["spare", "DOWN"],
     ]
     assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
-    assert lines[11].split() == ["fill", "from", "here", "a", "second", "left"]
+    assert lines[11].split() == ["fill", "from", "received", "rate", "time", "left"]
     assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
     assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
     assert lines[13].split() == ["0e", "-", "1.5", "kB", "-", "-"]
@@ -227,7 +232,7 @@ def test_reload_says_what_came_of_it(plane, monkeypatch):
     result = run("reload", "--admin", plane.url)
     assert (result.exit_code, result.stdout.splitlines()[1:]) == (
         3,
-        ["waiting for a restart of the service: listen.port, workers.count"],
+        ["restart the service for: listen.port, workers.count"],
     )
     monkeypatch.setitem(globals(), "PROBLEMS", ["wan.rate: 'x' is no rate"])
     result = run("reload", "--admin", plane.url)
@@ -333,6 +338,45 @@ def test_purge_pin_and_unpin(plane):
     assert run("cache", "unpin", key, "--admin", plane.url).stdout == f"unpinned {key}\n"
     target = "/api/v1/content/any/any/%7BAB%7D/1/full1.zip"
     assert asked(plane) == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
+
+
+def test_a_list_that_finds_nothing_says_so(plane):
+    result = run("cache", "list", "--admin", plane.url, "--product", "none")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "no entry matches: 2500 are stored\n"
+
+
+def test_a_purge_of_what_flags_choose_tells_how_much_and_first_what(plane):
+    result = run(
+        "cache", "purge", "--admin", plane.url, "--product", "Virus", "--older-than", "30d", "--dry-run"
+    )
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, len(lines)) == (0, 1 + 20 + 2), result.output
+    assert lines[-2:] == ["and 2480 more", "7 entries would be purged, 1.5 MB, 2 left: pinned"]
+    listed, purged = (parse_qs(urlsplit(line.split()[1]).query) for line in reversed(asked(plane)))
+    chosen = {"product": ["Virus"], "older_than": ["2592000"]}
+    assert listed == chosen | {"order": ["name"], "limit": ["20"]}
+    assert purged == chosen | {"dry_run": ["1"], "pinned": ["0"]}
+    plane.seen.clear()
+    result = run("cache", "purge", "--admin", plane.url, "--kind", "full", "--pinned")
+    assert result.stdout == "7 entries purged, 1.5 MB, 2 left: pinned, 1 left: being fetched or checked\n"
+    assert (result.exit_code, asked(plane)) == (1, ["DELETE /api/v1/content?kind=full&dry_run=0&pinned=1"])
+
+
+@pytest.mark.parametrize("arguments", [(), ("k", "--kind", "full"), ("k", "--dry-run"), ("--dry-run",)])
+def test_a_purge_names_its_keys_or_chooses(plane, arguments):
+    result = run("cache", "purge", "--admin", plane.url, *arguments)
+    assert (result.exit_code, asked(plane)) == (2, [])
+    assert "name keys, or choose" in result.stderr
+
+
+def test_the_newest_of_a_product_is_ordered(plane):
+    row = {"key": "a/b/c/d/e", "outcome": "queued", "detail": ""}
+    plane.answers = lambda *_: (202, {"wanted": [row]})
+    result = run("prefetch", "--admin", plane.url, "--product", "Virus", "--language", "fr", "--no-wait")
+    assert (result.exit_code, result.stdout) == (0, "a/b/c/d/e: waits\n")
+    assert asked(plane) == ["POST /api/v1/prefetch"]
+    assert run("prefetch", "--admin", plane.url).exit_code == 2
 
 
 def test_a_refusal_is_told_in_its_own_words(plane):

@@ -172,7 +172,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     ("destination", "words"),
     [
         ("{folder}", "Is a directory"),
-        ("{folder}/none/gup.log", "there is no folder"),
+        ("{folder}/none/gup.log", "none' does not exist"),
         ("journald:{folder}/none", "No such file or directory"),
     ],
 )

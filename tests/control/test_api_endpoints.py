@@ -1,4 +1,7 @@
-"""What all endpoints of the API have in common: requests are checked, responses are as described."""
+"""What all endpoints of the API have in common: checked requests, described and documented responses."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -101,11 +104,18 @@ def test_the_document_is_made_from_what_is_checked_and_returned():
     assert "415" in described["paths"]["/named"]["post"]["responses"]
 
 
-def test_every_response_is_a_model_or_of_another_type_than_json():
-    for endpoint in make_app(None)[ENDPOINTS]:
-        assert (JSON in endpoint.media) == (not issubclass(endpoint.returns, web.StreamResponse)), (
-            endpoint.path
-        )
+def test_every_request_is_documented_and_every_response_a_model_or_of_another_type_than_json():
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text().replace("?", "`")
+    app = make_app(SimpleNamespace())
+    described = document(app[ENDPOINTS]).root["paths"]
+    for endpoint in app[ENDPOINTS]:
+        assert (JSON in endpoint.media) == (not issubclass(endpoint.returns, web.StreamResponse)), endpoint
+    for route in app.router.routes():
+        path = route.resource.canonical
+        if route.method != "HEAD" and not path.startswith("/assets/"):  # the page's own
+            assert (route.method.lower() in described.get(path, ())) == (path != "/"), path
+            path = path.replace("{version}/{language}/{stream}/{revision}/{file}", "{key}")
+            assert f"`{route.method} {path}`" in text, (route.method, path)
 
 
 def test_a_response_holds_nothing_that_the_document_does_not_name():

@@ -1,4 +1,4 @@
-"""Archives over the API: sent out, taken in, broken off; and what the index knows of them afterwards."""
+"""Archives over the API: sent out for a site, taken in within the limits, broken off."""
 
 import asyncio
 import tarfile
@@ -24,29 +24,6 @@ async def purge_all(browser, world, control):
     for key in list(control.state.index.rows):
         assert (await ask(browser, world, "DELETE", f"/api/v1/content/{key}"))[0] == 200
     assert control.state.index.rows == {}
-
-
-async def test_entries_go_out_and_come_in_again(world, browser, tmp_path):
-    first = world.commit(world.key("260101001"), b"a" * 300_000)
-    second = world.commit(world.key("260101002"), b"b" * 1000)
-    async with world.running() as control:
-        text = await exported(browser, world)
-        (tmp_path / "part.tar").write_bytes(await exported(browser, world, "?revision=260101002"))
-        assert summary(tmp_path / "part.tar") == {
-            "entries": 1, "bytes": 1000, "left_out": [], "not_wanted": {"it is not of that revision": 1},
-        }  # fmt: skip
-        await purge_all(browser, world, control)
-        status, told = await imported(browser, world, text)
-        assert (status, told["imported"], told["imported_bytes"]) == (200, 2, 301_000)
-        assert (told["refused"], told["complete"], told["problem"]) == ([], True, None)
-        assert set(control.state.index.rows) == {first.key.text, second.key.text}
-        assert control.state.index.total_bytes == 301_000
-        again = await imported(browser, world, text)
-        assert (again[1]["imported"], again[1]["present"]) == (0, 2)
-        assert (await imported(browser, world, b"no archive"))[0] == 400
-        async with browser.head(world.url + "/api/v1/export") as answer:
-            assert answer.status == 405
-    assert not world.claims.held(first.key.claim_offset)
 
 
 async def test_an_export_for_a_site_has_what_is_for_all_and_counts_the_rest(world, browser, tmp_path):

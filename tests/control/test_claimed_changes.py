@@ -94,6 +94,7 @@ async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(wor
         assert world.store.load(key) == fresh
         world.worker_claims.release(key.claim_offset)
         await world.until(lambda: not control.state.repin)
+        assert control.state.index.rows[key.text].pinned
     assert world.store.load(key) == replace(fresh, pinned=True)
 
 

@@ -223,38 +223,6 @@ async def test_commits_beyond_the_limit_evict_the_least_recently_used_soon(world
     assert world.epochs == 1
 
 
-async def test_a_worker_in_need_gets_room(world):
-    world.settings = limited(world.settings, max_size=1000)
-    old = world.commit(world.key("_", "old.7z"), b"o" * 600, Kind.OTHER)
-    async with world.running():
-        world.tell(type="need", bytes=500)
-        await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
-    assert not world.store.body_path(old.key).exists()
-
-
-async def test_superseded_revisions_go_after_a_commit(world):
-    world.settings = limited(world.settings, keep_revisions=1)
-    world.commit(world.key("260101001"))
-    async with world.running() as control:
-        new = await asyncio.to_thread(world.commit, world.key("260101002"))
-        world.tell_committed(new)
-        await world.until(lambda: world.counters.get("gup_evictions_total", reason="revision") == 1)
-        assert set(control.state.index.rows) == {new.key.text}
-
-
-async def test_the_limit_holds_under_a_stream_of_commits(world):
-    world.settings = limited(world.settings, max_size=10_000)
-    async with world.running() as control:
-        for number in range(60):
-            key = world.key("_", f"{number:03}.7z")
-            record = await asyncio.to_thread(world.commit, key, b"x" * 1000, Kind.OTHER, world.now)
-            world.tell_committed(record)
-        await world.until(lambda: f"14.3 RU2/French/{world.MONIKER}/_/059.7z" in control.state.index.rows)
-        await world.until(lambda: control.state.index.total_bytes <= 10_000)
-    bodies = [stored.size_bytes for stored in world.store.scan()]
-    assert sum(bodies) == 10_000, "no more is evicted than has to be"
-
-
 async def test_evict_now_spares_what_is_claimed_or_pinned(world, browser):
     pinned = world.commit(world.key("_", "pinned.7z"), kind=Kind.OTHER)
     filled = world.commit(world.key("_", "filled.7z"), kind=Kind.OTHER)

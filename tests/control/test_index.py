@@ -334,14 +334,14 @@ async def test_pages_are_what_sorting_all_rows_would_give(opened, seed):
             assert index.page(order, 5, descending=descending, after=place) == rest
 
 
-async def test_rows_are_found_by_their_moniker(opened):
+async def test_rows_are_found_by_their_stream(opened):
     index = await opened()
     index.put(row("a"))
     index.put(row("b"))
     index.discard(row("b").key)
-    assert index.of_moniker("{s}") == [row("a")]
+    assert [index.of_stream(stream) for stream in index.streams()] == [[row("a")]]
     index.discard(row("a").key)
-    assert index.of_moniker("{S}") == index.of_moniker("{T}") == []
+    assert (index.streams(), index.of_stream(row("a").stream_id)) == ([], [])
 
 
 async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypatch):

@@ -289,27 +289,19 @@ async def test_a_mistake_of_ours_at_one_entry_stops_no_pass_over_all(world, brow
 # --- reconciling
 
 
-async def test_reconciling_mends_a_body_that_is_not_as_recorded(world):
+@pytest.mark.parametrize(
+    ("slug", "left"), [("", True), ("upstream-unreachable", True), ("upstream-gone", False)]
+)
+async def test_reconciling_mends_what_is_not_as_recorded_and_removes_what_no_upstream_has(world, slug, left):
     scrubbing(world, scrub_rate=0)
     record = world.commit(world.key(), BODY)
     path = world.store.body_path(record.key)
     os.truncate(path, CHUNK_BYTES)
     os.utime(path, (1, 1))
+    world.problem = Problem(slug, "told so") if slug else None
     world.whole[record.key.text] = BODY
-    async with world.running() as control:
-        await world.until(lambda: record.key.text in control.state.index.rows)
-    assert world.mends == [(record.key.text, False)]
-    assert path.read_bytes() == BODY
-
-
-@pytest.mark.parametrize(("slug", "left"), [("upstream-unreachable", True), ("upstream-gone", False)])
-async def test_what_no_upstream_has_any_more_is_removed_and_else_kept(world, slug, left):
-    scrubbing(world, scrub_rate=0)
-    record = world.commit(world.key(), BODY)
-    path = world.store.body_path(record.key)
-    os.truncate(path, CHUNK_BYTES)
-    os.utime(path, (1, 1))
-    world.problem = Problem(slug, "told so")
     async with world.running():
         await world.until(lambda: bool(world.mends) and path.exists() is left)
+    assert world.mends == [(record.key.text, False)]
     assert path.exists() is left
+    assert slug or path.read_bytes() == BODY

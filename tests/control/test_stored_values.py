@@ -30,10 +30,6 @@ anything = st.recursive(
 )
 
 
-def test_a_row_survives_json():
-    assert read_row(ROW.dump_json(KNOWN)) == KNOWN
-
-
 @settings(max_examples=25)
 @given(st.sampled_from(list(FIELDS)), anything)
 def test_a_row_of_the_index_is_a_row_or_invalid(name, value):

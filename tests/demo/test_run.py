@@ -116,8 +116,8 @@ sys.exit(demo(plan, json_output=False, command=command))
     ("number", "keep", "seconds", "wait_for", "status"),
     [
         (signal.SIGINT, "once", "60", "clients start", INTERRUPTED),
-        (signal.SIGTERM, "keep", "1", "goes on until Ctrl-C", RIGHT),
-        pytest.param(signal.SIGHUP, "keep", "1", "goes on until", RIGHT, marks=pytest.mark.long),
+        (signal.SIGTERM, "keep", "1", "runs until Ctrl-C", RIGHT),
+        pytest.param(signal.SIGHUP, "keep", "1", "runs until", RIGHT, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_ends_everything_in_order(number, keep, seconds, wait_for, status, tmp_path):

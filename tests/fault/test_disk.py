@@ -225,6 +225,8 @@ def test_readers_in_both_workers_when_the_disk_refuses_in_mid_body(serve, tmp_pa
         on.unlink()
         stored_soon(gup, BIG, body)
         assert gup.get(BIG).etag == led.etag
+        assert len(upstream.requests(BIG)) == 1, "what is in memory is stored from there"
+        gup.wait_metric(1, "gup_fills_total", outcome="committed")
         return
     gup.kill_worker(one)
     with contextlib.suppress(Ended):

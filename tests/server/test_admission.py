@@ -47,15 +47,6 @@ def test_by_default_the_sites_own_networks_are_allowed(address, allowed):
     assert allowed_networks(PRIVATE_NETWORKS)(address) is allowed
 
 
-def test_connections_of_an_address_are_counted_over_workers(make):
-    one, two = make(0), make(1)
-    assert [one.add("10.0.0.1"), two.add("10.0.0.1"), one.add("10.0.0.1")] == [1, 2, 3]
-    assert two.add("10.0.0.2") == 1
-    one.remove("10.0.0.1")
-    one.remove("10.0.0.1")
-    assert two.add("10.0.0.1") == 2
-
-
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 30)), max_size=200))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_the_count_is_never_too_low_and_ends_at_nothing(make, steps):
@@ -74,52 +65,8 @@ def test_the_count_is_never_too_low_and_ends_at_nothing(make, steps):
     assert not any(any(worker._column) for worker in workers)
 
 
-def admission(make, counters, **limits):
-    listen = {"max_connections": limits.pop("max_connections", 100)}
-    return Admission(
-        Settings.model_validate({"listen": listen, "clients": limits}),
-        counters,
-        make(0),
-        lambda: counters.get("gup_client_connections"),
-        most_here=3,
-    )
-
-
-def counted(counters):
-    refused = {
-        reason: counters.get("gup_connections_refused_total", reason=reason)
-        for reason in ("network", "limit", "address")
-    }
-    return {"in": counters.get("gup_client_connections"), **refused}
-
-
-def test_each_refusal_is_counted_once_and_takes_no_place(make):
-    counters = Counters.private()
-    door = admission(make, counters, max_connections_per_address=2, max_connections=3)
-    none = lambda: False  # noqa: E731
-    assert not door.admit("8.8.8.8", none)
-    assert [door.admit("10.0.0.1", none) for _ in range(3)] == [True, True, False]
-    assert [door.admit(f"10.0.1.{n}", none) for n in range(2)] == [True, False]
-    assert counted(counters) == {"in": 3, "network": 1, "limit": 1, "address": 1}
-    door.leave("10.0.0.1")
-    assert door.admit("10.0.0.1", none)
-
-
-def test_room_that_is_made_admits(make):
-    counters = Counters.private()
-    door = admission(make, counters, max_connections=1)
-    assert door.admit("10.0.0.1", lambda: False)
-
-    def make_room() -> bool:
-        door.leave("10.0.0.1")
-        return True
-
-    assert door.admit("10.0.0.2", make_room)
-    assert counted(counters)["in"] == 1
-    assert counted(counters)["limit"] == 0
-
-
 def test_descriptors_limit_as_well(make):
-    counters = Counters.private()
-    door = admission(make, counters)
+    own, counters = Settings.model_validate({"listen": {"max_connections": 100}}), Counters.private()
+    connections = lambda: counters.get("gup_client_connections")  # noqa: E731
+    door = Admission(own, counters, make(0), connections, most_here=3)
     assert [door.admit("10.0.0.1", lambda: False) for _ in range(4)] == [True, True, True, False]

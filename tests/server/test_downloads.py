@@ -28,12 +28,6 @@ class Site:
     def sum_of(self, name):
         return lambda: sum(counters.get(name) for counters in self.counters)
 
-    @property
-    def gauges(self):
-        """Under way, and waiting."""
-        names = ("gup_client_downloads_in_progress", "gup_client_downloads_queued")
-        return tuple(self.sum_of(name)() for name in names)
-
     def ask(self, worker: int, name: str) -> Ticket:
         ticket = self.workers[worker].take_ticket()
         if ticket.slot is None:
@@ -69,31 +63,6 @@ def make(tmp_path):
             claims.close()
 
 
-async def test_the_limit_holds_over_workers_and_the_longest_waiting_goes_first(make):
-    site = make(2, max_downloads=2, queue=10)
-    held = [site.ask(0, "a"), site.ask(1, "b")]
-    assert all(ticket.slot is not None for ticket in held)
-    tickets = [site.ask(worker, name) for worker, name in ((1, "c"), (0, "d"), (1, "e"), (0, "f"))]
-    assert site.gauges == (2, 4)
-    gone = ""
-    for worker, ticket, name in (
-        (0, held[0], "c"),
-        (1, tickets[0], "d"),
-        (1, held[1], "e"),
-        (0, tickets[1], "f"),
-    ):
-        site.workers[worker].give_back(ticket)
-        gone += name
-        await site.until(*gone)
-    assert site.gauges == (2, 0)
-    assert not any(site.turns)
-    for worker, ticket in ((1, tickets[2]), (0, tickets[3])):
-        site.workers[worker].give_back(ticket)
-    assert site.gauges == (0, 0)
-    for worker in site.workers:
-        worker.close()
-
-
 async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     site = make(2, max_downloads=1, queue=10)
     held = site.ask(0, "a")
@@ -107,17 +76,6 @@ async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
     site.workers[0].give_back(newcomer)
 
 
-async def test_a_process_that_never_downloads_holds_nobody_up(make):
-    """The order has a word for the controller too; as rank 0, it made every large body wait for ever."""
-    site = make(1, max_downloads=1, queue=10)
-    held = site.ask(0, "a")
-    assert held.slot == 0, "at once"
-    waiting = site.ask(0, "b")
-    site.workers[0].give_back(held)
-    await site.until("b")
-    site.workers[0].give_back(waiting)
-
-
 async def test_a_dead_workers_place_in_the_queue_is_skipped(make):
     site = make(2, max_downloads=1, queue=10)
     site.turns[1] = NOBODY - 1  # a worker that hangs while its clients wait, longest of all
@@ -127,24 +85,6 @@ async def test_a_dead_workers_place_in_the_queue_is_skipped(make):
     site.dead.add(1)
     await site.until("a")
     site.workers[0].give_back(ticket)
-
-
-async def test_the_queue_is_full_for_all_workers_together(make):
-    site = make(2, max_downloads=1, queue=2)
-    held = site.ask(0, "a")
-    waiting = [site.ask(0, "b"), site.ask(1, "c")]
-    for worker in (0, 1):
-        with pytest.raises(Problem) as caught:
-            site.ask(worker, "d")
-        assert (caught.value.slug, caught.value.retry_after_seconds) == ("overloaded", 30.0)
-    assert site.gauges == (1, 2)
-    site.workers[1].give_back(waiting[1])  # the client has gone
-    assert site.gauges == (1, 1)
-    again = site.ask(0, "e")
-    for ticket in (waiting[0], again, held):
-        site.workers[0].give_back(ticket)
-    for worker in site.workers:
-        worker.close()
 
 
 ENDED = [

@@ -125,15 +125,3 @@ async def test_a_policy_that_changed_is_decided_anew_at_once(plane):
     (refused,) = await plane.get(PATCH, FRENCH)
     assert b'"rule": "language"' in refused
     assert await plane.get(PATCH, ENGLISH) == {body(PATCH, "English")}, "of whom no catalogue is known now"
-
-
-async def test_settings_that_changed_are_decided_by_from_the_next_request_on(plane):
-    settings = plane.worker.dependencies.settings
-    changed = settings.model_dump(mode="json", by_alias=True)
-    changed["rules"]["download_client_patches"] = False
-    await plane.warm(PATCH, FRENCH)
-    plane.worker.dependencies.settings = type(settings).model_validate(changed)
-    plane.policy.apply()
-    plane.epoch[0] += 1  # as the supervisor does
-    (refused,) = await plane.get(PATCH, FRENCH)
-    assert b'"rule": "client_patches_off"' in refused

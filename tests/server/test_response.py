@@ -158,13 +158,6 @@ def test_head_has_the_head_of_get(representation, minor_version, fields):
     assert (head.segments, head.chunked) == ((), False)
 
 
-def test_head_has_no_ranges():
-    for header in ("bytes=0-0", "bytes=99999-"):
-        planned = plan(ask(("range", header), method="HEAD"), WHOLE, SERVED)
-        assert planned == plan(ask(method="HEAD"), WHOLE, SERVED)
-        assert planned.status == 200
-
-
 # --- conditions, and one range
 
 
@@ -192,11 +185,6 @@ def test_one_range(header, start, stop):
     assert (response.status, content) == (206, BODY[start:stop])
     told = {"content-length": str(stop - start), "content-range": f"bytes {start}-{stop - 1}/{len(BODY)}"}
     assert fields == {**OF_BODY, **told}
-
-
-@pytest.mark.parametrize("header", ["bytes=5-4", "lines=0-1", "bytes=0-1,bytes=2-3", "bytes=0-,0-,0-"])
-def test_a_range_that_is_ignored_is_answered_with_the_whole(header):
-    assert plan(ask(("range", header)), WHOLE, SERVED) == plan(ask(), WHOLE, SERVED)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from harness.clients import Ended, Response, assert_problem, fetch
 from harness.commands import on
 from harness.content import BIG, DELTA, content_path, name_of, noise, zip_of
+from harness.internals import Routes, Variant
 from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Answer, Gate, Over, RawUpstream, Request, ScriptedUpstream, ok
@@ -57,6 +58,7 @@ def test_a_404_or_410_is_passed_on_and_kept_for_all_workers(shared, status, slug
     assert gup.get(path).status == status
     assert time.monotonic() - began < 3.0, "the machine was too slow for this test"
     assert len(upstream.requests(path)) == 1
+    assert not list((gup.cache_dir / "partial").glob(f"{Routes().route(path).key(Variant()).id}.*"))
     upstream.answer(path, Answer(b"now it is here", etag='"n"'))
     until(lambda: gup.get(path).body == b"now it is here", "it is asked for again after negative_ttl")
     assert {response.status for response in at_once(gup, [unknown] * 30)[0]} == {404}
@@ -67,9 +69,10 @@ def test_a_404_or_410_is_passed_on_and_kept_for_all_workers(shared, status, slug
 FAILING = {
     "500": (Answer(b"oops", 500), 502, "upstream-error"),
     "403": (Answer(b"oops", 403), 502, "upstream-refused"),
+    "401": (Answer(b"oops", 401), 502, "upstream-refused"),
     "206": (Answer(b"oops", 206), 502, ""),
-    "302": (Answer(b"oops", 302), 502, ""),
-    "reset": (Answer(reset_at=-1), 502, ""),
+    "302": (Answer(b"oops", 302), 502, "upstream-refused"),
+    "reset": (Answer(reset_at=-1), 502, "upstream-error"),
     "empty": (Answer(b""), 502, "upstream-bad-body"),
     "disguise": (Answer(b"<html>" * 100, content_type="Text/HTML"), 502, "upstream-bad-body"),
     "gzip": (Answer(b"x" * 99, fields=(("Content-Encoding", "gzip"),)), 502, "upstream-bad-body"),

@@ -95,7 +95,11 @@ def test_a_new_service_is_ready_and_counts_connections_over_all_workers(serve):
     assert fetch(gup.admin, "/healthz").status == 200
     until(lambda: fetch(gup.admin, "/readyz").status == 200, "it is ready")
     metrics = gup.metrics()
+    assert fetch(gup.admin, "/metrics").header("content-type").startswith("text/plain")
     assert len(metrics.samples) <= 500
+    assert (metrics("gup_site_info", site=gup.status()["site"]), metrics("gup_cache_entries")) == (1, 0)
+    assert metrics("gup_disk_free_bytes") > 0
+    until(lambda: gup.metric("gup_upstream_up") == 1, "the upstream is up")
     for name in ("gup_requests_total", "gup_client_sent_bytes_total", "gup_fills_total"):
         assert set(metrics.series(name).values()) == {0}
     gup.get(DELTA)

@@ -159,8 +159,11 @@ def _check_ledger(gup, sent):
     assert after["sent_bytes"] == sent
     assert ledger(gup) == after
     totals = gup.status()["totals"]["since_install"]
-    for span in ("hour", "day", "week", "quarter"):
-        points = gup.api(f"/api/v1/history?span={span}")[1]["points"]
+    for span, step in {"hour": 60, "day": 60, "week": 3600, "quarter": 3600}.items():
+        history = gup.api(f"/api/v1/history?span={span}")[1]
+        points = history["points"]
+        assert history["step_seconds"] == step
+        assert all(point["at"] % step == 0 for point in points)
         for name in ("client_sent_bytes", "upstream_received_bytes", "saved_bytes"):
             assert sum(point[name] for point in points) == totals[name], (span, name)
         assert sum(point["requests"]["hit"] for point in points) == totals["requests"]["hit"]

@@ -112,11 +112,6 @@ async def test_a_key_prefers_the_same_upstream_in_every_process(pool_of):
         assert firsts == {"a", "b", "c"}
 
 
-async def test_other_variants_are_never_asked(pool_of):
-    async with pool_of(table("a", language="French"), table("b")) as pool:
-        assert names(pool.candidates(ANY, "k")) == ["b"]
-
-
 async def test_the_healthy_are_asked_first_and_the_dead_not_at_all(pool_of):
     async with pool_of(table("a"), table("b", priority=1), table("c", priority=2)) as pool:
         pool.board.note("a", Sign.BROKE, "reset")
@@ -336,14 +331,6 @@ async def test_the_age_of_what_a_gup_sends_counts(pool_of, upstream, kind, age):
         assert (same.status, same.age_seconds) == (304, age)
 
 
-async def test_a_508_is_a_loop(pool_of, upstream):
-    upstream.answer(PATH, Scripted(b"", 508))
-    async with pool_of({"name": "a", "url": upstream.url, "kind": "gup"}) as pool:
-        with pytest.raises(UpstreamFailure) as failure:
-            await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-        assert failure.value.slug == "loop"
-
-
 async def test_names_are_learned_before_anything_waits_for_them(pool_of, upstream):
     """Of whatever kind it is set to be: a proxy between has a name that says nothing."""
     upstream.answer("/", Scripted(b"", 404, fields=(("Via", "1.1 top-1 (gup), 1.1 corner (squid)"),)))
@@ -357,26 +344,6 @@ async def test_names_are_learned_before_anything_waits_for_them(pool_of, upstrea
 
 
 # --- settings that change
-
-
-async def test_a_changed_upstream_is_replaced_and_ends_what_it_began(pool_of, upstream, upstreams):
-    gate = Gate()
-    upstream.answer(PATH, Scripted(b"x" * 100_000, gates=((50_000, gate),)))
-    changed = {"name": "a", "url": upstream.url, "headers": {"X-Site": "2"}}
-    same = {"name": "b", "url": f"http://127.0.0.1:{free_port()}", "priority": 1}
-    async with pool_of({"name": "a", "url": upstream.url}, same) as pool:
-        old, kept = pool.upstreams
-        answer = await pool.ask(old, Ask(PATH, "fill"))
-        pool.apply(upstreams(changed, same))
-        new, kept_now = pool.upstreams
-        assert (new is old, kept_now is kept) == (False, True)
-        assert is_open(old)
-        gate.open()
-        assert await whole(answer) == b"x" * 100_000
-        await until(lambda: not is_open(old))
-        upstream.answer(PATH, Scripted(b"new"))
-        assert await whole(await pool.ask(new, Ask(PATH, "fill"))) == b"new"
-        assert upstream.requests(PATH)[-1].header("x-site") == "2"
 
 
 async def test_what_was_down_is_tried_anew_when_its_settings_change(pool_of, upstreams):

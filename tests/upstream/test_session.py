@@ -244,20 +244,6 @@ async def test_a_body_that_can_be_framed_in_two_ways_is_an_error(before, text):
         assert failure.slug == "upstream-error"
 
 
-async def test_a_body_longer_than_announced_is_refused_at_its_end(before):
-    def answer(talk: Request) -> None:
-        talk.send(ok(BODY[:300_000]))
-        talk.send(b"and more that was not announced")
-        raise Over
-
-    async with before(answer) as (_, pool):
-        answer_ = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-        assert isinstance(answer_, Answer)
-        await asyncio.sleep(0.1)  # all of it is here
-        with pytest.raises(UpstreamFailure, match=r"more bytes than it announced|broke HTTP"):
-            await body_of(answer_)
-
-
 RANGES = {
     "no Content-Range": (["Content-Length: 5"], b"hello"),
     "two": (["Content-Length: 5", "Content-Range: bytes 3-7/8", "Content-Range: bytes 3-7/9"], b"hello"),
@@ -282,22 +268,6 @@ async def test_a_range_that_is_not_as_told_is_refused(before, lines, body):
     async with before(answer) as (_, pool):
         with pytest.raises(UpstreamFailure):
             await get(pool, start=3)
-
-
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_an_end_that_only_the_connection_tells_is_not_confirmed(before, version):
-    def answer(talk: Request) -> None:
-        talk.send(f"HTTP/{version} 200 OK\r\n\r\n".encode() + b"half of it")
-        raise Over
-
-    async with before(answer) as (upstream, pool):
-        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-        assert await body_of(told) == b"half of it"
-        assert not told.head.delimited
-        upstream.reply = lambda talk: talk.send(chunked("Transfer-Encoding: chunked"))
-        told = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
-        assert await body_of(told) == b"hello"
-        assert told.head.delimited
 
 
 # --- odd heads

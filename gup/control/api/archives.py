@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import IO, Any, TypeVar, cast
 
 from aiohttp import StreamReader, web
@@ -50,9 +50,9 @@ class Archives:
         if self._exporting.locked():
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
-            rows = list(state.index.rows.values())
-            keys, why_not = await asyncio.to_thread(chosen, rows, query, labels_of(state))
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, state.clock(), why_not)
+            rows, label, now = list(state.index.rows.values()), labels_of(state), state.clock()
+            keys, why_not = await asyncio.to_thread(chosen, rows, query, label, now)
+            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, why_not)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
@@ -82,14 +82,18 @@ class Archives:
                 raise
 
 
-def chosen(rows: Iterable[Row], query: Filter, label: Labels) -> tuple[list[ContentKey], list[str]]:
+def chosen(
+    rows: Sequence[Row], query: Filter, label: Labels, now: float
+) -> tuple[list[ContentKey], list[str]]:
     """The keys that the filter and a site of its version and language choose, and why not each other one."""
     keys, why_not = [], []
     others = query.model_copy(update={"version": None, "language": None})
     named = ", ".join(sorted(others.model_dump(exclude_none=True)))
+    of_that = {row.key for row in matching(rows, others, label, now)}
     for row in rows:
-        why = why_not_for(Variant(row.version, row.language), query.version, query.language, label(row))
-        if not why and not matching([row], others, label):
+        called = label(row.stream_id, row.file)
+        why = why_not_for(Variant(row.version, row.language), query.version, query.language, called)
+        if not why and row.key not in of_that:
             why = f"it is not of that {named}"
         if why:
             why_not.append(why)

@@ -44,6 +44,7 @@ def _digits(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_digits)]
 Days = Annotated[int, Field(ge=1, le=3660), BeforeValidator(_digits)]
+Seconds = Annotated[int, Field(ge=0, le=10**10), BeforeValidator(_digits)]
 
 
 class Table(NamedTuple):

@@ -1,6 +1,9 @@
 """What is stored: listed, shown, purged, pinned."""
 
 import asyncio
+import fnmatch
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cached_property
@@ -10,20 +13,23 @@ from typing import Annotated, Literal
 from aiohttp import web
 from pydantic import Field, model_validator
 
-from gup.content.catalog import Label
+from gup.content.catalog import Label, Stream
 from gup.content.key import ContentKey, Kind, delta_step
 from gup.content.languages import parse_language
 from gup.control.api import schemas
-from gup.control.api.endpoint import Count, Endpoint, Request, Text
-from gup.control.index import ORDERS, Index, Place, Row, row_of
+from gup.control.api.endpoint import Count, Endpoint, Request, Seconds, Text
+from gup.control.index import ORDERS, Index, Place, Row, content_revision, row_of, stream_of
 from gup.control.state import ControlState
 
 _SAFE_NAME = r"^[^./\\\u0000-\u001f\u007f-\u009f\u2028\u2029][^/\\\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
 _Part = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 240, "pattern": _SAFE_NAME})]
-_Order = Literal["key", "-key", "used", "-used", "stored", "-stored", "length", "-length", "hits", "-hits"]
+_Up = Literal["key", "name", "used", "stored", "length", "hits"]
+_Down = Literal["-key", "-name", "-used", "-stored", "-length", "-hits"]
+_Order = Literal[_Up, _Down]
+_Flag = Literal["0", "1"]
 
-Labels = Callable[[Row], Label]
-"""What the catalogue calls a row's stream; the moniker, and the type "", where it is not listed."""
+Labels = Callable[[Stream, str], Label]
+"""What the catalogue calls a stream, or a file of it; the moniker, and the type "", where none lists it."""
 
 
 class Key(Request):
@@ -54,19 +60,45 @@ class Filter(Request):
     stream: Text | None = Field(None, description="Only of this moniker.")
     revision: Text | None = Field(None, description="Only of this revision: the folder's or the content's.")
     kind: Kind | None = Field(None, description="Only files of this kind.")
+    pattern: Text | None = Field(
+        None, description="Only keys that fit it: * is any text, ? any character, [ab] one of these."
+    )
+    older_than: Seconds | None = Field(None, description="Only what was stored at least so many seconds ago.")
+    unused_for: Seconds | None = Field(None, description="Only what was used at least so many seconds ago.")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is left out."""
+        return any(getattr(self, name) is not None for name in Filter.model_fields)
 
 
 class Listing(Filter):
     """What to list."""
 
-    order: _Order = Field("key", description="Order of the rows; a - before it reverses it.")
+    order: _Order = Field(
+        "key",
+        description="Order of the rows (name: product, version, language); a - before it reverses it.",
+    )
     limit: Count = Field(100, description="Rows of a page, at most.")
     cursor: schemas.EntryCursor | None = Field(None, description=schemas.CURSOR)
+
+    @model_validator(mode="after")
+    def _is_a_place(self) -> "Listing":
+        if self.cursor is not None and self.order.endswith("name"):
+            ContentKey.parse(self.cursor[1])  # BadKeyError
+        return self
+
+
+class Purge(Filter):
+    """What to purge. Without a filter nothing is."""
+
+    dry_run: _Flag = Field("0", description="1 counts and removes nothing.")
+    pinned: _Flag = Field("0", description="1 purges pinned entries too.")
 
 
 async def listing(state: ControlState, query: Listing) -> schemas.Entries:
     """A page of entries."""
-    return await page_of(state.index, query, labels_of(state))
+    return await page_of(state.index, query, labels_of(state), state.clock())
 
 
 async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
@@ -79,7 +111,7 @@ async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
     if row is None:
         raise _not_found(path.key)
     return schemas.EntryWithRecord(
-        **shown(row, labels_of(state)(row)).model_dump(),
+        **shown(row, labels_of(state)(row.stream_id, row.file)).model_dump(),
         record=None if record is None else schemas.EntryRecord.model_validate(record.to_json()),
     )
 
@@ -91,6 +123,26 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
     if not freed and not known:
         raise _not_found(path.key)
     return schemas.Purged(key=path.key.text, freed_bytes=freed)
+
+
+async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
+    """Remove all entries that a filter chooses, and what lies unfinished of them; readers read on."""
+    if not query.is_given:
+        raise web.HTTPBadRequest(text="say what to purge: pattern=* is everything that is not pinned")
+    rows, label, now = candidates(state.index, query), labels_of(state), state.clock()
+    found = await asyncio.to_thread(matching, rows, query, label, now)
+    chosen = [row for row in found if query.pinned == "1" or not row.pinned]
+    entries, freed_bytes = len(chosen), sum(row.length_bytes for row in chosen)
+    if query.dry_run == "0":
+        keys = [ContentKey.parse(row.key) for row in chosen]
+        entries, freed_bytes = await state.evictor.purge_all(keys)
+    return schemas.PurgedEntries(
+        dry_run=query.dry_run == "1",
+        entries=entries,
+        freed_bytes=freed_bytes,
+        pinned=len(found) - len(chosen),
+        busy=len(chosen) - entries,
+    )
 
 
 async def pin(state: ControlState, path: Key) -> schemas.Pinned:
@@ -116,6 +168,7 @@ def _not_found(key: ContentKey) -> web.HTTPNotFound:
 _KEY = "/api/v1/content/{version}/{language}/{stream}/{revision}/{file}"
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/content", listing),
+    Endpoint("DELETE", "/api/v1/content", purge_all),
     Endpoint("GET", _KEY, entry, problems=(404,)),
     Endpoint("DELETE", _KEY, purge, problems=(404, 409)),
     Endpoint("PUT", f"{_KEY}/pin", pin, problems=(404, 409)),
@@ -124,68 +177,119 @@ ENDPOINTS = (
 
 
 def labels_of(state: ControlState) -> Labels:
-    """What the catalogue calls the rows' streams at this moment."""
+    """What the catalogue calls streams and files at this moment."""
     label_of = state.dependencies.label_of
-    return lambda row: label_of(row.stream_id, row.file) or Label(state.label(row.stream_id)[0], "", "", "")
+    return lambda stream, file: label_of(stream, file) or Label(state.label(stream)[0], "", "", "")
 
 
-async def page_of(index: Index, query: Listing, label: Labels) -> schemas.Entries:
+async def page_of(index: Index, query: Listing, label: Labels, now: float) -> schemas.Entries:
     """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
-    value, most = ORDERS[order], query.limit + 1
+    value, found = ORDERS.get(order, ORDERS["key"]), None
+    most, first = query.limit + 1, nlargest if descending else nsmallest
 
     def place(row: Row) -> Place:
         return value(row), row.key
 
-    def filtered(rows: list[Row]) -> tuple[int, list[Row]]:
-        found = matching(rows, query, label)
+    def filtered(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        found = matching(rows, query, label, now)
         rest = [r for r in found if after is None or (place(r) < after if descending else place(r) > after)]
-        return len(found), (nlargest if descending else nsmallest)(most, rest, key=place)
+        return found, [] if order == "name" else first(most, rest, key=place)
 
-    if query.model_fields_set & Filter.model_fields.keys():
-        candidates = index.of_moniker(query.stream) if query.stream is not None else list(index.rows.values())
-        count, rows = await asyncio.to_thread(filtered, candidates)
-    else:
+    if query.is_given:
+        found, rows = await asyncio.to_thread(filtered, candidates(index, query))
+    if order == "name":
+        rows = named_page(index, found, query, label)
+    elif found is None:
         rows = index.page(order, most, descending=descending, after=after)
-        count = len(index.rows)
     page = rows[: query.limit]
     return schemas.Entries(
-        entries=[shown(row, label(row)) for row in page],
-        matching=count,
+        entries=[shown(row, label(row.stream_id, row.file)) for row in page],
+        matching=len(index.rows if found is None else found),
         cursor=place(page[-1]) if len(rows) > len(page) else None,
         complete=index.complete,
     )
 
 
-def matching(rows: Iterable[Row], query: Filter, label: Labels) -> list[Row]:
-    """All rows that the filter lets through."""
+def named_page(index: Index, found: list[Row] | None, query: Listing, label: Labels) -> list[Row]:
+    """One row more than a page has, of those `found` (None: all), in the order of what is shown.
+
+    Streams are put in order first, then the rows of those on the page: of all rows it would take too long.
+    """
+    by_stream: dict[Stream, list[Row]] = defaultdict(list)
+    for row in found or ():
+        by_stream[row.stream_id].append(row)
+    descending = query.order[0] == "-"
+
+    def stream_place(stream: Stream) -> tuple[str | bool, ...]:
+        product = label(stream, "").product
+        return (product == stream[2], product.casefold(), *stream)  # those without a name are the last
+
+    def place(stream: Stream, revision: str, file: str) -> tuple[str | bool, ...]:
+        return *stream_place(stream), content_revision(Kind.DELTA, revision, file) or revision, file
+
+    def is_before(one: tuple[str | bool, ...], other: tuple[str | bool, ...]) -> bool:
+        return one > other if descending else one < other
+
+    last, rows = None, list[Row]()
+    if query.cursor is not None:
+        key = ContentKey.parse(query.cursor[1])
+        last = place(stream_of(key), key.revision, key.file)
+    for stream in sorted(
+        index.streams() if found is None else by_stream, key=stream_place, reverse=descending
+    ):
+        if last is not None and is_before(stream_place(stream), last[:5]):
+            continue
+        of_it = index.of_stream(stream) if found is None else by_stream[stream]
+        places = {row.key: place(stream, row.revision, row.file) for row in of_it}
+        due = (row for row in of_it if last is None or is_before(last, places[row.key]))
+        rows += sorted(due, key=lambda row: places[row.key], reverse=descending)
+        if len(rows) > query.limit:
+            break
+    return rows[: query.limit + 1]
+
+
+def candidates(index: Index, query: Filter) -> list[Row]:
+    """The rows that a filter may choose; to be called on the event loop, where they change."""
+    if query.stream is None:
+        return list(index.rows.values())
+    wanted = query.stream.casefold()
+    streams = [stream for stream in index.streams() if stream[2].casefold() == wanted]
+    return [row for stream in streams for row in index.of_stream(stream)]
+
+
+def same(wanted: str | None, *found: str) -> bool:
+    """Whether one of the texts found is the one wanted, in whatever case."""
+    return wanted is not None and wanted.casefold() in map(str.casefold, found)
+
+
+def matching(rows: Iterable[Row], query: Filter, label: Labels, now: float) -> list[Row]:
+    """All rows that the filter chooses."""
     language = parse_language(query.language) if query.language is not None else None
+    fits = re.compile(fnmatch.translate((query.pattern or "*").casefold())).match
 
-    def same(wanted: str, *found: str) -> bool:
-        return wanted.casefold() in map(str.casefold, found)
-
-    def fits(row: Row) -> bool:
-        if not (
-            (query.kind is None or row.kind is query.kind)
-            and (query.stream is None or same(query.stream, row.stream))
-            and (query.revision is None or query.revision in (row.revision, row.content_revision))
-        ):
-            return False
-        if query.product is None and query.version is None and query.language is None:
-            return True
-        called = label(row)
-        languages = (row.language, called.language)  # each may be written in other ways: French, fr, fr-CA
-        return (
-            (query.product is None or same(query.product, called.product))
-            and (query.version is None or same(query.version, row.version, called.version))
-            and (
-                query.language is None
-                or same(query.language, *languages)
-                or (language is not None and language in map(parse_language, languages))
-            )
+    def in_language(row: Row) -> bool:
+        names = (row.language, called(row).language)  # each may be written in other ways: French, fr, fr-CA
+        return same(query.language, *names) or (
+            language is not None and language in map(parse_language, names)
         )
 
-    return [row for row in rows if fits(row)]
+    def called(row: Row) -> Label:
+        return label(row.stream_id, row.file)
+
+    conditions: list[tuple[object, Callable[[Row], bool]]] = [
+        (query.kind, lambda row: row.kind is query.kind),
+        (query.stream, lambda row: same(query.stream, row.stream)),
+        (query.revision, lambda row: query.revision in (row.revision, row.content_revision)),
+        (query.pattern, lambda row: fits(row.key.casefold()) is not None),
+        (query.older_than, lambda row: now - row.stored_at >= (query.older_than or 0)),
+        (query.unused_for, lambda row: now - row.used_at >= (query.unused_for or 0)),
+        (query.product, lambda row: same(query.product, called(row).product)),
+        (query.version, lambda row: same(query.version, row.version, called(row).version)),
+        (query.language, in_language),
+    ]
+    due = [condition for given, condition in conditions if given is not None]
+    return [row for row in rows if all(condition(row) for condition in due)]
 
 
 def shown(row: Row, label: Label) -> schemas.Entry:

@@ -5,10 +5,12 @@ from itertools import islice
 from typing import Annotated, Literal
 
 from aiohttp import web
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from gup.content.catalog import Label, Stream
 from gup.control.api import schemas
 from gup.control.api.endpoint import JSON, Count, Endpoint, Request
+from gup.control.api.entries import same
 from gup.control.prefetch import NotThereError, QueuedFetch
 from gup.control.state import ControlState
 
@@ -24,13 +26,25 @@ def _path(text: str) -> str:
 
 
 class Order(Request):
-    """What to prefetch. Without version and language: for each that an upstream has."""
+    """What to prefetch: a path, or the newest full packages of a product.
 
-    path: Annotated[str, AfterValidator(_path)] = Field(
-        description="Such as /content/{MONIKER}/260101001/full.zip.", json_schema_extra={"pattern": _PATH}
+    Without version and language: for each that an upstream has, or that the product is known in.
+    """
+
+    path: Annotated[str, AfterValidator(_path)] | None = Field(
+        None,
+        description="Such as /content/{MONIKER}/260101001/full.zip.",
+        json_schema_extra={"pattern": _PATH},
     )
+    product: str | None = Field(None, min_length=1, max_length=200, description="As lists show it.")
     version: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
     language: str | None = Field(None, max_length=64, description="As an upstream's setting has it.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Order":
+        if (self.path is None) == (self.product is None):
+            raise ValueError("give either path or product")
+        return self
 
 
 class Queue(Request):
@@ -48,12 +62,40 @@ class Verify(Request):
 async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
     """Fetch something before anybody asks for it, while no client's fill needs the link."""
     try:
-        queued = state.prefetcher.order(query.path, query.version, query.language)
+        if query.path is not None:
+            queued = state.prefetcher.order(query.path, query.version, query.language)
+        else:
+            queued = state.prefetcher.order_newest(_newest(state, query))
     except NotThereError as error:
         raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
     return schemas.PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
+
+
+def _newest(state: ControlState, query: Order) -> dict[Stream, str]:
+    """The newest revision of each stream of a product: of those held, and those that clients were sent."""
+    asked = {stream: known.newest for stream, known in state.prefetcher.revisions.streams.items()}
+    newest: dict[Stream, str] = {}
+    for revisions in (state.index.newest_held(), state.traffic.newest(), asked):
+        for stream, revision in revisions.items():
+            newest[stream] = max(revision, newest.get(stream, ""))
+
+    def fits(stream: Stream) -> bool:
+        called = state.dependencies.label_of(stream, "") or Label(stream[2], "", "", "")
+        return (
+            same(query.product, called.product)
+            and (query.version is None or same(query.version, stream[0], called.version))
+            and (query.language is None or same(query.language, stream[1], called.language))
+        )
+
+    found = {stream: revision for stream, revision in newest.items() if revision and fits(stream)}
+    if not found:
+        raise NotThereError(
+            f"product: no revision of {query.product!r} is known: nothing of it is stored, and no client was "
+            "sent any. Give the path, or a product as `gup cache list` shows it"
+        )
+    return found
 
 
 async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:

@@ -323,6 +323,14 @@ class Purged(Response):
     freed_bytes: int
 
 
+class PurgedEntries(Response):
+    dry_run: bool
+    entries: int = Field(description="How many were purged; in a dry run: would be.")
+    freed_bytes: int
+    pinned: int = Field(description="Left because they are pinned.")
+    busy: int = Field(description="Left because another process worked on them.")
+
+
 class Pinned(Response):
     key: str
     pinned: bool
@@ -348,7 +356,7 @@ class Finding(Response):
     path: str
     key: str | None
     detail: str
-    mended: bool | None = Field(description="Null when that was not asked for.")
+    mended: bool | None = Field(description="Null without repair.")
     why_not: str | None
 
 
@@ -370,12 +378,14 @@ class Reloaded(Response):
     reloaded: bool = Field(description="Whether the new settings are in force; if not, the old ones are.")
     problems: list[str] = Field(description="Mistakes in the settings, each with its key.")
     changed: list[str] = Field(description="Keys whose new values are in force now.")
-    waiting: list[str] = Field(description="Keys whose new values need a restart; the old ones hold.")
+    waiting: list[str] = Field(
+        description="Keys whose new values need a restart; until then the old values are in force."
+    )
 
 
 class Prefetch(Response):
     key: str
-    path: str = Field(description="As upstream is asked for it.")
+    path: str = Field(description="The path at the upstream.")
     product: str
     language: str
     kind: Kind
@@ -432,18 +442,18 @@ class Report(Response):
 
 class RevisionClients(Response):
     revision: str
-    clients: int = Field(description="Clients that stand at it now.")
+    clients: int = Field(description="Clients at it now.")
     took: int = Field(description="Clients that ever took it here.")
     first_taken_at: float | None
     last_taken_at: float | None
 
 
 class LaggingClient(Client):
-    revision: str | None = Field(description="Where it stands; null when that is not known.")
+    revision: str | None = Field(description="Its revision; null while unknown.")
     lag_revisions: int
     lag_seconds: float | None = Field(description="By the dates in the revisions: whole days.")
     taken_at: float | None
-    asked: str | None = Field(description="The newest revision that it asked for.")
+    asked: str | None = Field(description="The newest revision that it requested.")
     asked_at: float | None
 
 
@@ -454,7 +464,7 @@ class StreamReport(Response):
     type: str | None
     moniker: str
     variant: Variant = Field(description="Whose bytes they are: of an upstream of this version and language.")
-    clients: int = Field(description="Clients that asked for any of it.")
+    clients: int = Field(description="Clients that requested any of it.")
     current: int = Field(description="Of them, those at the newest revision.")
     behind: int = Field(description="Of them, the others.")
     newest_held: str | None = Field(description="The newest revision in the store.")
