@@ -111,7 +111,7 @@ class Fill:
     finishing: bool = False
     """Whether all of the body is here: the process does not stop before it is committed."""
     asks_gups: bool = True
-    """Whether some of its upstreams are gups, or may be."""
+    """Whether some of its upstreams are gups, or may be; told where `passed` names any."""
     share: Share = field(init=False)
     """The WAN share that its bytes are charged to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)

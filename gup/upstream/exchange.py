@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, NamedTuple
 
 import xxhash
@@ -26,6 +26,7 @@ _AGE = re.compile(r"[0-9]{1,12}")
 _Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
 
+@dataclass(eq=False)
 class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
     """One failed try. `outcome` is the label of its counter, `slug` the type of the problem for a client.
 
@@ -33,23 +34,17 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
     `retry_after_seconds`: how long the upstream wants not to be asked for the same, None if it did not say.
     """
 
-    def __init__(
-        self,
-        outcome: str,
-        slug: str,
-        detail: str,
-        *,
-        again: bool = False,
-        status: int | None = None,
-        retry_after_seconds: float | None = None,
-    ) -> None:
-        self.detail = quoted(detail)  # it may contain text from the upstream
+    outcome: str
+    slug: str
+    detail: str
+    _: KW_ONLY
+    again: bool = False
+    status: int | None = None
+    retry_after_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self.detail = quoted(self.detail)  # it may contain text from the upstream
         super().__init__(self.detail)
-        self.outcome = outcome
-        self.slug = slug
-        self.again = again
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
 
 
 def rejected(detail: str) -> UpstreamFailure:
