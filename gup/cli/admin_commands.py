@@ -131,7 +131,7 @@ def prefetch(
     *,
     product: Annotated[
         str | None,
-        typer.Option(help="The newest full packages of this product, as `gup cache list` shows it."),
+        typer.Option(metavar="PRODUCT", help="Its newest full packages; named as by `gup cache list`."),
     ] = None,
     version: Annotated[
         str | None,
@@ -147,15 +147,15 @@ def prefetch(
     where: Where,
     json_output: JsonFlag = False,
 ) -> None:
-    """Fetch content before anybody asks, and wait for it; status 0 when all is stored, 1 when not.
+    """Fetch content before clients request it, and wait; status 0 when all is stored, else 1.
 
-    It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends the waiting only.
+    It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends only the wait.
     """
     given = {"version": version, "language": language}
     order = {name: value for name, value in given.items() if value is not None}
     orders = [{"path": path} for path in paths or ()] + ([{"product": product}] if product else [])
     if not orders:
-        typer.echo("gup: name paths, or --product", err=True)
+        typer.echo("gup: give paths or --product", err=True)
         raise typer.Exit(UNUSABLE)
     with asking(where) as admin:
         answers = [admin.ask("POST", "prefetch", each | order) for each in orders]

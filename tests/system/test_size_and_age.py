@@ -4,7 +4,7 @@ import shutil
 import time
 from urllib.parse import quote
 
-from harness.content import BIG, DELTA, content_path, name_of, noise, zip_of
+from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, MONIKER, content_path, name_of, noise, zip_of
 from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import ScriptedUpstream
@@ -90,6 +90,24 @@ def test_what_nobody_uses_is_evicted_and_what_is_pinned_stays(serve):
     assert gup.metric("gup_evicted_bytes_total", reason="unused") == MB
     gup.serves(BIG, zip_of(BIG, MB))  # asked for again, it is fetched again
     assert len(upstream.requests(BIG)) == 2
+
+
+def test_keep_revisions_keeps_the_newest(serve):
+    revisions = [f"26080{n}001" for n in range(1, 7)]
+    gup, upstream = serve({INDEX: CONTENT_INFO}, workers=1, cache={"keep_revisions": 2})
+    gup.get(INDEX)
+    fulls = [content_path("full.zip", MONIKER, revisions[number]) for number in (3, 0, 5, 1, 4, 2)]
+    for path in fulls:
+        fill(gup, upstream, path, size=100_000)
+
+    def newest_are_left() -> bool:
+        assert gup.api("/api/v1/evict", "POST")[0] in (200, 202, 204)
+        kept = sorted(path.split("/")[3] for path in gup.bodies() if path.endswith("full.zip"))
+        return kept == revisions[-2:]
+
+    until(newest_are_left, "the two newest revisions are left")
+    assert gup.stored(INDEX)
+    gup.wait_metric(4, "gup_evictions_total", reason="revision")
 
 
 def test_totals_are_right_after_a_crash_and_follow_what_happened_while_nobody_ran(serve):
