@@ -314,7 +314,7 @@ class Crowd:
         await _rest(client.chance.uniform(0, self.poll_seconds), self._bell)
         async with new_session(client.address if self._local else None) as session:
             while not self._stopping.is_set():
-                # Taken before the poll: a client that is busy when the bell rings polls again at once.
+                # Before the poll: a client that is busy when the bell rings polls again at once.
                 bell = self._bell
                 await self._poll(client, session)
                 await _rest(self.poll_seconds * client.chance.uniform(0.5, 1.5), bell)

@@ -61,11 +61,11 @@ class Link:
     async def pass_through(self, size_bytes: int, *, first: bool = False) -> None:
         """Return when `size_bytes` (at most PIECE_BYTES) have had their time on the link.
 
-        What goes `first` takes its time and waits for nobody: an index file of a few kilobytes must not wait
-        for the pieces of all fulls on a slow link until its reader gives up.
+        With `first` they do not queue: an index file of a few kilobytes would time out behind the fulls on a
+        slow link.
         """
         wait_seconds = self.reserve(size_bytes)
-        # Also without a wait the loop must turn, or one connection would keep the others from asking.
+        # The loop must turn even without a wait, or one connection would keep the others from the link.
         await asyncio.sleep(size_bytes / self._rate if first and self._rate else wait_seconds)
 
 

@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from pydantic import BaseModel
 
 from gup import log
+from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.control.auth import local_path, make_local_token
@@ -26,7 +27,6 @@ from gup.process.instance_lock import InstanceLock
 from gup.process.shared_memory import Row, SharedFile
 from gup.process.sockets import VARIABLES, Notifier, passed_sockets
 from gup.process.start_check import doubts
-from gup.server.admission import address_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ class Supervisor:
         names = [upstream.name for upstream in settings.upstream]
         self._shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
         stack.callback(self._shared.close)
-        self._addresses_fd = address_file(settings.worker_count)
-        stack.callback(os.close, self._addresses_fd)
+        self._shares_fd = shares_file(settings.worker_count)
+        stack.callback(os.close, self._shares_fd)
         self._beats = self._shared.row(Row.BEAT)
         self._counters = self._shared.counters(shared_memory.SUPERVISOR)
         # Events: the workers' end, the controller's end. Not SOCK_DGRAM: the kernel queues at most ten of its
@@ -204,7 +204,7 @@ class Supervisor:
             settings=self._settings,
             listen_fds=tuple(sock.fileno() for sock in listening),
             shared_fd=self._shared.fd,
-            addresses_fd=self._addresses_fd,
+            shares_fd=self._shares_fd,
             event_fd=self._events[0 if worker else 1].fileno(),
             lock_fd=self._lock.children_fd,
             generation=slot.generation,

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -27,6 +27,7 @@ from gup.upstream.exchange import (
     RemoteHead,
     UpstreamFailure,
     answered_by_proxy,
+    failed_for_all,
     gup_names,
     proxy_in_words,
     proxy_refused,
@@ -280,7 +281,8 @@ class Pool:
             upstream.ahead_seconds = time.time() - sent_at
         if proxy is not None and answered_by_proxy(status, response.headers):
             await self._drain(fields, ask, upstream)
-            raise proxy_refused(name, proxy, status)
+            for_all = failed_for_all(status, response.headers)
+            raise proxy_refused(name, proxy, status, for_all=for_all)
         # How long another gup has stored it (RFC 9111 section 5.1).
         age = read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
         if status in (304, 404, 410):
@@ -296,6 +298,8 @@ class Pool:
         if ask.method == "HEAD":
             response.release()
             return head
+        if ask.stream_of_body is not None:
+            ask = replace(ask, stream=ask.stream_of_body())
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
