@@ -132,7 +132,6 @@ MAY_IMPORT = {
     "harness/internals.py",  # the façade
     "harness/commands.py",  # runs the command line in the test's process
     "harness/upstreams.py",  # shares its answers to conditions with the demo
-    "harness/control.py",
 }
 
 

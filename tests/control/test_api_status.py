@@ -1,6 +1,6 @@
 """The parts of the status: rates of fills, limits, totals; settings without their secrets."""
 
-from harness.control import get
+from control.calls import get
 
 from gup.cache.records import FillState, Phase
 from gup.cache.store import Part

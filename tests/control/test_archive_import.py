@@ -3,7 +3,7 @@
 import asyncio
 import tarfile
 
-from harness.control import ask
+from control.calls import ask
 
 from gup.cache.archive import summary
 from gup.config import Settings

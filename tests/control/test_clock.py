@@ -1,7 +1,7 @@
 """A clock that is 40 days ahead for a while and put back: what was written then is taken back."""
 
 import pytest
-from harness.control import get
+from control.calls import get
 
 from gup.control.stats.client_records import ClientWindows
 

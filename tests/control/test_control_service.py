@@ -4,7 +4,7 @@ import re
 
 import aiohttp
 import pytest
-from harness.control import get, limited
+from control.calls import get, limited
 
 from gup.cache.records import Phase
 from gup.control.service import Jobs

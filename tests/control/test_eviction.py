@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, replace
 
 import pytest
-from harness.control import limited
+from control.calls import limited
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from harness.control import get, limited
+from control.calls import get, limited
 
 from gup.cache.records import CHUNK_BYTES, seal
 from gup.control.integrity_jobs import Pass, read_pass

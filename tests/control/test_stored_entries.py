@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from urllib.parse import quote, unquote
 
-from harness.control import ask, get
+from control.calls import ask, get
 
 from gup.content.catalog import Label
 from gup.content.key import Kind

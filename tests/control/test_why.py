@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from harness.control import get
+from control.calls import get
 
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Listed

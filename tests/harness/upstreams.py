@@ -523,11 +523,6 @@ class Logged:
     body_bytes: int
     range: str
     ended_at: float = 0.0
-    took_seconds: float = 0.0
-
-    @property
-    def began_at(self) -> float:
-        return self.ended_at - self.took_seconds
 
 
 _NGINX = """\
@@ -538,7 +533,7 @@ error_log {prefix}/error.log warn;
 events {{ worker_connections 1024; }}
 http {{
     log_format counted '$request_method|$request_uri|$status|$body_bytes_sent|$http_range'
-                       '|$msec|$request_time';
+                       '|$msec';
     access_log {prefix}/access.log counted;
     types {{ }}
     default_type application/octet-stream;
@@ -618,8 +613,8 @@ class Nginx:
 
 
 def _nginx_row(line: str) -> Logged:
-    method, path, status, size, range_, ended, took = line.split("|")
-    return Logged(method, path, int(status), int(size), range_.removeprefix("-"), float(ended), float(took))
+    method, path, status, size, range_, ended = line.split("|")
+    return Logged(method, path, int(status), int(size), range_.removeprefix("-"), float(ended))
 
 
 class Elsewhere:
