@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import Field
 
-from gup.content.key import ABSENT, ContentKey, Kind
+from gup.content.key import ABSENT, ContentKey, Kind, Variant
 from gup.content.routes import path_of
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
@@ -42,12 +42,10 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
             raise web.HTTPNotFound(
                 text=f"of: no client can be served {asked!r:.300}: {problem.detail}"
             ) from problem
-        places = [stored for _, stored in state.dependencies.places(route.stream)]
-        found = dict.fromkeys((route.key(place) for place in places), route.upstream_path)
-        for stream in state.index.streams():
-            key = ContentKey(*stream, *next(iter(found)).text.split("/")[3:]) if found else None
-            if key is not None and stream[2] == route.stream and key.text in state.index.rows:
-                found.setdefault(key, route.upstream_path)
+        keys = [route.key(stored) for _, stored in state.dependencies.places(route.stream)]
+        held = (Variant(*stream[:2]) for stream in state.index.streams() if stream[2] == route.stream)
+        keys += (key for key in map(route.key, held) if key.text in state.index.rows)
+        found = dict.fromkeys(keys, route.upstream_path)
     else:
         try:
             key = ContentKey.parse(asked)

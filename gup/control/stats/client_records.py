@@ -6,6 +6,7 @@ is not "installed": gup sees what was sent and which version a client states, ne
 """
 
 import asyncio
+import contextlib
 import sqlite3
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -460,14 +461,16 @@ class Reports:
             )
 
     async def groups(self) -> list[schemas.ClientGroup]:
-        """How many clients state what."""
+        """How many clients state what; empty when the disk refuses."""
         await self.write_clients()
-        return await self._database.run(
-            lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
-        )
+        with contextlib.suppress(OSError):
+            return await self._database.run(
+                lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
+            )
+        return []
 
     async def takers(self, stream: Stream, revision: str) -> tuple[int, list[schemas.SeenClient]]:
-        """How many clients took a revision, and the last of them."""
+        """How many clients took a revision, and the last of them; none when the disk refuses."""
         await self.write_clients()
 
         def look(db: sqlite3.Connection) -> tuple[int, list[schemas.SeenClient]]:
@@ -476,7 +479,9 @@ class Reports:
                 schemas.SeenClient(address=name, seen_at=at) for name, at in taken[:_TAKERS_SHOWN]
             ]
 
-        return await self._database.run(look)
+        with contextlib.suppress(OSError):
+            return await self._database.run(look)
+        return 0, []
 
     async def restarts(self) -> schemas.RestartReport:
         """*Restart pending*, and how many clients state what."""
