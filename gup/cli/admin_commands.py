@@ -59,7 +59,6 @@ def status(*, where: Where, json_output: JsonFlag = False) -> None:
 
 
 def status_lines(status: Row) -> Iterator[str]:
-    """The control plane's status, as lines."""
     cache = status["cache"]
     ready = "ready" if status["ready"] else "not ready"
     up = time_in_words(status["uptime_seconds"])
@@ -224,7 +223,7 @@ def prefetch(
 
 
 def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows when none of them is pending any more."""
+    """Poll until no row is pending; returns the rows."""
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}

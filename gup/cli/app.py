@@ -1,4 +1,4 @@
-"""The command line `gup`: all its commands. What is heavy is imported by the command that needs it."""
+"""The command line `gup`: all its commands. Each imports its heavy modules itself."""
 
 from typing import Annotated, Any
 

@@ -1,6 +1,6 @@
-"""The bodies of the API's responses. What a model holds is what is sent, and what the OpenAPI document says.
+"""The bodies of the API's responses, as they are sent and as the OpenAPI document describes them.
 
-Sizes are bytes, times Unix seconds, durations seconds. A member that is null is not known or does not apply.
+Sizes are bytes, times Unix seconds, durations seconds. A member that is null is unknown or does not apply.
 """
 
 import base64
@@ -17,7 +17,7 @@ from gup.content.key import Kind
 class Response(BaseModel):
     """Made by name, or from another object's attributes. Members with a default are left out unless set.
 
-    Clients are not promised that there will be no other members.
+    Clients must accept further members.
     """
 
     model_config = ConfigDict(
@@ -42,7 +42,7 @@ class Variant(Response):
 
 
 class Moved(Response):
-    """Of a time; saved is sent minus received and may be below zero."""
+    """In one time span; saved is sent minus received and may be below zero."""
 
     client_sent_bytes: int
     upstream_received_bytes: int
@@ -254,7 +254,7 @@ class Explanation(Response):
     client_notes: list[str] = Field(description="What is stated and can't be read.")
 
 
-# --- cursors: the place of a page's last row, as text that is given back to get the next page
+# --- cursors: the position of a page's last row, as text that the client sends to get the next page
 
 
 def _read(value: object, check: Callable[[object], Any]) -> Any:
@@ -272,7 +272,7 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 _AS_TEXT = WithJsonSchema({"type": "string", "minLength": 1})
 EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
-"""What entries are in order of, and the last one's key."""
+"""The value that entries are sorted by, and the last entry's key."""
 ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
 """When the last client was seen, and its number among those seen at that time."""
 CURSOR = "From the previous page, with the same other parameters."
@@ -310,7 +310,7 @@ class Entries(Response):
 
 
 class EntryRecord(Response):
-    """What the entry's record says; the sums of its chunks are left out."""
+    """The entry's record, without the sums of its chunks."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -556,7 +556,7 @@ class RestartReport(Report):
 
 
 class Traffic(Response):
-    """Bytes of a time. Saved is sent minus received, and may be below zero."""
+    """Bytes of a time span. Saved is sent minus received, and may be below zero."""
 
     sent_bytes: int
     received_bytes: int
@@ -565,7 +565,6 @@ class Traffic(Response):
 
     @classmethod
     def of(cls, sent: int, received: int, wasted: int, /, **more: Any) -> Self:
-        """With the difference worked out."""
         moved = {"sent_bytes": sent, "received_bytes": received, "wasted_bytes": wasted}
         return cls(**moved, saved_bytes=sent - received, **more)
 
@@ -583,7 +582,7 @@ class StreamTraffic(Traffic):
 
 
 class DayTraffic(TrafficByCause):
-    """One day of the site; null is all that was before single days were kept."""
+    """One day of the site; null is everything before single days were kept."""
 
     day: str | None
     streams: list[StreamTraffic]
@@ -601,7 +600,7 @@ class Savings(Response):
 
 
 class HistoryPoint(Moved):
-    """One minute or hour: what was moved, the highest rates in it, and what held at its end."""
+    """One minute or hour: bytes moved, the highest rates in it, and the state at its end."""
 
     at: int = Field(description="When it began.")
     covered_seconds: float = Field(
@@ -616,7 +615,7 @@ class HistoryPoint(Moved):
 
 
 class History(Response):
-    """The points of a span, the oldest first; where gup did not run there are none."""
+    """The points of a span, the oldest first; none for times when gup did not run."""
 
     span: str
     step_seconds: int
