@@ -67,7 +67,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         assert (file["stored"], file["entry"]) == (False, None)
         assert file["said"] == [
             "Not stored.",
-            "Nobody has asked for it since the service started, as far as is known.",
+            "No request for it is known since the service started.",
         ]
         site.tell(type="failed", key=key.text, problem="upstream-timeout", detail="silent for 15 s")
         site.tell(type="unstorable", key=key.text, detail="it takes more than cache.max_size", disk=False)
@@ -77,7 +77,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         for words in (
             "upstream-timeout: silent for 15 s",
             "more than cache.max_size",
-            "manager sent what can't be it",
+            "A body from manager was rejected",
         ):
             assert words in said
 

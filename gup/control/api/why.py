@@ -131,7 +131,7 @@ def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterato
     if known.stored and (entry := known.entry) is not None:
         pinned, size = ", pinned" if entry.pinned else "", bytes_in_words(entry.length_bytes)
         yield f"Stored {_ago(state, entry.stored_at)}, {size}, from {known.upstream}{pinned}."
-        yield f"Asked for {entry.hits} times since, last used {_ago(state, entry.used_at)}."
+        yield f"Requested {entry.hits} times, last used {_ago(state, entry.used_at)}."
         return
     yield "Not stored."
     if known.removed is not None:
@@ -150,7 +150,7 @@ def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterato
         known.failed,
     )
     if not any(told):
-        yield "Nobody has asked for it since the service started, as far as is known."
+        yield "No request for it is known since the service started."
     if not state.index.complete:
         yield "The index does not cover the whole store yet."
 
@@ -163,8 +163,8 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         of = "" if fill.length_bytes is None else f" of {bytes_in_words(fill.length_bytes)}"
         yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} are here."
     elif known.waiting == "fill":
-        waiting = state.dependencies.fills_waiting()
-        yield f"A worker waits for a fill slot or for upstream's answer ({waiting} fills wait for a slot)."
+        queued_fills = f"{state.dependencies.fills_waiting()} fills wait for a slot"
+        yield f"A worker waits for a fill slot or for the upstream's response ({queued_fills})."
     if (queued := known.prefetch) is not None:
         detail = f": {queued.detail}" if queued.detail else ""
         yield f"Prefetch, by {queued.by}, {_ago(state, queued.asked_at)}: {queued.outcome}{detail}."
@@ -172,7 +172,7 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         yield f"A fill failed {_ago(state, known.failed.at)}: {known.failed.detail}."
     for row in state.rejections():
         if row.key == known.key:
-            yield f"{row.upstream} sent what can't be it, {_ago(state, row.at)}: {row.detail}."
+            yield f"A body from {row.upstream} was rejected {_ago(state, row.at)}: {row.detail}."
 
 
 def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
