@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 
 from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
-from gup.cache.disk import DiskError, on_disk, refusal, told_apart
+from gup.cache.disk import DiskError, disk_errors, on_disk, refusal
 from gup.cache.follower import Follower
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.leader import Leader
@@ -282,7 +282,7 @@ class Cache:
                 elif isinstance(found, FillEnd):
                     fill.finish(found)
                 else:
-                    self._land_on(fill, *found)
+                    self._adopt_entry(fill, *found)
         except OSError as error:
             if not is_exhausted(error):
                 raise
@@ -311,7 +311,7 @@ class Cache:
             if not claimed:
                 return FillEnd.UNSTORABLE if fill.from_memory else None
             try:
-                with told_apart():
+                with disk_errors():
                     leftover = examine(deps, fill)
             except DiskError as error:
                 leftover = Leftover(unstorable=refusal(error))
@@ -346,7 +346,7 @@ class Cache:
         candidates = self._deps.pool.candidates(fill.variant, fill.key.text)
         return await spell(self.open, fill.route, candidates[0].variant if candidates else fill.variant)
 
-    def _land_on(self, fill: Fill, record: Record, file: OpenFile, trusting: bool) -> None:
+    def _adopt_entry(self, fill: Fill, record: Record, file: OpenFile, trusting: bool) -> None:
         """The entry exists: a body that was followed is complete if it became the entry."""
         body = fill.body
         if body is not None and not body.ended:

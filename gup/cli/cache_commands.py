@@ -405,18 +405,18 @@ def export(
             lambda store: asyncio.run(_write_here(archive, store, filters)),
         )
         archive.flush()
-        told = summary(path)
+        result = summary(path)
         signer = sign(path, key) if key is not None else None
     if json_output:
-        print_json(told | {"file": str(file), "signed_by": signer})
+        print_json(result | {"file": str(file), "signed_by": signer})
     else:
-        for row in told["left_out"]:
+        for row in result["left_out"]:
             typer.echo(f"left out: {row['key']}: {row['why']}")
-        for why, count in told["not_wanted"].items():
+        for why, count in result["not_wanted"].items():
             typer.echo(f"left out: {count} entries: {printable(why)}")
         signed = f"signed by the key {signer}" if signer is not None else "not signed"
-        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}, {signed}")
-    if told["left_out"]:
+        typer.echo(f"{file}: {result['entries']} entries, {bytes_in_words(result['bytes'])}, {signed}")
+    if result["left_out"]:
         raise typer.Exit(FAILED)
 
 

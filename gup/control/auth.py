@@ -227,8 +227,8 @@ def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     if probe:
         return None
     if attempt.changes:
-        ours = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
-        foreign = attempt.origin is not None and attempt.origin.lower() != ours
+        own_origin = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
+        foreign = attempt.origin is not None and attempt.origin.lower() != own_origin
         if foreign or attempt.fetch_site not in (None, "same-origin", "none"):
             return Refusal(403, "The request comes from another site's page")
     return _lacking(attempt, listener)

@@ -239,12 +239,12 @@ class Evictor:
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
         with contextlib.ExitStack() as claimed:
-            ours: list[Eviction] = []
+            removable: list[Eviction] = []
             for eviction in plan:
                 if self._claims.try_claim(eviction.claim_offset):
                     claimed.callback(self._claims.release, eviction.claim_offset)
-                    ours.append(eviction)
-            done = await to_its_end(self._remove_all, ours)
+                    removable.append(eviction)
+            done = await to_its_end(self._remove_all, removable)
         counters = self._dependencies.counters
         for eviction in done:
             if eviction.part is None:

@@ -212,9 +212,9 @@ class Traffic:
         """By stream, the newest recently requested revision that no upstream had."""
         found, now = {}, self._clock()
         for stream, asked in self._streams.items():
-            lately = [one for one in asked.unmet.values() if _is_recent(one, now)]
-            if lately:
-                found[stream] = max(lately)
+            recent = [one for one in asked.unmet.values() if _is_recent(one, now)]
+            if recent:
+                found[stream] = max(recent)
         return found
 
 

@@ -263,8 +263,8 @@ class Handler:
         """`keep_alive`: the connection may stay open unless the problem forbids it."""
         keep_alive = keep_alive and problem.slug not in _CLOSING and not self.draining
         response = refuse(problem, self._date(), self._via, keep_alive=keep_alive)
-        ours = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
-        response.result = "error" if ours or problem.status not in _REFUSALS else "refused"
+        failed = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
+        response.result = "error" if failed or problem.status not in _REFUSALS else "refused"
         response.key, response.problem, response.request = key, problem.slug, request
         if request is not None and request.method == "HEAD":
             response.segments = ()

@@ -57,10 +57,10 @@ def misframed(detail: str) -> UpstreamFailure:
 
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
     """The body ended with its connection, so it may be incomplete."""
-    untold = (
+    cause = (
         "without a Content-Length or a last chunk to confirm the end: the body is passed on and not stored"
     )
-    detail = f"{name} sent {received} bytes and closed the connection, {untold}"
+    detail = f"{name} sent {received} bytes and closed the connection, {cause}"
     return UpstreamFailure("rejected", "upstream-unsure-end", detail)
 
 
