@@ -211,7 +211,10 @@ def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> 
     return not passed or (not asks_gups and problem.status in (404, 410))
 
 
-def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:
-    """The event that tells the controller of a new body; `path` is the one that a client's fill requested."""
+def committed(record: Record, *, replaced: bool, path: str = "", **fetched: float) -> dict[str, object]:
+    """The event that tells the controller of a new body; with the `path` that a client's fill asked for, and
+    the `seconds` and `resumes` of a fill that this process has led.
+    """
     own = {"key": record.key.text, "length": record.length, "kind": str(record.kind)}
-    return {"type": "committed", **own, "replaced": replaced, "path": path}
+    told = {"replaced": replaced, "path": path, "upstream": record.upstream} | fetched
+    return {"type": "committed"} | own | told

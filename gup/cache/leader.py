@@ -83,6 +83,7 @@ class Leader:
         self._memory: MemoryFile | None = None
         """The writer's file since the disk refused."""
         self._download: Download | None = None
+        self._resumes = 0  # of the downloads before
         self._bytes_changed = False
         """Upstream has other bytes than were known: their ETag must differ, too."""
         self._came_at: float | None = None
@@ -253,6 +254,7 @@ class Leader:
 
     def _leave_upstream(self) -> None:
         if self._download is not None:
+            self._resumes += self._download.resumes
             self._download.close()
             self._download = None
 
@@ -617,7 +619,9 @@ class Leader:
         deps.failures.forget(self._key, self._fill.route.upstream_path)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
-        deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
+        path, seconds = "" if self._fill.background else state.path, deps.clock() - self._began_at
+        resumes = self._resumes + (self._download.resumes if self._download is not None else 0)
+        deps.tell(committed(record, replaced=replaced, path=path, resumes=resumes, seconds=round(seconds, 3)))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.finish(FillEnd.COMMITTED)
 

@@ -131,8 +131,8 @@ class _Event(BaseModel):
 
 
 class Committed(_Event):
-    """A body is in the store. `replaced`: there was an older generation; `path` as in Begun, "" if no client
-    asked.
+    """A body is in the store. `replaced` says that there was an older generation; `path` as in Begun, "" if
+    no client asked. `upstream` gave its end; `seconds` and `resumes` are those of its fill, if it is known.
     """
 
     type: Literal["committed"] = "committed"
@@ -141,6 +141,9 @@ class Committed(_Event):
     kind: Kind
     replaced: StrictBool = False
     path: Path | Literal[""] = ""
+    upstream: Stated = ""
+    resumes: Count = 0
+    seconds: Moment = 0.0
 
 
 class Usage(_Event):

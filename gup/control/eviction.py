@@ -149,14 +149,21 @@ class Evictor:
     """Keeps the store within its limits, one eviction run at a time."""
 
     def __init__(
-        self, dependencies: ControlDependencies, index: Index, now: Callable[[Iterable[float]], float]
+        self,
+        dependencies: ControlDependencies,
+        index: Index,
+        now: Callable[[Iterable[float]], float],
+        on_removed: Callable[[str, str], None] = lambda _key, _why: None,
     ) -> None:
-        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
+        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses.
+        `on_removed` is told each entry's key, and why it was removed.
+        """
         self._dependencies = dependencies
         self._store = dependencies.store
         self._claims = dependencies.claims
         self._index = index
         self._now = now
+        self._on_removed = on_removed
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -252,6 +259,7 @@ class Evictor:
                 if row is not None and row.hits and eviction.reason in ("size", "free"):
                     self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
                 self._index.discard(eviction.key)
+                self._on_removed(eviction.key, f"evicted ({eviction.reason})")
             counters.add("gup_evictions_total", reason=eviction.reason)
             counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
         if done:
@@ -300,6 +308,7 @@ class Evictor:
     async def _purge(self, key: ContentKey, *patience_seconds: float) -> int:
         freed = await change(self._claims, key, lambda: self._store.purge(key), *patience_seconds)
         self._index.discard(key.text)
+        self._on_removed(key.text, "purged by an operator")
         return freed + self._dependencies.drop_memory(key)
 
     async def _purged(self) -> None:

@@ -316,7 +316,7 @@ class Prefetcher:
         self.left_out.pop(stream, None)
         fresh = 0
         for path in newest.paths:
-            route = self._route(path)
+            route = self.route(path)
             key = route.key(Variant(*stream[:2]))
             if self.queue.rows.get(key) is None and key.text not in self._index.rows:
                 fresh += self._add(route, key, "traffic")
@@ -344,7 +344,7 @@ class Prefetcher:
         try:
             if parse_target(path.encode()).authority is not None:
                 raise ValueError("path: it must begin with /content/, without the server")
-            route = self._route(path)
+            route = self.route(path)
         except Problem as problem:
             kind = NotThereError if problem.status == 404 else ValueError
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
@@ -358,7 +358,7 @@ class Prefetcher:
         for stream, revision in revisions.items():
             known = self.revisions.streams.get(stream)
             moniker = known.moniker if known is not None and known.moniker else stream[2]
-            route = self._route(f"/content/{moniker}/{revision}/full.zip")
+            route = self.route(f"/content/{moniker}/{revision}/full.zip")
             queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
         return queued
 
@@ -385,7 +385,7 @@ class Prefetcher:
             raise NotThereError(f"version, language: no upstream has {wanted}; there is {there_is}")
         return found
 
-    def _route(self, path: str) -> Route:
+    def route(self, path: str) -> Route:
         routes = Routes.of(self._settings().upstream)
         return routes.route(parse_target(path.encode()).path)
 
@@ -422,7 +422,7 @@ class Prefetcher:
         self.queue.move(item, Outcome.FETCHING, self._clock())
         item.tries += 1
         try:
-            fetched = await self._dependencies.fetch_ahead(self._route(item.path), item.key.variant)
+            fetched = await self._dependencies.fetch_ahead(self.route(item.path), item.key.variant)
             outcome, detail = Outcome.STORED if fetched else Outcome.PRESENT, ""
         except Problem as problem:
             detail = problem.detail

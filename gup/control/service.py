@@ -13,7 +13,7 @@ from gup.cache.archive import ArchiveError
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, maintenance, statistics, status
+from gup.control.api import archives, entries, maintenance, statistics, status, why
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -41,6 +41,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *maintenance.ENDPOINTS,
+        *why.ENDPOINTS,
         *live.ENDPOINTS,
         Endpoint("GET", "/api/v1/openapi.json", openapi),
     )

@@ -3,15 +3,15 @@
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.api.schemas import Alarm, FailedFill, WriteRefusal
+from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
 from gup.control.dependencies import ControlDependencies, change
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
@@ -117,6 +117,29 @@ def began_at(part: Part) -> float:
     return part.generation / 1e9
 
 
+_MOST_NOTES = 5000
+
+
+class KeyNotes:
+    """What is known of single keys since the start, by key and kind of note; the longest unchanged go."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[str, dict[str, KeyNote]] = OrderedDict()
+
+    def note(
+        self, key: str, what: Literal["fetched", "failed", "unstored", "removed"], note: KeyNote
+    ) -> None:
+        row = self._rows[key] = self._rows.pop(key, {}) | {what: note}
+        if what == "fetched":
+            row.pop("removed", None)
+            row.pop("unstored", None)
+        if len(self._rows) > _MOST_NOTES:
+            self._rows.popitem(last=False)
+
+    def of(self, key: str) -> Mapping[str, KeyNote]:
+        return self._rows.get(key, {})
+
+
 _FAILURES = 50
 _MALFORMED_LOGGED = 20
 _EVENTS_AT_ONCE = 256
@@ -139,7 +162,8 @@ class ControlState:
         self.refusals = Refusals(clock)
         damaged = partial(dependencies.counters.add, "gup_integrity_failures_total", where="index")
         self.index = Index(dependencies.store.index, damaged, partial(self.refusals.note, "index"))
-        self.evictor = Evictor(dependencies, self.index, self._age_now)
+        self.notes = KeyNotes()
+        self.evictor = Evictor(dependencies, self.index, self._age_now, self._removed)
         self.verification = Verification(dependencies, self.index)
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
@@ -208,9 +232,11 @@ class ControlState:
             case Unstorable(disk=True):
                 self.refusals.note("content", event.detail)
             case Unstorable():
+                self.notes.note(event.key.text, "unstored", KeyNote(at=now, detail=event.detail))
                 self.unstored = now, f"{event.key.text}: {event.detail}"
             case Failed(key=key, problem=problem, detail=detail):
                 self.failures.appendleft(FailedFill(at=now, key=key.text, problem=problem, detail=detail))
+                self.notes.note(key.text, "failed", KeyNote(at=now, detail=f"{problem}: {detail}"))
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
             case Unlisted():
@@ -226,6 +252,10 @@ class ControlState:
 
     def _committed(self, event: Committed, now: float) -> None:
         self.refusals.note("content", None)
+        fetched = KeyNote(
+            at=now, detail="", upstream=event.upstream, resumes=event.resumes, seconds=event.seconds
+        )
+        self.notes.note(event.key.text, "fetched", fetched)
         if event.path:
             self.prefetcher.asked(event.key, event.path)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
@@ -262,6 +292,9 @@ class ControlState:
     def _sent(self, use: Use) -> None:
         self.traffic.sent(use.key, use.times)
         self.prefetcher.asked(use.key)
+
+    def _removed(self, key: str, reason: str) -> None:
+        self.notes.note(key, "removed", KeyNote(at=self.clock(), detail=reason))
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """False when there is none. BusyError while its claim is held."""

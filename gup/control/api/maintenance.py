@@ -70,7 +70,7 @@ async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
         raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-    return schemas.PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
+    return schemas.PrefetchOrder(wanted=[prefetch_row(state, fetch) for fetch in queued])
 
 
 def _newest(state: ControlState, query: Order) -> dict[Stream, str]:
@@ -104,7 +104,7 @@ async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
     return schemas.PrefetchQueue(
         enabled=state.settings.prefetch.enabled,
         pending=queued.pending,
-        wanted=[_prefetch(state, fetch) for fetch in islice(reversed(queued.rows.values()), query.limit)],
+        wanted=[prefetch_row(state, fetch) for fetch in islice(reversed(queued.rows.values()), query.limit)],
         left_out=[
             schemas.SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
             for stream, why in state.prefetcher.left_out.items()
@@ -112,7 +112,7 @@ async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
     )
 
 
-def _prefetch(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
+def prefetch_row(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
     product, language = state.label((fetch.key.version, fetch.key.language, fetch.key.stream))
     return schemas.Prefetch(**fetch.model_dump(mode="json"), product=product, language=language)
 

@@ -101,9 +101,17 @@ class Fills(Response):
     waiters: int = Field(description="Requests that wait for them.")
 
 
+class SeenClient(Response):
+    address: str
+    seen_at: float
+
+
 class ClientCounts(Response):
     connections: int
     seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
+    latest: list[SeenClient] = Field(
+        description="Those seen last, by the names that reports.addresses allows."
+    )
 
 
 class Worker(Response):
@@ -181,6 +189,14 @@ class FailedFill(Response):
     key: str
     problem: str
     detail: str
+
+
+class KeyNote(Response):
+    at: float
+    detail: str
+    upstream: str = ""
+    resumes: int = 0
+    seconds: float = 0.0
 
 
 class Status(Response):
@@ -401,6 +417,42 @@ class PrefetchOrder(Response):
     wanted: list[Prefetch] = Field(description="What was queued, for each variant that fits.")
 
 
+class RuleRefusal(Variant):
+    """Clients that state this version and language; null: nothing."""
+
+    rule: str
+    because: str
+    enforced: bool
+    clients: int
+
+
+class KnownFile(Response):
+    """What is known of one file; notes are of the time since the start."""
+
+    key: str
+    path: str = Field(description="As upstream is asked for it.")
+    said: list[str] = Field(description="All of it in sentences.")
+    stored: bool
+    entry: Entry | None
+    upstream: str | None = Field(description="Where the stored body came from.")
+    fetched: KeyNote | None = Field(description="The last fill that ended well.")
+    failed: KeyNote | None = Field(description="The last fill that failed.")
+    unstored: KeyNote | None = Field(description="Why it was passed through without being stored.")
+    removed: KeyNote | None = Field(description="Why it is not stored any more.")
+    fill: Fill | None
+    waiting: Literal["fill", "prefetch"] | None = Field(
+        description="In which queue, or for upstream's answer."
+    )
+    prefetch: Prefetch | None
+    refusals: list[RuleRefusal]
+    taken: int = Field(description="Clients that took this revision here.")
+    clients: list[SeenClient] = Field(description="The last of them, with the time when they took it.")
+
+
+class Why(Response):
+    files: list[KnownFile] = Field(description="One for each variant that the file may be stored as.")
+
+
 class SkippedStream(Response):
     stream: str
     product: str
@@ -414,11 +466,8 @@ class PrefetchQueue(Response):
     left_out: list[SkippedStream]
 
 
-class Client(Variant):
+class Client(SeenClient, Variant):
     """A client, named as `reports.addresses` says."""
-
-    address: str
-    seen_at: float
 
 
 class KnownClient(Client):

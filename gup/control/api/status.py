@@ -20,6 +20,9 @@ from gup.control.index import stream_of
 from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import shown, sums_of
 
+_LATEST = 5
+"""Clients that the status names."""
+
 
 class Question(Request):
     """A stream, and what a client states."""
@@ -53,10 +56,16 @@ async def status(state: ControlState) -> schemas.Status:
             complete=state.index.complete,
         ),
         disk=schemas.Disk(refusals=list(state.refusals.rows.values())),
-        fills=_fills(state, disk.parts),
+        fills=fills_under_way(state, disk.parts),
         fill_waiters=totals.get("gup_fill_waiters", 0),
         clients=schemas.ClientCounts(
-            connections=totals.get("gup_client_connections", 0), seen=state.clients.counts(now)
+            connections=totals.get("gup_client_connections", 0),
+            seen=state.clients.counts(now),
+            latest=[
+                schemas.SeenClient(address=name, seen_at=at)
+                for client, at in state.clients.newest(_LATEST)
+                if (name := state.reports.name_of(client)) is not None
+            ],
         ),
         workers=[schemas.Worker.model_validate(worker) for worker in process.workers()],
         upstreams=_upstreams(state),
@@ -80,7 +89,7 @@ async def fills(state: ControlState) -> schemas.Fills:
     """What is being fetched now."""
     disk = await state.evictor.measure()
     waiters = state.dependencies.totals().get("gup_fill_waiters", 0)
-    return schemas.Fills(fills=_fills(state, disk.parts), waiters=waiters)
+    return schemas.Fills(fills=fills_under_way(state, disk.parts), waiters=waiters)
 
 
 async def upstreams(state: ControlState) -> schemas.Upstreams:
@@ -185,7 +194,7 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
     return schemas.Totals(**figures | more)
 
 
-def _fills(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
+def fills_under_way(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
     """The parts that some process is fetching now."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
     rates = state.fill_rates.of(in_progress, state.clock())

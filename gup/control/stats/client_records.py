@@ -295,6 +295,11 @@ _TAKERS = f"""
 SELECT {_CLIENT}, nullif(version_then, '') AS version_then, revision, taken_at
 FROM standings JOIN clients ON id = client WHERE stream = ? AND revision <> '' ORDER BY name
 """  # noqa: S608
+_TAKEN = """
+SELECT c.name, taken_at FROM takes JOIN clients c ON c.id = client JOIN streams t ON t.id = stream
+WHERE t.version = ? AND t.language = ? AND moniker = ? AND revision = ? ORDER BY taken_at DESC
+"""
+_TAKERS_SHOWN = 20
 _GROUPS = """
 SELECT nullif(version, '') AS version, nullif(language, '') AS language, count(*) AS clients
 FROM clients GROUP BY 1, 2 ORDER BY clients DESC, version, language LIMIT 1000
@@ -344,16 +349,16 @@ class Reports:
 
     def see(self, clients: Iterable[str]) -> None:
         for client in clients:
-            if (name := self._name(client)) is not None:
+            if (name := self.name_of(client)) is not None:
                 self._batch.see(name, self._clock())
 
     def take(self, taken: Taken) -> None:
         at = min(taken.at, self._clock())
         for take in taken.rows:
-            if (name := self._name(take.client)) is not None:
+            if (name := self.name_of(take.client)) is not None:
                 self._batch.add(take._replace(client=name), at, self._parts)
 
-    def _name(self, client: str) -> str | None:
+    def name_of(self, client: str) -> str | None:
         """The name to store, or None; just after a reload workers still send names by the old settings."""
         if self.mode == "full" or (self.mode == "hashed" and is_hashed(client)):
             return client
@@ -456,6 +461,25 @@ class Reports:
                 revisions=revisions,
                 lagging=[schemas.LaggingClient(**row, **_lag(known, row["revision"])) for row in lagging],
             )
+
+    async def groups(self) -> list[schemas.ClientGroup]:
+        """How many clients state what."""
+        await self.write_clients()
+        return await self._database.run(
+            lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
+        )
+
+    async def takers(self, stream: Stream, revision: str) -> tuple[int, list[schemas.SeenClient]]:
+        """How many clients took a revision, and the last of them."""
+        await self.write_clients()
+
+        def look(db: sqlite3.Connection) -> tuple[int, list[schemas.SeenClient]]:
+            taken = db.execute(_TAKEN, (*stream, revision)).fetchall()
+            return len(taken), [
+                schemas.SeenClient(address=name, seen_at=at) for name, at in taken[:_TAKERS_SHOWN]
+            ]
+
+        return await self._database.run(look)
 
     async def restarts(self) -> schemas.RestartReport:
         """*Restart pending*, and how many clients state what."""
