@@ -325,7 +325,6 @@ class _TextFormatter(logging.Formatter):
 
 
 def _shown(value: object) -> str:
-    """One value in a line of text, quoted unless it is one word."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -359,7 +359,6 @@ class Cache:
         fill.finish(FillEnd.COMMITTED)
 
     def _keep_entry(self, fill: Fill) -> None:
-        """Keep the fill's entry open."""
         if fill.record is not None and fill.file is not None:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
@@ -455,7 +454,6 @@ class Cache:
 
     @property
     def fills(self) -> int:
-        """Fills that this process leads or follows, including their last steps."""
         return len(self._tasks)
 
     async def stop(self) -> None:

@@ -227,7 +227,6 @@ class Mark(BaseModel):
 
 
 def boot_id() -> str:
-    """Identifies the machine's present boot."""
     return _BOOT_ID.read_text().strip()
 
 

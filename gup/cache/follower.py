@@ -40,7 +40,6 @@ class Follower:
         self._news_at = dependencies.clock()
 
     async def run(self) -> None:
-        """Follow until the fill is over or its claim is free."""
         claims, waits = self._deps.claims, False
         try:
             while claims.taken(self._fill.key.claim_offset):
@@ -177,7 +176,6 @@ class Follower:
             self._fill.attach(GrowingBody(state.head, state.generation, OpenFile(path), self._deps.clock()))
 
     def _changed_state(self) -> FillState | None:
-        """The state file, if it has changed since the last poll."""
         try:
             stat = self._deps.store.state_path(self._fill.key.id).stat()
         except FileNotFoundError:

@@ -153,7 +153,6 @@ class Leader:
         raise nothing
 
     async def _fetch_or_bypass_disk(self) -> Problem | UpstreamFailure | None:
-        """Store it, or, once that fails, continue in memory. Returns why it has no body."""
         if self._leftover.unstorable is not None:
             refused = Unstorable(self._leftover.unstorable, disk=True)
             return await self._go_on_in_memory(refused, reported=self._leftover.reported)
@@ -323,7 +322,6 @@ class Leader:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _leave_slot(self) -> None:
-        """The fill no longer needs the link."""
         if self._slot is not None:
             self._slot.leave()
 
@@ -335,7 +333,6 @@ class Leader:
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
-        """A new part, not on the disk yet."""
         generation = int(self._deps.wall_clock() * 1_000_000_000)
         told = self._download.source_validators if self._download is not None else self._state.told
         self._state = replace(self._state, generation=generation, head=None, told=told)
@@ -465,7 +462,6 @@ class Leader:
     # --- the body
 
     async def _receive(self, body: GrowingBody) -> RemoteHead:
-        """Read the body to its end, check it, and commit it; returns its upstream's head."""
         if self._fill.body is body or self._memory is not None or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends soon without waiting for others
@@ -479,7 +475,6 @@ class Leader:
         return remote
 
     async def _receive_small(self) -> bool:
-        """Receive the body into memory; False when it is too large or too slow for that."""
         writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
@@ -491,7 +486,6 @@ class Leader:
         return False
 
     async def _receive_large(self, body: GrowingBody) -> None:
-        """Receive the body into a part, or a memory file, for concurrent readers."""
         writer, download = self._part, self._source
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
@@ -630,7 +624,6 @@ class Leader:
         body.complete(self._part.received)
 
     async def _finish_part(self) -> None:
-        """Commit a part that holds every byte, without asking an upstream."""
         state, salvage = self._leftover.state, self._leftover.salvage
         assert state is not None
         assert state.head is not None

@@ -53,7 +53,6 @@ class NegativeCache:
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
     def get(self, key: ContentKey, path: str) -> Problem | None:
-        """The remembered problem with its remaining time, until it expires."""
         asked = _digest(key, path)
         if self._find(asked) is None:
             return None
@@ -93,7 +92,7 @@ class NegativeCache:
 
 
 def _digest(key: ContentKey, path: str) -> bytes:
-    """A failure belongs to the spelling that was asked: upstream may have the same under another one."""
+    """A failure is remembered by the requested spelling: upstream may have the same under another one."""
     return hashlib.blake2b(f"{key.text} {path}".encode(), digest_size=16).digest()
 
 
@@ -104,7 +103,6 @@ def remembered_problem(slug: str, detail: str, left_seconds: float) -> Problem:
 
 
 def identity_of(head: RemoteHead) -> BodyIdentity:
-    """Identifies an upstream's body."""
     etag, modified = (bounded(text) if text is not None else None for text in (head.etag, head.last_modified))
     return etag, modified, None if head.length is None else min(head.length, MAX_INTEGER)
 
@@ -163,7 +161,6 @@ class Holds:
         self._rows[upstream] = Hold(upstream, now + seconds, seconds, times, known, forgotten_at)
 
     def seconds_left(self, upstream: str) -> float:
-        """Time until it may be asked; 0: now."""
         row = self._rows.get(upstream)
         return row.seconds_left(self._clock()) if row is not None else 0.0
 

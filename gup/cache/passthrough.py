@@ -140,7 +140,6 @@ class PassThrough:
         self._ranges = ranges
 
     async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
-        """The head that GET would have for a body that is not stored. Problem when it can't be had."""
         key = route.key(variant)
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
@@ -239,7 +238,6 @@ class PassThrough:
     async def _ask(
         self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask, only: str | None = None
     ) -> Answer | RemoteHead:
-        """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
         ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
         asks_gups = pool.asks_gups(variant, key.text)

@@ -180,7 +180,6 @@ class Record(Head):
 
     @property
     def asked_path(self) -> str:
-        """The path to request upstream."""
         return self.path or path_of(self.key)
 
     def fits(self, body: os.stat_result) -> bool:
@@ -189,7 +188,6 @@ class Record(Head):
         return body.st_size == self.length and body.st_mtime_ns in times
 
     def is_same_body(self, other: "Record") -> bool:
-        """Whether both are of one body: the same generation, and not replaced."""
         return all(getattr(self, it) == getattr(other, it) for it in ("etag", "length", "generation", "sums"))
 
     def to_json(self) -> dict[str, Any]:
@@ -354,7 +352,6 @@ def _state_model() -> TypeAdapter[FillState]:
 
 
 def route_of(kept: Record | FillState) -> Route:
-    """The route that led to a stored body or to a fill."""
     key = kept.key
     path = kept.asked_path if isinstance(kept, Record) else kept.path
     immutable = kept.kind is not Kind.INDEX
@@ -387,7 +384,6 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
 
 
 def remote_of(head: Head) -> RemoteHead:
-    """Upstream's first head of a body that was begun."""
     validators = head.upstream_etag, head.last_modified
     return RemoteHead(200, 0, head.length, *validators, head.content_type, head.upstream)
 

@@ -266,7 +266,6 @@ class Recovery:
     _going_on: list[asyncio.Event] = field(default_factory=list)
 
     async def run(self) -> None:
-        """Check everything in `partial/` once."""
         parts = await asyncio.to_thread(self.store.parts)
         self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]

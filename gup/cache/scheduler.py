@@ -172,7 +172,6 @@ class FillQueue:
         )
 
     def idle(self) -> bool:
-        """Whether no process has a fill that streams or waits."""
         return not self.waiting() and not any(slots.taken() for slots in (*self._classes, self._inherited))
 
     def waiting(self) -> int:

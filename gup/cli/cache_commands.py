@@ -130,7 +130,7 @@ def list_entries(
 
 
 def _list(admin: "Admin", query: Filters, most: int, *, json_output: bool) -> int | None:
-    """Print so many entries at most; how many more there are, None when there are none at all."""
+    """Print `limit` entries at most; how many more there are, None when there are none at all."""
     left, matching = most, 0
     while left:
         answer = admin.ask("GET", "content?" + urlencode(query | {"limit": str(min(left, _PAGE))}))
@@ -333,7 +333,6 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def note(finding: Finding, why_not: str = "") -> None:
-        """A finding as the API shows it."""
         key, mended = finding.key.text if finding.key else None, not why_not if repair else None
         row = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
         rows.append(row | {"mended": mended, "why_not": why_not or None})

@@ -235,7 +235,6 @@ def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
 
 
 def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
-    """The refusal of a request whose token does not allow it."""
     where, near = "", is_near(attempt.peer)
     if listener.token_file and near:
         where = f"; on this machine one is in {listener.token_file} (gup's commands: --token-file)"

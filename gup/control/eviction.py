@@ -104,7 +104,6 @@ def plan_evictions(
 
 
 def _is_whole(part: Part) -> bool:
-    """It has every byte of its body: recovery commits it."""
     state = part.state
     if state is None or state.head is None:
         return False
@@ -292,7 +291,7 @@ class Evictor:
         return freed
 
     async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
-        """Purge many; how many were, and the bytes freed. Those that another process works on are left."""
+        """How many were purged, and the bytes freed. Entries with a claim are left."""
         purged, freed = 0, 0
         try:
             for key in keys:

@@ -91,7 +91,6 @@ class Scrubber:
         )
 
     async def keep(self) -> None:
-        """Run the passes that are due; never returns."""
         while True:
             if self._due():
                 if not self._pass.running:
@@ -177,7 +176,6 @@ class Scrubber:
 
 
 async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index) -> Problem | None:
-    """Fetch the damaged chunks of a body again; the problem if that failed."""
     problem = await dependencies.mend(key, True)
     if problem is None:
         await index.read_again(key, dependencies.store)

@@ -290,7 +290,6 @@ class Prefetcher:
             self._look_at(stream_of(key))
 
     def refused(self, key: ContentKey) -> None:
-        """Upstream does not have what a client asked for."""
         if (names := named(key)) is not None:
             self.revisions.refused(stream_of(key), names, self._clock())
 
@@ -401,7 +400,6 @@ class Prefetcher:
     # --- fetching
 
     async def run(self, lane: int) -> None:
-        """Fetch what is queued for this lane, one after the other; never returns."""
         while True:
             self._news[lane].clear()
             item = self.queue.due(LANES[lane], self._clock())

@@ -143,7 +143,6 @@ class Jobs:
         self.start(name, repeat())
 
     async def stop(self) -> None:
-        """Cancel all jobs and wait until they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -188,7 +187,6 @@ class Control:
         )
 
     async def start(self) -> None:
-        """Answer requests, take events, and begin the jobs."""
         dependencies = self._dependencies
         await self._access.open(dependencies.settings().listen, dependencies.store.run, dependencies.admin)
         dependencies.events.setblocking(False)

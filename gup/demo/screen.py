@@ -47,7 +47,6 @@ class Summary:
         return RIGHT if self.agrees else FIGURES_DISAGREE
 
     def document(self) -> dict[str, Any]:
-        """Ready for JSON."""
         figures, counts = self.figures, self.counts
         fetches = [row.fetches for row in counts.files.values() if row.kind is not Kind.INDEX and row.fetches]
         index = [row for row in counts.files.values() if row.kind is Kind.INDEX]

@@ -151,7 +151,7 @@ class Channel:
         sock.setblocking(False)
 
     def send(self, message: Message) -> bool:
-        """Queue the message. False when the other end is closed or its queue is full."""
+        """False when the other end is closed or its queue is full."""
         with os.fdopen(os.memfd_create("gup-message", os.MFD_CLOEXEC), "wb") as file:
             file.write(json.dumps(message, separators=(",", ":")).encode())
             file.flush()

@@ -297,7 +297,6 @@ class Connection:
             self.close()
 
     def _send_span(self, row: HotRow, span: Span, client: Stated | bytes, began: float) -> None:
-        """Send the head with MSG_MORE, then the body with `sendfile`, as far as the socket takes them."""
         context, log = self._context, self._context.access_log
         at = log.hit_at if span is row.whole else log.part_hit_at
         head = row.head(context.date, context.wall_now, span)
@@ -400,7 +399,6 @@ class Connection:
         self._write(self._writer)
 
     def _write(self, writer: ResponseWriter) -> None:
-        """Send as much as the socket takes and the body has, at most one turn's worth."""
         context, pacer = self._context, self._pacer
         budget = _TURN_BYTES
         if pacer is not None:
@@ -473,7 +471,6 @@ class Connection:
             self._context.access_log.end(self.peer, self._response, sent, complete=complete)
 
     def _release(self) -> None:
-        """Give back the response's download slot, and leave the body's readers."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._context.downloads.give_back(ticket)

@@ -171,11 +171,9 @@ class Download:
 
     @property
     def slow(self) -> bool:
-        """Whether the body comes slower than `upstream.min_rate`."""
         return self._answer is not None and self._answer.steadiness.slow
 
     def close(self) -> None:
-        """Stop reading and give the connection back."""
         self._ready = b""
         if self._answer is not None:
             self._answer.close()

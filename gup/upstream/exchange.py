@@ -118,7 +118,6 @@ def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
 
 
 def proxy_refused(name: str, proxy: str | None, status: int, reason: str = "") -> UpstreamFailure:
-    """The web proxy refused to forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
     if status in (401, 407):
         said += "; it requires a user and a password: http://user:password@host:port"

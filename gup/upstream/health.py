@@ -122,7 +122,6 @@ def _tenths(now: float) -> int:
 
 
 def after(health: Health, sign: Sign, failed: int, now: float, wall_now: float) -> Health:
-    """The health after a sign; `failed` is the mark of what failed."""
     if sign is Sign.ANSWERED:
         return _moved(replace(health, marks=0), State.UP, wall_now)
     if health.state is State.DOWN and sign is not Sign.ERRED:

@@ -299,7 +299,6 @@ class Pool:
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
-        """Read an unneeded body, so that the connection can be used again; else close it."""
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
 
         left, response = _ERROR_BODY_BYTES, fields.response

@@ -195,7 +195,6 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
 
 
 def fills_under_way(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
-    """The parts that some process is fetching now."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
     rates = state.fill_rates.of(in_progress, state.clock())
     return [fill_of(part, rate, state.label) for part, rate in zip(in_progress, rates, strict=True)]
