@@ -51,11 +51,6 @@ class Backlog:
         self._alive = alive
         waiting[mine] = 0
 
-    @classmethod
-    def alone(cls) -> "Backlog":
-        words = memoryview(bytearray(8 * (1 + CLASSES))).cast("Q")
-        return cls(words[:1], words[1:], 0, lambda _block: True)
-
     def change(self, priority: int, count: int) -> None:
         self._waiting[self._mine] += count << (_FIELD_BITS * priority)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from harness.caches import Worker, working
+from harness.private import private_turns
 
 from gup.cache.locks import Claims, Slots
 from gup.client_names import ClientNames
@@ -18,7 +19,6 @@ from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
 from gup.server.policy import Policy
-from gup.upstream.bandwidth import Turns
 
 
 @dataclass
@@ -51,7 +51,7 @@ def serving(tmp_path) -> Callable:
                 )
                 locks = stack.enter_context(contextlib.closing(Claims(own.store.run / "downloads")))
                 none, limits = lambda _name: lambda: 0, lambda: own.settings.clients
-                downloads = Downloads(Slots(locks, 0, lambda: 0), limits, own.counters, none, Turns.alone())
+                downloads = Downloads(Slots(locks, 0, lambda: 0), limits, own.counters, none, private_turns())
                 access_log = AccessLog(own.settings, own.counters, ClientNames("full", b"0" * 16))
                 handler = Handler(own, worker.cache, policy, hot_cache, downloads, access_log, "test")
                 stack.callback(os.close, fd := address_file(1))

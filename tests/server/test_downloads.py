@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 import pytest
+from harness.private import private_counters
 
 from gup.cache.locks import Claims, Slots
 from gup.config import Clients
@@ -49,7 +50,7 @@ def make(tmp_path):
         site = Site(Clients(**limits), memoryview(bytearray(8 * (workers + 1))).cast("Q"))
         sites.append(site)
         for number in range(workers):
-            site.counters.append(Counters.private())
+            site.counters.append(private_counters())
             site.claims.append(Claims(tmp_path / "slots"))
             slots = Slots(site.claims[-1], 0, lambda: site.limits.max_downloads)
             turns = Turns(site.turns, number, lambda block: block not in site.dead)
