@@ -16,6 +16,7 @@ from harness.internals import (
     Body,
     Cache,
     Claims,
+    ClientCounts,
     FillDependencies,
     FillQueue,
     MemoryFiles,
@@ -137,7 +138,7 @@ async def working(
         Slots(slot_locks, 0, lambda: settings.fill.max),
         Slots(slot_locks, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
-        private_turns(),
+        (private_turns(), private_turns()),
         private_backlog(),
     )
     epochs: list[None] = []
@@ -166,6 +167,7 @@ async def working(
         failures=NegativeCache(
             _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
         ),
+        misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,
         settings=settings,

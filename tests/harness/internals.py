@@ -6,13 +6,14 @@ Tests beside their subject (tests/cache, tests/control, and so on) import it dir
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
 from gup.cache.disk import Space
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import ROW_WORDS, MemoryFiles
 from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
 from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Record, chunk_sum
 from gup.cache.recovery import Recovery
-from gup.cache.scheduler import CLASSES, Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Cache as CacheSettings

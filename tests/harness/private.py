@@ -1,6 +1,6 @@
 """What processes share, in memory of one process alone: counters, turns, backlog."""
 
-from harness.internals import CLASSES, Backlog, Counters, Turns, layout
+from harness.internals import GROUPS, Backlog, Counters, Turns, layout
 
 
 def private_counters(upstreams=()):
@@ -14,5 +14,5 @@ def private_turns():
 
 
 def private_backlog():
-    words = memoryview(bytearray(8 * (1 + CLASSES))).cast("Q")
+    words = memoryview(bytearray(8 * (1 + GROUPS))).cast("Q")
     return Backlog(words[:1], words[1:], 0, lambda _block: True)
