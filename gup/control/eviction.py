@@ -104,7 +104,6 @@ def plan_evictions(
 
 
 def _is_whole(part: Part) -> bool:
-    """It has every byte of its body: recovery commits it."""
     state = part.state
     if state is None or state.head is None:
         return False
@@ -246,12 +245,12 @@ class Evictor:
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
         with contextlib.ExitStack() as claimed:
-            ours: list[Eviction] = []
+            removable: list[Eviction] = []
             for eviction in plan:
                 if self._claims.try_claim(eviction.claim_offset):
                     claimed.callback(self._claims.release, eviction.claim_offset)
-                    ours.append(eviction)
-            done = await to_its_end(self._remove_all, ours)
+                    removable.append(eviction)
+            done = await to_its_end(self._remove_all, removable)
         counters = self._dependencies.counters
         for eviction in done:
             if eviction.part is None:
@@ -292,7 +291,7 @@ class Evictor:
         return freed
 
     async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
-        """Purge many; how many were, and the bytes freed. Those that another process works on are left."""
+        """How many were purged, and the bytes freed. Entries with a claim are left."""
         purged, freed = 0, 0
         try:
             for key in keys:

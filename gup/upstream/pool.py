@@ -237,12 +237,16 @@ class Pool:
         """A HEAD for the length of a body whose end is not confirmed; None when the HEAD states none."""
         plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", passed=ask.passed, client=ask.client)
         try:
-            told = await self.ask(upstream, plain)
+            answer_head = await self.ask(upstream, plain)
         except UpstreamFailure:
             return None
-        assert isinstance(told, RemoteHead)
-        same = (told.status, told.etag, told.last_modified) == (200, head.etag, head.last_modified)
-        return told.length if same else None
+        assert isinstance(answer_head, RemoteHead)
+        same = (answer_head.status, answer_head.etag, answer_head.last_modified) == (
+            200,
+            head.etag,
+            head.last_modified,
+        )
+        return answer_head.length if same else None
 
     def count_received(self, upstream: Upstream, ask: Ask, amount: int) -> None:
         labels = {"upstream": upstream.name, "purpose": ask.purpose}
@@ -303,7 +307,6 @@ class Pool:
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
-        """Read an unneeded body, so that the connection can be used again; else close it."""
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
 
         left, response = _ERROR_BODY_BYTES, fields.response

@@ -5,13 +5,13 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from harness.private import private_counters
 
 from gup.client_names import ClientNames
 from gup.config import Settings
 from gup.content.client_identity import NOTHING, Stated
 from gup.content.key import Kind
 from gup.log import ACCESS
-from gup.metrics import Counters
 from gup.server.access_log import AccessLog
 from gup.server.ranges import Span
 from gup.server.request import Request
@@ -27,7 +27,7 @@ def settings(**sections):
 
 @pytest.fixture
 def counters():
-    return Counters.private()
+    return private_counters()
 
 
 @pytest.fixture

@@ -68,7 +68,6 @@ class Filter(Request):
 
     @property
     def is_given(self) -> bool:
-        """Whether anything is left out."""
         return any(getattr(self, name) is not None for name in Filter.model_fields)
 
 
@@ -126,7 +125,7 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
 
 
 async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
-    """Remove all entries that a filter chooses, and what lies unfinished of them; readers read on."""
+    """Remove all entries that a filter selects, and their parts; open readers continue."""
     if not query.is_given:
         raise web.HTTPBadRequest(text="say what to purge: pattern=* is everything that is not pinned")
     rows, label, now = candidates(state.index, query), labels_of(state), state.clock()

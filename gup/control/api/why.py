@@ -100,14 +100,13 @@ async def _known(
 
 
 async def _refusals(state: ControlState, key: ContentKey) -> list[schemas.RuleRefusal]:
-    """Which of the clients that are known may not have it, and by which rule."""
     if key.stream == ABSENT:
         return []
     nobody = schemas.ClientGroup(version=None, language=None, clients=0)
     groups = await state.reports.groups() or [nobody]
 
     def decide() -> list[schemas.RuleRefusal]:
-        """In a thread: the tables of languages are read from a file when they are first used."""
+        """In a thread: the language tables are read from a file when they are first used."""
         book = Rulebook(state.settings)
         choices = Choices(book, state.dependencies.catalogue_rows(), state.settings.upstream)
         found = []
