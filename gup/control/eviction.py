@@ -60,8 +60,9 @@ class Eviction:
     part: Part | None = None
 
     @property
-    def claim_offset(self) -> int:
-        return int(self.key[:16], 16) >> 2 if self.part else ContentKey.parse(self.key).claim_offset
+    def id(self) -> str:
+        """That of the key, which has to be claimed."""
+        return self.part.id if self.part else ContentKey.parse(self.key).id
 
 
 def plan_evictions(
@@ -237,16 +238,9 @@ class Evictor:
             return done
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
-        """Remove those whose key nobody else claims, holding the claim meanwhile.
-
-        Claims are taken and released on the event loop only: two threads of a process would both get one.
-        """
-        with contextlib.ExitStack() as claimed:
-            ours: list[Eviction] = []
-            for eviction in plan:
-                if self._claims.try_claim(eviction.claim_offset):
-                    claimed.callback(self._claims.release, eviction.claim_offset)
-                    ours.append(eviction)
+        """Remove those whose key nobody else claims, holding the claim meanwhile."""
+        with contextlib.ExitStack() as claims:
+            ours = [one for one in plan if claims.enter_context(self._store.claimed(one.id))]
             done = await to_its_end(self._remove_all, ours)
         counters = self._dependencies.counters
         for eviction in done:
