@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class Archives:
-    """Holds back those who export or import while others do."""
+    """Limits concurrent exports and imports."""
 
     def __init__(self) -> None:
         self._importing = asyncio.Lock()
@@ -60,14 +60,14 @@ class Archives:
             try:
                 async for piece in pieces:
                     await response.write(piece)
-            except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
+            except (ArchiveError, OSError) as error:  # the head is sent: only closing can report it
                 _log.warning("an export broke off: %s", error)
                 if request.transport is not None:
                     request.transport.abort()
             return response
 
     async def import_(self, state: ControlState, request: web.Request) -> Import:
-        """Take the entries of an archive; nothing is overwritten or evicted, what is damaged is refused."""
+        """Import an archive's entries; nothing is overwritten or evicted, damaged ones are refused."""
         if not state.index.complete:
             raise web.HTTPServiceUnavailable(text="the index does not cover the whole store yet; try again")
         if self._importing.locked():
@@ -77,7 +77,7 @@ class Archives:
             taking = asyncio.create_task(asyncio.to_thread(_take, state, content, loop))
             try:
                 return Import(await asyncio.shield(taking))
-            except asyncio.CancelledError:  # the service stops: let the thread end, at an entry's border
+            except asyncio.CancelledError:  # the service stops: let the thread finish its entry
                 content.set_exception(ConnectionResetError("the service stops"))
                 await asyncio.gather(taking, return_exceptions=True)
                 raise
@@ -117,12 +117,12 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         return wait_for(run())
 
     class Body:
-        """What is sent, as a file: it is taken from the connection as fast as it is read here."""
+        """The request's body as a file, read from the connection as fast as it is consumed."""
 
         def read(self, _size: int = -1) -> bytes:
             try:
                 return wait_for(content.readany())
-            except Exception as error:  # whatever aiohttp makes of a broken connection
+            except Exception as error:  # any error of aiohttp's for a broken connection
                 raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:
