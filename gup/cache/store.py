@@ -205,10 +205,10 @@ class Store:
         self._require_claim(key)
         freed = self.drop_parts(key.id) + self.remove(key)
         self.drop_state(key.id)
-        folder = self.body_path(key).parent
-        while not folder.is_dir():
-            folder = folder.parent
-        sync_folder(folder)
+        for folder in self.body_path(key).parents:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # the lowest that is left
+                sync_folder(folder)
+                break
         return freed
 
     def scan(self) -> Iterator[Stored]:
@@ -387,7 +387,7 @@ class Store:
             except FileNotFoundError:
                 if attempt == 4 or not source.exists():
                     raise
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):  # a folder above it was pruned
                     target.parent.mkdir(parents=True, exist_ok=True)
             except IsADirectoryError:  # not made by gup
                 if attempt == 4:

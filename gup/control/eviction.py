@@ -58,8 +58,9 @@ class Eviction:
     part: Part | None = None
 
     @property
-    def claim_offset(self) -> int:
-        return int(self.key[:16], 16) >> 2 if self.part else ContentKey.parse(self.key).claim_offset
+    def id(self) -> str:
+        """That of the key, which has to be claimed."""
+        return self.part.id if self.part else ContentKey.parse(self.key).id
 
 
 def plan_evictions(
@@ -244,12 +245,8 @@ class Evictor:
 
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
-        with contextlib.ExitStack() as claimed:
-            removable: list[Eviction] = []
-            for eviction in plan:
-                if self._claims.try_claim(eviction.claim_offset):
-                    claimed.callback(self._claims.release, eviction.claim_offset)
-                    removable.append(eviction)
+        with contextlib.ExitStack() as claims:
+            removable = [one for one in plan if claims.enter_context(self._store.claimed(one.id))]
             done = await to_its_end(self._remove_all, removable)
         counters = self._dependencies.counters
         for eviction in done:

@@ -1,6 +1,7 @@
 """Integrity jobs: the scrubber in the background, and verification on command."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -242,7 +243,7 @@ class Verification:
         claimed = [key for key in names.keys if not await self._is_checked(key)]
         for id_ in names.ids:
             check, path = partial(check_part, store, id_), store.state_path(id_)
-            result.busy += not await self._check(check, "state", path, int(id_[:16], 16) >> 2)
+            result.busy += not await self._check(check, "state", path, id_)
             result.checked += 1
         for path in names.strays:
             await self._check(partial(check_stray, store, path), "stray", path)
@@ -257,33 +258,30 @@ class Verification:
     async def _is_checked(self, key: ContentKey) -> bool:
         """Check an entry; False when it looks damaged while its claim is held."""
         check, path = partial(check_entry, self._store, key), self._store.body_path(key)
-        checked = await self._check(check, "body", path, key.claim_offset, key)
+        checked = await self._check(check, "body", path, key.id, key)
         self._result.checked += checked
         return checked
 
     async def _check(
-        self, check: _Check, where: str, path: Path, offset: int | None = None, key: ContentKey | None = None
+        self, check: _Check, where: str, path: Path, id_: str | None = None, key: ContentKey | None = None
     ) -> bool:
         """Check and note findings; False when the claim is held: a commit in progress looks like damage. An
         entry is read without its claim first. An exception becomes a finding.
         """
-        claims, repair = self._dependencies.claims, self._result.repair
+        store, repair = self._store, self._result.repair
         try:
             if key is not None and not await asyncio.to_thread(check):
                 return True
-            if offset is not None and not claims.try_claim(offset):
-                return False
-            try:
+            with store.claimed(id_) if id_ is not None else contextlib.nullcontext(True) as ours:
+                if not ours:
+                    return False
                 found = await to_its_end(check)
                 for finding in found if repair else ():
                     if finding.where != "body":  # bodies are repaired by a fill, which takes the claim itself
-                        await to_its_end(put_right, self._store, finding, alone=False)
+                        await to_its_end(put_right, store, finding, alone=False)
                     if finding.where == "record" and finding.key is not None:
                         self._index.discard(finding.key.text)
                         self._dependencies.raise_store_epoch()
-            finally:
-                if offset is not None:
-                    claims.release(offset)
             for finding in found:
                 problem = None
                 if repair and finding.where == "body" and key is not None:
@@ -292,7 +290,7 @@ class Verification:
                 self._note(finding, problem is None if repair else None, why_not)
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
             detail = f"it can't be checked: {error or type(error).__name__}"
-            finding = Finding(where, str(path.relative_to(self._store.root)), detail, key)
+            finding = Finding(where, str(path.relative_to(store.root)), detail, key)
             self._note(finding, False if self._result.repair else None, str(error) or None)
         return True
 

@@ -141,9 +141,9 @@ class World:
 
     async def mend(self, key: ContentKey, counted: bool) -> Problem | None:
         """What the cache would do: the body is whole again, unless a problem is set."""
-        self.mends.append((key.text, counted))
         if self.problem is None and key.text in self.whole:
             await asyncio.to_thread(self._make_whole, key)
+        self.mends.append((key.text, counted))
         return self.problem
 
     def _make_whole(self, key: ContentKey) -> None:
