@@ -1,3 +1,5 @@
+"""The collaborators of the control plane, given by the controller process, and how it changes an entry."""
+
 import asyncio
 import socket
 import time

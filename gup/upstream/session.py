@@ -1,3 +1,5 @@
+"""One upstream: requests to it, its connections, and how the head of a response is read."""
+
 import asyncio
 import contextlib
 import re

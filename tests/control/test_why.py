@@ -67,7 +67,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         assert (file["stored"], file["entry"]) == (False, None)
         assert file["said"] == [
             "Not stored.",
-            "Nobody has asked for it since the service started, as far as is known.",
+            "No request for it is known since the service started.",
         ]
         site.tell(type="failed", key=key.text, problem="upstream-timeout", detail="silent for 15 s")
         site.tell(type="unstorable", key=key.text, detail="it takes more than cache.max_size", disk=False)
@@ -77,7 +77,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         for words in (
             "upstream-timeout: silent for 15 s",
             "more than cache.max_size",
-            "manager sent what can't be it",
+            "manager sent a body that can't be this file",
         ):
             assert words in said
 
@@ -93,7 +93,7 @@ async def test_queues_and_fills_are_told(site, browser):
         site.begin_part(key, b"z" * 250, 1000)
         file = await told(browser, site, key.text)
         assert (file["waiting"], file["fill"]["received_bytes"]) == (None, 250)
-        assert "It is being fetched from manager; 250 B of 1.0 kB are here." in file["said"]
+        assert "It is being fetched from manager; 250 B of 1.0 kB received." in file["said"]
 
 
 async def test_what_was_purged_is_said_to_be_gone(site, browser):
