@@ -1,4 +1,4 @@
-"""The collaborators of the control plane, given by the controller process, and how it changes an entry."""
+"""The collaborators of the control plane, given by the controller process."""
 
 import asyncio
 import socket
