@@ -137,7 +137,9 @@ _OF_NO_KEY = frozenset({"overloaded", "no-upstream", "upstream-unreachable"})
 
 def too_many_misses(dependencies: FillDependencies) -> Problem:
     most = dependencies.settings.clients.max_misses_per_address
-    detail = f"more than {most} requests a second for what is not here (clients.max_misses_per_address)"
+    detail = (
+        f"more than {most} requests a second for content that is not stored (clients.max_misses_per_address)"
+    )
     return Problem("overloaded", detail, retry_after_seconds=1.0)
 
 

@@ -80,7 +80,7 @@ def _filter_flags(
         typer.Option(metavar="PATTERN", help='Only keys that match, such as "*/full.zip": * is any text.'),
     ] = None,
     older_than: _age("Only what was stored at least this long ago.") = None,  # type: ignore[valid-type]
-    unused_for: _age("Only what no client was sent for this long.") = None,  # type: ignore[valid-type]
+    unused_for: _age("Only entries that no client was sent within this time.") = None,  # type: ignore[valid-type]
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind, "pattern": pattern}

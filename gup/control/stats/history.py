@@ -389,9 +389,7 @@ class Recorder:
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
                 # A clock before the installation is wrong itself: perhaps one without a battery, not yet set.
                 if before is not None and reading.installed_at <= reading.at < before[0] - JUMP_SECONDS:
-                    _log.warning(
-                        "the clock was put back: what was stored ahead of it is brought to the present"
-                    )
+                    _log.warning("the clock was set back: times in the future are moved to the present")
                     take_back(db, reading)
 
             if await self._database.store("savings", add):
