@@ -1,4 +1,4 @@
-"""`python -m gup` is the command `gup`; holds nothing else."""
+"""`python -m gup` is the command `gup`."""
 
 from gup.cli import main
 

@@ -20,9 +20,9 @@ _KEY_BYTES = 32
 
 
 def read_key(path: Path) -> bytes:
-    """The site's key, created if there is none; of several processes that create one the first wins.
+    """The site's key, created if missing; of several processes that create one the first wins.
 
-    If it can't be stored, this process uses a key of its own until it ends, whose hashes no other knows.
+    If it can't be stored, this process uses a key of its own until it ends, and its hashes match no other's.
     """
     try:
         key = bytes.fromhex((path.read_text() if path.exists() else "") or _create(path))
@@ -38,7 +38,7 @@ def _create(path: Path) -> str:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "r+", encoding="ascii") as file:
         lock_range(fd, 0, wait=True)  # closing frees it
-        text = file.read()  # of another process, which was first
+        text = file.read()  # written by another process, which was first
         if not text:
             text = secrets.token_hex(_KEY_BYTES)
             file.write(text)
@@ -77,7 +77,7 @@ class ClientNames:
         return self._plain(address) if self.mode == "full" else self.hashed(address)
 
     def shown(self, address: str) -> str | None:
-        """The name that the log may show, if any."""
+        """The name that the log may show; None with mode "off"."""
         return None if self.mode == "off" else self.of(address)
 
 

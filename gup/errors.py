@@ -1,18 +1,18 @@
-"""Every error of gup: one family, the table of problems that a client can be told; never any I/O."""
+"""Every error of gup: one base class, and the table of problems that clients are answered with. No I/O."""
 
 import errno
 from typing import NamedTuple
 
 SHOWN_BYTES = 512
-"""The most of anybody else's text that a message shows."""
+"""The longest foreign text that a message shows."""
 
 
 def quoted(text: str | bytes) -> str:
-    r"""Text that somebody else wrote (an upstream, a client, a file), fit for a message.
+    r"""Text from outside (an upstream, a client, a file), fit for a message.
 
-    At most SHOWN_BYTES of UTF-8, a longer one ends in "…"; what is not printable (controls, terminal
-    escapes, marks of writing direction, bytes that are no UTF-8) stands as \x1b or \u202e. Quoting
-    twice changes nothing. It is still plain text: a page escapes it as HTML besides.
+    At most SHOWN_BYTES of UTF-8, a longer one ends in "…"; what is not printable (controls, terminal escapes,
+    marks of writing direction, bytes that are not UTF-8) is written as \x1b or \u202e. Idempotent. HTML must
+    still be escaped.
     """
     if isinstance(text, bytes):
         text = text[: SHOWN_BYTES + 1].decode("utf-8", "surrogateescape")
@@ -27,7 +27,7 @@ def _printable(character: str) -> str:
     if character.isprintable():
         return character
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
@@ -37,10 +37,7 @@ class GupError(Exception):
 
 
 class SettingsError(GupError):
-    """Settings that can't be used.
-
-    `problems` has one sentence per mistake: the key, the value found, and what would be right.
-    """
+    """`problems` has one sentence per mistake: the key, the value found, and what would be right."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -88,10 +85,10 @@ PROBLEMS: dict[str, ProblemType] = {
 
 
 class Problem(GupError):  # noqa: N818 - the word of RFC 9457
-    """What goes wrong with one request, ready to be told: `server` alone turns it into a response.
+    """A failure of one request; only `server` turns it into a response.
 
-    `slug` is a key of PROBLEMS; `retry_after_seconds` where trying again helps; `extensions` are
-    further members of the problem document (RFC 9457 section 3.2).
+    `slug` is a key of PROBLEMS; `retry_after_seconds` where trying again helps; `extensions` are further
+    members of the problem document (RFC 9457 section 3.2).
     """
 
     def __init__(
@@ -110,7 +107,7 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         self.extensions = extensions or {}
 
     def again(self) -> "Problem":
-        """The same problem for one more request (an exception raised twice would gather tracebacks)."""
+        """A copy for one more request: an exception raised twice would gather tracebacks."""
         problem = Problem(self.slug, self.detail, headers=self.headers, extensions=self.extensions)
         problem.retry_after_seconds = self.retry_after_seconds
         return problem
@@ -133,5 +130,4 @@ def is_exhausted(error: OSError) -> bool:
 
 
 def exhausted(error: OSError) -> Problem:
-    """The problem to answer then."""
     return Problem("overloaded", f"gup is out of resources: {error.strerror}", retry_after_seconds=1.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from gup.errors import GupError
 
 PEM_BYTES = 16 << 20
-"""No bundle of certificates is larger; what the largest systems trust takes 0.3 MB."""
+"""Upper limit on a bundle of certificates; what the largest systems trust takes 0.3 MB."""
 _DER_BEGIN = b"\x30\x82"
 """A SEQUENCE with a length of two bytes: how a certificate in DER begins."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -24,11 +24,10 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whe
 
 
 class FileError(GupError, ValueError):
-    """A file that can't be used; the text names the file and the cause."""
+    """The text names the file and the cause."""
 
 
 def read_regular(path: Path, most_bytes: int, flags: int = 0) -> bytes:
-    """A regular file, or its first `most_bytes`; OSError for all else. A pipe in its place does not block."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | flags)
     try:
         mode = os.fstat(fd).st_mode
@@ -61,9 +60,8 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:
-    """The same, and the new file's descriptor."""
     temporary = path.with_name(f"{path.name}.new")
-    temporary.unlink(missing_ok=True)  # it may be another's, with other rights
+    temporary.unlink(missing_ok=True)  # it may be another user's, with other rights
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         write_all(fd, content)
@@ -107,7 +105,6 @@ def unlock_range(fd: int, start: int, length: int = 1) -> None:
 
 
 def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
-    """Whether another description has a lock there."""
     answer = _ask(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
@@ -117,7 +114,7 @@ def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the kernel begin to write these bytes of a file to the disk (sync_file_range(2)); a mere hint."""
+    """Start writing these bytes to the disk (sync_file_range(2)), without waiting: a hint to the kernel."""
     span = ctypes.c_int64(offset), ctypes.c_int64(length)
     _LIBC.sync_file_range(ctypes.c_int(fd), *span, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
@@ -130,7 +127,7 @@ def sync_file_system(folder: Path) -> None:
             raise OSError(number, os.strerror(number))
 
 
-# --- files that settings and flags name: what is wrong with one is said in words
+# --- files that settings and flags name: a FileError says in words what is wrong with one
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -156,7 +153,6 @@ def trust(path: Path) -> ssl.SSLContext:
 
 
 def _lacking(text: bytes) -> str:
-    """Why a file gives no certificate."""
     if not text.strip():
         return "is empty"
     if b"-----BEGIN CERTIFICATE-----" in text or b"-----BEGIN TRUSTED CERTIFICATE-----" in text:

@@ -21,7 +21,7 @@ _Model = TypeVar("_Model")
 
 
 class InvalidError(GupError, ValueError):
-    """A text or value that is not of its model; the message names the model, the member and what is right."""
+    """The message names the model, the member and what is right."""
 
 
 def parse(text: bytes, model: str, most_bytes: int) -> Any:
@@ -39,7 +39,7 @@ def parse(text: bytes, model: str, most_bytes: int) -> Any:
 
 
 def read(model: TypeAdapter[_Model], value: object, name: str) -> _Model:
-    """`value` as the model; InvalidError, which begins with `name`, tells the first thing that is wrong."""
+    """InvalidError begins with `name` and names the first mistake."""
     try:
         return model.validate_python(value)
     except ValidationError as error:
@@ -67,5 +67,5 @@ def shown(value: object) -> str:
 
 
 def plain_text(given: str, most: int) -> str:
-    """`given` as a model takes it back: cut to so many characters, what UTF-8 can't encode as an escape."""
+    """`given` as a model accepts it: cut to `most` characters, and what UTF-8 can't encode as an escape."""
     return given.encode(errors="backslashreplace").decode()[:most]

@@ -1,7 +1,7 @@
 """The log: its two formats, its destinations, and the thread that writes to them.
 
-`logging` puts records in a bounded queue and never waits; records that find no room, or can't be written, are
-counted, and the log says how many were dropped.
+`logging` puts records into a bounded queue and never waits; records that find no room, or can't be written,
+are counted, and the log says how many were dropped.
 """
 
 import contextlib
@@ -26,19 +26,18 @@ from gup.errors import SettingsError
 from gup.files import write_all
 
 ACCESS = "gup.access"
-"""The logger of requests: `log.access` decides about it, `log.level` does not."""
 
 _MOST_RECORDS = 8192
 _BATCH = 256
 _CLOSE_SECONDS = 2.0
-"""How long the end waits for a destination that takes no lines."""
+"""Time limit at exit for a destination that takes no lines."""
 _COMPLAIN_SECONDS = 60.0
 
 
 def configure(own: config.Log) -> None:
-    """Send records where `own` says; called again after a reload, which opens files again.
+    """Send records where `own` says; called again after a reload, which reopens files.
 
-    SettingsError when the destination can't be written to; the log in force stays then.
+    SettingsError when the destination can't be written to; the previous log stays in force then.
     """
     handler = WritingHandler(_destination(own))
     root, before = logging.getLogger(), _handlers()
@@ -51,7 +50,9 @@ def configure(own: config.Log) -> None:
 
 
 def configure_child(own: config.Log) -> None:
-    """The same in a child, which must go on: the log in force, else standard error, says what is wrong."""
+    """`configure` in a child, which must continue: a failure is logged where the log went before, else on
+    stderr.
+    """
     try:
         configure(own)
     except SettingsError as error:
@@ -61,14 +62,14 @@ def configure_child(own: config.Log) -> None:
 
 
 def close() -> None:
-    """Write what is queued and end the thread; `logging` does the same at the exit of the process."""
+    """Write what is queued and end the thread; `logging` does so too when the process exits."""
     for handler in _handlers():
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
 def require_destination(own: config.Log) -> None:
-    """SettingsError when the log could not be written there. Makes no file: that is the service's."""
+    """SettingsError when the log could not be written there. Creates no file: that is the service's task."""
     file = Path(own.destination)
     if not own.destination.startswith("/") or file.exists():
         _destination(own).close()
@@ -112,7 +113,7 @@ class WritingHandler(QueueHandler):
         super().__init__(queue.SimpleQueue())
         self._destination = destination
         self._dropped = 0  # changed under the handler's lock
-        self._failed = self._told = 0  # the thread's, as what follows
+        self._failed = self._told = 0  # used by the thread only, as what follows
         self._complain_at = 0.0
         self._retired = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -150,7 +151,7 @@ class WritingHandler(QueueHandler):
         self._destination.close()
 
     def _write(self, batch: list[logging.LogRecord]) -> None:
-        """Write what is queued together: one call of the system for many lines."""
+        """One write for many lines."""
         count, lost = len(batch), self._dropped + self._failed - self._told
         if lost:
             text = "%d lines of the log were dropped: they came too fast, or could not be written"
@@ -164,7 +165,7 @@ class WritingHandler(QueueHandler):
             self._complain(error)
 
     def _complain(self, error: Exception) -> None:
-        """On standard error, once a minute: there is no other place when the log can't be written."""
+        """On standard error, at most once a minute: the only place left when the log can't be written."""
         now = time.monotonic()
         if now >= self._complain_at:
             self._complain_at = now + _COMPLAIN_SECONDS
@@ -180,13 +181,12 @@ class Destination(logging.Handler):
     """Where records go, in order; used by one thread."""
 
     def write(self, records: Sequence[logging.LogRecord]) -> None:
-        """All of them, or an exception."""
         for record in records:
             self.emit(record)
 
 
 class _DescriptorHandler(Destination):
-    """Standard output or error, past Python's stream, whose lock a hanging thread would hold at the exit."""
+    """Standard output or error, without Python's stream: a hanging thread would hold its lock at exit."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class _DescriptorHandler(Destination):
 
 
 class _FileHandler(WatchedFileHandler, Destination):
-    """A file to which several processes append whole lines; a renamed one is left for a new one."""
+    """A file to which several processes append whole lines; a renamed one is closed and a new one opened."""
 
     _torn = False
 
@@ -206,7 +206,7 @@ class _FileHandler(WatchedFileHandler, Destination):
 
     def write(self, records: Sequence[logging.LogRecord]) -> None:
         self.reopenIfNeeded()
-        if self.stream is None:  # the last attempt to open it again failed
+        if self.stream is None:  # the last attempt to reopen it failed
             self.stream = self._open()
             self._statstream()
         # After a line that a full disk cut, the next one begins on a line of its own.
@@ -237,7 +237,7 @@ class _JournalHandler(Destination):
     """systemd's journal, with a field for each part of a record (systemd.journal-fields(7))."""
 
     def __init__(self, path: str) -> None:
-        """OSError when nobody listens at the socket."""
+        """OSError when nothing listens at the socket."""
         super().__init__()
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -252,7 +252,7 @@ class _JournalHandler(Destination):
         message = _journal_message(record)
         try:
             self._send(message)
-        except (ConnectionError, FileNotFoundError):  # the journal was restarted: its socket is another one
+        except (ConnectionError, FileNotFoundError):  # the journal was restarted and has a new socket
             self._socket.connect(self._path)
             self._send(message)
 
@@ -294,7 +294,7 @@ def _journal_message(record: logging.LogRecord) -> bytes:
 
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""Attributes of every record; whatever else a record has was given by `extra=`."""
+"""Attributes of every record; the others come from `extra=`."""
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BARE = re.compile(r'[^\s"=]+')
 

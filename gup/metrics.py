@@ -1,7 +1,7 @@
-"""Every metric declared once, and the counters that processes write; never formats or serves them.
+"""The table of all metrics, and the counters that processes write; formatting is elsewhere.
 
-A stored figure is one 64-bit word in a block that one process alone writes, at the moment of counting: exact
-also after that process was killed. The control plane sums the blocks when it is asked.
+A stored figure is one 64-bit word in a block that one process alone writes, at the moment of counting: it
+stays exact when that process is killed. The control plane sums the blocks when it is asked.
 """
 
 import re
@@ -22,16 +22,16 @@ CODES_OF_RESULT: Mapping[str, tuple[str, ...]] = {
     "refused": ("400", "403", "404", "405", "408", "414", "431", "503", "505", "508"),
     "error": ("404", "410", "500", "502", "503", "504"),
 }
-"""Which status codes a result can have: the series of `gup_requests_total`."""
+"""Status codes by result: the series of `gup_requests_total`."""
 KINDS = ("full", "delta", "index", "other")
 SOURCES = ("cache", "fill", "bypass")
 PURPOSES = ("fill", "index", "prefetch", "repair", "catalog", "bypass")
 WASTED = ("overlap", "mismatch", "aborted", "rejected")
 RESUME_REASONS = ("cut", "timeout", "failover", "takeover")
 MAX_STREAMS = 50
-"""Streams (variant and moniker) counted apart; the rest share the slot after the last."""
+"""Streams (variant and moniker) counted separately; the rest share the last slot."""
 MAX_SHOWN = 24
-"""Products and languages with series of their own in an exposition; the rest are shown as one.
+"""Products and languages with series of their own in an exposition; the rest are summed.
 
 Each takes up to nine series (full, delta and index both ways, newest held and requested, storm): with two
 upstreams this keeps a site below 500, whatever its clients ask for.
@@ -43,15 +43,13 @@ _NANOSECONDS = 1_000_000_000
 
 Direction = Literal["sent", "received", "wasted"]
 Label = tuple[str, tuple[str, ...]]
-"""A label with its values, without these where they are not known before."""
+"""A label with its values; without values where they are not known in advance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of METRICS.
-
-    `upstream` adds that label with the configured names. `stored` figures live in the blocks: one word a
-    series, histograms one a bucket and one for the sum. The others the controller works out when asked.
+    """`upstream` adds that label with the configured names. `stored` figures live in the blocks: one word a
+    series, histograms one a bucket and one for the sum. The controller computes the others when asked.
     """
 
     name: str
@@ -68,12 +66,10 @@ def _counter(name: str, text: str, *labels: Label, upstream: bool = False, store
 
 
 def _level(name: str, text: str) -> Metric:
-    """A gauge that processes count up and down."""
     return Metric(name, "gauge", text)
 
 
 def _gauge(name: str, text: str, *labels: Label, upstream: bool = False) -> Metric:
-    """A gauge that the controller works out."""
     return Metric(name, "gauge", text, labels, upstream, stored=False)
 
 
@@ -143,18 +139,18 @@ METRICS: tuple[Metric, ...] = (
 STREAM_WASTED = Metric(
     "gup_stream_wasted_bytes_total", "counter", "Bytes received and not used, by stream.", stored=False
 )
-"""Counted for the savings ledger alone: as a metric it would be too many series."""
+"""For the savings ledger only: as a metric it would have too many series."""
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 
 def series(name: str, labels: Mapping[str, str]) -> str:
-    """The one spelling of a series: `name{label="value",…}`, labels in the order of their names."""
+    """Canonical spelling of a series: `name{label="value",…}`, labels in the order of their names."""
     pairs = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
     return f"{name}{{{pairs}}}" if pairs else name
 
 
 def parse_series(name: str) -> tuple[str, dict[str, str]]:
-    """Metric and labels of a series, as `series` spells it."""
+    """Inverse of `series`."""
     base, _, labels = name.partition("{")
     return base, dict(re.findall(r'([a-z_]+)="([^"]*)"', labels))
 
@@ -171,7 +167,7 @@ def label_sets(metric: Metric, upstreams: Sequence[str]) -> Iterator[dict[str, s
 
 
 def stream_series(direction: Direction, slot: int, kind: str) -> str:
-    """The series that counts stream number `slot` (0…MAX_STREAMS); names come when it is read."""
+    """The series of stream number `slot` (0…MAX_STREAMS); names are added when it is read."""
     return series(f"gup_stream_{direction}_bytes_total", {"slot": str(slot), "kind": kind})
 
 
@@ -192,7 +188,7 @@ def layout(upstreams: Sequence[str]) -> list[str]:
 
 
 class Counters:
-    """One process's block of 64-bit `words`, which it alone writes, and where each series stands."""
+    """One process's block of 64-bit `words`, which it alone writes, and the position of each series."""
 
     def __init__(self, words: "memoryview[int]", positions: Mapping[str, int]) -> None:
         self.words = words
@@ -222,12 +218,11 @@ class Counters:
         self.words[self._positions[stream_series(direction, slot, kind)]] += amount
 
     def waste(self, reason: str, stream: tuple[int, str], amount: int) -> None:
-        """Count bytes that came from upstream for nothing; `stream` is the number and the kind."""
+        """Count bytes received and not used; `stream` is the number and the kind."""
         self.add("gup_upstream_wasted_bytes_total", amount, reason=reason)
         self.add_stream("wasted", *stream, amount)
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
-        """Count `seconds` into a histogram."""
         edges = BY_NAME[name].buckets
         at = bisect_left(edges, seconds)
         edge = f"{edges[at]:g}" if at < len(edges) else "+Inf"

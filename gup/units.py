@@ -82,7 +82,7 @@ def format_duration(seconds: float) -> str:
 
 
 def bytes_in_words(count_bytes: float) -> str:
-    """About how much, such as "1.2 GB"; powers of 1000."""
+    """Approximate, such as "1.2 GB"; powers of 1000."""
     amount, unit = float(count_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if abs(amount) < 999.5:
@@ -92,7 +92,7 @@ def bytes_in_words(count_bytes: float) -> str:
 
 
 def time_in_words(seconds: float) -> str:
-    """About how long, such as "3 h 5 min"."""
+    """Approximate, such as "3 h 5 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,1 +1,1 @@
-"""Bytes kept once: store, claims, bodies, fills. The data plane's half; never a database."""
+"""The cache: store, claims, bodies and fills, without a database."""

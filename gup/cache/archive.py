@@ -1,15 +1,15 @@
 """Archives of entries: written to seed other sites, read in bounded memory and checked entry by entry.
 
-An archive is a tar of a first member that tells of it, a record and a body for each entry, and a last member.
+An archive is a tar: a manifest, a record and a body for each entry, and an ending.
 """
 
 import asyncio
 import os
 import tarfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -40,11 +40,11 @@ _Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
 class ArchiveError(GupError):
-    """Why an archive, or a member of it, is not taken."""
+    """Why an archive, or a member of it, is rejected."""
 
 
 class Manifest(BaseModel):
-    """The first member: which format the archive has, and who made it when (Unix seconds)."""
+    """The first member: the archive's format, its site, and when it was made (Unix seconds)."""
 
     format: Count
     gup: _Text
@@ -53,7 +53,7 @@ class Manifest(BaseModel):
 
 
 class LeftOut(BaseModel):
-    """An entry that an archive does not have, and why."""
+    """An entry that was not exported, and why."""
 
     key: _Text
     why: _Text
@@ -74,15 +74,20 @@ class Ending(BaseModel):
 
 
 async def written(
-    store: Store, keys: Iterable[ContentKey], site: str, now: float, why_not: Iterable[str] = ()
+    store: Store,
+    keys: Iterable[ContentKey],
+    site: str,
+    now: float,
+    not_wanted: Mapping[str, int] | None = None,
 ) -> AsyncIterator[bytes]:
-    """The archive of these entries, in pieces; what is damaged or has gone is left out, and named last.
-    `why_not` has the reason of each further entry, which the archive is not for.
+    """The archive in pieces; damaged and missing entries are left out, and named in the last member.
+
+    `not_wanted` counts the entries that were not selected, by reason.
     """
     first = Manifest(format=FORMAT, gup=gup.__version__, site=site, made_at=now)
     yield member_bytes(FIRST, first.model_dump_json().encode(), now)
-    counted = Counter(plain_text(why, _MAX_TEXT) for why in why_not)
-    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(counted.most_common(_MOST_REASONS)))
+    reasons = ((plain_text(why, _MAX_TEXT), count) for why, count in (not_wanted or {}).items())
+    last = Ending(entries=0, bytes=0, left_out=[], not_wanted=dict(islice(reasons, _MOST_REASONS)))
     for key in keys:
         try:
             record, file = await asyncio.to_thread(_sound, store, key)
@@ -99,7 +104,7 @@ async def written(
 
 
 def _sound(store: Store, key: ContentKey) -> tuple[Record, OpenFile]:
-    """The entry, compared; ValueError says what is wrong."""
+    """The entry, verified; ValueError says what is wrong."""
     record = store.load(key)
     if record is None:
         raise ValueError("there is no such entry")
@@ -139,7 +144,7 @@ def _record_name(key: ContentKey) -> str:
 
 
 def summary(file: Path) -> dict[str, Any]:
-    """What the last member of a written archive says; ArchiveError when it was cut off."""
+    """The last member of a written archive; ArchiveError when it was cut off."""
     why = "the archive is truncated: its last member is missing"
     try:
         with file.open("rb") as stream:
@@ -157,18 +162,18 @@ def summary(file: Path) -> dict[str, Any]:
 
 
 class TarError(GupError):
-    """The stream is no tar archive, is cut off, or has a header that can't be read."""
+    """The stream is not a tar archive, is cut off, or has an unreadable header."""
 
 
 _MAX_HEADERS_BYTES = 256 * 1024
-"""Of all headers before one member's content: pax headers and long names."""
+"""Limit on the headers before one member's content: pax headers and long names."""
 _READ_BYTES = 32 * tarfile.BLOCKSIZE
 _ODD = (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError)
-"""What tarfile raises for headers that somebody made up."""
+"""What tarfile raises for invalid headers."""
 
 
 class _Source:
-    """A stream of which only so many bytes may be read. `read` may give any amount."""
+    """A stream of which only a limited number of bytes may be read. `read` may return fewer."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -185,9 +190,9 @@ class _Source:
 
 
 class TarReader:
-    """Members in their order. `read` gives the content of the last one; what was not read is skipped.
+    """Members in order. `read` gives the content of the current one; unread content is skipped.
 
-    tarfile would read headers of any size into memory: between two contents it is given so much and no more.
+    tarfile reads headers of any size into memory: the limit is set anew for each member.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -196,7 +201,7 @@ class TarReader:
         self._content: IO[bytes] | None = None
 
     def next(self) -> tarfile.TarInfo | None:
-        """The next member; None at the end. TarError when it can't be read on."""
+        """The next member; None at the end. TarError when the archive is damaged."""
         source = self._source
         while not source.seeks and self.read(_PIECE_BYTES):
             pass
@@ -208,7 +213,7 @@ class TarReader:
                     fileobj=source, mode="r:" if source.seeks else "r|", bufsize=_READ_BYTES
                 )
             member: tarfile.TarInfo | None = self._archive.next()
-            self._archive.members = []  # or it would keep them all
+            self._archive.members = []  # tarfile would keep them all
             if member is not None and member.isreg():
                 if member.issparse() or member.size < 0:
                     raise TarError("it has a sparse member, or one of a negative size")
@@ -220,7 +225,7 @@ class TarReader:
         return member
 
     def read(self, size_bytes: int) -> bytes:
-        """So many bytes of the member's content, fewer at its end only; TarError when it is cut off."""
+        """`size_bytes` of the member's content, fewer at its end only; TarError when it is cut off."""
         self._source.allowed = 1 << 62
         try:
             return self._content.read(size_bytes) if self._content is not None else b""
@@ -228,12 +233,12 @@ class TarReader:
             raise TarError(f"it is truncated: {error}") from error
 
 
-# --- taking in
+# --- reading into a store
 
 
 @dataclass(slots=True)
 class Imported:
-    """What became of an archive. `complete`: it was read to its last member; `problem`: why not."""
+    """The result of an import. `complete`: it was read to its last member; `problem`: why not."""
 
     imported: int = 0
     imported_bytes: int = 0
@@ -250,13 +255,13 @@ class Import:
     store: Store
     now: float
     refuse_room: Callable[[int], str]
-    """Tells why a body of so many bytes can't be taken, or ""."""
+    """Why a body of this many bytes is rejected, or ""."""
     taken: Callable[[Record], None]
-    """Told of each new entry."""
+    """Called with each new entry."""
     _done: Imported = field(default_factory=Imported)
 
     def take(self, stream: IO[bytes]) -> Imported:
-        """Take all that can be taken. ArchiveError, before anything is, when `stream` is no archive."""
+        """Import what is valid. ArchiveError, before anything is stored, when `stream` is no archive."""
         done, archive = self._done, TarReader(stream)
         _require_ours(archive)
         record = None
@@ -275,7 +280,7 @@ class Import:
         return done
 
     def _member(self, archive: TarReader, member: tarfile.TarInfo, record: Record | None) -> Record | None:
-        """Take a member that comes after `record`'s. If it is a record itself, its body comes next."""
+        """Import a member that comes after `record`'s. If it is a record itself, its body comes next."""
         name = member.name.removeprefix(_FOLDER)
         try:
             if member.isreg() and name != member.name and name.rpartition("/")[2].startswith("."):
@@ -288,7 +293,7 @@ class Import:
         return None
 
     def _refuse(self, name: str, why: str) -> None:
-        """Anybody may have chosen the name: it is shown to people."""
+        """The name comes from outside and is shown to people."""
         letters = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:_MOST_SHOWN])
         self._done.refused.append({"name": "".join(letters), "why": why})
 
@@ -324,7 +329,7 @@ class Import:
         self.taken(record)
 
     def _is_present(self, key: ContentKey) -> bool:
-        """Whether anything stands in the entry's place, sound or not: an import overwrites nothing."""
+        """Whether the entry's path is taken, by a sound body or not: an import overwrites nothing."""
         present = any(map(os.path.lexists, (self.store.body_path(key), self.store.record_path(key))))
         self._done.present += present
         return present

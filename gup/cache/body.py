@@ -1,4 +1,4 @@
-"""A body as a connection reads it, and the body that is still arriving."""
+"""A body as a connection reads it, and a growing one."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from gup.cache.records import Head
 from gup.cache.store import OpenFile
 
 CUT = -1
-"""Returned by `available` when the rest will never come: the connection is to be cut."""
+"""Returned by `available` when the rest will never come: cut the connection."""
 
 Callback = Callable[[], None]
 
@@ -28,7 +28,7 @@ class Body(Protocol):
 
     @property
     def fd(self) -> int:
-        """Descriptor to send from; -1 when the bytes are available from `view` only."""
+        """-1 when the bytes are available from `view` only."""
 
     def available(self, offset: int, want: int) -> int:
         """How many bytes from `offset` on can be sent now without blocking; 0: wait; CUT: never."""
@@ -36,7 +36,7 @@ class Body(Protocol):
     def view(self, offset: int, length: int) -> memoryview: ...
 
     def wait(self, offset: int, callback: Callback) -> None:
-        """Call back once when `available` may return something else for `offset`."""
+        """Call back once `available` may return something else for `offset`."""
 
     def forget(self, callback: Callback) -> None:
         """Cancel a `wait`."""
@@ -48,11 +48,11 @@ class Body(Protocol):
         """A reader is done. Each calls it once."""
 
     def unreadable(self) -> None:
-        """Reading the body raised an error of the disk: this reader is being cut."""
+        """Reading the body raised a disk error: this reader is being cut."""
 
 
 async def read_whole(body: Body, most: int) -> bytes:
-    """The first `most` bytes, fewer if the body breaks off; for use in this process."""
+    """At most `most` bytes, fewer if the body breaks off; for use in this process."""
     got = bytearray()
     while len(got) < min(most, body.end() or most):
         amount = body.available(len(got), most - len(got))
@@ -69,7 +69,7 @@ async def read_whole(body: Body, most: int) -> bytes:
 
 _WINDOW_SECONDS = 4.0
 _STEP_SECONDS = 0.5
-"""Between two marks: with the window, what bounds their number."""
+"""Time between two marks: with the window, it bounds their number."""
 _WAKE_SECONDS = 0.025
 _WAKE_BYTES = 64 * 1024
 _WAKE_AT_LATEST_SECONDS = 0.2
@@ -87,12 +87,12 @@ class Pace:
         self._marks = deque([(now, 0)])
 
     def begin_with(self, size: int, now: float) -> None:
-        """The first `size` bytes were there before, which says nothing of the rate."""
+        """`size` bytes were there before, which says nothing about the rate."""
         self._came_at = now
         self._marks = deque([(now, size)])
 
     def came(self, size: int, now: float) -> None:
-        """The body has `size` bytes by now."""
+        """The body has grown to `size` bytes."""
         self._came_at = now
         if now - self._marks[-1][0] >= _STEP_SECONDS:
             self._marks.append((now, size))
@@ -100,7 +100,7 @@ class Pace:
                 self._marks.popleft()
 
     def seconds_for(self, missing: int, size: int, now: float) -> float:
-        """How long `missing` bytes beyond `size` will take; at least as long as nothing has come."""
+        """Estimated time for `missing` bytes beyond `size`; at least the time since the last bytes came."""
         if missing <= 0:
             return 0.0
         since, size_then = self._marks[0]
@@ -111,9 +111,9 @@ class Pace:
 class GrowingBody:
     """A body that is being written, and read by many connections (a Body).
 
-    Its fill alone, leader or follower, calls what stands below `growing`. Waiters run at the first published
-    byte and at the end at once, in between at most every 25 ms and only for 64 KiB more (or after 200 ms): a
-    thousand waiters must not eat the cores.
+    Only its fill, leader or follower, calls the methods below `growing`. Waiters run at once at the first
+    published byte and at the end, in between at most every 25 ms and only for 64 KiB more (or after 200 ms):
+    a thousand waiters would otherwise use up the cores.
     """
 
     def __init__(self, head: Head, generation: int, file: OpenFile | None, now: float) -> None:
@@ -122,12 +122,11 @@ class GrowingBody:
         self.generation = generation
         self.file = file
         self.in_memory = False
-        """Whether `file` is a memory file."""
         self.published = 0
         self.failed = False
         self.readers = 0
         self.count_readers: Callable[[int], None] | None = None
-        """Called with the change of their number."""
+        """Called with the change of the number of readers."""
         self._length: int | None = None
         self._waiting: dict[Callback, int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -138,7 +137,7 @@ class GrowingBody:
     # --- reading
 
     def reader(self) -> "GrowingBody":
-        """Count one reader more; it calls `leave` when it is done."""
+        """Count one more reader; it calls `leave` when it is done."""
         self._change_readers(1)
         return self
 
@@ -160,11 +159,10 @@ class GrowingBody:
         return self.file.fd
 
     def seconds_to(self, offset: int, now: float) -> float:
-        """How long the fill will take to reach `offset` at its present rate."""
+        """Estimated time until the fill reaches `offset`."""
         return self._pace.seconds_for(offset - self.published, self.published, now)
 
     def age_seconds(self, now: float) -> float:
-        """How long it has been growing, as far as this process knows."""
         return now - self._pace.began_at
 
     @property
@@ -175,7 +173,7 @@ class GrowingBody:
         return self._length if self._length is not None else self.head.length
 
     def available(self, offset: int, want: int) -> int:
-        if offset >= self.published or self.file is None:  # not there yet; held back, or revoked
+        if offset >= self.published or self.file is None:  # not arrived, held back, or revoked
             return CUT if self.failed else 0
         return min(want, self.published - offset)
 
@@ -189,12 +187,12 @@ class GrowingBody:
         self._waiting.pop(callback, None)
 
     def unreadable(self) -> None:
-        """Nothing: the fill notices the error itself when it reads."""
+        """The fill meets the error itself when it reads."""
 
     # --- growing
 
     def publish(self, size: int) -> None:
-        """The first `size` bytes are there."""
+        """The first `size` bytes can be read."""
         if size <= self.published:
             return
         first, now = self.published == 0, time.monotonic()
@@ -209,23 +207,23 @@ class GrowingBody:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
 
     def hold_back(self) -> None:
-        """The disk refused: what is in the file is sent again once it is in memory and found right."""
+        """The disk refused a write: readers pause until the file's bytes are verified and in memory."""
         self.file = None
 
     def go_on_in(self, file: OpenFile) -> None:
-        """From now on `file`, a memory file, has all that is published."""
+        """`file`, a memory file, now has all that is published."""
         self.file = file
         self.in_memory = True
         self.wake()
 
     def revoke(self) -> None:
-        """Its memory is needed: readers that are left are cut."""
+        """Its memory is needed: remaining readers are cut."""
         self.file = None
         self.failed = True
         self.wake()
 
     def complete(self, length: int) -> None:
-        """All of it is there, and right."""
+        """The whole body has arrived and is verified."""
         self.publish(length)
         assert self.published == length
         if self._length is None:
@@ -233,7 +231,6 @@ class GrowingBody:
             self.wake()
 
     def fail(self) -> None:
-        """The rest will never come: readers are cut when they have sent what there is."""
         if not self.ended:
             self.failed = True
             self.wake()
@@ -247,7 +244,6 @@ class GrowingBody:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)
 
     def wake(self) -> None:
-        """Call every waiter that would find something."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""The cache: from a key to its body, which is the store's entry or the one fill there is. No HTTP here."""
+"""The cache: returns a key's body, from the store or from its one fill. No HTTP here."""
 
 import asyncio
 import contextlib
@@ -28,17 +28,17 @@ __all__ = ["Cache", "Opened", "Result"]
 log = logging.getLogger("gup.cache")
 
 _PATIENCE_FOR_FRESH_SECONDS = 1.0
-"""A request for a stale index file waits this long for upstream before it is served what there is."""
+"""A request for a stale index file waits this long for upstream before it is served the stale one."""
 _CIRCLE_SECONDS = 0.5
-"""Between two looks at whether a gup that waits here is the one that the fill waits for."""
+"""A waiting gup is checked this often for being the upstream of the fill it waits for."""
 _MOST_FILLS = 3
-"""For one request, when the entry is gone as soon as it is stored."""
+"""Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
-"""An entry on disk: its record, its body, and whether its chunks need not be compared."""
+"""An entry on disk: its record, its body, and whether its chunks are trusted without comparing them."""
 
 
 class Cache:
-    """Everything this process has open, and every fill it leads or follows.
+    """All entries that this process has open, and every fill it leads or follows.
 
     `_fills` is the in-flight table: it holds a key from the first request that does not find it open to the
     end of its fill. It changes in this class alone, on the loop.
@@ -50,7 +50,7 @@ class Cache:
         self._deps = dependencies
         self._fills: dict[ContentKey, Fill] = {}
         self._tasks: dict[asyncio.Task[None], Fill | None] = {}
-        """With the fill that a task brings to its end."""
+        """Tasks, each with its fill if any."""
         self.pass_through = PassThrough(dependencies, bypass, range_bypass)
         self._entries = Entries(dependencies, max_open)
         self._entries.on_damage = self._damaged
@@ -60,9 +60,9 @@ class Cache:
     async def open(
         self, route: Route, variant: Variant, passed: tuple[str, ...] = (), client: str = ""
     ) -> Opened:
-        """The body of `route` for clients of `variant`. Problem when there is none to be had.
+        """The body of `route` for clients of `variant`. Problem when it can't be had.
 
-        `passed` are the gups that the request came through: a fill that it begins tells gups above of them.
+        `passed` are the gups that the request came through: a fill begun for it passes them upstream.
         `client` is its address.
         """
         for key in route.keys(variant):
@@ -71,7 +71,7 @@ class Cache:
                 return await self._filled(key, route, variant, passed, client)
             entry = self._entries.known(key)
             if entry is None and not route.immutable and fill is None:
-                entry = await self._entries.get(key)  # wanted even if it is stale; others their fill looks up
+                entry = await self._entries.get(key)  # even if it is stale; fills look up the others
             if entry is None:
                 continue
             self._entries.used(entry)
@@ -90,7 +90,7 @@ class Cache:
             return self._opened(entry, route, Result.HIT)
 
     def open_now(self, route: Route, variant: Variant) -> Opened | None:
-        """As `open`, if that needs neither disk nor upstream: an entry that is open, verified and fresh."""
+        """As `open`, but only for an entry that is open, verified and fresh: no disk, no upstream."""
         entry = next(filter(None, map(self._entries.known, route.keys(variant))), None)
         if entry is None or (not route.immutable and not is_fresh(self._deps, entry.record)):
             return None
@@ -107,7 +107,7 @@ class Cache:
     async def head(
         self, route: Route, variant: Variant, passed: tuple[str, ...] = (), client: str = ""
     ) -> tuple[Head, Result, int]:
-        """What GET would tell of a body, its result and age, without starting a fill: for HEAD."""
+        """The head, result and age that GET would have, without starting a fill: for HEAD."""
         key = route.key(variant)
         entry = None
         for candidate in route.keys(variant):
@@ -129,7 +129,7 @@ class Cache:
     async def _revalidated(
         self, entry: Entry, route: Route, variant: Variant, passed: tuple[str, ...], client: str
     ) -> Opened:
-        """A stale index file: ask upstream once for the whole machine; serve it stale if nobody answers."""
+        """A stale index file: ask upstream once for the whole machine; serve it stale without an answer."""
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
                 return await self._filled(entry.key, route, variant, passed, client)
@@ -146,7 +146,7 @@ class Cache:
     async def _filled(
         self, key: ContentKey, route: Route, variant: Variant, passed: tuple[str, ...], client: str
     ) -> Opened:
-        """By the fill there is, or a new one; by another one when the entry was purged or damaged at once."""
+        """Join the current fill or begin one; begin another when the entry was purged or damaged at once."""
         deps = self._deps
         for number in range(1, _MOST_FILLS + 1):
             if (failure := deps.failures.get(key, route.upstream_path)) is not None:
@@ -186,7 +186,7 @@ class Cache:
         )
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
-        """A body that could not be stored; that is tried again now and then."""
+        """A body that could not be stored; storing it is retried from time to time."""
         deps = self._deps
         if key not in self._fills and deps.memory.store_is_due(key, deps.settings.cache.error_ttl):
             self._begin(Fill(key, route, variant, from_memory=True))
@@ -194,8 +194,8 @@ class Cache:
         return Opened(body.reader(), Result.BYPASS, key, route.kind, age)
 
     async def _joined(self, fill: Fill, passed: tuple[str, ...] = ()) -> GrowingBody | FillEnd:
-        """What there is to read. A gup that waits is looked at again and again: its name may be learned only
-        now.
+        """What there is to read. The Via names of waiting gups are checked repeatedly: they may be learned
+        late.
         """
         self._count_waiters(1)
         try:
@@ -217,9 +217,9 @@ class Cache:
         self._deps.counters.add("gup_fill_waiters", change)
 
     async def _refuse_circle(self, key: ContentKey, variant: Variant, passed: tuple[str, ...]) -> None:
-        """A request of the very gup that the fill waits for must not wait for the fill.
+        """A request of the gup that the fill waits for must not wait for the fill.
 
-        That gup may be one that has not answered anything yet, since it waits itself.
+        That gup may not have answered anything yet, since it waits itself.
         """
         pool = self._deps.pool
         await pool.learn_names(variant, key.text)
@@ -228,10 +228,10 @@ class Cache:
         except UpstreamFailure as failure:
             raise Problem(failure.slug, failure.detail) from failure
 
-    # --- what nobody waits for
+    # --- background fills
 
     async def prefetch(self, route: Route, variant: Variant) -> bool:
-        """Have a body in the store before anybody asks for it; whether it had to be fetched.
+        """Store a body before a client asks for it; whether it had to be fetched.
 
         Returns when its fill has ended. Problem when it can't be had, or can't be stored.
         """
@@ -245,7 +245,7 @@ class Cache:
         return await fill.outcome()
 
     def take_over(self, route: Route, variant: Variant, *, inherits: bool) -> asyncio.Event | None:
-        """Go on with a fill that nobody leads or follows: it waits for its slot as long as that takes.
+        """Take over a fill without a leader: it waits for its slot without limit.
 
         `inherits`: its leader died while it streamed. The event is set at the fill's end; None when this
         process has such a fill already.
@@ -289,16 +289,16 @@ class Cache:
             fill.fail(exhausted(error))
         finally:
             del self._fills[fill.key]
-            if not fill.over:  # cancelled at the service's end, or a mistake of ours
+            if not fill.over:  # cancelled when the service stops, or a programming error
                 fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
             fill.ended.set()
 
     def _look_up(self, fill: Fill) -> _Found | Leftover | FillEnd | Failure | None:
-        """The entry; else what there is to begin the fill with, which is claimed then; None: another process
+        """The entry; or what a fill can begin with, and the key is claimed then; None when another process
         has the claim. Blocks.
 
-        One look for both: an entry that is open nowhere costs no more than that, nor does a miss.
+        One thread job for both, so that an entry that is not open and a miss cost one switch each.
         """
         deps, key = self._deps, fill.key
         claims, claimed = deps.claims, deps.claims.try_claim(key.claim_offset)
@@ -316,7 +316,7 @@ class Cache:
             except DiskError as error:
                 leftover = Leftover(unstorable=refusal(error))
             if isinstance(leftover, Leftover):
-                claimed = False  # it stays the caller's
+                claimed = False  # the claim stays the caller's
             elif leftover is FillEnd.COMMITTED:
                 return self._entries.load(key) or leftover
             return leftover
@@ -325,7 +325,7 @@ class Cache:
                 claims.release(key.claim_offset)
 
     async def _lead(self, fill: Fill, leftover: Leftover, follower: Follower) -> None:
-        """Lead a claimed fill; ask for it under another spelling if upstream does not have this one."""
+        """Lead a claimed fill; if upstream does not have this spelling of the moniker, try another."""
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (
@@ -347,7 +347,7 @@ class Cache:
         return await spell(self.open, fill.route, candidates[0].variant if candidates else fill.variant)
 
     def _land_on(self, fill: Fill, record: Record, file: OpenFile, trusting: bool) -> None:
-        """There is an entry: a body that was followed is whole if it became the entry."""
+        """The entry exists: a body that was followed is complete if it became the entry."""
         body = fill.body
         if body is not None and not body.ended:
             own = os.fstat(file.fd)
@@ -359,7 +359,7 @@ class Cache:
         fill.finish(FillEnd.COMMITTED)
 
     def _keep_entry(self, fill: Fill) -> None:
-        """Have the entry open that the fill has brought about."""
+        """Keep the fill's entry open."""
         if fill.record is not None and fill.file is not None:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
@@ -370,24 +370,24 @@ class Cache:
     # --- damage
 
     def close_removed(self) -> None:
-        """Close every entry whose file has no link left; call when the store's epoch was raised."""
+        """Call when the store's epoch was raised."""
         self._entries.close_removed()
 
     def look_over(self) -> None:
-        """Doubt every open entry whose file somebody else has changed; to be called once a second."""
+        """Verify every open entry whose file was changed by something else; to be called once a second."""
         for entry in self._entries.changed():
             self._compare_all(entry)
 
     def _damaged(self, entry: Entry) -> None:
-        """A chunk of an entry is not what was stored: have the entry demoted and its rest fetched again.
+        """A chunk of an entry is damaged: have the entry demoted and its rest fetched again.
 
-        It is counted under the claim, once for all processes that come to the damage at the same time.
+        It is counted under the claim, once for all processes that find the damage at the same time.
         """
         self._compare_all(entry)
         entry.counted = True
 
     def _compare_all(self, entry: Entry) -> None:
-        """Begin a fill that compares the whole entry, unless there is one, or one failed a moment ago."""
+        """Begin a fill that compares the whole entry, unless one is running, or failed a moment ago."""
         fill = self._fills.get(entry.key)
         if fill is not None:
             if not fill.suspect:  # its commit is under way
@@ -404,10 +404,10 @@ class Cache:
         return self._begin(Fill(key, route, key.variant, suspect=True, seen=seen, noted=counted))
 
     async def is_sound_at(self, opened: Opened, offset: int) -> bool:
-        """Compare the chunk that an answer begins with, before its head is sent.
+        """Compare the chunk that a response begins with, before its head is sent.
 
-        False when it is damaged: open again, for the body of which it has become a part. Problem when the
-        damaged chunk can't be had.
+        False when it is damaged: open again, for the fill that restores it. Problem when the damaged chunk
+        can't be had.
         """
         entry = opened.entry
         if entry is None or await entry.is_sound_at(offset):
@@ -424,10 +424,10 @@ class Cache:
         return False
 
     async def repair(self, key: ContentKey, *, counted: bool) -> Problem | None:
-        """Compare all of a stored body and fetch again what is damaged; why that failed, None if it is well.
+        """Compare all of a stored body and fetch again what is damaged; the problem if that failed.
 
-        For the controller: it has no client's request to know the route from. `counted`: the damage that
-        made it ask is.
+        For the controller: it has no client's request to know the route from. `counted`: the damage is
+        counted already.
         """
         while (fill := self._fills.get(key)) is not None and not fill.suspect:
             await fill.ended.wait()
@@ -455,11 +455,11 @@ class Cache:
 
     @property
     def fills(self) -> int:
-        """Fills that this process leads or follows, their last steps included."""
+        """Fills that this process leads or follows, including their last steps."""
         return len(self._tasks)
 
     async def stop(self) -> None:
-        """End all fills; their parts stay for resuming. Whole bodies are committed first."""
+        """End all fills; their parts stay for resuming. Complete bodies are committed first."""
         tasks = list(self._tasks)
         for task in tasks:
             fill = self._tasks[task]

@@ -1,4 +1,4 @@
-"""Managers' catalogues: read through the store, kept for the workers, asked how a moniker is spelled."""
+"""Managers' catalogues: read through the store, kept for the workers, used to spell monikers."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import astuple, dataclass, field
@@ -31,8 +31,8 @@ def _as_rows(rows: Mapping[str, Listed] | None) -> list[tuple[str, ...]] | None:
 class Kept:
     """One upstream's catalogue. `rows` is None when none was ever read from `source`, a URL or a path.
 
-    `problem` is why the last try failed, None when it did not. Times are Unix seconds. The validators are
-    upstream's own.
+    `problem` is why the last attempt failed, if it did. Times are Unix seconds. The validators are upstream's
+    own.
     """
 
     source: str
@@ -51,7 +51,7 @@ class _Document(BaseModel):
 
 
 def read_kept(run: Path) -> dict[str, Kept]:
-    """What is kept, by the upstream's name; empty when there is nothing, or it can't be read. Blocks."""
+    """By the upstream's name; empty when there is no file, or it can't be read. Blocks."""
     try:
         return _Document.model_validate_json((run / FILE).read_bytes()).upstreams
     except (OSError, ValueError, TypeError):
@@ -65,7 +65,6 @@ def write_kept(run: Path, kept: dict[str, Kept]) -> None:
 
 _CATALOG = Routes().route(CATALOG_PATH)
 Open = Callable[[Route, Variant], Awaitable[Opened]]
-"""Cache.open."""
 
 
 async def read_catalogue(open_: Open, variant: Variant) -> Fetched:
@@ -74,7 +73,7 @@ async def read_catalogue(open_: Open, variant: Variant) -> Fetched:
     try:
         text = await read_whole(opened.body, MAX_CATALOG_BYTES)
         if len(text) < MAX_CATALOG_BYTES and len(text) != opened.body.end():
-            raise Problem("upstream-bad-body", f"{CATALOG_PATH} broke off")  # the rest may be what matters
+            raise Problem("upstream-bad-body", f"{CATALOG_PATH} broke off")  # the missing rest may matter
         head = opened.body.head
         return Fetched(text, head.upstream_etag, head.last_modified)
     finally:
@@ -84,7 +83,7 @@ async def read_catalogue(open_: Open, variant: Variant) -> Fetched:
 async def spell(open_: Open, route: Route, variant: Variant) -> str | None:
     """The path with the moniker as the manager's catalogue spells it, or in upper case without one.
 
-    An upstream's file system may tell upper from lower case; clients' spellings differ (FIELD).
+    An upstream's file system may be case-sensitive; clients' spellings differ (FIELD).
     """
     if not route.stream.startswith("{"):
         return None

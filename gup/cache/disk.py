@@ -1,4 +1,4 @@
-"""The cache directory's disk: what it refuses, the room on it, and how far it is synced."""
+"""The cache directory's disk: its errors, the room on it, and how far it is synced."""
 
 import asyncio
 import errno
@@ -21,32 +21,32 @@ from gup.files import replace_file, sync_file_system
 
 log = logging.getLogger("gup.durability")
 
-# --- refusals and room
+# --- errors and room
 
 _PATIENCE_SECONDS = 2.0
-"""For eviction to show an effect; each further one is waited for as long again."""
+"""Time for eviction to show an effect; it starts again with each effect."""
 _SHORT_PATIENCE_SECONDS = 0.25
-"""For some time after none could be made: not every miss shall wait for what others waited for in vain."""
+"""The same after a failure, for some time: not every miss shall wait in vain."""
 _VAIN_SECONDS = 30.0
 _MAKE_BYTES = 1 << 20
-"""How much is evicted for a disk that refuses though its figures promise room."""
+"""Evicted when a disk refuses though its figures promise room."""
 _POLL_SECONDS = 0.02
 _ASK_AGAIN_SECONDS = 0.1
 _SETTLE_SECONDS = 0.25
-"""A committed body is counted here for so long, until the controller has surely done so."""
+"""A committed body is counted here for this long, until the controller has counted it."""
 STEP_BYTES = 16 << 20
-"""Room is promised in steps of this size while a body's length is unknown."""
+"""Room is reserved in steps of this size while a body's length is unknown."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _Result = TypeVar("_Result")
 
 
 class DiskError(GupError, OSError):
-    """The cache directory's disk refused; any other OSError came from elsewhere: a socket, a lock."""
+    """The cache directory's disk refused; other OSErrors have other causes, such as sockets or locks."""
 
 
 @contextmanager
 def told_apart() -> Iterator[None]:
-    """Around work on files of the cache directory: an OSError in it is a DiskError, the errno kept."""
+    """Around work on files of the cache directory: its OSErrors become DiskErrors with the same errno."""
     try:
         yield
     except DiskError:
@@ -56,12 +56,12 @@ def told_apart() -> Iterator[None]:
 
 
 async def on_disk(executor: Executor, work: Callable[..., _Result], *arguments: object) -> _Result:
-    """`work` on files of the cache directory, in a thread. DiskError when the disk refuses."""
+    """Run `work` on files of the cache directory in a thread. DiskError when the disk refuses."""
     return await asyncio.get_running_loop().run_in_executor(executor, told_apart()(work), *arguments)
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
-    """The body can't be kept: it is `too_large` for ever, or there is no room now, perhaps on the `disk`."""
+    """The body can't be stored: it is `too_large`, or there is no room now, perhaps on the `disk`."""
 
     def __init__(self, detail: str, *, disk: bool = False, too_large: bool = False) -> None:
         super().__init__(detail)
@@ -71,29 +71,29 @@ class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
 
 @dataclass(slots=True)
 class Space:
-    """Promises of room, kept over all workers."""
+    """Reservations of room, summed over all workers."""
 
     folder: Path
     max_size: Callable[[], int]
     min_free: Callable[[], int]
     used: Callable[[], int]
-    """Bodies, unclaimed parts, and what every worker has promised; 0 as long as that is not known."""
+    """Bodies, unclaimed parts, and all reservations; 0 while that is unknown."""
     promise: Callable[[int], None]
-    """Changes this worker's share of it."""
+    """Changes this worker's reservations."""
     need: Callable[[int, bool], None]
-    """Tells the controller how much is to be evicted; if its flag is set, whatever the figures say."""
+    """Asks the controller to evict that many bytes; with the flag, even if its figures show room."""
     evictions: Callable[[], int]
-    """Changes when something was evicted."""
+    """Changes with each eviction."""
     _settling: int = 0
     _in_vain_until: float = 0.0
     _free_bytes: int = 0
     _measured_at: float = -math.inf
 
     async def reserve(self, amount_bytes: int, held_bytes: int) -> None:
-        """Promise room, evicting if need be, to a body that has `held_bytes` already. Unstorable without.
+        """Reserve room, evicting if need be, for a body that has `held_bytes` already. Unstorable without.
 
-        The promise comes first: whoever makes room sees it, and of two that want the last room none
-        oversteps. Nothing is evicted for what would not fit into the room of all that is stored.
+        It is reserved first: eviction sees it, and of two that want the last room neither exceeds the limit.
+        Nothing is evicted for a body that would not fit into the whole store.
         """
         wanted = held_bytes + amount_bytes
         if wanted > MAX_BODY_BYTES:
@@ -121,13 +121,13 @@ class Space:
         raise Unstorable("eviction made no room below cache.max_size")
 
     async def make_room(self) -> bool:
-        """Evict for a disk that is full though its figures told otherwise (quota, inodes); whether it did."""
+        """Evict for a disk that is full though its figures show room (quota, inodes); whether it did."""
         before = self.evictions()
         self.need(_MAKE_BYTES, True)
         return await self._made(lambda: int(self.evictions() == before), lambda _: None)
 
     async def _made(self, missing: Callable[[], int], ask: Callable[[int], None]) -> bool:
-        """Wait until nothing is missing, as long as it gets less; False when it does not in time."""
+        """Wait until nothing is missing, as long as it decreases; False when it does not in time."""
         patience = _SHORT_PATIENCE_SECONDS if time.monotonic() < self._in_vain_until else _PATIENCE_SECONDS
         least, deadline, ask_at = 1 << 62, 0.0, 0.0
         while (amount := missing()) > 0:
@@ -145,7 +145,6 @@ class Space:
         return True
 
     def release(self, amount_bytes: int, *, committed: bool) -> None:
-        """Take a promise back."""
         self.promise(-amount_bytes)
         if committed:
             self._settle(amount_bytes)
@@ -155,7 +154,7 @@ class Space:
         self._settling += amount_bytes
 
     def _short_on_disk(self, amount_bytes: int) -> int:
-        """How much room the disk lacks for so many bytes and `cache.min_free`; 0 or less when it has it."""
+        """Bytes that the disk lacks for this amount and `cache.min_free`; 0 or less when it has them."""
         if time.monotonic() - self._measured_at >= _POLL_SECONDS:
             with told_apart():
                 disk = os.statvfs(self.folder)
@@ -164,7 +163,7 @@ class Space:
 
 
 def refusal(error: DiskError | Unstorable) -> str:
-    """What to tell of a disk that refused. Raises what is no refusal: descriptors or memory ran out."""
+    """The disk's error as a message. Raises errors with another cause: descriptors or memory ran out."""
     if isinstance(error, DiskError):
         if is_exhausted(error):
             raise error
@@ -174,7 +173,7 @@ def refusal(error: DiskError | Unstorable) -> str:
 
 @dataclass(slots=True)
 class Room:
-    """What one fill was promised."""
+    """One fill's reservation."""
 
     space: Space
     executor: Executor
@@ -185,7 +184,7 @@ class Room:
         self._promised += amount
 
     async def keep(self, received: int) -> None:
-        """Have room for a body of which so much is here; for one of unknown length it grows by steps."""
+        """Reserve room for a body with `received` bytes; for one of unknown length in steps."""
         while received > self._promised:
             await self.reserve(STEP_BYTES)
 
@@ -195,7 +194,7 @@ class Room:
             self._promised = 0
 
     async def on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        """`work` in a thread; when the disk is full, evict and do it once more: it must be fit for that."""
+        """Run `work` in a thread; when the disk is full, evict and run it again: it must allow that."""
         try:
             return await on_disk(self.executor, work, *arguments)
         except DiskError as error:
@@ -204,12 +203,10 @@ class Room:
         return await on_disk(self.executor, work, *arguments)
 
 
-# --- what a power cut can't take
-#
-# New entries are not synced one by one: the controller syncs the file system now and then, and marks up to
-# when it did. An entry that the mark covers, or that was stored since the machine started, is on the disk or
-# in the page cache as it was written; of any other every chunk is compared before it is sent, in every mode
-# (cache.verify).
+# --- durability: New entries are not synced one by one: the controller syncs the file system from time to
+# time, and stores the time of the last sync as a mark. An entry that the mark covers, or that was stored
+# since the machine started, is on the disk or in the page cache as it was written; of any other every chunk
+# is compared before it is sent, in every mode (cache.verify).
 
 _FILE = "synced"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -218,24 +215,24 @@ _MARGIN_SECONDS = 5.0
 
 
 class Mark(BaseModel):
-    """The last sync: the boot of the machine it was made in, and its Unix time. 0: it failed."""
+    """The last sync: the boot in which it was made, and its Unix time. 0: it failed."""
 
     boot_id: str = ""
     at: float = 0.0
 
     def covers(self, record: Record) -> bool:
-        """Whether no power cut since can have torn the record's body."""
+        """Whether no power cut since then can have torn the record's body."""
         this_boot = self.at > 0 and self.boot_id == boot_id()
         return this_boot or record.stored_at <= self.at - _MARGIN_SECONDS
 
 
 def boot_id() -> str:
-    """The machine's present boot; another text after each start."""
+    """Identifies the machine's present boot."""
     return _BOOT_ID.read_text().strip()
 
 
 def read_mark(run: Path) -> Mark:
-    """The mark as it is kept; one that covers nothing when there is none. Blocks."""
+    """A mark that covers nothing when there is none. Blocks."""
     try:
         return Mark.model_validate_json((run / _FILE).read_bytes())
     except (OSError, ValueError):
@@ -251,7 +248,6 @@ class Durability:
     """Syncs every `interval()` seconds if `committed()`, a count, has changed; in the controller."""
 
     root: Path
-    """The cache directory."""
     interval: Callable[[], float]
     committed: Callable[[], int]
     _synced_count: int = -1
@@ -263,7 +259,7 @@ class Durability:
             await asyncio.sleep(max(self.interval(), 0.1))
 
     async def sync(self) -> None:
-        """Sync if something was committed since the last time. A refusal is told once, and tried again."""
+        """Sync if something was committed since the last time. A failure is logged once, and retried."""
         count = self.committed()
         if count == self._synced_count:
             return

@@ -18,16 +18,17 @@ log = logging.getLogger("gup.fill")
 _POLL_SECONDS = 0.004
 _LONGEST_POLL_SECONDS = 0.25
 _LATE = 0.1
-"""What has brought nothing new for some time is noticed late by this part of that time at most."""
+"""Upper limit of the polling delay, as a fraction of the time since the last change."""
 _IDLE_POLL_SECONDS = 0.1
-"""Between two looks while nobody here waits."""
+"""Polling interval while no client of this process waits."""
 
 
 class Follower:
-    """One key's fill seen from outside; a look is a `stat` of the state, one of the part, one at the claim.
+    """One key's fill as seen from outside; a poll is a `stat` of the state, one of the part, one of the
+    claim.
 
-    Those are calls on the loop that touch no disk (0.9 µs, 0.9 µs and 1.6 µs measured): a thread would
-    cost more than it spares.
+    These calls run on the loop and touch no disk (0.9 µs, 0.9 µs and 1.6 µs measured): a thread would cost
+    more than it saves.
     """
 
     def __init__(self, dependencies: FillDependencies, fill: Fill) -> None:
@@ -37,15 +38,14 @@ class Follower:
         self._memory_seen: int | None = None
         self._waiters = waiters_offset(fill.key.id)
         self._news_at = dependencies.clock()
-        """When a look last found something new. A leader in the queue brings nothing new for long."""
 
     async def run(self) -> None:
-        """Follow until the fill is over or nobody has the claim any more."""
+        """Follow until the fill is over or its claim is free."""
         claims, told = self._deps.claims, False
         try:
             while claims.taken(self._fill.key.claim_offset):
-                if not told and self._fill.wanted:  # the leader is told that somebody waits
-                    with contextlib.suppress(OSError):  # no lock left: the fill is only not promoted
+                if not told and self._fill.wanted:  # tell the leader that a client waits
+                    with contextlib.suppress(OSError):  # without a lock the fill is only not promoted
                         told = claims.try_claim(self._waiters)
                 try:
                     if self._look():
@@ -53,16 +53,16 @@ class Follower:
                 except OSError as error:
                     if not is_exhausted(error):
                         raise
-                    self._state_seen = self._memory_seen = None  # look again when there is a descriptor
+                    self._state_seen = self._memory_seen = None  # look again when a descriptor is free
                 await asyncio.sleep(self._pause())
         finally:
             if told:
                 claims.release(self._waiters)
 
     def ended_in_memory(self) -> bool:
-        """Whether the leader has brought it to its end in memory. What died with a leader is cut here."""
+        """Whether the leader has completed it in memory. A body that died with its leader is cut here."""
         self._memory_seen = None
-        with contextlib.suppress(OSError):  # no descriptor for it: whoever leads will be told the same
+        with contextlib.suppress(OSError):  # without a descriptor: the next leader gets the same error
             return self._look_into_memory()
         return False
 
@@ -74,7 +74,7 @@ class Follower:
         return min(max(_POLL_SECONDS, _LATE * silent_seconds), _LONGEST_POLL_SECONDS)
 
     def _look(self) -> bool:
-        """One look; whether the fill is over."""
+        """One poll; whether the fill is over."""
         if self._look_into_memory():
             return True
         state = self._changed_state()
@@ -89,7 +89,7 @@ class Follower:
     # --- memory files
 
     def _look_into_memory(self) -> bool:
-        """Go on in the leader's memory file when there is one; whether the fill is over."""
+        """Continue in the leader's memory file when there is one; whether the fill is over."""
         memory, fill = self._deps.memory, self._fill
         if memory.epoch == self._memory_seen:
             return False
@@ -108,7 +108,7 @@ class Follower:
         return fill.over
 
     def _lose_memory(self) -> None:
-        """The memory file has no row any more: what is read here is whole, or never will be."""
+        """The memory file has no row any more: the body read here is complete, or never will be."""
         body = self._fill.body
         if body is None or not body.in_memory:
             return
@@ -119,7 +119,7 @@ class Follower:
             self._fill.detach()
 
     def _body_in_memory(self, row: Row) -> GrowingBody | None:
-        """The body that goes on in the row's memory file; None when it can't be read here, or is gone."""
+        """The body in the row's memory file; None when it can't be opened, or is gone."""
         memory, fill = self._deps.memory, self._fill
         body = fill.body
         if body is not None and body.in_memory and body.generation == row.generation:
@@ -132,7 +132,7 @@ class Follower:
             fill.finish(FillEnd.UNSTORABLE)
             return None
         except (FileNotFoundError, ValueError):
-            self._memory_seen = None  # it is gone: the next look tells
+            self._memory_seen = None  # it is gone: the next poll shows why
             return None
         assert state.head is not None
         if body is None or body.generation != row.generation:
@@ -152,7 +152,7 @@ class Follower:
             self._news_at = self._deps.clock()
             body.publish(size)
         if size == body.head.length:
-            body.complete(size)  # its last bytes are written only when all has been found right
+            body.complete(size)  # its last bytes are written only after all was verified
 
     def _follow_state(self, state: FillState) -> None:
         fill, now = self._fill, self._deps.clock()
@@ -162,9 +162,9 @@ class Follower:
             if state.service_start == self._deps.store.service_start:
                 self._attach(state)
         elif state.phase is Phase.REQUESTED:
-            fill.detach()  # the body that was begun is given up: upstream has another one by now
+            fill.detach()  # the body was given up: upstream has another one now
         elif state.phase is Phase.UNSTORABLE and stands:
-            if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it goes on there
+            if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it continues there
                 fill.detach()
                 fill.finish(FillEnd.UNSTORABLE)
         elif state.phase is Phase.FAILED and state.failure is not None and stands and same:
@@ -173,11 +173,11 @@ class Follower:
     def _attach(self, state: FillState) -> None:
         assert state.head is not None
         path = self._deps.store.part_path(self._fill.key.id, state.generation)
-        with contextlib.suppress(FileNotFoundError):  # committed or given up since: the next look tells
+        with contextlib.suppress(FileNotFoundError):  # committed or given up since: the next poll shows which
             self._fill.attach(GrowingBody(state.head, state.generation, OpenFile(path), self._deps.clock()))
 
     def _changed_state(self) -> FillState | None:
-        """The state file, if it is another one than at the last look."""
+        """The state file, if it has changed since the last poll."""
         try:
             stat = self._deps.store.state_path(self._fill.key.id).stat()
         except FileNotFoundError:
@@ -189,4 +189,4 @@ class Follower:
         try:
             return self._deps.store.load_state(self._fill.key.id)
         except ValueError:
-            return None  # whoever claims the key next looks into it
+            return None  # the next process that claims the key examines it

@@ -1,4 +1,4 @@
-"""The fills that a process leads or follows, one a key, and what they need to do their work."""
+"""The in-flight table's rows: one fill a key, led or followed by this process, and its collaborators."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.pool import Pool
 
 PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
-"""Order in which fills get a slot, and bytes of the WAN: small and urgent ones first."""
+"""Order in which fills get a slot, and WAN bytes: small and urgent ones first."""
 BACKGROUND_PRIORITY = 3
 
 
@@ -52,14 +52,12 @@ class FillDependencies:
 
     @property
     def longest_wait_seconds(self) -> float:
-        """For the first byte of a fill: the time in the queue, and one upstream that does not answer."""
+        """Until a fill's first byte: the time in the queue, and one upstream that does not answer."""
         slowest = max((u.connect_timeout + u.first_byte_timeout for u in self.settings.upstream), default=1.0)
         return self.settings.fill.queue_timeout + 2 * slowest
 
 
 class FillEnd(Enum):
-    """How a fill ended that has not failed."""
-
     COMMITTED = "committed"
     VALIDATED = "validated"
     UNSTORABLE = "unstorable"
@@ -67,53 +65,50 @@ class FillEnd(Enum):
 
 @dataclass(slots=True, eq=False)
 class Fill:
-    """One key's fill as this process sees it, be its leader here or elsewhere.
+    """One key's fill as this process sees it, whether it is led here or elsewhere.
 
-    Its task, which leads or follows, alone calls `attach`, `detach`, `land` and `fail`; requests `join`.
+    Only its task, which leads or follows, calls `attach`, `detach`, `land` and `fail`; requests `join`.
     """
 
     key: ContentKey
     route: Route
     variant: Variant
     passed: tuple[str, ...] = ()
-    """The gups that the request which began it came through, for upstreams to find loops."""
+    """The gups that its first request came through, so that upstreams detect loops."""
     client: str = ""
-    """Address of that request's client; "" if nobody asked."""
+    """Address of that request's client; "" without a request."""
     since: float = 0.0
-    """When it began, by the clock: its waiters have one patience together."""
+    """When it began, by the clock: its waiters share one patience."""
     suspect: bool = False
-    """Whether it compares the stored body, which may be damaged."""
+    """It compares the stored body, which may be damaged."""
     seen: int | None = None
     """The generation in which the damage was seen, if known: another one is not suspect."""
     noted: bool = False
-    """Whether that damage is counted already."""
+    """That damage is counted already."""
     background: bool = False
-    """Whether nobody waits for it, so that it yields to clients' fills. See `promote`."""
+    """No client waits for it, so it yields to clients' fills. See `promote`."""
     patient: bool = False
-    """Whether it waits for its slot as long as that takes: no client waits for it."""
+    """It waits for its slot without limit, since no client waits for it."""
     inherits: bool = False
-    """Whether its leader died in mid-body: who takes it over has that leader's slot."""
+    """Its leader died in mid-body: the takeover gets that leader's slot."""
     from_memory: bool = False
-    """Whether its body is whole in memory and is only to be stored. No client waits for it."""
+    """Its body is complete in memory and is only stored. No client waits for it."""
     count_readers: Callable[[int], None] | None = None
     """Called with every change of the number of its body's readers."""
     body: GrowingBody | None = None
     end: FillEnd | None = None
     problem: Problem | None = None
     record: Record | None = None
-    """Of the entry that it has committed or validated."""
     file: OpenFile | None = None
-    """The committed entry's body."""
     fetched: bool = False
-    """Whether this process asked an upstream for it."""
+    """This process asked an upstream for it."""
     repairs: bool = False
-    """Whether it fetches the rest of a damaged entry."""
+    """It fetches the rest of a damaged entry."""
     finishing: bool = False
-    """Whether all of the body is here: the process does not stop before it is committed."""
+    """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
-    """Whether some of its upstreams are gups, or may be; told where `passed` names any."""
+    """Some of its upstreams are gups, or may be."""
     share: Share = field(init=False)
-    """The WAN share that its bytes are charged to."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
     _settled: asyncio.Event | None = None
@@ -124,12 +119,10 @@ class Fill:
 
     @property
     def is_read(self) -> bool:
-        """Whether clients have some of its body."""
         return self.body is not None and self.body.readers > 0
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody waits for it or reads it."""
         return self._joining > 0 or self.is_read
 
     @property
@@ -145,7 +138,7 @@ class Fill:
         self._settle()
 
     def detach(self) -> None:
-        """The body is not to be read any more; who comes now waits for the next one."""
+        """The body must not be read any more; new waiters get the next one."""
         if self.body is not None:
             self.body.fail()
             self.body = self._settled = None
@@ -174,7 +167,7 @@ class Fill:
         return shared or set(self.passed) <= set(passed)
 
     async def join(self) -> GrowingBody | FillEnd:
-        """Wait for something to read, as one of its readers, or for the end. Problem when it failed."""
+        """Wait for a body to read, as one of its readers, or for the end. Problem when it failed."""
         self._joining += 1
         try:
             while self.body is None and not self.over:
@@ -190,7 +183,7 @@ class Fill:
         return self.end
 
     def promote(self, wan: Wan) -> None:
-        """A client waits for it from now on."""
+        """A client waits for it now."""
         if self.background:
             self.background = False
             self.share.priority = PRIORITIES[self.route.kind]
@@ -218,7 +211,10 @@ def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> 
     return not passed or (not asks_gups and problem.status in (404, 410))
 
 
-def committed(record: Record, *, replaced: bool, path: str = "") -> dict[str, object]:
-    """The event that tells the controller of a new body; with the `path` that a client's fill asked for."""
+def committed(record: Record, *, replaced: bool, path: str = "", **fetched: float) -> dict[str, object]:
+    """The event that tells the controller of a new body; with the `path` that a client's fill asked for, and
+    the `seconds` and `resumes` of a fill that this process has led.
+    """
     own = {"key": record.key.text, "length": record.length, "kind": str(record.kind)}
-    return {"type": "committed", **own, "replaced": replaced, "path": path}
+    told = {"replaced": replaced, "path": path, "upstream": record.upstream} | fetched
+    return {"type": "committed"} | own | told

@@ -1,7 +1,7 @@
-"""What is wrong in a cache directory: everything in it is looked at, and what nobody uses can be put right.
+"""Damage in a cache directory: checks everything in it, and repairs what is not in use.
 
-Blocks on the disk. `check_entry`, `check_part` and `put_right` are sure only while nobody works on the key:
-under its claim, or while no service runs.
+Blocks on the disk. `check_entry`, `check_part` and `put_right` are reliable only under the key's claim, or
+while no service runs.
 """
 
 import os
@@ -19,7 +19,8 @@ from gup.content.key import ContentKey
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `path` is below the cache directory; `where` the metric's label, or "stray".
+    """One damaged or foreign file. `path` is below the cache directory; `where` the metric's label, or
+    "stray".
 
     `key` is None where no key could be read; `id` names a part.
     """
@@ -33,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is in a cache directory. `ids`: of parts and states; `strays`: foreign files, and leftovers."""
+    """The content of a cache directory. `ids`: of parts and states; `strays`: foreign files, leftovers."""
 
     keys: list[ContentKey]
     ids: list[str]
@@ -41,7 +42,7 @@ class Contents:
 
 
 def contents(store: Store, grace_seconds: float) -> Contents:
-    """All names. A file changed within `grace_seconds` is no stray yet: somebody may be at work on it."""
+    """A file changed within `grace_seconds` is no stray yet: it may be in use."""
     keys: set[ContentKey] = set()
     ids: set[str] = set()
     strays: list[Path] = []
@@ -64,7 +65,7 @@ def contents(store: Store, grace_seconds: float) -> Contents:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Everything below but folders; one in a body's place counts as a file. Links are not followed."""
+    """Everything below except folders; one in a body's place counts as a file. Links are not followed."""
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
         for name in (*names, *(name for name in folders if depth >= 4 or Path(place, name).is_symlink())):
@@ -81,7 +82,7 @@ def _age_seconds(path: Path) -> float:
 
 
 def check_entry(store: Store, key: ContentKey) -> list[Finding]:
-    """What is wrong with a body and its record. Reads all of the body."""
+    """Reads all of the body."""
     where, path, wrong = "record", store.body_path(key), ""
     try:
         record = store.load(key)
@@ -112,7 +113,6 @@ def _wrong_with_body(store: Store, record: Record) -> str:
 
 
 def _what_is(path: Path) -> str:
-    """What stands in a body's place."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
@@ -124,7 +124,6 @@ def _what_is(path: Path) -> str:
 
 
 def check_part(store: Store, id_: str) -> list[Finding]:
-    """What is wrong with the parts and the state of one key."""
     state_name = _name(store, store.state_path(id_))
     try:
         state = store.load_state(id_)
@@ -153,18 +152,14 @@ def check_part(store: Store, id_: str) -> list[Finding]:
 
 
 def check_stray(store: Store, path: Path) -> list[Finding]:
-    """The finding for a stray name, if it is still there."""
-    return (
-        [Finding("stray", _name(store, path), "a file that does not belong to the cache")]
-        if os.path.lexists(path)
-        else []
-    )
+    detail = "a file that does not belong to the cache"
+    return [Finding("stray", _name(store, path), detail)] if os.path.lexists(path) else []
 
 
 def put_right(store: Store, finding: Finding, *, alone: bool) -> None:
-    """Drop what is damaged, so that it is fetched anew.
+    """Drop what is damaged, so that it is fetched again.
 
-    `alone`: no service runs, so files may be cut: what is right at a beginning stays, as a part.
+    `alone`: no service runs, so files may be cut: a sound beginning stays, as a part.
     """
     if finding.key is not None and finding.where in ("body", "record"):
         if finding.where == "body" and _is_kept(store, finding.key, alone=alone):
@@ -177,7 +172,7 @@ def put_right(store: Store, finding: Finding, *, alone: bool) -> None:
 
 
 def _is_kept(store: Store, key: ContentKey, *, alone: bool) -> bool:
-    """Whether the entry is whole after all, by the end of an interrupted commit, or has become a part."""
+    """Whether the entry is complete after all, by finishing its interrupted commit, or has become a part."""
     record, file = store.load(key), store.open_whatever(key)
     if record is None or file is None:
         return record is not None and store.finish_commit(record)

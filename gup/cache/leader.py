@@ -1,7 +1,7 @@
-"""The leader of a fill: from the claim to the commit, or to the reason why not.
+"""The leader of a fill: from the claim to the commit, or to a failure.
 
 CLAIMED → REQUESTED → STREAMING → COMMITTED | FAILED | UNSTORABLE (gup.cache.records holds the table). The
-caller holds the key's claim. What the disk refuses goes on in a memory file.
+caller holds the key's claim. What the disk refuses continues in a memory file.
 """
 
 import asyncio
@@ -46,59 +46,60 @@ log = logging.getLogger("gup.fill")
 
 _SMALL_BYTES = CHUNK_BYTES
 _SMALL_SECONDS = 0.05
-"""A body that is whole within these limits is written in one step. What is larger or slower opens a part."""
+"""A body that is complete within these limits is written in one step. A larger or slower one opens a part."""
 _LOOK_SECONDS = 0.02
-"""Between two looks of a background fill at the others, and at who waits for it."""
+"""A background fill checks this often for other fills, and for its own waiters."""
 _MOST_CHANGES = 2
-"""So often upstream may have another body while one is being fetched, before the fill is given up."""
+"""A fill is given up when upstream's body changes more often than this while it is fetched."""
 _COMMIT_TRIES = 50
 _COMMIT_PAUSE_SECONDS = 0.2
 _EXPECTED = frozenset({"upstream-not-found", "upstream-gone"})
-"""Upstream need not have what clients ask for: no reason to be warned."""
+"""Upstream need not have what clients ask for: not worth a warning."""
 _Result = TypeVar("_Result")
 
 
 class Leader:
-    """One fill, led by this process. Whatever goes wrong ends in the fill, and in what others see."""
+    """One fill, led by this process. Errors become the fill's result and are visible to followers; none is
+    raised.
+    """
 
     def __init__(self, dependencies: FillDependencies, fill: Fill, leftover: Leftover) -> None:
-        """`leftover` is what earlier fills left."""
         self._deps = dependencies
         self._fill = fill
         self._key = fill.key
         self._leftover = leftover
         self._record = leftover.record
-        """The older body under this key, which is served on if this fill fails."""
+        """The older body under this key, which is still served if this fill fails."""
         self._state = FillState(fill.key, fill.route.kind, 0, Phase.CLAIMED, path=fill.route.upstream_path)
-        """As others are to see it; its head is there while the part is worth resuming."""
+        """As followers see it; its head is there while the part is worth resuming."""
         self._has_state = leftover.state is not None
-        """Whether there is a state file."""
         if leftover.state is not None:
             self._take_over(leftover.state)
         self._writer: PartWriter | None = None
         self._body: GrowingBody | None = None
-        """What the writer writes, whether it is shown already or not."""
+        """The body being written, shown to readers or not."""
         self._whole = False
-        """Whether all of the body was received and found right."""
+        """All of the body was received and verified."""
         self._memory: MemoryFile | None = None
-        """What the writer writes to since the disk refused."""
+        """The writer's file since the disk refused."""
         self._download: Download | None = None
+        self._resumes = 0  # of the downloads before
         self._bytes_changed = False
-        """Whether upstream has other bytes than were known: their ETag must be another, too."""
+        """Upstream has other bytes than were known: their ETag must differ, too."""
         self._came_at: float | None = None
-        """When a part's last byte came, if it was found whole; Unix seconds."""
+        """When the last byte of a complete part came; Unix seconds."""
         self._room = Room(dependencies.space, dependencies.executor)
         self._slot: FillSlot | None = None
-        """Stays when it is left: then it is not the queue that the fill's clients have waited for."""
+        """Kept after it is left: it shows that the fill's clients no longer wait for the queue."""
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         error_ttl = dependencies.settings.cache.error_ttl
         self._holds = Holds(leftover.holds, error_ttl, dependencies.clock, self._tell_rejected)
 
     async def run(self, path: str) -> Problem | None:
-        """Bring the fill to its end, or return the problem that no upstream has anything under `path`.
+        """Lead the fill to its end, or return the problem that no upstream has anything under `path`.
 
-        Cancelled: the part stays for whoever claims the key next.
+        Cancelled: the part stays for the next process that claims the key.
         """
         try:
             if self._fill.from_memory:
@@ -130,7 +131,8 @@ class Leader:
     async def _fetch(self, path: str) -> Problem | None:
         """Fetch it, or the rest of it, when a slot is free.
 
-        Nobody waits for a slot while no upstream can be reached, except for what is here.
+        While no upstream can be reached it fails instead of waiting for a slot, unless a part of it is
+        stored.
         """
         fill, leftover = self._fill, self._leftover
         if leftover.state is not None and fill.body is not None:
@@ -151,7 +153,7 @@ class Leader:
         raise nothing
 
     async def _fetch_or_bypass_disk(self) -> Problem | UpstreamFailure | None:
-        """Store it, or, as soon as that can't be, go on in memory. Returned is why it has no body."""
+        """Store it, or, once that fails, continue in memory. Returns why it has no body."""
         if self._leftover.unstorable is not None:
             refused = Unstorable(self._leftover.unstorable, disk=True)
             return await self._go_on_in_memory(refused, told=self._leftover.told)
@@ -187,14 +189,14 @@ class Leader:
         return None
 
     async def _end_without_body(self, remote: RemoteHead) -> Problem | UpstreamFailure | None:
-        """Upstream says that the stored index file is still right, or that it has nothing."""
+        """Upstream answers that the stored index file is current, or that it has nothing."""
         deps, record = self._deps, self._record
         if remote.status != 304 or record is None:
             return absent(remote)
         at = validated_at(deps, remote, self._fill.route.immutable)
         try:
             await self._room.on_disk(renew, deps, record, at)
-        except DiskError as error:  # asked again at the next request: what is stored is right all the same
+        except DiskError as error:  # asked again at the next request: the stored body is still right
             log.warning("could not store that %s is still fresh: %s", self._key.text, error)
         else:
             self._fill.record = replace(record, validated_at=at)
@@ -203,7 +205,7 @@ class Leader:
         return None
 
     def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
-        """A new download, to be begun; with `record`, only if upstream has another body by now.
+        """A new download, not begun; with `record`, conditional on a change of the body.
 
         UpstreamFailure when no upstream is up, or all are on hold.
         """
@@ -252,11 +254,12 @@ class Leader:
 
     def _leave_upstream(self) -> None:
         if self._download is not None:
+            self._resumes += self._download.resumes
             self._download.close()
             self._download = None
 
     def _purpose(self) -> str:
-        """What the bytes are counted under: a background fill stays one if somebody asks for it meanwhile."""
+        """The label that its bytes are counted under; a background fill keeps its own when it is promoted."""
         if self._fill.repairs:
             return "repair"
         if self._fill.background:
@@ -267,7 +270,7 @@ class Leader:
         return self._deps.streams.number(self._key), str(self._fill.route.kind)
 
     async def _reread(self, offset: int, length: int) -> bytes:
-        """For Download, which compares. What can't be read must not pass for the disk refusing a write."""
+        """For Download, which compares. A read error must not be taken for a refused write."""
         try:
             if self._writer is not None:
                 return await self._writer.reread(offset, length)
@@ -283,8 +286,8 @@ class Leader:
     async def _fill_slot(self) -> AsyncIterator[None]:
         """Hold a slot for the block, or until it is left; Problem when there is none in time.
 
-        A background fill needs none: it streams only while nobody else does, and few are begun at once. (The
-        WAN's order would not do: without a rate, or with one above what the link carries, there is none.)
+        A background fill needs none: it streams only while no other fill does, and few are begun at once.
+        (The WAN's order is not enough: without a rate, or with one above the link's, it has no effect.)
         """
         deps, fill = self._deps, self._fill
         if fill.background:
@@ -312,7 +315,7 @@ class Leader:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _yield_to_others(self) -> None:
-        """A background fill waits here while others stream or wait, unless somebody waits for it."""
+        """A background fill waits here while others stream or wait, unless a client waits for it."""
         while self._fill.background and self._deps.clock() >= self._next_look:
             if self._deps.queue.idle():
                 self._next_look = self._deps.clock() + _LOOK_SECONDS
@@ -320,7 +323,7 @@ class Leader:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _leave_slot(self) -> None:
-        """The fill needs nothing more of the link."""
+        """The fill no longer needs the link."""
         if self._slot is not None:
             self._slot.leave()
 
@@ -332,7 +335,7 @@ class Leader:
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
-        """A new part, which is not on the disk yet."""
+        """A new part, not on the disk yet."""
         generation = int(self._deps.wall_clock() * 1_000_000_000)
         told = self._download.told if self._download is not None else self._state.told
         self._state = replace(self._state, generation=generation, head=None, told=told)
@@ -341,7 +344,6 @@ class Leader:
         return self._body
 
     async def _reopen(self, state: FillState, salvage: Salvage) -> GrowingBody:
-        """The part of `state`; its readers, if there are any, read on."""
         head = state.head
         assert head is not None
         self._take_over(state)
@@ -358,7 +360,7 @@ class Leader:
         self._state = replace(state, phase=own.phase, path=own.path, failure=None, passed_through=False)
 
     async def _give_up_generation(self) -> None:
-        """Upstream has another body by now: readers are cut, here and elsewhere, and the part goes."""
+        """Upstream has another body now: readers are cut, here and elsewhere, and the part is removed."""
         self._leave_upstream()
         self._fill.detach()
         self._fill.finishing = self._whole = False
@@ -370,9 +372,9 @@ class Leader:
         self._room.release(committed=False)
 
     async def _resume(self, state: FillState, salvage: Salvage) -> GrowingBody | None:
-        """Go on with a dead leader's part; None when it turned out to be worth nothing (and is gone).
+        """Continue a dead leader's part; None when it was worthless and is removed.
 
-        Undamaged, the same generation goes on and its readers notice nothing. Where a chunk or the tail is
+        Undamaged, the same generation continues and its readers notice nothing. Where a chunk or the tail is
         bad, the good chunks go to a new generation and readers of the old one are cut.
         """
         assert state.head is not None
@@ -409,7 +411,7 @@ class Leader:
         return body
 
     async def _ask_for_rest(self, body: GrowingBody, salvage: Salvage) -> GrowingBody:
-        """The body is shown when upstream has confirmed what of it was unsure."""
+        """The body is shown when upstream has confirmed its unverified bytes."""
         begun = Begun(remote_of(body.head), salvage.size, salvage.verified, self._state.told)
         download = self._ask_upstream(begun, None)
         await download.begin()
@@ -418,7 +420,7 @@ class Leader:
         return body
 
     async def _demote(self, record: Record, salvage: Salvage) -> GrowingBody | None:
-        """Make a damaged entry a part again, now that an upstream has answered for its rest; None: it has
+        """Make a damaged entry a part again, once an upstream has answered for its rest; None when it has
         another body.
 
         Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
@@ -463,10 +465,10 @@ class Leader:
     # --- the body
 
     async def _receive(self, body: GrowingBody) -> RemoteHead:
-        """Read the body to its end, check it, and commit it; what its upstream told of it."""
+        """Read the body to its end, check it, and commit it; returns its upstream's head."""
         if self._fill.body is body or self._memory is not None or not await self._receive_small():
             await self._receive_large(body)
-        self._fill.finishing = True  # from here on it ends by itself, and soon
+        self._fill.finishing = True  # from here on it ends soon without waiting for others
         await self._check_structure()
         remote = self._source_head
         if not self._source.confirmed:
@@ -477,7 +479,7 @@ class Leader:
         return remote
 
     async def _receive_small(self) -> bool:
-        """Receive the body into memory; False when it takes too much of that, or too long."""
+        """Receive the body into memory; False when it is too large or too slow for that."""
         writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
@@ -489,7 +491,7 @@ class Leader:
         return False
 
     async def _receive_large(self, body: GrowingBody) -> None:
-        """Receive the body into a part, or a memory file, where others read along."""
+        """Receive the body into a part, or a memory file, for concurrent readers."""
         writer, download = self._part, self._source
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
@@ -521,7 +523,7 @@ class Leader:
     async def _show(self, body: GrowingBody) -> None:
         """STREAMING: the state for other processes, the body for this one.
 
-        Not before there is something to read: until then whatever fails can be told in a clean answer.
+        Not before the first bytes: until then a failure can be answered with an error response.
         """
         if self._memory is None:
             self._move(Phase.STREAMING)
@@ -530,7 +532,6 @@ class Leader:
         body.publish(self._part.written)
 
     def _attach(self, body: GrowingBody) -> None:
-        """Let readers have what is in the file."""
         fill = self._fill
         if self._memory is None:
             body.file = self._part.file
@@ -539,19 +540,19 @@ class Leader:
             body.go_on_in(self._memory.file)
         if fill.body is not body:
             fill.attach(body)
-            if not fill.background and not (self._whole and self._memory is None):  # else `committed` tells
+            if not fill.background and not (self._whole and self._memory is None):  # else `committed` says so
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
     async def _note_told(self, download: Download) -> None:
-        """Another upstream, or one that tells other validators, goes on: the state is to have them first."""
+        """Another upstream, or one with other validators, continues: save that in the state first."""
         self._state = replace(self._state, told=download.told)
         if self._state.phase is Phase.STREAMING:
-            with contextlib.suppress(OSError):  # the next write will tell
+            with contextlib.suppress(OSError):  # the next write will fail too, and report it
                 await self._save_state()
 
     async def _check_structure(self) -> None:
-        """UpstreamFailure when the whole body can't be what its name says."""
+        """UpstreamFailure when the complete body can't be what its name says."""
         file, received = self._key.file, self._part.received
         if not file.lower().endswith(".zip"):
             return
@@ -565,21 +566,21 @@ class Leader:
         raise failure
 
     async def _pass_on_unconfirmed(self, body: GrowingBody, remote: RemoteHead) -> None:
-        """All that came is for those who wait, without an end that nobody knows; then UpstreamFailure.
+        """Give waiting clients all that came, without its unconfirmed end; then UpstreamFailure.
 
         A stored index file that is stale is better than one that may lack its end.
         """
         if self._fill.body is body or self._record is None:
             await self._part.write_all(lambda _sums: None)
             await self._show(body)
-            await asyncio.sleep(0)  # who waits becomes a reader before the failure is told
+            await asyncio.sleep(0)  # waiters become readers before the failure is raised
         raise unconfirmed(remote.upstream, self._part.received)
 
     async def _finish(self, body: GrowingBody, remote: RemoteHead) -> None:
-        """Commit the whole body, and show its end.
+        """Commit the complete body, then show its end.
 
-        In this order: nobody has a whole body that a crash could take back. Only of a body that takes
-        another's place the readers wait for nothing: the disk syncs it, and either may be served.
+        In this order a crash can't take back a body that a reader has completely. A body that replaces
+        another shows its end first: the disk has to sync it, and either may be served.
         """
         deps, writer = self._deps, self._part
         self._leave_slot()
@@ -618,7 +619,9 @@ class Leader:
         deps.failures.forget(self._key, self._fill.route.upstream_path)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
-        deps.tell(committed(record, replaced=replaced, path="" if self._fill.background else state.path))
+        path, seconds = "" if self._fill.background else state.path, deps.clock() - self._began_at
+        resumes = self._resumes + (self._download.resumes if self._download is not None else 0)
+        deps.tell(committed(record, replaced=replaced, path=path, resumes=resumes, seconds=round(seconds, 3)))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.finish(FillEnd.COMMITTED)
 
@@ -627,7 +630,7 @@ class Leader:
         body.complete(self._part.received)
 
     async def _finish_part(self) -> None:
-        """Commit a part that holds every byte: nobody has to be asked for anything."""
+        """Commit a part that holds every byte, without asking an upstream."""
         state, salvage = self._leftover.state, self._leftover.salvage
         assert state is not None
         assert state.head is not None
@@ -643,16 +646,17 @@ class Leader:
             log.warning("%s is complete but can't be stored: %s", self._key.text, refusal(error))
             self._fill.finish(FillEnd.UNSTORABLE)
 
-    # --- going on without the disk
+    # --- continuing without the disk
 
     async def _go_on_in_memory(
         self, refused: Unstorable | DiskError, *, told: bool = False
     ) -> Problem | UpstreamFailure | None:
         """UNSTORABLE: what upstream still sends goes to the readers from a memory file.
 
-        Wherever the fill stood: 1. All is here, and only the commit was refused. 2. A body is arriving: its
-        readers go on. 3. Nothing has arrived: it begins in memory. What is too large, or finds no room in
-        memory, has its readers cut: each client is passed through alone. `told`: the state has it already.
+        By the fill's state: 1. The body is complete, and only the commit was refused. 2. A body is arriving:
+        its readers continue. 3. Nothing has arrived: it begins in memory. The readers of a body that is too
+        large, or finds no room in memory, are cut: each client is passed through. `told`: the state says so
+        already.
         """
         why, fill = refusal(refused), self._fill
         disk = isinstance(refused, DiskError) or refused.disk
@@ -681,11 +685,11 @@ class Leader:
         return None
 
     def _is_worth_memory(self) -> bool:
-        """Whether anybody waits for it, here or elsewhere; what is whole is kept for who comes late."""
+        """Whether a client waits for it, here or elsewhere; a complete one is kept for later clients."""
         return self._whole or self._fill.wanted or self._deps.claims.taken(waiters_offset(self._key.id))
 
     async def _enter_memory(self) -> GrowingBody:
-        """Go on in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
+        """Continue in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
         deps, body = self._deps, self._body
         if body is None:
             head = head_of(self._key, self._source_head, changed=self._bytes_changed)
@@ -729,7 +733,7 @@ class Leader:
     async def _tell_unstorable(
         self, why: str, *, disk: bool, told: bool, passed_through: bool = False
     ) -> None:
-        """Keep for `cache.error_ttl` that it is not to be stored; tell the controller unless it is `told`."""
+        """Remember for `cache.error_ttl` that it can't be stored; tell the controller unless it is `told`."""
         deps = self._deps
         if told and not passed_through:
             return
@@ -741,7 +745,7 @@ class Leader:
             deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
 
     async def _store_memory(self) -> None:
-        """Try again to store a body that is whole in memory: nobody is asked for it again."""
+        """Retry storing a body that is complete in memory, without asking an upstream."""
         deps, row = self._deps, self._deps.memory.find(self._key)
         if self._leftover.unstorable is not None or row is None:
             self._fill.finish(FillEnd.UNSTORABLE)
@@ -769,9 +773,9 @@ class Leader:
     # --- ends other than a commit
 
     async def fail(self, problem: Problem, stands_seconds: float = 0.0, *, drop: bool = False) -> None:
-        """FAILED: told to the clients, and remembered so that nobody asks upstream before it has passed.
+        """FAILED: reported to the clients, and remembered so that no upstream is asked until it has expired.
 
-        A part is kept for resuming, but not one whose bytes were found wrong; beside it the state is kept.
+        A part is kept for resuming, except one whose bytes were wrong; its state is kept with it.
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
@@ -795,14 +799,14 @@ class Leader:
         if problem.slug not in _EXPECTED:
             deps.counters.add("gup_fills_total", outcome="failed")
         self._log_end("failed", problem=problem.slug, detail=problem.detail)
-        if not fill.background:  # the controller knows of what it fetches itself
+        if not fill.background:  # the controller knows about its own fetches
             event = {"type": "failed", "key": self._key.text, "problem": problem.slug}
             deps.tell({**event, "detail": problem.detail})
 
     def _stand_seconds(self, failure: UpstreamFailure) -> float:
-        """How long no upstream is to be asked for this key again after it has failed so.
+        """How long no upstream is to be asked for this key after this failure.
 
-        What took all upstreams down needs no memory of each key: the pool knows.
+        A failure of all upstreams is remembered by the pool, not for each key.
         """
         if failure.slug == "overloaded":
             return 0.0
@@ -868,8 +872,7 @@ class Leader:
 def _commit(store: Store, record: Record) -> bool:
     """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
 
-    Rather than to fetch the body again it is worth waiting until there is a descriptor. Each try goes on
-    where the last one ended.
+    Waiting for a free descriptor is better than fetching the body again. Each attempt continues the last one.
     """
     for tries_left in range(_COMMIT_TRIES, -1, -1):
         try:
@@ -879,7 +882,7 @@ def _commit(store: Store, record: Record) -> bool:
             if not tries_left or not is_exhausted(error):
                 raise
         time.sleep(_COMMIT_PAUSE_SECONDS)
-    if record.length < CHUNK_BYTES:  # it has no file of sums
+    if record.length < CHUNK_BYTES:  # it has no sums file
         store.drop_state(record.key.id)
     else:
         store.drop_journal(record.key.id, record.generation)

@@ -1,4 +1,4 @@
-"""Locks that all processes share: claims of keys, and slots for work that is limited on the whole machine."""
+"""Locks that all processes share: claims of keys, and slots for work that is limited per machine."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ _BESIDE = 1 << 62  # beyond every claim, which has 62 bits
 
 
 def claim_offset(id_: str) -> int:
-    """The claim of the key of this id: ContentKey.claim_offset."""
+    """ContentKey.claim_offset of the key with this id."""
     return int(id_[:16], 16) >> 2
 
 
@@ -26,7 +26,7 @@ class Claims:
     """The claims that this process holds (gup.files.lock_range).
 
     The kernel frees them however the process dies. Two holders in one process would share the open file and
-    not see each other, so the set of held offsets is asked first.
+    not see each other, so the set of held offsets is checked first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class Claims:
         self._threads = threading.Lock()
 
     def try_claim(self, offset: int) -> bool:
-        """Take the claim at `offset` (62 bits) if nobody has it; OSError when the lock table is full."""
+        """Take the claim at `offset` (62 bits) if it is free; OSError when the lock table is full."""
         with self._threads:
             if offset in self._held:
                 return False
@@ -66,7 +66,6 @@ class Claims:
         return held or is_range_locked(self._fd, first, count)
 
     def close(self) -> None:
-        """Give up all claims."""
         os.close(self._fd)
         self._held.clear()
 
@@ -80,7 +79,7 @@ class Slots:
     count: Callable[[], int]
 
     def try_take(self, most: int | None = None) -> int | None:
-        """A slot, if one is free this instant; with `most`, one of the first so many."""
+        """A free slot, if any; with `most`, one of the first `most`."""
         count = self.count() if most is None else min(most, self.count())
         return next(
             (slot for slot in range(self.first, self.first + count) if self.claims.try_claim(slot)), None
@@ -90,7 +89,7 @@ class Slots:
         self.claims.release(slot)
 
     def taken(self) -> int:
-        """How many slots all processes hold at this moment: a system call for each, if there are any."""
+        """Slots held by all processes now: a system call for each, if there are any."""
         first, count = self.first, self.count()
         if not self.claims.any_taken(first, count):
             return 0

@@ -1,9 +1,9 @@
 """Bodies that can't be stored, in anonymous memory files, and the table by which every process finds them.
 
-The table stands in shared memory: one word that changes with it (`epoch`), then one row a body. A row names
-the process that owns the memory file and the file's descriptor there: others open `/proc/<pid>/fd/<n>`. The
-file is named after key and generation, so a process number or a descriptor that was given anew is noticed.
-When the owner dies the kernel frees the memory, and whoever sees such a row removes it.
+The table is in shared memory: one word that changes with it (`epoch`), then one row a body. A row names the
+process that owns the memory file and the file's descriptor there: others open `/proc/<pid>/fd/<n>`. The file
+is named after key and generation, so a reused process number or descriptor is noticed. When the owner dies
+the kernel frees the memory, and any process that sees such a row removes it.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from gup.errors import GupError, is_exhausted
 STEP_BYTES = 4 << 20
 """Memory is reserved in steps of this size while a body's length is unknown."""
 _LOOK_SECONDS = 0.25
-"""How late a process lets go of memory that another one needs."""
+"""Readers of a memory file check this often whether it is still listed."""
 _SEALS = 0x000F
 """F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_WRITE: fcntl(2)."""
 _ADD_SEALS = 1033
@@ -46,9 +46,8 @@ class Row(ctypes.Structure):
     finished: int
     used_at_ns: int
     expires_at_ns: int
-    """0: never."""
     store_at_ns: int
-    """When somebody may try to store it again."""
+    """When storing it may be retried."""
     _fields_ = (
         ("key", ctypes.c_ubyte * 16),
         ("pid", ctypes.c_uint64),
@@ -64,12 +63,11 @@ class Row(ctypes.Structure):
 
     @property
     def id(self) -> str:
-        """The key's."""
         return bytes(self.key).hex()
 
     @property
     def link(self) -> str:
-        """What the body's descriptor is a link to."""
+        """The link target of the body's descriptor."""
         return f"/memfd:{_name(self.id, self.generation)} (deleted)"
 
     @property
@@ -80,7 +78,7 @@ class Row(ctypes.Structure):
         return _link(f"/proc/{self.pid}/fd/{self.body_fd}") in (self.link, "")
 
     def is_of(self, other: "Row") -> bool:
-        """Whether both tell of the same memory file."""
+        """Whether both are of the same memory file."""
         return (self.pid, self.generation, self.body_fd) == (other.pid, other.generation, other.body_fd)
 
 
@@ -93,7 +91,7 @@ class MemoryFull(GupError):  # noqa: N818 - an outcome, not our error
 
 @dataclass(slots=True)
 class _Held:
-    """A body that this process reads. `gone_at`: since when it has no row any more."""
+    """A body that this process reads. `gone_at`: since when it has no row."""
 
     body: GrowingBody
     gone_at: float | None = None
@@ -111,15 +109,14 @@ class MemoryFile:
         self._row = row
         self._copy = Row.from_buffer_copy(row)
         self._state_file: OpenFile | None = None
-        """Open for as long as this is: others open it by its number."""
+        """Other processes open it by its number, so it stays open as long as this."""
 
     @property
     def is_listed(self) -> bool:
-        """Whether it has its row still."""
         return self._row.is_of(self._copy)
 
     def keep(self, received: int) -> None:
-        """Have memory for so many bytes. MemoryFull when there is none."""
+        """Reserve memory for this many bytes. MemoryFull when there is none."""
         assert self.is_listed
         if received > self._row.reserved_bytes:
             with self._files.changing():
@@ -127,14 +124,14 @@ class MemoryFile:
                 self._row.reserved_bytes += STEP_BYTES
 
     def announce(self, state: FillState) -> None:
-        """Readers in all processes may have it from now on; `state` tells them its head."""
+        """Readers in all processes may have it from now on; `state` has its head."""
         if self._state_file is None:
             self._state_file = _sealed(f"{_name(state.key.id, state.generation)}-state", state.encode())
             with self._files.changing():
                 self._row.state_fd = self._state_file.fd
 
     def finish(self, size: int, *, expires_seconds: float | None, store_seconds: float) -> None:
-        """All of it is there. It stays until memory is needed, or until it expires."""
+        """The body is complete. It stays until memory is needed, or until it expires."""
         self.finished = True
         row, now = self._row, time.monotonic_ns()
         with self._files.changing():
@@ -145,7 +142,6 @@ class MemoryFile:
             row.finished = 1
 
     def drop(self) -> None:
-        """It is of no use any more."""
         if self in self._files.own:
             self._files.own.remove(self)
             if self.is_listed:
@@ -176,7 +172,6 @@ class MemoryFiles:
         self._grace_seconds = grace_seconds
         self._seen: int | None = None
         self._rows: dict[str, Row] = {}
-        """Copies of the rows, by key, as they were when `epoch` was `_seen`."""
         self.own: set[MemoryFile] = set()
         self._held: dict[tuple[str, int], _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -186,7 +181,7 @@ class MemoryFiles:
         """Changes with every row that comes, goes or may be read differently."""
         return self._words[0]
 
-    # --- what there is
+    # --- reading
 
     def find(self, key: ContentKey) -> Row | None:
         """A copy of the key's row; None when there is none, or its owner is gone, or it has expired."""
@@ -197,7 +192,7 @@ class MemoryFiles:
         return row
 
     def open(self, row: Row) -> tuple[OpenFile, FillState]:
-        """The body's file, and what is told of it. OSError or ValueError when it is gone meanwhile."""
+        """The body's file and state. OSError or ValueError when it has gone."""
         file = OpenFile(f"/proc/{row.pid}/fd/{row.body_fd}")
         if _link(f"/proc/self/fd/{file.fd}") != row.link:
             raise FileNotFoundError(f"{row.link} is gone")
@@ -208,7 +203,7 @@ class MemoryFiles:
         return file, state
 
     def finished(self, key: ContentKey) -> GrowingBody | None:
-        """A body that is there whole, for whoever comes late; None when there is none."""
+        """A complete body, for clients that come after the fill; None when there is none."""
         row = self.find(key)
         if row is None or not row.finished:
             return None
@@ -228,7 +223,7 @@ class MemoryFiles:
         return body
 
     def hold(self, key: ContentKey, body: GrowingBody) -> None:
-        """Look after a body that is read here, until its row and its readers are gone."""
+        """Keep track of a body that is read here, until its row and its readers are gone."""
         self._held[key.id, body.generation] = _Held(body)
         self._look_later()
 
@@ -245,14 +240,14 @@ class MemoryFiles:
         return True
 
     def drop(self, key: ContentKey) -> int:
-        """Remove a finished body, whoever owns it: it is stored by now, or was purged. Bytes freed."""
+        """Remove a finished body of any owner: it is stored, or was purged. Bytes freed."""
         row = self._now().get(key.id)
         return self._free(row) if row is not None and row.finished else 0
 
-    # --- the leader's
+    # --- writing
 
     def begin(self, key: ContentKey, generation: int, amount: int) -> MemoryFile:
-        """A memory file with so much of `fill.memory` reserved. The caller holds the key's claim.
+        """A memory file with `amount` of `fill.memory` reserved. The caller holds the key's claim.
 
         Finished bodies make room, the least recently used first. MemoryFull when that is not enough, and
         OSError when the system is short of memory or descriptors.
@@ -282,13 +277,13 @@ class MemoryFiles:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Around a change of the table; an exception counts as none."""
+        """Around a change of the table; an exception means no change."""
         with self._locked():
             yield
             self._words[0] += 1
 
     def make_room(self, amount: int, *, rows: int = 0) -> Row:
-        """Remove finished bodies until `amount` and so many new `rows` fit; the first free row.
+        """Remove finished bodies until `amount` and `rows` new rows fit; the first free row.
 
         MemoryFull changes nothing. The caller is `changing` the table.
         """
@@ -310,7 +305,7 @@ class MemoryFiles:
         return [row for row in self._table if row.pid]
 
     def close(self) -> None:
-        """The process ends: its memory is nobody's any more."""
+        """The process ends: remove its rows."""
         for own in list(self.own):
             own.drop()
         self._held.clear()
@@ -318,14 +313,14 @@ class MemoryFiles:
             self._timer.cancel()
             self._timer = None
 
-    # --- looking after them
+    # --- supervision
 
     def _look_later(self) -> None:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
-        """Let go of what lost its row; cut who still reads that after the time of grace."""
+        """Release bodies that lost their row; cut their readers after the grace period."""
         self._timer = None
         now = time.monotonic()
         for row in [row for row in self._now().values() if not row.usable]:
@@ -350,7 +345,7 @@ class MemoryFiles:
             live.used_at_ns = time.monotonic_ns()
 
     def _now(self) -> dict[str, Row]:
-        """Copies of the rows by key, read anew when the table has changed."""
+        """Copies of the rows by key, read again when the table has changed."""
         if self._seen != self._words[0]:
             with self._locked():
                 self._seen = self._words[0]
@@ -358,11 +353,11 @@ class MemoryFiles:
         return self._rows
 
     def _live(self, row: Row) -> Row | None:
-        """The row of which `row` is a copy, if it is still the same."""
+        """The row of which `row` is a copy, if it is unchanged."""
         return next((live for live in self._table if live.is_of(row)), None)
 
     def _free(self, row: Row) -> int:
-        """Remove a row if it is still the same; the bytes that were reserved."""
+        """Remove a row if it is unchanged; the bytes that were reserved."""
         with self.changing():
             if (live := self._live(row)) is None:
                 return 0
@@ -375,7 +370,7 @@ def _name(id_: str, generation: int) -> str:
 
 
 def _link(path: str) -> str | None:
-    """What a descriptor is a link to; "" when that is not to be seen from here, None when it is closed."""
+    """What a descriptor is a link to; "" when it can't be read from here, None when it is closed."""
     try:
         return str(Path(path).readlink())
     except PermissionError:
@@ -393,7 +388,7 @@ def _anonymous(name: str, flags: int = 0) -> OpenFile:
 
 
 def _sealed(name: str, content: bytes) -> OpenFile:
-    """A memory file that nobody can change any more."""
+    """A memory file that no process can change any more."""
     file = _anonymous(name, os.MFD_ALLOW_SEALING)
     os.pwrite(file.fd, content, 0)
     fcntl.fcntl(file.fd, _ADD_SEALS, _SEALS)

@@ -1,4 +1,4 @@
-"""Failures that still stand, for all processes; and the upstreams that are on hold for one key."""
+"""The negative cache of all processes, and the upstreams that are on hold for one key."""
 
 import ctypes
 import hashlib
@@ -13,21 +13,20 @@ from gup.jsonmodel import MAX_INTEGER
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, bounded
 
 _WAYS = 4
-"""A key's failure stands in one of so many rows."""
+"""A key's failure is in one of this many rows."""
 _SLUGS = tuple(PROBLEMS)
 LONGEST_HOLD_SECONDS = 900.0
-"""Between two looks at a body that was found wrong."""
+"""Longest time before a body that was found wrong is checked again."""
 
 
 class _Row(ctypes.Structure):
-    """One failure. Its detail is in UTF-8, cut to what has room."""
+    """One failure. Its detail is in UTF-8, cut to the space there is."""
 
     key: "ctypes.Array[ctypes.c_ubyte]"
     """All 0: the row is free."""
     until_ns: int
-    """Monotonic."""
     slug: int
-    """Its place in PROBLEMS."""
+    """Index in PROBLEMS."""
     detail: bytes
     _fields_ = (
         ("key", ctypes.c_ubyte * 16),
@@ -42,10 +41,10 @@ _FREE = bytes(16)
 
 
 class NegativeCache:
-    """What could not be had, and need not be asked for again yet: one table in shared memory.
+    """Failures for which upstreams need not be asked again yet: one table in shared memory.
 
-    Bounded: a new row replaces the one of its four that ends first. `words` change while `locked` is held;
-    a reader that finds its key takes the lock, too, so that it reads no row by half.
+    Bounded: a new row replaces the one of its four that ends first. `words` change while `locked` is held; a
+    reader that finds its key takes the lock, too, so that it reads no half-written row.
     """
 
     def __init__(self, words: "memoryview[int]", locked: Callable[[], AbstractContextManager[None]]) -> None:
@@ -54,7 +53,7 @@ class NegativeCache:
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
     def get(self, key: ContentKey, path: str) -> Problem | None:
-        """The problem to answer with while the failure stands, with the time that is left."""
+        """The remembered problem with its remaining time, until it expires."""
         asked = _digest(key, path)
         if self._find(asked) is None:
             return None
@@ -66,7 +65,7 @@ class NegativeCache:
             return problem_that_stands(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
 
     def put(self, key: ContentKey, path: str, problem: Problem, seconds: float) -> None:
-        """Remember for so long that `key` could not be had, asked for by `path`."""
+        """`path` is the one requested upstream."""
         if seconds <= 0:
             return
         asked = _digest(key, path)
@@ -78,7 +77,6 @@ class NegativeCache:
             row.key[:] = list(asked)
 
     def forget(self, key: ContentKey, path: str) -> None:
-        """It is here by now."""
         asked = _digest(key, path)
         if self._find(asked) is not None:
             with self._locked():
@@ -100,22 +98,22 @@ def _digest(key: ContentKey, path: str) -> bytes:
 
 
 def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:
-    """A remembered failure for one more client. `Retry-After` stands where trying again may help."""
+    """`Retry-After` is set where trying again may help."""
     absent = PROBLEMS[slug].status in (404, 410)
     return Problem(slug, detail, retry_after_seconds=None if absent else max(left_seconds, 1.0))
 
 
 def told_by(head: RemoteHead) -> Told:
-    """What tells an upstream's body from its next one."""
+    """Identifies an upstream's body."""
     etag, modified = (bounded(text) if text is not None else None for text in (head.etag, head.last_modified))
     return etag, modified, None if head.length is None else min(head.length, MAX_INTEGER)
 
 
 class Holds:
-    """The upstreams that one key is not asked for: by their own Retry-After, or since what came was wrong.
+    """The upstreams that one key is not requested from: by their own Retry-After, or after a wrong body.
 
-    A wrong body is waited for `first_seconds`, doubled each time it is found wrong again, up to 15 minutes.
-    After the wait its head is asked for: one that tells another body is a new chance and begins anew.
+    A wrong body is on hold for `first_seconds`, doubled each time it is found wrong again, up to 15 minutes.
+    After that its head is requested: another body starts anew.
     """
 
     def __init__(
@@ -125,7 +123,6 @@ class Holds:
         clock: Callable[[], float],
         tell: Callable[[str, str], None] = lambda _upstream, _detail: None,
     ) -> None:
-        """`tell` is called with an upstream and what is wrong with its body."""
         self._first_seconds = first_seconds or 1.0
         self._clock = clock
         self._tell = tell
@@ -137,7 +134,7 @@ class Holds:
         return tuple(self._rows.values())
 
     def note(self, upstream: str, failure: UpstreamFailure, head: RemoteHead | None) -> None:
-        """Take in why an upstream's answer was of no use; `head` is that of a body that was read."""
+        """Record why an upstream's answer was rejected; `head` is that of a body that was read."""
         if failure.retry_after_seconds is not None:
             self._hold(upstream, failure.retry_after_seconds)
         elif failure.outcome == "rejected":
@@ -171,6 +168,6 @@ class Holds:
         return row.seconds_left(self._clock()) if row is not None else 0.0
 
     def is_wrong(self, head: RemoteHead) -> bool:
-        """Whether `head` tells the body that was found wrong. Without validators nobody can tell."""
+        """Whether `head` is of the body that was found wrong. Without validators that is unknown."""
         row = self._rows.get(head.upstream)
         return row is not None and row.told == told_by(head) and bool(head.etag or head.last_modified)

@@ -18,15 +18,15 @@ from gup.cache.store import OpenFile, in_page_cache, is_chunk_sound, span_of
 from gup.content.key import ContentKey, Kind
 
 _WARM_SECONDS = 30.0
-"""A chunk sent within this time is taken to be in the page cache still."""
+"""A chunk sent within this time is assumed to be in the page cache."""
 _UNKNOWN, _SOUND, _BAD = range(3)
 
 
 class Entry:
-    """A body's record, its file, and what was found of its chunks: not yet compared, sound, or bad.
+    """A body's record, its file, and the state of its chunks: unknown, sound, or bad.
 
-    A bad chunk is never sent: its readers are cut there, and ask again for the rest. `trusting` entries take
-    every chunk to be sound until somebody else finds damage.
+    A bad chunk is never sent: its readers are cut there, and request the rest again. In `trusting` entries
+    every chunk is assumed sound until damage is found.
     """
 
     source = "cache"
@@ -46,7 +46,6 @@ class Entry:
         self.file = file
         self.fd = file.fd
         self.counted = False
-        """Whether its damage is counted."""
         self.all_verified = trusting
         self._trusting = trusting
         self._chunks = bytearray([_SOUND if trusting else _UNKNOWN]) * len(record.sums)
@@ -64,10 +63,10 @@ class Entry:
         return self.record.length
 
     def leave(self) -> None:
-        """Nothing: the descriptor lives as long as somebody holds the entry."""
+        """The descriptor stays open as long as the entry is referenced."""
 
     def doubt(self) -> None:
-        """The file is not as it was: every chunk is compared again before it is sent."""
+        """The file may have changed: every chunk is compared again before it is sent."""
         self._trusting = self.all_verified = False
         self._chunks = self._chunks.replace(bytes([_SOUND]), bytes([_UNKNOWN]))
 
@@ -82,7 +81,7 @@ class Entry:
     # --- reading
 
     def available(self, offset: int, want: int) -> int:
-        """See Body. Compares a chunk before its first byte leaves, and reads cold ones ahead in a thread."""
+        """See Body. Compares a chunk before its first byte is sent, and reads cold ones ahead in a thread."""
         chunk = offset // CHUNK_BYTES
         if self._chunks[chunk] == _BAD:
             return CUT
@@ -152,11 +151,11 @@ class Entry:
 
 
 class Entries:
-    """Bounded; the least recently used is closed first. Changes here alone, on the loop."""
+    """Open entries. Bounded; the least recently used is closed first. Changes here alone, on the loop."""
 
     def __init__(self, dependencies: FillDependencies, max_open: int) -> None:
         self.on_damage: Callable[[Entry], None]
-        """Told of every damaged chunk that a reader comes to; set once, before any entry is opened."""
+        """Called at every damaged chunk that a reader comes to; set once, before any entry is opened."""
         self._deps = dependencies
         self._max_open = max_open
         self._rows: OrderedDict[ContentKey, Entry] = OrderedDict()
@@ -164,8 +163,8 @@ class Entries:
         self._mode = dependencies.settings.cache.verify
 
     def known(self, key: ContentKey) -> Entry | None:
-        """The entry if it is open. What others did meanwhile is looked at first."""
-        if self._deps.settings.cache.verify != self._mode:  # a reload: what was trusted is verified now
+        """The entry if it is open, updated with other processes' changes."""
+        if self._deps.settings.cache.verify != self._mode:  # a reload: verify what was trusted
             self._mode = self._deps.settings.cache.verify
             self._rows.clear()
         if self._deps.store_epoch() != self._epoch:
@@ -183,7 +182,7 @@ class Entries:
         return entry
 
     async def get_damaged(self, key: ContentKey) -> Entry | None:
-        """The entry with what is left of its body, for the chunks that are sound; None without any file."""
+        """The entry with its damaged body, for the chunks that are sound; None without any file."""
         store = self._deps.store
         record, file = await on_disk(
             self._deps.executor, lambda: (store.load_or_none(key), store.open_whatever(key))
@@ -196,7 +195,7 @@ class Entries:
         return entry
 
     def load(self, key: ContentKey) -> tuple[Record, OpenFile, bool] | None:
-        """Record and body as they lie on disk, and whether they need not be compared; blocks."""
+        """Record and body from the disk, and whether they are trusted; blocks."""
         record = self._deps.store.load_or_none(key)
         file = self._deps.store.open_body(record) if record is not None else None
         if record is None or file is None:
@@ -204,7 +203,7 @@ class Entries:
         return record, file, self._mode == "scrub" and read_mark(self._deps.store.run).covers(record)
 
     def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
-        """The entry as it was found on disk; one that is open already takes over its record."""
+        """The entry as found on disk; one that is open already takes over its record."""
         entry = self._rows.get(record.key)
         if entry is None or not self.adopt(entry, record):
             entry = Entry(record, file, self._deps.executor, self.on_damage, trusting=trusting)
@@ -223,7 +222,7 @@ class Entries:
             del self._rows[entry.key]
 
     def adopt(self, entry: Entry, record: Record) -> bool:
-        """Take over what another process learned of the same body."""
+        """Take over what another process recorded of the same body."""
         if record.etag != entry.record.etag or record.generation != entry.record.generation:
             self.drop(entry)
             return False
@@ -234,12 +233,12 @@ class Entries:
         self._rows.clear()
 
     def close_removed(self) -> None:
-        """Close every entry whose file has no link left; call when the store's epoch was raised."""
+        """Call when the store's epoch was raised."""
         for entry in [entry for entry in self._rows.values() if os.fstat(entry.fd).st_nlink == 0]:
             del self._rows[entry.key]
 
     def changed(self) -> list[Entry]:
-        """Entries whose file is not as it was recorded though nobody replaced it: closed, and doubted.
+        """Entries whose file has changed without being replaced: closed, and doubted.
 
         gup never writes to a published file; 1 µs each.
         """
@@ -254,8 +253,6 @@ class Entries:
 
 
 class Result(StrEnum):
-    """Label `result` of the metrics."""
-
     HIT = "hit"
     MISS = "miss"
     COLLAPSED = "collapsed"
@@ -266,7 +263,7 @@ class Result(StrEnum):
 
 @dataclass(slots=True)
 class Opened:
-    """A body to read, and how the request came to it. `ranges`: whether spans of it may be served."""
+    """A body to read, and its result. `ranges`: whether spans of it may be served."""
 
     body: Body
     result: Result

@@ -1,4 +1,4 @@
-"""The file of a body that is arriving: written, summed, its end withheld until the whole is right."""
+"""The part of a fill: written, summed, its end withheld until the whole is verified."""
 
 import asyncio
 import errno
@@ -17,9 +17,9 @@ from gup.files import start_writeback
 
 _Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20
-"""Written to the disk in steps of this size, so that no long burst follows."""
+"""Written to the disk in steps of this size, to avoid long bursts."""
 WITHHELD_BYTES = 4096
-"""The end of a body, written only when the whole has been found right: nobody ever holds a bad file whole."""
+"""The end of a body, written only when the whole has been verified: a bad file is never complete."""
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
 ZIP_TAIL_BYTES = _ZIP_END_BYTES + 0xFFFF
@@ -28,9 +28,10 @@ ZIP_TAIL_BYTES = _ZIP_END_BYTES + 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class Salvage:
-    """What a part left by a dead leader is worth: its size, and how far its chunks agree with their sums.
+    """The value of a dead leader's part: its size, and how far its chunks agree with their sums.
 
-    `sealed`: all of it does, a last short chunk too; its sum is written when the body has been found right.
+    `sealed`: all of it does, including a last short chunk; its sum is written when the body has been
+    verified.
     """
 
     size: int
@@ -44,7 +45,7 @@ class Salvage:
         return len(self.sums) * CHUNK_BYTES == self.verified
 
     def holds(self, length: int | None) -> bool:
-        """Whether that is every byte of a body of this length. Of an unknown one a short chunk is the end."""
+        """Whether it has every byte of a body of this length. Of an unknown one a short chunk is the end."""
         return self.sealed and (self.size == length if length is not None else self.size % CHUNK_BYTES > 0)
 
 
@@ -68,7 +69,7 @@ def survey(part: Path) -> Salvage:
 
 
 def ends_as_named(part: Path, file: str) -> bool:
-    """Whether a whole part can be the file of this name: see `zip_end_is_right`."""
+    """Whether the content of a complete part fits this file name: see `zip_end_is_right`."""
     if not file.lower().endswith(".zip"):
         return True
     with part.open("rb", buffering=0) as opened:
@@ -89,14 +90,14 @@ def zip_end_is_right(tail: bytes) -> bool:
 
 
 class PartWriter:
-    """One part under one leader. `received` counts what was taken, `written` what clients may be sent.
+    """One part under one leader. `received` counts bytes taken, `written` those that clients may be sent.
 
-    Writing happens in a thread, one step at a time, and goes on where a refused step ended. Files are made
+    Writing happens in a thread, one step at a time, and continues where a refused step ended. Files are made
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
     def __init__(self, path: Path, room: Room, length: int | None) -> None:
-        """A part that is not there yet, of a body of this length."""
+        """A new part, of a body of this length."""
         self.received = 0
         self.written = 0
         self._path = path
@@ -106,21 +107,21 @@ class PartWriter:
         self._room = room
         self.length = length
         self._held: deque[memoryview] = deque()
-        """What was received and is not `written`, as it came."""
+        """Received and not `written`."""
         self._in_file = 0
-        """How far the file goes: beyond `written` when a step was refused in its middle."""
+        """End of the file's bytes: beyond `written` when a step was refused in its middle."""
         self._unsaved_sums = bytearray()
         self._flushed = 0
-        """How far the kernel was told to write the file to the disk."""
+        """Up to here the kernel was told to write the file to the disk."""
         self._in_memory = False
 
     def begin_in_memory(self, file: OpenFile) -> None:
-        """Write to `file`, a memory file, from now on."""
+        """`file` is a memory file."""
         self._file, self._sums_file, self._in_memory = file, None, True
         self._unsaved_sums.clear()
 
     def reopen(self, salvage: Salvage) -> None:
-        """Go on with a part that `survey` found whole; its unsummed tail is summed. Blocks on the disk."""
+        """Continue a part that `survey` found whole; its unsummed tail is summed. Blocks on the disk."""
         file = self._file = OpenFile(self._path, os.O_RDWR)
         if salvage.sums:
             sums_fd = self._opened_sums().fd
@@ -146,7 +147,7 @@ class PartWriter:
         self.received = self.written = self._in_file = salvage.verified
 
     def copy_memory(self, source: OpenFile, length: int) -> None:
-        """Write a whole body that is in a memory file. Blocks on the disk; it may be asked again."""
+        """Write a complete body from a memory file. Blocks on the disk; may be repeated."""
         file = self._opened()
         while self._in_file < length:
             self._append(file, os.pread(source.fd, min(CHUNK_BYTES, length - self._in_file), self._in_file))
@@ -154,10 +155,10 @@ class PartWriter:
         self.received = self.written = length
 
     def move(self, file: OpenFile) -> None:
-        """Go on in `file`, a memory file, with all that was written.
+        """Continue in `file`, a memory file, with all that was written.
 
-        OSError when that is not what arrived: a write that failed late may have lost what was written long
-        before, and a read alone would not tell. Blocks on the disk.
+        OSError when that is not what arrived: a write that failed late may have lost earlier bytes, which a
+        read alone would not show. Blocks on the disk.
         """
         for chunk, expected in enumerate(self._sums.finish()):
             at = chunk * CHUNK_BYTES
@@ -171,25 +172,24 @@ class PartWriter:
 
     @property
     def file(self) -> OpenFile:
-        """The part, once something of it is written."""
         assert self._file is not None
         return self._file
 
     @property
     def exists(self) -> bool:
-        """Whether there may be something of it on the disk."""
+        """Whether some of it may be on the disk."""
         return (self._file is not None or self._sums_file is not None) and not self._in_memory
 
     # --- writing
 
     def take(self, piece: bytes) -> None:
-        """Take the next bytes into memory; `write_sure` or `write_all` is to follow."""
+        """Take the next bytes into memory; `write_sure` or `write_all` must follow."""
         self._held.append(memoryview(piece))
         self.received += len(piece)
 
     @property
     def unwritten(self) -> int:
-        """How many bytes `write_sure` would write."""
+        """Bytes that `write_sure` would write."""
         last_sure = (self.length or self.received) - WITHHELD_BYTES
         return min(self.received, max(last_sure, self.written)) - self.written
 
@@ -202,10 +202,11 @@ class PartWriter:
             self._note_written(pieces)
 
     async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
-        """Write what is left, since the whole has been found right; then call `then` with the sums of the
-        whole body in the same thread. DiskError as above.
+        """Write the rest, since the whole has been verified; then call `then` with the sums of the whole body
+        in the same thread. DiskError as above.
 
-        The sum of a last short chunk is written before its bytes: a part of full size is known to be whole.
+        The sum of a last short chunk is written before its bytes: a part of full size is known to be
+        complete.
         """
         pieces = list(self._held)
 
@@ -221,7 +222,7 @@ class PartWriter:
         return result
 
     async def reread(self, offset: int, length: int) -> bytes:
-        """Bytes received before, be they written, about to be or withheld."""
+        """Bytes received before, whether written or not."""
         in_file = max(0, min(length, self.written - offset))
         at = offset + in_file - self.written
         held = b"".join(self._held)[at : at + length - in_file] if in_file < length else b""
@@ -230,7 +231,7 @@ class PartWriter:
         return await self._in_thread(os.pread, self.file.fd, in_file, offset) + held
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        """A step. Evicting makes no room in memory."""
+        """Without eviction for a memory file, since that frees no memory."""
         if self._in_memory:
             return await on_disk(self._room.executor, work, *arguments)
         return await self._room.on_disk(work, *arguments)
@@ -252,7 +253,7 @@ class PartWriter:
             self.written += len(piece)
 
     def _write_now(self, pieces: list[memoryview]) -> None:
-        """Go on where the last try ended, be it in mid-piece or between bytes and sums."""
+        """Continue where the last attempt ended, in mid-piece or between bytes and sums."""
         file, at = self._opened(), self.written
         if not self._in_file:  # one call for all of a small body
             pieces = [memoryview(b"".join(pieces))]
@@ -266,21 +267,21 @@ class PartWriter:
         self._save_sums([])
 
     def _append(self, file: OpenFile, piece: bytes | memoryview) -> None:
-        """Write what the disk takes at once of `piece`."""
+        """Write as much of `piece` as the disk takes at once."""
         done = os.pwrite(file.fd, piece, self._in_file)
         self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:done]))
         self._in_file += done
 
     def _save_sums(self, completed: list[int]) -> None:
         self._unsaved_sums += _packed(completed)
-        if self._in_memory:  # nobody can take it over
+        if self._in_memory:  # no other process can take it over
             self._unsaved_sums.clear()
         while self._unsaved_sums:
             done = os.write(self._opened_sums().fd, self._unsaved_sums)
             del self._unsaved_sums[:done]
 
     def _opened(self) -> OpenFile:
-        """The part. Its sums' file is made with it if there will be any: later there may be no descriptor."""
+        """The part. Its sums file is made with it if it will need one: later a descriptor may be missing."""
         if self._file is None:
             if (self.length or CHUNK_BYTES) >= CHUNK_BYTES:
                 self._opened_sums()
@@ -298,14 +299,14 @@ def _packed(sums: list[int]) -> bytes:
 
 
 _MOST_HELD_BYTES = 2 << 20
-"""A disk that is slower than upstream holds the reading up from here on."""
+"""Reading pauses while this much waits for a slow disk."""
 
 
 class WriteBehind:
-    """Has `write` called in a task of its own for as long as `writer` has something sure to be written.
+    """Runs `write` in a task of its own while `writer` has bytes that may be written.
 
-    An error of the disk is raised at the next call, or at the end of the `async with` block. When the block
-    has been left, however that came, no write is under way.
+    A disk error is raised at the next call, or at the end of the `async with` block. After the block, however
+    it ended, no write is under way.
     """
 
     def __init__(self, writer: PartWriter, write: Callable[[], Awaitable[None]]) -> None:
@@ -314,7 +315,9 @@ class WriteBehind:
         self._writing: asyncio.Task[None] | None = None
 
     async def begin(self, *, wait: bool = False) -> None:
-        """Have all that is sure written soon; with `wait`, or when too much is held, return when it is."""
+        """Have all that may be written written soon; with `wait`, or when too much is held, return when it
+        is.
+        """
         if self._writing is not None and self._writing.done():
             await self._finish()
         if self._writing is None:
@@ -342,4 +345,4 @@ class WriteBehind:
             await self._finish()
         elif self._writing is not None:
             await asyncio.wait([self._writing])
-            self._writing.exception()  # retrieved: the other error decides what becomes of the fill
+            self._writing.exception()  # retrieved: the other error decides the fill's end

@@ -1,4 +1,4 @@
-"""What is fetched for one client and not stored: a head, a range far ahead of a fill, too large a body."""
+"""Passing through: a head, a range far ahead of a fill, or too large a body, fetched for one client."""
 
 import asyncio
 import contextlib
@@ -20,19 +20,19 @@ from gup.upstream.pool import Answer
 from gup.upstream.session import Ask
 
 WINDOW_BYTES = 256 * 1024
-"""The most that is held between upstream and the client."""
+"""Limit of the bytes held between upstream and the client."""
 _RATE_KNOWN_SECONDS = 0.5
-"""A fill's rate means nothing before it has gone on for so long."""
+"""A fill's rate is unreliable before this time."""
 
 
 class BypassBody:
     """The bytes of one response, read once and in order (a Body); `stop` is the offset after the last.
 
-    `ends_right` tells of a whole body's last 64 KiB whether it may be so; until then its last 4 KiB are
-    withheld, as those of a body that is stored are.
+    `ends_right` checks the last 64 KiB of a whole body; until then its last 4 KiB are withheld, as those of a
+    stored body are.
 
-    Its own task reads upstream, and pauses while the window is full; the reader's `available` frees what
-    lies before the offset it asks for.
+    Its own task reads upstream, and pauses while the window is full; the reader's `available` frees what lies
+    before the offset it asks for.
     """
 
     source = "bypass"
@@ -52,7 +52,7 @@ class BypassBody:
         self._done = done
         self._pieces: deque[bytes] = deque()
         self._base = self._position = answer.head.start
-        """Offset of the first byte of `_pieces`, and the one asked for last."""
+        """Offset of the first byte of `_pieces`, and the one requested last."""
         self._held = 0
         self._ends_right = ends_right
         self._withheld = 0 if ends_right is None else WITHHELD_BYTES
@@ -90,11 +90,11 @@ class BypassBody:
         self._waiting = None
 
     def leave(self) -> None:
-        """The client is gone or served: nobody else wants these bytes."""
+        """The client has gone or is served: these bytes have no other use."""
         self._task.cancel()
 
     def unreadable(self) -> None:
-        """Nothing: it never touches the disk."""
+        """It never touches the disk."""
 
     async def _pump(self) -> None:
         try:
@@ -115,7 +115,7 @@ class BypassBody:
                     await self._room.wait()
             right = received == (expected or received)
             if right and (self._ends_right is None or self._ends_right(bytes(tail))):
-                self._withheld = 0  # of an end that nobody knows, too: all that came is for the client
+                self._withheld = 0  # including an unconfirmed end: the client gets all that came
                 self._ended = expected is not None or self._answer.head.delimited
             self._failed = not self._ended
         except UpstreamFailure:
@@ -140,7 +140,7 @@ class PassThrough:
         self._ranges = ranges
 
     async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
-        """What GET would tell of a body that is not here. Problem when there is none to be had."""
+        """The head that GET would have for a body that is not stored. Problem when it can't be had."""
         key = route.key(variant)
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
@@ -150,7 +150,7 @@ class PassThrough:
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
-            head = replace(head, etag=None)  # it would be one of chance, and GET's another
+            head = replace(head, etag=None)  # it would be random, and GET's another
         return head
 
     async def range(
@@ -162,11 +162,11 @@ class PassThrough:
         stop: int,
         passed: tuple[str, ...] = (),
     ) -> BypassBody | None:
-        """A range far ahead of the fill; None when waiting for the fill is as good, or right.
+        """A range far ahead of the fill; None when waiting for the fill is as fast, or required.
 
         Far ahead is what the fill does not reach within `fill.range_wait` at its present rate; at most two
-        are fetched at once. It goes out under the fill's ETag, and no overlap can be compared: so only the
-        upstream that the fill began with is asked, and its validators must be those of then.
+        are fetched at once. It is sent under the fill's ETag, and no overlap can be compared: so only the
+        upstream that the fill began with is asked, and its validators must be unchanged.
         """
         body = opened.body
         if not isinstance(body, GrowingBody) or body.end() is None or not await self._is_far(body, start):
@@ -194,7 +194,7 @@ class PassThrough:
         return None
 
     async def _is_far(self, body: GrowingBody, offset: int) -> bool:
-        """Whether the fill will take longer than `fill.range_wait`; a young fill's rate is waited for."""
+        """Whether the fill will take longer than `fill.range_wait`; waits for a young fill's rate."""
         clock = self._deps.clock
         left = _RATE_KNOWN_SECONDS - body.age_seconds(clock())
         if left > 0 and offset >= body.published:
@@ -209,7 +209,7 @@ class PassThrough:
     async def whole(
         self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = ""
     ) -> Opened:
-        """A body that can't be stored. Problem when the most clients that may be are being passed through."""
+        """A body that can't be stored. Problem when the limit of clients passed through is reached."""
         slot = self._bodies.try_take()
         if slot is None:
             raise Problem(
@@ -266,7 +266,7 @@ class PassThrough:
                 stands_seconds = self._deps.settings.cache.negative_ttl
                 break
             return answer
-        if waits and len(waits) == len(admitted):  # all of them want to be left alone for a while
+        if waits and len(waits) == len(admitted):  # all of them are on hold
             problem.retry_after_seconds = stands_seconds = min(waits)
         if is_shared(problem, passed, asks_gups=asks_gups):
             self._deps.failures.put(key, route.upstream_path, problem, stands_seconds)

@@ -1,4 +1,4 @@
-"""Records of stored bodies, states of fills, heads: models that are kept as JSON with a checksum."""
+"""Records of stored bodies, states of fills, heads: models that are stored as JSON with a checksum."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from gup.jsonmodel import Count, Flag, InvalidError, Time, parse, plain_text, re
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
 
 CHUNK_BYTES = 1 << 20
-"""Bodies are summed in pieces of this size; the last piece is what is left."""
+"""Bodies are summed in pieces of this size; the last piece is the rest."""
 
 
 class ChunkSums:
@@ -45,11 +45,11 @@ class ChunkSums:
         return self.done[before:]
 
     def finish(self) -> tuple[int, ...]:
-        """All sums, that of a last short chunk included."""
+        """All sums, including that of a last short chunk."""
         return (*self.done, self._open.intdigest()) if self._open_bytes else tuple(self.done)
 
     def foretold(self, pieces: list[memoryview]) -> list[int]:
-        """What `finish` would tell after adding `pieces`; nothing is added."""
+        """The sums that `finish` would return after adding `pieces`; nothing is added."""
         other = ChunkSums()
         other._open, other._open_bytes = self._open.copy(), self._open_bytes
         for piece in pieces:
@@ -58,7 +58,6 @@ class ChunkSums:
 
 
 chunk_sum = xxhash.xxh3_64_intdigest
-"""The sum of one whole chunk."""
 
 
 def seal(fields: dict[str, Any]) -> bytes:
@@ -68,7 +67,7 @@ def seal(fields: dict[str, Any]) -> bytes:
 
 
 def unseal(text: bytes, model: str, most_bytes: int) -> dict[str, Any]:
-    """The members of a JSON text made by `seal`; InvalidError when it is too long or a bit of it is wrong."""
+    """Inverse of `seal`; InvalidError when the text is too long or damaged."""
     members = parse(text, model, most_bytes)
     if not isinstance(members, dict):
         raise InvalidError(f"{model} must be an object, not {shown(members)}")
@@ -92,14 +91,14 @@ def _checksum(fields: dict[str, Any]) -> str:
 FORMAT = 2
 """Version of the records and state files that are written."""
 READABLE_FORMATS = (1, 2)
-"""Format 1 ties a record to its body by the time that the body's file happened to have."""
+"""Format 1 ties a record to its body by the file's modification time at the commit."""
 MAX_BODY_BYTES = 64 << 30
-"""Of a body that is stored: what bounds a record's sums. What is larger is unstorable."""
+"""Limit of a stored body, which bounds a record's sums. A larger one is unstorable."""
 MAX_RECORD_BYTES = 16 * (MAX_BODY_BYTES // CHUNK_BYTES) + 64 * 1024
 MAX_STATE_BYTES = 1 << 20
 
 _TIME_STEPS_NS = (1, 100, 1_000, 1_000_000_000, 2_000_000_000)
-"""What file systems cut modification times to."""
+"""Resolutions of modification times in file systems."""
 _MAX_FIELD = 1024
 _FIELD = r"^[\t\x20-\x7e\x80-\xff]+$"
 """A field's value (RFC 9110 section 5.5): no control but the tab; bytes over 127 mean nothing."""
@@ -134,10 +133,10 @@ def _require_path(path: str, key: ContentKey, model: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What clients are told of a body, fixed with the first upstream response's head.
+    """The head of a body, fixed with the first upstream response's head.
 
-    `etag` is ours, None while the length is unknown; `upstream_etag` (if strong) and `last_modified` are the
-    upstream's validators.
+    `etag` is gup's own, None while the length is unknown; `upstream_etag` (if strong) and `last_modified` are
+    the upstream's validators.
     """
 
     length: _Length | None
@@ -152,8 +151,8 @@ class Head:
 class Record(Head):
     """A committed body. Times are Unix seconds.
 
-    `generation` is the body file's modification time in ns: it ties the two together. `path` is what upstream
-    was asked for, "" in old records.
+    `generation` is the body file's modification time in ns: it ties the two together. `path` is the path
+    requested upstream, "" in old records.
     """
 
     length: _Length
@@ -171,7 +170,6 @@ class Record(Head):
     def of(
         cls, key: ContentKey, kind: Kind, head: Head, sums: _Sums, now: float, generation: int, path: str
     ) -> "Record":
-        """The record of a body that has just been written whole."""
         told: dict[str, Any] = {name: getattr(head, name) for name in Head.__slots__}
         told |= {"stored_at": now, "validated_at": now, "pinned": False, "path": path}
         return cls(**told, key=key, kind=kind, generation=generation, sums=sums)
@@ -182,16 +180,16 @@ class Record(Head):
 
     @property
     def asked_path(self) -> str:
-        """What upstream is asked for."""
+        """The path to request upstream."""
         return self.path or path_of(self.key)
 
     def fits(self, body: os.stat_result) -> bool:
-        """Whether this file can be the body: its length, and its time as far as the file system keeps it."""
+        """Whether this file can be the body: its length, and its time at the file system's resolution."""
         times = (self.generation // step * step for step in _TIME_STEPS_NS)
         return body.st_size == self.length and body.st_mtime_ns in times
 
     def is_same_body(self, other: "Record") -> bool:
-        """Whether both tell of one body: neither of another generation, nor of one put in its place."""
+        """Whether both are of one body: the same generation, and not replaced."""
         return all(getattr(self, it) == getattr(other, it) for it in ("etag", "length", "generation", "sums"))
 
     def to_json(self) -> dict[str, Any]:
@@ -215,19 +213,16 @@ class Record(Head):
 
 @cache
 def _record_model() -> TypeAdapter[Record]:
-    """Made when it is first used: it takes 4 ms."""
     return TypeAdapter(Record)
 
 
 MEMORY_SECONDS = 86400.0
-"""So long after it was fetched a wrong body is remembered: then it may be fetched once more."""
+"""How long after its fetch a wrong body is remembered: then it may be fetched once more."""
 _MAX_DETAIL = 2000
 _Detail = Annotated[str, Field(max_length=_MAX_DETAIL)]
 
 
 class Phase(StrEnum):
-    """A fill's phases."""
-
     CLAIMED = "claimed"
     REQUESTED = "requested"
     STREAMING = "streaming"
@@ -244,8 +239,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.FAILED: frozenset(),
     Phase.UNSTORABLE: frozenset({Phase.FAILED}),
 }
-"""Forward only; CLAIMED to COMMITTED is a takeover that finds nothing left to fetch. UNSTORABLE: the body
-goes on to its readers from memory (gup.cache.memory_files), which may still break off.
+"""Forward only; CLAIMED to COMMITTED is a takeover of a complete part. UNSTORABLE: readers get the body from
+memory (gup.cache.memory_files), which may still break off.
 """
 
 
@@ -257,10 +252,10 @@ def _known_problem(slug: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What to answer, and for how long: nobody asks upstream before it ends.
+    """A failure to answer with; no upstream is asked before it ends.
 
     `until` is on the monotonic clock, which all processes share; `ttl` bounds it, since that clock starts
-    anew at boot.
+    again at boot.
     """
 
     slug: Annotated[str, AfterValidator(_known_problem)]
@@ -276,20 +271,19 @@ class Failure:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
-        """The problem to tell a client. `Retry-After` stands where trying again may help."""
         retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
         return Problem(self.slug, self.detail, retry_after_seconds=retry)
 
 
 Told = tuple[_Detail | None, _Detail | None, Count | None]
-"""ETag, Last-Modified and length, by which an upstream's body is known again."""
+"""ETag, Last-Modified and length, which identify an upstream's body."""
 
 
 class Hold(NamedTuple):
     """One upstream that is not to be asked for a key until `until` (monotonic), `wait` seconds in all.
 
-    `told` is what it told of a body that was found wrong, `times` in all: its body is not read while it tells
-    the same, until `forgotten_at`.
+    `told` identifies its body that was found wrong, `times` times: a body with the same is not read until
+    `forgotten_at`.
     """
 
     upstream: _Detail
@@ -300,7 +294,7 @@ class Hold(NamedTuple):
     forgotten_at: Time = 0.0
 
     def seconds_left(self, monotonic_now: float) -> float:
-        """Until the upstream may be asked. A clock that began anew at boot ends it."""
+        """Until the upstream may be asked. A restart of the clock at boot ends it."""
         left = self.until - monotonic_now
         return left if 0 < left <= self.wait else 0.0
 
@@ -310,8 +304,6 @@ class Hold(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FillState:
-    """One state file."""
-
     key: _Key
     kind: Kind
     generation: Count
@@ -319,25 +311,25 @@ class FillState:
     head: Head | None = None
     failure: Failure | None = None
     path: _Path = ""
-    """What upstream is asked for: lets anybody take the fill over."""
+    """The path to request upstream: allows any process to take the fill over."""
     holds: Annotated[tuple[Hold, ...], Field(max_length=256)] = ()
-    """Upstreams not to be asked for it, or not to be believed."""
+    """Upstreams not to be asked for it, or not to be trusted."""
     background: Flag = False
-    """Whether it is a background fill: prefetch goes on with it, or a client that asks."""
+    """A background fill: continued by prefetch, or for a client that asks."""
     pinned: Flag = False
     stored_at: Time | None = None
-    """Of a demoted entry: they are the entry's again when it is whole. Unix seconds."""
+    """Of a demoted entry, restored with the entry. Unix seconds."""
     passed_through: Flag = False
-    """UNSTORABLE, and not for want of the disk alone: each client is passed through."""
+    """UNSTORABLE, and not only because of the disk: each client is passed through."""
     service_start: Time = 0.0
-    """Of the service whose leader wrote this. A part that an earlier service left may be torn: it is not read
-    before the leader of today has compared it and written its own state. Unix seconds.
+    """Of the service whose leader wrote this. A part of an earlier service may be torn: it is not read before
+    the present leader has compared it and written its own state. Unix seconds.
     """
     told: Mapping[str, Validators] = field(default_factory=dict)
-    """The validators of each upstream that has given a part of the body: who goes on compares them."""
+    """The validators of each upstream that has sent a part of the body, for comparison at a resume."""
 
     def stands(self, monotonic_now: float) -> bool:
-        """Whether it still says what is not to be asked, of any upstream or of one."""
+        """Whether any upstream is still not to be asked."""
         failed = self.failure is not None and self.failure.stands(monotonic_now)
         return failed or any(hold.remembers(monotonic_now) for hold in self.holds)
 
@@ -370,9 +362,9 @@ def route_of(kept: Record | FillState) -> Route:
 
 
 def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> Head:
-    """What clients are told of a body that `remote` announces.
+    """The head of a body that `remote` announces.
 
-    Its strong ETag is made of key, length and the first response's validators; of chance if it has none, or
+    Its strong ETag is made of key, length and the first response's validators; random if it has none, or
     other bytes were known under them (`changed`).
     """
 
@@ -395,13 +387,13 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
 
 
 def remote_of(head: Head) -> RemoteHead:
-    """What upstream told at first of a body that was begun."""
+    """Upstream's first head of a body that was begun."""
     validators = head.upstream_etag, head.last_modified
     return RemoteHead(200, 0, head.length, *validators, head.content_type, head.upstream)
 
 
 def absent(remote: RemoteHead) -> Problem | UpstreamFailure:
-    """What an answer without a body means."""
+    """The failure that a response without a body means."""
     if remote.status == 304:
         detail = f"{remote.upstream} answered 304 to a request without a condition"
         return UpstreamFailure("error", "upstream-error", detail, again=False)

@@ -1,4 +1,4 @@
-"""What earlier fills left: looked at by a new leader, finished, taken over or cleared by the controller."""
+"""What earlier fills left: examined by a new leader, finished, taken over or cleared by the controller."""
 
 import asyncio
 import contextlib
@@ -25,27 +25,24 @@ log = logging.getLogger("gup.recovery")
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What there is to go on with: a record to revalidate, a part to append to, or nothing."""
+    """What a fill can begin with: a record to revalidate, a part to continue, or nothing."""
 
     record: Record | None = None
     state: FillState | None = None
     salvage: Salvage | None = None
     finished: bool = False
-    """Whether the part is known to hold every byte of the body: it is committed, and nobody asked."""
+    """The part has every byte of the body: it is committed without asking upstream."""
     damaged: Record | None = None
     """Of an entry that is demoted to a part, worth `salvage`, as soon as an upstream has answered."""
     file: OpenFile | None = None
-    """The damaged entry's body, if it is there."""
+    """The damaged entry's body, if it exists."""
     unstorable: str | None = None
-    """Why it is not to be stored."""
     holds: tuple[Hold, ...] = ()
-    """Upstreams not to be asked for it."""
     told: bool = False
-    """Whether that stands in the state already, and is not to be told anew: it must come to an end."""
+    """The state says so already, and must not repeat it: it must expire."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all bytes of the body may be here."""
         if self.state is None or self.state.head is None or self.salvage is None:
             return False
         return self.salvage.size == self.state.head.length
@@ -56,11 +53,10 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
 ) -> Leftover | FillEnd | Failure:
     """Look the key up again now that it is claimed.
 
-    1. A commit that was interrupted is finished. 2. An entry that is there, and fresh, ends the fill. 3. A
-    part that holds every byte is to be committed. 4. A failure that still stands ends the fill; what can't
-    be stored is not tried to be stored for as long. 5. Of a body that is suspect, or not as recorded, every
-    chunk is looked at: right after all, it ends the fill. 6. Otherwise the part worth going on with is
-    kept, others go.
+    1. An interrupted commit is finished. 2. An entry that is fresh ends the fill. 3. A part that holds every
+    byte is to be committed. 4. A failure that has not expired ends the fill; an unstorable body is not stored
+    for as long. 5. Of a body that is suspect, or not as recorded, every chunk is compared: sound after all,
+    it ends the fill. 6. Otherwise the part worth resuming is kept, others are removed.
     """
     store, key, immutable = dependencies.store, fill.key, fill.route.immutable
     state, record = _load_claimed(dependencies, key)
@@ -102,7 +98,7 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
 
 
 def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[FillState | None, Record | None]:
-    """State and record. Damaged ones are counted; a damaged record goes."""
+    """State and record. Damaged ones are counted; a damaged record is removed."""
     state = record = None
     try:
         state = dependencies.store.load_state(key.id)
@@ -119,9 +115,9 @@ def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[Fill
 def _compare(
     dependencies: FillDependencies, record: Record, holds: tuple[Hold, ...], *, noted: bool
 ) -> Leftover | None:
-    """What is sound of a body, None when all of it is right after all.
+    """The sound chunks of a body, None when all of it is sound.
 
-    Another time alone is no damage: a restored backup looks so. `noted`: the damage is counted already.
+    A different time alone is no damage: a restored backup has it. `noted`: the damage is counted already.
     """
     store, key, chunks = dependencies.store, record.key, len(record.sums)
     file = store.open_whatever(key)
@@ -137,7 +133,7 @@ def _compare(
 
 
 def _whole_part(dependencies: FillDependencies, state: FillState) -> Salvage | None:
-    """The part, if it holds every byte of its body; one that does and can't be what its name says goes."""
+    """The part, if it has every byte of its body; one whose content does not fit its name is removed."""
     store, key, head = dependencies.store, state.key, state.head
     path = store.part_path(key.id, state.generation)
     if head is None or not path.is_file() or head.length not in (None, path.stat().st_size):
@@ -165,13 +161,13 @@ def note_damage(dependencies: FillDependencies, where: str, key: ContentKey, det
     dependencies.counters.add("gup_integrity_failures_total", where=where)
 
 
-# --- what a leader leaves, and what is looked up by other processes
+# --- what a leader leaves, and what other processes look up
 
 
 def give_up(store: Store, state: FillState) -> None:
-    """Leave `state` instead of what can't be finished, as far as the disk lets it.
+    """Leave `state` instead of a part that can't be finished, as far as the disk permits.
 
-    A part whose record is written stays: whoever asks next finishes its commit when there is room again.
+    A part whose record is written stays: the next fill finishes its commit when there is room again.
     """
     key = state.key
     with contextlib.suppress(OSError):
@@ -191,7 +187,7 @@ def give_up(store: Store, state: FillState) -> None:
 
 
 def save_failure(store: Store, state: FillState, drop: bool) -> None:
-    """Keep a failure as long as it stands, and the part for resuming unless it is to be dropped."""
+    """Keep a failure until it expires, and the part for resuming unless it is to be dropped."""
     if drop:
         store.drop_parts(state.key.id)
     stands = bool(state.holds) or (state.failure is not None and state.failure.ttl > 0)
@@ -202,25 +198,25 @@ def save_failure(store: Store, state: FillState, drop: bool) -> None:
 
 
 def is_fresh(dependencies: FillDependencies, record: Record) -> bool:
-    """Whether an index file needs no question upstream yet; a clock set back makes it stale."""
+    """Whether an index file needs no revalidation yet; a clock set back makes it stale."""
     age = dependencies.wall_clock() - record.validated_at
     return 0 <= age < dependencies.settings.cache.index_ttl
 
 
 def validated_at(dependencies: FillDependencies, remote: RemoteHead, immutable: bool) -> float:
-    """Since when what just came is known to be right: another gup may have held it for a while.
+    """Since when this response is known to be current: another gup may have stored it for a while.
 
     Its Age counts (RFC 9111 section 4.2.3), so that ages and waiting add up over a chain. But a tenth of
-    `index_ttl` is left, or an old index file would be asked for at every request.
+    `index_ttl` is left, or an old index file would be revalidated at every request.
     """
     most = 0.9 * dependencies.settings.cache.index_ttl
     return dependencies.wall_clock() - (remote.age_seconds if immutable else min(remote.age_seconds, most))
 
 
 def renew(dependencies: FillDependencies, record: Record, validated_at: float) -> None:
-    """Note that an upstream finds `record`'s body right still. The caller holds the claim.
+    """Note that an upstream finds `record`'s body still current. The caller holds the claim.
 
-    The record is read again: it is not put back in the place of another body's, nor of one that is gone.
+    The record is read again, so that it does not replace another body's, nor restore a removed one.
     """
     store = dependencies.store
     present = store.load_or_none(record.key)
@@ -229,32 +225,29 @@ def renew(dependencies: FillDependencies, record: Record, validated_at: float) -
     store.drop_state(record.key.id)
 
 
-# --- what nobody has claimed
+# --- unclaimed parts
 
 _ORPHANED_SECONDS = 2.0
 """A fill without a leader for this long is taken over even if no client waits for it."""
 _LONGEST_ORPHANED_SECONDS = 300.0
 _MOST_AT_ONCE = 4
-"""Fills that are gone on with at a time, whole bodies aside: each holds its key's claim while it waits."""
+"""Fills resumed at a time, except complete bodies: each holds its key's claim while it waits."""
 _STATELESS_SECONDS = 600.0
-"""By then all records have been looked at after a start, and what one vouches for is in its place."""
+"""By then all records have been read after a start, and every complete part is committed."""
 _TEMPORARY_SECONDS = 3600.0
-"""Where a temporary file's name does not tell that its writer is dead."""
+"""Age limit of temporary files whose names do not show that their writer is dead."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the passes before this one saw of a part."""
-
     due_at: float | None = None
-    """When it is to be taken over, if nobody leads it."""
+    """When it is to be taken over, if it has no leader."""
     led: bool = False
-    """Whether it had a leader."""
+    """It had a leader."""
     tries: int = 0
     stateless_at: float = 0.0
     """When it was first seen without a state."""
     refused: bool = False
-    """Whether the disk did not let it be tidied: told once."""
 
 
 @dataclass(slots=True)
@@ -264,8 +257,8 @@ class Recovery:
     store: Store
     counters: Counters
     take_over: Callable[[Route, bool], asyncio.Event | None]
-    """Goes on with a fill; told whether its leader was seen to be at it, it has that one's slot. The event is
-    set when the fill has ended; None when it is under way already.
+    """Takes over a fill; the flag says that its leader was seen alive, and then it gets that leader's slot.
+    The event is set when the fill has ended; None when it is under way already.
     """
     tell: Callable[[Mapping[str, object]], None]
     clock: Callable[[], float] = time.monotonic
@@ -273,7 +266,7 @@ class Recovery:
     _going_on: list[asyncio.Event] = field(default_factory=list)
 
     async def run(self) -> None:
-        """Look at everything in `partial/` once."""
+        """Check everything in `partial/` once."""
         parts = await asyncio.to_thread(self.store.parts)
         self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
@@ -292,7 +285,7 @@ class Recovery:
         await asyncio.to_thread(self._drop_leftovers)
 
     def _watch(self, state: FillState, seen: _Seen, *, first_seconds: float) -> None:
-        """Take it over when nobody else does; ever more rarely, where that comes to nothing."""
+        """Take it over when no other process does; after fruitless attempts at growing intervals."""
         patience = min(first_seconds + _ORPHANED_SECONDS * (2**seen.tries - 1), _LONGEST_ORPHANED_SECONDS)
         now = self.clock()
         if seen.due_at is None:
@@ -337,7 +330,7 @@ class Recovery:
         if part.generation and part.generation != generation:
             seen.stateless_at = seen.stateless_at or self.clock()
             if state is None and self.clock() - seen.stateless_at < _STATELESS_SECONDS:
-                return  # a small body's, whose record may be written: whoever claims the key finishes it
+                return  # a small body's, whose record may be written: the next fill finishes it
             log.info("removed a part that can't be resumed: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         resumable = generation and store.part_path(part.id, generation).exists()
@@ -345,16 +338,15 @@ class Recovery:
             store.drop_state(part.id)
 
     def _drop_leftovers(self) -> None:
-        """Temporary files of writers that died, and sums without their part."""
+        """Temporary files of writers that died, and sums without a part."""
         now = time.time()
         sums = [p for p in self.store.partial.glob("*.sums") if not p.with_suffix(".part").exists()]
         for path in (*self.store.partial.glob("*.tmp"), *sums):
-            with contextlib.suppress(OSError):  # its writer has renamed it, or the disk lets nothing go
+            with contextlib.suppress(OSError):  # its writer has renamed it, or the disk refuses
                 if writer_is_dead(path) or now - path.stat().st_mtime > _TEMPORARY_SECONDS:
                     path.unlink()
 
 
 def writer_is_dead(path: Path) -> bool:
-    """Whether a temporary file's name begins with the number of a process that is no more."""
     pid, _, rest = path.name.partition(".")
     return rest.endswith(".tmp") and pid.isdecimal() and int(pid) > 0 and not Path("/proc", pid).exists()

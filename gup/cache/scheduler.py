@@ -1,15 +1,15 @@
-"""The queue for fill slots: which fill streams next, and which had better not wait.
+"""The queue for fill slots: which fill streams next, and which is refused at once.
 
 There are two classes of slots, `fill.max` of each. Deltas and index files (*urgent*) take slots of their own,
-so that fulls never hold them up; everything else (*bulk*) takes one only while fewer than `fill.max` fills of
-both classes stream. In each class the more urgent priority goes first, then who came first, over all
-processes.
+so that fulls never delay them; everything else (*bulk*) takes one only while fewer than `fill.max` fills of
+both classes stream. In each class the more urgent priority goes first, then first come, first served, over
+all processes.
 
-A fill that will not have its slot within its patience is refused at once, by what waits before it and by how
-long fills held their slots lately.
+A fill that will not get its slot within its patience is refused at once, judged by the fills before it and by
+how long recent fills held their slots.
 
-Who takes over a fill *inherits* its dead leader's slot. The kernel has freed it by then, and another fill may
-have it already: so there are slots for heirs alone, and as long as one is taken, a bulk slot less is given.
+A takeover *inherits* its dead leader's slot. The kernel has freed it by then, and another fill may have it
+already: so there are extra slots for takeovers, and while one is taken, one bulk slot less is given.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from gup.upstream.bandwidth import Turns, rank
 _FIELD_BITS = 16
 _FIELD_MASK = (1 << _FIELD_BITS) - 1
 _SMOOTHING = 4
-"""A new duration counts for a quarter, what was known before for the rest."""
+"""A new sample counts for a quarter of the mean."""
 PRIORITIES = 4
 CLASSES = 2
 """Deltas and index files are one class, all else the other."""
@@ -37,9 +37,9 @@ CLASSES = 2
 class Backlog:
     """How many fills wait, and how long they hold their slots, over all processes.
 
-    One word a process has four counts of waiting fills by priority. A process writes its own word alone, and
-    one that is not `alive` is skipped. One word a class, the mean microseconds that a fill held its slot
-    lately, is written by whoever ends a fill: a lost update costs one sample.
+    Each process has one word with four counts of waiting fills by priority. It is written by its process
+    alone, and skipped when that is not `alive`. Each class has one word, the mean microseconds that recent
+    fills held their slots, written at the end of a fill: a lost update costs one sample.
     """
 
     def __init__(
@@ -53,39 +53,35 @@ class Backlog:
 
     @classmethod
     def alone(cls) -> "Backlog":
-        """For a single process."""
         words = memoryview(bytearray(8 * (1 + CLASSES))).cast("Q")
         return cls(words[:1], words[1:], 0, lambda _block: True)
 
     def change(self, priority: int, count: int) -> None:
-        """So many fills more wait here."""
         self._waiting[self._mine] += count << (_FIELD_BITS * priority)
 
     def waiting(self, priority: int) -> int:
-        """Fills of this priority that wait in all processes."""
         shift = _FIELD_BITS * priority
         words = [(block, word >> shift & _FIELD_MASK) for block, word in enumerate(self._waiting) if word]
         return sum(count for block, count in words if count and self._alive(block))
 
     def held(self, class_: int, seconds: float) -> None:
-        """Note that a fill had its slot for so long."""
         sample = max(1, int(seconds * 1_000_000))
         before = self._held[class_] or sample
         self._held[class_] = before + (sample - before) // _SMOOTHING
 
     def mean_held_seconds(self, class_: int) -> float:
-        """How long a fill holds its slot; 0.0 while that is unknown."""
+        """0.0 while it is unknown."""
         return self._held[class_] / 1_000_000
 
 
 _BULK_PRIORITY = 2
 """From this priority on a fill is bulk."""
 _POLL_SECONDS = 0.01
-"""Between two looks at slots that other processes hold: the kernel tells nobody when a lock is freed."""
+"""Polling interval for slots that other processes hold: the kernel does not report a freed lock."""
 _THINK_AGAIN_SECONDS = 1.0
-"""Between two looks of a waiting fill at whether it still makes sense."""
+"""A waiting fill checks this often whether to give up."""
 _DOUBT = 2.0
-"""A waiting fill gives up only when its turn is expected so many times later than its patience ends."""
+"""A waiting fill gives up only when its turn is expected this many times later than its patience ends."""
 _MOST_WAITING = 1000
 """In one process. Each holds a claim, and a task."""
 _LONGEST_RETRY_SECONDS = 300.0
@@ -101,7 +97,7 @@ class _Waiting:
 
 
 class FillSlot:
-    """A slot that is held. A fill that needs nothing more of the link may leave it early."""
+    """A held slot. A fill that no longer needs the link may leave it early."""
 
     __slots__ = ("_leave",)
 
@@ -109,18 +105,17 @@ class FillSlot:
         self._leave: Callable[[], None] | None = leave
 
     def leave(self) -> None:
-        """Give the slot back, unless that was done."""
+        """Give the slot back; further calls do nothing."""
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()
 
 
 _Taken = tuple[Slots, int]
-"""Of which slots, and its number."""
 
 
 class FillQueue:
-    """The fills of one process that wait, in order; `turns` and `backlog` are shared with the others."""
+    """The waiting fills of one process, in order; `turns` and `backlog` are shared with the others."""
 
     def __init__(
         self,
@@ -142,7 +137,7 @@ class FillQueue:
     # --- whether to wait
 
     def expected_seconds(self, priority: int, *, ahead: float = 1.0) -> float:
-        """How long a fill of this priority will wait, if its equals ahead of it are that share of all.
+        """How long a fill of this priority will wait; `ahead` is the share of its equals that are before it.
 
         0.0 when a slot is free or nothing is known yet.
         """
@@ -156,7 +151,7 @@ class FillQueue:
         return seconds / max(1, self._classes[class_].count())
 
     def hopeless(self, priority: int) -> bool:
-        """Whether a fill that comes now had better be refused at once."""
+        """Whether a new fill should be refused at once."""
         if len(self._waiting) >= _MOST_WAITING:
             return True
         return self.expected_seconds(priority) > self._patience_seconds()
@@ -181,7 +176,6 @@ class FillQueue:
         return not self.waiting() and not any(slots.taken() for slots in (*self._classes, self._inherited))
 
     def waiting(self) -> int:
-        """Fills that wait for their slot, in all processes."""
         return sum(self._backlog.waiting(priority) for priority in range(PRIORITIES))
 
     # --- waiting
@@ -190,10 +184,11 @@ class FillQueue:
     async def held(
         self, priority: int, waited_seconds: float, *, inherits: bool = False, patient: bool = False
     ) -> AsyncIterator[FillSlot | None]:
-        """Hold a slot for the block, or until it is left; None when there is none in what patience is left.
+        """Hold a slot for the block, or until it is left; None when there is none within the remaining
+        patience.
 
-        `waited_seconds` is how long this fill's clients have waited already. One that `inherits` waits for
-        nothing, a `patient` one for as long as it takes: neither is refused.
+        `waited_seconds` is how long this fill's clients have waited already. A fill that `inherits` does not
+        wait, a `patient` one waits without limit: neither is refused.
         """
         taken = self._inherit(priority) if inherits else None
         if taken is None:
@@ -217,7 +212,7 @@ class FillQueue:
             slot.leave()
 
     def _inherit(self, priority: int) -> _Taken | None:
-        """A dead leader's slot, or what stands for it."""
+        """A dead leader's slot, or its replacement."""
         taken = self._try(priority)
         if taken is None and (number := self._inherited.try_take()) is not None:
             taken = self._inherited, number
@@ -274,7 +269,7 @@ class FillQueue:
         return None if number is None else (bulk, number)
 
     def _has_free(self, class_: int) -> bool:
-        """Whether a slot is free, as far as one can tell without taking it."""
+        """Whether a slot is free, judged without taking it."""
         urgent, bulk = self._classes
         taken = urgent.taken()
         if class_:
@@ -283,5 +278,4 @@ class FillQueue:
 
 
 def _class(priority: int) -> int:
-    """0: urgent, 1: bulk."""
     return 0 if priority < _BULK_PRIORITY else 1

@@ -1,7 +1,7 @@
 """The cache directory: bodies, records, parts and state files. Never fetches, never decides what to evict.
 
 Every method blocks on the disk: the event loop calls them in a thread. A published byte is never overwritten
-or truncated: bodies arrive by rename and leave by unlink.
+or truncated: bodies are published by rename and removed by unlink.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from gup.files import read_regular, sync_folder, write_all
 from gup.jsonmodel import InvalidError
 
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
-"""They tell of this process, not of the file that was to be opened."""
+"""Errors of this process, not of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Part:
 
 
 class OpenFile:
-    """A descriptor that lives as long as somebody holds this: no reader ever sees its number reused."""
+    """A descriptor that stays open while this is referenced: no reader ever sees its number reused."""
 
     __slots__ = ("fd",)
 
@@ -70,14 +70,14 @@ class OpenFile:
 class Store:
     """The files below one cache directory. Whoever changes an entry holds its key's claim.
 
-    That is asserted with `claims`, those of this process; without them nobody else is at work.
+    That is asserted with `claims`, those of this process; without `claims` no other process uses the
+    directory.
     """
 
     def __init__(self, root: Path, claims: Claims | None = None) -> None:
         self.root = root
         self.claims = claims
         self.service_start = 0.0
-        """See FillState.service_start."""
         self.content = root / "content"
         self.partial = root / "partial"
         self.index = root / "index"
@@ -85,7 +85,7 @@ class Store:
         self.demotions = Demotions(self.run / "demotions")
 
     def prepare(self) -> None:
-        """Make the folders; StoreError says which one can't be used and why."""
+        """Create the folders; StoreError says which one can't be used and why."""
         for folder in (self.content, self.partial, self.index, self.run):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Store:
 
     @contextlib.contextmanager
     def claimed(self, id_: str) -> Iterator[bool]:
-        """Hold the claim of the key of this id for the block; False when somebody else has it."""
+        """Hold the claim of the key of this id for the block; False when another process has it."""
         offset = claim_offset(id_)
         if self.claims is None:
             yield True
@@ -118,7 +118,7 @@ class Store:
         return self.content / key.path.with_name(f".{key.file}.gup")
 
     def load(self, key: ContentKey) -> Record | None:
-        """The key's record; None when there is none. InvalidError when it is damaged or can't be read."""
+        """None when there is none. InvalidError when it is damaged or can't be read."""
         text = _read(self.record_path(key), MAX_RECORD_BYTES)
         if text is None:
             return None
@@ -134,14 +134,14 @@ class Store:
             return None
 
     def open_body(self, record: Record) -> OpenFile | None:
-        """The record's body, or None when the file is missing or is not the body that was recorded."""
+        """None when the file is missing or is not the body that was recorded."""
         file = self.open_whatever(record.key)
         return file if file is not None and record.fits(os.fstat(file.fd)) else None
 
     def open_whatever(self, key: ContentKey) -> OpenFile | None:
-        """The file that stands for the key's body, whatever is in it; None when there is none to be read.
+        """The file in the body's place, whatever its content; None when there is no readable file.
 
-        No link is followed, and nothing is waited for that is no file: gup puts neither there.
+        Links are not followed, and a pipe is not waited for: gup makes neither.
         """
         try:
             file = OpenFile(self.body_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -152,10 +152,10 @@ class Store:
         return file if stat.S_ISREG(os.fstat(file.fd).st_mode) else None
 
     def save(self, record: Record, *, durable: bool = False) -> None:
-        """Put the record in place, atomically; `durable`: so that no power cut takes it back.
+        """Put the record in place, atomically; `durable`: it survives a power cut.
 
-        One that replaces another is synced first: after a power cut a file system may have the new name
-        without the new bytes.
+        A replacement is synced first: after a power cut a file system may have the new name without the new
+        bytes.
         """
         self._require_claim(record.key)
         path = self.record_path(record.key)
@@ -164,7 +164,7 @@ class Store:
             sync_folder(path.parent)
 
     def set_pinned(self, key: ContentKey, pinned: bool) -> bool:
-        """Pin or unpin; False when there is no such entry."""
+        """False when there is no such entry."""
         self._require_claim(key)
         record = self.load_or_none(key)
         if record is None:
@@ -176,7 +176,9 @@ class Store:
         return True
 
     def touch(self, key: ContentKey, used_at: float) -> None:
-        """Note the last use (Unix seconds) where it outlives a lost index: the record file's times."""
+        """Store the last use (Unix seconds) as the record file's times, where it survives the loss of the
+        index.
+        """
         with contextlib.suppress(OSError):
             os.utime(self.record_path(key), (used_at, used_at))
 
@@ -184,7 +186,7 @@ class Store:
         os.utime(path, ns=(time.time_ns(), record.generation))
 
     def remove(self, key: ContentKey) -> int:
-        """Unlink the record, then the body; bytes freed, 0 when it was gone. Readers read on to the end."""
+        """Unlink the record, then the body; bytes freed, 0 when it was gone. Open readers continue."""
         self._require_claim(key)
         path = self.body_path(key)
         unlink(self.record_path(key))
@@ -193,13 +195,13 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             size = 0
         unlink(path)
-        with contextlib.suppress(OSError):  # a folder in which something is, or that has gone
+        with contextlib.suppress(OSError):  # not empty, or gone
             for folder in path.relative_to(self.content).parents[:-1]:
                 (self.content / folder).rmdir()
         return size
 
     def purge(self, key: ContentKey) -> int:
-        """Remove the body and all that a fill left of the key: nothing of it comes back. Bytes freed."""
+        """Remove the body and all that a fill left of the key. Bytes freed."""
         self._require_claim(key)
         freed = self.drop_parts(key.id) + self.remove(key)
         self.drop_state(key.id)
@@ -215,7 +217,7 @@ class Store:
             parts = Path(folder).relative_to(self.content).parts
             files = {name[1:-4] if name.startswith(".") and name.endswith(".gup") else name for name in names}
             for file in sorted(files) if len(parts) == 4 else ():
-                with contextlib.suppress(ValueError):  # no name of ours
+                with contextlib.suppress(ValueError):  # no file of gup's
                     stored = self.stored(ContentKey.parse("/".join((*parts, file))))
                     if stored is not None:
                         yield stored
@@ -246,14 +248,14 @@ class Store:
         return self.partial / f"{id_}.{generation}.part"
 
     def sums_path(self, id_: str, generation: int) -> Path:
-        """Sums of the part's whole chunks, 8 bytes each: what a takeover verifies it with."""
+        """Sums of the part's whole chunks, 8 bytes each: a takeover verifies the part with them."""
         return self.partial / f"{id_}.{generation}.sums"
 
     def state_path(self, id_: str) -> Path:
         return self.partial / f"{id_}.state"
 
     def load_state(self, id_: str) -> FillState | None:
-        """The state file; None when missing. InvalidError when it is damaged or can't be read."""
+        """None when missing. InvalidError when it is damaged or can't be read."""
         text = _read(self.state_path(id_), MAX_STATE_BYTES)
         if text is None:
             return None
@@ -269,7 +271,7 @@ class Store:
         unlink(self.state_path(id_))
 
     def drop_part(self, id_: str, generation: int) -> int:
-        """Remove a part and its sums; bytes freed. The caller holds the claim."""
+        """Bytes freed. The caller holds the claim."""
         part = self.part_path(id_, generation)
         freed = part.stat().st_size if part.is_file() else 0
         unlink(part)
@@ -277,26 +279,26 @@ class Store:
         return freed
 
     def drop_parts(self, id_: str) -> int:
-        """Remove every part of a key; bytes freed."""
+        """Bytes freed."""
         return sum(self.drop_part(id_, generation) for generation in self.generations(id_))
 
     def drop_journal(self, id_: str, generation: int) -> None:
-        """Remove what told of a part that has been committed."""
+        """Remove the sums and state of a part that has been committed."""
         unlink(self.sums_path(id_, generation))
         self.drop_state(id_)
 
     def generations(self, id_: str) -> list[int]:
-        """The generations of which there is a part, ascending."""
+        """The generations that have a part, ascending."""
         names = (name.split(".") for name in os.listdir(self.partial) if name.startswith(id_))  # noqa: PTH208 - at every miss
         return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
     def commit(self, record: Record) -> bool:
         """Publish the part of the record's generation as its key's body; whether it replaced another.
 
-        1. The part gets its generation as its time. If it takes another body's place it is synced. 2. The
-        record, which vouches for the body from now on. 3. The body. A reader that comes between finds no body
-        of that generation and joins the fill; after a crash between, `finish_commit` does step 3. A new entry
-        is not synced: its sums tell if a power cut tore it, and it is fetched again.
+        1. The part gets its generation as its time. If it replaces another body it is synced. 2. The record
+        is written; from now on it vouches for the body. 3. The body is renamed. A reader that comes between
+        finds no body of that generation and joins the fill; after a crash between, `finish_commit` does step
+        3. A new entry is not synced: if a power cut tears it, its sums differ, and it is fetched again.
         """
         self._require_claim(record.key)
         part, body = self.part_path(record.key.id, record.generation), self.body_path(record.key)
@@ -310,7 +312,7 @@ class Store:
         return replaced
 
     def finish_commit(self, record: Record) -> bool:
-        """Put the part of the record's generation in its body's place, if it is there and sound."""
+        """Rename the part of the record's generation to its body's path, if it exists and is sound."""
         self._require_claim(record.key)
         part = self.part_path(record.key.id, record.generation)
         try:
@@ -327,8 +329,8 @@ class Store:
     def demote(self, record: Record, body: OpenFile | None, sound_bytes: int, state: FillState) -> None:
         """Make a damaged entry a part of `state`'s generation, with its first chunks, which are sound.
 
-        1. The part, a copy: whoever reads the old file reads on. 2. Its sums and state, from which anybody
-        goes on with it. 3. Record and body go. After a crash before 3 the entry is there as it was.
+        1. The part, a copy: readers of the old file continue. 2. Its sums and state, from which any process
+        can resume. 3. Record and body are removed. After a crash before 3 the entry is unchanged.
         """
         self._require_claim(record.key)
         self.drop_parts(record.key.id)
@@ -344,7 +346,7 @@ class Store:
         self.remove(record.key)
 
     def parts(self) -> list[Part]:
-        """What lies in `partial/`: one row a part, and one for a state that has no part."""
+        """One row a part, and one for a state that has no part."""
         rows, names = [], sorted(path.name for path in self.partial.iterdir())
         with_part = {name[:32] for name in names if name.endswith(".part")}
         for name in names:
@@ -379,7 +381,7 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path) -> None:
-        """Rename, making the folder: one that `remove` prunes in the same moment is made again."""
+        """Rename, making the folder again if `remove` prunes it at the same moment."""
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -388,14 +390,14 @@ class Store:
                 if attempt == 4 or not source.exists():
                     raise
                 target.parent.mkdir(parents=True, exist_ok=True)
-            except IsADirectoryError:  # no work of ours
+            except IsADirectoryError:  # not made by gup
                 if attempt == 4:
                     raise
                 unlink(target)
 
 
 def _read(path: Path, most_bytes: int) -> bytes | None:
-    """The file's bytes, one more than `most_bytes` at most; None when there is none. InvalidError."""
+    """At most one byte more than `most_bytes`; None when there is no file. InvalidError."""
     try:
         return read_regular(path, most_bytes + 1, os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
@@ -407,12 +409,12 @@ def _read(path: Path, most_bytes: int) -> bytes | None:
 
 
 def unlink(path: Path) -> None:
-    """Remove what is there under a name of ours, be it what it may."""
+    """Remove whatever has this name."""
     try:
         path.unlink(missing_ok=True)
     except NotADirectoryError:
         return
-    except (IsADirectoryError, PermissionError):  # unlink(2) of a directory, as Linux and POSIX tell it
+    except (IsADirectoryError, PermissionError):  # unlink(2) of a directory, as Linux and POSIX report it
         if not path.is_dir():
             raise
         shutil.rmtree(path)
@@ -430,7 +432,7 @@ def span_of(record: Record, chunk: int) -> tuple[int, int]:
 
 
 def _agrees(fd: int, record: Record, chunk: int) -> bool:
-    """Whether the chunk's bytes are those that were stored; what can't be read at all is not."""
+    """Whether the chunk's bytes are those that were stored; an unreadable one's are not."""
     start, length = span_of(record, chunk)
     try:
         piece = os.pread(fd, length, start)
@@ -440,9 +442,9 @@ def _agrees(fd: int, record: Record, chunk: int) -> bool:
 
 
 def read_aside(fd: int, record: Record, chunk: int) -> bool:
-    """Whether the chunk is sound, looked at without keeping its pages: clients' own stay in the page cache.
+    """Whether the chunk is sound, read without keeping its pages: the page cache is left to clients.
 
-    Pages that were there before are compared as they are: they are what a client would be sent.
+    Pages that were cached before are compared as they are: they are what a client would be sent.
     """
     start, length = span_of(record, chunk)
     known = in_page_cache(fd, start, length)
@@ -466,7 +468,7 @@ def is_chunk_sound(fd: int, record: Record, chunk: int) -> bool:
 
 
 def sound_chunks(fd: int, record: Record) -> int:
-    """How many chunks from the first on are what was stored. Blocks for as long as reading them takes."""
+    """Number of sound chunks from the first on. Blocks for as long as reading them takes."""
     chunks = range(len(record.sums))
     return next((chunk for chunk in chunks if not is_chunk_sound(fd, record, chunk)), len(chunks))
 
@@ -477,9 +479,9 @@ def in_page_cache(fd: int, start: int, length: int) -> bool:
     try:
         for offset in (*range(start, start + length, _PROBE_STEP_BYTES), start + length - 1):
             if not os.preadv(fd, probe, offset, os.RWF_NOWAIT):
-                return True  # shorter than recorded: whoever reads it finds out
+                return True  # shorter than recorded: reading it finds out
     except OSError as error:
-        # A file system that can't tell counts as warm; what can't be read is found out in the thread.
+        # A file system that can't tell counts as warm; reading in the thread finds errors.
         return error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
     return True
 
@@ -495,18 +497,18 @@ _WHY = "the disk damages stored bodies repeatedly: replace it, then run gup cach
 
 
 class BadDiskError(GupError):
-    """The disk damages what is stored: nothing more is demoted, and nothing stored, for a while."""
+    """The disk damages what is stored: nothing more is demoted or stored for a while."""
 
 
 class Demotions:
-    """A line a demotion in a file of all processes: Unix time and the key's id."""
+    """The demotions of all processes, a line each in one file: Unix time and the key's id."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
 
     def note(self, id_: str) -> None:
-        """Count one more. BadDiskError instead, when there were too many. Blocks; OSError."""
+        """Count one more; BadDiskError when there were too many. Blocks; OSError."""
         now, rows = self._clock(), self._rows()
         of_key = sum(1 for at, other in rows if other == id_ and 0 <= now - at < _DAY_SECONDS)
         if of_key >= _MOST_A_DAY or _many(rows, now):
@@ -515,7 +517,7 @@ class Demotions:
             file.write(f"{int(now)} {id_}\n")
 
     def disk_is_bad(self) -> str | None:
-        """Why nothing should be stored now, None when nothing speaks against it. Blocks."""
+        """Why nothing should be stored now, if so. Blocks."""
         now = self._clock()
         try:
             recent = 0 <= now - self._path.stat().st_mtime < 60.0

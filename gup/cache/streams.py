@@ -19,7 +19,7 @@ def read_streams(path: Path) -> list[tuple[str, str, str]]:
 
 
 class Streams:
-    """Gives each stream its number, for good; MAX_STREAMS is the number of all that came too late.
+    """Gives each stream a permanent number; the streams after the first MAX_STREAMS share that number.
 
     The list only grows, a line a stream, appended under a lock: 50 times in a site's life.
     """
@@ -35,7 +35,7 @@ class Streams:
                 self._numbers.clear()
             try:
                 self._numbers[name] = self._find(name)
-            except OSError:  # a full disk: it counts as any other until there is room
+            except OSError:  # a full disk: it is counted with the shared ones until there is room
                 return MAX_STREAMS
         return self._numbers[name]
 
@@ -48,7 +48,7 @@ class Streams:
                 return lines.index(name)
             if len(lines) < MAX_STREAMS:
                 line, end = f"{name}\n".encode(), os.fstat(fd).st_size
-                if os.write(fd, line) < len(line):  # the disk became full: no half line may stay
+                if os.write(fd, line) < len(line):  # the disk became full: remove the partial line
                     os.ftruncate(fd, end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return len(lines)

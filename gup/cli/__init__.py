@@ -1,10 +1,9 @@
-"""The command `gup`: reads flags, has other parts do the work, shows their answers; decides nothing."""
+"""The command `gup`: reads flags, calls the other packages, shows the results."""
 
 import os
 
 
 def main() -> None:
-    """Run the command line; leaves through SystemExit."""
     from gup.cli.app import app  # noqa: PLC0415 - `import gup.cli` alone must stay cheap
 
     if "_GUP_COMPLETE" in os.environ:  # a shell asks what could stand there: see deploy/completions

@@ -30,12 +30,12 @@ class NobodyThereError(AdminError):
 
 
 def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_file: Path | None) -> "Admin":
-    """The control plane that the flags mean; AdminError when they mean none.
+    """The control plane that the flags name; AdminError when they name none.
 
-    Of a file with mistakes the rest counts: what is wrong in it must not hide the service from who looks.
+    Mistakes in the settings file are only warned of: the running service has settings that were valid.
     """
     settings, problems = read(config) if url is None or config is not None else (None, [])
-    for problem in problems:  # a service that runs still has settings that were right
+    for problem in problems:
         sys.stderr.write(f"gup: warning: {problem}\n")
     files = [token_file]
     if token_file is None and settings is not None:
@@ -57,7 +57,7 @@ def admin_at(url: str | None, config: Path | None, token_file: Path | None, ca_f
 
 
 def admin_url(settings: Settings) -> str:
-    """Where a service with `settings` has its control plane, as seen from its own machine."""
+    """The control plane's address of a service with `settings`, as seen from its own machine."""
     listen = settings.listen
     host = _WILDCARDS.get(listen.admin_address, listen.admin_address)
     scheme = "http" if listen.admin_cert_file is None else "https"
@@ -68,8 +68,8 @@ def admin_url(settings: Settings) -> str:
 class Admin:
     """The control plane at `url`. Every method raises AdminError.
 
-    `lack` says why there is no `token`. `ca_file` is trusted besides what the machine trusts. `pinned` is the
-    service's own certificate (PEM): it must show that very one, under whatever name.
+    `lack` says why there is no `token`. `ca_file` is trusted in addition to the machine's certificates.
+    `pinned` is the service's own certificate (PEM): it must present that one, under any name.
     """
 
     url: str
@@ -86,12 +86,11 @@ class Admin:
             raise AdminError(f"{given}: the control plane's URL must begin with http:// or https://")
 
     def ask(self, method: str, resource: str, given: object = None) -> dict[str, Any]:
-        """One request for what is below /api/v1/, with `given` as its JSON, and the JSON that answers it."""
+        """One request below /api/v1/, with `given` as its JSON; returns the response's JSON."""
         body = None if given is None else json.dumps(given).encode()
         return self.understood(self.pieces(method, resource, body))
 
     def understood(self, pieces: Iterable[bytes]) -> dict[str, Any]:
-        """The JSON object in an answer."""
         try:
             answer = json.loads(b"".join(pieces))
         except ValueError:
@@ -108,7 +107,7 @@ class Admin:
         media: str = "application/json",
         patience_seconds: float = _TIMEOUT_SECONDS,
     ) -> Iterator[bytes]:
-        """One request, its body sent piece by piece if it is a file, and its good answer as it comes."""
+        """One request; a file is sent, and a successful response returned, piece by piece."""
         headers = {"Content-Type": media} if body is not None else {}
         headers |= {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connection = self._connected()

@@ -1,8 +1,9 @@
-"""`gup status`, `gup reload`, `gup prefetch`: asked of a running service."""
+"""`gup status`, `gup why`, `gup reload`, `gup prefetch`: asked of a running service."""
 
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 
@@ -51,10 +52,13 @@ def status(*, where: Where, json_output: JsonFlag = False) -> None:
             typer.echo(line)
         show_table(_UPSTREAMS, answer["upstreams"])
         show_table(_FILLS, answer["fills"])
+        failures = answer["failures"]
+        show_table(_FAILURES, ({**row, "failed_at": row["at"]} for row in failures[:_FAILURES_SHOWN]))
+        if (more := len(failures) - _FAILURES_SHOWN) > 0:
+            typer.echo(f"and {more} more: gup status --json; gup why KEY tells about one")
 
 
 def status_lines(status: Row) -> Iterator[str]:
-    """The control plane's status, as lines."""
     cache = status["cache"]
     ready = "ready" if status["ready"] else "not ready"
     up = time_in_words(status["uptime_seconds"])
@@ -71,7 +75,18 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"cache: {cache['entries']} entries, {size} of {limit}, {free} free on disk"
     rate = status["wan_rate_bytes_per_second"]
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
-    yield f"clients: {status['clients']['connections']} connections"
+    recent, clients = status["totals"]["since_start"], status["clients"]
+    by_result = ", ".join(f"{count} {result}" for result, count in recent["requests"].items() if count)
+    yield f"requests since start: {recent['requests_total']}" + (f" ({by_result})" if by_result else "")
+    seen = ", ".join(f"{count} in {window}" for window, count in clients["seen"].items())
+    now = status["started_at"] + status["uptime_seconds"]
+    last = ", ".join(
+        f"{client['address']} ({time_in_words(max(0, now - client['seen_at']))} ago)"
+        for client in clients["latest"]
+    )
+    yield printable(
+        f"clients: {clients['connections']} connections; seen: {seen}" + (last and f"; the last: {last}")
+    )
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
@@ -91,6 +106,13 @@ def _received(fill: Row) -> str:
 
 
 _UPSTREAMS: Columns = {"upstream": "name", "": _state, "since": "since", "last error": "last_error"}
+_FAILURES_SHOWN = 5
+_FAILURES: Columns = {
+    "last failures": "failed_at",
+    "problem": "problem",
+    "detail": "detail",
+    "content": "key",
+}
 _FILLS: Columns = {
     "fill": lambda fill: fill["key"] or fill["id"],
     "from": "upstream",
@@ -98,6 +120,34 @@ _FILLS: Columns = {
     "#rate": "bytes_per_second",
     "#time left": "remaining_seconds",
 }
+
+
+@with_connection_flags
+def why(
+    of: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY", help="A key, a path such as /content/{MONIKER}/260101001/full.zip, or a URL."
+        ),
+    ],
+    *,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Tell what is known of one file; status 0 if it is stored, 1 if not.
+
+    Where it came from and who took it, or why it is not stored: its last failure, the queue that it waits in,
+    the rule that refuses it.
+    """
+    with asking(where) as admin:
+        answer = admin.ask("GET", "why?" + urlencode({"of": of}))
+    if json_output:
+        print_json(answer)
+    else:
+        for file in answer["files"]:
+            typer.echo("\n  ".join(map(printable, (file["key"], *file["said"]))))
+    if not any(file["stored"] for file in answer["files"]):
+        raise typer.Exit(FAILED)
 
 
 @with_connection_flags
@@ -173,7 +223,7 @@ def prefetch(
 
 
 def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows when none of them is pending any more."""
+    """Poll until no row is pending; returns the rows."""
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}

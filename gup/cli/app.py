@@ -1,4 +1,4 @@
-"""The command line `gup`: all its commands. What is heavy is imported by the command that needs it."""
+"""The command line `gup`: all its commands. Each imports its heavy modules itself."""
 
 from typing import Annotated, Any
 
@@ -58,5 +58,6 @@ app.add_typer(cache_commands.cache, name="cache")
 app.add_typer(settings_commands.rules, name="rules")
 app.add_typer(reports.report, name="report")
 app.command("status")(admin_commands.status)
+app.command("why")(admin_commands.why)
 app.command("reload")(admin_commands.reload)
 app.command("prefetch")(admin_commands.prefetch)

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -49,7 +50,7 @@ _PAGE = 1000
 _POLL_SECONDS = 0.2
 _PURGE_SECONDS = 600.0
 _IMPORT_SECONDS = 600.0
-"""For an answer to an import: the last entry's commit waits for the disk."""
+"""Time limit for the response to an import: the last entry's commit waits for the disk."""
 
 DirectoryFlag = Annotated[
     Path | None,
@@ -230,7 +231,7 @@ def unpin(keys: Keys, *, where: Where, json_output: JsonFlag = False) -> None:
         _change_each(admin, keys, "unpinned", "DELETE", "/pin", json_output=json_output)
 
 
-# --- by a service, or here
+# --- by a service, or in the cache directory
 
 
 def _by_service_or_here(
@@ -241,8 +242,8 @@ def _by_service_or_here(
     *,
     create: bool = False,
 ) -> T:
-    """Work done by the service that the flags mean, or in the cache directory: when --cache-dir names one, or
-    when no service answers where the settings put it. `create`: the directory may be missing, or be empty.
+    """Work done by the service that the flags name, or in the cache directory: when --cache-dir names one, or
+    when no service answers at the settings' address. `create`: the directory may be missing, or be empty.
     """
     from gup.cache.store import Store
     from gup.cli.admin_client import NobodyThereError
@@ -270,7 +271,7 @@ def _is_new(folder: Path) -> bool:
 
 
 def _alone(store: "Store") -> "closing[InstanceLock]":
-    """Hold the locks that a service takes, so that none starts in between; StoreError when one runs."""
+    """Hold the locks of a service, so that none starts in between; StoreError when one runs."""
     from gup.process.instance_lock import InstanceLock
 
     store.prepare()
@@ -421,7 +422,7 @@ def export(
 
 @contextmanager
 def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside `file`, which takes that name when it is whole; nothing is left when it is not."""
+    """A file beside `file` that is renamed when complete; on an error nothing is left."""
     from gup.cli.admin_client import AdminError
 
     if os.path.lexists(file):
@@ -439,7 +440,7 @@ def _new(file: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> None:
-    """Committed bodies never change, so they can be read whoever else is at work there."""
+    """Committed bodies never change, so they can be read while a service runs."""
     import socket
 
     from gup.cache.archive import written
@@ -450,17 +451,17 @@ async def _write_here(archive: IO[bytes], store: "Store", filters: Filters) -> N
     if odd := sorted({"product", "kind", "pattern", "older_than", "unused_for"} & filters.keys()):
         flag = odd[0].replace("_", "-")
         raise StoreError(f"--{flag}: works only with a running service; none answers")
-    keys, why_not = [], []
+    keys, not_wanted = [], Counter[str]()
     others = {name: filters[name].casefold() for name in ("stream", "revision") if name in filters}
     for key in contents(store, grace_seconds=0.0).keys:
         why = why_not_for(key.variant, filters.get("version"), filters.get("language"), None)
         if not why and any(getattr(key, name).casefold() != value for name, value in others.items()):
             why = f"it is not of that {', '.join(others)}"
         if why:
-            why_not.append(why)
+            not_wanted[why] += 1
         else:
             keys.append(key)
-    async for piece in written(store, keys, socket.gethostname(), time.time(), why_not):
+    async for piece in written(store, keys, socket.gethostname(), time.time(), not_wanted):
         archive.write(piece)
 
 

@@ -43,7 +43,7 @@ _EXAMPLES: dict[str, Any] = {
     "admin_cert_file": "/etc/gup/admin-cert.pem",
     "admin_key_file": "/etc/gup/admin-key.pem",
 }
-"""What the reference shows for a key without a default."""
+"""Values that the reference shows for keys without a default."""
 
 UNITS = (
     "Sizes are a number with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), "
@@ -101,7 +101,7 @@ class Row:
 
 
 def tables(table: type[BaseModel] = Settings, above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every table with its head, `[path]` or `[[path]]`; those in a table follow it."""
+    """Every table with its head, `[path]` or `[[path]]`, followed by those in it."""
     for name, field in table.model_fields.items():
         if (model := model_of(field.annotation)) is not None:
             yield f"[[{above}{name}]]" if get_origin(field.annotation) is list else f"[{above}{name}]", model
@@ -109,7 +109,7 @@ def tables(table: type[BaseModel] = Settings, above: str = "") -> Iterator[tuple
 
 
 def rows(table: type[BaseModel]) -> Iterator[Row]:
-    """The keys of `table` that hold values; tables in it are not among them."""
+    """The keys of `table` that hold values, without the tables in it."""
     for name, field in table.model_fields.items():
         if model_of(field.annotation) is None:
             yield Row(field.alias or name, name, _type(field), _default(field), field)
@@ -117,7 +117,7 @@ def rows(table: type[BaseModel]) -> Iterator[Row]:
 
 def _default(field: FieldInfo) -> Any:
     if field.is_required() or field.default == "" or field.default_factory not in (None, dict, list):
-        return None  # a factory of another kind: worked out by each machine, such as the host's name
+        return None  # another factory: computed by each machine, such as the host's name
     return field.get_default(call_default_factory=True)
 
 
@@ -161,7 +161,6 @@ def _toml(value: Any) -> str:
 
 
 def reference_toml() -> str:
-    """The text of config/gup.toml."""
     lines = [f"# {line}" for line in wrap(_TOML_HEAD, _WIDTH)]
     for head, table in tables():
         several = head.startswith("[[")
@@ -177,7 +176,6 @@ def reference_toml() -> str:
 
 
 def reference_page() -> str:
-    """The text of docs/settings.md."""
     lines = [_PAGE_HEAD]
     for head, table in tables():
         lines += [
@@ -194,7 +192,6 @@ def reference_page() -> str:
 
 
 def metrics_page() -> str:
-    """The text of docs/metrics.md."""
     lines = [_METRICS_HEAD, "| metric | kind | labels | meaning |", "|---|---|---|---|"]
     for metric in METRICS:
         labels = ["`upstream`: the settings' names"] if metric.upstream else []
@@ -211,7 +208,7 @@ def metrics_page() -> str:
 
 
 def settings_toml(settings: Settings) -> str:
-    """`settings` as a TOML file that gives them again, but for secrets, which are masked."""
+    """`settings` as a TOML file that restores them, except for secrets, which are masked."""
     return "\n".join(_in_force(settings, "")).lstrip("\n") + "\n"
 
 
@@ -233,7 +230,6 @@ def _in_force(table: BaseModel, above: str) -> Iterator[str]:
 
 
 def write_all(root: Path) -> None:
-    """Write the three files below `root`."""
     (root / "config" / "gup.toml").write_text(reference_toml(), encoding="utf-8")
     (root / "docs" / "settings.md").write_text(reference_page(), encoding="utf-8")
     (root / "docs" / "metrics.md").write_text(metrics_page(), encoding="utf-8")

@@ -63,7 +63,7 @@ def serve_flags(
     cache_dir: Path | None = None,
     workers: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The flags that were given, nested like the file, and a sentence for each that is malformed."""
+    """The given flags, nested like the file, and a sentence for each malformed one."""
     problems: list[str] = []
     addresses: dict[str, Any] = {}
     for flag, text, prefix in (("--listen", listen, ""), ("--admin", admin, "admin_")):

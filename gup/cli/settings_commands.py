@@ -1,4 +1,4 @@
-"""`gup config` and `gup rules`: what settings mean, told without a service."""
+"""`gup config` and `gup rules`: explain settings without a service."""
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
 from pathlib import Path

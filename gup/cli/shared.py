@@ -1,4 +1,4 @@
-"""What commands share: flags, exit statuses, the control plane they ask, tables for people."""
+"""Shared by commands: flags, exit statuses, access to the control plane, tables for people."""
 # ruff: noqa: PLC0415 - not every command asks, and rich takes a tenth of a second to import
 
 import functools
@@ -53,7 +53,7 @@ SeedFlag = Annotated[int, typer.Option(metavar="N", help="Seed of the generated 
 
 
 def quantity(parse: Callable[[object], float], metavar: str, help_: str, default: str) -> Any:
-    """An option whose text `parse` reads; what it can't read it explains. `default` is for the help."""
+    """An option whose text `parse` reads, or explains why not. `default` is for the help."""
 
     def parser(text: str) -> float:
         try:
@@ -65,9 +65,9 @@ def quantity(parse: Callable[[object], float], metavar: str, help_: str, default
 
 
 def with_flags(**bundles: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose parameter of each bundle's name is made from the flags that the bundle has.
+    """A command whose parameter of each bundle's name is made from the bundle's flags.
 
-    So flags that stand on many commands stand here once; in the help they stand in the parameter's place.
+    So flags of many commands are declared once; in the help they are in the parameter's place.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,7 +94,7 @@ def with_flags(**bundles: Callable[..., Any]) -> Callable[[Callable[..., None]],
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What the flags say of the control plane. Without a `url` the settings tell where it is."""
+    """The flags about the control plane. Without a `url` the settings give it."""
 
     url: str | None
     config: Path | None
@@ -124,7 +124,7 @@ with_connection_flags = with_flags(where=_connection_flags)
 
 @contextmanager
 def asking(where: Where) -> Iterator["Admin"]:
-    """The control plane. An answer without the members that are looked for is another version's."""
+    """The control plane. A response without the expected members is from another version."""
     from gup.cli.admin_client import AdminError, admin_at
 
     admin = admin_at(*astuple(where))
@@ -140,7 +140,7 @@ def asking(where: Where) -> Iterator["Admin"]:
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str | Callable[[Row], object]]
-"""What stands under each head: a member of the row, or what is made of the row."""
+"""By heading: a member of the row, or a function of it."""
 
 
 def print_json(answer: object) -> None:
@@ -148,7 +148,7 @@ def print_json(answer: object) -> None:
 
 
 def show_table(columns: Columns, rows: Iterable[Row], *, title: str = "") -> None:
-    """Print rows under their heads; a head that begins with # is a column of numbers.
+    """Print rows under their headings; a heading that begins with # is a column of numbers.
 
     Fitted to a terminal, whole in a pipe. Text from outside can neither mark up nor move the cursor. Without
     a row nothing is printed. KeyError: the rows are of another version of gup.
@@ -188,5 +188,5 @@ def _cell(column: str | Callable[[Row], object], row: Row) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with everything that could steer a terminal made visible."""
+    """`text` without characters that could control a terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

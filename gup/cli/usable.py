@@ -1,6 +1,6 @@
-"""What settings name, looked at without a service: whether one can start with them, and the catalogues.
+"""Checks of what settings name, without a service: whether one can start with them, and the catalogues.
 
-`gup config check`, `gup serve` and every reload ask `usable`, so that all three refuse the same.
+`gup config check`, `gup serve` and every reload use `usable`, so that all three refuse the same.
 """
 
 import ssl
@@ -73,7 +73,7 @@ def _require_catalogue(file: Path | None) -> None:
 
 
 def _require_folder(folder: Path) -> None:
-    """The folder may be missing, but no file may stand in its place or in that of a folder above it."""
+    """The folder may be missing, but neither it nor a folder above it may be a file."""
     for path in (folder, *folder.parents):
         try:
             mode = path.stat().st_mode
@@ -94,7 +94,7 @@ def _require_folder(folder: Path) -> None:
 def read_catalog(settings: Settings, upstream: Upstream) -> tuple[Mapping[str, Listed] | None, str]:
     """One upstream's catalogue, and where it was read; else None and why. GupError for `catalog.file`.
 
-    From `catalog.file`; else from the manager; else the copy that the cache directory holds of it.
+    From `catalog.file`; else from the manager; else the copy in the cache directory.
     """
     from http.client import HTTPException  # noqa: PLC0415 - with urllib for this alone
 

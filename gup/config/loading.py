@@ -1,6 +1,6 @@
 """Reads settings from file, environment and flags, and says what is wrong with them.
 
-A mistake is told as one sentence: the key, the value found, what would be right, and where it came from.
+A mistake is one sentence: the key, the value found, what would be right, and where it came from.
 """
 
 import difflib
@@ -36,8 +36,8 @@ def load(
 ) -> Settings:
     """Settings from `file` (TOML), `GUP_<SECTION>__<KEY>` and flags, the later winning.
 
-    `flags` is nested like the file. SettingsError names every key that is wrong. The files that settings name
-    are not looked at: gup.cli.usable does that.
+    `flags` is nested like the file. SettingsError names every key that is wrong. `gup.cli.usable` checks the
+    files that settings name.
     """
     settings, problems = read(file, flags=flags, environment=environment)
     if problems:
@@ -108,13 +108,13 @@ def _without(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
 
 
 def _read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Variables nested like the file. What is no JSON stays text: the table's types check it."""
+    """Variables nested like the file. What is not JSON stays text: the table's types check it."""
     # pydantic-settings takes 0.1 s to import, and most starts have no such variables.
     from pydantic_settings import BaseSettings, EnvSettingsSource  # noqa: PLC0415
 
     class Environment(EnvSettingsSource):
         def __init__(self) -> None:
-            bases: Any = (Settings, BaseSettings)  # the source wants settings of its own kind
+            bases: Any = (Settings, BaseSettings)  # the source requires a BaseSettings class
             layered: type[BaseSettings] = create_model("Layered", __base__=bases)
             super().__init__(layered, case_sensitive=False, env_prefix=PREFIX, env_nested_delimiter=DELIMITER)
             self.env_vars = {name.lower(): value for name, value in variables.items() if value}
@@ -148,7 +148,7 @@ def _merge(below: Values, above: Values) -> dict[str, Any]:
 
 
 def _origin(location: Location, layers: list[tuple[str, Values]]) -> str:
-    """Where the value at `location` came from, "" when it stands nowhere."""
+    """Where the value at `location` came from, "" for a default."""
     keys = [part for part in location if isinstance(part, str)]
     for name, layer in layers:
         value, depth = layer, 0
@@ -162,7 +162,7 @@ def _origin(location: Location, layers: list[tuple[str, Values]]) -> str:
 def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
     """Sentences on variables of no section, and on known keys written with a single underscore.
 
-    A wrong key of a known section is found with the file's. Other names are left alone: container platforms
+    A wrong key of a known section is reported with the file's. Other names are ignored: container platforms
     set their own, such as GUP_PORT or GUP_SERVICE_HOST for a service called gup.
     """
     sections = keys_at((), Settings)
@@ -183,7 +183,6 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
 
 
 SECRET_KEYS = frozenset({"headers"})
-"""Keys whose values are never shown."""
 
 _USER_INFO = re.compile(r"(://[^/@\s:]*):[^/@\s]*@")
 _MAX_SHOWN = 60
@@ -202,7 +201,6 @@ _RIGHT = {
 
 
 def mask_password(url: str) -> str:
-    """`url` with the password of its user information, if any, made unreadable."""
     return _USER_INFO.sub(r"\1:***@", url)
 
 
@@ -250,7 +248,7 @@ def _reason(details: ErrorDetails) -> str:
 
 
 def _shown(location: Location, value: object) -> str:
-    """The value as found, unless it may hold a secret: tables and JSON are not shown either."""
+    """The value as found, but no secret: tables and JSON are not shown either, since they may hold one."""
     if SECRET_KEYS.intersection(location):
         return "the value (not shown)"
     if isinstance(value, dict | list):
@@ -279,7 +277,6 @@ def model_at(location: Location, table: type[BaseModel]) -> type[BaseModel] | No
 
 
 def model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model`, `list[Model]` or `Model | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (list, Union, UnionType):

@@ -33,11 +33,10 @@ _GUP_SETS = frozenset(
         *("transfer-encoding", "upgrade", "via"),
     }
 )
-"""Request headers that change the meaning of the answer: a setting can't give them."""
+"""Request headers that change the meaning of the answer: no setting may add them."""
 
 
 def is_token(text: str) -> bool:
-    """Whether `text` can stand in a header as a name (RFC 9110 section 5.6.2)."""
     return bool(_TOKEN.fullmatch(text))
 
 
@@ -48,12 +47,12 @@ def _not_bool(value: object) -> object:
 
 
 def _split(value: object) -> object:
-    """A list in the environment is written with commas."""
+    """In the environment a list is written with commas."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _good(is_good: Callable[[Any], object], right: str) -> AfterValidator:
-    """A check; `right` says what would be right."""
+    """A check; `right` is what its error says would be right."""
 
     def check(value: T) -> T:
         if not is_good(value):
@@ -107,7 +106,7 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-# In a smaller size or rate the unit was forgotten.
+# A smaller size or rate lacks its unit.
 CacheSize = Annotated[Size, _good(lambda size: size >= 10**6, 'must be at least "1MB"')]
 LeastRate = Annotated[int, BeforeValidator(parse_rate)]
 Rate = Annotated[
@@ -154,13 +153,11 @@ Serve = Literal["serve", "refuse"]
 
 
 def row(default: T, description: str, *, repr: bool = True) -> T:  # noqa: A002 - pydantic's name
-    """One setting: its default and its sentence; `repr` is false for a secret."""
+    """`repr` is false for a secret."""
     return Field(default=default, description=description, repr=repr)
 
 
 class Section(BaseModel):
-    """A table of the file; frozen, and an unknown key is an error."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -338,11 +335,11 @@ CONTENT_TYPES: dict[str, list[str]] = {
     ],
     "submission_control": ["*submission control*"],
 }
-"""Types of content that are told apart without any setting; what fits none is of type "other"."""
+"""The built-in types of content; what fits none is of type "other"."""
 
 
 def _with_known_types(types: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The settings' own types are tried first; one that is named again is replaced."""
+    """The settings' own types are tried first; one of a built-in name replaces it."""
     return types | {name: patterns for name, patterns in CONTENT_TYPES.items() if name not in types}
 
 
@@ -425,7 +422,6 @@ class Workers(Section):
 
 
 def _host_name() -> str:
-    """The host's name as a token."""
     return "".join(letter if is_token(letter) else "-" for letter in socket.gethostname())[:64] or "gup"
 
 

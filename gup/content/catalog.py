@@ -18,14 +18,13 @@ from gup.content.routes import LIVEUPDATE_STREAM
 
 CATALOG_PATH = "/content/ContentInfo.txt"
 MAX_CATALOG_BYTES = 1 << 20
-"""What is read of a catalogue; real ones have thousands of lines at most."""
+"""Upper limit on a catalogue; real ones have thousands of lines at most."""
 
 CLIENT_PATCHES = "client_patches"
 """The type of content that the delivery rules bind."""
 OTHER = "other"
-"""The type of a product that fits no pattern."""
 LIVEUPDATE_PRODUCT = "LiveUpdate"
-"""The product of LiveUpdate's files whose names tell none."""
+"""LiveUpdate index files name the product; for its other files this one is shown."""
 
 _MONIKER = r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 _LINE = re.compile(rf"(\{{{_MONIKER}\}})\s*:\s*(.+)")
@@ -54,14 +53,13 @@ class Listed:
 Rows = Mapping[str, Listed]
 """One catalogue, by moniker in upper case."""
 Stream = tuple[str, str, str]
-"""Version, language and moniker of a content key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
     """The name of a stream for people. It is looked up when it is shown, so a changed catalogue renames.
 
-    `version` is the one that the product is made for, "" where nothing tells it. `type` is one of
+    `version` is the one that the product is made for, "" where no catalogue states it. `type` is one of
     `catalog.types`, or "other".
     """
 
@@ -102,7 +100,6 @@ class Catalogues:
         self._types = types or StreamTypes(config.CONTENT_TYPES)
 
     def known(self, upstream: str) -> bool:
-        """Whether the upstream's catalogue was ever read."""
         return upstream in self._rows
 
     def listed(self, upstream: str, moniker: str) -> Listed | None:
@@ -110,7 +107,6 @@ class Catalogues:
         return self._rows.get(upstream, {}).get(moniker)
 
     def somewhere(self, moniker: str) -> Listed | None:
-        """The first row of a moniker in any catalogue."""
         return next((rows[moniker] for rows in self._rows.values() if moniker in rows), None)
 
     def for_all_languages(self, moniker: str) -> bool:
@@ -119,7 +115,6 @@ class Catalogues:
         return bool(found) and all(listed.all_languages for listed in found)
 
     def type_of(self, moniker: str) -> str | None:
-        """The type of a stream's content; None where no catalogue lists it."""
         listed = self.somewhere(moniker)
         return None if listed is None else self._types.of(listed.product)
 
@@ -127,7 +122,8 @@ class Catalogues:
         """The label of a stream; None where no catalogue lists it.
 
         Managers of different languages may list the same moniker differently, so the catalogue of the
-        stream's own variant comes first. LiveUpdate has no catalogue: the names of its index files tell.
+        stream's own variant comes first. LiveUpdate has no catalogue: its index files state the product in
+        their names.
         """
         version, language, moniker = stream
         if moniker == LIVEUPDATE_STREAM:
@@ -175,7 +171,7 @@ def normal_moniker(text: str) -> str | None:
 
 
 def respelled(path: str, moniker: str) -> str | None:
-    """`path` (percent-encoded, as asked upstream) with its moniker spelled as `moniker`; None if it is so."""
+    """`path` (percent-encoded, as upstream) with its moniker spelled as `moniker`; None if unchanged."""
     encoded = moniker.replace("{", "%7B").replace("}", "%7D")
     parts = path.split("/")
     if len(parts) < 3 or parts[2].upper() != encoded.upper() or parts[2] == encoded:

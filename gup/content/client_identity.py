@@ -26,13 +26,13 @@ _MAX_SHOWN = 64
 _MOST_REMEMBERED = 4096
 
 Texts = list[tuple[str, str]]
-"""Places where something is stated, and what is."""
+"""Pairs: the place (header, or header and product) and the text stated there."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What a client states; None is undeclared. `notes` tell what was stated and could not be read."""
+    """What a client states; None is undeclared. `notes` names what was stated but could not be read."""
 
     version: Version | None = None
     language: Language | None = None
@@ -53,7 +53,6 @@ class Source(NamedTuple):
         return f"{self.header}: {self.product}" if self.product else self.header
 
     def read(self, header: Header) -> str | None:
-        """The text stated there; None when there is none."""
         value = header(self.header.lower())
         if value is None or not value.strip():
             return None
@@ -64,7 +63,6 @@ class Source(NamedTuple):
 
 
 def parse_source(text: str) -> Source | None:
-    """`HEADER` or `HEADER: PRODUCT`; None for anything else."""
     header, colon, product = (part.strip() for part in text.partition(":"))
     if not is_token(header) or (colon and not is_token(product)):
         return None
@@ -93,7 +91,6 @@ class Identities:
         return self._client(_stated_in(self._versions, header), _stated_in(self._languages, header))
 
     def stated(self, version: str | None, language: str | None) -> Client:
-        """The client that states these, wherever it does."""
         versions, languages = (
             [(name, text)] if text and text.strip() else []
             for name, text in (("client-version", version), ("client-language", language))
@@ -118,7 +115,6 @@ def _first(texts: Texts, parse: Callable[[str], T | None], what: str, notes: lis
 
 
 def _most_wanted(value: str) -> str | None:
-    """The first language of the highest quality in an Accept-Language (RFC 9110 section 12.5.4)."""
     best, wanted = 0.0, None
     for part in value.split(","):
         tag, _, parameter = (piece.strip() for piece in part.partition(";"))
@@ -153,7 +149,6 @@ class Declarations:
         self._stated: dict[tuple[str, str], Stated] = {("", ""): NOTHING}
 
     def of(self, headers: Headers) -> Stated:
-        """What a request's headers state."""
         wanted = self._wanted
         return self._look_up(tuple([field for field in headers if field[0] in wanted]))
 

@@ -15,7 +15,7 @@ ANY = "any"
 EVERY = "*"
 """Version or language in a choice of upstreams: all that have the content alike. Not in a key."""
 ABSENT = "_"
-"""Stands for a stream or a revision that the URL does not have; routes never produce it from a name."""
+"""Placeholder for a stream or a revision that the URL does not have; no name in a URL maps to it."""
 MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -27,7 +27,7 @@ _COMPARABLE = re.compile(r"[0-9]{9}")
 
 
 class BadKeyError(InvalidError):
-    """A text that is no content key: a file of such a name could lie anywhere."""
+    """A text that is not a content key: as a file name it could lead anywhere."""
 
 
 class Kind(StrEnum):
@@ -47,7 +47,7 @@ class DeltaStep(NamedTuple):
 
 
 def delta_step(file: str) -> DeltaStep | None:
-    """What a delta's file name tells; None when it does not. The folder tells nothing sure (FIELD)."""
+    """From the file name; None when it names no delta. The folder is ambiguous (FIELD)."""
     found = _DELTA.fullmatch(file)
     return DeltaStep(found[1], found[2]) if found else None
 
@@ -61,7 +61,7 @@ class Variant:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it stands for several variants: which upstreams to ask, not where a body is stored."""
+        """Whether it matches several variants: such a variant selects upstreams, and never a body."""
         return EVERY in (self.version, self.language)
 
     def covers(self, other: "Variant") -> bool:
@@ -126,7 +126,7 @@ class ContentKey:
 
     @classmethod
     def parse(cls, text: str) -> "ContentKey":
-        """The key that `text` (as made by `text`) stands for; BadKeyError if it is none."""
+        """Inverse of `text`; BadKeyError when `text` is no key."""
         parts = text.split("/", 5) if isinstance(text, str) else ()  # a JSON file may hold anything
         if len(parts) != 5:
             raise BadKeyError(f"not a content key, which has five parts separated by '/': {text!r:.80}")
@@ -147,7 +147,7 @@ class Folder(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """The revisions in a name. `from_revision` and `folder` are of deltas; None is another folder."""
+    """The revisions in a name. `from_revision` and `folder` are set for deltas; None is neither."""
 
     kind: Kind
     revision: str

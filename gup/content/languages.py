@@ -47,7 +47,6 @@ ENGLISH = Language("en-Latn", "English")
 
 @lru_cache(maxsize=1024)
 def parse_language(text: str) -> Language | None:
-    """The language that `text` names; None when it names none."""
     text = text.strip()
     if text.casefold() in _ALL:
         return Language("", text)

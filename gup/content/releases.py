@@ -60,12 +60,6 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The version of a client or manager; equal only when release, build and patch are.
-
-    `build` is None where only a name was given whose first build is not known. `patch` is the number in a
-    patched client's name ("14.3 RU8 Patch 3"), 0 without one. `text` is as it was written.
-    """
-
     text: str = field(compare=False)
     release: Release
     build: Build | None
@@ -140,7 +134,7 @@ def _parse_name(text: str) -> Release | None:
 
 
 def _parse_build(text: str) -> Build | None:
-    """Four numbers; a fifth, which installed folders have, is left out."""
+    """Four numbers; a fifth, as in installed folders, is dropped."""
     dotted = _DOTTED.fullmatch(text)
     if dotted is None or dotted[4] is None or int(dotted[3]) <= _MAX_DOTTED_UPDATE:
         return None

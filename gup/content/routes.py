@@ -57,8 +57,9 @@ class Route:
     """The content that a path names, before its variant is chosen.
 
     `upstream_path` is percent-encoded, the moniker as the client spelled it. `stream`, `revision` and `file`
-    are safe parts of a key. `variant` is set where the name itself states it, or where the body is stored
-    under another one than whom to ask; `elsewhere` are variants whose stored body would be as good.
+    are safe parts of a key. `variant` is set where the name states it, or where the body is stored under
+    another variant than the one whose upstreams are asked; `elsewhere` are variants whose stored body is
+    equivalent.
     """
 
     kind: Kind
@@ -116,7 +117,7 @@ class Routes:
     def route(self, path: str) -> Route:
         """The route of a decoded path (as `parse_target` gives it).
 
-        Problem "not-content" when it is none of ours, "bad-path" when its name is too long for a file.
+        Problem "not-content" when it names no content, "bad-path" when its name is too long for a file.
         """
         root, *segments = path.removeprefix("/").split("/")
         route = None
@@ -136,7 +137,7 @@ _ENCODED_PATH = re.compile(r"/[!-~]{1,8192}")
 def leads_to(path: str, key: ContentKey) -> bool:
     """Whether `path` (percent-encoded, as an upstream is asked) is a path of the body called `key`.
 
-    False for all that names another body, or another host: records and states are written by others too.
+    Checked because records and fill states may come from elsewhere: a path may name another body or host.
     """
     if not _ENCODED_PATH.fullmatch(path) or "?" in path:
         return False
@@ -149,7 +150,7 @@ def leads_to(path: str, key: ContentKey) -> bool:
 
 
 def path_of(key: ContentKey) -> str:
-    """A path that leads to `key`, with the moniker in upper case: for what does not tell its own."""
+    """A path that leads to `key`, with the moniker in upper case, where the client's is unknown."""
     folders = [part for part in ("content", key.stream, key.revision) if part != ABSENT]
     if key.stream == LIVEUPDATE_STREAM:
         folders = []
@@ -163,7 +164,6 @@ def spelled_moniker(upstream_path: str) -> str:
 
 
 def delta_path(moniker: str, from_revision: str, to_revision: str, folder: Folder) -> str:
-    """The path of a delta, with the moniker as it is given."""
     under = from_revision if folder is Folder.FROM else to_revision
     return f"/content/{moniker}/{under}/xdelta{from_revision}_To_{to_revision}.dax"
 

@@ -18,7 +18,7 @@ from gup.content.releases import Release, Releases, Version, mistakes
 from gup.errors import Problem, SettingsError
 
 FIRST_WITH_PATCHES = Release(14, 3, 2)
-"""14.3 RU2: client patches are on LiveUpdate from it on, so no older manager can have them."""
+"""14.3 RU2: the first release whose client patches are on LiveUpdate, so no older manager has them."""
 
 
 class Rule(StrEnum):
@@ -57,7 +57,7 @@ LIVEUPDATE = Remedy("liveupdate", "Until then the client can use a LiveUpdate se
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """An upstream as the rules see it. None is not stated in the settings."""
+    """An upstream as the rules see it; None where the settings state nothing."""
 
     name: str
     kind: Literal["manager", "liveupdate", "gup"] = "manager"
@@ -67,11 +67,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """May the client have it. `rule` is None exactly when it may; `because` is a sentence either way.
+    """`rule` is None exactly when the client may have it; `because` is a sentence either way.
 
-    `type` is the stream's type, "" for an unlisted one. `client` is NOBODY where the decision holds for
-    every client. `fits` is the client that the stream is for, without what is for any. `notes` tell what was
-    not as stated, or could not be compared.
+    `type` is the stream's type, "" for an unlisted one. `client` is NOBODY where the decision holds for every
+    client. `fits` is the client that the stream is for. `notes` says what was malformed or not comparable.
     """
 
     because: str
@@ -89,7 +88,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Patch:
-    """A client patch at an upstream: whom it is for. None is anybody, or not known.
+    """Whom a client patch of an upstream is for; None is anybody, or unknown.
 
     `own_language` is as the catalogue lists it; it differs from the manager's where AutoUpgrade brings
     clients to English.
@@ -115,9 +114,10 @@ class Rulebook:
     """The rules of one set of settings, with upstreams and client identities. Immutable."""
 
     def __init__(self, settings: config.Settings) -> None:
-        """SettingsError names every setting that the rules can't be applied with.
+        """SettingsError names every setting that makes the rules inapplicable.
 
-        Reads the tables of languages, tens of milliseconds: not to be called on an event loop that serves.
+        Loads the language tables, which takes tens of milliseconds: not to be called on an event loop that
+        serves.
         """
         own = self._settings = settings.rules
         self.types = StreamTypes(settings.catalog.types)
@@ -132,7 +132,6 @@ class Rulebook:
         self._supported = [language for text in own.supported_languages if (language := parse_language(text))]
         self.identities = Identities(own, self.releases)
         self.origins = {upstream.name: self._origin(upstream) for upstream in settings.upstream}
-        """By the upstream's name."""
         servers = (upstream.url for upstream in settings.upstream if upstream.kind == "liveupdate")
         self.liveupdate_url = own.liveupdate or next(servers, None)
 
@@ -150,7 +149,6 @@ class Rulebook:
         return found if isinstance(found, Decision) else None
 
     def decide(self, stream: Listed | None, origin: Origin, client: Client) -> Decision:
-        """Whether `client` may have `stream` from `origin`."""
         found = self._decide_for_all(stream, origin)
         if isinstance(found, Decision):
             return found
@@ -160,8 +158,6 @@ class Rulebook:
     def refuses(self, decision: Decision) -> bool:
         """Whether a decision is enforced: with `rules.mode` "report" it is only counted and logged."""
         return not decision.allowed and self.mode == "enforce"
-
-    # --- the same for every client
 
     def _decide_for_all(  # noqa: C901, PLR0911 - the rules in their order
         self, stream: Listed | None, origin: Origin
@@ -193,7 +189,7 @@ class Rulebook:
             return refused(Rule.MANAGER_TOO_OLD, because, upgrade, LIVEUPDATE)
         version = origin.version
         if version is None:
-            # The catalogue's word, if that is a release with patches: "14.3" alone names a line of products.
+            # The catalogue's version, if it is a release with patches: "14.3" alone names a line of products.
             listed = self.releases.version(stream.version)
             version = listed if listed is not None and listed.release >= FIRST_WITH_PATCHES else None
         languages = (
@@ -205,8 +201,6 @@ class Rulebook:
         because = "neither the settings nor the catalogue state its version and language"
         note = f"version and language of the upstream {origin.name} are not set: nothing was compared"
         return patch.decision(because, NOBODY, note=note)
-
-    # --- by client
 
     def _refuse_version(self, patch: _Patch, client: Client) -> Decision | None:
         wanted, has = patch.version, client.version
@@ -298,7 +292,7 @@ def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases)
         yield from (f"{key}: {text!r} is not right: {right}" for text in texts if not good(text))
 
 
-# --- how a decision is told
+# --- decisions as problems, JSON and text
 
 
 def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
@@ -316,7 +310,6 @@ def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
 
 
 def document(decision: Decision, liveupdate_url: str | None) -> dict[str, Any]:
-    """The decision for programs."""
     remedies = [remedy._asdict() for remedy in decision.remedies]
     for remedy in remedies:
         if remedy["action"] == "liveupdate" and liveupdate_url is not None:
@@ -339,7 +332,6 @@ def _stated(client: Client) -> dict[str, str | None]:
 
 
 def lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """A `document` for people."""
     verdict = "allowed" if told["allowed"] else f"refused by the rule {told['rule']}"
     yield f"{verdict}: {told['because']}"
     if told["type"]:

@@ -18,7 +18,7 @@ from gup.content.routes import LIVEUPDATE_STREAM, Route
 from gup.content.rules import Decision, Origin, Rulebook, document, lines
 
 _MOST_REMEMBERED = 4096
-"""Clients may invent monikers and versions without end."""
+"""Clients may invent monikers and versions without end, so the caches are bounded."""
 _ALL = Variant(ANY, ANY)
 _NOT_A_STREAM = Decision("files outside the streams are for every client", "")
 _FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
@@ -26,10 +26,10 @@ _FROM_LIVEUPDATE = Decision("LiveUpdate serves clients of every version", "")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`asked` is whose upstreams a fill asks, `stored` the variant of the key, `elsewhere` the variants whose
-    stored body would be as good.
+    """`asked` is the variant whose upstreams a fill asks, `stored` the variant of the key, `elsewhere` the
+    variants whose stored body is equivalent.
 
-    `for_everybody`: the same whatever the client states. `refused`: the decision is enforced. `upstream` is
+    `for_everybody`: independent of what the client states. `refused`: the decision is enforced. `upstream` is
     the name of the manager that it was decided for.
     """
 
@@ -52,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A variant that there are upstreams for, the first of them by priority, and the names of all."""
+    """A configured variant, its first upstream by priority, and the names of all its upstreams."""
 
     variant: Variant
     origin: Origin
@@ -60,11 +60,10 @@ class _Source:
 
 
 _Option = tuple[_Source, Listed | None]
-"""A source that may have a stream, and how it lists that."""
 
 
 class Choices:
-    """The choices under one set of settings and catalogues; others make a new object."""
+    """The choices under one set of settings and catalogues. Immutable: others make a new object."""
 
     def __init__(self, book: Rulebook, catalogues: Catalogues, upstreams: Sequence[config.Upstream]) -> None:
         self.book = book
@@ -75,21 +74,20 @@ class Choices:
                 names.setdefault(Variant(upstream.version, upstream.language), []).append(upstream.name)
         self._sources = [_Source(variant, book.origins[own[0]], tuple(own)) for variant, own in names.items()]
         self.any_source = bool(self._sources)
-        """Whether there is any upstream for content."""
         self.standing = lru_cache(_MOST_REMEMBERED)(self._for_everybody)
         """The choice for every client, by the stream; None where it depends on the client."""
         self._options_of = lru_cache(_MOST_REMEMBERED)(self._find_options)
         self._by_client: dict[tuple[str, ...], Choice] = {}
 
     def choose(self, stream: str, header: Header) -> Choice:
-        """For the client whose request has these headers; they are read only where they matter."""
+        """Headers are read only where the choice depends on the client."""
         return self.standing(stream) or self.choose_for(stream, self.book.identities.read(header))
 
     def choose_for(self, stream: str, client: Client) -> Choice:
-        """For a client that states this."""
         if (choice := self.standing(stream)) is not None:
             return choice
-        # By what was written: a refusal repeats it, and what compares equal may be written differently.
+        # Keyed by the text as written: a refusal repeats it, and what compares equal may be written
+        # differently.
         texts = ("" if stated is None else stated.text for stated in (client.version, client.language))
         stated = (stream, *texts, *client.notes)
         if stated not in self._by_client:
@@ -127,13 +125,13 @@ class Choices:
         return self.catalogues.type_of(stream) == CLIENT_PATCHES
 
     def _find_options(self, stream: str) -> list[_Option]:
-        """The sources that have a stream, as far as catalogues tell; all when none does."""
+        """By the catalogues; all sources when no catalogue lists the stream."""
         every = [(source, self._listed(source, stream)) for source in self._sources]
         return [option for option in every if option[1] is not None] or every
 
     def _listed(self, source: _Source, stream: str) -> Listed | None:
-        """How a source lists a stream. Until its catalogue is known the rows of others stand for it, so that
-        no client patch passes as unlisted.
+        """A source's catalogue row of a stream. Until its catalogue is known other catalogues' rows are used,
+        so that no client patch passes as unlisted.
         """
         rows = (self.catalogues.listed(name, stream) for name in source.names)
         own = next((row for row in rows if row is not None), None)
@@ -145,7 +143,7 @@ class Choices:
     def _decide(self, stream: str, client: Client) -> Choice:
         """The best source: one that may serve the client, then by language, by version, by priority.
 
-        Where none may, the one whose refusal tells most: of the client's language, else of its version.
+        Where none may, the one with the most useful refusal: of the client's language, else of its version.
         """
 
         def rank(row: tuple[_Option, Decision]) -> tuple[int, ...]:
@@ -166,10 +164,10 @@ class Choices:
         return Choice(source.origin.name, *where, decision, refused, for_everybody, unlisted)
 
     def _where(self, stream: str, variant: Variant) -> tuple[Variant, Variant, tuple[Variant, ...]]:
-        """Whom to ask, where it is stored, and where else the same bytes may be stored already."""
+        """The variants to ask, to store under, and under which the same bytes may be stored already."""
         variants = [source.variant for source in self._sources]
         if not self.catalogues.for_all_languages(stream):
-            # With a single variant everything is of it, also what was stored when it was listed otherwise.
+            # A single configured variant owns everything, also what was stored when it was listed otherwise.
             return variant, variant, (_ALL,) if len(variants) == 1 else ()
         version = variant.version if self._is_bound(stream) else ANY
         same = (other for other in variants if version in (ANY, other.version))
@@ -179,7 +177,7 @@ class Choices:
 
 
 def _language_distance(origin: Origin, client: Client) -> int:
-    """0 where nothing is stated: all are as near. English is next to all: AutoUpgrade leads there (FIELD)."""
+    """0 where nothing is stated. English is next to all: AutoUpgrade leads there (FIELD)."""
     if client.language is None or (origin.language is not None and origin.language.fits(client.language)):
         return 0
     if origin.language is None:
@@ -235,9 +233,9 @@ def explain(
 ) -> dict[str, Any]:
     """What the rules decide for one client and stream at each upstream: `gup rules explain --json`, the API.
 
-    `moniker` is in braces and upper case. `read_from` tells by the upstream's name where its catalogue was
-    read. `served_from` is the upstream that the service would choose for the client, of those with content;
-    None where it would refuse, or has none.
+    `moniker` is in braces and upper case. `read_from` maps upstream names to where their catalogue was read.
+    `served_from` is the content upstream that the service would choose for the client; None where it would
+    refuse, or has none.
     """
     choices = Choices(book, catalogues, upstreams)
     choice = choices.choose_for(moniker, client) if choices.any_source else None
@@ -266,7 +264,6 @@ def explain(
 
 
 def explained(told: Mapping[str, Any]) -> list[str]:
-    """An explanation for people."""
     out = [f"{told['moniker']}: {'allowed' if told['allowed'] else 'refused'}"]
     if told["mode"] != "enforce":
         out[0] += f' (rules.mode is "{told["mode"]}": nothing is refused)'

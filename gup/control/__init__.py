@@ -1,1 +1,1 @@
-"""The control plane: page, API, metrics, index, eviction. Never in a client's way."""
+"""The control plane: page, API, metrics, index, eviction. Clients never wait for it."""

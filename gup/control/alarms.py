@@ -1,6 +1,6 @@
-"""Alarms: what an operator must know. Their types, the board of the present ones, and what is due.
+"""Alarms: their types, the board of the present ones, and the conditions that raise them.
 
-All conditions are looked at in the control state once a second.
+All conditions are checked in the control state once a second.
 """
 
 import logging
@@ -19,11 +19,11 @@ from gup.units import bytes_in_words, time_in_words
 
 _log = logging.getLogger("gup.control.alarms")
 MAX_OF_A_TYPE = 50
-"""Subjects of one alarm that are shown apart."""
+"""Subjects of one alarm that are shown separately."""
 
 
 class AlarmType(NamedTuple):
-    """It begins when found for `after` seconds and ends when not found for `calm` seconds: nothing flaps."""
+    """Begins after `after` seconds of its condition and ends `calm` seconds after it: nothing flaps."""
 
     name: str
     severity: Literal["warning", "critical"]
@@ -81,7 +81,7 @@ ALARMS = (
               "minutes.")),
 )
 # fmt: on
-"""All alarms, in the order in which they are shown: the critical ones first."""
+"""In the order in which they are shown: the critical ones first."""
 
 
 Findings = Iterable[tuple[str, str, str]]
@@ -100,8 +100,6 @@ class _Found:
 
 
 class AlarmBoard:
-    """The present alarms."""
-
     def __init__(self, types: Sequence[AlarmType] = ALARMS) -> None:
         self._types = {type_.name: type_ for type_ in types}
         self._rows: dict[tuple[str, str], _Found] = {}
@@ -145,10 +143,10 @@ DAMAGE_SECONDS = 3600.0
 NEAR_LIMIT = 0.95
 """The share of a limit that counts as reaching it."""
 MISSED_SECONDS = 300.0
-"""A revision that clients ask for in vain for so long is overdue."""
+"""A revision that clients request in vain for this long is overdue."""
 SILENT_SECONDS = 86400.0
 REGULARS = 3
-"""With so many clients in a week, a day without any is unusual."""
+"""With this many clients in a week, a day without any is unusual."""
 
 
 class AlarmCollector:
@@ -167,7 +165,6 @@ class AlarmCollector:
         state.alarms = self._board.look(self.find(disk), state.clock(), self._clock())
 
     def find(self, disk: DiskUsage) -> Findings:
-        """What is due now."""
         yield from self._of_upstreams()
         yield from self._of_store(disk)
         yield from self._of_content()
@@ -267,7 +264,6 @@ class AlarmCollector:
 
 
 def storm_in_words(label: str, storm: Storm) -> str:
-    """The text of a storm: who asked for how much, and what it costs."""
     shown = storm.addresses[:5]
     who = f"{storm.clients} clients" if storm.clients else "clients"
     if shown:

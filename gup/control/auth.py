@@ -1,9 +1,9 @@
 """Access to the control plane: tokens, TLS, and the decision on each request.
 
-On a loopback address everybody on the machine may read; changes need a token, and beyond loopback everything
-does. A browser carries out what any web site tells it: so the Host header must be a name of this machine (a
-rebound DNS name is not), an Origin must be that of our own page, and credentials that a browser adds by
-itself change nothing.
+On a loopback address everybody on the machine may read; changes need a token, and beyond loopback every
+request does. A browser sends requests for any web site: so the Host header must be a name of this machine (a
+rebound DNS name is not), an Origin must be that of gup's page, and credentials that a browser adds by itself
+permit no changes.
 """
 
 import base64
@@ -33,7 +33,7 @@ _log = logging.getLogger("gup.control.auth")
 
 # --- tokens
 
-_TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 has, but what a header can hold in one piece
+_TOKEN = re.compile(r"[!-~]+")  # more than RFC 6750 permits, but without spaces
 _SHORT = 16
 _MAX_BYTES = 4096
 _HOW = "such as made by: openssl rand -hex 32"
@@ -75,9 +75,10 @@ class Tokens:
         self._digests = [_digest(token) if token else b"" for token in (change, read, local)]
 
     def right(self, shown: Presented | None, *, near: bool) -> Right | None:
-        """What the token allows; None for an unknown one. All are compared, in constant time.
+        """The token's right; None for an unknown one. All tokens are compared, in constant time.
 
-        The local token is valid on its own machine only (`near`); what a browser adds allows reading.
+        The local token is valid on its own machine only (`near`); credentials added by a browser permit
+        reading only.
         """
         if shown is None:
             return Right.NONE
@@ -92,7 +93,7 @@ def _digest(token: str) -> bytes:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file; FileError with what would be right."""
+    """FileError with what would be right."""
     try:
         text = read_file(path, _MAX_BYTES + 1)
     except FileError as error:
@@ -124,7 +125,7 @@ def local_path(run: Path) -> Path:
 
 
 def make_local_token(run: Path) -> None:
-    """Write a new token into `run/`, readable by its owner only; OSError."""
+    """Write a new local token, readable by its owner only; OSError."""
     replace_file(local_path(run), f"{secrets.token_hex(32)}\n".encode(), durable=False)
 
 
@@ -164,7 +165,7 @@ def load_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
 
 
 _FOR_PROBES = frozenset({"/healthz", "/readyz"})
-"""Asked by whoever watches over the process, without a token; they tell no secrets."""
+"""Requested by monitors without a token; they reveal no secrets."""
 _BEARER = 'Bearer realm="gup"'
 _HOST = re.compile(r"(?:\[([^]]*)\]|([^:]*))(?::[0-9]*)?")
 
@@ -186,7 +187,7 @@ class AdminListener:
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
     """`peer` and `local` are the connection's addresses, "" for a Unix socket, None when unknown. `right` is
-    that of its token, None for an unknown token; `bearer` tells that it had one in a Bearer header.
+    that of its token, None for an unknown token; `bearer`: it was in a Bearer header.
     """
 
     method: str
@@ -213,14 +214,13 @@ class Refusal(NamedTuple):
 
 
 def is_near(peer: str | None) -> bool:
-    """Whether the peer is on this machine."""
     return peer == "" or is_loopback(peer)
 
 
 def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     """Why the request is refused; None when it is allowed."""
     probe = attempt.path in _FOR_PROBES and not attempt.changes
-    # Beyond loopback health checks use any name, and a request with a token was made on purpose.
+    # Beyond loopback health checks use any name, and a Bearer token shows that a request is intended.
     any_name = not listener.on_loopback and (probe or (attempt.bearer and attempt.right))
     if not any_name and not _host_is_ours(attempt, listener.address):
         return Refusal(403, "The Host header does not name this control plane")
@@ -254,7 +254,6 @@ def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
 
 
 def is_loopback(address: str | None) -> bool:
-    """Whether this is a loopback address, or "localhost"."""
     if address is None:
         return False
     if address.lower() == "localhost":
@@ -268,22 +267,20 @@ def is_loopback(address: str | None) -> bool:
 
 
 def _host_is_ours(attempt: AccessRequest, admin_address: str) -> bool:
-    # A host that is malformed has no name here.
+    # A malformed host has no name.
     found = _HOST.fullmatch(attempt.host)
     name = (found[1] or found[2] or "").lower() if found else ""
     if is_loopback(name) or (name and name in (admin_address.lower(), (attempt.local or "").lower())):
         return True
-    # Beyond loopback the machine is called by its host name, which another site can't make resolve to us.
+    # Beyond loopback the machine's host name is accepted: another site can't make it resolve to this machine.
     machine = socket.gethostname().lower()
     return not is_loopback(admin_address) and name in (machine, machine.split(".")[0])
 
 
-# --- the settings' files, in force
+# --- the files named by the settings
 
 
 class _Files(NamedTuple):
-    """What the files hold that the settings name; what can't be used, and what is unsafe."""
-
     tokens: Tokens
     context: ssl.SSLContext | None
     problems: list[str]
@@ -312,7 +309,7 @@ def _read_files(listen: Listen, run: Path | None = None) -> _Files:
             doubts += _readable_by_all(key)
         except FileError as error:
             problems.append(str(error))
-        except OSError:  # gone again
+        except OSError:  # removed meanwhile
             problems.append(f"listen.admin_key_file: {str(key)!r} can't be read")
     if run is not None:
         try:
@@ -340,7 +337,7 @@ class Access:
         self._wrong_tokens = 0
 
     def note_wrong_token(self, peer: str | None) -> None:
-        """Count an unknown token; the 1st, 2nd, 4th, 8th … is logged."""
+        """The 1st, 2nd, 4th, 8th … is logged."""
         self._wrong_tokens += 1
         if not self._wrong_tokens & (self._wrong_tokens - 1):
             _log.warning("unknown token from %s; %d so far", peer or "this machine", self._wrong_tokens)

@@ -1,8 +1,8 @@
 """Catalogue refresh: reads the catalogues of the upstreams when they are due, and keeps the last good ones.
 
 They come from `catalog.file`, else from each manager: at the start, every `catalog.refresh`, and soon after a
-client asked for a moniker that none of them lists. They are read through the store, so that clients and
-controller share one fetch; in the last case and after a reload the upstream is asked itself, since the
+client requested a moniker that none of them lists. They are read through the store, so that clients and
+controller share one fetch; after such a moniker and after a reload the upstream is asked itself, since the
 store's copy may be `cache.index_ttl` old. A catalogue that can't be read, or that is empty, leaves the last
 good one in force.
 """
@@ -35,7 +35,7 @@ from gup.upstream.exchange import UpstreamFailure
 
 _log = logging.getLogger("gup.control.catalog_refresh")
 Fetch = Callable[[str, str | None, str | None], Awaitable[Fetched]]
-"""Asks an upstream by name, with the validators of what is kept; raises UpstreamFailure."""
+"""Asks an upstream by name, with the validators of the last catalogue; raises UpstreamFailure."""
 Look = Callable[[str], Awaitable[Fetched]]
 """Reads an upstream's catalogue through the store, as clients do; raises Problem."""
 
@@ -47,8 +47,6 @@ _NONE = Kept("")
 
 
 class CatalogRefresher:
-    """Owned by the controller. Only `keep` reads and writes; `catalogues` is replaced, never changed."""
-
     def __init__(
         self,
         run: Path,
@@ -71,7 +69,7 @@ class CatalogRefresher:
         self._wake = asyncio.Event()
         self._asked_for: set[str] = set()
         self._doubted = False
-        """Whether the store's copy may be too old: a client asked for something that it does not list."""
+        """The store's copy may be too old: a client asked for a moniker that it does not list."""
         self._failures = 0
         self._kept: dict[str, Kept] = read_kept(run)
         self.catalogues = self._assembled()
@@ -81,17 +79,16 @@ class CatalogRefresher:
         settings = self._settings
         return Catalogues(rows, settings.upstream, StreamTypes(settings.catalog.types))
 
-    # --- told by others
+    # --- events
 
     def apply(self, settings: config.Settings) -> None:
-        """Take over reloaded settings; all catalogues are read again."""
         self._settings = settings
         self.catalogues = self._assembled()
         self._doubted = True
         self._wake.set()
 
     def unlisted(self, moniker: str) -> None:
-        """A client asked for a moniker that no catalogue lists: read them again, once for each moniker."""
+        """A client asked for an unlisted moniker: read the catalogues again, once for each moniker."""
         new = moniker not in self._asked_for and len(self._asked_for) < _MOST_UNLISTED
         if new and self.catalogues.somewhere(moniker) is None:
             self._asked_for.add(moniker)
@@ -139,14 +136,14 @@ class CatalogRefresher:
         return min(refresh, _FIRST_RETRY_SECONDS * 2.0 ** (self._failures - 1)) if self._failures else refresh
 
     async def read(self) -> None:
-        """Read all catalogues once; keep and publish what is new."""
+        """Read all catalogues once; keep and publish the new ones."""
         settings = self._settings
         doubted, self._doubted = self._doubted, False
         managers = [upstream for upstream in settings.upstream if upstream.kind != "liveupdate"]
         readings = await asyncio.gather(*(self._read(upstream, doubted=doubted) for upstream in managers))
         kept = {upstream.name: one for upstream, one in zip(managers, readings, strict=True)}
         if settings is not self._settings:
-            self._wake.set()  # the settings were changed meanwhile: what was read may be of another upstream
+            self._wake.set()  # the settings were changed meanwhile: the result may be of another upstream
             return
         failed = any(one.problem is not None for one in kept.values())
         self._failures = min(self._failures + 1, 16) if failed else 0

@@ -1,5 +1,3 @@
-"""The collaborators of the control plane, given by the controller process, and how it changes an entry."""
-
 import asyncio
 import socket
 import time
@@ -35,7 +33,7 @@ class ControlDependencies:
     """
 
     settings: Callable[[], Settings]
-    """Those in force; a reload replaces them."""
+    """In force now; a reload replaces them."""
     store: Store
     claims: Claims
     counters: Counters
@@ -45,44 +43,38 @@ class ControlDependencies:
     stream_names: Callable[[], Sequence[tuple[str, str, str]]]
     """Version, language and moniker of each slot."""
     label_of: Callable[[Stream, str], Label | None]
-    """What the catalogue says of a stream, or of a file of it (LiveUpdate's index files tell by their names
-    what they are); None for what nothing lists.
+    """The catalogue's label of a stream, or of a file of it (LiveUpdate's index files state their product in
+    their names); None where no catalogue lists it.
     """
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
     set_store_bytes: Callable[[int], None]
-    """Called with the bytes of bodies, and of parts that nobody fills."""
+    """Called with the bytes of bodies and unclaimed parts."""
     promised_bytes: Callable[[], int]
-    """What all fills under way will take."""
+    """Reservations of all fills in progress."""
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
     """Each upstream's state ("down", "doubtful", …), and since when; None: since the start."""
     wan_rate: Callable[[], int]
-    """Bytes per second, 0 unlimited."""
     workers: Callable[[], Sequence[Mapping[str, object]]]
     """`slot`, `pid`, `up_since` and `ready` of each."""
     config_ok: Callable[[], bool]
     reload: Callable[[], Awaitable[Reload]]
-    """Has the settings read again."""
     recover: Callable[[], Awaitable[None]]
-    """Takes over or clears parts that nobody works on."""
+    """Takes over or clears unclaimed parts."""
     mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
-    """Looks at all of a stored body and fetches its damaged chunks anew; returns why it could not. The flag
-    tells whether the damage is counted already.
+    """Compares all of a stored body and fetches its damaged chunks again; returns the problem if that failed.
+    The flag: the damage is counted already.
     """
     events: socket.socket
-    """The receiving end of a datagram socket."""
     admin: socket.socket
-    """A listening socket."""
     started_at: float
     installed_at: float
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]
-    """Cache.fetch_ahead."""
     drop_memory: Callable[[ContentKey], int]
-    """MemoryFiles.drop."""
     places: Callable[[str], Sequence[tuple[Variant, Variant]]]
-    """Choices.variants: whose a stream may be, as the variant of upstreams and that of what is stored."""
+    """Choices.variants: pairs of the variant to ask and the one to store under."""
     link_idle: Callable[[], bool]
-    """Whether no fill but background fills streams or waits, in any process."""
+    """No fill but background fills streams or waits, in any process."""
     fills_waiting: Callable[[], int]
     """Fills that wait for a slot, in all processes."""
     catalogues: Callable[[], Mapping[str, Mapping[str, object]]]
@@ -94,14 +86,14 @@ class ControlDependencies:
 
 
 PATIENCE_SECONDS = 5.0
-"""How long an operator's command waits for a fill of the same key."""
+"""Time limit of an operator's command for a fill of the same key."""
 _POLL_SECONDS = 0.01
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
 class BusyError(GupError):
-    """The entry can't be changed now: another process fills, revalidates or mends it."""
+    """The entry can't be changed now: another process fills, revalidates or repairs it."""
 
     def __init__(self, key: ContentKey) -> None:
         super().__init__(f"{key.text} is being fetched or checked, so nothing was changed; try again later")
@@ -127,7 +119,7 @@ async def to_its_end(
 ) -> _Result:
     """Run `work` in a thread; a cancelled caller waits until the thread has ended.
 
-    A thread can't be stopped: otherwise the caller would release its claim while the work goes on.
+    A thread can't be stopped: otherwise the caller would release its claim while the work continues.
     """
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
     try:

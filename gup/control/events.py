@@ -1,7 +1,7 @@
-"""Events: what workers tell the controller, as datagrams of JSON.
+"""Events: reports of workers to the controller, as datagrams of JSON.
 
-Events may be lost (a full queue) or doubled: nothing may rely on them that reconciling can't put right. They
-are checked like any input, since whoever may write to the socket may send anything.
+Events may be lost (a full queue) or doubled: reconciling must be able to correct everything that depends on
+them. They are checked like any input, since any process that may write to the socket may send anything.
 """
 
 from collections.abc import Callable
@@ -78,14 +78,14 @@ Moment = Annotated[Time, Field(ge=0)]
 Name = Annotated[str, Strict(), Field(max_length=200)]
 Client = Annotated[Name, _that(is_name, "a client")]
 Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
-"""What others say of themselves: it may be of any length and hold anything."""
+"""Text that clients state may be of any length and content."""
 Path = Annotated[str, Strict(), AfterValidator(_leads)]
-"""The path by which upstream is asked for the body called `key`, a member before it."""
+"""The path that upstream is asked for the body called `key`, an earlier member."""
 Detail = Annotated[str, Strict(), _cut(MAX_DATAGRAM_BYTES), AfterValidator(quoted)]
 
 
 class Use(NamedTuple):
-    """How often a key was asked for since the last event, and the body bytes sent, 0 when not told."""
+    """How often a key was requested since the last event, and the body bytes sent, 0 when unknown."""
 
     key: Key
     times: Count
@@ -93,7 +93,7 @@ class Use(NamedTuple):
 
 
 class FullRequests(NamedTuple):
-    """How often a client asked for one full package."""
+    """How often a client requested one full package."""
 
     client: Client
     key: Key
@@ -109,7 +109,7 @@ class Part(NamedTuple):
 
 
 class Take(NamedTuple):
-    """What a client was sent of a body: a part, 1 for all, 0 for nothing; with what it states of itself."""
+    """What a client was sent of a body: a part, 1 for all, 0 for nothing; and what it states."""
 
     client: Client
     key: Key
@@ -122,7 +122,7 @@ class Take(NamedTuple):
 
 
 def _rows(row: Any) -> Any:
-    """A tuple of such rows, as many as an event may have; the first wrong one ends the reading."""
+    """Rows of an event, up to the limit; reading ends at the first wrong one."""
     return Annotated[tuple[row, ...], FailFast(), Field(max_length=_MAX_ROWS)]
 
 
@@ -132,7 +132,7 @@ class _Event(BaseModel):
 
 class Committed(_Event):
     """A body is in the store. `replaced` says that there was an older generation; `path` as in Begun, "" if
-    no client asked.
+    no client asked. `upstream` gave its end; `seconds` and `resumes` are those of its fill, if it is known.
     """
 
     type: Literal["committed"] = "committed"
@@ -141,11 +141,14 @@ class Committed(_Event):
     kind: Kind
     replaced: StrictBool = False
     path: Path | Literal[""] = ""
+    upstream: Stated = ""
+    resumes: Count = 0
+    seconds: Moment = 0.0
 
 
 class Usage(_Event):
-    """What one worker's clients asked for, once a second: `uses` of stored bodies, `asked` of others;
-    `fulls` tell who asked for full packages, `clients` who asked for anything.
+    """What one worker's clients requested, once a second: `uses` of stored bodies, `asked` of others; `fulls`
+    by client, `clients` all that sent requests.
     """
 
     type: Literal["used"] = "used"
@@ -165,7 +168,7 @@ class Taken(_Event):
 
 
 class Begun(_Event):
-    """A large body that a client asked for has begun to arrive; `path` is as upstream was asked for it."""
+    """A large body that a client requested has begun to arrive; `path` is the one requested upstream."""
 
     type: Literal["begun"] = "begun"
     key: Key
@@ -173,7 +176,7 @@ class Begun(_Event):
 
 
 class Need(_Event):
-    """A worker wants room now. `refused`: the disk refused a write, whatever its figures say."""
+    """A worker needs room now. `refused`: the disk refused a write, whatever its figures say."""
 
     type: Literal["need"] = "need"
     bytes: Count
@@ -199,7 +202,7 @@ class Failed(_Event):
 
 
 class Rejected(_Event):
-    """What an upstream sent can't be the content asked for."""
+    """A body that an upstream sent can't be the requested content."""
 
     type: Literal["rejected"] = "rejected"
     key: Key
@@ -208,7 +211,7 @@ class Rejected(_Event):
 
 
 class UpstreamTrouble(_Event):
-    """A request or a check of an upstream went wrong."""
+    """A request to an upstream, or a check of it, failed."""
 
     type: Literal["upstream"] = "upstream"
     name: Stated
@@ -216,7 +219,7 @@ class UpstreamTrouble(_Event):
 
 
 class Unlisted(_Event):
-    """A client asked for a moniker that no catalogue lists."""
+    """A client requested a moniker that no catalogue lists."""
 
     type: Literal["unlisted"] = "unlisted"
     moniker: Annotated[Name, AfterValidator(_normal)]
@@ -227,7 +230,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="t
 
 
 def parse_event(datagram: bytes) -> Event:
-    """The event in a datagram; InvalidError when it is none."""
+    """The event in a datagram; InvalidError when it is malformed."""
     members = parse(datagram, "event", MAX_DATAGRAM_BYTES)
     try:
         return _EVENT.validate_python(members)

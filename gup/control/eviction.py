@@ -1,4 +1,4 @@
-"""Keeps the store within its limits: what to remove, in which order, and removing it."""
+"""Eviction: keeps the store within its limits."""
 
 import asyncio
 import contextlib
@@ -28,8 +28,8 @@ Reason = Literal["unused", "revision", "size", "free", "part"]
 class DiskUsage:
     """The disk as it was measured. `entries_bytes` is what the index held just before.
 
-    Before, not after: a part that is committed in between would be counted as a part and as an entry, and
-    too much would be evicted. Counted as neither, it is seen by the next look, which its event asks for.
+    Before, not after: a part that is committed in between would be counted as a part and as an entry, and too
+    much would be evicted. Counted as neither, it is found by the next check, which its event requests.
     """
 
     parts: tuple[Part, ...]
@@ -46,14 +46,12 @@ class DiskUsage:
 
     @property
     def idle_parts_bytes(self) -> int:
-        """Size of the parts that nobody fills; for the others their fills have reserved the room."""
+        """Size of the unclaimed parts; for the others their fills have reserved the room."""
         return sum(part.size_bytes for part in self.parts if not part.claimed)
 
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """One thing to remove: an entry (`key`) or a part (`part`, then `key` is its id)."""
-
     key: str
     reason: Reason
     size_bytes: int
@@ -106,7 +104,7 @@ def plan_evictions(
 
 
 def _is_whole(part: Part) -> bool:
-    """Whether this holds every byte of its body: recovery commits it."""
+    """It has every byte of its body: recovery commits it."""
     state = part.state
     if state is None or state.head is None:
         return False
@@ -151,21 +149,28 @@ class Evictor:
     """Keeps the store within its limits, one eviction run at a time."""
 
     def __init__(
-        self, dependencies: ControlDependencies, index: Index, now: Callable[[Iterable[float]], float]
+        self,
+        dependencies: ControlDependencies,
+        index: Index,
+        now: Callable[[Iterable[float]], float],
+        on_removed: Callable[[str, str], None] = lambda _key, _why: None,
     ) -> None:
-        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses."""
+        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses.
+        `on_removed` is told each entry's key, and why it was removed.
+        """
         self._dependencies = dependencies
         self._store = dependencies.store
         self._claims = dependencies.claims
         self._index = index
         self._now = now
+        self._on_removed = on_removed
         self._running = asyncio.Lock()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
         self._need_bytes = 0
         self._refused_bytes = 0
         self._stopped = False
-        self._disk = DiskUsage((), 0, 0)  # at the last look
+        self._disk = DiskUsage((), 0, 0)  # as last measured
         self.recent_evicted = 0
         """Entries evicted for space since the start that had been used within a day."""
 
@@ -177,7 +182,7 @@ class Evictor:
             self._urgent.set()
 
     def need(self, size_bytes: int, *, refused: bool = False) -> None:
-        """A worker needs so much room now. `refused`: the disk refused a write, whatever statvfs says."""
+        """A worker needs this much room now. `refused`: the disk refused a write, whatever statvfs says."""
         self._need_bytes += size_bytes
         if refused:
             self._refused_bytes = max(self._refused_bytes, size_bytes)
@@ -185,7 +190,7 @@ class Evictor:
         self._urgent.set()
 
     async def stop(self) -> None:
-        """Evict nothing more; return when the present run has ended."""
+        """Return when the present run has ended; nothing more is evicted."""
         self._stopped = True
         async with self._running:
             return
@@ -205,7 +210,6 @@ class Evictor:
             await _wait(self._urgent, min(rest, interval_seconds))
 
     async def measure(self) -> DiskUsage:
-        """Measure the parts and the free space of the file system."""
         entries_bytes = self._index.total_bytes
         figures = await aiofiles.os.statvfs(self._store.root)
         parts = await asyncio.to_thread(self._store.parts)
@@ -237,7 +241,7 @@ class Evictor:
             return done
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
-        """Remove those whose key nobody else claims, holding the claim meanwhile.
+        """Remove those whose key is unclaimed, holding the claim meanwhile.
 
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
@@ -255,6 +259,7 @@ class Evictor:
                 if row is not None and row.hits and eviction.reason in ("size", "free"):
                     self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
                 self._index.discard(eviction.key)
+                self._on_removed(eviction.key, f"evicted ({eviction.reason})")
             counters.add("gup_evictions_total", reason=eviction.reason)
             counters.add("gup_evicted_bytes_total", eviction.size_bytes, reason=eviction.reason)
         if done:
@@ -277,9 +282,10 @@ class Evictor:
         return done
 
     async def purge(self, key: ContentKey) -> int:
-        """Remove an entry, pinned or not, and its parts for an operator; the bytes freed. Readers read on.
+        """Remove an entry, pinned or not, and its parts for an operator; the bytes freed. Open readers
+        continue.
 
-        A fill under way is waited for a little, then BusyError.
+        Waits a little for a fill in progress, then BusyError.
         """
         freed = await self._purge(key)
         await self._purged()
@@ -302,6 +308,7 @@ class Evictor:
     async def _purge(self, key: ContentKey, *patience_seconds: float) -> int:
         freed = await change(self._claims, key, lambda: self._store.purge(key), *patience_seconds)
         self._index.discard(key.text)
+        self._on_removed(key.text, "purged by an operator")
         return freed + self._dependencies.drop_memory(key)
 
     async def _purged(self) -> None:
@@ -341,14 +348,14 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 JUMP_SECONDS = 3600.0
-"""A wall clock that gains so much on the time since boot was set by somebody."""
+"""A wall clock that gains or loses this much on the time since boot was set."""
 GAP_SECONDS = 7 * 86400.0
-"""At the start: so long after the last use of anything, the clock may be wrong."""
+"""At the start: if nothing was used for this long, the clock may be wrong."""
 BELIEVED_AFTER_SECONDS = 86400.0
 
 
 def boot_clock() -> float:
-    """Seconds since boot, suspension included; nobody can set this clock."""
+    """Seconds since boot, suspension included; this clock can't be set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -370,7 +377,7 @@ class AgeClock:
         self._doubted_since: float | None = None
 
     def begin(self, uses: Iterable[float]) -> None:
-        """Start from the last uses of all that is stored, which tell the time before; at the first call."""
+        """At the first call: start from the last uses of all that is stored, which show the earlier time."""
         if self._begun:
             return
         self._begun = True
@@ -390,7 +397,7 @@ class AgeClock:
 
 
 def no_room(length_bytes: int, held_bytes: int, free_bytes: int, limits: Cache) -> str:
-    """Why so much more can't be imported, "" when it can: an import evicts nothing."""
+    """Why a body of this size can't be imported, "" when it can: an import evicts nothing."""
     if held_bytes + length_bytes > limits.max_size:
         limit = format_size(limits.max_size)
         return f"cache.max_size ({limit}) would be exceeded, and an import evicts nothing"

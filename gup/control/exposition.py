@@ -1,7 +1,4 @@
-"""Exposition: the counters and the figures worked out on request as Prometheus families, for `/metrics`.
-
-Names, labels and help of all metrics are in gup.metrics.
-"""
+"""The Prometheus exposition for `/metrics`: the counters, and the figures computed on request."""
 
 import platform
 from collections import Counter, defaultdict
@@ -32,13 +29,12 @@ from gup.metrics import (
 )
 
 Samples = Sequence[tuple[Mapping[str, str], float]]
-"""Labels and value of each series of a metric."""
 
 
 def shown_labels(labels: Iterable[Label]) -> list[Label]:
-    """The label of each slot: the first MAX_SHOWN products and languages apart, the rest as OTHER.
+    """The label of each slot: the first MAX_SHOWN products and languages, the rest as OTHER.
 
-    A slot is never given to another stream, so what is shown apart stays the same while the catalogue does.
+    A slot is never given to another stream, so the shown ones stay the same while the catalogue does.
     """
     apart = list(dict.fromkeys(label for label in labels if label != OTHER))[:MAX_SHOWN]
     return [label if label in apart else OTHER for label in labels]
@@ -150,7 +146,7 @@ def _product(label: Label) -> dict[str, str]:
 
 
 async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Samples]:
-    """What is worked out on request, by metric."""
+    """The figures computed on request, by metric."""
     disk, settings, dependencies = await state.evictor.measure(), state.settings, state.dependencies
     storms: dict[Label, bool] = {}
     state.traffic.look()

@@ -1,7 +1,7 @@
 """The index: the controller's view of the store, for listing, eviction and totals.
 
-The records on disk are the truth. The rows in memory belong to the event loop and change at once; what
-changed is written once a second, by one thread. A missing or damaged index is rebuilt from the records, and
+The records on disk are authoritative. The rows in memory belong to the event loop and change at once; changes
+are written once a second, by one thread. A missing or damaged index is rebuilt from the records, and
 `reconcile` corrects what lost events left out.
 """
 
@@ -45,10 +45,10 @@ def stream_of(key: ContentKey) -> Stream:
 
 
 def content_revision(kind: Kind, revision: str, file: str) -> str | None:
-    """The revision that a body brings a client to; None when the names do not tell.
+    """The revision that a body brings a client to; None when the names do not state it.
 
-    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file
-    name decides. Only nine-digit names can be compared.
+    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file name
+    decides. Only nine-digit names can be compared.
     """
     step = delta_step(file) if kind is Kind.DELTA else None
     found = step.to_revision if step else revision
@@ -57,7 +57,7 @@ def content_revision(kind: Kind, revision: str, file: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An entry: what its record says, and hits and bytes, which no record has. Times are Unix seconds."""
+    """An entry: its record's fields, and hits and bytes, which no record has. Times are Unix seconds."""
 
     key: str
     version: Name
@@ -91,7 +91,7 @@ ROW = TypeAdapter(Row)
 
 
 def read_row(text: str) -> Row:
-    """The row in a JSON text; ValueError."""
+    """ValueError when it is malformed."""
     row = ROW.validate_json(text, strict=True)
     if ContentKey.parse(row.key).text != "/".join((*row.stream_id, row.revision, row.file)):
         raise InvalidError(f"a row whose names are not those of its key {row.key!r:.60}")
@@ -108,7 +108,7 @@ def make_row(
 
 
 def row_of(stored: Stored, known: Row | None = None) -> Row:
-    """The row of a body found on disk; hits and totals come from the row known before."""
+    """The row of a body found on disk; hits and totals come from the previous row."""
     record, size_bytes, used_at = stored.record, stored.size_bytes, stored.used_at
     assert record is not None
     more: dict[str, Any] = {"received_bytes": size_bytes}
@@ -120,7 +120,7 @@ def row_of(stored: Stored, known: Row | None = None) -> Row:
 
 
 Place = tuple[float, str]
-"""Where a row stands in a sorted list: its value and its key."""
+"""A row's position in a sorted list: its value and its key."""
 ORDERS: dict[str, Callable[[Row], float]] = {
     "key": lambda _: 0,
     "used": lambda row: row.used_at,
@@ -128,14 +128,14 @@ ORDERS: dict[str, Callable[[Row], float]] = {
     "length": lambda row: row.length_bytes,
     "hits": lambda row: row.hits,
 }
-"""The orders that rows are listed in, with their sort keys."""
+"""The orders of listings, with their sort keys."""
 ROWS_AT_ONCE = 200
-"""A loop over all rows yields to other tasks after so many: some 8 ms."""
+"""A loop over all rows yields to other tasks after this many: some 8 ms."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """What is held of one stream: keys, entries by revision, the newest revision, deltas."""
+    """One stream: keys, entries by revision, the newest revision, deltas."""
 
     keys: set[str] = field(default_factory=set)
     revisions: Counter[str] = field(default_factory=Counter)
@@ -159,13 +159,13 @@ class _Held:
 class Index:
     """Rows by key, written behind to `folder`. Everything but the file work is on the event loop.
 
-    `complete` says whether the rows stand for all of the store; nothing is evicted before.
+    `complete`: the rows cover the whole store; nothing is evicted before.
     """
 
     def __init__(
         self, folder: Path, on_damage: Callable[[], None], on_written: Callable[[str | None], None]
     ) -> None:
-        """`on_written` is called after each write with the reason of a refusal, None for success."""
+        """`on_written` is called after each write with the error, None for success."""
         self.rows: dict[str, Row] = {}
         self.total_bytes = 0
         self.opened = False
@@ -191,7 +191,6 @@ class Index:
         self._dirty.add(row.key)
 
     def discard(self, key: str) -> None:
-        """Drop a row, if there is one."""
         self._apply(key, None)
         self._dirty.add(key)
 
@@ -229,18 +228,16 @@ class Index:
         return [self.rows[key] for _, key in islice(places, limit)]
 
     def streams(self) -> list[Stream]:
-        """All that anything is held of."""
         return list(self._streams)
 
     def of_stream(self, stream: Stream) -> list[Row]:
         return [self.rows[key] for key in self._streams[stream].keys] if stream in self._streams else []
 
     def newest_held(self) -> Mapping[Stream, str]:
-        """The newest revision held of each stream."""
         return {stream: held.newest for stream, held in self._streams.items() if held.newest}
 
     def deltas(self, stream: Stream) -> tuple[int, int]:
-        """How many deltas of a stream are held, and their bytes."""
+        """Number and bytes of the stream's deltas."""
         held = self._streams.get(stream, _Held())
         return held.deltas, held.delta_bytes
 
@@ -256,7 +253,7 @@ class Index:
             self._watchers = [watcher for watcher in self._watchers if watcher is not touched]
 
     async def read_again(self, key: ContentKey, store: Store) -> None:
-        """Take over an entry that was mended or imported."""
+        """After an entry was repaired or imported."""
         stored = await asyncio.to_thread(store.stored, key)
         if stored is not None and stored.record is not None:
             self.put(row_of(stored, self.rows.get(key.text)))
@@ -292,7 +289,7 @@ class Index:
             _log.warning("the damaged index can't be removed: %s", error)
 
     async def flush(self) -> None:
-        """Write what changed. What the disk refuses stays due; a damaged file is written anew."""
+        """Write changes. They stay due when the disk refuses; a damaged file is written anew."""
         async with self._writing:
             keys, whole = self._dirty, self.complete
             notes = {n: value for n, value in self.notes.items() if self._written_notes.get(n) != value}
@@ -318,7 +315,6 @@ class Index:
                 self._on_written(None)
 
     async def close(self) -> None:
-        """Write what is due and end the thread."""
         await self.flush()
         await self._in_thread(self._file.close)
         await asyncio.to_thread(self._thread.shutdown)
@@ -331,24 +327,23 @@ _ENTRY = "entry:"
 _NOTE = "note:"
 _FORMAT_KEY = "about:format"
 _FORMAT = "1"
-_MODE_TEXT = 3  # diskcache's mode of a value kept as text in its row
+_MODE_TEXT = 3  # diskcache's mode of a value stored as text in its row
 BUSY_SECONDS = 5.0
-"""How long to wait for another process's lock."""
+"""Time limit for another process's lock."""
 _UNLIMITED_BYTES = 1 << 62
 _REFUSALS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 """Errors of the disk or of another process, not of the file."""
 Contents = tuple[list[Row], dict[str, Any]]
-"""Rows and notes."""
 
 
 class DamagedIndexError(Exception):
-    """The index is not what was written. It can be deleted: it is rebuilt from the records."""
+    """The index file is damaged. It can be deleted: it is rebuilt from the records."""
 
 
 class _TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
     """Texts as keys and values; anything else is damage.
 
-    diskcache pickles what is not a plain type, and unpickles what a row's mode column tells it to
+    diskcache pickles what is not a plain type, and unpickles what a row's mode column marks so
     (CVE-2025-69872). This class does neither, and makes no side files.
     """
 
@@ -386,7 +381,7 @@ class IndexFile:
             return self._read()
         except OSError:
             raise
-        except Exception as error:  # whatever diskcache or sqlite make of damaged pages
+        except Exception as error:  # any error of diskcache or sqlite for damaged pages
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if isinstance(error, diskcache.Timeout) or code in _REFUSALS:
                 self.close()
@@ -395,7 +390,7 @@ class IndexFile:
 
     def _read(self) -> Contents | None:
         found = self._cache.get(_FORMAT_KEY)
-        if found is None:  # new, or never came to stand for the whole store
+        if found is None:  # new, or never covered the whole store
             self._cache.clear()
             return None
         if found != _FORMAT:
@@ -413,15 +408,15 @@ class IndexFile:
     def write(
         self, rows: Iterable[Row], gone: Iterable[str], notes: Mapping[str, Any], *, whole: bool
     ) -> None:
-        """Put rows and notes in and take `gone` out, in one transaction.
+        """Put rows and notes and delete `gone`, in one transaction.
 
-        `whole` says that the rows then stand for all of the store: only such an index is loaded again.
-        OSError when the disk refuses for now, DamagedIndexError when the file is beyond use.
+        `whole`: the rows then cover the whole store; only such an index is loaded again. OSError when the
+        disk refuses for now, DamagedIndexError when the file is unusable.
         """
         try:
             if self._cache is None:
                 self._open()
-            with self._cache.transact():  # a retry of diskcache's has no end, whatever the error
+            with self._cache.transact():  # diskcache's own retry never ends, whatever the error
                 for row in rows:
                     self._cache[_ENTRY + row.key] = ROW.dump_json(row).decode()
                 for key in gone:
@@ -514,7 +509,7 @@ async def reconcile(dependencies: ControlDependencies, index: Index, now: float)
 
 
 def _scan(store: Store, known: Mapping[str, Row]) -> tuple[list[Stored], set[str], list[Stored]]:
-    """What is not as in `known`, the keys found, and the bodies whose record is missing or damaged."""
+    """Rows that differ from `known`, the keys found, and the bodies whose record is missing or damaged."""
     changed, keys, orphans = [], set(), []
     for stored in store.scan():
         if stored.record is None:
@@ -527,7 +522,7 @@ def _scan(store: Store, known: Mapping[str, Row]) -> tuple[list[Stored], set[str
 
 
 async def _settle_orphan(orphan: Stored, dependencies: ControlDependencies, index: Index) -> None:
-    """Mend a body that has its record. Remove one without a record, or that no upstream has any more.
+    """Repair a body that has its record. Remove one without a record, or that no upstream has any more.
 
     Not while a fill holds its claim, or an interrupted commit waits.
     """
@@ -539,7 +534,7 @@ async def _settle_orphan(orphan: Stored, dependencies: ControlDependencies, inde
             await index.read_again(key, store)
             return
         if problem.status not in (404, 410):
-            return  # what is sound of it can be served, and the rest be had later
+            return  # its sound chunks can be served, and the rest be fetched later
     with contextlib.suppress(BusyError):
         if await change(dependencies.claims, key, lambda: _remove_orphan(key, store), patience_seconds=0.0):
             if not recorded:
@@ -548,7 +543,7 @@ async def _settle_orphan(orphan: Stored, dependencies: ControlDependencies, inde
 
 
 def _remove_orphan(key: ContentKey, store: Store) -> bool:
-    """Remove what can't be served, under the claim; False when there is nothing, or it can be by now."""
+    """Remove what can't be served, under the claim; False when there is nothing, or it is sound by now."""
     record = store.load_or_none(key)
     if (record is not None and store.open_body(record) is not None) or store.state_path(key.id).exists():
         return False

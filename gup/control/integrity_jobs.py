@@ -26,7 +26,7 @@ _SCRUB_NOTE = "scrub"
 _IDLE_SECONDS = 1.0
 """Between two checks whether a pass is due."""
 _MOST_BEHIND_SECONDS = 1.0
-"""Time on a slow disk that the scrubber makes up for by reading faster, at most."""
+"""A slow disk delays the scrubber; it reads faster afterwards to compensate this much at most."""
 
 
 class Pass(BaseModel):
@@ -49,7 +49,7 @@ class Pass(BaseModel):
 
 
 def read_pass(note: object) -> Pass:
-    """The stored pass; a new one when that is malformed."""
+    """A new pass when the stored one is malformed."""
     try:
         return Pass.model_validate(note)
     except ValueError:
@@ -57,7 +57,9 @@ def read_pass(note: object) -> Pass:
 
 
 class Scrubber:
-    """Compares all bodies with their sums at `cache.scrub_rate`, past the page cache; damage is mended."""
+    """Compares all bodies with their sums at `cache.scrub_rate`, bypassing the page cache, and repairs
+    damage.
+    """
 
     def __init__(self, dependencies: ControlDependencies, index: Index, clock: Callable[[], float]) -> None:
         self._dependencies = dependencies
@@ -134,7 +136,7 @@ class Scrubber:
             sound = await asyncio.to_thread(read_aside, file.fd, record, chunk)
             self._pass.checked_bytes += length
             if not sound:
-                if os.fstat(file.fd).st_nlink:  # else another body has taken its place
+                if os.fstat(file.fd).st_nlink:  # else another body has replaced it
                     await self._damaged(key, f"chunk {chunk} does not agree with its sum")
                 return
 
@@ -152,7 +154,7 @@ class Scrubber:
         except BusyError:
             return
         for finding in found:
-            if finding.where == "body":  # a record's damage is found, and counted, by whoever needs it
+            if finding.where == "body":  # a damaged record is found and counted by its next user
                 await self._damaged(key, finding.detail)
 
     async def _damaged(self, key: ContentKey, detail: str) -> None:
@@ -166,7 +168,7 @@ class Scrubber:
             _log.warning("%s could not be repaired: %s", key.text, problem.detail)
 
     async def _pay(self, amount_bytes: int) -> None:
-        """Wait until the rate allows to read so much."""
+        """Wait until the rate permits reading this much."""
         now, rate = time.monotonic(), self._dependencies.settings().cache.scrub_rate
         self._paid_until = max(self._paid_until, now - _MOST_BEHIND_SECONDS)
         if rate:
@@ -175,7 +177,7 @@ class Scrubber:
 
 
 async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index) -> Problem | None:
-    """Fetch the damaged chunks of a body anew; why it could not be done."""
+    """Fetch the damaged chunks of a body again; the problem if that failed."""
     problem = await dependencies.mend(key, True)
     if problem is None:
         await index.read_again(key, dependencies.store)
@@ -183,9 +185,9 @@ async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index
 
 
 _GRACE_SECONDS = 60.0
-"""A younger stray file may be one that is being made."""
+"""A younger stray file may still be written."""
 _PATIENCE_SECONDS = 10.0
-"""How long to wait at the end for the claims of entries that look damaged."""
+"""Time limit at the end for the claims of entries that look damaged."""
 _PAUSE_SECONDS = 0.2
 _MOST_FINDINGS = 10_000
 _Check = Callable[[], list[Finding]]
@@ -206,7 +208,7 @@ class Verification:
         self._told = _NEVER
 
     def start(self, *, repair: bool) -> bool:
-        """Start; False when one is running."""
+        """False when one is running."""
         if self._told.running:
             return False
         begun = {"running": True, "repair": repair, "began_at": time.time(), "found": []}
@@ -255,7 +257,7 @@ class Verification:
         told.busy += len(claimed)
 
     async def _is_checked(self, key: ContentKey) -> bool:
-        """Check an entry; False when it looks damaged while somebody holds its claim."""
+        """Check an entry; False when it looks damaged while its claim is held."""
         check, path = partial(check_entry, self._store, key), self._store.body_path(key)
         checked = await self._check(check, "body", path, key.claim_offset, key)
         self._told.checked += checked
@@ -264,8 +266,8 @@ class Verification:
     async def _check(
         self, check: _Check, where: str, path: Path, offset: int | None = None, key: ContentKey | None = None
     ) -> bool:
-        """Check and note what is wrong; False when somebody holds the claim: a commit under way looks like
-        damage. An entry is read without its claim first. An exception becomes a finding.
+        """Check and note findings; False when the claim is held: a commit in progress looks like damage. An
+        entry is read without its claim first. An exception becomes a finding.
         """
         claims, repair = self._dependencies.claims, self._told.repair
         try:
@@ -276,7 +278,7 @@ class Verification:
             try:
                 found = await to_its_end(check)
                 for finding in found if repair else ():
-                    if finding.where != "body":  # bodies are mended by a fill, which takes the claim itself
+                    if finding.where != "body":  # bodies are repaired by a fill, which takes the claim itself
                         await to_its_end(put_right, self._store, finding, alone=False)
                     if finding.where == "record" and finding.key is not None:
                         self._index.discard(finding.key.text)

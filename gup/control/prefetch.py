@@ -1,7 +1,7 @@
 """Prefetching: what to fetch before a client asks for it, the queue, and the fetching.
 
 A client that asks for a delta names two revisions: the one it has and the one it will have; one that asks for
-a full names the latter. So the revisions named lately are those of this site's clients: when a new one is
+a full names the latter. So recently named revisions are those of this site's clients: when a new one is
 named, the deltas from the others to it are queued. Operators queue what they want. Client patches are not
 prefetched unless a client asked for them, and background fills yield to clients' fills. At most two run at
 once: one delta or index file, and one of all else.
@@ -31,31 +31,33 @@ _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000
 """In the queue, ended ones included; the oldest ended ones are forgotten."""
 MAX_PENDING = 900
+_TRIES = 4
+_FIRST_RETRY_SECONDS = 30.0
+_LAST_RETRY = _FIRST_RETRY_SECONDS * 2 ** (_TRIES - 2)
 _MAX_TEXT = 9000
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 _M = TypeVar("_M", bound=BaseModel)
 
 
 class Outcome(StrEnum):
-    """What became of a queued fetch."""
+    """The result of a queued fetch."""
 
     QUEUED = "queued"
     FETCHING = "fetching"
     STORED = "stored"
     PRESENT = "present"
-    """It was in the store already, or somebody else's fill brought it."""
+    """It was in the store already, or another fill stored it."""
     ABSENT = "absent"
     """No upstream has it."""
     FAILED = "failed"
     SUPERSEDED = "superseded"
-    """A newer revision was asked for before its turn came."""
+    """A newer revision was requested before it was fetched."""
 
 
 TRANSITIONS: dict[Outcome, frozenset[Outcome]] = {
     Outcome.QUEUED: frozenset({Outcome.FETCHING, Outcome.SUPERSEDED}),
     Outcome.FETCHING: frozenset(set(Outcome) - {Outcome.FETCHING, Outcome.SUPERSEDED}),
 }
-"""FETCHING to QUEUED: it failed in a way that may pass, or the controller ended meanwhile."""
 
 
 class QueuedFetch(BaseModel):
@@ -78,7 +80,7 @@ class QueuedFetch(BaseModel):
 
 
 class PrefetchQueue:
-    """Queued fetches by key, the latest at the end. `changed` is reset by whoever saves the queue."""
+    """Queued fetches by key, the latest at the end. `changed` is reset when the queue is saved."""
 
     def __init__(self) -> None:
         self.rows: OrderedDict[ContentKey, QueuedFetch] = OrderedDict()
@@ -89,7 +91,7 @@ class PrefetchQueue:
         return sum(item.pending for item in self.rows.values())
 
     def add(self, item: QueuedFetch) -> bool:
-        """Append, in place of an earlier one of the same key; False when too many are pending."""
+        """Append, replacing an earlier one of the same key; False when too many are pending."""
         if self.pending >= MAX_PENDING:
             return False
         self.rows[item.key] = item
@@ -108,11 +110,11 @@ class PrefetchQueue:
     def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
         """The next one of these kinds: operators' first, then in the order of the queue."""
         queued = (item for item in self.rows.values() if item.outcome is Outcome.QUEUED)
-        found = [item for item in queued if item.kind in kinds and item.due_at <= now]
+        # One that is due later than any retry was put off by a clock that has been put back since.
+        found = [item for item in queued if item.kind in kinds and not 0 < item.due_at - now <= _LAST_RETRY]
         return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
-        """Drop queued deltas to older revisions, unless an operator wants them."""
         for item in self.rows.values():
             if item.outcome is not Outcome.QUEUED or item.by == "operator" or stream_of(item.key) != stream:
                 continue
@@ -123,7 +125,7 @@ class PrefetchQueue:
         return [item.model_dump(mode="json") for item in self.rows.values()]
 
     def restore(self, rows: Any) -> None:
-        """Put what `to_json` gave before what has come since; what was being fetched is queued again."""
+        """Put the output of `to_json` before newer rows; fetches in progress are queued again."""
         newer, self.rows = self.rows, OrderedDict()
         for item in _readable(QueuedFetch, rows):
             if item.outcome is Outcome.FETCHING:
@@ -136,7 +138,7 @@ class PrefetchQueue:
 
 
 def _readable(model: type[_M], rows: Any) -> Iterator[_M]:
-    """What is stored, without malformed rows."""
+    """The stored rows without malformed ones."""
     for row in rows if isinstance(rows, list) else ():
         with contextlib.suppress(ValueError, TypeError):
             yield model.model_validate(row)
@@ -147,10 +149,9 @@ MAX_REVISIONS = 64
 
 
 class _Known(BaseModel):
-    """What is known of one stream. `seen` has when each revision was named last, the latest at the end.
+    """One stream's revisions. `seen` has when each was named last, the latest at the end.
 
-    `asked` are those from which a client has asked for the delta to the newest one: nothing is left to be
-    done for them.
+    `asked` are those from which a client has requested the delta to the newest one: they need no prefetch.
     """
 
     stream: Stream
@@ -177,8 +178,8 @@ class _Known(BaseModel):
 
 
 class Announced(NamedTuple):
-    """A stream's newest revision, since when, and the paths of the deltas to it from the revisions that
-    other clients of the site are at, the latest named first.
+    """A stream's newest revision, since when, and the paths of the deltas to it from the revisions that other
+    clients of the site have, the latest named first.
     """
 
     revision: str
@@ -187,15 +188,15 @@ class Announced(NamedTuple):
 
 
 class Revisions:
-    """Revisions by stream. `changed`: whether anything new was learned since whoever saves it reset it."""
+    """Revisions by stream. `changed`: something was learned since it was last saved."""
 
     def __init__(self) -> None:
         self.streams = LatestStreams(lambda stream: _Known(stream=stream))
         self.changed = False
 
     def learn(self, stream: Stream, named: Named, now: float, moniker: str = "") -> bool:
-        """Note what a client was sent, or is being sent. True when the deltas have to be looked at again: the
-        revision is newer than any before, or one that no client of the site was known to be at.
+        """Note what a client was sent, or is being sent. True when the deltas must be checked again: the
+        revision is newer than any before, or one that no client of the site was known to have.
         """
         known = self.streams.met(stream)
         known.moniker = moniker or known.moniker
@@ -205,22 +206,24 @@ class Revisions:
             known.newest, known.announced_at = named.revision, now
             known.asked.clear()
         known.name(named, now)
-        known.see(named.revision, now)  # last: that is where the client will be
+        known.see(named.revision, now)  # last: the client will have it
         self.changed = self.changed or news
         return news
 
     def refused(self, stream: Stream, named: Named, now: float) -> None:
-        """Upstream does not have what was asked for: that tells where a client is, and announces nothing."""
+        """Upstream does not have the requested file: that shows which revision a client has, and announces
+        nothing.
+        """
         if stream in self.streams:
             self.streams.met(stream).name(named, now)
 
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
-        """The newest revision, and others named lately without those whose delta a client has asked for."""
+        """The newest revision, and others named recently, except those whose delta a client has requested."""
         known = self.streams[stream]
         lately = [
             revision
             for revision, at in reversed(known.seen.items())
-            if revision < known.newest and revision not in known.asked and now - at <= within_seconds
+            if revision < known.newest and revision not in known.asked and abs(now - at) <= within_seconds
         ][:most]
         # else that of other streams of the same upstream, or of the public log (FIELD)
         others = (other.folder for name, other in self.streams.items() if name[:2] == stream[:2])
@@ -232,7 +235,7 @@ class Revisions:
         return [known.model_dump() for known in self.streams.values()]
 
     def restore(self, rows: Any) -> None:
-        """Take back what `to_json` gave. Malformed rows are left out; what has come since stays."""
+        """Restore the output of `to_json`. Malformed rows are skipped; newer ones stay."""
         newer = dict(self.streams)
         for stored in _readable(_Known, rows):
             self.streams[stored.stream] = stored
@@ -247,18 +250,16 @@ class Revisions:
 
 
 LANES = (frozenset({Kind.DELTA, Kind.INDEX}), frozenset({Kind.FULL, Kind.OTHER}))
-"""Kinds that are fetched one after the other: a full that takes hours delays no delta."""
-_TRIES = 4
-_FIRST_RETRY_SECONDS = 30.0
+"""Kinds of each prefetch queue, fetched one after the other: a full that takes hours delays no delta."""
 _IDLE_LOOK_SECONDS = 0.1
 _LOOK_SECONDS = 5.0
-"""Between two looks for a retry that is due."""
+"""Between two checks for a retry that is due."""
 _REVISIONS_NOTE = "revisions"
 _QUEUE_NOTE = "wishes"
 
 
 class NotThereError(ValueError):
-    """What an operator ordered is no content, or no upstream can have it."""
+    """An operator ordered a path that is not content, or that no upstream can have."""
 
 
 class Busy(GupError):  # noqa: N818 - what is told, not our error
@@ -266,7 +267,7 @@ class Busy(GupError):  # noqa: N818 - what is told, not our error
 
 
 class Prefetcher:
-    """Told what clients ask for; one `run` for each lane is a job. Everything is on the event loop."""
+    """Called with clients' requests; one `run` for each lane is a job. Everything is on the event loop."""
 
     def __init__(self, dependencies: ControlDependencies, index: Index, clock: Callable[[], float]) -> None:
         self._dependencies = dependencies
@@ -277,9 +278,8 @@ class Prefetcher:
         self.revisions = Revisions()
         self.queue = PrefetchQueue()
         self.left_out: dict[Stream, str] = {}
-        """Why nothing of a stream is prefetched, by stream."""
 
-    # --- what the traffic tells
+    # --- requests of clients
 
     def asked(self, key: ContentKey, upstream_path: str = "") -> None:
         """A client was sent this, or it has begun to arrive for one."""
@@ -295,7 +295,7 @@ class Prefetcher:
             self.revisions.refused(stream_of(key), names, self._clock())
 
     async def look_over(self) -> None:
-        """Look at every stream again: what was unknown, or not allowed, may not be so now."""
+        """Check every stream again: what was unknown, or not allowed, may have changed."""
         for stream in list(self.revisions.streams):
             self._look_at(stream)
 
@@ -316,7 +316,7 @@ class Prefetcher:
         self.left_out.pop(stream, None)
         fresh = 0
         for path in newest.paths:
-            route = self._route(path)
+            route = self.route(path)
             key = route.key(Variant(*stream[:2]))
             if self.queue.rows.get(key) is None and key.text not in self._index.rows:
                 fresh += self._add(route, key, "traffic")
@@ -337,14 +337,14 @@ class Prefetcher:
             return f"rules.content_types has no {type_}"
         return None
 
-    # --- what an operator wants
+    # --- orders of operators
 
     def order(self, path: str, version: str | None, language: str | None) -> list[QueuedFetch]:
-        """Queue `path` for all matching variants; ValueError when it is wrong, Busy when the list is full."""
+        """Queue `path` for all matching variants; ValueError when it is wrong, Busy for a full queue."""
         try:
             if parse_target(path.encode()).authority is not None:
                 raise ValueError("path: it must begin with /content/, without the server")
-            route = self._route(path)
+            route = self.route(path)
         except Problem as problem:
             kind = NotThereError if problem.status == 404 else ValueError
             raise kind(f"path: {path!r:.200} can't be fetched: {problem.detail}") from problem
@@ -358,7 +358,7 @@ class Prefetcher:
         for stream, revision in revisions.items():
             known = self.revisions.streams.get(stream)
             moniker = known.moniker if known is not None and known.moniker else stream[2]
-            route = self._route(f"/content/{moniker}/{revision}/full.zip")
+            route = self.route(f"/content/{moniker}/{revision}/full.zip")
             queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
         return queued
 
@@ -385,7 +385,7 @@ class Prefetcher:
             raise NotThereError(f"version, language: no upstream has {wanted}; there is {there_is}")
         return found
 
-    def _route(self, path: str) -> Route:
+    def route(self, path: str) -> Route:
         routes = Routes.of(self._settings().upstream)
         return routes.route(parse_target(path.encode()).path)
 
@@ -422,7 +422,7 @@ class Prefetcher:
         self.queue.move(item, Outcome.FETCHING, self._clock())
         item.tries += 1
         try:
-            fetched = await self._dependencies.fetch_ahead(self._route(item.path), item.key.variant)
+            fetched = await self._dependencies.fetch_ahead(self.route(item.path), item.key.variant)
             outcome, detail = Outcome.STORED if fetched else Outcome.PRESENT, ""
         except Problem as problem:
             detail = problem.detail
@@ -436,7 +436,7 @@ class Prefetcher:
                 _log.warning("%s could not be prefetched: %s", item.key.text, detail)
         self.queue.move(item, outcome, self._clock(), detail)
 
-    # --- kept over a restart
+    # --- saved over a restart
 
     def save(self, *, all_: bool = False) -> None:
         """Save what is new since the last time; `all_`: also when known revisions were named again."""
@@ -448,7 +448,7 @@ class Prefetcher:
             self._index.notes[_QUEUE_NOTE] = self.queue.to_json()
 
     def restore(self) -> None:
-        """Take back what was saved, whatever it holds; after the index was opened."""
+        """Restore what was saved, whatever it is; after the index was opened."""
         self.revisions.restore(self._index.notes.get(_REVISIONS_NOTE))
         self.queue.restore(self._index.notes.get(_QUEUE_NOTE))
         for news in self._news:

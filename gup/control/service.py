@@ -14,7 +14,7 @@ from gup.cache.archive import ArchiveError
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, maintenance, statistics, status
+from gup.control.api import archives, entries, maintenance, statistics, status, why
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -37,7 +37,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(state: ControlState, access: Access | None = None) -> web.Application:
-    """The web application over `state`; without `access` nobody may change anything."""
+    """The web application over `state`; without `access` no request may change anything."""
     app = web.Application(middlewares=[_busy, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[STATE] = state
     app[ACCESS] = access or Access()
@@ -48,6 +48,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *maintenance.ENDPOINTS,
+        *why.ENDPOINTS,
         *live.ENDPOINTS,
         Endpoint("GET", "/api/v1/openapi.json", openapi),
     )
@@ -105,7 +106,7 @@ def _address(request: web.Request, end: str) -> str | None:
 
 @web.middleware
 async def _problems(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """The one place where what went wrong becomes a problem document (RFC 9457)."""
+    """The only place that turns errors into problem documents (RFC 9457)."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -175,7 +176,6 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run `work` once."""
         task = asyncio.create_task(self._guarded(name, work), name=f"control {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -214,7 +214,8 @@ _SPACE_SECONDS = 5.0
 class Control:
     """The control plane. `start` returns when its address answers; `stop` leaves no task or socket.
 
-    The database opens and the store is scanned behind; until then `/readyz` says so and nothing is evicted.
+    The database is opened and the store scanned in the background; until then `/readyz` says so and nothing
+    is evicted.
     """
 
     def __init__(
@@ -275,7 +276,7 @@ class Control:
         await state.index.open()
         state.scrubber.restore()
         state.prefetcher.restore()
-        # What never returns ends only by a mistake of ours; it must go on after it.
+        # Jobs that never return end only by a programming error; they are started again.
         jobs.every(_RESTART_SECONDS, "space", lambda: state.evictor.keep(_SPACE_SECONDS))
         jobs.every(_RESTART_SECONDS, "scrub", state.scrubber.keep)
         for lane in range(len(LANES)):
@@ -290,7 +291,6 @@ class Control:
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
 
     async def stop(self) -> None:
-        """Write what is due and end everything."""
         state = self.state
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
         state.take_events()
@@ -310,7 +310,7 @@ class Control:
         await state.index.close()
 
     async def apply(self, settings: Settings) -> None:
-        """Take over reloaded settings; the listening address stays."""
+        """The listening address stays."""
         await self._access.read(settings.listen, self._dependencies.store.run)
         self.state.evictor.look_soon()
 
@@ -326,7 +326,7 @@ class Control:
         await self.state.index.flush()
 
     async def _repin(self) -> None:
-        """Pin new generations of pinned entries on disk too; what fails is tried again at the next turn."""
+        """Pin new generations of pinned entries on disk too; failures are retried at the next turn."""
         claims, store, refusals = self._dependencies.claims, self._dependencies.store, self.state.refusals
         for text in list(self.state.repin):
             key = ContentKey.parse(text)
@@ -341,7 +341,9 @@ class Control:
         refusals.note("pins", None)
 
     async def _touch(self) -> None:
-        """Write revisions named again, and times of last use to the bodies: they survive a lost index."""
+        """Write revisions named again, and times of last use to the bodies: they survive the loss of the
+        index.
+        """
         due, self.state.touches = self.state.touches, {}
 
         def touch_all() -> None:

@@ -1,17 +1,17 @@
-"""The control state: takes events in, and gathers what pages and metrics show."""
+"""The control state: applies events, and provides what pages and metrics show."""
 
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gup.cache.store import Part
 from gup.config import Settings
 from gup.content.key import ContentKey
-from gup.control.api.schemas import Alarm, FailedFill, WriteRefusal
+from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
 from gup.control.dependencies import ControlDependencies, change
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
@@ -29,7 +29,7 @@ from gup.control.events import (
     Use,
     parse_event,
 )
-from gup.control.eviction import AgeClock, Evictor
+from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
 from gup.control.index import Index, Stream, make_row
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
@@ -44,12 +44,11 @@ _log = logging.getLogger("gup.control.state")
 
 
 Label = tuple[str, str]
-"""Product and language."""
 OTHER: Label = ("other", "other")
 
 
 class Rejection(NamedTuple):
-    """A body that an upstream sent and that can't be the content asked for."""
+    """A body from an upstream that can't be the requested content."""
 
     key: str
     upstream: str
@@ -58,14 +57,14 @@ class Rejection(NamedTuple):
 
 
 class Refusals:
-    """What the disk refuses to store at present; each is logged once when it begins and when it ends."""
+    """Present disk errors; each is logged once when it begins and when it ends."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.rows: dict[str, WriteRefusal] = {}
 
     def note(self, what: str, refusal: str | None) -> None:
-        """The result of a write: why it was refused, None for success."""
+        """The result of a write: the error, None for success."""
         known, now = self.rows.pop(what, None), self._clock()
         if refusal is not None:
             since = now if known is None else known.since
@@ -77,7 +76,7 @@ class Refusals:
 
 
 def numbers(settings: Settings) -> dict[str, int]:
-    """The limits on numbers of things; those that are off are absent."""
+    """The limits on counts; those that are off are absent."""
     every = {
         "connections": settings.listen.max_connections,
         "connections_per_address": settings.clients.max_connections_per_address,
@@ -85,7 +84,7 @@ def numbers(settings: Settings) -> dict[str, int]:
         "fills": settings.fill.max,
     }
     found = {name: limit for name, limit in every.items() if limit}
-    # without a limit on downloads nobody ever waits; with one, a queue of 0 is a limit too
+    # without a limit on downloads nothing is queued; with one, a queue of 0 is a limit too
     return found | ({"queue": settings.clients.queue} if settings.clients.max_downloads else {})
 
 
@@ -118,21 +117,43 @@ def began_at(part: Part) -> float:
     return part.generation / 1e9
 
 
+_MOST_NOTES = 5000
+
+
+class KeyNotes:
+    """What is known of single keys since the start, by key and kind of note; the longest unchanged go."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[str, dict[str, KeyNote]] = OrderedDict()
+
+    def note(
+        self, key: str, what: Literal["fetched", "failed", "unstored", "removed"], note: KeyNote
+    ) -> None:
+        row = self._rows[key] = self._rows.pop(key, {}) | {what: note}
+        if what == "fetched":
+            row.pop("removed", None)
+            row.pop("unstored", None)
+        if len(self._rows) > _MOST_NOTES:
+            self._rows.popitem(last=False)
+
+    def of(self, key: str) -> Mapping[str, KeyNote]:
+        return self._rows.get(key, {})
+
+
 _FAILURES = 50
 _MALFORMED_LOGGED = 20
 _EVENTS_AT_ONCE = 256
 _MOST_REJECTIONS = 1000
 REJECTED_SECONDS = 1800.0
-"""Twice the longest back-off of a rejected body: after that clients do not ask for it any more."""
+"""Twice the longest back-off of a rejected body: by then clients no longer request it."""
 
 
 class ControlState:
-    """Everything the controller knows. Only `take_events` and the API change it, on the event loop."""
+    """The controller's state. Only `take_events` and the API change it, on the event loop."""
 
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
     ) -> None:
-        """Ages are measured with `ages`, by default with `clock`."""
         self.dependencies = dependencies
         self.clock = clock
         self._ages = ages
@@ -141,14 +162,15 @@ class ControlState:
         self.refusals = Refusals(clock)
         damaged = partial(dependencies.counters.add, "gup_integrity_failures_total", where="index")
         self.index = Index(dependencies.store.index, damaged, partial(self.refusals.note, "index"))
-        self.evictor = Evictor(dependencies, self.index, self._age_now)
+        self.notes = KeyNotes()
+        self.evictor = Evictor(dependencies, self.index, self._age_now, self._removed)
         self.verification = Verification(dependencies, self.index)
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
         self.traffic = Traffic(self.index, clock)
         self.alarms: list[Alarm] = []
-        """Those that stand, as the alarm collector found them last."""
+        """As last found by the alarm collector."""
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, self.index.newest_held)
         self.history = Recorder(dependencies, self.database, clock)
@@ -176,7 +198,7 @@ class ControlState:
     # --- events
 
     def take_events(self) -> None:
-        """Apply the events that are waiting, so many at most that the loop gets its turn."""
+        """Apply waiting events, a limited number before the loop gets its turn."""
         for _ in range(_EVENTS_AT_ONCE):
             try:
                 datagram = self.dependencies.events.recv(MAX_DATAGRAM_BYTES)
@@ -210,9 +232,11 @@ class ControlState:
             case Unstorable(disk=True):
                 self.refusals.note("content", event.detail)
             case Unstorable():
+                self.notes.note(event.key.text, "unstored", KeyNote(at=now, detail=event.detail))
                 self.unstored = now, f"{event.key.text}: {event.detail}"
             case Failed(key=key, problem=problem, detail=detail):
                 self.failures.appendleft(FailedFill(at=now, key=key.text, problem=problem, detail=detail))
+                self.notes.note(key.text, "failed", KeyNote(at=now, detail=f"{problem}: {detail}"))
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
             case Unlisted():
@@ -228,6 +252,10 @@ class ControlState:
 
     def _committed(self, event: Committed, now: float) -> None:
         self.refusals.note("content", None)
+        fetched = KeyNote(
+            at=now, detail="", upstream=event.upstream, resumes=event.resumes, seconds=event.seconds
+        )
+        self.notes.note(event.key.text, "fetched", fetched)
         if event.path:
             self.prefetcher.asked(event.key, event.path)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
@@ -238,7 +266,7 @@ class ControlState:
             received += known.received_bytes
             row = replace(row, hits=known.hits, pinned=known.pinned, sent_bytes=known.sent_bytes)
             if known.pinned and event.replaced:
-                self.repin.add(known.key)  # the new generation's record knows of no pin
+                self.repin.add(known.key)  # the new generation's record has no pin
         self.index.put(replace(row, received_bytes=received))
         self.evictor.look_soon()
 
@@ -248,6 +276,8 @@ class ControlState:
         for use in event.uses:
             row = self.index.rows.get(use.key.text)
             if row is not None:
+                if row.used_at > at + JUMP_SECONDS and at >= self.dependencies.installed_at:
+                    row = replace(row, used_at=at)  # noted by a clock that was ahead and has been put back
                 self.index.put(row.used(use.times, use.sent_bytes, at))
                 self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
                 self._sent(use)
@@ -263,8 +293,11 @@ class ControlState:
         self.traffic.sent(use.key, use.times)
         self.prefetcher.asked(use.key)
 
+    def _removed(self, key: str, reason: str) -> None:
+        self.notes.note(key, "removed", KeyNote(at=self.clock(), detail=reason))
+
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
-        """Pin or unpin an entry; False when there is none. BusyError while its claim is held."""
+        """False when there is none. BusyError while its claim is held."""
         store = self.dependencies.store
         if not await change(self.dependencies.claims, key, lambda: store.set_pinned(key, pinned)):
             return False
@@ -274,18 +307,18 @@ class ControlState:
         return True
 
     async def meter(self) -> None:
-        """Take in the counters for rates; to be called once a second."""
+        """To be called once a second."""
         self.history.look(self.index.total_bytes)
 
-    # --- what is shown
+    # --- display
 
     def rejections(self) -> list[Rejection]:
-        """The present rejections, the latest first: until the file is stored or not asked for any more."""
+        """The latest first: until the file is stored or not requested any more."""
         now = self.clock()
         return [row for row in reversed(self._rejections.values()) if abs(now - row.at) < REJECTED_SECONDS]
 
     def label(self, stream: Stream) -> Label:
-        """Product and language of a stream: from the catalogue, else moniker and variant."""
+        """From the catalogue, else moniker and variant."""
         listed = self.dependencies.label_of(stream, "")
         return (stream[2], stream[1]) if listed is None else (listed.product, listed.language)
 
@@ -295,7 +328,6 @@ class ControlState:
         return named + [OTHER] * (MAX_STREAMS + 1 - len(named))
 
     def not_ready(self) -> list[str]:
-        """Why content can't be served yet; empty when it can."""
         ready = any(worker.get("ready") for worker in self.dependencies.workers())
         reasons = {"the index is being opened": self.index.opened, "no worker is ready": ready}
         return [reason for reason, is_so in reasons.items() if not is_so]

@@ -17,14 +17,14 @@ _Known = TypeVar("_Known")
 
 
 class LatestStreams(OrderedDict[Stream, _Known], Generic[_Known]):
-    """What is known of each stream; beyond MAX_STREAMS the longest idle ones are forgotten."""
+    """Values by stream; beyond MAX_STREAMS those idle longest are forgotten."""
 
     def __init__(self, make: Callable[[Stream], _Known]) -> None:
         super().__init__()
         self._make = make
 
     def met(self, stream: Stream) -> _Known:
-        """What is known of a stream that is met now."""
+        """The stream's value, made at its first use."""
         known = self[stream] = self.pop(stream) if stream in self else self._make(stream)
         while len(self) > MAX_STREAMS:
             self.popitem(last=False)
@@ -33,14 +33,15 @@ class LatestStreams(OrderedDict[Stream, _Known], Generic[_Known]):
 
 WINDOW_SECONDS = 600.0
 FULLS = 10
-"""A storm: so many fulls of one stream in this window and the last, more than deltas, where deltas exist."""
+"""A storm: this many fulls of one stream in this window and the last, more than deltas, where deltas exist.
+"""
 CALM_SECONDS = 60.0
-"""A storm ends when the condition did not hold for so long."""
+"""A storm ends this long after its condition."""
 MAX_ADDRESSES = 1000
 """Addresses counted in a window of one stream; there may be more."""
 SHOWN = 20
 _UNMET_SECONDS = 1800.0
-"""A revision that nobody has asked for in so long is not reported as missing."""
+"""A revision that was not requested for this long is not reported as missing."""
 _MAX_UNMET = 8
 
 
@@ -55,11 +56,16 @@ class _Window:
 
 
 class Unmet(NamedTuple):
-    """A revision that clients asked for and no upstream gave, with the first and last time (Unix seconds)."""
+    """A revision that clients requested and no upstream had, with the first and last time (Unix seconds)."""
 
     revision: str
     first: float
     last: float
+
+
+def _is_recent(one: Unmet, now: float) -> bool:
+    """Whether it was asked for lately; not if that lies ahead: the clock was put back since."""
+    return abs(now - one.last) <= _UNMET_SECONDS
 
 
 @dataclass(slots=True)
@@ -95,7 +101,7 @@ class _Asked:
 class Storm(NamedTuple):
     """A present storm. Counts cover the last ten to twenty minutes; times are Unix seconds.
 
-    `addresses` are the most frequent ones of `clients` (at least so many). `lan_bytes` is the length of all
+    `addresses` are the most frequent ones of `clients` (at least this many). `lan_bytes` is the length of all
     fulls sent, `wan_bytes` that of the different ones, fetched once; `delta_bytes` is the mean delta.
     """
 
@@ -111,7 +117,7 @@ class Storm(NamedTuple):
 
 
 class Traffic:
-    """Demand and storms by stream. Told of every request for content."""
+    """Demand and storms by stream, from every request for content."""
 
     def __init__(self, index: Index, clock: Callable[[], float]) -> None:
         self._index = index
@@ -124,7 +130,7 @@ class Traffic:
         return asked
 
     def sent(self, key: ContentKey, times: int) -> None:
-        """Clients were sent this so many times, from the store or while it was being fetched."""
+        """`times` responses with this body, from the store or while it was fetched."""
         names = named(key)
         if names is None:
             return
@@ -137,26 +143,26 @@ class Traffic:
             asked.now.deltas += times
 
     def missed(self, key: ContentKey) -> None:
-        """A client asked for this, and no upstream gave it."""
+        """A client requested this, and no upstream had it."""
         names, now = named(key), self._clock()
         if names is None:
             return
         unmet = self._asked(key).unmet
         before = unmet.get(names.revision)
-        first = before.first if before is not None and now - before.last <= _UNMET_SECONDS else now
+        first = before.first if before is not None and _is_recent(before, now) else now
         unmet[names.revision] = Unmet(names.revision, first, now)
         unmet.move_to_end(names.revision)
         while len(unmet) > _MAX_UNMET:
             unmet.popitem(last=False)
 
     def note_client(self, key: ContentKey, address: str, times: int) -> None:
-        """Note who asked for a full, and how often."""
+        """Count a client's requests for a full."""
         addresses = self._asked(key).now.addresses
         if address in addresses or len(addresses) < MAX_ADDRESSES:
             addresses[address] += times
 
     def look(self) -> None:
-        """Begin and end storms, and log it; to be called once a second or so."""
+        """Begin and end storms, and log it; to be called about once a second."""
         now = self._clock()
         for stream, asked in self._streams.items():
             asked.turn(now)
@@ -172,11 +178,11 @@ class Traffic:
                 asked.since = None
 
     def flags(self) -> Mapping[Stream, bool]:
-        """Whether there is a storm, for every stream that was asked for."""
+        """Whether there is a storm, for every requested stream."""
         return {stream: asked.since is not None for stream, asked in self._streams.items()}
 
     def storms(self) -> list[Storm]:
-        """The present storms, with what they cost."""
+        """The present storms, with their cost."""
         return [
             self._storm(stream, asked, asked.since)
             for stream, asked in self._streams.items()
@@ -200,14 +206,13 @@ class Traffic:
         )
 
     def newest(self) -> dict[Stream, str]:
-        """The newest revision that clients got of each stream."""
         return {stream: asked.newest for stream, asked in self._streams.items() if asked.newest}
 
     def unmet(self) -> dict[Stream, Unmet]:
-        """The newest revision of each stream that was asked for in vain lately."""
+        """By stream, the newest recently requested revision that no upstream had."""
         found, now = {}, self._clock()
         for stream, asked in self._streams.items():
-            lately = [one for one in asked.unmet.values() if now - one.last <= _UNMET_SECONDS]
+            lately = [one for one in asked.unmet.values() if _is_recent(one, now)]
             if lately:
                 found[stream] = max(lately)
         return found

@@ -1,4 +1,4 @@
-"""Simulated clients: what each holds and wants next, its downloads, and a crowd of them."""
+"""Simulated clients: what each has and needs next, its downloads, and a crowd of them."""
 
 import asyncio
 import contextlib
@@ -34,11 +34,11 @@ _TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _LANGUAGES = ("English", "English", "English", "French", "German")
 _TAKES_STREAM, _REINSTALLED, _CUT = 0.6, 0.02, 0.05
 _HELD_AT_START = ((0.25, 0), (0.75, 1), (0.90, 2), (0.95, 3))
-"""Share of clients, summed up, at most so many revisions behind at the start; the rest need a full."""
+"""Cumulated share of clients by the revisions they are behind at the start; the rest need a full."""
 
 
 class Latencies:
-    """Durations, counted in steps of 2 %: quantiles to within a step, in little memory however many."""
+    """Durations, counted in steps of 2 %: quantiles to within a step, in constant memory."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -56,10 +56,10 @@ class Latencies:
 
 @dataclass(slots=True)
 class Figures:
-    """Everything that the clients of one crowd counted; they alone write it, on their event loop.
+    """Counts of all clients of one crowd; only they write it, on their event loop.
 
     `received_bytes` are of bodies. `wrong` are bodies that differ from what the management server published,
-    `failed` are downloads given up, `gone` are files that were withdrawn before they were asked for.
+    `failed` are downloads given up, `gone` are files that were withdrawn before they were requested.
     """
 
     requests: int = 0
@@ -80,7 +80,7 @@ class Figures:
         return bool(self.downloads) and not self.wrong and not self.failed
 
     def document(self) -> dict[str, object]:
-        """The figures as plain values, ready for JSON; times in seconds."""
+        """Ready for JSON; times in seconds."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if "first_byte" not in one.name}
         return plain | {
             "downloads": {str(kind): count for kind, count in sorted(self.downloads.items())},
@@ -90,20 +90,20 @@ class Figures:
         }
 
     def complain(self, counted: Literal["wrong", "failed"], sentence: str) -> bool:
-        """Count a failure, and keep the sentence about it if there is room; False."""
+        """Count a failure, and keep the sentence about it if there is room; returns False."""
         setattr(self, counted, getattr(self, counted) + 1)
         if len(self.complaints) < MAX_COMPLAINTS:
             self.complaints.append(sentence)
         return False
 
     def answered(self, seconds: float, cache_status: str | None) -> None:
-        """Count an answer that began after `seconds`, with its Cache-Status field (RFC 9211)."""
+        """Count a response that began after `seconds`, with its Cache-Status field (RFC 9211)."""
         self.cache_status[cache_result(cache_status)] += 1
         self.time_to_first_byte.add(seconds)
 
 
 def cache_result(cache_status: str | None) -> str:
-    """One word for an answer: hit, collapsed, miss, or none when it went through no cache."""
+    """hit, collapsed, miss, or none without a cache."""
     words = [word.strip().partition("=")[0] for word in (cache_status or "").split(";")[1:]]
     known = (("collapsed", "collapsed"), ("hit", "hit"), ("fwd", "miss"))
     return next((result for word, result in known if word in words), "none")
@@ -165,7 +165,7 @@ class Download:
             )
 
     def _asked(self) -> dict[str, str]:
-        """Headers for the whole, or for the rest if there is something to go on from."""
+        """Headers for the whole, or for the rest after a break."""
         headers = {"User-Agent": self.client}
         if self.received_etag is not None and 0 < self.received_bytes < self.file.length:
             headers |= {"Range": f"bytes={self.received_bytes}-", "If-Range": self.received_etag}
@@ -205,7 +205,7 @@ class Download:
 
 @dataclass(slots=True)
 class Client:
-    """One machine: its language, the streams it takes, and the revision it holds of each.
+    """One machine: its language, the streams it takes, and the revision it has of each.
 
     Changed only by its own task, after a download that was right.
     """
@@ -249,7 +249,7 @@ class Client:
         return delta or stream.full
 
     def cuts(self, file: PublishedFile) -> int | None:
-        """Now and then: after how many bytes the machine loses its connection."""
+        """Where the machine loses its connection, which it does occasionally."""
         if self.chance.random() >= _CUT:
             return None
         return round(file.length * self.chance.uniform(0.2, 0.8))
@@ -258,7 +258,7 @@ class Client:
 class Crowd:
     """Clients that poll and update through `url` until told to stop; they share a session and figures.
 
-    `catalogue` is what the management server tells them to have; whoever made the crowd keeps it fresh.
+    `catalogue` is what the management server has them install; the crowd's owner updates it.
     """
 
     def __init__(
@@ -271,7 +271,6 @@ class Crowd:
         seed: int,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        """`url` is scheme, host and port of the site's cache."""
         self._session = session
         self._url = url
         self._clients = [
@@ -285,7 +284,7 @@ class Crowd:
         self.figures = Figures()
 
     async def run(self) -> None:
-        """Until `stop`; the clients finish what they have begun, for at most 15 s."""
+        """Until `stop`; the clients finish their downloads, for at most 15 s."""
         self._stopping.clear()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._live(client)) for client in self._clients]
@@ -296,7 +295,7 @@ class Crowd:
                 self.figures.complain("failed", f"a client did not finish within {_FINISH_SECONDS:g} s")
 
     def ring(self) -> None:
-        """Make every client poll at once: the herd."""
+        """Make every client poll at once."""
         bell, self._bell = self._bell, asyncio.Event()
         bell.set()
 
@@ -308,7 +307,7 @@ class Crowd:
     async def _live(self, client: Client) -> None:
         await _rest(client.chance.uniform(0, self.poll_seconds), self._bell)
         while not self._stopping.is_set():
-            # Taken before the poll: who is busy when the bell rings polls again right afterwards.
+            # Taken before the poll: a client that is busy when the bell rings polls again right afterwards.
             bell = self._bell
             await self._poll(client)
             await _rest(self.poll_seconds * client.chance.uniform(0.5, 1.5), bell)
@@ -351,7 +350,7 @@ def new_session(connections: int) -> aiohttp.ClientSession:
 def simulate_clients(
     url: str, manager_url: str, *, count: int, seconds: float, seed: int, json_output: bool
 ) -> int:
-    """Let `count` clients use the cache at `url` for `seconds`; prints what they got.
+    """Let `count` clients use the cache at `url` for `seconds`, and print the result.
 
     `manager_url` is where the simulated management server's catalogue is. Returns 0 if every byte was right,
     1 if one was wrong or missing, 3 if the catalogue can't be had.
@@ -375,7 +374,7 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
                 return CATALOGUE_JSON.validate_json(await response.read())
 
         async def follow(crowd: Crowd) -> None:
-            """Once a second for all of them, past the cache; a failure leaves the last one standing."""
+            """Once a second for all of them, past the cache; a failure keeps the last catalogue."""
             while True:
                 await asyncio.sleep(_POLICY_SECONDS)
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from gup.content.key import Kind
 from gup.units import format_http_date, parse_http_date
 
-# --- the catalogue: what is published, as clients read it
+# --- the published catalogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class PublishedStream:
         return self.full, *self.deltas
 
     def delta_from(self, revision: str) -> PublishedFile | None:
-        """The delta that leads from `revision` to the newest, if one reaches back that far."""
+        """The delta from `revision` to the newest; None if it is too old."""
         return next((delta for delta in self.deltas if delta.from_revision == revision), None)
 
 
@@ -74,13 +74,13 @@ class Catalogue:
 CATALOGUE_JSON = TypeAdapter(Catalogue)
 
 
-# --- streams and revisions, after what a management server offers (FIELD)
+# --- streams and revisions, as a management server offers them (FIELD)
 
 
 CONTENT_INFO_PATH = "/content/ContentInfo.txt"
 ALL_LANGUAGES = "SymAllLanguages"
 FIRST_NEWEST = 6
-"""Ordinal of the newest revision at the start: history enough for clients that are far behind."""
+"""Ordinal of the newest revision at the start: enough history for clients that are far behind."""
 DELTA_DEPTH = 3
 """Deltas lead from this many revisions back; a client further behind needs the full."""
 
@@ -99,12 +99,12 @@ _KNOWN = (
 )
 _LANGUAGES = ("English", "French", "German", "Spanish", "Japanese")
 _FULL_SCALE = (2.0, 1.5, 1.0, 0.75, 0.5, 1.25)
-"""Streams differ in size; the scale of each in turn, times the size asked for."""
+"""The sizes of the streams' fulls, in turn, as multiples of the requested size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One moniker: what it stands for, its language, and about how long its fulls are."""
+    """A moniker, its product and language, and the approximate size of its fulls."""
 
     moniker: str
     product: str
@@ -133,12 +133,12 @@ def _products() -> Iterator[tuple[str, str, str]]:
 
 
 def released_at(ordinal: int) -> datetime:
-    """When a stream's revision number `ordinal` counts as released: whole seconds, UTC."""
+    """The release time of a stream's revision number `ordinal`: whole seconds, UTC."""
     return _FIRST_DAY + timedelta(days=ordinal // _REVISIONS_A_DAY, hours=6 * (ordinal % _REVISIONS_A_DAY))
 
 
 def revision(ordinal: int) -> str:
-    """The revision as content has it, `YYMMDDrrr`."""
+    """`YYMMDDrrr`."""
     return f"{released_at(ordinal):%y%m%d}{1 + ordinal % _REVISIONS_A_DAY:03d}"
 
 
@@ -160,7 +160,7 @@ def write_revision(root: Path, seed: int, stream: Stream, ordinal: int) -> Publi
 
 
 def write_content_info(root: Path, offered: tuple[Stream, ...]) -> PublishedFile:
-    """Write `ContentInfo.txt`: one moniker a line, its product, version and language. Blocks."""
+    """`ContentInfo.txt` has one moniker a line: its product, version and language. Blocks."""
     lines = [f"{stream.moniker}: {stream.product} - {stream.language}\r\n" for stream in offered]
     moment = released_at(FIRST_NEWEST).timestamp()
     text = "".join(lines).encode()
@@ -187,7 +187,7 @@ def _written(
 
 
 def _write_full(stream: Stream, ordinal: int, out: BinaryIO, chance: Random) -> None:
-    """A real ZIP of stored members, as definitions come: already compressed, so stored is honest."""
+    """A real ZIP of stored members, like definitions, which are compressed already."""
     total_bytes = round(stream.full_bytes * chance.uniform(0.95, 1.05))
     stamp, number = released_at(ordinal).timetuple()[:6], revision(ordinal)
     with zipfile.ZipFile(out, "w") as archive:
@@ -229,7 +229,7 @@ def decide(
         return 304, 0, 0
     asked = _SINGLE_RANGE.fullmatch(headers.get("Range", "").strip())
     date = None if modified_at is None else format_http_date(modified_at)
-    # Sections 14.2 and 13.1.5: whatever is no single range, or is of another body, is ignored.
+    # Sections 14.2 and 13.1.5: anything but a single range of the same body is ignored.
     if asked is None or not any(asked.groups()) or headers.get("If-Range") not in (None, etag, date):
         return 200, 0, length
     first, last = asked.groups()

@@ -1,7 +1,7 @@
 """The simulated management server: serves the content over a simulated WAN link, and counts.
 
-Only `/content/` passes the link and is counted. `/simulation/` stands for policy and bookkeeping, which take
-another way in real life.
+Only `/content/` passes the link and is counted. `/simulation/` is for policy and bookkeeping, which do not
+use the link in real life either.
 """
 
 import asyncio
@@ -34,13 +34,15 @@ PIECE_BYTES = 16 * 1024
 
 _READ_BYTES = 256 * 1024
 _SLACK_SECONDS = 0.01
-"""How much unused time may be made up for: covers late wake-ups, far too little to be a burst."""
+"""How much unused time is compensated: covers late wake-ups, far too little to be a burst."""
 _ABSENT = "no such content\n"
 _CONTENT_TYPES = {Kind.FULL: "application/zip", Kind.INDEX: "text/plain"}
 
 
 class Link:
-    """A link of a fixed rate. Turns are given in the order of asking, so equal askers get equal shares."""
+    """A link of a fixed rate. Turns are given first come, first served, so equal connections get equal
+    shares.
+    """
 
     def __init__(self, rate_bytes_per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`rate_bytes_per_second` 0 is unlimited; `clock` is monotonic seconds."""
@@ -49,7 +51,7 @@ class Link:
         self._free_at_seconds = clock()
 
     def reserve(self, size_bytes: int) -> float:
-        """Take the link's next free time for `size_bytes`; returns the seconds until they have passed it."""
+        """Take the link's next free time for `size_bytes`; returns the seconds until they have passed."""
         if not self._rate:
             return 0.0
         now = self._clock()
@@ -58,7 +60,7 @@ class Link:
 
     async def pass_through(self, size_bytes: int) -> None:
         """Return when `size_bytes` (at most PIECE_BYTES) have had their time on the link."""
-        # Also without a wait the loop must turn, or one connection would keep the others from asking.
+        # The loop must turn even without a wait, or one connection would keep the others from the link.
         await asyncio.sleep(self.reserve(size_bytes))
 
 
@@ -92,7 +94,7 @@ class Manager:
     """A management server with `offered` streams, its files in `directory`. Used on one event loop alone."""
 
     def __init__(self, directory: Path, seed: int, offered: tuple[Stream, ...], link: Link) -> None:
-        """Nothing but the index file is published before the first `publish`. Blocks on the disk."""
+        """Only the index file is published before the first `publish`. Blocks on the disk."""
         self._directory = directory
         self._seed = seed
         self._streams = offered
@@ -182,7 +184,7 @@ class Manager:
         row.fetches += sends
         row.not_modified += status == 304
         counts.refetched += sends and row.fetches == 2 and file.kind is not Kind.INDEX
-        # Opened at once: what is withdrawn meanwhile is still sent to its end; no client that goes leaks it.
+        # Opened at once: a file withdrawn meanwhile is sent to its end; a client that leaves leaks nothing.
         with (self._directory / file.path[1:]).open("rb") as body:
             response = _head(file, status, start, stop)
             await response.prepare(request)

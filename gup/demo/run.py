@@ -1,4 +1,4 @@
-"""`gup demo`: a simulated management server, a real `gup serve` and a crowd of clients, start to verdict."""
+"""`gup demo`: a simulated management server, a real `gup serve` and a crowd of clients."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be shown."""
+    """The demo's parameters."""
 
     clients: int
     seconds: float
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def full_bytes(self) -> int:
-        """Fulls small enough that the link carries a good number of them in the time: 4 MB by default."""
+        """Small enough that the link carries a good number of fulls in the time: 4 MB by default."""
         rate = self.wan_rate_bytes_per_second or 10_000_000
         return max(50_000, min(4_000_000, round(rate * self.seconds / 75)))
 
@@ -69,7 +69,7 @@ Command = Callable[[Plan, str, Path], list[str]]
 
 
 def gup_command(plan: Plan, upstream_url: str, directory: Path) -> list[str]:
-    """A real gup, on free ports."""
+    """On free ports."""
     return [
         *(sys.executable, "-m", "gup", "serve", "--upstream", upstream_url, "--cache-dir", str(directory)),
         *("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", str(plan.workers)),
@@ -143,16 +143,16 @@ async def _demo(plan: Plan, command: Command, directory: Path, console: Console,
 
 
 class GupEndedError(GupError):
-    """gup did not start, or ended before its time; the text has its last lines."""
+    """gup did not start, or ended early; the text has its last lines."""
 
 
 class Gup:
-    """A running `gup serve`, as its standard error tells of it."""
+    """A running `gup serve`, watched by its standard error."""
 
     def __init__(self) -> None:
         self.url = self.control_url = ""
         self.complaints: deque[str] = deque(maxlen=_KEPT_LINES)
-        """The last of its lines that are warnings or worse."""
+        """Its last warnings and errors."""
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.ready = asyncio.Event()
 
@@ -172,7 +172,7 @@ class Gup:
 
 @contextlib.asynccontextmanager
 async def serving(command: list[str], directory: Path) -> AsyncIterator[Gup]:
-    """A gup that is ready; GupEndedError, also in the middle of the block, when it is none or ends."""
+    """A gup that is ready; GupEndedError, also in the middle of the block, when it fails to start or ends."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -215,13 +215,13 @@ async def serving(command: list[str], directory: Path) -> AsyncIterator[Gup]:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-            # Something that it started may hold its standard error open.
+            # A child of gup may hold its standard error open.
             await asyncio.wait({reading}, timeout=_DRAIN_SECONDS)
             reading.cancel()
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """The caller's, but for its own GUP_ settings, which must not change what is shown."""
+    """The caller's, without its GUP_ settings, which must not change the demo."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GUP_")}
     return kept | _SETTINGS | {"TMPDIR": str(directory)}
 
@@ -230,12 +230,12 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def timeline(seconds: float) -> list[tuple[float, int]]:
-    """When how many streams have new revisions: one every tenth of the time, all in the middle, then calm."""
+    """When how many streams get new revisions: one every tenth of the time, all in the middle, then calm."""
     return [(seconds * tenth / 10, PRODUCTS if tenth == 5 else 1) for tenth in (1, 2, 3, 4, 5, 7.5, 8.5)]
 
 
 class Show:
-    """One run between started parties. Its figures are the crowd's; it changes only what is published."""
+    """One run between started parties. Its figures are the crowd's; it only changes what is published."""
 
     def __init__(self, plan: Plan, manager: Manager, gup: Gup, session: aiohttp.ClientSession) -> None:
         self._plan = plan
@@ -267,7 +267,7 @@ class Show:
         return Summary(self._crowd.figures, self._manager.counts, self._plan.clients, self._elapsed())
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Go on calmly until `stop`."""
+        """Publish at the calm rate until `stop`."""
         self._crowd.poll_seconds = _CALM_POLL_SECONDS
         async with asyncio.TaskGroup() as tasks:
             calm = [tasks.create_task(self._crowd.run()), tasks.create_task(self._publish_calmly())]

@@ -30,7 +30,7 @@ class Summary:
 
     @property
     def agrees(self) -> bool:
-        """Whether gup took from the WAN what the manager sent, and sent at least what clients got.
+        """Whether gup received from the WAN what the manager sent, and sent at least what clients received.
 
         More may have been sent than received: a client that breaks off leaves bytes on the way.
         """
@@ -39,7 +39,7 @@ class Summary:
 
     @property
     def status(self) -> int:
-        """The exit status; a download that failed for good counts as bytes that were not right."""
+        """A download that failed for good counts as wrong bytes."""
         if not self.figures.right:
             return WRONG_BYTE
         if self.counts.refetched:
@@ -47,7 +47,7 @@ class Summary:
         return RIGHT if self.agrees else FIGURES_DISAGREE
 
     def document(self) -> dict[str, Any]:
-        """The summary as plain values, ready for JSON."""
+        """Ready for JSON."""
         figures, counts = self.figures, self.counts
         fetches = [row.fetches for row in counts.files.values() if row.kind is not Kind.INDEX and row.fetches]
         index = [row for row in counts.files.values() if row.kind is Kind.INDEX]
@@ -74,7 +74,7 @@ class Summary:
 
 
 def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
-    """What is shown while it runs, and first at the end."""
+    """Shown while it runs, and first at the end."""
     told, figures = summary.document(), summary.figures
     got, wan_bytes, share = told["received_bytes"], told["wan_bytes"], told["saved_share"]
     results = ", ".join(f"{count:,} {word}" for word, count in told["cache_status"].items())
@@ -93,7 +93,6 @@ def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
 
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
-    """What is shown at the end."""
     told, own, words = summary.document(), summary.own, "not available"
     least, middle, most = (told[f"fetches_per_file_{which}"] for which in ("min", "median", "max"))
     each = f"min {least}, median {middle:g}, max {most} of {told['files_fetched']} files"
@@ -115,7 +114,6 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """The summary's table, and what went wrong."""
     colour = "green" if summary.status == RIGHT else "red"
     console.print(_table(summary_rows(summary), title="gup demo", style=colour))
     for complaint in summary.figures.complaints:
@@ -123,7 +121,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def progress(summary: Summary, total_seconds: float) -> Group:
-    """What stands in place on a terminal while it runs."""
+    """Redrawn in place on a terminal while it runs."""
     done = min(summary.seconds, total_seconds)
     return Group(ProgressBar(total=total_seconds, completed=done, width=60), _table(rows_so_far(summary)))
 
@@ -138,5 +136,4 @@ def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "
 
 
 def milliseconds(seconds: float | None) -> str:
-    """A duration for people, in milliseconds."""
     return "none" if seconds is None else f"{seconds * 1000:.3g} ms"

@@ -29,7 +29,7 @@ _FIRST_MESSAGE_SECONDS = 10.0
 
 
 class Phase(Enum):
-    WAITING = auto()  # until `start_at`
+    WAITING = auto()
     STARTING = auto()
     READY = auto()
     KILLED = auto()  # but not reaped yet
@@ -100,13 +100,13 @@ class ChildSlot:
         self.closed_at = None
 
     def became_ready(self, now: float) -> None:
-        """The child says that it is ready. What a killed child said before its death changes nothing."""
+        """A message that a killed child sent before its death changes nothing."""
         if self.phase is Phase.STARTING:
             self.move(Phase.READY)
             self.ready_at = now
 
     def exited(self, now: float, *, restart: bool) -> None:
-        """The child has exited; with `restart` a successor is due after a delay."""
+        """With `restart` a successor is due after a delay."""
         self.child = None
         if not restart:
             self.move(Phase.ENDED)
@@ -146,7 +146,6 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        """`sock` is of the type SOCK_SEQPACKET."""
         self._socket = sock
         self.fileno, self.close = sock.fileno, sock.close
         sock.setblocking(False)

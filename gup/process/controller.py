@@ -115,7 +115,7 @@ class Controller(ChildProcess):
             await asyncio.sleep(1.0)
 
     def tell(self, event: Mapping[str, object]) -> None:
-        """Take an event of the controller's own fills; those of workers come through the socket."""
+        """Take an event of the controller's own fills; workers send theirs over the socket."""
         self._loop.call_soon_threadsafe(self._control.state.take_event, json.dumps(event).encode())
 
     def handle(self, message: Message) -> None:

@@ -1,7 +1,7 @@
 """The listening sockets, which children inherit: opened by the supervisor, or passed by systemd.
 
-And what else passes between a service and systemd: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
-Nothing happens where systemd did not start the service.
+Also the rest of systemd's protocol: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3), which do nothing
+unless systemd started the service.
 """
 
 import logging
@@ -130,10 +130,7 @@ def passed_sockets(environment: Mapping[str, str], pid: int) -> tuple[list[int],
 
 
 class Notifier:
-    """Sends the state of the service to systemd.
-
-    `watchdog_seconds` is the longest time between two WATCHDOG=1; None without a watchdog.
-    """
+    """`watchdog_seconds` is the longest time between two WATCHDOG=1; None without a watchdog."""
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
         address = environment.get("NOTIFY_SOCKET", "")

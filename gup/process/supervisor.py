@@ -372,7 +372,7 @@ def _exit_reason(status: int) -> str:
 def _require_token(admin: Sequence[socket.socket], settings: Settings) -> None:
     """GupError if other machines can reach the control plane and it needs no token.
 
-    The settings alone don't tell: systemd may have bound the socket to another address.
+    Checked on the socket, since systemd may have bound it to another address than the settings'.
     """
     for sock in admin:
         host = "::1" if sock.family == socket.AF_UNIX else sock.getsockname()[0]
@@ -389,7 +389,7 @@ _FIXED = {
     "workers": ("count",),
     "site": ("name",),
 }
-"""Settings of what is made once: sockets, cache directory, number of processes, the name in Via."""
+"""Settings that need a restart: sockets, cache directory, number of processes, the name in Via."""
 
 
 def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:
@@ -405,9 +405,9 @@ def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:
 
 
 def reloadable(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
-    """The new settings as far as a running service can take them over, and the keys that need a restart.
+    """The new settings as far as a running service can apply them, and the keys that need a restart.
 
-    Besides those in _FIXED it is fixed whether the control plane uses TLS and whether it needs a token. The
+    Besides those in _FIXED, whether the control plane uses TLS and whether it needs a token is fixed. The
     shared file has counters for the names of upstreams at the start, so if the set of names differs, all
     upstreams keep their old settings.
     """

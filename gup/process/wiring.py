@@ -39,7 +39,7 @@ _RANGE_BYPASS_SLOTS = 2
 _BYPASS_SLOTS = 4
 _THREADS = 16
 _RATE_SECONDS = 0.5
-_ALIVE_NS = 3_000_000_000  # nobody waits for the turn of a process whose last heartbeat is older
+_ALIVE_NS = 3_000_000_000  # a process without a heartbeat for this long is skipped in queues
 
 
 class ChildProcess(ABC):
@@ -139,8 +139,6 @@ class ChildProcess(ABC):
     def turns(self, row: Row) -> Turns:
         return Turns(self.shared.row(row), self.block, self._alive)
 
-    # --- what is shared with other processes
-
     def beat(self) -> None:
         self._beats[self.block] = time.monotonic_ns()
 
@@ -164,7 +162,7 @@ class ChildProcess(ABC):
         self._reserved[self.block] += change
 
     def tell(self, event: Mapping[str, object]) -> None:
-        """Send an event to the controller. A lost event is counted, and made up for by the next reconcile."""
+        """A lost event is counted; the next reconcile compensates for it."""
         if not self.offer(event):
             self.counters.add("gup_events_lost_total")
 
@@ -187,14 +185,13 @@ class ChildProcess(ABC):
         """Work until `stopped` is set or the supervisor is gone."""
 
     def apply(self, settings: Settings) -> None:
-        """Take over reloaded settings."""
         self.settings = self.dependencies.settings = settings
         self._rate_until = 0.0
         self.pool.apply(settings.upstream)
         log.configure_child(settings.log)
 
     async def handle_messages(self) -> bool:
-        """Handle the supervisor's messages until `stopped` is set. False if the supervisor is gone."""
+        """False if the supervisor is gone."""
         loop, gone = asyncio.get_running_loop(), False
 
         def readable() -> None:

@@ -26,8 +26,6 @@ _WARM_UP_AFTER_SECONDS = 0.3
 
 
 class Worker(ChildProcess):
-    """One worker, directed by the supervisor's messages."""
-
     def __init__(self, parent: Parent) -> None:
         super().__init__(parent)
         self._draining: asyncio.Task[None] | None = None
@@ -75,7 +73,7 @@ class Worker(ChildProcess):
         await self.close()
 
     async def _warm_up(self) -> None:
-        """Import aiohttp once the worker serves: the import takes longer than the rest of the start."""
+        """The import takes longer than the rest of the start, so it is done once the worker serves."""
         await asyncio.sleep(_WARM_UP_AFTER_SECONDS)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.executor, importlib.import_module, "aiohttp")
@@ -90,7 +88,7 @@ class Worker(ChildProcess):
 
     async def _drain(self) -> None:
         await self._listener.drain(self.settings.listen.drain_timeout)
-        await self.cache.stop()  # bodies that clients have in full are committed first
+        await self.cache.stop()  # bodies that clients have completely are committed first
         self._each_second(self.dependencies.wall_clock(), everything=True)
         self.parent.send({"drained": True})
         self.stopped.set()

@@ -18,22 +18,22 @@ from gup.server.response import Response
 log = logging.getLogger(ACCESS)
 
 _NEVER = 1 << 63
-_LINES_A_SECOND = 100  # of what is no hit, while access is sampled: a flood of refusals must not become one
+_LINES_A_SECOND = 100  # other than hits, while access is sampled: bounds a flood of refusals
 _ROWS = 200  # of one event, which has to fit a datagram
 _EVENTS_A_SECOND = 10
 _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
-# Of one second and worker: reading what a head states takes 10 µs, and all of it happens in one turn.
+# Per second and worker: parsing a head takes 10 µs, and all of it happens in one turn of the event loop.
 _MOST_HEADS, _MOST_PARTS = 1000, 2000
-_MOST_FULLS = 5000  # addresses and keys told in a second; there may be more
+_MOST_FULLS = 5000  # addresses and keys reported per second; more are possible
 
 Tell = Callable[[Mapping[str, object]], object]
 ClientRecord = tuple[str, str, Stated | bytes]
-"""A client's address, the key's text, and what the client states, or the head that it stands in."""
+"""A client's address, the key's text, and what the client states, or the head that states it."""
 
 
 class AccessLog:
-    """One worker's. The hot path itself uses `words`; a call costs more than an addition.
+    """The access log of one worker. The hot path writes `words` itself: a call costs more than an addition.
 
     A hit is logged when its count divided by `_every` leaves `_first`.
     """
@@ -69,8 +69,8 @@ class AccessLog:
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
         self._asked: set[ClientRecord] = set()
         self._unnoted = 0
-        self._waiting: list[list[object]] = []  # rows that found the controller's queue full
-        self._lines = 0  # of what is no hit, in this second
+        self._waiting: list[list[object]] = []  # rows that did not fit the controller's queue
+        self._lines = 0  # other than hits, in this second
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
@@ -80,7 +80,7 @@ class AccessLog:
         self.declarations = Declarations(settings.rules)
         if self._names.mode != settings.reports.addresses:
             self._names.mode = settings.reports.addresses
-            self._waiting.clear()  # they have names of the other kind
+            self._waiting.clear()  # their names were made in the former mode
 
     # --- responses
 
@@ -100,7 +100,7 @@ class AccessLog:
         self._counters.observe("gup_time_to_first_byte_seconds", seconds, result=response.result)
 
     def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
-        """The last of a response has left, or never will."""
+        """The whole response was sent, or its rest never will be."""
         self._note(peer, response, sent, complete=complete)
         wanted = self._access == "all"
         if self._access == "sampled" and response.result == "hit":
@@ -123,9 +123,9 @@ class AccessLog:
     def end_hot(
         self, peer: str, row: HotRow, at: int, span: Span, client: Stated | bytes, began: float
     ) -> None:
-        """All of a ready-made response has left at once.
+        """A ready-made response was sent at once.
 
-        In a flood of clients it is noted who took a body, not what they state; of parts not even that.
+        In a flood only the client and the key are noted, without what it states; parts not even that.
         """
         if span is row.whole:
             taken = self._taken
@@ -191,13 +191,13 @@ class AccessLog:
     # --- client records
 
     def _took_full(self, peer: str, key: str) -> None:
-        """The controller tells the operator who makes a storm."""
+        """The controller reports to the operator which clients cause a storm."""
         who = (peer, key)
         if who in self._fulls or len(self._fulls) < _MOST_FULLS:
             self._fulls[who] = self._fulls.get(who, 0) + 1
 
     def _note(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
-        """Note what a client has now: a whole body, a part of one, or nothing of what it asked for."""
+        """Note what the client has now: a whole body, a part, or nothing."""
         if response.key is None or not _is_get(response):
             return
         who = (peer, response.key, self._client(response))
@@ -217,8 +217,8 @@ class AccessLog:
     def each_second(self, tell: Tell, offer: Tell, now: float, *, everything: bool = False) -> None:
         """Send the controller what is new.
 
-        `offer` returns False when the controller's queue is full; who took what is then kept and sent later,
-        `everything` of it when the worker ends.
+        `offer` returns False when the controller's queue is full; client records are then kept and sent
+        later, all of them with `everything`, when the worker ends.
         """
         if self._lines > _LINES_A_SECOND:
             log.info("requests left out", extra={"lines": self._lines - _LINES_A_SECOND})
@@ -243,7 +243,7 @@ class AccessLog:
             tell({"type": "used", "at": now, **some})
 
     def _gather(self) -> None:
-        """Put what clients took into rows that wait to be sent; bounded."""
+        """Put client records into rows that wait to be sent; bounded."""
         records: list[tuple[ClientRecord, object]] = [(who, 1) for who in self._taken]
         records += [*self._parts, *((who, 0) for who in self._asked - self._taken)]
         if self._names.mode == "off":

@@ -16,11 +16,11 @@ _COLUMN_WORDS = 2 * _CELLS
 
 
 class Admission:
-    """Admits or refuses a connection at accept, and counts those that are open.
+    """Admits or refuses a connection at accept, and counts open ones.
 
-    Limits are the machine's; `total` sums over its workers, `most_here` is what this process has descriptors
-    for. A connection is counted first and compared then: workers that accept at the same moment may both
-    refuse where one had room, but never both admit.
+    Limits are per machine; `total` sums over its workers, `most_here` is limited by this process's
+    descriptors. A connection is counted before it is compared: workers that accept at the same moment may
+    both refuse where one had room, but never both admit.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class Admission:
         self._most_of_address = settings.clients.max_connections_per_address
 
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
-        """Count a connection, or its refusal. `make_room` closes an idle connection; False: there is none."""
+        """Count a connection, or its refusal. `make_room` closes an idle connection, False when there is
+        none.
+        """
         if not self.is_allowed(address):
             return self._refuse("network")
         if self._addresses.add(address) > self._most_of_address > 0:
@@ -80,10 +82,10 @@ def allowed_networks(texts: Sequence[str]) -> Callable[[str], bool]:
 class AddressCounts:
     """Open connections by address on the whole machine.
 
-    Every worker counts in a column of its own in a shared file: no locks are needed, and what a killed worker
-    counted is gone when its successor clears the column. A column is a count-min sketch: two rows of counts
-    in which an address has one cell each. It is never too low, and too high only for an address that shares
-    both cells with others. This worker's own connections are counted exactly.
+    Every worker counts in a column of its own in a shared file: no locks are needed, and a killed worker's
+    counts go when its successor clears the column. A column is a count-min sketch: two rows of counts in
+    which an address has one cell each. It is never too low, and too high only for an address that shares both
+    cells with others. This worker's own connections are counted exactly.
     """
 
     def __init__(self, fd: int, column: int) -> None:
@@ -96,7 +98,7 @@ class AddressCounts:
         self._column[:] = memoryview(bytes(4 * _COLUMN_WORDS)).cast("I")
 
     def add(self, address: str) -> int:
-        """Count one more connection of the address; returns how many it has now."""
+        """Count one more connection of the address; returns its connections now."""
         mine = self._own[address] = self._own.get(address, 0) + 1
         first, second = _cells(address)
         self._column[first] += 1
@@ -122,7 +124,7 @@ def _cells(address: str) -> tuple[int, int]:
 
 
 def address_file(columns: int) -> int:
-    """A descriptor of the shared file for that many workers; it is memory of this run alone."""
+    """A shared file with a column for each worker, in memory: it goes with the service."""
     fd = os.memfd_create("gup-addresses", os.MFD_CLOEXEC)
     os.ftruncate(fd, 4 * _COLUMN_WORDS * columns)
     return fd

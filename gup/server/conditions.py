@@ -12,8 +12,8 @@ _TAGS = re.compile(rf"[ \t,]*{_ETAG.pattern}(?:[ \t]*,[ \t,]*{_ETAG.pattern})*(?
 def evaluate(request: Request, etag: str | None, last_modified: str | None) -> int | None:
     """The status that a GET or HEAD gets by its conditions, in the order of section 13.2.2: 304, 412 or None.
 
-    The body exists; a validator that it does not have is None. A malformed date is no condition, a malformed
-    list of tags matches nothing.
+    The body exists; a validator that it lacks is None. A malformed date is ignored, a malformed list of tags
+    matches nothing.
     """
     changed = _date(last_modified)
     tags = request.header("if-match")
@@ -34,7 +34,7 @@ def evaluate(request: Request, etag: str | None, last_modified: str | None) -> i
 
 
 def range_allowed(request: Request, etag: str | None, last_modified: str | None) -> bool:
-    """Whether If-Range (section 13.1.5) lets a range be answered: absent, same strong tag or same date."""
+    """Whether If-Range (section 13.1.5) permits a range: it is absent, or has the same strong tag or date."""
     validator = request.header("if-range")
     if validator is None:
         return True
@@ -45,7 +45,7 @@ def range_allowed(request: Request, etag: str | None, last_modified: str | None)
 
 
 def _any_match(tags: str, etag: str | None, *, weak: bool) -> bool:
-    """Whether a list of tags names `etag`, by the weak or the strong comparison (section 8.8.3.2)."""
+    """By the weak or the strong comparison (section 8.8.3.2)."""
     if tags.strip(" \t") == "*":
         return True
     if etag is None or not _TAGS.fullmatch(tags):

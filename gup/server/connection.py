@@ -1,8 +1,8 @@
 """One client's connection: reads requests, answers hits from the hot cache, sends responses as the socket
 takes them.
 
-Sockets are non-blocking and watched by the worker's poller; there is no transport, and a task only while a
-response has to be waited for.
+Sockets are non-blocking and watched by the worker's poller. There is no transport; a task exists only while a
+response is awaited.
 """
 
 import asyncio
@@ -36,24 +36,22 @@ _LEAST_SLICE_BYTES = 1024
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 _MOST_EVENTS = 256
-_FEW_EVENTS = 8  # after fewer, looking again at once is not worth a system call
-_LOOKS = 4  # in one turn of the event loop: timers and fills must not wait long
+_FEW_EVENTS = 8  # after fewer, another poll at once is not worth a system call
+_LOOKS = 4  # per turn of the event loop: timers and fills must not wait long
 
 
 def close_by_reset(sock: socket.socket) -> None:
-    """Have `close` send a reset: the client knows at once, and nothing of it stays in the kernel."""
+    """Have `close` send a reset: the client notices at once, and no data stays in the kernel."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class Phase(Enum):
-    """READING → (WAITING →) (QUEUED →) SENDING → READING …, then (LINGERING →) CLOSED."""
-
     READING = auto()
-    WAITING = auto()  # the response is not known yet
-    QUEUED = auto()  # it is, but it is a download without a slot
+    WAITING = auto()  # for the handler's response
+    QUEUED = auto()  # for a download slot
     SENDING = auto()
-    LINGERING = auto()  # all has left; until the client has closed
+    LINGERING = auto()  # all is sent; until the client has closed
     CLOSED = auto()
 
 
@@ -63,10 +61,10 @@ _READING = Phase.READING
 class Poller:
     """Which client sockets are ready: one epoll of the worker's own, which the event loop watches.
 
-    The loop sees one descriptor, readable when any client socket is ready. Its own way would cost a handle, a
-    selector key and a context for each event (1 µs of the 7 that a small hit takes) and as much memory for
-    each idle connection. Level-triggered: what was not read or written is reported again. A descriptor must
-    be unwatched before it is closed.
+    The loop sees one descriptor, readable when any client socket is ready. Sockets in the loop's own selector
+    would cost a handle, a key and a context for each event (1 µs of the 7 that a small hit takes) and as much
+    memory for each idle connection. Level-triggered: what was not read or written is reported again. A
+    descriptor must be unwatched before it is closed.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -76,7 +74,7 @@ class Poller:
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def watch(self, fd: int, watched: "Connection", before: int, events: int) -> None:
-        """Report other `events` to `watched` than `before`; 0 is none at all, not even errors."""
+        """Change the watched events from `before`; with 0 not even errors are reported."""
         if not before:
             self._watched[fd] = watched
             self._epoll.register(fd, events)
@@ -96,16 +94,16 @@ class Poller:
             ready = self._epoll.poll(0, _MOST_EVENTS)
             for fd, events in ready:
                 found = self._watched.get(fd)
-                if found is not None:  # else: closed by what came before it in this list
+                if found is not None:  # None: an earlier event of this list closed it
                     found.on_ready(events)
             if len(ready) < _FEW_EVENTS:
                 return
 
 
 class Pacer:
-    """One connection's allowance: small slices, each paid for by waiting.
+    """One connection's rate limit: after a slice it waits until the bytes are paid for.
 
-    Times are seconds on any one monotonic clock. Its connection alone calls `took`.
+    Times are seconds on any one monotonic clock. Only its connection calls `took`.
     """
 
     __slots__ = ("_paid_until", "_per_second", "slice_bytes")
@@ -116,19 +114,18 @@ class Pacer:
         self.slice_bytes = max(_LEAST_SLICE_BYTES, int(per_second * _SLICE_SECONDS))
 
     def delay_seconds(self, now: float) -> float:
-        """How long to wait before the next slice may leave; 0: now."""
         return max(0.0, self._paid_until - now)
 
     def took(self, sent_bytes: int, now: float) -> None:
-        """So much has left. A timer that was late is made up for, by one slice at most."""
+        """A late timer is compensated, by one slice at most."""
         self._paid_until = max(self._paid_until, now - _SLICE_SECONDS) + sent_bytes / self._per_second
 
 
 @dataclass(slots=True)
 class Context:
-    """What the connections of one worker share. The listener alone changes it.
+    """What the connections of one worker share. Only the listener changes it.
 
-    `now` (monotonic) and `wall_now` move ten times a second, `date` once, to a new object.
+    `now` (monotonic) and `wall_now` are updated ten times a second, `date` once, as a new object.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -170,13 +167,13 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        """Whether it may be closed without anybody losing a response."""
+        """Whether it may be closed without losing a response."""
         return self._phase is _READING and not self._pending
 
     # --- reading
 
     def on_ready(self, events: int) -> None:
-        """The socket is ready. Errors and hang-ups are found by trying what was wanted of it."""
+        """The socket is ready. Errors and hang-ups show when it is read or written."""
         if events & ~WRITE and self._watched & READ:
             self._readable()
         if events & ~READ and self._watched & WRITE:
@@ -191,8 +188,8 @@ class Connection:
             self.close()
             return
         if not piece:
-            # The client sends no more; it may still read what it asked for. One without a slot is taken to
-            # be gone, even if it might: its place is for those who wait.
+            # The client sends no more, but may still read its response. A queued client counts as gone,
+            # although it might read: its queue position is for the others.
             self._eof = True
             if self._phase in (_READING, Phase.QUEUED, Phase.LINGERING):
                 self.close()
@@ -217,7 +214,7 @@ class Connection:
             self._watched = events
 
     def _advance(self) -> None:
-        """Answer the requests that have arrived, one after the other, as far as that needs no waiting."""
+        """Answer the requests that have arrived, in order, as far as that needs no waiting."""
         pending = self._pending
         while self._phase is _READING and pending:
             while pending.startswith(_CRLF):  # RFC 9112 section 2.2: empty lines before a request line
@@ -242,9 +239,9 @@ class Connection:
     # --- answering from the hot cache, in the callback that read the request; docs/performance.md has figures
 
     def _send_hot(self, row: HotRow, span: Span, client: Stated | bytes, last: bool) -> bool:
-        """Send a ready-made response; False: nothing was done.
+        """Send a ready-made response; False when nothing was sent.
 
-        `last`: the client wants no other response. Then only a whole small body is sent.
+        `last`: the client wants no further response. Then only a whole small body is sent.
         """
         context = self._context
         began = context.access_log.clock()
@@ -296,7 +293,7 @@ class Connection:
             self._start(response, body_sent)
             return
         log.end_hot(self.peer, row, log.hit_at, row.whole, client, began)
-        if last:  # nothing that came is unread, so this resets nothing
+        if last:  # no received byte is unread, so this close sends no reset
             self.close()
 
     def _send_span(self, row: HotRow, span: Span, client: Stated | bytes, began: float) -> None:
@@ -316,7 +313,7 @@ class Connection:
                 self.close()
                 return
             if not head:
-                # An error means a full socket or a failing disk, which the next try, in `_write`, tells.
+                # An error means a full socket or a failing disk; the next try, in `_write`, finds out which.
                 with contextlib.suppress(OSError):
                     sent = os.sendfile(self._fd, row.entry.fd, span.start, span.stop - span.start)
                 log.words[row.sent_at] += sent
@@ -360,11 +357,9 @@ class Connection:
         self._advance()
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer with a problem and close: it is not known where the next request begins."""
+        """Answer with a problem and close: it is unknown where the next request begins."""
         response = self._context.handler.refuse(problem, keep_alive=False)
         self._send(response, self._context.access_log.clock())
-
-    # --- sending
 
     def _send(self, response: Response, began: float) -> None:
         response.began = began
@@ -381,7 +376,7 @@ class Connection:
 
     def _queue(self, ticket: Ticket, send: Callable[[], None]) -> None:
         def admitted() -> None:
-            self._phase = _READING  # what leaves at once has no phase of its own
+            self._phase = _READING  # what is sent at once has no phase of its own
             send()
             self._advance()
 
@@ -389,13 +384,13 @@ class Connection:
         self._phase = Phase.QUEUED
 
     def reject(self) -> None:
-        """The service stops: reject a queued download, whose client may ask another."""
+        """The service stops: reject a queued download, so that its client can ask another GUP."""
         if self._phase is Phase.QUEUED:
             self._release()
             self._refuse(stopping())
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
-        """Send a response of whose body so many bytes have left already."""
+        """`body_sent` bytes of its body have been sent already."""
         self._response = response
         self._phase = Phase.SENDING
         self.since = self._context.now
@@ -428,14 +423,14 @@ class Connection:
         except OSError:
             self.close()
             return
-        # go on when the socket takes more, or when what has left is paid for by waiting
+        # continue when the socket takes more, or when the bytes sent are paid for
         delay = pacer.delay_seconds(context.loop.time()) if pacer is not None else 0.0
         if delay:
             context.loop.call_later(delay, self._writable)
         self._watch(self._watched & ~WRITE if delay else self._watched | WRITE)
 
     def _stopped(self, writer: ResponseWriter, why: int) -> None:
-        """The response has ended, or its body has no more for now, or never will."""
+        """The response is complete, waits for more of its body, or is broken."""
         if why == FINISHED:
             self._finish()
         elif why == BROKEN:
@@ -478,7 +473,7 @@ class Connection:
             self._context.access_log.end(self.peer, self._response, sent, complete=complete)
 
     def _release(self) -> None:
-        """Give back what the response held: its download slot, and its place among the body's readers."""
+        """Give back the response's download slot, and leave the body's readers."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._context.downloads.give_back(ticket)
@@ -495,7 +490,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """End now. Whatever is being fetched goes on without this client."""
+        """Close now. A fill continues without this client."""
         if self._phase is Phase.CLOSED:
             return
         self._log_end(complete=False)
@@ -515,12 +510,12 @@ class Connection:
         since = now - self.since
         if self._phase is _READING:
             return since > (listen.header_timeout if self._pending else listen.idle_timeout)
-        if self._phase is Phase.SENDING and self._watched & WRITE:  # the client takes nothing
+        if self._phase is Phase.SENDING and self._watched & WRITE:  # the client does not read
             return since > listen.write_timeout
         return self._phase is Phase.LINGERING and since > _LINGER_SECONDS
 
     def expire(self) -> None:
-        """End because time is up: a client with a begun head is told so, a begun response is cut."""
+        """Time is up: a client that has sent a part of a head gets a 408, an unfinished response is cut."""
         if self._phase is _READING and self._pending:
             self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
         elif self._phase is Phase.SENDING:

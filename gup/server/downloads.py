@@ -1,4 +1,4 @@
-"""Download slots: how many large bodies the machine sends at once, and the queue of those that wait.
+"""Download slots: how many large bodies the machine sends at once, and the queue for them.
 
 First come, first served over all workers: a free slot is for the worker whose first waiter came first.
 """
@@ -24,7 +24,7 @@ NO_SLOT = -1
 
 
 def is_download(kind: Kind, length: int | None) -> bool:
-    """Whether a body takes a download slot. One of unknown length may become large, so it does."""
+    """A body of unknown length may become large, so it takes one."""
     return kind is not Kind.INDEX and (length is None or length > LARGE_BODY_BYTES)
 
 
@@ -32,7 +32,7 @@ def is_download(kind: Kind, length: int | None) -> bool:
 class Ticket:
     """One request's claim to a download slot. `slot` is None while it waits, NO_SLOT when there is no limit.
 
-    `on_admitted` is called once when a slot is given to a waiting ticket; set it before the event loop runs.
+    `on_admitted` is called once when a waiting ticket gets a slot; set it before the event loop runs.
     """
 
     since_ns: int
@@ -74,7 +74,7 @@ class Downloads:
         if self._stopping:
             raise stopping()
         self._words[self._queued] += 1
-        # counted first, then compared: two workers can't both take the last place of the queue
+        # counted first, then compared: two workers can't both take the last place in the queue
         if (queued := self._all_queued()) > self._limits().queue:
             self._words[self._queued] -= 1
             detail = f"{queued - 1} downloads are queued already, the limit set by clients.queue"
@@ -93,14 +93,13 @@ class Downloads:
         self._words[self._ended] += 1
         if ticket.slot != NO_SLOT:
             self._slots.give_back(ticket.slot)
-        if self._waiting:  # not at once: the caller is still ending another response
+        if self._waiting:  # deferred: the caller is still ending another response
             self._poll_in(0.0)
 
     def each_second(self) -> None:
         self._ends.append(self._all_ended())
 
     def stop(self) -> None:
-        """Let nobody into the queue from now on."""
         self._stopping = True
 
     def close(self) -> None:
@@ -130,8 +129,8 @@ class Downloads:
             ticket.on_admitted()
 
     def _free_slot(self) -> int | None:
-        # The sum costs no system call, a look at every slot one each; but only the slots' locks decide. It
-        # also counts downloads that began before there was a limit.
+        # The sum needs no system call, looking at every slot one each; but only the slots' locks decide. The
+        # sum includes downloads that began while there was no limit.
         most = self._limits().max_downloads
         if not most:
             return NO_SLOT
@@ -150,7 +149,7 @@ class Downloads:
         self._turns.ask(next((ticket.since_ns for ticket in self._waiting), None))
 
     def _served_within(self, downloads: int) -> float:
-        """How long so many downloads take at the rate of the last half minute: then the queue has room."""
+        """The time for this many downloads at the rate of the last half minute: then the queue has room."""
         ended = self._ends[-1] - self._ends[0] if self._ends else 0
         if ended <= 0:
             return float(_RATE_SECONDS)

@@ -1,4 +1,4 @@
-"""From a request to its response: route, policy, cache. The one place that turns a problem into one."""
+"""From a request to its response: route, policy, cache. The only place that turns problems into responses."""
 
 import logging
 from collections.abc import Coroutine
@@ -33,11 +33,11 @@ _CACHE_STATUS = {
     Result.STALE: "gup; hit; fwd=stale",
     Result.BYPASS: "gup; fwd=bypass",
 }
-"""RFC 9211."""
+"""Values of Cache-Status (RFC 9211)."""
 _CACHE_STATUS_OF_HEAD_MISS = "gup; fwd=uri-miss"
-_TRIES = 3  # how often a request may find that its body was replaced before it has begun to read it
+_TRIES = 3  # a request whose body is replaced before it is read is retried this often
 _REFUSALS = frozenset(int(code) for code in CODES_OF_RESULT["refused"])
-# The connection ends after these: it is not known where the next request begins. The body of a request with
+# The connection ends after these: it is unknown where the next request begins. The body of a request with
 # another method is not read.
 _CLOSING = {"bad-request", "method-not-allowed", "request-timeout", "uri-too-long", "head-too-large"}
 _CLOSING |= {"http-version", "draining"}
@@ -77,7 +77,7 @@ class Handler:
         self._authorities = frozenset(_authority(upstream.url) for upstream in settings.upstream)
         self._routes = Routes.of(settings.upstream)
 
-    # --- the way of a request
+    # --- from request to response
 
     async def _respond_when_ready(self, request: Request, route: Route) -> Response:
         try:
@@ -90,7 +90,8 @@ class Handler:
     def respond(self, request: Request, *, waited: bool = False) -> Response | Coroutine[Any, Any, Response]:
         """The response, or, if that takes disk or upstream, a coroutine that returns it.
 
-        Neither raises anything; the coroutine may be cancelled. `waited`: the policy's patience is over.
+        Neither raises anything; the coroutine may be cancelled. `waited`: the request has already waited for
+        the policy.
         """
         epochs, route, choice = self.hot_cache.epochs, None, None
         try:
@@ -109,7 +110,7 @@ class Handler:
         return response
 
     def _route(self, request: Request) -> Route:
-        """What the request asks for; Problem when that is nothing that is served here."""
+        """The requested content; Problem when it is not served here."""
         request.check_method()
         passed = gup_names(request.header("via"))
         if self._node in passed:
@@ -144,7 +145,7 @@ class Handler:
                         if alone is not opened:
                             opened, response = alone, self._plan(request, choice, alone)
                     return self._complete(opened, response)
-                # The bytes that it begins with have to be at hand: until then an error can be told.
+                # The first bytes must be readable: until then an error can still be answered.
                 if span is None or await self._cache.is_sound_at(opened, span.start):
                     return self._complete(opened, response)
             problem = Problem(
@@ -157,7 +158,7 @@ class Handler:
     async def _span_alone(
         self, route: Route, choice: Choice, opened: Opened, span: Span, passed: tuple[str, ...]
     ) -> Opened:
-        """A range of a growing body that is fetched alone if the fill will not reach it soon."""
+        """Fetch a range of a growing body separately if the fill will not reach it soon."""
         alone = self._cache.pass_through.range
         try:
             body = await alone(opened, route, choice.asked, span.start, span.stop, passed)
@@ -210,12 +211,12 @@ class Handler:
         response: Response,
         epochs: Epochs,
     ) -> None:
-        """Make the next response to the same head ready, and to all that ask plainly for the same target."""
+        """Store the response for the same head, and for plain requests of the same target."""
         entry = opened.entry
         if (
             entry is None
             or response.body is not entry
-            or not choice.decision.allowed  # each one is counted
+            or not choice.decision.allowed  # each refusal is counted
             or request.minor_version != 1
             or not request.target.startswith(b"/")
             or request.header("via") is not None
@@ -237,7 +238,7 @@ class Handler:
             stream_at=response.stream_at,
             client=self.access_log.declarations.of(request.headers),
         )
-        # Where it depends on the client, only these same bytes have the same answer.
+        # Where it depends on the client, only an identical head has the same answer.
         target = request.target if choice.for_everybody else None
         self.hot_cache.learn(request.head if stays else None, target, row, epochs)
 
@@ -246,7 +247,7 @@ class Handler:
     def _failed(
         self, error: Exception, request: Request, route: Route | None = None, choice: Choice | None = None
     ) -> Response:
-        """The response to a request that ended in `error`; route and choice as far as they were found."""
+        """The response to a request that ended in `error`; route and choice as far as they were known."""
         key = route.key(choice.asked).text if route is not None and choice is not None else None
         if isinstance(error, OSError) and is_exhausted(error):
             error = exhausted(error)
@@ -259,7 +260,7 @@ class Handler:
     def refuse(
         self, problem: Problem, request: Request | None = None, key: str | None = None, *, keep_alive: bool
     ) -> Response:
-        """The response to a problem. `keep_alive`: the connection may go on unless the problem forbids it."""
+        """`keep_alive`: the connection may stay open unless the problem forbids it."""
         keep_alive = keep_alive and problem.slug not in _CLOSING and not self.draining
         response = refuse(problem, self._date(), self._via, keep_alive=keep_alive)
         ours = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
@@ -271,6 +272,6 @@ class Handler:
 
 
 def _authority(url: str) -> str:
-    """What an absolute-form target names this upstream by."""
+    """The authority by which an absolute-form target names this upstream."""
     parts = urlsplit(url.lower())
     return parts.netloc if parts.port else f"{parts.netloc}:{443 if parts.scheme == 'https' else 80}"

@@ -1,8 +1,8 @@
 """The hot cache: ready-made responses of one worker, found by a request's bytes without parsing them.
 
-A row is found by a request's whole head, byte for byte; or, since heads differ from client to client, by its
-target, once one regular expression has recognised the head as a plain GET. Rows hold only what the handler
-decided before, for entries that are open, verified and fresh: same bytes, same decision.
+A row is found by a request's whole head, byte for byte; or, since heads differ between clients, by its
+target, once one regular expression has recognised the head as a plain GET. Rows hold only decisions of the
+handler, for entries that are open, verified and fresh: same bytes, same decision.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from gup.server.ranges import Span
 
 MAX_HEAD_BYTES = 2048  # longer heads are not learned
 _MOST_ROWS = 8192
-SMALL_BODY_BYTES = 32 * 1024  # A body up to this size leaves with its head in one `send`
+SMALL_BODY_BYTES = 32 * 1024  # a body up to this size is sent with its head in one `send`
 _MOST_MESSAGE_BYTES = 4 << 20  # of all messages that are kept for a second
 _WARM_SECONDS = 5.0  # how long a body of one chunk is not checked again for being in the page cache
 
@@ -30,9 +30,9 @@ _WARM_SECONDS = 5.0  # how long a body of one chunk is not checked again for bei
 class HotRow:
     """A ready-made response. `fresh_until` is monotonic (None: for ever), `validated_at` wall time, for Age.
 
-    `planned` is the head of a plain GET, its Age 0. `download`: whether it takes a slot. `client` is what
-    the client states whose head the row is found by; a target alone says nothing about it. `date` is a new
-    object every second: what was rendered for one is found outdated by identity.
+    `planned` is the head of a plain GET, its Age 0. `download`: whether it takes a slot. `client` is what the
+    client with this head states; unknown for a row found by its target. `date` is a new object every second,
+    so rendered heads are compared with it by identity.
     """
 
     entry: Entry
@@ -40,7 +40,7 @@ class HotRow:
     planned: bytes
     fresh_until: float | None
     sent_at: int
-    stream_at: int  # the counters' words that count its body bytes
+    stream_at: int  # position of the counter of its body bytes
     client: Stated = NOTHING
     key_text: str = field(init=False)
     length: int = field(init=False)
@@ -83,7 +83,7 @@ class HotRow:
         return self._head
 
     def in_page_cache(self, span: Span, now: float) -> bool:
-        """Whether all of `span` may leave without waiting for the disk."""
+        """Whether all of `span` can be sent without waiting for the disk."""
         if now < self._warm_until:
             return True
         length = span.stop - span.start
@@ -105,12 +105,12 @@ class HotRow:
 
 
 Epochs = tuple[int, int, int]
-# A row, the span of it that is asked for, what tells about the client, whether the connection ends.
+# A row, the requested span, what identifies the client, whether the connection ends.
 Found = tuple[HotRow, Span, Stated | bytes, bool]
 
 
 class HotCache:
-    """Bounded: the oldest rows go first, and what is still asked for is learned again.
+    """Bounded: the oldest rows are dropped first; rows still asked for are learned again.
 
     `shared_epochs` reads those of policy and store: a change of the first drops all rows, of the second those
     whose file has no link left.
@@ -131,13 +131,13 @@ class HotCache:
     # --- looking up
 
     def look_up(self, head: bytes) -> Found | None:
-        """What a whole head, or bytes that may be one, asks for; None when they have to be parsed."""
+        """The row for a whole head, or for bytes that may be one; None when they must be parsed."""
         row = self._by_head.get(head)
         if row is not None and self._valid(row):
             return row, row.whole, row.client, False
         plain, last = _plain_head(head), False
         if plain is None:
-            # A client that sends `Connection: close` wants no more than this response; the rest may be plain.
+            # A client that sends `Connection: close` wants no further response; the rest may be plain.
             rest, found = _CLOSE.subn(b"", head)
             plain, last = _plain_head(rest) if found == 1 else None, True
         if plain is None:
@@ -168,11 +168,11 @@ class HotCache:
 
     @property
     def epochs(self) -> Epochs:
-        """To be read before a decision; `learn` refuses it when they have changed since."""
+        """Read before a decision; `learn` refuses the decision when they have changed since."""
         return (*self._shared(), self._drops)
 
     def learn(self, head: bytes | None, target: bytes | None, row: HotRow, epochs: Epochs) -> None:
-        """Remember a decision made while `epochs` were in force; without `target`, for that head alone."""
+        """Store a decision made while `epochs` were in force; without `target`, for that head only."""
         if epochs != self.epochs:
             return
         if epochs[:2] != self._seen:
@@ -183,10 +183,10 @@ class HotCache:
             _insert(self._by_target, target, row)
 
     def drop(self) -> None:
-        """Forget everything: the settings that it was decided by are no longer those of this process.
+        """Forget everything: the settings have changed in this process.
 
-        The policy's epoch alone is not enough: it rises when new settings are sent, so a decision by the old
-        ones may still be learned after it.
+        The policy's epoch is not enough: it rises when new settings are sent, so a decision by the old ones
+        may still be learned after it.
         """
         self._by_head.clear()
         self._by_target.clear()
@@ -209,7 +209,7 @@ class HotCache:
     def make_message(self, row: HotRow, date: bytes, wall_now: float) -> bytes | None:
         """Head and body together, kept while the date is right; None when the body is not in the page cache.
 
-        This is no cache of bodies: what is used is read again every second.
+        This is not a cache of bodies: the body is read again every second.
         """
         body = row.read()
         if body is None:
@@ -222,7 +222,6 @@ class HotCache:
         return message
 
     def forget_messages(self) -> None:
-        """To be called each second."""
         for row in self._with_message:
             row.message = row.message_date = None
         self._with_message.clear()
@@ -235,15 +234,13 @@ def _insert(table: dict[bytes, HotRow], name: bytes, row: HotRow) -> None:
     table[name] = row
 
 
-# --- plain heads
-#
-# A strict part of what gup.server.request takes: origin form, HTTP/1.1, keep-alive, one Host, no field that
-# means anything here but perhaps one range. What is not recognised is parsed. With six fields this takes 1.1
+# --- plain heads: A strict subset of what gup.server.request accepts: origin form, HTTP/1.1, keep-alive, one
+# Host, no field that matters here except one range. Other heads are parsed. With six fields this takes 1.1
 # µs, the parser with its checks 22.
 
 # Names that begin with none of the letters of Connection, Content-Length, Expect, Host, If-…, Range, Upgrade,
-# Proxy-Connection, Transfer-Encoding and Via, and three that do and are harmless. All quantifiers are
-# possessive: a head either matches in one pass or does not.
+# Proxy-Connection, Transfer-Encoding and Via, and three harmless ones that do. All quantifiers are
+# possessive: a head is matched in one pass.
 _HARMLESS = (
     rb"(?:[ABDFGJKLMNOQSWXYZabdfgjklmnoqswxyz][!#$%&'*+.^_`|~0-9A-Za-z-]*+|User-Agent|Cache-Control|Pragma)"
     rb":[\t\x20-\x7e\x80-\xff]*+\r\n"

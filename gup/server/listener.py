@@ -1,4 +1,4 @@
-"""The listening sockets of one worker: accepts connections, keeps their time, and closes them at the end."""
+"""The listening sockets of one worker: accepts connections, times them out, and drains them at the end."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ log = logging.getLogger("gup.listener")
 
 _ACCEPTS_A_TURN = 64
 _PAUSE_SECONDS = 0.1  # after running out of descriptors, so that open connections can end
-_QUIET_SECONDS = 60.0  # running out is logged once, until it has not happened for so long
+_QUIET_SECONDS = 60.0  # running out is logged again only after this long without it
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
 
@@ -27,7 +27,7 @@ _IDLE_FOUND = 256
 class Listener:
     """All client connections of one worker, and the coarse clock they share.
 
-    Time-outs are kept by one sweep a second, not by a timer for each connection.
+    One sweep a second ends them, instead of a timer for each connection.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Listener:
         self._handler.access_log.connected.add(address)
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle longest; False: there is none.
+        """Close the connection that has been idle longest; False when there is none.
 
-        Refusals must be cheap: a search finds many, and one that finds none is not repeated for a second.
+        Refusals must be cheap: one search finds many, and one that finds none is not repeated for a second.
         """
         if not self._idle and self._none_idle_at != self._second:
             idle = (connection for connection in self._connections if connection.idle)
@@ -153,7 +153,7 @@ class Listener:
     # --- the end
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Stop accepting, let responses under way end, then close what is left."""
+        """Stop accepting, let responses under way end, then close the rest."""
         context = self._context
         self._handler.draining = True
         context.hot_cache.drop()  # nothing is learned any more: every response now ends its connection

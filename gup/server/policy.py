@@ -1,7 +1,7 @@
 """The policy of one worker: which variant of the content a client gets, and whether it may have it.
 
-A decision holds for one set of settings and catalogues. The policy epoch is raised when either changes:
-requests that come later are decided by the new ones, which are first read in a thread.
+A decision holds for one set of settings and catalogues. The policy epoch is raised when either changes: later
+requests are decided by the new ones, which are first read in a thread.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from gup.server.request import Request
 
 log = logging.getLogger("gup.rules")
 
-_FIRST_READING_SECONDS = 15.0  # after a start or reload no request waits for unread catalogues any more
-_PATIENCE_SECONDS = 5.0  # how long one request waits for them
+_FIRST_READING_SECONDS = 15.0  # after a start or reload; then requests no longer wait for catalogues
+_PATIENCE_SECONDS = 5.0  # time limit for one request's wait for them
 _POLL_SECONDS = 0.02
 _MOST_REPORTED = 1000
 _WITHOUT_RULES = (ABSENT, LIVEUPDATE_STREAM)
-"""Files beside the streams, such as catalogues, and LiveUpdate's are for every client."""
+"""Files outside of streams, such as catalogues, and LiveUpdate's are for every client."""
 
 
 class Policy:
-    """`choices` are replaced by `_load` alone, and `on_change` is called then."""
+    """Only `_load` replaces `choices`, and then calls `on_change`."""
 
     def __init__(
         self, dependencies: FillDependencies, epoch: Callable[[], int], on_change: Callable[[], None]
@@ -53,19 +53,16 @@ class Policy:
     # --- what is in force
 
     def is_ready(self, route: Route) -> bool:
-        """Whether a decision on `route` can be made at once. Not every route needs catalogues."""
+        """Whether `route` can be decided at once. Not every route needs catalogues."""
         known = self._complete or route.stream in _WITHOUT_RULES
         return self._seen == self._epoch() and (known or time.monotonic() >= self._wait_until)
 
     async def until_ready(self, route: Route) -> None:
-        """Load what has changed; at the start, wait until a catalogue was read.
-
-        A client patch must not pass because it is not known yet to be one.
-        """
         patience = time.monotonic() + _PATIENCE_SECONDS
         while not self.is_ready(route):
             if self._seen != self._epoch():
-                # One load for all requests that wait for it; it goes on when the first of them is cancelled.
+                # One load for all requests that wait for it; it continues when the first of them is
+                # cancelled.
                 if self._loading is None:
                     self._loading = asyncio.create_task(self._load())
                 await asyncio.shield(self._loading)
@@ -87,7 +84,7 @@ class Policy:
             self._loading = None
 
     def _made(self, settings: config.Settings) -> tuple[Choices, bool]:
-        """The choices under these settings, and whether it was tried to read every manager's catalogue."""
+        """The choices, and whether every manager's catalogue was tried."""
         book = Rulebook(settings)
         kept = read_kept(self._dependencies.store.run)
         rows = {name: one.rows for name, one in kept.items() if one.rows is not None}
@@ -104,9 +101,9 @@ class Policy:
     # --- deciding
 
     def choose(self, request: Request, route: Route) -> Choice:
-        """What the client of `request` gets; called once a request. Problem when it may not have it.
+        """Called once a request. Problem when its client may not have the content.
 
-        Where a rule refuses it, or would, that is counted.
+        Counts each refusal, enforced or not.
         """
         choices, book = self.choices, self.choices.book
         if not choices.any_source and route.stream != LIVEUPDATE_STREAM:

@@ -1,10 +1,10 @@
-"""The Range field (RFC 9110 section 14): which spans of a body are asked for."""
+"""The Range field (RFC 9110 section 14)."""
 
 import re
 from itertools import pairwise
 from typing import NamedTuple
 
-MAX_RANGES = 50  # of more, the whole body is sent (RFC 9110 section 14.2 allows it)
+MAX_RANGES = 50  # more get the whole body (RFC 9110 section 14.2 allows it)
 _MAX_OVERLAPPING = 2
 _MAX_UNORDERED_SMALL = 8
 _SMALL_BYTES = 128  # about what a part of a multipart body costs besides its bytes
@@ -20,15 +20,15 @@ class Span(NamedTuple):
 
 
 def parse_ranges(header: str, length: int) -> list[Span] | None:
-    """The spans of a body of `length` bytes that a Range field asks for, in its order.
+    """The spans of a body of `length` bytes that a Range field requests, in its order.
 
-    None: answer as if the field were absent, for it is malformed, of another unit or abusive. Empty: no range
-    can be satisfied. Spans that overlap or touch are merged, at the place of the first one named.
+    None: treat the field as absent, since it is malformed, of another unit or abusive. Empty: no range can be
+    satisfied. Spans that overlap or touch are merged, at the position of the first.
     """
     unit, _, rest = header.partition("=")
     if unit.lower() != "bytes" or rest.count(",") >= 2 * MAX_RANGES:
         return None
-    # RFC 9110 section 5.6.1: empty elements of a list are skipped, a few of them at least.
+    # RFC 9110 section 5.6.1: empty list elements are skipped, up to a limit.
     specs = [text for text in (part.strip(" \t") for part in rest.split(",")) if text]
     if not specs or len(specs) > MAX_RANGES:
         return None
@@ -46,7 +46,7 @@ def parse_ranges(header: str, length: int) -> list[Span] | None:
             return None
         else:
             span = Span(first, min(last + 1, length))
-        if span.start < span.stop:  # else there is no such part of the body
+        if span.start < span.stop:  # else it is outside the body
             spans.append(span)
     return None if _abusive(spans) else _merged(spans)
 
@@ -69,7 +69,7 @@ def _abusive(spans: list[Span]) -> bool:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    groups: list[tuple[int, Span]] = []  # where in the field a group was first named, and its span
+    groups: list[tuple[int, Span]] = []  # position in the field where a group was first named, and its span
     for place, span in sorted(enumerate(spans), key=lambda item: item[1].start):
         if groups and span.start <= groups[-1][1].stop:
             first_place, group = groups[-1]

@@ -1,7 +1,7 @@
 """Parsing a request head into a checked `Request`, and the limits of a head.
 
-Two parsers must agree: a strict grammar of our own (RFC 9112), which leaves no room for request smuggling,
-and llhttp, which takes the fields apart.
+Two parsers must agree: a strict grammar of our own (RFC 9112), which prevents request smuggling, and llhttp,
+which splits the fields.
 """
 
 import re
@@ -18,7 +18,7 @@ _TARGET_TOO_LONG = f"A request target may have at most {MAX_TARGET_BYTES} bytes.
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _TLS_HANDSHAKE = b"\x16\x03"
-_BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of methods that anybody has registered
+_BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of all registered methods
 _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
 _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
@@ -35,7 +35,7 @@ class Request:
     """One well-formed request; it has no body, unless its method is one that `check_method` refuses.
 
     `headers` have names in lower case and values without surrounding white space, one character a byte.
-    `head` is what it was parsed from, `peer` the client's address.
+    `head` is the text it was parsed from, `peer` the client's address.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a GET without body, range and condition: it means the same every time."""
+        """Whether it is a GET without body, range and condition, whose answer may be reused."""
         return self.method == "GET" and not any(name in _NOT_PLAIN for name, _ in self.headers)
 
     def check_method(self) -> None:
@@ -72,9 +72,9 @@ def _method_not_allowed() -> Problem:
 
 
 def check_begun(buffer: bytes | bytearray) -> None:
-    """Raise Problem when no bytes that may follow can make `buffer` a head.
+    """Raise Problem when `buffer` cannot become a valid head.
 
-    A line that ends with LF alone, a TLS hello and HTTP/0.9 would otherwise look like an incomplete head.
+    Without this a line that ends with LF, a TLS hello and HTTP/0.9 look like an incomplete head.
     """
     _check_size(buffer)
     _check_beginning(buffer)
@@ -114,8 +114,6 @@ def _check_line(head: bytes | bytearray) -> re.Match[bytes]:
 
 
 class _Fields:
-    """llhttp's callbacks."""
-
     def __init__(self) -> None:
         self.headers: list[tuple[str, str]] = []
 
@@ -124,7 +122,7 @@ class _Fields:
 
 
 def parse_head(head: bytes, peer: str = "") -> Request:
-    """The request of one whole head, from its first letter to its CRLFCRLF, that came from `peer`.
+    """`head` is whole, from its first letter to its CRLFCRLF.
 
     Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
     method that llhttp does not know.
@@ -142,7 +140,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     try:
         parser.feed_data(head)
     except httptools.HttpParserUpgrade:
-        pass  # the head was parsed whole; we offer no other protocol, so it is answered as if not asked
+        pass  # the head was parsed whole; gup offers no other protocol and ignores the upgrade
     except httptools.HttpParserInvalidMethodError as error:
         raise _method_not_allowed() from error
     except httptools.HttpParserError as error:
@@ -158,7 +156,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
 
 
 def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
-    # RFC 9112 section 6.3 lets a server refuse all this; whoever disagrees on a length can smuggle requests.
+    # RFC 9112 section 6.3 permits refusing this: peers that disagree on a length enable request smuggling.
     if _values(headers, "transfer-encoding"):
         raise Problem("bad-request", "Requests with Transfer-Encoding are not accepted.")
     lengths, hosts = _values(headers, "content-length"), _values(headers, "host")

@@ -1,6 +1,6 @@
-"""Responses: what is sent for a body, by the request's conditions and ranges, and what for a problem.
+"""Responses: planned by the request's conditions and ranges, or for a problem.
 
-All is decided before the first byte leaves; the writer at the end does what was decided, without waiting.
+Everything is decided before the first byte is sent; the writer at the end sends it without waiting.
 """
 
 import errno
@@ -23,15 +23,15 @@ from gup.server.downloads import Ticket
 from gup.server.ranges import Span, parse_ranges
 from gup.server.request import Request
 
-WAIT = 0  # the body has no more for now: `body.wait(position, …)` tells when
+WAIT = 0  # the body has no more for now: `body.wait(position, …)` returns when it has
 FINISHED = -1
-BROKEN = -2  # the rest will never come: the connection is to be reset
+BROKEN = -2  # the rest will never come: reset the connection
 # Errors that reading a file can have and writing to a socket never has.
 _DISK_ERRORS = frozenset(
     {errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.ESTALE, errno.EREMOTEIO, errno.ENXIO}
 )
 _LAST_CHUNK = b"0\r\n\r\n"
-UNBOUNDED = 1 << 62  # where the span of a body of unknown length stops: wherever the body ends
+UNBOUNDED = 1 << 62  # stop of the span of a body of unknown length
 
 _UNSAFE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
 _Fields = list[tuple[str, str]]
@@ -41,27 +41,27 @@ _Fields = list[tuple[str, str]]
 class Response:
     """A response: `head`, then `segments` in order, literal bytes or spans of `body`.
 
-    Made by `plan`, `refuse` or the hot cache; the handler adds what is counted and logged, the connection
-    the two times. Whoever drops it leaves the body and gives the ticket back.
+    Made by `plan`, `refuse` or the hot cache; the handler adds what is counted and logged, the connection the
+    two times. Its owner must leave the body and give the ticket back.
     """
 
     status: int
     head: bytes
     segments: tuple[bytes | Span, ...] = ()
     close: bool = False  # whether the connection ends after it
-    chunked: bool = False  # whether the segments go out in chunks
-    request: Request | None = field(default=None, compare=False)  # None: unreadable, or answered hot
+    chunked: bool = False
+    request: Request | None = field(default=None, compare=False)  # None: unreadable, or a hot hit
 
     body: Body | None = None
-    ticket: Ticket | None = None  # of a download, which begins when it has a slot
+    ticket: Ticket | None = None  # of a download; it begins when the ticket has a slot
     sent_at: int = 0
-    stream_at: int = 0  # the counters' words that count its body bytes
+    stream_at: int = 0  # position of the counter of its body bytes
 
     result: str = ""
     key: str | None = None
     kind: Kind | None = None
-    stored: bool = False  # whether it is answered from a committed entry
-    client: Stated | bytes = NOTHING  # of the hot cache: what the client states, or the head it stands in
+    stored: bool = False  # from a committed entry
+    client: Stated | bytes = NOTHING  # of the hot cache: what the client states, or the head that states it
     problem: str | None = None
     began: float = 0.0
     first_byte: float | None = None
@@ -69,9 +69,9 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a head says of one response besides the body's own head.
+    """What a head states of one response besides the body's own fields.
 
-    `vary` names the request's fields that chose the body, where any did: no cache may give it to others.
+    `vary` names the request's fields that chose the body, if any: caches must not give it to other clients.
     `ranges`: whether spans of the body may be sent.
     """
 
@@ -84,9 +84,9 @@ class Serving:
 
 
 def plan(request: Request, head: Head, serving: Serving) -> Response:
-    """The response to a GET or HEAD: conditions first (RFC 9110 section 13.2.1), ranges after them.
+    """The response to a GET or HEAD: conditions first (RFC 9110 section 13.2.1), then ranges.
 
-    A body of unknown length has no ranges: it goes out in chunks, or to HTTP/1.0 until the connection closes.
+    A body of unknown length has no ranges: it is sent in chunks, or to HTTP/1.0 until the connection closes.
     """
     status = evaluate(request, head.etag, head.last_modified)
     if status == 412:
@@ -115,7 +115,7 @@ def _streamed(request: Request, head: Head, serving: Serving) -> Response:
 
 def _of_known_length(request: Request, head: Head, length: int, serving: Serving) -> Response:
     ranges, spans = request.header("range"), None
-    # RFC 9110 section 14.2: a range means something with GET only.
+    # RFC 9110 section 14.2: a range is defined for GET only.
     wanted = ranges is not None and request.method == "GET" and serving.ranges
     if wanted and range_allowed(request, head.etag, head.last_modified):
         spans = parse_ranges(str(ranges), length)
@@ -136,7 +136,7 @@ def _of_known_length(request: Request, head: Head, length: int, serving: Serving
 
 def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving) -> Response:
     """RFC 9110 section 15.3.7.2: a multipart body, each part with its own range and type."""
-    # The same question has the same answer; 128 bits of a hash do not occur in the body by chance.
+    # Deterministic for the same request; 128 bits of a hash do not occur in the body by chance.
     asked = f"{head.etag} {head.length} {spans}".encode()
     boundary = hashlib.blake2b(asked, digest_size=16).hexdigest()
     segments: list[bytes | Span] = []
@@ -159,9 +159,9 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
 
 
 def refuse(problem: Problem, date: str, via: str, *, keep_alive: bool) -> Response:
-    """The response to a request that met `problem`. To HEAD its head alone is sent."""
+    """HEAD gets the head only."""
     document = {
-        **problem.extensions,  # first, so that none of them takes a standard member's place
+        **problem.extensions,  # first, so that none of them replaces a standard member
         "type": f"urn:gup:problem:{problem.slug}",
         "title": problem.title,
         "status": problem.status,
@@ -174,12 +174,12 @@ def refuse(problem: Problem, date: str, via: str, *, keep_alive: bool) -> Respon
         ("Content-Type", "application/problem+json"),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),  # RFC 9111 section 4.2.2 would let others keep a 404, 405, 410 or 414
-        # whole seconds, rounded up: nobody is told to come back too early
+        # whole seconds, rounded up: no client retries too early
         *([] if retry_after is None else [("Retry-After", str(max(0, math.ceil(retry_after))))]),
         *problem.headers,
         ("Via", via),
         ("Cache-Status", f"gup; detail={problem.slug}"),
-        ("Connection", "keep-alive" if keep_alive else "close"),  # HTTP/1.0 must be told that it stays
+        ("Connection", "keep-alive" if keep_alive else "close"),  # HTTP/1.0 needs it to stay open
     ]
     return Response(problem.status, _lines(problem.status, fields), (body,), close=not keep_alive)
 
@@ -203,7 +203,7 @@ def _response(
         *fields,
         ("Via", serving.via),
         ("Cache-Status", serving.cache_status),
-        # RFC 9112 section 9.3: to stay is the rule in HTTP/1.1 and must be said in 1.0.
+        # RFC 9112 section 9.3: persistence is the default in HTTP/1.1 and must be stated in 1.0.
         *([("Connection", "close" if close else "keep-alive")] if close or not request.minor_version else []),
     ]
     return Response(status, _lines(status, lines), segments, close)
@@ -216,12 +216,12 @@ def _validators(head: Head, vary: str | None) -> _Fields:
 
 
 def _lines(status: int, fields: _Fields) -> bytes:
-    """A whole head; HTTP/1.1 to a client of 1.0 too (RFC 9110 section 6.2)."""
+    """HTTP/1.1 to a client of 1.0 too (RFC 9110 section 6.2)."""
     return b"HTTP/1.1 %d %b\r\n%b\r\n" % ((status, HTTPStatus(status).phrase.encode(), field_lines(fields)))
 
 
 def field_lines(fields: _Fields) -> bytes:
-    """Fields as they stand in a head, each with its CRLF. No value ends its line (RFC 9110 section 5.5)."""
+    """Each field with its CRLF. No value can end its line (RFC 9110 section 5.5)."""
     return "".join(f"{name}: {_UNSAFE.sub(' ', value)}\r\n" for name, value in fields).encode("latin-1")
 
 
@@ -230,12 +230,12 @@ def field_lines(fields: _Fields) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class ResponseWriter:
-    """One connection's. Counts every body byte in two of `words` at the moment the socket takes it."""
+    """Writes a connection's responses. Counts body bytes in two of `words` when the socket takes them."""
 
     words: "memoryview[int]"
     position: int = 0
     sent_bytes: int = 0
-    full: bool = False  # the socket took less of the body than it was offered: asking again is useless
+    full: bool = False  # the socket took less of the body than it was offered: retrying at once is useless
     _response: Response | None = None
     _segments: tuple[bytes | Span, ...] = ()
     _literal: bytes | memoryview = b""
@@ -243,12 +243,12 @@ class ResponseWriter:
     _chunk_left: int = 0
 
     def start(self, response: Response, body_sent: int = 0) -> None:
-        """Write `response` from now on, of whose body so many bytes have left already."""
+        """Begin `response`, of whose body `body_sent` bytes have been sent already."""
         self._response, self._segments = response, response.segments
         self._chunk_left = self.position = self._stop = 0
         self.sent_bytes, self.full = body_sent, False
         literal = response.head
-        if response.body is None:  # what is literal then is no content, and not counted
+        if response.body is None:  # then literal bytes are no content, and not counted
             literal += b"".join(segment for segment in response.segments if isinstance(segment, bytes))
             self._segments = ()
         self._literal = memoryview(literal)
@@ -257,7 +257,6 @@ class ResponseWriter:
             self.position += body_sent
 
     def end(self) -> None:
-        """Let go of the response."""
         self._response, self._segments = None, ()
 
     def write(self, sock: socket.socket, most: int) -> int:
@@ -276,7 +275,7 @@ class ResponseWriter:
                 end = response.body.end() if not done else None
                 if end is None or self.position < end:
                     return done
-                self._stop = self.position  # the length was not known at first, and all is here
+                self._stop = self.position  # the length was unknown at first, and the body is complete now
                 if response.chunked:
                     self._literal = memoryview(_LAST_CHUNK)
             elif self._segments:
@@ -315,7 +314,7 @@ class ResponseWriter:
             self._chunk_left -= sent
             if self._chunk_left == 0:
                 self._literal = memoryview(b"\r\n")
-        if not sent:  # unreadable, or shorter than it was: what is missing will never come
+        if not sent:  # unreadable, or shorter than it was: the missing bytes will never come
             body.unreadable()
             return BROKEN
         return sent

@@ -1,1 +1,1 @@
-"""The way out: choice of upstream, resumable downloads, the WAN's rate."""
+"""Connections to upstreams: which one is asked, resumable downloads, the WAN rate limit."""

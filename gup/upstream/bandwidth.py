@@ -53,8 +53,6 @@ _TCP_INFO = struct.Struct("=5xB14xI44xI20xI")
 
 @dataclass(slots=True)
 class Share:
-    """A download's place in the fair queue. `tag` is in bytes on the shared virtual clock."""
-
     priority: int
     tag: int = 0
 
@@ -117,7 +115,7 @@ class Wan:
             self._first_changed()
 
     def sort_anew(self, share: Share) -> None:
-        """Call this after changing the share's priority: its waiter moves to its new place."""
+        """Wake the waiter after a change of the share's priority, so that it is queued by it."""
         for waiter in self._waiting:
             if waiter.share is share:
                 waiter.rank = rank(share.priority, share.tag)
@@ -253,19 +251,16 @@ class Turns:
 
     @classmethod
     def alone(cls) -> "Turns":
-        """For a single process."""
         return cls(memoryview(bytearray(8)).cast("Q"), 0, lambda _block: True)
 
     def ask(self, first: int | None) -> None:
-        """Publish the rank of this process's first waiter; None without waiters."""
         self._words[self._mine] = 0 if first is None else NOBODY - first
 
     def free(self) -> bool:
-        """Whether no process has a waiter."""
         return all(not word or not self._alive(block) for block, word in enumerate(self._words))
 
     def mine(self) -> bool:
-        """Whether no other process has a waiter that goes before this process's first."""
+        """Whether this process's first waiter goes before those of all other processes."""
         own = self._words[self._mine]
         return not any(other > own and self._alive(block) for block, other in enumerate(self._words))
 

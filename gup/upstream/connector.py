@@ -70,14 +70,10 @@ def open_session(
 
 
 class _Request(aiohttp.ClientRequest):
-    """A request with what the connector and the middleware tell each other."""
-
     limit: asyncio.Timeout
     """Limits the wait for the head; starts when there is a connection."""
     fresh = False
-    """Whether a pooled connection must not be used."""
     reused = False
-    """Whether its connection has been used before."""
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -97,7 +93,6 @@ class _Connector(aiohttp.TCPConnector):
         traces: "list[Trace]",
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's signature
     ) -> "Connection":
-        """A connection for one request."""
         assert isinstance(req, _Request)
         while True:
             connection = await super().connect(req, traces, timeout)
@@ -210,7 +205,6 @@ def failure_of(  # noqa: C901, PLR0911 - a table
 
 
 def _tls_reason(error: aiohttp.ClientSSLError) -> str:
-    """What is wrong with the certificate or with TLS."""
     cause: BaseException = getattr(error, "certificate_error", None) or error.os_error
     reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
     return (

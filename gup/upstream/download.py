@@ -115,6 +115,8 @@ class Download:
         self.received = 0
         self._unsure_from = _NEVER
         self._resumed = ""
+        self.resumes = 0
+        """How often it went on after a break."""
         self._last_upstream: str | None = None
         self._first = Validators()
         self.told: Mapping[str, Validators] = {}
@@ -275,6 +277,7 @@ class Download:
             return self.head
         answer = await self._ask_for_rest(upstream)
         if self._resumed:
+            self.resumes += 1
             self._counters.add("gup_fill_resumes_total", reason=self._resumed)
         await self._align(answer)
         return answer.head

@@ -48,12 +48,10 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
 
 
 def rejected(detail: str) -> UpstreamFailure:
-    """The response can't be the requested content."""
     return UpstreamFailure("rejected", "upstream-bad-body", detail)
 
 
 def misframed(detail: str) -> UpstreamFailure:
-    """The end of the response can't be told for certain."""
     return UpstreamFailure("rejected", "upstream-error", detail)
 
 
@@ -67,12 +65,12 @@ def unconfirmed(name: str, received: int) -> UpstreamFailure:
 
 
 def unreachable(detail: str, *, again: bool = False) -> UpstreamFailure:
-    """The upstream could not be asked. No request can be the cause."""
+    """No connection was made, so no request can be the cause."""
     return UpstreamFailure("unreachable", "upstream-unreachable", detail, again=again)
 
 
 def refusal(name: str, status: int, headers: Mapping[str, str], now: float) -> UpstreamFailure:
-    """A response with an error status. `now` is in Unix seconds."""
+    """`now` is in Unix seconds."""
     slug, later = "upstream-error" if status >= 500 else "upstream-refused", None
     detail = f"{name} answered {status}"
     if 300 <= status < 400:
@@ -106,7 +104,7 @@ def retry_after_seconds(text: str | None, date: str | None, now: float) -> float
 
 
 def proxy_in_words(proxy: str | None) -> str:
-    """The web proxy with the setting that names it, without its password."""
+    """Names the setting; without the password."""
     return f"the web proxy {mask_password(proxy or '')} (upstream.proxy)"
 
 
@@ -193,7 +191,7 @@ class Validators(NamedTuple):
 
 
 def bounded(text: str) -> str:
-    """`text`; if it is long or not printable ASCII, a weak tag made from its hash."""
+    """Text that is long or not printable ASCII becomes a weak tag made from its hash."""
     if len(text) <= MOST_FIELD_BYTES and text.isascii() and text.isprintable():
         return text
     return f'W/"{xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))}"'

@@ -43,12 +43,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.DOUBTFUL: frozenset({State.UP, State.DOWN}),
     State.DOWN: frozenset({State.UP, State.DOUBTFUL}),
 }
-"""Only a response, of any status, leads out of DOWN."""
 
 
 class Sign(Enum):
-    """What one request or check shows."""
-
     ANSWERED = "answered"
     ERRED = "erred"  # an error of its own, or a body that can't be the content
     BROKE = "broke"  # after connecting it reset, fell silent or violated HTTP
@@ -147,7 +144,6 @@ def _moved(health: Health, state: State, wall_now: float) -> Health:
 
 
 def sign_of(failure: UpstreamFailure, kind: str, *, check: bool) -> Sign | None:
-    """What a failed request shows about the upstream's health; None for nothing."""
     if failure.slug == "overloaded":
         return None  # gup itself has run out of descriptors or connections
     if failure.outcome == "unreachable":
@@ -199,7 +195,6 @@ class Board:
         return self.get(name).state is State.DOWN
 
     def note(self, name: str, sign: Sign, detail: str = "", failed: int = EVERY_MARK) -> None:
-        """Record a sign. `detail` describes the failure; `failed` is the `mark` of name and client."""
         now, wall_now = self._clock(), self._wall_clock()
         if sign is not Sign.ANSWERED and detail and now - self._told.get(name, -math.inf) >= _TOLD_SECONDS:
             self._told[name] = now
@@ -220,7 +215,7 @@ class Board:
             _LOG.info("upstream %s is doubtful: %s", name, detail)
 
     def forget(self, name: str) -> None:
-        """Forget what is known: the upstream's settings have changed."""
+        """Called when the upstream's settings have changed."""
         with self._locked(self._at.get(name, 0)):
             self._set(name, Health(since=int(self._wall_clock())))
 

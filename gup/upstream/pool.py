@@ -54,22 +54,20 @@ _SLOW_READS = 4
 _ERROR_BODY_BYTES = 64 * 1024
 """Limit for reading the body of an error response, so that its connection can be used again."""
 _LEARN_SECONDS = 1.0
-"""Time limit for learning another gup's name, which it answers by itself."""
+"""Time limit for learning another gup's name."""
 _LEARN_AGAIN_SECONDS = 2.0
 """After a failure, requests do not wait again for this long."""
 _TICK_SECONDS = 0.2
 _DOUBT_INTERVAL_SECONDS = 1.0
 CHECK_PATHS = {"manager": CATALOG_PATH, "liveupdate": "/minitri.flg", "gup": "/"}
-"""Paths of health checks by kind. Another gup is asked for a path that it refuses by itself: for an index
-file it would ask its upstream, and a gup whose upstream is down still serves.
+"""Paths of health checks by kind. Another gup is asked for a path that it answers without its upstream: a gup
+whose upstream is down can still serve.
 """
 _LOG = logging.getLogger("gup.upstream")
 _OUTCOMES = {304: "not_modified", 404: "not_found", 410: "not_found"}
 
 
 class Pool:
-    """All upstreams of this process."""
-
     def __init__(
         self,
         upstreams: Sequence[config.Upstream],
@@ -87,13 +85,12 @@ class Pool:
         self.wan, self._counters, self._clock = wan, counters, clock
         self._last_detail = ""
         self._asked: set[Upstream] = set()
-        """Those that may be open, the retired among them."""
+        """Upstreams with open connections, including retired ones."""
         self._closing: set[asyncio.Task[None]] = set()
         self.lists: Callable[[str, str], bool] = lambda _name, _stream: True
         """Whether an upstream's catalogue lists a stream; set by the reader of catalogues."""
         self._learning = asyncio.Lock()
         self._learned_at: dict[str, float] = {}
-        """When each upstream was last asked for its name."""
         self.apply(upstreams)
 
     def apply(self, upstreams: Sequence[config.Upstream]) -> None:
@@ -109,7 +106,7 @@ class Pool:
         ]
         for upstream in old.values():
             upstream.retired = True
-            self.board.forget(upstream.name)  # the new settings may have mended it
+            self.board.forget(upstream.name)  # the new settings may have fixed it
             self._close_if_idle(upstream)
 
     # --- choice
@@ -148,14 +145,10 @@ class Pool:
         return any(upstream.settings.kind == "gup" or upstream.node != "" for upstream in candidates)
 
     def admitted(self, candidates: Sequence[Upstream]) -> list[Upstream]:
-        """The candidates for a new request; of those that are down, the ones with a trial due.
-
-        UpstreamFailure when all candidates are down and no trial is due.
-        """
         usable = [u for u in candidates if not self.board.is_down(u.name)]
         away, longest = candidates, TRIAL_SECONDS
         if usable:
-            # Of those that are not checked only requests can tell that they are up.
+            # Upstreams without health checks are known to be up again only by a request.
             unchecked = (u for u in candidates if u not in usable and u.settings.health_interval <= 0)
             away = [u for u in unchecked if u.settings.priority <= usable[0].settings.priority]
             longest = RARE_TRIAL_SECONDS
@@ -187,8 +180,8 @@ class Pool:
     async def learn_names(self, variant: Variant, key: str) -> None:
         """Learn the Via names of candidates that have not responded yet; loops are detected by them.
 
-        Each is sent a HEAD for `/`, which a gup answers by itself. Without a response in time the name stays
-        unknown.
+        Each is sent a HEAD for `/`, which a gup answers without its upstream. Without a response in time the
+        name stays unknown.
         """
 
         async def learn(upstream: Upstream) -> None:
@@ -240,7 +233,7 @@ class Pool:
         return answer
 
     async def length_of(self, upstream: Upstream, ask: Ask, head: RemoteHead) -> int | None:
-        """The length of a body whose end is not confirmed, by a HEAD; None when that tells none."""
+        """A HEAD for the length of a body whose end is not confirmed; None when the HEAD states none."""
         plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", passed=ask.passed, client=ask.client)
         try:
             told = await self.ask(upstream, plain)
@@ -256,7 +249,6 @@ class Pool:
         self._counters.add_stream("received", *ask.stream, amount)
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
-        """Record in the upstream's health what a failure shows."""
         sign = sign_of(failure, upstream.settings.kind, check=ask.check)
         if sign is Sign.AWAY:
             self._last_detail = failure.detail
@@ -265,7 +257,7 @@ class Pool:
             self.board.note(upstream.name, sign, failure.detail, failed)
 
     def done(self, upstream: Upstream) -> None:
-        """A request, or the reading of its response, is over."""
+        """A request, including the reading of its response, is over."""
         upstream.in_use -= 1
         upstream.free.release()
         self._close_if_idle(upstream)
@@ -305,7 +297,7 @@ class Pool:
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
-        """Read a body that is not wanted, so that the connection can be used again; else close it."""
+        """Read an unneeded body, so that the connection can be used again; else close it."""
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
 
         left, response = _ERROR_BODY_BYTES, fields.response
@@ -405,7 +397,9 @@ class Answer:
             self._connection_end.add_done_callback(self._lost)
 
     def _lost(self, _end: object) -> None:
-        """The connection has ended. After invalid HTTP aiohttp does not wake a reader, who would wait on."""
+        """The connection has ended. After invalid HTTP aiohttp does not wake the reader, which would wait
+        forever.
+        """
         content = self._response.content
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
@@ -413,8 +407,8 @@ class Answer:
     async def read(self) -> bytes:
         """The next piece, once the one before is paid for; empty at the end.
 
-        UpstreamFailure when the body breaks off. `read_timeout` limits the wait for the upstream alone:
-        pauses between two reads don't count. A cancelled read loses nothing.
+        UpstreamFailure when the body breaks off. `read_timeout` limits only the wait for the upstream: pauses
+        between two reads don't count. A cancelled read loses nothing.
         """
         if self._unpaid:
             await self._pool.wan.pay(self._unpaid, self._ask.share)
@@ -491,22 +485,16 @@ def _received(content: "aiohttp.StreamReader", most: int) -> bytes:
 
 
 def _take_exception(end: asyncio.Future[None]) -> None:
-    """Retrieve the exception of an ended connection: asyncio logs those that nobody retrieves."""
+    """Retrieve the exception of an ended connection: asyncio logs exceptions that are never retrieved."""
     if not end.cancelled():
         end.exception()
 
 
 @dataclass(slots=True)
 class Steadiness:
-    """Whether a body comes slower than its minimum rate. Only time spent waiting for the upstream counts.
-
-    Waits of gup's own, for the WAN, the disk or a queue, are not noted here.
-    """
-
     least_rate_bytes_per_second: int
     window_seconds: float
     slow: bool = False
-    """The result of the last complete window."""
     _waited_seconds: float = 0.0
     _amount: int = 0
 

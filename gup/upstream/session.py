@@ -1,5 +1,3 @@
-"""One upstream: requests to it, its connections, and how the head of a response is read."""
-
 import asyncio
 import contextlib
 import re
@@ -32,9 +30,9 @@ _ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 _UNKNOWN_TYPE = "application/octet-stream"
 _READ_AHEAD_BYTES = 1 << 20
-"""What aiohttp may buffer without a rate; it is lost, and fetched again, when a connection breaks."""
+"""Limit of aiohttp's buffer without a rate; it is lost, and fetched again, when a connection breaks."""
 _LIMITED_READ_AHEAD_BYTES = 4096
-"""The same with a rate, which these bytes escape."""
+"""The same with a rate: buffered bytes escape the rate limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +188,6 @@ class Fields:
     def __init__(self, response: "aiohttp.ClientResponse", name: str) -> None:
         self.response = response
         self.name = name
-        """The upstream's."""
         self._lines: dict[bytes, list[str]] = {}
         for field_, value in response.raw_headers:
             self._lines.setdefault(field_.lower(), []).append(value.strip(b" \t").decode("latin-1"))
@@ -199,7 +196,7 @@ class Fields:
         return self._lines.get(name, [])
 
     def one(self, name: bytes, form: re.Pattern[str]) -> str | None:
-        """A field's value; None when it is missing, ambiguous, too long, or does not match `form`."""
+        """None when the field is missing, ambiguous, too long, or does not match `form`."""
         values = set(self.all(name))
         value = values.pop() if len(values) == 1 else ""
         return value if len(value) <= MOST_FIELD_BYTES and form.fullmatch(value) else None

@@ -16,7 +16,8 @@ from gup.config import Settings
 
 def totals(sent, received, saved, ratio):
     amounts = {"client_sent_bytes": sent, "upstream_received_bytes": received, "saved_bytes": saved}
-    return amounts | {"hit_ratio": ratio}
+    requests = {"hit": 1200, "miss": 4, "collapsed": 0, "refused": 3}
+    return amounts | {"hit_ratio": ratio, "requests_total": 1207, "requests": requests}
 
 
 STATUS = {
@@ -30,7 +31,16 @@ STATUS = {
     },
     "cache": {"entries": 12, "size_bytes": 3 * 10**9, "limit_bytes": 2 * 10**10, "free_bytes": 10**11},
     "wan_rate_bytes_per_second": 8_000_000,
-    "clients": {"connections": 42},
+    "started_at": 1000.0,
+    "clients": {
+        "connections": 42,
+        "seen": {"1h": 3, "1d": 40, "7d": 55},
+        "latest": [{"address": "10.0.0.7", "seen_at": 12_093.0}, {"address": "10.0.0.8", "seen_at": 8505.0}],
+    },
+    "failures": [
+        {"at": 1e9, "key": f"any/any/x/{n}/full.zip", "problem": "upstream-timeout", "detail": "15 s \x1b"}
+        for n in range(7)
+    ],
     "upstreams": [
         {"name": "hq", "up": True, "state": "unknown", "since": 0.0, "last_error": None},
         {"name": "spare", "up": False, "state": "down", "since": 0.0, "last_error": "refused \x1b[2J"},
@@ -47,6 +57,9 @@ STATUS = {
         | {"what_to_do": "Look at the WAN."}
     ],
 }
+
+
+LATEST = "10.0.0.7 (12 s ago), 10.0.0.8 (1 h ago)"
 
 
 def entry(number, *, pinned=False):
@@ -118,26 +131,31 @@ def test_status_in_words(plane):
     result = run("status", "--admin", plane.url)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[:8] == [
+    assert lines[:9] == [
         "gup 0.1.0 at lyon: ready, up 3 h 5 min",
         "since install: 1.0 TB to clients, 5.0 GB over the WAN, 995 GB saved (99.5%), 98.8% hits",
         "since start: 0 B to clients, 0 B over the WAN, 0 B saved",
         "cache: 12 entries, 3.0 GB of 20.0 GB, 100 GB free on disk",
         "WAN: 8MB/s",
-        "clients: 42 connections",
+        "requests since start: 1207 (1200 hit, 4 miss, 3 refused)",
+        f"clients: 42 connections; seen: 3 in 1h, 40 in 1d, 55 in 7d; the last: {LATEST}",
         "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes",
         "CRITICAL no-upstream: no upstream answers \N{REPLACEMENT CHARACTER}[2J. Look at the WAN.",
     ]
-    assert [line.split()[:2] for line in lines[8:11]] == [
+    assert [line.split()[:2] for line in lines[9:12]] == [
         ["upstream", "since"],
         ["hq", "up"],
         ["spare", "DOWN"],
     ]
-    assert lines[10].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
-    assert lines[11].split() == ["fill", "from", "received", "rate", "time", "left"]
-    assert lines[12].split("  ")[0] == "any/any/x/1/full.zip"
-    assert lines[12].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
-    assert lines[13].split() == ["0e", "-", "1.5", "kB", "-", "-"]
+    assert lines[11].rstrip().endswith("refused \N{REPLACEMENT CHARACTER}[2J")
+    assert lines[12].split() == ["fill", "from", "received", "rate", "time", "left"]
+    assert lines[13].split("  ")[0] == "any/any/x/1/full.zip"
+    assert lines[13].split()[2:] == ["25", "B", "of", "100", "B", "(25%)", "5", "B", "15", "s"]
+    assert lines[14].split() == ["0e", "-", "1.5", "kB", "-", "-"]
+    assert lines[15].split() == ["last", "failures", "problem", "detail", "content"]
+    assert lines[16].split()[2:6] == ["upstream-timeout", "15", "s", "\N{REPLACEMENT CHARACTER}"]
+    assert len(lines) == 15 + 1 + 5 + 1
+    assert lines[-1] == "and 2 more: gup status --json; gup why KEY tells about one"
 
 
 def test_status_as_json(plane):
@@ -151,8 +169,10 @@ def test_an_unlimited_wan_and_a_quiet_service():
         "ready": False,
         "reload": {"successful": True},
         "alarms": [],
+        "clients": {"connections": 0, "seen": {"1h": 0}, "latest": []},
     }
     lines = list(status_lines(quiet))
+    assert "clients: 0 connections; seen: 0 in 1h" in lines
     assert "WAN: unlimited" in lines
     assert "not ready" in lines[0]
     assert not any("FAILED" in line for line in lines)
@@ -377,6 +397,18 @@ def test_the_newest_of_a_product_is_ordered(plane):
     assert (result.exit_code, result.stdout) == (0, "a/b/c/d/e: waits\n")
     assert asked(plane) == ["POST /api/v1/prefetch"]
     assert run("prefetch", "--admin", plane.url).exit_code == 2
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_why_tells_what_is_known(plane, stored):
+    file = {"key": "a/b/c/d/e", "stored": stored, "said": ["Not stored.", "A fill failed \x1b."]}
+    plane.answers = lambda *_: (200, {"files": [file]})
+    result = run("why", "/content/{A}/1/full.zip", "--admin", plane.url)
+    assert result.stdout == "a/b/c/d/e\n  Not stored.\n  A fill failed \N{REPLACEMENT CHARACTER}.\n"
+    assert (result.exit_code, asked(plane)) == (
+        int(not stored),
+        ["GET /api/v1/why?of=%2Fcontent%2F%7BA%7D%2F1%2Ffull.zip"],
+    )
 
 
 def test_a_refusal_is_told_in_its_own_words(plane):

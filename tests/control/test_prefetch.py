@@ -89,6 +89,15 @@ def test_an_older_revision_announces_nothing_and_only_what_was_named_lately_coun
     assert traffic.wanted(8 * DAY) == (B, [])
 
 
+def test_what_a_clock_named_that_was_ahead_is_not_named_lately(traffic):
+    traffic.sees(delta(OLD, A), 40 * DAY)
+    traffic.sees(full(B), 0.0)
+    traffic.sees(delta(OLD_2, B), 1.0)
+    assert traffic.wanted(1.0) == (B, [])
+    traffic.sees(delta(OLD, A), 2.0)
+    assert traffic.wanted(2.0) == (B, [A, OLD])
+
+
 def test_what_upstream_does_not_have_announces_nothing_but_tells_where_a_client_is(traffic):
     traffic.refused(STREAM, named(delta("260101009", "999999999")), 0.0)
     assert list(traffic.streams) == []
@@ -168,6 +177,13 @@ def test_an_operator_goes_first_then_who_came_first():
         order.append(int(one.asked_at))
         ended(queue, one, Outcome.STORED)
     assert (order, queue.pending) == ([3, 1, 2], 1)
+
+
+def test_a_retry_that_a_clock_put_off_that_was_ahead_is_due():
+    queue = queue_of(one := row())
+    for due_at, found in ((0.0, one), (40 * DAY, one), (30.0, None)):
+        one.due_at = due_at
+        assert queue.due(frozenset({Kind.DELTA}), 0.0) is found
 
 
 def test_a_newer_revision_takes_the_place_of_an_older_one_that_is_neither_ordered_nor_being_fetched():

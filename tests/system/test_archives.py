@@ -78,6 +78,11 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
     archive = tmp_path / "stopped.tar"
     first, target, small = site / "first", tmp_path / "third", tmp_path / "fourth"
     entries = json.loads(cache("export", archive, "--cache-dir", first, "--json"))["entries"]
+    french = ("--version", "14.3 RU2", "--language", "fr")
+    site_of = json.loads(cache("export", tmp_path / "fr.tar", "--cache-dir", first, *french, "--json"))
+    assert (site_of["entries"], site_of["not_wanted"]) == (entries, {}), "all of it is for every site"
+    none = cache("export", tmp_path / "none.tar", "--cache-dir", first, *french, "--revision", "000000000")
+    assert f"left out: {entries} entries: it is not of that revision" in none
     cache("import", archive, "--cache-dir", site, code=1, says="is no cache directory")
     (small / "lost+found").mkdir(parents=True)
     told = json.loads(cache("import", archive, "--cache-dir", target, "--json"))

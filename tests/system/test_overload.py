@@ -14,32 +14,34 @@ HIT = content_path("xdelta260701001_To_260731001.dax")
 
 @dataclass
 class Crowd:
-    """Clients who retry as they are told until each has its file."""
+    """Clients that retry as told until each has its file; what the processes took meanwhile."""
 
     swarm: Swarm
     patience_seconds: float
-    asking: set[int] = field(default_factory=set)
+    processes: list[psutil.Process]
     later: list[tuple[float, str]] = field(default_factory=list)
     got: list[Client] = field(default_factory=list)
     refused: list[Client] = field(default_factory=list)
+    resident_bytes: int = 0
+    descriptors: int = 0
 
-    def ask(self, target: str, count: int) -> None:
-        self.swarm.add(count, target)
-
-    def run(self, clients: int, watch, timeout_seconds: float) -> None:
-        deadline = time.monotonic() + timeout_seconds
+    def run(self, clients: int, timeout_seconds: float) -> None:
+        deadline = look_at = time.monotonic()
+        deadline += timeout_seconds
         while len(self.got) < clients:
-            assert time.monotonic() < deadline, f"{len(self.got)} of {clients} clients have their file"
-            self._sort()
             now = time.monotonic()
+            assert now < deadline, f"{len(self.got)} of {clients} clients have their file"
+            self._sort()
             while self.later and self.later[0][0] <= now:
-                self.ask(heapq.heappop(self.later)[1], 1)
-            watch()
+                self.swarm.add(1, heapq.heappop(self.later)[1])
+            if now >= look_at:
+                look_at = now + 0.5
+                self.resident_bytes = max(self.resident_bytes, *(p.memory_info().rss for p in self.processes))
+                self.descriptors = max(self.descriptors, sum(p.num_fds() for p in self.processes))
             time.sleep(0.05)
 
     def _sort(self) -> None:
-        ended = [client for client in self.swarm.clients if client.end]
-        for client in ended:
+        for client in [client for client in self.swarm.clients if client.end]:
             self.swarm.clients.remove(client)
             assert client.end is End.COMPLETE, (client.end, client.status, client.target)
             if client.status == 200:
@@ -50,22 +52,6 @@ class Crowd:
             retry = int(client.fields["retry-after"])
             assert 1 <= retry <= max(1.0, self.patience_seconds) + 1
             heapq.heappush(self.later, (client.finished_at + retry, client.target))
-
-
-@dataclass
-class Footprint:
-    """The most memory and descriptors that the service's processes took, looked at twice a second."""
-
-    processes: list[psutil.Process]
-    resident_bytes: int = 0
-    descriptors: int = 0
-    _next: float = 0.0
-
-    def look(self) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.5
-            self.resident_bytes = max(self.resident_bytes, *(p.memory_info().rss for p in self.processes))
-            self.descriptors = max(self.descriptors, sum(p.num_fds() for p in self.processes))
 
 
 @pytest.mark.alone
@@ -89,13 +75,13 @@ def test_more_than_the_link_can_carry(serve, clients, files, size, rate, patienc
     gup.wait_stored(HIT)
     with probing(gup.data, HIT, 1.5) as answer:
         quiet = answer()
-    footprint = Footprint([psutil.Process(pid) for pid in gup.workers()])
-    crowd, began = Crowd(gup.swarm(), patience), time.monotonic()
+    crowd = Crowd(gup.swarm(), patience, [psutil.Process(pid) for pid in gup.workers()])
+    began = time.monotonic()
     for path in bodies:
-        crowd.ask(path, clients // files)
+        crowd.swarm.add(clients // files, path)
     asked = clients // files * files
     with probing(gup.data, HIT, 0.8 * files * size / rate) as answer:
-        crowd.run(asked, footprint.look, seconds)
+        crowd.run(asked, seconds)
         took = time.monotonic() - began
         busy = answer()
 
@@ -107,10 +93,10 @@ def test_more_than_the_link_can_carry(serve, clients, files, size, rate, patienc
         f"{asked} clients, {files} files of {size} bytes, {rate} bytes/s: all in {took:.1f} s "
         f"({files * size / rate:.1f} s at the link's rate), {len(crowd.refused)} refusals, "
         f"the slowest after {slowest:.2f} s; a worker at most "
-        f"{footprint.resident_bytes / 1e6:.0f} MB, {footprint.descriptors} descriptors in all; "
+        f"{crowd.resident_bytes / 1e6:.0f} MB, {crowd.descriptors} descriptors in all; "
         f"hits' p99 {quiet['p99']:.2f} ms alone, {busy['p99']:.2f} ms beside them"
     )
     assert slowest <= patience + 2.0
     assert took <= 1.5 * files * size / rate + 3 * patience
-    assert footprint.descriptors <= 3 * asked
-    assert footprint.resident_bytes <= 200_000_000
+    assert crowd.descriptors <= 3 * asked
+    assert crowd.resident_bytes <= 200_000_000

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import time
 from collections import Counter
 
 import pytest
 from harness.clients import fetch
 from harness.commands import command, on
 from harness.content import INDEX, MONIKER, zip_of
+from harness.faults import WallClock
 from harness.processes import until
 from harness.upstreams import Answer, Gate
 
@@ -249,3 +251,36 @@ def test_a_reload_with_a_log_that_can_not_be_opened_is_refused(serve, tmp_path):
     gup.wait_log("settings not reloaded: log.destination: ")
     gup.wait_metric(0, "gup_config_last_reload_successful")
     assert (gup.get(DELTA).status, gup.workers()) == (200, workers)
+
+
+def test_reports_are_right_again_when_a_clock_that_was_40_days_ahead_is_put_back(serve, tmp_path):
+    clock = WallClock(tmp_path / "clock")
+    gup, _ = serve(ANSWERS, rules={"mode": "off"}, workers=1, env=clock.env)
+
+    def asked(path):
+        return gup.api(f"/api/v1/{path}")[1]
+
+    def standings():
+        return {
+            row["address"]: row["revision"]
+            for stream in asked("report/content")["content"]
+            for row in stream["lagging"]
+        }
+
+    sent = take(gup, 2, FULL)
+    until(lambda: standings().keys() == set() and asked("clients")["clients"], "the first is known")
+    clock.set(40 * 86400)
+    sent += take(gup, 2, DELTA) + take(gup, 3, DELTA)
+    until(lambda: len(asked("clients")["clients"]) == 2, "the second is known")
+    assert asked("savings")["since_install"]["sent_bytes"] == sent
+    clock.set(0)
+    sent += take(gup, 2, FULL)
+    until(lambda: standings() == {"127.0.0.2": "260801001"}, "who took the older revision last stands at it")
+    savings, now = asked("savings"), time.time()
+    assert savings["today"]["sent_bytes"] == savings["since_install"]["sent_bytes"] == sent
+    assert len(savings["days"]) == 1
+    for span in ("hour", "week"):
+        points = asked(f"history?span={span}")["points"]
+        assert sum(point["client_sent_bytes"] for point in points) == sent
+    until(lambda: all(row["seen_at"] <= now + 30 for row in asked("clients")["clients"]), "nobody is ahead")
+    assert asked("clients")["seen"]["1d"] <= 2

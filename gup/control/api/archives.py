@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import IO, Any, TypeVar, cast
 
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class Archives:
-    """Holds back those who export or import while others do."""
+    """Limits concurrent exports and imports."""
 
     def __init__(self) -> None:
         self._importing = asyncio.Lock()
@@ -51,22 +52,22 @@ class Archives:
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
             rows, label, now = list(state.index.rows.values()), labels_of(state), state.clock()
-            keys, why_not = await asyncio.to_thread(chosen, rows, query, label, now)
-            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, why_not)
+            keys, not_wanted = await asyncio.to_thread(chosen, rows, query, label, now)
+            pieces = written(state.dependencies.store, keys, state.settings.site.name, now, not_wanted)
             response = web.StreamResponse(headers={"Content-Type": TAR})
             response.enable_chunked_encoding()
             await response.prepare(request)
             try:
                 async for piece in pieces:
                     await response.write(piece)
-            except (ArchiveError, OSError) as error:  # the head is sent: only a broken connection can tell
+            except (ArchiveError, OSError) as error:  # the head is sent: only closing can report it
                 _log.warning("an export broke off: %s", error)
                 if request.transport is not None:
                     request.transport.abort()
             return response
 
     async def import_(self, state: ControlState, request: web.Request) -> Import:
-        """Take the entries of an archive; nothing is overwritten or evicted, what is damaged is refused."""
+        """Import an archive's entries; nothing is overwritten or evicted, damaged ones are refused."""
         if not state.index.complete:
             raise web.HTTPServiceUnavailable(text="the index does not cover the whole store yet; try again")
         if self._importing.locked():
@@ -76,7 +77,7 @@ class Archives:
             taking = asyncio.create_task(asyncio.to_thread(_take, state, content, loop))
             try:
                 return Import(await asyncio.shield(taking))
-            except asyncio.CancelledError:  # the service stops: let the thread end, at an entry's border
+            except asyncio.CancelledError:  # the service stops: let the thread finish its entry
                 content.set_exception(ConnectionResetError("the service stops"))
                 await asyncio.gather(taking, return_exceptions=True)
                 raise
@@ -84,9 +85,10 @@ class Archives:
 
 def chosen(
     rows: Sequence[Row], query: Filter, label: Labels, now: float
-) -> tuple[list[ContentKey], list[str]]:
-    """The keys that the filter and a site of its version and language choose, and why not each other one."""
-    keys, why_not = [], []
+) -> tuple[list[ContentKey], Counter[str]]:
+    """The keys that the filter and a site of its version and language choose; why not the others, counted."""
+    keys: list[ContentKey] = []
+    not_wanted: Counter[str] = Counter()
     others = query.model_copy(update={"version": None, "language": None})
     named = ", ".join(sorted(others.model_dump(exclude_none=True)))
     of_that = {row.key for row in matching(rows, others, label, now)}
@@ -96,10 +98,10 @@ def chosen(
         if not why and row.key not in of_that:
             why = f"it is not of that {named}"
         if why:
-            why_not.append(why)
+            not_wanted[why] += 1
         else:
             keys.append(ContentKey.parse(row.key))
-    return sorted(keys, key=lambda key: key.text), why_not
+    return sorted(keys, key=lambda key: key.text), not_wanted
 
 
 def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEventLoop) -> Imported:
@@ -115,12 +117,12 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         return wait_for(run())
 
     class Body:
-        """What is sent, as a file: it is taken from the connection as fast as it is read here."""
+        """The request's body as a file, read from the connection as fast as it is consumed."""
 
         def read(self, _size: int = -1) -> bytes:
             try:
                 return wait_for(content.readany())
-            except Exception as error:  # whatever aiohttp makes of a broken connection
+            except Exception as error:  # any error of aiohttp's for a broken connection
                 raise TarError("the connection broke off") from error
 
     async def taken(record: Record) -> None:

@@ -29,13 +29,13 @@ JSON, CSV, TEXT = "application/json", "text/csv", "text/plain"
 
 
 class Request(BaseModel):
-    """What a request states: parts of its path, parameters, members of its body. By itself: nothing."""
+    """A request's parameters: parts of its path, query parameters, members of its body. Base: none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _digits(value: object) -> object:
-    """Without signs, spaces and underscores, which pydantic would take."""
+    """Without signs, spaces and underscores, which pydantic accepts."""
     if isinstance(value, str) and not (value.isascii() and value.isdigit() and len(value) < 19):
         raise ValueError("must be a whole number")
     return value
@@ -54,7 +54,7 @@ class Table(NamedTuple):
     rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 
     def csv(self, response: dict[str, Any]) -> str:
-        """The table as text; times are UTC. What looks like a formula is quoted: clients state any text."""
+        """Times are UTC. Text like a formula is quoted: clients may state any text."""
         text = io.StringIO()
         table = csv.writer(text)
         table.writerow(self.columns)
@@ -105,7 +105,7 @@ class Endpoint:
         return kind
 
     def route(self) -> web.RouteDef:
-        """For aiohttp, which lets parts of a path have braces, as monikers do, only if told so."""
+        """For aiohttp, which accepts braces in a part of a path, as monikers have, only with a pattern."""
         path = re.sub(r"{(\w+)}", r"{\1:[^/]+}", self.path)
         head = {"allow_head": self.returns is not web.StreamResponse} if self.method == "GET" else {}
         return web.RouteDef(self.method, path, self._handle, head)
@@ -122,7 +122,7 @@ class Endpoint:
         return web.json_response(text=text, status=self.status)
 
     async def _checked(self, request: web.Request) -> Request:
-        """What the request states; 400 where that is not allowed, with what would be right."""
+        """The checked parameters; 400 with an explanation when one is wrong."""
         model, in_path = self.request_model, dict(request.match_info)
         given, what = dict[str, Any](request.query), "parameter"
         for name in given:
@@ -165,7 +165,8 @@ def problem(status: int, detail: str, **more: object) -> web.Response:
 # --- the OpenAPI document
 
 _ALWAYS = (400, 401, 403, 503)
-"""Problems of every request: a wrong parameter, no token, a wrong token or foreign page, something broken."""
+"""Problems of every request: a wrong parameter, no token, a wrong token or foreign page, an internal failure.
+"""
 _TOKEN = {
     "type": "http",
     "scheme": "bearer",
@@ -213,7 +214,7 @@ def document(endpoints: Sequence[Endpoint]) -> Document:
 
 
 def _plain(schema: Any) -> Any:
-    """The schema with bounds under the names that JSON Schema has for them."""
+    """The schema with bounds under their names in JSON Schema."""
     if isinstance(schema, dict):
         return {_BOUNDS.get(word, word): _plain(value) for word, value in schema.items()}
     return [_plain(item) for item in schema] if isinstance(schema, list) else schema

@@ -1,4 +1,4 @@
-"""What is stored: listed, shown, purged, pinned."""
+"""Entries: listed, shown, purged, pinned."""
 
 import asyncio
 import fnmatch
@@ -29,7 +29,7 @@ _Order = Literal[_Up, _Down]
 _Flag = Literal["0", "1"]
 
 Labels = Callable[[Stream, str], Label]
-"""What the catalogue calls a stream, or a file of it; the moniker, and the type "", where none lists it."""
+"""The catalogue's label of a stream, or of a file of it; the moniker, and the type "", if not listed."""
 
 
 class Key(Request):
@@ -52,7 +52,7 @@ class Key(Request):
 
 
 class Filter(Request):
-    """Which entries. Text is compared without regard to capitals."""
+    """Which entries. Text is compared without case."""
 
     product: Text | None = Field(None, description="Only of this product, as rows show it.")
     version: Text | None = Field(None, description="Only of this version: the key's or the product's.")
@@ -102,7 +102,7 @@ async def listing(state: ControlState, query: Listing) -> schemas.Entries:
 
 
 async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
-    """One entry, with what its record says."""
+    """One entry, with its record."""
     row = state.index.rows.get(path.key.text)
     stored = await asyncio.to_thread(state.dependencies.store.stored, path.key)
     record = stored.record if stored is not None else None
@@ -117,7 +117,7 @@ async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
 
 
 async def purge(state: ControlState, path: Key) -> schemas.Purged:
-    """Remove an entry, pinned or not, and what lies unfinished of it; whoever reads it reads on."""
+    """Remove an entry, pinned or not, and its parts; open readers continue."""
     known = path.key.text in state.index.rows
     freed = await state.evictor.purge(path.key)
     if not freed and not known:
@@ -177,13 +177,13 @@ ENDPOINTS = (
 
 
 def labels_of(state: ControlState) -> Labels:
-    """What the catalogue calls streams and files at this moment."""
+    """The catalogue's present labels."""
     label_of = state.dependencies.label_of
     return lambda stream, file: label_of(stream, file) or Label(state.label(stream)[0], "", "", "")
 
 
 async def page_of(index: Index, query: Listing, label: Labels, now: float) -> schemas.Entries:
-    """The page that is asked for. Without a filter, the cost does not depend on how much is stored."""
+    """Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, found = ORDERS.get(order, ORDERS["key"]), None
     most, first = query.limit + 1, nlargest if descending else nsmallest
@@ -212,9 +212,9 @@ async def page_of(index: Index, query: Listing, label: Labels, now: float) -> sc
 
 
 def named_page(index: Index, found: list[Row] | None, query: Listing, label: Labels) -> list[Row]:
-    """One row more than a page has, of those `found` (None: all), in the order of what is shown.
+    """One row more than a page has, of those `found` (None: all), in the order of their labels.
 
-    Streams are put in order first, then the rows of those on the page: of all rows it would take too long.
+    Streams are sorted first, then the rows of those on the page: sorting all rows would take too long.
     """
     by_stream: dict[Stream, list[Row]] = defaultdict(list)
     for row in found or ():
@@ -223,7 +223,7 @@ def named_page(index: Index, found: list[Row] | None, query: Listing, label: Lab
 
     def stream_place(stream: Stream) -> tuple[str | bool, ...]:
         product = label(stream, "").product
-        return (product == stream[2], product.casefold(), *stream)  # those without a name are the last
+        return (product == stream[2], product.casefold(), *stream)  # unlisted ones last
 
     def place(stream: Stream, revision: str, file: str) -> tuple[str | bool, ...]:
         return *stream_place(stream), content_revision(Kind.DELTA, revision, file) or revision, file
@@ -250,7 +250,7 @@ def named_page(index: Index, found: list[Row] | None, query: Listing, label: Lab
 
 
 def candidates(index: Index, query: Filter) -> list[Row]:
-    """The rows that a filter may choose; to be called on the event loop, where they change."""
+    """The rows to filter; to be called on the event loop, where they change."""
     if query.stream is None:
         return list(index.rows.values())
     wanted = query.stream.casefold()
@@ -259,12 +259,10 @@ def candidates(index: Index, query: Filter) -> list[Row]:
 
 
 def same(wanted: str | None, *found: str) -> bool:
-    """Whether one of the texts found is the one wanted, in whatever case."""
     return wanted is not None and wanted.casefold() in map(str.casefold, found)
 
 
 def matching(rows: Iterable[Row], query: Filter, label: Labels, now: float) -> list[Row]:
-    """All rows that the filter chooses."""
     language = parse_language(query.language) if query.language is not None else None
     fits = re.compile(fnmatch.translate((query.pattern or "*").casefold())).match
 
@@ -293,7 +291,6 @@ def matching(rows: Iterable[Row], query: Filter, label: Labels, now: float) -> l
 
 
 def shown(row: Row, label: Label) -> schemas.Entry:
-    """A row of the index with the names that the catalogue has for it."""
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return schemas.Entry(
         **asdict(row),

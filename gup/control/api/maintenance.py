@@ -1,4 +1,4 @@
-"""What an operator orders: content prefetched, limits applied, the store verified, settings read again."""
+"""Operators' commands: prefetch content, apply limits, verify the store, reload the settings."""
 
 import re
 from itertools import islice
@@ -48,19 +48,19 @@ class Order(Request):
 
 
 class Queue(Request):
-    """How much of the queue."""
+    """Which part of the queue."""
 
     limit: Count = Field(100, description="How many at most.")
 
 
 class Verify(Request):
-    """What to do with what is damaged."""
+    """Whether to repair damage."""
 
     repair: Literal["0", "1"] = Field("0", description="1 repairs what is damaged.")
 
 
 async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
-    """Fetch something before anybody asks for it, while no client's fill needs the link."""
+    """Fetch content before clients ask for it, while no client's fill needs the link."""
     try:
         if query.path is not None:
             queued = state.prefetcher.order(query.path, query.version, query.language)
@@ -70,7 +70,7 @@ async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
         raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-    return schemas.PrefetchOrder(wanted=[_prefetch(state, fetch) for fetch in queued])
+    return schemas.PrefetchOrder(wanted=[prefetch_row(state, fetch) for fetch in queued])
 
 
 def _newest(state: ControlState, query: Order) -> dict[Stream, str]:
@@ -99,12 +99,12 @@ def _newest(state: ControlState, query: Order) -> dict[Stream, str]:
 
 
 async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
-    """What is being prefetched, what will be, and what became of the rest."""
+    """The prefetch queue: in progress, queued, and results."""
     queued = state.prefetcher.queue
     return schemas.PrefetchQueue(
         enabled=state.settings.prefetch.enabled,
         pending=queued.pending,
-        wanted=[_prefetch(state, fetch) for fetch in islice(reversed(queued.rows.values()), query.limit)],
+        wanted=[prefetch_row(state, fetch) for fetch in islice(reversed(queued.rows.values()), query.limit)],
         left_out=[
             schemas.SkippedStream(stream="/".join(stream), product=state.label(stream)[0], why=why)
             for stream, why in state.prefetcher.left_out.items()
@@ -112,7 +112,7 @@ async def queue(state: ControlState, query: Queue) -> schemas.PrefetchQueue:
     )
 
 
-def _prefetch(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
+def prefetch_row(state: ControlState, fetch: QueuedFetch) -> schemas.Prefetch:
     product, language = state.label((fetch.key.version, fetch.key.language, fetch.key.stream))
     return schemas.Prefetch(**fetch.model_dump(mode="json"), product=product, language=language)
 
@@ -125,19 +125,19 @@ async def evict(state: ControlState) -> schemas.Evictions:
 
 
 async def verification(state: ControlState) -> schemas.Verification:
-    """How far the last verification has come, and what it found."""
+    """Progress and findings of the last verification."""
     return state.verification.progress()
 
 
 async def verify(state: ControlState, query: Verify) -> schemas.Verification:
-    """Begin to look at everything in the cache directory."""
+    """Begin to check everything in the cache directory."""
     if not state.verification.start(repair=query.repair == "1"):
         raise web.HTTPConflict(text="a verification is in progress")
     return state.verification.progress()
 
 
 async def reload(state: ControlState) -> schemas.Reloaded:
-    """Have the settings read again."""
+    """Read the settings again."""
     told = await state.dependencies.reload()
     return schemas.Reloaded(
         reloaded=not told.problems,

@@ -1,6 +1,6 @@
-"""The bodies of the API's responses. What a model holds is what is sent, and what the OpenAPI document says.
+"""The bodies of the API's responses, as they are sent and as the OpenAPI document describes them.
 
-Sizes are bytes, times Unix seconds, durations seconds. A member that is null is not known or does not apply.
+Sizes are bytes, times Unix seconds, durations seconds. A member that is null is unknown or does not apply.
 """
 
 import base64
@@ -17,7 +17,7 @@ from gup.content.key import Kind
 class Response(BaseModel):
     """Made by name, or from another object's attributes. Members with a default are left out unless set.
 
-    Clients are not promised that there will be no other members.
+    Clients must accept further members.
     """
 
     model_config = ConfigDict(
@@ -42,7 +42,7 @@ class Variant(Response):
 
 
 class Moved(Response):
-    """Of a time; saved is sent minus received and may be below zero."""
+    """In one time span; saved is sent minus received and may be below zero."""
 
     client_sent_bytes: int
     upstream_received_bytes: int
@@ -101,9 +101,17 @@ class Fills(Response):
     waiters: int = Field(description="Requests that wait for them.")
 
 
+class SeenClient(Response):
+    address: str
+    seen_at: float
+
+
 class ClientCounts(Response):
     connections: int
     seen: dict[str, int] = Field(description="In the last 1h, 1d and 7d.")
+    latest: list[SeenClient] = Field(
+        description="Those seen last, by the names that reports.addresses allows."
+    )
 
 
 class Worker(Response):
@@ -183,6 +191,14 @@ class FailedFill(Response):
     detail: str
 
 
+class KeyNote(Response):
+    at: float
+    detail: str
+    upstream: str = ""
+    resumes: int = 0
+    seconds: float = 0.0
+
+
 class Status(Response):
     site: str
     version: str
@@ -238,7 +254,7 @@ class Explanation(Response):
     client_notes: list[str] = Field(description="What is stated and can't be read.")
 
 
-# --- cursors: the place of a page's last row, as text that is given back to get the next page
+# --- cursors: the position of a page's last row, as text that the client sends to get the next page
 
 
 def _read(value: object, check: Callable[[object], Any]) -> Any:
@@ -256,7 +272,7 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 _AS_TEXT = WithJsonSchema({"type": "string", "minLength": 1})
 EntryCursor = Annotated[tuple[_Finite, str], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
-"""What entries are in order of, and the last one's key."""
+"""The value that entries are sorted by, and the last entry's key."""
 ClientCursor = Annotated[tuple[_Finite, _Number], WrapValidator(_read), PlainSerializer(_written), _AS_TEXT]
 """When the last client was seen, and its number among those seen at that time."""
 CURSOR = "From the previous page, with the same other parameters."
@@ -294,7 +310,7 @@ class Entries(Response):
 
 
 class EntryRecord(Response):
-    """What the entry's record says; the sums of its chunks are left out."""
+    """The entry's record, without the sums of its chunks."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -401,6 +417,42 @@ class PrefetchOrder(Response):
     wanted: list[Prefetch] = Field(description="What was queued, for each variant that fits.")
 
 
+class RuleRefusal(Variant):
+    """Clients that state this version and language; null: nothing."""
+
+    rule: str
+    because: str
+    enforced: bool
+    clients: int
+
+
+class KnownFile(Response):
+    """What is known of one file; notes are of the time since the start."""
+
+    key: str
+    path: str = Field(description="As upstream is asked for it.")
+    said: list[str] = Field(description="All of it in sentences.")
+    stored: bool
+    entry: Entry | None
+    upstream: str | None = Field(description="Where the stored body came from.")
+    fetched: KeyNote | None = Field(description="The last fill that ended well.")
+    failed: KeyNote | None = Field(description="The last fill that failed.")
+    unstored: KeyNote | None = Field(description="Why it was passed through without being stored.")
+    removed: KeyNote | None = Field(description="Why it is not stored any more.")
+    fill: Fill | None
+    waiting: Literal["fill", "prefetch"] | None = Field(
+        description="In which queue, or for upstream's answer."
+    )
+    prefetch: Prefetch | None
+    refusals: list[RuleRefusal]
+    taken: int = Field(description="Clients that took this revision here.")
+    clients: list[SeenClient] = Field(description="The last of them, with the time when they took it.")
+
+
+class Why(Response):
+    files: list[KnownFile] = Field(description="One for each variant that the file may be stored as.")
+
+
 class SkippedStream(Response):
     stream: str
     product: str
@@ -414,11 +466,8 @@ class PrefetchQueue(Response):
     left_out: list[SkippedStream]
 
 
-class Client(Variant):
+class Client(SeenClient, Variant):
     """A client, named as `reports.addresses` says."""
-
-    address: str
-    seen_at: float
 
 
 class KnownClient(Client):
@@ -507,7 +556,7 @@ class RestartReport(Report):
 
 
 class Traffic(Response):
-    """Bytes of a time. Saved is sent minus received, and may be below zero."""
+    """Bytes of a time span. Saved is sent minus received, and may be below zero."""
 
     sent_bytes: int
     received_bytes: int
@@ -516,7 +565,6 @@ class Traffic(Response):
 
     @classmethod
     def of(cls, sent: int, received: int, wasted: int, /, **more: Any) -> Self:
-        """With the difference worked out."""
         moved = {"sent_bytes": sent, "received_bytes": received, "wasted_bytes": wasted}
         return cls(**moved, saved_bytes=sent - received, **more)
 
@@ -534,7 +582,7 @@ class StreamTraffic(Traffic):
 
 
 class DayTraffic(TrafficByCause):
-    """One day of the site; null is all that was before single days were kept."""
+    """One day of the site; null is everything before single days were kept."""
 
     day: str | None
     streams: list[StreamTraffic]
@@ -552,7 +600,7 @@ class Savings(Response):
 
 
 class HistoryPoint(Moved):
-    """One minute or hour: what was moved, the highest rates in it, and what held at its end."""
+    """One minute or hour: bytes moved, the highest rates in it, and the state at its end."""
 
     at: int = Field(description="When it began.")
     covered_seconds: float = Field(
@@ -567,7 +615,7 @@ class HistoryPoint(Moved):
 
 
 class History(Response):
-    """The points of a span, the oldest first; where gup did not run there are none."""
+    """The points of a span, the oldest first; none for times when gup did not run."""
 
     span: str
     step_seconds: int

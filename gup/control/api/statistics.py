@@ -1,4 +1,4 @@
-"""Clients, reports, savings and history: what the statistics' database holds."""
+"""Clients, reports, savings and history, from the statistics database."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,7 +24,7 @@ _MONTH = 30
 
 
 class Listing(Request):
-    """Which clients to list. Text is compared without regard to capitals."""
+    """Which clients to list. Text is compared without case."""
 
     version: Text | None = Field(None, description="Only those that state this version.")
     language: Text | None = Field(None, description="Only those that state this language.")
@@ -34,7 +34,7 @@ class Listing(Request):
 
 
 class Form(Request):
-    """How a report is written."""
+    """A report's format."""
 
     format: Literal["json", "csv"] = Field("json", description="json, or csv: a table without the rest.")
 
@@ -52,7 +52,7 @@ class Span(Request):
 
 
 async def clients(state: ControlState, query: Listing) -> schemas.Clients:
-    """How many clients were seen, and who they are."""
+    """How many clients were seen, and which."""
     now, (seen_at, id_) = state.clock(), query.cursor or (None, None)
     since = now - WINDOWS[query.seen] if query.seen else 0.0
     wanted = {"since": since, "version": query.version, "language": query.language}
@@ -63,7 +63,7 @@ async def clients(state: ControlState, query: Listing) -> schemas.Clients:
 
 
 async def content(state: ControlState, _query: Form) -> schemas.ContentReport:
-    """Content taken here: who stands where, what lags, and who."""
+    """Content taken here: clients by revision, and lagging ones."""
     return await state.reports.content()
 
 
@@ -95,7 +95,7 @@ async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
 
 
 async def history(state: ControlState, query: Span) -> schemas.History:
-    """What was moved over a span that ends now."""
+    """Bytes moved over a span that ends now."""
     step, length = SPANS[query.span]
     now = state.clock()
     points = [

@@ -1,4 +1,4 @@
-"""The state of the service: at a glance, in parts, for monitors; the settings and what the rules decide."""
+"""The state of the service: in full, in parts, for monitors; the settings, and explanations of the rules."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +20,12 @@ from gup.control.index import stream_of
 from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import shown, sums_of
 
+_LATEST = 5
+"""Clients that the status names."""
+
 
 class Question(Request):
-    """Which stream, and what a client states."""
+    """A stream, and what a client states."""
 
     moniker: Text = Field(description="The stream: a GUID, with braces or without.")
     client_version: str | None = Field(None, description="What the client states, such as 14.3 RU2.")
@@ -53,10 +56,16 @@ async def status(state: ControlState) -> schemas.Status:
             complete=state.index.complete,
         ),
         disk=schemas.Disk(refusals=list(state.refusals.rows.values())),
-        fills=_fills(state, disk.parts),
+        fills=fills_under_way(state, disk.parts),
         fill_waiters=totals.get("gup_fill_waiters", 0),
         clients=schemas.ClientCounts(
-            connections=totals.get("gup_client_connections", 0), seen=state.clients.counts(now)
+            connections=totals.get("gup_client_connections", 0),
+            seen=state.clients.counts(now),
+            latest=[
+                schemas.SeenClient(address=name, seen_at=at)
+                for client, at in state.clients.newest(_LATEST)
+                if (name := state.reports.name_of(client)) is not None
+            ],
         ),
         workers=[schemas.Worker.model_validate(worker) for worker in process.workers()],
         upstreams=_upstreams(state),
@@ -80,7 +89,7 @@ async def fills(state: ControlState) -> schemas.Fills:
     """What is being fetched now."""
     disk = await state.evictor.measure()
     waiters = state.dependencies.totals().get("gup_fill_waiters", 0)
-    return schemas.Fills(fills=_fills(state, disk.parts), waiters=waiters)
+    return schemas.Fills(fills=fills_under_way(state, disk.parts), waiters=waiters)
 
 
 async def upstreams(state: ControlState) -> schemas.Upstreams:
@@ -89,7 +98,7 @@ async def upstreams(state: ControlState) -> schemas.Upstreams:
 
 
 async def alarms(state: ControlState) -> schemas.Alarms:
-    """What an operator should look at now."""
+    """Problems that need an operator's attention."""
     return schemas.Alarms(alarms=state.alarms)
 
 
@@ -115,7 +124,7 @@ async def explanation(state: ControlState, query: Question) -> schemas.Explanati
         raise web.HTTPBadRequest(text=f"upstream: {query.upstream!r} is none of {', '.join(names)}")
 
     def decide() -> schemas.Explanation:
-        """In a thread: the tables of languages are read from a file when they are first used."""
+        """In a thread: the language tables are read from a file when they are first used."""
         settings, book = state.settings, Rulebook(state.settings)
         client = book.identities.stated(query.client_version, query.client_language)
         chosen = [upstream for upstream in settings.upstream if query.upstream in (None, upstream.name)]
@@ -160,14 +169,14 @@ ENDPOINTS = (
 )
 
 
-# --- the parts of the status
+# --- parts of the status
 
 _FROM_STORE = ("hit", "revalidated", "stale")
 _SERVED = (*_FROM_STORE, "miss", "collapsed", "bypass")
 
 
 def totals_of(words: Mapping[str, int]) -> schemas.Totals:
-    """What was moved, and requests by result, from series and their values.
+    """Bytes moved, and requests by result, from series and their values.
 
     The hit ratio counts requests for content that were answered from the store.
     """
@@ -185,8 +194,8 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
     return schemas.Totals(**told | more)
 
 
-def _fills(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
-    """The parts that some process fetches at this moment."""
+def fills_under_way(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
+    """The parts that some process is fetching now."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
     rates = state.fill_rates.of(in_progress, state.clock())
     return [fill_of(part, rate, state.label) for part, rate in zip(in_progress, rates, strict=True)]

@@ -1,7 +1,7 @@
-"""The page over HTTP: the document, its files, and a stream of events with what changes.
+"""The page over HTTP: the document, its files, and a stream of events with the changes.
 
-One view a second is shared by all listeners, MAX_LISTENERS at most. Each is sent what differs from what it
-was sent before: a slow one gets the newest of each fragment, not all of them one after another.
+One view a second is shared by all listeners, MAX_LISTENERS at most. Each is sent the differences from what it
+was sent before: a slow one gets only the newest of each fragment.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ _log = logging.getLogger("gup.control.page")
 MAX_LISTENERS = 32
 _SECONDS = 1.0
 _REST_FACTOR = 10
-"""The pause between two views, as a multiple of the time that one takes of the loop."""
+"""The pause between two views, as a multiple of a view's time on the loop."""
 _QUIET_SECONDS = 15.0
-"""When nothing changes for so long, a comment is sent: the connection is alive."""
+"""After this long without changes a comment is sent, to keep the connection alive."""
 _WRITE_SECONDS = 30.0
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""What the page may do: use its own files, and ask its own server."""
+"""The page may use its own files, and send requests to its own server."""
 
 
 class Page:
-    """Makes a view a second while anybody listens, and tells all listeners what changed."""
+    """Makes a view a second while there are listeners, and sends them what changed."""
 
     def __init__(self, viewer: Viewer, renderer: Renderer) -> None:
         self.viewer = viewer
@@ -47,7 +47,7 @@ class Page:
         self._stopped = False
 
     async def look(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The figures as they are now, and the fragments that were rendered anew."""
+        """The present figures, and the fragments that changed."""
         view = await self.viewer.view()
         names: tuple[str, ...] = QUICK
         if time.monotonic() >= self._slow_due:
@@ -57,7 +57,7 @@ class Page:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[bool]:
-        """Whether one more may listen, for as long as the block lasts."""
+        """Registers a listener for the block; False when there are too many."""
         if self._stopped or self._listeners >= MAX_LISTENERS:
             yield False
             return
@@ -94,7 +94,7 @@ class Page:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        """Ends by itself when nobody listens."""
+        """Ends when there are no listeners."""
         while self._listeners:
             began = time.thread_time()
             try:
@@ -145,7 +145,7 @@ async def page(request: web.Request) -> web.Response:
 
 
 async def asset(request: web.Request) -> web.Response:
-    """One of the page's files; its URL changes with its bytes, so it may be kept."""
+    """One of the page's files; its URL changes with its bytes, so it may be cached."""
     found = request.app[PAGE].renderer.assets.get(request.match_info["name"])
     if found is None:
         raise web.HTTPNotFound(text="The page has no such file")
@@ -164,7 +164,7 @@ async def events(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         hello = f'retry: 2000\nevent: hello\ndata: {{"edition":"{parts.renderer.edition}"}}\n\n'
-        with contextlib.suppress(ConnectionError, TimeoutError):  # the client is gone, or takes nothing
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the client has gone, or does not read
             await response.write(hello.encode())
             async for message in parts.messages():
                 async with asyncio.timeout(_WRITE_SECONDS):

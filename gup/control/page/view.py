@@ -1,4 +1,4 @@
-"""The page: what it shows of the control state at one moment, and its HTML, by the templates beside it."""
+"""The page's content: a view of the control state, and its HTML, by the templates beside it."""
 
 import asyncio
 import hashlib
@@ -26,13 +26,12 @@ from gup.units import bytes_in_words
 _REST_FACTOR = 10
 _DAYS = 30
 _CHARTS = {"hour": (MINUTE, 5 * MINUTE, "%H:%M"), "day": (5 * MINUTE, HOUR, "%a %H:%M")}
-"""Spans that are drawn: seconds of a point of the chart and of a row of its table, form of the row's time."""
 MAX_STREAMS = 40
 MAX_REVISIONS = 10
 
 
 class Kept:
-    """The result of `find`, kept for some seconds, longer if it took long; concurrent callers share one."""
+    """The result of `find`, cached for some seconds, longer if it took long; concurrent callers share one."""
 
     def __init__(self, seconds: float, find: Callable[[], Awaitable[Any]]) -> None:
         self._seconds = seconds
@@ -51,7 +50,7 @@ class Kept:
 
 
 class Viewer:
-    """Makes views of the control state; keeps parts that are expensive for some seconds."""
+    """Makes views of the control state; caches expensive parts for some seconds."""
 
     def __init__(self, state: ControlState) -> None:
         self._state = state
@@ -64,7 +63,7 @@ class Viewer:
         }
 
     async def view(self) -> dict[str, Any]:
-        """All that is shown, by the names that the templates use."""
+        """Everything shown, by the names that the templates use."""
         state = self._state
         await state.meter()
         return {
@@ -77,10 +76,10 @@ class Viewer:
 
     def _zone(self) -> ZoneInfo | None:
         name = self._state.settings.site.time_zone
-        return ZoneInfo(name) if name else None  # the machine's own
+        return ZoneInfo(name) if name else None  # None: the machine's own
 
     async def _saved(self) -> schemas.Savings:
-        """The savings; of the days those of the last thirty on which anything was counted."""
+        """The savings, with those of the last thirty days on which anything was counted."""
         saved = await statistics.saved(self._state, statistics.Ledger.model_validate({"days": _DAYS}))
         today = clock(self._state.clock(), self._zone(), "%Y-%m-%d")
         days = [day for day in saved.days if day.day is not None and within(day.day, today, _DAYS)]
@@ -97,7 +96,7 @@ class Viewer:
         return await asyncio.to_thread(holdings, list(self._state.index.rows.values()), self._label)
 
     def _label(self, stream: Stream) -> tuple[str, str, str]:
-        """Product, version and language: the catalogue's words where it has any, else those of the key."""
+        """Product, version and language: the catalogue's where it has them, else those of the key."""
         product, language = self._state.label(stream)
         label = self._state.dependencies.label_of(stream, "")
         version = label.version if label and stream[0] == "any" else stream[0]
@@ -125,7 +124,7 @@ def figures(view: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chart(points: list[Point], now: float, length: int, draw: int, step: int, form: str) -> dict[str, Any]:
-    """A chart: `columns` of times, rates and limits (None: nothing ran), and its sums, peaks and rows."""
+    """A chart: `columns` of times, rates and limits (None: gup did not run), and its sums, peaks and rows."""
     drawn, rows = _by_time(points, draw), _by_time(points, step)
     times = [int(now) // draw * draw - back for back in range(length - draw, -1, -draw)]
     return {
@@ -175,7 +174,7 @@ def holdings(rows: Iterable[Row], label: Callable[[Stream], tuple[str, str, str]
 
 
 def _stream(label: tuple[str, str, str], rows: Sequence[Row]) -> dict[str, Any]:
-    """A stream: the newest of its revisions, how many more there are, and sums over all of them."""
+    """A stream: its newest revision, how many more there are, and sums over all of them."""
     by_revision: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         name = row.revision if row.revision != ABSENT else unquote(row.file)
@@ -192,7 +191,7 @@ def _stream(label: tuple[str, str, str], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _sums(rows: Sequence[Row]) -> dict[str, Any]:
-    """Bodies together; `wholes` are not deltas. Times are Unix seconds."""
+    """Sums of bodies; `wholes` are not deltas. Times are Unix seconds."""
     deltas = sum(row.kind is Kind.DELTA for row in rows)
     return {
         "wholes": len(rows) - deltas,
@@ -209,9 +208,9 @@ def _sums(rows: Sequence[Row]) -> dict[str, Any]:
 
 QUICK = ("head", "alarms", "saved", "now", "fills", "upstreams")
 SLOW = ("hour", "day", "days", "held", "clients", "service")
-"""The parts of the page that change, each by its template; the element with this id holds it."""
+"""The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
-"""How long the slow parts stand: they are large."""
+"""Interval of the slow parts, which are large."""
 _FOLDER = Path(__file__).parent
 _FILES = {
     "page.css": ("static", "text/css"),
@@ -220,7 +219,7 @@ _FILES = {
     "uPlot.iife.min.js": ("vendor", "text/javascript"),
     "uPlot.min.css": ("vendor", "text/css"),
 }
-"""Those under `vendor` come with the installation (hatch_build.py); without them there are no charts."""
+"""`vendor` files come with the installation (hatch_build.py); without them there are no charts."""
 
 
 class Asset(NamedTuple):
@@ -232,7 +231,7 @@ class Asset(NamedTuple):
 
 
 class Renderer:
-    """Templates and files, read once: by the constructor, which blocks."""
+    """Templates and files, read once, by the constructor, which blocks."""
 
     def __init__(self) -> None:
         environment = Environment(
@@ -258,7 +257,6 @@ class Renderer:
         """Changes with any of the files."""
 
     def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
-        """Parts that change, by name."""
         macros = self._templates["macros"].make_module(dict(view))
         return {
             name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
@@ -280,7 +278,7 @@ def _digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:16]
 
 
-# --- figures as people read them
+# --- figures for people
 
 
 def size(count: float) -> str:
@@ -289,12 +287,11 @@ def size(count: float) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """`1.5 MB/s`."""
     return f"{size(bytes_per_second)}/s"
 
 
 def span(seconds: float) -> str:
-    """A span of time in its largest unit: `3 h`."""
+    """A time span in its largest unit: `3 h`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f}\N{NO-BREAK SPACE}{unit}"
@@ -302,12 +299,11 @@ def span(seconds: float) -> str:
 
 
 def number(count: float) -> str:
-    """`12,345`."""
     return f"{count:,.0f}"
 
 
 def percent(part: float) -> str:
-    """A share of one as `93 %`; next to all and next to nothing keep a decimal."""
+    """A share of one as `93 %`; values close to 0 % and 100 % keep a decimal."""
     hundredth = 100 * part
     decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
     shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
@@ -315,10 +311,10 @@ def percent(part: float) -> str:
 
 
 def iso(at: float) -> str:
-    """A moment for `<time datetime>`."""
+    """For `<time datetime>`."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def clock(at: float, zone: tzinfo | None, form: str = "%Y-%m-%d %H:%M") -> str:
-    """A moment on the site's clocks."""
+    """In the site's time zone."""
     return datetime.fromtimestamp(at, zone).strftime(form)

@@ -1,1 +1,1 @@
-"""What is remembered over time: clients, savings, history; one SQLite database."""
+"""Statistics over time: clients, savings, history; one SQLite database."""

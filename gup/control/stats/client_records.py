@@ -1,8 +1,9 @@
 """Clients: who was seen when, which revision of each stream a client has, and the reports on that.
 
-A client has one *standing* in each stream: the revision that it took last, the newest that it asked for, and
-the one that it said it came from. News waits in memory (`Batch`) and becomes rows every two seconds. "Taken"
-is not "installed": gup sees what was sent and which version a client states, never a client's disk.
+A client has one *standing* in each stream: the revision that it took last, the newest that it requested, and
+the one that it said it came from. News is collected in memory (`Batch`) and written as rows every two
+seconds. "Taken" is not "installed": gup knows what was sent and which version a client states, but not what
+is on its disk.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.events import Part, Take, Taken
+from gup.control.eviction import JUMP_SECONDS
 from gup.control.index import content_revision, stream_of
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import prune_days
@@ -35,7 +37,7 @@ WINDOWS: Mapping[str, float] = {"1h": 3600.0, "1d": 86400.0, "7d": 7 * 86400.0}
 
 
 class ClientWindows:
-    """How many clients were seen in each window; beyond `limit` the longest unseen are forgotten."""
+    """Number of clients seen in each window; beyond `limit` those unseen longest are forgotten."""
 
     def __init__(self, limit: int = MAX_CLIENTS) -> None:
         self._seen_at: dict[str, float] = {}
@@ -46,7 +48,7 @@ class ClientWindows:
         return len(self._seen_at)
 
     def see(self, addresses: Iterable[str], now: float) -> None:
-        """These made a request at `now` (Unix seconds)."""
+        """`now` is in Unix seconds."""
         for address in addresses:
             before = self._seen_at.get(address)
             if before is not None:
@@ -56,9 +58,10 @@ class ClientWindows:
         self._forget()
 
     def counts(self, now: float) -> dict[str, int]:
-        """How many addresses were seen in each window."""
+        """How many addresses were seen in each window; those of a clock that was ahead when seen again."""
+        until = self._by_time.bisect_left((now + JUMP_SECONDS,))
         return {
-            window: len(self) - self._by_time.bisect_left((now - seconds,))
+            window: max(0, until - self._by_time.bisect_left((now - seconds,)))
             for window, seconds in WINDOWS.items()
         }
 
@@ -67,7 +70,7 @@ class ClientWindows:
         return [(address, at) for at, address in islice(reversed(self._by_time), limit)]
 
     def restore(self, rows: Sequence[tuple[str, float]]) -> None:
-        """Take back addresses and last times. Newer sightings stay."""
+        """Newer sightings stay."""
         older = {address: at for address, at in rows if address not in self._seen_at}
         self._seen_at |= older
         self._by_time.update((at, address) for address, at in older.items())
@@ -83,14 +86,14 @@ _MOST_PARTS = 64
 
 
 class ReceivedParts:
-    """The parts of bodies that clients were sent; the longest unchanged are forgotten."""
+    """The parts of bodies that clients were sent; those unchanged longest are forgotten."""
 
     def __init__(self, most: int = 20_000) -> None:
         self._parts: OrderedDict[tuple[str, str], list[_Span]] = OrderedDict()
         self._most = most
 
     def add(self, client: str, key: str, start: int, stop: int, length: int) -> bool:
-        """A client was sent this part. Returns whether it has the whole body now."""
+        """Whether the client has the whole body now."""
         parts = joined([*self._parts.pop((client, key), []), (start, stop)])
         if parts == [(0, length)]:
             return True
@@ -115,7 +118,7 @@ MAX_PENDING = 100_000
 _FIRST_DATE = 946_684_800.0
 """2000-01-01: revisions name the year with two digits."""
 _AHEAD_SECONDS = 2 * 86400.0
-"""A revision's date may be so far ahead, because of time zones and clocks; one further ahead is ignored."""
+"""A revision's date may be this far ahead, because of time zones and clocks; a later one is ignored."""
 
 
 class Batch:
@@ -125,7 +128,7 @@ class Batch:
         self.seen: dict[str, tuple[float, str, str]] = {}
         """When each client was seen last, and the version and language that it stated ("" for nothing)."""
         self.asked: dict[tuple[str, Stream, str, str, bool], tuple[float, str]] = {}
-        """When a client first asked for something, and the version that it stated.
+        """When a client first requested something, and the version that it stated.
 
         By client, stream, revision, the revision that it came from, and whether it took the body whole.
         """
@@ -135,7 +138,7 @@ class Batch:
         return len(self.seen) + len(self.asked) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
-        """Add what came after this batch, which could not be written; as much as there is room for."""
+        """Add a newer batch to this one, which could not be written; as far as there is room."""
         for client, seen in newer.seen.items():
             self.see(client, *seen)
         for what, asked in newer.asked.items():
@@ -148,7 +151,7 @@ class Batch:
             self.seen[client] = max(before, at), version or its_version, language or its_language
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
-        """A client took or asked for a body."""
+        """A client took or requested a body."""
         self.see(take.client, at, take.version, take.language)
         if isinstance(take.sent, Part):
             whole = parts.add(take.client, take.key.text, *take.sent)
@@ -169,7 +172,7 @@ class Batch:
 
 MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
-"""Newest revisions of each stream of which it is kept who took them."""
+"""Takes are stored for this many newest revisions of each stream."""
 _SEE = """
 INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?1, ?2, ?2, ?3, ?4)
 ON CONFLICT(name) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at),
@@ -180,20 +183,24 @@ _NAME_STREAM = """
 INSERT OR IGNORE INTO streams(version, language, moniker)
 SELECT ?, ?, ? WHERE (SELECT count(*) FROM streams) < ?
 """
-_ASK = """
+# What stands far ahead was stored by a clock that has been put back since: the news is later.
+_ASK = f"""
 INSERT INTO standings VALUES(:stream, :client, '', 0, '', :revision, :at, :came_from)
 ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
-  came_from = iif(excluded.asked_at >= asked_at AND excluded.came_from <> '', excluded.came_from, came_from),
-  asked_at = max(asked_at, excluded.asked_at)
+  came_from = iif((excluded.asked_at >= asked_at OR asked_at > excluded.asked_at + {JUMP_SECONDS})
+    AND excluded.came_from <> '', excluded.came_from, came_from),
+  asked_at = iif(asked_at > excluded.asked_at + {JUMP_SECONDS}, excluded.asked_at,
+    max(asked_at, excluded.asked_at))
 """
-# Workers report once a second: of what was taken within 3 s the order is unknown, and the newest revision
-# counts. Else the one taken last does, since a machine that was set up anew takes an older one.
-_STAND = """
+# Workers report once a second: the order of takes within 3 s is unknown, and the newest revision counts.
+# Otherwise the last one counts, since a machine that was set up anew takes an older one.
+_STAND = f"""
 UPDATE standings SET revision = :revision, taken_at = :at, version_then = coalesce(
   nullif(:version, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
 WHERE stream = :stream AND client = :client AND revision <> :revision
-  AND iif(abs(:at - taken_at) <= 3, :revision > revision, :at > taken_at)
-"""
+  AND iif(abs(:at - taken_at) <= 3, :revision > revision,
+    :at > taken_at OR taken_at > :at + {JUMP_SECONDS})
+"""  # noqa: S608 - a constant of ours
 _TAKE = "INSERT OR IGNORE INTO takes VALUES(:stream, :revision, :client, :at)"
 
 
@@ -247,7 +254,7 @@ def rename(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
 
 
 def _drop_orphans(db: sqlite3.Connection) -> None:
-    """Delete the rows of clients that were deleted, and the streams that nobody stands in."""
+    """Delete the rows of deleted clients, and streams without standings."""
     db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
@@ -288,6 +295,11 @@ _TAKERS = f"""
 SELECT {_CLIENT}, nullif(version_then, '') AS version_then, revision, taken_at
 FROM standings JOIN clients ON id = client WHERE stream = ? AND revision <> '' ORDER BY name
 """  # noqa: S608
+_TAKEN = """
+SELECT c.name, taken_at FROM takes JOIN clients c ON c.id = client JOIN streams t ON t.id = stream
+WHERE t.version = ? AND t.language = ? AND moniker = ? AND revision = ? ORDER BY taken_at DESC
+"""
+_TAKERS_SHOWN = 20
 _GROUPS = """
 SELECT nullif(version, '') AS version, nullif(language, '') AS language, count(*) AS clients
 FROM clients GROUP BY 1, 2 ORDER BY clients DESC, version, language LIMIT 1000
@@ -304,9 +316,9 @@ AND (:seen_at IS NULL OR (seen_at, id) < (:seen_at, :id)) ORDER BY seen_at DESC,
 
 
 class Reports:
-    """Takes in news of clients, and answers what is asked of them.
+    """Stores news of clients, and reports on them.
 
-    All methods belong to the event loop. What the disk refuses to take is tried again; nobody waits for it.
+    All methods belong to the event loop. A write that the disk refuses is retried; no caller waits for it.
     """
 
     def __init__(
@@ -317,7 +329,7 @@ class Reports:
         age_clock: Callable[[], float],
         held: Callable[[], Mapping[Stream, str]],
     ) -> None:
-        """`age_clock` tells the time that ages are measured from, `held` the newest revisions stored."""
+        """`age_clock` is the time that ages are measured from, `held` the newest revisions stored."""
         self._dependencies = dependencies
         self._database = database
         self._clock, self._age_clock = clock, age_clock
@@ -326,7 +338,7 @@ class Reports:
         self._parts = ReceivedParts()
         self._names: ClientNames | None = None
         self._named_by = ""
-        """The mode by which stored clients are named; "" after a start, until they are."""
+        """The mode in which stored clients are named; "" after a start, until they are."""
 
     # --- news
 
@@ -336,25 +348,21 @@ class Reports:
         return self._dependencies.settings().reports.addresses
 
     def see(self, clients: Iterable[str]) -> None:
-        """These clients made a request."""
         for client in clients:
-            if (name := self._name(client)) is not None:
+            if (name := self.name_of(client)) is not None:
                 self._batch.see(name, self._clock())
 
     def take(self, taken: Taken) -> None:
-        """What clients took and asked for."""
         at = min(taken.at, self._clock())
         for take in taken.rows:
-            if (name := self._name(take.client)) is not None:
+            if (name := self.name_of(take.client)) is not None:
                 self._batch.add(take._replace(client=name), at, self._parts)
 
-    def _name(self, client: str) -> str | None:
+    def name_of(self, client: str) -> str | None:
         """The name to store, or None; just after a reload workers still send names by the old settings."""
         if self.mode == "full" or (self.mode == "hashed" and is_hashed(client)):
             return client
         return self._names.hashed(client) if self.mode == "hashed" and self._names is not None else None
-
-    # --- jobs
 
     async def write_clients(self) -> None:
         """Store what is new about clients."""
@@ -389,7 +397,7 @@ class Reports:
             path = self._dependencies.store.run / "address-key"
             self._names = ClientNames("hashed", await asyncio.to_thread(read_key, path))
         names = self._names
-        by_old_names, self._batch = self._batch, Batch()  # what comes from now on is called right
+        by_old_names, self._batch = self._batch, Batch()  # from now on clients are named by the new settings
 
         def rename_all(db: sqlite3.Connection) -> None:
             write_batch(db, by_old_names)
@@ -404,7 +412,7 @@ class Reports:
         elif mode == "full":
             self._put_back(by_old_names)
 
-    # --- what is asked
+    # --- queries
 
     async def newest_clients(self) -> list[tuple[str, float]]:
         """Stored clients with the time they were seen last; none when the disk refuses."""
@@ -453,6 +461,25 @@ class Reports:
                 revisions=revisions,
                 lagging=[schemas.LaggingClient(**row, **_lag(known, row["revision"])) for row in lagging],
             )
+
+    async def groups(self) -> list[schemas.ClientGroup]:
+        """How many clients state what."""
+        await self.write_clients()
+        return await self._database.run(
+            lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
+        )
+
+    async def takers(self, stream: Stream, revision: str) -> tuple[int, list[schemas.SeenClient]]:
+        """How many clients took a revision, and the last of them."""
+        await self.write_clients()
+
+        def look(db: sqlite3.Connection) -> tuple[int, list[schemas.SeenClient]]:
+            taken = db.execute(_TAKEN, (*stream, revision)).fetchall()
+            return len(taken), [
+                schemas.SeenClient(address=name, seen_at=at) for name, at in taken[:_TAKERS_SHOWN]
+            ]
+
+        return await self._database.run(look)
 
     async def restarts(self) -> schemas.RestartReport:
         """*Restart pending*, and how many clients state what."""
@@ -528,12 +555,12 @@ def _lag(known: list[str], revision: str | None) -> dict[str, Any]:
 def _restart_state(
     version_then: str | None, version_now: str | None, releases: Releases
 ) -> Literal["pending", "unknown", "restarted"]:
-    """What is known of a client that took a client patch; one that states no build may run it or not."""
+    """The state of a client that took a client patch; one that states no build may run it or not."""
     then, now = releases.version(version_then or ""), releases.version(version_now or "")
     if then is None or now is None:
         return "unknown"
     if then.older_than(now) or (then.release == now.release and then.patch < now.patch):
         return "restarted"
-    # The name of a release does not change with a patch: it names no build.
+    # A release's name does not change with a patch: it names no build.
     builds = all(version.text.count(".") == 3 or version.patch for version in (then, now))
     return "pending" if builds else "unknown"

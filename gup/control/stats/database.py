@@ -1,7 +1,6 @@
 """The statistics database: one SQLite file for clients, savings and history.
 
-A file that can't be read is moved aside and a new one is begun: statistics are worth much, but the service
-goes on without them.
+A file that can't be read is moved aside and a new one is begun: the service continues without old statistics.
 """
 
 import asyncio
@@ -52,14 +51,13 @@ class StatsDatabase:
     """`reports/stats.db` below the cache directory `root`; opened at its first use, and after damage."""
 
     def __init__(self, root: Path, on_written: Callable[[str, str | None], None]) -> None:
-        """`on_written` is told after each `store` of something why the disk refused it; None: it did not."""
+        """`on_written` is called after each `store` with the error, None for success."""
         self.path = root / "reports" / "stats.db"
         self._on_written = on_written
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gup-stats")
 
     async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """`transact` in the database's own thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.transact, work)
 
     async def store(self, what: str, work: Callable[[sqlite3.Connection], None]) -> bool:
@@ -73,14 +71,13 @@ class StatsDatabase:
         return refusal is None
 
     async def stop(self) -> None:
-        """Close the file and end the thread."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.close)
         await asyncio.to_thread(self._thread.shutdown)
 
     def transact(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Do `work` in one transaction: all of it is kept, or nothing. Blocks on the disk.
 
-        OSError when the disk refuses for now. On a damaged file the work is done again, on a new one.
+        OSError when the disk refuses for now. On a damaged file the work is repeated on a new one.
         """
         try:
             try:
@@ -139,7 +136,7 @@ class StatsDatabase:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
 
     def _move_aside(self, why: str) -> None:
-        """Rename the file; one that was moved aside before is replaced."""
+        """Rename the file, replacing an earlier renamed one."""
         aside = self.path.with_name(f"{self.path.name}.damaged")
         for suffix in ("", "-wal"):
             old, new = (each.with_name(each.name + suffix) for each in (self.path, aside))

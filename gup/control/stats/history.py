@@ -1,14 +1,16 @@
-"""The history: what the counters gained in each minute of a day, each hour of ninety days, and each day.
+"""The history: the gains of the counters in each minute of a day, each hour of ninety days, and each day.
 
 All minutes, all hours and all days add up to the counters, across restarts too: a reading adds what was
 counted since the one before, in one transaction with the marks that it is compared with. The wall clock only
 names points. Minutes and hours are dropped in the order in which they were begun: a clock that is wrong for
-an hour adds an hour of misplaced points and removes nothing. Days are the savings ledger, in the site's zone.
+an hour adds an hour of misplaced points and removes nothing; when it is put back, `take_back` brings them to
+the present. Days are the savings ledger, in the site's zone.
 """
 
 import asyncio
 import functools
 import logging
+import math
 import sqlite3
 import time
 from collections import Counter, deque
@@ -22,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
 from gup.control.dependencies import ControlDependencies
+from gup.control.eviction import JUMP_SECONDS
 from gup.control.stats.database import StatsDatabase
 from gup.metrics import (
     CODES_OF_RESULT,
@@ -47,11 +50,11 @@ FIGURES = {
     "gup_requests_total": "requests.{result}",
     "gup_fills_total": "fills.{outcome}",
 }
-"""What a minute or hour is made of: a metric, and the name of its sum, with labels of the series in it."""
+"""The sums of a minute or hour: a metric, and the name of its sum, with labels of the series in it."""
 METRICS = (*FIGURES, "gup_stream_sent_bytes_total", "gup_stream_received_bytes_total", STREAM_WASTED.name)
-"""What a day is made of: series of these metrics."""
+"""The metrics whose series make up a day."""
 EARLIER = ""
-"""The day of all that was counted before the days that are kept."""
+"""The day of everything counted before the days that are kept."""
 MINUTE, HOUR, DAY = 60, 3600, 86400
 KEPT = {MINUTE: 26 * 60, HOUR: 90 * 24 + 1}
 """How many points are kept, by their length in seconds; a day has up to 25 hours."""
@@ -72,7 +75,7 @@ class RateWindow:
         self._last = (0.0, 0)
 
     def see(self, total: int, now: float) -> int:
-        """Take in the counter's value; its increase within the window (0 at the first call)."""
+        """The increase of the counter within the window (0 at the first call)."""
         if not self._marks or now - self._marks[-1][0] >= self._seconds / 20:
             self._marks.append((now, total))
         while len(self._marks) > 1 and self._marks[1][0] <= now - self._seconds:
@@ -81,14 +84,14 @@ class RateWindow:
         return max(0, total - self._marks[0][1])
 
     def per_second(self) -> float | None:
-        """The rate over the window; None while nothing has been compared."""
+        """None until there are two readings."""
         if not self._marks or self._last[0] <= self._marks[0][0]:
             return None
         (then, before), (now, after) = self._marks[0], self._last
         return max(0.0, (after - before) / (now - then))
 
     def bytes_per_second(self) -> int:
-        """The rate as a whole number, 0 while nothing has been compared."""
+        """0 until there are two readings."""
         return round(self.per_second() or 0)
 
 
@@ -168,7 +171,7 @@ def traffic_by_stream(counts: Counts, labels: Sequence[tuple[str, str]]) -> list
 
 
 def within(day: str, today: str, days: int) -> bool:
-    """Whether `day` is one of the last so many, today among them."""
+    """Whether `day` is one of the last `days`, today included."""
     if not day or day > today:
         return False
     return (date.fromisoformat(today) - date.fromisoformat(day)).days < days
@@ -192,7 +195,7 @@ class Reading:
         return site_time(self.settings, self.at).date().isoformat()
 
     def gained_since(self, before: Counts) -> dict[str, int]:
-        """What has changed of that which days are made of, and by how much."""
+        """The changes of the series that days are made of."""
         now = {name: n for name, n in self.totals.items() if n and name.partition("{")[0] in METRICS}
         gained = {name: now.get(name, 0) - before.get(name, 0) for name in now.keys() | before.keys()}
         return {name: value for name, value in gained.items() if value}
@@ -260,9 +263,9 @@ def prune_days(db: sqlite3.Connection, oldest: str) -> None:
 class Point:
     """One minute or hour, as it is stored.
 
-    Peaks are bytes per second, the highest of its time; `wan_limit` (0: none) and `entries_bytes` the last.
-    `number` is its place in the order in which points of its length were begun. `covered_seconds` is how much
-    of it was seen: less than its length at a start, more when the clock was put back.
+    Peaks are the highest rates, in bytes per second; `wan_limit` (0: none) and `entries_bytes` the last
+    values. `number` counts the points of its length in the order in which they were begun. `covered_seconds`
+    is the observed time: less than its length at a start, more when the clock was put back.
     """
 
     wan_peak: int = 0
@@ -299,25 +302,60 @@ def points_of(db: sqlite3.Connection, step: int, since: float, until: float) -> 
 
 
 def add_gain(db: sqlite3.Connection, now: float, gained: Counter[str], seconds: float, gauges: Point) -> None:
-    """Add to the minute and the hour of `now` (Unix) what was counted within so many seconds."""
+    """Add what was counted within this many seconds to the minute and the hour of `now` (Unix)."""
     for step, kept in KEPT.items():
-        at = int(now // step) * step
-        (newest,) = db.execute("SELECT max(number) FROM points WHERE step = ?", (step,)).fetchone()
-        number = 0 if newest is None else newest + 1
-        point = next(iter(points_of(db, step, at, at)), Point(step=step, at=at, number=number))
-        # Counters that lost their last seconds in a power cut gain nothing: what was counted before was true.
-        point.sums.update(+gained)
-        point.covered_seconds += seconds
-        point.note(gauges)
-        row = (step, at, point.number, _POINT.dump_json(point).decode())
-        db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)", row)
+        # Counters that lost their last seconds in a power cut gain nothing: the earlier count was right.
+        number = _add_to_point(db, step, now, +gained, seconds, gauges)
         db.execute("DELETE FROM points WHERE step = ? AND number <= ?", (step, number - kept))
 
 
-class Recorder:
-    """Reads the counters: each second for rates (`wan`, `clients`), and now and then for history and savings.
+def _add_to_point(
+    db: sqlite3.Connection, step: int, now: float, gained: Counter[str], seconds: float, gauges: Point
+) -> int:
+    """Add to the point of this length at `now`; the number of the next one that is begun."""
+    at = int(now // step) * step
+    (newest,) = db.execute("SELECT max(number) FROM points WHERE step = ?", (step,)).fetchone()
+    number = 0 if newest is None else newest + 1
+    point = next(iter(points_of(db, step, at, at)), Point(step=step, at=at, number=number))
+    point.sums.update(gained)
+    point.covered_seconds += seconds
+    point.note(gauges)
+    row = (step, at, point.number, _POINT.dump_json(point).decode())
+    db.execute("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?)", row)
+    return number
 
-    What the disk refuses to take is counted with the next reading.
+
+_TIMES = (
+    *(("clients", "first_at"), ("clients", "seen_at")),
+    *(("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
+)
+
+
+def take_back(db: sqlite3.Connection, reading: Reading) -> None:
+    """Bring all that lies in the future of this reading to its time: the clock was ahead when it was written.
+
+    Days and points are added to the present ones, so that they still add up to the counters.
+    """
+    for table, column in _TIMES:
+        db.execute(f"UPDATE {table} SET {column} = ?1 WHERE {column} > ?1", (reading.at,))  # noqa: S608
+    db.execute(
+        "INSERT INTO days SELECT ?1, series, sum(value) FROM days WHERE day > ?1 "  # noqa: S608
+        f"GROUP BY series {_ADD_TO_DAY}",
+        (reading.today,),
+    )
+    db.execute("DELETE FROM days WHERE day > ?", (reading.today,))
+    for step in KEPT:
+        ahead = points_of(db, step, int(reading.at) + 1, math.inf)
+        db.execute("DELETE FROM points WHERE step = ? AND at > ?", (step, reading.at))
+        for point in ahead:
+            _add_to_point(db, step, reading.at, point.sums, point.covered_seconds, point)
+
+
+class Recorder:
+    """Reads the counters: each second for rates (`wan`, `clients`), and from time to time for history and
+    savings.
+
+    A reading that the disk refuses is counted with the next one.
     """
 
     def __init__(
@@ -352,7 +390,14 @@ class Recorder:
 
             def add(db: sqlite3.Connection) -> None:
                 seconds = self._catch_up(db, reading, own) if self._read_at is None else now - self._read_at
+                before = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
+                # A clock before the installation is wrong itself: perhaps one without a battery, not yet set.
+                if before is not None and reading.installed_at <= reading.at < before[0] - JUMP_SECONDS:
+                    _log.warning(
+                        "the clock was put back: what was stored ahead of it is brought to the present"
+                    )
+                    take_back(db, reading)
 
             if await self._database.store("savings", add):
                 self._read_at = now
@@ -364,7 +409,7 @@ class Recorder:
         """Add what was counted before this start to the minute and the day of the last reading.
 
         Returns the seconds for which this process was away, if that was only a moment. Without an earlier
-        reading nothing is known of when all that was counted.
+        reading the times of these counts are unknown.
         """
         read = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
         at = reading.at if read is None else read[0]
@@ -392,5 +437,5 @@ class Recorder:
         reading = self._reading()
         try:
             return await self._database.run(lambda db: (reading.today, days_until(db, reading)))
-        except OSError:  # what single days counted can't be read now; what all did is known
+        except OSError:  # single days can't be read now; their total is known
             return await asyncio.to_thread(lambda: (reading.today, days_until(None, reading)))

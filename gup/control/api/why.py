@@ -1,0 +1,195 @@
+"""What is known of one file: whether it is stored and why not, where it came from, who took it, who may."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Literal
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from pydantic import Field
+
+from gup.content.key import ABSENT, ContentKey, Kind
+from gup.content.routes import path_of
+from gup.content.rules import Rulebook
+from gup.content.variant_choice import Choices
+from gup.control.api import schemas
+from gup.control.api.endpoint import Endpoint, Request, Text
+from gup.control.api.entries import labels_of, shown
+from gup.control.api.maintenance import prefetch_row
+from gup.control.api.status import fills_under_way
+from gup.control.index import content_revision, row_of, stream_of
+from gup.control.state import ControlState
+from gup.errors import Problem
+from gup.units import bytes_in_words, time_in_words
+
+
+class Question(Request):
+    """Which file."""
+
+    of: Text = Field(
+        description="A key as lists show it, or a path or URL such as /content/{MONIKER}/260101001/full.zip.",
+        max_length=9000,
+    )
+
+
+async def why(state: ControlState, query: Question) -> schemas.Why:
+    """What is known of one file."""
+    asked = urlsplit(query.of).path if "://" in query.of else query.of
+    if asked.startswith("/"):
+        try:
+            route = state.prefetcher.route(asked)
+        except Problem as problem:
+            raise web.HTTPNotFound(
+                text=f"of: no client can be served {asked!r:.300}: {problem.detail}"
+            ) from problem
+        places = [stored for _, stored in state.dependencies.places(route.stream)]
+        found = dict.fromkeys((route.key(place) for place in places), route.upstream_path)
+        for stream in state.index.streams():
+            key = ContentKey(*stream, *next(iter(found)).text.split("/")[3:]) if found else None
+            if key is not None and stream[2] == route.stream and key.text in state.index.rows:
+                found.setdefault(key, route.upstream_path)
+    else:
+        try:
+            key = ContentKey.parse(asked)
+        except ValueError as error:
+            raise web.HTTPBadRequest(
+                text=f"of: {asked!r:.300} is neither a key nor a path: {error}"
+            ) from error
+        found = {key: path_of(key)}
+    if not found:
+        raise web.HTTPNotFound(text="of: no upstream is configured for such content")
+    disk = await state.evictor.measure()
+    fills = {fill.id: fill for fill in fills_under_way(state, disk.parts)}
+    return schemas.Why(
+        files=[await _known(state, key, path, fills.get(key.id)) for key, path in found.items()]
+    )
+
+
+async def _known(
+    state: ControlState, key: ContentKey, path: str, fill: schemas.Fill | None
+) -> schemas.KnownFile:
+    stored = await asyncio.to_thread(state.dependencies.store.stored, key)
+    record, row = stored.record if stored is not None else None, state.index.rows.get(key.text)
+    if row is None and stored is not None and record is not None:
+        row = row_of(stored)
+    queued, notes = state.prefetcher.queue.rows.get(key), state.notes.of(key.text)
+    waiting: Literal["fill", "prefetch"] | None = None
+    if fill is None and state.dependencies.claims.taken(key.claim_offset):
+        waiting = "fill"
+    elif fill is None and queued is not None and queued.pending:
+        waiting = "prefetch"
+    kind = Kind.DELTA if key.file.lower().endswith(".dax") else Kind.OTHER
+    revision = content_revision(kind, key.revision, key.file)
+    taken, clients = await state.reports.takers(stream_of(key), revision) if revision else (0, [])
+    known = schemas.KnownFile(
+        key=key.text,
+        path=path,
+        said=[],
+        stored=record is not None,
+        entry=None if row is None else shown(row, labels_of(state)(row.stream_id, row.file)),
+        upstream=None if record is None else record.upstream,
+        **{name: notes.get(name) for name in ("fetched", "failed", "unstored", "removed")},
+        fill=fill,
+        waiting=waiting,
+        prefetch=None if queued is None else prefetch_row(state, queued),
+        refusals=await _refusals(state, key),
+        taken=taken,
+        clients=clients,
+    )
+    for about in (_said_of_the_store, _said_of_fills, _said_of_clients):
+        known.said += about(state, known)
+    return known
+
+
+async def _refusals(state: ControlState, key: ContentKey) -> list[schemas.RuleRefusal]:
+    """Which of the clients that are known may not have it, and by which rule."""
+    if key.stream == ABSENT:
+        return []
+    nobody = schemas.ClientGroup(version=None, language=None, clients=0)
+    groups = await state.reports.groups() or [nobody]
+
+    def decide() -> list[schemas.RuleRefusal]:
+        """In a thread: the tables of languages are read from a file when they are first used."""
+        book = Rulebook(state.settings)
+        choices = Choices(book, state.dependencies.catalogue_rows(), state.settings.upstream)
+        found = []
+        for group in groups if choices.any_source else ():
+            client = book.identities.stated(group.version, group.language)
+            choice = choices.choose_for(key.stream, client)
+            if choice.decision.rule is not None:
+                refusal = schemas.RuleRefusal(
+                    **dict(group),
+                    rule=str(choice.decision.rule),
+                    because=choice.decision.because,
+                    enforced=choice.refused,
+                )
+                found.append(refusal)
+        return found
+
+    return await asyncio.to_thread(decide)
+
+
+def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
+    if known.stored and (entry := known.entry) is not None:
+        pinned, size = ", pinned" if entry.pinned else "", bytes_in_words(entry.length_bytes)
+        yield f"Stored {_ago(state, entry.stored_at)}, {size}, from {known.upstream}{pinned}."
+        yield f"Asked for {entry.hits} times since, last used {_ago(state, entry.used_at)}."
+        return
+    yield "Not stored."
+    if known.removed is not None:
+        yield f"It was stored, and {known.removed.detail} {_ago(state, known.removed.at)}."
+    if known.unstored is not None:
+        yield f"Passed through and not stored, {_ago(state, known.unstored.at)}: {known.unstored.detail}."
+    if (refusal := state.refusals.rows.get("content")) is not None:
+        yield f"The disk stores nothing at present: {refusal.detail}."
+    told = (
+        known.fetched,
+        known.fill,
+        known.waiting,
+        known.prefetch,
+        known.removed,
+        known.unstored,
+        known.failed,
+    )
+    if not any(told):
+        yield "Nobody has asked for it since the service started, as far as is known."
+    if not state.index.complete:
+        yield "The index does not cover the whole store yet."
+
+
+def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
+    if (fetched := known.fetched) is not None and fetched.seconds:
+        resumed = f", resumed {fetched.resumes} times" if fetched.resumes else ""
+        yield f"The last fill took {time_in_words(fetched.seconds)}{resumed}."
+    if (fill := known.fill) is not None:
+        of = "" if fill.length_bytes is None else f" of {bytes_in_words(fill.length_bytes)}"
+        yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} are here."
+    elif known.waiting == "fill":
+        waiting = state.dependencies.fills_waiting()
+        yield f"A worker waits for a fill slot or for upstream's answer ({waiting} fills wait for a slot)."
+    if (queued := known.prefetch) is not None:
+        detail = f": {queued.detail}" if queued.detail else ""
+        yield f"Prefetch, by {queued.by}, {_ago(state, queued.asked_at)}: {queued.outcome}{detail}."
+    if known.failed is not None:
+        yield f"A fill failed {_ago(state, known.failed.at)}: {known.failed.detail}."
+    for row in state.rejections():
+        if row.key == known.key:
+            yield f"{row.upstream} sent what can't be it, {_ago(state, row.at)}: {row.detail}."
+
+
+def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
+    for refused in known.refusals:
+        states = " and ".join(filter(None, (refused.version, refused.language))) or "nothing"
+        verb = "may not have it" if refused.enforced else 'would be refused if rules.mode were "enforce"'
+        why = f"by the rule {refused.rule}: {refused.because}"
+        yield f"{refused.clients} clients that state {states} {verb}, {why}."
+    if known.taken:
+        names = ", ".join(f"{one.address} ({_ago(state, one.seen_at)})" for one in known.clients[:5])
+        yield f"{known.taken} clients took this revision, the last of them: {names}."
+
+
+def _ago(state: ControlState, at: float) -> str:
+    return f"{time_in_words(max(0.0, state.clock() - at))} ago"
+
+
+ENDPOINTS = (Endpoint("GET", "/api/v1/why", why, problems=(404,)),)
