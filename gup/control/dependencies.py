@@ -1,3 +1,5 @@
+"""The collaborators of the control plane, given by the controller process."""
+
 import asyncio
 import socket
 import time

@@ -35,7 +35,7 @@ class Request:
     """One well-formed request; it has no body, unless its method is one that `check_method` refuses.
 
     `headers` have names in lower case and values without surrounding white space, one character a byte.
-    `head` is the text it was parsed from, `peer` the client's address.
+    `head` is the text it was parsed from, `client` who shares with others (Connection.client).
     """
 
     method: str
@@ -44,7 +44,7 @@ class Request:
     headers: tuple[tuple[str, str], ...]
     keep_alive: bool
     head: bytes = field(default=b"", compare=False, repr=False)
-    peer: str = field(default="", compare=False)
+    client: str = field(default="", compare=False)
 
     def header(self, name: str) -> str | None:
         """The field's value, its repetitions joined by ", " (RFC 9110 section 5.3); `name` in lower case."""
@@ -121,7 +121,7 @@ class _Fields:
         self.headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
 
 
-def parse_head(head: bytes, peer: str = "") -> Request:
+def parse_head(head: bytes, client: str = "") -> Request:
     """`head` is whole, from its first letter to its CRLFCRLF.
 
     Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
@@ -152,7 +152,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     # RFC 9112 section 9.3.
     options = {option.strip(" \t").lower() for option in ",".join(_values(headers, "connection")).split(",")}
     keep_alive = "close" not in options and (minor == 1 or "keep-alive" in options)
-    return Request(method, line[1], minor, headers, keep_alive, head, peer)
+    return Request(method, line[1], minor, headers, keep_alive, head, client)
 
 
 def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:
