@@ -442,9 +442,7 @@ class Answer:
 
     async def _take(self) -> bytes:
         content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
-        # Bytes received before a break are valid. aiohttp's public way to read raises at once, and would lose
-        # them.
-        piece = content._read_nowait(slice_bytes or -1)  # noqa: SLF001
+        piece = _received(content, slice_bytes or -1)
         waited_seconds = 0.0
         if not piece and not content.at_eof():
             began = time.monotonic()
@@ -481,6 +479,18 @@ class Answer:
         if not self._closed:
             self._closed = True
             self._pool.done(self._upstream)
+
+
+def _received(content: "aiohttp.StreamReader", most: int) -> bytes:
+    """What has come already. Before a break it is good, but aiohttp hands none of it out after one."""
+    broken = content.exception()
+    if broken is None:
+        return content.read_nowait(most)
+    content.set_exception(None)  # type: ignore[arg-type]  # none, for a moment
+    try:
+        return content.read_nowait(most)
+    finally:
+        content.set_exception(broken)
 
 
 def _take_exception(end: asyncio.Future[None]) -> None:
