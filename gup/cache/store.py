@@ -205,10 +205,10 @@ class Store:
         self._require_claim(key)
         freed = self.drop_parts(key.id) + self.remove(key)
         self.drop_state(key.id)
-        folder = self.body_path(key).parent
-        while not folder.is_dir():
-            folder = folder.parent
-        sync_folder(folder)
+        for folder in self.body_path(key).parents:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # the lowest that is left
+                sync_folder(folder)
+                break
         return freed
 
     def scan(self) -> Iterator[Stored]:
@@ -283,12 +283,10 @@ class Store:
         return sum(self.drop_part(id_, generation) for generation in self.generations(id_))
 
     def drop_journal(self, id_: str, generation: int) -> None:
-        """Remove the sums and state of a part that has been committed."""
         unlink(self.sums_path(id_, generation))
         self.drop_state(id_)
 
     def generations(self, id_: str) -> list[int]:
-        """The generations that have a part, ascending."""
         names = (name.split(".") for name in os.listdir(self.partial) if name.startswith(id_))  # noqa: PTH208 - at every miss
         return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
@@ -381,7 +379,7 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path) -> None:
-        """Rename, making the folder again if `remove` prunes it at the same moment."""
+        """Rename, making the folder; again if `remove` or `prune` removes it meanwhile, or one above it."""
         for attempt in range(5):
             try:
                 source.rename(target)
@@ -389,7 +387,8 @@ class Store:
             except FileNotFoundError:
                 if attempt == 4 or not source.exists():
                     raise
-                target.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # a folder above it was pruned
+                    target.parent.mkdir(parents=True, exist_ok=True)
             except IsADirectoryError:  # not made by gup
                 if attempt == 4:
                     raise
@@ -409,7 +408,6 @@ def _read(path: Path, most_bytes: int) -> bytes | None:
 
 
 def unlink(path: Path) -> None:
-    """Remove whatever has this name."""
     try:
         path.unlink(missing_ok=True)
     except NotADirectoryError:
@@ -426,7 +424,6 @@ _PROBE_STEP_BYTES = 128 * 1024
 
 
 def span_of(record: Record, chunk: int) -> tuple[int, int]:
-    """Offset and length of a chunk, in bytes."""
     start = chunk * CHUNK_BYTES
     return start, min(CHUNK_BYTES, record.length - start)
 

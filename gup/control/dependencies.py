@@ -1,4 +1,4 @@
-"""The collaborators of the control plane, given by the controller process."""
+"""The collaborators of the control plane, given by the controller process, and how it changes an entry."""
 
 import asyncio
 import socket

@@ -58,8 +58,9 @@ class Eviction:
     part: Part | None = None
 
     @property
-    def claim_offset(self) -> int:
-        return int(self.key[:16], 16) >> 2 if self.part else ContentKey.parse(self.key).claim_offset
+    def id(self) -> str:
+        """That of the key, which has to be claimed."""
+        return self.part.id if self.part else ContentKey.parse(self.key).id
 
 
 def plan_evictions(
@@ -104,7 +105,6 @@ def plan_evictions(
 
 
 def _is_whole(part: Part) -> bool:
-    """It has every byte of its body: recovery commits it."""
     state = part.state
     if state is None or state.head is None:
         return False
@@ -245,13 +245,9 @@ class Evictor:
 
         Claims are taken and released on the event loop only: two threads of a process would both get one.
         """
-        with contextlib.ExitStack() as claimed:
-            ours: list[Eviction] = []
-            for eviction in plan:
-                if self._claims.try_claim(eviction.claim_offset):
-                    claimed.callback(self._claims.release, eviction.claim_offset)
-                    ours.append(eviction)
-            done = await to_its_end(self._remove_all, ours)
+        with contextlib.ExitStack() as claims:
+            removable = [one for one in plan if claims.enter_context(self._store.claimed(one.id))]
+            done = await to_its_end(self._remove_all, removable)
         counters = self._dependencies.counters
         for eviction in done:
             if eviction.part is None:
@@ -292,7 +288,7 @@ class Evictor:
         return freed
 
     async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
-        """Purge many; how many were, and the bytes freed. Those that another process works on are left."""
+        """How many were purged, and the bytes freed. Entries with a claim are left."""
         purged, freed = 0, 0
         try:
             for key in keys:

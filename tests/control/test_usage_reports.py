@@ -12,8 +12,8 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 
-import harness.control
 import pytest
+from control import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +66,7 @@ def tell(world, *rows):
 
 
 async def get(browser, world, path, status=200):
-    found, told = await harness.control.get(browser, world, "/api/v1" + path)
+    found, told = await calls.get(browser, world, "/api/v1" + path)
     assert found == status, told
     return told
 
