@@ -14,7 +14,7 @@ from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
-from gup.cache.passthrough import PassThrough
+from gup.cache.passthrough import PassThrough, too_many_misses
 from gup.cache.records import Failure, Head, Record, route_of
 from gup.cache.recovery import Leftover, examine, is_fresh
 from gup.cache.store import OpenFile
@@ -158,7 +158,7 @@ class Cache:
                 await self._refuse_circle(key, variant, passed)
             fill = self._fills.get(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
-            fill = fill or self._begin(Fill(key, route, variant, passed, client))
+            fill = fill or self._begin_for(Fill(key, route, variant, passed, client))
             fill.promote(deps.pool.wan)
             try:
                 joined = await self._joined(fill, passed)
@@ -184,6 +184,12 @@ class Cache:
         raise Problem(
             "overloaded", "the entry was removed while it was opened; try again", retry_after_seconds=1.0
         )
+
+    def _begin_for(self, fill: Fill) -> Fill:
+        """Begin a client's fill; Problem when the client asks for too much that is not open here."""
+        if not self._deps.count_miss(fill.client):
+            raise too_many_misses(self._deps)
+        return self._begin(fill)
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
         """A body that could not be stored; storing it is retried from time to time."""
@@ -465,6 +471,6 @@ class Cache:
             fill = self._tasks[task]
             if fill is None or not fill.finishing:
                 task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self.pass_through.stop(), return_exceptions=True)
         self._deps.memory.close()
         self._entries.clear()

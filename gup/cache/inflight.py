@@ -9,23 +9,20 @@ from enum import Enum
 from gup import config
 from gup.cache.body import GrowingBody
 from gup.cache.disk import Space
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
 from gup.cache.records import Record
-from gup.cache.scheduler import FillQueue
+from gup.cache.scheduler import Class, FillQueue, class_of
 from gup.cache.store import OpenFile, Store
 from gup.cache.streams import Streams
-from gup.content.key import ContentKey, Kind, Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.pool import Pool
-
-PRIORITIES = {Kind.DELTA: 0, Kind.INDEX: 1, Kind.FULL: 2, Kind.OTHER: 2}
-"""Order in which fills get a slot, and WAN bytes: small and urgent ones first."""
-BACKGROUND_PRIORITY = 3
 
 
 @dataclass(slots=True)
@@ -40,6 +37,8 @@ class FillDependencies:
     space: Space
     memory: MemoryFiles
     failures: NegativeCache
+    misses: ClientCounts
+    """Of each client, in this second."""
     streams: Streams
     executor: Executor
     settings: config.Settings
@@ -49,6 +48,11 @@ class FillDependencies:
     store_epoch: Callable[[], int]
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
+
+    def count_miss(self, client: str) -> bool:
+        """Count a request that needs an upstream; False when its client has too many in this second."""
+        most = self.settings.clients.max_misses_per_address
+        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
 
     @property
     def longest_wait_seconds(self) -> float:
@@ -107,7 +111,7 @@ class Fill:
     finishing: bool = False
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
-    """Some of its upstreams are gups, or may be."""
+    """Some of its upstreams are gups, or may be; known where `passed` names any."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
@@ -115,7 +119,7 @@ class Fill:
     _joining: int = 0
 
     def __post_init__(self) -> None:
-        self.share = Share(BACKGROUND_PRIORITY if self.background else PRIORITIES[self.route.kind])
+        self.share = Share(Class.BACKGROUND if self.background else class_of(self.route))
 
     @property
     def is_read(self) -> bool:
@@ -186,7 +190,7 @@ class Fill:
         """A client waits for it now."""
         if self.background:
             self.background = False
-            self.share.priority = PRIORITIES[self.route.kind]
+            self.share.priority = class_of(self.route)
             wan.sort_anew(self.share)
 
     async def outcome(self) -> bool:

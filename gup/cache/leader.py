@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from gup.cache.body import GrowingBody
 from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.inflight import PRIORITIES, Fill, FillDependencies, FillEnd, committed, is_shared
+from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared
 from gup.cache.locks import waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
@@ -34,7 +34,7 @@ from gup.cache.records import (
     remote_of,
 )
 from gup.cache.recovery import Leftover, give_up, note_damage, renew, save_failure, validated_at
-from gup.cache.scheduler import FillSlot
+from gup.cache.scheduler import FillSlot, class_of
 from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
@@ -212,7 +212,7 @@ class Leader:
         self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
         resuming = begun is not None and fill.is_read
-        fill.asks_gups = deps.pool.asks_gups(fill.variant, self._key.text)
+        fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
             candidates if resuming else deps.pool.admitted(candidates)
@@ -231,6 +231,7 @@ class Leader:
             path=self._state.path,
             purpose=self._purpose(),
             stream=self._stream(),
+            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
             if_none_match=record.upstream_etag if record else None,
             if_modified_since=record.last_modified if record else None,
             share=fill.share,
@@ -299,11 +300,12 @@ class Leader:
                 await asyncio.gather(watching, return_exceptions=True)
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
+        class_ = class_of(fill.route)
         async with deps.queue.held(
-            PRIORITIES[fill.route.kind], waited_seconds, inherits=fill.inherits, patient=fill.patient
+            class_, waited_seconds, fill.client, inherits=fill.inherits, patient=fill.patient
         ) as slot:
             if slot is None:
-                raise deps.queue.refusal(fill.share.priority)
+                raise deps.queue.refusal(class_, fill.client)
             self._slot = slot
             yield
 

@@ -12,7 +12,7 @@ from gup.cache.locks import Slots
 from gup.cache.open_entries import Opened, Result
 from gup.cache.part_file import WITHHELD_BYTES, ZIP_TAIL_BYTES, zip_end_is_right
 from gup.cache.records import Head, head_of
-from gup.content.key import Variant
+from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
@@ -131,6 +131,16 @@ class BypassBody:
             waiting()
 
 
+_OF_NO_KEY = frozenset({"overloaded", "no-upstream", "upstream-unreachable"})
+"""Problems that are no single key's: they are not remembered for one."""
+
+
+def too_many_misses(dependencies: FillDependencies) -> Problem:
+    most = dependencies.settings.clients.max_misses_per_address
+    detail = f"more than {most} requests a second for what is not here (clients.max_misses_per_address)"
+    return Problem("overloaded", detail, retry_after_seconds=1.0)
+
+
 class PassThrough:
     """`bodies` are slots for bodies that are passed through whole, `ranges` for ranges of growing ones."""
 
@@ -138,15 +148,53 @@ class PassThrough:
         self._deps = dependencies
         self._bodies = bodies
         self._ranges = ranges
+        self._heads: dict[tuple[ContentKey, str], asyncio.Task[Head]] = {}
 
     async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
-        """The head that GET would have for a body that is not stored. Problem when it can't be had."""
+        """The head that GET would have for a body that is not stored. Problem when it can't be had.
+
+        Concurrent HEADs share one upstream request. Those that came through other gups don't: such a gup may
+        itself be waiting for this one.
+        """
         key = route.key(variant)
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
-        remote = await self._ask(
-            route, variant, passed, Ask(route.upstream_path, "bypass", method="HEAD", client=client)
-        )
+        name = key, route.upstream_path
+        asking = self._heads.get(name) if not passed else None
+        if asking is None:
+            if not self._deps.count_miss(client):
+                raise too_many_misses(self._deps)
+            asking = asyncio.get_running_loop().create_task(self._ask_head(route, variant, passed, client))
+            if not passed:
+                self._heads[name] = asking
+                asking.add_done_callback(lambda done: self._forget_head(name, done))
+        try:
+            return await asyncio.shield(asking)
+        except Problem as problem:
+            raise problem.again() from problem
+
+    def _forget_head(self, name: tuple[ContentKey, str], done: asyncio.Task[Head]) -> None:
+        del self._heads[name]
+        if not done.cancelled():
+            done.exception()  # retrieved: those who asked may all have gone
+
+    async def stop(self) -> None:
+        for asking in list(self._heads.values()):
+            asking.cancel()
+        await asyncio.gather(*self._heads.values(), return_exceptions=True)
+
+    async def _ask_head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str) -> Head:
+        key = route.key(variant)
+        try:
+            ask = Ask(route.upstream_path, "bypass", method="HEAD", client=client)
+            remote = await self._ask(route, variant, passed, ask)
+        except Problem as problem:
+            known = self._deps.failures.get(key, route.upstream_path) is not None
+            if not passed and not known and problem.slug not in _OF_NO_KEY:
+                self._deps.failures.put(
+                    key, route.upstream_path, problem, self._deps.settings.cache.error_ttl
+                )
+            raise
         assert isinstance(remote, RemoteHead)
         head = head_of(key, remote)
         if remote.etag is None and remote.last_modified is None:
@@ -242,7 +290,7 @@ class PassThrough:
         """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
         ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
-        asks_gups = pool.asks_gups(variant, key.text)
+        asks_gups = bool(passed) and pool.asks_gups(variant, key.text)
         try:
             admitted = pool.admitted(pool.candidates(variant, key.text, passed))
         except UpstreamFailure as failure:

@@ -381,7 +381,7 @@ class Store:
             raise
 
     def _rename_into(self, source: Path, target: Path) -> None:
-        """Rename, making the folder again if `remove` prunes it at the same moment."""
+        """Rename, making the folder; again if `remove` or `prune` removes it meanwhile, or one above it."""
         for attempt in range(5):
             try:
                 source.rename(target)

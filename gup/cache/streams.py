@@ -1,5 +1,6 @@
 """Numbers for streams, so that their bytes can be counted in words: one short list for all processes."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,7 +20,7 @@ def read_streams(path: Path) -> list[tuple[str, str, str]]:
 
 
 class Streams:
-    """Gives each stream a permanent number; the streams after the first MAX_STREAMS share that number.
+    """Numbers streams when a body of theirs arrives; all others share the number MAX_STREAMS.
 
     The list only grows, a line a stream, appended under a lock: 50 times in a site's life.
     """
@@ -27,19 +28,30 @@ class Streams:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._numbers: dict[str, int] = {}
+        self._read_at: tuple[int, int] | None = None
 
     def number(self, key: ContentKey) -> int:
-        name = f"{key.version}/{key.language}/{key.stream}"
+        """A stream that is only asked for takes no number."""
+        name = _name(key)
         if name not in self._numbers:
-            if len(self._numbers) > 10 * MAX_STREAMS:
-                self._numbers.clear()
             try:
-                self._numbers[name] = self._find(name)
-            except OSError:  # a full disk: it is counted with the shared ones until there is room
+                stat = self._path.stat()
+            except OSError:
                 return MAX_STREAMS
-        return self._numbers[name]
+            if self._read_at != (stat.st_ino, stat.st_size):  # another process has given a number
+                self._read_at = (stat.st_ino, stat.st_size)
+                self._numbers = {"/".join(row): number for number, row in enumerate(read_streams(self._path))}
+        return self._numbers.get(name, MAX_STREAMS)
 
-    def _find(self, name: str) -> int:
+    def add(self, key: ContentKey) -> int:
+        """The stream's number; it gets one if one is left."""
+        number = self.number(key)
+        if number == MAX_STREAMS > len(self._numbers):
+            with contextlib.suppress(OSError):  # a full disk: it shares a number until there is room
+                number = self._numbers[_name(key)] = self._append(_name(key))
+        return number
+
+    def _append(self, name: str) -> int:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -54,3 +66,7 @@ class Streams:
             return len(lines)
         finally:
             os.close(fd)
+
+
+def _name(key: ContentKey) -> str:
+    return f"{key.version}/{key.language}/{key.stream}"

@@ -323,6 +323,18 @@ class Clients(Section):
     max_connections_per_address: Count = row(
         4096, "Connections of one address, such as a branch behind NAT; more are closed; 0 is unlimited."
     )
+    rate_per_address: Rate = row(0, 'Rate to all connections of one address; "0" is unlimited.')
+    max_downloads_per_address: Count = row(
+        0, "Bodies over 256 KiB sent to one address at once; more wait; 0 is unlimited."
+    )
+    max_misses_per_address: Count = row(
+        0, "Requests a second of one address that need the upstream; more get 503; 0 is unlimited."
+    )
+    shared: Networks = row(
+        [],
+        "Addresses that stand for many clients, such as a branch behind NAT or another gup: their requests "
+        "take turns by connection, and the limits for one address hold for each connection.",
+    )
 
 
 CONTENT_TYPES: dict[str, list[str]] = {

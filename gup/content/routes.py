@@ -34,6 +34,7 @@ _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _DELTA = re.compile(r"xdelta.*\.dax", _ANY_CASE)
 
 _LIVEUPDATE_INDEX = re.compile(r"minitri\.flg|.*_livetri\.zip", _ANY_CASE)
+_KNOWN_INDEX = re.compile(r"contentinfo\.txt|minitri\.flg|.*_livetri\.zip", _ANY_CASE)
 _LIVEUPDATE_VARIANT = re.compile(r".+_([^_]+)_([^_]+)_livetri\.zip", _ANY_CASE)
 _LIVEUPDATE_PAYLOAD = re.compile(r".+\.(?:m25|7z|zip|jdb)", _ANY_CASE)
 
@@ -70,6 +71,11 @@ class Route:
     upstream_path: str
     variant: Variant | None = None
     elsewhere: tuple[Variant, ...] = (Variant(ANY, ANY),)
+
+    @property
+    def known_index(self) -> bool:
+        """Whether the name is that of an index file which upstreams have, not one that anybody makes up."""
+        return _KNOWN_INDEX.fullmatch(self.file) is not None
 
     def keys(self, variant: Variant) -> Iterator[ContentKey]:
         """All keys to look up, first the one under which a fill stores."""

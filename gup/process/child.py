@@ -48,7 +48,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 class Assignment(BaseModel, frozen=True):
     """The first message to a child. The descriptors are open in the child under these numbers.
 
-    `listen_fds` are bound, listening and non-blocking. `addresses_fd` is for AddressCounts. `event_fd` is a
+    `listen_fds` are bound, listening and non-blocking. `shares_fd` is for FairShares. `event_fd` is a
     SOCK_SEQPACKET socket: the workers' end or the controller's. `lock_fd` holds run/children.lock while it is
     open. `generation` is 1 for the slot's first process and one more for each successor.
     """
@@ -59,14 +59,14 @@ class Assignment(BaseModel, frozen=True):
     settings: Settings
     listen_fds: tuple[int, ...]
     shared_fd: int
-    addresses_fd: int
+    shares_fd: int
     event_fd: int
     lock_fd: int
     generation: int
 
     @property
     def descriptors(self) -> set[int]:
-        return {self.shared_fd, self.addresses_fd, self.event_fd, self.lock_fd, *self.listen_fds}
+        return {self.shared_fd, self.shares_fd, self.event_fd, self.lock_fd, *self.listen_fds}
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ UPSTREAM_HEALTH = 16  # one word per upstream, in the format of gup.upstream.hea
 MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
 """Two words: the WAN's time clock and virtual clock, see gup.upstream.bandwidth."""
-FILL_HELD = WAN_CLOCK + 2  # one word per class of fill slots: see gup.cache.scheduler
+FILL_HELD = WAN_CLOCK + 2  # one word per group of fill slots: see gup.cache.scheduler
 MEMORY = 64  # the table of memory files: see gup.cache.memory_files
 MEMORY_ROWS = 64
 MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
@@ -59,8 +59,9 @@ class Row(IntEnum):
     DOWNLOAD_TURNS = 1  # the first waiter for a download slot: see gup.upstream.bandwidth.Turns
     PROMISES = 2  # bytes of disk space that the process has reserved for fills
     WAN_TURNS = 3  # the first waiter for WAN bytes
-    FILL_TURNS = 4  # the first waiter for a fill slot
-    FILL_BACKLOG = 5  # number of waiting fills: see gup.cache.scheduler
+    URGENT_TURNS = 4  # the first waiter for a fill slot, of the urgent classes
+    BULK_TURNS = 5  # and of the others
+    FILL_BACKLOG = 6  # number of waiting fills: see gup.cache.scheduler
 
 
 # --- blocks

@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from pydantic import BaseModel
 
 from gup import log
+from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.control.auth import local_path, make_local_token
@@ -25,7 +26,7 @@ from gup.process.child import Assignment, Child, ChildSlot, Message, Phase
 from gup.process.instance_lock import InstanceLock
 from gup.process.shared_memory import Row, SharedFile
 from gup.process.sockets import VARIABLES, Notifier, passed_sockets
-from gup.server.admission import address_file
+from gup.process.start_check import doubts
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class Supervisor:
         self._notifier = Notifier(environment, os.getpid())
         store = Store(settings.cache.directory)
         store.prepare()
+        for doubt in doubts(settings, time.time()):
+            _LOG.warning("%s", doubt)
         self._lock = InstanceLock(store.run, LOCK_SECONDS)
         stack.callback(self._lock.close)
         passed = passed_sockets(environment, os.getpid())
@@ -120,8 +123,8 @@ class Supervisor:
         names = [upstream.name for upstream in settings.upstream]
         self._shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
         stack.callback(self._shared.close)
-        self._addresses_fd = address_file(settings.worker_count)
-        stack.callback(os.close, self._addresses_fd)
+        self._shares_fd = shares_file(settings.worker_count)
+        stack.callback(os.close, self._shares_fd)
         self._beats = self._shared.row(Row.BEAT)
         self._counters = self._shared.counters(shared_memory.SUPERVISOR)
         # Events: the workers' end, the controller's end. Not SOCK_DGRAM: the kernel queues at most ten of its
@@ -201,7 +204,7 @@ class Supervisor:
             settings=self._settings,
             listen_fds=tuple(sock.fileno() for sock in listening),
             shared_fd=self._shared.fd,
-            addresses_fd=self._addresses_fd,
+            shares_fd=self._shares_fd,
             event_fd=self._events[0 if worker else 1].fileno(),
             lock_fd=self._lock.children_fd,
             generation=slot.generation,

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from gup import __version__, log
 from gup.cache.cache import Cache
 from gup.cache.disk import Space
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
-from gup.cache.scheduler import CLASSES, Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Settings
@@ -108,6 +109,7 @@ class ChildProcess(ABC):
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
                 lambda: shared.locked(layout.FAILURES),
             ),
+            misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
             settings=self.settings,
@@ -125,14 +127,14 @@ class ChildProcess(ABC):
         )
 
     def _fill_queue(self) -> FillQueue:
-        held = self.words[layout.FILL_HELD : layout.FILL_HELD + CLASSES]
+        held = self.words[layout.FILL_HELD : layout.FILL_HELD + GROUPS]
         return FillQueue(
             Slots(self.slots, _URGENT_FIRST, lambda: self.settings.fill.max),
             Slots(self.slots, _BULK_FIRST, lambda: self.settings.fill.max),
             # As many as an exited process can have held: `fill.max` of each class.
             Slots(self.slots, _INHERITED_FIRST, lambda: 2 * self.settings.fill.max),
             lambda: self.settings.fill.queue_timeout,
-            self.turns(Row.FILL_TURNS),
+            (self.turns(Row.URGENT_TURNS), self.turns(Row.BULK_TURNS)),
             Backlog(self.shared.row(Row.FILL_BACKLOG), held, self.block, self._alive),
         )
 

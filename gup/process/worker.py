@@ -8,6 +8,7 @@ from operator import itemgetter
 
 import uvloop
 
+from gup.cache.fair_shares import FairShares, Shared
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
@@ -15,7 +16,7 @@ from gup.process.child import Message, Parent
 from gup.process.shared_memory import POLICY_EPOCH, STORE_EPOCH, Row
 from gup.process.wiring import DOWNLOADS_FIRST, ChildProcess, run_child
 from gup.server.access_log import AccessLog
-from gup.server.admission import AddressCounts, Admission
+from gup.server.admission import Admission
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
@@ -35,7 +36,18 @@ class Worker(ChildProcess):
         hot_cache = HotCache(epochs, self.cache.close_removed)
         turns = self.turns(Row.DOWNLOAD_TURNS)
         slots = Slots(self.slots, DOWNLOADS_FIRST, lambda: self.settings.clients.max_downloads)
-        downloads = Downloads(slots, lambda: self.settings.clients, self.counters, shared.sum_of, turns)
+        self._shares = FairShares(parent.assignment.shares_fd, parent.assignment.slot)
+        counts = self._shares.counts
+        self.dependencies.queue.clients = counts[Shared.FILLS]
+        self.dependencies.misses = counts[Shared.MISSES]
+        downloads = Downloads(
+            slots,
+            lambda: self.settings.clients,
+            self.counters,
+            shared.sum_of,
+            turns,
+            counts[Shared.DOWNLOADS],
+        )
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))
         self._access_log = AccessLog(settings, self.counters, names)
         self._policy = Policy(self.dependencies, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
@@ -44,11 +56,10 @@ class Worker(ChildProcess):
         handler = Handler(
             self.dependencies, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node
         )
-        self._addresses = AddressCounts(parent.assignment.addresses_fd, parent.assignment.slot)
         admission = Admission(
             settings,
             self.counters,
-            self._addresses,
+            counts[Shared.CONNECTIONS],
             shared.sum_of("gup_client_connections"),
             most_here=self.descriptors * 3 // 4,
         )
@@ -68,9 +79,9 @@ class Worker(ChildProcess):
             await self._listener.drain(0.0)  # the supervisor is gone
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
-        self._addresses.close()
         await self._policy.close()
         await self.close()
+        self._shares.close()  # fills that ended just now had their part of it
 
     async def _warm_up(self) -> None:
         """The import takes longer than the rest of the start, so it is done once the worker serves."""

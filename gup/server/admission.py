@@ -1,18 +1,10 @@
 """Admission of client connections: allowed networks, and limits in all and for each address."""
 
-import ipaddress
-import mmap
-import os
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-
-import xxhash
+from collections.abc import Callable
 
 from gup import config
+from gup.cache.fair_shares import ClientCounts, client_of, networks_of
 from gup.metrics import Counters
-
-_CELLS = 1 << 16
-_COLUMN_WORDS = 2 * _CELLS
 
 
 class Admission:
@@ -27,7 +19,7 @@ class Admission:
         self,
         settings: config.Settings,
         counters: Counters,
-        addresses: "AddressCounts",
+        addresses: ClientCounts,
         total: Callable[[], int],
         *,
         most_here: int,
@@ -37,7 +29,8 @@ class Admission:
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        self._is_allowed = lru_cache(20_000)(allowed_networks(settings.clients.allow))
+        self.is_allowed = networks_of(settings.clients.allow)
+        """Whether an address is in `clients.allow`."""
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
@@ -45,10 +38,10 @@ class Admission:
         """Count a connection, or its refusal. `make_room` closes an idle connection, False when there is
         none.
         """
-        if not self._is_allowed(address):
+        if not self.is_allowed(address):
             return self._refuse("network")
-        if self._addresses.add(address) > self._most_of_address > 0:
-            self._addresses.remove(address)
+        if self._addresses.add(client_of(address)) > self._most_of_address > 0:
+            self._addresses.remove(client_of(address))
             return self._refuse("address")
         words = self._counters.words
         words[self._open] += 1
@@ -63,67 +56,8 @@ class Admission:
 
     def leave(self, address: str) -> None:
         self._counters.words[self._open] -= 1
-        self._addresses.remove(address)
+        self._addresses.remove(client_of(address))
 
-
-def allowed_networks(texts: Sequence[str]) -> Callable[[str], bool]:
-    networks = [ipaddress.ip_network(text) for text in texts]
-
-    def contains(address: str) -> bool:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return any(ip in network for network in networks if network.version == ip.version)
-
-    return contains
-
-
-class AddressCounts:
-    """Open connections by address on the whole machine.
-
-    Every worker counts in a column of its own in a shared file: no locks are needed, and a killed worker's
-    counts go when its successor clears the column. A column is a count-min sketch: two rows of counts in
-    which an address has one cell each. It is never too low, and too high only for an address that shares both
-    cells with others. This worker's own connections are counted exactly.
-    """
-
-    def __init__(self, fd: int, column: int) -> None:
-        """`fd` is of the file that `address_file` made; `column` is this worker's."""
-        self._own: dict[str, int] = {}
-        self._file = mmap.mmap(fd, 0)
-        words = memoryview(self._file).cast("I")
-        self._others = [words[at : at + _COLUMN_WORDS] for at in range(0, len(words), _COLUMN_WORDS)]
-        self._column = self._others.pop(column)
-        self._column[:] = memoryview(bytes(4 * _COLUMN_WORDS)).cast("I")
-
-    def add(self, address: str) -> int:
-        """Count one more connection of the address; returns its connections now."""
-        mine = self._own[address] = self._own.get(address, 0) + 1
-        first, second = _cells(address)
-        self._column[first] += 1
-        self._column[second] += 1
-        return mine + sum(min(other[first], other[second]) for other in self._others)
-
-    def remove(self, address: str) -> None:
-        self._own[address] -= 1
-        if not self._own[address]:
-            del self._own[address]
-        for cell in _cells(address):
-            self._column[cell] -= 1
-
-    def close(self) -> None:
-        for view in (self._column, *self._others):
-            view.release()
-        self._file.close()
-
-
-def _cells(address: str) -> tuple[int, int]:
-    hashed = xxhash.xxh3_64_intdigest(address.encode())
-    return hashed % _CELLS, _CELLS + (hashed >> 32) % _CELLS
-
-
-def address_file(columns: int) -> int:
-    """A shared file with a column for each worker, in memory: it goes with the service."""
-    fd = os.memfd_create("gup-addresses", os.MFD_CLOEXEC)
-    os.ftruncate(fd, 4 * _COLUMN_WORDS * columns)
-    return fd
+    def among(self, client: str) -> float:
+        """How many workers' parts a client's rate has, by its connections here and in all."""
+        return self._addresses.of(client) / max(1, self._addresses.own(client))

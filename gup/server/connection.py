@@ -101,15 +101,17 @@ class Poller:
 
 
 class Pacer:
-    """One connection's rate limit: after a slice it waits until the bytes are paid for.
+    """A rate limit of one connection, or of one address: after a slice it waits until the bytes are paid for.
 
-    Times are seconds on any one monotonic clock. Only its connection calls `took`.
+    Times are seconds on any one monotonic clock. `among`: this worker's share of the rate is one part in so
+    many.
     """
 
-    __slots__ = ("_paid_until", "_per_second", "slice_bytes")
+    __slots__ = ("__weakref__", "_among", "_paid_until", "_per_second", "slice_bytes")
 
-    def __init__(self, per_second: int, now: float) -> None:
+    def __init__(self, per_second: int, now: float, among: Callable[[], float] = lambda: 1.0) -> None:
         self._per_second = per_second
+        self._among = among
         self._paid_until = now
         self.slice_bytes = max(_LEAST_SLICE_BYTES, int(per_second * _SLICE_SECONDS))
 
@@ -118,7 +120,8 @@ class Pacer:
 
     def took(self, sent_bytes: int, now: float) -> None:
         """A late timer is compensated, by one slice at most."""
-        self._paid_until = max(self._paid_until, now - _SLICE_SECONDS) + sent_bytes / self._per_second
+        seconds = sent_bytes * self._among() / self._per_second
+        self._paid_until = max(self._paid_until, now - _SLICE_SECONDS) + seconds
 
 
 @dataclass(slots=True)
@@ -148,7 +151,9 @@ class Connection:
     _context: Context
     _sock: socket.socket
     peer: str
-    _pacer: Pacer | None
+    client: str
+    """For fair shares: the address, or this connection alone for addresses in `clients.shared`."""
+    _pacers: tuple[Pacer, ...]
     since: float = field(init=False)
     _fd: int = field(init=False)
     _phase: Phase = _READING
@@ -228,7 +233,7 @@ class Connection:
                 break
             head = bytes(pending[: end + len(_HEAD_END)])
             del pending[: len(head)]
-            found = self._context.hot_cache.look_up(head)
+            found = self._context.hot_cache.look_up(head) if len(head) <= MAX_HEAD_BYTES else None
             if found is None or not self._send_hot(*found):
                 self._answer(head)
         if self._phase is _READING and self._eof:
@@ -245,7 +250,7 @@ class Connection:
         """
         context = self._context
         began = context.access_log.clock()
-        if row.small and span is row.whole and self._pacer is None:
+        if row.small and span is row.whole and not self._pacers:
             message = row.message
             if row.message_date is not context.date:
                 message = context.hot_cache.make_message(row, context.date, context.wall_now)
@@ -256,7 +261,7 @@ class Connection:
             return False
         if row.download:
             try:
-                ticket = self._ticket = context.downloads.take_ticket()
+                ticket = self._ticket = context.downloads.take_ticket(self.client)
             except Problem as problem:
                 self._send(context.handler.refuse(problem, keep_alive=True), began)
                 return True
@@ -304,7 +309,7 @@ class Connection:
         log.begin_hot(self.peer, row, at)
         self.since = context.now
         sent = 0
-        if self._pacer is None and row.in_page_cache(span, context.now):
+        if not self._pacers and row.in_page_cache(span, context.now):
             try:
                 head = head[self._sock.send(head, socket.MSG_MORE) :]
             except (BlockingIOError, InterruptedError):
@@ -330,7 +335,7 @@ class Connection:
     def _answer(self, head: bytes) -> None:
         context, began = self._context, self._context.access_log.clock()
         try:
-            request = parse_head(head, self.peer)
+            request = parse_head(head, self.client)
         except Problem as problem:
             self._refuse(problem)
             return
@@ -397,14 +402,16 @@ class Connection:
         if self._writer is None:
             self._writer = ResponseWriter(self._context.access_log.words)
         self._writer.start(response, body_sent)
+        if self._ticket is not None:
+            self._ticket.sent_bytes = lambda writer=self._writer: writer.sent_bytes
         self._write(self._writer)
 
     def _write(self, writer: ResponseWriter) -> None:
         """Send as much as the socket takes and the body has, at most one turn's worth."""
-        context, pacer = self._context, self._pacer
+        context, pacers = self._context, self._pacers
         budget = _TURN_BYTES
-        if pacer is not None:
-            budget = 0 if pacer.delay_seconds(context.loop.time()) else pacer.slice_bytes
+        for pacer in pacers:
+            budget = 0 if pacer.delay_seconds(context.loop.time()) else min(budget, pacer.slice_bytes)
         try:
             while budget > 0:
                 done = writer.write(self._sock, budget)
@@ -413,7 +420,7 @@ class Connection:
                     return
                 budget -= done
                 self.since = context.now
-                if pacer is not None:
+                for pacer in pacers:
                     pacer.took(done, context.loop.time())
                 if writer.full:
                     break
@@ -424,7 +431,7 @@ class Connection:
             self.close()
             return
         # continue when the socket takes more, or when the bytes sent are paid for
-        delay = pacer.delay_seconds(context.loop.time()) if pacer is not None else 0.0
+        delay = max((pacer.delay_seconds(context.loop.time()) for pacer in pacers), default=0.0)
         if delay:
             context.loop.call_later(delay, self._writable)
         self._watch(self._watched & ~WRITE if delay else self._watched | WRITE)
@@ -434,7 +441,7 @@ class Connection:
         if why == FINISHED:
             self._finish()
         elif why == BROKEN:
-            self._cut()
+            self.cut()
         else:
             self._watch(self._watched & ~WRITE)
             assert self._response is not None
@@ -484,8 +491,8 @@ class Connection:
         if self._writer is not None:
             self._writer.end()
 
-    def _cut(self) -> None:
-        """End with a reset: the client must never take a part for the whole."""
+    def cut(self) -> None:
+        """End now, with a reset: the client must never take a part for the whole."""
         close_by_reset(self._sock)
         self.close()
 
@@ -519,6 +526,6 @@ class Connection:
         if self._phase is _READING and self._pending:
             self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
         elif self._phase is Phase.SENDING:
-            self._cut()
+            self.cut()
         else:
             self.close()

@@ -103,7 +103,7 @@ class Handler:
             opened = self._cache.open_now(route, choice.asked)
             if opened is None:
                 return self._respond_later(request, route, choice)
-            response = self._complete(opened, self._plan(request, choice, opened))
+            response = self._complete(request, opened, self._plan(request, choice, opened))
             self._learn(request, route, choice, opened, response, epochs)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request, route, choice)
@@ -127,16 +127,16 @@ class Handler:
         return route
 
     async def _respond_later(self, request: Request, route: Route, choice: Choice) -> Response:
-        passed, peer = gup_names(request.header("via")), request.peer
+        passed, client = gup_names(request.header("via")), request.client
         try:
             if request.method == "HEAD":
-                head, result, age = await self._cache.head(route, choice.asked, passed, peer)
+                head, result, age = await self._cache.head(route, choice.asked, passed, client)
                 cache_status = _CACHE_STATUS_OF_HEAD_MISS if result is Result.MISS else _CACHE_STATUS[result]
                 response = plan(request, head, self._serving(choice, age, cache_status))
                 response.result, response.key = result, route.key(choice.asked).text
                 return response
             for _ in range(_TRIES):
-                opened = await self._cache.open(route, choice.asked, passed, peer)
+                opened = await self._cache.open(route, choice.asked, passed, client)
                 response = self._plan(request, choice, opened)
                 span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
                 if opened.entry is None:
@@ -144,10 +144,10 @@ class Handler:
                         alone = await self._span_alone(route, choice, opened, span, passed)
                         if alone is not opened:
                             opened, response = alone, self._plan(request, choice, alone)
-                    return self._complete(opened, response)
+                    return self._complete(request, opened, response)
                 # The first bytes must be readable: until then an error can still be answered.
                 if span is None or await self._cache.is_sound_at(opened, span.start):
-                    return self._complete(opened, response)
+                    return self._complete(request, opened, response)
             problem = Problem(
                 "internal-error", "the entry was replaced during each try; try again", retry_after_seconds=1
             )
@@ -183,12 +183,12 @@ class Handler:
     def _date(self) -> str:
         return format_http_date(self._dependencies.wall_clock())
 
-    def _complete(self, opened: Opened, response: Response) -> Response:
+    def _complete(self, request: Request, opened: Opened, response: Response) -> Response:
         body = opened.body
         if any(isinstance(segment, Span) for segment in response.segments):
             if is_download(opened.kind, body.end()):
                 try:
-                    response.ticket = self.downloads.take_ticket()
+                    response.ticket = self.downloads.take_ticket(request.client)
                 except Problem:
                     body.leave()
                     raise

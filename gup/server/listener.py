@@ -7,8 +7,10 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 from gup import config
+from gup.cache.fair_shares import client_of, networks_of
 from gup.errors import is_exhausted
 from gup.server.admission import Admission
 from gup.server.connection import Connection, Context, Pacer, Poller, close_by_reset
@@ -40,7 +42,9 @@ class Listener:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets, self._handler, self._admission = sockets, handler, admission
-        self._on_second, self._rate = on_second, settings.clients.rate
+        self._on_second = on_second
+        self._address_pacers: WeakValueDictionary[str, Pacer] = WeakValueDictionary()
+        self._use(settings.clients)
         self._context = Context(
             self._loop,
             settings.listen,
@@ -69,8 +73,14 @@ class Listener:
     def apply(self, settings: config.Settings) -> None:
         self._handler.apply(settings)
         self._admission.apply(settings)
-        self._rate = settings.clients.rate
+        self._use(settings.clients)
+        for connection in [c for c in self._connections if not self._admission.is_allowed(c.peer)]:
+            connection.cut()
         self._context.listen = settings.listen
+
+    def _use(self, clients: config.Clients) -> None:
+        self._clients, self._is_shared = clients, networks_of(clients.shared)
+        self._address_pacers.clear()
 
     # --- accepting
 
@@ -85,17 +95,29 @@ class Listener:
                     self._pause(listening, error)
                     return
                 raise
-            self._admit(sock, address[0])
+            self._admit(sock, *address[:2])
 
-    def _admit(self, sock: socket.socket, address: str) -> None:
+    def _admit(self, sock: socket.socket, address: str, port: int) -> None:
         if not self._admission.admit(address, self._make_room):
             close_by_reset(sock)
             sock.close()
             return
         sock.setblocking(False)
-        pacer = Pacer(self._rate, self._loop.time()) if self._rate else None
-        self._connections.add(Connection(self._context, sock, address, pacer))
+        client = f"{address} {port}" if self._is_shared(address) else client_of(address)
+        self._connections.add(Connection(self._context, sock, address, client, self._pacers(client)))
         self._handler.access_log.connected.add(address)
+
+    def _pacers(self, client: str) -> tuple[Pacer, ...]:
+        """The allowances of a new connection: its own, and that of its address."""
+        limits, now = self._clients, self._loop.time()
+        own = (Pacer(limits.rate, now),) if limits.rate else ()
+        if not limits.rate_per_address:
+            return own
+        pacer = self._address_pacers.get(client)
+        if pacer is None:
+            pacer = Pacer(limits.rate_per_address, now, lambda: self._admission.among(client))
+            self._address_pacers[client] = pacer
+        return (*own, pacer)
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle longest; False when there is none.

@@ -17,6 +17,7 @@ MAX_HEADERS = 100
 _TARGET_TOO_LONG = f"A request target may have at most {MAX_TARGET_BYTES} bytes."
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TLS_HANDSHAKE = b"\x16\x03"
 _BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of all registered methods
 _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
@@ -34,7 +35,7 @@ class Request:
     """One well-formed request; it has no body, unless its method is one that `check_method` refuses.
 
     `headers` have names in lower case and values without surrounding white space, one character a byte.
-    `head` is the text it was parsed from, `peer` the client's address.
+    `head` is the text it was parsed from, `client` who shares with others (Connection.client).
     """
 
     method: str
@@ -43,7 +44,7 @@ class Request:
     headers: tuple[tuple[str, str], ...]
     keep_alive: bool
     head: bytes = field(default=b"", compare=False, repr=False)
-    peer: str = field(default="", compare=False)
+    client: str = field(default="", compare=False)
 
     def header(self, name: str) -> str | None:
         """The field's value, its repetitions joined by ", " (RFC 9110 section 5.3); `name` in lower case."""
@@ -76,13 +77,19 @@ def check_begun(buffer: bytes | bytearray) -> None:
     Without this a line that ends with LF, a TLS hello and HTTP/0.9 look like an incomplete head.
     """
     _check_size(buffer)
+    _check_beginning(buffer)
     ends = buffer.count(b"\r\n")
     if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
         raise Problem("bad-request", "Lines of a request head end with CRLF; this CR or LF stands alone.")
-    if not _BEGINNING.match(buffer):
-        raise Problem("bad-request", "This is not HTTP. This port does not support TLS: use http://.")
     if ends:
         _check_line(buffer)
+
+
+def _check_beginning(buffer: bytes | bytearray) -> None:
+    if buffer.startswith(_TLS_HANDSHAKE):
+        raise Problem("bad-request", "This port speaks HTTP without TLS: ask for http://, not https://.")
+    if not _BEGINNING.match(buffer):
+        raise Problem("bad-request", "This is not HTTP.")
 
 
 def _check_size(buffer: bytes | bytearray) -> None:
@@ -114,13 +121,14 @@ class _Fields:
         self.headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
 
 
-def parse_head(head: bytes, peer: str = "") -> Request:
+def parse_head(head: bytes, client: str = "") -> Request:
     """`head` is whole, from its first letter to its CRLFCRLF.
 
     Problem "bad-request", "http-version", "uri-too-long" or "head-too-large"; "method-not-allowed" for a
     method that llhttp does not know.
     """
     _check_size(head)
+    _check_beginning(head)
     line = _check_line(head)
     fields_at = line.end()
     if not _FIELD_LINES.fullmatch(head, fields_at):
@@ -144,7 +152,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     # RFC 9112 section 9.3.
     options = {option.strip(" \t").lower() for option in ",".join(_values(headers, "connection")).split(",")}
     keep_alive = "close" not in options and (minor == 1 or "keep-alive" in options)
-    return Request(method, line[1], minor, headers, keep_alive, head, peer)
+    return Request(method, line[1], minor, headers, keep_alive, head, client)
 
 
 def _check_framing(method: str, minor_version: int, headers: tuple[tuple[str, str], ...]) -> None:

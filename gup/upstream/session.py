@@ -1,7 +1,10 @@
+"""One upstream: requests to it, its connections, and how the head of a response is read."""
+
 import asyncio
 import contextlib
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,15 +42,17 @@ _LIMITED_READ_AHEAD_BYTES = 4096
 class Ask:
     """One request to an upstream.
 
-    `stream` is the slot and the kind that the bytes are counted for. `stop` is the offset after the last
-    requested byte; None requests all from `start` on. The bytes are charged to `share`, which all requests of
-    a download have in common. `passed` are the gups that the client's request came through. `client` is the
-    client's address, "" for a request of gup's own. `check`: a health check, for which any response is good.
+    `stream` is the slot and the kind that the bytes are counted for; `stream_of_body`, if set, tells them
+    anew when a body comes. `stop` is the offset after the last requested byte; None requests all from
+    `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
+    are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
+    own. `check`: a health check, for which any response is good.
     """
 
     path: str
     purpose: str
     stream: tuple[int, str] = (0, "other")
+    stream_of_body: Callable[[], tuple[int, str]] | None = None
     start: int = 0
     stop: int | None = None
     if_range: str | None = None
@@ -75,6 +80,8 @@ class Upstream:
         self.retired = False
         self.node: str | None = None
         """A gup's name in Via, "" for another server; None until its first response."""
+        self.ahead_seconds: float | None = None
+        """How far this machine's clock is ahead of its own; None until a response tells."""
         self._via = via
         fixed = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
         self._fixed = fixed | _declared(settings) | settings.headers

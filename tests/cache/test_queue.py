@@ -1,15 +1,17 @@
 """The fill queue: slots by class, order over processes, and refusing what would wait too long."""
 
 import asyncio
+import os
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
+from gup.cache.fair_shares import FairShares, Shared, shares_file
 from gup.cache.locks import Claims, Slots
-from gup.cache.scheduler import CLASSES, Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, Class, FillQueue
 from gup.upstream.bandwidth import Turns
 
-DELTA, INDEX, FULL, PREFETCH = range(4)
+DELTA, INDEX, FULL, UNKNOWN = list(Class)[:4]
 
 
 class Site:
@@ -19,9 +21,9 @@ class Site:
         self.most = most
         self.patience = 30.0
         self.live = set(range(processes))
-        turns = memoryview(bytearray(8 * processes)).cast("Q")
+        turns = [memoryview(bytearray(8 * processes)).cast("Q") for _ in range(2)]
         waiting = memoryview(bytearray(8 * processes)).cast("Q")
-        self.held = memoryview(bytearray(8 * CLASSES)).cast("Q")
+        self.held = memoryview(bytearray(8 * GROUPS)).cast("Q")
         self.claims = [Claims(directory / "slots") for _ in range(processes)]
         self.queues = [
             FillQueue(
@@ -29,24 +31,29 @@ class Site:
                 Slots(claims, 0, lambda: self.most),
                 Slots(claims, 2000, lambda: 2 * self.most),
                 lambda: self.patience,
-                Turns(turns, number, self.live.__contains__),
+                tuple(Turns(words, number, self.live.__contains__) for words in turns),
                 Backlog(waiting, self.held, number, self.live.__contains__),
             )
             for number, claims in enumerate(self.claims)
         ]
+        fd = shares_file(processes)
+        self.shares = [FairShares(fd, number) for number in range(processes)]
+        os.close(fd)
+        for queue, shares in zip(self.queues, self.shares, strict=True):
+            queue.clients = shares.counts[Shared.FILLS]
         self.order = []
 
     def close(self):
-        for claims in self.claims:
-            claims.close()
+        for each in (*self.claims, *self.shares):
+            each.close()
 
     @asynccontextmanager
-    async def waiter(self, process, priority, waited=0.0):
+    async def waiter(self, process, class_, waited=0.0, client=""):
         """One who waits in the block, and notes when its turn has come; it holds its slot for no time."""
 
         async def wait():
-            async with self.queues[process].held(priority, waited) as held:
-                self.order.append((priority, held is not None))
+            async with self.queues[process].held(class_, waited, client) as held:
+                self.order.append((client or class_, held is not None))
 
         task = asyncio.create_task(wait())
         before = self.waiting()
@@ -55,7 +62,7 @@ class Site:
         await task
 
     def waiting(self):
-        return sum(len(queue._waiting) for queue in self.queues)
+        return self.queues[0].waiting()
 
 
 async def turns(condition):
@@ -71,9 +78,9 @@ def site(tmp_path):
     site.close()
 
 
-async def hold(stack, queue, priority, count):
+async def hold(stack, queue, class_, count, client=""):
     for _ in range(count):
-        assert await stack.enter_async_context(queue.held(priority, 0.0))
+        assert await stack.enter_async_context(queue.held(class_, 0.0, client))
 
 
 async def test_bulk_never_holds_up_what_is_urgent(site):
@@ -102,7 +109,7 @@ async def test_a_place_that_is_left_early_is_free_and_given_back_once(site):
         async with site.queues[1].held(FULL, 0.0) as second:
             assert second is not None
             first.leave()
-            assert site.queues[0]._classes[1].taken() == 1
+            assert site.queues[0]._groups[1].slots.taken() == 1
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -110,9 +117,61 @@ async def test_urgency_then_order_of_arrival(site, process):
     site.most = 1
     async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
         await hold(stack, site.queues[0], DELTA, 1)
-        for priority in (PREFETCH, FULL, INDEX, DELTA):
+        for priority in (UNKNOWN, FULL, INDEX, DELTA):
             await waiters.enter_async_context(site.waiter(process, priority))
-    assert site.order == [(DELTA, True), (INDEX, True), (FULL, True), (PREFETCH, True)]
+    assert site.order == [(DELTA, True), (INDEX, True), (FULL, True), (UNKNOWN, True)]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+async def test_within_a_class_clients_take_turns_over_all_processes(site, process):
+    """The greedy one came first, with more; it has all the slots, or waits, in either process."""
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2, "greedy")
+        for number in range(6):
+            await waiters.enter_async_context(site.waiter(number % 2, FULL, client="greedy"))
+        await waiters.enter_async_context(site.waiter(process, FULL, client="modest"))
+    assert site.order[:2].count(("modest", True)) == 1
+    assert site.order.count(("greedy", True)) == 6
+
+
+async def test_a_client_with_many_waiting_makes_no_other_one_hopeless(site):
+    site.held[1] = 1_000_000
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 2, "greedy")
+        for number in range(50):
+            await waiters.enter_async_context(site.waiter(number % 2, FULL, client="greedy"))
+        site.patience = 20.0
+        assert site.queues[0].hopeless(FULL, "greedy")
+        assert not site.queues[0].hopeless(FULL, "modest")
+        assert site.queues[0].expected_seconds(FULL, "modest") <= 2.0
+        site.patience = 30.0
+        await waiters.enter_async_context(site.waiter(0, FULL, client="modest"))
+        site.held[1] = 20_000_000  # the greedy one is refused now, and the modest one is not
+        await turns(lambda: len(site.order) > 40)
+        assert ("modest", False) not in site.order
+        site.held[1] = 0
+
+
+async def test_a_full_waits_for_no_unknown_name_and_not_for_ever_for_what_is_urgent(site):
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], DELTA, 2)
+        for _ in range(3):
+            await waiters.enter_async_context(site.waiter(0, DELTA))
+            await waiters.enter_async_context(site.waiter(0, UNKNOWN))
+        began = asyncio.get_running_loop().time()
+        async with site.queues[1].held(FULL, 0.0) as held:
+            assert held
+            assert asyncio.get_running_loop().time() - began < 1.0
+            assert site.order == []
+
+
+async def test_who_has_waited_long_counts_as_of_a_more_urgent_class(site):
+    site.most = 1
+    async with AsyncExitStack() as waiters, AsyncExitStack() as stack:
+        await hold(stack, site.queues[0], FULL, 1)
+        await waiters.enter_async_context(site.waiter(0, FULL, client="full"))
+        await waiters.enter_async_context(site.waiter(0, UNKNOWN, waited=11.0, client="unknown"))
+    assert site.order == [("unknown", True), ("full", True)]
 
 
 async def test_what_those_who_want_it_have_waited_counts(site):
@@ -141,7 +200,7 @@ async def test_the_wait_is_foretold_over_all_processes(site):
         for process in (0, 1, 0, 1):
             await waiters.enter_async_context(site.waiter(process, FULL))
         assert site.queues[1].expected_seconds(FULL) == pytest.approx(15.0)
-        assert site.queues[1].expected_seconds(PREFETCH) == pytest.approx(15.0)
+        assert site.queues[1].expected_seconds(UNKNOWN) == pytest.approx(15.0)
         assert site.queues[1].expected_seconds(DELTA) == 0.0
         assert not site.queues[1].hopeless(FULL)
         site.patience = 14.0
@@ -250,9 +309,9 @@ async def test_who_is_patient_is_not_refused(site):
 async def test_places_of_a_dead_process_are_free(site):
     site.most = 1
     dead, alive = site.queues
-    for slots in (*dead._classes, dead._inherited):
+    for slots in (*(group.slots for group in dead._groups), dead._inherited):
         assert slots.try_take() is not None
-    assert not alive._has_free(1)
+    assert not alive._has_free(alive._groups[1])
     site.claims.pop(0).close()
     async with alive.held(FULL, 0.0) as held:
         assert held

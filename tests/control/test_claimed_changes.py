@@ -146,3 +146,18 @@ async def test_what_goes_wrong_in_the_thread_is_raised_and_the_claim_given_back(
         await change(world.claims, world.key(), broken)
     assert not world.worker_claims.taken(world.key().claim_offset)
     assert await to_its_end(lambda: 5) == 5
+
+
+async def test_a_commit_goes_on_while_empty_folders_are_pruned(world, monkeypatch):
+    make, prunes = os.mkdir, iter(range(3))
+
+    def make_and_prune(path, *more, **named):
+        make(path, *more, **named)
+        if next(prunes, None) is not None:
+            world.store.prune()  # as reconciling does, in a thread of the controller
+
+    with monkeypatch.context() as patched:  # undone before the world ends, which watches this call itself
+        patched.setattr(os, "mkdir", make_and_prune)
+        record = world.commit()
+    assert world.store.load(record.key) == record
+    assert next(prunes, None) is None

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from harness.control import get
+from harness.control import get, limited
 
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Listed
@@ -67,7 +67,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         assert (file["stored"], file["entry"]) == (False, None)
         assert file["said"] == [
             "Not stored.",
-            "Nobody has asked for it since the service started, as far as is known.",
+            "No request for it is known since the service started.",
         ]
         site.tell(type="failed", key=key.text, problem="upstream-timeout", detail="silent for 15 s")
         site.tell(type="unstorable", key=key.text, detail="it takes more than cache.max_size", disk=False)
@@ -77,7 +77,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         for words in (
             "upstream-timeout: silent for 15 s",
             "more than cache.max_size",
-            "manager sent what can't be it",
+            "A body from manager was rejected",
         ):
             assert words in said
 
@@ -96,6 +96,14 @@ async def test_queues_and_fills_are_told(site, browser):
         assert "It is being fetched from manager; 250 B of 1.0 kB are here." in file["said"]
 
 
+async def test_what_else_is_known_is_told_while_the_disk_refuses_reports(site, browser):
+    record = site.commit(site.key("260101001"))
+    (site.store.root / "reports").write_text("a file where the folder should be")
+    async with site.running():
+        file = await told(browser, site, path_of(record.key))
+        assert (file["stored"], file["clients"]) == (True, [])
+
+
 async def test_what_was_purged_is_said_to_be_gone(site, browser):
     record = site.commit(site.key("260101001"))
     async with site.running():
@@ -103,6 +111,21 @@ async def test_what_was_purged_is_said_to_be_gone(site, browser):
             assert answer.status == 200
         file = await told(browser, site, record.key.text)
         assert (file["stored"], file["removed"]["detail"]) == (False, "purged by an operator")
+
+
+async def test_what_was_evicted_is_said_to_be_gone_and_what_came_back_is_not(site, browser):
+    record = site.commit(site.key("260101001"))
+    async with site.running() as control:
+        await site.apply(control, limited(site.settings, max_size=0))
+        await site.until(lambda: not control.state.index.rows)
+        assert (
+            "It was stored, and evicted (size) 0 s ago."
+            in (await told(browser, site, record.key.text))["said"]
+        )
+        await site.apply(control, limited(site.settings, max_size=10**6))
+        site.tell_committed(site.commit(site.key("260101001")))
+        await site.until(lambda: control.state.index.rows)
+        assert (await told(browser, site, record.key.text))["removed"] is None
 
 
 async def test_whom_a_rule_refuses_is_told_with_the_rule(site, browser):

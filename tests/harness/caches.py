@@ -17,6 +17,7 @@ from harness.internals import (
     Body,
     Cache,
     Claims,
+    ClientCounts,
     Counters,
     FillDependencies,
     FillQueue,
@@ -139,7 +140,7 @@ async def working(
         Slots(slot_locks, 0, lambda: settings.fill.max),
         Slots(slot_locks, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
-        Turns.alone(),
+        (Turns.alone(), Turns.alone()),
         Backlog.alone(),
     )
     epochs: list[None] = []
@@ -168,6 +169,7 @@ async def working(
         failures=NegativeCache(
             _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
         ),
+        misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,
         settings=settings,

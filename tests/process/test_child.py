@@ -56,7 +56,7 @@ def test_a_reader_that_does_not_read_does_not_block_us(pair):
 
 
 def assignment(settings, fd):
-    fds = {"shared_fd": fd, "addresses_fd": fd, "event_fd": fd, "lock_fd": fd, "listen_fds": ()}
+    fds = {"shared_fd": fd, "shares_fd": fd, "event_fd": fd, "lock_fd": fd, "listen_fds": ()}
     return Assignment(role="worker", slot=0, block=3, settings=settings, generation=1, **fds)
 
 

@@ -1,7 +1,6 @@
 """A whole data plane on one loop, without processes."""
 
 import contextlib
-import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from dataclasses import dataclass
 import pytest
 from harness.caches import Worker, working
 
+from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims, Slots
 from gup.client_names import ClientNames
 from gup.server.access_log import AccessLog
-from gup.server.admission import AddressCounts, Admission, address_file
+from gup.server.admission import Admission
 from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
@@ -51,12 +51,18 @@ def serving(tmp_path) -> Callable:
                 )
                 locks = stack.enter_context(contextlib.closing(Claims(own.store.run / "downloads")))
                 none, limits = lambda _name: lambda: 0, lambda: own.settings.clients
-                downloads = Downloads(Slots(locks, 0, lambda: 0), limits, own.counters, none, Turns.alone())
+                downloads = Downloads(
+                    Slots(locks, 0, lambda: 0),
+                    limits,
+                    own.counters,
+                    none,
+                    Turns.alone(),
+                    ClientCounts.alone(),
+                )
                 access_log = AccessLog(own.settings, own.counters, ClientNames("full", b"0" * 16))
                 handler = Handler(own, worker.cache, policy, hot_cache, downloads, access_log, "test")
-                stack.callback(os.close, fd := address_file(1))
-                addresses = stack.enter_context(contextlib.closing(AddressCounts(fd, 0)))
-                admission = Admission(own.settings, own.counters, addresses, lambda: 1, most_here=100)
+                connections = ClientCounts.alone()
+                admission = Admission(own.settings, own.counters, connections, lambda: 1, most_here=100)
                 listening = socket.create_server(("127.0.0.1", 0))
                 listener = Listener([listening], own.settings, handler, admission, lambda _now: None)
                 address = listening.getsockname()

@@ -6,18 +6,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gup.cache.fair_shares import FairShares, Shared, networks_of, shares_file
 from gup.config import PRIVATE_NETWORKS, Settings
 from gup.metrics import Counters
-from gup.server.admission import AddressCounts, Admission, address_file, allowed_networks
+from gup.server.admission import Admission
 
 
 @pytest.fixture
 def make():
-    fd, made = address_file(3), []
+    fd, made = shares_file(3), []
 
     def make(column):
-        made.append(AddressCounts(fd, column))
-        return made[-1]
+        made.append(FairShares(fd, column))
+        return made[-1].counts[Shared.CONNECTIONS]
 
     yield make
     for addresses in made:
@@ -44,7 +45,7 @@ def make():
     ],
 )
 def test_by_default_the_sites_own_networks_are_allowed(address, allowed):
-    assert allowed_networks(PRIVATE_NETWORKS)(address) is allowed
+    assert networks_of(PRIVATE_NETWORKS)(address) is allowed
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 30)), max_size=200))

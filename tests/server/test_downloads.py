@@ -1,10 +1,12 @@
 """Download slots as several workers take them: one process here stands for each, with its own locks."""
 
 import asyncio
+import os
 from dataclasses import dataclass, field
 
 import pytest
 
+from gup.cache.fair_shares import FairShares, Shared, shares_file
 from gup.cache.locks import Claims, Slots
 from gup.config import Clients
 from gup.errors import Problem
@@ -22,14 +24,21 @@ class Site:
     workers: list[Downloads] = field(default_factory=list)
     counters: list[Counters] = field(default_factory=list)
     claims: list[Claims] = field(default_factory=list)
+    shares: list[FairShares] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
     went: list[str] = field(default_factory=list)
 
     def sum_of(self, name):
         return lambda: sum(counters.get(name) for counters in self.counters)
 
-    def ask(self, worker: int, name: str) -> Ticket:
-        ticket = self.workers[worker].take_ticket()
+    @property
+    def gauges(self):
+        """Under way, and waiting."""
+        names = ("gup_client_downloads_in_progress", "gup_client_downloads_queued")
+        return tuple(self.sum_of(name)() for name in names)
+
+    def ask(self, worker: int, name: str, client: str = "") -> Ticket:
+        ticket = self.workers[worker].take_ticket(client or name)
         if ticket.slot is None:
             ticket.on_admitted = lambda: self.went.append(name)
         return ticket
@@ -48,19 +57,26 @@ def make(tmp_path):
         # one word more: the controller's, which lives and has no downloads
         site = Site(Clients(**limits), memoryview(bytearray(8 * (workers + 1))).cast("Q"))
         sites.append(site)
+        fd = shares_file(workers)
         for number in range(workers):
             site.counters.append(Counters.private())
             site.claims.append(Claims(tmp_path / "slots"))
             slots = Slots(site.claims[-1], 0, lambda: site.limits.max_downloads)
+            site.shares.append(shares := FairShares(fd, number))
             turns = Turns(site.turns, number, lambda block: block not in site.dead)
             limits = lambda: site.limits  # noqa: E731
-            site.workers.append(Downloads(slots, limits, site.counters[-1], site.sum_of, turns))
+            site.workers.append(
+                Downloads(
+                    slots, limits, site.counters[-1], site.sum_of, turns, shares.counts[Shared.DOWNLOADS]
+                )
+            )
+        os.close(fd)
         return site
 
     yield make
     for site in sites:
-        for claims in site.claims:
-            claims.close()
+        for each in (*site.claims, *site.shares):
+            each.close()
 
 
 async def test_a_newcomer_does_not_overtake_those_who_wait_elsewhere(make):
@@ -138,3 +154,68 @@ async def test_nobody_begins_to_wait_when_the_service_stops(make):
     assert caught.value.slug == "draining"
     site.workers[0].give_back(held)
     assert site.ask(0, "c").slot is not None, "what needs no waiting is still served"
+
+
+async def test_clients_take_turns_over_workers_however_many_of_one_wait(make):
+    site = make(2, max_downloads=2, queue=20)
+    held = [site.ask(0, "a", "greedy"), site.ask(1, "b", "greedy")]
+    greedy = [site.ask(number % 2, f"g{number}", "greedy") for number in range(6)]
+    modest = site.ask(1, "modest")
+    site.workers[0].give_back(held[0])
+    await site.until("modest")
+    site.workers[1].give_back(held[1])
+    for number, ticket in enumerate(greedy):
+        site.workers[number % 2].give_back(ticket)
+    site.workers[1].give_back(modest)
+    assert site.gauges == (0, 0)
+
+
+@pytest.mark.parametrize("most", [0, 10], ids=["no limit in all", "a limit in all"])
+async def test_one_address_has_so_many_downloads_and_others_go_past_those_it_has_waiting(make, most):
+    site = make(2, max_downloads=most, max_downloads_per_address=2, queue=20)
+    held = [site.ask(0, "a", "one"), site.ask(1, "b", "one")]
+    waiting = site.ask(0, "c", "one")
+    other = site.ask(0, "d", "other")
+    await site.until("d") if other.slot is None else None
+    assert waiting.slot is None
+    site.workers[1].give_back(held[1])
+    await site.until(*site.went, "c") if waiting.slot is None else None
+    assert waiting.slot is not None
+    for ticket in (held[0], waiting, other):
+        site.workers[0].give_back(ticket)
+
+
+async def test_no_client_takes_all_places_of_the_queue(make):
+    site = make(1, max_downloads=1, queue=8)
+    held = site.ask(0, "a", "greedy")
+    tickets = [site.ask(0, f"g{number}", "greedy") for number in range(4)]
+    with pytest.raises(Problem):
+        site.ask(0, "g4", "greedy")
+    tickets += [site.ask(0, name) for name in "bcde"]
+    with pytest.raises(Problem):
+        site.ask(0, "f")
+    for ticket in (*tickets, held):
+        site.workers[0].give_back(ticket)
+
+
+async def test_who_takes_next_to_nothing_goes_on_without_its_slot_when_others_wait(make, monkeypatch):
+    monkeypatch.setattr("gup.server.downloads._LEAST_SECONDS", 0.1)
+    site = make(1, max_downloads=2, queue=8)
+    slow, quick = site.ask(0, "slow"), site.ask(0, "quick")
+    sent = [0]
+    slow.sent_bytes, quick.sent_bytes = (lambda: 5), (lambda: sent[0])
+    await asyncio.sleep(0.12)
+    site.workers[0].each_second()
+    assert site.gauges == (2, 0), "nobody waits: both keep their slots"
+    waiting = [site.ask(0, "b"), site.ask(0, "c")]
+    await asyncio.sleep(0.12)
+    sent[0] += 10_000_000
+    site.workers[0].each_second()
+    await site.until("b")
+    assert waiting[1].slot is None
+    for ticket in (slow, quick):
+        site.workers[0].give_back(ticket)
+    await site.until("b", "c")
+    for ticket in waiting:
+        site.workers[0].give_back(ticket)
+    assert site.gauges == (0, 0)

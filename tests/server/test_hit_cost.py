@@ -70,7 +70,7 @@ class Plane:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.poller._epoll = CountingEpoll(self.poller._epoll, self.calls)
-        data_plane.listener._admit(server, "127.0.0.1")
+        data_plane.listener._admit(server, "127.0.0.1", 1)
         (self.connection,) = data_plane.listener._connections
         self.connection._sock = CountingSocket(server, self.calls)
 

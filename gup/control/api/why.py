@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import Field
 
-from gup.content.key import ABSENT, ContentKey, Kind
+from gup.content.key import ABSENT, ContentKey, Kind, Variant
 from gup.content.routes import path_of
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
@@ -42,12 +42,10 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
             raise web.HTTPNotFound(
                 text=f"of: no client can be served {asked!r:.300}: {problem.detail}"
             ) from problem
-        places = [stored for _, stored in state.dependencies.places(route.stream)]
-        found = dict.fromkeys((route.key(place) for place in places), route.upstream_path)
-        for stream in state.index.streams():
-            key = ContentKey(*stream, *next(iter(found)).text.split("/")[3:]) if found else None
-            if key is not None and stream[2] == route.stream and key.text in state.index.rows:
-                found.setdefault(key, route.upstream_path)
+        keys = [route.key(stored) for _, stored in state.dependencies.places(route.stream)]
+        held = (Variant(*stream[:2]) for stream in state.index.streams() if stream[2] == route.stream)
+        keys += (key for key in map(route.key, held) if key.text in state.index.rows)
+        found = dict.fromkeys(keys, route.upstream_path)
     else:
         try:
             key = ContentKey.parse(asked)
@@ -133,7 +131,7 @@ def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterato
     if known.stored and (entry := known.entry) is not None:
         pinned, size = ", pinned" if entry.pinned else "", bytes_in_words(entry.length_bytes)
         yield f"Stored {_ago(state, entry.stored_at)}, {size}, from {known.upstream}{pinned}."
-        yield f"Asked for {entry.hits} times since, last used {_ago(state, entry.used_at)}."
+        yield f"Requested {entry.hits} times, last used {_ago(state, entry.used_at)}."
         return
     yield "Not stored."
     if known.removed is not None:
@@ -152,7 +150,7 @@ def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterato
         known.failed,
     )
     if not any(told):
-        yield "Nobody has asked for it since the service started, as far as is known."
+        yield "No request for it is known since the service started."
     if not state.index.complete:
         yield "The index does not cover the whole store yet."
 
@@ -165,8 +163,8 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         of = "" if fill.length_bytes is None else f" of {bytes_in_words(fill.length_bytes)}"
         yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} are here."
     elif known.waiting == "fill":
-        waiting = state.dependencies.fills_waiting()
-        yield f"A worker waits for a fill slot or for upstream's answer ({waiting} fills wait for a slot)."
+        queued_fills = f"{state.dependencies.fills_waiting()} fills wait for a slot"
+        yield f"A worker waits for a fill slot or for the upstream's response ({queued_fills})."
     if (queued := known.prefetch) is not None:
         detail = f": {queued.detail}" if queued.detail else ""
         yield f"Prefetch, by {queued.by}, {_ago(state, queued.asked_at)}: {queued.outcome}{detail}."
@@ -174,7 +172,7 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         yield f"A fill failed {_ago(state, known.failed.at)}: {known.failed.detail}."
     for row in state.rejections():
         if row.key == known.key:
-            yield f"{row.upstream} sent what can't be it, {_ago(state, row.at)}: {row.detail}."
+            yield f"A body from {row.upstream} was rejected {_ago(state, row.at)}: {row.detail}."
 
 
 def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:

@@ -7,6 +7,7 @@ is on its disk.
 """
 
 import asyncio
+import contextlib
 import sqlite3
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -463,14 +464,16 @@ class Reports:
             )
 
     async def groups(self) -> list[schemas.ClientGroup]:
-        """How many clients state what."""
+        """How many clients state what; empty when the disk refuses."""
         await self.write_clients()
-        return await self._database.run(
-            lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
-        )
+        with contextlib.suppress(OSError):
+            return await self._database.run(
+                lambda db: [schemas.ClientGroup(**row) for row in db.execute(_GROUPS)]
+            )
+        return []
 
     async def takers(self, stream: Stream, revision: str) -> tuple[int, list[schemas.SeenClient]]:
-        """How many clients took a revision, and the last of them."""
+        """How many clients took a revision, and the last of them; none when the disk refuses."""
         await self.write_clients()
 
         def look(db: sqlite3.Connection) -> tuple[int, list[schemas.SeenClient]]:
@@ -479,7 +482,9 @@ class Reports:
                 schemas.SeenClient(address=name, seen_at=at) for name, at in taken[:_TAKERS_SHOWN]
             ]
 
-        return await self._database.run(look)
+        with contextlib.suppress(OSError):
+            return await self._database.run(look)
+        return 0, []
 
     async def restarts(self) -> schemas.RestartReport:
         """*Restart pending*, and how many clients state what."""
