@@ -156,7 +156,8 @@ async def test_a_commit_goes_on_while_empty_folders_are_pruned(world, monkeypatc
         if next(prunes, None) is not None:
             world.store.prune()  # as reconciling does, in a thread of the controller
 
-    monkeypatch.setattr(os, "mkdir", make_and_prune)
-    record = world.commit()
+    with monkeypatch.context() as patched:  # undone before the world ends, which watches this call itself
+        patched.setattr(os, "mkdir", make_and_prune)
+        record = world.commit()
     assert world.store.load(record.key) == record
     assert next(prunes, None) is None

@@ -5,7 +5,6 @@ import random
 import sqlite3
 import threading
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -256,20 +255,6 @@ async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world
     assert not world.store.record_path(record.key).exists()
     assert world.counters.get("gup_integrity_failures_total", where="record") == 1
     assert index.rows == {}
-
-
-async def test_a_folder_that_reconciling_prunes_while_a_commit_makes_it_is_made_again(world, monkeypatch):
-    make, pruned = Path.mkdir, []
-
-    def racing(folder, *arguments, **more):
-        make(folder, *arguments, **more)
-        if folder.name == world.MONIKER and not pruned:
-            pruned.append(folder.rmdir())
-
-    monkeypatch.setattr(Path, "mkdir", racing)
-    record = world.commit()
-    assert pruned
-    assert world.store.open_body(record) is not None
 
 
 async def test_an_orphan_whose_key_is_claimed_is_left_alone(world, opened):
