@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import uvloop
-from blockbuster import blockbuster_ctx
 from harness.processes import NEEDS, until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
@@ -92,13 +91,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             names = item.fixturenames
             if "no_task_left_behind" not in names:
                 names.insert(0, "no_task_left_behind")
-
-
-@pytest.fixture
-def no_blocking_calls() -> Iterator[None]:
-    """For async tests that ask for it: a blocking call of gup's own code on the loop raises BlockingError."""
-    with blockbuster_ctx(scanned_modules=["gup"]):
-        yield
 
 
 @pytest.fixture

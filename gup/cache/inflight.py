@@ -111,7 +111,7 @@ class Fill:
     finishing: bool = False
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
-    """Some of its upstreams are gups, or may be."""
+    """Some of its upstreams are gups, or may be; known where `passed` names any."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""

@@ -212,7 +212,7 @@ class Leader:
         self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
         resuming = begun is not None and fill.is_read
-        fill.asks_gups = deps.pool.asks_gups(fill.variant, self._key.text)
+        fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
             candidates if resuming else deps.pool.admitted(candidates)

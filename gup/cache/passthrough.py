@@ -290,7 +290,7 @@ class PassThrough:
         """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
         ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
-        asks_gups = pool.asks_gups(variant, key.text)
+        asks_gups = bool(passed) and pool.asks_gups(variant, key.text)
         try:
             admitted = pool.admitted(pool.candidates(variant, key.text, passed))
         except UpstreamFailure as failure:

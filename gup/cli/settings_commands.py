@@ -1,6 +1,7 @@
 """`gup config` and `gup rules`: explain settings without a service."""
 # ruff: noqa: PLC0415 - a command's imports stand in it, so that the others start quickly
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,12 @@ config = typer.Typer(cls=Commands, help="Check and print settings.", no_args_is_
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")]) -> None:
     """Check whether `gup serve --config FILE` can start; list every mistake."""
     from gup.cli.usable import usable
+    from gup.process.start_check import doubts
     from gup.units import format_size
 
     settings = usable(file, servable=False)
+    for doubt in doubts(settings, time.time()):
+        typer.echo(f"gup: warning: {doubt}", err=True)
     names = ", ".join(upstream.name for upstream in settings.upstream)
     listen, cache = settings.listen, settings.cache
     typer.echo(

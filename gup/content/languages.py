@@ -42,7 +42,6 @@ class Language:
         return self.is_all or other.is_all or self.code == other.code
 
 
-ALL_LANGUAGES = Language("", "SymAllLanguages")
 ENGLISH = Language("en-Latn", "English")
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 from aiohttp import web
 
@@ -26,15 +27,21 @@ from gup.errors import GupError
 
 _log = logging.getLogger("gup.control.service")
 _MAX_REQUEST_BYTES = 64 * 1024
+_MOST_CONNECTIONS = 500
+_SERVER = "gup"
+"""The Server field: no versions, which would tell what to attack."""
 ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
+BUSY: web.AppKey[set[web.RequestHandler]] = web.AppKey("busy", set)
+"""Connections whose request is being answered."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(state: ControlState, access: Access | None = None) -> web.Application:
     """The web application over `state`; without `access` no request may change anything."""
-    app = web.Application(middlewares=[_problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
+    app = web.Application(middlewares=[_busy, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[STATE] = state
     app[ACCESS] = access or Access()
+    app[BUSY] = set()
     app[ENDPOINTS] = (
         *status.ENDPOINTS,
         *entries.ENDPOINTS,
@@ -49,6 +56,16 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
     live.set_up(app)
     app.on_response_prepare.append(_security_headers)
     return app
+
+
+@web.middleware
+async def _busy(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    busy, connection = request.app[BUSY], request.protocol
+    busy.add(connection)
+    try:
+        return await handler(request)
+    finally:
+        busy.discard(connection)
 
 
 @web.middleware
@@ -118,6 +135,38 @@ async def _security_headers(_request: web.Request, response: web.StreamResponse)
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
     response.headers.setdefault("Cache-Control", "no-store")
+    response.headers["Server"] = _SERVER
+
+
+class _Connection(web.RequestHandler):
+    """A client's connection. aiohttp would answer a malformed head with its text, and log a traceback."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status >= 500:
+            response = super().handle_error(request, status, exc, message)
+        else:
+            what = type(exc).__name__
+            _log.warning("a request from %s is not well-formed HTTP (%s)", request.remote, what)
+            response = problem(status, "This is not well-formed HTTP, or its head is too long.")
+            response.force_close()
+        response.headers["Server"] = _SERVER
+        return response
+
+
+class _Refused(asyncio.Protocol):
+    """A connection for which there is no room."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
 
 
 class Jobs:
@@ -180,12 +229,9 @@ class Control:
         self._dependencies = dependencies
         self._jobs = Jobs()
         self._access = Access()
-        self._runner = web.AppRunner(
-            make_app(self.state, self._access),
-            access_log=None,
-            handle_signals=False,
-            shutdown_timeout=_SHUTDOWN_SECONDS,
-        )
+        self._app = make_app(self.state, self._access)
+        self._runner = web.AppRunner(self._app, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS)
+        self._listening: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Answer requests, take events, and begin the jobs."""
@@ -194,9 +240,30 @@ class Control:
         dependencies.events.setblocking(False)
         asyncio.get_running_loop().add_reader(dependencies.events, self.state.take_events)
         await self._runner.setup()
-        await web.SockSite(self._runner, dependencies.admin, ssl_context=self._access.tls).start()
+        limit = dependencies.settings().listen.header_timeout if self._access.tls else None
+        self._listening = await asyncio.get_running_loop().create_server(
+            self._accept, sock=dependencies.admin, ssl=self._access.tls, ssl_handshake_timeout=limit
+        )
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
+
+    def _accept(self) -> asyncio.Protocol:
+        """A new connection. Where there are too many, the one that has asked for nothing for longest goes.
+
+        It ends when a head is not here in `listen.header_timeout`, counted from the response before.
+        """
+        server, busy = self._runner.server, self._app[BUSY]
+        assert server is not None
+        open_now = [connection for connection in server.connections if connection.transport is not None]
+        if len(open_now) >= _MOST_CONNECTIONS:
+            idle = next((connection for connection in open_now if connection not in busy), None)
+            if idle is None:
+                return _Refused()
+            idle.force_close()
+        timeout = self._dependencies.settings().listen.header_timeout
+        loop = asyncio.get_running_loop()
+        own: dict[str, Any] = {"access_log": None}  # there is none
+        return _Connection(server, loop=loop, keepalive_timeout=timeout, **own)
 
     async def _open_statistics(self) -> None:
         self.state.clients.restore(await self.state.reports.newest_clients())
@@ -227,6 +294,8 @@ class Control:
         state = self.state
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
         state.take_events()
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
         await state.evictor.stop()
         await state.verification.stop()

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import accumulate
 from random import Random
 from typing import Literal
+from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
@@ -221,6 +222,11 @@ class Client:
         self.language = self.chance.choice(_LANGUAGES)
 
     @property
+    def address(self) -> str:
+        """A loopback address of its own, so that a cache on this machine tells the clients apart."""
+        return f"127.1.{self.number // 250}.{self.number % 250 + 1}"
+
+    @property
     def user_agent(self) -> str:
         """Different for each machine, as real clients' are."""
         return f"simulated-client/{self.number:05d}"
@@ -256,14 +262,13 @@ class Client:
 
 
 class Crowd:
-    """Clients that poll and update through `url` until told to stop; they share a session and figures.
+    """Clients that poll and update through `url` until told to stop; they share their figures.
 
     `catalogue` is what the management server has them install; the crowd's owner updates it.
     """
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         url: str,
         catalogue: Catalogue,
         *,
@@ -271,8 +276,9 @@ class Crowd:
         seed: int,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        self._session = session
+        """`url` is scheme, host and port of the site's cache."""
         self._url = url
+        self._local = (urlsplit(url).hostname or "").startswith("127.")
         self._clients = [
             Client(number, Random(f"{seed}/client/{number}"))  # noqa: S311 - repeatable by design
             for number in range(count)
@@ -306,16 +312,17 @@ class Crowd:
 
     async def _live(self, client: Client) -> None:
         await _rest(client.chance.uniform(0, self.poll_seconds), self._bell)
-        while not self._stopping.is_set():
-            # Taken before the poll: a client that is busy when the bell rings polls again right afterwards.
-            bell = self._bell
-            await self._poll(client)
-            await _rest(self.poll_seconds * client.chance.uniform(0.5, 1.5), bell)
+        async with new_session(client.address if self._local else None) as session:
+            while not self._stopping.is_set():
+                # Before the poll: a client that is busy when the bell rings polls again at once.
+                bell = self._bell
+                await self._poll(client, session)
+                await _rest(self.poll_seconds * client.chance.uniform(0.5, 1.5), bell)
 
-    async def _poll(self, client: Client) -> None:
+    async def _poll(self, client: Client, session: aiohttp.ClientSession) -> None:
         """One poll: the index, then whatever is new, in an order of the client's own."""
         catalogue = self.catalogue
-        begin = partial(Download, self._session, self._url, figures=self.figures, client=client.user_agent)
+        begin = partial(Download, session, self._url, figures=self.figures, client=client.user_agent)
         index = begin(catalogue.content_info, held_etag=client.content_info_etag)
         if await index.run():
             client.content_info_etag = index.received_etag or client.content_info_etag
@@ -336,10 +343,11 @@ async def _rest(seconds: float, bell: asyncio.Event) -> None:
             await bell.wait()
 
 
-def new_session(connections: int) -> aiohttp.ClientSession:
-    """A session for a crowd: as many kept-alive connections as clients, so that none waits for another's."""
+def new_session(address: str | None = None) -> aiohttp.ClientSession:
+    """One client's kept-alive connections, from `address` if it has one of its own."""
+    local = (address, 0) if address is not None else None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(keepalive_timeout=60, local_addr=local),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60),
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=128 * 1024,
@@ -367,7 +375,7 @@ def simulate_clients(
 
 
 async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed: int) -> Figures | None:
-    async with new_session(count) as session:
+    async with new_session() as session:
 
         async def catalogue() -> Catalogue:
             async with session.get(manager_url + CATALOGUE_PATH, raise_for_status=True) as response:
@@ -381,7 +389,7 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
                     crowd.catalogue = await catalogue()
 
         try:
-            crowd = Crowd(session, url, await catalogue(), count=count, seed=seed)
+            crowd = Crowd(url, await catalogue(), count=count, seed=seed)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: not a catalogue
             sys.stderr.write(f"gup: no catalogue at {manager_url}{CATALOGUE_PATH}: {error}\n")
             return None

@@ -58,10 +58,15 @@ class Link:
         self._free_at_seconds = max(self._free_at_seconds, now - _SLACK_SECONDS) + size_bytes / self._rate
         return max(0.0, self._free_at_seconds - now)
 
-    async def pass_through(self, size_bytes: int) -> None:
-        """Return when `size_bytes` (at most PIECE_BYTES) have had their time on the link."""
+    async def pass_through(self, size_bytes: int, *, first: bool = False) -> None:
+        """Return when `size_bytes` (at most PIECE_BYTES) have had their time on the link.
+
+        With `first` they do not queue: an index file of a few kilobytes would time out behind the fulls on a
+        slow link.
+        """
+        wait_seconds = self.reserve(size_bytes)
         # The loop must turn even without a wait, or one connection would keep the others from the link.
-        await asyncio.sleep(self.reserve(size_bytes))
+        await asyncio.sleep(size_bytes / self._rate if first and self._rate else wait_seconds)
 
 
 @dataclass(slots=True)
@@ -197,7 +202,7 @@ class Manager:
                         start += len(block)
                         for at in range(0, len(block), PIECE_BYTES):
                             piece = block[at : at + PIECE_BYTES]
-                            await self._link.pass_through(len(piece))
+                            await self._link.pass_through(len(piece), first=file.kind is Kind.INDEX)
                             await response.write(piece)
                             row.sent_bytes += len(piece)
                             counts.sent_bytes += len(piece)

@@ -115,8 +115,10 @@ async def _demo(plan: Plan, command: Command, directory: Path, console: Console,
     async with (
         manager.listening("127.0.0.1", 0) as url,
         serving(command(plan, url, directory / "cache"), directory) as gup,
-        new_session(plan.clients + 8) as session,
+        new_session() as session,
     ):
+        if plan.keep:
+            console.print(f"page {gup.control_url}/", highlight=False, soft_wrap=True)
         show = Show(plan, manager, gup, session)
         shown = Console(quiet=True) if json_output else console
         with Live(console=shown, auto_refresh=False, transient=True) as live:
@@ -241,7 +243,7 @@ class Show:
         self._plan = plan
         self._manager = manager
         self._session = session
-        self._crowd = Crowd(session, gup.url, manager.catalogue, count=plan.clients, seed=plan.seed)
+        self._crowd = Crowd(gup.url, manager.catalogue, count=plan.clients, seed=plan.seed)
         self._begin_seconds = time.monotonic()
         self.gup = gup
 

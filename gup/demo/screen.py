@@ -1,11 +1,11 @@
 """The output of the demo: progress while it runs, then the summary with its verdict."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -120,13 +120,14 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(complaint, highlight=False, soft_wrap=True, markup=False, style="red")
 
 
-def progress(summary: Summary, total_seconds: float) -> Group:
+def progress(summary: Summary, total_seconds: float) -> Table:
     """Redrawn in place on a terminal while it runs."""
     done = min(summary.seconds, total_seconds)
-    return Group(ProgressBar(total=total_seconds, completed=done, width=60), _table(rows_so_far(summary)))
+    bar = ProgressBar(total=total_seconds, completed=done, width=40)
+    return _table([("time", bar), *rows_so_far(summary)])
 
 
-def _table(rows: list[tuple[str, str]], title: str | None = None, style: str = "") -> Table:
+def _table(rows: Sequence[tuple[str, RenderableType]], title: str | None = None, style: str = "") -> Table:
     table = Table(title=title, show_header=False, border_style=style)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

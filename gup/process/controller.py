@@ -1,7 +1,9 @@
 """Main module of the controller process: wires the control plane and runs it."""
 
 import asyncio
+import contextlib
 import json
+import logging
 import os
 import socket
 from collections import deque
@@ -20,12 +22,17 @@ from gup.control.catalog_refresh import CatalogRefresher
 from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
 from gup.control.service import Control
+from gup.control.stats.history import RECEIVED
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import CONFIG_OK, POLICY_EPOCH, STORE_BYTES, STORE_EPOCH
+from gup.process.start_check import of_clocks, of_rate
 from gup.process.wiring import ChildProcess, run_child
 from gup.upstream.download import Fetched, fetch_catalogue
 
+_LOG = logging.getLogger("gup.process")
 _RELOAD_SECONDS = 10.0
+_ASKED_WITHIN_SECONDS = 120
+"""Until then each upstream that can answer has done so."""
 
 
 class Controller(ChildProcess):
@@ -98,6 +105,7 @@ class Controller(ChildProcess):
             self.pool.run_checks(),
             self._catalogues.keep(),
             self._durability.run(),
+            self._warn(),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
         await self.handle_messages()
@@ -108,6 +116,22 @@ class Controller(ChildProcess):
         await self._control.stop()
         await self._durability.sync()
         await self.close()
+
+    async def _warn(self) -> None:
+        """Log what can't work as it is set, as soon as it is known: each upstream is checked before long."""
+        with contextlib.suppress(OSError):  # a damaged disk has its alarm
+            points = await self._control.state.history.series("quarter")
+            fastest = max((point.wan_peak for point in points), default=0)
+            received = sum(point.sums[RECEIVED] for point in points)
+            for words in of_rate(self.settings.wan.rate, fastest, received):
+                _LOG.warning("%s", words)
+        for _ in range(_ASKED_WITHIN_SECONDS):
+            ahead = {u.name: u.ahead_seconds for u in self.pool.upstreams if u.ahead_seconds is not None}
+            if len(ahead) == len(self.pool.upstreams):
+                break
+            await asyncio.sleep(1.0)
+        for words in of_clocks(ahead):
+            _LOG.warning("%s", words)
 
     async def _keep_beating(self) -> None:
         while True:

@@ -27,6 +27,7 @@ from gup.process.child import Assignment, Child, ChildSlot, Message, Phase
 from gup.process.instance_lock import InstanceLock
 from gup.process.shared_memory import Row, SharedFile
 from gup.process.sockets import VARIABLES, Notifier, passed_sockets
+from gup.process.start_check import doubts
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class Supervisor:
         self._notifier = Notifier(environment, os.getpid())
         store = Store(settings.cache.directory)
         store.prepare()
+        for doubt in doubts(settings, time.time()):
+            _LOG.warning("%s", doubt)
         self._lock = InstanceLock(store.run, LOCK_SECONDS)
         stack.callback(self._lock.close)
         passed = passed_sockets(environment, os.getpid())

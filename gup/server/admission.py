@@ -29,7 +29,8 @@ class Admission:
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
-        self._is_allowed = networks_of(settings.clients.allow)
+        self.is_allowed = networks_of(settings.clients.allow)
+        """Whether an address is in `clients.allow`."""
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
@@ -37,7 +38,7 @@ class Admission:
         """Count a connection, or its refusal. `make_room` closes an idle connection, False when there is
         none.
         """
-        if not self._is_allowed(address):
+        if not self.is_allowed(address):
             return self._refuse("network")
         if self._addresses.add(client_of(address)) > self._most_of_address > 0:
             self._addresses.remove(client_of(address))

@@ -233,7 +233,7 @@ class Connection:
                 break
             head = bytes(pending[: end + len(_HEAD_END)])
             del pending[: len(head)]
-            found = self._context.hot_cache.look_up(head)
+            found = self._context.hot_cache.look_up(head) if len(head) <= MAX_HEAD_BYTES else None
             if found is None or not self._send_hot(*found):
                 self._answer(head)
         if self._phase is _READING and self._eof:
@@ -441,7 +441,7 @@ class Connection:
         if why == FINISHED:
             self._finish()
         elif why == BROKEN:
-            self._cut()
+            self.cut()
         else:
             self._watch(self._watched & ~WRITE)
             assert self._response is not None
@@ -491,8 +491,8 @@ class Connection:
         if self._writer is not None:
             self._writer.end()
 
-    def _cut(self) -> None:
-        """End with a reset: the client must never take a part for the whole."""
+    def cut(self) -> None:
+        """End now, with a reset: the client must never take a part for the whole."""
         close_by_reset(self._sock)
         self.close()
 
@@ -526,6 +526,6 @@ class Connection:
         if self._phase is _READING and self._pending:
             self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
         elif self._phase is Phase.SENDING:
-            self._cut()
+            self.cut()
         else:
             self.close()

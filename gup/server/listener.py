@@ -74,6 +74,8 @@ class Listener:
         self._handler.apply(settings)
         self._admission.apply(settings)
         self._use(settings.clients)
+        for connection in [c for c in self._connections if not self._admission.is_allowed(c.peer)]:
+            connection.cut()
         self._context.listen = settings.listen
 
     def _use(self, clients: config.Clients) -> None:

@@ -17,6 +17,7 @@ MAX_HEADERS = 100
 _TARGET_TOO_LONG = f"A request target may have at most {MAX_TARGET_BYTES} bytes."
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TLS_HANDSHAKE = b"\x16\x03"
 _BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of all registered methods
 _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
@@ -76,13 +77,19 @@ def check_begun(buffer: bytes | bytearray) -> None:
     Without this a line that ends with LF, a TLS hello and HTTP/0.9 look like an incomplete head.
     """
     _check_size(buffer)
+    _check_beginning(buffer)
     ends = buffer.count(b"\r\n")
     if buffer.count(b"\n") > ends or buffer.count(b"\r") - buffer.endswith(b"\r") > ends:
         raise Problem("bad-request", "Lines of a request head end with CRLF; this CR or LF stands alone.")
-    if not _BEGINNING.match(buffer):
-        raise Problem("bad-request", "This is not HTTP. This port does not support TLS: use http://.")
     if ends:
         _check_line(buffer)
+
+
+def _check_beginning(buffer: bytes | bytearray) -> None:
+    if buffer.startswith(_TLS_HANDSHAKE):
+        raise Problem("bad-request", "This port speaks HTTP without TLS: ask for http://, not https://.")
+    if not _BEGINNING.match(buffer):
+        raise Problem("bad-request", "This is not HTTP.")
 
 
 def _check_size(buffer: bytes | bytearray) -> None:
@@ -121,6 +128,7 @@ def parse_head(head: bytes, client: str = "") -> Request:
     method that llhttp does not know.
     """
     _check_size(head)
+    _check_beginning(head)
     line = _check_line(head)
     fields_at = line.end()
     if not _FIELD_LINES.fullmatch(head, fields_at):

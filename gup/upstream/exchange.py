@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, NamedTuple
 
 import xxhash
@@ -17,10 +17,16 @@ MOST_FIELD_BYTES = 512
 MOST_HOPS = 16
 """Gups that a request may have passed through."""
 _GUP_NAME = re.compile(r"[0-9A-Za-z._:\[\]-]{1,128}")
+_NO_CONNECTION = re.compile(
+    r"error=(?:dns_|destination_|connection_(?:refused|timeout)|tls_|proxy_)"
+    r"|ERR_(?:DNS_FAIL|CONNECT_FAIL|SECURE_CONNECT_FAIL|CANNOT_FORWARD)"
+)
+"""Of RFC 9209 section 2.3, and Squid's."""
 _AGE = re.compile(r"[0-9]{1,12}")
 _Sendable = Annotated[str, Field(max_length=MOST_FIELD_BYTES, pattern="^[ -~]*$")]
 
 
+@dataclass(eq=False)
 class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of ours
     """One failed try. `outcome` is the label of its counter, `slug` the type of the problem for a client.
 
@@ -28,23 +34,17 @@ class UpstreamFailure(GupError):  # noqa: N818 - one failed try, not an error of
     `retry_after_seconds`: how long the upstream wants not to be asked for the same, None if it did not say.
     """
 
-    def __init__(
-        self,
-        outcome: str,
-        slug: str,
-        detail: str,
-        *,
-        again: bool = False,
-        status: int | None = None,
-        retry_after_seconds: float | None = None,
-    ) -> None:
-        self.detail = quoted(detail)  # it may contain text from the upstream
+    outcome: str
+    slug: str
+    detail: str
+    _: KW_ONLY
+    again: bool = False
+    status: int | None = None
+    retry_after_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self.detail = quoted(self.detail)  # it may contain text from the upstream
         super().__init__(self.detail)
-        self.outcome = outcome
-        self.slug = slug
-        self.again = again
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
 
 
 def rejected(detail: str) -> UpstreamFailure:
@@ -117,12 +117,24 @@ def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
     return status == 407 or (status >= 400 and any(field in fields for field in marks))
 
 
-def proxy_refused(name: str, proxy: str | None, status: int, reason: str = "") -> UpstreamFailure:
-    """The web proxy refused to forward the request, so nothing is known of the upstream."""
+def failed_for_all(status: int, fields: Mapping[str, str]) -> bool:
+    """Whether the web proxy would fail every request: it wants a password, or gets no connection.
+
+    What else it says may be due to the name that was asked, which the upstream resets or the proxy forbids.
+    """
+    said = f"{fields.get('Proxy-Status', '')} {fields.get('X-Squid-Error', '')}"
+    return status in (401, 407) or _NO_CONNECTION.search(said) is not None
+
+
+def proxy_refused(
+    name: str, proxy: str | None, status: int, reason: str = "", *, for_all: bool = True
+) -> UpstreamFailure:
+    """The web proxy did not forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
     if status in (401, 407):
         said += "; it requires a user and a password: http://user:password@host:port"
-    return unreachable(f"{name}: {proxy_in_words(proxy)} answered {said}")
+    detail = f"{name}: {proxy_in_words(proxy)} answered {said}"
+    return unreachable(detail) if for_all else UpstreamFailure("error", "upstream-error", detail)
 
 
 # --- validators

@@ -21,11 +21,13 @@ from gup.content.catalog import CATALOG_PATH
 from gup.content.key import Variant
 from gup.content.routes import LIVEUPDATE_STREAM
 from gup.metrics import Counters
+from gup.units import parse_http_date
 from gup.upstream.bandwidth import ReceiveWindow, Wan
 from gup.upstream.exchange import (
     RemoteHead,
     UpstreamFailure,
     answered_by_proxy,
+    failed_for_all,
     gup_names,
     proxy_in_words,
     proxy_refused,
@@ -274,9 +276,13 @@ class Pool:
         status, name, proxy = response.status, upstream.name, upstream.settings.proxy
         fields = Fields(response, name)
         upstream.node = (["", *gup_names(response.headers.get("Via"))])[-1]
+        sent_at = parse_http_date(response.headers.get("Date", "").strip())
+        if sent_at is not None and "Age" not in response.headers:  # else a cache may have answered
+            upstream.ahead_seconds = time.time() - sent_at
         if proxy is not None and answered_by_proxy(status, response.headers):
             await self._drain(fields, ask, upstream)
-            raise proxy_refused(name, proxy, status)
+            for_all = failed_for_all(status, response.headers)
+            raise proxy_refused(name, proxy, status, for_all=for_all)
         # How long another gup has stored it (RFC 9111 section 5.1).
         age = read_age(response.headers.get("Age")) if upstream.settings.kind == "gup" else 0
         if status in (304, 404, 410):

@@ -80,6 +80,8 @@ class Upstream:
         self.retired = False
         self.node: str | None = None
         """A gup's name in Via, "" for another server; None until its first response."""
+        self.ahead_seconds: float | None = None
+        """How far this machine's clock is ahead of its own; None until a response tells."""
         self._via = via
         fixed = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
         self._fixed = fixed | _declared(settings) | settings.headers

@@ -25,7 +25,6 @@ _MOST_WAITING_BYTES = 256 * 1024
 class Passed:
     """What came back since the last look. Times are on the monotonic clock, which all processes share."""
 
-    connections: int = 0
     passed_bytes: int = 0
     """Heads too."""
     first_at: float = 0.0
@@ -53,7 +52,6 @@ class _Relay:
         return self._free_at + self.half_seconds
 
     async def connected(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.passed.connections += 1
         upstream, up = await asyncio.open_connection("127.0.0.1", self.upstream_port, limit=PIECE_BYTES)
         back = asyncio.create_task(self._back(upstream, writer))
         try:
@@ -106,8 +104,6 @@ class Wan:
 
     def __init__(self, upstream_port: int, per_second: int, latency_seconds: float) -> None:
         self.port = free_port()
-        self.per_second = per_second
-        self.latency_seconds = latency_seconds
         numbers = [str(word) for word in (self.port, upstream_port, per_second, latency_seconds)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.link", *numbers],

@@ -83,7 +83,7 @@ def every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
 
 
 SCRIPTS = Path(__file__).parent / "wrk"
-_TOLD = re.compile(r"^bench requests=(\d+) bytes=(\d+) micros=(\d+) errors=(\d+) p99=(\d+)$", re.MULTILINE)
+_TOLD = re.compile(r"^bench requests=(\d+) bytes=(\d+) micros=(\d+) errors=(\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,6 @@ class Run:
     requests: int
     sent_bytes: int
     errors: int
-    p99_seconds: float
     cpu_seconds: float
     """Of all the server's processes."""
 
@@ -124,9 +123,9 @@ def wrk(
     spent = cpu_seconds(pids) - before
     told = _TOLD.search(done.stdout)
     assert told, done.stdout + done.stderr
-    requests, size, micros, errors, p99 = (int(word) for word in told.groups())
+    requests, size, micros, errors = (int(word) for word in told.groups())
     assert errors == 0, f"{server.name}: {errors} bad answers\n{done.stdout}"
-    return Run(micros / 1e6, requests, size, errors, p99 / 1e6, spent)
+    return Run(micros / 1e6, requests, size, errors, spent)
 
 
 # --- tables

@@ -294,35 +294,23 @@ def ages(machine) -> AgeClock:
     return AgeClock(lambda: machine.wall, lambda: machine.boot)
 
 
-def test_it_follows_a_clock_that_is_right_and_one_that_is_corrected_a_little(machine, ages):
-    for _ in range(100):
-        machine.passes(3600)
-        machine.wall += 2
-        assert ages() == machine.wall
+DAY_LONG = BELIEVED_AFTER_SECONDS
+JUMPS = {  # the clock is put forward by so much, then so much time passes; what is shown
+    "right, and corrected a little": [(2.0, 3600.0, 3602.0 * n) for n in range(1, 100)],
+    "ahead, and back": [(0, 0, 0), (12 * MONTH, 3600, 3600), (-12 * MONTH, 60, 3660)],
+    "ahead for a day": [(MONTH, 0, 0), (0, DAY_LONG - 1, DAY_LONG - 1), (0, 1, MONTH + DAY_LONG)],
+    "back": [(-MONTH, 0, -MONTH)],
+}
 
 
-def test_a_jump_ahead_is_not_believed_and_when_it_is_undone_nothing_was(machine, ages):
-    assert ages() == NOW
-    machine.wall += 12 * MONTH
-    machine.passes(3600)
-    assert ages() == NOW + 3600
-    machine.wall -= 12 * MONTH
-    machine.passes(60)
-    assert ages() == machine.wall == NOW + 3660
-
-
-def test_a_jump_that_stands_for_a_day_is_believed(machine, ages):
-    machine.wall += MONTH
-    assert ages() == NOW
-    machine.passes(BELIEVED_AFTER_SECONDS - 1)
-    assert ages() == NOW + BELIEVED_AFTER_SECONDS - 1
-    machine.passes(1)
-    assert ages() == machine.wall
-
-
-def test_a_jump_back_counts_at_once(machine, ages):
-    machine.wall -= MONTH
-    assert ages() == NOW - MONTH
+@pytest.mark.parametrize("jumps", JUMPS.values(), ids=JUMPS)
+def test_a_jump_ahead_is_not_believed_before_it_stood_for_a_day_and_one_back_counts_at_once(
+    machine, ages, jumps
+):
+    for jump, seconds, shown in jumps:
+        machine.wall += jump
+        machine.passes(seconds)
+        assert ages() == NOW + shown
 
 
 @pytest.mark.parametrize(("gap", "believed"), [(GAP_SECONDS - 1, True), (GAP_SECONDS + 1, False)])

@@ -7,17 +7,23 @@ import threading
 from contextlib import closing
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
 from gup.control.index import (
     ORDERS,
     ORPHAN_AGE_SECONDS,
+    ROW,
     DamagedIndexError,
     Index,
     IndexFile,
     make_row,
+    read_row,
     reconcile,
 )
+from gup.control.integrity_jobs import Pass, read_pass
+from gup.control.prefetch import PrefetchQueue, Revisions
 
 
 def row(name="full.zip", size=10, revision="260101001", **more):
@@ -360,3 +366,36 @@ async def test_a_page_of_many_rows_costs_no_look_at_all_of_them(opened, monkeypa
     index.put(index.rows[row("f00005").key].used(1, 0, 9.0))
     assert [one.file for one in index.page("used", 2, descending=True)] == ["f00005", "f01999"]
     assert looks <= 4
+
+
+# --- rows and notes as they are read back
+
+KNOWN = row(hits=3, pinned=True, sent_bytes=7, received_bytes=9)
+FIELDS = json.loads(ROW.dump_json(KNOWN))
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(list(FIELDS)), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(list(FIELDS)), anything)
+def test_a_row_of_the_index_is_a_row_or_invalid(name, value):
+    try:
+        read = read_row(json.dumps(FIELDS | {name: value}))
+    except ValueError:
+        return
+    assert read_row(ROW.dump_json(read)) == read
+
+
+@settings(max_examples=25)
+@given(anything)
+def test_what_was_noted_is_taken_back_or_left_out(value):
+    assert isinstance(read_pass(value), Pass)
+    queue, revisions = PrefetchQueue(), Revisions()
+    queue.restore([value])
+    revisions.restore([value])
+    assert list(queue.rows) == list(revisions.streams) == []
+    with pytest.raises(ValueError, match=r"."):
+        read_row(json.dumps(value))

@@ -8,6 +8,7 @@ import pytest
 from harness.control import get, limited
 
 from gup.cache.records import CHUNK_BYTES, seal
+from gup.control.integrity_jobs import Pass, read_pass
 from gup.errors import Problem
 
 BODY = bytes(range(256)) * (CHUNK_BYTES * 3 // 256) + b"the end"
@@ -300,8 +301,25 @@ async def test_reconciling_mends_what_is_not_as_recorded_and_removes_what_no_ups
     os.utime(path, (1, 1))
     world.problem = Problem(slug, "told so") if slug else None
     world.whole[record.key.text] = BODY
-    async with world.running():
+    async with world.running() as control:
         await world.until(lambda: bool(world.mends) and path.exists() is left)
+        await world.until(lambda: bool(slug) or record.key.text in control.state.index.rows)
     assert world.mends == [(record.key.text, False)]
     assert path.exists() is left
     assert slug or path.read_bytes() == BODY
+
+
+# --- a pass is noted
+
+PASS = Pass(began_at=5.0, ended_at=0.0, after="a/b/c/d/e", checked=1, checked_bytes=2, damaged=3, mended=4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"began_at": float("nan")}, {"checked": 1.5}, {"after": 5}, {"damaged": True}, {"mended": -1}]
+)
+def test_a_pass_is_what_was_noted_and_with_a_wrong_value_begins_anew(changed):
+    noted = json.loads(json.dumps(PASS.model_dump()))
+    assert read_pass(noted) == PASS
+    assert read_pass(noted | changed) == Pass()
+    for nonsense in (None, {}, [1], "text"):
+        assert read_pass(nonsense) == Pass()

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import xxhash
+from aiohttp import web
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.content.key import Kind
@@ -19,7 +20,6 @@ from gup.demo.clients import (
     Figures,
     Latencies,
     cache_result,
-    new_session,
 )
 from gup.demo.content import CONTENT_INFO_PATH, PublishedFile, PublishedStream
 
@@ -112,15 +112,14 @@ async def test_an_unchanged_copy_is_not_sent_again(session, upstream):
 
 async def with_crowd(manager, url, change=None, count=12, when=lambda _: False):
     """A crowd at work until `when` holds or nobody lacks anything."""
-    async with new_session(count) as session:
-        crowd = Crowd(session, url, manager.catalogue, count=count, seed=1, poll_seconds=0.05)
-        running = asyncio.create_task(crowd.run())
-        if change is not None:
-            await change(crowd)
-        await until(lambda: when(crowd.figures) or up_to_date(crowd))
-        crowd.stop()
-        await running
-        return crowd
+    crowd = Crowd(url, manager.catalogue, count=count, seed=1, poll_seconds=0.05)
+    running = asyncio.create_task(crowd.run())
+    if change is not None:
+        await change(crowd)
+    await until(lambda: when(crowd.figures) or up_to_date(crowd))
+    crowd.stop()
+    await running
+    return crowd
 
 
 async def until(condition):
@@ -145,6 +144,28 @@ async def test_a_crowd_brings_itself_up_to_date(manager, manager_url):
     assert figures.downloads[Kind.DELTA] > figures.downloads[Kind.FULL] > 0
     assert figures.downloads[Kind.INDEX] == 30
     assert manager.counts.sent_bytes >= figures.received_bytes > 0
+
+
+async def test_each_client_of_a_cache_on_this_machine_has_an_address_of_its_own(manager):
+    peers = set()
+
+    async def seen(request):
+        peers.add(request.remote)
+        return web.Response(body=b"")
+
+    application = web.Application()
+    application.router.add_get("/{rest:.*}", seen)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    crowd = Crowd(f"http://127.0.0.1:{port}", manager.catalogue, count=300, seed=1, poll_seconds=0.05)
+    running = asyncio.create_task(crowd.run())
+    await until(lambda: len(peers) == 300)
+    crowd.stop()
+    await running
+    await runner.cleanup()
+    assert "127.0.0.1" not in peers
 
 
 async def test_a_rung_crowd_polls_at_once(manager, manager_url):

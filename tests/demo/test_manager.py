@@ -13,7 +13,7 @@ import xxhash
 
 from gup.content.key import Kind
 from gup.demo import content
-from gup.demo.content import CATALOGUE_JSON
+from gup.demo.content import CATALOGUE_JSON, CONTENT_INFO_PATH
 from gup.demo.manager import (
     CATALOGUE_PATH,
     COUNTS_PATH,
@@ -152,6 +152,22 @@ async def test_all_connections_share_the_wan(session, tmp_path):
         bodies = await asyncio.gather(*(got(session, url + delta.path) for delta in deltas))
         elapsed = time.monotonic() - begin
     assert rate * 0.4 < sum(len(body) for _, body in bodies) / elapsed < rate * 1.1
+
+
+async def test_the_index_does_not_wait_for_the_fulls_of_a_full_link(session, tmp_path):
+    manager = Manager(tmp_path / "manager", 1, content.streams(1, 400_000), Link(100_000))
+    await manager.publish()
+    async with manager.listening("127.0.0.1", 0) as url, asyncio.TaskGroup() as tasks:
+        full = manager.catalogue.streams[0].full
+        fulls = [tasks.create_task(got(session, url + full.path)) for _ in range(24)]
+        while manager.counts.sending < len(fulls) or not manager.counts.sent_bytes:  # noqa: ASYNC110 - figures
+            await asyncio.sleep(0.01)
+        begin = time.monotonic()
+        _, index = await got(session, url + CONTENT_INFO_PATH)
+        assert index
+        assert time.monotonic() - begin < 2, "24 pieces take 3.9 s"
+        for task in fulls:
+            task.cancel()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -129,6 +129,8 @@ def test_a_signal_ends_everything_in_order(number, keep, seconds, wait_for, stat
         env=os.environ | {"TMPDIR": str(tmp_path)},
     ) as process:
         try:
+            if keep == "keep":
+                assert process.stdout.readline().startswith("page http://127.0.0.1:"), "before the show"
             assert any(wait_for in line for line in process.stdout)
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(number)

@@ -89,10 +89,15 @@ def test_what_went_wrong_is_readable():
     assert ("bytes compared", "NOTHING was received") in summary_rows(summary(Figures()))
 
 
-def test_progress_is_a_table():
+def test_progress_is_a_table_whose_lines_hold_one_thing_each():
     out = io.StringIO()
-    Console(file=out, width=100).print(progress(summary(seconds=3.0), 30.0))
-    assert "over the WAN" in out.getvalue()
+    Console(file=out, width=100, force_terminal=True, color_system=None).print(
+        progress(summary(seconds=3.0), 30.0)
+    )
+    lines = out.getvalue().splitlines()
+    assert len({len(line) for line in lines}) == 1, "the bar stands within the table"
+    assert ["time" in line for line in lines if "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in line] == [True]
+    assert any("over the WAN" in line for line in lines)
 
 
 def test_milliseconds_are_for_people():

@@ -1,7 +1,8 @@
 """Runs one scenario of the store in a forked process of its own, as often as it is told: `main` reads lines.
 
-A line is JSON: `scenario`, `root`, `url`, `log`, `at` (the step to be killed before; 0: none) and `torn`. The
-answer is the wait status. Everything is imported once: a run costs the fork.
+A line is JSON: `action` ("get" or one of ACTIONS) and its `path`, settings of the `cache`, `root`, `url`,
+`log`, `at` (the step to be killed before; 0: none) and `torn`. The answer is the wait status. Everything is
+imported once: a run costs the fork.
 """
 
 import asyncio
@@ -130,39 +131,16 @@ async def _pin(worker: Worker, crash: Crash) -> None:
     crash.mark("pinned")
 
 
-def _getting(path: str) -> Callable[[Worker, Crash], Awaitable[None]]:
-    return lambda worker, crash: get(worker, crash, path)
-
-
 ACTIONS: dict[str, Callable[[Worker, Crash], Awaitable[None]]] = {
-    "fill": _getting(FULL),
-    "fill of unknown length": _getting(FULL),
-    "replacement": _getting(INDEX),
-    "revalidation": _getting(INDEX),
-    "takeover": _getting(FULL),
-    "takeover with damage": _getting(FULL),
-    "takeover without upstream": _getting(FULL),
-    "absent": _getting(FULL),
-    "too large": _getting(FULL),
-    "rejected": _getting(ZIP),
-    "recovery of a commit": _recover,
-    "recovery of a fill": _recover,
-    "eviction": _evict,
-    "eviction of a part": _evict,
+    "recover": _recover,
+    "evict": _evict,
     "purge": _purge,
     "pin": _pin,
 }
-SETTINGS: dict[str, dict[str, object]] = {
-    "replacement": {"index_ttl": "0s"},
-    "revalidation": {"index_ttl": "0s"},
-    "absent": {"negative_ttl": "50ms"},
-    "too large": {"max_size": "1MB"},
-    "takeover without upstream": {"error_ttl": "50ms"},
-}
 
 
-async def run(scenario: str, root: Path, url: str, crash: Crash) -> None:
-    async with working(root, [url], cache=SETTINGS.get(scenario, {})) as worker:
+async def run(order: dict[str, Any], crash: Crash) -> None:
+    async with working(Path(order["root"]), [order["url"]], cache=order["cache"]) as worker:
 
         def tell(event: Mapping[str, object]) -> None:
             if event["type"] == "committed":
@@ -171,13 +149,16 @@ async def run(scenario: str, root: Path, url: str, crash: Crash) -> None:
         worker.dependencies.tell = tell
         install(crash)
         crash.mark("begun")
-        await ACTIONS[scenario](worker, crash)
+        if order["action"] == "get":
+            await get(worker, crash, order["path"])
+        else:
+            await ACTIONS[order["action"]](worker, crash)
         crash.mark("ended")
 
 
-def _child(order: dict) -> None:
+def _child(order: dict[str, Any]) -> None:
     crash = Crash(Path(order["root"]), Path(order["log"]), order["at"], torn=order["torn"])
-    asyncio.run(run(order["scenario"], Path(order["root"]), order["url"], crash))
+    asyncio.run(run(order, crash))
 
 
 def main() -> None:

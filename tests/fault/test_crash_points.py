@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fault.crash_runner import ACTIONS, FULL, INDEX, OLD, ZIP, key_of, recovery_of
+from fault.crash_runner import FULL, INDEX, OLD, ZIP, key_of, recovery_of
 from fault.crashing import cut_power
 from fault.invariants import bodies_of, violations
 from harness.caches import Cut, Worker, working
@@ -54,6 +54,10 @@ class Case:
     kept: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
     """Entries that must be served without an upstream, with what they may be."""
     path: str = FULL
+    action: str = "get"
+    """Of crash_runner."""
+    cache: Mapping[str, str] = field(default_factory=dict)
+    """Settings."""
     bodies: tuple[bytes, ...] = (BODY,)
     """What `path` may be, once upstream is right again."""
     etag: str = '"a"'
@@ -110,27 +114,33 @@ async def _commit_left(root: Path, upstream: ScriptedUpstream) -> None:
         await _until(lambda: not worker.cache.fills)
 
 
+STALE = {"index_ttl": "0s"}
 CASES: dict[str, Case] = {
     "fill": Case(nothing),
     "fill of unknown length": Case(nothing, Answer(BODY, etag='"a"', chunked=True)),
     "replacement": Case(
-        _stored(INDEX), Answer(SECOND, etag='"b"'), {INDEX: (BODY, SECOND)}, INDEX, (BODY, SECOND), '"b"'
+        _stored(INDEX),
+        Answer(SECOND, etag='"b"'),
+        {INDEX: (BODY, SECOND)},
+        INDEX,
+        cache=STALE,
+        bodies=(BODY, SECOND),
+        etag='"b"',
     ),
-    "revalidation": Case(_stored(INDEX), kept={INDEX: (BODY,)}, path=INDEX),
+    "revalidation": Case(_stored(INDEX), kept={INDEX: (BODY,)}, path=INDEX, cache=STALE),
     "takeover": Case(_part_left()),
     "takeover with damage": Case(_part_left(_garbage)),
-    "takeover without upstream": Case(_part_left(), DOWN),
-    "absent": Case(nothing, Answer(b"", 404)),
-    "too large": Case(nothing),
+    "takeover without upstream": Case(_part_left(), DOWN, cache={"error_ttl": "50ms"}),
+    "absent": Case(nothing, Answer(b"", 404), cache={"negative_ttl": "50ms"}),
+    "too large": Case(nothing, cache={"max_size": "1MB"}),
     "rejected": Case(nothing, path=ZIP, bodies=(zip_of("right", len(BODY)),), etag='"right"'),
-    "recovery of a commit": Case(_commit_left, DOWN, {FULL: (BODY,)}),
-    "recovery of a fill": Case(_part_left()),
-    "eviction": Case(_stored(*OLD)),
-    "eviction of a part": Case(_part_left(lambda part: os.utime(part, (1, 1)))),
-    "purge": Case(_stored(FULL, OLD[0]), kept={OLD[0]: (BODY,)}),
-    "pin": Case(_stored(FULL), kept={FULL: (BODY,)}),
+    "recovery of a commit": Case(_commit_left, DOWN, {FULL: (BODY,)}, action="recover"),
+    "recovery of a fill": Case(_part_left(), action="recover"),
+    "eviction": Case(_stored(*OLD), action="evict"),
+    "eviction of a part": Case(_part_left(lambda part: os.utime(part, (1, 1))), action="evict"),
+    "purge": Case(_stored(FULL, OLD[0]), kept={OLD[0]: (BODY,)}, action="purge"),
+    "pin": Case(_stored(FULL), kept={FULL: (BODY,)}, action="pin"),
 }
-assert set(CASES) == set(ACTIONS)
 
 
 async def _until(condition: Callable[[], object]) -> None:
@@ -153,13 +163,14 @@ class Runner:
             env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
         )
 
-    def run(self, scenario: str, template: Path, url: str, at: int, *, torn: bool) -> "Run":
+    def run(self, case: Case, template: Path, url: str, at: int, *, torn: bool) -> "Run":
         """Run it on a copy of `template`, to be killed before step `at` (0: not)."""
         self._runs += 1
         root = self.folder / f"{self._runs}"
         log = self.folder / f"{self._runs}.log"
         shutil.copytree(template, root)
-        order = {"scenario": scenario, "root": str(root), "url": url, "log": str(log), "at": at, "torn": torn}
+        order = {"action": case.action, "path": case.path, "cache": case.cache, "root": str(root)}
+        order |= {"url": url, "log": str(log), "at": at, "torn": torn}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         status = int(self._process.stdout.readline())
@@ -223,7 +234,7 @@ async def _run(
     runner: Runner, upstream: ScriptedUpstream, scenario: str, template: Path, at: int, *, torn: bool
 ) -> Run:
     upstream.answer(CASES[scenario].path, CASES[scenario].answer)
-    return await asyncio.to_thread(runner.run, scenario, template, upstream.url, at, torn=torn)
+    return await asyncio.to_thread(runner.run, CASES[scenario], template, upstream.url, at, torn=torn)
 
 
 # --- what must hold

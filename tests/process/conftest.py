@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 HERE = Path(__file__).parent
@@ -132,37 +132,6 @@ class Client:
         self.close()
 
 
-class Watch:
-    """Waits for the end of processes that are not our children."""
-
-    def __init__(self, pids):
-        self.fds = {os.pidfd_open(pid) for pid in pids}
-
-    def wait(self):
-        waiting = set(self.fds)
-        while waiting:
-            ended = select.select(list(waiting), [], [], 20)[0]
-            assert ended, "a process did not end"
-            waiting -= set(ended)
-
-    def close(self):
-        for fd in self.fds:
-            os.close(fd)
-
-
-def children_of(pid):
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.fixture
-def watch_children():
-    """Makes a Watch of a process's children."""
-    made = []
-    yield lambda pid: made.append(Watch(children_of(pid))) or made[-1]
-    for watch in made:
-        watch.close()
-
-
 @pytest.fixture
 def service(tmp_path):
     """Makes services on one folder; all are ended, and must leave no process."""
@@ -177,9 +146,8 @@ def service(tmp_path):
     yield make
     for one in made:
         if one.process.poll() is None:
-            watch = Watch(children_of(one.process.pid))
+            children = psutil.Process(one.process.pid).children()
             one.process.kill()
             one.process.wait()
-            watch.wait()
-            watch.close()
+            assert not psutil.wait_procs(children, 20)[1], "a process did not end"
         one.process.stderr.close()

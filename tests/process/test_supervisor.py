@@ -1,6 +1,5 @@
 """The supervisor with real processes, killed, hung, reloaded and stopped."""
 
-import json
 import os
 import signal
 import socket
@@ -13,18 +12,6 @@ from gup.process.supervisor import differing, reloadable
 
 HITS = 'gup_requests_total{code="200",result="hit"}'
 RESTARTS = "gup_worker_restarts_total"
-
-
-def test_it_says_where_it_serves_and_logs_json_when_asked(service):
-    running = service({"log": {"format": "json"}})
-    with running.connect() as client, running.controller() as controller:
-        assert client.ask("who")["role"] == "worker"
-        own = controller.ask("who")
-        assert (own["role"], own["slot"], own["generation"]) == ("controller", 0, 1)
-    assert running.stop() == 0
-    records = [json.loads(line) for line in running.lines if not line.startswith("gup: ")]
-    assert all(record["logger"].startswith("gup.") for record in records)
-    assert any(record["message"] == "SIGTERM: draining" for record in records)
 
 
 @pytest.mark.alone
@@ -53,21 +40,6 @@ def test_a_killed_worker_is_replaced_within_a_second_and_its_counts_are_kept(ser
     clients[1].close()
     successor.close()
     running.until(rf"worker 0, pid {pid}, was ended by SIGKILL")
-
-
-def test_a_worker_that_dies_again_and_again_is_started_ever_later(service):
-    running = service({"workers": {"count": 1}})
-    delays = []
-    for _ in range(4):
-        with running.connect() as client:
-            os.kill(client.ask("who")["pid"], signal.SIGKILL)
-            killed = time.monotonic()
-        with running.connect() as client:
-            client.ask("who")
-            delays.append(time.monotonic() - killed)
-    assert delays[3] > 0.2  # 0, 0 and 0.1 s have been due before
-    with running.controller() as controller:
-        assert controller.ask("totals")[RESTARTS] == 4
 
 
 def test_a_killed_controller_is_replaced_and_events_outlive_it(service):
@@ -179,29 +151,6 @@ def test_what_can_not_be_opened_is_told_in_one_line(service, tmp_path):
     running = service({"cache": {"directory": str(tmp_path / "settings.json")}}, ready=False)
     assert running.end() == 1
     assert "the cache directory can't be used" in running.lines[0]
-
-
-def test_children_end_when_the_supervisor_is_killed_and_counters_go_on(service, watch_children):
-    """Over a stop and over a kill, with other upstreams."""
-    first = service()
-    with first.connect() as client:
-        for _ in range(10):
-            client.ask("who")
-    children = watch_children(first.process.pid)
-    assert len(children.fds) == 3
-    first.signal(signal.SIGKILL)
-    first.process.wait()
-    children.wait()
-    second = service({"upstream": [{"url": "http://two:80"}, {"url": "http://three:80"}]})
-    with second.controller() as controller:
-        totals = controller.ask("totals")
-        assert totals[HITS] == 11  # this question too
-        assert 'gup_upstream_requests_total{outcome="ok",upstream="three:80"}' in totals
-        assert controller.ask("since")[HITS] == 2
-    assert second.stop() == 0
-    third = service()
-    with third.controller() as controller:
-        assert controller.ask("totals")[HITS] == 13
 
 
 def test_systemd_passes_sockets_for_both_planes_and_children_get_none_of_its_variables(service):

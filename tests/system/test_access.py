@@ -1,15 +1,19 @@
 """Who may connect, and how often: networks, connections in all and of an address, over all workers."""
 
 import contextlib
+import re
 import socket
+import ssl
 import time
 
 import psutil
-from harness.content import DELTA
+import pytest
+from harness.content import DELTA, content_path
 from harness.processes import until
 from harness.service import Gup
 
 BODY = b"d" * 5000
+FULL = content_path("full.dax")
 
 
 def connect(gup: Gup, source: str = "127.0.0.1", host: str = "") -> socket.socket:
@@ -75,6 +79,60 @@ def test_only_the_networks_that_are_allowed_connect(serve):
     gup.reload(clients={"allow": ["127.0.0.0/8", "fc00::/7"]})
     until(lambda: refused(gup, "::1", "::1"), "the IPv6 network is refused")
     assert not refused(gup, "127.0.0.9", "127.0.0.1")
+
+
+def test_who_is_no_longer_allowed_is_disconnected(serve):
+    """Whatever the connection does: nothing, half a head, or a body that it reads slowly."""
+    large = b"x" * 20_000_000
+    gup, _ = serve({DELTA: BODY, FULL: large}, workers=2, clients={"allow": ["127.0.0.0/8"]})
+    gup.serves(FULL, large)
+    with contextlib.ExitStack() as stack:
+        stays, *others = (stack.enter_context(connect(gup, f"127.0.0.{number}")) for number in (1, 2, 3, 4))
+        others[1].sendall(b"GET /content/x HTTP/1.1\r\nHost: g")
+        others[2].sendall(f"GET {FULL} HTTP/1.1\r\nHost: g\r\n\r\n".encode())
+        assert others[2].recv(1000)
+        gup.reload(clients={"allow": ["127.0.0.1/32"]})
+        for sock in others:
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while piece := sock.recv(1 << 20):
+                    got += len(piece)
+            assert got < len(large)
+        stays.sendall(f"GET {DELTA} HTTP/1.1\r\nHost: g\r\n\r\n".encode())
+        assert stays.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("padding", [16_200, 16_400, 18_000, 20_000])
+def test_a_long_head_is_treated_alike_whether_the_body_is_hot_or_not(serve, padding):
+    gup, _ = serve({DELTA: BODY, FULL: BODY}, workers=1)
+    for _ in range(3):
+        gup.serves(DELTA, BODY)
+    statuses = set()
+    for path in (DELTA, FULL):
+        head = f"GET {path} HTTP/1.1\r\nHost: g\r\nX-Long: {'a' * padding}\r\n\r\n"
+        with connect(gup) as sock:
+            sock.sendall(head.encode())
+            statuses.add((sock.recv(100).split()[1], len(head) > 16_384))
+    assert statuses in ({(b"200", False)}, {(b"431", True)})
+
+
+def test_a_tls_hello_is_answered_with_a_sentence(serve):
+    """To the bytes that come first, and whatever line ends they contain."""
+    gup, _ = serve(workers=1)
+    context = ssl.create_default_context()
+    with pytest.raises(ssl.SSLError), connect(gup) as sock:
+        context.wrap_socket(sock, server_hostname="gup")
+    for hello in (b"\x16\x03\x01\x00\x05\x01", b"\x16\x03\x01\x02\r\n\r\n", b"\x16\x03\x01\n\n"):
+        with connect(gup) as sock:
+            sock.sendall(hello)
+            answer = b"".join(iter(lambda s=sock: s.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"TLS" in answer
+        assert b"http://" in answer
+    gup.wait_log("problem=bad-request")
+    seconds = re.findall(r"seconds=([0-9.]+)", gup.log)
+    assert seconds
+    assert all(float(text) < 60 for text in seconds)
 
 
 def test_connections_of_one_address_are_limited_over_all_workers_and_a_reload_changes_it(serve):

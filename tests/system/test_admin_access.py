@@ -1,14 +1,20 @@
 """The control plane's door as an administrator finds it: tokens, TLS, commands, on loopback and beyond."""
 
+import contextlib
 import functools
 import json
+import re
 import signal
+import socket
 import ssl
 import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
+import pytest
+from harness.clients import fetch
 from harness.commands import command, started
 from harness.processes import needs, until
 from harness.service import Gup, toml
@@ -130,3 +136,55 @@ def test_without_a_token_nothing_starts_beyond_loopback(tmp_path):
     done = started("serve", "--config", settings, *flags, "--admin", "0.0.0.0:0")
     told = "0.0.0.0 can be reached by others" in done.stderr
     assert (done.returncode, done.stdout, told, (tmp_path / "cache").exists()) == (2, "", True, False)
+
+
+def test_half_heads_on_the_admin_port_end_and_leave_room_for_others(serve):
+    gup, _ = serve(workers=1, listen={"header_timeout": "2s"})
+    with contextlib.ExitStack() as stack:
+        half = [stack.enter_context(socket.create_connection(gup.admin, 10)) for _ in range(700)]
+        for sock in half:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"GET /api/v1/status HTTP/1.1\r\nHost: g")
+        assert gup.status()
+        descriptors = max(psutil.Process(pid).num_fds() for pid in gup.children())
+        assert descriptors < 600, "the oldest were closed to make room"
+        body = stack.enter_context(socket.create_connection(gup.admin, 30))
+        token = (gup.cache_dir / "run" / "admin-token").read_text().strip()
+        fields = f"Authorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: 9"
+        body.sendall(f"POST /api/v1/prefetch HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n\r\n{{".encode())
+        for sock in half:
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(1) == b""
+        assert body.recv(100).split()[1] in (b"400", b"408")
+        assert gup.status()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        f"GET /metrics HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {'s3cret' * 3000}\r\n\r\n",
+        f"GET /{'s3cret' * 3000} HTTP/1.1\r\nHost: g\r\n\r\n",
+        "GET /metrics HTTP/1.1\r\nHost: g\r\nA s3cret: x\r\n\r\n",
+        "s3cret\r\n\r\n",
+        "\x16\x03\x01\x00\x05\x01s3cret",
+    ],
+    ids=["authorization", "path", "field", "no HTTP", "TLS"],
+)
+def test_a_malformed_head_is_not_repeated_and_logs_a_line(serve, head):
+    gup, _ = serve(workers=1)
+    with socket.create_connection(gup.admin, 10) as sock:
+        sock.sendall(head.encode("latin-1"))
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))
+    assert re.match(rb"HTTP/1\.[01] 4", answer)
+    assert b"application/problem+json" in answer
+    gup.wait_log("not well-formed")
+    assert len([line for line in gup.log.splitlines() if "not well-formed" in line]) == 1
+    for told in (answer.decode(), gup.log):
+        assert "s3cret" not in told
+        assert "Traceback" not in told
+    for text in (answer.decode(), str(gup_fields(gup))):
+        assert not re.search(r"(?i)aiohttp|python", text)
+
+
+def gup_fields(gup: Gup) -> list:
+    return [fetch(gup.admin, path).fields for path in ("/api/v1/status", "/", "/nowhere")]

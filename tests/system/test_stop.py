@@ -3,14 +3,15 @@
 import os
 import signal
 import time
+from email.utils import formatdate
 
 import pytest
 from harness.clients import address_of
 from harness.commands import command
-from harness.content import BIG, DELTA, noise, zip_of
-from harness.processes import listens, until
+from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
+from harness.processes import free_port, listens, until
 from harness.service import READY, REPOSITORY, toml
-from harness.upstreams import Answer, Gate
+from harness.upstreams import Answer, Elsewhere, Gate
 
 LENGTH = 3_000_000
 HALF = LENGTH // 2
@@ -115,6 +116,26 @@ def test_where_the_limit_of_open_files_cannot_be_raised_every_process_lives(serv
     gup.serves(BIG, BODY)
     assert gup.metric("gup_worker_restarts_total") == 0
     assert gup.log.count("the limit of open files stays at 1000: setrlimit:") == 1
+
+
+def test_what_cannot_work_is_told_at_the_start_and_by_the_check(serve, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "holiday.jpg").touch()
+    yesterday = formatdate(time.time() - 86_400, usegmt=True)
+    catalogue = Answer(CONTENT_INFO, fields=(("Date", yesterday),))
+    cache = {"directory": str(tmp_path / "cache"), "min_free": "900TB"}
+    gup, _ = serve({INDEX: catalogue}, workers=1, each={"health_interval": "1s"}, cache=cache)
+    at_once = ("900TB, and the file system of", "not gup's (holiday.jpg)")
+    assert [words for words in at_once if words not in gup.log] == []
+    gup.wait_log("clock is 1 d ahead of that of u0:")
+    checked = command("config", "check", gup.folder / "gup.toml")
+    assert checked.returncode == 0
+    assert [words for words in at_once if words not in checked.stderr] == []
+
+
+def test_an_upstream_that_nobody_can_reach_is_told_at_the_start(serve):
+    gup, _ = serve(before=Elsewhere(free_port()), workers=1, catalog={"refresh": "1h"})
+    gup.wait_log("alarm no-upstream: no upstream answers")
 
 
 def test_a_reload_tells_what_is_in_force_and_what_waits_for_a_restart(serve):

@@ -1,7 +1,8 @@
 """The health of upstreams: transitions, the shared word, and the board as two processes see it."""
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -130,15 +131,10 @@ def test_whatever_happens_every_move_is_in_the_table_and_fits_the_word(steps):
         assert (health.state is State.DOWN) <= (sign is AWAY or before.state is State.DOWN)
 
 
-@given(
-    st.builds(
-        Health,
-        st.sampled_from(State),
-        st.integers(0, EVERY_MARK),
-        st.integers(0, 2**32 - 1),
-        st.integers(0, 2**20 - 1),
-    )
-)
+WORDS = st.integers(0, EVERY_MARK), st.integers(0, 2**32 - 1), st.integers(0, 2**20 - 1)
+
+
+@given(st.builds(Health, st.sampled_from(State), *WORDS))
 def test_the_word_holds_all_of_it(health):
     assert Health.decode(health.encode()) == health
 
@@ -209,21 +205,18 @@ def boards(names_a, names_b):
 
 
 def test_what_one_process_learns_all_know_whatever_their_settings_order():
-    one, two, _, _ = boards(["x", "y"], ["y", "x"])
-    one.note("y", AWAY, "refused")
-    assert two.get("y").state is State.DOWN
-    assert two.get("x").state is State.UNKNOWN
-
-
-def test_upstreams_beyond_the_words_are_kept_in_the_process():
-    one, two, _, _ = boards(["a", "b", "c"], ["a", "b", "c"])
-    one.note("c", AWAY, "refused")
-    assert one.get("c").state is State.DOWN
-    assert two.get("c").state is State.UNKNOWN
+    """But not of upstreams beyond the words."""
+    one, two, _, _ = boards(["x", "y", "z"], ["z", "y", "x"])
+    for name in "yz":
+        one.note(name, AWAY, "refused")
+        assert one.get(name).state is State.DOWN
+    assert [two.get(name).state for name in "xyz"] == [State.UNKNOWN, State.DOWN, State.UNKNOWN]
 
 
 def test_one_trial_for_all_processes():
     one, two, clock, _ = boards(["a"], ["a"])
+    clock.now += 100
+    assert not one.may_try("a", CONNECT), "it is not down"
     one.note("a", AWAY, "refused")
     assert not one.may_try("a", CONNECT)
     clock.now += 1.2
@@ -251,12 +244,6 @@ def test_a_trial_whose_process_died_is_followed_by_another():
     assert two.may_try("a", CONNECT)
 
 
-def test_nothing_is_tried_that_is_not_down():
-    one, _, clock, _ = boards(["a"], ["a"])
-    clock.now += 100
-    assert not one.may_try("a", CONNECT)
-
-
 def test_doubt_passes():
     one, _, clock, _ = boards(["a"], ["a"])
     one.note("a", BROKE, "reset")
@@ -275,18 +262,11 @@ def test_errors_are_told_once_a_second():
 
 
 def test_answers_of_what_is_up_take_no_lock():
-    words = memoryview(bytearray(8)).cast("Q")
-    taken = []
-
-    @contextmanager
-    def locked(word):
-        taken.append(word)
-        yield
-
-    board = Board(["a"], words, 0, 1, locked)
+    locked = Mock(side_effect=lambda _word: nullcontext())
+    board = Board(["a"], memoryview(bytearray(8)).cast("Q"), 0, 1, locked)
     for _ in range(10):
         board.note("a", ANSWERED)
-    assert taken == [0]
+    locked.assert_called_once_with(0)
 
 
 # --- checks

@@ -15,12 +15,7 @@ SETTINGS = Settings.model_validate(
         "wan": {
             "rate": "8MB/s",
             "schedule": [
-                {
-                    "days": ["mon", "tue", "wed", "thu", "fri"],
-                    "from": "08:00",
-                    "to": "18:00",
-                    "rate": "1MB/s",
-                },
+                {"days": WORKDAYS, "from": "08:00", "to": "18:00", "rate": "1MB/s"},
                 {"days": ["fri", "sun"], "from": "22:00", "to": "06:00", "rate": "50MB/s"},
             ],
         },

@@ -665,6 +665,24 @@ async def test_a_proxys_own_answer_is_told_as_the_proxys(pool_of, upstream, sche
     assert sign_of(failure, "manager", check=False) is Sign.AWAY
 
 
+@pytest.mark.parametrize(
+    ("status", "field"),
+    [
+        (502, ("Proxy-Status", "squid; error=connection_terminated")),
+        (502, ("X-Squid-Error", "ERR_READ_ERROR 104")),
+        (504, ("X-Squid-Error", "ERR_READ_TIMEOUT 0")),
+        (403, ("X-Squid-Error", "ERR_ACCESS_DENIED 0")),
+    ],
+)
+async def test_what_a_proxy_says_of_one_name_takes_the_upstream_from_nobody(pool_of, upstream, status, field):
+    upstream.answer(f"http://127.0.0.1:9{PATH}", Scripted(b"no", status, fields=(field,)))
+    async with pool_of(proxied(upstream, "http")) as pool:
+        failure = await failure_of(pool)
+        assert "upstream.proxy" in failure.detail
+        assert sign_of(failure, "manager", check=False) is Sign.BROKE
+        assert not pool.board.is_down("manager")
+
+
 @pytest.mark.parametrize("status", [401, 403, 502])
 async def test_an_answer_that_may_be_eithers_names_both(pool_of, upstream, status):
     upstream.answer(f"http://127.0.0.1:9{PATH}", Scripted(b"no", status))

@@ -24,6 +24,7 @@ from gup.control.api.schemas import Problem, Response
 from gup.control.state import ControlState
 
 STATE: web.AppKey[ControlState] = web.AppKey("state", ControlState)
+_BODY_SECONDS = 15.0
 JSON, CSV, TEXT = "application/json", "text/csv", "text/plain"
 
 
@@ -144,7 +145,10 @@ async def _members(request: web.Request) -> dict[str, Any]:
     if request.content_type != JSON:
         raise web.HTTPUnsupportedMediaType(text=f"the body must be {JSON}")
     try:
-        values = await request.json()
+        async with asyncio.timeout(_BODY_SECONDS):
+            values = await request.json()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text="the body took too long to arrive") from error
     except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
