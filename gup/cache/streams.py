@@ -1,12 +1,13 @@
 """Numbers for streams, so that their bytes can be counted in words: one short list for all processes."""
 
 import contextlib
-import errno
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gup.content.key import ContentKey
+from gup.files import replace_file
 from gup.metrics import MAX_STREAMS
 
 
@@ -22,7 +23,8 @@ def read_streams(path: Path) -> list[tuple[str, str, str]]:
 class Streams:
     """Numbers streams when a body of theirs arrives; all others share the number MAX_STREAMS.
 
-    The list only grows, a line a stream, appended under a lock: 50 times in a site's life.
+    A line a stream in a file of all processes, which changes under a lock, a few times in a site's life. At a
+    start of the service, when no number is left, streams without a stored body lose theirs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,20 +54,39 @@ class Streams:
         return number
 
     def _append(self, name: str) -> int:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            lines = os.pread(fd, 1 << 20, 0).decode(errors="replace").splitlines()[:MAX_STREAMS]
-            if name in lines:
-                return lines.index(name)
-            if len(lines) < MAX_STREAMS:
-                line, end = f"{name}\n".encode(), os.fstat(fd).st_size
-                if os.write(fd, line) < len(line):  # the disk became full: remove the partial line
-                    os.ftruncate(fd, end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return len(lines)
+            names = ["/".join(row) if any(row) else "" for row in read_streams(self._path)]
+            if name not in names:
+                free = names.index("") if "" in names else len(names)
+                if free == MAX_STREAMS:
+                    return MAX_STREAMS
+                names[free : free + 1] = [name]
+                _write(self._path, names)
+            return names.index(name)
         finally:
             os.close(fd)
+
+
+def idle_streams(path: Path, content: Path) -> list[int]:
+    """If no number is left: those whose stream has no stored body."""
+    rows = read_streams(path)
+    if len(rows) < MAX_STREAMS or not all(map(any, rows)):
+        return []
+    return [number for number, row in enumerate(rows) if not content.joinpath(*row).is_dir()]
+
+
+def free_streams(path: Path, numbers: Iterable[int]) -> None:
+    """Make these numbers available again. The caller is alone, and has moved what was counted under them."""
+    names = ["/".join(row) for row in read_streams(path)]
+    for number in numbers:
+        names[number] = ""
+    _write(path, names)
+
+
+def _write(path: Path, names: list[str]) -> None:
+    replace_file(path, "".join(f"{name}\n" for name in names).encode(), durable=False)
 
 
 def _name(key: ContentKey) -> str:

@@ -18,14 +18,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import xxhash
 from pydantic import BaseModel
 
 from gup.errors import StoreError
 from gup.files import lock_range, replaced_file, unlock_range
-from gup.metrics import BY_NAME, STREAM_WASTED, Counters, layout, series
+from gup.metrics import (
+    BY_NAME,
+    KINDS,
+    MAX_STREAMS,
+    STREAM_WASTED,
+    Counters,
+    Direction,
+    layout,
+    series,
+    stream_series,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -122,13 +134,15 @@ class SharedFile:
         self._copies, self._baseline, self._blocks = self._views[:2], self._views[2], self._views[3:]
 
     @classmethod
-    def create(cls, path: Path, upstreams: Sequence[str], workers: int) -> "SharedFile":
+    def create(
+        cls, path: Path, upstreams: Sequence[str], workers: int, idle_streams: Sequence[int] = ()
+    ) -> "SharedFile":
         """Replace the file of the previous run by a new one that continues its counts.
 
         Call it only while no process of the previous run exists. A damaged file is moved aside. If the disk
         is full or read-only, this run counts in memory and the old file is kept for the next start.
         """
-        content = _first_content(path, upstreams, workers)
+        content = _first_content(path, upstreams, workers, idle_streams)
         try:
             # Zeros are written too: storing into a hole of a mapped file on a full disk kills the process.
             fd = replaced_file(path, content)
@@ -256,10 +270,14 @@ def _read_old(path: Path, now: float) -> tuple[Mapping[str, int], float]:
         return counts, old.installed_at
 
 
-def _first_content(path: Path, upstreams: Sequence[str], workers: int) -> bytes:
+def _first_content(path: Path, upstreams: Sequence[str], workers: int, idle_streams: Sequence[int]) -> bytes:
     """The bytes of a new file: the counts of the one at `path` as past and baseline, all else 0."""
     now = time.time()
-    counts, installed_at = _read_old(path, now)
+    known, installed_at = _read_old(path, now)
+    counts = dict(known)
+    for slot, kind, direction in product(idle_streams, KINDS, get_args(Direction)):
+        shared = stream_series(direction, MAX_STREAMS, kind)
+        counts[shared] = counts.get(shared, 0) + counts.pop(stream_series(direction, slot, kind), 0)
     names = dict.fromkeys(layout(list(dict.fromkeys(upstreams))))
     leftover = {name: count for name, count in counts.items() if count and name not in names}
     blocks = FIRST_WORKER + workers

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import Enum, auto
 from ipaddress import ip_address
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from gup import log
 from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
+from gup.cache.streams import free_streams, idle_streams
 from gup.config import Settings
 from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
@@ -121,7 +122,10 @@ class Supervisor:
             path = local_path(store.run)
             _LOG.warning("no token for commands on this machine: %s: %s", path, error.strerror)
         names = [upstream.name for upstream in settings.upstream]
-        self._shared = SharedFile.create(store.run / "shared", names, settings.worker_count)
+        idle = idle_streams(store.run / "streams", store.content)
+        self._shared = SharedFile.create(store.run / "shared", names, settings.worker_count, idle)
+        with suppress(OSError):  # a full disk: at the next start
+            free_streams(store.run / "streams", idle)
         stack.callback(self._shared.close)
         self._shares_fd = shares_file(settings.worker_count)
         stack.callback(os.close, self._shares_fd)

@@ -150,3 +150,20 @@ def test_streams_of_made_up_names_take_no_numbers(serve):
     gup.serves(FULL, BODY)
     gup.wait_stored(FULL)
     assert MONIKER in (gup.cache_dir / "run" / "streams").read_text()
+
+
+def test_streams_without_a_stored_body_give_their_numbers_away_at_a_start(serve):
+    """As an earlier version left them: fifty names that were only asked for."""
+    gup, _ = serve({FULL: BODY}, start=False)
+    streams = gup.cache_dir / "run" / "streams"
+    streams.parent.mkdir(parents=True)
+    names = [f"any/any/{{{number:08X}-0000-0000-0000-000000000000}}" for number in range(50)]
+    streams.write_text("".join(f"{name}\n" for name in names))
+    gup.start()
+    gup.serves(FULL, BODY)
+    gup.wait_stored(FULL)
+    assert streams.read_text().splitlines()[0] == f"any/any/{MONIKER}"
+    gup.stop()
+    gup.start()
+    assert streams.read_text().splitlines()[0] == f"any/any/{MONIKER}"
+    assert gup.metric("gup_stream_received_bytes_total", kind="full") >= len(BODY)
