@@ -41,7 +41,7 @@ def read_regular(path: Path, most_bytes: int, flags: int = 0) -> bytes:
 
 
 def write_all(fd: int, content: bytes | memoryview) -> None:
-    """write(2) may take less than all: on a disk that is nearly full, into a pipe."""
+    """write(2) may write less: on a disk that is nearly full, into a pipe."""
     rest = memoryview(content)
     while rest:
         try:

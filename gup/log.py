@@ -113,7 +113,7 @@ class WritingHandler(QueueHandler):
         super().__init__(queue.SimpleQueue())
         self._destination = destination
         self._dropped = 0  # changed under the handler's lock
-        self._failed = self._told = 0  # used by the thread only, as what follows
+        self._failed = self._reported = 0  # used by the thread only, as what follows
         self._complain_at = 0.0
         self._retired = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -152,14 +152,14 @@ class WritingHandler(QueueHandler):
 
     def _write(self, batch: list[logging.LogRecord]) -> None:
         """One write for many lines."""
-        count, lost = len(batch), self._dropped + self._failed - self._told
+        count, lost = len(batch), self._dropped + self._failed - self._reported
         if lost:
             text = "%d lines of the log were dropped: they came too fast, or could not be written"
             batch.append(logging.LogRecord("gup.log", logging.WARNING, __file__, 0, text, (lost,), None))
         try:
             if batch:
                 self._destination.write(batch)
-            self._told += lost
+            self._reported += lost
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
             self._failed += count
             self._complain(error)
@@ -325,7 +325,6 @@ class _TextFormatter(logging.Formatter):
 
 
 def _shown(value: object) -> str:
-    """One value in a line of text, quoted unless it is one word."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -194,13 +194,6 @@ class Counters:
         self.words = words
         self._positions = positions
 
-    @classmethod
-    def private(cls, upstreams: Sequence[str] = ()) -> "Counters":
-        """Counters in memory of this process alone, for tests and tools."""
-        names = layout(upstreams)
-        words = memoryview(bytearray(8 * len(names))).cast("Q")
-        return cls(words, {name: position for position, name in enumerate(names)})
-
     def position(self, name: str, /, **labels: str) -> int:
         """The word of a series, for callers that count often: `counters.words[position] += n`."""
         return self._positions[series(name, labels)]

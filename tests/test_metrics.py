@@ -4,6 +4,7 @@ import re
 from itertools import pairwise
 
 import pytest
+from harness.private import private_counters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from gup.metrics import (
     PURPOSES,
     SOURCES,
     TTFB_BUCKETS,
-    Counters,
     label_sets,
     layout,
     series,
@@ -119,7 +119,7 @@ def test_a_series_has_one_spelling():
 
 
 def test_everything_starts_at_zero_and_counts_apart():
-    counters = Counters.private(["hq"])
+    counters = private_counters(["hq"])
     assert not any(counters.words)
     counters.add("gup_requests_total", result="hit", code="200")
     counters.add("gup_requests_total", 4, result="hit", code="206")
@@ -135,7 +135,7 @@ def test_everything_starts_at_zero_and_counts_apart():
 
 
 def test_streams_are_counted_by_slot_and_direction():
-    counters = Counters.private()
+    counters = private_counters()
     counters.add_stream("sent", MAX_STREAMS, "delta", 3)
     counters.add_stream("received", 0, "full", 2)
     assert counters.get("gup_stream_sent_bytes_total", slot=str(MAX_STREAMS), kind="delta") == 3
@@ -155,13 +155,13 @@ def test_streams_are_counted_by_slot_and_direction():
 )
 def test_what_is_not_in_the_table_is_our_mistake(name, labels):
     with pytest.raises(KeyError):
-        Counters.private(["hq"]).add(name, **labels)
+        private_counters(["hq"]).add(name, **labels)
 
 
 @settings(deadline=None)
 @given(st.floats(0, 1e6), st.sampled_from(["hit", "miss", "bypass"]))
 def test_an_observation_falls_into_the_first_bucket_that_holds_it(seconds, result):
-    counters = Counters.private()
+    counters = private_counters()
     counters.observe("gup_time_to_first_byte_seconds", seconds, result=result)
     edges = [f"{edge:g}" for edge in TTFB_BUCKETS] + ["+Inf"]
     name = "gup_time_to_first_byte_seconds_bucket"
@@ -172,7 +172,7 @@ def test_an_observation_falls_into_the_first_bucket_that_holds_it(seconds, resul
 
 
 def test_a_clock_that_runs_backward_does_not_undo_a_sum():
-    counters = Counters.private()
+    counters = private_counters()
     counters.observe("gup_fill_duration_seconds", 1.5)
     counters.observe("gup_fill_duration_seconds", -1.0)
     assert counters.get("gup_fill_duration_seconds_sum") == 1_500_000_000

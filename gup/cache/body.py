@@ -92,7 +92,6 @@ class Pace:
         self._marks = deque([(now, size)])
 
     def came(self, size: int, now: float) -> None:
-        """The body has grown to `size` bytes."""
         self._came_at = now
         if now - self._marks[-1][0] >= _STEP_SECONDS:
             self._marks.append((now, size))
@@ -159,7 +158,6 @@ class GrowingBody:
         return self.file.fd
 
     def seconds_to(self, offset: int, now: float) -> float:
-        """Estimated time until the fill reaches `offset`."""
         return self._pace.seconds_for(offset - self.published, self.published, now)
 
     def age_seconds(self, now: float) -> float:

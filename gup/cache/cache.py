@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 
 from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
-from gup.cache.disk import DiskError, on_disk, refusal, told_apart
+from gup.cache.disk import DiskError, disk_errors, on_disk, refusal
 from gup.cache.follower import Follower
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
 from gup.cache.leader import Leader
@@ -288,7 +288,7 @@ class Cache:
                 elif isinstance(found, FillEnd):
                     fill.finish(found)
                 else:
-                    self._land_on(fill, *found)
+                    self._adopt_entry(fill, *found)
         except OSError as error:
             if not is_exhausted(error):
                 raise
@@ -317,7 +317,7 @@ class Cache:
             if not claimed:
                 return FillEnd.UNSTORABLE if fill.from_memory else None
             try:
-                with told_apart():
+                with disk_errors():
                     leftover = examine(deps, fill)
             except DiskError as error:
                 leftover = Leftover(unstorable=refusal(error))
@@ -352,7 +352,7 @@ class Cache:
         candidates = self._deps.pool.candidates(fill.variant, fill.key.text)
         return await spell(self.open, fill.route, candidates[0].variant if candidates else fill.variant)
 
-    def _land_on(self, fill: Fill, record: Record, file: OpenFile, trusting: bool) -> None:
+    def _adopt_entry(self, fill: Fill, record: Record, file: OpenFile, trusting: bool) -> None:
         """The entry exists: a body that was followed is complete if it became the entry."""
         body = fill.body
         if body is not None and not body.ended:
@@ -365,7 +365,6 @@ class Cache:
         fill.finish(FillEnd.COMMITTED)
 
     def _keep_entry(self, fill: Fill) -> None:
-        """Keep the fill's entry open."""
         if fill.record is not None and fill.file is not None:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
@@ -461,7 +460,6 @@ class Cache:
 
     @property
     def fills(self) -> int:
-        """Fills that this process leads or follows, including their last steps."""
         return len(self._tasks)
 
     async def stop(self) -> None:

@@ -45,7 +45,7 @@ class DiskError(GupError, OSError):
 
 
 @contextmanager
-def told_apart() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Around work on files of the cache directory: its OSErrors become DiskErrors with the same errno."""
     try:
         yield
@@ -57,7 +57,7 @@ def told_apart() -> Iterator[None]:
 
 async def on_disk(executor: Executor, work: Callable[..., _Result], *arguments: object) -> _Result:
     """Run `work` on files of the cache directory in a thread. DiskError when the disk refuses."""
-    return await asyncio.get_running_loop().run_in_executor(executor, told_apart()(work), *arguments)
+    return await asyncio.get_running_loop().run_in_executor(executor, disk_errors()(work), *arguments)
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
@@ -156,7 +156,7 @@ class Space:
     def _short_on_disk(self, amount_bytes: int) -> int:
         """Bytes that the disk lacks for this amount and `cache.min_free`; 0 or less when it has them."""
         if time.monotonic() - self._measured_at >= _POLL_SECONDS:
-            with told_apart():
+            with disk_errors():
                 disk = os.statvfs(self.folder)
             self._free_bytes, self._measured_at = disk.f_bavail * disk.f_frsize, time.monotonic()
         return self.min_free() + amount_bytes - self._free_bytes
@@ -227,7 +227,6 @@ class Mark(BaseModel):
 
 
 def boot_id() -> str:
-    """Identifies the machine's present boot."""
     return _BOOT_ID.read_text().strip()
 
 

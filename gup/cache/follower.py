@@ -40,13 +40,12 @@ class Follower:
         self._news_at = dependencies.clock()
 
     async def run(self) -> None:
-        """Follow until the fill is over or its claim is free."""
-        claims, told = self._deps.claims, False
+        claims, waits = self._deps.claims, False
         try:
             while claims.taken(self._fill.key.claim_offset):
-                if not told and self._fill.wanted:  # tell the leader that a client waits
+                if not waits and self._fill.wanted:  # tell the leader that a client waits
                     with contextlib.suppress(OSError):  # without a lock the fill is only not promoted
-                        told = claims.try_claim(self._waiters)
+                        waits = claims.try_claim(self._waiters)
                 try:
                     if self._look():
                         return
@@ -56,7 +55,7 @@ class Follower:
                     self._state_seen = self._memory_seen = None  # look again when a descriptor is free
                 await asyncio.sleep(self._pause())
         finally:
-            if told:
+            if waits:
                 claims.release(self._waiters)
 
     def ended_in_memory(self) -> bool:
@@ -156,18 +155,18 @@ class Follower:
 
     def _follow_state(self, state: FillState) -> None:
         fill, now = self._fill, self._deps.clock()
-        stands = state.failure is not None and state.failure.stands(now)
+        failing = state.failure is not None and state.failure.is_current(now)
         same = state.path == fill.route.upstream_path
         if state.phase is Phase.STREAMING and (fill.body is None or fill.body.generation != state.generation):
             if state.service_start == self._deps.store.service_start:
                 self._attach(state)
         elif state.phase is Phase.REQUESTED:
             fill.detach()  # the body was given up: upstream has another one now
-        elif state.phase is Phase.UNSTORABLE and stands:
+        elif state.phase is Phase.UNSTORABLE and failing:
             if state.passed_through or self._deps.memory.find(fill.key) is None:  # else it continues there
                 fill.detach()
                 fill.finish(FillEnd.UNSTORABLE)
-        elif state.phase is Phase.FAILED and state.failure is not None and stands and same:
+        elif state.phase is Phase.FAILED and state.failure is not None and failing and same:
             fill.fail(state.failure.problem(now))
 
     def _attach(self, state: FillState) -> None:
@@ -177,7 +176,6 @@ class Follower:
             self._fill.attach(GrowingBody(state.head, state.generation, OpenFile(path), self._deps.clock()))
 
     def _changed_state(self) -> FillState | None:
-        """The state file, if it has changed since the last poll."""
         try:
             stat = self._deps.store.state_path(self._fill.key.id).stat()
         except FileNotFoundError:

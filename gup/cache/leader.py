@@ -19,7 +19,7 @@ from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_sh
 from gup.cache.locks import waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
-from gup.cache.negative_cache import Holds, problem_that_stands
+from gup.cache.negative_cache import Holds, remembered_problem
 from gup.cache.part_file import ZIP_TAIL_BYTES, PartWriter, Salvage, WriteBehind, zip_end_is_right
 from gup.cache.records import (
     CHUNK_BYTES,
@@ -109,9 +109,9 @@ class Leader:
             else:
                 return await self._fetch(path)
         except UpstreamFailure as failure:
-            stands = self._stand_seconds(failure)
-            retry = failure.retry_after_seconds if not stands else None
-            await self.fail(Problem(failure.slug, failure.detail, retry_after_seconds=retry), stands)
+            ttl_seconds = self._ttl_seconds(failure)
+            retry = failure.retry_after_seconds if not ttl_seconds else None
+            await self.fail(Problem(failure.slug, failure.detail, retry_after_seconds=retry), ttl_seconds)
         except BodyChanged as error:
             await self.fail(Problem("upstream-bad-body", str(error)), drop=True)
         except Problem as problem:
@@ -153,10 +153,9 @@ class Leader:
         raise nothing
 
     async def _fetch_or_bypass_disk(self) -> Problem | UpstreamFailure | None:
-        """Store it, or, once that fails, continue in memory. Returns why it has no body."""
         if self._leftover.unstorable is not None:
             refused = Unstorable(self._leftover.unstorable, disk=True)
-            return await self._go_on_in_memory(refused, told=self._leftover.told)
+            return await self._go_on_in_memory(refused, reported=self._leftover.reported)
         try:
             return await self._fetch_to_disk()
         except (Unstorable, DiskError) as error:
@@ -325,7 +324,6 @@ class Leader:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _leave_slot(self) -> None:
-        """The fill no longer needs the link."""
         if self._slot is not None:
             self._slot.leave()
 
@@ -337,9 +335,8 @@ class Leader:
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
-        """A new part, not on the disk yet."""
         generation = int(self._deps.wall_clock() * 1_000_000_000)
-        told = self._download.told if self._download is not None else self._state.told
+        told = self._download.source_validators if self._download is not None else self._state.told
         self._state = replace(self._state, generation=generation, head=None, told=told)
         self._new_writer(head.length)
         self._body = GrowingBody(head, generation, None, self._deps.clock())
@@ -417,7 +414,7 @@ class Leader:
         begun = Begun(remote_of(body.head), salvage.size, salvage.verified, self._state.told)
         download = self._ask_upstream(begun, None)
         await download.begin()
-        self._state = replace(self._state, told=download.told)
+        self._state = replace(self._state, told=download.source_validators)
         await self._show(body)
         return body
 
@@ -446,7 +443,7 @@ class Leader:
                 self._current_state(),
                 generation=int(deps.wall_clock() * 1_000_000_000),
                 head=record.head,
-                told=download.told,
+                told=download.source_validators,
                 pinned=record.pinned,
                 stored_at=record.stored_at,
             )
@@ -467,7 +464,6 @@ class Leader:
     # --- the body
 
     async def _receive(self, body: GrowingBody) -> RemoteHead:
-        """Read the body to its end, check it, and commit it; returns its upstream's head."""
         if self._fill.body is body or self._memory is not None or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends soon without waiting for others
@@ -481,7 +477,6 @@ class Leader:
         return remote
 
     async def _receive_small(self) -> bool:
-        """Receive the body into memory; False when it is too large or too slow for that."""
         writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
@@ -493,7 +488,6 @@ class Leader:
         return False
 
     async def _receive_large(self, body: GrowingBody) -> None:
-        """Receive the body into a part, or a memory file, for concurrent readers."""
         writer, download = self._part, self._source
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
@@ -505,8 +499,8 @@ class Leader:
                         await self._show(body)
                 piece = await download.read()
                 more = bool(piece)
-                if download.told is not self._state.told:
-                    await self._note_told(download)
+                if download.source_validators is not self._state.told:
+                    await self._save_validators(download)
                 if more:
                     writer.take(piece)
                 if self._memory is None:
@@ -546,9 +540,9 @@ class Leader:
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
-    async def _note_told(self, download: Download) -> None:
+    async def _save_validators(self, download: Download) -> None:
         """Another upstream, or one with other validators, continues: save that in the state first."""
-        self._state = replace(self._state, told=download.told)
+        self._state = replace(self._state, told=download.source_validators)
         if self._state.phase is Phase.STREAMING:
             with contextlib.suppress(OSError):  # the next write will fail too, and report it
                 await self._save_state()
@@ -632,7 +626,6 @@ class Leader:
         body.complete(self._part.received)
 
     async def _finish_part(self) -> None:
-        """Commit a part that holds every byte, without asking an upstream."""
         state, salvage = self._leftover.state, self._leftover.salvage
         assert state is not None
         assert state.head is not None
@@ -651,14 +644,13 @@ class Leader:
     # --- continuing without the disk
 
     async def _go_on_in_memory(
-        self, refused: Unstorable | DiskError, *, told: bool = False
+        self, refused: Unstorable | DiskError, *, reported: bool = False
     ) -> Problem | UpstreamFailure | None:
         """UNSTORABLE: what upstream still sends goes to the readers from a memory file.
 
         By the fill's state: 1. The body is complete, and only the commit was refused. 2. A body is arriving:
         its readers continue. 3. Nothing has arrived: it begins in memory. The readers of a body that is too
-        large, or finds no room in memory, are cut: each client is passed through. `told`: the state says so
-        already.
+        large, or finds no room in memory, are cut: each client is passed through. `reported`: see `Leftover`.
         """
         why, fill = refusal(refused), self._fill
         disk = isinstance(refused, DiskError) or refused.disk
@@ -674,14 +666,14 @@ class Leader:
                     if remote.status != 200:
                         return await self._end_without_body(remote)
                 body = await self._enter_memory()
-                await self._tell_unstorable(why, disk=disk, told=told)
-                told = True
+                await self._tell_unstorable(why, disk=disk, reported=reported)
+                reported = True
                 await self._finish_in_memory(body)
         except MemoryFull as error:
             log.info("%s is passed through: %s", self._key.text, error)
             passed_through = True
         if self._memory is None or not self._memory.finished:
-            await self._tell_unstorable(why, disk=disk, told=told, passed_through=passed_through)
+            await self._tell_unstorable(why, disk=disk, reported=reported, passed_through=passed_through)
             fill.detach()
         fill.finish(FillEnd.UNSTORABLE)
         return None
@@ -733,16 +725,16 @@ class Leader:
         memory.finish(body.published, expires_seconds=expires, store_seconds=error_ttl)
 
     async def _tell_unstorable(
-        self, why: str, *, disk: bool, told: bool, passed_through: bool = False
+        self, why: str, *, disk: bool, reported: bool, passed_through: bool = False
     ) -> None:
-        """Remember for `cache.error_ttl` that it can't be stored; tell the controller unless it is `told`."""
+        """Remember for `cache.error_ttl` that it can't be stored; tell the controller unless `reported`."""
         deps = self._deps
-        if told and not passed_through:
+        if reported and not passed_through:
             return
         failure = Failure.of(Problem("overloaded", why), deps.settings.cache.error_ttl, deps.clock())
         state = replace(self._current_state(), head=None, failure=failure, passed_through=passed_through)
         await self._in_thread(give_up, deps.store, state)
-        if not told:
+        if not reported:
             self._log_end("unstorable", detail=why)
             deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
 
@@ -766,7 +758,7 @@ class Leader:
             self._state = replace(self._state, phase=Phase.UNSTORABLE)
             self._room.release(committed=False)
             disk = isinstance(error, DiskError) or error.disk
-            await self._tell_unstorable(refusal(error), disk=disk, told=False)
+            await self._tell_unstorable(refusal(error), disk=disk, reported=False)
             self._fill.finish(FillEnd.UNSTORABLE)
         except (OSError, ValueError) as error:
             log.info("%s was removed from memory: %s", self._key.text, error)
@@ -774,20 +766,20 @@ class Leader:
 
     # --- ends other than a commit
 
-    async def fail(self, problem: Problem, stands_seconds: float = 0.0, *, drop: bool = False) -> None:
+    async def fail(self, problem: Problem, ttl_seconds: float = 0.0, *, drop: bool = False) -> None:
         """FAILED: reported to the clients, and remembered so that no upstream is asked until it has expired.
 
         A part is kept for resuming, except one whose bytes were wrong; its state is kept with it.
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
-            stands_seconds = deps.settings.cache.negative_ttl
+            ttl_seconds = deps.settings.cache.negative_ttl
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
         if not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
-            stands_seconds = 0.0
-        deps.failures.put(self._key, fill.route.upstream_path, problem, stands_seconds)
+            ttl_seconds = 0.0
+        deps.failures.put(self._key, fill.route.upstream_path, problem, ttl_seconds)
         if self._has_state or self._holds.rows or (self._writer is not None and self._writer.exists):
-            failure = Failure.of(problem, stands_seconds, deps.clock())
+            failure = Failure.of(problem, ttl_seconds, deps.clock())
             state = replace(self._current_state(), phase=Phase.FAILED, failure=failure)
             state = replace(state, head=None) if drop else state
             try:
@@ -796,7 +788,7 @@ class Leader:
                 log.warning("could not store the failure of %s: %s", self._key.text, error)
         self._room.release(committed=False)
         if problem.retry_after_seconds is None:
-            problem = problem_that_stands(problem.slug, problem.detail, stands_seconds)
+            problem = remembered_problem(problem.slug, problem.detail, ttl_seconds)
         fill.fail(problem)
         if problem.slug not in _EXPECTED:
             deps.counters.add("gup_fills_total", outcome="failed")
@@ -805,7 +797,7 @@ class Leader:
             event = {"type": "failed", "key": self._key.text, "problem": problem.slug}
             deps.tell({**event, "detail": problem.detail})
 
-    def _stand_seconds(self, failure: UpstreamFailure) -> float:
+    def _ttl_seconds(self, failure: UpstreamFailure) -> float:
         """How long no upstream is to be asked for this key after this failure.
 
         A failure of all upstreams is remembered by the pool, not for each key.
@@ -864,10 +856,10 @@ class Leader:
     def _tell_rejected(self, upstream: str, detail: str) -> None:
         self._deps.tell({"type": "rejected", "key": self._key.text, "upstream": upstream, "detail": detail})
 
-    def _log_end(self, outcome: str, **told: object) -> None:
-        good = outcome in ("stored", "validated") or told.get("problem") in _EXPECTED
+    def _log_end(self, outcome: str, **fields: object) -> None:
+        good = outcome in ("stored", "validated") or fields.get("problem") in _EXPECTED
         seconds = round(self._deps.clock() - self._began_at, 6)
-        extra = {"outcome": outcome, "key": self._key.text, **told, "seconds": seconds}
+        extra = {"outcome": outcome, "key": self._key.text, **fields, "seconds": seconds}
         log.log(logging.INFO if good else logging.WARNING, "fill", extra=extra)
 
 

@@ -57,7 +57,6 @@ class Claims:
         return offset in self._held
 
     def taken(self, offset: int) -> bool:
-        """Whether any process holds the claim now."""
         return offset in self._held or is_range_locked(self._fd, offset)
 
     def any_taken(self, first: int, count: int) -> bool:

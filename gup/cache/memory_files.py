@@ -72,13 +72,11 @@ class Row(ctypes.Structure):
 
     @property
     def usable(self) -> bool:
-        """Whether it has not expired, and its process lives and has the file open."""
         if 0 < self.expires_at_ns <= time.monotonic_ns():
             return False
         return _link(f"/proc/{self.pid}/fd/{self.body_fd}") in (self.link, "")
 
     def is_of(self, other: "Row") -> bool:
-        """Whether both are of the same memory file."""
         return (self.pid, self.generation, self.body_fd) == (other.pid, other.generation, other.body_fd)
 
 
@@ -345,7 +343,6 @@ class MemoryFiles:
             live.used_at_ns = time.monotonic_ns()
 
     def _now(self) -> dict[str, Row]:
-        """Copies of the rows by key, read again when the table has changed."""
         if self._seen != self._words[0]:
             with self._locked():
                 self._seen = self._words[0]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from gup.cache.records import MEMORY_SECONDS, Hold, Told
+from gup.cache.records import MEMORY_SECONDS, BodyIdentity, Hold
 from gup.content.key import ContentKey
 from gup.errors import PROBLEMS, Problem
 from gup.jsonmodel import MAX_INTEGER
@@ -53,7 +53,6 @@ class NegativeCache:
         self._sets = len(words) // FAILURE_WORDS // _WAYS
 
     def get(self, key: ContentKey, path: str) -> Problem | None:
-        """The remembered problem with its remaining time, until it expires."""
         asked = _digest(key, path)
         if self._find(asked) is None:
             return None
@@ -62,7 +61,7 @@ class NegativeCache:
             left = (row.until_ns - time.monotonic_ns()) / 1e9 if row is not None else 0.0
             if row is None or left <= 0:
                 return None
-            return problem_that_stands(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
+            return remembered_problem(_SLUGS[row.slug], row.detail.decode(errors="ignore"), left)
 
     def put(self, key: ContentKey, path: str, problem: Problem, seconds: float) -> None:
         """`path` is the one requested upstream."""
@@ -93,18 +92,17 @@ class NegativeCache:
 
 
 def _digest(key: ContentKey, path: str) -> bytes:
-    """A failure belongs to the spelling that was asked: upstream may have the same under another one."""
+    """A failure is remembered by the requested spelling: upstream may have the same under another one."""
     return hashlib.blake2b(f"{key.text} {path}".encode(), digest_size=16).digest()
 
 
-def problem_that_stands(slug: str, detail: str, left_seconds: float) -> Problem:
+def remembered_problem(slug: str, detail: str, left_seconds: float) -> Problem:
     """`Retry-After` is set where trying again may help."""
     absent = PROBLEMS[slug].status in (404, 410)
     return Problem(slug, detail, retry_after_seconds=None if absent else max(left_seconds, 1.0))
 
 
-def told_by(head: RemoteHead) -> Told:
-    """Identifies an upstream's body."""
+def identity_of(head: RemoteHead) -> BodyIdentity:
     etag, modified = (bounded(text) if text is not None else None for text in (head.etag, head.last_modified))
     return etag, modified, None if head.length is None else min(head.length, MAX_INTEGER)
 
@@ -143,31 +141,30 @@ class Holds:
 
     def _hold(self, upstream: str, seconds: float) -> None:
         before = self._rows.get(upstream)
-        times, told, forgotten_at = (
-            (before.times, before.told, before.forgotten_at) if before is not None else (0, None, 0.0)
+        times, identity, forgotten_at = (
+            (before.times, before.identity, before.forgotten_at) if before is not None else (0, None, 0.0)
         )
         until = self._clock() + seconds
-        self._rows[upstream] = Hold(upstream, until, seconds, times, told, forgotten_at)
+        self._rows[upstream] = Hold(upstream, until, seconds, times, identity, forgotten_at)
 
     def _reject(self, upstream: str, head: RemoteHead | None) -> None:
         now, before = self._clock(), self._rows.get(upstream)
-        told = told_by(head) if head is not None else None
-        if before is None or (told is not None and before.told not in (None, told)):
-            times, known, forgotten_at = 1, told, 0.0
+        identity = identity_of(head) if head is not None else None
+        if before is None or (identity is not None and before.identity not in (None, identity)):
+            times, known, forgotten_at = 1, identity, 0.0
         else:
-            times, known, forgotten_at = before.times + 1, told or before.told, before.forgotten_at
+            times, known, forgotten_at = before.times + 1, identity or before.identity, before.forgotten_at
         seconds = min(self._first_seconds * 2.0 ** min(times - 1, 30), LONGEST_HOLD_SECONDS)
-        if told is not None:
+        if identity is not None:
             forgotten_at = now + MEMORY_SECONDS
         forgotten_at = max(forgotten_at, now + seconds + LONGEST_HOLD_SECONDS)
         self._rows[upstream] = Hold(upstream, now + seconds, seconds, times, known, forgotten_at)
 
     def seconds_left(self, upstream: str) -> float:
-        """Time until it may be asked; 0: now."""
         row = self._rows.get(upstream)
         return row.seconds_left(self._clock()) if row is not None else 0.0
 
     def is_wrong(self, head: RemoteHead) -> bool:
         """Whether `head` is of the body that was found wrong. Without validators that is unknown."""
         row = self._rows.get(head.upstream)
-        return row is not None and row.told == told_by(head) and bool(head.etag or head.last_modified)
+        return row is not None and row.identity == identity_of(head) and bool(head.etag or head.last_modified)

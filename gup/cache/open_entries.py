@@ -108,7 +108,6 @@ class Entry:
         self._waiting.pop(callback, None)
 
     async def is_sound_at(self, offset: int) -> bool:
-        """Whether the chunk at `offset` may be sent; it is compared first if need be."""
         while (amount := self.available(offset, 1)) == 0:
             compared = asyncio.Event()
             self.wait(offset, compared.set)
@@ -222,7 +221,6 @@ class Entries:
             del self._rows[entry.key]
 
     def adopt(self, entry: Entry, record: Record) -> bool:
-        """Take over what another process recorded of the same body."""
         if record.etag != entry.record.etag or record.generation != entry.record.generation:
             self.drop(entry)
             return False

@@ -97,7 +97,6 @@ class PartWriter:
     """
 
     def __init__(self, path: Path, room: Room, length: int | None) -> None:
-        """A new part, of a body of this length."""
         self.received = 0
         self.written = 0
         self._path = path
@@ -116,7 +115,6 @@ class PartWriter:
         self._in_memory = False
 
     def begin_in_memory(self, file: OpenFile) -> None:
-        """`file` is a memory file."""
         self._file, self._sums_file, self._in_memory = file, None, True
         self._unsaved_sums.clear()
 
@@ -189,7 +187,6 @@ class PartWriter:
 
     @property
     def unwritten(self) -> int:
-        """Bytes that `write_sure` would write."""
         last_sure = (self.length or self.received) - WITHHELD_BYTES
         return min(self.received, max(last_sure, self.written)) - self.written
 
@@ -267,7 +264,6 @@ class PartWriter:
         self._save_sums([])
 
     def _append(self, file: OpenFile, piece: bytes | memoryview) -> None:
-        """Write as much of `piece` as the disk takes at once."""
         done = os.pwrite(file.fd, piece, self._in_file)
         self._unsaved_sums += _packed(self._sums.add(memoryview(piece)[:done]))
         self._in_file += done

@@ -137,7 +137,9 @@ _OF_NO_KEY = frozenset({"overloaded", "no-upstream", "upstream-unreachable"})
 
 def too_many_misses(dependencies: FillDependencies) -> Problem:
     most = dependencies.settings.clients.max_misses_per_address
-    detail = f"more than {most} requests a second for what is not here (clients.max_misses_per_address)"
+    detail = (
+        f"more than {most} requests a second for content that is not stored (clients.max_misses_per_address)"
+    )
     return Problem("overloaded", detail, retry_after_seconds=1.0)
 
 
@@ -151,7 +153,7 @@ class PassThrough:
         self._heads: dict[tuple[ContentKey, str], asyncio.Task[Head]] = {}
 
     async def head(self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = "") -> Head:
-        """The head that GET would have for a body that is not stored. Problem when it can't be had.
+        """Problem when it can't be had.
 
         Concurrent HEADs share one upstream request. Those that came through other gups don't: such a gup may
         itself be waiting for this one.
@@ -227,8 +229,8 @@ class PassThrough:
             ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
             answer = await self._ask(route, variant, passed, ask, only=head.upstream)
             assert isinstance(answer, Answer)
-            told = Validators(head.upstream_etag, head.last_modified)
-            same = told.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
+            begun_with = Validators(head.upstream_etag, head.last_modified)
+            same = begun_with.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
             if same and answer.head.start == start and answer.head.length == head.length:
                 return BypassBody(head, answer, stop, lambda: self._ranges.give_back(slot))
         except Problem:
@@ -287,7 +289,6 @@ class PassThrough:
     async def _ask(
         self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask, only: str | None = None
     ) -> Answer | RemoteHead:
-        """Send `ask` to each upstream in turn until one answers, or to the `only` one."""
         pool, key = self._deps.pool, route.key(variant)
         ask = replace(ask, stream=(self._deps.streams.number(key), str(route.kind)), passed=passed)
         asks_gups = bool(passed) and pool.asks_gups(variant, key.text)
@@ -298,7 +299,7 @@ class PassThrough:
             raise Problem(failure.slug, failure.detail, retry_after_seconds=retry) from failure
         problem = Problem("no-upstream", f"no upstream is configured for {variant}")
         waits: list[float] = []
-        stands_seconds = 0.0
+        ttl_seconds = 0.0
         for upstream in admitted:
             if only not in (None, upstream.name):
                 continue
@@ -311,11 +312,11 @@ class PassThrough:
             if isinstance(answer, RemoteHead) and answer.status != 200:
                 slug = "upstream-gone" if answer.status == 410 else "upstream-not-found"
                 problem = Problem(slug, f"{answer.upstream} answered {answer.status}")
-                stands_seconds = self._deps.settings.cache.negative_ttl
+                ttl_seconds = self._deps.settings.cache.negative_ttl
                 break
             return answer
         if waits and len(waits) == len(admitted):  # all of them are on hold
-            problem.retry_after_seconds = stands_seconds = min(waits)
+            problem.retry_after_seconds = ttl_seconds = min(waits)
         if is_shared(problem, passed, asks_gups=asks_gups):
-            self._deps.failures.put(key, route.upstream_path, problem, stands_seconds)
+            self._deps.failures.put(key, route.upstream_path, problem, ttl_seconds)
         raise problem

@@ -170,9 +170,9 @@ class Record(Head):
     def of(
         cls, key: ContentKey, kind: Kind, head: Head, sums: _Sums, now: float, generation: int, path: str
     ) -> "Record":
-        told: dict[str, Any] = {name: getattr(head, name) for name in Head.__slots__}
-        told |= {"stored_at": now, "validated_at": now, "pinned": False, "path": path}
-        return cls(**told, key=key, kind=kind, generation=generation, sums=sums)
+        fields: dict[str, Any] = {name: getattr(head, name) for name in Head.__slots__}
+        fields |= {"stored_at": now, "validated_at": now, "pinned": False, "path": path}
+        return cls(**fields, key=key, kind=kind, generation=generation, sums=sums)
 
     @property
     def head(self) -> Head:
@@ -180,7 +180,6 @@ class Record(Head):
 
     @property
     def asked_path(self) -> str:
-        """The path to request upstream."""
         return self.path or path_of(self.key)
 
     def fits(self, body: os.stat_result) -> bool:
@@ -189,7 +188,6 @@ class Record(Head):
         return body.st_size == self.length and body.st_mtime_ns in times
 
     def is_same_body(self, other: "Record") -> bool:
-        """Whether both are of one body: the same generation, and not replaced."""
         return all(getattr(self, it) == getattr(other, it) for it in ("etag", "length", "generation", "sums"))
 
     def to_json(self) -> dict[str, Any]:
@@ -267,7 +265,7 @@ class Failure:
     def of(cls, problem: Problem, ttl: float, monotonic_now: float) -> "Failure":
         return cls(problem.slug, plain_text(problem.detail, _MAX_DETAIL), ttl, monotonic_now + ttl)
 
-    def stands(self, monotonic_now: float) -> bool:
+    def is_current(self, monotonic_now: float) -> bool:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
@@ -275,14 +273,14 @@ class Failure:
         return Problem(self.slug, self.detail, retry_after_seconds=retry)
 
 
-Told = tuple[_Detail | None, _Detail | None, Count | None]
+BodyIdentity = tuple[_Detail | None, _Detail | None, Count | None]
 """ETag, Last-Modified and length, which identify an upstream's body."""
 
 
 class Hold(NamedTuple):
     """One upstream that is not to be asked for a key until `until` (monotonic), `wait` seconds in all.
 
-    `told` identifies its body that was found wrong, `times` times: a body with the same is not read until
+    `identity` is that of its body that was found wrong, `times` times: a body with the same is not read until
     `forgotten_at`.
     """
 
@@ -290,7 +288,7 @@ class Hold(NamedTuple):
     until: Time
     wait: Time
     times: Count = 0
-    told: Told | None = None
+    identity: BodyIdentity | None = None
     forgotten_at: Time = 0.0
 
     def seconds_left(self, monotonic_now: float) -> float:
@@ -328,9 +326,9 @@ class FillState:
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has sent a part of the body, for comparison at a resume."""
 
-    def stands(self, monotonic_now: float) -> bool:
+    def is_current(self, monotonic_now: float) -> bool:
         """Whether any upstream is still not to be asked."""
-        failed = self.failure is not None and self.failure.stands(monotonic_now)
+        failed = self.failure is not None and self.failure.is_current(monotonic_now)
         return failed or any(hold.remembers(monotonic_now) for hold in self.holds)
 
     def encode(self) -> bytes:
@@ -354,7 +352,6 @@ def _state_model() -> TypeAdapter[FillState]:
 
 
 def route_of(kept: Record | FillState) -> Route:
-    """The route that led to a stored body or to a fill."""
     key = kept.key
     path = kept.asked_path if isinstance(kept, Record) else kept.path
     immutable = kept.kind is not Kind.INDEX
@@ -387,7 +384,6 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
 
 
 def remote_of(head: Head) -> RemoteHead:
-    """Upstream's first head of a body that was begun."""
     validators = head.upstream_etag, head.last_modified
     return RemoteHead(200, 0, head.length, *validators, head.content_type, head.upstream)
 

@@ -38,7 +38,7 @@ class Leftover:
     """The damaged entry's body, if it exists."""
     unstorable: str | None = None
     holds: tuple[Hold, ...] = ()
-    told: bool = False
+    reported: bool = False
     """The state says so already, and must not repeat it: it must expire."""
 
     @property
@@ -74,11 +74,11 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
     revalidated = record if sound else None
     if (why := store.demotions.disk_is_bad()) is not None:
         return Leftover(revalidated, unstorable=why)
-    if state is not None and state.failure is not None and state.failure.stands(dependencies.clock()):
+    if state is not None and state.failure is not None and state.failure.is_current(dependencies.clock()):
         if state.passed_through:
             return FillEnd.UNSTORABLE
         if state.phase is Phase.UNSTORABLE:
-            return Leftover(revalidated, unstorable=state.failure.detail, told=True)
+            return Leftover(revalidated, unstorable=state.failure.detail, reported=True)
         if state.path == fill.route.upstream_path:
             return state.failure
     if record is not None and not sound:
@@ -190,8 +190,8 @@ def save_failure(store: Store, state: FillState, drop: bool) -> None:
     """Keep a failure until it expires, and the part for resuming unless it is to be dropped."""
     if drop:
         store.drop_parts(state.key.id)
-    stands = bool(state.holds) or (state.failure is not None and state.failure.ttl > 0)
-    if stands or (state.head is not None and not drop):
+    is_current = bool(state.holds) or (state.failure is not None and state.failure.ttl > 0)
+    if is_current or (state.head is not None and not drop):
         store.save_state(state)
     elif drop:
         store.drop_state(state.key.id)
@@ -266,7 +266,6 @@ class Recovery:
     _going_on: list[asyncio.Event] = field(default_factory=list)
 
     async def run(self) -> None:
-        """Check everything in `partial/` once."""
         parts = await asyncio.to_thread(self.store.parts)
         self._seen = {part.id: self._seen.get(part.id) or _Seen() for part in parts}
         self._going_on = [ended for ended in self._going_on if not ended.is_set()]
@@ -334,7 +333,7 @@ class Recovery:
             log.info("removed a part that can't be resumed: %s.%d", part.id, part.generation)
             store.drop_part(part.id, part.generation)
         resumable = generation and store.part_path(part.id, generation).exists()
-        if not resumable and (state is None or not state.stands(self.clock())):
+        if not resumable and (state is None or not state.is_current(self.clock())):
             store.drop_state(part.id)
 
     def _drop_leftovers(self) -> None:

@@ -80,11 +80,6 @@ class Backlog:
         self._alive = alive
         waiting[mine] = 0
 
-    @classmethod
-    def alone(cls) -> "Backlog":
-        words = memoryview(bytearray(8 * (1 + GROUPS))).cast("Q")
-        return cls(words[:1], words[1:], 0, lambda _block: True)
-
     def change(self, class_: Class, count: int) -> None:
         self._waiting[self._mine] += count << (_FIELD_BITS * class_)
 
@@ -220,7 +215,7 @@ class FillQueue:
         return (before + 1) * self._backlog.mean_held_seconds(group.number) / max(1, group.slots.count())
 
     def hopeless(self, class_: Class, client: str = "") -> bool:
-        """Whether a fill that comes now had better be refused at once."""
+        """Whether a new fill should be refused at once."""
         if sum(len(group.waiting) for group in self._groups) >= _MOST_WAITING:
             return True
         if self._group_of(class_).of_client[client] >= _MOST_OF_CLIENT:
@@ -243,12 +238,10 @@ class FillQueue:
         )
 
     def idle(self) -> bool:
-        """Whether no process has a fill that streams or waits."""
         taken = (self._inherited, *(group.slots for group in self._groups))
         return not self.waiting() and not any(slots.taken() for slots in taken)
 
     def waiting(self) -> int:
-        """Fills that wait for their slot, in all processes."""
         return self._before(Class.INDEX) + self._before(Class.UNKNOWN)
 
     # --- waiting
@@ -296,7 +289,7 @@ class FillQueue:
             slot.leave()
 
     def _inherit(self, group: _Group) -> _Taken | None:
-        """A dead leader's slot, or what stands for it."""
+        """A dead leader's slot, or its replacement."""
         taken = self._try(group)
         if taken is None and (number := self._inherited.try_take()) is not None:
             taken = self._inherited, number
@@ -404,7 +397,7 @@ class FillQueue:
         return None if number is None else (group.slots, number)
 
     def _has_free(self, group: _Group) -> bool:
-        """Whether a slot is free, as far as one can tell without taking it."""
+        """Whether a slot is free, judged without taking it."""
         taken = self._groups[0].slots.taken()
         if group.number:
             taken += group.slots.taken() + self._inherited.taken()

@@ -41,7 +41,7 @@ def read_signing_key(file: Path) -> Ed25519PrivateKey:
 
 
 def sign(file: Path, key: Ed25519PrivateKey) -> str:
-    """Sign a written archive in its place; the key's fingerprint."""
+    """Sign a written archive in place; returns the key's fingerprint."""
     public = key.public_key().public_bytes_raw()
     with file.open("r+b") as archive:
         end = archive.seek(-_TRAILER_BYTES, os.SEEK_END)
@@ -99,7 +99,7 @@ def _read_key(file: Path, load: Callable[[bytes], object], kind: Any, right: str
 
 
 def _digest(archive: IO[bytes], end: int) -> bytes:
-    """What is signed of an archive that ends there."""
+    """The signed digest of an archive that ends there."""
     digest = hashlib.sha512()
     archive.seek(0)
     while end > 0 and (piece := archive.read(min(_PIECE_BYTES, end))):

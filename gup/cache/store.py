@@ -283,12 +283,10 @@ class Store:
         return sum(self.drop_part(id_, generation) for generation in self.generations(id_))
 
     def drop_journal(self, id_: str, generation: int) -> None:
-        """Remove the sums and state of a part that has been committed."""
         unlink(self.sums_path(id_, generation))
         self.drop_state(id_)
 
     def generations(self, id_: str) -> list[int]:
-        """The generations that have a part, ascending."""
         names = (name.split(".") for name in os.listdir(self.partial) if name.startswith(id_))  # noqa: PTH208 - at every miss
         return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
@@ -410,7 +408,6 @@ def _read(path: Path, most_bytes: int) -> bytes | None:
 
 
 def unlink(path: Path) -> None:
-    """Remove whatever has this name."""
     try:
         path.unlink(missing_ok=True)
     except NotADirectoryError:
@@ -427,7 +424,6 @@ _PROBE_STEP_BYTES = 128 * 1024
 
 
 def span_of(record: Record, chunk: int) -> tuple[int, int]:
-    """Offset and length of a chunk, in bytes."""
     start = chunk * CHUNK_BYTES
     return start, min(CHUNK_BYTES, record.length - start)
 

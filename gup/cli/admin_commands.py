@@ -55,7 +55,7 @@ def status(*, where: Where, json_output: JsonFlag = False) -> None:
         failures = answer["failures"]
         show_table(_FAILURES, ({**row, "failed_at": row["at"]} for row in failures[:_FAILURES_SHOWN]))
         if (more := len(failures) - _FAILURES_SHOWN) > 0:
-            typer.echo(f"and {more} more: gup status --json; gup why KEY tells about one")
+            typer.echo(f"and {more} more: gup status --json; gup why KEY explains one")
 
 
 def status_lines(status: Row) -> Iterator[str]:

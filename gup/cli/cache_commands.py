@@ -80,7 +80,7 @@ def _filter_flags(
         typer.Option(metavar="PATTERN", help='Only keys that match, such as "*/full.zip": * is any text.'),
     ] = None,
     older_than: _age("Only what was stored at least this long ago.") = None,  # type: ignore[valid-type]
-    unused_for: _age("Only what no client was sent for this long.") = None,  # type: ignore[valid-type]
+    unused_for: _age("Only entries that no client was sent within this time.") = None,  # type: ignore[valid-type]
 ) -> Filters:
     named = {"product": product, "version": version, "language": language, "stream": stream}
     named |= {"revision": revision, "kind": kind, "pattern": pattern}
@@ -130,7 +130,7 @@ def list_entries(
 
 
 def _list(admin: "Admin", query: Filters, most: int, *, json_output: bool) -> int | None:
-    """Print so many entries at most; how many more there are, None when there are none at all."""
+    """Print `limit` entries at most; how many more there are, None when there are none at all."""
     left, matching = most, 0
     while left:
         answer = admin.ask("GET", "content?" + urlencode(query | {"limit": str(min(left, _PAGE))}))
@@ -333,7 +333,6 @@ def _verify_here(store: "Store", *, repair: bool) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def note(finding: Finding, why_not: str = "") -> None:
-        """A finding as the API shows it."""
         key, mended = finding.key.text if finding.key else None, not why_not if repair else None
         row = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
         rows.append(row | {"mended": mended, "why_not": why_not or None})
@@ -405,18 +404,18 @@ def export(
             lambda store: asyncio.run(_write_here(archive, store, filters)),
         )
         archive.flush()
-        told = summary(path)
+        result = summary(path)
         signer = sign(path, key) if key is not None else None
     if json_output:
-        print_json(told | {"file": str(file), "signed_by": signer})
+        print_json(result | {"file": str(file), "signed_by": signer})
     else:
-        for row in told["left_out"]:
+        for row in result["left_out"]:
             typer.echo(f"left out: {row['key']}: {row['why']}")
-        for why, count in told["not_wanted"].items():
+        for why, count in result["not_wanted"].items():
             typer.echo(f"left out: {count} entries: {printable(why)}")
         signed = f"signed by the key {signer}" if signer is not None else "not signed"
-        typer.echo(f"{file}: {told['entries']} entries, {bytes_in_words(told['bytes'])}, {signed}")
-    if told["left_out"]:
+        typer.echo(f"{file}: {result['entries']} entries, {bytes_in_words(result['bytes'])}, {signed}")
+    if result["left_out"]:
         raise typer.Exit(FAILED)
 
 

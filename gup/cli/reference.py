@@ -109,7 +109,6 @@ def tables(table: type[BaseModel] = Settings, above: str = "") -> Iterator[tuple
 
 
 def rows(table: type[BaseModel]) -> Iterator[Row]:
-    """The keys of `table` that hold values, without the tables in it."""
     for name, field in table.model_fields.items():
         if model_of(field.annotation) is None:
             yield Row(field.alias or name, name, _type(field), _default(field), field)
@@ -142,7 +141,6 @@ def _quantity(field: FieldInfo) -> tuple[str, Callable[[Any], str]] | None:
 
 
 def written(field: FieldInfo, value: Any) -> str:
-    """`value` as it is written in TOML, with its unit."""
     quantity = _quantity(field)
     return _toml(value if quantity is None else quantity[1](value))
 

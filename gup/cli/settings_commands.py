@@ -89,9 +89,9 @@ def explain(
     rows = {name: listed for name, (listed, _) in found.items() if listed is not None}
     sources = {name: source for name, (_, source) in found.items()}
     catalogues = Catalogues(rows, settings.upstream, book.types)
-    told = variant_choice.explain(book, catalogues, settings.upstream, sources, stream, client)
+    explanation = variant_choice.explain(book, catalogues, settings.upstream, sources, stream, client)
     if json_output:
-        print_json(told)
+        print_json(explanation)
     else:
-        for line in variant_choice.explained(told):
+        for line in variant_choice.explained(explanation):
             typer.echo(line)

@@ -36,7 +36,7 @@ def usable(
 
 
 def _unusable(settings: Settings) -> list[str]:
-    """What a service could not work with: the setting, the file, the cause and what would be right."""
+    """What a service could not use: the setting, the file, the cause and what would be right."""
     problems: list[str] = []
     checks: list[tuple[str, Callable[[], object]]] = [
         (f"upstream#{number}.ca_file", partial(trust, upstream.ca_file))

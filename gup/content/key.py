@@ -68,7 +68,6 @@ class Variant:
         return self.version in (EVERY, other.version) and self.language in (EVERY, other.language)
 
     def widened(self) -> "Variant":
-        """The variant with EVERY for ANY."""
         return Variant(*(EVERY if part == ANY else part for part in (self.version, self.language)))
 
 

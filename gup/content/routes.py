@@ -116,7 +116,7 @@ class Routes:
 
     @classmethod
     def of(cls, upstreams: Sequence[config.Upstream]) -> "Routes":
-        """Those to these upstreams. Managers run on Windows; what is behind another gup is not known."""
+        """The routes to these upstreams. Managers run on Windows; what is behind another gup is unknown."""
         kinds = {upstream.kind for upstream in upstreams}
         return cls(liveupdate="liveupdate" in kinds, fold_case="gup" not in kinds)
 

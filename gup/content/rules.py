@@ -298,10 +298,10 @@ def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases)
 def problem(decision: Decision, liveupdate_url: str | None) -> Problem:
     """The 403 for a client that was refused, with a Link to the LiveUpdate server where that would help."""
     assert decision.rule is not None, "only a refusal is a problem"
-    told = document(decision, liveupdate_url)
-    extensions = {name: told[name] for name in ("rule", "client", "fits", "remedies")}
+    fields = document(decision, liveupdate_url)
+    extensions = {name: fields[name] for name in ("rule", "client", "fits", "remedies")}
     if decision.notes:
-        extensions["notes"] = told["notes"]
+        extensions["notes"] = fields["notes"]
     sentences = [f"{decision.because[:1].upper()}{decision.because[1:]}."]
     detail = " ".join(sentences + [remedy.text for remedy in decision.remedies])
     by_liveupdate = liveupdate_url is not None and LIVEUPDATE in decision.remedies
@@ -331,15 +331,15 @@ def _stated(client: Client) -> dict[str, str | None]:
     return {name: None if what is None else str(what) for name, what in stated.items()}
 
 
-def lines(told: Mapping[str, Any]) -> Iterator[str]:
-    verdict = "allowed" if told["allowed"] else f"refused by the rule {told['rule']}"
-    yield f"{verdict}: {told['because']}"
-    if told["type"]:
-        yield f"type of content: {told['type']}"
-    fits = told["fits"]
+def lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    verdict = "allowed" if fields["allowed"] else f"refused by the rule {fields['rule']}"
+    yield f"{verdict}: {fields['because']}"
+    if fields["type"]:
+        yield f"type of content: {fields['type']}"
+    fits = fields["fits"]
     if any(fits.values()):
         yield f"fits: version {fits['version'] or 'any'}, language {fits['language'] or 'any'}"
-    for remedy in told["remedies"]:
+    for remedy in fields["remedies"]:
         yield f"remedy: {remedy['text']}" + (f" ({remedy['url']})" if "url" in remedy else "")
-    for note in told["notes"]:
+    for note in fields["notes"]:
         yield f"note: {note}"

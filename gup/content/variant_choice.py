@@ -263,15 +263,15 @@ def explain(
     }
 
 
-def explained(told: Mapping[str, Any]) -> list[str]:
-    out = [f"{told['moniker']}: {'allowed' if told['allowed'] else 'refused'}"]
-    if told["mode"] != "enforce":
-        out[0] += f' (rules.mode is "{told["mode"]}": nothing is refused)'
-    if told["served_from"] is not None and len(told["decisions"]) > 1:
-        out[0] += f", from {told['served_from']}"
-    notes = [f"note: {note}" for note in told["client_notes"]]
+def explained(explanation: Mapping[str, Any]) -> list[str]:
+    out = [f"{explanation['moniker']}: {'allowed' if explanation['allowed'] else 'refused'}"]
+    if explanation["mode"] != "enforce":
+        out[0] += f' (rules.mode is "{explanation["mode"]}": nothing is refused)'
+    if explanation["served_from"] is not None and len(explanation["decisions"]) > 1:
+        out[0] += f", from {explanation['served_from']}"
+    notes = [f"note: {note}" for note in explanation["client_notes"]]
     out += notes
-    for answer in told["decisions"]:
+    for answer in explanation["decisions"]:
         out += ["", f"from {answer['upstream']}"]
         out.append(f"  product: {answer['product'] or 'not listed'} (catalogue: {answer['catalogue']})")
         out += [f"  {line}" for line in lines(answer) if line not in notes]

@@ -137,7 +137,7 @@ class AlarmBoard:
         return sorted(standing, key=lambda alarm: order.index(alarm.name))
 
 
-LATELY_SECONDS = 600.0
+WINDOW_SECONDS = 600.0
 """The window of counts, except that of damage."""
 DAMAGE_SECONDS = 3600.0
 NEAR_LIMIT = 0.95
@@ -170,7 +170,7 @@ class AlarmCollector:
         yield from self._of_content()
         yield from self._of_service()
 
-    def lately(self, what: str, counts: int | None = None, seconds: float = LATELY_SECONDS) -> int:
+    def gained(self, what: str, counts: int | None = None, seconds: float = WINDOW_SECONDS) -> int:
         """The increase of a metric over all its series, or of another counter, within the window."""
         if counts is None:
             totals = self._dependencies.totals()
@@ -203,18 +203,18 @@ class AlarmCollector:
         for what, refusal in state.refusals.rows.items():
             yield "disk-refuses", what, f"the disk refuses {what}: {refusal.detail}"
         at, unstored = state.unstored or (0.0, "")
-        if unstored and 0 <= state.clock() - at < LATELY_SECONDS:
+        if unstored and 0 <= state.clock() - at < WINDOW_SECONDS:
             yield "not-stored", "", f"content is passed through and not stored: {unstored}"
         if disk.free_bytes < limits.min_free:
             free, least = bytes_in_words(disk.free_bytes), bytes_in_words(limits.min_free)
             text = f"{free} are free on the cache's disk, less than the {least} of cache.min_free"
             yield "disk-short", "", text
-        gone = self.lately("evicted", state.evictor.recent_evicted)
+        gone = self.gained("evicted", state.evictor.recent_evicted)
         if gone and disk.size_bytes >= NEAR_LIMIT * limits.max_size:
             full = bytes_in_words(limits.max_size)
             text = f"the cache is full ({full}), and {gone} entries used within the last day were evicted"
             yield "cache-short", "", text
-        if damage := self.lately("gup_integrity_failures_total", seconds=DAMAGE_SECONDS):
+        if damage := self.gained("gup_integrity_failures_total", seconds=DAMAGE_SECONDS):
             yield "damage", "", f"damage was found in the store {damage} times within the last hour"
 
     def _of_content(self) -> Findings:
@@ -223,7 +223,7 @@ class AlarmCollector:
             yield "bad-content", row.key, f"{row.upstream} has no usable {row.key}: {row.detail}"
         unsure = (failure for failure in state.failures if failure.problem == "upstream-unsure-end")
         for failure in unsure:
-            if state.clock() - failure.at < LATELY_SECONDS:
+            if state.clock() - failure.at < WINDOW_SECONDS:
                 yield "unsure-end", "", failure.detail
                 break
         for name, catalogue in self._dependencies.catalogues().items():
@@ -250,7 +250,7 @@ class AlarmCollector:
         state, now = self._state, self._state.clock()
         if not self._dependencies.config_ok():
             yield "reload-failed", "", "the last reload failed: the old settings are in force"
-        if died := self.lately("gup_worker_restarts_total"):
+        if died := self.gained("gup_worker_restarts_total"):
             text = f"worker processes died {died} times within 10 minutes and were replaced"
             yield "workers-restarting", "", text
         last, week = state.clients.newest(1), state.clients.counts(now)["7d"]
@@ -258,7 +258,7 @@ class AlarmCollector:
             ago = time_in_words(now - last[0][1])
             text = f"no client has sent a request for {ago}; {week} did within the last week"
             yield "clients-silent", "", text
-        if lost := self.lately("gup_events_lost_total") + self.lately("malformed", state.malformed_events):
+        if lost := self.gained("gup_events_lost_total") + self.gained("malformed", state.malformed_events):
             text = f"{lost} messages from workers were lost within 10 minutes: figures of use are too low"
             yield "events-lost", "", text
 

@@ -227,15 +227,14 @@ def refusal(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
     if probe:
         return None
     if attempt.changes:
-        ours = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
-        foreign = attempt.origin is not None and attempt.origin.lower() != ours
+        own_origin = f"{'https' if listener.tls else 'http'}://{attempt.host.lower()}"
+        foreign = attempt.origin is not None and attempt.origin.lower() != own_origin
         if foreign or attempt.fetch_site not in (None, "same-origin", "none"):
             return Refusal(403, "The request comes from another site's page")
     return _lacking(attempt, listener)
 
 
 def _lacking(attempt: AccessRequest, listener: AdminListener) -> Refusal | None:
-    """The refusal of a request whose token does not allow it."""
     where, near = "", is_near(attempt.peer)
     if listener.token_file and near:
         where = f"; on this machine one is in {listener.token_file} (gup's commands: --token-file)"

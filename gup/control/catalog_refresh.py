@@ -113,7 +113,6 @@ class CatalogRefresher:
     # --- reading
 
     async def keep(self) -> None:
-        """Read the catalogues whenever they are due; never returns."""
         while True:
             self._wake.clear()
             began = self._clock()

@@ -105,7 +105,6 @@ def plan_evictions(
 
 
 def _is_whole(part: Part) -> bool:
-    """It has every byte of its body: recovery commits it."""
     state = part.state
     if state is None or state.head is None:
         return False
@@ -242,10 +241,13 @@ class Evictor:
             return done
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
-        """Remove those whose key is unclaimed, holding the claim meanwhile."""
+        """Remove those whose key is unclaimed, holding the claim meanwhile.
+
+        Claims are taken and released on the event loop only: two threads of a process would both get one.
+        """
         with contextlib.ExitStack() as claims:
-            ours = [one for one in plan if claims.enter_context(self._store.claimed(one.id))]
-            done = await to_its_end(self._remove_all, ours)
+            removable = [one for one in plan if claims.enter_context(self._store.claimed(one.id))]
+            done = await to_its_end(self._remove_all, removable)
         counters = self._dependencies.counters
         for eviction in done:
             if eviction.part is None:
@@ -286,7 +288,7 @@ class Evictor:
         return freed
 
     async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
-        """Purge many; how many were, and the bytes freed. Those that another process works on are left."""
+        """How many were purged, and the bytes freed. Entries with a claim are left."""
         purged, freed = 0, 0
         try:
             for key in keys:

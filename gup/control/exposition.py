@@ -146,7 +146,6 @@ def _product(label: Label) -> dict[str, str]:
 
 
 async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Samples]:
-    """The figures computed on request, by metric."""
     disk, settings, dependencies = await state.evictor.measure(), state.settings, state.dependencies
     storms: dict[Label, bool] = {}
     state.traffic.look()

@@ -237,7 +237,6 @@ class Index:
         return {stream: held.newest for stream, held in self._streams.items() if held.newest}
 
     def deltas(self, stream: Stream) -> tuple[int, int]:
-        """Number and bytes of the stream's deltas."""
         held = self._streams.get(stream, _Held())
         return held.deltas, held.delta_bytes
 
@@ -261,7 +260,6 @@ class Index:
     # --- the file
 
     async def open(self) -> None:
-        """Load the stored rows. `complete` is set when they were usable."""
         found: Contents | None = None
         with self.watch() as touched:
             try:

@@ -92,7 +92,6 @@ class Scrubber:
         )
 
     async def keep(self) -> None:
-        """Run the passes that are due; never returns."""
         while True:
             if self._due():
                 if not self._pass.running:
@@ -178,7 +177,6 @@ class Scrubber:
 
 
 async def _mend(key: ContentKey, dependencies: ControlDependencies, index: Index) -> Problem | None:
-    """Fetch the damaged chunks of a body again; the problem if that failed."""
     problem = await dependencies.mend(key, True)
     if problem is None:
         await index.read_again(key, dependencies.store)
@@ -206,14 +204,14 @@ class Verification:
         self._index = index
         self._store = dependencies.store
         self._task: asyncio.Task[None] | None = None
-        self._told = _NEVER
+        self._result = _NEVER
 
     def start(self, *, repair: bool) -> bool:
         """False when one is running."""
-        if self._told.running:
+        if self._result.running:
             return False
         begun = {"running": True, "repair": repair, "began_at": time.time(), "found": []}
-        self._told = _NEVER.model_copy(update=begun)
+        self._result = _NEVER.model_copy(update=begun)
         self._task = asyncio.create_task(self._run(), name="control verify")
         return True
 
@@ -223,45 +221,45 @@ class Verification:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def progress(self) -> schemas.Verification:
-        return self._told.model_copy(update={"found": list(self._told.found)})
+        return self._result.model_copy(update={"found": list(self._result.found)})
 
     async def _run(self) -> None:
-        told = self._told
+        result = self._result
         try:
             await self._look()
         except asyncio.CancelledError:
-            told.failed = "the service stopped"
+            result.failed = "the service stopped"
             raise
         except Exception as error:  # noqa: BLE001 - whoever asked must be told
-            told.failed = str(error) or type(error).__name__
+            result.failed = str(error) or type(error).__name__
             _log.exception("the verification ended early")
         finally:
-            told.running, told.ended_at = False, time.time()
+            result.running, result.ended_at = False, time.time()
 
     async def _look(self) -> None:
-        store, told = self._store, self._told
+        store, result = self._store, self._result
         names = await asyncio.to_thread(contents, store, _GRACE_SECONDS)
-        told.total = len(names.keys) + len(names.ids) + len(names.strays)
+        result.total = len(names.keys) + len(names.ids) + len(names.strays)
         claimed = [key for key in names.keys if not await self._is_checked(key)]
         for id_ in names.ids:
             check, path = partial(check_part, store, id_), store.state_path(id_)
-            told.busy += not await self._check(check, "state", path, id_)
-            told.checked += 1
+            result.busy += not await self._check(check, "state", path, id_)
+            result.checked += 1
         for path in names.strays:
             await self._check(partial(check_stray, store, path), "stray", path)
-            told.checked += 1
+            result.checked += 1
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while claimed and time.monotonic() < give_up_at:
             await asyncio.sleep(_PAUSE_SECONDS)
             claimed = [key for key in claimed if not await self._is_checked(key)]
-        told.checked += len(claimed)
-        told.busy += len(claimed)
+        result.checked += len(claimed)
+        result.busy += len(claimed)
 
     async def _is_checked(self, key: ContentKey) -> bool:
         """Check an entry; False when it looks damaged while its claim is held."""
         check, path = partial(check_entry, self._store, key), self._store.body_path(key)
         checked = await self._check(check, "body", path, key.id, key)
-        self._told.checked += checked
+        self._result.checked += checked
         return checked
 
     async def _check(
@@ -270,7 +268,7 @@ class Verification:
         """Check and note findings; False when the claim is held: a commit in progress looks like damage. An
         entry is read without its claim first. An exception becomes a finding.
         """
-        store, repair = self._store, self._told.repair
+        store, repair = self._store, self._result.repair
         try:
             if key is not None and not await asyncio.to_thread(check):
                 return True
@@ -293,17 +291,19 @@ class Verification:
         except Exception as error:  # noqa: BLE001 - the other files are looked at all the same
             detail = f"it can't be checked: {error or type(error).__name__}"
             finding = Finding(where, str(path.relative_to(store.root)), detail, key)
-            self._note(finding, False if self._told.repair else None, str(error) or None)
+            self._note(finding, False if self._result.repair else None, str(error) or None)
         return True
 
     def _note(self, finding: Finding, mended: bool | None, why_not: str | None = None) -> None:
-        told = self._told
+        result = self._result
         _log.warning("%s: %s", finding.path, finding.detail)
         if finding.where != "stray":
             self._dependencies.counters.add("gup_integrity_failures_total", where=finding.where)
-        told.damaged += 1
-        told.mended += bool(mended)
-        if len(told.found) < _MOST_FINDINGS:
+        result.damaged += 1
+        result.mended += bool(mended)
+        if len(result.found) < _MOST_FINDINGS:
             key = finding.key.text if finding.key else None
             shown = {"where": finding.where, "path": finding.path, "key": key, "detail": finding.detail}
-            told.found.append(schemas.Finding.model_validate(shown | {"mended": mended, "why_not": why_not}))
+            result.found.append(
+                schemas.Finding.model_validate(shown | {"mended": mended, "why_not": why_not})
+            )

@@ -220,7 +220,7 @@ class Revisions:
     def announced(self, stream: Stream, now: float, *, within_seconds: float, most: int) -> Announced:
         """The newest revision, and others named recently, except those whose delta a client has requested."""
         known = self.streams[stream]
-        lately = [
+        recent = [
             revision
             for revision, at in reversed(known.seen.items())
             if revision < known.newest and revision not in known.asked and abs(now - at) <= within_seconds
@@ -228,7 +228,7 @@ class Revisions:
         # else that of other streams of the same upstream, or of the public log (FIELD)
         others = (other.folder for name, other in self.streams.items() if name[:2] == stream[:2])
         folder = known.folder or next(filter(None, others), Folder.FROM)
-        paths = (delta_path(known.moniker or stream[2], old, known.newest, folder) for old in lately)
+        paths = (delta_path(known.moniker or stream[2], old, known.newest, folder) for old in recent)
         return Announced(known.newest, known.announced_at, tuple(paths))
 
     def to_json(self) -> list[Any]:
@@ -290,7 +290,6 @@ class Prefetcher:
             self._look_at(stream_of(key))
 
     def refused(self, key: ContentKey) -> None:
-        """Upstream does not have what a client asked for."""
         if (names := named(key)) is not None:
             self.revisions.refused(stream_of(key), names, self._clock())
 
@@ -401,7 +400,6 @@ class Prefetcher:
     # --- fetching
 
     async def run(self, lane: int) -> None:
-        """Fetch what is queued for this lane, one after the other; never returns."""
         while True:
             self._news[lane].clear()
             item = self.queue.due(LANES[lane], self._clock())

@@ -192,7 +192,6 @@ class Jobs:
         self.start(name, repeat())
 
     async def stop(self) -> None:
-        """Cancel all jobs and wait until they have ended."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -234,7 +233,6 @@ class Control:
         self._listening: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Answer requests, take events, and begin the jobs."""
         dependencies = self._dependencies
         await self._access.open(dependencies.settings().listen, dependencies.store.run, dependencies.admin)
         dependencies.events.setblocking(False)

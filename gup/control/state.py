@@ -76,7 +76,6 @@ class Refusals:
 
 
 def numbers(settings: Settings) -> dict[str, int]:
-    """The limits on counts; those that are off are absent."""
     every = {
         "connections": settings.listen.max_connections,
         "connections_per_address": settings.clients.max_connections_per_address,

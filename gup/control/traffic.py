@@ -64,7 +64,7 @@ class Unmet(NamedTuple):
 
 
 def _is_recent(one: Unmet, now: float) -> bool:
-    """Whether it was asked for lately; not if that lies ahead: the clock was put back since."""
+    """Not if it lies ahead: the clock was put back since."""
     return abs(now - one.last) <= _UNMET_SECONDS
 
 
@@ -156,7 +156,6 @@ class Traffic:
             unmet.popitem(last=False)
 
     def note_client(self, key: ContentKey, address: str, times: int) -> None:
-        """Count a client's requests for a full."""
         addresses = self._asked(key).now.addresses
         if address in addresses or len(addresses) < MAX_ADDRESSES:
             addresses[address] += times
@@ -182,7 +181,6 @@ class Traffic:
         return {stream: asked.since is not None for stream, asked in self._streams.items()}
 
     def storms(self) -> list[Storm]:
-        """The present storms, with their cost."""
         return [
             self._storm(stream, asked, asked.since)
             for stream, asked in self._streams.items()
@@ -212,9 +210,9 @@ class Traffic:
         """By stream, the newest recently requested revision that no upstream had."""
         found, now = {}, self._clock()
         for stream, asked in self._streams.items():
-            lately = [one for one in asked.unmet.values() if _is_recent(one, now)]
-            if lately:
-                found[stream] = max(lately)
+            recent = [one for one in asked.unmet.values() if _is_recent(one, now)]
+            if recent:
+                found[stream] = max(recent)
         return found
 
 

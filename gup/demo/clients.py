@@ -81,7 +81,6 @@ class Figures:
         return bool(self.downloads) and not self.wrong and not self.failed
 
     def document(self) -> dict[str, object]:
-        """Ready for JSON; times in seconds."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if "first_byte" not in one.name}
         return plain | {
             "downloads": {str(kind): count for kind, count in sorted(self.downloads.items())},
@@ -130,7 +129,6 @@ class Download:
     digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
     async def run(self) -> bool:
-        """Fetch it, with as many attempts as a patient client makes; whether its bytes are right."""
         for attempt in range(_ATTEMPTS):
             problem = "it was asked to try again"
             cuts = self.cut_after_bytes
@@ -228,7 +226,6 @@ class Client:
 
     @property
     def user_agent(self) -> str:
-        """Different for each machine, as real clients' are."""
         return f"simulated-client/{self.number:05d}"
 
     def takes(self, stream: PublishedStream) -> bool:
@@ -306,7 +303,6 @@ class Crowd:
         bell.set()
 
     def stop(self) -> None:
-        """Let the clients finish; `run` returns when they have."""
         self._stopping.set()
         self.ring()
 
@@ -337,7 +333,6 @@ class Crowd:
 
 
 async def _rest(seconds: float, bell: asyncio.Event) -> None:
-    """Wait, unless the bell rings."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await bell.wait()

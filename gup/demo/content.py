@@ -138,7 +138,6 @@ def released_at(ordinal: int) -> datetime:
 
 
 def revision(ordinal: int) -> str:
-    """`YYMMDDrrr`."""
     return f"{released_at(ordinal):%y%m%d}{1 + ordinal % _REVISIONS_A_DAY:03d}"
 
 

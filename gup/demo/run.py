@@ -69,7 +69,6 @@ Command = Callable[[Plan, str, Path], list[str]]
 
 
 def gup_command(plan: Plan, upstream_url: str, directory: Path) -> list[str]:
-    """On free ports."""
     return [
         *(sys.executable, "-m", "gup", "serve", "--upstream", upstream_url, "--cache-dir", str(directory)),
         *("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", str(plan.workers)),
@@ -248,7 +247,6 @@ class Show:
         self.gup = gup
 
     async def run(self, live: Live) -> Summary:
-        """Play the timeline, let the clients finish, compare the figures."""
         live.console.print(f"{self._plan.clients} clients start, a quarter of them up to date")
         async with asyncio.TaskGroup() as tasks:
             showing = tasks.create_task(self._show_progress(live))
@@ -269,7 +267,6 @@ class Show:
         return Summary(self._crowd.figures, self._manager.counts, self._plan.clients, self._elapsed())
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Publish at the calm rate until `stop`."""
         self._crowd.poll_seconds = _CALM_POLL_SECONDS
         async with asyncio.TaskGroup() as tasks:
             calm = [tasks.create_task(self._crowd.run()), tasks.create_task(self._publish_calmly())]

@@ -47,7 +47,6 @@ class Summary:
         return RIGHT if self.agrees else FIGURES_DISAGREE
 
     def document(self) -> dict[str, Any]:
-        """Ready for JSON."""
         figures, counts = self.figures, self.counts
         fetches = [row.fetches for row in counts.files.values() if row.kind is not Kind.INDEX and row.fetches]
         index = [row for row in counts.files.values() if row.kind is Kind.INDEX]
@@ -75,9 +74,9 @@ class Summary:
 
 def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
     """Shown while it runs, and first at the end."""
-    told, figures = summary.document(), summary.figures
-    got, wan_bytes, share = told["received_bytes"], told["wan_bytes"], told["saved_share"]
-    results = ", ".join(f"{count:,} {word}" for word, count in told["cache_status"].items())
+    fields, figures = summary.document(), summary.figures
+    got, wan_bytes, share = fields["received_bytes"], fields["wan_bytes"], fields["saved_share"]
+    results = ", ".join(f"{count:,} {word}" for word, count in fields["cache_status"].items())
     if figures.wrong or figures.failed:
         compared = f"{figures.wrong} bodies WRONG, {figures.failed} downloads FAILED"
     else:
@@ -85,18 +84,18 @@ def rows_so_far(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("clients got", bytes_in_words(got)),
         ("over the WAN", f"{bytes_in_words(wan_bytes)}, as the management server counted"),
-        ("saved", bytes_in_words(told["saved_bytes"]) + (f" ({share:.1%})" if got else "")),
-        ("downloads", f"{told['deltas']:,} deltas, {told['fulls']:,} fulls, {figures.resumes:,} resumed"),
+        ("saved", bytes_in_words(fields["saved_bytes"]) + (f" ({share:.1%})" if got else "")),
+        ("downloads", f"{fields['deltas']:,} deltas, {fields['fulls']:,} fulls, {figures.resumes:,} resumed"),
         ("requests", f"{figures.requests:,} ({results}), {figures.retries:,} repeated"),
         ("bytes compared", compared),
     ]
 
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
-    told, own, words = summary.document(), summary.own, "not available"
-    least, middle, most = (told[f"fetches_per_file_{which}"] for which in ("min", "median", "max"))
-    each = f"min {least}, median {middle:g}, max {most} of {told['files_fetched']} files"
-    median, p99 = (milliseconds(told[f"{which}_time_to_first_byte_seconds"]) for which in ("median", "p99"))
+    fields, own, words = summary.document(), summary.own, "not available"
+    least, middle, most = (fields[f"fetches_per_file_{which}"] for which in ("min", "median", "max"))
+    each = f"min {least}, median {middle:g}, max {most} of {fields['files_fetched']} files"
+    median, p99 = (milliseconds(fields[f"{which}_time_to_first_byte_seconds"]) for which in ("median", "p99"))
     if own is not None:
         words = "they agree" if summary.agrees else "THEY DISAGREE"
         fetched, sent = (
@@ -106,8 +105,11 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("clients", f"{summary.clients:,} for {summary.seconds:.1f} s"),
         *rows_so_far(summary),
-        ("fetches per file", f"{each}; {told['files_fetched_twice']} fetched more than once"),
-        ("ContentInfo.txt", f"fetched {told['index_fetches']}, confirmed (304) {told['index_not_modified']}"),
+        ("fetches per file", f"{each}; {fields['files_fetched_twice']} fetched more than once"),
+        (
+            "ContentInfo.txt",
+            f"fetched {fields['index_fetches']}, confirmed (304) {fields['index_not_modified']}",
+        ),
         ("time to first byte", f"median {median}, p99 {p99}"),
         ("gup's own figures", words),
     ]

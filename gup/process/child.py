@@ -151,7 +151,7 @@ class Channel:
         sock.setblocking(False)
 
     def send(self, message: Message) -> bool:
-        """Queue the message. False when the other end is closed or its queue is full."""
+        """False when the other end is closed or its queue is full."""
         with os.fdopen(os.memfd_create("gup-message", os.MFD_CLOEXEC), "wb") as file:
             file.write(json.dumps(message, separators=(",", ":")).encode())
             file.flush()
@@ -190,13 +190,13 @@ class Child(Channel):
         self, command_line: Sequence[str], assignment: Assignment, environment: Mapping[str, str]
     ) -> None:
         """Start the process and send its assignment. OSError when it can't be started."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        super().__init__(ours)
-        with theirs:
+        own_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(own_end)
+        with child_end:
             try:
                 self.process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
-                    [*command_line, str(theirs.fileno())],
-                    pass_fds=(*assignment.descriptors, theirs.fileno()),
+                    [*command_line, str(child_end.fileno())],
+                    pass_fds=(*assignment.descriptors, child_end.fileno()),
                     stdin=subprocess.DEVNULL,
                     env=dict(environment),
                     process_group=0,  # Ctrl-C on the terminal reaches only the supervisor, which drains

@@ -183,12 +183,12 @@ class Controller(ChildProcess):
         self._reloads.append(outcome)
         try:
             async with asyncio.timeout(_RELOAD_SECONDS):  # wait_for of Python 3.11 may swallow a cancellation
-                told = await outcome
+                answer = await outcome
                 if self._applying is not None:  # the settings arrived before the answer
                     await asyncio.shield(self._applying)
         except TimeoutError:
             return Reload([f"the settings were not applied within {_RELOAD_SECONDS:g} s"])
-        return told
+        return answer
 
 
 if __name__ == "__main__":

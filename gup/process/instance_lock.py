@@ -44,20 +44,20 @@ class InstanceLock:
 
 
 def _lock(fd: int, run: Path, deadline: float) -> None:
-    told = False
+    logged = False
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             left = deadline - time.monotonic()
-            if left <= 0 or not told:
+            if left <= 0 or not logged:
                 pids = ", ".join(map(str, holders(run)))
                 who = f"pid {pids}" if pids else "its pid is not visible here"
                 words = f"another gup uses the cache directory {run.parent} ({who})"
                 if left <= 0:
                     raise StoreError(words) from error
                 _LOG.warning("%s: waiting %.0f s for it to end", words, left)
-                told = True
+                logged = True
         else:
             return
         time.sleep(_POLL_SECONDS)

@@ -136,8 +136,10 @@ class Notifier:
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         usec = environment.get("WATCHDOG_USEC", "")
-        ours = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
-        self.watchdog_seconds = int(usec) / 1e6 if usec.isdecimal() and int(usec) and ours else None
+        for_this_process = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
+        self.watchdog_seconds = (
+            int(usec) / 1e6 if usec.isdecimal() and int(usec) and for_this_process else None
+        )
 
     def send(self, *assignments: str) -> None:
         if not self._address:

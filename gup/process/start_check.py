@@ -32,12 +32,12 @@ def _of_disk(cache: Cache) -> Iterator[str]:
     if cache.min_free >= size:
         yield (
             f"cache.min_free is {format_size(cache.min_free)}, and the file system of {cache.directory} has "
-            f"{bytes_in_words(size)} in all: nothing will be stored; lower it"
+            f"{bytes_in_words(size)} in all: nothing can be stored; lower it"
         )
     elif cache.min_free >= free and not any(cache.directory.glob("content/*")):
         yield (
             f"cache.min_free is {format_size(cache.min_free)}, and {bytes_in_words(free)} are free at "
-            f"{cache.directory}: nothing will be stored until there is room; make room, or lower it"
+            f"{cache.directory}: nothing is stored until there is more; free disk space, or lower it"
         )
 
 
@@ -47,7 +47,7 @@ def _of_directory(directory: Path) -> Iterator[str]:
         more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
         yield (
             f"cache.directory: {directory} holds files that are not gup's ({', '.join(foreign[:_MOST_NAMED])}"
-            f"{more}): they count for nothing and are never removed; give gup a directory of its own"
+            f"{more}): they are neither counted nor removed; give gup a directory of its own"
         )
 
 
@@ -78,5 +78,5 @@ def of_rate(limit: int, fastest: int, received_bytes: int) -> Iterator[str]:
     if limit and received_bytes >= _EXERCISED_BYTES and fastest < _SHARE * limit:
         yield (
             f"wan.rate is {format_rate(limit)}, and the most that was measured {bytes_in_words(fastest)}/s: "
-            "a rate above what the link carries keeps nothing free for others; set it to the link's"
+            "a rate above the link's leaves nothing for other traffic; set it to the link's rate or less"
         )

@@ -237,7 +237,6 @@ class Supervisor:
                 child.send(self._reload_settings())
 
     def _reap(self) -> None:
-        """Reap exited children and free their slots."""
         for slot in self._slots:
             child = slot.child
             if child is None or (status := child.process.poll()) is None:
@@ -396,7 +395,7 @@ _FIXED = {
 
 
 def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:
-    """The keys whose values differ, as people write them; a list is one key."""
+    """The keys whose values differ, in their spelling in the file; a list is one key."""
     found: list[str] = []
     for name, field in type(old).model_fields.items():
         before, after, key = getattr(old, name), getattr(new, name), above + (field.alias or name)

@@ -230,7 +230,7 @@ class AccessLog:
                 break
             del self._waiting[:_ROWS]
         names = self._names
-        told: dict[str, Sequence[object]] = {
+        event: dict[str, Sequence[object]] = {
             "uses": list(self._used.items()),
             "asked": list(self._missed.items()),
             "fulls": [(names.of(who), key, n) for (who, key), n in self._fulls.items()],
@@ -238,8 +238,8 @@ class AccessLog:
         }
         for gathered in (self._used, self._missed, self._fulls, self.connected):
             gathered.clear()
-        for at in range(0, max(map(len, told.values())), _ROWS):
-            some = {name: part for name, rows in told.items() if (part := rows[at : at + _ROWS])}
+        for at in range(0, max(map(len, event.values())), _ROWS):
+            some = {name: part for name, rows in event.items() if (part := rows[at : at + _ROWS])}
             tell({"type": "used", "at": now, **some})
 
     def _gather(self) -> None:

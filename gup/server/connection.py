@@ -302,7 +302,6 @@ class Connection:
             self.close()
 
     def _send_span(self, row: HotRow, span: Span, client: Stated | bytes, began: float) -> None:
-        """Send the head with MSG_MORE, then the body with `sendfile`, as far as the socket takes them."""
         context, log = self._context, self._context.access_log
         at = log.hit_at if span is row.whole else log.part_hit_at
         head = row.head(context.date, context.wall_now, span)
@@ -350,7 +349,9 @@ class Connection:
             self._send(response, began)
             return
         self._phase = Phase.WAITING
-        self._response = Response(0, b"", request=request, result="gone", began=began)  # if the client leaves
+        self._response = Response(
+            0, b"", request=request, result="gone", began=began
+        )  # logged if the client leaves
         self._task = context.loop.create_task(self._answer_later(response, began))
 
     async def _answer_later(self, coming: Coroutine[None, None, Response], began: float) -> None:
@@ -407,7 +408,6 @@ class Connection:
         self._write(self._writer)
 
     def _write(self, writer: ResponseWriter) -> None:
-        """Send as much as the socket takes and the body has, at most one turn's worth."""
         context, pacers = self._context, self._pacers
         budget = _TURN_BYTES
         for pacer in pacers:
@@ -480,7 +480,6 @@ class Connection:
             self._context.access_log.end(self.peer, self._response, sent, complete=complete)
 
     def _release(self) -> None:
-        """Give back the response's download slot, and leave the body's readers."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._context.downloads.give_back(ticket)

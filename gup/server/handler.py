@@ -110,7 +110,6 @@ class Handler:
         return response
 
     def _route(self, request: Request) -> Route:
-        """The requested content; Problem when it is not served here."""
         request.check_method()
         passed = gup_names(request.header("via"))
         if self._node in passed:
@@ -247,7 +246,6 @@ class Handler:
     def _failed(
         self, error: Exception, request: Request, route: Route | None = None, choice: Choice | None = None
     ) -> Response:
-        """The response to a request that ended in `error`; route and choice as far as they were known."""
         key = route.key(choice.asked).text if route is not None and choice is not None else None
         if isinstance(error, OSError) and is_exhausted(error):
             error = exhausted(error)
@@ -263,8 +261,8 @@ class Handler:
         """`keep_alive`: the connection may stay open unless the problem forbids it."""
         keep_alive = keep_alive and problem.slug not in _CLOSING and not self.draining
         response = refuse(problem, self._date(), self._via, keep_alive=keep_alive)
-        ours = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
-        response.result = "error" if ours or problem.status not in _REFUSALS else "refused"
+        failed = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
+        response.result = "error" if failed or problem.status not in _REFUSALS else "refused"
         response.key, response.problem, response.request = key, problem.slug, request
         if request is not None and request.method == "HEAD":
             response.segments = ()

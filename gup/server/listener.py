@@ -173,7 +173,6 @@ class Listener:
     # --- the end
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Stop accepting, let responses under way end, then close the rest."""
         context = self._context
         self._handler.draining = True
         context.hot_cache.drop()  # nothing is learned any more: every response now ends its connection

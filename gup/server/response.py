@@ -120,8 +120,8 @@ def _of_known_length(request: Request, head: Head, length: int, serving: Serving
     if wanted and range_allowed(request, head.etag, head.last_modified):
         spans = parse_ranges(str(ranges), length)
     if spans == []:
-        told = (("Content-Range", f"bytes */{length}"),)
-        problem = Problem("range-not-satisfiable", f"The content has {length} bytes.", headers=told)
+        content_range = (("Content-Range", f"bytes */{length}"),)
+        problem = Problem("range-not-satisfiable", f"The content has {length} bytes.", headers=content_range)
         return refuse(problem, serving.date, serving.via, keep_alive=request.keep_alive)
     if spans is not None and len(spans) > 1:
         return _multipart(request, head, spans, serving)
@@ -141,8 +141,8 @@ def _multipart(request: Request, head: Head, spans: list[Span], serving: Serving
     boundary = hashlib.blake2b(asked, digest_size=16).hexdigest()
     segments: list[bytes | Span] = []
     for span in spans:
-        told = f"bytes {span.start}-{span.stop - 1}/{head.length}"
-        part = field_lines([("Content-Type", head.content_type), ("Content-Range", told)])
+        content_range = f"bytes {span.start}-{span.stop - 1}/{head.length}"
+        part = field_lines([("Content-Type", head.content_type), ("Content-Range", content_range)])
         segments += [b"%b--%b\r\n%b\r\n" % (b"\r\n" if segments else b"", boundary.encode(), part), span]
     segments.append(f"\r\n--{boundary}--\r\n".encode())
     length = sum(len(part) if isinstance(part, bytes) else part.stop - part.start for part in segments)

@@ -249,10 +249,6 @@ class Turns:
         self._words, self._mine, self._alive = words, mine, alive
         words[mine] = 0
 
-    @classmethod
-    def alone(cls) -> "Turns":
-        return cls(memoryview(bytearray(8)).cast("Q"), 0, lambda _block: True)
-
     def ask(self, first: int | None) -> None:
         self._words[self._mine] = 0 if first is None else NOBODY - first
 

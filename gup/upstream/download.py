@@ -43,14 +43,13 @@ class BodyChanged(GupError):  # noqa: N818 - an observation, not our error
 class Begun:
     """A part of a body on disk: the first response's head, its bytes, and how many of them are verified.
 
-    The rest is compared with the upstream's bytes. `told` are the validators of each upstream that has sent
-    some of them.
+    The rest is compared with the upstream's bytes. `source_validators`: of each upstream that has sent some.
     """
 
     head: RemoteHead
     received: int
     verified: int
-    told: Mapping[str, Validators] = field(default_factory=dict)
+    source_validators: Mapping[str, Validators] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -119,16 +118,16 @@ class Download:
         """How often it went on after a break."""
         self._last_upstream: str | None = None
         self._first = Validators()
-        self.told: Mapping[str, Validators] = {}
+        self.source_validators: Mapping[str, Validators] = {}
         """Validators of each upstream whose bytes are in the body; a new mapping at each change."""
         if begun is not None:
             head = self.head = begun.head
             self.received, self._unsure_from = begun.received, begun.verified
             self._resumed, self._last_upstream = "takeover", head.upstream
             own = Validators(head.etag, head.last_modified)
-            self.told = begun.told or {head.upstream: own}
-            self._first = self.told.get(head.upstream, own)
-        self._sources = {name: _Source(validators) for name, validators in self.told.items()}
+            self.source_validators = begun.source_validators or {head.upstream: own}
+            self._first = self.source_validators.get(head.upstream, own)
+        self._sources = {name: _Source(validators) for name, validators in self.source_validators.items()}
 
     async def begin(self) -> RemoteHead:
         """The head: 200 or 206, or 304, 404, 410 when no body follows. Call it once, before `read`.
@@ -172,11 +171,9 @@ class Download:
 
     @property
     def slow(self) -> bool:
-        """Whether the body comes slower than `upstream.min_rate`."""
         return self._answer is not None and self._answer.steadiness.slow
 
     def close(self) -> None:
-        """Stop reading and give the connection back."""
         self._ready = b""
         if self._answer is not None:
             self._answer.close()
@@ -273,7 +270,7 @@ class Download:
             if self._holds and self._holds.is_wrong(answer.head):
                 raise rejected(f"{upstream.name} still has the body that was found wrong")
             self.head, self._first = answer.head, answer.head.validators
-            self._tell_source(answer.head)
+            self._note_source(answer.head)
             return self.head
         answer = await self._ask_for_rest(upstream)
         if self._resumed:
@@ -371,7 +368,7 @@ class Download:
             self._note_compared(source, position)
             self._ready = piece[len(known) :]
         self._unsure_from = _NEVER
-        self._tell_source(head)
+        self._note_source(head)
         if head.length is not None and self.received + len(self._ready) > head.length:
             raise rejected(f"{head.upstream} sent more than the {head.length} bytes it announced")
 
@@ -387,12 +384,12 @@ class Download:
         if further:
             self._note_gain()
 
-    def _tell_source(self, remote: RemoteHead) -> None:
+    def _note_source(self, remote: RemoteHead) -> None:
         """All bytes received agree with this upstream's body under these validators."""
         source = self._sources.get(remote.upstream)
         if source is None or source.compared_to != _NEVER:
             self._sources[remote.upstream] = _Source(remote.validators, furthest=self.received)
-            self.told = {**self.told, remote.upstream: remote.validators}
+            self.source_validators = {**self.source_validators, remote.upstream: remote.validators}
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,10 +57,10 @@ def misframed(detail: str) -> UpstreamFailure:
 
 def unconfirmed(name: str, received: int) -> UpstreamFailure:
     """The body ended with its connection, so it may be incomplete."""
-    untold = (
+    cause = (
         "without a Content-Length or a last chunk to confirm the end: the body is passed on and not stored"
     )
-    detail = f"{name} sent {received} bytes and closed the connection, {untold}"
+    detail = f"{name} sent {received} bytes and closed the connection, {cause}"
     return UpstreamFailure("rejected", "upstream-unsure-end", detail)
 
 
@@ -118,9 +118,9 @@ def answered_by_proxy(status: int, fields: Mapping[str, str]) -> bool:
 
 
 def failed_for_all(status: int, fields: Mapping[str, str]) -> bool:
-    """Whether the web proxy would fail every request: it wants a password, or gets no connection.
+    """Whether the web proxy fails every request: it wants a password, or gets no connection.
 
-    What else it says may be due to the name that was asked, which the upstream resets or the proxy forbids.
+    Other failures may be due to the requested name, which the upstream resets or the proxy forbids.
     """
     said = f"{fields.get('Proxy-Status', '')} {fields.get('X-Squid-Error', '')}"
     return status in (401, 407) or _NO_CONNECTION.search(said) is not None
@@ -129,7 +129,6 @@ def failed_for_all(status: int, fields: Mapping[str, str]) -> bool:
 def proxy_refused(
     name: str, proxy: str | None, status: int, reason: str = "", *, for_all: bool = True
 ) -> UpstreamFailure:
-    """The web proxy did not forward the request, so nothing is known of the upstream."""
     said = f"{status} {reason}" if reason else str(status)
     if status in (401, 407):
         said += "; it requires a user and a password: http://user:password@host:port"

@@ -68,7 +68,7 @@ TRIAL_SECONDS = 5.0
 RARE_TRIAL_SECONDS = 60.0
 """The same when a client's request makes the trial although another upstream is up."""
 _TRIED_MASK = (1 << 20) - 1
-_TOLD_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
 
 
 def mark(name: str, client: str) -> int:
@@ -122,7 +122,6 @@ def _tenths(now: float) -> int:
 
 
 def after(health: Health, sign: Sign, failed: int, now: float, wall_now: float) -> Health:
-    """The health after a sign; `failed` is the mark of what failed."""
     if sign is Sign.ANSWERED:
         return _moved(replace(health, marks=0), State.UP, wall_now)
     if health.state is State.DOWN and sign is not Sign.ERRED:
@@ -179,7 +178,7 @@ class Board:
         self._words, self._locked, self._tell = words, locked, tell
         self._own: dict[str, int] = {}
         self._clock, self._wall_clock = clock, wall_clock
-        self._told: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
 
     @classmethod
     def private(cls, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> Self:
@@ -196,8 +195,12 @@ class Board:
 
     def note(self, name: str, sign: Sign, detail: str = "", failed: int = EVERY_MARK) -> None:
         now, wall_now = self._clock(), self._wall_clock()
-        if sign is not Sign.ANSWERED and detail and now - self._told.get(name, -math.inf) >= _TOLD_SECONDS:
-            self._told[name] = now
+        if (
+            sign is not Sign.ANSWERED
+            and detail
+            and now - self._reported_at.get(name, -math.inf) >= _REPORT_SECONDS
+        ):
+            self._reported_at[name] = now
             self._tell(name, detail)
         if after(before := self.get(name), sign, failed, now, wall_now) == before:
             return

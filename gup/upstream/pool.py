@@ -237,12 +237,16 @@ class Pool:
         """A HEAD for the length of a body whose end is not confirmed; None when the HEAD states none."""
         plain = Ask(ask.path, ask.purpose, ask.stream, method="HEAD", passed=ask.passed, client=ask.client)
         try:
-            told = await self.ask(upstream, plain)
+            answer_head = await self.ask(upstream, plain)
         except UpstreamFailure:
             return None
-        assert isinstance(told, RemoteHead)
-        same = (told.status, told.etag, told.last_modified) == (200, head.etag, head.last_modified)
-        return told.length if same else None
+        assert isinstance(answer_head, RemoteHead)
+        same = (answer_head.status, answer_head.etag, answer_head.last_modified) == (
+            200,
+            head.etag,
+            head.last_modified,
+        )
+        return answer_head.length if same else None
 
     def count_received(self, upstream: Upstream, ask: Ask, amount: int) -> None:
         labels = {"upstream": upstream.name, "purpose": ask.purpose}
@@ -303,7 +307,6 @@ class Pool:
         return Answer(self, upstream, ask, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
-        """Read an unneeded body, so that the connection can be used again; else close it."""
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
 
         left, response = _ERROR_BODY_BYTES, fields.response
@@ -439,9 +442,7 @@ class Answer:
 
     async def _take(self) -> bytes:
         content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
-        # Bytes received before a break are valid. aiohttp's public way to read raises at once, and would lose
-        # them.
-        piece = content._read_nowait(slice_bytes or -1)  # noqa: SLF001
+        piece = _received(content, slice_bytes or -1)
         waited_seconds = 0.0
         if not piece and not content.at_eof():
             began = time.monotonic()
@@ -478,6 +479,18 @@ class Answer:
         if not self._closed:
             self._closed = True
             self._pool.done(self._upstream)
+
+
+def _received(content: "aiohttp.StreamReader", most: int) -> bytes:
+    """What has come already. Before a break it is good, but aiohttp hands none of it out after one."""
+    broken = content.exception()
+    if broken is None:
+        return content.read_nowait(most)
+    content.set_exception(None)  # type: ignore[arg-type]  # none, for a moment
+    try:
+        return content.read_nowait(most)
+    finally:
+        content.set_exception(broken)
 
 
 def _take_exception(end: asyncio.Future[None]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from harness.caches import path_of, working
 from harness.upstreams import Answer
 
-from gup.cache.disk import DiskError, on_disk, told_apart
+from gup.cache.disk import DiskError, disk_errors, on_disk
 from gup.cache.part_file import PartWriter
 from gup.cache.store import Store
 from gup.errors import GupError, Problem, is_exhausted
@@ -94,5 +94,5 @@ async def test_an_error_keeps_its_number_and_what_is_no_error_of_the_system_stay
         await on_disk(executor, refuses)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/var/lib/gup/x")
     assert isinstance(caught.value, GupError)
-    with pytest.raises(ValueError, match="not mine"), told_apart():
+    with pytest.raises(ValueError, match="not mine"), disk_errors():
         raise ValueError("not mine")

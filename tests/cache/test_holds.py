@@ -119,4 +119,4 @@ def test_a_clock_that_began_anew_at_boot_ends_all_of_it():
     clock.now = 10.0
     assert not held.seconds_left("u")
     state = FillState(KEY, Kind.FULL, 0, Phase.FAILED, holds=held.rows)
-    assert not state.stands(clock.now)
+    assert not state.is_current(clock.now)

@@ -5,6 +5,7 @@ import os
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from harness.private import private_backlog
 
 from gup.cache.fair_shares import FairShares, Shared, shares_file
 from gup.cache.locks import Claims, Slots
@@ -243,7 +244,7 @@ async def test_the_mean_follows_what_fills_take_now(site):
         pass
     assert 0 < site.held[1] < 1_000_000
     assert site.held[0] == 0
-    backlog = Backlog.alone()
+    backlog = private_backlog()
     for seconds in [8.0] + [1.0] * 20:
         backlog.held(1, seconds)
     assert backlog.mean_held_seconds(1) == pytest.approx(1.0, rel=0.05)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gup import jsonmodel
 from gup.cache import archive, records
-from gup.cache.negative_cache import told_by
+from gup.cache.negative_cache import identity_of
 from gup.cache.records import (
     CHUNK_BYTES,
     MAX_BODY_BYTES,
@@ -206,7 +206,7 @@ def test_whatever_an_upstream_states_of_a_body_its_record_can_be_read(tag, conte
 def test_whatever_an_upstream_states_of_a_wrong_body_its_state_can_be_read(tag, modified, length, detail):
     """A header field may be any bytes; aiohttp gives what is no UTF-8 as surrogates."""
     texts = [None if x is None else x.encode(errors="ignore").decode() + "\udcff" for x in (tag, modified)]
-    told = told_by(RemoteHead(200, 0, length, *texts, "application/zip", "manager"))
+    told = identity_of(RemoteHead(200, 0, length, *texts, "application/zip", "manager"))
     failure = Failure.of(Problem("upstream-error", f"{detail}\udcff"), 2.0, 5.0)
     held = Hold("manager", 1.0, 2.0, 1, told, 5.0)
     state = FillState(KEY, Kind.FULL, 7, Phase.FAILED, None, failure, holds=(held,))

@@ -155,7 +155,7 @@ def test_status_in_words(plane):
     assert lines[15].split() == ["last", "failures", "problem", "detail", "content"]
     assert lines[16].split()[2:6] == ["upstream-timeout", "15", "s", "\N{REPLACEMENT CHARACTER}"]
     assert len(lines) == 15 + 1 + 5 + 1
-    assert lines[-1] == "and 2 more: gup status --json; gup why KEY tells about one"
+    assert lines[-1] == "and 2 more: gup status --json; gup why KEY explains one"
 
 
 def test_status_as_json(plane):

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from blockbuster import blockbuster_ctx
+from harness.private import private_counters
 
 from gup.cache.locks import Claims
 from gup.cache.records import ChunkSums, FillState, Head, Phase, Record
@@ -245,7 +246,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             "site": {"name": "branch-7"},
         }
     )
-    counters = Counters.private(["manager"])
+    counters = private_counters(["manager"])
     with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
         yield World(
             tmp_path, store, claims, worker_claims, worker_store, counters, settings, sender, receiver

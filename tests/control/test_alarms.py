@@ -15,7 +15,7 @@ WELL = {
     "upstreams": {"a": ("up", "was refused"), "b": ("up", "")},
     "size": 990,
     "free": 100,
-    "lately": {},
+    "gained": {},
     "refusals": {},
     "unstored": None,
     "storms": (),
@@ -35,7 +35,7 @@ class Collector(AlarmCollector):
 
     def __init__(self, **given):
         known = SimpleNamespace(**WELL | given)
-        self.counts, self.disk = known.lately, DiskUsage((), known.free, known.size)
+        self.counts, self.disk = known.gained, DiskUsage((), known.free, known.size)
         dependencies = SimpleNamespace(
             upstream_states=lambda: {name: (state, None) for name, (state, _) in known.upstreams.items()},
             catalogues=lambda: {name: {"problem": problem} for name, problem in known.catalogues.items()},
@@ -73,7 +73,7 @@ class Collector(AlarmCollector):
         )
         super().__init__(state)
 
-    def lately(self, what, _counts=None, **_more):
+    def gained(self, what, _counts=None, **_more):
         return self.counts.get(what, 0)
 
 
@@ -110,14 +110,14 @@ SICK: list[tuple[str, dict, str, str]] = [
      f"content is passed through and not stored: {TOO_LARGE}"),
     ("disk-short", {"free": 99}, "",
      "99 B are free on the cache's disk, less than the 100 B of cache.min_free"),
-    ("cache-short", {"lately": {"evicted": 4}}, "",
+    ("cache-short", {"gained": {"evicted": 4}}, "",
      "the cache is full (1.0 kB), and 4 entries used within the last day were evicted"),
-    ("damage", {"lately": {"gup_integrity_failures_total": 2}}, "",
+    ("damage", {"gained": {"gup_integrity_failures_total": 2}}, "",
      "damage was found in the store 2 times within the last hour"),
     ("full-storm", {"storms": (STORM,)}, "v/l/{A}", STORMY),
     ("reload-failed", {"config_ok": False}, "",
      "the last reload failed: the old settings are in force"),
-    ("workers-restarting", {"lately": {"gup_worker_restarts_total": 2}}, "",
+    ("workers-restarting", {"gained": {"gup_worker_restarts_total": 2}}, "",
      "worker processes died 2 times within 10 minutes and were replaced"),
     ("stale-stream", {"unmet": {STREAM: Unmet("260103001", 999_000.0, 999_900.0)}}, "Definitions X",
      OVERDUE),
@@ -128,7 +128,7 @@ SICK: list[tuple[str, dict, str, str]] = [
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),
-    ("events-lost", {"lately": {"gup_events_lost_total": 4, "malformed": 5}}, "",
+    ("events-lost", {"gained": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
 ]
 # fmt: on
@@ -167,13 +167,13 @@ def test_counts_are_those_of_the_window():
     totals, now = {'gup_x{a="1"}': 5, "gup_x": 1, "gup_y": 9}, [0.0]
     state = SimpleNamespace(dependencies=SimpleNamespace(totals=lambda: totals))
     collector = AlarmCollector(state, lambda: now[0])
-    assert collector.lately("gup_x") == 0
+    assert collector.gained("gup_x") == 0
     totals["gup_x"] += 3
-    assert collector.lately("gup_x") == 3
+    assert collector.gained("gup_x") == 3
     now[0] = 300.0
-    assert collector.lately("gup_x") == 3
+    assert collector.gained("gup_x") == 3
     now[0] = 900.0
-    assert collector.lately("gup_x") == 0
+    assert collector.gained("gup_x") == 0
 
 
 DAMAGED, MORE = [("damage", "x", "1 damaged")], [("damage", "x", "3 damaged")]

@@ -1,4 +1,5 @@
 import pytest
+from harness.private import private_counters
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -9,7 +10,6 @@ from gup.metrics import (
     MAX_SHOWN,
     MAX_STREAMS,
     METRICS,
-    Counters,
     layout,
     parse_series,
     series,
@@ -45,7 +45,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
 
 
 def exposed(counters=None, gauges=SITE, upstreams=UPSTREAMS, words=None):
-    words = words or totals(counters or Counters.private(UPSTREAMS))
+    words = words or totals(counters or private_counters(UPSTREAMS))
     body, _ = expose(words, upstreams, gauges, "text/plain")
     return list(parse_text(body.decode()))
 
@@ -70,7 +70,7 @@ def test_a_fresh_site_with_one_upstream_has_at_most_500_series_all_at_zero():
 
 
 def test_every_metric_of_the_table_is_shown_with_its_help_and_labels():
-    counters = Counters.private(UPSTREAMS)
+    counters = private_counters(UPSTREAMS)
     counters.add_stream("sent", 0, "full", 1)
     families = {family.name: family for family in exposed(counters, everything(totals(counters)))}
     for metric in METRICS:
@@ -86,7 +86,7 @@ def test_every_metric_of_the_table_is_shown_with_its_help_and_labels():
 
 
 def test_counted_words_come_out_as_they_were_counted():
-    counters = Counters.private(UPSTREAMS)
+    counters = private_counters(UPSTREAMS)
     counters.add("gup_requests_total", 3, result="hit", code="206")
     counters.add("gup_upstream_received_bytes_total", 2**40 + 1, upstream="manager", purpose="fill")
     counters.set("gup_fills_in_progress", 2)
@@ -107,7 +107,7 @@ def test_counted_words_come_out_as_they_were_counted():
 
 
 def test_streams_of_one_product_are_added_up():
-    counters = Counters.private(UPSTREAMS)
+    counters = private_counters(UPSTREAMS)
     counters.add_stream("sent", 0, "full", 100)
     counters.add_stream("sent", 1, "full", 20)
     counters.add_stream("received", 1, "delta", 3)
@@ -170,7 +170,7 @@ def test_an_upstream_that_was_removed_keeps_its_count():
 
 
 def test_openmetrics_is_spoken_when_asked_for():
-    counters = Counters.private(UPSTREAMS)
+    counters = private_counters(UPSTREAMS)
     counters.add("gup_requests_total", 3, result="hit", code="200")
     accept = "application/openmetrics-text; version=1.0.0,text/plain;q=0.5"
     body, content_type = expose(totals(counters), UPSTREAMS, {}, accept)

@@ -77,7 +77,7 @@ async def test_of_a_file_that_is_not_stored_it_is_told_why(site, browser):
         for words in (
             "upstream-timeout: silent for 15 s",
             "more than cache.max_size",
-            "A body from manager was rejected",
+            "manager sent a body that can't be this file",
         ):
             assert words in said
 
@@ -93,7 +93,7 @@ async def test_queues_and_fills_are_told(site, browser):
         site.begin_part(key, b"z" * 250, 1000)
         file = await told(browser, site, key.text)
         assert (file["waiting"], file["fill"]["received_bytes"]) == (None, 250)
-        assert "It is being fetched from manager; 250 B of 1.0 kB are here." in file["said"]
+        assert "It is being fetched from manager; 250 B of 1.0 kB received." in file["said"]
 
 
 async def test_what_else_is_known_is_told_while_the_disk_refuses_reports(site, browser):

@@ -13,12 +13,10 @@ from harness.internals import (
     CUT,
     FAILURE_WORDS,
     ROW_WORDS,
-    Backlog,
     Body,
     Cache,
     Claims,
     ClientCounts,
-    Counters,
     FillDependencies,
     FillQueue,
     MemoryFiles,
@@ -32,10 +30,10 @@ from harness.internals import (
     Space,
     Store,
     Streams,
-    Turns,
     Variant,
     Wan,
 )
+from harness.private import private_backlog, private_counters, private_turns
 
 _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
@@ -118,9 +116,9 @@ async def working(
     store = Store(root)
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
-    counters = Counters.private(names)
+    counters = private_counters(names)
     words = memoryview(bytearray(16)).cast("Q")
-    wan = Wan(words, 0, Turns.alone(), lambda: settings.wan.rate, store.run / "wan.lock")
+    wan = Wan(words, 0, private_turns(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
     promised = [0]
@@ -140,8 +138,8 @@ async def working(
         Slots(slot_locks, 0, lambda: settings.fill.max),
         Slots(slot_locks, 20_000, lambda: 2 * settings.fill.max),
         lambda: settings.fill.queue_timeout,
-        (Turns.alone(), Turns.alone()),
-        Backlog.alone(),
+        (private_turns(), private_turns()),
+        private_backlog(),
     )
     epochs: list[None] = []
 

@@ -13,7 +13,7 @@ from gup.cache.memory_files import ROW_WORDS, MemoryFiles
 from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
 from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Record, chunk_sum
 from gup.cache.recovery import Recovery
-from gup.cache.scheduler import Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
 from gup.config import Cache as CacheSettings
@@ -24,6 +24,6 @@ from gup.control.dependencies import change
 from gup.control.eviction import Evictor
 from gup.control.index import Index, reconcile
 from gup.errors import Problem
-from gup.metrics import Counters
+from gup.metrics import Counters, layout
 from gup.upstream.bandwidth import Turns, Wan
 from gup.upstream.pool import Pool

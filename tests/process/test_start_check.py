@@ -36,10 +36,10 @@ def test_room_that_must_stay_free_and_is_not_there(told, tmp_path):
     size, free = figures.f_blocks * figures.f_frsize, figures.f_bavail * figures.f_frsize
     (words,) = told(min_free=size)
     assert "cache.min_free is" in words
-    assert "in all: nothing will be stored; lower it" in words
+    assert "in all: nothing can be stored; lower it" in words
     (words,) = told(min_free=(size + free) // 2)
     assert "cache.min_free is" in words
-    assert "until there is room" in words
+    assert "until there is more" in words
     assert told("content/14.3", min_free=(size + free) // 2) == [], "a full cache is no surprise"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from harness.caches import Worker, working
+from harness.private import private_turns
 
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims, Slots
@@ -18,7 +19,6 @@ from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
 from gup.server.policy import Policy
-from gup.upstream.bandwidth import Turns
 
 
 @dataclass
@@ -56,7 +56,7 @@ def serving(tmp_path) -> Callable:
                     limits,
                     own.counters,
                     none,
-                    Turns.alone(),
+                    private_turns(),
                     ClientCounts.alone(),
                 )
                 access_log = AccessLog(own.settings, own.counters, ClientNames("full", b"0" * 16))

@@ -3,12 +3,12 @@
 import os
 
 import pytest
+from harness.private import private_counters
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gup.cache.fair_shares import FairShares, Shared, networks_of, shares_file
 from gup.config import PRIVATE_NETWORKS, Settings
-from gup.metrics import Counters
 from gup.server.admission import Admission
 
 
@@ -67,7 +67,7 @@ def test_the_count_is_never_too_low_and_ends_at_nothing(make, steps):
 
 
 def test_descriptors_limit_as_well(make):
-    own, counters = Settings.model_validate({"listen": {"max_connections": 100}}), Counters.private()
+    own, counters = Settings.model_validate({"listen": {"max_connections": 100}}), private_counters()
     connections = lambda: counters.get("gup_client_connections")  # noqa: E731
     door = Admission(own, counters, make(0), connections, most_here=3)
     assert [door.admit("10.0.0.1", lambda: False) for _ in range(4)] == [True, True, True, False]

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 import pytest
+from harness.private import private_counters
 
 from gup.cache.fair_shares import FairShares, Shared, shares_file
 from gup.cache.locks import Claims, Slots
@@ -59,7 +60,7 @@ def make(tmp_path):
         sites.append(site)
         fd = shares_file(workers)
         for number in range(workers):
-            site.counters.append(Counters.private())
+            site.counters.append(private_counters())
             site.claims.append(Claims(tmp_path / "slots"))
             slots = Slots(site.claims[-1], 0, lambda: site.limits.max_downloads)
             site.shares.append(shares := FairShares(fd, number))

@@ -50,18 +50,14 @@ def test_a_decision_made_before_the_settings_came_is_not_learned_after(cache):
     assert cache.look_up(b"head") is not None
 
 
-def test_new_settings_drop_what_was_learned_under_the_new_epoch_by_the_old_ones(cache, epochs):
-    epochs["policy"] += 1
-    cache.learn(b"head", b"/x", Row(), cache.epochs)
-    assert cache.look_up(b"head") is not None
-    cache.drop()
-    assert cache.look_up(b"head") is None
-
-
-def test_the_policys_epoch_drops_the_table_by_itself(cache, epochs):
+def test_the_policys_epoch_and_new_settings_drop_the_table(cache, epochs):
     cache.learn(None, b"/x", Row(), cache.epochs)
     epochs["policy"] += 1
     assert cache.find_target(b"/x") is None
+    cache.learn(b"head", b"/x", Row(), cache.epochs)
+    assert cache.look_up(b"head") is not None, "learned under the new epoch, perhaps by the old settings"
+    cache.drop()
+    assert cache.look_up(b"head") is None
 
 
 def test_an_entry_that_is_doubted_is_not_answered_hot(cache):

@@ -220,13 +220,11 @@ def test_several_ranges():
     message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + content)
     assert message.get_content_type() == "multipart/byteranges"
     assert not message.defects
-    assert [
-        (part["Content-Range"], part["Content-Type"], part.get_content()) for part in message.iter_parts()
-    ] == [
-        ("bytes 100-104/5000", "text/plain", "0020 "),
-        ("bytes 0-9/5000", "text/plain", "0000 0001 "),
-        ("bytes 4995-4999/5000", "text/plain", "0999 "),
-    ]
+    parts = list(message.iter_parts())
+    assert {part["Content-Type"] for part in parts} == {"text/plain"}
+    asked = [f"bytes {span}/5000" for span in ("100-104", "0-9", "4995-4999")]
+    assert [part["Content-Range"] for part in parts] == asked
+    assert [part.get_content() for part in parts] == ["0020 ", "0000 0001 ", "0999 "]
 
 
 def test_a_boundary_belongs_to_one_question():
@@ -329,11 +327,8 @@ def test_a_problems_own_fields_and_members_replace_no_standard_one():
     own = (("Allow", "GET, HEAD"), ("X", "a\r\nSet-Cookie: b"))
     members: dict[str, object] = {"rule": "version", "status": 200, "odd": {1}}
     response, body = refused(Problem("rule-refused", "No.", headers=own, extensions=members))
-    assert [response.headers[name] for name in ("Allow", "X", "Set-Cookie")] == [
-        "GET, HEAD",
-        "a  Set-Cookie: b",
-        None,
-    ]
+    told = [response.headers[name] for name in ("Allow", "X", "Set-Cookie")]
+    assert told == ["GET, HEAD", "a  Set-Cookie: b", None]
     document = json.loads(body)
     assert (document["rule"], document["status"], document["odd"]) == ("version", 403, "{1}")
 

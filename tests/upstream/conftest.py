@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from harness.private import private_counters, private_turns
 from harness.upstreams import ScriptedUpstream
 
 from gup.config import Settings
-from gup.metrics import Counters
-from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.bandwidth import Wan
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
 
@@ -54,10 +54,10 @@ def pool_of(tmp_path, clock, upstreams) -> Callable:
         settings = upstreams(*tables)
         names = [one.name for one in settings]
         words = memoryview(bytearray(16)).cast("Q")
-        wan = Wan(words, 0, Turns.alone(), lambda: 0, tmp_path / "wan.lock")
+        wan = Wan(words, 0, private_turns(), lambda: 0, tmp_path / "wan.lock")
         pool = Pool(
             settings,
-            Counters.private(names),
+            private_counters(names),
             wan,
             user_agent="gup/test",
             via="1.1 here (gup)",

@@ -5,9 +5,9 @@ import random
 
 import pytest
 from harness.content import BIG, noise
+from harness.private import private_counters
 from harness.upstreams import Answer
 
-from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
 from gup.upstream.download import Download
 from gup.upstream.session import Ask
@@ -49,7 +49,7 @@ async def test_reads_that_are_cancelled_lose_nothing(pool_of, upstream, monkeypa
 
     monkeypatch.setattr(Wan, "pay", pay)
     async with pool_of({"name": "one", "url": upstream.url}) as pool:
-        ask, counters = Ask(path=BIG, purpose="fill"), Counters.private(["one"])
+        ask, counters = Ask(path=BIG, purpose="fill"), private_counters(["one"])
         download = Download(pool, pool.upstreams, ask, counters, immutable=True, reread=reread)
         assert (await download.begin()).status == 200
         got, stops = await read_with_stops(download, chance)

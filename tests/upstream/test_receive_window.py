@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 import pytest
+from harness.private import private_turns
 
 from gup.upstream import bandwidth
-from gup.upstream.bandwidth import ReceiveWindow, Turns, Wan, window_bytes
+from gup.upstream.bandwidth import ReceiveWindow, Wan, window_bytes
 
 KB, MIB, UNBOUNDED = 1000, 1 << 20, 1 << 30
 SEGMENT = 1448
@@ -48,7 +49,7 @@ def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
 @contextmanager
 def window_of(client: socket.socket, rate: list[int], tmp_path) -> Iterator[ReceiveWindow]:
     words = memoryview(bytearray(16)).cast("Q")
-    wan = Wan(words, 0, Turns.alone(), lambda: rate[0], tmp_path / "wan.lock")
+    wan = Wan(words, 0, private_turns(), lambda: rate[0], tmp_path / "wan.lock")
     with closing(wan):
         yield ReceiveWindow(wan, client)
 

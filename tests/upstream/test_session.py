@@ -85,6 +85,26 @@ async def test_silence_in_mid_body_ends_by_read_timeout(before):
         assert 0.25 < time.monotonic() - began < 2
 
 
+async def test_what_came_before_a_break_is_not_lost(before):
+    def cut(talk: Request) -> None:
+        talk.send(ok(BODY)[:400_000])
+        raise Over
+
+    async def read(answer: Answer) -> None:
+        while piece := await answer.read():
+            got.extend(piece)
+
+    got = bytearray()
+    async with before(cut) as (_, pool):
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        while answer._response.content.exception() is None:  # noqa: ASYNC110 - aiohttp's own
+            await asyncio.sleep(0.01)
+        with pytest.raises(UpstreamFailure, match="broke off"):
+            await read(answer)
+        answer.close()
+    assert got == BODY[: 400_000 - len(ok(b"")) - len("000000")]
+
+
 # --- strays
 
 

@@ -86,7 +86,7 @@ class Archives:
 def chosen(
     rows: Sequence[Row], query: Filter, label: Labels, now: float
 ) -> tuple[list[ContentKey], Counter[str]]:
-    """The keys that the filter and a site of its version and language choose; why not the others, counted."""
+    """The keys that the filter and a site's version and language select; reasons for the others, counted."""
     keys: list[ContentKey] = []
     not_wanted: Counter[str] = Counter()
     others = query.model_copy(update={"version": None, "language": None})

@@ -190,7 +190,6 @@ async def openapi(request: web.Request) -> Document:
 
 
 def document(endpoints: Sequence[Endpoint]) -> Document:
-    """The description of the endpoints (OpenAPI 3.1)."""
     returned = [each.returns for each in endpoints if issubclass(each.returns, BaseModel)]
     taken = [each.request_model for each in endpoints if each.takes == JSON]
     models: list[type[BaseModel]] = [Problem, *returned, *taken]

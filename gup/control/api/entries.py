@@ -61,14 +61,13 @@ class Filter(Request):
     revision: Text | None = Field(None, description="Only of this revision: the folder's or the content's.")
     kind: Kind | None = Field(None, description="Only files of this kind.")
     pattern: Text | None = Field(
-        None, description="Only keys that fit it: * is any text, ? any character, [ab] one of these."
+        None, description="Only keys that match: * is any text, ? any character, [ab] one of these."
     )
     older_than: Seconds | None = Field(None, description="Only what was stored at least so many seconds ago.")
     unused_for: Seconds | None = Field(None, description="Only what was used at least so many seconds ago.")
 
     @property
     def is_given(self) -> bool:
-        """Whether anything is left out."""
         return any(getattr(self, name) is not None for name in Filter.model_fields)
 
 
@@ -126,9 +125,9 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
 
 
 async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
-    """Remove all entries that a filter chooses, and what lies unfinished of them; readers read on."""
+    """Remove all entries that a filter selects, and their parts; open readers continue."""
     if not query.is_given:
-        raise web.HTTPBadRequest(text="say what to purge: pattern=* is everything that is not pinned")
+        raise web.HTTPBadRequest(text="give a filter: pattern=* matches everything that is not pinned")
     rows, label, now = candidates(state.index, query), labels_of(state), state.clock()
     found = await asyncio.to_thread(matching, rows, query, label, now)
     chosen = [row for row in found if query.pinned == "1" or not row.pinned]

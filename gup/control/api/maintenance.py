@@ -138,12 +138,12 @@ async def verify(state: ControlState, query: Verify) -> schemas.Verification:
 
 async def reload(state: ControlState) -> schemas.Reloaded:
     """Read the settings again."""
-    told = await state.dependencies.reload()
+    result = await state.dependencies.reload()
     return schemas.Reloaded(
-        reloaded=not told.problems,
-        problems=list(told.problems),
-        changed=list(told.changed),
-        waiting=list(told.waiting),
+        reloaded=not result.problems,
+        problems=list(result.problems),
+        changed=list(result.changed),
+        waiting=list(result.waiting),
     )
 
 

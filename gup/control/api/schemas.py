@@ -341,10 +341,10 @@ class Purged(Response):
 
 class PurgedEntries(Response):
     dry_run: bool
-    entries: int = Field(description="How many were purged; in a dry run: would be.")
+    entries: int = Field(description="Entries purged, or with a dry run those that would be.")
     freed_bytes: int
-    pinned: int = Field(description="Left because they are pinned.")
-    busy: int = Field(description="Left because another process worked on them.")
+    pinned: int = Field(description="Skipped because they are pinned.")
+    busy: int = Field(description="Skipped because another process used them.")
 
 
 class Pinned(Response):
@@ -430,15 +430,15 @@ class KnownFile(Response):
     """What is known of one file; notes are of the time since the start."""
 
     key: str
-    path: str = Field(description="As upstream is asked for it.")
+    path: str = Field(description="The path at the upstream.")
     said: list[str] = Field(description="All of it in sentences.")
     stored: bool
     entry: Entry | None
     upstream: str | None = Field(description="Where the stored body came from.")
-    fetched: KeyNote | None = Field(description="The last fill that ended well.")
+    fetched: KeyNote | None = Field(description="The last successful fill.")
     failed: KeyNote | None = Field(description="The last fill that failed.")
     unstored: KeyNote | None = Field(description="Why it was passed through without being stored.")
-    removed: KeyNote | None = Field(description="Why it is not stored any more.")
+    removed: KeyNote | None = Field(description="Why it is no longer stored.")
     fill: Fill | None
     waiting: Literal["fill", "prefetch"] | None = Field(
         description="In which queue, or for upstream's answer."

@@ -132,8 +132,8 @@ async def explanation(state: ControlState, query: Question) -> schemas.Explanati
         for name, kept in state.dependencies.catalogues().items():
             read, source = kept["streams"] is not None, str(kept["source"])
             sources[name] = source if read else f"{source} can't be read ({kept['problem']})"
-        told = explain(book, state.dependencies.catalogue_rows(), chosen, sources, moniker, client)
-        return schemas.Explanation.model_validate(told)
+        explained = explain(book, state.dependencies.catalogue_rows(), chosen, sources, moniker, client)
+        return schemas.Explanation.model_validate(explained)
 
     return await asyncio.to_thread(decide)
 
@@ -181,21 +181,20 @@ def totals_of(words: Mapping[str, int]) -> schemas.Totals:
     The hit ratio counts requests for content that were answered from the store.
     """
     sums = sums_of(words)
-    told = shown(sums)
-    requests = told["requests"]
+    figures = shown(sums)
+    requests = figures["requests"]
     served = sum(requests[result] for result in _SERVED)
-    del told["upstream_wasted_bytes"]
+    del figures["upstream_wasted_bytes"]
     more = {
         "requests_total": sum(requests.values()),
         "hit_ratio": sum(requests[result] for result in _FROM_STORE) / served if served else None,
-        "fills": sum(told["fills"].values()),
+        "fills": sum(figures["fills"].values()),
         "evictions": sum(count for name, count in sums.items() if name.startswith("evictions.")),
     }
-    return schemas.Totals(**told | more)
+    return schemas.Totals(**figures | more)
 
 
 def fills_under_way(state: ControlState, parts: Iterable[Part]) -> list[schemas.Fill]:
-    """The parts that some process is fetching now."""
     in_progress = [part for part in parts if part.claimed and part.generation > 0]
     rates = state.fill_rates.of(in_progress, state.clock())
     return [fill_of(part, rate, state.label) for part, rate in zip(in_progress, rates, strict=True)]

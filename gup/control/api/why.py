@@ -40,7 +40,7 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
             route = state.prefetcher.route(asked)
         except Problem as problem:
             raise web.HTTPNotFound(
-                text=f"of: no client can be served {asked!r:.300}: {problem.detail}"
+                text=f"of: {asked!r:.300} is not content that clients can get: {problem.detail}"
             ) from problem
         keys = [route.key(stored) for _, stored in state.dependencies.places(route.stream)]
         held = (Variant(*stream[:2]) for stream in state.index.streams() if stream[2] == route.stream)
@@ -100,14 +100,13 @@ async def _known(
 
 
 async def _refusals(state: ControlState, key: ContentKey) -> list[schemas.RuleRefusal]:
-    """Which of the clients that are known may not have it, and by which rule."""
     if key.stream == ABSENT:
         return []
     nobody = schemas.ClientGroup(version=None, language=None, clients=0)
     groups = await state.reports.groups() or [nobody]
 
     def decide() -> list[schemas.RuleRefusal]:
-        """In a thread: the tables of languages are read from a file when they are first used."""
+        """In a thread: the language tables are read from a file when they are first used."""
         book = Rulebook(state.settings)
         choices = Choices(book, state.dependencies.catalogue_rows(), state.settings.upstream)
         found = []
@@ -139,7 +138,7 @@ def _said_of_the_store(state: ControlState, known: schemas.KnownFile) -> Iterato
     if known.unstored is not None:
         yield f"Passed through and not stored, {_ago(state, known.unstored.at)}: {known.unstored.detail}."
     if (refusal := state.refusals.rows.get("content")) is not None:
-        yield f"The disk stores nothing at present: {refusal.detail}."
+        yield f"The disk refuses writes at present: {refusal.detail}."
     told = (
         known.fetched,
         known.fill,
@@ -161,7 +160,7 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         yield f"The last fill took {time_in_words(fetched.seconds)}{resumed}."
     if (fill := known.fill) is not None:
         of = "" if fill.length_bytes is None else f" of {bytes_in_words(fill.length_bytes)}"
-        yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} are here."
+        yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} received."
     elif known.waiting == "fill":
         queued_fills = f"{state.dependencies.fills_waiting()} fills wait for a slot"
         yield f"A worker waits for a fill slot or for the upstream's response ({queued_fills})."
@@ -172,7 +171,7 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
         yield f"A fill failed {_ago(state, known.failed.at)}: {known.failed.detail}."
     for row in state.rejections():
         if row.key == known.key:
-            yield f"A body from {row.upstream} was rejected {_ago(state, row.at)}: {row.detail}."
+            yield f"{row.upstream} sent a body that can't be this file, {_ago(state, row.at)}: {row.detail}."
 
 
 def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:

@@ -159,8 +159,8 @@ async def events(request: web.Request) -> web.StreamResponse:
     parts = request.app[PAGE]
     with parts.listening() as admitted:
         if not admitted:
-            told = f"{MAX_LISTENERS} clients receive events already; reload the page instead"
-            raise web.HTTPServiceUnavailable(text=told, headers={"Retry-After": "10"})
+            detail = f"{MAX_LISTENERS} clients receive events already; reload the page instead"
+            raise web.HTTPServiceUnavailable(text=detail, headers={"Retry-After": "10"})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         hello = f'retry: 2000\nevent: hello\ndata: {{"edition":"{parts.renderer.edition}"}}\n\n'

@@ -63,7 +63,6 @@ class Viewer:
         }
 
     async def view(self) -> dict[str, Any]:
-        """Everything shown, by the names that the templates use."""
         state = self._state
         await state.meter()
         return {
@@ -191,7 +190,6 @@ def _stream(label: tuple[str, str, str], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _sums(rows: Sequence[Row]) -> dict[str, Any]:
-    """Sums of bodies; `wholes` are not deltas. Times are Unix seconds."""
     deltas = sum(row.kind is Kind.DELTA for row in rows)
     return {
         "wholes": len(rows) - deltas,
@@ -264,7 +262,6 @@ class Renderer:
         }
 
     def page(self, view: Mapping[str, Any]) -> str:
-        """The whole document."""
         return self._templates["page"].render(
             view,
             m=self._templates["macros"].make_module(dict(view)),
@@ -316,5 +313,4 @@ def iso(at: float) -> str:
 
 
 def clock(at: float, zone: tzinfo | None, form: str = "%Y-%m-%d %H:%M") -> str:
-    """In the site's time zone."""
     return datetime.fromtimestamp(at, zone).strftime(form)

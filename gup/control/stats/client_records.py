@@ -59,7 +59,7 @@ class ClientWindows:
         self._forget()
 
     def counts(self, now: float) -> dict[str, int]:
-        """How many addresses were seen in each window; those of a clock that was ahead when seen again."""
+        """Addresses seen in each window; one seen by a clock that was ahead counts when it is seen again."""
         until = self._by_time.bisect_left((now + JUMP_SECONDS,))
         return {
             window: max(0, until - self._by_time.bisect_left((now - seconds,)))
@@ -67,7 +67,6 @@ class ClientWindows:
         }
 
     def newest(self, limit: int) -> list[tuple[str, float]]:
-        """The addresses seen last, with their times, newest first."""
         return [(address, at) for at, address in islice(reversed(self._by_time), limit)]
 
     def restore(self, rows: Sequence[tuple[str, float]]) -> None:
@@ -146,13 +145,11 @@ class Batch:
             self._ask(what, asked)
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
-        """A client asked for something."""
         if client in self.seen or not self._full:
             before, its_version, its_language = self.seen.get(client, (at, "", ""))
             self.seen[client] = max(before, at), version or its_version, language or its_language
 
     def add(self, take: Take, at: float, parts: ReceivedParts) -> None:
-        """A client took or requested a body."""
         self.see(take.client, at, take.version, take.language)
         if isinstance(take.sent, Part):
             whole = parts.add(take.client, take.key.text, *take.sent)
@@ -345,7 +342,6 @@ class Reports:
 
     @property
     def mode(self) -> str:
-        """`reports.addresses`: full, hashed or off."""
         return self._dependencies.settings().reports.addresses
 
     def see(self, clients: Iterable[str]) -> None:
@@ -366,14 +362,12 @@ class Reports:
         return self._names.hashed(client) if self.mode == "hashed" and self._names is not None else None
 
     async def write_clients(self) -> None:
-        """Store what is new about clients."""
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
         if batch.seen and not await self._database.store("reports", lambda db: write_batch(db, batch)):
             self._put_back(batch)
 
     async def prune(self) -> None:
-        """Delete what is older than the settings allow."""
         settings, now = self._dependencies.settings(), self._age_clock()
         own = settings.reports
 

@@ -105,7 +105,6 @@ def _figure(series: str) -> str | None:
 
 
 def sums_of(counts: Counts) -> Counter[str]:
-    """The figures of `counts`."""
     found: Counter[str] = Counter()
     for name, value in counts.items():
         if value and (figure := _figure(name)) is not None:
@@ -124,7 +123,6 @@ def shown(sums: Counter[str]) -> dict[str, Any]:
 
 
 def added_up(counts: Iterable[Counts]) -> Counter[str]:
-    """The sum of several."""
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)  # unlike +, this keeps what is below zero
@@ -279,7 +277,6 @@ class Point:
     sums: Counter[str] = field(default_factory=Counter)
 
     def note(self, later: "Point") -> None:
-        """Take over the gauges of a later one."""
         self.wan_peak = max(self.wan_peak, later.wan_peak)
         self.client_peak = max(self.client_peak, later.client_peak)
         self.wan_limit, self.entries_bytes = later.wan_limit, later.entries_bytes
@@ -312,7 +309,7 @@ def add_gain(db: sqlite3.Connection, now: float, gained: Counter[str], seconds: 
 def _add_to_point(
     db: sqlite3.Connection, step: int, now: float, gained: Counter[str], seconds: float, gauges: Point
 ) -> int:
-    """Add to the point of this length at `now`; the number of the next one that is begun."""
+    """Returns the number of the next point of this length."""
     at = int(now // step) * step
     (newest,) = db.execute("SELECT max(number) FROM points WHERE step = ?", (step,)).fetchone()
     number = 0 if newest is None else newest + 1
@@ -375,7 +372,6 @@ class Recorder:
         """When the last reading was stored, by the monotonic clock; None before the first of this process."""
 
     def look(self, entries_bytes: int) -> None:
-        """Take in rates; to be called once a second."""
         sums, now = sums_of(self._dependencies.totals()), self._monotonic()
         self.wan.see(sums[RECEIVED], now)
         self.clients.see(sums[SENT], now)
@@ -383,7 +379,6 @@ class Recorder:
         self._gauges.note(Point(wan, clients, self._dependencies.wan_rate(), entries_bytes))
 
     async def write(self) -> None:
-        """Store what was counted since the last reading."""
         async with self._writing:
             reading, now, own = self._reading(), self._monotonic(), self._dependencies.since_start()
             gauges, self._gauges = self._gauges, Point()
@@ -394,9 +389,7 @@ class Recorder:
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
                 # A clock before the installation is wrong itself: perhaps one without a battery, not yet set.
                 if before is not None and reading.installed_at <= reading.at < before[0] - JUMP_SECONDS:
-                    _log.warning(
-                        "the clock was put back: what was stored ahead of it is brought to the present"
-                    )
+                    _log.warning("the clock was set back: times in the future are moved to the present")
                     take_back(db, reading)
 
             if await self._database.store("savings", add):
