@@ -269,6 +269,7 @@ def test_reports_are_right_again_when_a_clock_that_was_40_days_ahead_is_put_back
 
     sent = take(gup, 2, FULL)
     until(lambda: standings().keys() == set() and asked("clients")["clients"], "the first is known")
+    assert asked("savings")["today"]["sent_bytes"] == sent
     clock.set(40 * 86400)
     sent += take(gup, 2, DELTA) + take(gup, 3, DELTA)
     until(lambda: len(asked("clients")["clients"]) == 2, "the second is known")

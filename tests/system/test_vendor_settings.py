@@ -13,7 +13,11 @@ MB = 1_000_000
 FULL, OTHER, MEDIUM, MISS = (content_path("full.zip", revision=f"26080{n}001") for n in range(1, 5))
 SIZES = {FULL: 20 * MB, OTHER: 20 * MB, MEDIUM: MB, MISS: 20 * MB}
 SMALL = {DELTA: noise("delta", 200_000), INDEX: noise("index", 600_000)}
-SHARED = {"clients": {"max_downloads": 1, "queue": 8}, "listen": {"write_timeout": "1m"}}
+# Each connection of this machine counts as a client of its own.
+SHARED = {
+    "clients": {"max_downloads": 1, "queue": 8, "shared": ["127.0.0.0/8"]},
+    "listen": {"write_timeout": "1m"},
+}
 
 
 def downloads(gup: Gup) -> tuple[float, float]:
@@ -167,21 +171,22 @@ def test_a_killed_worker_gives_its_slots_and_its_queue_back(serve):
 
 
 def test_a_reload_changes_how_many_may_and_with_no_queue_whoever_finds_no_slot_is_refused(serve):
-    gup, upstream = serve(clients={"max_downloads": 1, "queue": 5})
+    each_its_own = {"shared": ["127.0.0.0/8"]}
+    gup, upstream = serve(clients={"max_downloads": 1, "queue": 5, **each_its_own})
     warm(gup, upstream)
     slow_reader(gup)
     clients = [waiting(gup) for _ in range(3)]
     began = time.monotonic()
-    gup.reload(clients={"max_downloads": 0})
+    gup.reload(clients={"max_downloads": 0, **each_its_own})
     until(lambda: downloads(gup)[1] == 0, "nobody waits", 5)
     assert time.monotonic() - began < 3.0
     assert all(client.response().complete for client in clients)
     assert gup.status()["limits"]["downloads"]["limit"] is None
-    gup.reload(clients={"max_downloads": 1, "queue": 0}, listen={"write_timeout": "1s"})
+    gup.reload(clients={"max_downloads": 1, "queue": 0, **each_its_own}, listen={"write_timeout": "1s"})
     until(lambda: gup.get(FULL).status == 503, "the limit and no queue")
     gup.close_clients()
     until(lambda: gup.get(FULL).status == 200, "the slot is free")
-    gup.reload(clients={"max_downloads": 1, "queue": 5}, listen={"write_timeout": "1s"})
+    gup.reload(clients={"max_downloads": 1, "queue": 5, **each_its_own}, listen={"write_timeout": "1s"})
     until(lambda: gup.status()["limits"]["queue"]["limit"] == 5, "a queue again")
     slow_reader(gup)
     assert waiting(gup).response().complete, "a client that takes nothing loses its slot"
