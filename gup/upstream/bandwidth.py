@@ -1,8 +1,8 @@
 """The WAN's rate limit, shared by all processes, and its schedule.
 
 The limit is a leaky bucket (GCRA): one shared word holds the time at which all bytes taken so far are paid
-for. Its order is start-time fair queueing: each fill has a tag that grows by the bytes it takes; the smallest
-tag in the most urgent class goes first, and a class waits while a more urgent one has waiters.
+for. Its order is self-clocked fair queueing: each fill has a tag that grows by the bytes it takes; the
+smallest tag in the most urgent class goes first, and a class waits while a more urgent one has waiters.
 
 Bytes that the kernel has received escape the limit, so each connection's receive buffer is bounded too.
 """
@@ -144,10 +144,12 @@ class Wan:
             if early > -_OVERDUE_NS and not self._turns.mine():
                 return _SHORTEST_SLEEP_SECONDS
             words[clock] = max(words[clock], now - _BURST_NS) + amount * 1_000_000_000 // rate
+            me.share.tag += amount
+            # The end of the slice, not its start: a new share comes after all that wait now. If it came before
+            # them, a stream of bodies of one slice each would keep larger ones waiting for ever.
             words[clock + 1] = max(words[clock + 1], me.share.tag)
         finally:
             unlock_range(self._fd, 0)
-        me.share.tag += amount
         return 0.0
 
     def close(self) -> None:

@@ -97,6 +97,29 @@ async def test_an_urgent_download_gets_the_link_and_the_others_go_on_after(tmp_p
     assert rate_between(flat, began + 1.4, began + 2.0) >= 700_000
 
 
+async def test_a_stream_of_small_bodies_does_not_keep_a_larger_one_waiting(tmp_path):
+    """Each small body is a new share that needs one slice. In a round each waiter gets one."""
+    small, larger, readers = 50_000, 4, 6
+    with processes(tmp_path, 1, [8_000_000]) as (wan,):
+        served: list[str] = []
+
+        async def one_after_another():
+            while served.count("larger") < larger:
+                await wan.pay(small, Share(0))
+                served.append("small")
+
+        async def one_larger():
+            share = Share(0)
+            for _ in range(larger):
+                await wan.pay(PIECE_BYTES, share)
+                served.append("larger")
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(one_after_another() for _ in range(readers)), one_larger())
+    rounds = served[served.index("larger") :]  # before it nobody waits: the clock has credit
+    assert len(rounds) <= larger * (readers + 1), served
+
+
 async def test_a_change_of_the_rate_holds_at_once(tmp_path):
     rate, taken = [200_000], []
     began = time.monotonic()
