@@ -145,8 +145,8 @@ class Wan:
                 return _SHORTEST_SLEEP_SECONDS
             words[clock] = max(words[clock], now - _BURST_NS) + amount * 1_000_000_000 // rate
             me.share.tag += amount
-            # The end of the slice, not its start: a new share comes after all that wait now. If it came before
-            # them, a stream of bodies of one slice each would keep larger ones waiting for ever.
+            # The end of the slice, not its start: a new share comes after all that wait now. If it came
+            # before them, a stream of bodies of one slice each would keep larger ones waiting for ever.
             words[clock + 1] = max(words[clock + 1], me.share.tag)
         finally:
             unlock_range(self._fd, 0)
