@@ -101,6 +101,8 @@ class _Connector(aiohttp.TCPConnector):
             req.reused = protocol in self._used
             if not req.reused or (not req.fresh and is_quiet(connection)):
                 break
+            if (transport := connection.transport) is not None:
+                transport.abort()  # TLS would wait for a peer that has closed, or sent what nobody asked for
             connection.close()
         self._used.add(protocol)
         req.limit.reschedule(asyncio.get_running_loop().time() + self._head_seconds)
