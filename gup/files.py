@@ -19,6 +19,7 @@ PEM_BYTES = 16 << 20
 _DER_BEGIN = b"\x30\x82"
 """A SEQUENCE with a length of two bytes: how a certificate in DER begins."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC_AT_ONCE = ctypes.PyDLL(None, use_errno=True)  # calls hold the interpreter's lock
 _SYNC_FILE_RANGE_WRITE = 2
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
@@ -110,7 +111,14 @@ def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
 
 
 def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
-    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    asked = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    if command != fcntl.F_OFD_SETLK:
+        return fcntl.fcntl(fd, command, asked)
+    # It never waits, so the interpreter's lock is kept: to give it up and get it back would cost far more.
+    if _LIBC_AT_ONCE.fcntl(fd, command, asked) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return asked
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

@@ -198,9 +198,9 @@ class PartWriter:
             await self._in_thread(self._write_now, pieces)
             self._note_written(pieces)
 
-    async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
+    async def write_all(self, then: Callable[[tuple[int, ...]], _Result], *, short: bool = False) -> _Result:
         """Write the rest, since the whole has been verified; then call `then` with the sums of the whole body
-        in the same thread. DiskError as above.
+        in the same thread; `short`: that does not take long. DiskError as above.
 
         The sum of a last short chunk is written before its bytes: a part of full size is known to be
         complete.
@@ -214,7 +214,7 @@ class PartWriter:
             self._write_now(pieces)
             return then(self._sums.finish())
 
-        result = await self._in_thread(write)
+        result = await self._in_thread(write, short=short)
         self._note_written(pieces)
         return result
 
@@ -227,11 +227,13 @@ class PartWriter:
             return held
         return await self._in_thread(os.pread, self.file.fd, in_file, offset) + held
 
-    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+    async def _in_thread(
+        self, work: Callable[..., _Result], *arguments: object, short: bool = False
+    ) -> _Result:
         """Without eviction for a memory file, since that frees no memory."""
         if self._in_memory:
             return await on_disk(self._room.executor, work, *arguments)
-        return await self._room.on_disk(work, *arguments)
+        return await self._room.on_disk(work, *arguments, short=short)
 
     def _first_held(self, amount: int) -> list[memoryview]:
         pieces = []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.locks import Claims, claim_offset
+from gup.cache.locks import Claims, Occupied, claim_offset
 from gup.cache.records import (
     CHUNK_BYTES,
     MAX_RECORD_BYTES,
@@ -77,6 +77,7 @@ class Store:
     def __init__(self, root: Path, claims: Claims | None = None) -> None:
         self.root = root
         self.claims = claims
+        self.occupied = Occupied(memoryview(bytearray(2)))
         self.service_start = 0.0
         self.content = root / "content"
         self.partial = root / "partial"
@@ -108,6 +109,7 @@ class Store:
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
+        self.occupied.note(key.claim_offset)
 
     # --- committed bodies
 
@@ -235,6 +237,19 @@ class Store:
             return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
         return None
 
+    def note_occupied(self) -> None:
+        """Go through all names once, so that `occupied` is complete. Blocks."""
+        for folder, _, names in os.walk(self.content):
+            parts = folder[len(str(self.content)) + 1 :]
+            for name in names if parts.count("/") == 3 else ():
+                file = name[1:-4] if name.startswith(".") and name.endswith(".gup") else name
+                with contextlib.suppress(ValueError):  # no file of gup's
+                    self.occupied.note(ContentKey.parse(f"{parts}/{file}").claim_offset)
+        for name in os.listdir(self.partial):  # noqa: PTH208 - names are all that is needed
+            with contextlib.suppress(ValueError):
+                self.occupied.note(claim_offset(name.partition(".")[0]))
+        self.occupied.complete()
+
     def prune(self) -> None:
         """Remove empty folders: a crash may come between a body and its folder."""
         for folder, _, _ in os.walk(self.content, topdown=False):
@@ -265,6 +280,7 @@ class Store:
         return state
 
     def save_state(self, state: FillState) -> None:
+        self.occupied.note(state.key.claim_offset)
         self._put(self.state_path(state.key.id), state.encode(), sync=False)
 
     def drop_state(self, id_: str) -> None:
@@ -290,8 +306,10 @@ class Store:
         names = (name.split(".") for name in os.listdir(self.partial) if name.startswith(id_))  # noqa: PTH208 - at every miss
         return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
-    def commit(self, record: Record) -> bool:
+    def commit(self, record: Record, *, new: bool = False) -> bool:
         """Publish the part of the record's generation as its key's body; whether it replaced another.
+
+        `new`: the key is known to have neither record nor body.
 
         1. The part gets its generation as its time. If it replaces another body it is synced. 2. The record
         is written; from now on it vouches for the body. 3. The body is renamed. A reader that comes between
@@ -299,13 +317,17 @@ class Store:
         3. A new entry is not synced: if a power cut tears it, its sums differ, and it is fetched again.
         """
         self._require_claim(record.key)
-        part, body = self.part_path(record.key.id, record.generation), self.body_path(record.key)
-        replaced = body.exists()
+        key = record.key
+        part, body = self.part_path(key.id, record.generation), self.body_path(key)
+        replaced = not new and body.exists()
         self.set_time(part, record)
         if replaced:
             file = OpenFile(part)
             os.fdatasync(file.fd)
-        self.save(record)
+        if new:
+            self._put(self.record_path(key), record.encode(), sync=False)
+        else:
+            self.save(record)
         self._rename_into(part, body)
         return replaced
 
@@ -366,7 +388,7 @@ class Store:
 
     def _put(self, path: Path, text: bytes, *, sync: bool) -> None:
         """Put a file in place, atomically; `sync`: with its bytes on the disk."""
-        temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}.tmp"
+        temporary = Path(f"{self.partial}/{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}.tmp")
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_all(file.fd, text)
