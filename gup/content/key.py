@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -154,6 +154,7 @@ class Named:
     folder: Folder | None = None
 
 
+@lru_cache(maxsize=4096)  # several reports name each key
 def named(key: ContentKey) -> Named | None:
     """The revision that a body brings a client to, and a delta's other one; None for all other content.
 

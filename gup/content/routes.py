@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from gup import config
@@ -138,6 +139,8 @@ class Routes:
 
 _ALL_ROUTES = Routes(liveupdate=True), Routes(liveupdate=True, fold_case=True)
 _ENCODED_PATH = re.compile(r"/[!-~]{1,8192}")
+_PLAIN_END = re.compile(r"/[0-9]{1,20}/(?:xdelta[0-9]{1,20}_To_[0-9]{1,20}\.dax|full\.zip)")
+"""Revision and file that a path and a key spell alike, and that any folder may have."""
 
 
 def leads_to(path: str, key: ContentKey) -> bool:
@@ -145,6 +148,18 @@ def leads_to(path: str, key: ContentKey) -> bool:
 
     Checked because records and fill states may come from elsewhere: a path may name another body or host.
     """
+    end = f"/{key.revision}/{key.file}"
+    if path.endswith(end) and _PLAIN_END.fullmatch(end):
+        return _is_folder_of(path.removesuffix(end), key.stream)
+    return _leads_to(path, key)
+
+
+@lru_cache(maxsize=1024)  # a stream's folder is the same for all its files: routing costs some 50 µs
+def _is_folder_of(folder: str, stream: str) -> bool:
+    return _leads_to(f"{folder}/1/full.zip", ContentKey("_", "_", stream, "1", "full.zip"))
+
+
+def _leads_to(path: str, key: ContentKey) -> bool:
     if not _ENCODED_PATH.fullmatch(path) or "?" in path:
         return False
     try:
