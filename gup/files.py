@@ -21,6 +21,7 @@ _DER_BEGIN = b"\x30\x82"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC_AT_ONCE = ctypes.PyDLL(None, use_errno=True)  # calls hold the interpreter's lock
 _SYNC_FILE_RANGE_WRITE = 2
+_POLL = struct.Struct("ihh")  # struct pollfd: fd, events, revents
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -119,6 +120,13 @@ def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return asked
+
+
+def pending_events(fd: int, wanted: int) -> int:
+    """Which of the `wanted` events (poll(2)), or of those always reported, a descriptor has now."""
+    asked = ctypes.create_string_buffer(_POLL.pack(fd, wanted, 0), _POLL.size)
+    _LIBC_AT_ONCE.poll(asked, 1, 0)
+    return int(_POLL.unpack(asked)[2])
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

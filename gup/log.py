@@ -41,6 +41,7 @@ def configure(own: config.Log) -> None:
     SettingsError when the destination can't be written to; the previous log stays in force then.
     """
     handler = WritingHandler(_destination(own))
+    logging.logThreads = logging.logMultiprocessing = False  # what no format shows is not looked up
     root, before = logging.getLogger(), _handlers()
     root.addHandler(handler)
     for old in before:

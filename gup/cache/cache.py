@@ -354,7 +354,7 @@ class Cache:
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (
-            not leftover.finished
+            not (leftover.finished or leftover.nothing)
             and (failure := self._deps.failures.get(fill.key, fill.route.upstream_path)) is not None
         ):
             fill.fail(failure)

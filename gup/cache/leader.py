@@ -482,6 +482,7 @@ class Leader:
         writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
+                await download.gather(_SMALL_BYTES)
                 while writer.received <= _SMALL_BYTES:
                     piece = await download.read()
                     if not piece:
@@ -594,7 +595,6 @@ class Leader:
             self._show_end(body)
             if self._memory is not None:
                 return
-            await asyncio.sleep(0)  # its readers first
         now, kind, state = deps.wall_clock(), self._fill.route.kind, self._state
         valid_at = validated_at(deps, remote, self._fill.route.immutable)
         if self._came_at is not None:
@@ -619,6 +619,7 @@ class Leader:
         self._fill.record, self._fill.file = record, writer.file
         if not body.ended:
             self._show_end(body)
+            await asyncio.sleep(0)  # its readers first
         self._room.release(committed=True)
         if replaced:
             deps.raise_store_epoch()

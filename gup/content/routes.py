@@ -7,9 +7,9 @@ that ends in a dot) is refused: it would escape that one's rules, and be stored 
 
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from gup import config
@@ -78,18 +78,25 @@ class Route:
         """Whether the name is that of an index file which upstreams have, not one that anybody makes up."""
         return _KNOWN_INDEX.fullmatch(self.file) is not None
 
-    def keys(self, variant: Variant) -> Iterator[ContentKey]:
-        """All keys to look up, first the one under which a fill stores."""
-        key = self.key(variant)
-        yield key
-        for other in self.elsewhere:
-            if other != key.variant:
-                yield ContentKey(other.version, other.language, self.stream, self.revision, self.file)
+    def keys(self, variant: Variant) -> tuple[ContentKey, ...]:
+        """All keys to look up, first the one under which a fill stores.
+
+        A variant stated by the name wins over the one given.
+        """
+        chosen = self.variant or variant
+        keys = self._keys.get(chosen)
+        if keys is None:
+            variants = dict.fromkeys((chosen, *self.elsewhere))
+            name = self.stream, self.revision, self.file
+            keys = self._keys[chosen] = tuple([ContentKey(v.version, v.language, *name) for v in variants])
+        return keys
 
     def key(self, variant: Variant) -> ContentKey:
-        """The content key; a variant stated by the name wins over the one given."""
-        chosen = self.variant or variant
-        return ContentKey(chosen.version, chosen.language, self.stream, self.revision, self.file)
+        return self.keys(variant)[0]
+
+    @cached_property
+    def _keys(self) -> dict[Variant, tuple[ContentKey, ...]]:
+        return {}
 
 
 def parse_target(target: bytes) -> Target:
