@@ -42,6 +42,7 @@ def configure(own: config.Log) -> None:
     """
     handler = WritingHandler(_destination(own))
     logging.logThreads = logging.logMultiprocessing = False  # what no format shows is not looked up
+    logging._srcfile = None  # noqa: SLF001 - as Python's logging HOWTO says
     root, before = logging.getLogger(), _handlers()
     root.addHandler(handler)
     for old in before:

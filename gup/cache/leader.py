@@ -332,7 +332,7 @@ class Leader:
 
     def _new_writer(self, length: int | None) -> PartWriter:
         self._deps.store.occupied.note(self._key.claim_offset)
-        path = self._deps.store.part_path(self._key.id, self._state.generation)
+        path = self._deps.store.part_name(self._key.id, self._state.generation)
         self._writer = PartWriter(path, self._room, length)
         return self._writer
 

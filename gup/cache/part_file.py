@@ -96,7 +96,7 @@ class PartWriter:
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(self, path: Path, room: Room, length: int | None) -> None:
+    def __init__(self, path: str | Path, room: Room, length: int | None) -> None:
         self.received = 0
         self.written = 0
         self._path = path
@@ -254,7 +254,7 @@ class PartWriter:
     def _write_now(self, pieces: list[memoryview]) -> None:
         """Continue where the last attempt ended, in mid-piece or between bytes and sums."""
         file, at = self._opened(), self.written
-        if not self._in_file:  # one call for all of a small body
+        if not self._in_file and len(pieces) > 1:  # one call for all of a small body
             pieces = [memoryview(b"".join(pieces))]
         for piece in pieces:
             while rest := piece[max(0, self._in_file - at) :]:
@@ -288,7 +288,7 @@ class PartWriter:
 
     def _opened_sums(self) -> OpenFile:
         if self._sums_file is None:
-            self._sums_file = OpenFile(self._path.with_suffix(".sums"), os.O_RDWR | os.O_CREAT)
+            self._sums_file = OpenFile(Path(self._path).with_suffix(".sums"), os.O_RDWR | os.O_CREAT)
         return self._sums_file
 
 

@@ -184,7 +184,7 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(self.record_path(key), (used_at, used_at))
 
-    def set_time(self, path: Path, record: Record) -> None:
+    def set_time(self, path: str | Path, record: Record) -> None:
         os.utime(path, ns=(time.time_ns(), record.generation))
 
     def remove(self, key: ContentKey) -> int:
@@ -260,7 +260,11 @@ class Store:
     # --- parts and states
 
     def part_path(self, id_: str, generation: int) -> Path:
-        return self.partial / f"{id_}.{generation}.part"
+        return Path(self.part_name(id_, generation))
+
+    def part_name(self, id_: str, generation: int) -> str:
+        """The path as text: parsing paths is a good part of what a small commit costs."""
+        return f"{self.partial}/{id_}.{generation}.part"
 
     def sums_path(self, id_: str, generation: int) -> Path:
         """Sums of the part's whole chunks, 8 bytes each: a takeover verifies the part with them."""
@@ -318,14 +322,14 @@ class Store:
         """
         self._require_claim(record.key)
         key = record.key
-        part, body = self.part_path(key.id, record.generation), self.body_path(key)
-        replaced = not new and body.exists()
+        part, body = self.part_name(key.id, record.generation), f"{self.content}/{key.text}"
+        replaced = not new and os.path.exists(body)  # noqa: PTH110 - see `part_name`
         self.set_time(part, record)
         if replaced:
             file = OpenFile(part)
             os.fdatasync(file.fd)
         if new:
-            self._put(self.record_path(key), record.encode(), sync=False)
+            self._put(f"{body.removesuffix(key.file)}.{key.file}.gup", record.encode(), sync=False)
         else:
             self.save(record)
         self._rename_into(part, body)
@@ -342,7 +346,7 @@ class Store:
         if os.fstat(file.fd).st_size != record.length or sound_chunks(file.fd, record) < len(record.sums):
             return False
         self.set_time(part, record)
-        self._rename_into(part, self.body_path(record.key))
+        self._rename_into(str(part), self.body_path(record.key))
         self.drop_journal(record.key.id, record.generation)
         return True
 
@@ -386,9 +390,10 @@ class Store:
 
     # --- files
 
-    def _put(self, path: Path, text: bytes, *, sync: bool) -> None:
+    def _put(self, path: str | Path, text: bytes, *, sync: bool) -> None:
         """Put a file in place, atomically; `sync`: with its bytes on the disk."""
-        temporary = Path(f"{self.partial}/{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}.tmp")
+        name = str(path).rpartition("/")[2][-60:]
+        temporary = f"{self.partial}/{os.getpid()}.{time.monotonic_ns()}.{name}.tmp"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_all(file.fd, text)
@@ -397,24 +402,24 @@ class Store:
             self._rename_into(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                Path(temporary).unlink(missing_ok=True)
             raise
 
-    def _rename_into(self, source: Path, target: Path) -> None:
+    def _rename_into(self, source: str, target: str | Path) -> None:
         """Rename, making the folder; again if `remove` or `prune` removes it meanwhile, or one above it."""
         for attempt in range(5):
             try:
-                source.rename(target)
+                os.rename(source, target)  # noqa: PTH104 - see `part_name`
                 break
             except FileNotFoundError:
-                if attempt == 4 or not source.exists():
+                if attempt == 4 or not Path(source).exists():
                     raise
                 with contextlib.suppress(FileNotFoundError):  # a folder above it was pruned
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
             except IsADirectoryError:  # not made by gup
                 if attempt == 4:
                     raise
-                unlink(target)
+                unlink(Path(target))
 
 
 def _read(path: Path, most_bytes: int) -> bytes | None:

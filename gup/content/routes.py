@@ -215,7 +215,16 @@ def _content_route(path: str, segments: list[str], *, fold_case: bool) -> Route 
             kind = Kind.FULL
         elif _DELTA.fullmatch(files[0]):
             kind = Kind.DELTA
-    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), quote(path, safe=_PATH_SAFE))
+    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), _quoted(path))
+
+
+def _quoted(path: str) -> str:
+    return "/".join(map(_quoted_part, path.split("/")))
+
+
+@lru_cache(4096)
+def _quoted_part(part: str) -> str:
+    return quote(part, safe=_PATH_SAFE)
 
 
 def _folded(name: str) -> str:
@@ -234,7 +243,7 @@ def _liveupdate_route(path: str, name: str) -> Route | None:
     stated = _LIVEUPDATE_VARIANT.fullmatch(name)
     variant = Variant(*(_part(part.replace("$20", " ")) for part in stated.groups())) if stated else None
     kind, file = Kind.INDEX if index else Kind.OTHER, _file([name])
-    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, quote(path, safe=_PATH_SAFE), variant)
+    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, _quoted(path), variant)
 
 
 def _file(segments: list[str]) -> str:
