@@ -226,6 +226,7 @@ class Store:
 
     def stored(self, key: ContentKey) -> Stored | None:
         """The body as a scan finds it; None when there is none."""
+        self.occupied.note(key.claim_offset)  # somebody may have put it there by hand
         with contextlib.suppress(OSError):
             try:
                 found = self.body_path(key).stat()
@@ -238,8 +239,15 @@ class Store:
         return None
 
     def note_occupied(self) -> None:
-        """Go through all names once, so that `occupied` is complete. Blocks."""
-        for folder, _, names in os.walk(self.content):
+        """Go through all names once, so that `occupied` is complete. Blocks; OSError when a folder can't be
+        read: it stays incomplete.
+        """
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # that one was removed meanwhile
+                raise error
+
+        for folder, _, names in os.walk(self.content, onerror=fail):
             parts = folder[len(str(self.content)) + 1 :]
             for name in names if parts.count("/") == 3 else ():
                 file = name[1:-4] if name.startswith(".") and name.endswith(".gup") else name

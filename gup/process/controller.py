@@ -106,7 +106,7 @@ class Controller(ChildProcess):
             self._catalogues.keep(),
             self._durability.run(),
             self._warn(),
-            asyncio.to_thread(self.store.note_occupied),
+            self._note_occupied(),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
         await self.handle_messages()
@@ -133,6 +133,12 @@ class Controller(ChildProcess):
             await asyncio.sleep(1.0)
         for words in of_clocks(ahead):
             _LOG.warning("%s", words)
+
+    async def _note_occupied(self) -> None:
+        try:
+            await asyncio.to_thread(self.store.note_occupied)
+        except OSError as error:
+            _LOG.warning("each miss looks at the disk, since the cache directory can't be read: %s", error)
 
     async def _keep_beating(self) -> None:
         while True:
