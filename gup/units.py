@@ -118,11 +118,16 @@ _DATE_FORMS = (
 """IMF-fixdate, the form of RFC 850, the form of asctime. Whether the name of the day fits is not checked."""
 
 
+_FIXDATE_LETTERS = 29
+
+
 def parse_http_date(text: str, *, now: float | None = None) -> int | None:
     """Unix seconds of a date in any of the three forms; None when it is malformed or no such day exists.
 
     `now` (Unix seconds, the system's clock when None) decides the century of a two-digit year.
     """
+    if len(text) == _FIXDATE_LETTERS:  # its year has four digits
+        return _seconds_of(text, 0)
     return _seconds_of(text, time.gmtime(time.time() if now is None else now).tm_year)
 
 

@@ -51,6 +51,7 @@ class Cache:
     ) -> None:
         self._deps = dependencies
         self._fills: dict[ContentKey, Fill] = {}
+        self._waiters_at = dependencies.counters.position("gup_fill_waiters")
         self._tasks: dict[asyncio.Task[None], Fill | None] = {}
         """Tasks, each with its fill if any."""
         self.pass_through = PassThrough(dependencies, bypass, range_bypass)
@@ -222,7 +223,7 @@ class Cache:
             self._count_waiters(-1)
 
     def _count_waiters(self, change: int) -> None:
-        self._deps.counters.add("gup_fill_waiters", change)
+        self._deps.counters.words[self._waiters_at] += change
 
     async def _refuse_circle(self, key: ContentKey, variant: Variant, passed: tuple[str, ...]) -> None:
         """A request of the gup that the fill waits for must not wait for the fill.
@@ -354,7 +355,7 @@ class Cache:
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (
-            not (leftover.finished or leftover.nothing)
+            not leftover.finished
             and (failure := self._deps.failures.get(fill.key, fill.route.upstream_path)) is not None
         ):
             fill.fail(failure)

@@ -25,7 +25,6 @@ from gup.server.listener import Listener
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
-_COLLECT_AFTER = 20_000
 
 
 class Worker(ChildProcess):
@@ -75,7 +74,6 @@ class Worker(ChildProcess):
 
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again
-        gc.set_threshold(_COLLECT_AFTER)
         self._listener.start()
         self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())

@@ -104,7 +104,7 @@ async def _commit_left(root: Path, upstream: ScriptedUpstream) -> None:
     async with working(root, [upstream.url]) as worker:
         store = worker.dependencies.store
 
-        def dies(record: Record) -> bool:
+        def dies(record: Record, **_named: object) -> bool:
             store.save(record)
             raise asyncio.CancelledError
 
