@@ -20,6 +20,8 @@ MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Controls, line ends, and what UTF-8 can't encode."""
+_FIT = re.compile(r"(?:[!-\-0-~][ -.0-~]{0,239}/){4}[!-\-0-~][ -.0-~]{0,239}")
+"""Keys in ASCII that need no closer look."""
 
 FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
 _DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
@@ -83,6 +85,8 @@ class ContentKey:
     file: str
 
     def __post_init__(self) -> None:
+        if _FIT.fullmatch(self.text):
+            return
         for part in (self.version, self.language, self.stream, self.revision, self.file):
             if not part:
                 why = "it is empty"
@@ -95,6 +99,9 @@ class ContentKey:
             else:
                 continue
             raise BadKeyError(f"not a content key: its part {part!r:.80} is wrong: {why}")
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def variant(self) -> Variant:

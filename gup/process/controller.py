@@ -106,6 +106,7 @@ class Controller(ChildProcess):
             self._catalogues.keep(),
             self._durability.run(),
             self._warn(),
+            asyncio.to_thread(self.store.note_occupied),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
         await self.handle_messages()
