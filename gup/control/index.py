@@ -164,6 +164,8 @@ BUSY_SECONDS = 5.0
 """Time limit for another process's lock."""
 _READ_AT_ONCE = 200
 _UNLIMITED_BYTES = 1 << 62
+_CACHED_PAGES = 256
+"""Of 4 KiB. diskcache's 8192 pages would be a third of what 100,000 entries cost; rows are read once."""
 _REFUSALS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY}
 """Errors of the disk or of another process, not of the file."""
 
@@ -300,6 +302,7 @@ class IndexFile:
             size_limit=_UNLIMITED_BYTES,
             statistics=0,
             tag_index=0,
+            sqlite_cache_size=_CACHED_PAGES,
             sqlite_mmap_size=0,  # a damaged or truncated file is an error to handle, not a SIGBUS
         )
 
