@@ -47,6 +47,7 @@ def _create(path: Path) -> str:
         return text
 
 
+@lru_cache(maxsize=4096)
 def is_name(text: str) -> bool:
     """Whether `text` is a client's name: a well-formed address, or a hash."""
     try:

@@ -68,4 +68,4 @@ def shown(value: object) -> str:
 
 def plain_text(given: str, most: int) -> str:
     """`given` as a model accepts it: cut to `most` characters, and what UTF-8 can't encode as an escape."""
-    return given.encode(errors="backslashreplace").decode()[:most]
+    return (given if given.isascii() else given.encode(errors="backslashreplace").decode())[:most]

@@ -48,6 +48,7 @@ class DeltaStep(NamedTuple):
     to_revision: str
 
 
+@lru_cache(maxsize=4096)
 def delta_step(file: str) -> DeltaStep | None:
     """From the file name; None when it names no delta. The folder is ambiguous (FIELD)."""
     found = _DELTA.fullmatch(file)

@@ -218,7 +218,7 @@ class AlarmCollector:
             yield "damage", "", f"damage was found in the store {damage} times within the last hour"
 
     def _of_content(self) -> Findings:
-        state, held = self._state, self._state.index.newest_held()
+        state, held = self._state, self._state.index.rows.newest_held()
         for row in state.rejections():
             yield "bad-content", row.key, f"{row.upstream} has no usable {row.key}: {row.detail}"
         unsure = (failure for failure in state.failures if failure.problem == "upstream-unsure-end")

@@ -4,6 +4,7 @@ Events may be lost (a full queue) or doubled: reconciling must be able to correc
 them. They are checked like any input, since any process that may write to the socket may send anything.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
@@ -81,6 +82,7 @@ Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
 """Text that clients state may be of any length and content."""
 Path = Annotated[str, Strict(), AfterValidator(_leads)]
 """The path that upstream is asked for the body called `key`, an earlier member."""
+PathIfAny = Annotated[str, Strict(), AfterValidator(lambda path, info: path and _leads(path, info))]
 Detail = Annotated[str, Strict(), _cut(MAX_DATAGRAM_BYTES), AfterValidator(quoted)]
 
 
@@ -140,7 +142,7 @@ class Committed(_Event):
     length: Count
     kind: Kind
     replaced: StrictBool = False
-    path: Path | Literal[""] = ""
+    path: PathIfAny = ""
     upstream: Stated = ""
     resumes: Count = 0
     seconds: Moment = 0.0
@@ -231,6 +233,8 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="t
 
 def parse_event(datagram: bytes) -> Event:
     """The event in a datagram; InvalidError when it is malformed."""
+    with contextlib.suppress(ValidationError):  # nearly every one is right: half the cost of what follows
+        return _EVENT.validate_json(datagram)
     members = parse(datagram, "event", MAX_DATAGRAM_BYTES)
     try:
         return _EVENT.validate_python(members)

@@ -4,18 +4,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Literal
 
 import aiofiles.os
 
 from gup.cache.store import Part, Store
 from gup.config import Cache
-from gup.content.key import ContentKey, Kind
+from gup.content.key import ContentKey
 from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
-from gup.control.index import Index, Row, Stream
+from gup.control.entry_table import EntryTable, Row
+from gup.control.index import Index
 from gup.errors import GupError
 from gup.units import format_size
 
@@ -64,15 +65,14 @@ class Eviction:
 
 
 def plan_evictions(
-    entries: Sequence[Row], disk: DiskUsage, limits: Cache, now: float, *, need: int = 0, refused: int = 0
+    entries: EntryTable, disk: DiskUsage, limits: Cache, now: float, *, need: int = 0, refused: int = 0
 ) -> list[Eviction]:
-    """What to evict, in this order. Limits of 0 on age and revisions are none.
+    """What to evict, in this order; at most some thousand. Limits of 0 on age and revisions are none.
 
-    `need` is room that workers ask for on top, in bytes; more than `max_size` counts as none, since evicting
-    everything would not help. `refused` bytes are freed however much is free: the disk refused a write,
-    because of a quota or for lack of inodes.
+    It looks at what it evicts, not at all entries. `need` is room that workers ask for on top, in bytes; more
+    than `max_size` counts as none, since evicting everything would not help. `refused` bytes are freed
+    however much is free: the disk refused a write, because of a quota or for lack of inodes.
     """
-    newest, expendable = _revisions(entries, limits.keep_revisions)
     plan: list[Eviction] = []
     spare: list[Eviction] = []
     for part in sorted(disk.parts, key=lambda part: part.modified_at):
@@ -82,21 +82,24 @@ def plan_evictions(
                 plan.append(eviction)
             elif part.size_bytes and not _is_whole(part):
                 spare.append(eviction)
-    for row in _by_worth(entries, newest):
-        if row.key in expendable:
-            plan.append(Eviction(row.key, "revision", row.length_bytes))
-        elif limits.max_unused and now - row.used_at > limits.max_unused:
-            plan.append(Eviction(row.key, "unused", row.length_bytes))
-        else:
-            spare.append(Eviction(row.key, "size", row.length_bytes))
+    due: dict[str, Eviction] = {}
+    beyond = entries.beyond(limits.keep_revisions) if limits.keep_revisions else iter(())
+    unused = entries.unused_since(now - limits.max_unused) if limits.max_unused else iter(())
+    whys: tuple[tuple[Iterator[Row], Reason], ...] = ((beyond, "revision"), (unused, "unused"))
+    for rows, reason in whys:
+        for row in islice(rows, _MOST_PLANNED):
+            due.setdefault(row.key, Eviction(row.key, reason, row.length_bytes))
+    plan += due.values()
     freed = sum(eviction.size_bytes for eviction in plan)
     need = need if need <= limits.max_size else 0
-    total = sum(row.length_bytes for row in entries) + disk.parts_bytes
-    too_big = total + need - limits.max_size - freed
+    too_big = disk.size_bytes + need - limits.max_size - freed
     too_little = max(limits.min_free + need - disk.free_bytes, refused) - freed
-    for eviction in spare:
-        if too_big <= 0 and too_little <= 0:
+    of_entries = (Eviction(row.key, "size", row.length_bytes) for row in entries.by_worth())
+    for eviction in chain(spare, of_entries):
+        if (too_big <= 0 and too_little <= 0) or len(plan) >= _MOST_PLANNED:
             break
+        if eviction.key in due:
+            continue
         free = too_big <= 0 and eviction.part is None
         plan.append(replace(eviction, reason="free") if free else eviction)
         too_big -= eviction.size_bytes
@@ -111,37 +114,10 @@ def _is_whole(part: Part) -> bool:
     return (part.generation, part.size_bytes) == (state.generation, state.head.length)
 
 
-def _revisions(entries: Iterable[Row], keep: int) -> tuple[dict[Stream, str], set[str]]:
-    """The newest revision of each stream, and the keys of revisions beyond the `keep` newest."""
-    by_stream: dict[Stream, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in entries:
-        if (revision := row.content_revision) is not None:
-            by_stream[row.stream_id][revision].append(row.key)
-    expendable: set[str] = set()
-    for keys_of in by_stream.values() if keep else ():
-        for revision in sorted(keys_of, reverse=True)[keep:]:  # equal length: text order is number order
-            expendable.update(keys_of[revision])
-    return {stream: max(keys_of) for stream, keys_of in by_stream.items()}, expendable
-
-
-def _by_worth(rows: Iterable[Row], newest: dict[Stream, str]) -> list[Row]:
-    """The unpinned, the least valuable first: superseded deltas, superseded fulls, all else, index files."""
-
-    def rank(row: Row) -> tuple[int, float]:
-        revision = row.content_revision
-        if row.kind is Kind.INDEX:
-            return 3, row.used_at
-        if revision is None or revision == newest[row.stream_id]:
-            return 2, row.used_at
-        return (0 if row.kind is Kind.DELTA else 1), row.used_at
-
-    return sorted((row for row in rows if not row.pinned), key=rank)
-
-
 _BATCH = 64
-_REST_SECONDS = 0.05
-_REST_FACTOR = 20
-"""Pause after a plan, as a multiple of its duration: with 1e5 entries a plan takes some 0.3 s."""
+_MOST_PLANNED = 1000
+_REST_SECONDS = 0.5
+"""Pause after a run, unless the store is too large or a worker asks for room."""
 _RECENT_SECONDS = 86400.0
 
 
@@ -152,11 +128,11 @@ class Evictor:
         self,
         dependencies: ControlDependencies,
         index: Index,
-        now: Callable[[Iterable[float]], float],
+        now: Callable[[], float],
         on_removed: Callable[[str, str], None] = lambda _key, _why: None,
     ) -> None:
-        """`now` returns the time (Unix seconds) that ages are measured from, given all last uses.
-        `on_removed` is told each entry's key, and why it was removed.
+        """`now` returns the time (Unix seconds) that ages are measured from. `on_removed` is told each
+        entry's key, and why it was removed.
         """
         self._dependencies = dependencies
         self._store = dependencies.store
@@ -178,7 +154,8 @@ class Evictor:
         """Something was committed: check the limits soon, at once when they are exceeded."""
         self._due.set()
         self._tell(self._disk)
-        if self._index.total_bytes + self._disk.parts_bytes > self._dependencies.settings().cache.max_size:
+        held_bytes = self._index.rows.total_bytes + self._disk.parts_bytes
+        if held_bytes > self._dependencies.settings().cache.max_size:
             self._urgent.set()
 
     def need(self, size_bytes: int, *, refused: bool = False) -> None:
@@ -201,16 +178,14 @@ class Evictor:
             await _wait(self._due, interval_seconds)
             self._due.clear()
             self._urgent.clear()
-            begun = time.monotonic()
             try:
                 await self.evict()
             except OSError as error:
                 _log.warning("eviction could not finish: %s", error)
-            rest = max(_REST_SECONDS, _REST_FACTOR * (time.monotonic() - begun))
-            await _wait(self._urgent, min(rest, interval_seconds))
+            await _wait(self._urgent, min(_REST_SECONDS, interval_seconds))
 
     async def measure(self) -> DiskUsage:
-        entries_bytes = self._index.total_bytes
+        entries_bytes = self._index.rows.total_bytes
         figures = await aiofiles.os.statvfs(self._store.root)
         parts = await asyncio.to_thread(self._store.parts)
         return DiskUsage(tuple(parts), figures.f_bavail * figures.f_frsize, entries_bytes)
@@ -222,22 +197,23 @@ class Evictor:
                 return []
             need, self._need_bytes = self._need_bytes, 0
             refused, self._refused_bytes = self._refused_bytes, 0
-            rows = list(self._index.rows.values())  # before the measuring, see DiskUsage
-            disk = await self.measure()
-            promised = self._dependencies.promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes
-            limits, need = self._dependencies.settings().cache, max(need, promised)
-
-            def planned() -> list[Eviction]:
-                now = self._now(row.used_at for row in rows)
-                return plan_evictions(rows, disk, limits, now, need=need, refused=refused)
-
-            plan = await asyncio.to_thread(planned)
-            done: list[Eviction] = []
-            for at in range(0, len(plan), _BATCH):
-                if self._stopped:
+            disk, done = await self.measure(), list[Eviction]()
+            while True:
+                promised = self._dependencies.promised_bytes() - disk.parts_bytes + disk.idle_parts_bytes
+                room = {"need": max(need, promised), "refused": refused}
+                plan = plan_evictions(
+                    self._index.rows, disk, self._dependencies.settings().cache, self._now(), **room
+                )
+                removed: list[Eviction] = []
+                for at in range(0, len(plan), _BATCH):
+                    if not self._stopped:
+                        removed += await self._remove(plan[at : at + _BATCH])
+                done += removed
+                refused -= sum(eviction.size_bytes for eviction in removed)
+                disk = await self.measure() if removed else disk
+                if len(plan) < _MOST_PLANNED or not removed:
                     break
-                done += await self._remove(plan[at : at + _BATCH])
-            self._tell(await self.measure() if done else disk)
+            self._tell(disk)
             return done
 
     async def _remove(self, plan: Sequence[Eviction]) -> list[Eviction]:
@@ -253,7 +229,7 @@ class Evictor:
             if eviction.part is None:
                 row = self._index.rows.get(eviction.key)
                 if row is not None and row.hits and eviction.reason in ("size", "free"):
-                    self.recent_evicted += self._now((row.used_at,)) - row.used_at < _RECENT_SECONDS
+                    self.recent_evicted += self._now() - row.used_at < _RECENT_SECONDS
                 self._index.discard(eviction.key)
                 self._on_removed(eviction.key, f"evicted ({eviction.reason})")
             counters.add("gup_evictions_total", reason=eviction.reason)
@@ -314,7 +290,7 @@ class Evictor:
     def _tell(self, disk: DiskUsage) -> None:
         self._disk = disk
         if self._index.complete:
-            self._dependencies.set_store_bytes(self._index.total_bytes + disk.idle_parts_bytes)
+            self._dependencies.set_store_bytes(self._index.rows.total_bytes + disk.idle_parts_bytes)
 
 
 def remove_part(store: Store, part: Part) -> bool:
@@ -372,13 +348,13 @@ class AgeClock:
         self._begun = False
         self._doubted_since: float | None = None
 
-    def begin(self, uses: Iterable[float]) -> None:
-        """At the first call: start from the last uses of all that is stored, which show the earlier time."""
+    def begin(self, last_use_before: Callable[[float], float | None]) -> None:
+        """At the first call: start from the last use of all that is stored, which shows the earlier time."""
         if self._begun:
             return
         self._begun = True
-        last = max((used for used in uses if used < self._made_at), default=self._made_at)
-        if self._made_at - last > GAP_SECONDS:
+        last = last_use_before(self._made_at)
+        if last is not None and self._made_at - last > GAP_SECONDS:
             self._offset = last - self._steady()
 
     def __call__(self) -> float:

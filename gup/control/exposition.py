@@ -153,7 +153,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         label = state.label(stream)
         storms[label] = storm or storms.get(label, False)
     newest = {
-        "held": newest_times(state.index.newest_held(), state.label),
+        "held": newest_times(state.index.rows.newest_held(), state.label),
         "requested": newest_times(state.traffic.newest(), state.label),
     }
     limits = {"upstream": dependencies.wan_rate(), "client": settings.clients.rate}

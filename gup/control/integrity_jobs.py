@@ -87,7 +87,7 @@ class Scrubber:
             ended_at=now.ended_at if not now.running and now.ended_at else None,
             next_at=now.began_at + settings.scrub_interval if waits else None,
             entries=len(self._index.rows),
-            entries_bytes=self._index.total_bytes,
+            entries_bytes=self._index.rows.total_bytes,
             **now.model_dump(include={"checked", "checked_bytes", "damaged", "mended"}),
         )
 
@@ -109,7 +109,7 @@ class Scrubber:
     async def _go_through(self) -> None:
         """Read the bodies that this pass has not read, while scrubbing is on."""
         self._paid_until, now = time.monotonic(), self._pass
-        while rows := self._index.page("key", 1, after=(0, now.after)):
+        while rows := self._index.rows.page("key", 1, after=(0, now.after)):
             if self._dependencies.settings().cache.scrub_rate <= 0:
                 return
             try:

@@ -21,8 +21,9 @@ from gup.content.catalog import CLIENT_PATCHES, OTHER
 from gup.content.key import ContentKey, Folder, Kind, Named, Variant, named
 from gup.content.routes import Route, Routes, delta_path, parse_target, spelled_moniker
 from gup.control.dependencies import ControlDependencies
+from gup.control.entry_table import Stream, stream_of
 from gup.control.events import Key, Path
-from gup.control.index import Index, Stream, stream_of
+from gup.control.index import Index
 from gup.control.traffic import LatestStreams
 from gup.errors import GupError, Problem
 from gup.jsonmodel import Count, Time, plain_text
@@ -199,8 +200,10 @@ class Revisions:
         revision is newer than any before, or one that no client of the site was known to have.
         """
         known = self.streams.met(stream)
-        known.moniker = moniker or known.moniker
-        known.folder = named.folder or known.folder
+        if moniker and moniker != known.moniker:
+            known.moniker = moniker
+        if named.folder and named.folder is not known.folder:
+            known.folder = named.folder
         news = any(name and name not in known.seen for name in (named.revision, named.from_revision))
         if named.revision > known.newest:
             known.newest, known.announced_at = named.revision, now

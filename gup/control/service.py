@@ -19,9 +19,9 @@ from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, proble
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.eviction import AgeClock
-from gup.control.index import reconcile
 from gup.control.page import live
 from gup.control.prefetch import LANES
+from gup.control.reconcile import reconcile
 from gup.control.state import ControlState
 from gup.errors import GupError
 

@@ -14,6 +14,7 @@ from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
 from gup.control.dependencies import ControlDependencies, change
+from gup.control.entry_table import Stream, make_row
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
     Begun,
@@ -31,7 +32,7 @@ from gup.control.events import (
     parse_event,
 )
 from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
-from gup.control.index import Index, Stream, make_row
+from gup.control.index import Index
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
@@ -171,11 +172,12 @@ class ControlState:
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
-        self.traffic = Traffic(self.index, clock)
+        self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
-        self.reports = Reports(dependencies, self.database, clock, self._age_clock, self.index.newest_held)
+        held = self.index.rows.newest_held
+        self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)
         self.history = Recorder(dependencies, self.database, clock)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
@@ -195,9 +197,9 @@ class ControlState:
     def settings(self) -> Settings:
         return self.dependencies.settings()
 
-    def _age_now(self, uses: Iterable[float]) -> float:
+    def _age_now(self) -> float:
         if self._ages is not None:
-            self._ages.begin(uses)
+            self._ages.begin(self.index.rows.last_use_before)
         return self._age_clock()
 
     # --- events
@@ -316,7 +318,7 @@ class ControlState:
 
     async def meter(self) -> None:
         """To be called once a second."""
-        self.history.look(self.index.total_bytes)
+        self.history.look(self.index.rows.total_bytes)
 
     # --- display
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 from gup.content.key import ContentKey, Kind, named
-from gup.control.index import Index, Stream, stream_of
+from gup.control.entry_table import EntryTable, Stream, stream_of
 from gup.metrics import MAX_STREAMS
 
 _log = logging.getLogger("gup.control.traffic")
@@ -120,8 +120,8 @@ class Storm(NamedTuple):
 class Traffic:
     """Demand and storms by stream, from every request for content."""
 
-    def __init__(self, index: Index, clock: Callable[[], float]) -> None:
-        self._index = index
+    def __init__(self, rows: EntryTable, clock: Callable[[], float]) -> None:
+        self._rows = rows
         self._clock = clock
         self._streams = LatestStreams(lambda _: _Asked())
 
@@ -167,7 +167,7 @@ class Traffic:
         for stream, asked in self._streams.items():
             asked.turn(now)
             fulls, name = asked.fulls.total(), "/".join(stream)
-            if fulls >= FULLS and fulls > asked.deltas and self._index.deltas(stream)[0]:
+            if fulls >= FULLS and fulls > asked.deltas and self._rows.deltas(stream)[0]:
                 asked.last = now
                 if asked.since is None:
                     asked.since = now
@@ -189,8 +189,8 @@ class Traffic:
         ]
 
     def _storm(self, stream: Stream, asked: _Asked, since: float) -> Storm:
-        fulls, addresses, (deltas, delta_bytes) = asked.fulls, asked.addresses, self._index.deltas(stream)
-        rows = {key: self._index.rows.get(key) for key in fulls}
+        fulls, addresses, (deltas, delta_bytes) = asked.fulls, asked.addresses, self._rows.deltas(stream)
+        rows = {key: self._rows.get(key) for key in fulls}
         lengths = {key: row.length_bytes if row is not None else 0 for key, row in rows.items()}
         return Storm(
             stream,

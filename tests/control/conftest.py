@@ -26,6 +26,7 @@ from gup.content.key import ContentKey, Kind, Variant
 from gup.content.routes import Route
 from gup.control.auth import local_path, make_local_token
 from gup.control.dependencies import ControlDependencies, Reload
+from gup.control.entry_table import EntryTable
 from gup.control.service import Control
 from gup.errors import Problem
 from gup.metrics import Counters, layout
@@ -247,7 +248,10 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         }
     )
     counters = private_counters(["manager"])
-    with blockbuster_ctx("gup.control"):  # what the control plane calls on the loop; tests may block
+    with blockbuster_ctx("gup.control") as watch:  # what it calls on the loop; tests may block
+        for name, function in watch.functions.items():
+            if name.startswith("sqlite3."):  # a database in memory
+                function.can_block_in("gup/control/entry_table.py", set(vars(EntryTable)))
         yield World(
             tmp_path, store, claims, worker_claims, worker_store, counters, settings, sender, receiver
         )

@@ -62,7 +62,7 @@ class Collector(AlarmCollector):
             ),
             unstored=known.unstored,
             evictor=SimpleNamespace(recent_evicted=0),
-            index=SimpleNamespace(newest_held=lambda: {STREAM: "260102001"}),
+            index=SimpleNamespace(rows=SimpleNamespace(newest_held=lambda: {STREAM: "260102001"})),
             traffic=SimpleNamespace(storms=lambda: known.storms, unmet=lambda: known.unmet),
             label=lambda stream: ("Definitions", stream[2]),
             history=SimpleNamespace(wan=SimpleNamespace(bytes_per_second=lambda: known.wan_used)),

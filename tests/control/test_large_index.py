@@ -1,13 +1,14 @@
 """A large store and many clients: what is done each second looks at none of them one by one."""
 
 import pytest
+from control.calls import limited
 
 from gup.content.key import ContentKey, Kind
 from gup.control.alarms import AlarmCollector
 from gup.control.api.entries import Listing, labels_of, page_of
 from gup.control.api.status import status
+from gup.control.entry_table import EntryTable, Row
 from gup.control.exposition import gauges
-from gup.control.index import Row
 from gup.control.state import ControlState
 
 ROWS, CLIENTS = 20_000, 20_000
@@ -18,7 +19,7 @@ def row(number: int) -> Row:
     stream, revision = MONIKERS[number % 50], f"26{number // 500:07d}"
     file = f"xdelta{number % 500:09d}_To_{revision}.dax"
     key = f"any/any/{stream}/{revision}/{file}"
-    return Row(key, "any", "any", stream, revision, file, Kind.DELTA, 1000, 1.0, 1.0 + number)
+    return Row(key, Kind.DELTA, 1000, 1.0, 1.0 + number)
 
 
 @pytest.fixture
@@ -38,18 +39,22 @@ async def plane(world):
     await made.index.close()
 
 
-class Untouched(dict):
-    """Rows that may be looked up, and not be gone through."""
+@pytest.fixture
+def read(monkeypatch):
+    """The rows that are read from the table, one by one."""
+    rows, really = [], EntryTable._rows
 
-    def _refuse(self, *_arguments):
-        raise AssertionError("all rows are gone through on the loop")
+    def counted(table, found):
+        for one in really(table, found):
+            rows.append(one)
+            yield one
 
-    __iter__ = keys = values = items = _refuse
+    monkeypatch.setattr(EntryTable, "_rows", counted)
+    return rows
 
 
-async def test_what_is_done_each_second_goes_through_no_rows(plane):
+async def test_what_is_done_each_second_goes_through_no_rows(plane, read):
     """A storm stands, and the metrics are read; it took 0.3 s of the loop."""
-    plane.index.rows = Untouched(plane.index.rows)
     watch = AlarmCollector(plane)
     await watch.look()
     (storm,) = plane.traffic.storms()
@@ -57,11 +62,22 @@ async def test_what_is_done_each_second_goes_through_no_rows(plane):
     await plane.meter()
     await gauges(plane, plane.dependencies.totals())
     await status(plane)
+    assert len(read) <= 1, "the row of the full package that the storm is about"
+
+
+async def test_an_eviction_looks_at_no_rows_but_those_that_it_removes(plane, read, world):
+    plane.index.complete = True
+    world.settings = limited(world.settings, max_size=ROWS * 1000, keep_revisions=0)
+    assert await plane.evictor.evict() == []
+    assert len(read) <= 1
+    world.settings = limited(world.settings, max_size=(ROWS - 70) * 1000)
+    assert len(await plane.evictor.evict()) == 70
+    assert len(read) < 4 * 70
 
 
 @pytest.mark.parametrize("order", ["name", "-name", "key", "used"])
-async def test_a_page_of_the_list_goes_through_no_rows_but_those_of_its_streams(plane, order):
-    plane.index.rows = Untouched(plane.index.rows)
+async def test_a_page_of_the_list_goes_through_no_rows_but_those_of_its_streams(plane, read, order):
     query = Listing.model_validate({"order": order, "limit": 10})
-    page = await page_of(plane.index, query, labels_of(plane), plane.clock())
+    page = await page_of(plane.index.rows, query, labels_of(plane), plane.clock())
     assert (len(page.entries), page.matching, page.cursor is None) == (10, ROWS, False)
+    assert len(read) <= (ROWS / len(MONIKERS) if order.endswith("name") else 11)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
-from gup.control.index import make_row
+from gup.control.entry_table import make_row
 from gup.control.page import view
 from gup.control.page.live import MAX_LISTENERS, Page
 from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings

@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,8 @@ class Site:
         self.now, self.deltas = 0.0, (2, 4)
         lengths = {FULL.text: 100, OTHER_FULL.text: 50}
         rows = {key: SimpleNamespace(length_bytes=length) for key, length in lengths.items()}
-        index = SimpleNamespace(rows=rows, deltas=lambda _stream: self.deltas)
-        self.traffic = Traffic(index, lambda: self.now)
+        table: Any = SimpleNamespace(get=rows.get, deltas=lambda _stream: self.deltas)
+        self.traffic = Traffic(table, lambda: self.now)
         self.sent = self.traffic.sent
 
     def storm(self, now: float) -> bool:

@@ -101,7 +101,7 @@ async def space_of(worker: Worker, max_size: int) -> Evictor:
     )
     index = Index(dependencies.store.index, lambda: None, lambda _refusal: None)
     await reconcile(dependencies, index, time.time())
-    return Evictor(dependencies, index, lambda _uses: time.time())
+    return Evictor(dependencies, index, time.time)
 
 
 async def _recover(worker: Worker, crash: Crash) -> None:

@@ -22,7 +22,8 @@ from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route, Routes
 from gup.control.dependencies import change
 from gup.control.eviction import Evictor
-from gup.control.index import Index, reconcile
+from gup.control.index import Index
+from gup.control.reconcile import reconcile
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 from gup.upstream.bandwidth import Turns, Wan

@@ -17,8 +17,8 @@ from gup.content.variant_choice import why_not_for
 from gup.control.api.endpoint import Endpoint
 from gup.control.api.entries import Filter, Labels, labels_of, matching
 from gup.control.api.schemas import Import
+from gup.control.entry_table import Row
 from gup.control.eviction import no_room
-from gup.control.index import Row
 from gup.control.state import ControlState
 
 _log = logging.getLogger("gup.control.archives")
@@ -51,7 +51,8 @@ class Archives:
         if self._exporting.locked():
             raise web.HTTPConflict(text=f"{_EXPORTS_AT_ONCE} exports are in progress; try again later")
         async with self._exporting:
-            rows, label, now = list(state.index.rows.values()), labels_of(state), state.clock()
+            rows = [row async for part in state.index.rows.every() for row in part]
+            label, now = labels_of(state), state.clock()
             keys, not_wanted = await asyncio.to_thread(chosen, rows, query, label, now)
             pieces = written(state.dependencies.store, keys, state.settings.site.name, now, not_wanted)
             response = web.StreamResponse(headers={"Content-Type": TAR})
@@ -130,7 +131,7 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:
-        held = call(lambda: state.index.total_bytes + state.dependencies.promised_bytes())
+        held = call(lambda: state.index.rows.total_bytes + state.dependencies.promised_bytes())
         figures = os.statvfs(state.dependencies.store.root)
         return no_room(length_bytes, held, figures.f_bavail * figures.f_frsize, state.settings.cache)
 

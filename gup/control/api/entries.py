@@ -5,7 +5,6 @@ import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import cached_property
 from heapq import nlargest, nsmallest
 from typing import Annotated, Literal
@@ -18,7 +17,15 @@ from gup.content.key import ContentKey, Kind, delta_step
 from gup.content.languages import parse_language
 from gup.control.api import schemas
 from gup.control.api.endpoint import Count, Endpoint, Request, Seconds, Text
-from gup.control.index import ORDERS, Index, Place, Row, content_revision, row_of, stream_of
+from gup.control.entry_table import (
+    ORDERS,
+    EntryTable,
+    Place,
+    Row,
+    content_revision,
+    row_of,
+    stream_of,
+)
 from gup.control.state import ControlState
 
 _SAFE_NAME = r"^[^./\\\u0000-\u001f\u007f-\u009f\u2028\u2029][^/\\\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
@@ -97,7 +104,8 @@ class Purge(Filter):
 
 async def listing(state: ControlState, query: Listing) -> schemas.Entries:
     """A page of entries."""
-    return await page_of(state.index, query, labels_of(state), state.clock())
+    index = state.index
+    return await page_of(index.rows, query, labels_of(state), state.clock(), complete=index.complete)
 
 
 async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
@@ -128,19 +136,18 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
     """Remove all entries that a filter selects, and their parts; open readers continue."""
     if not query.is_given:
         raise web.HTTPBadRequest(text="give a filter: pattern=* matches everything that is not pinned")
-    rows, label, now = candidates(state.index, query), labels_of(state), state.clock()
-    found = await asyncio.to_thread(matching, rows, query, label, now)
-    chosen = [row for row in found if query.pinned == "1" or not row.pinned]
-    entries, freed_bytes = len(chosen), sum(row.length_bytes for row in chosen)
+    found = await chosen(state.index.rows, query, labels_of(state), state.clock())
+    due = [row for row in found if query.pinned == "1" or not row.pinned]
+    entries, freed_bytes = len(due), sum(row.length_bytes for row in due)
     if query.dry_run == "0":
-        keys = [ContentKey.parse(row.key) for row in chosen]
+        keys = [ContentKey.parse(row.key) for row in due]
         entries, freed_bytes = await state.evictor.purge_all(keys)
     return schemas.PurgedEntries(
         dry_run=query.dry_run == "1",
         entries=entries,
         freed_bytes=freed_bytes,
-        pinned=len(found) - len(chosen),
-        busy=len(chosen) - entries,
+        pinned=len(found) - len(due),
+        busy=len(due) - entries,
     )
 
 
@@ -181,7 +188,9 @@ def labels_of(state: ControlState) -> Labels:
     return lambda stream, file: label_of(stream, file) or Label(state.label(stream)[0], "", "", "")
 
 
-async def page_of(index: Index, query: Listing, label: Labels, now: float) -> schemas.Entries:
+async def page_of(
+    table: EntryTable, query: Listing, label: Labels, now: float, *, complete: bool = True
+) -> schemas.Entries:
     """Without a filter, the cost does not depend on how much is stored."""
     order, descending, after = query.order.removeprefix("-"), query.order[0] == "-", query.cursor
     value, found = ORDERS.get(order, ORDERS["key"]), None
@@ -190,27 +199,25 @@ async def page_of(index: Index, query: Listing, label: Labels, now: float) -> sc
     def place(row: Row) -> Place:
         return value(row), row.key
 
-    def filtered(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        found = matching(rows, query, label, now)
-        rest = [r for r in found if after is None or (place(r) < after if descending else place(r) > after)]
-        return found, [] if order == "name" else first(most, rest, key=place)
-
     if query.is_given:
-        found, rows = await asyncio.to_thread(filtered, candidates(index, query))
+        found = await chosen(table, query, label, now)
     if order == "name":
-        rows = named_page(index, found, query, label)
+        rows = named_page(table, found, query, label)
     elif found is None:
-        rows = index.page(order, most, descending=descending, after=after)
+        rows = table.page(order, most, descending=descending, after=after)
+    else:
+        rest = [r for r in found if after is None or (place(r) < after if descending else place(r) > after)]
+        rows = first(most, rest, key=place)
     page = rows[: query.limit]
     return schemas.Entries(
         entries=[shown(row, label(row.stream_id, row.file)) for row in page],
-        matching=len(index.rows if found is None else found),
+        matching=len(table if found is None else found),
         cursor=place(page[-1]) if len(rows) > len(page) else None,
-        complete=index.complete,
+        complete=complete,
     )
 
 
-def named_page(index: Index, found: list[Row] | None, query: Listing, label: Labels) -> list[Row]:
+def named_page(table: EntryTable, found: list[Row] | None, query: Listing, label: Labels) -> list[Row]:
     """One row more than a page has, of those `found` (None: all), in the order of their labels.
 
     Streams are sorted first, then the rows of those on the page: sorting all rows would take too long.
@@ -235,11 +242,11 @@ def named_page(index: Index, found: list[Row] | None, query: Listing, label: Lab
         key = ContentKey.parse(query.cursor[1])
         last = place(stream_of(key), key.revision, key.file)
     for stream in sorted(
-        index.streams() if found is None else by_stream, key=stream_place, reverse=descending
+        table.streams() if found is None else by_stream, key=stream_place, reverse=descending
     ):
         if last is not None and is_before(stream_place(stream), last[:5]):
             continue
-        of_it = index.of_stream(stream) if found is None else by_stream[stream]
+        of_it = table.of_stream(stream) if found is None else by_stream[stream]
         places = {row.key: place(stream, row.revision, row.file) for row in of_it}
         due = (row for row in of_it if last is None or is_before(last, places[row.key]))
         rows += sorted(due, key=lambda row: places[row.key], reverse=descending)
@@ -248,13 +255,9 @@ def named_page(index: Index, found: list[Row] | None, query: Listing, label: Lab
     return rows[: query.limit + 1]
 
 
-def candidates(index: Index, query: Filter) -> list[Row]:
-    """The rows to filter; to be called on the event loop, where they change."""
-    if query.stream is None:
-        return list(index.rows.values())
-    wanted = query.stream.casefold()
-    streams = [stream for stream in index.streams() if stream[2].casefold() == wanted]
-    return [row for stream in streams for row in index.of_stream(stream)]
+async def chosen(table: EntryTable, query: Filter, label: Labels, now: float) -> list[Row]:
+    """All rows that a filter selects."""
+    return [row async for rows in table.every(query.stream) for row in matching(rows, query, label, now)]
 
 
 def same(wanted: str | None, *found: str) -> bool:
@@ -289,15 +292,17 @@ def matching(rows: Iterable[Row], query: Filter, label: Labels, now: float) -> l
     return [row for row in rows if all(condition(row) for condition in due)]
 
 
+_OF_A_ROW = [name for name in schemas.Entry.model_fields if hasattr(Row, name)]
+
+
 def shown(row: Row, label: Label) -> schemas.Entry:
     step = delta_step(row.file) if row.kind is Kind.DELTA else None
     return schemas.Entry(
-        **asdict(row),
+        **{name: getattr(row, name) for name in _OF_A_ROW},
         product=label.product,
         product_version=label.version or None,
         product_language=label.language or None,
         type=label.type or None,
-        content_revision=row.content_revision,
         from_revision=step.from_revision if step else None,
         to_revision=step.to_revision if step else None,
     )

@@ -77,7 +77,7 @@ def _newest(state: ControlState, query: Order) -> dict[Stream, str]:
     """The newest revision of each stream of a product: of those held, and those that clients were sent."""
     asked = {stream: known.newest for stream, known in state.prefetcher.revisions.streams.items()}
     newest: dict[Stream, str] = {}
-    for revisions in (state.index.newest_held(), state.traffic.newest(), asked):
+    for revisions in (state.index.rows.newest_held(), state.traffic.newest(), asked):
         for stream, revision in revisions.items():
             newest[stream] = max(revision, newest.get(stream, ""))
 

@@ -15,8 +15,8 @@ from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
 from gup.control.api import schemas
 from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
+from gup.control.entry_table import stream_of
 from gup.control.exposition import expose, gauges
-from gup.control.index import stream_of
 from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import shown, sums_of
 

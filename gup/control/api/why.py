@@ -17,7 +17,7 @@ from gup.control.api.endpoint import Endpoint, Request, Text
 from gup.control.api.entries import labels_of, shown
 from gup.control.api.maintenance import prefetch_row
 from gup.control.api.status import fills_under_way
-from gup.control.index import content_revision, row_of, stream_of
+from gup.control.entry_table import content_revision, row_of, stream_of
 from gup.control.state import ControlState
 from gup.errors import Problem
 from gup.units import bytes_in_words, time_in_words
@@ -43,7 +43,7 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
                 text=f"of: {asked!r:.300} is not content that clients can get: {problem.detail}"
             ) from problem
         keys = [route.key(stored) for _, stored in state.dependencies.places(route.stream)]
-        held = (Variant(*stream[:2]) for stream in state.index.streams() if stream[2] == route.stream)
+        held = (Variant(*stream[:2]) for stream in state.index.rows.streams() if stream[2] == route.stream)
         keys += (key for key in map(route.key, held) if key.text in state.index.rows)
         found = dict.fromkeys(keys, route.upstream_path)
     else:

@@ -18,7 +18,7 @@ from gup.content.catalog import Stream
 from gup.content.key import ABSENT, Kind
 from gup.control.api import schemas, statistics
 from gup.control.api.status import status
-from gup.control.index import Row
+from gup.control.entry_table import Row
 from gup.control.state import ControlState
 from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, SPANS, Point, added_up, within
 from gup.units import bytes_in_words
@@ -92,7 +92,8 @@ class Viewer:
         }
 
     async def _held(self) -> dict[str, Any]:
-        return await asyncio.to_thread(holdings, list(self._state.index.rows.values()), self._label)
+        rows = [row async for part in self._state.index.rows.every() for row in part]
+        return await asyncio.to_thread(holdings, rows, self._label)
 
     def _label(self, stream: Stream) -> tuple[str, str, str]:
         """Product, version and language: the catalogue's where it has them, else those of the key."""

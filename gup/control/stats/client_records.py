@@ -24,9 +24,9 @@ from gup.content.key import Kind, delta_step
 from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
+from gup.control.entry_table import content_revision, stream_of
 from gup.control.events import Part, Take, Taken
 from gup.control.eviction import JUMP_SECONDS
-from gup.control.index import content_revision, stream_of
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import prune_days
 from gup.control.traffic import revision_time
