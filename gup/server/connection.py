@@ -27,7 +27,7 @@ from gup.server.request import MAX_HEAD_BYTES, check_begun, parse_head
 from gup.server.response import BROKEN, FINISHED, Response, ResponseWriter
 
 _READ_BYTES = 4096  # heads are short, and memory for more would be taken at every read
-_TURN_BYTES = 1 << 20  # the most one connection sends before others have their turn
+_TURN_BYTES = 2 << 20  # the most one connection sends before others have their turn
 _LINGER_SECONDS = 2.0
 _CRLF = b"\r\n"
 _HEAD_END = b"\r\n\r\n"
@@ -307,8 +307,9 @@ class Connection:
         head = row.head(context.date, context.wall_now, span)
         log.begin_hot(self.peer, row, at)
         self.since = context.now
-        sent = 0
-        if not self._pacers and row.in_page_cache(span, context.now):
+        length = span.stop - span.start
+        sent, offered = 0, min(length, _TURN_BYTES)
+        if not self._pacers and row.in_page_cache(span.start, offered, context.now):
             try:
                 head = head[self._sock.send(head, socket.MSG_MORE) :]
             except (BlockingIOError, InterruptedError):
@@ -319,10 +320,10 @@ class Connection:
             if not head:
                 # An error means a full socket or a failing disk; the next try, in `_write`, finds out which.
                 with contextlib.suppress(OSError):
-                    sent = os.sendfile(self._fd, row.entry.fd, span.start, span.stop - span.start)
+                    sent = os.sendfile(self._fd, row.entry.fd, span.start, offered)
                 log.words[row.sent_at] += sent
                 log.words[row.stream_at] += sent
-                if sent == span.stop - span.start:
+                if sent == length:
                     log.end_hot(self.peer, row, at, span, client, began)
                     if row.download:
                         self._release()
@@ -396,7 +397,7 @@ class Connection:
             self._refuse(stopping())
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
-        """`body_sent` bytes of its body have been sent already."""
+        """`body_sent` bytes of its body have been sent already: the rest when the socket takes more."""
         self._response = response
         self._phase = Phase.SENDING
         self.since = self._context.now
@@ -405,7 +406,10 @@ class Connection:
         self._writer.start(response, body_sent)
         if self._ticket is not None:
             self._ticket.sent_bytes = lambda writer=self._writer: writer.sent_bytes
-        self._write(self._writer)
+        if body_sent:
+            self._watch(self._watched | WRITE)
+        else:
+            self._write(self._writer)
 
     def _write(self, writer: ResponseWriter) -> None:
         context, pacers = self._context, self._pacers

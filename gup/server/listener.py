@@ -20,6 +20,11 @@ from gup.units import format_http_date
 log = logging.getLogger("gup.listener")
 
 _ACCEPTS_A_TURN = 64
+_CROWD = 128
+_CROWD_UNSENT_BYTES = 1 << 20
+"""With more connections than _CROWD, further ones have at most this much in the kernel unsent. Send buffers of 4 MB
+for a thousand downloads exceed what the kernel spends on TCP (tcp_mem), which slows all of them down.
+"""
 _PAUSE_SECONDS = 0.1  # after running out of descriptors, so that open connections can end
 _QUIET_SECONDS = 60.0  # running out is logged again only after this long without it
 _TICK_SECONDS = 0.1
@@ -103,6 +108,8 @@ class Listener:
             sock.close()
             return
         sock.setblocking(False)
+        if len(self._connections) >= _CROWD:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _CROWD_UNSENT_BYTES)
         client = f"{address} {port}" if self._is_shared(address) else client_of(address)
         self._connections.add(Connection(self._context, sock, address, client, self._pacers(client)))
         self._handler.access_log.connected.add(address)

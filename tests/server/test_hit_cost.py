@@ -6,6 +6,7 @@ lookup to the hot path comes by, and changes the figure with a reason.
 
 import asyncio
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -182,6 +183,29 @@ async def test_the_last_hit_of_a_connection_that_takes_it_slowly(plane):
         answer += piece
     assert answer.endswith(b"\r\n\r\n" + plane.body)
     assert b"\r\nConnection: close\r\n" in answer
+    assert plane.sent_bytes - plane.sent_before == len(plane.body)
+
+
+@pytest.mark.parametrize("plane", [5 << 20], indirect=True)
+async def test_system_calls_of_a_large_body(plane, monkeypatch):
+    """Each `sendfile` offers a whole turn, also across chunks, and none is tried that takes nothing."""
+    sendfile, offered = os.sendfile, []
+
+    def noted(out, file, offset, count):
+        sent = sendfile(out, file, offset, count)  # raises if the socket takes nothing
+        offered.append((offset, count, sent))
+        return sent
+
+    monkeypatch.setattr(os, "sendfile", noted)
+    answer = plane.hit(ask())
+    while len(answer) < len(plane.body):
+        answer += _received(plane)
+    assert answer.endswith(b"\r\n\r\n" + plane.body)
+    assert [offset for offset, _, _ in offered] == [0, *itertools.accumulate(s for _, _, s in offered[:-1])]
+    assert all(count == min(2 << 20, len(plane.body) - offset) for offset, count, _ in offered)
+    assert plane.calls["recv"] == 1
+    assert plane.calls["send"] == 1
+    assert plane.calls["epoll_ctl"] == 2  # it waits for the socket once, until the end
     assert plane.sent_bytes - plane.sent_before == len(plane.body)
 
 
