@@ -40,7 +40,7 @@ _FEW_EVENTS = 8  # after fewer, another poll at once is not worth a system call
 _LOOKS = 4  # per turn of the event loop: timers and fills must not wait long
 
 
-def close_by_reset(sock: socket.socket) -> None:
+def close_by_reset(sock: socket.SocketType) -> None:
     """Have `close` send a reset: the client notices at once, and no data stays in the kernel."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -63,8 +63,7 @@ class Poller:
 
     The loop sees one descriptor, readable when any client socket is ready. Sockets in the loop's own selector
     would cost a handle, a key and a context for each event (1 µs of the 7 that a small hit takes) and as much
-    memory for each idle connection. Level-triggered: what was not read or written is reported again. A
-    descriptor must be unwatched before it is closed.
+    memory for each idle connection. Level-triggered: what was not read or written is reported again.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -83,6 +82,10 @@ class Poller:
         else:
             self._epoll.unregister(fd)
             del self._watched[fd]
+
+    def forget(self, fd: int) -> None:
+        """The descriptor is about to be closed, which unregisters it."""
+        self._watched.pop(fd, None)
 
     def close(self) -> None:
         assert not self._watched
@@ -149,7 +152,7 @@ class Connection:
     """`since` is when the present phase last made progress, on the context's coarse clock."""
 
     _context: Context
-    _sock: socket.socket
+    _sock: socket.SocketType
     peer: str
     client: str
     """For fair shares: the address, or this connection alone for addresses in `clients.shared`."""
@@ -168,7 +171,6 @@ class Connection:
     def __post_init__(self) -> None:
         self.since = self._context.now
         self._fd = self._sock.fileno()
-        self._watch(READ)
 
     @property
     def idle(self) -> bool:
@@ -176,6 +178,14 @@ class Connection:
         return self._phase is _READING and not self._pending
 
     # --- reading
+
+    def begin(self) -> None:
+        """Read the first request, which has arrived already as a rule: a client that wants one hit and no more
+        costs the poller nothing.
+        """
+        self._readable()
+        if self._phase is not Phase.CLOSED and not self._eof:
+            self._watch(self._watched | READ)
 
     def on_ready(self, events: int) -> None:
         """The socket is ready. Errors and hang-ups show when it is read or written."""
@@ -505,7 +515,7 @@ class Connection:
             return
         self._log_end(complete=False)
         self._phase = Phase.CLOSED
-        self._watch(0)
+        self._context.poller.forget(self._fd)
         self._release()
         if self._task is not None:
             self._task.cancel()
