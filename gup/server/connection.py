@@ -180,8 +180,8 @@ class Connection:
     # --- reading
 
     def begin(self) -> None:
-        """Read the first request, which has arrived already as a rule: a client that wants one hit and no more
-        costs the poller nothing.
+        """Read the first request, which has arrived already as a rule: then a client that wants no more than
+        one hit costs the poller nothing.
         """
         self._readable()
         if self._phase is not Phase.CLOSED and not self._eof:
