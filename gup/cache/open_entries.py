@@ -81,16 +81,22 @@ class Entry:
     # --- reading
 
     def available(self, offset: int, want: int) -> int:
-        """See Body. Compares a chunk before its first byte is sent, and reads cold ones ahead in a thread."""
+        """See Body. Compares a chunk before its first byte is sent, and reads cold ones ahead in a thread.
+
+        Looks at every chunk of `want`, so it should be no more than is sent at once.
+        """
         chunk = offset // CHUNK_BYTES
         if self._chunks[chunk] == _BAD:
             return CUT
-        if not self._is_ready(chunk, time.monotonic()):
+        now, end = time.monotonic(), min(offset + want, self.record.length)
+        if not self._is_ready(chunk, now):
             self._read_ahead(chunk)
             if chunk + 1 < len(self._chunks) and self._chunks[chunk + 1] == _UNKNOWN:
                 self._read_ahead(chunk + 1)
             return 0
-        return min(want, min((chunk + 1) * CHUNK_BYTES, self.record.length) - offset)
+        while (stop := (chunk + 1) * CHUNK_BYTES) < end and self._is_ready(chunk + 1, now):
+            chunk += 1
+        return min(stop, end) - offset
 
     def _is_ready(self, chunk: int, now: float) -> bool:
         if self._chunks[chunk] != _SOUND:

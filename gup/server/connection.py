@@ -27,7 +27,7 @@ from gup.server.request import MAX_HEAD_BYTES, check_begun, parse_head
 from gup.server.response import BROKEN, FINISHED, Response, ResponseWriter
 
 _READ_BYTES = 4096  # heads are short, and memory for more would be taken at every read
-_TURN_BYTES = 1 << 20  # the most one connection sends before others have their turn
+_TURN_BYTES = 2 << 20  # the most one connection sends before others have their turn
 _LINGER_SECONDS = 2.0
 _CRLF = b"\r\n"
 _HEAD_END = b"\r\n\r\n"
@@ -40,7 +40,7 @@ _FEW_EVENTS = 8  # after fewer, another poll at once is not worth a system call
 _LOOKS = 4  # per turn of the event loop: timers and fills must not wait long
 
 
-def close_by_reset(sock: socket.socket) -> None:
+def close_by_reset(sock: socket.SocketType) -> None:
     """Have `close` send a reset: the client notices at once, and no data stays in the kernel."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -63,8 +63,7 @@ class Poller:
 
     The loop sees one descriptor, readable when any client socket is ready. Sockets in the loop's own selector
     would cost a handle, a key and a context for each event (1 µs of the 7 that a small hit takes) and as much
-    memory for each idle connection. Level-triggered: what was not read or written is reported again. A
-    descriptor must be unwatched before it is closed.
+    memory for each idle connection. Level-triggered: what was not read or written is reported again.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -83,6 +82,10 @@ class Poller:
         else:
             self._epoll.unregister(fd)
             del self._watched[fd]
+
+    def forget(self, fd: int) -> None:
+        """The descriptor is about to be closed, which unregisters it."""
+        self._watched.pop(fd, None)
 
     def close(self) -> None:
         assert not self._watched
@@ -149,7 +152,7 @@ class Connection:
     """`since` is when the present phase last made progress, on the context's coarse clock."""
 
     _context: Context
-    _sock: socket.socket
+    _sock: socket.SocketType
     peer: str
     client: str
     """For fair shares: the address, or this connection alone for addresses in `clients.shared`."""
@@ -168,7 +171,6 @@ class Connection:
     def __post_init__(self) -> None:
         self.since = self._context.now
         self._fd = self._sock.fileno()
-        self._watch(READ)
 
     @property
     def idle(self) -> bool:
@@ -176,6 +178,14 @@ class Connection:
         return self._phase is _READING and not self._pending
 
     # --- reading
+
+    def begin(self) -> None:
+        """Read the first request, which has arrived already as a rule: then a client that wants no more than
+        one hit costs the poller nothing.
+        """
+        self._readable()
+        if self._phase is not Phase.CLOSED and not self._eof:
+            self._watch(self._watched | READ)
 
     def on_ready(self, events: int) -> None:
         """The socket is ready. Errors and hang-ups show when it is read or written."""
@@ -307,8 +317,9 @@ class Connection:
         head = row.head(context.date, context.wall_now, span)
         log.begin_hot(self.peer, row, at)
         self.since = context.now
-        sent = 0
-        if not self._pacers and row.in_page_cache(span, context.now):
+        length = span.stop - span.start
+        sent, offered = 0, min(length, _TURN_BYTES)
+        if not self._pacers and row.in_page_cache(span.start, offered, context.now):
             try:
                 head = head[self._sock.send(head, socket.MSG_MORE) :]
             except (BlockingIOError, InterruptedError):
@@ -319,10 +330,10 @@ class Connection:
             if not head:
                 # An error means a full socket or a failing disk; the next try, in `_write`, finds out which.
                 with contextlib.suppress(OSError):
-                    sent = os.sendfile(self._fd, row.entry.fd, span.start, span.stop - span.start)
+                    sent = os.sendfile(self._fd, row.entry.fd, span.start, offered)
                 log.words[row.sent_at] += sent
                 log.words[row.stream_at] += sent
-                if sent == span.stop - span.start:
+                if sent == length:
                     log.end_hot(self.peer, row, at, span, client, began)
                     if row.download:
                         self._release()
@@ -396,7 +407,7 @@ class Connection:
             self._refuse(stopping())
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
-        """`body_sent` bytes of its body have been sent already."""
+        """`body_sent` bytes of its body have been sent already: the rest when the socket takes more."""
         self._response = response
         self._phase = Phase.SENDING
         self.since = self._context.now
@@ -405,7 +416,10 @@ class Connection:
         self._writer.start(response, body_sent)
         if self._ticket is not None:
             self._ticket.sent_bytes = lambda writer=self._writer: writer.sent_bytes
-        self._write(self._writer)
+        if body_sent:
+            self._watch(self._watched | WRITE)
+        else:
+            self._write(self._writer)
 
     def _write(self, writer: ResponseWriter) -> None:
         context, pacers = self._context, self._pacers
@@ -501,7 +515,7 @@ class Connection:
             return
         self._log_end(complete=False)
         self._phase = Phase.CLOSED
-        self._watch(0)
+        self._context.poller.forget(self._fd)
         self._release()
         if self._task is not None:
             self._task.cancel()

@@ -82,12 +82,11 @@ class HotRow:
             )
         return self._head
 
-    def in_page_cache(self, span: Span, now: float) -> bool:
-        """Whether all of `span` can be sent without waiting for the disk."""
+    def in_page_cache(self, start: int, length: int, now: float) -> bool:
+        """Whether these bytes can be sent without waiting for the disk."""
         if now < self._warm_until:
             return True
-        length = span.stop - span.start
-        if self.entry.available(span.start, length) < length:
+        if self.entry.available(start, length) < length:
             return False
         if self.length <= CHUNK_BYTES:
             self._warm_until = now + _WARM_SECONDS

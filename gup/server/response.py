@@ -259,7 +259,7 @@ class ResponseWriter:
     def end(self) -> None:
         self._response, self._segments = None, ()
 
-    def write(self, sock: socket.socket, most: int) -> int:
+    def write(self, sock: socket.SocketType, most: int) -> int:
         """Send some bytes, at most `most` of the body; returns how many, or WAIT, FINISHED, BROKEN.
 
         BlockingIOError when the socket takes none, another OSError when the client is gone.
@@ -283,12 +283,12 @@ class ResponseWriter:
             else:
                 return FINISHED
 
-    def _write_literal(self, sock: socket.socket, *, more: bool) -> int:
+    def _write_literal(self, sock: socket.SocketType, *, more: bool) -> int:
         done = sock.send(self._literal, socket.MSG_MORE if more else 0)
         self._literal = self._literal[done:]
         return done
 
-    def _write_span(self, sock: socket.socket, response: Response, body: Body, want: int) -> int:
+    def _write_span(self, sock: socket.SocketType, response: Response, body: Body, want: int) -> int:
         available = body.available(self.position, want)
         if available <= 0:
             return BROKEN if available == CUT else WAIT

@@ -90,3 +90,18 @@ def test_small_pieces_are_charged_as_they_are_and_a_pause_gives_one_slice_of_cre
     assert pacer.delay_seconds(1000.0) == 0.0
     pacer.took(pacer.slice_bytes, 1000.0)
     assert pacer.delay_seconds(1000.0) == pytest.approx(0.05)
+
+
+async def test_how_much_each_of_many_connections_has_unsent(serving, monkeypatch):
+    """A crowd's send buffers together would take all the memory that the kernel has for TCP."""
+    monkeypatch.setattr("gup.server.listener._CROWD", 2)
+    async with serving(["http://127.0.0.1:9"]) as plane:
+        with contextlib.ExitStack() as clients:
+            for _ in range(3):
+                clients.enter_context(socket.create_connection(plane.address))
+                plane.listener._accept(plane.listener._sockets[0])
+            unsent = sorted(
+                each._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+                for each in plane.listener._connections
+            )
+    assert unsent == [0, 0, 1 << 20]

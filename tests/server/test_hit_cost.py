@@ -6,6 +6,7 @@ lookup to the hot path comes by, and changes the figure with a reason.
 
 import asyncio
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -70,7 +71,8 @@ class Plane:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.poller._epoll = CountingEpoll(self.poller._epoll, self.calls)
-        data_plane.listener._admit(server, "127.0.0.1", 1)
+        self.listener = data_plane.listener
+        self.listener._admit(server, "127.0.0.1", 1)
         (self.connection,) = data_plane.listener._connections
         self.connection._sock = CountingSocket(server, self.calls)
 
@@ -167,10 +169,22 @@ async def test_the_last_hit_of_a_connection(plane):
     top, _, body = answer.partition(b"\r\n\r\n")
     assert b"\r\nConnection: close" in top
     assert body == plane.body
-    assert plane.calls == {"epoll_wait": 1, "recv": 1, "send": 1, "epoll_ctl": 1, "close": 1, "pread": 1}
+    assert plane.calls == {"epoll_wait": 1, "recv": 1, "send": 1, "close": 1, "pread": 1}
     assert plane.client.recv(1) == b""
     assert plane.hits - plane.hits_before == 1
     assert plane.sent_bytes - plane.sent_before == len(plane.body)
+
+
+@pytest.mark.parametrize("plane", [4096], indirect=True)
+async def test_the_only_hit_of_a_connection(plane):
+    """Its request has arrived before it is accepted: it is answered and closed without the poller."""
+    client, server = socket.socketpair()
+    with client:
+        client.send(ask(fields=b"Connection: close\r\n"))
+        plane.listener._admit(CountingSocket(server, plane.calls), "127.0.0.1", 2)
+        assert client.recv(1 << 20).endswith(b"\r\n\r\n" + plane.body)
+        assert client.recv(1) == b""
+    assert plane.calls == {"setblocking": 1, "fileno": 1, "recv": 1, "send": 1, "close": 1, "pread": 1}
 
 
 @pytest.mark.parametrize("plane", [32768], indirect=True)
@@ -182,6 +196,29 @@ async def test_the_last_hit_of_a_connection_that_takes_it_slowly(plane):
         answer += piece
     assert answer.endswith(b"\r\n\r\n" + plane.body)
     assert b"\r\nConnection: close\r\n" in answer
+    assert plane.sent_bytes - plane.sent_before == len(plane.body)
+
+
+@pytest.mark.parametrize("plane", [5 << 20], indirect=True)
+async def test_system_calls_of_a_large_body(plane, monkeypatch):
+    """Each `sendfile` offers a whole turn, also across chunks, and none is tried that takes nothing."""
+    sendfile, offered = os.sendfile, []
+
+    def noted(out, file, offset, count):
+        sent = sendfile(out, file, offset, count)  # raises if the socket takes nothing
+        offered.append((offset, count, sent))
+        return sent
+
+    monkeypatch.setattr(os, "sendfile", noted)
+    answer = plane.hit(ask())
+    while len(answer) < len(plane.body):
+        answer += _received(plane)
+    assert answer.endswith(b"\r\n\r\n" + plane.body)
+    assert [offset for offset, _, _ in offered] == [0, *itertools.accumulate(s for _, _, s in offered[:-1])]
+    assert all(count == min(2 << 20, len(plane.body) - offset) for offset, count, _ in offered)
+    assert plane.calls["recv"] == 1
+    assert plane.calls["send"] == 1
+    assert plane.calls["epoll_ctl"] == 2  # it waits for the socket once, until the end
     assert plane.sent_bytes - plane.sent_before == len(plane.body)
 
 
