@@ -51,11 +51,13 @@ dashboards: $(VENV)/.installed
 	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
 
 # Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, and a machine that does nothing
-# else. PART is all, warm, herd, scale or cold. Results stay in build/bench.
+# else. PART is all, warm, herd, scale or cold; CELLS
+# chooses among its cells: make bench PART=warm CELLS='10 MB@8, ranges@64'. Results stay in build/bench.
 PART ?= all
 ROUNDS ?= 5
+CELLS ?=
 bench: $(VENV)/.installed
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS) --cells '$(CELLS)'
 
 # The page's pictures in docs/images, from a real run: two minutes.
 pictures: $(VENV)/.installed

@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.clients import RawConnection
 from harness.content import content_path
 
-from bench.measure import Table, median, percentile, verdict
+from bench.measure import Chosen, Table, median, percentile, verdict
 from bench.rig import KIB, MIB, Rig, put, rig
 from bench.servers import GUP, NOPUSH_OFF, NOPUSH_ON, VARNISH, Server
 
@@ -83,16 +83,16 @@ def first_bytes(site: Rig, paths: list[str]) -> Table:
     return table
 
 
-def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
+def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
     del rounds, seconds
     with rig(folder) as site:
         larges, smalls = _put_all(site)
         for server in site.servers:
             _wake(server, site)
         made = []
-        if only in "first byte":
+        if chosen("first byte"):
             made.append(first_bytes(site, smalls))
-        if only in "fill":
+        if chosen("fill"):
             made.append(fills(site, larges))
         return made
 

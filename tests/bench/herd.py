@@ -12,7 +12,7 @@ from harness.processes import until
 from harness.upstreams import Nginx
 
 from bench.link import Passed, Wan
-from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, verdict
+from bench.measure import Chosen, Table, cpu_seconds, machine_busy_seconds, median, verdict
 from bench.rig import put
 from bench.servers import GupCache, NginxCache, Server, VarnishCache
 
@@ -156,8 +156,8 @@ def many_files(folder: Path, rounds: int) -> Table:
     return table
 
 
-def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
+def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
     del seconds
     rounds = min(rounds, 3)
     made = {"one": one_file, "many": many_files}
-    return [make(folder, rounds) for name, make in made.items() if only in name]
+    return [make(folder, rounds) for name, make in made.items() if chosen(name)]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,12 @@ def cpu_seconds(pids: Iterable[int]) -> float:
             times = psutil.Process(pid).cpu_times()
             total += times.user + times.system
     return total
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of this process's children that have ended, such as the load generator."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def resident_bytes(pids: Iterable[int], field: str = "VmRSS") -> int:
@@ -96,6 +103,7 @@ class Run:
     errors: int
     cpu_seconds: float
     """Of all the server's processes."""
+    load_cpu_seconds: float
 
     @property
     def requests_per_second(self) -> float:
@@ -105,10 +113,13 @@ class Run:
     def bytes_per_second(self) -> float:
         return self.sent_bytes / self.seconds
 
-    def cpu_per_answer(self, answer_bytes: int) -> float:
-        """CPU seconds for one answer of so many bytes; of large ones few are whole at the end of a run."""
-        whole = self.requests if answer_bytes < 1 << 22 else self.sent_bytes / answer_bytes
-        return self.cpu_seconds / max(whole, 1e-9)
+    def cpu_per_answer(self) -> float:
+        """Microseconds."""
+        return self.cpu_seconds * 1e6 / max(self.requests, 1)
+
+    def cpu_per_gb(self) -> float:
+        """Milliseconds for 10^9 bytes; of large bodies few are whole at the end of a run."""
+        return self.cpu_seconds * 1e12 / max(self.sent_bytes, 1)
 
 
 def wrk(
@@ -118,17 +129,36 @@ def wrk(
     command = [program("wrk"), "-t2", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s"]
     command += ["-s", str(SCRIPTS / f"{script}.lua"), f"http://127.0.0.1:{server.port}{target}", "--", *words]
     pids = server.pids()
-    before = cpu_seconds(pids)
+    before, load = cpu_seconds(pids), children_cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPTS)
-    spent = cpu_seconds(pids) - before
+    spent, load = cpu_seconds(pids) - before, children_cpu_seconds() - load
     told = _TOLD.search(done.stdout)
     assert told, done.stdout + done.stderr
     requests, size, micros, errors = (int(word) for word in told.groups())
     assert errors == 0, f"{server.name}: {errors} bad answers\n{done.stdout}"
-    return Run(micros / 1e6, requests, size, errors, spent)
+    return Run(micros / 1e6, requests, size, errors, spent, load)
 
 
 # --- tables
+
+
+class Chosen:
+    """The cells asked for: beginnings of names, each with or without `@` and a number of connections."""
+
+    def __init__(self, words: str) -> None:
+        self._words = [word.strip() for word in words.split(",") if word.strip()]
+
+    def __bool__(self) -> bool:
+        return bool(self._words)
+
+    def __call__(self, name: str, connections: int | None = None) -> bool:
+        if not self._words:
+            return True
+        for word in self._words:
+            begins, at, count = word.partition("@")
+            if name.startswith(begins) and (not at or connections is None or int(count) == connections):
+                return True
+        return False
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.clients import RawConnection
@@ -13,7 +13,6 @@ from harness.upstreams import Nginx
 from bench.servers import GupCache, NginxCache, Server, VarnishCache
 
 KIB, MIB = 1 << 10, 1 << 20
-SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB, "100 MiB": 100 * MIB}
 _DELTAS = 28
 _FULLS = 2
 _PIECE_BYTES = 8 * MIB
@@ -25,8 +24,10 @@ def sized_path(size_bytes: int) -> str:
 
 
 def put(tree: Tree, path: str, size_bytes: int) -> str:
-    """A body of random bytes at `path`, written piece by piece."""
+    """A body of random bytes at `path`, written piece by piece unless it is there."""
     file = tree.file(path)
+    if file.exists():
+        return path
     file.parent.mkdir(parents=True, exist_ok=True)
     source = random.Random(path)
     with file.open("wb") as out:
@@ -59,14 +60,17 @@ class Rig:
     tree: Tree
     upstream: Nginx
     servers: list[Server]
+    _warmed: set[str] = field(default_factory=set)
 
     def warm(self, paths: Sequence[str]) -> None:
         """Have every server store every path."""
+        fresh = [path for path in dict.fromkeys(paths) if path not in self._warmed]
+        self._warmed.update(fresh)
         for server in self.servers:
-            for path in dict.fromkeys(paths):
+            for path in fresh:
                 fetch(server.port, path)
             if isinstance(server, GupCache):
-                for name in {path.rpartition("/")[2] for path in paths}:
+                for name in {path.rpartition("/")[2] for path in fresh}:
                     server.service.wait_stored(name)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from harness.service import REPOSITORY
 
-from bench.measure import assemble, save
+from bench.measure import Chosen, assemble, save
 from bench.servers import CORES, PACKAGES, program, versions
 
 PARTS = ("warm", "herd", "scale", "cold")
@@ -45,7 +45,8 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("all", *PARTS), default="all")
-    parser.add_argument("--only", default="", help="only what has this in its name")
+    cells = "only cells whose name begins so, with or without @connections: '10 MB@8, ranges@64'"
+    parser.add_argument("--cells", type=Chosen, default=Chosen(""), help=cells)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "build" / "bench")
@@ -57,13 +58,13 @@ def main() -> None:
         sys.stdout.write(f"--- {part}\n")
         with tempfile.TemporaryDirectory(prefix="gup-bench-") as folder:
             tables = importlib.import_module(f"bench.{part}").run(
-                Path(folder), asked.rounds, asked.seconds, asked.only
+                Path(folder), asked.rounds, asked.seconds, asked.cells
             )
-        if not asked.only:
+        if not asked.cells:
             save(asked.results, part, tables, machine())
         sys.stdout.write("\n" + "\n".join(table.markdown() for table in tables))
         sys.stdout.write(f"\n--- {part} took {time.monotonic() - began:.0f} s\n")
-    if not asked.only:
+    if not asked.cells:
         (asked.results / "results.md").write_text(assemble(asked.results, PARTS))
 
 

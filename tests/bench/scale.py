@@ -1,4 +1,4 @@
-"""How figures grow: idle connections, accepts, entries, a body of 4 GB, scrapes of the metrics."""
+"""How figures grow: idle connections, entries, a body of 4 GB, scrapes of the metrics."""
 
 import contextlib
 import http.client
@@ -18,7 +18,17 @@ from harness.internals import ChunkSums, Head, Record, Routes, Store, Variant
 from harness.processes import free_port, until
 
 from bench.cold import cold_get
-from bench.measure import Run, Table, cpu_seconds, every, forget_peaks, median, resident_bytes, verdict, wrk
+from bench.measure import (
+    Chosen,
+    Table,
+    cpu_seconds,
+    every,
+    forget_peaks,
+    median,
+    resident_bytes,
+    verdict,
+    wrk,
+)
 from bench.rig import KIB, Rig, fetch, put, rig, sized_path
 from bench.servers import GupCache, Server
 
@@ -78,24 +88,6 @@ def idle(folder: Path, rounds: int, seconds: float) -> Table:
                 f"{rates[1]:,.0f}/s",
                 verdict(rates[1] / rates[0], 0.95) if ours else f"{rates[1] / rates[0]:.2f}",
             )
-    return table
-
-
-def accepts(folder: Path, rounds: int, seconds: float) -> Table:
-    table = Table(
-        "Accepts: a connection for each request of 4 KiB", ["server", "connections/s", "CPU for each"]
-    )
-    found: dict[str, list[Run]] = {}
-    with rig(folder / "accepts") as site:
-        path = put(site.tree, sized_path(ENTRY_BYTES), ENTRY_BYTES)
-        site.warm([path])
-        for _ in range(rounds):
-            for server in site.servers:
-                found.setdefault(server.name, []).append(wrk(server, path, 64, seconds, "closing"))
-    for name, runs in found.items():
-        rate = median([run.requests_per_second for run in runs])
-        cpu = median([run.cpu_seconds / run.requests for run in runs]) * 1e6
-        table.add(name, f"{rate:,.0f}", f"{cpu:.1f} µs")
     return table
 
 
@@ -293,8 +285,8 @@ def _big_row(server: Server, path: str) -> list[str]:
     ]
 
 
-PIECES = {"idle": idle, "accepts": accepts, "scrape": scrape, "entries": entries, "big": big}
+PIECES = {"idle": idle, "scrape": scrape, "entries": entries, "big": big}
 
 
-def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
-    return [make(folder, rounds, seconds) for name, make in PIECES.items() if only in name]
+def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
+    return [make(folder, rounds, seconds) for name, make in PIECES.items() if chosen(name)]

@@ -30,16 +30,17 @@ def program(name: str) -> str:
 
 
 class Server:
-    """A running cache: one process with children."""
+    """A running cache: one process with children. What it says goes to `log`."""
 
-    def __init__(self, name: str, port: int, command: list[str]) -> None:
+    def __init__(self, name: str, port: int, command: list[str], log: Path) -> None:
         self.name = name
         self.port = port
-        self._process = subprocess.Popen(
-            command, env=environment(name), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        with log.open("wb") as said:
+            self._process = subprocess.Popen(
+                command, env=environment(name), stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
         until(lambda: listens(("127.0.0.1", port)) or self._process.poll() is not None, f"{name} listens", 15)
-        assert self._process.poll() is None, f"{name} did not start: {command}"
+        assert self._process.poll() is None, f"{name} did not start: {command}\n{log.read_text()}"
 
     def pids(self) -> list[int]:
         top = psutil.Process(self._process.pid)
@@ -114,7 +115,7 @@ class NginxCache(Server):
         text = _NGINX.format(cores=CORES, prefix=prefix, port=port, upstream=upstream_port, nopush=push)
         config.write_text(text)
         command = [program("nginx"), "-p", str(prefix), "-c", str(config), "-e", str(prefix / "error.log")]
-        super().__init__(NOPUSH_ON if nopush else NOPUSH_OFF, port, command)
+        super().__init__(NOPUSH_ON if nopush else NOPUSH_OFF, port, command, prefix / "said.log")
 
 
 _VCL = """\
@@ -136,7 +137,7 @@ class VarnishCache(Server):
         command = [program("varnishd"), "-F", "-j", "none", "-n", str(prefix / "work"), "-f", str(vcl)]
         command += ["-a", f"127.0.0.1:{port}", "-s", "malloc,3G"]
         command += [word for name, value in tuning.items() for word in ("-p", f"{name}={value}")]
-        super().__init__(VARNISH, port, command)
+        super().__init__(VARNISH, port, command, prefix / "said.log")
 
 
 _SETTINGS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0", "GUP_LOG__ACCESS": "off"}
