@@ -146,10 +146,8 @@ class Chosen:
     """The cells asked for: beginnings of names, each with or without `@` and a number of connections."""
 
     def __init__(self, words: str) -> None:
+        self.words = words
         self._words = [word.strip() for word in words.split(",") if word.strip()]
-
-    def __bool__(self) -> bool:
-        return bool(self._words)
 
     def __call__(self, name: str, connections: int | None = None) -> bool:
         if not self._words:
@@ -169,6 +167,8 @@ class Table:
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    raw: list[dict[str, Any]] = field(default_factory=list)
+    """Every run, for the JSON."""
 
     def add(self, *cells: str) -> None:
         assert len(cells) == len(self.columns), (cells, self.columns)
@@ -185,8 +185,10 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def verdict(value: float, wanted: float, *, most: bool = False) -> str:
-    """A figure beside its goal: a minimum, or with `most` a maximum."""
+def verdict(value: float, wanted: float | None, *, most: bool = False) -> str:
+    """A figure beside its goal, if it has one: a minimum, or with `most` a maximum."""
+    if wanted is None:
+        return f"{value:.2f}"
     met = value <= wanted if most else value >= wanted
     return f"{value:.2f} ({'≤' if most else '≥'} {wanted:g}{'' if met else ', **missed**'})"
 

@@ -4,6 +4,8 @@ import argparse
 import importlib
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ import psutil
 from harness.service import REPOSITORY
 
 from bench.measure import Chosen, assemble, save
+from bench.rig import disk_kind
 from bench.servers import CORES, PACKAGES, program, versions
 
 PARTS = ("warm", "herd", "scale", "cold")
@@ -35,6 +38,7 @@ def machine() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cores": f"{CORES} of {os.cpu_count()}, {model.partition(':')[2].strip()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "caches of cold keys on": disk_kind(),
         "Linux": platform.release(),
         "Python": platform.python_version(),
         "gup": told.stdout.strip() or "unknown",
@@ -53,6 +57,7 @@ def main() -> None:
     asked = parser.parse_args()
     for name in PACKAGES:
         program(name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what is mounted is unmounted
     for part in PARTS if asked.part == "all" else [asked.part]:
         began = time.monotonic()
         sys.stdout.write(f"--- {part}\n")
@@ -60,11 +65,11 @@ def main() -> None:
             tables = importlib.import_module(f"bench.{part}").run(
                 Path(folder), asked.rounds, asked.seconds, asked.cells
             )
-        if not asked.cells:
-            save(asked.results, part, tables, machine())
+        name = "-".join([part, *re.findall(r"[\w@]+", asked.cells.words)])
+        save(asked.results, name, tables, machine())
         sys.stdout.write("\n" + "\n".join(table.markdown() for table in tables))
         sys.stdout.write(f"\n--- {part} took {time.monotonic() - began:.0f} s\n")
-    if not asked.cells:
+    if not asked.cells.words:
         (asked.results / "results.md").write_text(assemble(asked.results, PARTS))
 
 

@@ -95,7 +95,7 @@ def _row(
     ratios = [ours / max(theirs, 1e-9) for ours, theirs in zip(values[GUP], values[best], strict=True)]
     shown = [shape.format(median(values[server])) for server in SERVERS]
     worst, ratio = (max if least else min)(ratios), median(ratios)
-    told = f"{ratio:.2f}" if goal is None else verdict(ratio, goal, most=least)
+    told = verdict(ratio, goal, most=least)
     load = median([run.load_cpu_seconds / run.seconds for runs in found.values() for run in runs])
     table.add(name, str(connections), *shown, told, f"{worst:.2f}", f"{load:.1f}")
 
