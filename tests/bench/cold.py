@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from harness.processes import until
 from bench.load import fetch_all
 from bench.measure import Chosen, Table, cpu_seconds, median, percentile, verdict
 from bench.rig import Rig, fresh_disk, put, rig
-from bench.servers import GUP, GUP_ONE, NOPUSH_OFF, VARNISH_FILE, GupCache, Server, program
+from bench.servers import GUP, GUP_ONE, NOPUSH_OFF, PATH, VARNISH_FILE, GupCache, Server, program
 
 SIZES = {"10 KB": 10_000, "100 KB": 100_000, "1 MB": 1_000_000, "100 MB": 100_000_000}
 CLIENTS = (1, 32)
@@ -32,19 +34,20 @@ _TRACED = 200
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Of gup: the least share of nginx's rate, and the most CPU and first byte, in ms or beside nginx's."""
+    """Of gup: the least share of nginx's rate; the most CPU (ms, or beside nginx's), and first byte."""
 
     rate: float | None = None
     cpu_ms: float | None = None
     cpu: float | None = None
     first_ms: float | None = None
+    controller_ms: float | None = None
 
 
 GOALS = {
     ("10 KB", 1): Goal(cpu_ms=1.0, first_ms=1.0),
     ("10 KB", 32): Goal(cpu_ms=1.0),
     ("100 KB", 1): Goal(first_ms=1.2),
-    ("100 KB", 32): Goal(rate=0.3, cpu_ms=1.2),
+    ("100 KB", 32): Goal(rate=0.3, cpu_ms=1.2, controller_ms=0.1),
     ("100 MB", 1): Goal(rate=1.0, cpu=2.0),
     ("100 MB", 32): Goal(rate=1.0, cpu=2.0),
 }
@@ -148,10 +151,13 @@ def _cell(table: Table, site: Site, size: str, clients: int, rounds: int) -> Non
             verdict(median(cpus), goal.cpu_ms, most=True),
             f"{max(cpus):.2f}",
             verdict(median(cpus) / median([run.cpu_ms for run in nginx]), goal.cpu, most=True),
-            f"{median([run.controller_ms for run in found]):.2f}" if ours else "",
+            verdict(median([r.controller_ms for r in found]), goal.controller_ms, most=True) if ours else "",
             f"{median([run.load_cores for run in found]):.2f}",
         )
-    table.raw += [{"cell": f"{size}@{clients}", "server": n, **asdict(r)} for n, f in runs.items() for r in f]
+    for name, found in runs.items():
+        for run in found:
+            row = asdict(run) | {"firsts_ms": [median(run.firsts_ms), percentile(run.firsts_ms, 0.99)]}
+            table.raw.append({"cell": f"{size}@{clients}", "server": name, **row})
 
 
 # --- system calls
@@ -221,17 +227,24 @@ def _slow_syncs(folder: Path, rounds: int) -> Table:
     return table
 
 
+def _has(name: str) -> bool:
+    found = shutil.which(name, path=PATH) is not None
+    if not found:
+        sys.stdout.write(f"{name} is not installed: what needs it is left out\n")
+    return found
+
+
 def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
     del seconds
     table, made = Table("Cold keys", _COLUMNS), []
     for size in SIZES:
         cells = [clients for clients in CLIENTS if chosen(size, clients)]
-        traced = size == "100 KB" and chosen("system calls")
+        traced = size == "100 KB" and chosen("system calls") and _has("strace")
         if cells or traced:
             with _site(folder / size.replace(" ", "-"), SERVERS) as site:
                 for clients in cells:
                     _cell(table, site, size, clients, rounds)
                 made += [_system_calls(site, size, clients) for clients in CLIENTS if traced]
-    if chosen("hdd"):
+    if chosen("hdd") and _has("gcc"):
         made.append(_slow_syncs(folder, rounds))
     return [table, *made] if table.rows else made

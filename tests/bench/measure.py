@@ -193,22 +193,10 @@ def verdict(value: float, wanted: float | None, *, most: bool = False) -> str:
     return f"{value:.2f} ({'≤' if most else '≥'} {wanted:g}{'' if met else ', **missed**'})"
 
 
-def save(folder: Path, part: str, tables: Sequence[Table], machine: dict[str, Any]) -> None:
-    """Keep what a part found; the last run of each part counts."""
+def save(folder: Path, name: str, tables: Sequence[Table], machine: dict[str, Any]) -> None:
+    """Keep what was found, as JSON and as Markdown; the last run of a name counts."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"part": part, "machine": machine, "tables": [asdict(table) for table in tables]}
-    (folder / f"{part}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def assemble(folder: Path, parts: Sequence[str]) -> str:
-    """All results that there are, as one Markdown text."""
-    text = []
-    for part in parts:
-        file = folder / f"{part}.json"
-        if not file.exists():
-            continue
-        content = json.loads(file.read_text())
-        machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
-        text.append(f"## {part}\n\n{machine}\n")
-        text += [Table(**table).markdown() for table in content["tables"]]
-    return "\n".join(text)
+    content = {"machine": machine, "tables": [asdict(table) for table in tables]}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = [f"## {name}\n\n" + ", ".join(f"{what} {value}" for what, value in machine.items()) + "\n"]
+    (folder / f"{name}.md").write_text("\n".join(text + [table.markdown() for table in tables]))

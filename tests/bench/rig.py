@@ -23,7 +23,6 @@ from bench.servers import GUP_ONE, GUP_PRELOADED, PATH, GupCache, NginxCache, Se
 KIB, MIB = 1 << 10, 1 << 20
 _DELTAS = 28
 _FULLS = 2
-_PIECE_BYTES = 8 * MIB
 _DISK_BYTES = 48 << 30
 """Of the image, which is sparse."""
 
@@ -34,15 +33,11 @@ def sized_path(size_bytes: int) -> str:
 
 
 def put(tree: Tree, path: str, size_bytes: int) -> str:
-    """A body of random bytes at `path`, written piece by piece unless it is there."""
+    """A body of random bytes at `path`, unless it is there."""
     file = tree.file(path)
-    if file.exists():
-        return path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    source = random.Random(path)
-    with file.open("wb") as out:
-        for at in range(0, size_bytes, _PIECE_BYTES):
-            out.write(source.randbytes(min(_PIECE_BYTES, size_bytes - at)))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(random.Random(path).randbytes(size_bytes))
     return path
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from harness.service import REPOSITORY
 
-from bench.measure import Chosen, assemble, save
+from bench.measure import Chosen, save
 from bench.rig import disk_kind
 from bench.servers import CORES, PACKAGES, program, versions
 
@@ -69,8 +69,6 @@ def main() -> None:
         save(asked.results, name, tables, machine())
         sys.stdout.write("\n" + "\n".join(table.markdown() for table in tables))
         sys.stdout.write(f"\n--- {part} took {time.monotonic() - began:.0f} s\n")
-    if not asked.cells.words:
-        (asked.results / "results.md").write_text(assemble(asked.results, PARTS))
 
 
 if __name__ == "__main__":
