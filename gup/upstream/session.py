@@ -147,6 +147,9 @@ class Upstream:
 
         UpstreamFailure, which does not count against the upstream, after `first_byte_timeout`.
         """
+        if not self.free.locked():
+            await self.free.acquire()
+            return
         self.waiting += 1
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout):
