@@ -153,8 +153,8 @@ class Chosen:
         if not self._words:
             return True
         for word in self._words:
-            begins, at, count = word.partition("@")
-            if name.startswith(begins) and (not at or connections is None or int(count) == connections):
+            begins, _, count = word.partition("@")
+            if name.startswith(begins) and (not count or connections is None or int(count) == connections):
                 return True
         return False
 
