@@ -50,12 +50,15 @@ soak: $(VENV)/.installed
 dashboards: $(VENV)/.installed
 	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
 
-# Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, and a machine that does nothing
-# else. PART is all, warm, herd, scale or cold. Results stay in build/bench.
+# Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, root for a fresh disk, and a machine
+# that does nothing else. PART is all, warm, herd, scale or cold; CELLS are some of its cells: the beginnings of
+# their names, with or without @connections, as CELLS='10 MB@8, ranges@64' or CELLS='100 KB' (PART=cold ROUNDS=1:
+# the quickest look). Results stay in build/bench.
 PART ?= all
 ROUNDS ?= 5
+CELLS ?=
 bench: $(VENV)/.installed
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m bench.run --part $(PART) --rounds $(ROUNDS) --cells '$(CELLS)'
 
 # The page's pictures in docs/images, from a real run: two minutes.
 pictures: $(VENV)/.installed

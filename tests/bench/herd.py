@@ -1,163 +1,120 @@
-"""The herd: many clients ask at once for what nobody has yet, over a link of 10 MB/s with 40 ms latency."""
+"""Herds: many clients ask at once for what nobody has yet, over a link of fixed rate and latency."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.clients import Client, Swarm
-from harness.content import Tree, content_path
+from harness.clients import Swarm
+from harness.content import content_path
 from harness.processes import until
-from harness.upstreams import Nginx
 
-from bench.link import Passed, Wan
-from bench.measure import Table, cpu_seconds, machine_busy_seconds, median, verdict
-from bench.rig import put
-from bench.servers import GupCache, NginxCache, Server, VarnishCache
+from bench.measure import Chosen, Table, cpu_seconds, machine_busy_seconds, median, verdict
+from bench.rig import Rig, fresh_disk, put, rig
+from bench.servers import GUP, GUP_ONE
 
-PER_SECOND = 10_000_000
-LATENCY_SECONDS = 0.04
-ONE_FILE_BYTES = 20_000_000
-ONE_FILE_CLIENTS = 1000
-FILES = 20
-FILE_BYTES = 2_000_000
-FILES_CLIENTS = 200
-PATIENCE_SECONDS = 40.0
-
-_ABOUT_ONE_FILE = (
-    "First bytes count from the first byte that left the link; ideal is {:.2f} s, size over rate and the "
-    "latency. All clients together take 20 GB: the loopback interface alone keeps the cores busy."
-)
-_numbers = itertools.count()
-
-
-@contextmanager
-def _site(folder: Path, make: Callable[[Path, int], Server]) -> Iterator[tuple[Tree, Nginx, Wan, Server]]:
-    """An upstream, the link, and one cache that has nothing."""
-    tree = Tree(folder / "tree")
-    tree.root.mkdir(parents=True)
-    with (
-        Nginx(tree, folder / "upstream", extra="keepalive_requests 1000000;") as upstream,
-        Wan(upstream.port, PER_SECOND, LATENCY_SECONDS) as wan,
-    ):
-        server = make(folder, wan.port)
-        try:
-            yield tree, upstream, wan, server
-        finally:
-            server.stop()
-
-
-MAKERS: dict[str, Callable[[Path, int], Server]] = {
-    "gup": GupCache,
-    "nginx": lambda folder, port: NginxCache(folder, port, nopush=False),
-    "Varnish": VarnishCache,
-}
+SERVERS = ("off", "varnish", "gup", "gup-one")
 
 
 @dataclass(frozen=True, slots=True)
-class _Herd:
-    """One herd on new files: its clients, what passed the link, and what upstream sent of the files."""
+class Herd:
+    """One herd on new files. Goals are gup's; None where there is none."""
 
-    clients: list[Client]
-    passed: Passed
-    share: float
-    server_cpu_seconds: float
-    clients_cpu_seconds: float
-    busy: float
-    """Share of the cores."""
-    whole: bool
-    """Whether each client has its body."""
+    name: str
+    clients: int
+    files: int
+    file_bytes: int
+    per_second: int
+    latency_seconds: float
+    goals: tuple[float | None, float | None, float | None, float | None]
+    """The link full, first byte in ms, the last client's first byte, done beside the ideal."""
 
     @property
-    def done_seconds(self) -> float:
-        return max(c.finished_at for c in self.clients) - min(c.asked_at for c in self.clients)
+    def title(self) -> str:
+        what = (
+            f"{self.clients} clients at once, cold files of {self.file_bytes // 1_000_000} MB: {self.files}"
+        )
+        link = f"link {self.per_second // 1_000_000} MB/s with {self.latency_seconds * 1e3:g} ms"
+        return f"Herd: {what}, {link}"
+
+    @property
+    def ideal_seconds(self) -> float:
+        return self.files * self.file_bytes / self.per_second + self.latency_seconds
 
 
-def _measure(site: tuple[Tree, Nginx, Wan, Server], files: int, file_bytes: int, clients: int) -> _Herd:
-    tree, upstream, wan, server = site
-    number = next(_numbers)
+HERDS = (
+    Herd("many", 200, 20, 1_000_000, 100_000_000, 0.002, (97, None, None, None)),
+    Herd("one", 1000, 1, 20_000_000, 10_000_000, 0.04, (None, 50, 150, 1.05)),
+)
+_COLUMNS = ["server", "upstream bytes / body", "link full, %", "worst", "first byte, ms", "last client's, ms"]
+_COLUMNS += ["last client done, s", "done / ideal", "server CPU, s", "clients' CPU, s", "cores busy, %"]
+_NOTE = (
+    "Full: what passed over the rate times the time from the first to the last byte on the link. First bytes "
+    "count from the first byte that left the link; ideal is {:.2f} s, size over rate and the latency."
+)
+
+
+def _measure(site: Rig, herd: Herd, number: int) -> tuple[float, ...]:
+    wan, server = site.wan, site.servers[0]
     paths = [
-        put(tree, content_path(f"xdelta{number:04d}{at:05d}_To_260801001.dax"), file_bytes)
-        for at in range(files)
+        put(site.tree, content_path(f"xdelta{number:04d}{n:05d}_To_260801001.dax"), herd.file_bytes)
+        for n in range(herd.files)
     ]
     wan.look()
     before, busy = cpu_seconds(server.pids()), machine_busy_seconds()
     with Swarm(("127.0.0.1", server.port), drops=True) as swarm:
-        for at in range(clients):
-            swarm.add(1, paths[at % files])
-        swarm.wait(timeout_seconds=PATIENCE_SECONDS)
+        for n in range(herd.clients):
+            swarm.add(1, paths[n % herd.files])
+        clients = swarm.wait(timeout_seconds=60)
     spent, busy_now = cpu_seconds(server.pids()) - before, machine_busy_seconds()
-    until(lambda: all(upstream.requests(path) for path in paths), "the upstream's log is written")
-    sent = sum(upstream.body_bytes(path) for path in paths)
-    share = (busy_now[0] - busy[0]) / max(1e-9, busy_now[1] - busy[1])
-    whole = all(client.body_bytes == file_bytes and client.status == 200 for client in swarm.clients)
+    assert all((c.status, c.body_bytes) == (200, herd.file_bytes) for c in clients), server.name
+    until(lambda: all(site.upstream.requests(path) for path in paths), "the upstream's log is written")
+    sent = sum(site.upstream.body_bytes(path) for path in paths)
     passed = wan.look()
-    return _Herd(swarm.clients, passed, sent / (files * file_bytes), spent, swarm.cpu_seconds, share, whole)
+    firsts = [client.first_byte_at - passed.first_at for client in clients]
+    done = max(client.finished_at for client in clients) - min(client.asked_at for client in clients)
+    return (
+        sent / (herd.files * herd.file_bytes),
+        100 * passed.passed_bytes / herd.per_second / max(passed.last_at - passed.first_at, 1e-9),
+        median(firsts) * 1e3,
+        max(firsts) * 1e3,
+        done,
+        done / herd.ideal_seconds,
+        spent,
+        swarm.cpu_seconds,
+        100 * (busy_now[0] - busy[0]) / max(1e-9, busy_now[1] - busy[1]),
+    )
 
 
-def _share(share: float, *, ours: bool) -> str:
-    return f"{share:.3f}" + (" **missed**" if ours and share != 1 else "")
-
-
-def one_file(folder: Path, rounds: int) -> Table:
-    """A thousand clients, one file."""
-    ideal = ONE_FILE_BYTES / PER_SECOND + LATENCY_SECONDS
-    title = f"The herd: {ONE_FILE_CLIENTS} clients, one file of 20 MB, upstream 10 MB/s with 40 ms"
-    columns = ["server", "upstream bytes / body", "first byte, median", "first byte, last client"]
-    columns += ["last client done", "done / ideal", "server CPU", "clients' CPU", "cores busy"]
-    table = Table(title, columns, notes=[_ABOUT_ONE_FILE.format(ideal)])
-    for name, make in MAKERS.items():
-        rows = []
-        with _site(folder / f"one-{name}", make) as site:
-            for _ in range(rounds):
-                herd = _measure(site, 1, ONE_FILE_BYTES, ONE_FILE_CLIENTS)
-                firsts = [client.first_byte_at - herd.passed.first_at for client in herd.clients]
-                row = (herd.share, median(firsts), max(firsts), herd.done_seconds, herd.server_cpu_seconds)
-                rows.append((*row, herd.clients_cpu_seconds, herd.busy, herd.whole))
-        share, first, last, done, spent, own, busy = (median([row[at] for row in rows]) for at in range(7))
-        ours = name == "gup"
+def _table(folder: Path, herd: Herd, rounds: int) -> Table:
+    table = Table(herd.title, _COLUMNS, notes=[_NOTE.format(herd.ideal_seconds)])
+    link = herd.per_second, herd.latency_seconds
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(fresh_disk(folder))
+        # a link each: whatever else a cache asks meanwhile is its own
+        sites = [stack.enter_context(rig(disk, (name,), link=link)) for name in SERVERS]
+        found: dict[str, list[tuple[float, ...]]] = {site.servers[0].name: [] for site in sites}
+        for number in range(rounds):
+            for site in sites:
+                found[site.servers[0].name].append(_measure(site, herd, number))
+    for name, rows in found.items():
+        share, full, first, last, done, by_ideal, *rest = (
+            median(column) for column in zip(*rows, strict=True)
+        )
+        goals = herd.goals if name in (GUP, GUP_ONE) else (None,) * 4
         table.add(
             name,
-            _share(share, ours=ours),
-            verdict(first * 1e3, 50, most=True) + " ms" if ours else f"{first * 1e3:.1f} ms",
-            verdict(last * 1e3, 150, most=True) + " ms" if ours else f"{last * 1e3:.1f} ms",
-            f"{done:.2f} s" if all(row[7] for row in rows) else "**not all**",
-            verdict(done / ideal, 1.05, most=True) if ours else f"{done / ideal:.2f}",
-            *(f"{spent:.2f} s", f"{own:.2f} s", f"{100 * busy:.0f} %"),
+            f"{share:.3f}",
+            verdict(full, goals[0]),
+            f"{min(row[1] for row in rows):.1f}",
+            verdict(first, goals[1], most=True),
+            verdict(last, goals[2], most=True),
+            f"{done:.2f}",
+            verdict(by_ideal, goals[3], most=True),
+            *(f"{value:.2f}" for value in rest),
         )
     return table
 
 
-def many_files(folder: Path, rounds: int) -> Table:
-    """200 clients over 20 files."""
-    title = f"{FILES_CLIENTS} clients over {FILES} files of 2 MB at once, the same link"
-    columns = ["server", "upstream bytes / body", "link full until its last byte", "last client done"]
-    columns.append("server CPU")
-    note = "Full: what passed, over the rate times the time from the first to the last byte on the link."
-    table = Table(title, columns, notes=[note])
-    for name, make in MAKERS.items():
-        rows = []
-        with _site(folder / f"many-{name}", make) as site:
-            for _ in range(rounds):
-                herd = _measure(site, FILES, FILE_BYTES, FILES_CLIENTS)
-                took = max(herd.passed.last_at - herd.passed.first_at, 1e-9)
-                full = herd.passed.passed_bytes / PER_SECOND / took
-                rows.append((herd.share, full, herd.done_seconds, herd.server_cpu_seconds, herd.whole))
-        share, full, done, spent = (median([row[at] for row in rows]) for at in range(4))
-        ours = name == "gup"
-        table.add(
-            name,
-            _share(share, ours=ours),
-            verdict(100 * full, 97) + " %" if ours else f"{100 * full:.1f} %",
-            f"{done:.2f} s" if all(row[4] for row in rows) else "**not all**",
-            f"{spent:.2f} s",
-        )
-    return table
-
-
-def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
+def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
     del seconds
-    rounds = min(rounds, 3)
-    made = {"one": one_file, "many": many_files}
-    return [make(folder, rounds) for name, make in made.items() if only in name]
+    return [_table(folder / herd.name, herd, rounds) for herd in HERDS if chosen(herd.name, herd.clients)]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,12 @@ def cpu_seconds(pids: Iterable[int]) -> float:
             times = psutil.Process(pid).cpu_times()
             total += times.user + times.system
     return total
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of this process's children that have ended, such as the load generator."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def resident_bytes(pids: Iterable[int], field: str = "VmRSS") -> int:
@@ -96,6 +103,7 @@ class Run:
     errors: int
     cpu_seconds: float
     """Of all the server's processes."""
+    load_cpu_seconds: float
 
     @property
     def requests_per_second(self) -> float:
@@ -105,10 +113,13 @@ class Run:
     def bytes_per_second(self) -> float:
         return self.sent_bytes / self.seconds
 
-    def cpu_per_answer(self, answer_bytes: int) -> float:
-        """CPU seconds for one answer of so many bytes; of large ones few are whole at the end of a run."""
-        whole = self.requests if answer_bytes < 1 << 22 else self.sent_bytes / answer_bytes
-        return self.cpu_seconds / max(whole, 1e-9)
+    def cpu_per_answer(self) -> float:
+        """Microseconds."""
+        return self.cpu_seconds * 1e6 / max(self.requests, 1)
+
+    def cpu_per_gb(self) -> float:
+        """Milliseconds for 10^9 bytes; of large bodies few are whole at the end of a run."""
+        return self.cpu_seconds * 1e12 / max(self.sent_bytes, 1)
 
 
 def wrk(
@@ -118,17 +129,34 @@ def wrk(
     command = [program("wrk"), "-t2", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s"]
     command += ["-s", str(SCRIPTS / f"{script}.lua"), f"http://127.0.0.1:{server.port}{target}", "--", *words]
     pids = server.pids()
-    before = cpu_seconds(pids)
+    before, load = cpu_seconds(pids), children_cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPTS)
-    spent = cpu_seconds(pids) - before
+    spent, load = cpu_seconds(pids) - before, children_cpu_seconds() - load
     told = _TOLD.search(done.stdout)
     assert told, done.stdout + done.stderr
     requests, size, micros, errors = (int(word) for word in told.groups())
     assert errors == 0, f"{server.name}: {errors} bad answers\n{done.stdout}"
-    return Run(micros / 1e6, requests, size, errors, spent)
+    return Run(micros / 1e6, requests, size, errors, spent, load)
 
 
 # --- tables
+
+
+class Chosen:
+    """The cells asked for: beginnings of names, each with or without `@` and a number of connections."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+        self._words = [word.strip() for word in words.split(",") if word.strip()]
+
+    def __call__(self, name: str, connections: int | None = None) -> bool:
+        if not self._words:
+            return True
+        for word in self._words:
+            begins, _, count = word.partition("@")
+            if name.startswith(begins) and (not count or connections is None or int(count) == connections):
+                return True
+        return False
 
 
 @dataclass(slots=True)
@@ -139,6 +167,8 @@ class Table:
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    raw: list[dict[str, Any]] = field(default_factory=list)
+    """Every run, for the JSON."""
 
     def add(self, *cells: str) -> None:
         assert len(cells) == len(self.columns), (cells, self.columns)
@@ -155,28 +185,18 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def verdict(value: float, wanted: float, *, most: bool = False) -> str:
-    """A figure beside its goal: a minimum, or with `most` a maximum."""
+def verdict(value: float, wanted: float | None, *, most: bool = False) -> str:
+    """A figure beside its goal, if it has one: a minimum, or with `most` a maximum."""
+    if wanted is None:
+        return f"{value:.2f}"
     met = value <= wanted if most else value >= wanted
     return f"{value:.2f} ({'≤' if most else '≥'} {wanted:g}{'' if met else ', **missed**'})"
 
 
-def save(folder: Path, part: str, tables: Sequence[Table], machine: dict[str, Any]) -> None:
-    """Keep what a part found; the last run of each part counts."""
+def save(folder: Path, name: str, tables: Sequence[Table], machine: dict[str, Any]) -> None:
+    """Keep what was found, as JSON and as Markdown; the last run of a name counts."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"part": part, "machine": machine, "tables": [asdict(table) for table in tables]}
-    (folder / f"{part}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def assemble(folder: Path, parts: Sequence[str]) -> str:
-    """All results that there are, as one Markdown text."""
-    text = []
-    for part in parts:
-        file = folder / f"{part}.json"
-        if not file.exists():
-            continue
-        content = json.loads(file.read_text())
-        machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
-        text.append(f"## {part}\n\n{machine}\n")
-        text += [Table(**table).markdown() for table in content["tables"]]
-    return "\n".join(text)
+    content = {"machine": machine, "tables": [asdict(table) for table in tables]}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = [f"## {name}\n\n" + ", ".join(f"{what} {value}" for what, value in machine.items()) + "\n"]
+    (folder / f"{name}.md").write_text("\n".join(text + [table.markdown() for table in tables]))

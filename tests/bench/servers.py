@@ -18,6 +18,7 @@ PATH = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"
 PACKAGES = {"nginx": "nginx", "varnishd": "varnish", "wrk": "wrk"}
 """Programs and the Debian packages that have them."""
 GUP, NOPUSH_ON, NOPUSH_OFF, VARNISH = "gup", "nginx tcp_nopush on", "nginx tcp_nopush off", "varnish"
+GUP_ONE, GUP_PRELOADED, VARNISH_FILE = "gup, 1 worker", "gup, slow syncs", "varnish, file"
 
 
 def program(name: str) -> str:
@@ -30,16 +31,17 @@ def program(name: str) -> str:
 
 
 class Server:
-    """A running cache: one process with children."""
+    """A running cache: one process with children. What it says goes to `log`."""
 
-    def __init__(self, name: str, port: int, command: list[str]) -> None:
+    def __init__(self, name: str, port: int, command: list[str], log: Path) -> None:
         self.name = name
         self.port = port
-        self._process = subprocess.Popen(
-            command, env=environment(name), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        with log.open("wb") as said:
+            self._process = subprocess.Popen(
+                command, env=environment(name), stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
         until(lambda: listens(("127.0.0.1", port)) or self._process.poll() is not None, f"{name} listens", 15)
-        assert self._process.poll() is None, f"{name} did not start: {command}"
+        assert self._process.poll() is None, f"{name} did not start: {command}\n{log.read_text()}"
 
     def pids(self) -> list[int]:
         top = psutil.Process(self._process.pid)
@@ -114,7 +116,7 @@ class NginxCache(Server):
         text = _NGINX.format(cores=CORES, prefix=prefix, port=port, upstream=upstream_port, nopush=push)
         config.write_text(text)
         command = [program("nginx"), "-p", str(prefix), "-c", str(config), "-e", str(prefix / "error.log")]
-        super().__init__(NOPUSH_ON if nopush else NOPUSH_OFF, port, command)
+        super().__init__(NOPUSH_ON if nopush else NOPUSH_OFF, port, command, prefix / "said.log")
 
 
 _VCL = """\
@@ -126,29 +128,46 @@ sub vcl_backend_response { set beresp.ttl = 1d; set beresp.do_stream = true; }
 
 
 class VarnishCache(Server):
-    def __init__(self, folder: Path, upstream_port: int) -> None:
-        prefix = folder / "varnish"
+    def __init__(self, folder: Path, upstream_port: int, *, file: bool = False) -> None:
+        name = VARNISH_FILE if file else VARNISH
+        prefix = folder / ("varnish-file" if file else "varnish")
         prefix.mkdir(parents=True)
         port = free_port()
         vcl = prefix / "bench.vcl"
         vcl.write_text(_VCL % upstream_port)
         tuning = {"thread_pools": CORES, "thread_pool_min": 50, "thread_pool_max": 2000, "timeout_idle": 75}
         command = [program("varnishd"), "-F", "-j", "none", "-n", str(prefix / "work"), "-f", str(vcl)]
-        command += ["-a", f"127.0.0.1:{port}", "-s", "malloc,3G"]
+        storage = f"file,{prefix / 'bodies'},8G" if file else "malloc,8G"
+        command += ["-a", f"127.0.0.1:{port}", "-s", storage]
         command += [word for name, value in tuning.items() for word in ("-p", f"{name}={value}")]
-        super().__init__(VARNISH, port, command)
+        super().__init__(name, port, command, prefix / "said.log")
 
 
-_SETTINGS = {"GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0", "GUP_LOG__ACCESS": "off"}
-"""All load comes from one address; the others log no access either."""
+_SETTINGS = {
+    "GUP_CLIENTS__MAX_CONNECTIONS_PER_ADDRESS": "0",
+    "GUP_LOG__ACCESS": "off",
+    "GUP_CACHE__KEEP_REVISIONS": "0",
+}
+"""All load comes from one address; the others log no access either, and remove nothing meanwhile."""
 
 
 class GupCache(Server):
     """`gup serve` at its defaults: a worker a core, metrics counted, no rate on the WAN."""
 
-    def __init__(self, folder: Path, upstream_port: int, *, start: bool = True, **env: str) -> None:
-        self.name, upstream = GUP, [f"http://127.0.0.1:{upstream_port}"]
-        self.service = Gup(folder / "gup", upstream, workers=CORES, env={**_SETTINGS, **env}, start=start)
+    def __init__(
+        self,
+        folder: Path,
+        upstream_port: int,
+        name: str = GUP,
+        *,
+        workers: int = CORES,
+        start: bool = True,
+        **env: str,
+    ) -> None:
+        self.name, upstream = name, [f"http://127.0.0.1:{upstream_port}"]
+        self.service = Gup(
+            folder / name.replace(" ", "-"), upstream, workers=workers, env={**_SETTINGS, **env}, start=start
+        )
         self.port = self.service.data[1]
 
     def pids(self) -> list[int]:

@@ -1,126 +1,140 @@
-"""Warm hits side by side: sizes, heads, files, ranges and the mix, at 64 and at 1000 connections."""
+"""Warm hits side by side: sizes, heads, files, ranges, the mix and new connections."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.measure import Run, Table, median, verdict, wrk
-from bench.rig import KIB, MIB, SIZES, Rig, mixed, put, rig, sized_path
+from bench.measure import Chosen, Run, Table, median, verdict, wrk
+from bench.rig import KIB, MIB, Rig, mixed, put, rig, sized_path
 from bench.servers import GUP, NOPUSH_OFF, NOPUSH_ON, VARNISH
 
-CONNECTIONS = (64, 1000)
 SERVERS = (GUP, NOPUSH_ON, NOPUSH_OFF, VARNISH)
+FEW, MANY = (64, 1000), (8, 64, 1000)
 RANGE_BYTES = 64 * KIB
+LARGE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One kind of load. Goals are ratios gup / nginx for each of CONNECTIONS, None where none was set."""
+    """One kind of load over bodies of these sizes, or over the mix. Goals: gup / nginx by connections."""
 
     name: str
-    target: str
-    answer_bytes: int
-    by_bytes: bool = False
+    sizes: tuple[int, ...] = ()
+    connections: tuple[int, ...] = FEW
     script: str = "plain"
     words: tuple[str, ...] = ()
-    goals: tuple[float | None, float | None] = (None, None)
-    cpu_goals: tuple[float | None, float | None] = (None, None)
+    by_bytes: bool = False
+    """Measured in bytes, since few bodies are whole at the end of a run."""
+    goals: dict[int, float] = field(default_factory=dict)
+    cpu_goals: dict[int, float] = field(default_factory=dict)
 
 
-Key = tuple[str, int, str]
-"""Cell, connections, server."""
+_EIGHT = tuple(8 * KIB + 24 * KIB * number for number in range(8))
+_RANGED = (str(RANGE_BYTES), str(LARGE_BYTES))
+_LARGE = {"connections": MANY, "by_bytes": True, "cpu_goals": dict.fromkeys(MANY, 1.15)}
+CELLS = (
+    Cell("4 KiB", (4 * KIB,), goals={64: 1.05, 1000: 1.1}),
+    Cell("64 KiB", (64 * KIB,), goals={64: 1.1, 1000: 1.0}),
+    Cell("1 MiB", (MIB,), goals={8: 1.0, 64: 1.5, 1000: 1.0}, **_LARGE),
+    Cell("10 MB", (10_000_000,), goals=dict.fromkeys(MANY, 1.0), **_LARGE),
+    Cell("100 MB", (LARGE_BYTES,), goals=dict.fromkeys(MANY, 1.0), **_LARGE),
+    Cell("heads that differ, 4 KiB", (4 * KIB,), script="heads"),
+    Cell("8 files a connection", _EIGHT, script="several"),
+    Cell(
+        "ranges of 64 KiB",
+        (LARGE_BYTES,),
+        script="ranges",
+        words=_RANGED,
+        goals=dict.fromkeys(FEW, 1.0),
+        cpu_goals=dict.fromkeys(FEW, 1.1),
+    ),
+    Cell("a connection each, 4 KiB", (4 * KIB,), (64,), script="closing", goals={64: 0.9}),
+    Cell("the mix", script="several", by_bytes=True),
+)
+
+Found = dict[str, list[Run]]
+"""Runs by server."""
 
 
-def cells(site: Rig) -> list[Cell]:
-    """Every load, its content put upstream."""
-    paths = {name: put(site.tree, sized_path(size), size) for name, size in SIZES.items()}
-    several = [put(site.tree, sized_path(8 * KIB + 24 * KIB * n), 8 * KIB + 24 * KIB * n) for n in range(8)]
-    mix = mixed(site.tree)
-    site.warm([*paths.values(), *several, *mix])
-    lists = {}
-    for name, targets in (("several", several), ("mix", mix)):
-        lists[name] = site.folder / f"{name}.txt"
-        lists[name].write_text("\n".join(targets) + "\n")
-    mean = sum(site.tree.file(path).stat().st_size for path in mix) // len(mix)
-    both = {"cpu_goals": (0.9, 1.0)}
-    ranged = (str(RANGE_BYTES), str(100 * MIB))
-    return [
-        Cell("4 KiB", paths["4 KiB"], SIZES["4 KiB"], goals=(1.15, 1.05), **both),
-        Cell("64 KiB", paths["64 KiB"], SIZES["64 KiB"], goals=(1.05, 1.0), **both),
-        Cell("1 MiB", paths["1 MiB"], MIB, by_bytes=True, goals=(1.5, 1.1), **both),
-        Cell("100 MiB", paths["100 MiB"], 100 * MIB, by_bytes=True, goals=(1.2, 1.0), **both),
-        Cell("4 KiB, differing heads", paths["4 KiB"], SIZES["4 KiB"], script="heads", goals=(1.0, 0.95)),
-        Cell("8 files a connection", "/", 92 * KIB, script="several", words=(str(lists["several"]),)),
-        Cell("ranges of 64 KiB", paths["100 MiB"], RANGE_BYTES, script="ranges", words=ranged),
-        Cell("the mix", "/", mean, by_bytes=True, script="several", words=(str(lists["mix"]),)),
-    ]
-
-
-def measure(site: Rig, chosen: Sequence[Cell], rounds: int, seconds: float) -> dict[Key, list[Run]]:
+def measure(site: Rig, cell: Cell, connections: int, rounds: int, seconds: float) -> Found:
     """Every server in turn, round by round, so that whatever else goes on strikes all alike."""
-    found: dict[Key, list[Run]] = {}
-    for cell in chosen:
-        for connections in CONNECTIONS:
-            for server in site.servers:
-                wrk(server, cell.target, 16, 1, cell.script, *cell.words)
-            for number in range(rounds):
-                order = site.servers if number % 2 else site.servers[::-1]
-                for server in order:
-                    run = wrk(server, cell.target, connections, seconds, cell.script, *cell.words)
-                    found.setdefault((cell.name, connections, server.name), []).append(run)
-            sys.stdout.write(f"{cell.name}, {connections} connections: done\n")
+    paths = [put(site.tree, sized_path(size), size) for size in cell.sizes] or mixed(site.tree)
+    site.warm(paths)
+    target, words = paths[0], cell.words
+    if cell.script == "several":
+        listed = site.folder / f"{cell.name}.txt"
+        listed.write_text("\n".join(paths) + "\n")
+        target, words = "/", (str(listed),)
+    if cell.by_bytes and connections == max(MANY):
+        seconds *= 3  # that requests end: all of them share what there is
+    found: Found = {}
+    for server in site.servers:
+        wrk(server, target, 16, 1, cell.script, *words)
+    for number in range(rounds):
+        for server in site.servers if number % 2 else site.servers[::-1]:
+            run = wrk(server, target, connections, seconds, cell.script, *words)
+            found.setdefault(server.name, []).append(run)
     return found
-
-
-def tables(chosen: Sequence[Cell], found: dict[Key, list[Run]]) -> list[Table]:
-    """One table of throughput and one of CPU time; in each the ratio to the better nginx, round by round."""
-    columns = [
-        "load",
-        "connections",
-        "gup",
-        "nginx, nopush on",
-        "nginx, nopush off",
-        "Varnish",
-        "gup / nginx",
-    ]
-    rates = Table("Warm hits: throughput", columns)
-    cpus = Table("Warm hits: CPU time of the server for an answer", columns)
-    for cell in chosen:
-        for at, connections in enumerate(CONNECTIONS):
-            runs = {name: found.get((cell.name, connections, name), []) for name in SERVERS}
-            of = (
-                (lambda run: run.bytes_per_second / 1e6)
-                if cell.by_bytes
-                else (lambda run: run.requests_per_second)
-            )
-            unit, goal = " MB/s" if cell.by_bytes else "/s", cell.goals[at]
-            _row(rates, cell, connections, {n: [of(run) for run in r] for n, r in runs.items()}, unit, goal)
-            cpu = {n: [run.cpu_per_answer(cell.answer_bytes) * 1e6 for run in r] for n, r in runs.items()}
-            _row(cpus, cell, connections, cpu, " µs", cell.cpu_goals[at], least=True)
-    return [rates, cpus]
 
 
 def _row(
     table: Table,
-    cell: Cell,
+    name: str,
     connections: int,
-    values: dict[str, list[float]],
-    unit: str,
+    found: Found,
+    of: Callable[[Run], float],
+    shape: str,
     goal: float | None,
     *,
     least: bool = False,
 ) -> None:
-    """`least`: the smaller figure is the better one."""
-    best = (min if least else max)((NOPUSH_ON, NOPUSH_OFF), key=lambda name: median(values[name]))
-    ratio = median([ours / theirs for ours, theirs in zip(values[GUP], values[best], strict=True)])
-    digits = 1 if least else 0
-    shown = [f"{median(found):,.{digits}f}{unit}" if found else "" for found in values.values()]
-    told = f"{ratio:.2f}" if goal is None else verdict(ratio, goal, most=least)
-    table.add(cell.name, str(connections), *shown, told)
+    """Medians, and the ratio to the better nginx round by round, its worst too; `least`: less is better."""
+    values = {server: [of(run) for run in found[server]] for server in SERVERS}
+    best = (min if least else max)((NOPUSH_ON, NOPUSH_OFF), key=lambda server: median(values[server]))
+    ratios = [ours / max(theirs, 1e-9) for ours, theirs in zip(values[GUP], values[best], strict=True)]
+    shown = [shape.format(median(values[server])) for server in SERVERS]
+    worst, ratio = (max if least else min)(ratios), median(ratios)
+    told = verdict(ratio, goal, most=least)
+    load = median([run.load_cpu_seconds / run.seconds for runs in found.values() for run in runs])
+    table.add(name, str(connections), *shown, told, f"{worst:.2f}", f"{load:.1f}")
 
 
-def run(folder: Path, rounds: int, seconds: float, only: str = "") -> list[Table]:
+def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
+    columns = ["load", "connections", "gup", "nginx, nopush on", "nginx, nopush off", "Varnish"]
+    columns += ["gup / nginx", "worst round", "cores of the load"]
+    rates, cpus, ended = (
+        Table(f"Warm hits: {what}", list(columns))
+        for what in ("throughput", "CPU of the server, an answer or a GB", "large bodies ended")
+    )
     with rig(folder) as site:
-        chosen = [cell for cell in cells(site) if only in cell.name]
-        return tables(chosen, measure(site, chosen, rounds, seconds))
+        for cell in CELLS:
+            for connections in cell.connections:
+                if not chosen(cell.name, connections):
+                    continue
+                found = measure(site, cell, connections, rounds, seconds)
+                name, goal, cpu_goal = cell.name, cell.goals.get(connections), cell.cpu_goals.get(connections)
+                if cell.by_bytes:
+                    _row(
+                        rates,
+                        name,
+                        connections,
+                        found,
+                        lambda r: r.bytes_per_second / 1e6,
+                        "{:,.0f} MB/s",
+                        goal,
+                    )
+                    _row(
+                        cpus, name, connections, found, Run.cpu_per_gb, "{:,.0f} ms/GB", cpu_goal, least=True
+                    )
+                    wanted = 1.0 if (name, connections) == ("10 MB", 1000) else None
+                    _row(
+                        ended, name, connections, found, lambda r: r.requests_per_second, "{:,.1f}/s", wanted
+                    )
+                else:
+                    _row(rates, name, connections, found, lambda r: r.requests_per_second, "{:,.0f}/s", goal)
+                    _row(
+                        cpus, name, connections, found, Run.cpu_per_answer, "{:,.1f} µs", cpu_goal, least=True
+                    )
+                sys.stdout.write(f"{name}, {connections} connections: done\n")
+    return [table for table in (rates, cpus, ended) if table.rows]
