@@ -14,6 +14,7 @@ from gup.cache.disk import Room, on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
 from gup.files import start_writeback
+from gup.upstream.receiver import Piece
 
 _Result = TypeVar("_Result")
 _FLUSH_BYTES = 8 << 20
@@ -180,7 +181,7 @@ class PartWriter:
 
     # --- writing
 
-    def take(self, piece: bytes) -> None:
+    def take(self, piece: Piece) -> None:
         """Take the next bytes into memory; `write_sure` or `write_all` must follow."""
         self._held.append(memoryview(piece))
         self.received += len(piece)
@@ -190,13 +191,19 @@ class PartWriter:
         last_sure = (self.length or self.received) - WITHHELD_BYTES
         return min(self.received, max(last_sure, self.written)) - self.written
 
-    async def write_sure(self) -> None:
-        """Write all but what is withheld. DiskError when the disk refuses."""
-        amount = self.unwritten
-        if amount > 0:
-            pieces = self._first_held(amount)
-            await self._in_thread(self._write_now, pieces)
-            self._note_written(pieces)
+    async def write_sure(self, then: Callable[[], None] = lambda: None) -> None:
+        """Write all but what is withheld, then call `then` in the same thread. DiskError when the disk
+        refuses.
+        """
+        pieces = self._first_held(self.unwritten)
+
+        def write() -> None:
+            if pieces:
+                self._write_now(pieces)
+            then()
+
+        await self._in_thread(write)
+        self._note_written(pieces)
 
     async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
         """Write the rest, since the whole has been verified; then call `then` with the sums of the whole body
@@ -253,7 +260,7 @@ class PartWriter:
         """Continue where the last attempt ended, in mid-piece or between bytes and sums."""
         file, at = self._opened(), self.written
         if not self._in_file:  # one call for all of a small body
-            pieces = [memoryview(b"".join(pieces))]
+            pieces = [memoryview(b"".join(pieces))] if len(pieces) > 1 else pieces
         for piece in pieces:
             while rest := piece[max(0, self._in_file - at) :]:
                 self._append(file, rest)

@@ -17,6 +17,7 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
 from gup.upstream.pool import Answer
+from gup.upstream.receiver import Piece
 from gup.upstream.session import Ask
 
 WINDOW_BYTES = 256 * 1024
@@ -50,7 +51,7 @@ class BypassBody:
         self._answer = answer
         self._stop = stop if stop is not None else head.length
         self._done = done
-        self._pieces: deque[bytes] = deque()
+        self._pieces: deque[Piece] = deque()
         self._base = self._position = answer.head.start
         """Offset of the first byte of `_pieces`, and the one requested last."""
         self._held = 0

@@ -17,6 +17,7 @@ from gup.errors import GupError
 from gup.metrics import MAX_STREAMS, Counters
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, rejected, unconfirmed
 from gup.upstream.pool import Answer, Pool
+from gup.upstream.receiver import Piece
 from gup.upstream.session import Ask, Upstream
 
 OVERLAP_BYTES = 64 * 1024
@@ -105,7 +106,7 @@ class Download:
         self._answer: Answer | None = None
         self.confirmed = True
         """Whether the end that `read` has reported is known to be the body's."""
-        self._ready = b""  # read beyond an overlap, not yet returned
+        self._ready: Piece = b""  # read beyond an overlap, not yet returned
         self._fruitless: Counter[str] = Counter()  # tries since the last new byte, by upstream
         self._spent: set[str] = set()
         self._asked: set[str] = set()  # since the last new byte
@@ -146,7 +147,7 @@ class Download:
                 self.close()
                 await self._after(upstream, failure)
 
-    async def read(self) -> bytes:
+    async def read(self) -> Piece:
         """The next piece; empty at the end of the body.
 
         UpstreamFailure when all upstreams have failed; BodyChanged when only the rest of another body can be
@@ -181,7 +182,7 @@ class Download:
 
     # --- the body
 
-    async def _read_answer(self) -> bytes:
+    async def _read_answer(self) -> Piece:
         answer, head = self._answer, self.head
         assert answer is not None
         assert head is not None

@@ -45,6 +45,7 @@ from gup.upstream.health import (
     mark,
     sign_of,
 )
+from gup.upstream.receiver import BUFFER_BYTES, Piece, Receiver
 from gup.upstream.session import Ask, Fields, Upstream
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ _SLOW_READS = 4
 """`min_rate` must be reached over this many times `read_timeout`: a minute by default."""
 _ERROR_BODY_BYTES = 64 * 1024
 """Limit for reading the body of an error response, so that its connection can be used again."""
+_LARGE_BYTES = 4 << 20
+"""Of a body with so much to come the rest is received by Receiver, at the price of a new connection."""
 _LEARN_SECONDS = 1.0
 """Time limit for learning another gup's name."""
 _LEARN_AGAIN_SECONDS = 2.0
@@ -387,6 +390,8 @@ class Answer:
     ) -> None:
         self.head = head
         self._pool, self._upstream, self._ask, self._response = pool, upstream, ask, response
+        self._receiver: Receiver | None = None
+        """Takes the connection over for the rest of a large body."""
         self._unpaid = 0
         """Bytes returned that the WAN's rate has not been charged for."""
         self._position = head.start
@@ -395,10 +400,11 @@ class Answer:
         settings = upstream.settings
         self.steadiness = Steadiness(settings.min_rate, _SLOW_READS * settings.read_timeout)
         connection = response.connection
-        transport, self._protocol = (
+        self._transport, self._protocol = (
             (connection.transport, connection.protocol) if connection else (None, None)
         )
-        self._window = ReceiveWindow(pool.wan, transport.get_extra_info("socket") if transport else None)
+        own = self._transport.get_extra_info("socket") if self._transport is not None else None
+        self._window = ReceiveWindow(pool.wan, own)
         self._connection_end = self._protocol.closed if self._protocol is not None else None
         if self._connection_end is not None:
             self._connection_end.remove_done_callback(_take_exception)  # an earlier response's
@@ -413,7 +419,7 @@ class Answer:
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
 
-    async def read(self) -> bytes:
+    async def read(self) -> Piece:
         """The next piece, once the one before is paid for; empty at the end.
 
         UpstreamFailure when the body breaks off. `read_timeout` limits only the wait for the upstream: pauses
@@ -440,17 +446,49 @@ class Answer:
             raise
         return piece
 
-    async def _take(self) -> bytes:
+    async def _take(self) -> Piece:
         content, slice_bytes = self._response.content, self._pool.wan.slice_bytes
-        piece = _received(content, slice_bytes or -1)
+        piece: Piece
+        if self._receiver is None:
+            piece = _received(content, slice_bytes or -1)
+            at_end = content.at_eof()
+            if not slice_bytes and self._may_take_over(len(piece)):
+                piece = self._take_over(piece)
+        else:
+            piece = self._receiver.take(slice_bytes or BUFFER_BYTES)
+            at_end = self._receiver.at_end
         waited_seconds = 0.0
-        if not piece and not content.at_eof():
+        if not piece and not at_end:
             began = time.monotonic()
             async with asyncio.timeout(self._upstream.settings.read_timeout):
-                # Without a rate not read(n): aiohttp would buffer n bytes.
-                piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
+                if self._receiver is not None:
+                    await self._receiver.wait()
+                    piece = self._receiver.take(slice_bytes or BUFFER_BYTES)
+                else:
+                    # Without a rate not read(n): aiohttp would buffer n bytes.
+                    piece = await (content.read(slice_bytes) if slice_bytes else content.readany())
             waited_seconds = time.monotonic() - began
         self.steadiness.note(waited_seconds, len(piece))
+        return piece
+
+    def _may_take_over(self, received: int) -> bool:
+        """Whether the rest is large, ends at a certain byte, and its connection is open."""
+        stop, transport = self.head.stop, self._transport
+        large = stop is not None and stop - self._position - received >= _LARGE_BYTES
+        certain = large and self._response.content_length is not None
+        return certain and transport is not None and not transport.is_closing()
+
+    def _take_over(self, piece: bytes) -> bytes:
+        """Receive the rest in place, from where aiohttp has received it. Not with a rate, which needs small
+        buffers.
+        """
+        pieces = [piece]
+        while more := _received(self._response.content, -1):  # it goes on with what it has put aside
+            pieces.append(more)
+        piece = b"".join(pieces)
+        assert self._transport is not None
+        assert self.head.stop is not None
+        self._receiver = Receiver(self._transport, self.head.stop - self._position - len(piece))
         return piece
 
     def _advance(self, amount: int) -> None:
@@ -475,6 +513,8 @@ class Answer:
         if self._connection_end is not None:  # the connection may be used again
             self._connection_end.remove_done_callback(self._lost)
             self._connection_end = None
+        if self._receiver is not None and self._transport is not None:
+            self._transport.abort()
         self._response.close() if not self._response.content.at_eof() else self._response.release()
         if not self._closed:
             self._closed = True

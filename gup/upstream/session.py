@@ -32,7 +32,7 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 _UNKNOWN_TYPE = "application/octet-stream"
-_READ_AHEAD_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 1 << 19
 """Limit of aiohttp's buffer without a rate; it is lost, and fetched again, when a connection breaks."""
 _LIMITED_READ_AHEAD_BYTES = 4096
 """The same with a rate: buffered bytes escape the rate limit."""

@@ -24,10 +24,12 @@ from gup.upstream.connector import is_quiet
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, proxy_in_words
 from gup.upstream.health import Sign, State, sign_of
 from gup.upstream.pool import Answer, Steadiness
+from gup.upstream.receiver import BUFFER_BYTES
 from gup.upstream.session import Ask, Upstream
 
 PATH = "/content/x.dax"
 BODY = noise("session", 3_000_000)
+LARGE = noise("large session", 9_000_000)
 QUICK = {"name": "u", "connect_timeout": "5s", "read_timeout": "1s", "first_byte_timeout": "3s"}
 
 
@@ -598,14 +600,15 @@ def test_what_no_request_asked_for_is_nobodys_answer_by_any_way(by_each_way, str
     by_each_way(answer, run)
 
 
-def test_pauses_of_ours_are_no_timeouts(by_each_way):
+@pytest.mark.parametrize(("body", "connections"), [(BODY, 1), (LARGE, 2)], ids=["small", "large"])
+def test_pauses_of_ours_are_no_timeouts(by_each_way, body, connections):
     async def run(pool, upstream) -> None:
-        assert await get(pool, pause_seconds=0.5) == BODY
+        assert await get(pool, pause_seconds=0.5) == body
         await asyncio.sleep(0.5)
-        assert await get(pool) == BODY
-        assert upstream.connections == 1
+        assert await get(pool) == body
+        assert upstream.connections == connections
 
-    by_each_way(lambda talk: talk.send(ok(BODY)), run)
+    by_each_way(lambda talk: talk.send(ok(body)), run)
 
 
 def say_goodbye(talk: Request) -> None:
@@ -629,6 +632,7 @@ def test_the_end_of_tls_confirms_no_bodys_end(by_tls, end):
 CUT = {
     "of a length": ok(BODY)[:1_000_000],
     "of chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7a120\r\n" + BODY[:500_000] + b"\r\n",
+    "of a large body's length": ok(LARGE)[:8_000_000],
 }
 
 
@@ -645,6 +649,82 @@ def test_a_body_that_is_cut_is_never_whole(by_each_way, text, end):
         assert failure.outcome == "error"
 
     by_each_way(answer, run)
+
+
+# --- large bodies, received in place
+
+
+async def pieces_of(answer: Answer) -> list:
+    """All pieces, kept until the end as a fill keeps those that a slow disk has not taken."""
+    pieces = []
+    try:
+        while piece := await answer.read():
+            pieces.append(piece)
+    finally:
+        answer.close()
+    return pieces
+
+
+def test_a_piece_is_good_for_as_long_as_it_is_kept(by_each_way):
+    async def run(pool, _) -> None:
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        pieces = await pieces_of(answer)
+        assert answer._receiver is not None
+        assert b"".join(pieces) == LARGE
+
+    by_each_way(lambda talk: talk.send(ok(LARGE)), run)
+
+
+async def test_pieces_that_are_dropped_leave_their_memory_to_the_next(before):
+    async with before(lambda talk: talk.send(ok(LARGE))) as (_, pool):
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert await body_of(answer) == LARGE
+        assert len(answer._receiver._buffers) <= 3, (
+            "the one being filled, the last piece's and the one before"
+        )
+
+
+async def test_a_large_body_that_nobody_reads_stops_its_upstream(before):
+    async with before(lambda talk: talk.send(ok(LARGE))) as (_, pool):
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        while answer._receiver is None:
+            await answer.read()
+        while answer._transport.is_reading():  # noqa: ASYNC110 - asyncio's own
+            await asyncio.sleep(0.001)
+        assert len(answer._receiver.take(1 << 62)) <= BUFFER_BYTES
+        answer.close()
+
+
+@pytest.mark.parametrize("way", ["plain", "tls"])
+def test_more_than_a_large_bodys_length_is_refused(way, authority, pool_of, new_loop):
+    async def run(pool, _) -> None:
+        failure = await failure_of(pool)
+        assert failure.outcome == "rejected"
+        assert "more bytes" in str(failure)
+
+    over(way, authority, pool_of, new_loop)(lambda talk: talk.send(ok(LARGE) + b"more"), run)
+
+
+async def test_silence_in_a_large_body_ends_by_read_timeout(before):
+    def most(talk: Request) -> None:
+        talk.send(ok(LARGE)[:-100])
+        talk.pause(30)
+
+    async with before(most, {"read_timeout": "300ms"}) as (_, pool):
+        assert "read_timeout" in str(await failure_of(pool))
+
+
+async def test_a_rate_that_begins_in_a_large_body_is_kept(before):
+    async with before(lambda talk: talk.send(ok(LARGE))) as (_, pool):
+        answer = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        while answer._receiver is None:
+            await answer.read()
+        pool.wan.rate = lambda: 10**9
+        later = await pieces_of(answer)
+        assert max(map(len, later)) <= pool.wan.slice_bytes
+        limited = await pool.ask(pool.upstreams[0], Ask(PATH, "fill"))
+        assert await body_of(limited) == LARGE
+        assert limited._receiver is None, "with a rate no more is received than is paid for"
 
 
 async def test_a_proxy_that_opens_no_tunnel_costs_connect_timeout(authority, pool_of):
