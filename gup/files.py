@@ -19,7 +19,9 @@ PEM_BYTES = 16 << 20
 _DER_BEGIN = b"\x30\x82"
 """A SEQUENCE with a length of two bytes: how a certificate in DER begins."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC_AT_ONCE = ctypes.PyDLL(None, use_errno=True)  # calls hold the interpreter's lock
 _SYNC_FILE_RANGE_WRITE = 2
+_POLL = struct.Struct("ihh")  # struct pollfd: fd, events, revents
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -110,7 +112,21 @@ def is_range_locked(fd: int, start: int, length: int = 1) -> bool:
 
 
 def _ask(fd: int, command: int, kind: int, start: int, length: int) -> bytes:
-    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    asked = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    if command != fcntl.F_OFD_SETLK:
+        return fcntl.fcntl(fd, command, asked)
+    # It never waits, so the interpreter's lock is kept: to give it up and get it back would cost far more.
+    if _LIBC_AT_ONCE.fcntl(fd, command, asked) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return asked
+
+
+def pending_events(fd: int, wanted: int) -> int:
+    """Which of the `wanted` events (poll(2)), or of those always reported, a descriptor has now."""
+    asked = ctypes.create_string_buffer(_POLL.pack(fd, wanted, 0), _POLL.size)
+    _LIBC_AT_ONCE.poll(asked, 1, 0)
+    return int(_POLL.unpack(asked)[2])
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

@@ -29,6 +29,7 @@ ACCESS = "gup.access"
 
 _MOST_RECORDS = 8192
 _BATCH = 256
+_GATHER_SECONDS = 0.02
 _CLOSE_SECONDS = 2.0
 """Time limit at exit for a destination that takes no lines."""
 _COMPLAIN_SECONDS = 60.0
@@ -40,6 +41,8 @@ def configure(own: config.Log) -> None:
     SettingsError when the destination can't be written to; the previous log stays in force then.
     """
     handler = WritingHandler(_destination(own))
+    logging.logThreads = logging.logMultiprocessing = False  # what no format shows is not looked up
+    logging._srcfile = None  # noqa: SLF001 - as Python's logging HOWTO says
     root, before = logging.getLogger(), _handlers()
     root.addHandler(handler)
     for old in before:
@@ -145,6 +148,8 @@ class WritingHandler(QueueHandler):
         batch: list[logging.LogRecord | None] = []
         while None not in batch[-1:]:
             batch = [self.queue.get()]
+            if batch[0] is not None:
+                time.sleep(_GATHER_SECONDS)  # lines that come meanwhile wake no thread
             while batch[-1] is not None and len(batch) < _BATCH and not self.queue.empty():
                 batch.append(self.queue.get())
             self._write([record for record in batch if record is not None])

@@ -193,10 +193,16 @@ class Counters:
     def __init__(self, words: "memoryview[int]", positions: Mapping[str, int]) -> None:
         self.words = words
         self._positions = positions
+        self._known: dict[tuple[object, ...], int] = {}
+        """Positions that were asked for before, so that a series is not spelled again."""
 
     def position(self, name: str, /, **labels: str) -> int:
         """The word of a series, for callers that count often: `counters.words[position] += n`."""
-        return self._positions[series(name, labels)]
+        asked = (name, *labels.items())
+        at = self._known.get(asked)
+        if at is None:
+            at = self._known[asked] = self._positions[series(name, labels)]
+        return at
 
     def add(self, name: str, amount: int = 1, /, **labels: str) -> None:
         self.words[self.position(name, **labels)] += amount
@@ -208,7 +214,11 @@ class Counters:
         return self.words[self.position(name, **labels)]
 
     def add_stream(self, direction: Direction, slot: int, kind: str, amount: int) -> None:
-        self.words[self._positions[stream_series(direction, slot, kind)]] += amount
+        asked = (direction, slot, kind)
+        at = self._known.get(asked)
+        if at is None:
+            at = self._known[asked] = self._positions[stream_series(direction, slot, kind)]
+        self.words[at] += amount
 
     def waste(self, reason: str, stream: tuple[int, str], amount: int) -> None:
         """Count bytes received and not used; `stream` is the number and the kind."""

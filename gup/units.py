@@ -5,6 +5,7 @@ import time
 from calendar import timegm
 from datetime import date
 from email.utils import formatdate
+from functools import lru_cache
 
 _SIZE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -122,6 +123,11 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
 
     `now` (Unix seconds, the system's clock when None) decides the century of a two-digit year.
     """
+    return _seconds_of(text, time.gmtime(time.time() if now is None else now).tm_year)
+
+
+@lru_cache(256)
+def _seconds_of(text: str, this_year: int) -> int | None:
     found = next((found for form in _DATE_FORMS if (found := form.fullmatch(text))), None)
     if found is None:
         return None
@@ -129,7 +135,6 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
     hour, minute, second = int(found["hour"]), int(found["minute"]), int(found["second"])
     if len(found["year"]) == 2:
         # A year more than 50 years ahead is taken as the most recent past one with these digits.
-        this_year = time.gmtime(time.time() if now is None else now).tm_year
         year += this_year - this_year % 100
         year -= 100 if year > this_year + 50 else 0
     if hour > 23 or minute > 59 or second > 60:  # 60 is a leap second
@@ -143,4 +148,9 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
 
 def format_http_date(seconds: float) -> str:
     """`seconds` (Unix time, cut to whole ones) as an IMF-fixdate."""
-    return formatdate(seconds // 1, usegmt=True)
+    return _formatted(int(seconds // 1))
+
+
+@lru_cache(16)
+def _formatted(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)

@@ -35,6 +35,8 @@ _MOST_FILLS = 3
 """Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
 """An entry on disk: its record, its body, and whether its chunks are trusted without comparing them."""
+_LookedUp = _Found | Leftover | FillEnd | Failure | None
+"""An entry; what a claimed fill begins with; how it ends at once; None when another process has the claim."""
 
 
 class Cache:
@@ -275,7 +277,9 @@ class Cache:
         follower = Follower(self._deps, fill)
         try:
             while not fill.over:
-                found = await on_disk(self._deps.executor, self._look_up, fill)
+                found: _LookedUp = self._claim_new(fill)
+                if found is None:
+                    found = await on_disk(self._deps.executor, self._look_up, fill)
                 if found is None:
                     await follower.run()
                 elif isinstance(found, Leftover):
@@ -300,7 +304,22 @@ class Cache:
             self._keep_entry(fill)
             fill.ended.set()
 
-    def _look_up(self, fill: Fill) -> _Found | Leftover | FillEnd | Failure | None:
+    def _claim_new(self, fill: Fill) -> Leftover | None:
+        """Claim a key that has no files yet: a miss without a look at the disk. None: look the key up."""
+        deps, offset = self._deps, fill.key.claim_offset
+        maybe = deps.store.occupied.maybe
+        if fill.suspect or fill.from_memory:
+            return None
+        if any(maybe(key.claim_offset) for key in fill.route.keys(fill.variant)):
+            return None
+        if not deps.claims.try_claim(offset):
+            return None
+        if maybe(offset):  # another process has just stored it
+            deps.claims.release(offset)
+            return None
+        return Leftover(nothing=True)
+
+    def _look_up(self, fill: Fill) -> _LookedUp:
         """The entry; or what a fill can begin with, and the key is claimed then; None when another process
         has the claim. Blocks.
 
@@ -335,7 +354,7 @@ class Cache:
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (
-            not leftover.finished
+            not (leftover.finished or leftover.nothing)
             and (failure := self._deps.failures.get(fill.key, fill.route.upstream_path)) is not None
         ):
             fill.fail(failure)

@@ -1,17 +1,20 @@
 """The cache directory's disk: its errors, the room on it, and how far it is synced."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import math
 import os
+import queue
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -38,13 +41,14 @@ STEP_BYTES = 16 << 20
 """Room is reserved in steps of this size while a body's length is unknown."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _Result = TypeVar("_Result")
+_Job = tuple["asyncio.Future[Any]", Callable[..., object], tuple[object, ...]]
 
 
 class DiskError(GupError, OSError):
     """The cache directory's disk refused; other OSErrors have other causes, such as sockets or locks."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
     """Around work on files of the cache directory: its OSErrors become DiskErrors with the same errno."""
     try:
@@ -57,7 +61,63 @@ def disk_errors() -> Iterator[None]:
 
 async def on_disk(executor: Executor, work: Callable[..., _Result], *arguments: object) -> _Result:
     """Run `work` on files of the cache directory in a thread. DiskError when the disk refuses."""
-    return await asyncio.get_running_loop().run_in_executor(executor, disk_errors()(work), *arguments)
+    return await asyncio.get_running_loop().run_in_executor(executor, _on_disk, work, *arguments)
+
+
+class ShortJobs:
+    """One thread for short work on files, such as the commit of a small body.
+
+    A job wakes the thread only if it is idle, and results that come together wake the loop once: with many
+    small fills that costs far less than a pool, whose threads also take the interpreter from each other.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._done: deque[tuple[_Job, object, BaseException | None]] = deque()
+        self._announced = False
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[..., _Result], *arguments: object) -> "asyncio.Future[_Result]":
+        """The future result of `work`, of which a cancellation stops nothing. DiskError as `on_disk`."""
+        loop = asyncio.get_running_loop()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, args=(loop,), name="gup-short", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[_Result] = loop.create_future()
+        self._jobs.put((future, work, arguments))
+        return future
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (job := self._jobs.get()) is not None:
+            result, failed = None, None
+            try:
+                result = _on_disk(job[1], *job[2])
+            except BaseException as error:  # noqa: BLE001 - it is the caller's
+                failed = error
+            self._done.append((job, result, failed))
+            if not self._announced:
+                self._announced = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._announced = False  # first: what is done from here on is announced again
+        while self._done:
+            (future, _, _), result, failed = self._done.popleft()
+            if not future.cancelled():
+                future.set_result(result) if failed is None else future.set_exception(failed)
+
+
+def _on_disk(work: Callable[..., _Result], *arguments: object) -> _Result:
+    with disk_errors():
+        return work(*arguments)
 
 
 class Unstorable(GupError):  # noqa: N818 - an outcome, not our error
@@ -177,6 +237,7 @@ class Room:
 
     space: Space
     executor: Executor
+    short: ShortJobs
     _promised: int = 0
 
     async def reserve(self, amount: int) -> None:
@@ -193,9 +254,11 @@ class Room:
             self.space.release(self._promised, committed=committed)
             self._promised = 0
 
-    async def on_disk(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+    async def on_disk(self, work: Callable[..., _Result], *arguments: object, short: bool = False) -> _Result:
         """Run `work` in a thread; when the disk is full, evict and run it again: it must allow that."""
         try:
+            if short:
+                return await self.short.run(work, *arguments)
             return await on_disk(self.executor, work, *arguments)
         except DiskError as error:
             if error.errno not in _FULL or not await self.space.make_room():

@@ -8,7 +8,7 @@ from enum import Enum
 
 from gup import config
 from gup.cache.body import GrowingBody
-from gup.cache.disk import Space
+from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
@@ -41,6 +41,7 @@ class FillDependencies:
     """Of each client, in this second."""
     streams: Streams
     executor: Executor
+    short: ShortJobs
     settings: config.Settings
     tell: Callable[[Mapping[str, object]], None]
     """Sends an event to the controller; from any thread."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -88,7 +88,7 @@ class Leader:
         """Upstream has other bytes than were known: their ETag must differ, too."""
         self._came_at: float | None = None
         """When the last byte of a complete part came; Unix seconds."""
-        self._room = Room(dependencies.space, dependencies.executor)
+        self._room = Room(dependencies.space, dependencies.executor, dependencies.short)
         self._slot: FillSlot | None = None
         """Kept after it is left: it shows that the fill's clients no longer wait for the queue."""
         self._next_look = 0.0
@@ -139,15 +139,20 @@ class Leader:
             fill.inherits = True
         if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
             self._deps.pool.refuse_while_away(fill.variant, self._key.text)
-        async with self._fill_slot():
-            self._deps.counters.add("gup_fills_in_progress", 1)
-            try:
-                self._state = replace(self._state, path=path, phase=Phase.REQUESTED)
-                fill.fetched = True
-                nothing = await self._fetch_or_bypass_disk()
-            finally:
-                self._leave_upstream()
-                self._deps.counters.add("gup_fills_in_progress", -1)
+        await self._take_slot()
+        watching = self._watch_for_waiters() if fill.background else None
+        self._deps.counters.add("gup_fills_in_progress", 1)
+        try:
+            self._state.path, self._state.phase = path, Phase.REQUESTED
+            fill.fetched = True
+            nothing = await self._fetch_or_bypass_disk()
+        finally:
+            self._leave_upstream()
+            self._leave_slot()
+            self._deps.counters.add("gup_fills_in_progress", -1)
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
         if nothing is None or (isinstance(nothing, Problem) and nothing.slug == "upstream-not-found"):
             return nothing
         raise nothing
@@ -282,38 +287,34 @@ class Leader:
 
     # --- the fill slot
 
-    @contextlib.asynccontextmanager
-    async def _fill_slot(self) -> AsyncIterator[None]:
-        """Hold a slot for the block, or until it is left; Problem when there is none in time.
+    async def _take_slot(self) -> None:
+        """Take a slot, to be left when it is no longer needed; Problem when there is none in time.
 
         A background fill needs none: it streams only while no other fill does, and few are begun at once.
         (The WAN's order is not enough: without a rate, or with one above the link's, it has no effect.)
         """
         deps, fill = self._deps, self._fill
         if fill.background:
-            watching = asyncio.get_running_loop().create_task(self._watch_for_waiters())
-            try:
-                yield
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
         class_ = class_of(fill.route)
-        async with deps.queue.held(
+        slot = await deps.queue.take(
             class_, waited_seconds, fill.client, inherits=fill.inherits, patient=fill.patient
-        ) as slot:
-            if slot is None:
-                raise deps.queue.refusal(class_, fill.client)
-            self._slot = slot
-            yield
+        )
+        if slot is None:
+            raise deps.queue.refusal(class_, fill.client)
+        self._slot = slot
 
-    async def _watch_for_waiters(self) -> None:
+    def _watch_for_waiters(self) -> asyncio.Task[None]:
         """Until another process's client wants the body: that process holds the lock beside the claim."""
-        while self._fill.background:
-            if self._deps.claims.taken(waiters_offset(self._key.id)):
-                self._fill.promote(self._deps.pool.wan)
-            await asyncio.sleep(_LOOK_SECONDS)
+
+        async def watch() -> None:
+            while self._fill.background:
+                if self._deps.claims.taken(waiters_offset(self._key.id)):
+                    self._fill.promote(self._deps.pool.wan)
+                await asyncio.sleep(_LOOK_SECONDS)
+
+        return asyncio.get_running_loop().create_task(watch())
 
     async def _yield_to_others(self) -> None:
         """A background fill waits here while others stream or wait, unless a client waits for it."""
@@ -330,14 +331,15 @@ class Leader:
     # --- generations
 
     def _new_writer(self, length: int | None) -> PartWriter:
-        path = self._deps.store.part_path(self._key.id, self._state.generation)
+        self._deps.store.occupied.note(self._key.claim_offset)
+        path = self._deps.store.part_name(self._key.id, self._state.generation)
         self._writer = PartWriter(path, self._room, length)
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:
         generation = int(self._deps.wall_clock() * 1_000_000_000)
         told = self._download.source_validators if self._download is not None else self._state.told
-        self._state = replace(self._state, generation=generation, head=None, told=told)
+        self._state.generation, self._state.head, self._state.told = generation, None, told
         self._new_writer(head.length)
         self._body = GrowingBody(head, generation, None, self._deps.clock())
         return self._body
@@ -365,7 +367,7 @@ class Leader:
         self._fill.finishing = self._whole = False
         self._bytes_changed = True
         self._writer = self._body = None
-        self._state = replace(self._state, phase=Phase.REQUESTED, head=None, told={})
+        self._state.phase, self._state.head, self._state.told = Phase.REQUESTED, None, {}
         await self._in_thread(self._deps.store.drop_parts, self._key.id)
         await self._save_state()  # followers see it
         self._room.release(committed=False)
@@ -404,7 +406,7 @@ class Leader:
         old = await self._in_thread(OpenFile, store.part_path(id_, state.generation))
         body = self._begin_generation(state.head)
         await self._room.on_disk(self._part.copy_from, old, salvage)
-        self._state = replace(self._state, phase=Phase.REQUESTED, head=state.head)
+        self._state.phase, self._state.head = Phase.REQUESTED, state.head
         await self._save_state()
         await self._in_thread(store.drop_part, id_, state.generation)
         return body
@@ -414,7 +416,7 @@ class Leader:
         begun = Begun(remote_of(body.head), salvage.size, salvage.verified, self._state.told)
         download = self._ask_upstream(begun, None)
         await download.begin()
-        self._state = replace(self._state, told=download.source_validators)
+        self._state.told = download.source_validators
         await self._show(body)
         return body
 
@@ -425,7 +427,7 @@ class Leader:
         Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
         """
         deps, sound_bytes = self._deps, salvage.verified
-        self._state = replace(self._state, path=record.path or self._state.path)
+        self._state.path = record.path or self._state.path
         self._fill.repairs = True
         download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
         try:
@@ -482,6 +484,7 @@ class Leader:
         writer, download = self._part, self._source
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SMALL_SECONDS):
+                await download.gather(_SMALL_BYTES)
                 while writer.received <= _SMALL_BYTES:
                     piece = await download.read()
                     if not piece:
@@ -546,7 +549,7 @@ class Leader:
 
     async def _save_validators(self, download: Download) -> None:
         """Another upstream, or one with other validators, continues: save that in the state first."""
-        self._state = replace(self._state, told=download.source_validators)
+        self._state.told = download.source_validators
         if self._state.phase is Phase.STREAMING:
             with contextlib.suppress(OSError):  # the next write will fail too, and report it
                 await self._save_state()
@@ -596,23 +599,31 @@ class Leader:
             self._show_end(body)
             if self._memory is not None:
                 return
-            await asyncio.sleep(0)  # its readers first
         now, kind, state = deps.wall_clock(), self._fill.route.kind, self._state
         valid_at = validated_at(deps, remote, self._fill.route.immutable)
+        if self._came_at is not None:
+            valid_at = min(valid_at, self._came_at)
+        new, clear = self._leftover.nothing, self._has_state or not self._leftover.nothing
 
         def commit(sums: tuple[int, ...]) -> tuple[Record, bool]:
-            record = replace(
-                Record.of(self._key, kind, head, sums, now, state.generation, state.path),
+            record = Record.of(
+                self._key,
+                kind,
+                head,
+                sums,
+                state.stored_at or now,
+                state.generation,
+                state.path,
+                validated_at=valid_at,
                 pinned=state.pinned,
-                stored_at=state.stored_at or now,
-                validated_at=valid_at if self._came_at is None else min(valid_at, self._came_at),
             )
-            return record, _commit(deps.store, record)
+            return record, _commit(deps.store, record, new=new, clear=clear)
 
-        record, replaced = await writer.write_all(commit)
+        record, replaced = await writer.write_all(commit, short=new and not clear)
         self._fill.record, self._fill.file = record, writer.file
         if not body.ended:
             self._show_end(body)
+            await asyncio.sleep(0)  # its readers first
         self._room.release(committed=True)
         if replaced:
             deps.raise_store_epoch()
@@ -636,7 +647,7 @@ class Leader:
         assert salvage is not None
         self._fill.finishing = self._whole = True
         try:
-            self._state = replace(self._state, path=state.path)
+            self._state.path = state.path
             body = await self._reopen(state, salvage)
             self._came_at = os.fstat(body.fd).st_mtime
             self._fill.attach(body)
@@ -659,7 +670,7 @@ class Leader:
         why, fill = refusal(refused), self._fill
         disk = isinstance(refused, DiskError) or refused.disk
         passed_through = isinstance(refused, Unstorable) and refused.too_large
-        self._state = replace(self._state, phase=Phase.UNSTORABLE)
+        self._state.phase = Phase.UNSTORABLE
         self._room.release(committed=False)
         self._deps.counters.add("gup_fills_total", outcome="unstorable")
         try:
@@ -754,12 +765,12 @@ class Leader:
             stat = os.fstat(file.fd)
             await self._room.reserve(stat.st_size)
             body = self._begin_generation(state.head)
-            self._state = replace(self._state, path=state.path)
+            self._state.path = state.path
             self._came_at = stat.st_mtime
             await self._room.on_disk(self._part.copy_memory, file, stat.st_size)
             await self._finish(body, remote_of(state.head))
         except (Unstorable, DiskError) as error:
-            self._state = replace(self._state, phase=Phase.UNSTORABLE)
+            self._state.phase = Phase.UNSTORABLE
             self._room.release(committed=False)
             disk = isinstance(error, DiskError) or error.disk
             await self._tell_unstorable(refusal(error), disk=disk, reported=False)
@@ -837,7 +848,7 @@ class Leader:
             self._state.phase,
             phase,
         )
-        self._state = replace(self._state, phase=phase)
+        self._state.phase = phase
 
     def _current_state(self) -> FillState:
         return replace(
@@ -848,7 +859,8 @@ class Leader:
         )
 
     def _noted_state(self, head: Head | None = None) -> FillState:
-        self._state = replace(self._current_state(), head=head or self._state.head)
+        self._state = self._current_state()
+        self._state.head = head or self._state.head
         self._has_state = True
         return self._state
 
@@ -868,21 +880,22 @@ class Leader:
         log.log(logging.INFO if good else logging.WARNING, "fill", extra=extra)
 
 
-def _commit(store: Store, record: Record) -> bool:
+def _commit(store: Store, record: Record, *, new: bool, clear: bool) -> bool:
     """Whether the body replaced another. OSError when the disk refuses. Blocks, for 10 s at most.
 
-    Waiting for a free descriptor is better than fetching the body again. Each attempt continues the last one.
+    `new`: see `Store.commit`. `clear`: the fill's state may be on the disk. Waiting for a free descriptor is
+    better than fetching the body again. Each attempt continues the last one.
     """
     for tries_left in range(_COMMIT_TRIES, -1, -1):
         try:
-            replaced = store.commit(record)
+            replaced = store.commit(record, new=new)
             break
         except OSError as error:
             if not tries_left or not is_exhausted(error):
                 raise
         time.sleep(_COMMIT_PAUSE_SECONDS)
-    if record.length < CHUNK_BYTES:  # it has no sums file
-        store.drop_state(record.key.id)
-    else:
+    if record.length >= CHUNK_BYTES:
         store.drop_journal(record.key.id, record.generation)
+    elif clear:  # it has no sums file
+        store.drop_state(record.key.id)
     return replaced

@@ -69,6 +69,29 @@ class Claims:
         self._held.clear()
 
 
+class Occupied:
+    """Whether a key may have files in the cache directory: a byte for each hash, in memory of all processes.
+
+    A byte is set before a key's first file is made, and for the rest of the run. So a miss of what was never
+    here needs no look at the disk. Until the directory has been gone through, any key may have files.
+    """
+
+    def __init__(self, table: "memoryview[int]") -> None:
+        """`table`: bytes, the first of which says whether it is complete."""
+        self._table = table
+        self._slots = len(table) - 1
+
+    def note(self, offset: int) -> None:
+        """A key's claim is at `offset`."""
+        self._table[1 + offset % self._slots] = 1
+
+    def maybe(self, offset: int) -> bool:
+        return not self._table[0] or self._table[1 + offset % self._slots] != 0
+
+    def complete(self) -> None:
+        self._table[0] = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Slots:
     """`count()` byte locks from `first` on: each is one slot, freed by the kernel if its holder dies."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -38,6 +39,7 @@ class _Row(ctypes.Structure):
 
 FAILURE_WORDS = ctypes.sizeof(_Row) // 8
 _FREE = bytes(16)
+_KEY = struct.Struct("=QQ")
 
 
 class NegativeCache:
@@ -84,11 +86,22 @@ class NegativeCache:
                     row.until_ns = 0
 
     def _find(self, asked: bytes) -> _Row | None:
-        return next((row for row in self._rows(asked) if bytes(row.key) == asked), None)
+        key, first = _KEY.unpack(asked), self._first(asked)
+        for row in range(first, first + _WAYS):
+            at = row * FAILURE_WORDS
+            if self._words[at] == key[0] and self._words[at + 1] == key[1]:
+                return self._row(row)
+        return None
 
     def _rows(self, asked: bytes) -> list[_Row]:
-        first = int.from_bytes(asked[:8], "big") % self._sets * _WAYS
-        return [_Row.from_buffer(self._words, (first + way) * ctypes.sizeof(_Row)) for way in range(_WAYS)]
+        first = self._first(asked)
+        return [self._row(row) for row in range(first, first + _WAYS)]
+
+    def _first(self, asked: bytes) -> int:
+        return int.from_bytes(asked[:8], "big") % self._sets * _WAYS
+
+    def _row(self, number: int) -> _Row:
+        return _Row.from_buffer(self._words, number * ctypes.sizeof(_Row))
 
 
 def _digest(key: ContentKey, path: str) -> bytes:

@@ -97,7 +97,7 @@ class PartWriter:
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(self, path: Path, room: Room, length: int | None) -> None:
+    def __init__(self, path: str | Path, room: Room, length: int | None) -> None:
         self.received = 0
         self.written = 0
         self._path = path
@@ -205,9 +205,9 @@ class PartWriter:
         await self._in_thread(write)
         self._note_written(pieces)
 
-    async def write_all(self, then: Callable[[tuple[int, ...]], _Result]) -> _Result:
+    async def write_all(self, then: Callable[[tuple[int, ...]], _Result], *, short: bool = False) -> _Result:
         """Write the rest, since the whole has been verified; then call `then` with the sums of the whole body
-        in the same thread. DiskError as above.
+        in the same thread; `short`: that does not take long. DiskError as above.
 
         The sum of a last short chunk is written before its bytes: a part of full size is known to be
         complete.
@@ -221,7 +221,7 @@ class PartWriter:
             self._write_now(pieces)
             return then(self._sums.finish())
 
-        result = await self._in_thread(write)
+        result = await self._in_thread(write, short=short)
         self._note_written(pieces)
         return result
 
@@ -234,11 +234,13 @@ class PartWriter:
             return held
         return await self._in_thread(os.pread, self.file.fd, in_file, offset) + held
 
-    async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+    async def _in_thread(
+        self, work: Callable[..., _Result], *arguments: object, short: bool = False
+    ) -> _Result:
         """Without eviction for a memory file, since that frees no memory."""
         if self._in_memory:
             return await on_disk(self._room.executor, work, *arguments)
-        return await self._room.on_disk(work, *arguments)
+        return await self._room.on_disk(work, *arguments, short=short)
 
     def _first_held(self, amount: int) -> list[memoryview]:
         pieces = []
@@ -259,8 +261,8 @@ class PartWriter:
     def _write_now(self, pieces: list[memoryview]) -> None:
         """Continue where the last attempt ended, in mid-piece or between bytes and sums."""
         file, at = self._opened(), self.written
-        if not self._in_file:  # one call for all of a small body
-            pieces = [memoryview(b"".join(pieces))] if len(pieces) > 1 else pieces
+        if not self._in_file and len(pieces) > 1:  # one call for all of a small body
+            pieces = [memoryview(b"".join(pieces))]
         for piece in pieces:
             while rest := piece[max(0, self._in_file - at) :]:
                 self._append(file, rest)
@@ -293,7 +295,7 @@ class PartWriter:
 
     def _opened_sums(self) -> OpenFile:
         if self._sums_file is None:
-            self._sums_file = OpenFile(self._path.with_suffix(".sums"), os.O_RDWR | os.O_CREAT)
+            self._sums_file = OpenFile(Path(self._path).with_suffix(".sums"), os.O_RDWR | os.O_CREAT)
         return self._sums_file
 
 

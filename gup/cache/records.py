@@ -61,9 +61,9 @@ chunk_sum = xxhash.xxh3_64_intdigest
 
 
 def seal(fields: dict[str, Any]) -> bytes:
-    """`fields` as JSON with a `checksum` member over the rest."""
-    text = json.dumps({**fields, "checksum": _checksum(fields)}, ensure_ascii=False, indent=1)
-    return f"{text}\n".encode()
+    """`fields` as a line of JSON with a `checksum` member over the rest."""
+    text = _canonical(fields)
+    return f'{text[:-1]},"checksum":"{xxhash.xxh3_64_hexdigest(text.encode())}"}}\n'.encode()
 
 
 def unseal(text: bytes, model: str, most_bytes: int) -> dict[str, Any]:
@@ -84,8 +84,11 @@ def unseal(text: bytes, model: str, most_bytes: int) -> dict[str, Any]:
 
 
 def _checksum(fields: dict[str, Any]) -> str:
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return xxhash.xxh3_64_hexdigest(canonical.encode())
+    return xxhash.xxh3_64_hexdigest(_canonical(fields).encode())
+
+
+def _canonical(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 FORMAT = 2
@@ -168,11 +171,34 @@ class Record(Head):
 
     @classmethod
     def of(
-        cls, key: ContentKey, kind: Kind, head: Head, sums: _Sums, now: float, generation: int, path: str
+        cls,
+        key: ContentKey,
+        kind: Kind,
+        head: Head,
+        sums: _Sums,
+        now: float,
+        generation: int,
+        path: str,
+        *,
+        validated_at: float | None = None,
+        pinned: bool = False,
     ) -> "Record":
-        fields: dict[str, Any] = {name: getattr(head, name) for name in Head.__slots__}
-        fields |= {"stored_at": now, "validated_at": now, "pinned": False, "path": path}
-        return cls(**fields, key=key, kind=kind, generation=generation, sums=sums)
+        return cls(
+            head.length or 0,  # `head` is of a body that is complete: both are known
+            head.etag or "",
+            head.content_type,
+            head.last_modified,
+            head.upstream,
+            head.upstream_etag,
+            key,
+            kind,
+            now,
+            now if validated_at is None else validated_at,
+            pinned,
+            generation,
+            sums,
+            path,
+        )
 
     @property
     def head(self) -> Head:
@@ -300,7 +326,7 @@ class Hold(NamedTuple):
         return self.seconds_left(monotonic_now) > 0 or 0 < self.forgotten_at - monotonic_now <= MEMORY_SECONDS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FillState:
     key: _Key
     kind: Kind

@@ -38,6 +38,8 @@ class Leftover:
     """The damaged entry's body, if it exists."""
     unstorable: str | None = None
     holds: tuple[Hold, ...] = ()
+    nothing: bool = False
+    """The key has no files at all."""
     reported: bool = False
     """The state says so already, and must not repeat it: it must expire."""
 

@@ -16,12 +16,11 @@ already: so there are extra slots for takeovers, and while one is taken, one bul
 """
 
 import asyncio
-import contextlib
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import count
@@ -246,8 +245,7 @@ class FillQueue:
 
     # --- waiting
 
-    @contextlib.asynccontextmanager
-    async def held(
+    async def take(
         self,
         class_: Class,
         waited_seconds: float,
@@ -255,9 +253,8 @@ class FillQueue:
         *,
         inherits: bool = False,
         patient: bool = False,
-    ) -> AsyncIterator[FillSlot | None]:
-        """Hold a slot for the block, or until it is left; None when there is none within the remaining
-        patience.
+    ) -> FillSlot | None:
+        """A slot, to hold until it is left; None when there is none within the remaining patience.
 
         `waited_seconds` is how long this fill's clients have waited already; `client` is who made them ask,
         "": nobody, who is another one each time. One that `inherits` waits for nothing, a `patient` one for
@@ -269,8 +266,7 @@ class FillQueue:
             left = math.inf if inherits or patient else self._patience_seconds() - waited_seconds
             taken = await self._take(group, class_, client, time.monotonic() - waited_seconds, left)
         if taken is None:
-            yield None
-            return
+            return None
         slots, number = taken
         began = time.monotonic()
         self.clients.add(client)
@@ -282,11 +278,7 @@ class FillQueue:
             for other in self._groups:
                 self._poll_in(other, 0.0)
 
-        slot = FillSlot(leave)
-        try:
-            yield slot
-        finally:
-            slot.leave()
+        return FillSlot(leave)
 
     def _inherit(self, group: _Group) -> _Taken | None:
         """A dead leader's slot, or its replacement."""

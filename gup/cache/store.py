@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gup.cache.locks import Claims, claim_offset
+from gup.cache.locks import Claims, Occupied, claim_offset
 from gup.cache.records import (
     CHUNK_BYTES,
     MAX_RECORD_BYTES,
@@ -77,6 +77,7 @@ class Store:
     def __init__(self, root: Path, claims: Claims | None = None) -> None:
         self.root = root
         self.claims = claims
+        self.occupied = Occupied(memoryview(bytearray(2)))
         self.service_start = 0.0
         self.content = root / "content"
         self.partial = root / "partial"
@@ -108,6 +109,7 @@ class Store:
 
     def _require_claim(self, key: ContentKey) -> None:
         assert self.claims is None or self.claims.held(key.claim_offset), f"{key.text} is not claimed"
+        self.occupied.note(key.claim_offset)
 
     # --- committed bodies
 
@@ -182,7 +184,7 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(self.record_path(key), (used_at, used_at))
 
-    def set_time(self, path: Path, record: Record) -> None:
+    def set_time(self, path: str | Path, record: Record) -> None:
         os.utime(path, ns=(time.time_ns(), record.generation))
 
     def remove(self, key: ContentKey) -> int:
@@ -235,6 +237,19 @@ class Store:
             return Stored(key, record, found.st_size, self.record_path(key).stat().st_mtime)
         return None
 
+    def note_occupied(self) -> None:
+        """Go through all names once, so that `occupied` is complete. Blocks."""
+        for folder, _, names in os.walk(self.content):
+            parts = folder[len(str(self.content)) + 1 :]
+            for name in names if parts.count("/") == 3 else ():
+                file = name[1:-4] if name.startswith(".") and name.endswith(".gup") else name
+                with contextlib.suppress(ValueError):  # no file of gup's
+                    self.occupied.note(ContentKey.parse(f"{parts}/{file}").claim_offset)
+        for name in os.listdir(self.partial):  # noqa: PTH208 - names are all that is needed
+            with contextlib.suppress(ValueError):
+                self.occupied.note(claim_offset(name.partition(".")[0]))
+        self.occupied.complete()
+
     def prune(self) -> None:
         """Remove empty folders: a crash may come between a body and its folder."""
         for folder, _, _ in os.walk(self.content, topdown=False):
@@ -245,7 +260,11 @@ class Store:
     # --- parts and states
 
     def part_path(self, id_: str, generation: int) -> Path:
-        return self.partial / f"{id_}.{generation}.part"
+        return Path(self.part_name(id_, generation))
+
+    def part_name(self, id_: str, generation: int) -> str:
+        """The path as text: parsing paths is a good part of what a small commit costs."""
+        return f"{self.partial}/{id_}.{generation}.part"
 
     def sums_path(self, id_: str, generation: int) -> Path:
         """Sums of the part's whole chunks, 8 bytes each: a takeover verifies the part with them."""
@@ -265,6 +284,7 @@ class Store:
         return state
 
     def save_state(self, state: FillState) -> None:
+        self.occupied.note(state.key.claim_offset)
         self._put(self.state_path(state.key.id), state.encode(), sync=False)
 
     def drop_state(self, id_: str) -> None:
@@ -290,8 +310,10 @@ class Store:
         names = (name.split(".") for name in os.listdir(self.partial) if name.startswith(id_))  # noqa: PTH208 - at every miss
         return sorted(int(name[1]) for name in names if name[-1] == "part" and name[1].isdecimal())
 
-    def commit(self, record: Record) -> bool:
+    def commit(self, record: Record, *, new: bool = False) -> bool:
         """Publish the part of the record's generation as its key's body; whether it replaced another.
+
+        `new`: the key is known to have neither record nor body.
 
         1. The part gets its generation as its time. If it replaces another body it is synced. 2. The record
         is written; from now on it vouches for the body. 3. The body is renamed. A reader that comes between
@@ -299,13 +321,17 @@ class Store:
         3. A new entry is not synced: if a power cut tears it, its sums differ, and it is fetched again.
         """
         self._require_claim(record.key)
-        part, body = self.part_path(record.key.id, record.generation), self.body_path(record.key)
-        replaced = body.exists()
+        key = record.key
+        part, body = self.part_name(key.id, record.generation), f"{self.content}/{key.text}"
+        replaced = not new and os.path.exists(body)  # noqa: PTH110 - see `part_name`
         self.set_time(part, record)
         if replaced:
             file = OpenFile(part)
             os.fdatasync(file.fd)
-        self.save(record)
+        if new:
+            self._put(f"{body.removesuffix(key.file)}.{key.file}.gup", record.encode(), sync=False)
+        else:
+            self.save(record)
         self._rename_into(part, body)
         return replaced
 
@@ -320,7 +346,7 @@ class Store:
         if os.fstat(file.fd).st_size != record.length or sound_chunks(file.fd, record) < len(record.sums):
             return False
         self.set_time(part, record)
-        self._rename_into(part, self.body_path(record.key))
+        self._rename_into(str(part), self.body_path(record.key))
         self.drop_journal(record.key.id, record.generation)
         return True
 
@@ -364,9 +390,10 @@ class Store:
 
     # --- files
 
-    def _put(self, path: Path, text: bytes, *, sync: bool) -> None:
+    def _put(self, path: str | Path, text: bytes, *, sync: bool) -> None:
         """Put a file in place, atomically; `sync`: with its bytes on the disk."""
-        temporary = self.partial / f"{os.getpid()}.{time.monotonic_ns()}.{path.name[-60:]}.tmp"
+        name = str(path).rpartition("/")[2][-60:]
+        temporary = f"{self.partial}/{os.getpid()}.{time.monotonic_ns()}.{name}.tmp"
         try:
             file = OpenFile(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_all(file.fd, text)
@@ -375,24 +402,24 @@ class Store:
             self._rename_into(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                Path(temporary).unlink(missing_ok=True)
             raise
 
-    def _rename_into(self, source: Path, target: Path) -> None:
+    def _rename_into(self, source: str, target: str | Path) -> None:
         """Rename, making the folder; again if `remove` or `prune` removes it meanwhile, or one above it."""
         for attempt in range(5):
             try:
-                source.rename(target)
+                os.rename(source, target)  # noqa: PTH104 - see `part_name`
                 break
             except FileNotFoundError:
-                if attempt == 4 or not source.exists():
+                if attempt == 4 or not Path(source).exists():
                     raise
                 with contextlib.suppress(FileNotFoundError):  # a folder above it was pruned
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
             except IsADirectoryError:  # not made by gup
                 if attempt == 4:
                     raise
-                unlink(target)
+                unlink(Path(target))
 
 
 def _read(path: Path, most_bytes: int) -> bytes | None:

@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ MAX_PART_BYTES = 240
 """Longest part of a key: a record is called `.{file}.gup`, and file systems end at 255."""
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Controls, line ends, and what UTF-8 can't encode."""
+_FIT = re.compile(r"(?:[!-\-0-~][ -.0-~]{0,239}/){4}[!-\-0-~][ -.0-~]{0,239}")
+"""Keys in ASCII that need no closer look."""
 
 FULL = re.compile(r"full\..+", re.IGNORECASE | re.ASCII)
 _DELTA = re.compile(r"xdelta([0-9]+)_To_([0-9]+)\.dax", re.IGNORECASE | re.ASCII)
@@ -82,6 +84,8 @@ class ContentKey:
     file: str
 
     def __post_init__(self) -> None:
+        if _FIT.fullmatch(self.text):
+            return
         for part in (self.version, self.language, self.stream, self.revision, self.file):
             if not part:
                 why = "it is empty"
@@ -94,6 +98,9 @@ class ContentKey:
             else:
                 continue
             raise BadKeyError(f"not a content key: its part {part!r:.80} is wrong: {why}")
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def variant(self) -> Variant:
@@ -154,6 +161,7 @@ class Named:
     folder: Folder | None = None
 
 
+@lru_cache(maxsize=4096)  # several reports name each key
 def named(key: ContentKey) -> Named | None:
     """The revision that a body brings a client to, and a delta's other one; None for all other content.
 

@@ -7,8 +7,9 @@ that ends in a dot) is refused: it would escape that one's rules, and be stored 
 
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 from gup import config
@@ -77,18 +78,25 @@ class Route:
         """Whether the name is that of an index file which upstreams have, not one that anybody makes up."""
         return _KNOWN_INDEX.fullmatch(self.file) is not None
 
-    def keys(self, variant: Variant) -> Iterator[ContentKey]:
-        """All keys to look up, first the one under which a fill stores."""
-        key = self.key(variant)
-        yield key
-        for other in self.elsewhere:
-            if other != key.variant:
-                yield ContentKey(other.version, other.language, self.stream, self.revision, self.file)
+    def keys(self, variant: Variant) -> tuple[ContentKey, ...]:
+        """All keys to look up, first the one under which a fill stores.
+
+        A variant stated by the name wins over the one given.
+        """
+        chosen = self.variant or variant
+        keys = self._keys.get(chosen)
+        if keys is None:
+            variants = dict.fromkeys((chosen, *self.elsewhere))
+            name = self.stream, self.revision, self.file
+            keys = self._keys[chosen] = tuple([ContentKey(v.version, v.language, *name) for v in variants])
+        return keys
 
     def key(self, variant: Variant) -> ContentKey:
-        """The content key; a variant stated by the name wins over the one given."""
-        chosen = self.variant or variant
-        return ContentKey(chosen.version, chosen.language, self.stream, self.revision, self.file)
+        return self.keys(variant)[0]
+
+    @cached_property
+    def _keys(self) -> dict[Variant, tuple[ContentKey, ...]]:
+        return {}
 
 
 def parse_target(target: bytes) -> Target:
@@ -138,6 +146,8 @@ class Routes:
 
 _ALL_ROUTES = Routes(liveupdate=True), Routes(liveupdate=True, fold_case=True)
 _ENCODED_PATH = re.compile(r"/[!-~]{1,8192}")
+_PLAIN_END = re.compile(r"/[0-9]{1,20}/(?:xdelta[0-9]{1,20}_To_[0-9]{1,20}\.dax|full\.zip)")
+"""Revision and file that a path and a key spell alike, and that any folder may have."""
 
 
 def leads_to(path: str, key: ContentKey) -> bool:
@@ -145,6 +155,18 @@ def leads_to(path: str, key: ContentKey) -> bool:
 
     Checked because records and fill states may come from elsewhere: a path may name another body or host.
     """
+    end = f"/{key.revision}/{key.file}"
+    if path.endswith(end) and _PLAIN_END.fullmatch(end):
+        return _is_folder_of(path.removesuffix(end), key.stream)
+    return _leads_to(path, key)
+
+
+@lru_cache(maxsize=1024)  # a stream's folder is the same for all its files: routing costs some 50 µs
+def _is_folder_of(folder: str, stream: str) -> bool:
+    return _leads_to(f"{folder}/1/full.zip", ContentKey("_", "_", stream, "1", "full.zip"))
+
+
+def _leads_to(path: str, key: ContentKey) -> bool:
     if not _ENCODED_PATH.fullmatch(path) or "?" in path:
         return False
     try:
@@ -193,7 +215,16 @@ def _content_route(path: str, segments: list[str], *, fold_case: bool) -> Route 
             kind = Kind.FULL
         elif _DELTA.fullmatch(files[0]):
             kind = Kind.DELTA
-    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), quote(path, safe=_PATH_SAFE))
+    return Route(kind, kind is not Kind.INDEX, stream, revision, _file(files), _quoted(path))
+
+
+def _quoted(path: str) -> str:
+    return "/".join(map(_quoted_part, path.split("/")))
+
+
+@lru_cache(4096)
+def _quoted_part(part: str) -> str:
+    return quote(part, safe=_PATH_SAFE)
 
 
 def _folded(name: str) -> str:
@@ -212,7 +243,7 @@ def _liveupdate_route(path: str, name: str) -> Route | None:
     stated = _LIVEUPDATE_VARIANT.fullmatch(name)
     variant = Variant(*(_part(part.replace("$20", " ")) for part in stated.groups())) if stated else None
     kind, file = Kind.INDEX if index else Kind.OTHER, _file([name])
-    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, quote(path, safe=_PATH_SAFE), variant)
+    return Route(kind, not index, LIVEUPDATE_STREAM, ABSENT, file, _quoted(path), variant)
 
 
 def _file(segments: list[str]) -> str:

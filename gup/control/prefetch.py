@@ -278,16 +278,23 @@ class Prefetcher:
         self.revisions = Revisions()
         self.queue = PrefetchQueue()
         self.left_out: dict[Stream, str] = {}
+        self._with_news: set[Stream] = set()
 
     # --- requests of clients
 
     def asked(self, key: ContentKey, upstream_path: str = "") -> None:
-        """A client was sent this, or it has begun to arrive for one."""
+        """A client was sent this, or it has begun to arrive for one; `look_at_news` is to follow."""
         names = named(key)
         if names is None:
             return
         if self.revisions.learn(stream_of(key), names, self._clock(), spelled_moniker(upstream_path)):
-            self._look_at(stream_of(key))
+            self._with_news.add(stream_of(key))
+
+    def look_at_news(self) -> None:
+        """Queue the deltas of streams that `asked` learned something new about."""
+        for stream in self._with_news:
+            self._look_at(stream)
+        self._with_news.clear()
 
     def refused(self, key: ContentKey) -> None:
         if (names := named(key)) is not None:

@@ -208,6 +208,8 @@ class Jobs:
 _SHUTDOWN_SECONDS = 2.0
 _RESTART_SECONDS = 1.0
 _SPACE_SECONDS = 5.0
+_GATHER_SECONDS = 0.05
+"""Events are taken at most this often; they wait in the socket."""
 
 
 class Control:
@@ -231,12 +233,13 @@ class Control:
         self._app = make_app(self.state, self._access)
         self._runner = web.AppRunner(self._app, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._listening: asyncio.Server | None = None
+        self._next_events: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         dependencies = self._dependencies
         await self._access.open(dependencies.settings().listen, dependencies.store.run, dependencies.admin)
         dependencies.events.setblocking(False)
-        asyncio.get_running_loop().add_reader(dependencies.events, self.state.take_events)
+        self._await_events()
         await self._runner.setup()
         limit = dependencies.settings().listen.header_timeout if self._access.tls else None
         self._listening = await asyncio.get_running_loop().create_server(
@@ -244,6 +247,16 @@ class Control:
         )
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
+
+    def _await_events(self) -> None:
+        asyncio.get_running_loop().add_reader(self._dependencies.events, self._take_events)
+
+    def _take_events(self) -> None:
+        """Take what waits. More is awaited a little later: a wake-up costs more than an event."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._dependencies.events)
+        rest_seconds = 0.0 if self.state.take_events() else _GATHER_SECONDS
+        self._next_events = loop.call_later(rest_seconds, self._await_events)
 
     def _accept(self) -> asyncio.Protocol:
         """A new connection. Where there are too many, the one that has asked for nothing for longest goes.
@@ -290,8 +303,11 @@ class Control:
 
     async def stop(self) -> None:
         state = self.state
+        if self._next_events is not None:
+            self._next_events.cancel()
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
-        state.take_events()
+        while state.take_events():
+            pass
         if self._listening is not None:
             self._listening.close()
         await self._runner.cleanup()

@@ -1,12 +1,13 @@
 """The control state: applies events, and provides what pages and metrics show."""
 
+import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gup.cache.store import Part
 from gup.config import Settings
@@ -65,6 +66,8 @@ class Refusals:
 
     def note(self, what: str, refusal: str | None) -> None:
         """The result of a write: the error, None for success."""
+        if refusal is None and what not in self.rows:
+            return
         known, now = self.rows.pop(what, None), self._clock()
         if refusal is not None:
             since = now if known is None else known.since
@@ -123,11 +126,12 @@ class KeyNotes:
     """What is known of single keys since the start, by key and kind of note; the longest unchanged go."""
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[str, dict[str, KeyNote]] = OrderedDict()
+        self._rows: OrderedDict[str, dict[str, Mapping[str, object]]] = OrderedDict()
 
     def note(
-        self, key: str, what: Literal["fetched", "failed", "unstored", "removed"], note: KeyNote
+        self, key: str, what: Literal["fetched", "failed", "unstored", "removed"], **note: object
     ) -> None:
+        """`note` has the members of a KeyNote."""
         row = self._rows[key] = self._rows.pop(key, {}) | {what: note}
         if what == "fetched":
             row.pop("removed", None)
@@ -136,7 +140,7 @@ class KeyNotes:
             self._rows.popitem(last=False)
 
     def of(self, key: str) -> Mapping[str, KeyNote]:
-        return self._rows.get(key, {})
+        return {what: KeyNote.model_validate(note) for what, note in self._rows.get(key, {}).items()}
 
 
 _FAILURES = 50
@@ -148,7 +152,7 @@ REJECTED_SECONDS = 1800.0
 
 
 class ControlState:
-    """The controller's state. Only `take_events` and the API change it, on the event loop."""
+    """The controller's state. Only `take` and the API change it, on the event loop."""
 
     def __init__(
         self, dependencies: ControlDependencies, clock: Callable[[], float], ages: AgeClock | None = None
@@ -182,6 +186,8 @@ class ControlState:
         self.unstored: tuple[float, str] | None = None
         """When a limit of the settings last kept a body from being stored, and which."""
         self.malformed_events = 0
+        self._has_grown = False
+        """A body was committed since the evictor was told so."""
         self.touches: dict[str, float] = {}
         self.repin: set[str] = set()
 
@@ -196,23 +202,28 @@ class ControlState:
 
     # --- events
 
-    def take_events(self) -> None:
-        """Apply waiting events, a limited number before the loop gets its turn."""
-        for _ in range(_EVENTS_AT_ONCE):
-            try:
-                datagram = self.dependencies.events.recv(MAX_DATAGRAM_BYTES)
-            except (BlockingIOError, InterruptedError):
-                return
-            self.take_event(datagram)
+    def take_events(self) -> bool:
+        """Apply waiting events, a limited number before the loop gets its turn; whether more may wait."""
+        datagrams: list[bytes] = []
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while len(datagrams) < _EVENTS_AT_ONCE:
+                datagrams.append(self.dependencies.events.recv(MAX_DATAGRAM_BYTES))
+        self.take(datagrams)
+        return len(datagrams) == _EVENTS_AT_ONCE and datagrams[-1] != b""  # else the supervisor is gone
 
-    def take_event(self, datagram: bytes) -> None:
-        """Apply an event; a malformed one is counted and ignored."""
-        try:
-            self._take(parse_event(datagram))
-        except InvalidError as error:
-            self.malformed_events += 1
-            if self.malformed_events <= _MALFORMED_LOGGED:
-                _log.warning("malformed event: %s", error)
+    def take(self, datagrams: Iterable[bytes]) -> None:
+        """Apply events, then what follows from all of them. A malformed one is counted and ignored."""
+        for datagram in datagrams:
+            try:
+                self._take(parse_event(datagram))
+            except InvalidError as error:
+                self.malformed_events += 1
+                if self.malformed_events <= _MALFORMED_LOGGED:
+                    _log.warning("malformed event: %s", error)
+        self.prefetcher.look_at_news()
+        if self._has_grown:
+            self._has_grown = False
+            self.evictor.look_soon()
 
     def _take(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         now = self.clock()
@@ -231,11 +242,11 @@ class ControlState:
             case Unstorable(disk=True):
                 self.refusals.note("content", event.detail)
             case Unstorable():
-                self.notes.note(event.key.text, "unstored", KeyNote(at=now, detail=event.detail))
+                self.notes.note(event.key.text, "unstored", at=now, detail=event.detail)
                 self.unstored = now, f"{event.key.text}: {event.detail}"
             case Failed(key=key, problem=problem, detail=detail):
                 self.failures.appendleft(FailedFill(at=now, key=key.text, problem=problem, detail=detail))
-                self.notes.note(key.text, "failed", KeyNote(at=now, detail=f"{problem}: {detail}"))
+                self.notes.note(key.text, "failed", at=now, detail=f"{problem}: {detail}")
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
             case Unlisted():
@@ -251,23 +262,21 @@ class ControlState:
 
     def _committed(self, event: Committed, now: float) -> None:
         self.refusals.note("content", None)
-        fetched = KeyNote(
-            at=now, detail="", upstream=event.upstream, resumes=event.resumes, seconds=event.seconds
-        )
-        self.notes.note(event.key.text, "fetched", fetched)
+        fetched = {"upstream": event.upstream, "resumes": event.resumes, "seconds": event.seconds}
+        self.notes.note(event.key.text, "fetched", at=now, detail="", **fetched)
         if event.path:
             self.prefetcher.asked(event.key, event.path)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
-        row = make_row(event.key, event.kind, event.length, stored_at=now, used_at=self._age_clock())
-        received, known = event.length, self.index.rows.get(row.key)
-        if known is not None:
-            received += known.received_bytes
-            row = replace(row, hits=known.hits, pinned=known.pinned, sent_bytes=known.sent_bytes)
+        more: dict[str, Any] = {"received_bytes": event.length}
+        if (known := self.index.rows.get(event.key.text)) is not None:
+            more["received_bytes"] += known.received_bytes
+            more |= {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}
             if known.pinned and event.replaced:
                 self.repin.add(known.key)  # the new generation's record has no pin
-        self.index.put(replace(row, received_bytes=received))
-        self.evictor.look_soon()
+        times = {"stored_at": now, "used_at": self._age_clock()}
+        self.index.put(make_row(event.key, event.kind, event.length, **times, **more))
+        self._has_grown = True
 
     def _used(self, event: Usage, now: float) -> None:
         """Uses of unknown keys are ignored: the event of their commit was lost."""
@@ -293,7 +302,7 @@ class ControlState:
         self.prefetcher.asked(use.key)
 
     def _removed(self, key: str, reason: str) -> None:
-        self.notes.note(key, "removed", KeyNote(at=self.clock(), detail=reason))
+        self.notes.note(key, "removed", at=self.clock(), detail=reason)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """False when there is none. BusyError while its claim is held."""

@@ -6,6 +6,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 from gup.content.key import ContentKey, Kind, named
@@ -216,6 +217,7 @@ class Traffic:
         return found
 
 
+@lru_cache(maxsize=1024)
 def revision_time(revision: str) -> float | None:
     """Unix time of the day that a revision (YYMMDDrrr, FIELD.md) begins with; None if it is no date."""
     try:

@@ -106,6 +106,7 @@ class Controller(ChildProcess):
             self._catalogues.keep(),
             self._durability.run(),
             self._warn(),
+            asyncio.to_thread(self.store.note_occupied),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
         await self.handle_messages()
@@ -140,7 +141,7 @@ class Controller(ChildProcess):
 
     def tell(self, event: Mapping[str, object]) -> None:
         """Take an event of the controller's own fills; workers send theirs over the socket."""
-        self._loop.call_soon_threadsafe(self._control.state.take_event, json.dumps(event).encode())
+        self._loop.call_soon_threadsafe(self._control.state.take, [json.dumps(event).encode()])
 
     def handle(self, message: Message) -> None:
         if message.get("stop"):

@@ -61,7 +61,9 @@ MEMORY_ROWS = 64
 MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
 FAILURES = MEMORY + MEMORY_WORDS  # the table of failures: see gup.cache.negative_cache
 FAILURES_WORDS = 32 * 1024
-_ROWS_AT = FAILURES + FAILURES_WORDS
+OCCUPIED = FAILURES + FAILURES_WORDS  # bytes: see gup.cache.locks.Occupied
+OCCUPIED_WORDS = 128 * 1024
+_ROWS_AT = OCCUPIED + OCCUPIED_WORDS
 
 
 class Row(IntEnum):

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gup import __version__, log
 from gup.cache.cache import Cache
-from gup.cache.disk import Space
+from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.inflight import FillDependencies
-from gup.cache.locks import Claims, Slots
+from gup.cache.locks import Claims, Occupied, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue
@@ -57,6 +57,8 @@ class ChildProcess(ABC):
         self.store = Store(self.settings.cache.directory)
         self.store.service_start = self.shared.started_at
         self.store.claims = Claims(self.store.partial / "claims")
+        occupied = words[layout.OCCUPIED : layout.OCCUPIED + layout.OCCUPIED_WORDS]
+        self.store.occupied = Occupied(occupied.cast("B"))
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
         self.node = _node_name(self.settings)  # the node's name in Via
         self.slots = Claims(self.store.run / "slots")
@@ -112,6 +114,7 @@ class ChildProcess(ABC):
             misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
+            short=ShortJobs(),
             settings=self.settings,
             tell=self.tell,
             raise_store_epoch=lambda: shared.raise_epoch(layout.STORE_EPOCH),
@@ -217,6 +220,7 @@ class ChildProcess(ABC):
     async def close(self) -> None:
         await self.cache.stop()
         await self.pool.close()
+        self.dependencies.short.close()
         self.executor.shutdown(wait=True, cancel_futures=True)
         self._events.close()
         self.wan.close()

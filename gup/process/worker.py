@@ -1,6 +1,7 @@
 """Main module of a worker process: wires the data plane and serves clients until it has drained."""
 
 import asyncio
+import gc
 import importlib
 import socket
 from functools import partial
@@ -24,6 +25,7 @@ from gup.server.listener import Listener
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
+_COLLECT_AFTER = 20_000
 
 
 class Worker(ChildProcess):
@@ -72,6 +74,8 @@ class Worker(ChildProcess):
         self._access_log.each_second(self.tell, self.offer, wall_now, everything=everything)
 
     async def run(self) -> None:
+        gc.freeze()  # what the start has made stays, and need not be looked through again and again
+        gc.set_threshold(_COLLECT_AFTER)
         self._listener.start()
         self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())

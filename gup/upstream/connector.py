@@ -18,6 +18,7 @@ from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from gup.errors import exhausted, is_exhausted
+from gup.files import pending_events
 from gup.upstream.exchange import UpstreamFailure, proxy_in_words, proxy_refused, unreachable
 
 if TYPE_CHECKING:
@@ -119,9 +120,7 @@ def is_quiet(connection: "Connection") -> bool:
     protocol, transport = connection.protocol, connection.transport
     if protocol is None or transport is None or transport.is_closing() or protocol.should_close:
         return False
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), _SENT_UNASKED)
-    return not poll.poll(0)
+    return not pending_events(transport.get_extra_info("socket").fileno(), _SENT_UNASKED)
 
 
 async def _retry_if_reused(

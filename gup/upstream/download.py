@@ -170,6 +170,11 @@ class Download:
                 self._note_gain()
             return piece
 
+    async def gather(self, most: int) -> None:
+        """Wait until all of the body is here, if it has no more than that many bytes."""
+        if self._answer is not None and self.head is not None and (self.head.length or _NEVER) <= most:
+            await self._answer.gather()
+
     @property
     def slow(self) -> bool:
         return self._answer is not None and self._answer.steadiness.slow

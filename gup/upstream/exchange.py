@@ -231,6 +231,8 @@ def gup_names(via: str | None) -> tuple[str, ...]:
 
     Other proxies' names need not be unique; what no gup is called is ignored.
     """
-    members = (member.split() for member in (via or "").split(","))
+    if not via:
+        return ()
+    members = (member.split() for member in via.split(","))
     names = (words[1] for words in members if len(words) == 3 and words[2] == "(gup)")
     return tuple(filter(_GUP_NAME.fullmatch, names))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from functools import lru_cache
 from typing import Self
 
 import xxhash
@@ -99,6 +100,7 @@ class Health:
         return self.state << 62 | self.marks << 52 | (self.since & 0xFFFF_FFFF) << 20 | self.tried
 
     @classmethod
+    @lru_cache(64)
     def decode(cls, word: int) -> "Health":
         return cls(State(word >> 62), word >> 52 & EVERY_MARK, word >> 20 & 0xFFFF_FFFF, word & _TRIED_MASK)
 
@@ -194,6 +196,9 @@ class Board:
         return self.get(name).state is State.DOWN
 
     def note(self, name: str, sign: Sign, detail: str = "", failed: int = EVERY_MARK) -> None:
+        before = self.get(name)
+        if sign is Sign.ANSWERED and before.state is State.UP and not before.marks:
+            return
         now, wall_now = self._clock(), self._wall_clock()
         if (
             sign is not Sign.ANSWERED
@@ -202,7 +207,7 @@ class Board:
         ):
             self._reported_at[name] = now
             self._tell(name, detail)
-        if after(before := self.get(name), sign, failed, now, wall_now) == before:
+        if after(before, sign, failed, now, wall_now) == before:
             return
         with self._locked(self._at.get(name, 0)):
             before = self.get(name)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -251,10 +251,10 @@ class Pool:
         )
         return answer_head.length if same else None
 
-    def count_received(self, upstream: Upstream, ask: Ask, amount: int) -> None:
+    def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None:
         labels = {"upstream": upstream.name, "purpose": ask.purpose}
         self._counters.add("gup_upstream_received_bytes_total", amount, **labels)
-        self._counters.add_stream("received", *ask.stream, amount)
+        self._counters.add_stream("received", *stream, amount)
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         sign = sign_of(failure, upstream.settings.kind, check=ask.check)
@@ -305,9 +305,8 @@ class Pool:
         if ask.method == "HEAD":
             response.release()
             return head
-        if ask.stream_of_body is not None:
-            ask = replace(ask, stream=ask.stream_of_body())
-        return Answer(self, upstream, ask, head, response)
+        stream = ask.stream if ask.stream_of_body is None else ask.stream_of_body()
+        return Answer(self, upstream, ask, stream, head, response)
 
     async def _drain(self, fields: Fields, ask: Ask, upstream: Upstream) -> None:
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
@@ -318,7 +317,7 @@ class Pool:
             fields.framing()
             async with asyncio.timeout(upstream.settings.read_timeout):
                 while left > 0 and (piece := await translated(response.content.read(left), upstream.name)):
-                    self.count_received(upstream, ask, len(piece))
+                    self.count_received(upstream, ask, ask.stream, len(piece))
                     self._counters.waste("rejected", ask.stream, len(piece))
                     left -= len(piece)
         response.release() if response.content.at_eof() else response.close()
@@ -386,9 +385,15 @@ class Answer:
     """A response whose body is still to be read. Counts every byte that it returns."""
 
     def __init__(
-        self, pool: Pool, upstream: Upstream, ask: Ask, head: RemoteHead, response: "aiohttp.ClientResponse"
+        self,
+        pool: Pool,
+        upstream: Upstream,
+        ask: Ask,
+        stream: tuple[int, str],
+        head: RemoteHead,
+        response: "aiohttp.ClientResponse",
     ) -> None:
-        self.head = head
+        self.head, self._stream = head, stream
         self._pool, self._upstream, self._ask, self._response = pool, upstream, ask, response
         self._receiver: Receiver | None = None
         """Takes the connection over for the rest of a large body."""
@@ -418,6 +423,16 @@ class Answer:
         content = self._response.content
         if content.exception() is None and not content.is_eof():
             content.set_exception(ConnectionResetError("the connection ended in mid-body"))
+
+    async def gather(self) -> None:
+        """Wait until all of a small body is here, or something went wrong: `read` has it at once then.
+
+        Without a rate only: with one, aiohttp stops at a few KB.
+        """
+        if self._pool.wan.slice_bytes:
+            return
+        with contextlib.suppress(Exception):  # `read` finds it, after what has come
+            await self._response.content.wait_eof()
 
     async def read(self) -> Piece:
         """The next piece, once the one before is paid for; empty at the end.
@@ -495,7 +510,7 @@ class Answer:
         """Count a piece. UpstreamFailure when fewer or more bytes come than the head announced."""
         from gup.upstream.connector import HttpProcessingError  # noqa: PLC0415 - imports aiohttp
 
-        self._pool.count_received(self._upstream, self._ask, amount)
+        self._pool.count_received(self._upstream, self._ask, self._stream, amount)
         self._unpaid = amount
         self._position += amount
         self._ended = not amount

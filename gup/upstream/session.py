@@ -33,7 +33,7 @@ _ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 _TEXT = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 _UNKNOWN_TYPE = "application/octet-stream"
 _READ_AHEAD_BYTES = 1 << 19
-"""Limit of aiohttp's buffer without a rate; it is lost, and fetched again, when a connection breaks."""
+"""Without a rate aiohttp pauses when it holds more than twice this, 1 MiB: a small body comes at once."""
 _LIMITED_READ_AHEAD_BYTES = 4096
 """The same with a rate: buffered bytes escape the rate limit."""
 
@@ -147,6 +147,9 @@ class Upstream:
 
         UpstreamFailure, which does not count against the upstream, after `first_byte_timeout`.
         """
+        if not self.free.locked():
+            await self.free.acquire()
+            return
         self.waiting += 1
         try:
             async with asyncio.timeout(self.settings.first_byte_timeout):

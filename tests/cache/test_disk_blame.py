@@ -60,9 +60,9 @@ async def test_what_the_disk_refuses_is_told_as_the_disks(
 
     original = getattr(owner, work)
 
-    def refuses(self, *arguments):
+    def refuses(self, *arguments, **named):
         if getattr(self, "_in_memory", False):
-            return original(self, *arguments)
+            return original(self, *arguments, **named)
         raise OSError(number, os.strerror(number))
 
     async with working(tmp_path, [upstream.url]) as one:

@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from harness.caches import Cut, path_of, read, route, working
+from harness.caches import Cut, path_of, read, route, slot_of, working
 from harness.content import noise, zip_of
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
@@ -35,10 +35,10 @@ async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch,
     loop, begun = asyncio.get_running_loop(), asyncio.Event()
     commit = Store.commit
 
-    def slowly(store, record):
+    def slowly(store, record, **named):
         loop.call_soon_threadsafe(begun.set)
         time.sleep(0.05)
-        return commit(store, record)
+        return commit(store, record, **named)
 
     monkeypatch.setattr(Store, "commit", slowly)
     async with working(tmp_path, [upstream.url]) as one:
@@ -58,7 +58,7 @@ async def test_a_process_ends_after_its_commits(tmp_path, upstream, monkeypatch,
 # --- whole parts
 
 
-def dies(_store, _record):
+def dies(_store, _record, **_named):
     """The process is killed."""
     raise asyncio.CancelledError
 
@@ -95,7 +95,7 @@ async def test_a_whole_part_is_committed_without_upstream(tmp_path, upstream, un
     await dies_before_its_commit(tmp_path, upstream, FILE, answer)
     upstream.stop()
     async with working(tmp_path, [upstream.url], fill={"max": 1}) as next_one:
-        async with next_one.dependencies.queue.held(2, 0.0):  # it needs no slot either
+        async with slot_of(next_one.dependencies.queue, 2, 0.0):  # it needs no slot either
             if by == "the controller":
                 now = [0.0]
                 recovery = recovery_of(next_one, lambda: now[0])
@@ -122,7 +122,7 @@ async def test_a_follower_that_has_it_whole_commits_it(tmp_path, upstream, until
     async with working(tmp_path, [upstream.url]) as follower:
         async with working(tmp_path, [upstream.url]) as leader:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(leader.dependencies.store, "commit", lambda record: dies(None, record))
+                patch.setattr(leader.dependencies.store, "commit", lambda record, **_: dies(None, record))
                 led, followed = await leader.open(FILE), await follower.open(FILE)
                 with pytest.raises(Cut):
                     await read(led.body)
@@ -186,7 +186,7 @@ async def test_what_the_controller_goes_on_with_is_never_refused(tmp_path, upstr
             if seen:
                 await recovery.run()
         gate.open()
-        async with controller.dependencies.queue.held(2, 0.0) as held:
+        async with slot_of(controller.dependencies.queue, 2, 0.0) as held:
             assert held
             for later in (10.0, 20.0):
                 now[0] = later

@@ -84,7 +84,7 @@ async def test_an_interrupted_commit_is_finished(tmp_path, upstream, until, monk
         died = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def dies(record):
+        def dies(record, **_named):
             store.save(record)
             loop.call_soon_threadsafe(died.set)
             raise asyncio.CancelledError  # the leader ends here, as if it had been killed

@@ -233,7 +233,7 @@ async def test_who_reads_what_is_gone_has_a_time_of_grace(table, until):
 
 
 def writer_of(tmp_path, executor) -> PartWriter:
-    return PartWriter(tmp_path / "part", Room(None, executor), len(BODY))
+    return PartWriter(tmp_path / "part", Room(None, executor, None), len(BODY))
 
 
 async def test_a_part_goes_over_byte_for_byte_and_goes_on(tmp_path, executor, table):

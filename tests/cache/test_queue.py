@@ -5,6 +5,7 @@ import os
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from harness.caches import slot_of
 from harness.private import private_backlog
 
 from gup.cache.fair_shares import FairShares, Shared, shares_file
@@ -53,7 +54,7 @@ class Site:
         """One who waits in the block, and notes when its turn has come; it holds its slot for no time."""
 
         async def wait():
-            async with self.queues[process].held(class_, waited, client) as held:
+            async with slot_of(self.queues[process], class_, waited, client) as held:
                 self.order.append((client or class_, held is not None))
 
         task = asyncio.create_task(wait())
@@ -81,7 +82,7 @@ def site(tmp_path):
 
 async def hold(stack, queue, class_, count, client=""):
     for _ in range(count):
-        assert await stack.enter_async_context(queue.held(class_, 0.0, client))
+        assert await stack.enter_async_context(slot_of(queue, class_, 0.0, client))
 
 
 async def test_bulk_never_holds_up_what_is_urgent(site):
@@ -90,7 +91,7 @@ async def test_bulk_never_holds_up_what_is_urgent(site):
         for queue, priority in [(site.queues[1], DELTA), (site.queues[0], INDEX)]:
             await hold(stack, queue, priority, 1)
         site.patience = 0.02
-        async with site.queues[1].held(DELTA, 0.0) as held:
+        async with slot_of(site.queues[1], DELTA, 0.0) as held:
             assert not held, "two urgent ones stream already"
 
 
@@ -99,15 +100,15 @@ async def test_bulk_takes_only_what_urgent_leaves(site):
         await hold(stack, site.queues[0], DELTA, 1)
         await hold(stack, site.queues[1], FULL, 1)
         site.patience = 0.02
-        async with site.queues[1].held(FULL, 0.0) as held:
+        async with slot_of(site.queues[1], FULL, 0.0) as held:
             assert not held
 
 
 async def test_a_place_that_is_left_early_is_free_and_given_back_once(site):
     site.most = 1
-    async with site.queues[0].held(FULL, 0.0) as first:
+    async with slot_of(site.queues[0], FULL, 0.0) as first:
         first.leave()
-        async with site.queues[1].held(FULL, 0.0) as second:
+        async with slot_of(site.queues[1], FULL, 0.0) as second:
             assert second is not None
             first.leave()
             assert site.queues[0]._groups[1].slots.taken() == 1
@@ -160,7 +161,7 @@ async def test_a_full_waits_for_no_unknown_name_and_not_for_ever_for_what_is_urg
             await waiters.enter_async_context(site.waiter(0, DELTA))
             await waiters.enter_async_context(site.waiter(0, UNKNOWN))
         began = asyncio.get_running_loop().time()
-        async with site.queues[1].held(FULL, 0.0) as held:
+        async with slot_of(site.queues[1], FULL, 0.0) as held:
             assert held
             assert asyncio.get_running_loop().time() - began < 1.0
             assert site.order == []
@@ -179,7 +180,7 @@ async def test_what_those_who_want_it_have_waited_counts(site):
     async with AsyncExitStack() as stack:
         await hold(stack, site.queues[0], FULL, 2)
         began = asyncio.get_running_loop().time()
-        async with site.queues[0].held(FULL, 29.99) as held:
+        async with slot_of(site.queues[0], FULL, 29.99) as held:
             assert not held
         assert asyncio.get_running_loop().time() - began < 1.0
 
@@ -187,7 +188,7 @@ async def test_what_those_who_want_it_have_waited_counts(site):
 async def test_a_free_place_is_never_refused(site):
     site.held[1] = 10**12
     site.patience = 0.5
-    async with site.queues[0].held(FULL, 99.0) as held:
+    async with slot_of(site.queues[0], FULL, 99.0) as held:
         assert held
         assert site.queues[1].expected_seconds(FULL) == 0.0
         assert not site.queues[1].hopeless(FULL)
@@ -208,7 +209,7 @@ async def test_the_wait_is_foretold_over_all_processes(site):
         assert site.queues[1].hopeless(FULL)
         assert not site.queues[1].hopeless(DELTA)
         assert 7.0 <= site.queues[1].refusal(FULL).retry_after_seconds <= 14.0
-        async with site.queues[0].held(FULL, 0.0) as held:
+        async with slot_of(site.queues[0], FULL, 0.0) as held:
             assert not held
         site.live.remove(0)  # its two waiters are gone with it
         assert site.queues[1].expected_seconds(FULL) == pytest.approx(9.0)
@@ -240,7 +241,7 @@ async def test_the_queue_is_bounded(site, monkeypatch):
 
 
 async def test_the_mean_follows_what_fills_take_now(site):
-    async with site.queues[0].held(FULL, 0.0):
+    async with slot_of(site.queues[0], FULL, 0.0):
         pass
     assert 0 < site.held[1] < 1_000_000
     assert site.held[0] == 0
@@ -259,7 +260,7 @@ async def test_an_heir_waits_for_nothing_and_is_never_refused(site):
             await waiters.enter_async_context(site.waiter(0, FULL))
         site.held[1] = 10**12
         async with asyncio.timeout(1):
-            assert await stack.enter_async_context(site.queues[1].held(FULL, 10**6, inherits=True))
+            assert await stack.enter_async_context(slot_of(site.queues[1], FULL, 10**6, inherits=True))
         assert site.order == []
         site.held[1] = 0
     assert site.order == [(FULL, True)] * 3
@@ -271,12 +272,12 @@ async def test_while_an_heir_streams_a_place_less_is_given(site, most):
     async with AsyncExitStack() as takeovers:
         async with AsyncExitStack() as stack:
             await hold(stack, site.queues[0], FULL, most)
-            assert await takeovers.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
+            assert await takeovers.enter_async_context(slot_of(site.queues[1], FULL, 0.0, inherits=True))
             assert not site.queues[0].idle()
         site.patience = 0.02
         async with AsyncExitStack() as stack:
             await hold(stack, site.queues[0], FULL, most - 1)
-            async with site.queues[0].held(FULL, 0.0) as held:
+            async with slot_of(site.queues[0], FULL, 0.0) as held:
                 assert not held
     assert site.queues[0].idle()
     async with AsyncExitStack() as stack:
@@ -285,7 +286,7 @@ async def test_while_an_heir_streams_a_place_less_is_given(site, most):
 
 async def test_an_heir_takes_a_place_that_is_free(site):
     async with AsyncExitStack() as stack:
-        assert await stack.enter_async_context(site.queues[1].held(FULL, 0.0, inherits=True))
+        assert await stack.enter_async_context(slot_of(site.queues[1], FULL, 0.0, inherits=True))
         await hold(stack, site.queues[0], FULL, 1)
         assert site.queues[0]._inherited.taken() == 0
 
@@ -297,7 +298,7 @@ async def test_who_is_patient_is_not_refused(site):
         site.held[1] = 10**12
 
         async def wait():
-            async with site.queues[1].held(FULL, 10**6, patient=True) as held:
+            async with slot_of(site.queues[1], FULL, 10**6, patient=True) as held:
                 return held is not None
 
         waiting = asyncio.create_task(wait())
@@ -314,5 +315,5 @@ async def test_places_of_a_dead_process_are_free(site):
         assert slots.try_take() is not None
     assert not alive._has_free(alive._groups[1])
     site.claims.pop(0).close()
-    async with alive.held(FULL, 0.0) as held:
+    async with slot_of(alive, FULL, 0.0) as held:
         assert held

@@ -324,3 +324,28 @@ def test_the_upstream_path_is_the_path_asked_for(path):
     assume(key_of(path) is not None)
     route = LIVEUPDATE.route(path)
     assert parse_target(route.upstream_path.replace("%2F", "%252F").encode()).path == path
+
+
+@pytest.mark.parametrize("stream", [UPPER, "_", LIVEUPDATE_STREAM])
+@pytest.mark.parametrize("name", ["full.zip", "xdelta260101001_To_260102001.dax"])
+@pytest.mark.parametrize(
+    ("folder", "leads"),
+    [
+        (f"/content/%7B{UPPER[1:-1]}%7D", True),
+        (f"/content/%7b{LOWER[1:-1]}%7d", True),
+        (f"/content/%7B{UPPER[1:-1]}", False),
+        (f"/content/x/%7B{UPPER[1:-1]}%7D", False),
+        (f"/content/%7B{UPPER[1:-1]}%7D/x", False),
+        (f"/content/%7B{UPPER[1:-1]}%7D?", False),
+        (f"/content/../%7B{UPPER[1:-1]}%7D", False),
+        ("/content", False),
+        ("", False),
+        ("//other.example/content", False),
+    ],
+)
+def test_a_folder_leads_to_the_files_of_its_stream_alone(folder, leads, stream, name):
+    """The folder is looked at once for all of its files."""
+    key = ContentKey("any", "any", stream, "260102001", name)
+    for _ in range(2):
+        assert leads_to(f"{folder}/260102001/{name}", key) is (leads and stream == UPPER)
+    assert not leads_to(f"{folder}/260102002/{name}", key)

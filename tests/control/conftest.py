@@ -232,7 +232,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     claims, worker_claims = Claims(store.partial / "claims"), Claims(store.partial / "claims")
     store.claims = claims
     worker_store = Store(store.root, worker_claims)
-    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     settings = Settings.model_validate(
         {
             "cache": {

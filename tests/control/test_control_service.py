@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import re
+import time
 
 import aiohttp
 import pytest
@@ -136,6 +137,22 @@ async def test_eviction_goes_on_after_a_mistake_and_with_reloaded_limits(world, 
         assert (await get(browser, world, "/api/v1/status"))[1]["cache"]["limit_bytes"] == 0
         await world.until(lambda: world.counters.get("gup_evictions_total", reason="size") == 1)
     assert not world.store.body_path(old.key).exists()
+
+
+async def test_events_that_come_together_are_taken_together(world):
+    """What follows from a commit is done once a batch; it was done, and the loop woken, for each event."""
+    key, count = world.key(), 200
+    world.commit(key)
+    async with world.running() as control:
+        before, begun = len(world.store_bytes), time.monotonic()
+        for number in range(count):
+            name = {"revision": "260101001", "file": f"xdelta{number:09d}_To_260101001.dax"}
+            world.tell(type="committed", key=world.key(**name).text, length=1, kind="delta")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await world.until(lambda: len(control.state.index.rows) == count + 1)
+        batches = 2 + (time.monotonic() - begun) / 0.05
+        assert 1 <= len(world.store_bytes) - before <= 2 * batches, "and as often after an eviction run"
 
 
 async def test_stopping_at_once_leaves_nothing_and_closes_the_port(world, browser):

@@ -291,6 +291,7 @@ class Site:
     def ask(self, *keys: ContentKey) -> None:
         for key in keys:
             self.prefetcher.asked(key, path(key))
+            self.prefetcher.look_at_news()
 
     def outcomes(self) -> dict[str, Outcome]:
         return {row.key.file: row.outcome for row in self.prefetcher.queue.rows.values()}

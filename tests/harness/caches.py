@@ -26,6 +26,7 @@ from harness.internals import (
     Route,
     Routes,
     Settings,
+    ShortJobs,
     Slots,
     Space,
     Store,
@@ -170,6 +171,7 @@ async def working(
         misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,
+        short=ShortJobs(),
         settings=settings,
         tell=tell,
         raise_store_epoch=lambda: epochs.append(None),
@@ -189,8 +191,20 @@ async def working(
     finally:
         await cache.stop()
         await pool.close()
+        dependencies.short.close()
         executor.shutdown(wait=True)
         wan.close()
         claims.close()
         slot_locks.close()
         await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def slot_of(queue: FillQueue, *arguments, **options):
+    """A slot of the queue for the block, or None."""
+    slot = await queue.take(*arguments, **options)
+    try:
+        yield slot
+    finally:
+        if slot is not None:
+            slot.leave()

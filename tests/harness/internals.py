@@ -5,7 +5,7 @@ Tests beside their subject (tests/cache, tests/control, and so on) import it dir
 
 from gup.cache.body import CUT, Body
 from gup.cache.cache import Cache, Opened
-from gup.cache.disk import Space
+from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
