@@ -503,6 +503,7 @@ class Leader:
                     if self._memory is not None:
                         await behind.begin(wait=True)
                     await self._show(body)
+                await self._yield_to_others()  # what has come is shown meanwhile
                 piece = await download.read()
                 more = bool(piece)
                 if download.source_validators is not self._state.told:
@@ -515,7 +516,6 @@ class Leader:
                     self._memory.keep(writer.received)
                 if download.slow:
                     self._leave_slot()
-                await self._yield_to_others()
 
     async def _write_sure(self, body: GrowingBody) -> None:
         await self._part.write_sure()
