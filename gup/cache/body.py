@@ -72,6 +72,8 @@ _STEP_SECONDS = 0.5
 """Time between two marks: with the window, it bounds their number."""
 _WAKE_SECONDS = 0.025
 _WAKE_BYTES = 64 * 1024
+_WAKE_AT_ONCE_BYTES = 256 * 1024
+"""For each waiter."""
 _WAKE_AT_LATEST_SECONDS = 0.2
 
 
@@ -111,8 +113,8 @@ class GrowingBody:
     """A body that is being written, and read by many connections (a Body).
 
     Only its fill, leader or follower, calls the methods below `growing`. Waiters run at once at the first
-    published byte and at the end, in between at most every 25 ms and only for 64 KiB more (or after 200 ms):
-    a thousand waiters would otherwise use up the cores.
+    published byte, at the end, and when 256 KiB more have come for each of them; else at most every 25 ms and
+    only for 64 KiB more (or after 200 ms): a thousand waiters would otherwise use up the cores.
     """
 
     def __init__(self, head: Head, generation: int, file: OpenFile | None, now: float) -> None:
@@ -199,7 +201,8 @@ class GrowingBody:
         else:
             self._pace.came(size, now)
         self.published = size
-        if first or size == self.head.length:
+        enough = size - self._woken_bytes >= _WAKE_AT_ONCE_BYTES * len(self._waiting) > 0
+        if first or enough or size == self.head.length:
             self.wake()
         elif self._waiting and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_WAKE_SECONDS, self._tick)

@@ -466,7 +466,9 @@ class Leader:
     # --- the body
 
     async def _receive(self, body: GrowingBody) -> RemoteHead:
-        if self._fill.body is body or self._memory is not None or not await self._receive_small():
+        known_large = (body.head.length or 0) > _SMALL_BYTES
+        shown = self._fill.body is body or self._memory is not None
+        if shown or known_large or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends soon without waiting for others
         await self._check_structure()
@@ -495,11 +497,13 @@ class Leader:
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
             while more:
-                if writer.unwritten:
-                    shown = self._fill.body is body
-                    await behind.begin(wait=not shown)
-                    if not shown:
-                        await self._show(body)
+                if writer.unwritten and self._fill.body is body:
+                    await behind.begin()
+                elif writer.unwritten:
+                    if self._memory is not None:
+                        await behind.begin(wait=True)
+                    await self._show(body)
+                await self._yield_to_others()  # what has come is shown meanwhile
                 piece = await download.read()
                 more = bool(piece)
                 if download.source_validators is not self._state.told:
@@ -512,7 +516,6 @@ class Leader:
                     self._memory.keep(writer.received)
                 if download.slow:
                     self._leave_slot()
-                await self._yield_to_others()
 
     async def _write_sure(self, body: GrowingBody) -> None:
         await self._part.write_sure()
@@ -520,13 +523,14 @@ class Leader:
             body.publish(self._part.written)
 
     async def _show(self, body: GrowingBody) -> None:
-        """STREAMING: the state for other processes, the body for this one.
+        """STREAMING: the state for other processes, the body for this one; both after what was received.
 
         Not before the first bytes: until then a failure can be answered with an error response.
         """
         if self._memory is None:
             self._move(Phase.STREAMING)
-            await self._save_state(head=body.head)
+            state = self._noted_state(body.head)
+            await self._part.write_sure(lambda: self._deps.store.save_state(state))
         self._attach(body)
         body.publish(self._part.written)
 
@@ -854,12 +858,14 @@ class Leader:
             service_start=self._deps.store.service_start,
         )
 
-    async def _save_state(self, head: Head | None = None) -> None:
-        if head is not None:
-            self._state.head = head
+    def _noted_state(self, head: Head | None = None) -> FillState:
         self._state = self._current_state()
+        self._state.head = head or self._state.head
         self._has_state = True
-        await self._room.on_disk(self._deps.store.save_state, self._state)
+        return self._state
+
+    async def _save_state(self) -> None:
+        await self._room.on_disk(self._deps.store.save_state, self._noted_state())
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         return await on_disk(self._deps.executor, work, *arguments)

@@ -190,13 +190,19 @@ class PartWriter:
         last_sure = (self.length or self.received) - WITHHELD_BYTES
         return min(self.received, max(last_sure, self.written)) - self.written
 
-    async def write_sure(self) -> None:
-        """Write all but what is withheld. DiskError when the disk refuses."""
-        amount = self.unwritten
-        if amount > 0:
-            pieces = self._first_held(amount)
-            await self._in_thread(self._write_now, pieces)
-            self._note_written(pieces)
+    async def write_sure(self, then: Callable[[], None] = lambda: None) -> None:
+        """Write all but what is withheld, then call `then` in the same thread. DiskError when the disk
+        refuses.
+        """
+        pieces = self._first_held(self.unwritten)
+
+        def write() -> None:
+            if pieces:
+                self._write_now(pieces)
+            then()
+
+        await self._in_thread(write)
+        self._note_written(pieces)
 
     async def write_all(self, then: Callable[[tuple[int, ...]], _Result], *, short: bool = False) -> _Result:
         """Write the rest, since the whole has been verified; then call `then` with the sums of the whole body

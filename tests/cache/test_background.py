@@ -58,6 +58,7 @@ async def test_a_client_that_asks_hurries_it(tmp_path, upstream, until, elsewher
         await until(lambda: first.is_reached, "it is under way")
         client = await worker.open(CLIENTS)
         await until(lambda: blocking.is_reached, "a client's fill is under way")
+        await asyncio.sleep(0.1)  # its last look at the others is older than the time between two
         first.open()
         asker = worker if elsewhere else controller
         wanted = await asker.open(BACKGROUND)
