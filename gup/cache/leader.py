@@ -503,7 +503,8 @@ class Leader:
                     if self._memory is not None:
                         await behind.begin(wait=True)
                     await self._show(body)
-                await self._yield_to_others()  # what has come is shown meanwhile
+                if writer.received:
+                    await self._yield_to_others()  # what has come is shown meanwhile
                 piece = await download.read()
                 more = bool(piece)
                 if download.source_validators is not self._state.told:
