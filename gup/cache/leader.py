@@ -94,7 +94,12 @@ class Leader:
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         error_ttl = dependencies.settings.cache.error_ttl
-        self._holds = Holds(leftover.holds, error_ttl, dependencies.clock, self._tell_rejected)
+        tell, key = dependencies.tell, fill.key.text  # not a method: that would be a cycle that holds files
+
+        def tell_rejected(upstream: str, detail: str) -> None:
+            tell({"type": "rejected", "key": key, "upstream": upstream, "detail": detail})
+
+        self._holds = Holds(leftover.holds, error_ttl, dependencies.clock, tell_rejected)
 
     async def run(self, path: str) -> Problem | None:
         """Lead the fill to its end, or return the problem that no upstream has anything under `path`.
@@ -870,9 +875,6 @@ class Leader:
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         return await on_disk(self._deps.executor, work, *arguments)
-
-    def _tell_rejected(self, upstream: str, detail: str) -> None:
-        self._deps.tell({"type": "rejected", "key": self._key.text, "upstream": upstream, "detail": detail})
 
     def _log_end(self, outcome: str, **fields: object) -> None:
         good = outcome in ("stored", "validated") or fields.get("problem") in _EXPECTED

@@ -1,14 +1,19 @@
 """What a large fill costs, counted, not timed: thread jobs before the first byte, its readers' wake-ups."""
 
 import asyncio
+import gc
 import time
+from pathlib import Path
 
-from harness.caches import path_of, read, working
+import pytest
+
+from harness.caches import path_of, read, route, working
 from harness.content import noise
 from harness.upstreams import Answer, Gate
 
 from gup.cache.body import GrowingBody
 from gup.cache.records import Head
+from gup.content.key import Variant
 
 FILE = path_of("full.dax")
 BODY = noise("large fill", 6_000_000)
@@ -61,3 +66,31 @@ async def test_readers_are_woken_for_what_is_worth_a_call_to_each():
     while not woken:  # noqa: ASYNC110 - by the body's own timer
         await asyncio.sleep(0.001)
     assert len(woken) == 1000, "in time whatever there is"
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("length", [5_000, 6_000_000])
+@pytest.mark.usefixtures("no_collector")
+async def test_a_removed_body_is_closed_without_the_garbage_collector(tmp_path, upstream, until, length):
+    """Otherwise a full disk gets neither its room nor its inodes back when the body is evicted."""
+    upstream.answer(FILE, Answer(BODY[:length], etag='"a"'))
+
+    def removed() -> list[str]:
+        links = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+        return [link for link in links if str(tmp_path) in link and link.endswith("(deleted)")]
+
+    async with working(tmp_path, [upstream.url]) as one:
+        assert await one.get(FILE) == BODY[:length]
+        await until(lambda: not one.cache.fills, "it is stored")
+        store, key = one.dependencies.store, route(FILE).key(Variant())
+        with store.claimed(key.id):
+            assert store.purge(key) == length
+        one.cache.close_removed()
+        await until(lambda: not removed(), "its descriptor is closed")
