@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from harness.caches import path_of, read, route, working
 from harness.content import noise
 from harness.upstreams import Answer, Gate
