@@ -46,7 +46,7 @@ def measured_rate(gup: Gup, seconds: float) -> float:
 def test_a_delta_goes_before_eight_fulls_and_a_new_rate_holds_within_a_second(serve):
     """On a busy machine a delta may be late for its next slice, which a full then takes: the best counts."""
     delta, rates = noise("delta", 800_000), [0.0]
-    deltas = [content_path(f"xdelta26080{n}001_To_260809001.dax") for n in range(4)]
+    deltas = [content_path(f"xdelta26080{n}001_To_260809001.dax") for n in range(8)]
     gup, upstream = serve({**fulls(8, 20 * MB), **dict.fromkeys(deltas, delta)}, wan={"rate": MB})
     ask(gup.swarm(), 8)
     until(lambda: len(upstream.requests()) == 8, "all fills have begun")
