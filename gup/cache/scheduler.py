@@ -99,6 +99,8 @@ class Backlog:
 
 _POLL_SECONDS = 0.01
 """Polling interval for slots that other processes hold: the kernel does not report a freed lock."""
+_TURN_SECONDS = 0.002
+"""The same for the process whose fill comes first: a slot that is free waits for it alone."""
 _THINK_AGAIN_SECONDS = 1.0
 """Waiting fills are checked this often whether to give up."""
 _ORDER_SECONDS = 0.05
@@ -340,7 +342,7 @@ class FillQueue:
             if not group.turns.mine() or (taken := self._try(group, aged=aged)) is None:
                 break
             self._settle(group, first, taken)
-        self._poll_in(group, _POLL_SECONDS)
+        self._poll_in(group, _TURN_SECONDS if group.turns.mine() else _POLL_SECONDS)
 
     def _first(self, group: _Group, now: float) -> _Waiting:
         if group.first is None or now >= group.ordered_at + _ORDER_SECONDS:
