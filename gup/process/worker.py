@@ -26,7 +26,7 @@ from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
 _COLLECT_AFTER = 10_000
-"""New objects that outlive their use; Python's own 700 takes 3–5 % of a small miss."""
+"""New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
 
 class Worker(ChildProcess):
