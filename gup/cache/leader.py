@@ -338,7 +338,7 @@ class Leader:
     def _new_writer(self, length: int | None) -> PartWriter:
         self._deps.store.occupied.note(self._key.claim_offset)
         path = self._deps.store.part_name(self._key.id, self._state.generation)
-        self._writer = PartWriter(path, self._room, length)
+        self._writer = PartWriter(path, self._room, length, self._deps.store.demotions.disk_is_bad)
         return self._writer
 
     def _begin_generation(self, head: Head) -> GrowingBody:

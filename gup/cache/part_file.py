@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from gup.cache.disk import Room, on_disk
+from gup.cache.disk import Room, Unstorable, on_disk
 from gup.cache.records import CHUNK_BYTES, ChunkSums, chunk_sum
 from gup.cache.store import OpenFile
 from gup.files import start_writeback
@@ -96,7 +96,14 @@ class PartWriter:
     with the first write; descriptors close with the last reference: never under a thread that still writes.
     """
 
-    def __init__(self, path: str | Path, room: Room, length: int | None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        room: Room,
+        length: int | None,
+        disk_is_bad: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`disk_is_bad` says why nothing must be stored now; it is asked before the files are made."""
         self.received = 0
         self.written = 0
         self._path = path
@@ -104,6 +111,7 @@ class PartWriter:
         self._sums_file: OpenFile | None = None
         self._sums = ChunkSums()
         self._room = room
+        self._disk_is_bad = disk_is_bad
         self.length = length
         self._held: deque[memoryview] = deque()
         """Received and not `written`."""
@@ -287,6 +295,8 @@ class PartWriter:
     def _opened(self) -> OpenFile:
         """The part. Its sums file is made with it if it will need one: later a descriptor may be missing."""
         if self._file is None:
+            if (why := self._disk_is_bad()) is not None:
+                raise Unstorable(why, disk=True)
             if (self.length or CHUNK_BYTES) >= CHUNK_BYTES:
                 self._opened_sums()
             self._file = OpenFile(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)

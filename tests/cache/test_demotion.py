@@ -11,6 +11,7 @@ from harness.disks import flip, only, to_directory, to_fifo, to_link
 from harness.upstreams import Answer, Gate
 
 from gup.cache.cache import Result
+from gup.cache.locks import Occupied
 from gup.cache.records import CHUNK_BYTES
 from gup.content.key import Variant
 from gup.upstream.download import OVERLAP_BYTES
@@ -206,3 +207,19 @@ async def test_a_disk_that_damages_again_and_again_is_not_written_to(tmp_path, u
         told = [event for event in one.told if event["type"] == "unstorable"]
         assert "damages stored bodies repeatedly" in told[-1]["detail"]
         assert told[-1]["disk"]
+
+
+@pytest.mark.parametrize("length", [5_000, 4 * CHUNK_BYTES])
+async def test_what_was_never_here_is_not_stored_on_such_a_disk_either(tmp_path, upstream, until, length):
+    upstream.answer(FILE, Answer(BODY[:length], etag='"a"'))
+    async with working(tmp_path, [upstream.url]) as one:
+        store = one.dependencies.store
+        store.occupied = Occupied(memoryview(bytearray(4096)))
+        store.occupied.complete()
+        for number in range(16):
+            store.demotions.note(f"{number:032x}")
+        assert await one.get(FILE) == BODY[:length]
+        await until(lambda: not one.cache.fills, "it ends")
+        assert one.counted("gup_fills_total", outcome="unstorable") == 1
+        assert not list((tmp_path / "content").rglob("*.dax"))
+        assert not list((tmp_path / "partial").glob("*.part"))
