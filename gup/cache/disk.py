@@ -73,7 +73,7 @@ class ShortJobs:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._done: deque[tuple[_Job, object, BaseException | None]] = deque()
+        self._done: deque[tuple[asyncio.Future[Any], object, BaseException | None]] = deque()
         self._announced = False
         self._thread: threading.Thread | None = None
 
@@ -95,22 +95,28 @@ class ShortJobs:
             self._thread = None
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        while (job := self._jobs.get()) is not None:
-            result, failed = None, None
-            try:
-                result = _on_disk(job[1], *job[2])
-            except BaseException as error:  # noqa: BLE001 - it is the caller's
-                failed = error
-            self._done.append((job, result, failed))
-            if not self._announced:
-                self._announced = True
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(self._deliver)
+        while self._do_next(loop):
+            pass
+
+    def _do_next(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """A function of its own: while the next job is waited for, none is referenced, with its files."""
+        if (job := self._jobs.get()) is None:
+            return False
+        future, work, arguments = job
+        try:
+            self._done.append((future, _on_disk(work, *arguments), None))
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            self._done.append((future, None, error))
+        if not self._announced:
+            self._announced = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._deliver)
+        return True
 
     def _deliver(self) -> None:
         self._announced = False  # first: what is done from here on is announced again
         while self._done:
-            (future, _, _), result, failed = self._done.popleft()
+            future, result, failed = self._done.popleft()
             if not future.cancelled():
                 future.set_result(result) if failed is None else future.set_exception(failed)
 

@@ -11,6 +11,7 @@ from harness.content import noise
 from harness.upstreams import Answer, Gate
 
 from gup.cache.body import GrowingBody
+from gup.cache.locks import Occupied
 from gup.cache.records import Head
 from gup.content.key import Variant
 
@@ -76,8 +77,9 @@ def no_collector():
 
 
 @pytest.mark.parametrize("length", [5_000, 6_000_000])
+@pytest.mark.parametrize("new", [False, True])
 @pytest.mark.usefixtures("no_collector")
-async def test_a_removed_body_is_closed_without_the_garbage_collector(tmp_path, upstream, until, length):
+async def test_a_removed_body_is_closed_without_the_garbage_collector(tmp_path, upstream, until, length, new):
     """Otherwise a full disk gets neither its room nor its inodes back when the body is evicted."""
     upstream.answer(FILE, Answer(BODY[:length], etag='"a"'))
 
@@ -86,6 +88,9 @@ async def test_a_removed_body_is_closed_without_the_garbage_collector(tmp_path, 
         return [link for link in links if str(tmp_path) in link and link.endswith("(deleted)")]
 
     async with working(tmp_path, [upstream.url]) as one:
+        if new:  # the key is known to have no files
+            one.dependencies.store.occupied = Occupied(memoryview(bytearray(4096)))
+            one.dependencies.store.occupied.complete()
         assert await one.get(FILE) == BODY[:length]
         await until(lambda: not one.cache.fills, "it is stored")
         store, key = one.dependencies.store, route(FILE).key(Variant())
