@@ -62,6 +62,7 @@ def _package(name: str, *programs: str, **more: Callable[[], bool]) -> Need:
 NEEDS = {
     "btrfs": _package("btrfs-progs", "mkfs.btrfs"),
     "chromium": _package("chromium chromium-driver", "chromium", "chromedriver"),
+    "curl": _package("curl"),
     "docker-compose": _package("docker-compose"),
     "ext4": _package("e2fsprogs", "mkfs.ext4"),
     "groff": _package("groff"),
