@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak pictures bench dashboards lint types imports check clean
+.PHONY: demo test load fault long soak pictures bench dashboards lint types imports check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
@@ -45,6 +45,12 @@ long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# Many clients at once, by locust: the report is build/load/report.html (docs/load.md). LOAD is any of
+# `PYTHONPATH=deploy/load .venv/bin/python -m gup_load --help`, as LOAD='--scenario Storm --clients 500'.
+LOAD ?=
+load: $(VENV)/.installed
+	PYTHONPATH=deploy/load $(BIN)/python -m gup_load $(LOAD)
 
 # Grafana's JSON from the code that describes it.
 dashboards: $(VENV)/.installed
