@@ -19,7 +19,13 @@ import aiohttp
 import uvloop
 
 from gup.content.key import Kind
-from gup.demo.content import CATALOGUE_JSON, CATALOGUE_PATH, Catalogue, PublishedFile
+from gup.demo.content import (
+    CATALOGUE_PATH,
+    Catalogue,
+    NoCatalogueError,
+    PublishedFile,
+    read_catalogue,
+)
 from gup.demo.machine import TRY_AGAIN, Client, Transfer, WrongBodyError, cache_result
 from gup.units import bytes_in_words
 
@@ -323,7 +329,7 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
 
         async def catalogue() -> Catalogue:
             async with session.get(manager_url + CATALOGUE_PATH, raise_for_status=True) as response:
-                return CATALOGUE_JSON.validate_json(await response.read())
+                return read_catalogue(await response.read())
 
         async def follow(crowd: Crowd) -> None:
             """Once a second for all of them, past the cache; a failure keeps the last catalogue."""
@@ -334,7 +340,7 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
 
         try:
             crowd = Crowd(url, await catalogue(), count=count, seed=seed)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: not a catalogue
+        except (aiohttp.ClientError, TimeoutError, NoCatalogueError) as error:
             sys.stderr.write(
                 f"gup: no catalogue at {manager_url}{CATALOGUE_PATH}: {error}; "
                 "name the simulated manager (gup simulate manager) with --manager URL\n"

@@ -14,9 +14,10 @@ from random import Random
 from typing import BinaryIO
 
 import xxhash
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from gup.content.key import Kind
+from gup.errors import GupError
 from gup.units import format_http_date, parse_http_date
 
 # --- the published catalogue
@@ -72,6 +73,21 @@ class Catalogue:
 
 
 CATALOGUE_JSON = TypeAdapter(Catalogue)
+
+
+class NoCatalogueError(GupError):
+    """What should be a catalogue is not one."""
+
+
+def read_catalogue(body: bytes) -> Catalogue:
+    """From JSON; NoCatalogueError names the first mistake."""
+    try:
+        return CATALOGUE_JSON.validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise NoCatalogueError(f"not a catalogue: {place + ': ' if place else ''}{first['msg']}") from error
+
 
 # Where a simulated management server has it, what it counted, and takes the order to publish.
 CATALOGUE_PATH = "/simulation/catalog"

@@ -113,11 +113,11 @@ class Counts:
 
     requests: int = 0
     not_found: int = 0
-    faults: int = 0
     sent_bytes: int = 0
     sending: int = 0
     refetched: int = 0
     files: dict[str, FileCounts] = field(default_factory=dict)
+    faults: int = 0
 
 
 class Manager:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gup.demo.content import CATALOGUE_JSON, CATALOGUE_PATH, COUNTS_PATH, PUBLISH_PATH, Catalogue
+from gup.demo.content import (
+    CATALOGUE_PATH,
+    COUNTS_PATH,
+    PUBLISH_PATH,
+    Catalogue,
+    NoCatalogueError,
+    read_catalogue,
+)
 from gup.errors import GupError
 from gup_load.figures import Counters
 
@@ -33,10 +40,10 @@ class Sources:
         url = self.manager + CATALOGUE_PATH
         try:
             if self.manager:
-                return CATALOGUE_JSON.validate_json(_read(url))
+                return read_catalogue(_read(url))
             if self.catalogue:
-                return CATALOGUE_JSON.validate_json(Path(self.catalogue).read_bytes())
-        except (OSError, ValueError) as error:  # ValueError: something else answers, or is in the file
+                return read_catalogue(Path(self.catalogue).read_bytes())
+        except (OSError, NoCatalogueError) as error:
             if self.manager:
                 remedy = "--manager must name a running `gup simulate manager`"
                 raise NotThereError(f"no catalogue at {url}: {error}; {remedy}") from error
