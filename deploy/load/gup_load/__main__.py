@@ -18,7 +18,7 @@ from gup.demo.content import streams
 from gup.demo.manager import Link, Manager
 from gup.demo.run import GupEndedError, serving
 from gup.units import parse_rate, parse_size
-from gup_load.report import PAGE, charts_of, forget_reports
+from gup_load.report import PAGE, charts_of, forget_reports, raw_of
 
 LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
 MISSED, NOT_STARTED, INTERRUPTED = 1, 3, 130
@@ -107,14 +107,11 @@ async def _locust(plan: Plan, scenario: Scenario, where: list[str]) -> int:
         *("--users", str(clients), "--spawn-rate", str(each_second), "--run-time", f"{_RUN_SECONDS}s"),
         *("--loglevel", "WARNING", "--seed", str(plan.seed), "--report-dir", str(plan.report_folder)),
         *("--html", str(charts_of(plan.report_folder, scenario))),
+        *("--json-file", str(raw_of(plan.report_folder, scenario).with_suffix(""))),  # instead of tables
         *processes, *where, *plan.options, scenario,
     ]  # fmt: skip
     sys.stderr.write(f"\n{scenario}: {clients} clients\n")
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,  # tables, which the report has
-    )
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
     try:
         return await process.wait()
     finally:

@@ -5,6 +5,7 @@ Workers have the options from the master, so they need none of their own.
 """
 
 import sys
+import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,10 +49,13 @@ class Course:
         self._fetches: dict[str, int] | None = None
         self._counters: Counters | None = None
         self._lengths: dict[str, int] = {}
+        self._load_began_at = 0.0
         self.catalogue: Catalogue
         self.everyone = Event()
         """Set when all clients have started, and what the scenario publishes then is published."""
         self.ready = 0
+        self.index_etag: str | None = None
+        """Of the index file, as gup gave it to a client: what others have from the day before."""
         hooks = environment.events
         hooks.test_start.add_listener(self._begin)
         hooks.spawning_complete.add_listener(self._all_started)
@@ -86,6 +90,7 @@ class Course:
         """Publish new revisions of everything, so that gup has none of them; note what was counted so far."""
         self.everyone.clear()
         self.ready = 0
+        self._load_began_at = time.time()
         if self._counts:
             self._sources.publish(_ALL_STREAMS)
             self._fetches, self._counters = self._sources.fetches(), self._sources.counters()
@@ -102,6 +107,7 @@ class Course:
             gevent.spawn(self._go)
         else:
             self._publish_in_the_middle()
+            self._note_the_beginning()
         if self._counts:
             gevent.spawn(self._quit_when_all_are_done)
 
@@ -112,12 +118,18 @@ class Course:
         if self._counts:
             self._publish_in_the_middle()
         self._read_catalogue()
+        self._note_the_beginning()
         self.everyone.set()
 
     def _publish_in_the_middle(self) -> None:
         if streams := max(scenario.publishes for scenario in self._environment.user_classes):  # type: ignore[attr-defined]
             self._sources.publish(streams)
             self._read_catalogue()
+
+    def _note_the_beginning(self) -> None:
+        """Where all clients wait for everyone, there is no load before."""
+        if all(scenario.at_once for scenario in self._environment.user_classes):  # type: ignore[attr-defined]
+            self._load_began_at = time.time()
 
     def _quit_when_all_are_done(self) -> None:
         while self._runner.user_count:
@@ -170,7 +182,7 @@ class Course:
             scenario=" ".join(sorted(scenario.__name__ for scenario in self._environment.user_classes)),
             host=str(self._environment.host),
             started_at=stats.start_time or 0.0,
-            seconds=max(0.001, (stats.last_request_timestamp or 0.0) - (stats.start_time or 0.0)),
+            seconds=max(0.001, (stats.last_request_timestamp or 0.0) - self._load_began_at),
             clients=self.options.num_users or 1,
             finished=finished,
             requests=sum(entry.num_requests for entry in by_type[RESPONSE]),
@@ -306,7 +318,7 @@ def _add_options(parser: LocustArgumentParser) -> None:
         type=_seconds,
         default=_LIMITS.first_byte_seconds,
         metavar="DURATION",
-        help="Within which a response must begin (default 2s), for ...",
+        help="Within which a response must begin (default 5s), for ...",
     )
     add(
         "--first-byte-share",

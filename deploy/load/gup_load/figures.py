@@ -14,7 +14,7 @@ class Limits:
     error_ratio: float = 0.0
     wrong_bodies: int = 0
     fetches_per_file: float = 1.0
-    first_byte_seconds: float = 2.0
+    first_byte_seconds: float = 5.0
     first_byte_share: float = 0.99
 
 

@@ -15,7 +15,7 @@ _RUN = ".run.json"
 
 def forget_reports(folder: Path) -> None:
     """Remove what `write_report` and locust wrote there before, and nothing else."""
-    for pattern in ("*" + _RUN, "*-over-time.html", PAGE):
+    for pattern in ("*" + _RUN, "*-over-time.html", "*-locust.json", PAGE):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -33,6 +33,11 @@ def write_report(folder: Path, run: Run) -> Path:
 def charts_of(folder: Path, scenario: str) -> Path:
     """Where locust's own page about a scenario is, with its charts over time."""
     return folder / f"{scenario.lower()}-over-time.html"
+
+
+def raw_of(folder: Path, scenario: str) -> Path:
+    """Where locust's own figures of a scenario are."""
+    return folder / f"{scenario.lower()}-locust.json"
 
 
 def _slug(run: Run) -> str:

@@ -51,6 +51,8 @@ class Machine(User):
     """A client of the site: its requests, and what is counted of them."""
 
     abstract = True
+    at_once: ClassVar[bool] = False
+    """Whether all clients begin when everyone is there."""
     publishes: ClassVar[int] = 0
     """Streams that get a new revision when all clients have started."""
     _numbers: ClassVar = count()
@@ -111,6 +113,7 @@ class Machine(User):
         client, index = self.client, self.course.catalogue.content_info
         transfer = self.fetch(index, client.content_info_etag)
         client.content_info_etag = transfer.etag or client.content_info_etag
+        self.course.index_etag = client.content_info_etag
 
     def update(self) -> None:
         """Bring the client up to date, in an order of its own."""
@@ -187,6 +190,7 @@ class Machine(User):
         end_bytes = transfer.received_bytes + int(fields.get("Content-Length", 0))
         while piece := response.read1(PIECE_BYTES):
             transfer.add(piece)
+            gevent.sleep(0)  # a body that is here already would keep all other clients from their turn
             if cuts and cuts[0] <= transfer.received_bytes < transfer.file.length:
                 del cuts[0]
                 return False
@@ -225,7 +229,7 @@ class Morning(Machine):
 
     def work(self) -> None:
         if self.chance.random() < _HAS_INDEX:
-            self.client.content_info_etag = self.course.catalogue.content_info.etag
+            self.client.content_info_etag = self.course.index_etag
         for _ in range(_POLLS):
             self.ask_index()
             self.update()
@@ -243,6 +247,8 @@ def _patches(catalogue: Catalogue) -> list[PublishedStream]:
 
 class PatchDay(Machine):
     """Patch day: every client needs the package of its language, at once."""
+
+    at_once = True
 
     @classmethod
     def lacks(cls, catalogue: Catalogue) -> str | None:
@@ -267,6 +273,8 @@ class PatchDay(Machine):
 
 class Storm(Machine):
     """A storm of full packages: all clients ask for the same big file at once."""
+
+    at_once = True
 
     def work(self) -> None:
         self.wait_for_everyone()
@@ -295,6 +303,7 @@ class Roaming(Machine):
 class Revision(Machine):
     """A new revision for all clients at once: all are up to date, it is published, and all ask for it."""
 
+    at_once = True
     publishes = 1
 
     def prepare(self) -> None:
