@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak fuzz pictures bench dashboards lint types imports check lock audit clean
+.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -51,6 +51,12 @@ long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# Many clients at once, by locust: the report is build/load/report.html (docs/load.md). LOAD is any of
+# `PYTHONPATH=deploy/load .venv/bin/python -m gup_load --help`, as LOAD='--scenario Storm --clients 500'.
+LOAD ?=
+load: $(VENV)/.installed
+	PYTHONPATH=deploy/load $(BIN)/python -m gup_load $(LOAD)
 
 # MINUTES of each target (TARGETS: some of them), one process a core; what is found stays in build/fuzz.
 # REPLAY=FILE runs one input again.
