@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak pictures bench dashboards lint types imports check lock audit clean
+.PHONY: demo test fault long soak pictures bench dashboards lint types imports check lock audit deb clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -81,6 +81,10 @@ lock:
 	$(UV) pyproject.toml --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
+
+# The Debian package, for the Debian that this runs on: build/gup_*.deb. Needs dpkg-dev and python3-venv.
+deb:
+	deploy/debian/build
 
 audit: $(VENV)/.installed
 	.ci/audit
