@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak pictures bench dashboards lint types imports check lock audit deb clean
+.PHONY: demo test fault long soak fuzz pictures bench dashboards lint types imports check lock audit deb clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -52,6 +52,18 @@ MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
 
+# MINUTES of each target (TARGETS: some of them), one process a core; what is found stays in build/fuzz.
+# REPLAY=FILE runs one input again.
+TARGETS ?=
+REPLAY ?=
+fuzz: $(VENV)/.installed
+ifeq ($(REPLAY),)
+	$(PIP) install --require-hashes --only-binary :all: --requirement requirements/fuzz.txt
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --minutes $(MINUTES) --seed $(SEED) --targets $(TARGETS)
+else
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --replay '$(abspath $(REPLAY))'
+endif
+
 # Grafana's JSON from the code that describes it.
 dashboards: $(VENV)/.installed
 	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
@@ -80,6 +92,7 @@ lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
 	$(UV) pyproject.toml --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
+	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
 
 # The Debian package, for the Debian that this runs on: build/gup_*.deb. Needs dpkg-dev and python3-venv.

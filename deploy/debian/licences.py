@@ -1,4 +1,4 @@
-"""Puts the licence of each Python package in FOLDER into a copyright file: `licences.py FOLDER < template`."""  # noqa: INP001
+"""The licence of each Python package in FOLDER, for a copyright file: `licences.py FOLDER < template`."""  # noqa: INP001
 
 import sys
 from importlib.metadata import Distribution, distributions

@@ -62,9 +62,8 @@ async def test_a_client_that_waits_at_a_follower_is_not_polled_for_at_the_idle_i
         led = asyncio.create_task(leader.open(FILE))
         await until(lambda: head.is_reached, "the leader waits for the body")
         followed = asyncio.create_task(follower.open(FILE))
-        await until(
-            lambda: any(fill.wanted for fill in follower.cache._fills.values()), "the follower's client"
-        )
+        fills = follower.cache._fills
+        await until(lambda: any(fill.wanted for fill in fills.values()), "the follower's client")
         pauses, sleep = [], asyncio.sleep
 
         def pause(seconds, *result):

@@ -61,7 +61,8 @@ def test_the_package_holds_what_a_debian_service_has(package, tmp_path):
     run("dpkg-deb", "--extract", package, tmp_path / "root")
     for name in ("usr/bin/gup", "usr/lib/gup/bin/gup", "etc/gup/gup.toml",
                  "lib/systemd/system/gup.service",
-                 "lib/systemd/system/gup.socket", "usr/lib/sysusers.d/gup.conf", "usr/share/man/man1/gup.1.gz",
+                 "lib/systemd/system/gup.socket", "usr/lib/sysusers.d/gup.conf",
+                 "usr/share/man/man1/gup.1.gz",
                  "usr/share/man/man1/gup-why.1.gz", "usr/share/bash-completion/completions/gup",
                  "usr/share/zsh/vendor-completions/_gup", "usr/share/fish/vendor_completions.d/gup.fish",
                  "usr/share/doc/gup/copyright", "usr/share/doc/gup/changelog.gz"):  # fmt: skip
