@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit clean
+.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit deb clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -64,8 +64,7 @@ TARGETS ?=
 REPLAY ?=
 fuzz: $(VENV)/.installed
 ifeq ($(REPLAY),)
-	$(BIN)/python -c 'import atheris' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(PIP) install --require-hashes --only-binary :all: --requirement requirements/fuzz.txt
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --minutes $(MINUTES) --seed $(SEED) --targets $(TARGETS)
 else
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --replay '$(abspath $(REPLAY))'
@@ -99,7 +98,12 @@ lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
 	$(UV) pyproject.toml --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
+	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
+
+# The Debian package, for the Debian that this runs on: build/gup_*.deb. Needs dpkg-dev and python3-venv.
+deb:
+	deploy/debian/build
 
 audit: $(VENV)/.installed
 	.ci/audit
