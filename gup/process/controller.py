@@ -31,6 +31,7 @@ from gup.upstream.download import Fetched, fetch_catalogue
 
 _LOG = logging.getLogger("gup.process")
 _RELOAD_SECONDS = 10.0
+_UPGRADE_SECONDS = 40.0
 _ASKED_WITHIN_SECONDS = 120
 """Until then each upstream that can answer has done so."""
 
@@ -41,6 +42,7 @@ class Controller(ChildProcess):
         self._ruled = self.settings, Rulebook(self.settings)  # after a reload it is made in a thread
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Reload]] = deque()
+        self._upgrades: deque[asyncio.Future[list[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
@@ -50,7 +52,7 @@ class Controller(ChildProcess):
             self.settings,
             self._look_up_catalogue,
             lambda name, etag, modified: fetch_catalogue(self.pool, name, etag, modified),
-            lambda: shared.raise_epoch(POLICY_EPOCH),
+            lambda: self.page.raise_epoch(POLICY_EPOCH),
         )
         self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
@@ -67,7 +69,7 @@ class Controller(ChildProcess):
                 totals=shared.totals,
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
-                raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
+                raise_store_epoch=lambda: self.page.raise_epoch(STORE_EPOCH),
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstream_states=lambda: {
@@ -78,6 +80,7 @@ class Controller(ChildProcess):
                 workers=lambda: self._worker_rows,
                 config_ok=lambda: bool(words[CONFIG_OK]),
                 reload=self._reload,
+                upgrade=self._upgrade,
                 recover=recovery.run,
                 mend=lambda key, counted: self.cache.repair(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
@@ -158,6 +161,10 @@ class Controller(ChildProcess):
             outcome = self._reloads.popleft()
             if not outcome.done():  # else `_reload` timed out
                 outcome.set_result(Reload(**message))
+        elif "upgrade" in message:
+            answer = self._upgrades.popleft()
+            if not answer.done():  # else `_upgrade` timed out
+                answer.set_result(message["upgrade"])
 
     def apply(self, settings: Settings) -> None:
         super().apply(settings)
@@ -196,6 +203,18 @@ class Controller(ChildProcess):
         except TimeoutError:
             return Reload([f"the settings were not applied within {_RELOAD_SECONDS:g} s"])
         return answer
+
+    async def _upgrade(self) -> list[str]:
+        """Have the supervisor try the new program, and run it if it can take over. Answers come in order."""
+        answer: asyncio.Future[list[str]] = self._loop.create_future()
+        if not self.parent.send({"upgrade": True}):
+            return ["the supervisor does not read its messages"]
+        self._upgrades.append(answer)
+        try:
+            async with asyncio.timeout(_UPGRADE_SECONDS):
+                return await answer
+        except TimeoutError:
+            return [f"the supervisor did not answer within {_UPGRADE_SECONDS:g} s"]
 
 
 if __name__ == "__main__":

@@ -168,12 +168,12 @@ def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps
     running = service()
     with running.controller() as controller:
         before = controller.ask("page")
-        running.write(upstream=[{"url": "http://three:80"}], workers={"count": 7}, wan={"rate": "3MB/s"})
+        running.write(upstream=[{"url": "http://three:80"}], site={"name": "else"}, wan={"rate": "3MB/s"})
         running.signal(signal.SIGHUP)
-        running.until(r"workers\.count: takes effect at the next start")
+        running.until(r"site\.name: takes effect at the next start")
         running.until("upstream: takes effect at the next start")
         settings = controller.until("messages", lambda messages: messages)[0]["settings"]
-        assert settings["workers"] == {"count": 2}
+        assert settings["site"]["name"] != "else"
         assert [row["name"] for row in settings["upstream"]] == ["one:80", "two:80"]
         page = controller.until("page", lambda page: page["policy"] > before["policy"])
         assert page["words"][3] == 1
@@ -243,7 +243,6 @@ def test_what_differs_is_named_as_people_write_it():
         ({"listen": {"admin_port": 1}}, "listen.admin_port"),
         ({"listen": {"backlog": 1}}, "listen.backlog"),
         ({"cache": {"directory": "/elsewhere"}}, "cache.directory"),
-        ({"workers": {"count": 64}}, "workers.count"),
         ({"site": {"name": "elsewhere"}}, "site.name"),
         ({"upstream": []}, "upstream"),
         ({"upstream": [{"url": "http://a"}, {"url": "http://b"}]}, "upstream"),

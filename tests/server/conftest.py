@@ -64,7 +64,8 @@ def serving(tmp_path) -> Callable:
                 connections = ClientCounts.alone()
                 admission = Admission(own.settings, own.counters, connections, lambda: 1, most_here=100)
                 listening = socket.create_server(("127.0.0.1", 0))
-                listener = Listener([listening], own.settings, handler, admission, lambda _now: None)
+                handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                listener = Listener([listening], handed, own.settings, handler, admission, lambda _now: None)
                 address = listening.getsockname()
                 listener.start()
                 try:
