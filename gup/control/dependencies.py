@@ -71,6 +71,8 @@ class ControlDependencies:
     """
     events: socket.socket
     admin: socket.socket
+    handed: tuple[socket.socket, socket.socket]
+    """By the first come idle connections of a controller that leaves, by the second this one's go."""
     started_at: float
     installed_at: float
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]

@@ -1,7 +1,9 @@
 """The control plane as a service: its web application and periodic jobs, from start to stop."""
 
 import asyncio
+import contextlib
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -33,6 +35,8 @@ _SERVER = "gup"
 ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 BUSY: web.AppKey[set[web.RequestHandler]] = web.AppKey("busy", set)
 """Connections whose request is being answered."""
+USED: web.AppKey[set[web.RequestHandler]] = web.AppKey("used", set)
+"""Those that have had a request since the set was last cleared."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -41,7 +45,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
     app = web.Application(middlewares=[_busy, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[STATE] = state
     app[ACCESS] = access or Access()
-    app[BUSY] = set()
+    app[BUSY], app[USED] = set(), set()
     app[ENDPOINTS] = (
         *status.ENDPOINTS,
         *entries.ENDPOINTS,
@@ -62,6 +66,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
 async def _busy(request: web.Request, handler: _Handler) -> web.StreamResponse:
     busy, connection = request.app[BUSY], request.protocol
     busy.add(connection)
+    request.app[USED].add(connection)
     try:
         return await handler(request)
     finally:
@@ -212,6 +217,15 @@ _GATHER_SECONDS = 0.05
 """Events are taken at most this often; they wait in the socket."""
 
 
+_LEAVE_SECONDS = 1.0
+_QUIET_SECONDS = 0.05
+"""A connection without a request for so long, and with nothing to send, is idle."""
+
+
+async def _discard(work: Awaitable[object]) -> None:
+    await work
+
+
 class Control:
     """The control plane. `start` returns when its address answers; `stop` leaves no task or socket.
 
@@ -245,6 +259,8 @@ class Control:
         self._listening = await asyncio.get_running_loop().create_server(
             self._accept, sock=dependencies.admin, ssl=self._access.tls, ssl_handshake_timeout=limit
         )
+        if self._access.tls is None:
+            asyncio.get_running_loop().add_reader(dependencies.handed[0], self._receive_handed)
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
 
@@ -301,11 +317,54 @@ class Control:
         jobs.every(1.0, "watch", AlarmCollector(state).look)
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
 
+    def _receive_handed(self) -> None:
+        """Go on with an idle connection of the controller that leaves."""
+        with contextlib.suppress(BlockingIOError):
+            for fd in socket.recv_fds(self._dependencies.handed[0], 1, 1)[1]:
+                loop, sock = asyncio.get_running_loop(), socket.socket(fileno=fd)
+                sock.setblocking(False)
+                self._jobs.start(
+                    "take a connection", _discard(loop.connect_accepted_socket(self._accept, sock))
+                )
+
+    async def leave(self) -> None:
+        """Another controller takes this one's place: accept no more, and hand it the idle connections.
+
+        Before `stop`, which closes what is left: TLS, and what is still busy after a while, such as a stream
+        of events. Closing an idle one would fail a request that its client sends just then.
+        """
+        if self._listening is not None:
+            self._listening.close()
+        if self._access.tls is not None:
+            return
+        server, busy, used = self._runner.server, self._app[BUSY], self._app[USED]
+        assert server is not None
+        give_up_at = time.monotonic() + _LEAVE_SECONDS
+        while time.monotonic() < give_up_at:
+            used.clear()
+            await asyncio.sleep(_QUIET_SECONDS)
+            left = [connection for connection in server.connections if connection.transport is not None]
+            for connection in [c for c in left if c not in busy and c not in used]:
+                self._hand_over(connection)
+            if not left:
+                break
+
+    def _hand_over(self, connection: web.RequestHandler) -> None:
+        transport = connection.transport
+        assert isinstance(transport, asyncio.Transport)
+        if transport.is_closing() or transport.get_write_buffer_size():
+            return
+        with contextlib.suppress(OSError):
+            fd = transport.get_extra_info("socket").fileno()
+            socket.send_fds(self._dependencies.handed[1], [b"\0"], [fd])
+            transport.abort()  # closes this process's copy alone
+
     async def stop(self) -> None:
         state = self.state
         if self._next_events is not None:
             self._next_events.cancel()
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
+        asyncio.get_running_loop().remove_reader(self._dependencies.handed[0])
         while state.take_events():
             pass
         if self._listening is not None:

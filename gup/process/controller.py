@@ -44,6 +44,7 @@ class Controller(ChildProcess):
         self._reloads: deque[asyncio.Future[Reload]] = deque()
         self._upgrades: deque[asyncio.Future[list[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
+        self._leaves = False
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
         recovery = Recovery(self.store, self.counters, self._take_over, self.tell)
@@ -60,6 +61,7 @@ class Controller(ChildProcess):
             lambda: self.settings.cache.sync_interval,
             shared.sum_of("gup_fills_total", outcome="committed"),
         )
+        self._handed = handed = [socket.socket(fileno=fd) for fd in parent.assignment.handed_fds]
         self._control = Control(
             ControlDependencies(
                 settings=lambda: self.settings,
@@ -85,6 +87,7 @@ class Controller(ChildProcess):
                 mend=lambda key, counted: self.cache.repair(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
+                handed=(handed[0], handed[1]),
                 started_at=shared.started_at,
                 installed_at=shared.installed_at,
                 fetch_ahead=self.cache.prefetch,
@@ -116,9 +119,13 @@ class Controller(ChildProcess):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._leaves:
+            await self._control.leave()
         await self.cache.stop()  # sends events of its last commits to the control plane
         await self._control.stop()
         await self._durability.sync()
+        for end in self._handed:
+            end.close()
         await self.close()
 
     async def _warn(self) -> None:
@@ -153,7 +160,8 @@ class Controller(ChildProcess):
         self._loop.call_soon_threadsafe(self._control.state.take, [json.dumps(event).encode()])
 
     def handle(self, message: Message) -> None:
-        if message.get("stop"):
+        if message.get("stop") or message.get("leave"):
+            self._leaves = "leave" in message
             self.stopped.set()
         elif "workers" in message:
             self._worker_rows = message["workers"]

@@ -455,8 +455,7 @@ class Supervisor:
                     slot.move(Phase.LEAVING)
                     if slot.role == "controller":
                         slot.leave_until = now + _CONTROLLER_STOP_SECONDS
-                self._send([slot for slot in staying if slot.role == "worker"], {"leave": True})
-                self._send([slot for slot in staying if slot.role == "controller"], {"stop": True})
+                self._send(staying, {"leave": True})
             if self._controller.start_at == math.inf and len(self._every("controller")) == 0:
                 self._controller.start_at = now
         for earlier in self._earlier:

@@ -188,6 +188,7 @@ class World:
             mend=self.mend,
             events=self.receiver,
             admin=admin or self.sender,
+            handed=(self.sender, self.sender),
             started_at=self.now - 3600,
             installed_at=self.installed_at,
             label_of=lambda _stream, _file: None,

@@ -106,7 +106,7 @@ class Steady:
     async def _ask(self, kind: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request; whether the connection stays. Raises what is wrong."""
         path = self._large if kind == "slow" else self._random.choice(self._small)
-        writer.write(request_text(path, {"Host": "steady"}))
+        writer.write(request_text(path, {"Host": f"{self._address[0]}:{self._address[1]}"}))
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         assert head.startswith("http/1.1 200 "), head.partition("\r\n")[0]
         left = length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
