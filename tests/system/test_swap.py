@@ -4,14 +4,19 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
+from harness.clients import End, body_digest
 from harness.content import BIG, DELTA, INDEX, noise, zip_of
+from harness.needs import program
 from harness.processes import command_line, until
 from harness.service import toml
 from harness.steady import Steady
+from harness.upstreams import Answer, Gate
 
 import gup
 
@@ -153,3 +158,140 @@ def test_what_comes_in_the_middle_of_an_upgrade(serve, second):
     assert clients.failures == []
     assert service.stop() == 0
     assert "Traceback" not in service.log
+
+
+def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
+    """Half of the body is here when others take over; clients of both kinds of workers want it."""
+    gate = Gate()
+    body = zip_of("herd", 4_000_000)
+    answers = {BIG: (Answer(body, gates=((len(body) // 2, gate),)),)}
+    service, upstream = serve(answers, workers={"count": 2}, each={"read_timeout": "1m"})
+    swarm, before = service.swarm(), service.status()
+    early = swarm.add(30, BIG)
+    gate.wait_reached()
+    service.signal(signal.SIGUSR2)
+    now = service.wait_replaced(before, 2)
+    leaving = {row["pid"] for row in now["workers"] if row["leaving"]}
+    assert leaving == {row["pid"] for row in before["workers"]}, "the earlier ones end their responses"
+    late = swarm.add(30, BIG)
+    until(lambda: all(client.body_bytes for client in late), "they have the first half")
+    gate.open()
+    swarm.wait()
+    assert {(client.end, client.digest) for client in early + late} == {(End.COMPLETE, body_digest(body))}
+    assert len(upstream.requests(BIG)) == 1
+    until(lambda: len(service.status()["workers"]) == 2, "the earlier ones have ended")
+    service.wait_stored(BIG)
+    assert service.metric("gup_client_downloads_in_progress") == 0
+
+
+def test_connections_that_wait_to_be_accepted_are_served_when_their_worker_leaves(serve):
+    """They are in the kernel's queue of a stopped worker's socket, which a single worker takes over."""
+    service, _ = started(serve)
+    before = service.status()
+    stopped = service.workers()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    clients = [service.connect() for _ in range(40)]
+    for client in clients:
+        client.ask(DELTA)
+    (service.folder / "gup.toml").write_text(toml(with_workers(service, 1)))
+    service.signal(signal.SIGHUP)
+    answers = [client.response() for client in clients]
+    assert {(answer.status, answer.body == BODIES[DELTA]) for answer in answers} == {(200, True)}
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    service.wait_replaced(before, 1)
+    until(lambda: len(service.status()["workers"]) == 1, "the earlier ones have ended")
+
+
+@pytest.mark.long
+@pytest.mark.needs("wrk", "curl", "aria2")
+@pytest.mark.parametrize("upgrades", [False, True], ids=["reloads", "upgrades"])
+def test_twenty_changes_under_two_hundred_downloads_and_wrk(serve, tmp_path, upgrades):
+    service, upstream = started(serve, clients={"max_connections_per_address": 0})
+    before, wrk = service.status(), tmp_path / "wrk.lua"
+    wrk.write_text(WRK)
+    target = f"http://127.0.0.1:{service.data[1]}"
+    loaded = [program("wrk"), "-t1", "-c40", "-d600s", "-s", str(wrk), target + DELTA]
+    clients = Steady(service.data, BODIES, lazy=50, new=2, slow=200, large=BIG, rate=200_000)
+    control = Steady(service.admin, {"/healthz": b"ok\n"}, lazy=10, new=1)
+    tools = Tools(target + BIG, tmp_path, LARGE)
+    with control, clients, tools, subprocess.Popen(loaded, stdout=subprocess.PIPE, text=True) as load:
+        until(lambda: clients.began >= 200, "all downloads have begun")
+        counted = [service.metric(REQUESTS)]
+        for number in range(20):
+            count = (2, 4, 1)[(number + 1) % 3]
+            if upgrades:
+                (service.folder / "gup.toml").write_text(toml(with_workers(service, count)))
+                service.signal(signal.SIGUSR2)
+            else:
+                service.reload(**with_workers(service, count))
+            before = service.wait_replaced(before, count)
+            counted.append(service.metric(REQUESTS))
+        load.send_signal(signal.SIGINT)  # it ends what it has begun, and tells
+        told = load.communicate()[0]
+    found = re.search(r"gup (\d+) answers, (\d+) wrong, errors (\d+) (\d+) (\d+) (\d+)", told)
+    print(clients.done, control.done, tools.done, found and found[0])  # noqa: T201 - the figures
+    assert clients.failures == control.failures == tools.failures == []
+    assert found, told
+    assert int(found[1]) > 1000
+    assert found.groups()[1:] == ("0", "0", "0", "0", "0"), "wrong answers; connect, read, write, time-out"
+    assert min(clients.done.values()) >= 200, clients.done
+    assert clients.closed == control.closed == 0
+    assert counted == sorted(counted), "a counter went back"
+    until(lambda: len(service.status()["workers"]) == count, "the earlier processes have ended", 60)
+    assert service.metric("gup_worker_restarts_total") == 0
+    assert service.metric("gup_client_connections") == 0
+    assert [len(upstream.requests(path)) for path in BODIES] == [1, 1, 1]
+    assert service.stop() == 0
+
+
+WRK = """
+local threads = {}
+function setup(thread) table.insert(threads, thread) end
+function init() wrong = 0 end
+function response(status, headers, body)
+  if status ~= 200 or #body ~= 60000 then wrong = wrong + 1 end
+end
+function done(summary)
+  local wrong, errors = 0, summary.errors
+  for _, thread in ipairs(threads) do wrong = wrong + thread:get("wrong") end
+  print(string.format("gup %d answers, %d wrong, errors %d %d %d %d", summary.requests, wrong,
+    errors.connect, errors.read, errors.write, errors.timeout))
+end
+"""
+
+
+class Tools:
+    """curl and aria2c, which download again and again, without a retry of theirs."""
+
+    def __init__(self, url, folder, body):
+        self._stopping, self.failures, self.done = False, [], {"curl": 0, "aria2c": 0}
+        into = ["-d", str(folder), "-o", "aria2c"]
+        commands = {
+            "curl": [program("curl"), "-sS", "--limit-rate", "2M", "-o", str(folder / "curl"), url],
+            "aria2c": [program("aria2c"), "-q", "-x4", "-s4", "-k1M", "--max-tries=1", *into, url],
+        }
+        self._threads = [
+            threading.Thread(target=self._run, args=(name, command, folder / name, body))
+            for name, command in commands.items()
+        ]
+
+    def _run(self, name, command, file, body):
+        while not self._stopping:
+            file.unlink(missing_ok=True)
+            done = subprocess.run(command, capture_output=True, check=False)
+            if done.returncode or file.read_bytes() != body:
+                self.failures.append(f"{name}: status {done.returncode}, {done.stderr[-200:]!r}")
+            else:
+                self.done[name] += 1
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopping = True
+        for thread in self._threads:
+            thread.join()
