@@ -583,6 +583,7 @@ class Supervisor:
         ]
         _LOG.info("gup %s goes on with the service of gup %s", gup.__version__, taken.version)
         try:
+            Store(self._settings.cache.directory).prepare()
             self._apply(new, everything=True)
         except (GupError, OSError) as error:
             _LOG.error("the earlier processes go on serving: %s", error)

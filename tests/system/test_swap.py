@@ -13,7 +13,7 @@ import pytest
 from harness.clients import End, body_digest
 from harness.content import BIG, DELTA, INDEX, noise, zip_of
 from harness.needs import program
-from harness.processes import command_line, until
+from harness.processes import command_line, open_files, until
 from harness.service import toml
 from harness.steady import Steady
 from harness.upstreams import Answer, Gate
@@ -218,7 +218,7 @@ def test_twenty_changes_under_two_hundred_downloads_and_wrk(serve, tmp_path, upg
     tools = Tools(target + BIG, tmp_path, LARGE)
     with control, clients, tools, subprocess.Popen(loaded, stdout=subprocess.PIPE, text=True) as load:
         until(lambda: clients.began >= 200, "all downloads have begun")
-        counted = [service.metric(REQUESTS)]
+        counted, descriptors = [service.metric(REQUESTS)], len(open_files(service.process.pid))
         for number in range(20):
             count = (2, 4, 1)[(number + 1) % 3]
             if upgrades:
@@ -240,6 +240,7 @@ def test_twenty_changes_under_two_hundred_downloads_and_wrk(serve, tmp_path, upg
     assert clients.closed == control.closed == 0
     assert counted == sorted(counted), "a counter went back"
     until(lambda: len(service.status()["workers"]) == count, "the earlier processes have ended", 60)
+    assert len(open_files(service.process.pid)) <= descriptors + 4, "two sockets, two workers more"
     assert service.metric("gup_worker_restarts_total") == 0
     assert service.metric("gup_client_connections") == 0
     assert [len(upstream.requests(path)) for path in BODIES] == [1, 1, 1]
