@@ -335,6 +335,7 @@ class Control:
         """
         if self._listening is not None:
             self._listening.close()
+        asyncio.get_running_loop().remove_reader(self._dependencies.handed[0])  # they are for the other one
         if self._access.tls is not None:
             return
         server, busy, used = self._runner.server, self._app[BUSY], self._app[USED]
