@@ -35,8 +35,6 @@ _SERVER = "gup"
 ACCESS: web.AppKey[Access] = web.AppKey("access", Access)
 BUSY: web.AppKey[set[web.RequestHandler]] = web.AppKey("busy", set)
 """Connections whose request is being answered."""
-USED: web.AppKey[set[web.RequestHandler]] = web.AppKey("used", set)
-"""Those that have had a request since the set was last cleared."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -45,7 +43,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
     app = web.Application(middlewares=[_busy, _problems, _guard], client_max_size=_MAX_REQUEST_BYTES)
     app[STATE] = state
     app[ACCESS] = access or Access()
-    app[BUSY], app[USED] = set(), set()
+    app[BUSY] = set()
     app[ENDPOINTS] = (
         *status.ENDPOINTS,
         *entries.ENDPOINTS,
@@ -66,7 +64,6 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
 async def _busy(request: web.Request, handler: _Handler) -> web.StreamResponse:
     busy, connection = request.app[BUSY], request.protocol
     busy.add(connection)
-    request.app[USED].add(connection)
     try:
         return await handler(request)
     finally:
@@ -146,7 +143,13 @@ async def _security_headers(_request: web.Request, response: web.StreamResponse)
 class _Connection(web.RequestHandler):
     """A client's connection. aiohttp would answer a malformed head with its text, and log a traceback."""
 
-    __slots__ = ()
+    __slots__ = ("received",)
+    received: bool
+    """Whether anything has come since this was last cleared."""
+
+    def data_received(self, data: bytes) -> None:
+        self.received = True
+        super().data_received(data)
 
     def handle_error(
         self,
@@ -217,7 +220,7 @@ _GATHER_SECONDS = 0.05
 """Events are taken at most this often; they wait in the socket."""
 
 
-_LEAVE_SECONDS = 1.0
+_LEAVE_ROUNDS = 20
 _QUIET_SECONDS = 0.05
 """A connection without a request for so long, and with nothing to send, is idle."""
 
@@ -290,7 +293,9 @@ class Control:
         timeout = self._dependencies.settings().listen.header_timeout
         loop = asyncio.get_running_loop()
         own: dict[str, Any] = {"access_log": None}  # there is none
-        return _Connection(server, loop=loop, keepalive_timeout=timeout, **own)
+        connection = _Connection(server, loop=loop, keepalive_timeout=timeout, **own)
+        connection.received = False
+        return connection
 
     async def _open_statistics(self) -> None:
         self.state.clients.restore(await self.state.reports.newest_clients())
@@ -333,24 +338,26 @@ class Control:
         Before `stop`, which closes what is left: TLS, and what is still busy after a while, such as a stream
         of events. Closing an idle one would fail a request that its client sends just then.
         """
-        if self._listening is not None:
-            self._listening.close()
-        asyncio.get_running_loop().remove_reader(self._dependencies.handed[0])  # they are for the other one
-        if self._access.tls is not None:
-            return
-        server, busy, used = self._runner.server, self._app[BUSY], self._app[USED]
-        assert server is not None
-        give_up_at = time.monotonic() + _LEAVE_SECONDS
-        while time.monotonic() < give_up_at:
-            used.clear()
+        loop, dependencies = asyncio.get_running_loop(), self._dependencies
+        # not Server.close(): it closes what has just been accepted
+        loop.remove_reader(dependencies.admin.fileno())
+        loop.remove_reader(dependencies.handed[0])
+        for _ in range(_LEAVE_ROUNDS if self._access.tls is None else 0):
+            for connection in self._open_connections():
+                connection.received = False
             await asyncio.sleep(_QUIET_SECONDS)
-            left = [connection for connection in server.connections if connection.transport is not None]
-            for connection in [c for c in left if c not in busy and c not in used]:
-                self._hand_over(connection)
-            if not left:
+            for connection in self._open_connections():
+                if connection not in self._app[BUSY] and not connection.received:
+                    self._hand_over(connection)
+            if not self._open_connections():
                 break
 
-    def _hand_over(self, connection: web.RequestHandler) -> None:
+    def _open_connections(self) -> list[_Connection]:
+        assert self._runner.server is not None
+        found = self._runner.server.connections
+        return [one for one in found if one.transport is not None and isinstance(one, _Connection)]
+
+    def _hand_over(self, connection: _Connection) -> None:
         transport = connection.transport
         assert isinstance(transport, asyncio.Transport)
         if transport.is_closing() or transport.get_write_buffer_size():

@@ -50,6 +50,7 @@ _STARTING_AT_ONCE = max(
 PAST_DRAIN_SECONDS = 5.0
 LOCK_SECONDS = 5.0  # how long the previous service on the directory may take to end
 _CONTROLLER_STOP_SECONDS = 10.0
+_CONTROLLER_LEAVE_SECONDS = 20.0
 _BUFFER_BYTES = 4 << 20
 _SPARE_BLOCKS = 61
 """Of counters and of the page, besides four for each worker: for workers that finish their responses while
@@ -454,7 +455,7 @@ class Supervisor:
                 for slot in staying:
                     slot.move(Phase.LEAVING)
                     if slot.role == "controller":
-                        slot.leave_until = now + _CONTROLLER_STOP_SECONDS
+                        slot.leave_until = now + _CONTROLLER_LEAVE_SECONDS
                 self._send(staying, {"leave": True})
             if self._controller.start_at == math.inf and len(self._every("controller")) == 0:
                 self._controller.start_at = now

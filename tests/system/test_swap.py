@@ -43,7 +43,7 @@ def started(serve, **more):
 def test_workers_come_and_go_and_another_program_takes_over_while_no_request_fails(serve):
     service, upstream = started(serve)
     before, asked, counted = service.status(), len(BODIES), [0.0]
-    workers = [2, 4, 1]
+    workers = [2, 3, 1]
     control = Steady(service.admin, {"/healthz": b"ok\n"}, lazy=10, new=1)
     clients = Steady(service.data, BODIES, busy=4, lazy=20, new=1, slow=20, large=BIG, rate=RATE)
     with control, clients:
@@ -128,7 +128,9 @@ def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, inst
     assert service.stop() == 0
 
 
-@pytest.mark.parametrize("second", ["term", "kill the trial", "reload"])
+@pytest.mark.parametrize(
+    "second", ["term", *(pytest.param(name, marks=pytest.mark.long) for name in ("kill the trial", "reload"))]
+)
 def test_what_comes_in_the_middle_of_an_upgrade(serve, second):
     service, _ = started(serve)
     before = service.status()
