@@ -26,14 +26,19 @@ REQUESTS = "gup_requests_total"
 RATE = 1_000_000
 
 
+OWN = {"PYTHONDONTWRITEBYTECODE": "1"}
+"""Has the harness start interpreters: a service that runs another program must be one itself. And changes of the
+program within a second would leave a compiled file that looks right."""
+
+
 def with_workers(service, count):
     """The settings that are in the file, with so many workers."""
     return tomllib.loads((service.folder / "gup.toml").read_text()) | {"workers": {"count": count}}
 
 
-def started(serve, **more):
+def started(serve, env=OWN, **more):
     """A service that has everything, with two workers by its settings file."""
-    service, upstream = serve(BODIES, workers={"count": 2}, each={"health_interval": "0s"}, **more)
+    service, upstream = serve(BODIES, workers={"count": 2}, env=env, each={"health_interval": "0s"}, **more)
     for path, body in BODIES.items():
         service.serves(path, body)
     service.wait_stored(*BODIES)
@@ -91,9 +96,7 @@ def installed(tmp_path):
 
 
 def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, installed):
-    # changes of a second leave a compiled file that looks right
-    environment = {"PYTHONPATH": str(installed.folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    service, _ = started(serve, env=environment)
+    service, _ = started(serve, env=OWN | {"PYTHONPATH": str(installed.folder)})
     settings = tomllib.loads((service.folder / "gup.toml").read_text())
     before = service.status()
     with Steady(service.data, BODIES, lazy=10, new=1) as clients:
@@ -167,7 +170,7 @@ def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
     gate = Gate()
     body = zip_of("herd", 4_000_000)
     answers = {BIG: (Answer(body, gates=((len(body) // 2, gate),)),)}
-    service, upstream = serve(answers, workers={"count": 2}, each={"read_timeout": "1m"})
+    service, upstream = serve(answers, workers={"count": 2}, env=OWN, each={"read_timeout": "1m"})
     swarm, before = service.swarm(), service.status()
     early = swarm.add(30, BIG)
     gate.wait_reached()
@@ -188,7 +191,7 @@ def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
 
 def test_connections_that_wait_to_be_accepted_are_served_when_their_worker_leaves(serve):
     """They are in the kernel's queue of a stopped worker's socket, which a single worker takes over."""
-    service, _ = started(serve)
+    service, _ = started(serve, env={})
     before = service.status()
     stopped = service.workers()
     for pid in stopped:
