@@ -27,8 +27,8 @@ RATE = 1_000_000
 
 
 OWN = {"PYTHONDONTWRITEBYTECODE": "1"}
-"""Has the harness start interpreters: a service that runs another program must be one itself. And changes of the
-program within a second would leave a compiled file that looks right."""
+"""Has the harness start interpreters: a service that runs another program must be one itself. And changes of
+the program within a second would leave a compiled file that looks right."""
 
 
 def with_workers(service, count):
