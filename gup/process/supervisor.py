@@ -582,7 +582,7 @@ class Supervisor:
             ChildSlot("worker", number, block, self._shared)
             for number, block in zip(missing, self._free_blocks(), strict=False)
         ]
-        _LOG.info("gup %s goes on with the service of gup %s", gup.__version__, taken.version)
+        _LOG.info("gup %s takes over the service of gup %s", gup.__version__, taken.version)
         try:
             Store(self._settings.cache.directory).prepare()
             self._apply(new, everything=True)

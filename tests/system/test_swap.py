@@ -14,11 +14,9 @@ from harness.clients import End, body_digest
 from harness.content import BIG, DELTA, INDEX, noise, zip_of
 from harness.needs import program
 from harness.processes import command_line, open_files, until
-from harness.service import toml
+from harness.service import REPOSITORY, toml
 from harness.steady import Steady
 from harness.upstreams import Answer, Gate
-
-import gup
 
 LARGE = zip_of("swap", 2_000_000)
 BODIES = {BIG: LARGE, DELTA: noise("d", 60_000), INDEX: noise("i", 3_000)}
@@ -78,7 +76,7 @@ def test_workers_come_and_go_and_another_program_takes_over_while_no_request_fai
 def installed(tmp_path):
     """A copy of the program, of which a test changes files as an upgrade does; `{file: (old, new)}`."""
     folder = tmp_path / "installed"
-    shutil.copytree(Path(gup.__file__).parent, folder / "gup", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "gup", folder / "gup", ignore=shutil.ignore_patterns("__pycache__"))
     originals: dict[Path, str] = {}
 
     def change(name, old, new):
