@@ -325,7 +325,7 @@ class Control:
     def _receive_handed(self) -> None:
         """Go on with an idle connection of the controller that leaves."""
         with contextlib.suppress(BlockingIOError):
-            for fd in socket.recv_fds(self._dependencies.handed[0], 1, 1)[1]:
+            for fd in socket.recv_fds(self._dependencies.handed[0], 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
                 loop, sock = asyncio.get_running_loop(), socket.socket(fileno=fd)
                 sock.setblocking(False)
                 self._jobs.start(

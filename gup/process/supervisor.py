@@ -430,6 +430,11 @@ class Supervisor:
 
     def _replace_children(self, workers: int) -> None:
         """Have new processes take the place of all; GupError, and nothing has changed, if that can't be."""
+        most = self._page.capacity - shared_memory.FIRST_WORKER
+        if workers + len(self._workers) > most:
+            raise GupError(
+                f"workers.count: {workers} are too many to change to at run time: restart the service"
+            )
         if len(self._free_blocks()) < workers:
             pids = ", ".join(str(slot.child.process.pid) for slot in self._leaving if slot.child is not None)
             raise GupError(

@@ -226,7 +226,7 @@ class Listener:
     def _receive_handed(self) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                _, fds, _, _ = socket.recv_fds(self._handed[0], 1, 1)
+                _, fds, _, _ = socket.recv_fds(self._handed[0], 1, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             for fd in fds:

@@ -188,6 +188,17 @@ def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps
     assert running.stop() == 0
 
 
+def test_more_workers_than_there_is_room_for_are_refused_and_nothing_changes(service):
+    running = service({"workers": {"count": 1}})
+    running.write(workers={"count": 900}, wan={"rate": "2MB/s"})
+    running.signal(signal.SIGHUP)
+    running.until("settings not reloaded: workers.count: 900 are too many to change to at run time")
+    with running.controller() as controller:
+        assert controller.ask("messages") == []
+        assert [row["slot"] for row in controller.ask("workers")] == [0]
+    assert running.stop() == 0
+
+
 def test_a_bad_reload_changes_nothing_but_the_metric(service):
     running = service()
     with running.controller() as controller:
