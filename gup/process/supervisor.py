@@ -354,7 +354,8 @@ class Supervisor:
             for slot in (*self._workers, *self._leaving)
             if slot.child is not None and slot.role == "worker"
         ]
-        self._send([slot for slot in self._slots if slot.role == "controller"], {"workers": rows})
+        told = [slot for slot in self._every("controller") if slot.phase is not Phase.LEAVING]
+        self._send(told, {"workers": rows})
 
     def _kill(self, slots: Sequence[ChildSlot], reason: str) -> None:
         for slot in slots:
