@@ -151,6 +151,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[Gup, ScriptedUpstream]
 
         def start(answers: Answers | None = None, /, *, folder: str = "cache", **given: Any):
             how = {name: given.pop(name) for name in _HOW if name in given}
+            if isinstance(how.get("workers"), dict):  # in the file, where a reload may change them
+                given["workers"], how["workers"] = how["workers"], None
             return _service(stack, tmp_path / folder, answers or {}, settings=given, **how)
 
         yield start

@@ -70,6 +70,7 @@ def _package(name: str, *programs: str, **more: Callable[[], bool]) -> Need:
 
 
 NEEDS = {
+    "aria2": _package("aria2", "aria2c"),
     "btrfs": _package("btrfs-progs", "mkfs.btrfs"),
     "chromium": _package("chromium chromium-driver", "chromium", "chromedriver"),
     "curl": _package("curl"),
@@ -91,6 +92,7 @@ NEEDS = {
     "strace": _package("strace", holds=_can_trace),
     "systemd": _package("systemd", "systemd-analyze", "systemd-sysusers", "systemd-socket-activate"),
     "tar": _package("tar"),
+    "wrk": _package("wrk"),
     "xfs": _package("xfsprogs", "mkfs.xfs"),
 }
 

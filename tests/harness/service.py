@@ -89,7 +89,7 @@ class Gup:
         cache_dir: Path,
         upstreams: Sequence[str] = (),
         *,
-        workers: int = 2,
+        workers: int | None = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         bind: str = "127.0.0.1:0",
@@ -116,7 +116,9 @@ class Gup:
             self.command += ["--config", str(file)]
         for url in upstreams:
             self.command += ["--upstream", url]
-        self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
+        self.command += ["--cache-dir", str(cache_dir)]
+        if workers is not None:  # else of the file, where a reload may change them
+            self.command += ["--workers", str(workers)]
         if bind:
             self.command += ["--listen", bind]
         self.command += ["--admin", admin]
@@ -322,6 +324,20 @@ class Gup:
         """Other settings in the file, and a reload by the control plane; they hold soon after."""
         (self.folder / "gup.toml").write_text(toml(settings))
         assert self.api("/api/v1/reload", "POST")[0] == 200
+
+    def wait_replaced(self, before: Mapping[str, Any], workers: int) -> dict[str, Any]:
+        """Until other processes serve than in that status, so many workers of them; their status."""
+
+        def found() -> dict[str, Any] | None:
+            with contextlib.suppress(OSError):  # the controller is being replaced
+                status = self.status()
+                current = [row for row in status["workers"] if not row["leaving"] and row["ready"]]
+                new = {row["pid"] for row in current}.isdisjoint(row["pid"] for row in before["workers"])
+                if new and len(current) == workers and status["pid"] != before["pid"]:
+                    return status
+            return None
+
+        return until(found, f"{workers} other workers serve")
 
     def upstream(self, name: str = "") -> dict[str, Any]:
         """The state of the upstream with this name, or of the first."""
