@@ -1,6 +1,7 @@
 """What the unit and the image take away, taken away from a real gup: it fetches, stores and serves on."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -39,5 +40,9 @@ def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
         for _ in range(2):
             assert gup.get(DELTA).body == tree.body(DELTA)
         gup.wait_stored(DELTA.rpartition("/")[2])
+        before = gup.status()
+        gup.signal(signal.SIGUSR2)  # another program takes over
+        gup.wait_replaced(before, 2)
+        assert gup.get(DELTA).body == tree.body(DELTA)
         assert gup.stop() == 0
         assert "Read-only file system" not in gup.log
