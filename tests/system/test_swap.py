@@ -208,6 +208,8 @@ def test_connections_that_wait_to_be_accepted_are_served_when_their_worker_leave
 
 
 @pytest.mark.long
+@pytest.mark.alone
+@pytest.mark.timeout(600)
 @pytest.mark.needs("wrk", "curl", "aria2")
 @pytest.mark.parametrize("upgrades", [False, True], ids=["reloads", "upgrades"])
 def test_twenty_changes_under_two_hundred_downloads_and_wrk(serve, tmp_path, upgrades):
