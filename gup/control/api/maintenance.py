@@ -147,6 +147,13 @@ async def reload(state: ControlState) -> schemas.Reloaded:
     )
 
 
+async def test_alarms(state: ControlState) -> schemas.TestMessages:
+    """Send a test message to the receivers of alarms, and wait for their answers."""
+    if not (sent := await state.notifications.test()):
+        raise web.HTTPConflict(text="there is no receiver: set alarms.webhook or alarms.command")
+    return schemas.TestMessages(sent=sent)
+
+
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/prefetch", queue),
     Endpoint("POST", "/api/v1/prefetch", order, takes=JSON, status=202, problems=(404,)),
@@ -154,4 +161,5 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/verify", verification),
     Endpoint("POST", "/api/v1/verify", verify, status=202, problems=(409,)),
     Endpoint("POST", "/api/v1/reload", reload),
+    Endpoint("POST", "/api/v1/alarms/test", test_alarms, problems=(409,)),
 )

@@ -172,6 +172,7 @@ class Reload(Response):
 
 
 class Alarm(Response):
+    id: str = Field(description="From its begin to its end, also over a restart.")
     name: str
     severity: Literal["warning", "critical"]
     since: float
@@ -182,6 +183,16 @@ class Alarm(Response):
 
 class Alarms(Response):
     alarms: list[Alarm] = Field(description="The active alarms, the critical ones first.")
+
+
+class TestMessage(Response):
+    to: str = Field(description="webhook or command.")
+    accepted: bool
+    detail: str = Field(description="Why it was not accepted; else what the command wrote.")
+
+
+class TestMessages(Response):
+    sent: list[TestMessage]
 
 
 class FailedFill(Response):
