@@ -4,12 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak pictures bench dashboards lint types imports check clean
+.PHONY: demo test fault long soak pictures bench dashboards lint types imports check lock audit clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py
+# Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
+# nothing to build with. forbiddenfruit is published as source only; setuptools of build.txt builds it.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+$(VENV)/.installed: pyproject.toml hatch_build.py gup/__init__.py requirements/build.txt requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) install --require-hashes --only-binary :all: --requirement requirements/build.txt
+	$(PIP) install --require-hashes --only-binary :all: --no-binary forbiddenfruit --use-pep517 \
+		--no-build-isolation --requirement requirements/dev.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: $(VENV)/.installed
@@ -63,6 +69,21 @@ bench: $(VENV)/.installed
 # The page's pictures in docs/images, from a real run: two minutes.
 pictures: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m pictures.run
+
+# requirements/*.txt from pyproject.toml: the version and the hashes of each package that is installed, for every
+# Python and platform at once. Versions stay as they are where they fit; UPGRADE=--upgrade takes the newest.
+UPGRADE ?=
+UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--custom-compile-command 'make lock' $(UPGRADE)
+BUILD := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "setuptools", sep="\n")
+lock:
+	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
+	$(UV) pyproject.toml --output-file requirements/run.txt
+	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
+	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
+
+audit: $(VENV)/.installed
+	.ci/audit
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

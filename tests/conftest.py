@@ -6,7 +6,6 @@ import gc
 import inspect
 import sys
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import uvloop
-from harness.processes import NEEDS, until
+from harness.needs import pytest_runtest_setup, pytest_terminal_summary
+from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
 
+__all__ = ["pytest_runtest_setup", "pytest_terminal_summary"]  # hooks: pytest finds them here
 Answers = Mapping[str, Answer | bytes | Sequence[Answer | bytes]]
 
 _SETTLE_SECONDS = 3.0
@@ -169,14 +170,3 @@ def shared(_shared) -> Iterator[tuple[Gup, ScriptedUpstream]]:
     yield gup, upstream
     gup.close_clients()
     upstream.hang_up()
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Which tests were not run for want of a tool."""
-    reasons = [
-        str(report.longrepr[2]).removeprefix("Skipped: ")
-        for report in terminalreporter.stats.get("skipped", [])
-    ]
-    lacking = Counter(reason.removeprefix(NEEDS) for reason in reasons if reason.startswith(NEEDS))
-    for tool, count in sorted(lacking.items()):
-        terminalreporter.write_line(f"not run here: {count} tests, need {tool}")

@@ -2,13 +2,18 @@
 
 import hashlib
 import importlib.util
+import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,37 +27,73 @@ def hook():
 
 
 def copy_of_the_repository(folder):
-    """What git has: nothing that a build or an installation has put there."""
+    """What the image is built from: nothing that a build or an installation has put there."""
     leave = shutil.ignore_patterns("vendor", "__pycache__", "*.pyc")
-    for name in ("gup", "deploy/man", "deploy/completions"):
-        shutil.copytree(ROOT / name, folder / name, ignore=leave)
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", ".gitignore"):
-        shutil.copy(ROOT / name, folder / name)
+    admitted = (ROOT / "deploy/container/Dockerfile.dockerignore").read_text()
+    for pattern in re.findall(r"^!(.+)$", admitted, re.MULTILINE):
+        for path in ROOT.glob(pattern):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(path, target, ignore=leave) if path.is_dir() else shutil.copy(path, target)
     return folder
 
 
-def test_the_wheel_brings_the_page_with_its_chart_library_manual_pages_and_completions(tmp_path):
-    source = copy_of_the_repository(tmp_path / "source")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Every file of the wheel, by its name; what is below .dist-info goes by the name there."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = copy_of_the_repository(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index"]
-    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "wheels"), str(source)]
+    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True, timeout=50, capture_output=True)
-    (wheel,) = (tmp_path / "wheels").glob("gup-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        for name, (_, digest) in hook().FILES.items():
-            body = archive.read(f"gup/control/page/vendor/{name}")
-            assert hashlib.sha256(body).hexdigest() == digest
-        licence = archive.read("gup/control/page/uPlot.LICENSE").decode()
-        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
-    assert "Leon Sorokin" in licence
-    assert "MIT" in licence
+    (file,) = folder.glob("gup-*.whl")
+    with zipfile.ZipFile(file) as archive:
+        return {name.rpartition(".dist-info/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_brings_the_page_with_its_chart_library_manual_pages_and_completions(wheel):
+    for name, (_, digest) in hook().FILES.items():
+        assert hashlib.sha256(wheel[f"gup/control/page/vendor/{name}"]).hexdigest() == digest
     for folder in ("static", "templates"):
         for path in (ROOT / "gup/control/page" / folder).iterdir():
-            assert f"gup/control/page/{folder}/{path.name}" in names
+            assert f"gup/control/page/{folder}/{path.name}" in wheel
     for name in ("man/man1/gup.1", "man/man1/gup-cache-purge.1", "bash-completion/completions/gup",
                  "zsh/site-functions/_gup", "fish/vendor_completions.d/gup.fish"):  # fmt: skip
-        assert any(found.endswith(f".data/data/share/{name}") for found in names), name
-    assert hook().CARRIER not in metadata.split("Provides-Extra: dev")[0]
+        assert any(found.endswith(f".data/data/share/{name}") for found in wheel), name
+
+
+def test_the_wheel_names_its_licences_and_what_it_needs(wheel):
+    metadata = message_from_bytes(wheel["METADATA"])
+    assert metadata["License-Expression"] == "Apache-2.0 AND MIT"
+    licences = metadata.get_all("License-File")
+    assert set(licences) == {"LICENSE", "gup/control/page/uPlot.LICENSE"}
+    ours, uplot = (wheel[f"licenses/{name}"].decode() for name in sorted(licences))
+    assert "Apache License\n                           Version 2.0" in ours
+    assert "The MIT License" in uplot
+    assert "Leon Sorokin" in uplot
+    needed = [text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
+    assert any(text.startswith("aiohttp") for text in needed)
+    assert not any(text.startswith(hook().CARRIER) for text in needed)
+
+
+def test_the_wheel_has_a_valid_bill_of_materials_that_names_the_chart_library(wheel):
+    text = wheel["sboms/gup.cdx.json"].decode()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bill = json.loads(text)
+    assert bill["metadata"]["component"]["version"] == message_from_bytes(wheel["METADATA"])["Version"]
+    (uplot,) = bill["components"]
+    assert (uplot["purl"], uplot["licenses"]) == ("pkg:npm/uplot@1.6.31", [{"license": {"id": "MIT"}}])
+    vendored = {name for name in wheel if "/vendor/" in name}
+    assert {part["name"] for part in uplot["components"]} == vendored, "all that was brought in is named"
+    for part in uplot["components"]:
+        (digest,) = part["hashes"]
+        assert digest == {"alg": "SHA-256", "content": hashlib.sha256(wheel[part["name"]]).hexdigest()}
+    assert f"/uPlot (v{uplot['version']})".encode() in wheel["gup/control/page/vendor/uPlot.iife.min.js"]
+
+
+def test_the_validator_finds_a_mistake():
+    text = json.dumps(hook().bill_of_materials("1") | {"components": [{"type": "librarry", "name": "uplot"}]})
+    assert "librarry" in repr(JsonStrictValidator(SchemaVersion.V1_6).validate_str(text))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Follower:
 
     def _pause(self) -> float:
         body = self._fill.body
-        if body is not None and not body.readers and not body.ended:
+        if body is not None and not self._fill.wanted and not body.ended:
             return _IDLE_POLL_SECONDS
         silent_seconds = self._deps.clock() - self._news_at
         return min(max(_POLL_SECONDS, _LATE * silent_seconds), _LONGEST_POLL_SECONDS)

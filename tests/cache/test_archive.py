@@ -320,6 +320,7 @@ def test_refused_members_are_named_up_to_a_limit(tmp_path):
     assert all(row["name"].isprintable() for row in done.refused)
 
 
+@pytest.mark.needs("tar")
 @pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
 def test_an_archive_that_tar_packed_anew_is_taken(source, tmp_path, form):
     (tmp_path / "a.tar").write_bytes(archive(source, [key(), key("xdelta260101001_To_260102001.dax")]))

@@ -11,6 +11,7 @@ from harness.caches import MONIKER, Cut, path_of, read, route, working
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 from gup.cache.cache import Result
+from gup.cache.follower import _IDLE_POLL_SECONDS
 from gup.cache.locks import Claims
 from gup.cache.records import CHUNK_BYTES, Phase, seal, unseal
 from gup.cache.recovery import renew
@@ -49,6 +50,36 @@ async def test_a_body_that_ends_wrongly_is_never_held_whole_and_not_stored(tmp_p
         assert problem.value.slug == "upstream-bad-body"
         assert not list((tmp_path / "content").rglob("*.zip"))
         assert not list((tmp_path / "partial").glob("*.part"))
+
+
+async def test_a_client_that_waits_at_a_follower_is_not_polled_for_at_the_idle_interval(
+    tmp_path, upstream, until, monkeypatch
+):
+    """The first look after the body appeared counts: the client is not one of its readers yet."""
+    head, rest = Gate(), Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', gates=((0, head), (CHUNK_BYTES, rest))))
+    async with working(tmp_path, [upstream.url]) as leader, working(tmp_path, [upstream.url]) as follower:
+        led = asyncio.create_task(leader.open(FILE))
+        await until(lambda: head.is_reached, "the leader waits for the body")
+        followed = asyncio.create_task(follower.open(FILE))
+        fills = follower.cache._fills
+        await until(lambda: any(fill.wanted for fill in fills.values()), "the follower's client")
+        pauses, sleep = [], asyncio.sleep
+
+        def pause(seconds, *result):
+            pauses.append(seconds)
+            return sleep(seconds, *result)
+
+        monkeypatch.setattr("gup.cache.follower.asyncio.sleep", pause)
+        head.open()
+        opened = await followed
+        assert opened.body.published < len(BODY)
+        await sleep(0)
+        assert _IDLE_POLL_SECONDS not in pauses
+        rest.open()
+        assert await read(opened.body) == BODY
+        assert await read((await led).body) == BODY
+    assert len(upstream.requests(FILE)) == 1
 
 
 # --- takeover

@@ -2,10 +2,10 @@
 
 import os
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
+import trustme
 from harness.commands import command, started
 
 from gup.cli.reference import rows, tables
@@ -19,14 +19,10 @@ UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> tuple[bytes, bytes]:
+def certificate() -> tuple[bytes, bytes]:
     """A certificate and its key."""
-    folder = tmp_path_factory.mktemp("pair")
-    cert, key = folder / "pair.pem", folder / "pair.key"
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    command = ["openssl", "req", "-x509", *curve, "-subj", "/CN=gup", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert.read_bytes(), key.read_bytes()
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    return issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes()
 
 
 SETTINGS = {

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from harness.processes import needs
+from harness.needs import program
 
 from gup.cli.manual import STATUSES, manual_pages
 from gup.cli.reference import reference_page, reference_toml, rows, settings_toml, tables, write_all
@@ -29,11 +29,12 @@ def test_the_files_are_those_that_the_table_gives(tmp_path):
         )
 
 
+@pytest.mark.needs("groff")
 def test_manual_pages_are_sound_and_statuses_are_those_of_the_documentation():
     files = sorted((ROOT / "deploy" / "man").iterdir())
     assert {file.name: file.read_text() for file in files} == manual_pages(), "run `python -m gup.cli.manual`"
     judged = subprocess.run(
-        [needs("groff"), "-man", "-ww", "-Tutf8", *files], capture_output=True, text=True, check=True
+        [program("groff"), "-man", "-ww", "-Tutf8", *files], capture_output=True, text=True, check=True
     )
     assert judged.stderr == ""
     assert "gup-cache-purge" in judged.stdout

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from harness.processes import end, environment, free_port, needs, until
+from harness.needs import program
+from harness.processes import end, environment, free_port, until
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -56,7 +57,7 @@ class Prometheus:
     def __init__(self, folder: Path, targets: dict[str, tuple[str, int]]) -> None:
         self._mark = uuid.uuid4().hex
         self._url = f"http://127.0.0.1:{free_port()}"
-        command = [needs("prometheus"), f"--config.file={folder / 'prometheus.yml'}", "--log.level=warn"]
+        command = [program("prometheus"), f"--config.file={folder / 'prometheus.yml'}", "--log.level=warn"]
         command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={self._url[7:]}"]
         shutil.copytree(DEPLOY / "prometheus", folder)
         config = yaml.safe_load((folder / "prometheus.yml").read_text())

@@ -5,8 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from deploy.deployed import DEPLOY, load, run
-from harness.processes import needs
+from harness.needs import program
 
 DOCKERFILE = DEPLOY / "container" / "Dockerfile"
 COMPOSE = DEPLOY / "container" / "compose.yml"
@@ -36,8 +37,9 @@ def test_the_image_has_two_stages_and_no_root():
     assert "COPY --from=build" in last
 
 
+@pytest.mark.needs("docker-compose")
 def test_the_compose_file_is_valid_and_complete():
-    run(needs("docker-compose"), "-f", COMPOSE, "config", "--quiet", env=environment(**GIVEN))
+    run(program("docker-compose"), "-f", COMPOSE, "config", "--quiet", env=environment(**GIVEN))
     services = load(COMPOSE)["services"]
     assert set(services) == {"gup", "prometheus", "grafana"}
     for name, service in services.items():
@@ -55,9 +57,10 @@ def test_every_file_that_is_mounted_is_there():
             assert not source.startswith(".") or (COMPOSE.parent / source).exists(), volume
 
 
+@pytest.mark.needs("docker-compose")
 def test_what_must_be_given_is_asked_for():
     only = {name: value for name, value in GIVEN.items() if name != "GUP_UPSTREAM"}
-    said = run(needs("docker-compose"), "-f", COMPOSE, "config", status=1, env=environment(**only))
+    said = run(program("docker-compose"), "-f", COMPOSE, "config", status=1, env=environment(**only))
     assert "the management server's URL" in said
 
 

@@ -6,7 +6,8 @@ import time
 import pytest
 from deploy.deployed import DEPLOY, Prometheus, rules, run
 from harness.content import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
-from harness.processes import needs, until
+from harness.needs import program
+from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Nginx
 
@@ -103,6 +104,7 @@ def upstreams(tmp_path):
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.needs("nginx", "prometheus")
 def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
     settings = {
         "upstream": upstreams,
@@ -128,5 +130,5 @@ def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
         prometheus.settled(lambda: problems_of_figures(prometheus, gup))
         sites = prometheus.label_values("site", "gup_build_info")  # what the dashboards' variable asks for
         assert sites == ["lyon"]
-        run(needs("promtool"), "check", "metrics", input=gup.metrics().text)
+        run(program("promtool"), "check", "metrics", input=gup.metrics().text)
         assert gup.stop() == 0

@@ -4,22 +4,24 @@ import re
 
 import pytest
 from deploy.deployed import DEPLOY, ROOT, alerts, load, rules, run
-from harness.processes import needs
+from harness.needs import program
 
 FOLDER = DEPLOY / "prometheus"
 TESTS = sorted((FOLDER / "tests").glob("*.yml"))
 
 
+@pytest.mark.needs("prometheus")
 def test_the_configuration_and_the_rules_are_sound():
-    said = run(needs("promtool"), "check", "config", FOLDER / "prometheus.yml")
+    said = run(program("promtool"), "check", "config", FOLDER / "prometheus.yml")
     assert "SUCCESS: 2 rule files found" in said
     for file in (FOLDER / "rules").glob("*.yml"):
-        run(needs("promtool"), "check", "rules", "--lint-fatal", file)
+        run(program("promtool"), "check", "rules", "--lint-fatal", file)
 
 
+@pytest.mark.needs("prometheus")
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
 def test_the_alerts_fire_when_they_should_and_only_then(file):
-    run(needs("promtool"), "test", "rules", file)
+    run(program("promtool"), "test", "rules", file)
 
 
 def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not():

@@ -4,8 +4,9 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from harness.content import DELTA, make_tree
-from harness.processes import needs, needs_root
+from harness.needs import program
 from harness.service import Gup
 from harness.upstreams import Nginx
 
@@ -20,11 +21,11 @@ exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 """
 
 
+@pytest.mark.needs("nginx", "sandbox")
 def test_gup_needs_no_capability_and_writes_to_its_cache_only(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    needs_root()
-    unshare = [needs("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
+    unshare = [program("unshare"), "--mount", "sh", "-c", CONFINE, "sh", str(cache)]
 
     class Confined(Gup):
         PROGRAM = (*unshare, sys.executable, "-B", "-m", "gup")

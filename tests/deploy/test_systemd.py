@@ -11,7 +11,8 @@ import psutil
 import pytest
 from deploy.deployed import DEPLOY, run
 from harness.clients import fetch
-from harness.processes import MARK, end, environment, free_port, listens, needs, until
+from harness.needs import program
+from harness.processes import MARK, end, environment, free_port, listens, until
 from harness.service import Gup
 
 UNITS = DEPLOY / "systemd"
@@ -29,13 +30,15 @@ def units(tmp_path):
     return tmp_path
 
 
+@pytest.mark.needs("systemd")
 def test_systemd_verifies_the_units(units):
-    assert run(needs("systemd-analyze"), "verify", units / "gup.service", units / "gup.socket") == ""
+    assert run(program("systemd-analyze"), "verify", units / "gup.service", units / "gup.socket") == ""
 
 
+@pytest.mark.needs("systemd")
 def test_the_unit_is_hardened():
     said = run(
-        *(needs("systemd-analyze"), "security", "--no-pager", "--offline=yes", f"--threshold={EXPOSURE}"),
+        *(program("systemd-analyze"), "security", "--no-pager", "--offline=yes", f"--threshold={EXPOSURE}"),
         UNITS / "gup.service",
     )
     assert "Overall exposure level for gup.service" in said
@@ -48,9 +51,10 @@ def test_the_unit_gives_what_gup_needs():
         assert f"\n{line}\n" in text, line
 
 
+@pytest.mark.needs("systemd")
 def test_the_user_is_made(tmp_path):
     (tmp_path / "etc").mkdir()
-    run(needs("systemd-sysusers"), f"--root={tmp_path}", UNITS / "gup.sysusers")
+    run(program("systemd-sysusers"), f"--root={tmp_path}", UNITS / "gup.sysusers")
     entry = (tmp_path / "etc" / "passwd").read_text()
     assert entry.startswith("gup:")
     assert entry.strip().endswith("/var/lib/gup:/usr/sbin/nologin")
@@ -86,11 +90,12 @@ def test_a_real_gup_tells_systemd_how_it_stands(tmp_path):
             assert gup.wait() == 0
 
 
+@pytest.mark.needs("systemd")
 def test_a_gup_started_for_a_socket_of_systemd_serves_on_it(tmp_path):
     """systemd-socket-activate listens, and becomes gup when the first client connects."""
     data, mark = free_port(), tmp_path.name + str(os.getpid())
     command = [
-        needs("systemd-socket-activate"),
+        program("systemd-socket-activate"),
         f"--listen=127.0.0.1:{data}",
         "--fdname=data",
         f"--setenv={MARK}",

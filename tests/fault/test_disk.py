@@ -135,6 +135,7 @@ def refusals(gup: Gup) -> set[str]:
     return {row["what"] for row in gup.status()["disk"]["refusals"]}
 
 
+@pytest.mark.needs("mount")
 def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(disk, serve):
     """Room for what can't fit would not be there if all that is stored had gone: it evicts nothing."""
     large = content_path("full.zip", revision="260601001")
@@ -163,6 +164,7 @@ def test_a_full_disk_serves_hits_passes_misses_on_and_recovers_by_itself(disk, s
 
 
 @pytest.mark.parametrize("disk", [{"size": "64m", "inodes": 400}], indirect=True)
+@pytest.mark.needs("mount")
 def test_without_inodes_old_bodies_make_way(disk, serve):
     old = {path: noise(path, MB) for path in (content_path(f"xdelta{n}_To_9.dax") for n in range(4))}
     gup, _ = serve({**old, BIG: BODY}, workers=1, **SETTINGS)
@@ -174,6 +176,7 @@ def test_without_inodes_old_bodies_make_way(disk, serve):
     assert 1 <= gup.metric("gup_evictions_total", reason="free") <= 4
 
 
+@pytest.mark.needs("mount")
 def test_two_hundred_clients_of_two_workers_share_one_download_on_a_full_disk(disk, serve):
     body, gate = zip_of("full", 4 * MB), Gate()
     gup, upstream = serve({BIG: Answer(body, etag='"x"', gates=((2 * MB, gate),))}, **SETTINGS)

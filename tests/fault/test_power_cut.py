@@ -83,6 +83,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@pytest.mark.needs("loop", "mount", "ext4", "xfs", "btrfs")
 def test_what_a_power_cut_leaves_is_served_right_and_what_was_stored_is_served(tmp_path, images, kind):
     image = make_image(images / f"{kind}.img", kind, IMAGE_BYTES)
     with ScriptedUpstream() as upstream:

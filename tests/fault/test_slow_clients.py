@@ -10,7 +10,7 @@ import psutil
 import pytest
 from harness.clients import End, body_digest, probing, readable
 from harness.content import content_path, noise
-from harness.processes import needs_root, until
+from harness.processes import until
 
 HIT = content_path("xdelta260701001_To_260731001.dax")
 WARM = content_path("full.dax")
@@ -83,6 +83,7 @@ class Nuisances:
 
 
 @pytest.mark.alone
+@pytest.mark.needs("network")  # to let connections vanish
 @pytest.mark.parametrize(
     ("each", "seconds"),
     [
@@ -91,7 +92,6 @@ class Nuisances:
     ],
 )
 def test_bad_clients_slow_nobody(serve, each, seconds, figures):
-    needs_root()  # to let connections vanish
     warm, cold = noise("warm", 20 * MB), noise("cold", 20 * MB)
     gup, upstream = serve(
         {HIT: noise("hit", 4096), WARM: warm, COLD: cold},

@@ -13,7 +13,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
-from harness.processes import needs
+from harness.needs import program
 
 _INSIDE = ("chrome://", "data:")
 _FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run
@@ -75,8 +75,8 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A new browser with nothing in it; ended with the block."""
-    options, driver = Options(), needs("chromedriver")
-    options.binary_location = needs("chromium")
+    options, driver = Options(), program("chromedriver")
+    options.binary_location = program("chromium")
     for flag in _FLAGS.split():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -3,21 +3,15 @@
 import contextlib
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
-
-import pytest
+from typing import TypeVar
 
 Found = TypeVar("Found")
-_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-NEEDS = "needs "
-"""Begins the reason of a skipped test; the rest of it is the tool."""
 MARK = "SYSTEM_TEST_MARK"
 """In the environment of every process that a test starts, so that none can hide by changing its parent."""
 
@@ -32,25 +26,6 @@ def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_seconds} s: {what} (last: {answer!r})")
         time.sleep(0.005)
-
-
-def needs(tool: str) -> str:
-    """Where this program is. Without it the test is skipped, and a CI's fails."""
-    found = shutil.which(tool, path=_PATH)
-    if found is None:
-        _lacks(tool)
-    return str(found)
-
-
-def needs_root() -> None:
-    if os.geteuid() != 0:
-        _lacks("root")
-
-
-def _lacks(what: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{NEEDS}{what}", pytrace=False)
-    pytest.skip(f"{NEEDS}{what}")
 
 
 def free_port() -> int:

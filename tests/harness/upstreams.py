@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
+import trustme
+
 from gup.demo.content import decide
 from harness.content import Tree
-from harness.processes import end, environment, free_port, listens, needs, until
+from harness.needs import program
+from harness.processes import end, environment, free_port, listens, until
 
 PIECE_BYTES = 1 << 14
 GATE_TIMEOUT_SECONDS = 100.0
-NEW_KEY = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
 
 
 class Over(Exception):  # noqa: N818 - an event
@@ -476,44 +478,35 @@ class WebProxy(RawUpstream):
             request.tunnel(upstream)
 
 
-@dataclass
 class Authority:
-    """A private certificate authority, made with the openssl command."""
+    """A private certificate authority. Its servers are those of these names, or 127.0.0.1."""
 
-    folder: Path
-    name: str = "test authority"
-    ca: Path = field(init=False)
+    def __init__(self, folder: Path, name: str = "test authority") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.ca = folder, folder / "ca.pem"
+        self._authority = trustme.CA(organization_name=name)
+        self._authority.cert_pem.write_to_path(self.ca)
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.ca = self.folder / "ca.pem"
-        self._openssl("ca", f"/CN={self.name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
-
-    def _openssl(self, file: str, subject: str, *more: str) -> None:
-        command = [needs("openssl"), *NEW_KEY.split(), "-subj", subject, *more]
-        command += ["-keyout", str(self.folder / f"{file}.key"), "-out", str(self.folder / f"{file}.pem")]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def server(self, names: str) -> str:
+    def server(self, *names: str) -> str:
         """nginx directives of a server with a certificate for these names."""
-        self._make_server(names)
-        return (
-            f"ssl_certificate {self.folder}/server.pem; ssl_certificate_key {self.folder}/server.key; "
-            "ssl_protocols TLSv1.2 TLSv1.3;"
-        )
+        file, issued = self.folder / "server.pem", self._authority.issue_cert(*(names or ("127.0.0.1",)))
+        issued.private_key_and_cert_chain_pem.write_to_path(file)
+        return f"ssl_certificate {file}; ssl_certificate_key {file}; ssl_protocols TLSv1.2 TLSv1.3;"
 
-    def context(self, names: str = "IP:127.0.0.1") -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
         """The same for a server of Python's."""
-        self._make_server(names)
         made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        made.load_cert_chain(self.folder / "server.pem", self.folder / "server.key")
+        self._authority.issue_cert("127.0.0.1").configure_cert(made)
         return made
 
-    def _make_server(self, names: str) -> None:
-        self._openssl(
-            *("server", "/CN=manager", "-CA", str(self.ca), "-CAkey", str(self.folder / "ca.key")),
-            *("-addext", f"subjectAltName={names}", "-addext", "basicConstraints=critical,CA:FALSE"),
-        )
+
+def certificate(cert: Path, key: Path) -> None:
+    """A new certificate for 127.0.0.1 with its authority's, so that the file trusts itself, and its key."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    cert.write_bytes(issued.cert_chain_pems[0].bytes() + authority.cert_pem.bytes())
+    key.touch(0o600)
+    issued.private_key_pem.write_to_path(key)
 
 
 # --- a stock upstream as a real process
@@ -563,7 +556,7 @@ class Nginx:
     """A stock nginx over a tree. `rate` (such as "10m") slows answers; `extra` goes into its server block."""
 
     def __init__(self, tree: Tree, prefix: Path, *, rate: str = "", extra: str = "") -> None:
-        program = needs("nginx")
+        nginx = program("nginx")
         self.tree = tree
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -580,7 +573,7 @@ class Nginx:
                 extra=(f"limit_rate {rate};\n" if rate else "") + extra,
             )
         )
-        self._command = [program, "-p", str(prefix), "-c", str(config), "-e", str(prefix / "error.log")]
+        self._command = [nginx, "-p", str(prefix), "-c", str(config), "-e", str(prefix / "error.log")]
         self._process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":

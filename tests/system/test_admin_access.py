@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,18 +15,9 @@ import psutil
 import pytest
 from harness.clients import fetch
 from harness.commands import command, started
-from harness.processes import needs, until
+from harness.processes import until
 from harness.service import Gup, toml
-from harness.upstreams import NEW_KEY
-
-
-def certificate(folder: Path, name: str) -> None:
-    """A certificate of its own for 127.0.0.1 and its key, in the files that the settings name."""
-    files = ("-keyout", folder / "key.pem", "-out", folder / "cert.pem")
-    names = ("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1")
-    subprocess.run(
-        [needs("openssl"), *NEW_KEY.split(), *files, *names], check=True, capture_output=True, timeout=30
-    )
+from harness.upstreams import certificate
 
 
 def ask(gup: Gup, cert: Path, method: str, path: str, token: str = "", **headers: str) -> int:
@@ -53,7 +43,7 @@ def test_beyond_loopback_everything_needs_a_token_and_tokens_and_certificate_are
     for name, text in tokens.items():
         (tmp_path / name).write_text(f"{text}\n")
         (tmp_path / name).chmod(0o600)
-    certificate(tmp_path, "first")
+    certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
     files = {"admin_token_file": "token", "admin_read_token_file": "read"}
     files |= {"admin_cert_file": "cert.pem", "admin_key_file": "key.pem"}
     listen = {name: str(tmp_path / file) for name, file in files.items()}
@@ -75,7 +65,7 @@ def test_beyond_loopback_everything_needs_a_token_and_tokens_and_certificate_are
     refuses("--ca-file", "status", "--admin", url, "--token-file", tmp_path / "read")
     mine = tmp_path / "mine.toml"
     mine.write_text(toml({"listen": {"admin_address": "0.0.0.0", "admin_port": gup.admin[1], **listen}}))
-    certificate(tmp_path, "second")
+    certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
     refuses("does not show the certificate", "reload", "--config", mine)
 
     # read again on reload

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from harness.commands import command
 from harness.content import DELTA, content_path, noise, zip_of
-from harness.processes import needs, until
+from harness.needs import program
+from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import ScriptedUpstream
 
@@ -96,10 +97,11 @@ def test_a_stopped_site_is_exported_and_seeded(site, tmp_path):
             gup.serves(path, body)
 
 
+@pytest.mark.needs("openssl")
 def test_a_signed_archive_is_taken_where_a_signature_is_required_and_no_other(site, tmp_path):
     key, public, target = tmp_path / "key.pem", tmp_path / "key.pub", tmp_path / "target"
     for words in (f"genpkey -algorithm ed25519 -out {key}", f"pkey -in {key} -pubout -out {public}"):
-        subprocess.run([needs("openssl"), *words.split()], check=True, capture_output=True)
+        subprocess.run([program("openssl"), *words.split()], check=True, capture_output=True)
     signed = tmp_path / "signed.tar"
     first, here = ("--cache-dir", site / "first"), ("--cache-dir", target)
     plain, changed = tmp_path / "plain.tar", tmp_path / "changed.tar"

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from harness.clients import End, fetch
 from harness.content import BIG, DELTA, INDEX, make_tree, zip_of
 from harness.processes import until
@@ -10,6 +11,7 @@ from harness.upstreams import Answer, Gate, Nginx
 LENGTH = 3_000_000
 
 
+@pytest.mark.needs("nginx")
 def test_bytes_and_requests_equal_what_both_sides_counted(serve, tmp_path):
     tree = make_tree(tmp_path / "tree", big_bytes=LENGTH)
     gup, upstream = serve(before=Nginx(tree, tmp_path / "nginx"))

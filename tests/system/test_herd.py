@@ -24,6 +24,7 @@ def assert_right(clients: list[Client], body: bytes = BODY) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.needs("nginx")
 def test_500_clients_make_one_request_upstream(tmp_path):
     tree = make_tree(tmp_path / "tree")
     # 20 MB in about 2 s: long enough for every client to meet the fill

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from harness.clients import assert_problem
 from harness.content import CONTENT_INFO, INDEX, make_tree
 from harness.processes import until
@@ -30,6 +31,7 @@ def if_stale(gup: Gup) -> str:
     return response.etag if "stale" in (response.header("cache-status") or "") else ""
 
 
+@pytest.mark.needs("nginx")
 def test_one_conditional_request_per_ttl_for_the_whole_machine_and_stale_while_no_upstream_answers(
     serve, tmp_path
 ):

@@ -92,6 +92,7 @@ def figure(page: Browser, selector: str) -> float | None:
     return page.run(FIGURE, selector + " data")
 
 
+@pytest.mark.needs("chromium")
 def test_the_page(site):
     with browser() as page:
         page.look()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness.clients import Client, End, Swarm
 from harness.content import content_path, noise
-from harness.processes import needs_root, until
+from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
 from system.delay_line import SERVER, DelayLine
@@ -82,7 +82,6 @@ def upstream_over(line: DelayLine, fills: int, size: int):
 @contextmanager
 def direct_downloads(round_trip: float, fills: int, size: int):
     """Straight from upstream."""
-    needs_root()
     with (
         DelayLine(round_trip, LINK) as line,
         upstream_over(line, fills, size) as upstream,
@@ -95,7 +94,6 @@ def direct_downloads(round_trip: float, fills: int, size: int):
 @contextmanager
 def gup_downloads(folder: Path, round_trip: float, fills: int, size: int, rate: int):
     """Through a gup with this rate."""
-    needs_root()
     with DelayLine(round_trip, LINK) as line, upstream_over(line, fills, size) as upstream, line.client():
         settings = {"wan": {"rate": rate}, "fill": {"max": fills}}
         with Gup(folder / "cache", [upstream.url], settings=settings) as gup:
@@ -149,6 +147,7 @@ def shaped_rate(swarm: Swarm, rate: int) -> float:
     return total / max(seconds + (total - amount) / rate for seconds, amount in arrived)
 
 
+@pytest.mark.needs("network")
 def test_a_rate_below_the_links_does_not_starve_a_long_link_nor_does_a_new_rate(tmp_path):
     """The connection stays the one that was made for the lower rate. TCP needs a while to find its pace."""
     with gup_downloads(tmp_path, 0.2, 1, 40 * MB, 300_000) as (gup, swarm, upstream):
@@ -165,6 +164,7 @@ def test_a_rate_below_the_links_does_not_starve_a_long_link_nor_does_a_new_rate(
 @pytest.mark.parametrize("fills", [1, 8])
 @pytest.mark.parametrize("round_trip", [0.02, 0.2, 0.6])
 @pytest.mark.parametrize("kind", ["steady", "files of 2 MB"])
+@pytest.mark.needs("network")
 def test_fills_get_what_rate_and_link_allow(tmp_path, figures, kind, round_trip, fills, rate):
     size, queued, warm_up = (40 * MB, 0, 1.0 + 10 * round_trip) if kind == "steady" else (2 * MB, 0, 0.0)
     with direct_downloads(round_trip, fills, size) as swarm:
