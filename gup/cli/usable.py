@@ -18,6 +18,7 @@ from gup.config import Alarms, Settings, Upstream, read
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
+from gup.control.webhook import Webhook
 from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
@@ -93,8 +94,6 @@ def _require_folder(folder: Path) -> None:
 
 def _require_receivers(alarms: Alarms) -> None:
     """FileError for what the controller could not use."""
-    from gup.control.webhook import Webhook  # noqa: PLC0415 - imports aiohttp
-
     if alarms.webhook is not None:
         Webhook.read(alarms)
     if alarms.command and not (os.access(program := alarms.command[0], os.X_OK) and Path(program).is_file()):

@@ -186,7 +186,7 @@ _KEPT = TypeAdapter(_Kept)
 
 
 class Notifications:
-    """The outboxes of the present receivers. Before `open` nothing is queued or sent."""
+    """The outboxes of the present receivers. Before `open` nothing but tests is sent."""
 
     def __init__(
         self,
@@ -272,6 +272,8 @@ class Notifications:
 
     async def test(self) -> list[TestMessage]:
         """Send each receiver a test message now, past its queue."""
+        if not self._outboxes:  # not opened yet
+            await self.apply(self._dependencies.settings().alarms)
         now = self._clock()
         alarm = Alarm(
             id=uuid.uuid4().hex,

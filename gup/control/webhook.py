@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
-import aiohttp
-
 import gup
 from gup.config import KEY_IS, Alarms, signing_keys
 from gup.errors import GupError
 from gup.files import FileError, read_file, trust
-from gup.upstream.connector import URL, failure_of
 from gup.upstream.exchange import retry_after_seconds
 
 _SECRET_BYTES = 4096
@@ -77,6 +74,10 @@ class Webhook:
         Redirects are not followed and the environment's proxies not used: only the receiver that the settings
         name gets the message. A connection a message: they are rare.
         """
+        import aiohttp  # noqa: PLC0415 - the supervisor imports this module to check settings
+
+        from gup.upstream.connector import URL, failure_of  # noqa: PLC0415 - imports aiohttp
+
         alarms, name = self.alarms, urlsplit(self.alarms.webhook or "").netloc
         headers = {
             "Content-Type": "application/json",

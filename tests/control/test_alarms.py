@@ -1,5 +1,7 @@
 """The table of alarms: each row found where it should be and not elsewhere; when one begins and ends."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -153,6 +155,12 @@ def test_every_row_is_tried_and_says_what_to_do():
     assert [type_.severity for type_ in ALARMS if type_.name in ("no-upstream", "disk-refuses")] == [
         "critical"
     ] * 2
+
+
+def test_the_page_on_alarms_lists_each_with_its_severity():
+    page = (Path(__file__).parents[2] / "docs" / "alarms.md").read_text()
+    listed = re.findall(r"^\| `([a-z-]+)` \| (warning|critical) \|", page, re.MULTILINE)
+    assert dict(listed) == {type_.name: type_.severity for type_ in ALARMS}
 
 
 def test_a_storm_without_addresses_or_deltas_is_told_too():

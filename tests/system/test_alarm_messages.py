@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -45,7 +46,7 @@ def kill_controller(gup: Gup) -> None:
 
 def gup_command(*words: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "gup", *words]
-    env = environment("", {"PYTHONPATH": str(REPOSITORY)})
+    env = environment(uuid.uuid4().hex, {"PYTHONPATH": str(REPOSITORY)})
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -174,7 +175,7 @@ def test_the_secret_is_shown_nowhere_and_a_second_one_signs_too(serve, receiver)
     assert len(receiver.seen[0]["headers"]["webhook-signature"].split()) == 2
     assert receiver.seen[0]["path"] == "/hook?token=SESAME"
     told = json.dumps(gup.api("/api/v1/config")[1]["alarms"])
-    env = environment("", {**hidden, "PYTHONPATH": str(REPOSITORY)})
+    env = environment(uuid.uuid4().hex, {**hidden, "PYTHONPATH": str(REPOSITORY)})
     command = [sys.executable, "-m", "gup", "config", "show", str(gup.folder / "gup.toml")]
     shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     receiver.stop()
