@@ -252,7 +252,9 @@ def test_every_status_of_a_problem_is_a_code_that_can_be_counted():
 def test_dependencies_have_their_reasons():
     configured = tomllib.loads(text(ROOT / "pyproject.toml"))
     project, build = configured["project"], configured["build-system"]["requires"]
-    run, to_build, develop = re.split(r"## To (?:build|develop)", text(ROOT / "docs" / "dependencies.md"))
+    run, to_build, develop, to_fuzz = re.split(
+        r"## To (?:build|develop|fuzz)", text(ROOT / "docs" / "dependencies.md")
+    )
 
     def packages(requirements):
         return [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in requirements]
@@ -263,6 +265,7 @@ def test_dependencies_have_their_reasons():
     assert explained(run) == packages(project["dependencies"])
     assert explained(to_build) == packages(build)
     assert explained(develop) == packages(project["optional-dependencies"]["dev"])
+    assert explained(to_fuzz) == packages(project["optional-dependencies"]["fuzz"])
 
 
 def test_the_changelog_has_a_place_for_what_is_new_and_the_command_is_where_the_package_says():
