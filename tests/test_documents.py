@@ -25,6 +25,9 @@ LANGUAGES = {"sh", "toml", "json", "yaml", "ini", "text", "mermaid"}
 """Of fences: whatever is to be typed is `sh`, so that no command escapes."""
 NOT_RUN = {
     r"make \w+": "runs this test too, or for minutes; its target is looked for below",
+    r"locust ": "other machines; tests/deploy/test_load.py runs it on this one",
+    r"pip install ": "takes minutes and a registry",
+    r"apt install ": "installs in the system; tests/deploy/test_deb.py",
     r"deploy/install ": "fetches from a registry for a minute; its syntax is checked below",
     r"systemctl ": "needs the unit; tests/deploy/test_systemd.py",
     r"journalctl ": "needs the unit",
@@ -131,6 +134,7 @@ class Sandbox:
         moved = {
             "/260101001/full.zip": f"/{revision(FIRST_NEWEST)}/full.zip",
             "http://manager:8014": f"http://127.0.0.1:{self.manager}",
+            "0.0.0.0:8014": f"127.0.0.1:{self.manager}",
             "127.0.0.1:8014": f"127.0.0.1:{self.manager}",
             "127.0.0.1:2967": f"127.0.0.1:{self.data}",
             "127.0.0.1:2968": f"127.0.0.1:{self.admin}",
