@@ -1,4 +1,4 @@
-"""`gup status`, `gup why`, `gup reload`, `gup upgrade`, `gup prefetch`: asked of a running service."""
+"""`gup status`, `why`, `reload`, `upgrade`, `prefetch`, `alarms`: asked of a running service."""
 
 import time
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from gup.cli.shared import (
     UNUSABLE,
     WAITING,
     Columns,
+    Commands,
     JsonFlag,
     Row,
     Where,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
 
 _POLL_SECONDS = 0.2
+_TEST_SECONDS = 600.0
+"""More than alarms.webhook_timeout and alarms.command_timeout, which end a test."""
 _UPGRADE_SECONDS = 45.0
 _PENDING = ("queued", "fetching")
 _OUTCOMES = {
@@ -276,3 +279,28 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted
+
+
+alarms = typer.Typer(cls=Commands, help="Send alarms to a webhook or a command.", no_args_is_help=True)
+
+
+@alarms.callback()
+def _alarms() -> None:
+    """Keeps `test` a command of its own: typer would fold a single one into `gup alarms`."""
+
+
+@alarms.command("test")
+@with_connection_flags
+def send_test(*, where: Where, json_output: JsonFlag = False) -> None:
+    """Send a test message to alarms.webhook and alarms.command; status 0 when all accept it, else 1."""
+    with asking(where) as admin:
+        answer = admin.understood(admin.pieces("POST", "alarms/test", patience_seconds=_TEST_SECONDS))
+        sent = answer["sent"]
+    if json_output:
+        print_json(answer)
+    else:
+        for row in sent:
+            result = "accepted" if row["accepted"] else "NOT ACCEPTED"
+            typer.echo(printable(f"alarms.{row['to']}: {result}" + (row["detail"] and f": {row['detail']}")))
+    if not all(row["accepted"] for row in sent):
+        raise typer.Exit(FAILED)

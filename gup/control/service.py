@@ -26,6 +26,7 @@ from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.state import ControlState
 from gup.errors import GupError
+from gup.metrics import RECEIVERS
 
 _log = logging.getLogger("gup.control.service")
 _MAX_REQUEST_BYTES = 64 * 1024
@@ -319,7 +320,11 @@ class Control:
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(3600.0, "prune", state.reports.prune)
         jobs.every(2.0, "recover", self._dependencies.recover)
-        jobs.every(1.0, "watch", AlarmCollector(state).look)
+        collector = AlarmCollector(state)
+        await collector.restore()
+        jobs.every(1.0, "watch", collector.look)
+        for receiver in RECEIVERS:
+            jobs.every(0.5, f"alarms to {receiver}", partial(state.notifications.send, receiver))
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
 
     def _receive_handed(self) -> None:
@@ -381,6 +386,7 @@ class Control:
         await state.evictor.stop()
         await state.verification.stop()
         await self._jobs.stop()
+        await state.notifications.close()
         state.scrubber.save()
         await self._repin()
         await self._touch()
@@ -393,6 +399,7 @@ class Control:
     async def apply(self, settings: Settings) -> None:
         """The listening address stays."""
         await self._access.read(settings.listen, self._dependencies.store.run)
+        await self.state.notifications.apply(settings.alarms)
         self.state.evictor.look_soon()
 
     # --- jobs

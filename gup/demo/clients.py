@@ -41,7 +41,9 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 3.0
 
 
 def milliseconds(seconds: float | None) -> str:
-    return "none" if seconds is None else f"{seconds * 1000:.3g} ms"
+    if seconds is None:
+        return "none"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 class Latencies:
@@ -104,7 +106,7 @@ class Figures:
         first, last = (self.time_to_first_byte.quantile(share) for share in (0.5, 0.99))
         rows = {
             "clients": f"{clients:,} for {seconds:g} s",
-            "requests": f"{self.requests:,}: {counted(self.cache_status)}",
+            "requests": f"{self.requests:,}; answers by cache result: {counted(self.cache_status)}",
             "received": bytes_in_words(self.received_bytes),
             "downloads": counted(self.downloads),
             "not modified": f"{self.not_modified:,}",

@@ -190,7 +190,9 @@ class Manager:
             try:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
-                raise ListenError(f"can't listen at {host}:{port}: {error}") from error
+                raise ListenError(
+                    f"can't listen at {host}:{port}: {error}; give another address with --listen"
+                ) from error
             bound, port = runner.addresses[0][:2]
             yield f"http://[{bound}]:{port}" if ":" in bound else f"http://{bound}:{port}"
         finally:

@@ -88,6 +88,13 @@ def test_python_m_gup_is_the_command():
             ("aiohttp", "asyncio", "diskcache", "pydantic", "pydantic_settings", "prometheus_client", "rich"),
         ),
         ("import gup.config; gup.config.Settings()", ("pydantic_settings",)),
+        (
+            (
+                "from gup.cli.usable import Webhook; from gup.config import Alarms; "
+                f"Webhook.read(Alarms(webhook='http://a/', webhook_secret='whsec_{'a' * 32}'))"
+            ),
+            ("aiohttp", "diskcache", "sqlite3"),
+        ),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code, heavy):

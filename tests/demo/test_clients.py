@@ -254,7 +254,7 @@ def test_the_summary_is_for_people():
     lines = list(figures.lines(30, 2.5))
     for line in (
         "clients       30 for 2.5 s",
-        "requests      1,200: 1 hit",
+        "requests      1,200; answers by cache result: 1 hit",
         "received      3.0 MB",
         "downloads     1,000 delta",
         "not modified  7",

@@ -148,6 +148,13 @@ async def reload(state: ControlState) -> schemas.Reloaded:
     )
 
 
+async def test_alarms(state: ControlState) -> schemas.TestMessages:
+    """Send a test message to the receivers of alarms, and wait for their answers."""
+    if not (sent := await state.notifications.test()):
+        raise web.HTTPConflict(text="there is no receiver: set alarms.webhook or alarms.command")
+    return schemas.TestMessages(sent=sent)
+
+
 async def upgrade(state: ControlState) -> schemas.Upgraded:
     """Have the program that is installed now take over, without an interruption."""
     before = [worker["pid"] for worker in state.dependencies.workers()]
@@ -164,5 +171,6 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/verify", verification),
     Endpoint("POST", "/api/v1/verify", verify, status=202, problems=(409,)),
     Endpoint("POST", "/api/v1/reload", reload),
+    Endpoint("POST", "/api/v1/alarms/test", test_alarms, problems=(409,)),
     Endpoint("POST", "/api/v1/upgrade", upgrade),
 )

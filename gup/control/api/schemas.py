@@ -173,6 +173,7 @@ class Reload(Response):
 
 
 class Alarm(Response):
+    id: str = Field(description="From its begin to its end, also over a restart.")
     name: str
     severity: Literal["warning", "critical"]
     since: float
@@ -183,6 +184,16 @@ class Alarm(Response):
 
 class Alarms(Response):
     alarms: list[Alarm] = Field(description="The active alarms, the critical ones first.")
+
+
+class TestMessage(Response):
+    to: str = Field(description="webhook or command.")
+    accepted: bool
+    detail: str = Field(description="Why it was not accepted; else what the command wrote.")
+
+
+class TestMessages(Response):
+    sent: list[TestMessage]
 
 
 class FailedFill(Response):
