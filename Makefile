@@ -33,9 +33,12 @@ imports: $(VENV)/.installed
 
 check: lint types imports
 
+# One process first: pytest compiles the tests then, once for those that follow.
+test: export GUP_TEST_NOT_RUN = $(CURDIR)/$(VENV)/.not-run
 test: check
-	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
+	rm -f "$$GUP_TEST_NOT_RUN"
 	$(BIN)/python -m pytest -m "alone and not long"
+	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
 
 # All faults, the long and the random ones too; another SEED makes other random ones.
 fault: $(VENV)/.installed
