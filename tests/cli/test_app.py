@@ -32,9 +32,10 @@ COMMANDS = list(commands(get_command(app)))
 
 def test_the_commands_are_those_of_the_design():
     assert {" ".join(names) for names in COMMANDS} >= set(
-        """serve|demo|simulate manager|simulate clients|config check|config show|status|reload|cache list
-        cache verify|cache purge|cache pin|cache unpin|cache export|cache import|rules explain|prefetch
-        report content|report clients|report savings""".replace("\n        ", "|").split("|")
+        """serve|demo|simulate manager|simulate clients|config check|config show|status|reload
+        upgrade|cache list|cache verify|cache purge|cache pin|cache unpin|cache export|cache import
+        rules explain|prefetch|report content
+        report clients|report savings""".replace("\n        ", "|").split("|")
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 Found = TypeVar("Found")
+MEASURED = "COVERAGE_PROCESS_CONFIG"
+"""Set by `coverage run`: a Python process that has it in its environment is measured."""
 MARK = "SYSTEM_TEST_MARK"
 """In the environment of every process that a test starts, so that none can hide by changing its parent."""
 
@@ -50,8 +52,9 @@ def marked(mark: str) -> list[int]:
 
 
 def environment(mark: str, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without settings of gup, marked."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GUP_", "NOTIFY_"))}
+    """This process's environment without settings of gup, marked; what it starts is not measured."""
+    left_out = ("GUP_", "NOTIFY_", MEASURED)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, MARK: mark, **(extra or {})}
 
 

@@ -1,5 +1,6 @@
 """Operators' commands: prefetch content, apply limits, verify the store, reload the settings."""
 
+import os
 import re
 from itertools import islice
 from typing import Annotated, Literal
@@ -147,6 +148,15 @@ async def reload(state: ControlState) -> schemas.Reloaded:
     )
 
 
+async def upgrade(state: ControlState) -> schemas.Upgraded:
+    """Have the program that is installed now take over, without an interruption."""
+    before = [worker["pid"] for worker in state.dependencies.workers()]
+    problems = await state.dependencies.upgrade()
+    return schemas.Upgraded.model_validate(
+        {"upgraded": not problems, "problems": problems, "pid": os.getpid(), "workers": before}
+    )
+
+
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/prefetch", queue),
     Endpoint("POST", "/api/v1/prefetch", order, takes=JSON, status=202, problems=(404,)),
@@ -154,4 +164,5 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/verify", verification),
     Endpoint("POST", "/api/v1/verify", verify, status=202, problems=(409,)),
     Endpoint("POST", "/api/v1/reload", reload),
+    Endpoint("POST", "/api/v1/upgrade", upgrade),
 )

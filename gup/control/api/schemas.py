@@ -119,6 +119,7 @@ class Worker(Response):
     pid: int
     up_since: float
     ready: bool
+    leaving: bool = Field(False, description="Whether others serve in its place, and it ends its responses.")
 
 
 class Catalog(Response):
@@ -202,6 +203,7 @@ class KeyNote(Response):
 class Status(Response):
     site: str
     version: str
+    pid: int = Field(description="The controller's.")
     started_at: float
     installed_at: float
     uptime_seconds: float
@@ -397,6 +399,13 @@ class Reloaded(Response):
     waiting: list[str] = Field(
         description="Keys whose new values need a restart; until then the old values are in force."
     )
+
+
+class Upgraded(Response):
+    upgraded: bool = Field(description="Whether the new program takes over; if not, the old one goes on.")
+    problems: list[str] = Field(description="Why the new program can't take over.")
+    pid: int = Field(description="The controller's, which is about to be replaced.")
+    workers: list[int] = Field(description="Pids of the workers that are about to be replaced.")
 
 
 class Prefetch(Response):

@@ -1,6 +1,7 @@
 """The state of the service: in full, in parts, for monitors; the settings, and explanations of the rules."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import web
@@ -40,6 +41,7 @@ async def status(state: ControlState) -> schemas.Status:
     return schemas.Status(
         site=settings.site.name,
         version=gup.__version__,
+        pid=os.getpid(),
         started_at=process.started_at,
         installed_at=process.installed_at,
         uptime_seconds=max(0.0, now - process.started_at),
