@@ -35,11 +35,14 @@ check: lint types imports
 
 # A CI measures the coverage of the same run, and fails below the bars of tests/harness/coverage_bars.py. It costs
 # time, so `make test` elsewhere does without. Not measured: tests of time, and services that a test kills.
+# These run first, in one process: pytest compiles the tests then, once for those that follow.
 COVERED ?= $(filter true,$(CI))
+test: export GUP_TEST_NOT_RUN = $(CURDIR)/$(VENV)/.not-run
 test: check
+	rm -f "$$GUP_TEST_NOT_RUN"
 	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
-	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
 	$(BIN)/python -m pytest -m "alone and not long"
+	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
 	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
 
 coverage:

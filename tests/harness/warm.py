@@ -86,7 +86,8 @@ class Template:
         with self._one:
             if self.link is None:
                 self._open()
-            request = {"arguments": [*arguments], "env": dict(env), "folder": str(folder)}
+            mask = int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split(None, 1)[0], 8)
+            request = {"arguments": [*arguments], "env": dict(env), "folder": str(folder), "umask": mask}
             # whom the parent leaves becomes this process's child, not init's
             prctl = ctypes.CDLL(None).prctl
             prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -169,6 +170,7 @@ def _serve(link: socket.socket) -> list[str]:
     os.close(descriptors[0])
     request = json.loads(text)
     os.chdir(request["folder"])
+    os.umask(request["umask"])
     _take_environment(request["env"])
     _show([sys.executable, "-m", "gup", *request["arguments"]], request["env"][MARK])
     return request["arguments"]
