@@ -32,9 +32,10 @@ COMMANDS = list(commands(get_command(app)))
 
 def test_the_commands_are_those_of_the_design():
     assert {" ".join(names) for names in COMMANDS} >= set(
-        """serve|demo|simulate manager|simulate clients|config check|config show|status|reload|cache list
-        cache verify|cache purge|cache pin|cache unpin|cache export|cache import|rules explain|prefetch
-        report content|report clients|report savings""".replace("\n        ", "|").split("|")
+        """serve|demo|simulate manager|simulate clients|config check|config show|status|reload
+        upgrade|cache list|cache verify|cache purge|cache pin|cache unpin|cache export|cache import
+        rules explain|prefetch|report content
+        report clients|report savings""".replace("\n        ", "|").split("|")
     )
 
 
@@ -54,7 +55,8 @@ def test_every_command_has_its_help_in_whole_sentences_without_types_of_pythons(
 )
 def test_a_shell_completes_commands_and_flags(typed, found):
     words = typed.split()
-    script = f"""source {ROOT}/deploy/completions/gup.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}
+    script = f"""source '{ROOT}/deploy/completions/gup.bash'
+    COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}
     _gup gup; echo "${{COMPREPLY[*]}}" """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -86,6 +88,13 @@ def test_python_m_gup_is_the_command():
             ("aiohttp", "asyncio", "diskcache", "pydantic", "pydantic_settings", "prometheus_client", "rich"),
         ),
         ("import gup.config; gup.config.Settings()", ("pydantic_settings",)),
+        (
+            (
+                "from gup.cli.usable import Webhook; from gup.config import Alarms; "
+                f"Webhook.read(Alarms(webhook='http://a/', webhook_secret='whsec_{'a' * 32}'))"
+            ),
+            ("aiohttp", "diskcache", "sqlite3"),
+        ),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code, heavy):

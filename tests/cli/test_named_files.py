@@ -14,6 +14,7 @@ from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 
 LINE = "{535CB6A4-441F-4E8A-A897-804CD859100E}: Virus Definitions - SymAllLanguages\n"
+HOOK = '[alarms]\nwebhook = "https://127.0.0.1:9/"\n'
 UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
 
 
@@ -31,6 +32,10 @@ SETTINGS = {
     "listen.admin_cert_file": UPSTREAM + '[listen]\nadmin_cert_file = "{file}"\nadmin_key_file = "{key}"\n',
     "listen.admin_key_file": UPSTREAM + '[listen]\nadmin_cert_file = "{cert}"\nadmin_key_file = "{file}"\n',
     "catalog.file": UPSTREAM + '[catalog]\nfile = "{file}"\n',
+    "alarms.webhook_secret_file": UPSTREAM + HOOK + 'webhook_secret_file = "{file}"\n',
+    "alarms.webhook_ca_file": UPSTREAM
+    + HOOK
+    + f'webhook_secret = "whsec_{"a" * 32}"\nwebhook_ca_file = "{{file}}"\n',
 }
 """Every setting that names a file which is read, as it stands in a settings' file."""
 REMEDY = {
@@ -39,6 +44,8 @@ REMEDY = {
     "listen.admin_read_token_file": "such as made by: openssl rand",
     "listen.admin_cert_file": "in PEM",
     "listen.admin_key_file": "in PEM, without a password",
+    "alarms.webhook_secret_file": "must be whsec_ and 24 to 64 random bytes in base64",
+    "alarms.webhook_ca_file": "it must hold certificates, in PEM",
     "catalog.file": "it must be a manager's ContentInfo.txt",
 }
 HARM = {
@@ -111,6 +118,8 @@ def test_right_files_pass(tmp_path, certificate, setting):
     settings, file = settings_of(setting, tmp_path, certificate)
     contents = {"upstream#1.ca_file": certificate[0], "listen.admin_cert_file": certificate[0]}
     contents |= {"listen.admin_key_file": certificate[1], "catalog.file": LINE.encode()}
+    contents |= {"alarms.webhook_ca_file": certificate[0]}
+    contents["alarms.webhook_secret_file"] = b"whsec_" + b"a" * 32 + b"\n"
     file.write_bytes(contents.get(setting, b"a-token-of-some-length\n"))
     assert command("config", "check", settings).returncode == 0
 

@@ -43,6 +43,16 @@ def _can_trace() -> bool:
     return attached
 
 
+def _can_boot() -> bool:
+    return _may("sys_admin", "net_admin") and "cgroup2" in Path("/proc/filesystems").read_text()
+
+
+def _makes_environments() -> bool:
+    """Debian's own Python, whatever else is installed: the package is built for that."""
+    command = ["/usr/bin/python3", "-c", "import ensurepip"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """Programs that must be there and what must hold besides; `remedy` says how to come by it."""
@@ -60,13 +70,19 @@ def _package(name: str, *programs: str, **more: Callable[[], bool]) -> Need:
 
 
 NEEDS = {
+    "aria2": _package("aria2", "aria2c"),
     "btrfs": _package("btrfs-progs", "mkfs.btrfs"),
     "chromium": _package("chromium chromium-driver", "chromium", "chromedriver"),
     "curl": _package("curl"),
+    "deb": _package("dpkg-dev python3-venv", "dpkg-shlibdeps", "strip", holds=_makes_environments),
     "docker-compose": _package("docker-compose"),
     "ext4": _package("e2fsprogs", "mkfs.ext4"),
     "groff": _package("groff"),
+    "lintian": _package("lintian"),
     "loop": Need("root and loop devices", (), _can_loop),
+    "machine": Need(
+        "root that may boot systemd in namespaces", ("unshare", "nsenter", "systemctl"), _can_boot
+    ),
     "mount": Need("root that may mount", ("mount", "umount"), lambda: _may("sys_admin")),
     "network": Need("root that may make network namespaces", (), lambda: _may("sys_admin", "net_admin")),
     "nginx": _package("nginx"),
@@ -76,6 +92,7 @@ NEEDS = {
     "strace": _package("strace", holds=_can_trace),
     "systemd": _package("systemd", "systemd-analyze", "systemd-sysusers", "systemd-socket-activate"),
     "tar": _package("tar"),
+    "wrk": _package("wrk"),
     "xfs": _package("xfsprogs", "mkfs.xfs"),
 }
 

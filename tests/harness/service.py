@@ -21,6 +21,7 @@ from harness.clients import RawConnection, Response, Swarm, address_of, fetch
 from harness.content import name_of
 from harness.processes import MEASURED, command_line, end, environment, marked, owners_of_connection, until
 from harness.upstreams import ScriptedUpstream
+from harness.warm import TEMPLATE, can_start
 
 READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ class Gup:
         cache_dir: Path,
         upstreams: Sequence[str] = (),
         *,
-        workers: int = 2,
+        workers: int | None = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         bind: str = "127.0.0.1:0",
@@ -118,7 +119,9 @@ class Gup:
             self.command += ["--config", str(file)]
         for url in upstreams:
             self.command += ["--upstream", url]
-        self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
+        self.command += ["--cache-dir", str(cache_dir)]
+        if workers is not None:  # else of the file, where a reload may change them
+            self.command += ["--workers", str(workers)]
         if bind:
             self.command += ["--listen", bind]
         self.command += ["--admin", admin]
@@ -155,6 +158,10 @@ class Gup:
         self._runs += 1
         env = environment(self._mark, self._env)
         with self._log().open("wb") as log:
+            if self.PROGRAM is Gup.PROGRAM and can_start(self._env):
+                arguments = self.command[len(self.PROGRAM) :]
+                self.process = TEMPLATE.start(arguments, env, self.folder, log.fileno())
+                return
             self.process = subprocess.Popen(
                 self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
@@ -324,6 +331,20 @@ class Gup:
         """Other settings in the file, and a reload by the control plane; they hold soon after."""
         (self.folder / "gup.toml").write_text(toml(settings))
         assert self.api("/api/v1/reload", "POST")[0] == 200
+
+    def wait_replaced(self, before: Mapping[str, Any], workers: int) -> dict[str, Any]:
+        """Until other processes serve than in that status, so many workers of them; their status."""
+
+        def found() -> dict[str, Any] | None:
+            with contextlib.suppress(OSError):  # the controller is being replaced
+                status = self.status()
+                current = [row for row in status["workers"] if not row["leaving"] and row["ready"]]
+                new = {row["pid"] for row in current}.isdisjoint(row["pid"] for row in before["workers"])
+                if new and len(current) == workers and status["pid"] != before["pid"]:
+                    return status
+            return None
+
+        return until(found, f"{workers} other workers serve")
 
     def upstream(self, name: str = "") -> dict[str, Any]:
         """The state of the upstream with this name, or of the first."""
