@@ -214,9 +214,6 @@ class EntryTable(Mapping[str, Row]):
         """Of streams by the beginning of their keys; kept, since cursors of listings rely on them."""
         self._prefixes: list[str] = []
 
-    def __del__(self) -> None:
-        self._database.close()  # from Python 3.13 on, one that is left to the collector is a ResourceWarning
-
     # --- one row
 
     def __len__(self) -> int:
