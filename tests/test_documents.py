@@ -157,7 +157,7 @@ class Sandbox:
                     shell, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
             )
-        until(lambda: all(listens(("127.0.0.1", port)) for port in listening), f"{command} listens", 60)
+        until(lambda: all(listens(("127.0.0.1", port)) for port in listening), f"{command} listens", 120)
 
     def run(self, command: str) -> str:
         shell = ["/bin/bash", "-o", "pipefail", "-euc", self._here(command)]
