@@ -114,11 +114,18 @@ class Template:
 TEMPLATE = Template()
 
 
+def _network() -> Path:
+    return Path("/proc/thread-self/ns/net").readlink()
+
+
+_OWN_NETWORK = _network()
+"""The template's: a test may have put this thread into another one, even before the template starts."""
+
+
 def can_start(env: Mapping[str, str]) -> bool:
     """Whether a start by the template is an ordinary one: same interpreter, same network."""
     plain = all(name.startswith("GUP_") or (name, text) == _PATH for name, text in env.items())
-    here = Path("/proc/thread-self/ns/net").readlink() == Path("/proc/self/ns/net").readlink()
-    return plain and here and os.environ.get("GUP_TEST_STARTS") != "python"
+    return plain and _network() == _OWN_NETWORK and os.environ.get("GUP_TEST_STARTS") != "python"
 
 
 # --- the template's end
