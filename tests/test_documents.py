@@ -148,8 +148,8 @@ class Sandbox:
         return command
 
     def start(self, command: str, *listening: int) -> None:
-        log = (self.folder / f"log{len(self.running)}").open("wb")
-        with log:
+        path = self.folder / f"log{len(self.running)}"
+        with path.open("wb") as log:
             shell = ["/bin/bash", "-c", f"exec {self._here(command)}"]
             env = environment(self.mark, self.env)
             self.running.append(
@@ -157,7 +157,12 @@ class Sandbox:
                     shell, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
             )
-        until(lambda: all(listens(("127.0.0.1", port)) for port in listening), f"{command} listens", 120)
+
+        def ready() -> bool:
+            assert self.running[-1].poll() is None, f"{command} ended: {path.read_text()[-2000:]}"
+            return all(listens(("127.0.0.1", port)) for port in listening)
+
+        until(ready, f"{command} listens", 60)
 
     def run(self, command: str) -> str:
         shell = ["/bin/bash", "-o", "pipefail", "-euc", self._here(command)]
