@@ -143,15 +143,18 @@ class Outbox(BaseModel):
             self.queue = [message for message in self.queue if message.alarm.id != gone]
 
     def due(self, clock: float) -> Message | None:
-        """The message to send now: the first of its alarm."""
+        """The message to send now: the first of its alarm, and of these one that was tried least.
+
+        Else one that always fails would take each turn, as its own pause may be shorter than the receiver's.
+        """
         if clock < self.paused_until:
             return None
-        held: set[str] = set()
+        held, ready = set[str](), list[Message]()
         for message in self.queue:
             if message.alarm.id not in held and message.next <= clock:
-                return message
+                ready.append(message)
             held.add(message.alarm.id)
-        return None
+        return min(ready, key=lambda message: message.tries, default=None)
 
     def accepted(self, message: Message) -> None:
         self.failures, self.paused_until = 0, 0.0

@@ -1,5 +1,6 @@
 """Alarm messages without a receiver: signatures, the queue and its pauses, and what is kept on disk."""
 
+import itertools
 import json
 from math import inf
 
@@ -68,7 +69,12 @@ def test_what_begins_and_ends_is_queued_once():
     assert outbox.told == {}
 
 
-def test_a_message_that_fails_holds_up_only_those_about_its_alarm():
+@pytest.mark.parametrize("own", [0.0, 1.0], ids=["its pause is the shorter", "the longer"])
+def test_a_message_that_fails_holds_up_only_those_about_its_alarm(monkeypatch, own):
+    chance = itertools.cycle((own, 1.0 - own))  # the message's pause, the receiver's
+    monkeypatch.setattr(
+        notifications, "retry_seconds", lambda tries: retry_seconds(tries, lambda: next(chance))
+    )
     outbox = Outbox()
     outbox.look([A, B], NOW)
     outbox.look([], NOW)
