@@ -97,6 +97,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             names = item.fixturenames
             if "no_task_left_behind" not in names:
                 names.insert(0, "no_task_left_behind")
+    items.sort(key=_may_take_seconds, reverse=True)  # a long one that began last would keep all waiting
+
+
+def _may_take_seconds(item: pytest.Item) -> float:
+    """Of those with a time limit of their own; the others keep their random order."""
+    limit = item.get_closest_marker("timeout")
+    return limit.args[0] if limit is not None else 0.0
 
 
 @pytest.fixture
