@@ -119,7 +119,7 @@ class Sandbox:
         for made in ("bin", "etc", "home"):
             (folder / made).mkdir()
         gup = folder / "bin" / "gup"
-        gup.write_text(f'#!/bin/sh\nexec {sys.executable} -m gup "$@"\n')
+        gup.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m gup "$@"\n')
         gup.chmod(0o755)
         self.env = {
             "PATH": f"{folder}/bin:/usr/bin:/bin:/usr/sbin:/sbin",

@@ -23,9 +23,9 @@ EXPOSURE = "15"
 @pytest.fixture
 def units(tmp_path):
     """The units with a program that is there."""
-    gup = Path(sys.executable).with_name("gup")
+    gup = str(Path(sys.executable).with_name("gup")).replace(" ", "\\x20")
     for file in ("gup.service", "gup.socket"):
-        text = (UNITS / file).read_text().replace("/opt/gup/bin/gup", str(gup))
+        text = (UNITS / file).read_text().replace("/opt/gup/bin/gup", gup)
         (tmp_path / file).write_text(text)
     return tmp_path
 
