@@ -177,7 +177,7 @@ async def test_what_a_dead_process_left_is_removed_by_whoever_sees_it(table, tmp
         other.kill()
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         if reaped:
-            other.wait()
+            await asyncio.to_thread(other.wait)
         assert files.find(key_of(1)) is None
     assert await read(body.reader()) == BODY[:1000], "who has it open reads on"
     files.begin(key_of(2), 1, 10 * MB)  # all that the dead process had reserved is free
