@@ -175,7 +175,7 @@ async def test_what_a_dead_process_left_is_removed_by_whoever_sees_it(table, tmp
         assert await read(body.reader()) == BODY[:1000]
         assert files.find(key_of(1)).pid == other.pid
         other.kill()
-        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        await asyncio.to_thread(os.waitid, os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         if reaped:
             await asyncio.to_thread(other.wait)
         assert files.find(key_of(1)) is None

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from harness.clients import End, RawConnection, Swarm, fetch
 from harness.content import noise
-from harness.processes import command_line, open_files
-from harness.processes import until
+from harness.processes import command_line, open_files, until
 from harness.service import Gup
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
