@@ -1,5 +1,6 @@
 """Change without stopping: other processes, another number of workers, another program; no request fails."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -161,6 +162,72 @@ def test_what_comes_in_the_middle_of_an_upgrade(serve, second):
     assert clients.failures == []
     assert service.stop() == 0
     assert "Traceback" not in service.log
+
+
+def test_reloads_that_come_before_the_first_process_is_ready(serve):
+    """While the program is loaded, while it waits for the cache directory, while its workers start."""
+    service, _ = serve(BODIES, workers={"count": 2}, env=OWN, start=False)
+    run = service.cache_dir / "run"
+    run.mkdir(parents=True)
+    lock = os.open(run / "instance.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    service.launch()
+    until(lambda: signal.SIGHUP in blocked(service.process.pid), "it has begun")
+    service.signal(signal.SIGHUP)
+    service.wait_log("another gup uses the cache directory")
+    (service.folder / "gup.toml").write_text(toml(with_workers(service, 4)))
+    service.signal(signal.SIGHUP)
+    os.close(lock)
+    reloaded = "settings reloaded: workers.count"
+    service.wait_log(reloaded)
+    first = service.workers()
+    for pid in first:
+        os.kill(pid, signal.SIGSTOP)
+    service.rewrite(with_workers(service, 1))
+    until(lambda: service.log.count(reloaded) == 2, "they are reloaded again")
+    for pid in first:
+        os.kill(pid, signal.SIGCONT)
+    service.wait_ready()
+    service.serves(DELTA, BODIES[DELTA])
+    until(lambda: len(service.status()["workers"]) == 1, "the earlier processes have ended")
+    assert service.workers()[0] not in first
+    assert service.stop() == 0
+
+
+def blocked(pid):
+    """The signals that the process blocks."""
+    mask = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
+
+
+@pytest.mark.parametrize(
+    "victim", ["starting", *(pytest.param(name, marks=pytest.mark.long) for name in ("ready", "controller"))]
+)
+def test_a_new_process_that_is_killed_while_the_earlier_ones_serve_is_started_again(serve, victim):
+    service, _ = started(serve)
+    before, earlier = service.status(), service.children()
+    new = lambda: [pid for pid in service.children() if pid not in earlier]  # noqa: E731
+    ready = lambda: [row["pid"] for row in service.status()["workers"] if row["ready"]]  # noqa: E731
+    with Steady(service.data, BODIES, busy=1, lazy=10, new=1, slow=4, large=BIG, rate=RATE) as clients:
+        until(lambda: clients.began >= 4, "the downloads have begun")
+        service.rewrite(with_workers(service, 3))
+        killed, other, _ = until(lambda: len(new()) == 3 and new(), "new workers start")
+        os.kill(other, signal.SIGSTOP)
+        if victim == "ready":
+            until(lambda: killed in ready(), "one of them is ready")
+        elif victim == "controller":
+            os.kill(other, signal.SIGCONT)
+            (killed,) = until(lambda: new()[3:], "the new controller starts")
+        os.kill(killed, signal.SIGKILL)
+        service.wait_log(f"pid {killed}, was ended by SIGKILL")
+        if victim != "controller":
+            assert service.status()["pid"] == before["pid"], "the earlier ones serve"
+            os.kill(other, signal.SIGCONT)
+        service.wait_replaced(before, 3)
+    assert clients.failures == []
+    until(lambda: len(service.status()["workers"]) == 3, "the earlier processes have ended")
+    assert killed not in service.children()
+    assert service.stop() == 0
 
 
 def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
