@@ -271,6 +271,30 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
     assert set(index.rows) == {row("fresh").key}
 
 
+async def test_a_cancelled_reconcile_ends_after_its_thread_whenever_that_comes(world, opened, monkeypatch):
+    """Also one that is only waiting for its thread's end: nothing else would end that."""
+    walking, go_on = threading.Event(), threading.Event()
+    index = await opened(world.store.index)
+
+    def slowly(_store):
+        walking.set()
+        go_on.wait(10)
+        return iter(())
+
+    monkeypatch.setattr(type(world.store), "prune", slowly)
+    task = asyncio.create_task(reconcile(world.dependencies(), index, 200.0))
+    await asyncio.to_thread(walking.wait, 10)
+    for _ in range(2):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gup-reconcile")]
+
+
 async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world, opened):
     record = world.commit()
     world.store.record_path(record.key).write_bytes(b"{damaged")
