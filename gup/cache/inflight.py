@@ -22,6 +22,7 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Share, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
 
 
@@ -32,6 +33,7 @@ class FillDependencies:
     store: Store
     claims: Claims
     pool: Pool
+    members: Members
     counters: Counters
     queue: FillQueue
     space: Space

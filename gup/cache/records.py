@@ -388,8 +388,11 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
     """The head of a body that `remote` announces.
 
     Its strong ETag is made of key, length and the first response's validators; random if it has none, or
-    other bytes were known under them (`changed`).
+    other bytes were known under them (`changed`). A member's head is kept as it is.
     """
+    if (given := remote.given) is not None:
+        validators = given.last_modified, given.upstream, given.upstream_etag
+        return Head(remote.length, given.etag, remote.content_type, *validators)
 
     def kept(text: str | None, pattern: str) -> str | None:
         return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None

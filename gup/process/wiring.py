@@ -29,6 +29,7 @@ from gup.process.child import Message, Parent
 from gup.process.shared_memory import Row, SharedFile
 from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
 from gup.upstream.health import Board
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
 
 # First lock number of each kind of slot in run/slots.
@@ -90,6 +91,7 @@ class ChildProcess(ABC):
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
+            members=Members.none(self.counters),
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(
@@ -220,6 +222,7 @@ class ChildProcess(ABC):
     async def close(self) -> None:
         await self.cache.stop()
         await self.pool.close()
+        await self.dependencies.members.close()
         self.dependencies.short.close()
         self.executor.shutdown(wait=True, cancel_futures=True)
         self._events.close()

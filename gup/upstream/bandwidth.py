@@ -84,6 +84,11 @@ class Wan:
         self.windows: WeakSet[ReceiveWindow] = WeakSet()
         """Windows of the responses that this process reads; each adds itself."""
 
+    @classmethod
+    def free(cls) -> "Wan":
+        """Without a rate, for bytes that cross no WAN."""
+        return cls(memoryview(bytearray(16)).cast("Q"), 0, Turns.none(), lambda: 0, Path(os.devnull))
+
     @property
     def slice_bytes(self) -> int:
         """Limit of one read, so that other waiters come soon; 0 without a rate."""
@@ -250,6 +255,10 @@ class Turns:
     def __init__(self, words: "memoryview[int]", mine: int, alive: Callable[[int], bool]) -> None:
         self._words, self._mine, self._alive = words, mine, alive
         words[mine] = 0
+
+    @classmethod
+    def none(cls) -> "Turns":
+        return cls(memoryview(bytearray(8)).cast("Q"), 0, lambda _: True)
 
     def ask(self, first: int | None) -> None:
         self._words[self._mine] = 0 if first is None else NOBODY - first

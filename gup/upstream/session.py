@@ -46,7 +46,8 @@ class Ask:
     anew when a body comes. `stop` is the offset after the last requested byte; None requests all from
     `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
     are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
-    own. `check`: a health check, for which any response is good.
+    own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a member of
+    the cluster is to answer only with what it holds, and to fetch nothing.
     """
 
     path: str
@@ -63,6 +64,8 @@ class Ask:
     passed: tuple[str, ...] = ()
     client: str = ""
     check: bool = False
+    key: str = ""
+    held: bool = False
 
     @property
     def ranged(self) -> bool:

@@ -19,6 +19,7 @@ from harness.internals import (
     ClientCounts,
     FillDependencies,
     FillQueue,
+    Members,
     MemoryFiles,
     NegativeCache,
     Opened,
@@ -148,6 +149,7 @@ async def working(
         store=store,
         claims=claims,
         pool=pool,
+        members=Members.none(counters),
         counters=counters,
         queue=queue,
         space=Space(
@@ -191,6 +193,7 @@ async def working(
     finally:
         await cache.stop()
         await pool.close()
+        await dependencies.members.close()
         dependencies.short.close()
         executor.shutdown(wait=True)
         wan.close()

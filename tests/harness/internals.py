@@ -27,4 +27,5 @@ from gup.control.reconcile import reconcile
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool

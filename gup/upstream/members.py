@@ -1,0 +1,205 @@
+"""The other gups of a cluster as sources: who is asked for a key, and how. Without a cluster there are none.
+
+A member is asked like an upstream, and sends its own head whole, so that a body has one ETag in all of the
+site. Its bytes cross no WAN: they are not charged, and are counted apart.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gup import config
+from gup.cluster.order import above, ranked
+from gup.jsonmodel import InvalidError
+from gup.metrics import Counters
+from gup.upstream.bandwidth import Wan
+from gup.upstream.exchange import GivenHead, RemoteHead, UpstreamFailure, read_age, refusal, rejected
+from gup.upstream.pool import Answer
+from gup.upstream.session import Ask, Fields, Upstream
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_SILENT_SECONDS = 3.0
+"""A member answers within a second, if only that it is not ready; without an answer for so long it is gone."""
+_CONNECT_SECONDS = 1.0
+_MOST_ASKS = 64
+"""Questions to members at a time, in this process; those that read a body do not count."""
+_HELD_SECONDS = 0.05
+_ERROR_BODY_BYTES = 64 * 1024
+NOT_READY, NOT_HELD = 202, 409
+"""What a member answers when the body has not begun within a second, and when it does not hold it."""
+Sign = Callable[[str, str, str, Mapping[str, str]], dict[str, str]]
+"""(member, method, target, fields) to the fields of a signed question."""
+Check = Callable[[str, Mapping[str, str], Mapping[str, str]], bool]
+"""Whether (member, the question's fields, the answer's fields) is that member's answer to that question."""
+
+
+class Member(Upstream):
+    """One member and its connections."""
+
+    def __init__(self, name: str, url: str, user_agent: str, via: str, sign: Sign) -> None:
+        settings = config.Upstream(
+            name=name,
+            url=url,
+            kind="gup",
+            max_connections=10_000,
+            connect_timeout=_CONNECT_SECONDS,
+            first_byte_timeout=_SILENT_SECONDS,
+            min_rate=0,
+            health_interval=0.0,
+        )
+        super().__init__(settings, user_agent, via)
+        self._sign = sign
+
+    def headers(self, ask: Ask) -> dict[str, str]:
+        fields = super().headers(ask)
+        own = {
+            "GUP-Key": ask.key,
+            "GUP-Class": str(ask.share.priority),
+            "GUP-Client": ask.client,
+            "GUP-Held": "1" if ask.held else "0",
+        }
+        return fields | self._sign(self.name, ask.method, ask.path, own)
+
+
+class Members:
+    """The members that this process may ask."""
+
+    def __init__(
+        self, counters: Counters, *, user_agent: str, via: str, node: str, sign: Sign, check: Check
+    ) -> None:
+        self.wan = Wan.free()
+        self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
+        self._sign, self._check = sign, check
+        self._members: dict[str, Member] = {}
+        self._asks = asyncio.Semaphore(_MOST_ASKS)
+
+    @classmethod
+    def none(cls, counters: Counters) -> "Members":
+        """Of a gup that is alone."""
+        return cls(counters, user_agent="", via="", node="", sign=_not_signed, check=_not_checked)
+
+    def use(self, addresses: Mapping[str, str]) -> None:
+        """These members, by name, may be asked from now on. Requests in progress go on."""
+        self._members = {
+            name: self._members[name]
+            if name in self._members and self._members[name].settings.url == url
+            else Member(name, url, self._user_agent, self._via, self._sign)
+            for name, url in addresses.items()
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._members)
+
+    # --- choice
+
+    def above(self, key: str) -> list[Member]:
+        """Those that rank higher than this node, the highest first: they may fetch for it."""
+        return [self._members[name] for name in above(key, self._node, self._members)]
+
+    async def holding(self, ask: Ask, without: Collection[str]) -> Member | None:
+        """A member that holds the body of `ask.key`, or None; asks all but `without` at once."""
+        others = [self._members[name] for name in ranked(ask.key, self._members) if name not in without]
+        if not others:
+            return None
+        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)
+
+        async def holds(member: Member) -> Member | None:
+            with contextlib.suppress(UpstreamFailure):
+                answer = await self.ask(member, question)
+                return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
+            return None
+
+        found: Member | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HELD_SECONDS), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(holds(member)) for member in others]
+                for coming in asyncio.as_completed(tasks):
+                    if (found := await coming) is not None:
+                        raise TimeoutError  # enough: the others' answers do not matter
+        return found
+
+    # --- asking
+
+    async def ask(self, member: Member, ask: Ask) -> "Answer | RemoteHead":
+        """One question, repeated while the member is not ready. As Pool.ask; UpstreamFailure with status
+        NOT_HELD when it does not hold the body.
+        """
+        async with self._asks:
+            while True:
+                response, sent = await self._request(member, ask)
+                try:
+                    answer = await self._judge(member, ask, sent, response)
+                except BaseException:
+                    response.close()
+                    raise
+                if answer is not None:
+                    return answer
+
+    async def _request(self, member: Member, ask: Ask) -> "tuple[aiohttp.ClientResponse, Mapping[str, str]]":
+        response = await member.request(ask)
+        return response, response.request_info.headers
+
+    async def _judge(
+        self, member: Member, ask: Ask, sent: Mapping[str, str], response: "aiohttp.ClientResponse"
+    ) -> "Answer | RemoteHead | None":
+        status, name = response.status, member.name
+        if not self._check(name, sent, response.headers):
+            raise rejected(f"{name} did not sign its answer as a member of this cluster")
+        if status in (404, 410, 304):
+            await _drain(response)
+            return RemoteHead(status, 0, None, None, None, "", name, read_age(response.headers.get("Age")))
+        if status == NOT_READY:
+            await _drain(response)
+            return None
+        if status not in (200, 206) or (status == 206 and not ask.ranged):
+            await _drain(response)
+            raise refusal(name, status, response.headers, time.time())
+        fields = Fields(response, name)
+        try:
+            given = GivenHead.parse(response.headers.get("GUP-Head", ""))
+        except InvalidError as error:
+            raise rejected(f"{name} sent a head that can't be read: {error}") from error
+        head = replace(fields.head(given.age_seconds), given=given)
+        if ask.method == "HEAD":
+            response.release()
+            return head
+        member.in_use += 1
+        await member.free.acquire()
+        return Answer(self, member, ask, ask.stream, head, response)
+
+    # --- what Answer needs
+
+    def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None:
+        del ask, stream
+        self._counters.add("gup_peer_received_bytes_total", amount)
+
+    def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
+        """The controller finds out itself who is away."""
+
+    def done(self, upstream: Upstream) -> None:
+        upstream.in_use -= 1
+        upstream.free.release()
+
+    async def close(self) -> None:
+        for member in self._members.values():
+            await member.close()
+        self.wan.close()
+
+
+def _not_signed(_member: str, _method: str, _target: str, _fields: Mapping[str, str]) -> dict[str, str]:
+    return {}
+
+
+def _not_checked(_member: str, _sent: Mapping[str, str], _got: Mapping[str, str]) -> bool:
+    return False
+
+
+async def _drain(response: "aiohttp.ClientResponse") -> None:
+    with contextlib.suppress(Exception):
+        await response.content.read(_ERROR_BODY_BYTES)
+    response.release() if response.content.at_eof() else response.close()
