@@ -26,6 +26,6 @@ from gup.control.index import Index
 from gup.control.reconcile import reconcile
 from gup.errors import Problem
 from gup.metrics import Counters, layout
-from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.bandwidth import CLOCK_WORDS, Turns, Wan
 from gup.upstream.members import Members
 from gup.upstream.pool import Pool
