@@ -269,6 +269,10 @@ def rank(priority: int, tag: int) -> int:
     return (priority << _RANK_BITS) | min(tag, (1 << _RANK_BITS) - 1)
 
 
+def priority_of(rank: int) -> int:
+    return rank >> _RANK_BITS
+
+
 class Turns:
     """Order among processes that wait for the same thing: one shared word per process.
 
