@@ -160,7 +160,7 @@ class ChildProcess(ABC):
         return time.monotonic_ns() - self._beats[block] < _ALIVE_NS
 
     def wan_rate(self) -> int:
-        """The rate of this gup's fills now, in bytes/s, 0 for unlimited; in a cluster its part of the site's."""
+        """The rate of this gup's fills now, in bytes/s, 0: unlimited; in a cluster a part of the site's."""
         rate = self.site_rate()
         if self.settings.cluster.url is None or not rate:
             return rate
