@@ -238,6 +238,7 @@ class Leader:
             holds=self._holds,
             clock=deps.clock,
         )
+        fill.from_wan = self._download.is_on_wan
         return self._download
 
     async def _open_wan(self, *, resuming: bool) -> Choice:

@@ -187,6 +187,10 @@ class Download:
                 self._note_gain()
             return piece
 
+    def is_on_wan(self) -> bool:
+        """Whether its bytes come over the WAN now."""
+        return self._answer is not None and not isinstance(self._source, Member)
+
     async def gather(self, most: int) -> None:
         """Wait until all of the body is here, if it has no more than that many bytes."""
         if self._answer is not None and self.head is not None and (self.head.length or _NEVER) <= most:

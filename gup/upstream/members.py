@@ -38,12 +38,20 @@ Check = Callable[[str, Mapping[str, str], Mapping[str, str]], bool]
 """Whether (member, the question's fields, the answer's fields) is that member's answer to that question."""
 
 
+_MARK = "member "
+"""Begins the name that a member has as a source, which no configured upstream can have."""
+
+
+def is_member(source: str) -> bool:
+    return source.startswith(_MARK)
+
+
 class Member(Upstream):
     """One member and its connections."""
 
     def __init__(self, name: str, url: str, user_agent: str, via: str, sign: Sign) -> None:
         settings = config.Upstream(
-            name=name,
+            name=_MARK + name,
             url=url,
             kind="gup",
             max_connections=10_000,
@@ -53,7 +61,7 @@ class Member(Upstream):
             health_interval=0.0,
         )
         super().__init__(settings, user_agent, via)
-        self._sign = sign
+        self._member, self._sign = name, sign
 
     def headers(self, ask: Ask) -> dict[str, str]:
         fields = super().headers(ask)
@@ -63,7 +71,7 @@ class Member(Upstream):
             "GUP-Client": ask.client,
             "GUP-Held": "1" if ask.held else "0",
         }
-        return fields | self._sign(self.name, ask.method, ask.path, own)
+        return fields | self._sign(self._member, ask.method, ask.path, own)
 
 
 class Members:
@@ -103,7 +111,8 @@ class Members:
 
     async def holding(self, ask: Ask, without: Collection[str]) -> Member | None:
         """A member that holds the body of `ask.key`, or None; asks all but `without` at once."""
-        others = [self._members[name] for name in ranked(ask.key, self._members) if name not in without]
+        others = [self._members[name] for name in ranked(ask.key, self._members)]
+        others = [member for member in others if member.name not in without]
         if not others:
             return None
         question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)

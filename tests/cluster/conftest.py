@@ -1,0 +1,111 @@
+"""Nodes of one cluster in this process: each a cache with its own peer port, without an engine."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from harness.caches import Worker, working
+from harness.private import private_turns
+from harness.upstreams import ScriptedUpstream
+
+from gup.cache.fair_shares import ClientCounts
+from gup.cache.locks import Slots
+from gup.client_names import ClientNames
+from gup.server.downloads import Downloads
+from gup.server.listener import Listener
+from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
+from gup.upstream.members import Members
+
+
+@pytest.fixture
+def upstream():
+    with ScriptedUpstream() as started:
+        yield started
+
+
+@pytest.fixture
+def until() -> Callable:
+    async def wait(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.005)
+        assert condition(), what
+
+    return wait
+
+
+def signed(member: str, _method: str, _target: str, _fields) -> dict[str, str]:
+    return {"GUP-Test-To": member}
+
+
+def checked(_member: str, _sent, got) -> bool:
+    return got.get("GUP-Test-Signed") == "1"
+
+
+def verified(_method: str, _target: str, fields):
+    return (fields["gup-test-to"], lambda _: {"GUP-Test-Signed": "1"}) if "gup-test-to" in fields else None
+
+
+@dataclass
+class Node:
+    """One node, and how it is taken away."""
+
+    name: str
+    worker: Worker
+    listener: Listener
+    port: int
+    gone: bool = False
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.worker.counted("gup_peer_sent_bytes_total")
+
+    @property
+    def got_bytes(self) -> int:
+        return self.worker.counted("gup_peer_received_bytes_total")
+
+    async def vanish(self) -> None:
+        """Its port closes and its connections are reset."""
+        if self.gone:
+            return
+        self.gone = True
+        for connection in list(self.listener._connections):
+            connection.cut()
+        await self.listener.drain(0.0)
+
+
+@asynccontextmanager
+async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node]]:
+    nodes: list[Node] = []
+    async with AsyncExitStack() as stack:
+        for number in range(count):
+            name = f"node{number}"
+            folder = root / name
+            folder.mkdir()
+            worker = await stack.enter_async_context(working(folder, urls, **sections))
+            deps = worker.dependencies
+            deps.members._node, deps.members._sign, deps.members._check = name, signed, checked
+            deps.members._via = "1.1 site (gup)"
+            listening = socket.create_server(("127.0.0.1", 0))
+            slots = Slots(deps.claims, 1_000_000, lambda: 0)
+            clients = deps.settings.clients.model_copy(update={"max_downloads": 0})
+            downloads = Downloads(
+                slots, lambda c=clients: c, deps.counters, lambda _: lambda: 0, private_turns(), ClientCounts.alone()
+            )
+            log = PeerLog(deps.settings, deps.counters, ClientNames("full", b"x" * 32))
+            handler = PeerHandler(deps, worker.cache, downloads, log, "site", verified)
+            listener = Listener([listening], deps.settings, handler, PeerAdmission(), lambda _: None)
+            listener.start()
+            nodes.append(Node(name, worker, listener, listening.getsockname()[1]))
+        for node in nodes:
+            others = {n.name: f"http://127.0.0.1:{n.port}" for n in nodes if n is not node}
+            node.worker.dependencies.members.use(others)
+        try:
+            yield nodes
+        finally:
+            for node in nodes:
+                await node.vanish()
