@@ -19,7 +19,7 @@ from gup import log
 from gup.cache.fair_shares import shares_file
 from gup.cache.store import Store
 from gup.cache.streams import free_streams, idle_streams
-from gup.config import Settings
+from gup.config import Cluster, Settings
 from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
 from gup.process import shared_memory, sockets
@@ -394,8 +394,10 @@ _FIXED = {
     "cache": ("directory",),
     "workers": ("count",),
     "site": ("name",),
+    "cluster": tuple(Cluster.model_fields),
 }
-"""Settings that need a restart: sockets, cache directory, number of processes, the name in Via."""
+"""Settings that need a restart: sockets, cache directory, number of processes, the name in Via, the cluster.
+(The cluster's files are read again on reload.)"""
 
 
 def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:
