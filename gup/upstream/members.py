@@ -109,28 +109,38 @@ class Members:
         """Those that rank higher than this node, the highest first: they may fetch for it."""
         return [self._members[name] for name in above(key, self._node, self._members)]
 
-    async def holding(self, ask: Ask, without: Collection[str]) -> Member | None:
-        """A member that holds the body of `ask.key`, or None; asks all but `without` at once."""
+    async def holding(self, ask: Ask, without: Collection[str]) -> tuple[Member | None, bool]:
+        """A member that holds the body of `ask.key`, if any; asks all but `without` at once.
+
+        And whether a member above this node answered that it does not: it may go to the WAN for it now.
+        """
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
-        if not others:
-            return None
+        higher, answered = self.above(ask.key), set[Member]()
         question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)
 
         async def holds(member: Member) -> Member | None:
-            with contextlib.suppress(UpstreamFailure):
+            try:
                 answer = await self.ask(member, question)
-                return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
-            return None
+            except UpstreamFailure as failure:
+                if failure.status is not None:
+                    answered.add(member)
+                return None
+            return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
 
-        found: Member | None = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_HELD_SECONDS), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(holds(member)) for member in others]
+        tasks = [asyncio.ensure_future(holds(member)) for member in others]
+        try:
+            async with asyncio.timeout(_HELD_SECONDS):
                 for coming in asyncio.as_completed(tasks):
                     if (found := await coming) is not None:
-                        raise TimeoutError  # enough: the others' answers do not matter
-        return found
+                        return found, False
+        except TimeoutError:
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return None, any(member in answered for member in higher)
 
     # --- asking
 

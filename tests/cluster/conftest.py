@@ -38,8 +38,8 @@ def until() -> Callable:
     return wait
 
 
-def signed(member: str, _method: str, _target: str, _fields) -> dict[str, str]:
-    return {"GUP-Test-To": member}
+def signed(member: str, _method: str, _target: str, fields) -> dict[str, str]:
+    return {**fields, "GUP-Test-To": member}
 
 
 def checked(_member: str, _sent, got) -> bool:
@@ -94,7 +94,12 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
             slots = Slots(deps.claims, 1_000_000, lambda: 0)
             clients = deps.settings.clients.model_copy(update={"max_downloads": 0})
             downloads = Downloads(
-                slots, lambda c=clients: c, deps.counters, lambda _: lambda: 0, private_turns(), ClientCounts.alone()
+                slots,
+                lambda c=clients: c,
+                deps.counters,
+                lambda _: lambda: 0,
+                private_turns(),
+                ClientCounts.alone(),
             )
             log = PeerLog(deps.settings, deps.counters, ClientNames("full", b"x" * 32))
             handler = PeerHandler(deps, worker.cache, downloads, log, "site", verified)

@@ -51,6 +51,7 @@ async def test_reads_that_are_cancelled_lose_nothing(pool_of, upstream, monkeypa
     monkeypatch.setattr(Wan, "pay", pay)
     async with pool_of({"name": "one", "url": upstream.url}) as pool:
         ask, counters = Ask(path=BIG, purpose="fill"), private_counters(["one"])
+
         async def wan():
             return pool.upstreams, ()
 
