@@ -135,6 +135,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_config_last_reload_successful", "Whether the last reload succeeded."),
     _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
+    _gauge("gup_cluster_members", "Members of the cluster, this one among them; absent when it is alone."),
     _gauge("gup_site_info", "Name of the site.", ("site", ())),
 )
 

@@ -46,6 +46,11 @@ class Class(IntEnum):
     """It takes no slot."""
 
 
+def share_class(class_: int) -> int:
+    """For shares of a site's WAN rate: 0 deltas and index files, 1 fulls and unknown names, 2 background."""
+    return min(class_ // 2, 2)
+
+
 _CLASSES = {Kind.DELTA: Class.DELTA, Kind.FULL: Class.FULL, Kind.OTHER: Class.FULL}
 
 

@@ -4,8 +4,9 @@
 -- ARGV: 1 name, 2 signed row, 3 life of the row in ms, 4 the site's rate in bytes/s (0: no limit),
 --       5 demand of urgent content, 6 of other content, 7 of background fetches, each in bytes/s,
 --       8 number of the grant in use (0: none), 9 life of a grant in ms, 10 last order seen, 11 most orders,
---       12 time in ms (tests only; "" is the engine's own)
--- Returns: {time in ms, grant's number, its bytes/s, {name, row, name, row, ...}, {order id, fields, ...}}
+--       12 time in ms (tests only; "" is the engine's own), 13 the node's start number, 0 while it has none
+-- Returns: {time in ms, grant's number, its bytes/s, {name, row, name, row, ...}, {order id, fields, ...}};
+--          with the grant's number -1, and nothing done, when a node that started earlier has this name
 --
 -- A share is never given before those it comes from have let go of it: a node confirms the grant it uses with its
 -- next beat, and one that it does not confirm ends with its life. Until then the largest of its grants counts.
@@ -21,6 +22,11 @@ end
 
 -- members
 
+local start, holder = tonumber(ARGV[13] or '0'), redis.call('GET', members .. ':' .. name .. ':start')
+if start == 0 or (holder and tonumber(holder) < start) then
+  return {now, -1, 0, {}, {}}
+end
+redis.call('SET', members .. ':' .. name .. ':start', ARGV[13], 'PX', life)
 for _, ahead in ipairs(redis.call('ZRANGEBYSCORE', members, '(' .. now, '+inf')) do
   redis.call('ZADD', members, now, ahead) -- the clock was set back
 end

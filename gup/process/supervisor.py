@@ -314,6 +314,8 @@ class Supervisor:
         self._notifier.send("STOPPING=1", "STATUS=draining")
         for slot in [slot for slot in self._slots if slot.phase is Phase.WAITING]:
             slot.move(Phase.ENDED)
+        if self._settings.cluster.url is not None:
+            self._send([self._controller], {"leave": True})
         self._send(self._workers, {"drain": True})
         # When the workers have closed their copies too, new connections are refused.
         sockets.close(*self._listeners.data)

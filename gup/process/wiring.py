@@ -20,9 +20,10 @@ from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Occupied, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
-from gup.cache.scheduler import GROUPS, Backlog, FillQueue
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue, share_class
 from gup.cache.store import Store
 from gup.cache.streams import Streams
+from gup.cluster.share import floor, without_grant
 from gup.config import Settings
 from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
@@ -69,8 +70,14 @@ class ChildProcess(ABC):
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
+        self._paid = [shared.row(row) for row in (Row.WAN_URGENT, Row.WAN_OTHER, Row.WAN_BACKGROUND)]
         self.wan = Wan(
-            words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
+            words,
+            layout.WAN_CLOCK,
+            self.turns(Row.WAN_TURNS),
+            self.wan_rate,
+            self.store.run / "wan.lock",
+            self._note_paid,
         )
         names = [upstream.name for upstream in self.settings.upstream]
 
@@ -91,7 +98,7 @@ class ChildProcess(ABC):
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
-            members=Members.none(self.counters),
+            members=Members(self.counters),
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(
@@ -153,7 +160,21 @@ class ChildProcess(ABC):
         return time.monotonic_ns() - self._beats[block] < _ALIVE_NS
 
     def wan_rate(self) -> int:
-        """The WAN rate now in bytes per second; the schedule is evaluated twice a second."""
+        """The rate of this gup's fills now, in bytes/s, 0 for unlimited; in a cluster its part of the site's."""
+        rate = self.site_rate()
+        if self.settings.cluster.url is None or not rate:
+            return rate
+        now, until = time.monotonic_ns(), self.words[layout.WAN_SHARE_UNTIL]
+        if now < until:
+            return min(max(1, self.words[layout.WAN_SHARE]), rate)
+        most = self.words[layout.WAN_MEMBERS]
+        return without_grant(rate, now - until, most) if until else floor(rate, most)
+
+    def _note_paid(self, priority: int, amount_bytes: int) -> None:
+        self._paid[share_class(priority)][self.block] += amount_bytes
+
+    def site_rate(self) -> int:
+        """The rate of all of the site's fills now; the schedule is evaluated twice a second."""
         if not self.settings.wan.schedule:
             return self.settings.wan.rate
         now = time.monotonic()

@@ -6,12 +6,14 @@ head is signed (gup.cluster.signing).
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from gup import config
 from gup.cache.cache import Cache, Result
 from gup.cache.inflight import FillDependencies
+from gup.cluster.signing import Question, Refused, Signer
 from gup.content.key import BadKeyError, ContentKey
 from gup.content.routes import Routes, parse_target
 from gup.errors import Problem, exhausted, is_exhausted
@@ -29,11 +31,6 @@ log = logging.getLogger("gup.peer")
 
 _READY_SECONDS = 1.0
 """A question that can't be answered by then is answered with NOT_READY, and asked again."""
-Verify = Callable[
-    [str, str, Mapping[str, str]], tuple[str, Callable[[Mapping[str, str]], dict[str, str]]] | None
-]
-"""(method, target, the question's fields) to the member that asks and what signs the fields of the answer; None
-when no member asks."""
 
 
 class PeerLog(AccessLog):
@@ -57,14 +54,20 @@ class PeerHandler:
         downloads: Downloads,
         log: PeerLog,
         node: str,
-        verify: Verify,
+        name: str,
+        signer: Callable[[], Signer],
+        times_ms: Callable[[], Sequence[int]],
     ) -> None:
+        """`node` is the name in Via, that of all members; `name` this one's own. `times_ms` are the engine's
+        times that count as now, the likeliest first.
+        """
         self.access_log = log
         self._sent_at = dependencies.counters.position("gup_peer_sent_bytes_total")
         self.hot_cache = HotCache(lambda: (0, 0), lambda: None)  # of nothing: it never learns
         self.downloads = downloads
         self.draining = False
-        self._dependencies, self._cache, self._verify = dependencies, cache, verify
+        self._dependencies, self._cache = dependencies, cache
+        self._name, self._signer, self._times_ms = name, signer, times_ms
         self._node, self._via = node, f"1.1 {node} (gup)"
         self._use(dependencies.settings)
 
@@ -78,11 +81,14 @@ class PeerHandler:
         return self._respond(request)
 
     async def _respond(self, request: Request) -> Response:
-        known = self._verify(request.method, request.target.decode("latin-1"), dict(request.headers))
-        if known is None:
+        signer, times, target = self._signer(), self._times_ms(), request.target.decode("latin-1")
+        question = signer.verify_question(self._name, request.method, target, request.headers, times)
+        if isinstance(question, Refused):
             problem = Problem("forbidden-host", "only members of this gup's cluster are answered here")
-            return self.refuse(problem, keep_alive=False)
-        _, sign = known
+            response = self.refuse(problem, keep_alive=False)
+            if question.question is not None:  # a member whose clock is wrong learns the time
+                self._sign(signer, question.question, response, times[0], {})
+            return response
         fields: dict[str, str] = {}
         try:
             response = await self._answer(request, fields)
@@ -95,12 +101,22 @@ class PeerHandler:
             response = self.refuse(error, keep_alive=request.keep_alive)
             if request.method == "HEAD":
                 response.segments = ()
-        fields |= sign(fields)
-        response.head = response.head[:-2] + field_lines(list(fields.items())) + b"\r\n"
+        self._sign(signer, question, response, self._times_ms()[0], fields)
         return response
+
+    def _sign(
+        self, signer: Signer, question: Question, response: Response, time_ms: int, fields: dict[str, str]
+    ) -> None:
+        """Add `fields` and the signature to the response's head."""
+        lines = response.head.decode("latin-1").split("\r\n")[1:-2]
+        sent = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+        fields |= signer.answer(question, response.status, time_ms, [*sent, *fields.items()])
+        response.head = response.head[:-2] + field_lines(list(fields.items())) + b"\r\n"
 
     async def _answer(self, request: Request, fields: dict[str, str]) -> Response:
         request.check_method()
+        if request.target == b"/readyz":
+            return self._plain(503 if self.draining else 200, request)
         route = self._routes.route(parse_target(request.target).path)
         try:
             key = ContentKey.parse(request.header("gup-key") or "")
@@ -143,7 +159,7 @@ class PeerHandler:
     def _plain(self, status: int, request: Request) -> Response:
         lines = [("Date", self._date()), ("Content-Length", "0")]
         lines += [] if request.keep_alive else [("Connection", "close")]
-        phrase = {202: b"Accepted", 409: b"Conflict"}[status]
+        phrase = HTTPStatus(status).phrase.encode()
         head = b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, phrase, field_lines(lines))
         return Response(status, head, (), close=not request.keep_alive)
 

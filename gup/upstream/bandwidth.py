@@ -65,18 +65,38 @@ class _Waiter:
     first: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
 
 
+CLOCK_WORDS = 3
+"""The time clock, the virtual clock, and the rate at which the time clock was set last."""
+
+
+def at_rate(clock_ns: int, now_ns: int, old: int, new: int) -> int:
+    """The time clock when the rate becomes `new`: as many bytes are owed, or to spare, as at the `old` rate.
+
+    Without this a debt would last as long at a higher rate, and credit would grow with each change.
+    """
+    if old in (0, new):
+        return clock_ns
+    return max(0, now_ns + max(clock_ns - now_ns, -_BURST_NS) * old // new)
+
+
 class Wan:
     """The rate limit of all fills on this machine together.
 
-    `words[clock]` is the time clock, `words[clock + 1]` the virtual clock. Both change under a lock that is
-    held for a few instructions and that the kernel frees when its holder dies. `rate` returns bytes per
-    second, 0 for unlimited; it is called for each slice.
+    Its words begin at `words[clock]`. They change under a lock that is held for a few instructions and that
+    the kernel frees when its holder dies. `rate` returns bytes per second, 0 for unlimited; it is called for
+    each slice. `paid` is told the priority and the bytes of each slice.
     """
 
     def __init__(
-        self, words: "memoryview[int]", clock: int, turns: "Turns", rate: Callable[[], int], lock: Path
+        self,
+        words: "memoryview[int]",
+        clock: int,
+        turns: "Turns",
+        rate: Callable[[], int],
+        lock: Path,
+        paid: Callable[[int, int], None] = lambda _priority, _bytes: None,
     ) -> None:
-        self._words, self._clock, self._turns = words, clock, turns
+        self._words, self._clock, self._turns, self._paid = words, clock, turns, paid
         self.rate = rate
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._waiting: list[_Waiter] = []
@@ -87,7 +107,8 @@ class Wan:
     @classmethod
     def free(cls) -> "Wan":
         """Without a rate, for bytes that cross no WAN."""
-        return cls(memoryview(bytearray(16)).cast("Q"), 0, Turns.none(), lambda: 0, Path(os.devnull))
+        words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
+        return cls(words, 0, Turns.none(), lambda: 0, Path(os.devnull))
 
     @property
     def slice_bytes(self) -> int:
@@ -110,8 +131,8 @@ class Wan:
         self._first_changed()
         try:
             while (seconds := self._try(me, amount)) > 0:
-                if self._waiting[0] is me:
-                    await asyncio.sleep(seconds)
+                if self._waiting[0] is me:  # not for long: the rate may change
+                    await asyncio.sleep(min(seconds, _SLICE_SECONDS))
                 else:
                     me.first.clear()
                     await me.first.wait()
@@ -143,6 +164,9 @@ class Wan:
         lock_range(self._fd, 0, wait=True)  # blocks for another's few instructions at most
         try:
             now = time.monotonic_ns()
+            if words[clock + 2] != rate:
+                words[clock] = at_rate(words[clock], now, words[clock + 2], rate)
+                words[clock + 2] = rate
             early = words[clock] - now
             if early > 0:
                 return max(early / 1e9, _SHORTEST_SLEEP_SECONDS)
@@ -155,6 +179,7 @@ class Wan:
             words[clock + 1] = max(words[clock + 1], me.share.tag)
         finally:
             unlock_range(self._fd, 0)
+        self._paid(me.share.priority, amount)
         return 0.0
 
     def close(self) -> None:
@@ -242,6 +267,10 @@ _RANK_BITS = 60
 def rank(priority: int, tag: int) -> int:
     """A waiter's rank as one word: priority (0 is the most urgent), then tag; smaller goes first."""
     return (priority << _RANK_BITS) | min(tag, (1 << _RANK_BITS) - 1)
+
+
+def priority_of(rank: int) -> int:
+    return rank >> _RANK_BITS
 
 
 class Turns:

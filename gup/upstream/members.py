@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gup import config
 from gup.cluster.order import above, ranked
+from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
@@ -32,10 +33,6 @@ _HELD_SECONDS = 0.05
 _ERROR_BODY_BYTES = 64 * 1024
 NOT_READY, NOT_HELD = 202, 409
 """What a member answers when the body has not begun within a second, and when it does not hold it."""
-Sign = Callable[[str, str, str, Mapping[str, str]], dict[str, str]]
-"""(member, method, target, fields) to the fields of a signed question."""
-Check = Callable[[str, Mapping[str, str], Mapping[str, str]], bool]
-"""Whether (member, the question's fields, the answer's fields) is that member's answer to that question."""
 
 
 _MARK = "member "
@@ -49,7 +46,7 @@ def is_member(source: str) -> bool:
 class Member(Upstream):
     """One member and its connections."""
 
-    def __init__(self, name: str, url: str, user_agent: str, via: str, sign: Sign) -> None:
+    def __init__(self, name: str, url: str, user_agent: str, via: str) -> None:
         settings = config.Upstream(
             name=_MARK + name,
             url=url,
@@ -61,42 +58,36 @@ class Member(Upstream):
             health_interval=0.0,
         )
         super().__init__(settings, user_agent, via)
-        self._member, self._sign = name, sign
-
-    def headers(self, ask: Ask) -> dict[str, str]:
-        fields = super().headers(ask)
-        own = {
-            "GUP-Key": ask.key,
-            "GUP-Class": str(ask.share.priority),
-            "GUP-Client": ask.client,
-            "GUP-Held": "1" if ask.held else "0",
-        }
-        return fields | self._sign(self._member, ask.method, ask.path, own)
+        self.member = name
+        """Its own name, as the cluster has it."""
 
 
 class Members:
     """The members that this process may ask."""
 
     def __init__(
-        self, counters: Counters, *, user_agent: str, via: str, node: str, sign: Sign, check: Check
+        self,
+        counters: Counters,
+        *,
+        user_agent: str = "",
+        via: str = "",
+        node: str = "",
+        signer: Callable[[], Signer] | None = None,
+        time_ms: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time."""
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
-        self._sign, self._check = sign, check
+        self._signer, self._time_ms = signer, time_ms
         self._members: dict[str, Member] = {}
         self._asks = asyncio.Semaphore(_MOST_ASKS)
-
-    @classmethod
-    def none(cls, counters: Counters) -> "Members":
-        """Of a gup that is alone."""
-        return cls(counters, user_agent="", via="", node="", sign=_not_signed, check=_not_checked)
 
     def use(self, addresses: Mapping[str, str]) -> None:
         """These members, by name, may be asked from now on. Requests in progress go on."""
         self._members = {
             name: self._members[name]
             if name in self._members and self._members[name].settings.url == url
-            else Member(name, url, self._user_agent, self._via, self._sign)
+            else Member(name, url, self._user_agent, self._via)
             for name, url in addresses.items()
         }
 
@@ -150,24 +141,33 @@ class Members:
         """
         async with self._asks:
             while True:
-                response, sent = await self._request(member, ask)
+                question = self._question(member, ask)
+                response = await member.request(replace(ask, signed=question.fields))
                 try:
-                    answer = await self._judge(member, ask, sent, response)
+                    answer = await self._judge(member, ask, question, response)
                 except BaseException:
                     response.close()
                     raise
                 if answer is not None:
                     return answer
 
-    async def _request(self, member: Member, ask: Ask) -> "tuple[aiohttp.ClientResponse, Mapping[str, str]]":
-        response = await member.request(ask)
-        return response, response.request_info.headers
+    def _question(self, member: Member, ask: Ask) -> Question:
+        assert self._signer is not None
+        own = {
+            "GUP-Key": ask.key,
+            "GUP-Class": str(ask.share.priority),
+            "GUP-Client": ask.client,
+            "GUP-Held": "1" if ask.held else "0",
+        }
+        signer, now = self._signer(), self._time_ms()
+        return signer.ask(self._node, member.member, ask.method, ask.path, now, own.items())
 
     async def _judge(
-        self, member: Member, ask: Ask, sent: Mapping[str, str], response: "aiohttp.ClientResponse"
+        self, member: Member, ask: Ask, question: Question, response: "aiohttp.ClientResponse"
     ) -> "Answer | RemoteHead | None":
         status, name = response.status, member.name
-        if not self._check(name, sent, response.headers):
+        assert self._signer is not None
+        if not self._signer().verify_answer(question, status, response.headers.items()):
             raise rejected(f"{name} did not sign its answer as a member of this cluster")
         if status in (404, 410, 304):
             await _drain(response)
@@ -208,14 +208,6 @@ class Members:
         for member in self._members.values():
             await member.close()
         self.wan.close()
-
-
-def _not_signed(_member: str, _method: str, _target: str, _fields: Mapping[str, str]) -> dict[str, str]:
-    return {}
-
-
-def _not_checked(_member: str, _sent: Mapping[str, str], _got: Mapping[str, str]) -> bool:
-    return False
 
 
 async def _drain(response: "aiohttp.ClientResponse") -> None:

@@ -2,10 +2,10 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 from harness.caches import Worker, working
@@ -15,6 +15,7 @@ from harness.upstreams import ScriptedUpstream
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames
+from gup.cluster.signing import Signer
 from gup.server.downloads import Downloads
 from gup.server.listener import Listener
 from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
@@ -38,16 +39,11 @@ def until() -> Callable:
     return wait
 
 
-def signed(member: str, _method: str, _target: str, fields) -> dict[str, str]:
-    return {**fields, "GUP-Test-To": member}
+SIGNER = Signer("test", (b"a secret of the site",))
 
 
-def checked(_member: str, _sent, got) -> bool:
-    return got.get("GUP-Test-Signed") == "1"
-
-
-def verified(_method: str, _target: str, fields):
-    return (fields["gup-test-to"], lambda _: {"GUP-Test-Signed": "1"}) if "gup-test-to" in fields else None
+def now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 @dataclass
@@ -88,8 +84,15 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
             folder.mkdir()
             worker = await stack.enter_async_context(working(folder, urls, **sections))
             deps = worker.dependencies
-            deps.members._node, deps.members._sign, deps.members._check = name, signed, checked
-            deps.members._via = "1.1 site (gup)"
+            await deps.members.close()
+            deps.members = Members(
+                deps.counters,
+                user_agent="gup/test",
+                via="1.1 site (gup)",
+                node=name,
+                signer=lambda: SIGNER,
+                time_ms=now_ms,
+            )
             listening = socket.create_server(("127.0.0.1", 0))
             slots = Slots(deps.claims, 1_000_000, lambda: 0)
             clients = deps.settings.clients.model_copy(update={"max_downloads": 0})
@@ -102,7 +105,9 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
                 ClientCounts.alone(),
             )
             log = PeerLog(deps.settings, deps.counters, ClientNames("full", b"x" * 32))
-            handler = PeerHandler(deps, worker.cache, downloads, log, "site", verified)
+            handler = PeerHandler(
+                deps, worker.cache, downloads, log, "site", name, lambda: SIGNER, lambda: [now_ms()]
+            )
             listener = Listener([listening], deps.settings, handler, PeerAdmission(), lambda _: None)
             listener.start()
             nodes.append(Node(name, worker, listener, listening.getsockname()[1]))

@@ -33,6 +33,7 @@ class Node:
     name: str
     demand: tuple[int, int, int] = (0, 0, 0)
     used: int = 0
+    start: int = 1
     share: int = 0
     until_ms: float = -1
     rows: dict[str, str] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Node:
 
     def beat(self, engine, now_ms, *, asked_ms=None, lost=False, rate=RATE) -> list:
         arguments = [self.name, f"row of {self.name}", LIFE_MS, rate, *self.demand]
-        rest = [self.used, GRANT_LIFE_MS, self.last_order, 100, now_ms]
+        rest = [self.used, GRANT_LIFE_MS, self.last_order, 100, now_ms, self.start]
         _, number, share, rows, orders = engine.eval(SCRIPT, len(KEYS), *KEYS, *arguments, *rest)
         if not lost:
             self.used, self.share, self.until_ms = number, share, (asked_ms or now_ms) + GRANT_LIFE_MS
@@ -87,6 +88,26 @@ def test_orders_come_once_and_in_order(engine):
     assert node.beat(engine, 1200) == []
     ids.append(engine.xadd(KEYS[3], {"order": 3}))
     assert [order[0] for order in node.beat(engine, 1400)] == ids[3:]
+
+
+def test_of_two_nodes_with_one_name_the_earlier_one_is_heard(engine):
+    engine.flushall()
+    earlier, later = Node("same", start=5), Node("same", start=6)
+    earlier.beat(engine, 1000)
+    later.beat(engine, 1100)
+    assert (later.used, later.rows) == (-1, {})
+    engine.flushall()
+    later.beat(engine, 1200)
+    assert later.rows == {"same": "row of same"}
+    earlier.beat(engine, 1300)
+    assert earlier.rows == {"same": "row of same"}, (
+        "whoever comes first after a loss, the earlier start has it"
+    )
+    later.beat(engine, 1400)
+    assert later.used == -1
+    engine.delete(SITE + "members:same:start")  # as when its life has ended
+    later.beat(engine, 1500)
+    assert later.used > 0
 
 
 ALL = 10**9

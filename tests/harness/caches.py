@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.content import MONIKER
 from harness.internals import (
+    CLOCK_WORDS,
     CUT,
     FAILURE_WORDS,
     ROW_WORDS,
@@ -119,7 +120,7 @@ async def working(
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
     counters = private_counters(names)
-    words = memoryview(bytearray(16)).cast("Q")
+    words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
     wan = Wan(words, 0, private_turns(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
@@ -149,7 +150,7 @@ async def working(
         store=store,
         claims=claims,
         pool=pool,
-        members=Members.none(counters),
+        members=Members(counters),
         counters=counters,
         queue=queue,
         space=Space(
