@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak pictures bench dashboards lint types imports check lock audit clean
+.PHONY: demo test fault long soak fuzz pictures bench dashboards lint types imports check lock audit clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -51,6 +51,19 @@ long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# MINUTES of each target (TARGETS: some of them), one process a core; what is found stays in build/fuzz.
+# REPLAY=FILE runs one input again.
+TARGETS ?=
+REPLAY ?=
+fuzz: $(VENV)/.installed
+ifeq ($(REPLAY),)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --minutes $(MINUTES) --seed $(SEED) --targets $(TARGETS)
+else
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --replay '$(abspath $(REPLAY))'
+endif
 
 # Grafana's JSON from the code that describes it.
 dashboards: $(VENV)/.installed

@@ -16,11 +16,16 @@ def quoted(text: str | bytes) -> str:
     """
     if isinstance(text, bytes):
         text = text[: SHOWN_BYTES + 1].decode("utf-8", "surrogateescape")
-    shown = "".join(map(_printable, text[: SHOWN_BYTES + 1]))
+    shown = printable(text[: SHOWN_BYTES + 1])
     encoded = shown.encode()
     if len(encoded) <= SHOWN_BYTES:
         return shown
     return encoded[: SHOWN_BYTES - len("…".encode())].decode("utf-8", "ignore") + "…"
+
+
+def printable(text: str) -> str:
+    """The same for text of any length."""
+    return text if text.isprintable() else "".join(map(_printable, text))
 
 
 def _printable(character: str) -> str:
@@ -37,11 +42,11 @@ class GupError(Exception):
 
 
 class SettingsError(GupError):
-    """`problems` has one sentence per mistake: the key, the value found, and what would be right."""
+    """`problems` has one printable sentence per mistake: key, value found, and what would be right."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [printable(problem) for problem in problems]  # names of keys may hold anything
+        super().__init__("\n".join(self.problems))
 
 
 class StoreError(GupError):

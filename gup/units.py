@@ -50,15 +50,16 @@ def parse_rate(value: object) -> int:
 def parse_duration(value: object) -> float:
     """Seconds in a duration such as "30d", "10s" or 10; ValueError says what would be right."""
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = value  # as it is: not every whole number is a float
     elif match is not None and (match[2] or "s") in _DURATION_UNITS:
         seconds = float(match[1]) * _DURATION_UNITS[match[2] or "s"]
     else:
         raise ValueError('a duration is a number with ms, s, m, h or d, such as "30d" or "10s"')
     if not 0 <= seconds <= MAX_DURATION_SECONDS:
         raise ValueError("a duration lies between 0 and 100 years")
-    return seconds
+    return float(seconds)
 
 
 def format_size(size_bytes: int) -> str:

@@ -17,6 +17,7 @@ from harness.needs import pytest_runtest_setup, pytest_terminal_summary
 from harness.processes import until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
+from harness.warm import TEMPLATE
 
 __all__ = ["pytest_runtest_setup", "pytest_terminal_summary"]  # hooks: pytest finds them here
 Answers = Mapping[str, Answer | bytes | Sequence[Answer | bytes]]
@@ -28,6 +29,8 @@ uvloop.new_event_loop().close()  # libuv opens one pipe a process, at its first 
 def _descriptors() -> set[tuple[str, str]]:
     found = set()
     for link in Path("/proc/self/fd").iterdir():
+        if TEMPLATE.link and int(link.name) == TEMPLATE.link.fileno():
+            continue
         with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
             found.add((link.name, str(link.readlink())))
     return found
@@ -40,6 +43,8 @@ def _children() -> set[psutil.Process]:
         with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
             numbers = (thread / "children").read_text().split()
             for child in (psutil.Process(int(number)) for number in numbers):
+                if TEMPLATE.process and child.pid == TEMPLATE.process.pid:
+                    continue
                 found |= {child, *child.children(recursive=True)}
     return found
 

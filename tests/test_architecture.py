@@ -252,7 +252,7 @@ def test_dependencies_have_their_reasons():
     configured = tomllib.loads(text(ROOT / "pyproject.toml"))
     project, build = configured["project"], configured["build-system"]["requires"]
     page = text(ROOT / "docs" / "dependencies.md")
-    run, cluster, to_build, develop = re.split(r"## To (?:run as|build|develop)", page)
+    run, cluster, to_build, develop, to_fuzz = re.split(r"## To (?:run as|build|develop|fuzz)", page)
 
     def packages(requirements):
         return [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in requirements]
@@ -264,6 +264,7 @@ def test_dependencies_have_their_reasons():
     assert explained(cluster) == packages(project["optional-dependencies"]["cluster"])
     assert explained(to_build) == packages(build)
     assert explained(develop) == packages(project["optional-dependencies"]["dev"])
+    assert explained(to_fuzz) == packages(project["optional-dependencies"]["fuzz"])
 
 
 def test_the_changelog_has_a_place_for_what_is_new_and_the_command_is_where_the_package_says():

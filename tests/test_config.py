@@ -184,6 +184,21 @@ def test_paths_are_absolute(monkeypatch, tmp_path):
         ('[site]\nname = "a b"', ["site.name", "'a b'", "letters"]),
         ('[site]\ntime_zone = "Paris"', ["site.time_zone", "'Paris'", "Europe/Paris"]),
         ("[workers]\ncount = -1", ["workers.count", "-1", "greater than or equal to 0"]),
+        ("[cache]\nindex_ttl = " + "9" * 400, ["cache.index_ttl", "bits", "100 years"]),
+        ("[listen]\nport = 0x" + "f" * 6000, ["listen.port", "24000 bits", "65535"]),
+        ("a = " + "[" * 5000, ["gup.toml", "nested 16 levels deep"]),
+        ("a = " + "[" * 17 + "]" * 17, ["gup.toml", "nested 16 levels deep"]),
+        (".".join("a" * 5000) + " = 1", ["gup.toml", "nested 16 levels deep"]),
+        ('"\\u001b[31m" = 1', [r"\x1b[31m", "unknown key"]),
+        *(
+            (f'[{section}]\n{key} = "a\\u0000b"', [f"{section}.{key}", r"\x00", "printable"])
+            for section, key in (
+                ("cache", "directory"),
+                ("catalog", "file"),
+                ("listen", "admin_token_file"),
+                ("listen", "admin_cert_file"),
+            )
+        ),
     ],
 )
 def test_a_mistake_names_key_value_and_what_would_be_right(toml, text, words):
@@ -191,6 +206,23 @@ def test_a_mistake_names_key_value_and_what_would_be_right(toml, text, words):
     assert len(problems) == 1, problems
     for word in words:
         assert word in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("GUP_CACHE" + "__A" * 3000, "1", ["GUP_CACHE__A__A", "nested that deep"]),
+        ("GUP_UPSTREAM", "[" * 5000, ["upstream", "the JSON text", "must be a list"]),
+        ("GUP_CATALOG__TYPES", "[" * 500 + "]" * 500, ["catalog.types", "the JSON text", "must be a table"]),
+        ("GUP_CACHE__DIRECTORY", "/\udcff", ["cache.directory", r"\udcff", "printable"]),
+        ("GUP_\udcff__PORT", "1", [r"GUP_\xff__PORT", "unknown section"]),
+    ],
+)
+def test_a_variable_that_holds_anything_is_a_mistake_in_printable_words(name, text, words):
+    (problem,) = problems_of(environment={name: text})
+    assert problem.isprintable()
+    for word in words:
+        assert word in problem
 
 
 HOURS = [

@@ -103,6 +103,17 @@ class Cache:
         self._entries.used(entry)
         return opened
 
+    async def held(self, key: ContentKey, route: Route) -> Opened | None:
+        """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched."""
+        entry = await self._entries.get(key)
+        if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
+            self._entries.used(entry)
+            return self._opened(entry, route, Result.HIT)
+        fill = self._fills.get(key)
+        if fill is not None and fill.body is not None and fill.from_wan():
+            return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
+        return None
+
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._deps.wall_clock() - entry.record.validated_at))
         return Opened(entry, result, entry.key, route.kind, age, entry=entry)

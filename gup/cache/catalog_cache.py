@@ -1,7 +1,7 @@
 """Managers' catalogues: read through the store, kept for the workers, used to spell monikers."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +19,14 @@ from gup.upstream.download import Fetched
 FILE = "catalogs.json"
 
 
-def _by_moniker(rows: list[list[str]] | None) -> dict[str, Listed] | None:
-    return None if rows is None else {row[0].upper(): Listed(*row) for row in rows}
+_COLUMNS = [column.name for column in fields(Listed)]
+
+
+def _by_moniker(rows: object) -> object:
+    """Members to be checked; what is no list of rows stays, and is refused."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
+        return rows
+    return {str(row[0]).upper(): dict(zip(_COLUMNS, row, strict=False)) for row in rows}
 
 
 def _as_rows(rows: Mapping[str, Listed] | None) -> list[tuple[str, ...]] | None:
@@ -54,7 +60,7 @@ def read_kept(run: Path) -> dict[str, Kept]:
     """By the upstream's name; empty when there is no file, or it can't be read. Blocks."""
     try:
         return _Document.model_validate_json((run / FILE).read_bytes()).upstreams
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return {}
 
 

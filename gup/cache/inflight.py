@@ -115,6 +115,8 @@ class Fill:
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
+    from_wan: Callable[[], bool] = lambda: False
+    """Whether its body arrives from the WAN at this moment, at this node."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""

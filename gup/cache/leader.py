@@ -238,6 +238,8 @@ class Leader:
             holds=self._holds,
             clock=deps.clock,
         )
+        download = self._download
+        fill.from_wan = lambda: download.is_on_wan
         return self._download
 
     async def _open_wan(self, *, resuming: bool) -> Choice:

@@ -231,7 +231,7 @@ class Record(Head):
         record = read(_record_model(), members, "record")
         if len(record.sums) != -(-record.length // CHUNK_BYTES):
             raise InvalidError(f"record: {len(record.sums)} sums of a body of {record.length} bytes")
-        _require_path(record.path, record.key, "record")
+        _require_path(record.asked_path, record.key, "record")
         return record
 
 

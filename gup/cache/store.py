@@ -599,7 +599,9 @@ class Demotions:
         except FileNotFoundError:
             return []
         split = (line.partition(" ") for line in lines[-_KEPT_LINES:])
-        rows = [(float(at), id_) for at, _, id_ in split if at.isdecimal() and len(id_) == 32]
+        rows = [
+            (float(at), id_) for at, _, id_ in split if at.isdecimal() and len(at) < 16 and len(id_) == 32
+        ]
         if len(lines) > 2 * _KEPT_LINES:
             self._path.write_text("".join(f"{int(at)} {id_}\n" for at, id_ in rows))
         return rows

@@ -14,9 +14,10 @@ from gup.metrics import MAX_STREAMS
 def read_streams(path: Path) -> list[tuple[str, str, str]]:
     """Version, language and stream of each number in use, in order."""
     try:
-        rows = [line.split("/") for line in path.read_text().splitlines()[:MAX_STREAMS]]
+        lines = path.read_text(errors="replace").splitlines()  # a damaged line costs its stream's number
     except FileNotFoundError:
         return []
+    rows = [line.split("/") for line in lines[:MAX_STREAMS]]
     return [(row[0], row[1], row[2]) if len(row) == 3 else ("", "", "") for row in rows]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -22,6 +22,8 @@ from gup.errors import SettingsError
 
 PREFIX = "GUP_"
 DELIMITER = "__"
+_MOST_LEVELS = 16
+"""Of tables and lists within each other; the table of settings has five. What walks them is recursive."""
 
 Location = tuple[str | int, ...]
 """The path of a key: names, and positions in lists."""
@@ -59,6 +61,7 @@ def read(
     given = os.environ if environment is None else environment
     variables = {name: text for name, text in given.items() if name.upper().startswith(PREFIX)}
     problems = _unknown_variables(variables)
+    variables = {name: text for name, text in variables.items() if name.count(DELIMITER) <= _MOST_LEVELS}
     toml: Values = {}
     try:
         toml = _read_toml(file) if file else {}
@@ -79,7 +82,7 @@ def read(
     first = True
     while True:
         try:
-            return Settings.model_validate(values), problems
+            return Settings.model_validate(values), SettingsError(problems).problems
         except ValidationError as error:
             if first:  # later ones may come of what was left out
                 problems += complaints(error, Settings, lambda location: _origin(location, layers))
@@ -121,20 +124,39 @@ def _read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
 
         def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
             try:
-                return super().decode_complex_value(field_name, field, value)
-            except ValueError:
+                decoded = super().decode_complex_value(field_name, field, value)
+            except (ValueError, RecursionError):
                 return value
+            return value if _is_deep(decoded) else decoded
 
     return Environment()()
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        if _is_deep(tables):
+            raise RecursionError  # noqa: TRY301 - as tomllib for brackets
     except OSError as error:
         raise SettingsError([f"{file}: can't be read: {error.strerror}"]) from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise SettingsError([f"{file}: is not TOML: {error}"]) from error
+    except RecursionError as error:
+        levels = f"tables and lists may be nested {_MOST_LEVELS} levels deep"
+        raise SettingsError([f"{file}: is no table of settings: {levels}"]) from error
+    return tables
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        held = (item.values() if isinstance(item, dict) else item for item in level if _holds_others(item))
+        level = [below for items in held for below in items]
+    return any(map(_holds_others, level))
+
+
+def _holds_others(value: object) -> TypeGuard[dict[str, Any] | list[Any]]:
+    return isinstance(value, dict | list)
 
 
 def _merge(below: Values, above: Values) -> dict[str, Any]:
@@ -174,6 +196,8 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
         rest = name.lower().removeprefix(PREFIX.lower())
         if DELIMITER in rest and rest.split(DELIMITER)[0] not in sections:
             problems.append(f"{name}: unknown section; sections are {', '.join(sections)}")
+        elif name.count(DELIMITER) > _MOST_LEVELS:
+            problems.append(f"{name[:_MAX_SHOWN]}…: unknown variable; tables are not nested that deep")
         if rest in right:
             problems.append(f"{name}: unknown variable; did you mean {PREFIX}{right[rest].upper()}?")
     return problems
@@ -186,6 +210,7 @@ SECRET_KEYS = frozenset({"headers"})
 
 _USER_INFO = re.compile(r"(://[^/@\s:]*):[^/@\s]*@")
 _MAX_SHOWN = 60
+_MOST_BITS = 128
 
 _RIGHT = {
     "int_parsing": "must be a whole number",
@@ -253,6 +278,8 @@ def _shown(location: Location, value: object) -> str:
         return "the value (not shown)"
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # a long one has no decimal digits
+        return f"a number of {value.bit_length()} bits"
     if not isinstance(value, str):
         return repr(value).lower() if isinstance(value, bool) else repr(value)
     if value.lstrip()[:1] in ("[", "{"):

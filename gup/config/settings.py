@@ -137,7 +137,12 @@ Weight = Annotated[Integer, Field(ge=1, le=1000)]
 Address = Annotated[str, AfterValidator(_address)]
 Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], BeforeValidator(_split)]
 Minute = Annotated[str, _printable(_MINUTE, 'must be a time from "00:00" to "24:00", such as "07:30"')]
-Absolute = Annotated[Path, AfterValidator(Path.absolute)]
+# A NUL would raise ValueError in every call that names the file.
+Absolute = Annotated[
+    Path,
+    _good(lambda path: str(path).isprintable(), "must be a path of printable characters"),
+    AfterValidator(Path.absolute),
+]
 Url = Annotated[
     str,
     _url(_HOST + r"(?:/[^\s?#]*)?", "must be http://host:port or https://host:port, without user or query"),

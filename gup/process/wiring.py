@@ -98,7 +98,7 @@ class ChildProcess(ABC):
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
-            members=Members.none(self.counters),
+            members=Members(self.counters),
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(

@@ -15,6 +15,7 @@ from gup.errors import is_exhausted
 from gup.server.admission import Admission
 from gup.server.connection import Connection, Context, Pacer, Poller, close_by_reset
 from gup.server.handler import Handler
+from gup.server.peer import PeerAdmission, PeerHandler
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")
@@ -41,8 +42,8 @@ class Listener:
         self,
         sockets: Sequence[socket.socket],
         settings: config.Settings,
-        handler: Handler,
-        admission: Admission,
+        handler: Handler | PeerHandler,
+        admission: Admission | PeerAdmission,
         on_second: Callable[[float], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()

@@ -25,6 +25,10 @@ OVERLAP_BYTES = 64 * 1024
 TRIES = 3
 """Tries of one upstream in a row without a new byte."""
 _NEVER = 1 << 62
+_REJOIN_SECONDS = 2.0
+_REJOIN_PAUSE_SECONDS = 0.03
+"""After a break nodes go on one after the other, the one that ranks highest over the WAN, so that the rest is not
+fetched by each: the others ask for so long whether it does."""
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 
@@ -112,6 +116,8 @@ class Download:
         self._upstreams: Sequence[Upstream] = ()
         self._reserve: Sequence[Upstream] = ()
         self._on_wan = False
+        self.is_on_wan = False
+        """Whether it waits for the WAN alone, or its bytes come from there: then others may join it."""
         self._above = members.above(ask.key) if begun is None else []
         self._holder: Member | None = None
         self._looked = not immutable  # for a member that holds it; copies of changing content may be old
@@ -262,10 +268,15 @@ class Download:
         if self._looked:
             return None
         self._looked = True
-        self._holder = await self._members.holding(self._template, self._passed_over)
-        return self._holder
+        patience = self._clock() + _REJOIN_SECONDS if self.received else 0.0
+        while True:
+            self._holder, above = await self._members.holding(self._template, self._passed_over)
+            if self._holder is not None or not above or self._clock() >= patience:
+                return self._holder
+            await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
 
     async def _upstream(self) -> Upstream:
+        self.is_on_wan = True
         if not self._on_wan:
             self._upstreams, self._reserve = await self._wan()
             self._on_wan = True
@@ -294,7 +305,7 @@ class Download:
         if isinstance(upstream, Member):
             self._after_member(upstream, failure)
             return
-        name = upstream.name
+        name, self.is_on_wan = upstream.name, False
         if self.received and self._immutable:
             self._looked, self._passed_over = False, set()
         if self._holds and (failure.outcome == "rejected" or failure.retry_after_seconds is not None):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gup import config
 from gup.cluster.order import above, ranked
+from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
@@ -32,18 +33,22 @@ _HELD_SECONDS = 0.05
 _ERROR_BODY_BYTES = 64 * 1024
 NOT_READY, NOT_HELD = 202, 409
 """What a member answers when the body has not begun within a second, and when it does not hold it."""
-Sign = Callable[[str, str, str, Mapping[str, str]], dict[str, str]]
-"""(member, method, target, fields) to the fields of a signed question."""
-Check = Callable[[str, Mapping[str, str], Mapping[str, str]], bool]
-"""Whether (member, the question's fields, the answer's fields) is that member's answer to that question."""
+
+
+_MARK = "member "
+"""Begins the name that a member has as a source, which no configured upstream can have."""
+
+
+def is_member(source: str) -> bool:
+    return source.startswith(_MARK)
 
 
 class Member(Upstream):
     """One member and its connections."""
 
-    def __init__(self, name: str, url: str, user_agent: str, via: str, sign: Sign) -> None:
+    def __init__(self, name: str, url: str, user_agent: str, via: str) -> None:
         settings = config.Upstream(
-            name=name,
+            name=_MARK + name,
             url=url,
             kind="gup",
             max_connections=10_000,
@@ -53,42 +58,36 @@ class Member(Upstream):
             health_interval=0.0,
         )
         super().__init__(settings, user_agent, via)
-        self._sign = sign
-
-    def headers(self, ask: Ask) -> dict[str, str]:
-        fields = super().headers(ask)
-        own = {
-            "GUP-Key": ask.key,
-            "GUP-Class": str(ask.share.priority),
-            "GUP-Client": ask.client,
-            "GUP-Held": "1" if ask.held else "0",
-        }
-        return fields | self._sign(self.name, ask.method, ask.path, own)
+        self.member = name
+        """Its own name, as the cluster has it."""
 
 
 class Members:
     """The members that this process may ask."""
 
     def __init__(
-        self, counters: Counters, *, user_agent: str, via: str, node: str, sign: Sign, check: Check
+        self,
+        counters: Counters,
+        *,
+        user_agent: str = "",
+        via: str = "",
+        node: str = "",
+        signer: Callable[[], Signer] | None = None,
+        time_ms: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time."""
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
-        self._sign, self._check = sign, check
+        self._signer, self._time_ms = signer, time_ms
         self._members: dict[str, Member] = {}
         self._asks = asyncio.Semaphore(_MOST_ASKS)
-
-    @classmethod
-    def none(cls, counters: Counters) -> "Members":
-        """Of a gup that is alone."""
-        return cls(counters, user_agent="", via="", node="", sign=_not_signed, check=_not_checked)
 
     def use(self, addresses: Mapping[str, str]) -> None:
         """These members, by name, may be asked from now on. Requests in progress go on."""
         self._members = {
             name: self._members[name]
             if name in self._members and self._members[name].settings.url == url
-            else Member(name, url, self._user_agent, self._via, self._sign)
+            else Member(name, url, self._user_agent, self._via)
             for name, url in addresses.items()
         }
 
@@ -101,27 +100,38 @@ class Members:
         """Those that rank higher than this node, the highest first: they may fetch for it."""
         return [self._members[name] for name in above(key, self._node, self._members)]
 
-    async def holding(self, ask: Ask, without: Collection[str]) -> Member | None:
-        """A member that holds the body of `ask.key`, or None; asks all but `without` at once."""
-        others = [self._members[name] for name in ranked(ask.key, self._members) if name not in without]
-        if not others:
-            return None
+    async def holding(self, ask: Ask, without: Collection[str]) -> tuple[Member | None, bool]:
+        """A member that holds the body of `ask.key`, if any; asks all but `without` at once.
+
+        And whether a member above this node answered that it does not: it may go to the WAN for it now.
+        """
+        others = [self._members[name] for name in ranked(ask.key, self._members)]
+        others = [member for member in others if member.name not in without]
+        higher, answered = self.above(ask.key), set[Member]()
         question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)
 
         async def holds(member: Member) -> Member | None:
-            with contextlib.suppress(UpstreamFailure):
+            try:
                 answer = await self.ask(member, question)
-                return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
-            return None
+            except UpstreamFailure as failure:
+                if failure.status is not None:
+                    answered.add(member)
+                return None
+            return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
 
-        found: Member | None = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_HELD_SECONDS), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(holds(member)) for member in others]
+        tasks = [asyncio.ensure_future(holds(member)) for member in others]
+        try:
+            async with asyncio.timeout(_HELD_SECONDS):
                 for coming in asyncio.as_completed(tasks):
                     if (found := await coming) is not None:
-                        raise TimeoutError  # enough: the others' answers do not matter
-        return found
+                        return found, False
+        except TimeoutError:
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return None, any(member in answered for member in higher)
 
     # --- asking
 
@@ -131,24 +141,33 @@ class Members:
         """
         async with self._asks:
             while True:
-                response, sent = await self._request(member, ask)
+                question = self._question(member, ask)
+                response = await member.request(replace(ask, signed=question.fields))
                 try:
-                    answer = await self._judge(member, ask, sent, response)
+                    answer = await self._judge(member, ask, question, response)
                 except BaseException:
                     response.close()
                     raise
                 if answer is not None:
                     return answer
 
-    async def _request(self, member: Member, ask: Ask) -> "tuple[aiohttp.ClientResponse, Mapping[str, str]]":
-        response = await member.request(ask)
-        return response, response.request_info.headers
+    def _question(self, member: Member, ask: Ask) -> Question:
+        assert self._signer is not None
+        own = {
+            "GUP-Key": ask.key,
+            "GUP-Class": str(ask.share.priority),
+            "GUP-Client": ask.client,
+            "GUP-Held": "1" if ask.held else "0",
+        }
+        signer, now = self._signer(), self._time_ms()
+        return signer.ask(self._node, member.member, ask.method, ask.path, now, own.items())
 
     async def _judge(
-        self, member: Member, ask: Ask, sent: Mapping[str, str], response: "aiohttp.ClientResponse"
+        self, member: Member, ask: Ask, question: Question, response: "aiohttp.ClientResponse"
     ) -> "Answer | RemoteHead | None":
         status, name = response.status, member.name
-        if not self._check(name, sent, response.headers):
+        assert self._signer is not None
+        if not self._signer().verify_answer(question, status, response.headers.items()):
             raise rejected(f"{name} did not sign its answer as a member of this cluster")
         if status in (404, 410, 304):
             await _drain(response)
@@ -189,14 +208,6 @@ class Members:
         for member in self._members.values():
             await member.close()
         self.wan.close()
-
-
-def _not_signed(_member: str, _method: str, _target: str, _fields: Mapping[str, str]) -> dict[str, str]:
-    return {}
-
-
-def _not_checked(_member: str, _sent: Mapping[str, str], _got: Mapping[str, str]) -> bool:
-    return False
 
 
 async def _drain(response: "aiohttp.ClientResponse") -> None:

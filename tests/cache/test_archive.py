@@ -272,13 +272,14 @@ def extended(text: bytes, size: int | None = None) -> bytes:
         ([header("x", 512, tarfile.GNUTYPE_SPARSE), HUGE], "sparse"),
         ([(header("x", 512, tarfile.XGLTYPE) + bytes(512)) * 2000], "header"),
         ([header("x", 0, tarfile.XHDTYPE) * 2000], "header"),
-        ([extended(b"29 GNU.sparse.realsize=9999999\n", 30)], "damaged header"),
+        # of a damaged extension, Python 3.11.2 tells that nothing follows
+        ([extended(b"29 GNU.sparse.realsize=9999999\n", 30)], "damaged header|truncated"),
         (
             [extended(b"22 GNU.sparse.major=1\n"), header("y", 512), b"9" * 2000, HUGE],
             "truncated|sparse|header",
         ),
         ([extended(b"13 size=-500\n"), header("y", 512)], "damaged header|negative"),
-        ([extended(b"\xff\xff\xff")], "damaged header"),
+        ([extended(b"\xff\xff\xff")], "damaged header|truncated"),
         ([header("content/a/b/c/d/e", 1 << 60), HUGE], "truncated"),
     ],
     ids=range(10),

@@ -128,6 +128,16 @@ def test_records_of_before_the_path_was_kept_are_read():
     assert Record.decode(sealed(fields)).path == ""
 
 
+@pytest.mark.parametrize("end", ["a%2F%2E%2E%2F%2E%2E%2Fother", "%2E%2E", "a%3Fb%2F", "_/x"])
+def test_a_record_without_a_path_whose_key_asks_for_something_else_is_refused(end):
+    """A repair would ask for it: outside of /content/, or another body."""
+    fields = json.loads(RECORD.encode())
+    del fields["path"]
+    fields["key"] = f"any/any/_/_/{end}"
+    with pytest.raises(InvalidError):
+        Record.decode(sealed(fields))
+
+
 A_FAILURE = {"slug": "loop", "detail": "", "ttl": 1, "until": 1}
 WRONG_STATES = {
     "generation": [-1, 7.0, "7", 2**64],

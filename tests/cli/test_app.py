@@ -54,7 +54,8 @@ def test_every_command_has_its_help_in_whole_sentences_without_types_of_pythons(
 )
 def test_a_shell_completes_commands_and_flags(typed, found):
     words = typed.split()
-    script = f"""source {ROOT}/deploy/completions/gup.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}
+    script = f"""source '{ROOT}/deploy/completions/gup.bash'
+    COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}
     _gup gup; echo "${{COMPREPLY[*]}}" """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

@@ -8,6 +8,30 @@ from harness.cluster import RATE, SECRET, UPSTREAM, Node, Valkey, until
 from gup.cluster.members import Member, Members
 
 
+@pytest.fixture
+def valkey(tmp_path):
+    engine = Valkey(tmp_path / "valkey")
+    yield engine
+    engine.kill()
+
+
+@pytest.fixture
+async def cluster(valkey):
+    """`await cluster("a", "b")`: nodes that run; what is given by name goes to each."""
+    made = []
+
+    async def start(*names, **how):
+        nodes = [Node(name, valkey.port, **how) for name in names]
+        made.extend(nodes)
+        for node in nodes:
+            await node.start()
+        return nodes
+
+    yield start
+    for node in made:
+        await node.die()
+
+
 def all_ask_all(nodes):
     names = {node.name for node in nodes}
     return lambda: all(node.asks == node.lists == names - {node.name} for node in nodes)

@@ -177,9 +177,14 @@ async def test_the_unlisted_is_looked_for_once_in_the_background(managers, monke
 
 
 def test_a_damaged_file_is_as_good_as_none(tmp_path):
+    rows = (["[]"], [[]], [[5, "p", "l", ""]], [["{A}"]], [["{A}", 5, "l", ""]], [{"a": "b"}], "{A}")
+    damaged = [{"format": 1, "upstreams": {"fr": {"source": "s", "rows": one}}} for one in rows]
     for text in (b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1, "upstreams": {"fr": {"source": 1}}}'):
         (tmp_path / FILE).write_bytes(text)
         assert read_kept(tmp_path) == {}
+    for document in damaged:
+        (tmp_path / FILE).write_text(json.dumps(document))
+        assert read_kept(tmp_path) == {}, document
     whole = {"source": "s", "rows": [["{A}", "p", "l", ""]], "read_at": 1}
     whole |= dict.fromkeys(("problem", "etag", "last_modified"))
     (tmp_path / FILE).write_text(json.dumps({"format": 1, "upstreams": {"fr": whole}}))

@@ -150,7 +150,7 @@ async def working(
         store=store,
         claims=claims,
         pool=pool,
-        members=Members.none(counters),
+        members=Members(counters),
         counters=counters,
         queue=queue,
         space=Space(

@@ -16,6 +16,7 @@ from gup.cache.recovery import Recovery
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue
 from gup.cache.store import Store
 from gup.cache.streams import Streams
+from gup.client_names import ClientNames
 from gup.config import Cache as CacheSettings
 from gup.config import Settings
 from gup.content.key import ContentKey, Variant
@@ -26,6 +27,13 @@ from gup.control.index import Index
 from gup.control.reconcile import reconcile
 from gup.errors import Problem
 from gup.metrics import Counters, layout
+from gup.server.access_log import AccessLog
+from gup.server.admission import Admission
+from gup.server.downloads import Downloads
+from gup.server.handler import Handler
+from gup.server.hot_cache import HotCache
+from gup.server.listener import Listener
+from gup.server.policy import Policy
 from gup.upstream.bandwidth import CLOCK_WORDS, Turns, Wan
 from gup.upstream.members import Members
 from gup.upstream.pool import Pool

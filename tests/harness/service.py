@@ -21,6 +21,7 @@ from harness.clients import RawConnection, Response, Swarm, address_of, fetch
 from harness.content import name_of
 from harness.processes import command_line, end, environment, marked, owners_of_connection, until
 from harness.upstreams import ScriptedUpstream
+from harness.warm import TEMPLATE, can_start
 
 READY = re.compile(r"gup: serving on (http://\S+), control plane on (https?://\S+), (\d+) workers?")
 REPOSITORY = Path(__file__).parents[2]
@@ -148,6 +149,10 @@ class Gup:
         self._runs += 1
         env = environment(self._mark, self._env)
         with self._log().open("wb") as log:
+            if self.PROGRAM is Gup.PROGRAM and can_start(self._env):
+                arguments = self.command[len(self.PROGRAM) :]
+                self.process = TEMPLATE.start(arguments, env, self.folder, log.fileno())
+                return
             self.process = subprocess.Popen(
                 self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )

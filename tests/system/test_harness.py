@@ -1,8 +1,14 @@
 """The harness proved without gup: upstreams count right, clients see right, gates hold."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 from harness.clients import End, RawConnection, Swarm, fetch
 from harness.content import noise
+from harness.processes import command_line, open_files
+from harness.service import Gup
 from harness.upstreams import Answer, Gate, ScriptedUpstream
 
 
@@ -47,3 +53,33 @@ def test_the_scripted_upstream_cuts_lies_and_chunks():
         clients = [swarm.add(1, path)[0] for path in ("/short", "/reset")]
         swarm.wait()
         assert [client.end for client in clients] == [End.CUT, End.RESET]
+
+
+def seen_in_proc(gup: Gup) -> list[tuple[object, ...]]:
+    """What tells its processes apart from outside, without numbers and names that differ at each start."""
+    found = []
+    for pid in gup.pids:
+        text = Path(f"/proc/{pid}/status").read_text()
+        status = re.findall(r"^((?:Umask|SigBlk|SigIgn|SigCgt|Threads|Seccomp):.*)", text, re.MULTILINE)
+        files = sorted(re.sub(r"[\d.]+|/\S+/", "", file) for file in open_files(pid))
+        command = [word for word in command_line(pid) if word and not re.search(r"\d", word)]
+        found.append(
+            (command, status, files, os.getpgid(pid) == pid, Path(f"/proc/{pid}/cwd").readlink().name)
+        )
+    return [found[0], *sorted(found[1:], key=str)]
+
+
+def test_a_service_off_the_template_is_one_that_an_interpreter_was_started_for(tmp_path, monkeypatch):
+    seen, messages = [], []
+    for starts in ("template", "python"):
+        monkeypatch.setenv("GUP_TEST_STARTS", starts)
+        with Gup(tmp_path / starts / "cache", ["http://127.0.0.1:9"]) as gup:
+            gup.wait_log("read 0 bodies")
+            seen.append(seen_in_proc(gup))
+            gup.kill_worker(gup.workers()[0])
+            gup.wait_metric(1, "gup_worker_restarts_total")
+            assert len(gup.workers()) == 2
+            assert gup.stop() == 0
+            messages.append(re.findall(r"gup.process.supervisor.*?: (\w+ \w*)", gup.log))
+    assert seen[0] == seen[1]
+    assert sorted(messages[0]) == sorted(messages[1])

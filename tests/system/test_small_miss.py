@@ -16,7 +16,7 @@ MOST |= {"fcntl": 6, "fsync": 0, "fdatasync": 0, "syncfs": 0, "statfs": 2}
 
 
 @pytest.mark.alone
-@pytest.mark.program("strace")
+@pytest.mark.needs("strace")
 def test_a_small_miss_costs_few_system_calls(serve, tmp_path):
     paths = [content_path(f"xdelta2607{n:05d}_To_260801001.dax") for n in range(MISSES + 1)]
     body, counts = noise("small", 100_000), tmp_path / "counts"

@@ -55,7 +55,7 @@ async def test_reads_that_are_cancelled_lose_nothing(pool_of, upstream, monkeypa
         async def wan():
             return pool.upstreams, ()
 
-        members = Members.none(counters)
+        members = Members(counters)
         download = Download(pool, members, wan, ask, counters, immutable=True, reread=reread)
         assert (await download.begin()).status == 200
         got, stops = await read_with_stops(download, chance)

@@ -1,0 +1,193 @@
+"""The peer port: what other members of the cluster ask this node, and its answers.
+
+Rules, limits and reports are the asking node's business, which chose the key. Every question and every answer's
+head is signed (gup.cluster.signing).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from gup import config
+from gup.cache.cache import Cache, Result
+from gup.cache.inflight import FillDependencies
+from gup.cluster.signing import Question, Refused, Signer
+from gup.content.key import BadKeyError, ContentKey
+from gup.content.routes import Routes, parse_target
+from gup.errors import Problem, exhausted, is_exhausted
+from gup.server.access_log import AccessLog
+from gup.server.downloads import Downloads
+from gup.server.hot_cache import HotCache
+from gup.server.ranges import Span
+from gup.server.request import Request
+from gup.server.response import Response, Serving, field_lines, plan, refuse
+from gup.units import format_http_date
+from gup.upstream.exchange import GivenHead, Validators, gup_names
+from gup.upstream.members import NOT_READY
+
+log = logging.getLogger("gup.peer")
+
+_READY_SECONDS = 1.0
+"""A question that can't be answered by then is answered with NOT_READY, and asked again."""
+
+
+class PeerLog(AccessLog):
+    """In place of the access log: members are no clients, so that only their bytes are counted."""
+
+    def begin(self, peer: str, response: Response) -> None:
+        """Nothing."""
+        self.connected.clear()
+
+    def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+        """Nothing."""
+
+
+class PeerHandler:
+    """In the handler's place on the peer port."""
+
+    def __init__(
+        self,
+        dependencies: FillDependencies,
+        cache: Cache,
+        downloads: Downloads,
+        log: PeerLog,
+        node: str,
+        name: str,
+        signer: Callable[[], Signer],
+        times_ms: Callable[[], Sequence[int]],
+    ) -> None:
+        """`node` is the name in Via, that of all members; `name` this one's own. `times_ms` are the engine's
+        times that count as now, the likeliest first.
+        """
+        self.access_log = log
+        self._sent_at = dependencies.counters.position("gup_peer_sent_bytes_total")
+        self.hot_cache = HotCache(lambda: (0, 0), lambda: None)  # of nothing: it never learns
+        self.downloads = downloads
+        self.draining = False
+        self._dependencies, self._cache = dependencies, cache
+        self._name, self._signer, self._times_ms = name, signer, times_ms
+        self._node, self._via = node, f"1.1 {node} (gup)"
+        self._use(dependencies.settings)
+
+    def apply(self, settings: config.Settings) -> None:
+        self._use(settings)
+
+    def _use(self, settings: config.Settings) -> None:
+        self._routes = Routes.of(settings.upstream)
+
+    def respond(self, request: Request) -> Coroutine[Any, Any, Response]:
+        return self._respond(request)
+
+    async def _respond(self, request: Request) -> Response:
+        signer, times, target = self._signer(), self._times_ms(), request.target.decode("latin-1")
+        question = signer.verify_question(self._name, request.method, target, request.headers, times)
+        if isinstance(question, Refused):
+            problem = Problem("forbidden-host", "only members of this gup's cluster are answered here")
+            response = self.refuse(problem, keep_alive=False)
+            if question.question is not None:  # a member whose clock is wrong learns the time
+                self._sign(signer, question.question, response, times[0], {})
+            return response
+        fields: dict[str, str] = {}
+        try:
+            response = await self._answer(request, fields)
+        except Exception as error:
+            if isinstance(error, OSError) and is_exhausted(error):
+                error = exhausted(error)
+            if not isinstance(error, Problem):
+                log.error("a member's request failed: %r", request.head[:200], exc_info=error)
+                error = Problem("internal-error", "an error in gup itself; its log has the details")
+            response = self.refuse(error, keep_alive=request.keep_alive)
+            if request.method == "HEAD":
+                response.segments = ()
+        self._sign(signer, question, response, self._times_ms()[0], fields)
+        return response
+
+    def _sign(
+        self, signer: Signer, question: Question, response: Response, time_ms: int, fields: dict[str, str]
+    ) -> None:
+        """Add `fields` and the signature to the response's head."""
+        lines = response.head.decode("latin-1").split("\r\n")[1:-2]
+        sent = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+        fields |= signer.answer(question, response.status, time_ms, [*sent, *fields.items()])
+        response.head = response.head[:-2] + field_lines(list(fields.items())) + b"\r\n"
+
+    async def _answer(self, request: Request, fields: dict[str, str]) -> Response:
+        request.check_method()
+        if request.target == b"/readyz":
+            return self._plain(503 if self.draining else 200, request)
+        route = self._routes.route(parse_target(request.target).path)
+        try:
+            key = ContentKey.parse(request.header("gup-key") or "")
+        except BadKeyError as error:
+            raise Problem("bad-request", str(error)) from error
+        if key not in route.keys(key.variant):
+            raise Problem("bad-request", f"{key.text} is not a key of this path")
+        passed = tuple(name for name in gup_names(request.header("via")) if name != self._node)
+        if request.header("gup-held") == "1":
+            opened = await self._cache.held(key, route)
+            if opened is None:
+                return self._plain(409, request)
+        else:
+            try:
+                async with asyncio.timeout(_READY_SECONDS):
+                    client = request.header("gup-client") or ""
+                    opened = await self._cache.open(route, key.variant, passed, client)
+            except TimeoutError:
+                return self._plain(NOT_READY, request)
+        body, head = opened.body, opened.body.head
+        given = GivenHead(
+            head.etag,
+            head.upstream,
+            head.upstream_etag,
+            head.last_modified,
+            Validators(head.upstream_etag, head.last_modified),
+            opened.age_seconds,
+            0,
+        )
+        fields["GUP-Head"] = given.text()
+        serving = Serving(self._date(), self._via, opened.age_seconds, "gup", None, opened.ranges)
+        response = plan(request, head, serving)
+        response.result = Result.HIT
+        if any(isinstance(segment, Span) for segment in response.segments):
+            response.body, response.sent_at = body, self._sent_at
+        else:
+            body.leave()
+        return response
+
+    def _plain(self, status: int, request: Request) -> Response:
+        lines = [("Date", self._date()), ("Content-Length", "0")]
+        lines += [] if request.keep_alive else [("Connection", "close")]
+        phrase = HTTPStatus(status).phrase.encode()
+        head = b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, phrase, field_lines(lines))
+        return Response(status, head, (), close=not request.keep_alive)
+
+    def _date(self) -> str:
+        return format_http_date(self._dependencies.wall_clock())
+
+    def refuse(self, problem: Problem, request: Request | None = None, *, keep_alive: bool) -> Response:
+        del request
+        return refuse(problem, self._date(), self._via, keep_alive=keep_alive and not self.draining)
+
+
+class PeerAdmission:
+    """In place of Admission: who asks is known by the signature."""
+
+    def apply(self, settings: config.Settings) -> None:
+        """Nothing."""
+
+    def is_allowed(self, address: str) -> bool:
+        del address
+        return True
+
+    def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
+        del address, make_room
+        return True
+
+    def leave(self, address: str) -> None:
+        """Nothing."""
+
+    def among(self, client: str) -> float:
+        del client
+        return 1.0
