@@ -200,7 +200,7 @@ class Controller(ChildProcess):
             try:
                 await cluster.run()
             except Exception:  # noqa: BLE001 - the service must go on
-                _LOG.exception("the cluster's control failed; it begins anew")
+                _LOG.exception("the cluster's control failed; it is started again")
             await asyncio.sleep(1.0)
 
     def _paid_bytes(self) -> Classes:

@@ -1,10 +1,12 @@
 """The controller's part in a cluster, with a real engine and real probes: who is listed, who is asked."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
-from harness.cluster import RATE, SECRET, UPSTREAM, Node, Valkey, until
+from cluster.nodes import RATE, SECRET, UPSTREAM, Node, Valkey, until
 
+from gup.cluster.beat import EngineError
 from gup.cluster.members import Member, Members
 
 
@@ -268,3 +270,77 @@ async def test_without_an_engine_a_start_finds_the_members_of_before(cluster, va
     await until(lambda: three.rate() == RATE // 3, "its part")
     assert three.offset, "a member told the engine's time"
     assert two.lists == {"a"}
+
+
+# --- the rate, watched all the time
+
+
+@asynccontextmanager
+async def watched(nodes):
+    """The most that all nodes together used, looked at every few milliseconds; and the least."""
+    seen = []
+
+    async def watch():
+        while True:
+            seen.append(sum(node.rate() for node in nodes))
+            await asyncio.sleep(0.004)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def swap(nodes, times):
+    """All demand goes from one node to the next, and on."""
+    for turn in range(times):
+        for number, node in enumerate(nodes):
+            node.waiting = frozenset({1}) if number == turn % len(nodes) else frozenset()
+        await asyncio.sleep(0.4)
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(25, marks=pytest.mark.long)])
+async def test_the_sum_of_shares_is_never_above_the_rate_while_demand_moves(cluster, times):
+    nodes = await cluster("a", "b", "c")
+    await until(all_ask_all(nodes), "all ask all")
+    await beats(nodes)
+    async with watched(nodes) as seen:
+        await swap(nodes, times)
+    assert max(seen) <= RATE + len(nodes)
+
+
+async def test_the_sum_is_never_above_the_rate_when_the_engine_goes_and_comes(cluster, valkey):
+    nodes = await cluster("a", "b", "c")
+    await until(all_ask_all(nodes), "all ask all")
+    nodes[0].waiting = frozenset({1})
+    await until(lambda: nodes[0].share >= 0.97 * RATE, "one has it all")
+    async with watched(nodes) as seen:
+        with valkey.paused():
+            await until(lambda: sum(node.rate() for node in nodes) == RATE // 3 * 3, "equal parts")
+        await until(lambda: nodes[0].share >= 0.97 * RATE, "as before")
+        valkey.kill()
+        await until(lambda: sum(node.rate() for node in nodes) == RATE // 3 * 3, "equal parts")
+        valkey.start()
+        await until(lambda: nodes[0].share >= 0.97 * RATE, "as before")
+    assert max(seen) <= RATE + len(nodes)
+
+
+async def test_a_node_that_loses_the_engine_alone_has_its_part_and_the_others_leave_it(cluster, monkeypatch):
+    one, two, three = nodes = await cluster("a", "b", "c")
+    await until(all_ask_all(nodes), "all ask all")
+    one.waiting = two.waiting = frozenset({1})
+    await until(lambda: abs(one.share - two.share) < 10, "halves")
+
+    async def lost(*_, **__):
+        raise EngineError("the cable is broken")
+
+    async with watched(nodes) as seen:
+        with monkeypatch.context() as broken:
+            broken.setattr(three.control._engine, "beat", lost)
+            await until(lambda: three.rate() == RATE // 3, "its part")
+            assert one.rate() + two.rate() == pytest.approx(RATE * 2 // 3, abs=RATE // 50)
+            assert one.asks == {"b", "c"}, "it answers, so it stays"
+        await until(lambda: three.share < RATE // 10 and one.share + two.share > 0.97 * RATE, "as before")
+    assert max(seen) <= RATE + len(nodes)

