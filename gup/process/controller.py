@@ -16,7 +16,6 @@ from gup.cache.scheduler import share_class
 from gup.cache.streams import read_streams
 from gup.cluster.members import Members, read_members, write_members
 from gup.cluster.share import Classes
-from gup.cluster.signing import Signer, read_secrets
 from gup.config import Settings
 from gup.content.key import Variant
 from gup.content.routes import Route
@@ -28,7 +27,6 @@ from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
 from gup.control.service import Control
 from gup.control.stats.history import RECEIVED
-from gup.files import FileError
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import (
     CLUSTER_EPOCH,
@@ -163,7 +161,6 @@ class Controller(ChildProcess):
 
         assert cluster.site is not None
         words, run, shared = self.words, self.store.run, self.shared
-        self._signer = Signer(cluster.site, read_secrets(cluster.secret_file))
 
         async def publish(members: Members) -> None:
             await asyncio.to_thread(write_members, run, members)
@@ -179,7 +176,7 @@ class Controller(ChildProcess):
             ClusterDependencies(
                 settings=cluster,
                 upstreams=lambda: self.settings.upstream,
-                signer=lambda: self._signer,
+                signer=self.sign_as,
                 rate=self.site_rate,
                 paid=self._paid_bytes,
                 waiting=self._waiting_classes,
@@ -275,10 +272,6 @@ class Controller(ChildProcess):
         self._catalogues.apply(settings)
         if self._cluster is not None and settings.cluster.site is not None:
             self._cluster.apply()
-            try:
-                self._signer = Signer(settings.cluster.site, read_secrets(settings.cluster.secret_file))
-            except FileError as error:
-                _LOG.error("cluster.secret_file: %s; the secrets of before stay", error)
         self._applying = self._loop.create_task(self._apply(settings))
 
     async def _apply(self, settings: Settings) -> None:

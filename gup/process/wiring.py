@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import resource
 import socket
@@ -23,8 +24,11 @@ from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue, share_class
 from gup.cache.store import Store
 from gup.cache.streams import Streams
+from gup.cluster.members import MembersReader
 from gup.cluster.share import floor, without_grant
+from gup.cluster.signing import Signer, read_secrets
 from gup.config import Settings
+from gup.files import FileError
 from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import Row, SharedFile
@@ -38,6 +42,7 @@ _BULK_FIRST, _URGENT_FIRST, _INHERITED_FIRST = 0, 10_000, 20_000
 _RANGE_BYPASS_FIRST, _BYPASS_FIRST = 100_000, 200_000
 DOWNLOADS_FIRST = 1_000_000
 
+_LOG = logging.getLogger("gup.process")
 _RANGE_BYPASS_SLOTS = 2
 _BYPASS_SLOTS = 4
 _THREADS = 16
@@ -98,7 +103,7 @@ class ChildProcess(ABC):
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
-            members=Members(self.counters),
+            members=self._make_members(),
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(
@@ -137,6 +142,33 @@ class ChildProcess(ABC):
             bypass=Slots(self.slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
             range_bypass=Slots(self.slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
         )
+
+    def _make_members(self) -> Members:
+        cluster = self.settings.cluster
+        self.signer: Signer | None = None
+        if cluster.site is None or cluster.url is None:
+            return Members(self.counters)
+        self.signer = Signer(cluster.site, read_secrets(cluster.secret_file))
+        read = MembersReader(self.store.run, lambda: self.words[layout.CLUSTER_EPOCH])
+        return Members(
+            self.counters,
+            user_agent=f"gup/{__version__}",
+            via=f"1.1 {self.node} (gup)",
+            node=cluster.node,
+            signer=self.sign_as,
+            time_ms=self.engine_ms,
+            listed=lambda: read().askable,
+        )
+
+    def sign_as(self) -> Signer:
+        """With the cluster's secrets of now."""
+        assert self.signer is not None
+        return self.signer
+
+    def engine_ms(self) -> int:
+        """The cluster engine's time in ms; this machine's while that is unknown."""
+        offset = self.words[layout.ENGINE_TIME]
+        return time.monotonic_ns() // 1_000_000 + offset if offset else int(time.time() * 1000)
 
     def _fill_queue(self) -> FillQueue:
         held = self.words[layout.FILL_HELD : layout.FILL_HELD + GROUPS]
@@ -216,6 +248,12 @@ class ChildProcess(ABC):
         self.settings = self.dependencies.settings = settings
         self._rate_until = 0.0
         self.pool.apply(settings.upstream)
+        cluster = settings.cluster
+        if cluster.site is not None and self.signer is not None:
+            try:
+                self.signer = Signer(cluster.site, read_secrets(cluster.secret_file))
+            except FileError as error:
+                _LOG.error("cluster.secret_file: %s; the secrets of before stay", error)
         log.configure_child(settings.log)
 
     async def handle_messages(self) -> bool:
@@ -251,8 +289,10 @@ class ChildProcess(ABC):
 
 
 def _node_name(settings: Settings) -> str:
-    """The site's name, and a hash that differs for each host and cache directory."""
+    """The site's name, and a hash that differs for each host and cache directory; all of a cluster have one."""
+    cluster = settings.cluster
     own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
+    own = f"cluster\n{cluster.site}" if cluster.url is not None else own
     site = (
         "".join(c if (c.isascii() and c.isalnum()) or c in "-._" else "-" for c in settings.site.name)
         or "gup"

@@ -36,8 +36,7 @@ _READY_SECONDS = 1.0
 class PeerLog(AccessLog):
     """In place of the access log: members are no clients, so that only their bytes are counted."""
 
-    def begin(self, peer: str, response: Response) -> None:
-        """Nothing."""
+    def begin(self, peer: str, response: Response) -> None:  # noqa: ARG002 - as in AccessLog
         self.connected.clear()
 
     def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
@@ -96,7 +95,7 @@ class PeerHandler:
             if isinstance(error, OSError) and is_exhausted(error):
                 error = exhausted(error)
             if not isinstance(error, Problem):
-                log.error("a member's request failed: %r", request.head[:200], exc_info=error)
+                log.exception("a member's request failed: %r", request.head[:200])
                 error = Problem("internal-error", "an error in gup itself; its log has the details")
             response = self.refuse(error, keep_alive=request.keep_alive)
             if request.method == "HEAD":

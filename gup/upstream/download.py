@@ -27,8 +27,8 @@ TRIES = 3
 _NEVER = 1 << 62
 _REJOIN_SECONDS = 2.0
 _REJOIN_PAUSE_SECONDS = 0.03
-"""After a break nodes go on one after the other, the one that ranks highest over the WAN, so that the rest is not
-fetched by each: the others ask for so long whether it does."""
+"""After a break nodes go on one after the other, the one that ranks highest over the WAN, so that the rest is
+not fetched by each: the others ask for so long whether it does."""
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 _SILENT_SECONDS = 3.0
-"""A member answers within a second, if only that it is not ready; without an answer for so long it is gone."""
+"""A member answers within a second, if only that it is not ready; it is gone after so long without."""
 _CONNECT_SECONDS = 1.0
 _MOST_ASKS = 64
 """Questions to members at a time, in this process; those that read a body do not count."""
@@ -74,30 +74,44 @@ class Members:
         node: str = "",
         signer: Callable[[], Signer] | None = None,
         time_ms: Callable[[], int] = lambda: 0,
+        listed: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time."""
+        """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time, `listed`
+        the addresses of the members that may be asked, by name.
+        """
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
-        self._signer, self._time_ms = signer, time_ms
+        self._signer, self._time_ms, self._listed = signer, time_ms, listed
+        self._addresses: Mapping[str, str] = {}
+        self._retired: list[Member] = []
         self._members: dict[str, Member] = {}
         self._asks = asyncio.Semaphore(_MOST_ASKS)
 
-    def use(self, addresses: Mapping[str, str]) -> None:
-        """These members, by name, may be asked from now on. Requests in progress go on."""
-        self._members = {
-            name: self._members[name]
-            if name in self._members and self._members[name].settings.url == url
-            else Member(name, url, self._user_agent, self._via)
-            for name, url in addresses.items()
-        }
+    def _refresh(self) -> None:
+        """Requests in progress go on when a member is no longer listed."""
+        addresses = self._listed()
+        if addresses != self._addresses:
+            self._addresses, old = dict(addresses), self._members
+            self._members = {
+                name: old.pop(name)
+                if name in old and old[name].settings.url == url
+                else Member(name, url, self._user_agent, self._via)
+                for name, url in addresses.items()
+            }
+            self._retired += old.values()
 
-    def __bool__(self) -> bool:
-        return bool(self._members)
+    async def close_retired(self) -> None:
+        """Call it from time to time."""
+        idle = [member for member in self._retired if not member.in_use]
+        self._retired = [member for member in self._retired if member.in_use]
+        for member in idle:
+            await member.close()
 
     # --- choice
 
     def above(self, key: str) -> list[Member]:
         """Those that rank higher than this node, the highest first: they may fetch for it."""
+        self._refresh()
         return [self._members[name] for name in above(key, self._node, self._members)]
 
     async def holding(self, ask: Ask, without: Collection[str]) -> tuple[Member | None, bool]:
@@ -105,6 +119,7 @@ class Members:
 
         And whether a member above this node answered that it does not: it may go to the WAN for it now.
         """
+        self._refresh()
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
         higher, answered = self.above(ask.key), set[Member]()
@@ -198,14 +213,14 @@ class Members:
         self._counters.add("gup_peer_received_bytes_total", amount)
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
-        """The controller finds out itself who is away."""
+        """Nothing: the controller finds out itself who is away."""
 
     def done(self, upstream: Upstream) -> None:
         upstream.in_use -= 1
         upstream.free.release()
 
     async def close(self) -> None:
-        for member in self._members.values():
+        for member in (*self._members.values(), *self._retired):
             await member.close()
         self.wan.close()
 

@@ -46,9 +46,9 @@ class Ask:
     anew when a body comes. `stop` is the offset after the last requested byte; None requests all from
     `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
     are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
-    own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a member of
-    the cluster is to answer only with what it holds, and to fetch nothing. `signed` are the fields of a signed
-    question to one.
+    own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a
+    member of the cluster is to answer only with what it holds, and to fetch nothing. `signed` are the fields
+    of a signed question to one.
     """
 
     path: str

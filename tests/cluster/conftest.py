@@ -54,7 +54,13 @@ class Node:
     worker: Worker
     listener: Listener
     port: int
+    known: dict[str, str]
     gone: bool = False
+
+    def knows(self, *nodes: "Node") -> None:
+        """These, but for itself, are the members that it may ask."""
+        self.known.clear()
+        self.known |= {node.name: f"http://127.0.0.1:{node.port}" for node in nodes if node is not self}
 
     @property
     def sent_bytes(self) -> int:
@@ -84,6 +90,7 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
             folder.mkdir()
             worker = await stack.enter_async_context(working(folder, urls, **sections))
             deps = worker.dependencies
+            known: dict[str, str] = {}
             await deps.members.close()
             deps.members = Members(
                 deps.counters,
@@ -92,6 +99,7 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
                 node=name,
                 signer=lambda: SIGNER,
                 time_ms=now_ms,
+                listed=lambda known=known: known,
             )
             listening = socket.create_server(("127.0.0.1", 0))
             slots = Slots(deps.claims, 1_000_000, lambda: 0)
@@ -110,10 +118,9 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
             )
             listener = Listener([listening], deps.settings, handler, PeerAdmission(), lambda _: None)
             listener.start()
-            nodes.append(Node(name, worker, listener, listening.getsockname()[1]))
+            nodes.append(Node(name, worker, listener, listening.getsockname()[1], known))
         for node in nodes:
-            others = {n.name: f"http://127.0.0.1:{n.port}" for n in nodes if n is not node}
-            node.worker.dependencies.members.use(others)
+            node.knows(*nodes)
         try:
             yield nodes
         finally:

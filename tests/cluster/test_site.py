@@ -5,7 +5,7 @@ import random
 
 import pytest
 from cluster.conftest import cluster
-from harness.caches import Cut, path_of, read, route
+from harness.caches import path_of, read, route
 from harness.upstreams import Answer, Gate
 
 from gup.cluster.order import ranked
@@ -46,15 +46,13 @@ async def test_a_herd_at_all_nodes_costs_one_fetch_and_gets_one_etag(tmp_path, u
         )  # a copy for each other node
 
 
-async def test_the_body_is_passed_on_while_it_arrives(tmp_path, upstream):
+async def test_the_body_is_passed_on_while_it_arrives(tmp_path, upstream, until):
     gate = Gate()
     upstream.answer(FILES[0], Answer(BODY, etag='"a"', gates=((3_000_000, gate),)))
     async with cluster(tmp_path, [upstream.url], 3) as nodes:
         low = order(nodes, FILES[0])[-1]
         opened = await low.worker.open(FILES[0])
-        async with asyncio.timeout(10):
-            while opened.body.published < 2_000_000:
-                await asyncio.sleep(0.005)
+        await until(lambda: opened.body.published > 2_000_000, "most of what has come")
         assert not opened.body.ended
         gate.open()
         assert await read(opened.body) == BODY
@@ -65,15 +63,10 @@ async def test_the_body_is_passed_on_while_it_arrives(tmp_path, upstream):
 async def test_an_owner_that_has_lost_its_copy_takes_it_from_another_node(tmp_path, upstream):
     upstream.answer(FILES[0], Answer(BODY, etag='"a"'))
     async with cluster(tmp_path, [upstream.url], 3) as nodes:
-        owner, second, _ = order(nodes, FILES[0])
-        addresses = {n.name: f"http://127.0.0.1:{n.port}" for n in nodes}
-        for node in nodes:  # the owner is not there yet
-            known = {name: url for name, url in addresses.items() if name not in (owner.name, node.name)}
-            node.worker.dependencies.members.use(known)
+        owner, second, third = order(nodes, FILES[0])
+        second.knows(third)  # the owner is not there yet
         assert (await get(second, FILES[0]))[0] == BODY
-        for node in nodes:
-            known = {name: url for name, url in addresses.items() if name != node.name}
-            node.worker.dependencies.members.use(known)
+        second.knows(*nodes)
         data, head = await get(owner, FILES[0])
         assert data == BODY
         assert head.etag == (await get(second, FILES[0]))[1].etag
@@ -137,4 +130,3 @@ async def test_who_is_no_member_gets_nothing(tmp_path, upstream):
         writer.close()
         await writer.wait_closed()
     assert not upstream.requests(FILES[0])
-    assert Cut
