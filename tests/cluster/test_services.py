@@ -1,0 +1,112 @@
+"""Three real services with two workers each, and a real engine: the list, the shares, the end of a node."""
+
+import json
+import os
+import signal
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from cluster.nodes import Valkey
+from harness.processes import free_port, until
+from harness.service import Gup
+from harness.upstreams import ScriptedUpstream
+
+PASSWORD = "the-engines-password"
+
+
+class Site:
+    def __init__(self, folder, valkey, upstream, stack):
+        (folder / "secret").write_text("a-secret-of-the-site\n")
+        (folder / "password").write_text(PASSWORD + "\n")
+        self.folder, self.valkey, self.upstream, self.stack = folder, valkey, upstream, stack
+        self.nodes = {}
+
+    def start(self, name, **changes):
+        port = free_port()
+        cluster = {
+            "url": f"redis://127.0.0.1:{self.valkey.port}",
+            "password_file": str(self.folder / "password"),
+            "site": "lyon",
+            "node": name,
+            "address": f"http://127.0.0.1:{port}",
+            "listen": f"127.0.0.1:{port}",
+            "secret_file": str(self.folder / "secret"),
+            "member_timeout": "2s",
+            **changes,
+        }
+        settings = {"cluster": cluster, "wan": {"rate": "1MB/s"}, "catalog": {"refresh": "0s"}}
+        gup = self.stack.enter_context(Gup(self.folder / name, [self.upstream.url], settings=settings))
+        self.nodes[name] = gup
+        return gup
+
+    def seen_by(self, name):
+        """What this node's API says of the cluster."""
+        with urllib.request.urlopen(f"{self.nodes[name].admin_url}/api/v1/cluster", timeout=10) as answer:
+            return json.load(answer)
+
+    def asked_by(self, name):
+        members = self.seen_by(name)["members"]
+        return {member["name"] for member in members if member["askable"]} - {name}
+
+    def all_ask_all(self):
+        names = set(self.nodes)
+        return all(self.asked_by(name) == names - {name} for name in names)
+
+
+@pytest.fixture
+def site(tmp_path):
+    valkey = Valkey(tmp_path / "valkey")
+    with valkey.client() as client:
+        client.config_set("requirepass", PASSWORD)
+    with ScriptedUpstream() as upstream, ExitStack() as stack:
+        yield Site(tmp_path, valkey, upstream, stack)
+    valkey.kill()
+
+
+def test_three_services_find_each_other_and_lose_one(site):
+    one, two, three = (site.start(name) for name in ("a", "b", "c"))
+    until(site.all_ask_all, "all ask all", 30)
+    seen = site.seen_by("a")
+    assert (seen["site"], seen["node"], seen["alone"], seen["engine_error"]) == ("lyon", "a", False, None)
+    assert seen["wan_rate_bytes_per_second"] == 1_000_000
+    assert sum(member["share_bytes_per_second"] or 0 for member in seen["members"]) <= 1_000_000
+    assert one.metrics()("gup_cluster_members") == 3
+    # the engine's password is known to no process but by its file
+    for gup in (one, two, three):
+        for pid in gup.pids:
+            assert PASSWORD.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert PASSWORD not in gup.log
+    # SIGTERM: off the lists at once
+    assert three.stop() == 0
+    del site.nodes["c"]
+    until(site.all_ask_all, "two are left", 30)
+    assert len(site.seen_by("a")["members"]) == 2
+    # kill -9: not asked, and off the list later
+    two.kill()
+    del site.nodes["b"]
+    until(lambda: len(site.seen_by("a")["members"]) == 1, "one is left", 30)
+    assert one.metrics()("gup_cluster_members") == 1
+
+
+def test_without_its_engine_a_service_starts_and_serves(site):
+    site.valkey.kill()
+    site.upstream.answer("/content/ContentInfo.txt", b"x" * 100)
+    one = site.start("a")
+    assert one.get("/content/ContentInfo.txt").body == b"x" * 100
+    until(lambda: one.alarms("engine-away"), "an alarm", 30)
+    assert site.seen_by("a")["engine_error"]
+
+
+def test_a_controller_that_is_killed_changes_no_list(site):
+    for name in ("a", "b"):
+        site.start(name)
+    until(site.all_ask_all, "both ask each other", 30)
+    one, two = site.nodes.values()
+    before = two.log.count("members besides b")
+    (controller,) = set(one.children()) - set(one.workers())
+    os.kill(controller, signal.SIGKILL)
+    until(lambda: set(one.children()) - set(one.workers()) not in ({controller}, set()), "a successor", 30)
+    until(lambda: one.admin and site.all_ask_all(), "both ask each other", 30)
+    assert two.log.count("members besides b") == before, "b saw no change"
