@@ -100,7 +100,7 @@ class ClusterControl:
         self._answered_at, self._error = clock(), ""
         self._ever_answered = self._fell_back = False
         self._taken_since: float | None = None
-        self._leaving = False
+        self._leaving = self._left = False
         self._wake, self._changed = asyncio.Event(), asyncio.Event()
         self._published: Members | None = None
         self.forged = 0
@@ -127,6 +127,10 @@ class ClusterControl:
         self._wake.set()
 
     async def close(self) -> None:
+        """Call it when `run` has ended; says goodbye if there was no time for it."""
+        if not self._left:
+            self._leaving = True
+            await self._beat()
         await self._engine.close()
         await self._prober.close()
 
@@ -202,6 +206,7 @@ class ClusterControl:
         if self._error:
             _log.warning("the cluster's engine answers again")
         self._error, self._answered_at, self.beats = "", now, self.beats + 1
+        self._left = self._own is not None and self._own.leaving
         self._note_time(beat.time_ms, (asked_ns + now_ns) // 2)
         if beat.grant is None:
             self._taken_since = self._taken_since or now

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 
 from aiohttp import web
@@ -29,8 +30,15 @@ class Valkey:
     """The engine: started, killed, paused and emptied as on a bad day; its port stays."""
 
     def __init__(self, folder):
-        self.port, self._folder = free_port(), folder
-        self.start()
+        self._folder = folder
+        for _ in range(5):
+            self.port = free_port()
+            try:
+                self.start()
+            except OSError:  # another test has taken it
+                continue
+            return
+        raise AssertionError("no free port")
 
     def start(self):
         self.server = ValkeyServer(port=self.port, data_dir=self._folder, save="")
@@ -60,7 +68,8 @@ class Node:
     """One node's controller and, in its workers' place, what answers at its port."""
 
     def __init__(self, name, engine_port, *, secret=SECRET, timeout="2s", known=ALONE, **settings):
-        self.name, self.port = name, free_port()
+        self.name, self._socket = name, socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
         self.signer = Signer(SITE, (secret,))
         self.settings = Cluster.model_validate(
             {
@@ -120,7 +129,7 @@ class Node:
         application.router.add_get("/readyz", self._answer)
         self._runner = web.AppRunner(application, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        await web.SockSite(self._runner, self._socket).start()
         self._task = asyncio.create_task(self.control.run())
 
     async def _answer(self, request):
@@ -142,6 +151,7 @@ class Node:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             await self._runner.cleanup()
+            self.control._left = True  # no time for a goodbye
             await self.control.close()
             self._task = None
 

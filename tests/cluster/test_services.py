@@ -104,6 +104,7 @@ def test_a_controller_that_is_killed_changes_no_list(site):
         site.start(name)
     until(site.all_ask_all, "both ask each other", 30)
     one, two = site.nodes.values()
+    two.wait_log("members besides b: a\n")
     before = two.log.count("members besides b")
     (controller,) = set(one.children()) - set(one.workers())
     os.kill(controller, signal.SIGKILL)
