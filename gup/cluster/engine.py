@@ -96,8 +96,10 @@ class Engine:
             await self._client.connection_pool.disconnect()
 
     async def close(self) -> None:
-        with contextlib.suppress(Exception):
-            await self._client.aclose()
+        manager = getattr(self._client.connection_pool, "sentinel_manager", None)
+        for client in (self._client, *(manager.sentinels if manager is not None else ())):
+            with contextlib.suppress(Exception):
+                await client.aclose()
 
 
 def _client(settings: Cluster) -> Redis:
