@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
-from gup.cluster.members import Member
+from gup.cluster.member_list import Member
 
 PROTOCOL = 1
 """Of what members ask each other, with the routes and keys in it. Raised when an older version would err."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gup.cluster.beat import Beat, EngineError
-from gup.cluster.members import ALONE, Members
+from gup.cluster.member_list import ALONE, Members
 from gup.cluster.membership import PROBE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer

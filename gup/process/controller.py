@@ -14,7 +14,7 @@ from gup.cache.disk import Durability
 from gup.cache.recovery import Recovery
 from gup.cache.scheduler import share_class
 from gup.cache.streams import read_streams
-from gup.cluster.members import Members, read_members, write_members
+from gup.cluster.member_list import Members, read_members, write_members
 from gup.cluster.share import Classes
 from gup.config import Settings
 from gup.content.key import Variant

@@ -24,7 +24,7 @@ from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue, share_class
 from gup.cache.store import Store
 from gup.cache.streams import Streams
-from gup.cluster.members import MembersReader
+from gup.cluster.member_list import MembersReader
 from gup.cluster.share import floor, without_grant
 from gup.cluster.signing import Signer, read_secrets
 from gup.config import Settings

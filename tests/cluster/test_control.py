@@ -7,7 +7,7 @@ import pytest
 from cluster.nodes import RATE, SECRET, UPSTREAM, Node, Valkey, until
 
 from gup.cluster.beat import EngineError
-from gup.cluster.members import Member, Members
+from gup.cluster.member_list import Member, Members
 
 
 @pytest.fixture

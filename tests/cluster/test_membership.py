@@ -2,7 +2,7 @@
 
 import pytest
 
-from gup.cluster.members import Member
+from gup.cluster.member_list import Member
 from gup.cluster.membership import PROTOCOL, Membership, Row, read_row, write_row
 
 TIMEOUT = 5.0

@@ -1,6 +1,6 @@
 """run/members: as written, read again only when the epoch has changed."""
 
-from gup.cluster.members import ALONE, FILE, Member, Members, MembersReader, read_members, write_members
+from gup.cluster.member_list import ALONE, FILE, Member, Members, MembersReader, read_members, write_members
 
 THREE = Members("a", (Member("b", "http://b:2969", True), Member("c", "http://c:2969", False)), 17, 3)
 
