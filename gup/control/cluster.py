@@ -35,6 +35,7 @@ _LEAST_SECONDS = 0.02
 """Between two beats."""
 _JUMP_MS = 1000
 _AWAY_SECONDS = 2.0
+_FORGED_SECONDS = 60.0
 _NAME_TAKEN = "another node with this name belongs to the cluster"
 _ALONE_AFTER_SECONDS = 1.5
 """A controller that was started again finds the row of the one before."""
@@ -103,7 +104,7 @@ class ClusterControl:
         self._leaving = self._left = False
         self._wake, self._changed = asyncio.Event(), asyncio.Event()
         self._published: Members | None = None
-        self.forged = 0
+        self.forged, self._forged_at = 0, 0.0
         """Rows and orders in the engine that no member signed."""
         self.beats = 0
         self._own: Row | None = None
@@ -190,9 +191,7 @@ class ClusterControl:
         )
 
     def _lost(self, why: str) -> None:
-        if why != self._error:
-            _log.warning("the cluster's engine does not answer: %s", why)
-        self._error = why
+        self._error = why  # the alarm tells it, when it lasts
         self.membership.engine_is_away()
         if not self._ever_answered and not self._fell_back:
             self._fell_back = True
@@ -203,8 +202,6 @@ class ClusterControl:
     def _take(self, beat: Beat, asked_ns: int, rate: int) -> None:
         """What the engine has answered to the beat of `asked_ns`."""
         now, now_ns = self._clock(), time.monotonic_ns()
-        if self._error:
-            _log.warning("the cluster's engine answers again")
         self._error, self._answered_at, self.beats = "", now, self.beats + 1
         self._left = self._own is not None and self._own.leaving
         self._note_time(beat.time_ms, (asked_ns + now_ns) // 2)
@@ -229,7 +226,7 @@ class ClusterControl:
         for name, sealed in beat.rows.items():
             row = read_row(signer.unseal(self._sealed_as(name), sealed))
             if row is None or row.name != name:
-                self.forged += 1
+                self.forged, self._forged_at = self.forged + 1, self._clock()
             else:
                 yield row
 
@@ -330,7 +327,7 @@ class ClusterControl:
             yield "member-unreachable", name, f"{self.node} can't reach {name} at {why}; it is passed over"
         for name, why in self.membership.unlike():
             yield "member-unlike", name, f"{self.node} does not ask {name}: {why}"
-        if self.forged:
+        if self.forged and now - self._forged_at < _FORGED_SECONDS:
             text = (
                 f"{self.forged} rows in the engine were not signed with this site's secret; they are ignored"
             )

@@ -111,3 +111,24 @@ def test_a_controller_that_is_killed_changes_no_list(site):
     until(lambda: set(one.children()) - set(one.workers()) not in ({controller}, set()), "a successor", 30)
     until(lambda: one.admin and site.all_ask_all(), "both ask each other", 30)
     assert two.log.count("members besides b") == before, "b saw no change"
+
+
+def test_the_secret_is_changed_without_a_pause(site):
+    for name in ("a", "b"):
+        site.start(name)
+    until(site.all_ask_all, "both ask each other", 30)
+    two = site.nodes["b"]
+    two.wait_log("members besides b: a\n")
+    before, secret, old, new = (
+        two.log.count("members besides b"),
+        site.folder / "secret",
+        "a-secret-of-the-site",
+        "b" * 20,
+    )
+    for lines in ((old, new), (new, old), (new,)):
+        secret.write_text("\n".join(lines) + "\n")
+        for gup in site.nodes.values():
+            assert gup.api("/api/v1/reload", "POST")[0] == 200
+        assert site.all_ask_all()
+    assert two.log.count("members besides b") == before
+    assert not any(gup.alarms("row-forged") for gup in site.nodes.values())
