@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak fuzz pictures bench dashboards lint types imports check lock audit clean
+.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit deb coverage clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -33,9 +33,20 @@ imports: $(VENV)/.installed
 
 check: lint types imports
 
+# A CI measures the coverage of the same run, and fails below the bars of tests/harness/coverage_bars.py. It costs
+# time, so `make test` elsewhere does without. Not measured: tests of time, and services that a test kills.
+# These run first, in one process: pytest compiles the tests then, once for those that follow.
+COVERED ?= $(filter true,$(CI))
+test: export GUP_TEST_NOT_RUN = $(CURDIR)/$(VENV)/.not-run
 test: check
-	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
+	rm -f "$$GUP_TEST_NOT_RUN"
+	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
 	$(BIN)/python -m pytest -m "alone and not long"
+	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
+	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
+
+coverage:
+	$(MAKE) test COVERED=true
 
 # All faults, the long and the random ones too; another SEED makes other random ones.
 fault: $(VENV)/.installed
@@ -52,14 +63,19 @@ MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
 
+# Many clients at once, by locust: the report is build/load/report.html (docs/load.md). LOAD is any of
+# `PYTHONPATH=deploy/load .venv/bin/python -m gup_load --help`, as LOAD='--scenario Storm --clients 500'.
+LOAD ?=
+load: $(VENV)/.installed
+	PYTHONPATH=deploy/load $(BIN)/python -m gup_load $(LOAD)
+
 # MINUTES of each target (TARGETS: some of them), one process a core; what is found stays in build/fuzz.
 # REPLAY=FILE runs one input again.
 TARGETS ?=
 REPLAY ?=
 fuzz: $(VENV)/.installed
 ifeq ($(REPLAY),)
-	$(BIN)/python -c 'import atheris' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(PIP) install --require-hashes --only-binary :all: --requirement requirements/fuzz.txt
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --minutes $(MINUTES) --seed $(SEED) --targets $(TARGETS)
 else
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz.run --replay '$(abspath $(REPLAY))'
@@ -93,7 +109,12 @@ lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
 	$(UV) pyproject.toml --extra cluster --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
+	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
+
+# The Debian package, for the Debian that this runs on: build/gup_*.deb. Needs dpkg-dev and python3-venv.
+deb:
+	deploy/debian/build
 
 audit: $(VENV)/.installed
 	.ci/audit

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
-from gup.errors import GupError, quoted
+from gup.errors import GupError, printable, quoted
 
 MAX_INTEGER = 2**63 - 1
 MAX_TIME = 1e11
@@ -21,7 +21,10 @@ _Model = TypeVar("_Model")
 
 
 class InvalidError(GupError, ValueError):
-    """The message names the model, the member and what is right."""
+    """The message names the model, the member and what is right; it is printable, whatever was read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def parse(text: bytes, model: str, most_bytes: int) -> Any:

@@ -80,6 +80,9 @@ _OUTCOMES = ("ok", "not_modified", "not_found", "error", "timeout", "unreachable
 _ENDS = ("outcome", ("committed", "failed", "unstorable"))
 _EVICTED = ("reason", ("unused", "revision", "size", "free", "part"))
 _WHERE = ("where", ("body", "part", "record", "index", "state"))
+RECEIVERS = ("webhook", "command")
+_RECEIVER: Label = ("to", RECEIVERS)
+_TRIED = ("outcome", ("accepted", "failed", "dropped"))
 _OF_PATCHES = ("client_patches_off", "manager_too_old", "version", "language", "undeclared")
 _RULE = ("rule", ("content_type", "unlisted", *_OF_PATCHES))
 _CLOSED = ("reason", ("network", "limit", "address"))
@@ -120,6 +123,9 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_connections_refused_total", "Connections closed at accept.", _CLOSED),
     _counter("gup_events_lost_total", "Events for the controller that found its queue full."),
     _counter("gup_worker_restarts_total", "Workers restarted after they died."),
+    _counter(
+        "gup_alarm_messages_total", "Alarm messages: accepted, failed tries, given up.", _RECEIVER, _TRIED
+    ),
     _counter("gup_stream_sent_bytes_total", "Body bytes sent, by stream.", *_STREAM, stored=False),
     _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
@@ -132,6 +138,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_allowed_at_once", "How many may be at once; absent when unlimited.", _LIMITED),
     _gauge("gup_newest_content_timestamp_seconds", "Date of the newest revision.", *_NEWEST),
     _gauge("gup_full_storm", _STORM_HELP, _PRODUCT, _LANGUAGE),
+    _gauge("gup_alarm_messages_waiting", "Alarm messages not accepted yet.", _RECEIVER),
     _gauge("gup_config_last_reload_successful", "Whether the last reload succeeded."),
     _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),

@@ -48,7 +48,7 @@ def parse_rate(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds in a duration such as "30d", "10s" or 10; ValueError says what would be right."""
+    """Seconds in a duration such as "30d", "10s" or 10, to a millisecond; ValueError says what is right."""
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -59,7 +59,7 @@ def parse_duration(value: object) -> float:
         raise ValueError('a duration is a number with ms, s, m, h or d, such as "30d" or "10s"')
     if not 0 <= seconds <= MAX_DURATION_SECONDS:
         raise ValueError("a duration lies between 0 and 100 years")
-    return float(seconds)
+    return round(float(seconds), 3)  # as `format_duration` writes it
 
 
 def format_size(size_bytes: int) -> str:

@@ -97,6 +97,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             names = item.fixturenames
             if "no_task_left_behind" not in names:
                 names.insert(0, "no_task_left_behind")
+    items.sort(key=_may_take_seconds, reverse=True)  # a long one that began last would keep all waiting
+
+
+def _may_take_seconds(item: pytest.Item) -> float:
+    """Of those with a time limit of their own; the others keep their random order."""
+    limit = item.get_closest_marker("timeout")
+    return limit.args[0] if limit is not None else 0.0
 
 
 @pytest.fixture
@@ -151,6 +158,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[Gup, ScriptedUpstream]
 
         def start(answers: Answers | None = None, /, *, folder: str = "cache", **given: Any):
             how = {name: given.pop(name) for name in _HOW if name in given}
+            if isinstance(how.get("workers"), dict):  # in the file, where a reload may change them
+                given["workers"], how["workers"] = how["workers"], None
             return _service(stack, tmp_path / folder, answers or {}, settings=given, **how)
 
         yield start
@@ -164,13 +173,17 @@ def _shared(request, tmp_path_factory) -> Iterator[tuple[Gup, ScriptedUpstream]]
     given = dict(getattr(request.module, "SHARED", {}))
     how = {name: given.pop(name) for name in _HOW if name in given}
     how["each"] = {"health_interval": "0s", **how.get("each", {})}
+    how["measured"] = True
     with contextlib.ExitStack() as stack:
         yield _service(stack, tmp_path_factory.mktemp("shared") / "cache", {}, settings=given, **how)
 
 
 @pytest.fixture
 def shared(_shared) -> Iterator[tuple[Gup, ScriptedUpstream]]:
-    """One service for all tests of a module, with its SHARED settings: they must not disturb each other."""
+    """One service for all tests of a module, with its SHARED settings: they must not disturb each other.
+
+    These are measured in `make coverage`; to measure those of one test would nearly double its time.
+    """
     gup, upstream = _shared
     yield gup, upstream
     gup.close_clients()

@@ -213,7 +213,7 @@ def test_nobody_waits_for_a_destination_that_hangs():
     handler.close()
     told = [text for text in stuck.took if "were dropped" in text]
     lines = [int(text) for text in stuck.took if text.isdecimal()]
-    assert lines == list(range(len(lines)))
+    assert lines == sorted(set(lines)), "in their order, each once"
     assert sum(int(text.split()[0]) for text in told) == 10_000 - len(lines) > 0
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.needs import NEEDS
@@ -42,28 +43,37 @@ def test_undeclared(): program("no-such-program")
 """
 
 
-def run(folder: Path, tests: str, *arguments: str, ci: str = "") -> tuple[int, str]:
+def run(folder: Path, tests: str, *arguments: str, env: Mapping[str, str]) -> tuple[int, str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = needs\n")
     (folder / "test_it.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, folder]
     plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "tests")}
-    env = environment("needs", {"CI": ci, **plain})
-    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment("needs", {"CI": "", **plain, **env}),
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
     return done.returncode, done.stdout.decode()
 
 
 def test_what_is_missing_is_told_at_the_end_for_all_processes_together(tmp_path):
-    status, said = run(tmp_path, TESTS, "-p", "xdist", "-n", "2")
-    assert (status, "1 passed, 4 skipped" in said) == (0, True), said
-    assert re.findall("^not run here.*", said, re.MULTILINE) == [
-        "not run here: 1 test, needs away (another machine)",
-        "not run here: 4 tests, need far (apt-get install far)",
-    ]
+    """And of several runs, as `make test` is."""
+    env = {"GUP_TEST_NOT_RUN": str(tmp_path / "not-run")}
+    for times in (1, 2):
+        status, said = run(tmp_path, TESTS, "-p", "xdist", "-n", "2", env=env)
+        assert (status, "1 passed, 4 skipped" in said) == (0, True), said
+        assert re.findall("^not run here.*", said, re.MULTILINE) == [
+            f"not run here: {'1 test, needs' if times == 1 else '2 tests, need'} away (another machine)",
+            f"not run here: {4 * times} tests, need far (apt-get install far)",
+        ]
 
 
 def test_in_ci_and_where_a_marker_is_wrong_they_fail_and_name_the_remedy(tmp_path):
-    status, said = run(tmp_path, TESTS + WRONG, ci="true")
+    status, said = run(tmp_path, TESTS + WRONG, env={"CI": "true"})
     assert (status, "1 failed, 1 passed, 5 errors" in said) == (1, True), said
     assert len(re.findall(r"^needs far \(apt-get install far\)$", said, re.MULTILINE)) == 3
     assert "needs away (another machine); far (apt-get install far)" in said

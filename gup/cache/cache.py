@@ -493,6 +493,11 @@ class Cache:
     def fills(self) -> int:
         return len(self._tasks)
 
+    async def end_fills(self) -> None:
+        """Wait until all fills that this process leads or follows have ended."""
+        while tasks := [task for task, fill in self._tasks.items() if fill is not None]:
+            await asyncio.wait(tasks)
+
     async def stop(self) -> None:
         """End all fills; their parts stay for resuming. Complete bodies are committed first."""
         tasks = list(self._tasks)

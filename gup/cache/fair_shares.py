@@ -85,17 +85,17 @@ class ClientCounts:
 
 
 class FairShares:
-    """The shared file, mapped by the worker of this number."""
+    """The shared file, mapped by the worker that has the column of this number."""
 
-    def __init__(self, fd: int, number: int) -> None:
-        """`fd` is of the file that `shares_file` made."""
+    def __init__(self, fd: int, number: int, used: int | None = None) -> None:
+        """`fd` is of the file that `shares_file` made; only its first `used` columns are looked at."""
         self._file = mmap.mmap(fd, 0)
         self._words = memoryview(self._file).cast("I")
         per_kind = len(self._words) // len(Shared)
         self._views: list[memoryview[int]] = []
         self.counts: list[ClientCounts] = []
         for kind in Shared:
-            starts = range(kind * per_kind, (kind + 1) * per_kind, _COLUMN_WORDS)
+            starts = range(kind * per_kind, (kind + 1) * per_kind, _COLUMN_WORDS)[:used]
             columns = [self._words[at : at + _COLUMN_WORDS] for at in starts]
             self._views += columns
             own = columns.pop(number)
@@ -114,10 +114,20 @@ def _cells(client: str) -> tuple[int, int]:
 
 
 def shares_file(columns: int) -> int:
-    """A descriptor of the shared file for that many workers; it is memory of this run alone."""
+    """A descriptor of the shared file for that many workers; it is memory of this run alone.
+
+    A column takes memory when it is first used.
+    """
     fd = os.memfd_create("gup-shares", os.MFD_CLOEXEC)
     os.ftruncate(fd, _COLUMN_BYTES * columns * len(Shared))
     return fd
+
+
+def clear_column(fd: int, number: int) -> None:
+    """The worker that had this column has exited, perhaps by a signal, and has no successor."""
+    per_kind = os.fstat(fd).st_size // len(Shared)
+    for kind in Shared:
+        os.pwrite(fd, bytes(_COLUMN_BYTES), kind * per_kind + number * _COLUMN_BYTES)
 
 
 # --- who is one client

@@ -100,10 +100,17 @@ class Store:
         self.demotions = Demotions(self.run / "demotions")
 
     def prepare(self) -> None:
-        """Create the folders; StoreError says which one can't be used and why."""
+        """Create the folders; StoreError says which one can't be used and why.
+
+        All but the bodies is for gup's own user alone: whoever may read a lock file can lock it, and so hold
+        up gup.
+        """
         for folder in (self.content, self.partial, self.index, self.run):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if folder != self.content and folder.stat().st_mode & 0o077:
+                    with contextlib.suppress(PermissionError):  # another's, or of a file system without modes
+                        folder.chmod(0o700)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be used: {folder}: {error.strerror}") from error
 

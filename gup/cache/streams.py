@@ -55,7 +55,7 @@ class Streams:
         return number
 
     def _append(self, name: str) -> int:
-        fd = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             names = ["/".join(row) if any(row) else "" for row in read_streams(self._path)]

@@ -85,10 +85,12 @@ class Admin:
         if not self.url.startswith(("http://", "https://")):
             raise AdminError(f"{given}: the control plane's URL must begin with http:// or https://")
 
-    def ask(self, method: str, resource: str, given: object = None) -> dict[str, Any]:
+    def ask(
+        self, method: str, resource: str, given: object = None, patience_seconds: float = _TIMEOUT_SECONDS
+    ) -> dict[str, Any]:
         """One request below /api/v1/, with `given` as its JSON; returns the response's JSON."""
         body = None if given is None else json.dumps(given).encode()
-        return self.understood(self.pieces(method, resource, body))
+        return self.understood(self.pieces(method, resource, body, patience_seconds=patience_seconds))
 
     def understood(self, pieces: Iterable[bytes]) -> dict[str, Any]:
         try:

@@ -1,7 +1,8 @@
-"""`gup status`, `gup why`, `gup reload`, `gup prefetch`: asked of a running service."""
+"""`gup status`, `why`, `reload`, `upgrade`, `prefetch`, `alarms`: asked of a running service."""
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
 
@@ -12,6 +13,7 @@ from gup.cli.shared import (
     UNUSABLE,
     WAITING,
     Columns,
+    Commands,
     JsonFlag,
     Row,
     Where,
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from gup.cli.admin_client import Admin
 
 _POLL_SECONDS = 0.2
+_TEST_SECONDS = 600.0
+"""More than alarms.webhook_timeout and alarms.command_timeout, which end a test."""
+_UPGRADE_SECONDS = 45.0
 _PENDING = ("queued", "fetching")
 _OUTCOMES = {
     "queued": "waits",
@@ -173,7 +178,8 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
     """Have a running service read its settings again, and say what took effect.
 
     Status 1 when the settings can't be used: those before stay in force. Status 3 when some of them need a
-    restart: the port, the cache directory, the number of workers.
+    restart: the port, the cache directory. Another number of workers is started beside those before, which
+    finish their responses: no request fails.
     """
     with asking(where) as admin:
         answer = admin.ask("POST", "reload")
@@ -188,6 +194,49 @@ def reload(*, where: Where, json_output: JsonFlag = False) -> None:
             typer.echo(f"restart the service for: {', '.join(waiting)}")
     if not answer["reloaded"] or waiting:
         raise typer.Exit(WAITING if answer["reloaded"] else FAILED)
+
+
+@with_connection_flags
+def upgrade(*, where: Where, json_output: JsonFlag = False) -> None:
+    """Have a running service run the version of gup that is installed now; no request fails.
+
+    The service keeps its process and its sockets. New processes start beside those before, which finish their
+    responses. Status 1 when the new version can't take over, and says why: the old one goes on.
+    """
+    with asking(where) as admin:
+        answer = admin.ask("POST", "upgrade", patience_seconds=_UPGRADE_SECONDS)
+        status = _replaced(admin, answer) if answer["upgraded"] else None
+        problems = answer["problems"]
+        if answer["upgraded"] and status is None:
+            late = f"the new processes were not ready within {_UPGRADE_SECONDS:g} s; the log says why"
+            problems = [late]
+        leaving = 0 if status is None else sum(worker["leaving"] for worker in status["workers"])
+        serving = 0 if status is None else len(status["workers"]) - leaving
+    if json_output:
+        version = None if status is None else status["version"]
+        print_json({"upgraded": not problems, "problems": problems, "version": version, "leaving": leaving})
+    elif status is None:
+        typer.echo("\n  ".join(["the earlier processes go on serving:", *problems]), err=True)
+    else:
+        rest = f"; {leaving} earlier ones finish their responses" if leaving else ""
+        typer.echo(f"gup {status['version']} serves with {serving} new workers{rest}")
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+def _replaced(admin: "Admin", before: dict[str, Any]) -> dict[str, Any] | None:
+    """The status that the new controller tells when all of its workers are ready; None if that takes long."""
+    from gup.cli.admin_client import AdminError  # noqa: PLC0415 - the other commands start without
+
+    give_up_at = time.monotonic() + _UPGRADE_SECONDS
+    while time.monotonic() < give_up_at:
+        with suppress(AdminError):  # the controller is being replaced
+            status = admin.ask("GET", "status")
+            current = [worker for worker in status["workers"] if not worker["leaving"]]
+            if status["pid"] != before["pid"] and current and all(worker["ready"] for worker in current):
+                return status
+        time.sleep(_POLL_SECONDS)
+    return None
 
 
 @with_connection_flags
@@ -248,3 +297,28 @@ def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
     return wanted
+
+
+alarms = typer.Typer(cls=Commands, help="Send alarms to a webhook or a command.", no_args_is_help=True)
+
+
+@alarms.callback()
+def _alarms() -> None:
+    """Keeps `test` a command of its own: typer would fold a single one into `gup alarms`."""
+
+
+@alarms.command("test")
+@with_connection_flags
+def send_test(*, where: Where, json_output: JsonFlag = False) -> None:
+    """Send a test message to alarms.webhook and alarms.command; status 0 when all accept it, else 1."""
+    with asking(where) as admin:
+        answer = admin.understood(admin.pieces("POST", "alarms/test", patience_seconds=_TEST_SECONDS))
+        sent = answer["sent"]
+    if json_output:
+        print_json(answer)
+    else:
+        for row in sent:
+            result = "accepted" if row["accepted"] else "NOT ACCEPTED"
+            typer.echo(printable(f"alarms.{row['to']}: {result}" + (row["detail"] and f": {row['detail']}")))
+    if not all(row["accepted"] for row in sent):
+        raise typer.Exit(FAILED)

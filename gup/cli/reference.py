@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gup.config import Settings
-from gup.config.loading import DELIMITER, PREFIX, SECRET_KEYS, mask_password, model_of
+from gup.config.loading import DELIMITER, PREFIX, masked, model_of
 from gup.metrics import MAX_SHOWN, METRICS
 from gup.units import format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
 
@@ -38,6 +38,11 @@ _EXAMPLES: dict[str, Any] = {
     "rate": 2_000_000,
     "file": "/etc/gup/ContentInfo.txt",
     "liveupdate": "http://liveupdate:7070",
+    "webhook": "https://alerts.example/gup",
+    "webhook_secret": "whsec_YW4gZXhhbXBsZSwgbWFrZSBhIGtleSBvZiB5b3VyIG93bg==",
+    "webhook_secret_file": "/etc/gup/webhook-secret",
+    "webhook_proxy": "http://user:password@proxy:8080",
+    "webhook_ca_file": "/etc/gup/alerts-ca.pem",
     "admin_token_file": "/etc/gup/admin-token",
     "admin_read_token_file": "/etc/gup/read-token",
     "admin_cert_file": "/etc/gup/admin-cert.pem",
@@ -221,11 +226,7 @@ def settings_toml(settings: Settings) -> str:
 
 def _in_force(table: BaseModel, above: str) -> Iterator[str]:
     for row in rows(type(table)):
-        value = getattr(table, row.name)
-        if row.key in SECRET_KEYS:
-            value = dict.fromkeys(value, "***")
-        elif row.key == "proxy" and value:
-            value = mask_password(value)
+        value = masked(row.key, getattr(table, row.name))
         if value is not None:
             yield f"{row.key} = {written(row.field, value)}"
     for name, field in type(table).model_fields.items():

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -109,8 +110,19 @@ def demo(
     raise typer.Exit(run.demo(plan, json_output=json_output))
 
 
+def http_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise typer.BadParameter(f"{text!r} is not right: a URL is like http://127.0.0.1:2967")
+    return text
+
+
+def share(what: str) -> Any:
+    return typer.Option(min=0.0, max=1.0, metavar="SHARE", help=f"{what} 0.05 is one in twenty.")
+
+
 @simulate.command("manager")
-def simulate_manager(
+def simulate_manager(  # noqa: PLR0913 - one parameter a flag
     *,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where it listens; port 0 takes a free one.")
@@ -125,6 +137,11 @@ def simulate_manager(
     ] = 10.0,
     products: Annotated[int, typer.Option(min=1, metavar="N", help="Streams of content.")] = 4,
     full_size: Annotated[int, quantity(parse_size, "SIZE", "Of a full package.", "4MB")] = 4_000_000,
+    delta_size: Annotated[int, quantity(parse_size, "SIZE", "Of a delta, on average.", "200kB")] = 200_000,
+    errors: Annotated[float, share("Requests for content that are answered with 503.")] = 0.0,
+    cuts: Annotated[float, share("Bodies that break off.")] = 0.0,
+    wrong: Annotated[float, share("Bodies with one byte changed.")] = 0.0,
+    delay: Annotated[float, quantity(parse_duration, "DURATION", "Before each answer.", "0s")] = 0.0,
 ) -> None:
     """Run a simulated management server with content until SIGTERM or SIGINT."""
     from gup.demo import manager
@@ -138,16 +155,23 @@ def simulate_manager(
         publish_interval_seconds=publish_interval,
         products=products,
         full_bytes=full_size,
+        delta_bytes=delta_size,
+        faults=manager.Faults(errors, cuts, wrong, delay),
     )
 
 
 @simulate.command("clients")
 def simulate_clients(
     *,
-    url: Annotated[str, typer.Option(metavar="URL", help="The server they ask: gup, or a manager.")],
+    url: Annotated[
+        str, typer.Option(parser=http_url, metavar="URL", help="The server they ask: gup, or a manager.")
+    ],
     manager: Annotated[
-        str, typer.Option(metavar="URL", help="The simulated manager; without it, asked at --url.")
-    ] = "",
+        str | None,
+        typer.Option(
+            parser=http_url, metavar="URL", help="The simulated manager; without it, asked at --url."
+        ),
+    ] = None,
     clients: ClientsFlag = 200,
     seconds: SecondsFlag = 30.0,
     seed: SeedFlag = 1,

@@ -3,6 +3,7 @@
 `gup config check`, `gup serve` and every reload use `usable`, so that all three refuse the same.
 """
 
+import os
 import ssl
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,11 @@ from gup import log
 from gup.cache.catalog_cache import FILE, read_kept
 from gup.cache.store import Store
 from gup.cluster.signing import read_password, read_secrets
-from gup.config import Cluster, Settings, Upstream, read
+from gup.config import Alarms, Cluster, Settings, Upstream, read
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
+from gup.control.webhook import Webhook
 from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
@@ -51,6 +53,7 @@ def _unusable(settings: Settings) -> list[str]:
         ("listen", lambda: require_access(settings.listen)),
         ("log", lambda: log.require_destination(settings.log)),
         ("rules", lambda: Rulebook(settings)),
+        ("alarms", lambda: _require_receivers(settings.alarms)),
     ]
     if settings.cluster.url is not None:
         checks += _of_cluster(settings.cluster)
@@ -58,7 +61,8 @@ def _unusable(settings: Settings) -> list[str]:
         try:
             check()
         except FileError as error:
-            problems.append(f"{setting}: {error}")
+            named = str(error).startswith(f"{setting}.")
+            problems.append(str(error) if named else f"{setting}: {error}")
         except SettingsError as error:
             problems += error.problems
     return problems
@@ -104,6 +108,14 @@ def _require_folder(folder: Path) -> None:
                 f"{str(path)!r} is not a folder: name a folder, or a path that does not exist yet"
             )
         return
+
+
+def _require_receivers(alarms: Alarms) -> None:
+    """FileError for what the controller could not use."""
+    if alarms.webhook is not None:
+        Webhook.read(alarms)
+    if alarms.command and not (os.access(program := alarms.command[0], os.X_OK) and Path(program).is_file()):
+        raise FileError(f"alarms.command: {program!r} is not a program that can be run")
 
 
 # --- catalogues

@@ -3,7 +3,9 @@
 from gup.config.loading import load as load
 from gup.config.loading import read as read
 from gup.config.settings import CONTENT_TYPES as CONTENT_TYPES
+from gup.config.settings import KEY_IS as KEY_IS
 from gup.config.settings import PRIVATE_NETWORKS as PRIVATE_NETWORKS
+from gup.config.settings import Alarms as Alarms
 from gup.config.settings import Cache as Cache
 from gup.config.settings import Clients as Clients
 from gup.config.settings import Cluster as Cluster
@@ -14,3 +16,4 @@ from gup.config.settings import Settings as Settings
 from gup.config.settings import Upstream as Upstream
 from gup.config.settings import Wan as Wan
 from gup.config.settings import WanSchedule as WanSchedule
+from gup.config.settings import signing_keys as signing_keys

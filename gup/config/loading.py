@@ -206,10 +206,12 @@ def _unknown_variables(variables: Mapping[str, str]) -> list[str]:
 # --- sentences for what is wrong
 
 
-SECRET_KEYS = frozenset({"headers"})
+SECRET_KEYS = frozenset({"headers", "webhook", "webhook_secret"})
+"""Keys whose values no message shows."""
 
 _USER_INFO = re.compile(r"(://[^/@\s:]*):[^/@\s]*@")
 _MAX_SHOWN = 60
+_MASK = "***"
 _MOST_BITS = 128
 
 _RIGHT = {
@@ -227,6 +229,18 @@ _RIGHT = {
 
 def mask_password(url: str) -> str:
     return _USER_INFO.sub(r"\1:***@", url)
+
+
+def masked(key: str, value: Any) -> Any:
+    """The value of a key without what is secret in it."""
+    if key in ("proxy", "webhook_proxy") and value:
+        return mask_password(value)
+    if key not in SECRET_KEYS or not value:
+        return value
+    if isinstance(value, dict):
+        return dict.fromkeys(value, _MASK)
+    url, query, _ = value.partition("?")
+    return _MASK if key == "webhook_secret" else f"{url}?{_MASK}" if query else url
 
 
 def spell(location: Location) -> str:

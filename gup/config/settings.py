@@ -3,6 +3,7 @@
 Sizes are bytes, rates bytes per second (0 = unlimited), durations seconds once they are read.
 """
 
+import base64
 import ipaddress
 import os
 import re
@@ -120,6 +121,20 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+KEY_IS = "must be whsec_ and 24 to 64 random bytes in base64: echo whsec_$(openssl rand -base64 32)"
+
+
+def signing_keys(text: str) -> list[bytes]:
+    """The keys of a webhook's secret, one or several with spaces; ValueError says what would be right."""
+    try:
+        keys = [base64.b64decode(word.removeprefix("whsec_"), validate=True) for word in text.split()]
+    except ValueError as error:
+        raise ValueError(KEY_IS) from error
+    if not keys or not all(24 <= len(key) <= 64 for key in keys):
+        raise ValueError(KEY_IS)
+    return keys
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 # A smaller size or rate lacks its unit.
 CacheSize = Annotated[Size, _good(lambda size: size >= 10**6, 'must be at least "1MB"')]
@@ -161,6 +176,10 @@ _DESTINATION_IS = 'must be "stderr", "stdout", "journald" or the absolute path o
 LogDestination = Annotated[str, _printable("stderr|stdout|journald(:/.*)?|/.*", _DESTINATION_IS)]
 _ZONE_IS = 'must be a time zone that this machine knows, such as "Europe/Paris"'
 TimeZone = Annotated[str, _good(lambda zone: not zone or zone in available_timezones(), _ZONE_IS)]
+_HOOK_IS = "must be http://host:port/path or https://host:port/path, without user and fragment"
+HookUrl = Annotated[str, _url(_HOST + r"(?:/[!-\"$-~]*)?", _HOOK_IS)]
+SigningKeys = Annotated[str, _good(signing_keys, KEY_IS)]
+_PROGRAM_IS = "must begin with the absolute path of a program"
 Headers = Annotated[dict[str, str], AfterValidator(_headers)]
 NodeName = Annotated[
     str, _printable(r"[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, dots, dashes or underscores")
@@ -175,6 +194,7 @@ Endpoint = Annotated[str, AfterValidator(_endpoint)]
 _SENTINEL_IS = "must be host:port"
 Sentinels = Annotated[list[Annotated[str, _good(_is_sentinel, _SENTINEL_IS)]], BeforeValidator(_split)]
 Words = Annotated[list[str], BeforeValidator(_split)]
+CommandLine = Annotated[Words, _good(lambda words: not words or words[0].startswith("/"), _PROGRAM_IS)]
 
 # --- the table
 
@@ -459,6 +479,35 @@ class Reports(Section):
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
 
 
+class Alarms(Section):
+    """Where alarms are sent when they begin and end: to a webhook, to a command, or to both."""
+
+    webhook: HookUrl | None = row(
+        None, "URL that messages are POSTed to, as JSON; its query is kept secret.", repr=False
+    )
+    webhook_secret: SigningKeys | None = row(
+        None,
+        "Key of the signatures (Standard Webhooks): whsec_ and 24 to 64 bytes in base64; several, with "
+        "spaces, sign while one replaces another.",
+        repr=False,
+    )
+    webhook_secret_file: Absolute | None = row(
+        None, "File that has the key; it replaces webhook_secret; read again on reload."
+    )
+    webhook_timeout: Timeout = row(15.0, "Time for the receiver to answer.")
+    webhook_proxy: Proxy | None = row(
+        None, "URL of a web proxy on the way; its password is kept secret.", repr=False
+    )
+    webhook_ca_file: Absolute | None = row(
+        None, "Certificates (PEM) to trust in place of the system's; read again on reload."
+    )
+    command: CommandLine = row(
+        [],
+        "Program and arguments, run for each message without a shell: JSON on standard input, ALARM_* set.",
+    )
+    command_timeout: Timeout = row(30.0, "Time for the command to end; it is killed then.")
+
+
 class Workers(Section):
     """Data plane processes."""
 
@@ -535,6 +584,7 @@ class Settings(Section):
     rules: Rules = Field(default_factory=Rules)
     log: Log = Field(default_factory=Log)
     reports: Reports = Field(default_factory=Reports)
+    alarms: Alarms = Field(default_factory=Alarms)
     workers: Workers = Field(default_factory=Workers)
     site: Site = Field(default_factory=Site)
     cluster: Cluster = Field(default_factory=Cluster)
@@ -563,6 +613,10 @@ class Settings(Section):
             missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
             problems.append(f"listen.{missing}: missing; certificate and key go together")
         problems += _lacking_for_cluster(self.cluster, {listen.port, listen.admin_port})
+        alarms = self.alarms
+        secrets = [alarms.webhook_secret, alarms.webhook_secret_file]
+        if alarms.webhook is not None and secrets == [None, None]:
+            problems.append(f"alarms.webhook_secret: missing; it or alarms.webhook_secret_file {KEY_IS}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

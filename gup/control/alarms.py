@@ -5,6 +5,7 @@ All conditions are checked in the control state once a second.
 
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from gup.units import bytes_in_words, time_in_words
 _log = logging.getLogger("gup.control.alarms")
 MAX_OF_A_TYPE = 50
 """Subjects of one alarm that are shown separately."""
+RESTORED_SECONDS = 30.0
+"""After a restart, upstreams and disk are as unknown as at the first start for so long."""
 
 
 class AlarmType(NamedTuple):
@@ -88,6 +91,8 @@ ALARMS = (
     AlarmType("clients-silent", "warning", 0.0, 15.0, (
               "This is normal over a holiday. Otherwise check that clients can reach this machine's port, "
               "and that their policy names it.")),
+    AlarmType("alarms-unsent", "warning", 60.0, 0.0, (
+              "Check the receiver in [alarms] and the way to it, then try it with `gup alarms test`.")),
     AlarmType("events-lost", "warning", 0.0, 15.0, (
               "The machine is overloaded; check what else runs on it. The figures are corrected within ten "
               "minutes.")),
@@ -116,6 +121,13 @@ class AlarmBoard:
         self._types = {type_.name: type_ for type_ in types}
         self._rows: dict[tuple[str, str], _Found] = {}
 
+    def restore(self, alarms: Iterable[Alarm], clock: float) -> None:
+        """Put back those of the last run. They have some time to be found again."""
+        for alarm in alarms:
+            if (type_ := self._types.get(alarm.name)) is not None:
+                row = _Found(alarm, type_.calm, clock, clock + RESTORED_SECONDS, began=clock)
+                self._rows[alarm.name, alarm.subject] = row
+
     def look(self, found: Findings, now: float, clock: float) -> list[Alarm]:
         """Begin and end alarms by those due now, and return them. `now` is shown, `clock` measures."""
         subjects: Counter[str] = Counter()
@@ -126,6 +138,7 @@ class AlarmBoard:
             type_, row = self._types[name], self._rows.get((name, subject))
             if row is None:
                 alarm = Alarm(
+                    id=uuid.uuid4().hex,
                     name=name,
                     severity=type_.severity,
                     since=now,
@@ -171,10 +184,14 @@ class AlarmCollector:
         self._board = AlarmBoard()
         self._windows: dict[str, RateWindow] = {}
 
+    async def restore(self) -> None:
+        self._board.restore(await self._state.notifications.open(), self._clock())
+
     async def look(self) -> None:
         state, disk = self._state, await self._state.evictor.measure()
         state.traffic.look()
         state.alarms = self._board.look(self.find(disk), state.clock(), self._clock())
+        await state.notifications.look(state.alarms)
 
     def find(self, disk: DiskUsage) -> Findings:
         yield from self._of_upstreams()
@@ -267,6 +284,8 @@ class AlarmCollector:
         if died := self.gained("gup_worker_restarts_total"):
             text = f"worker processes died {died} times within 10 minutes and were replaced"
             yield "workers-restarting", "", text
+        for receiver, problem in state.notifications.problems():
+            yield "alarms-unsent", receiver, problem
         last, week = state.clients.newest(1), state.clients.counts(now)["7d"]
         if week >= REGULARS and last and now - last[0][1] >= SILENT_SECONDS:
             ago = time_in_words(now - last[0][1])

@@ -61,9 +61,11 @@ class ControlDependencies:
     """Of this gup's fills: in a cluster a part of the site's."""
     site_rate: Callable[[], int]
     workers: Callable[[], Sequence[Mapping[str, object]]]
-    """`slot`, `pid`, `up_since` and `ready` of each."""
+    """`slot`, `pid`, `up_since`, `ready` and `leaving` of each."""
     config_ok: Callable[[], bool]
     reload: Callable[[], Awaitable[Reload]]
+    upgrade: Callable[[], Awaitable[list[str]]]
+    """Has the installed program take over; returns why it can't. The processes are replaced afterwards."""
     recover: Callable[[], Awaitable[None]]
     """Takes over or clears unclaimed parts."""
     mend: Callable[[ContentKey, bool], Awaitable[Problem | None]]
@@ -72,6 +74,8 @@ class ControlDependencies:
     """
     events: socket.socket
     admin: socket.socket
+    handed: tuple[socket.socket, socket.socket]
+    """By the first come idle connections of a controller that leaves, by the second this one's go."""
     started_at: float
     installed_at: float
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]

@@ -171,6 +171,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "gup_upstream_up": [({"upstream": name}, state != "down") for name, (state, _) in upstreams.items()],
         "gup_bandwidth_limit_bytes_per_second": rates,
         "gup_allowed_at_once": [({"of": name}, limit) for name, limit in numbers(settings).items()],
+        "gup_alarm_messages_waiting": [({"to": to}, n) for to, n in state.notifications.waiting().items()],
         "gup_config_last_reload_successful": [({}, dependencies.config_ok())],
         "gup_start_time_seconds": [({}, dependencies.started_at)],
         "gup_build_info": [({"version": gup.__version__, "python": platform.python_version()}, 1)],

@@ -293,7 +293,7 @@ class IndexFile:
             self._cache = None
 
     def _open(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._cache = _Texts(
             str(self._folder),
             timeout=BUSY_SECONDS,

@@ -1,7 +1,9 @@
 """The control plane as a service: its web application and periodic jobs, from start to stop."""
 
 import asyncio
+import contextlib
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -24,6 +26,7 @@ from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.state import ControlState
 from gup.errors import GupError
+from gup.metrics import RECEIVERS
 
 _log = logging.getLogger("gup.control.service")
 _MAX_REQUEST_BYTES = 64 * 1024
@@ -141,7 +144,13 @@ async def _security_headers(_request: web.Request, response: web.StreamResponse)
 class _Connection(web.RequestHandler):
     """A client's connection. aiohttp would answer a malformed head with its text, and log a traceback."""
 
-    __slots__ = ()
+    __slots__ = ("received",)
+    received: bool
+    """Whether anything has come since this was last cleared."""
+
+    def data_received(self, data: bytes) -> None:
+        self.received = True
+        super().data_received(data)
 
     def handle_error(
         self,
@@ -212,6 +221,15 @@ _GATHER_SECONDS = 0.05
 """Events are taken at most this often; they wait in the socket."""
 
 
+_LEAVE_ROUNDS = 20
+_QUIET_SECONDS = 0.05
+"""A connection without a request for so long, and with nothing to send, is idle."""
+
+
+async def _discard(work: Awaitable[object]) -> None:
+    await work
+
+
 class Control:
     """The control plane. `start` returns when its address answers; `stop` leaves no task or socket.
 
@@ -245,6 +263,8 @@ class Control:
         self._listening = await asyncio.get_running_loop().create_server(
             self._accept, sock=dependencies.admin, ssl=self._access.tls, ssl_handshake_timeout=limit
         )
+        if self._access.tls is None:
+            asyncio.get_running_loop().add_reader(dependencies.handed[0], self._receive_handed)
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
 
@@ -274,7 +294,9 @@ class Control:
         timeout = self._dependencies.settings().listen.header_timeout
         loop = asyncio.get_running_loop()
         own: dict[str, Any] = {"access_log": None}  # there is none
-        return _Connection(server, loop=loop, keepalive_timeout=timeout, **own)
+        connection = _Connection(server, loop=loop, keepalive_timeout=timeout, **own)
+        connection.received = False
+        return connection
 
     async def _open_statistics(self) -> None:
         self.state.clients.restore(await self.state.reports.newest_clients())
@@ -298,14 +320,64 @@ class Control:
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(3600.0, "prune", state.reports.prune)
         jobs.every(2.0, "recover", self._dependencies.recover)
-        jobs.every(1.0, "watch", AlarmCollector(state).look)
+        collector = AlarmCollector(state)
+        await collector.restore()
+        jobs.every(1.0, "watch", collector.look)
+        for receiver in RECEIVERS:
+            jobs.every(0.5, f"alarms to {receiver}", partial(state.notifications.send, receiver))
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
+
+    def _receive_handed(self) -> None:
+        """Go on with an idle connection of the controller that leaves."""
+        with contextlib.suppress(BlockingIOError):
+            for fd in socket.recv_fds(self._dependencies.handed[0], 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
+                loop, sock = asyncio.get_running_loop(), socket.socket(fileno=fd)
+                sock.setblocking(False)
+                self._jobs.start(
+                    "take a connection", _discard(loop.connect_accepted_socket(self._accept, sock))
+                )
+
+    async def leave(self) -> None:
+        """Another controller takes this one's place: accept no more, and hand it the idle connections.
+
+        Before `stop`, which closes what is left: TLS, and what is still busy after a while, such as a stream
+        of events. Closing an idle one would fail a request that its client sends just then.
+        """
+        loop, dependencies = asyncio.get_running_loop(), self._dependencies
+        # not Server.close(): it closes what has just been accepted
+        loop.remove_reader(dependencies.admin.fileno())
+        loop.remove_reader(dependencies.handed[0])
+        for _ in range(_LEAVE_ROUNDS if self._access.tls is None else 0):
+            for connection in self._open_connections():
+                connection.received = False
+            await asyncio.sleep(_QUIET_SECONDS)
+            for connection in self._open_connections():
+                if connection not in self._app[BUSY] and not connection.received:
+                    self._hand_over(connection)
+            if not self._open_connections():
+                break
+
+    def _open_connections(self) -> list[_Connection]:
+        assert self._runner.server is not None
+        found = self._runner.server.connections
+        return [one for one in found if one.transport is not None and isinstance(one, _Connection)]
+
+    def _hand_over(self, connection: _Connection) -> None:
+        transport = connection.transport
+        assert isinstance(transport, asyncio.Transport)
+        if transport.is_closing() or transport.get_write_buffer_size():
+            return
+        with contextlib.suppress(OSError):
+            fd = transport.get_extra_info("socket").fileno()
+            socket.send_fds(self._dependencies.handed[1], [b"\0"], [fd])
+            transport.abort()  # closes this process's copy alone
 
     async def stop(self) -> None:
         state = self.state
         if self._next_events is not None:
             self._next_events.cancel()
         asyncio.get_running_loop().remove_reader(self._dependencies.events)
+        asyncio.get_running_loop().remove_reader(self._dependencies.handed[0])
         while state.take_events():
             pass
         if self._listening is not None:
@@ -314,6 +386,7 @@ class Control:
         await state.evictor.stop()
         await state.verification.stop()
         await self._jobs.stop()
+        await state.notifications.close()
         state.scrubber.save()
         await self._repin()
         await self._touch()
@@ -326,6 +399,7 @@ class Control:
     async def apply(self, settings: Settings) -> None:
         """The listening address stays."""
         await self._access.read(settings.listen, self._dependencies.store.run)
+        await self.state.notifications.apply(settings.alarms)
         self.state.evictor.look_soon()
 
     # --- jobs

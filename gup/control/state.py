@@ -34,6 +34,7 @@ from gup.control.events import (
 from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
 from gup.control.index import Index
 from gup.control.integrity_jobs import Scrubber, Verification
+from gup.control.notifications import Notifications
 from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
@@ -175,6 +176,7 @@ class ControlState:
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""
+        self.notifications = Notifications(dependencies, clock, partial(self.refusals.note, "alarms"))
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
         held = self.index.rows.newest_held
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)

@@ -1,4 +1,4 @@
-"""Simulated clients: what each has and needs next, its downloads, and a crowd of them."""
+"""Simulated clients at work: their downloads, figures, and a crowd of them."""
 
 import asyncio
 import contextlib
@@ -7,20 +7,27 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
-import xxhash
 
 from gup.content.key import Kind
-from gup.demo.content import ALL_LANGUAGES, CATALOGUE_JSON, Catalogue, PublishedFile, PublishedStream
-from gup.demo.manager import CATALOGUE_PATH
+from gup.demo.content import (
+    CATALOGUE_PATH,
+    Catalogue,
+    NoCatalogueError,
+    PublishedFile,
+    read_catalogue,
+)
+from gup.demo.machine import TRY_AGAIN, Client, Transfer, WrongBodyError, cache_result
+from gup.units import bytes_in_words
 
 MAX_COMPLAINTS = 10
 """Sentences kept about failures; more are only counted."""
@@ -31,11 +38,12 @@ _POLICY_SECONDS = 1.0
 _FINISH_SECONDS = 15.0
 _ATTEMPTS = 8
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 3.0
-_TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_LANGUAGES = ("English", "English", "English", "French", "German")
-_TAKES_STREAM, _REINSTALLED, _CUT = 0.6, 0.02, 0.05
-_HELD_AT_START = ((0.25, 0), (0.75, 1), (0.90, 2), (0.95, 3))
-"""Cumulated share of clients by the revisions they are behind at the start; the rest need a full."""
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "none"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 class Latencies:
@@ -89,6 +97,31 @@ class Figures:
             "p99_time_to_first_byte_seconds": self.time_to_first_byte.quantile(0.99),
         }
 
+    def lines(self, clients: int, seconds: float) -> Iterator[str]:
+        """The summary for people."""
+
+        def counted(counts: Mapping[Any, int]) -> str:
+            return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())) or "none"
+
+        first, last = (self.time_to_first_byte.quantile(share) for share in (0.5, 0.99))
+        rows = {
+            "clients": f"{clients:,} for {seconds:g} s",
+            "requests": f"{self.requests:,}; answers by cache result: {counted(self.cache_status)}",
+            "received": bytes_in_words(self.received_bytes),
+            "downloads": counted(self.downloads),
+            "not modified": f"{self.not_modified:,}",
+            "resumed": f"{self.resumes:,}",
+            "repeated": f"{self.retries:,}",
+            "first byte": f"median {milliseconds(first)}, 99 % within {milliseconds(last)}",
+            "withdrawn": f"{self.gone:,} files that were gone before they were requested",
+            "wrong": f"{self.wrong:,} bodies that differ from what was published",
+            "failed": f"{self.failed:,} downloads that were given up",
+        }
+        yield from (f"{name:14}{value}" for name, value in rows.items())
+        yield from self.complaints
+        if not self.downloads and not self.complaints:
+            yield "Nothing was downloaded: the run was too short, or no client needed anything."
+
     def complain(self, counted: Literal["wrong", "failed"], sentence: str) -> bool:
         """Count a failure, and keep the sentence about it if there is room; returns False."""
         setattr(self, counted, getattr(self, counted) + 1)
@@ -100,13 +133,6 @@ class Figures:
         """Count a response that began after `seconds`, with its Cache-Status field (RFC 9211)."""
         self.cache_status[cache_result(cache_status)] += 1
         self.time_to_first_byte.add(seconds)
-
-
-def cache_result(cache_status: str | None) -> str:
-    """hit, collapsed, miss, or none without a cache."""
-    words = [word.strip().partition("=")[0] for word in (cache_status or "").split(";")[1:]]
-    known = (("collapsed", "collapsed"), ("hit", "hit"), ("fwd", "miss"))
-    return next((result for word, result in known if word in words), "none")
 
 
 @dataclass(slots=True)
@@ -124,9 +150,10 @@ class Download:
     client: str = "simulated-client"
     cut_after_bytes: int | None = None
     held_etag: str | None = None
-    received_bytes: int = 0
-    received_etag: str | None = None
-    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    transfer: Transfer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.transfer = Transfer(self.file, self.held_etag)
 
     async def run(self) -> bool:
         for attempt in range(_ATTEMPTS):
@@ -134,6 +161,8 @@ class Download:
             cuts = self.cut_after_bytes
             try:
                 done = await self._attempt()
+            except WrongBodyError as error:
+                return self._ended("wrong", str(error))
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 done, problem = None, f"{type(error).__name__}: {error}"
             if done is not None:
@@ -147,8 +176,9 @@ class Download:
         """One request; None when another one should follow."""
         begin = time.perf_counter()
         self.figures.requests += 1
+        headers = {"User-Agent": self.client} | self.transfer.request_fields()
         async with self.session.get(
-            self.url + self.file.path, headers=self._asked(), allow_redirects=False
+            self.url + self.file.path, headers=headers, allow_redirects=False
         ) as response:
             self.figures.answered(time.perf_counter() - begin, response.headers.get("Cache-Status"))
             if response.status in (200, 206):
@@ -160,102 +190,29 @@ class Download:
                 self.figures.gone += 1
                 return False
             return (
-                None if response.status in _TRY_AGAIN else self._ended("failed", f"status {response.status}")
+                None if response.status in TRY_AGAIN else self._ended("failed", f"status {response.status}")
             )
 
-    def _asked(self) -> dict[str, str]:
-        """Headers for the whole, or for the rest after a break."""
-        headers = {"User-Agent": self.client}
-        if self.received_etag is not None and 0 < self.received_bytes < self.file.length:
-            headers |= {"Range": f"bytes={self.received_bytes}-", "If-Range": self.received_etag}
-        elif self.held_etag is not None:
-            headers["If-None-Match"] = self.held_etag
-        return headers
-
     async def _receive(self, response: aiohttp.ClientResponse) -> bool | None:
-        length = self.file.length
-        if response.status == 200:
-            self.received_bytes = 0
-            self.digest.reset()
-        else:  # RFC 9110 section 14.4: the part must be the rest of a body of the published length
-            given = response.headers.get("Content-Range")
-            if given != f"bytes {self.received_bytes}-{length - 1}/{length}":
-                return self._ended("wrong", f"a range that was not asked for: {given}")
-            self.figures.resumes += 1
-        self.received_etag = response.headers.get("ETag")
+        transfer = self.transfer
+        fields = response.headers
+        self.figures.resumes += transfer.begin(
+            response.status, fields.get("Content-Range"), fields.get("ETag")
+        )
         async for piece in response.content.iter_any():
             self.figures.received_bytes += len(piece)
-            self.received_bytes += len(piece)
-            self.digest.update(piece)
-            if self.cut_after_bytes is not None and self.cut_after_bytes <= self.received_bytes < length:
+            transfer.add(piece)
+            cut = self.cut_after_bytes
+            if cut is not None and cut <= transfer.received_bytes < self.file.length:
                 self.cut_after_bytes = None
                 response.close()
                 return None
-        if self.received_bytes != length:
-            return self._ended("wrong", f"{self.received_bytes} bytes instead of {length}")
-        if self.digest.hexdigest() != self.file.digest:
-            return self._ended("wrong", "other bytes than published")
+        transfer.check()
         self.figures.downloads[self.file.kind] += 1
         return True
 
     def _ended(self, counted: Literal["wrong", "failed"], what: str) -> bool:
         return self.figures.complain(counted, f"{self.file.path}: {what}")
-
-
-@dataclass(slots=True)
-class Client:
-    """One machine: its language, the streams it takes, and the revision it has of each.
-
-    Changed only by its own task, after a download that was right.
-    """
-
-    number: int
-    chance: Random
-    language: str = ""
-    held: dict[str, str] = field(default_factory=dict)
-    declined: set[str] = field(default_factory=set)
-    content_info_etag: str | None = None
-
-    def __post_init__(self) -> None:
-        self.language = self.chance.choice(_LANGUAGES)
-
-    @property
-    def address(self) -> str:
-        """A loopback address of its own, so that a cache on this machine tells the clients apart."""
-        return f"127.1.{self.number // 250}.{self.number % 250 + 1}"
-
-    @property
-    def user_agent(self) -> str:
-        return f"simulated-client/{self.number:05d}"
-
-    def takes(self, stream: PublishedStream) -> bool:
-        """Whether the stream is for this machine; decided once, when the stream is first seen."""
-        if stream.moniker in self.held:
-            return True
-        if stream.moniker in self.declined or stream.language not in (ALL_LANGUAGES, self.language):
-            return False
-        if stream.language == ALL_LANGUAGES and self.chance.random() >= _TAKES_STREAM:
-            self.declined.add(stream.moniker)
-            return False
-        place = self.chance.random()
-        behind = next((steps for share, steps in _HELD_AT_START if place < share), len(stream.revisions))
-        known = behind < len(stream.revisions)
-        self.held[stream.moniker] = stream.revisions[-1 - behind] if known else "none"
-        return True
-
-    def wants(self, stream: PublishedStream) -> PublishedFile | None:
-        """The file that brings this machine up to date: a delta if there is one, else the full."""
-        held = self.held[stream.moniker]
-        if held == stream.newest:
-            return None
-        delta = None if self.chance.random() < _REINSTALLED else stream.delta_from(held)
-        return delta or stream.full
-
-    def cuts(self, file: PublishedFile) -> int | None:
-        """Where the machine loses its connection, which it does occasionally."""
-        if self.chance.random() >= _CUT:
-            return None
-        return round(file.length * self.chance.uniform(0.2, 0.8))
 
 
 class Crowd:
@@ -321,7 +278,7 @@ class Crowd:
         begin = partial(Download, session, self._url, figures=self.figures, client=client.user_agent)
         index = begin(catalogue.content_info, held_etag=client.content_info_etag)
         if await index.run():
-            client.content_info_etag = index.received_etag or client.content_info_etag
+            client.content_info_etag = index.transfer.etag or client.content_info_etag
         streams = [stream for stream in catalogue.streams if client.takes(stream)]
         client.chance.shuffle(streams)
         for stream in streams:
@@ -365,7 +322,7 @@ def simulate_clients(
     if json_output:
         sys.stdout.write(json.dumps(figures.document(), indent=2) + "\n")
     else:
-        sys.stdout.writelines(f"{name}: {value}\n" for name, value in figures.document().items())
+        sys.stdout.writelines(f"{line}\n" for line in figures.lines(count, seconds))
     return 0 if figures.right else 1
 
 
@@ -374,7 +331,7 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
 
         async def catalogue() -> Catalogue:
             async with session.get(manager_url + CATALOGUE_PATH, raise_for_status=True) as response:
-                return CATALOGUE_JSON.validate_json(await response.read())
+                return read_catalogue(await response.read())
 
         async def follow(crowd: Crowd) -> None:
             """Once a second for all of them, past the cache; a failure keeps the last catalogue."""
@@ -385,8 +342,11 @@ async def _simulate(url: str, manager_url: str, count: int, seconds: float, seed
 
         try:
             crowd = Crowd(url, await catalogue(), count=count, seed=seed)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: not a catalogue
-            sys.stderr.write(f"gup: no catalogue at {manager_url}{CATALOGUE_PATH}: {error}\n")
+        except (aiohttp.ClientError, TimeoutError, NoCatalogueError) as error:
+            sys.stderr.write(
+                f"gup: no catalogue at {manager_url}{CATALOGUE_PATH}: {error}; "
+                "name the simulated manager (gup simulate manager) with --manager URL\n"
+            )
             return None
         asyncio.get_running_loop().call_later(seconds, crowd.stop)
         async with asyncio.TaskGroup() as tasks:

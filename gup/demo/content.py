@@ -14,9 +14,10 @@ from random import Random
 from typing import BinaryIO
 
 import xxhash
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from gup.content.key import Kind
+from gup.errors import GupError
 from gup.units import format_http_date, parse_http_date
 
 # --- the published catalogue
@@ -74,6 +75,26 @@ class Catalogue:
 CATALOGUE_JSON = TypeAdapter(Catalogue)
 
 
+class NoCatalogueError(GupError):
+    """What should be a catalogue is not one."""
+
+
+def read_catalogue(body: bytes) -> Catalogue:
+    """From JSON; NoCatalogueError names the first mistake."""
+    try:
+        return CATALOGUE_JSON.validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise NoCatalogueError(f"not a catalogue: {place + ': ' if place else ''}{first['msg']}") from error
+
+
+# Where a simulated management server has it, what it counted, and takes the order to publish.
+CATALOGUE_PATH = "/simulation/catalog"
+COUNTS_PATH = "/simulation/counts"
+PUBLISH_PATH = "/simulation/publish"
+
+
 # --- streams and revisions, as a management server offers them (FIELD)
 
 
@@ -87,7 +108,8 @@ DELTA_DEPTH = 3
 _FIRST_DAY = datetime(2025, 3, 3, 6, tzinfo=UTC)
 _REVISIONS_A_DAY = 3
 _PIECE_BYTES = 64 * 1024
-_DELTA_BYTES = (100_000, 300_000)
+DELTA_BYTES = 200_000
+"""The size of deltas, on average: they have half as much to half as much again."""
 _NAMESPACE = uuid.UUID("6d0b9d4e-7d1c-4d5b-9a58-0f6d1d1b4a27")
 _KNOWN = (
     ("{07B590B3-9282-482f-BBAA-6D515D385869}", "SEPC Virus Definitions Win64 (x64) 14.3"),
@@ -104,18 +126,23 @@ _FULL_SCALE = (2.0, 1.5, 1.0, 0.75, 0.5, 1.25)
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A moniker, its product and language, and the approximate size of its fulls."""
+    """A moniker, its product and language, and the approximate sizes of its fulls and deltas."""
 
     moniker: str
     product: str
     language: str
     full_bytes: int
+    delta_bytes: int = DELTA_BYTES
 
 
-def streams(count: int, full_bytes: int) -> tuple[Stream, ...]:
+def streams(count: int, full_bytes: int, delta_bytes: int = DELTA_BYTES) -> tuple[Stream, ...]:
     """The first `count` streams: the publicly known monikers, then client patches language by language."""
+
+    def full(at: int) -> int:
+        return max(1024, round(full_bytes * _FULL_SCALE[at % len(_FULL_SCALE)]))
+
     return tuple(
-        Stream(moniker, product, language, max(1024, round(full_bytes * _FULL_SCALE[at % len(_FULL_SCALE)])))
+        Stream(moniker, product, language, full(at), max(2, delta_bytes))
         for at, (moniker, product, language) in enumerate(islice(_products(), count))
     )
 
@@ -149,11 +176,11 @@ def write_revision(root: Path, seed: int, stream: Stream, ordinal: int) -> Publi
     newest, moment = revision(ordinal), released_at(ordinal).timestamp()
     path = f"/content/{stream.moniker}/{newest}/full.zip"
     full = _written(root, seed, path, Kind.FULL, moment, partial(_write_full, stream, ordinal))
-    deltas = []
+    deltas, write_delta = [], partial(_write_delta, stream.delta_bytes)
     for start in map(revision, range(max(0, ordinal - DELTA_DEPTH), ordinal)):
         # A delta lies in its *from* revision's folder, as in the public log.
         path = f"/content/{stream.moniker}/{start}/xdelta{start}_To_{newest}.dax"
-        deltas.append(_written(root, seed, path, Kind.DELTA, moment, _write_delta, start))
+        deltas.append(_written(root, seed, path, Kind.DELTA, moment, write_delta, start))
     known = tuple(map(revision, range(max(0, ordinal - FIRST_NEWEST), ordinal + 1)))
     return PublishedStream(stream.moniker, stream.product, stream.language, known, full, tuple(deltas))
 
@@ -196,8 +223,8 @@ def _write_full(stream: Stream, ordinal: int, out: BinaryIO, chance: Random) -> 
             member.writelines(_noise(chance, total_bytes))
 
 
-def _write_delta(out: BinaryIO, chance: Random) -> None:
-    out.writelines(_noise(chance, chance.randint(*_DELTA_BYTES)))
+def _write_delta(usual_bytes: int, out: BinaryIO, chance: Random) -> None:
+    out.writelines(_noise(chance, chance.randint(usual_bytes // 2, usual_bytes * 3 // 2)))
 
 
 def _noise(chance: Random, total_bytes: int) -> Iterator[bytes]:

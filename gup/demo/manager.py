@@ -14,19 +14,29 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from random import Random
+from typing import BinaryIO
 
 import uvloop
 from aiohttp import web
 
 from gup.content.key import Kind
 from gup.demo import content
-from gup.demo.content import CATALOGUE_JSON, FIRST_NEWEST, Catalogue, PublishedFile, PublishedStream, Stream
+from gup.demo.content import (
+    CATALOGUE_JSON,
+    CATALOGUE_PATH,
+    COUNTS_PATH,
+    DELTA_BYTES,
+    FIRST_NEWEST,
+    PUBLISH_PATH,
+    Catalogue,
+    PublishedFile,
+    PublishedStream,
+    Stream,
+)
 from gup.errors import GupError
 from gup.units import format_http_date
 
-CATALOGUE_PATH = "/simulation/catalog"
-COUNTS_PATH = "/simulation/counts"
-PUBLISH_PATH = "/simulation/publish"
 KEEP_PUBLICATIONS = 12
 """Publications of a stream whose files stay; older ones are withdrawn, so a long run fills no disk."""
 PIECE_BYTES = 16 * 1024
@@ -69,6 +79,19 @@ class Link:
         await asyncio.sleep(size_bytes / self._rate if first and self._rate else wait_seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What the server does wrong: shares (0 to 1) of the requests for content, and a wait before each answer.
+
+    `errors` are answered with 503, `cuts` break off within the body, `wrong` have one byte of it changed.
+    """
+
+    errors: float = 0.0
+    cuts: float = 0.0
+    wrong: float = 0.0
+    delay_seconds: float = 0.0
+
+
 @dataclass(slots=True)
 class FileCounts:
     """What the server sent of one file: `fetches` are GETs answered with bytes (200 or 206)."""
@@ -84,7 +107,8 @@ class FileCounts:
 class Counts:
     """Everything that went over the simulated WAN since the server started. Byte counts are of bodies.
 
-    Counted when sent. `files` are those published now; `refetched` counts also withdrawn ones.
+    Counted when sent. `files` are those published now; `refetched` counts also withdrawn ones. `faults` are
+    requests that were answered wrongly on purpose.
     """
 
     requests: int = 0
@@ -93,17 +117,27 @@ class Counts:
     sending: int = 0
     refetched: int = 0
     files: dict[str, FileCounts] = field(default_factory=dict)
+    faults: int = 0
 
 
 class Manager:
     """A management server with `offered` streams, its files in `directory`. Used on one event loop alone."""
 
-    def __init__(self, directory: Path, seed: int, offered: tuple[Stream, ...], link: Link) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        seed: int,
+        offered: tuple[Stream, ...],
+        link: Link,
+        faults: Faults | None = None,
+    ) -> None:
         """Only the index file is published before the first `publish`. Blocks on the disk."""
         self._directory = directory
         self._seed = seed
         self._streams = offered
         self._link = link
+        self._faults = faults or Faults()
+        self._chance = Random(f"{seed}/faults")  # noqa: S311 - repeatable by design
         self._publishing = asyncio.Lock()
         self._turn = 0
         self._publications: list[deque[PublishedStream]] = [deque() for _ in offered]
@@ -156,7 +190,9 @@ class Manager:
             try:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
-                raise ListenError(f"can't listen at {host}:{port}: {error}") from error
+                raise ListenError(
+                    f"can't listen at {host}:{port}: {error}; give another address with --listen"
+                ) from error
             bound, port = runner.addresses[0][:2]
             yield f"http://[{bound}]:{port}" if ":" in bound else f"http://{bound}:{port}"
         finally:
@@ -178,6 +214,9 @@ class Manager:
     async def _content(self, request: web.Request) -> web.StreamResponse:
         counts = self.counts
         counts.requests += 1
+        await asyncio.sleep(self._faults.delay_seconds)
+        if self._happens(self._faults.errors):
+            raise web.HTTPServiceUnavailable(text="a simulated fault\n")
         file = self._files.get(request.path.casefold())
         if file is None:
             counts.not_found += 1
@@ -194,22 +233,46 @@ class Manager:
             response = _head(file, status, start, stop)
             await response.prepare(request)
             if sends:
-                body.seek(start)
                 counts.sending += 1
                 try:
-                    while start < stop:
-                        block = memoryview(await asyncio.to_thread(body.read, min(_READ_BYTES, stop - start)))
-                        start += len(block)
-                        for at in range(0, len(block), PIECE_BYTES):
-                            piece = block[at : at + PIECE_BYTES]
-                            await self._link.pass_through(len(piece), first=file.kind is Kind.INDEX)
-                            await response.write(piece)
-                            row.sent_bytes += len(piece)
-                            counts.sent_bytes += len(piece)
+                    async for piece in self._pieces(body, start, stop):
+                        await self._link.pass_through(len(piece), first=file.kind is Kind.INDEX)
+                        await response.write(piece)
+                        row.sent_bytes += len(piece)
+                        counts.sent_bytes += len(piece)
+                except _BrokenOffError:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
                 finally:
                     counts.sending -= 1
         await response.write_eof()
         return response
+
+    async def _pieces(self, body: BinaryIO, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
+        """The bytes from `start` to `stop`, with the faults that happen to them."""
+        nowhere = stop
+        wrong_at = self._chance.randrange(start, stop) if self._happens(self._faults.wrong) else nowhere
+        cut_at = self._chance.randrange(start, stop) if self._happens(self._faults.cuts) else nowhere
+        body.seek(start)
+        while start < stop:
+            block = memoryview(await asyncio.to_thread(body.read, min(_READ_BYTES, stop - start)))
+            for at in range(0, len(block), PIECE_BYTES):
+                piece = block[at : at + PIECE_BYTES]
+                begin, end = start + at, start + at + len(piece)
+                if begin <= cut_at < end:
+                    raise _BrokenOffError
+                if begin <= wrong_at < end:
+                    changed = bytearray(piece)
+                    changed[wrong_at - begin] ^= 1
+                    piece = memoryview(changed)
+                yield piece
+            start += len(block)
+
+    def _happens(self, share: float) -> bool:
+        happens = self._chance.random() < share
+        self.counts.faults += happens
+        return happens
 
 
 def _head(file: PublishedFile, status: int, start: int, stop: int) -> web.StreamResponse:
@@ -226,6 +289,10 @@ def _head(file: PublishedFile, status: int, start: int, stop: int) -> web.Stream
     return response
 
 
+class _BrokenOffError(Exception):
+    """The connection is to be broken off now: a simulated fault."""
+
+
 class ListenError(GupError):
     """The address asked for can't be had."""
 
@@ -239,6 +306,8 @@ def simulate_manager(
     publish_interval_seconds: float,
     products: int,
     full_bytes: int,
+    delta_bytes: int = DELTA_BYTES,
+    faults: Faults | None = None,
 ) -> None:
     """Serve the simulated content until SIGINT or SIGTERM.
 
@@ -250,9 +319,8 @@ def simulate_manager(
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        manager = Manager(
-            directory, seed, content.streams(products, full_bytes), Link(wan_rate_bytes_per_second)
-        )
+        offered = content.streams(products, full_bytes, delta_bytes)
+        manager = Manager(directory, seed, offered, Link(wan_rate_bytes_per_second), faults)
         await manager.publish()
         async with manager.listening(host, port) as url, asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publish_regularly(manager))

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.live import Live
 
 from gup.demo.clients import Crowd, new_session
-from gup.demo.content import streams
-from gup.demo.manager import COUNTS_PATH, Link, Manager
+from gup.demo.content import COUNTS_PATH, streams
+from gup.demo.manager import Link, Manager
 from gup.demo.screen import NOT_STARTED, WRONG_BYTE, Summary, print_summary, progress
 from gup.errors import GupError
 

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from gup.content.key import Kind
-from gup.demo.clients import Figures
+from gup.demo.clients import Figures, milliseconds
 from gup.demo.manager import Counts
 from gup.units import bytes_in_words
 
@@ -136,7 +136,3 @@ def _table(rows: Sequence[tuple[str, RenderableType]], title: str | None = None,
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "none" if seconds is None else f"{seconds * 1000:.3g} ms"

@@ -2,19 +2,24 @@
 
 import contextlib
 import json
+import math
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel
 
 from gup.config import Settings
+
+if TYPE_CHECKING:
+    from gup.process.shared_memory import SharedFile
 
 Message = dict[str, Any]
 
@@ -32,14 +37,16 @@ class Phase(Enum):
     WAITING = auto()
     STARTING = auto()
     READY = auto()
+    LEAVING = auto()  # others serve in its place: it finishes what it has
     KILLED = auto()  # but not reaped yet
-    ENDED = auto()  # the service is stopping: no successor
+    ENDED = auto()  # no successor in this slot
 
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.WAITING: frozenset({Phase.STARTING, Phase.WAITING, Phase.ENDED}),
-    Phase.STARTING: frozenset({Phase.READY, Phase.KILLED, Phase.WAITING, Phase.ENDED}),
-    Phase.READY: frozenset({Phase.KILLED, Phase.WAITING, Phase.ENDED}),
+    Phase.STARTING: frozenset({Phase.READY, Phase.LEAVING, Phase.KILLED, Phase.WAITING, Phase.ENDED}),
+    Phase.READY: frozenset({Phase.LEAVING, Phase.KILLED, Phase.WAITING, Phase.ENDED}),
+    Phase.LEAVING: frozenset({Phase.KILLED, Phase.ENDED}),
     Phase.KILLED: frozenset({Phase.WAITING, Phase.ENDED}),
     Phase.ENDED: frozenset(),
 }
@@ -48,16 +55,22 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 class Assignment(BaseModel, frozen=True):
     """The first message to a child. The descriptors are open in the child under these numbers.
 
-    `listen_fds` are bound, listening and non-blocking. `shares_fd` is for FairShares. `event_fd` is a
-    SOCK_SEQPACKET socket: the workers' end or the controller's. `lock_fd` holds run/children.lock while it is
-    open. `generation` is 1 for the slot's first process and one more for each successor.
+    `listen_fds` are bound, listening and non-blocking. `page_fd` is for Page, with rows of `blocks` words,
+    `shared_fd` for SharedFile, `shares_fd` for FairShares. `event_fd` is a SOCK_SEQPACKET socket: the
+    workers' end or the controller's. By two others, `handed_fds`, leaving workers hand idle connections to
+    those that take their place: the end to receive from, and the end to send to. `lock_fd` holds
+    run/children.lock while it is open. `generation` is 1 for the first process in the place, and one more for
+    each successor.
     """
 
     role: Literal["worker", "controller"]
     slot: int
     block: int
+    blocks: int
     settings: Settings
     listen_fds: tuple[int, ...]
+    handed_fds: tuple[int, int]
+    page_fd: int
     shared_fd: int
     shares_fd: int
     event_fd: int
@@ -66,16 +79,18 @@ class Assignment(BaseModel, frozen=True):
 
     @property
     def descriptors(self) -> set[int]:
-        return {self.shared_fd, self.shares_fd, self.event_fd, self.lock_fd, *self.listen_fds}
+        own = self.page_fd, self.shared_fd, self.shares_fd, self.event_fd, self.lock_fd
+        return {*own, *self.handed_fds, *self.listen_fds}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ChildSlot:
     """A child and its successors: one worker number, or the controller. Times are monotonic seconds."""
 
     role: Literal["worker", "controller"]
     number: int
     block: int  # of counters in the shared file
+    shared: "SharedFile | None" = None  # that it counts in
     phase: Phase = Phase.WAITING
     child: "Child | None" = None
     generation: int = 0
@@ -83,11 +98,17 @@ class ChildSlot:
     started_at: float = 0.0
     ready_at: float = 0.0
     closed_at: float | None = None  # when the child closed its control channel
+    leave_until: float = math.inf  # a child that is leaving must have exited by then
     quick_failures: int = 0
 
     @property
     def name(self) -> str:
         return f"worker {self.number}" if self.role == "worker" else self.role
+
+    @property
+    def inherited(self) -> bool:
+        """Whether its process runs the program before this one."""
+        return self.child is not None and isinstance(self.child.process, Inherited)
 
     def move(self, phase: Phase) -> None:
         assert phase in TRANSITIONS[self.phase], (self.phase, phase)
@@ -121,13 +142,15 @@ class ChildSlot:
         `last_beat` is 0 before the first heartbeat. Time before `watched_from` does not count: the whole
         machine may have been suspended. A controller need not send heartbeats before its first one.
         """
-        if self.phase not in (Phase.STARTING, Phase.READY):
+        if self.phase not in (Phase.STARTING, Phase.READY, Phase.LEAVING):
             return None
+        if now > self.leave_until:
+            return "it took too long to leave"
         if self.closed_at is not None and now - self.closed_at > CLOSING_SECONDS:
             return "it closed its control channel but did not exit"
         if self.phase is Phase.STARTING and now - max(self.started_at, watched_from) > READY_SECONDS:
             return f"it was not ready within {READY_SECONDS:g} s"
-        beats = self.phase is Phase.READY and (last_beat > 0 or self.role == "worker")
+        beats = self.phase is not Phase.STARTING and (last_beat > 0 or self.role == "worker")
         if beats and now - max(last_beat, self.ready_at, watched_from) > BEAT_SECONDS:
             return f"it sent no heartbeat for {BEAT_SECONDS:g} s"
         return None
@@ -183,18 +206,58 @@ class Channel:
         return message
 
 
+class Process(Protocol):
+    """What the supervisor uses of a subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
+class Inherited:
+    """A child process that the program which ran in this process before has started."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        status = self._wait(0)
+        assert status is not None
+        return status
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _wait(self, options: int) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, options)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+
 class Child(Channel):
     """A running child process, and the supervisor's end of the channel to it. Close it after its exit."""
 
-    def __init__(
-        self, command_line: Sequence[str], assignment: Assignment, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, sock: socket.socket, process: Process) -> None:
+        super().__init__(sock)
+        self.process = process
+
+    @classmethod
+    def start(
+        cls, command_line: Sequence[str], assignment: Assignment, environment: Mapping[str, str]
+    ) -> "Child":
         """Start the process and send its assignment. OSError when it can't be started."""
         own_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        super().__init__(own_end)
         with child_end:
             try:
-                self.process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter, no input of others
                     [*command_line, str(child_end.fileno())],
                     pass_fds=(*assignment.descriptors, child_end.fileno()),
                     stdin=subprocess.DEVNULL,
@@ -202,9 +265,11 @@ class Child(Channel):
                     process_group=0,  # Ctrl-C on the terminal reaches only the supervisor, which drains
                 )
             except BaseException:
-                self.close()
+                own_end.close()
                 raise
-        self.send(assignment.model_dump(mode="json", by_alias=True))
+        child = cls(own_end, process)
+        child.send(assignment.model_dump(mode="json", by_alias=True))
+        return child
 
 
 # --- the child's end

@@ -49,6 +49,7 @@ from gup.upstream.probe import Prober
 
 _LOG = logging.getLogger("gup.process")
 _RELOAD_SECONDS = 10.0
+_UPGRADE_SECONDS = 40.0
 _ASKED_WITHIN_SECONDS = 120
 """Until then each upstream that can answer has done so."""
 _SHOWN = (
@@ -69,7 +70,9 @@ class Controller(ChildProcess):
         self._totals_until = 0.0
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Reload]] = deque()
+        self._upgrades: deque[asyncio.Future[list[str]]] = deque()
         self._applying: asyncio.Task[None] | None = None
+        self._leaves = False
         self._loop = asyncio.get_running_loop()
         shared, words, dependencies, board = self.shared, self.words, self.dependencies, self.pool.board
         recovery = Recovery(self.store, self.counters, self._take_over, self.tell)
@@ -78,7 +81,7 @@ class Controller(ChildProcess):
             self.settings,
             self._look_up_catalogue,
             lambda name, etag, modified: fetch_catalogue(self.pool, name, etag, modified),
-            lambda: shared.raise_epoch(POLICY_EPOCH),
+            lambda: self.page.raise_epoch(POLICY_EPOCH),
         )
         self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
@@ -87,6 +90,7 @@ class Controller(ChildProcess):
             shared.sum_of("gup_fills_total", outcome="committed"),
         )
         self._cluster = self._make_cluster()
+        self._handed = handed = [socket.socket(fileno=fd) for fd in parent.assignment.handed_fds]
         self._control = Control(
             ControlDependencies(
                 settings=lambda: self.settings,
@@ -96,7 +100,7 @@ class Controller(ChildProcess):
                 totals=shared.totals,
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
-                raise_store_epoch=lambda: shared.raise_epoch(STORE_EPOCH),
+                raise_store_epoch=lambda: self.page.raise_epoch(STORE_EPOCH),
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstream_states=lambda: {
@@ -109,10 +113,12 @@ class Controller(ChildProcess):
                 workers=lambda: self._worker_rows,
                 config_ok=lambda: bool(words[CONFIG_OK]),
                 reload=self._reload,
+                upgrade=self._upgrade,
                 recover=recovery.run,
                 mend=lambda key, counted: self.cache.repair(key, counted=counted),
                 events=socket.socket(fileno=os.dup(parent.assignment.event_fd)),
                 admin=socket.socket(fileno=parent.assignment.listen_fds[0]),
+                handed=(handed[0], handed[1]),
                 started_at=shared.started_at,
                 installed_at=shared.installed_at,
                 fetch_ahead=self.cache.prefetch,
@@ -148,9 +154,13 @@ class Controller(ChildProcess):
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._cluster is not None:
             await self._cluster.close()
+        if self._leaves:
+            await self._control.leave()
         await self.cache.stop()  # sends events of its last commits to the control plane
         await self._control.stop()
         await self._durability.sync()
+        for end in self._handed:
+            end.close()
         await self.close()
 
     def _make_cluster(self) -> ClusterControl | None:
@@ -160,11 +170,11 @@ class Controller(ChildProcess):
         from gup.cluster.engine import Engine  # noqa: PLC0415 - redis may be missing where this gup is alone
 
         assert cluster.site is not None
-        words, run, shared = self.words, self.store.run, self.shared
+        words, run, page = self.words, self.store.run, self.page
 
         async def publish(members: Members) -> None:
             await asyncio.to_thread(write_members, run, members)
-            shared.raise_epoch(CLUSTER_EPOCH)
+            page.raise_epoch(CLUSTER_EPOCH)
 
         def set_share(share: int, until_ns: int) -> None:
             words[WAN_SHARE], words[WAN_SHARE_UNTIL] = share, until_ns
@@ -207,7 +217,7 @@ class Controller(ChildProcess):
     def _waiting_classes(self) -> frozenset[int]:
         """The classes of the first waiters for the WAN, of all workers."""
         words = [
-            word for block, word in enumerate(self.shared.row(Row.WAN_TURNS)) if word and self._alive(block)
+            word for block, word in enumerate(self.page.row(Row.WAN_TURNS)) if word and self._alive(block)
         ]
         return frozenset(share_class(priority_of(NOBODY - word)) for word in words)
 
@@ -255,9 +265,10 @@ class Controller(ChildProcess):
         self._loop.call_soon_threadsafe(self._control.state.take, [json.dumps(event).encode()])
 
     def handle(self, message: Message) -> None:
-        if message.get("stop"):
+        if message.get("stop") or message.get("leave"):
+            self._leaves = "leave" in message
             self.stopped.set()
-        elif message.get("leave"):
+        elif message.get("goodbye"):
             if self._cluster is not None:
                 self._cluster.leave()
         elif "workers" in message:
@@ -266,6 +277,10 @@ class Controller(ChildProcess):
             outcome = self._reloads.popleft()
             if not outcome.done():  # else `_reload` timed out
                 outcome.set_result(Reload(**message))
+        elif "upgrade" in message:
+            answer = self._upgrades.popleft()
+            if not answer.done():  # else `_upgrade` timed out
+                answer.set_result(message["upgrade"])
 
     def apply(self, settings: Settings) -> None:
         super().apply(settings)
@@ -306,6 +321,18 @@ class Controller(ChildProcess):
         except TimeoutError:
             return Reload([f"the settings were not applied within {_RELOAD_SECONDS:g} s"])
         return answer
+
+    async def _upgrade(self) -> list[str]:
+        """Have the supervisor try the new program, and run it if it can take over. Answers come in order."""
+        answer: asyncio.Future[list[str]] = self._loop.create_future()
+        if not self.parent.send({"upgrade": True}):
+            return ["the supervisor does not read its messages"]
+        self._upgrades.append(answer)
+        try:
+            async with asyncio.timeout(_UPGRADE_SECONDS):
+                return await answer
+        except TimeoutError:
+            return [f"the supervisor did not answer within {_UPGRADE_SECONDS:g} s"]
 
 
 if __name__ == "__main__":

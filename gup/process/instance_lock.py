@@ -21,26 +21,41 @@ class InstanceLock:
     that a service whose supervisor was killed counts as running until its last child has exited.
     """
 
-    def __init__(self, run: Path, wait_seconds: float = 0.0) -> None:
-        """Take both locks. StoreError names the processes that hold them longer than `wait_seconds`."""
+    def __init__(self, run: Path, wait_seconds: float = 0.0, fds: tuple[int, int] | None = None) -> None:
+        """Take both locks. StoreError names the processes that hold them longer than `wait_seconds`.
+
+        `fds` have them already: this process took them when it ran another program.
+        """
+        if fds is not None:
+            self.fds = fds
+            return
         deadline = time.monotonic() + wait_seconds
         with contextlib.ExitStack() as opened:
-            fds = []
+            taken = []
             try:
                 for name in _NAMES:
-                    fds.append(os.open(run / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-                    opened.callback(os.close, fds[-1])
-                for fd in fds:
+                    taken.append(os.open(run / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                    opened.callback(os.close, taken[-1])
+                for fd in taken:
                     _lock(fd, run, deadline)
             except OSError as error:
                 raise StoreError(f"the cache directory can't be locked: {run}: {error.strerror}") from error
-            own, self.children_fd = fds
+            own, children = self.fds = taken[0], taken[1]
             # Unlocked in between, but only the holder of instance.lock locks children.lock.
-            fcntl.flock(self.children_fd, fcntl.LOCK_SH)
+            fcntl.flock(children, fcntl.LOCK_SH)
             with contextlib.suppress(OSError):  # a full disk; the pid is only for people
                 os.ftruncate(own, 0)
                 os.pwrite(own, b"%d\n" % os.getpid(), 0)
-            self.close = opened.pop_all().close  # releases the directory, unless a child still holds it
+            opened.pop_all()
+
+    @property
+    def children_fd(self) -> int:
+        return self.fds[1]
+
+    def close(self) -> None:
+        """Release the directory, unless a child still holds it."""
+        for fd in self.fds:
+            os.close(fd)
 
 
 def _lock(fd: int, run: Path, deadline: float) -> None:

@@ -1,9 +1,13 @@
-"""The shared file, mapped by all processes: counters that survive restarts, and the page of shared words.
+"""What all processes map: the page of shared words, and the file of counters, which survive restarts.
 
-Layout: prefix, description (JSON: names of series, sizes, leftovers), then from a page boundary on 64-bit
-words: the page, two copies of the past counts, the past counts at this start, and one block for each process.
-The past (block PAST) is what earlier runs counted. Each other block is written by one process at a time; its
-successor goes on counting where it ended.
+The page is memory of this run. It stays the same when the processes are replaced by others, of this version
+or of another one.
+
+The file's layout: prefix, description (JSON: names of series, sizes, leftovers), then from a page boundary on
+64-bit words: one that tells which copy of the past is valid, two copies of the past counts, the past counts
+at this start, and one block for each process. The past (block PAST) is what earlier runs counted. Each other
+block is written by one process at a time; its successor goes on counting where it ended. Processes that
+replace others get a new file: its series may be others, and its blocks more.
 """
 
 import contextlib
@@ -45,7 +49,9 @@ _LOG = logging.getLogger(__name__)
 # clock and the table of memory files are written by whoever holds `locked`, CONFIG_* by the supervisor, a
 # word of a row by the process of its block, all else by the controller.
 
-PAST_COPY = 0  # bit 31 tells which copy of the past is valid: the first, but in files of earlier versions
+PAGE_FORMAT = 2
+"""Of the page's layout and of what its words mean. Raise it with every change of these: `gup upgrade` refuses
+to replace a service whose page has another one."""
 POLICY_EPOCH = 1  # raised when settings or rules have changed
 STORE_EPOCH = 2  # raised when a body was unlinked or replaced
 CONFIG_OK = 3  # 1 when the last reload succeeded, else 0
@@ -99,6 +105,8 @@ _FORMAT = 1
 _PREFIX = struct.Struct("<8sQQQ")  # magic, format, bytes of the description, its xxh3-64
 _ALIGN_BYTES = 4096
 _FIRST_PAGE_WORDS = 320  # plus one a block, in files whose description has no page_words
+_PAGE_WORDS = 1  # the files of earlier versions held the page too
+_PAST_COPY_BIT = 31  # of the file's first word: 0, but in files of earlier versions
 _WORD_MASK = (1 << 64) - 1
 _METRICS = {**BY_NAME, STREAM_WASTED.name: STREAM_WASTED}
 
@@ -114,11 +122,72 @@ class _Description(BaseModel, frozen=True):
     started_at: float
 
 
-class SharedFile:
-    """One mapping of the file. The supervisor creates the file; children inherit its descriptor `fd`.
+class Page:
+    """One mapping of the page. The supervisor makes it; children inherit its descriptor `fd`.
 
-    `words` is the page. Totals count since `installed_at`; the service started at `started_at` (both Unix
-    seconds).
+    Rows have a word for each of `blocks` processes, as many as there were when this process began.
+    """
+
+    def __init__(self, fd: int, blocks: int | None = None) -> None:
+        """Map the page and own `fd`."""
+        self.fd = fd
+        self._map = mmap.mmap(fd, 0)
+        self.words = memoryview(self._map).cast("Q")
+        self.capacity = (len(self.words) - _ROWS_AT) // len(Row)
+        """The most processes at a time, and one."""
+        self._blocks = self.capacity if blocks is None else blocks
+        # An OFD lock belongs to the open file description, which children share with the supervisor: two
+        # processes would hold it at once. So each opens the page anew.
+        self._lock_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._threads = threading.Lock()
+
+    @classmethod
+    def create(cls, capacity: int) -> "Page":
+        fd = os.memfd_create("gup-page", os.MFD_CLOEXEC)
+        os.ftruncate(fd, 8 * (_ROWS_AT + len(Row) * capacity))
+        page = cls(fd)
+        page.words[CONFIG_OK] = 1
+        page.words[CONFIG_RELOADED_AT] = int(time.time())
+        return page
+
+    def close(self) -> None:
+        self.words.release()
+        os.close(self._lock_fd)
+        os.close(self.fd)
+        with contextlib.suppress(BufferError):  # a caller still has a slice: unmapped together with it
+            self._map.close()
+
+    def row(self, row: Row) -> "memoryview[int]":
+        first = _ROWS_AT + row * self.capacity
+        return self.words[first : first + self._blocks]
+
+    def clear(self, block: int) -> None:
+        """The block's process has exited: what it waited for or reserved ended with it."""
+        for row in Row:
+            self.row(row)[block] = 0
+
+    def raise_epoch(self, word: int) -> None:
+        with self.locked(word):
+            self.words[word] += 1
+
+    @contextmanager
+    def locked(self, word: int) -> Iterator[None]:
+        """Lock a word against all other threads and processes, for a few instructions; must not be nested.
+
+        The kernel unlocks it when its holder dies.
+        """
+        with self._threads:
+            lock_range(self._lock_fd, 8 * word, 8, wait=True)
+            try:
+                yield
+            finally:
+                unlock_range(self._lock_fd, 8 * word, 8)
+
+
+class SharedFile:
+    """One mapping of the file of counters. The supervisor makes it; children inherit its descriptor `fd`.
+
+    Totals count since `installed_at`; the service started at `started_at` (both Unix seconds).
     """
 
     def __init__(self, fd: int) -> None:
@@ -127,20 +196,15 @@ class SharedFile:
         with contextlib.ExitStack() as failed:
             failed.callback(os.close, fd)
             self._map = failed.enter_context(mmap.mmap(fd, 0))
-            self._about, self._start_bytes = about, start = _read_head(self._map)
+            self._about, start = about, _ = _read_head(self._map)
             self.installed_at, self.started_at = about.installed_at, about.started_at
             page = about.page_words or _FIRST_PAGE_WORDS + about.blocks
             length = len(about.series)
             if len(self._map) != start + 8 * (page + length * (about.blocks + 2)):
                 raise ValueError("the file's length does not match its description")
-            # An OFD lock belongs to the open file description, which children share with the supervisor: two
-            # processes would hold it at once. So each opens the file anew; the link works after a rename too.
-            self._lock_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
             failed.pop_all()
-        self._threads = threading.Lock()
         self._positions = {name: position for position, name in enumerate(about.series)}
         self._root = memoryview(self._map)[start:].cast("Q")
-        self.words = self._root[:page]
         self._views = [self._root[at : at + length] for at in range(page, len(self._root), length)]
         self._copies, self._baseline, self._blocks = self._views[:2], self._views[2], self._views[3:]
 
@@ -153,53 +217,32 @@ class SharedFile:
         Call it only while no process of the previous run exists. A damaged file is moved aside. If the disk
         is full or read-only, this run counts in memory and the old file is kept for the next start.
         """
-        content = _first_content(path, upstreams, workers, idle_streams)
-        try:
-            # Zeros are written too: storing into a hole of a mapped file on a full disk kills the process.
-            fd = replaced_file(path, content)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-                raise StoreError(f"the counters can't be kept: {path}: {error.strerror}") from error
-            _LOG.warning("counters of this run will be lost at its end: %s: %s", path, error.strerror)
-            fd = os.memfd_create("gup-shared", os.MFD_CLOEXEC)
-            os.write(fd, content)
-        shared = cls(fd)
-        shared.words[CONFIG_OK] = 1
-        shared.words[CONFIG_RELOADED_AT] = int(shared.started_at)
-        return shared
+        now = time.time()
+        known, installed_at = _read_old(path, now)
+        counts = dict(known)
+        for slot, kind, direction in product(idle_streams, KINDS, get_args(Direction)):
+            shared = stream_series(direction, MAX_STREAMS, kind)
+            counts[shared] = counts.get(shared, 0) + counts.pop(stream_series(direction, slot, kind), 0)
+        blocks = FIRST_WORKER + workers
+        return cls(_replaced(path, _content(upstreams, blocks, counts, counts, installed_at, now)))
+
+    @classmethod
+    def succeed(
+        cls, path: Path, old: "SharedFile", upstreams: Sequence[str], blocks: int
+    ) -> tuple["SharedFile", "Earlier"]:
+        """Replace `old` by a new file for the processes that replace its own, which still count into it."""
+        counts = old.counts()
+        baseline = dict(zip(old._about.series, old._baseline, strict=True))  # noqa: SLF001 - of its own class
+        new = _content(upstreams, blocks, counts, baseline, old.installed_at, old.started_at)
+        return cls(_replaced(path, new)), Earlier(old, counts)
 
     def close(self) -> None:
         """Unmap and close the file. Counters handed out before must not be used any more."""
-        for view in (self.words, *self._views, self._root):
+        for view in (*self._views, self._root):
             view.release()
-        os.close(self._lock_fd)
         os.close(self.fd)
         with contextlib.suppress(BufferError):  # a caller still has a slice: unmapped together with it
             self._map.close()
-
-    # --- the page
-
-    def row(self, row: Row) -> "memoryview[int]":
-        first = _ROWS_AT + row * self._about.blocks
-        return self.words[first : first + self._about.blocks]
-
-    def raise_epoch(self, word: int) -> None:
-        with self.locked(word):
-            self.words[word] += 1
-
-    @contextmanager
-    def locked(self, word: int) -> Iterator[None]:
-        """Lock a word against all other threads and processes, for a few instructions; must not be nested.
-
-        The kernel unlocks it when its holder dies.
-        """
-        start = self._start_bytes + 8 * word
-        with self._threads:
-            lock_range(self._lock_fd, start, 8, wait=True)
-            try:
-                yield
-            finally:
-                unlock_range(self._lock_fd, start, 8)
 
     # --- counters
 
@@ -207,6 +250,13 @@ class SharedFile:
         """The block of one process; not for PAST."""
         assert block != PAST
         return Counters(self._blocks[block - 1], self._positions)
+
+    def add(self, changes: Mapping[str, int]) -> None:
+        """Add to the supervisor's block; series that this file does not have are left out."""
+        words = self._blocks[SUPERVISOR - 1]
+        for name, change in changes.items():
+            if change and (at := self._positions.get(name)) is not None:
+                words[at] = words[at] + change & _WORD_MASK
 
     def sum_of(self, name: str, /, **labels: str) -> Callable[[], int]:
         """A function that sums one series over the processes of this run, cheap enough for each request."""
@@ -224,8 +274,12 @@ class SharedFile:
         rows = zip(self._about.series, self._sums(), self._baseline.tolist(), strict=True)
         return {name: now - then & _WORD_MASK for name, now, then in rows}
 
+    def counts(self) -> dict[str, int]:
+        """The totals of what only grows, not the gauges."""
+        return {name: n for name, n in self.totals().items() if _kind(name) in ("counter", "histogram")}
+
     def _sums(self) -> list[int]:
-        past = self._copies[self.words[PAST_COPY] >> 31 & 1]
+        past = self._copies[self._root[0] >> _PAST_COPY_BIT & 1]
         columns = [view.tolist() for view in (past, *self._blocks)]
         return [sum(row) & _WORD_MASK for row in zip(*columns, strict=True)]
 
@@ -234,6 +288,22 @@ class SharedFile:
         for position, name in enumerate(self._about.series):
             if _kind(name) == "gauge":
                 self._blocks[block - 1][position] = 0
+
+
+class Earlier:
+    """A file of processes that are being replaced: what they still count belongs to the totals too.
+
+    `moved` is what the present file has of it already.
+    """
+
+    def __init__(self, file: SharedFile, moved: Mapping[str, int]) -> None:
+        self.file, self.moved = file, moved
+
+    def move(self, to: SharedFile) -> None:
+        """Add what has been counted since to the supervisor's block of the present file; gauges follow."""
+        now = self.file.totals()
+        to.add({name: count - self.moved.get(name, 0) for name, count in now.items()})
+        self.moved = now
 
 
 def _kind(name: str) -> str | None:
@@ -277,26 +347,40 @@ def _read_old(path: Path, now: float) -> tuple[Mapping[str, int], float]:
         _LOG.warning("the counters start at 0: their file was damaged (%s) and is now %s", error, aside)
         return {}, now
     with contextlib.closing(old):
-        counts = {name: n for name, n in old.totals().items() if _kind(name) in ("counter", "histogram")}
-        return counts, old.installed_at
+        return old.counts(), old.installed_at
 
 
-def _first_content(path: Path, upstreams: Sequence[str], workers: int, idle_streams: Sequence[int]) -> bytes:
-    """The bytes of a new file: the counts of the one at `path` as past and baseline, all else 0."""
-    now = time.time()
-    known, installed_at = _read_old(path, now)
-    counts = dict(known)
-    for slot, kind, direction in product(idle_streams, KINDS, get_args(Direction)):
-        shared = stream_series(direction, MAX_STREAMS, kind)
-        counts[shared] = counts.get(shared, 0) + counts.pop(stream_series(direction, slot, kind), 0)
+def _replaced(path: Path, content: bytes) -> int:
+    """A descriptor of the new file at `path`, or of one in memory that no later run will find."""
+    try:
+        # Zeros are written too: storing into a hole of a mapped file on a full disk kills the process.
+        return replaced_file(path, content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise StoreError(f"the counters can't be kept: {path}: {error.strerror}") from error
+        _LOG.warning("counters of this run will be lost at its end: %s: %s", path, error.strerror)
+        fd = os.memfd_create("gup-shared", os.MFD_CLOEXEC)
+        os.write(fd, content)
+        return fd
+
+
+def _content(
+    upstreams: Sequence[str],
+    blocks: int,
+    past: Mapping[str, int],
+    baseline: Mapping[str, int],
+    installed_at: float,
+    started_at: float,
+) -> bytes:
+    """The bytes of a new file with these counts; all else is 0."""
     names = dict.fromkeys(layout(list(dict.fromkeys(upstreams))))
-    leftover = {name: count for name, count in counts.items() if count and name not in names}
-    blocks = FIRST_WORKER + workers
-    page = _ROWS_AT + len(Row) * blocks
-    about = {"series": [*names], "blocks": blocks, "page_words": page, "leftover": leftover}
-    text = json.dumps(about | {"installed_at": installed_at, "started_at": now}).encode()
+    leftover = {name: count for name, count in past.items() if count and name not in names}
+    about = {"series": [*names], "blocks": blocks, "page_words": _PAGE_WORDS, "leftover": leftover}
+    text = json.dumps(about | {"installed_at": installed_at, "started_at": started_at}).encode()
     head = _PREFIX.pack(_MAGIC, _FORMAT, len(text), xxhash.xxh3_64_intdigest(text)) + text
-    past = struct.pack(f"={len(names)}Q", *(counts.get(name, 0) for name in names))
-    # after the page: the past, its inactive copy, the baseline of since_start, and the blocks
-    words = bytes(8 * page) + past + bytes(len(past)) + past + bytes(len(past) * (blocks - 1))
+    then, before = (
+        struct.pack(f"={len(names)}Q", *(counts.get(name, 0) for name in names))
+        for counts in (past, baseline)
+    )
+    words = bytes(8 * _PAGE_WORDS) + then + bytes(len(then)) + before + bytes(len(then) * (blocks - 1))
     return head + bytes(-len(head) % _ALIGN_BYTES) + words

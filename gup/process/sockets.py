@@ -17,22 +17,37 @@ _LOG = logging.getLogger(__name__)
 
 _FIRST_FD = 3
 VARIABLES = ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
-"""For the supervisor only: removed from the environment of children."""
+"""systemd's, for the supervisor only: removed from the environment of children."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
     """Open for as long as the service runs: connections wait in their queues while a child is replaced.
 
-    `shared`: whether each worker listens on all data sockets (systemd's), or on one of its own.
+    `shared`: whether each worker listens on all data sockets (systemd's), or on some of its own. None is
+    closed when there are fewer workers: the kernel would reset the connections in its queue.
     """
 
-    data: Sequence[socket.socket]
-    admin: Sequence[socket.socket]
+    data: list[socket.socket]
+    admin: list[socket.socket]
     shared: bool
 
-    def of_worker(self, number: int) -> Sequence[socket.socket]:
-        return self.data if self.shared else self.data[number : number + 1]
+    def of_worker(self, number: int, workers: int) -> Sequence[socket.socket]:
+        return self.data if self.shared else self.data[number::workers]
+
+    def extend(self, workers: int, backlog: int) -> None:
+        """Have a socket for each worker. GupError, and nothing has changed, when there can be no more."""
+        missing = workers - len(self.data)
+        if self.shared or missing <= 0:
+            return
+        host, port = self.data[0].getsockname()[:2]
+        added: list[socket.socket] = []
+        try:
+            _bind(added, host, port, backlog, missing, joins=True)
+        except BaseException:
+            close(*added)
+            raise
+        self.data.extend(added)
 
 
 def open_listeners(listen: Listen, workers: int, passed: tuple[list[int], list[int]]) -> Listeners:
@@ -67,11 +82,14 @@ def url(sockets: Sequence[socket.socket], *, tls: bool = False) -> str:
     return f"{'https' if tls else 'http'}://{_authority(*name[:2])}"
 
 
-def _bind(opened: list[socket.socket], host: str, port: int, backlog: int, count: int) -> None:
+def _bind(
+    opened: list[socket.socket], host: str, port: int, backlog: int, count: int, *, joins: bool = False
+) -> None:
     """Open `count` sockets on one address; the kernel spreads connections among them (SO_REUSEPORT).
 
     The first is bound without that option, so that binding fails if any other process listens there:
-    otherwise two services would share the port. It gets the option afterwards, for the others.
+    otherwise two services would share the port. It gets the option afterwards, for the others. With `joins`
+    there are sockets of ours already.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -80,10 +98,10 @@ def _bind(opened: list[socket.socket], host: str, port: int, backlog: int, count
             sock = socket.socket(family, socket.SOCK_STREAM)
             opened.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if number:
+            if number or joins:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind(address)
-            if not number and count > 1:
+            if not number:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             address = sock.getsockname()  # for port 0, the port that the kernel chose
             sock.listen(backlog)

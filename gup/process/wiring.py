@@ -31,7 +31,7 @@ from gup.config import Settings
 from gup.files import FileError
 from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
-from gup.process.shared_memory import Row, SharedFile
+from gup.process.shared_memory import Page, Row, SharedFile
 from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
 from gup.upstream.health import Board
 from gup.upstream.members import Members
@@ -59,7 +59,8 @@ class ChildProcess(ABC):
         self.stopped = asyncio.Event()  # set to end `handle_messages`
         self.descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # raised by the supervisor
         self.shared = shared = SharedFile(assignment.shared_fd)
-        self.words = words = shared.words
+        self.page = page = Page(assignment.page_fd, assignment.blocks)
+        self.words = words = page.words
         self.counters = shared.counters(self.block)
         self.store = Store(self.settings.cache.directory)
         self.store.service_start = self.shared.started_at
@@ -69,13 +70,13 @@ class ChildProcess(ABC):
         self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="gup")
         self.node = _node_name(self.settings)  # the node's name in Via
         self.slots = Claims(self.store.run / "slots")
-        self._beats = shared.row(Row.BEAT)
-        self._reserved = shared.row(Row.PROMISES)
-        self._reserved[self.block] = 0  # reservations of a predecessor in this slot ended with it
+        self._beats = page.row(Row.BEAT)
+        self._reserved = page.row(Row.PROMISES)
+        self._reserved[self.block] = 0  # reservations of a predecessor with this block ended with it
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
-        self._paid = [shared.row(row) for row in (Row.WAN_URGENT, Row.WAN_OTHER, Row.WAN_BACKGROUND)]
+        self._paid = [page.row(row) for row in (Row.WAN_URGENT, Row.WAN_OTHER, Row.WAN_BACKGROUND)]
         self.wan = Wan(
             words,
             layout.WAN_CLOCK,
@@ -96,7 +97,7 @@ class ChildProcess(ABC):
             user_agent=f"gup/{__version__}",
             via=f"1.1 {self.node} (gup)",
             board=Board(
-                names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, shared.locked, tell_health
+                names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, page.locked, tell_health
             ),
         )
         self.dependencies = FillDependencies(
@@ -117,13 +118,13 @@ class ChildProcess(ABC):
             ),
             memory=MemoryFiles(
                 words[layout.MEMORY : layout.MEMORY + layout.MEMORY_WORDS],
-                lambda: shared.locked(layout.MEMORY),
+                lambda: page.locked(layout.MEMORY),
                 lambda: self.settings.fill.memory,
                 lambda: self.settings.listen.write_timeout,
             ),
             failures=NegativeCache(
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
-                lambda: shared.locked(layout.FAILURES),
+                lambda: page.locked(layout.FAILURES),
             ),
             misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
@@ -131,7 +132,7 @@ class ChildProcess(ABC):
             short=ShortJobs(),
             settings=self.settings,
             tell=self.tell,
-            raise_store_epoch=lambda: shared.raise_epoch(layout.STORE_EPOCH),
+            raise_store_epoch=lambda: page.raise_epoch(layout.STORE_EPOCH),
             store_epoch=lambda: words[layout.STORE_EPOCH],
             wall_clock=time.time,
             clock=time.monotonic,
@@ -179,11 +180,11 @@ class ChildProcess(ABC):
             Slots(self.slots, _INHERITED_FIRST, lambda: 2 * self.settings.fill.max),
             lambda: self.settings.fill.queue_timeout,
             (self.turns(Row.URGENT_TURNS), self.turns(Row.BULK_TURNS)),
-            Backlog(self.shared.row(Row.FILL_BACKLOG), held, self.block, self._alive),
+            Backlog(self.page.row(Row.FILL_BACKLOG), held, self.block, self._alive),
         )
 
     def turns(self, row: Row) -> Turns:
-        return Turns(self.shared.row(row), self.block, self._alive)
+        return Turns(self.page.row(row), self.block, self._alive)
 
     def beat(self) -> None:
         self._beats[self.block] = time.monotonic_ns()

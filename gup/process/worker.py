@@ -15,7 +15,14 @@ from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
 from gup.process.child import Message, Parent
-from gup.process.shared_memory import ENGINE_TIME, ENGINE_TIME_BEFORE, POLICY_EPOCH, STORE_EPOCH, Row
+from gup.process.shared_memory import (
+    ENGINE_TIME,
+    ENGINE_TIME_BEFORE,
+    FIRST_WORKER,
+    POLICY_EPOCH,
+    STORE_EPOCH,
+    Row,
+)
 from gup.process.wiring import DOWNLOADS_FIRST, ChildProcess, run_child
 from gup.server.access_log import AccessLog
 from gup.server.admission import Admission
@@ -35,13 +42,16 @@ class Worker(ChildProcess):
     def __init__(self, parent: Parent) -> None:
         super().__init__(parent)
         self._draining: asyncio.Task[None] | None = None
+        self._stops = False
         shared, settings = self.shared, self.settings
         # Called for each hit, so without a Python frame.
         epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), self.words)
         hot_cache = HotCache(epochs, self.cache.close_removed)
         turns = self.turns(Row.DOWNLOAD_TURNS)
         slots = Slots(self.slots, DOWNLOADS_FIRST, lambda: self.settings.clients.max_downloads)
-        self._shares = FairShares(parent.assignment.shares_fd, parent.assignment.slot)
+        assignment = parent.assignment
+        workers = assignment.blocks - FIRST_WORKER
+        self._shares = FairShares(assignment.shares_fd, assignment.block - FIRST_WORKER, workers)
         counts = self._shares.counts
         self.dependencies.queue.clients = counts[Shared.FILLS]
         self.dependencies.misses = counts[Shared.MISSES]
@@ -69,8 +79,11 @@ class Worker(ChildProcess):
             most_here=self.descriptors * 3 // 4,
         )
         self._peers = self._make_peers(downloads, names)
-        sockets = [socket.socket(fileno=fd) for fd in parent.assignment.listen_fds]
-        self._listener = Listener(sockets, settings, handler, admission, self._each_second)
+        sockets = [socket.socket(fileno=fd) for fd in assignment.listen_fds]
+        handed = [socket.socket(fileno=fd) for fd in assignment.handed_fds]
+        self._listener = Listener(
+            sockets, (handed[0], handed[1]), settings, handler, admission, self._each_second
+        )
 
     def _make_peers(self, downloads: Downloads, names: ClientNames) -> Listener | None:
         """The port where members of the cluster are answered: every worker has its own socket of it."""
@@ -89,7 +102,7 @@ class Worker(ChildProcess):
             self.sign_as,
             lambda: [self.engine_ms(), *(time.monotonic_ns() // 1_000_000 + self.words[at] for at in times)],
         )
-        return Listener([listening], self.settings, handler, PeerAdmission(), lambda _now: None)
+        return Listener([listening], None, self.settings, handler, PeerAdmission(), lambda _now: None)
 
     def _each_second(self, wall_now: float, *, everything: bool = False) -> None:
         self.beat()
@@ -104,8 +117,10 @@ class Worker(ChildProcess):
             self._peers.start()
         self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())
-        if not await self.handle_messages():
-            await self._listener.drain(0.0)  # the supervisor is gone
+        if not await self.handle_messages():  # the supervisor is gone
+            if self._draining is not None:
+                self._draining.cancel()
+            await self._listener.drain(0.0)
             if self._peers is not None:
                 await self._peers.drain(0.0)
         warming.cancel()
@@ -127,11 +142,22 @@ class Worker(ChildProcess):
             self._peers.apply(settings)
 
     def handle(self, message: Message) -> None:
-        if message.get("drain") and self._draining is None:
-            self._draining = asyncio.create_task(self._drain())
+        if message.get("leave") and self._draining is None:
+            self._draining = asyncio.create_task(self._leave())
+        elif message.get("drain") and not self._stops:
+            self._stops = True
+            if self._draining is not None:
+                self._draining.cancel()
+            self._draining = asyncio.create_task(self._drain(self.settings.listen.drain_timeout))
 
-    async def _drain(self) -> None:
-        await self._listener.drain(self.settings.listen.drain_timeout)
+    async def _leave(self) -> None:
+        """Others serve: hand them the idle connections, end the responses, and the fills that they follow."""
+        await asyncio.gather(self._listener.leave(), *([] if self._peers is None else [self._peers.leave()]))
+        await self.cache.end_fills()
+        await self._drain(0.0)
+
+    async def _drain(self, timeout_seconds: float) -> None:
+        await self._listener.drain(timeout_seconds)
         if self._peers is not None:
             await self._peers.drain(0.0)
         await self.cache.stop()  # bodies that clients have completely are committed first

@@ -50,6 +50,11 @@ class Admission:
             return self._refuse("limit")
         return True
 
+    def count(self, address: str) -> None:
+        """Count a connection that another worker has admitted."""
+        self._addresses.add(client_of(address))
+        self._counters.words[self._open] += 1
+
     def _refuse(self, reason: str) -> bool:
         self._counters.add("gup_connections_refused_total", reason=reason)
         return False

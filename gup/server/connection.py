@@ -510,6 +510,17 @@ class Connection:
         close_by_reset(self._sock)
         self.close()
 
+    def hand_over(self, to: socket.socket) -> bool:
+        """Pass the idle connection to another process; False when the queue to it is full."""
+        assert self.idle
+        try:
+            socket.send_fds(to, [b"\0"], [self._fd])
+        except OSError:
+            return False
+        self._watch(0)  # closing does not end it, since the other process has it open
+        self.close()
+        return True
+
     def close(self) -> None:
         """Close now. A fill continues without this client."""
         if self._phase is Phase.CLOSED:

@@ -1,4 +1,8 @@
-"""The listening sockets of one worker: accepts connections, times them out, and drains them at the end."""
+"""The listening sockets of one worker: accepts connections, times them out, and drains them at the end.
+
+A worker that leaves because others take its place closes no connection of its own accord, since a client may
+be sending its next request just then. It hands each idle one to those others, which go on with it.
+"""
 
 import asyncio
 import contextlib
@@ -35,12 +39,14 @@ _IDLE_FOUND = 256
 class Listener:
     """All client connections of one worker, and the coarse clock they share.
 
-    One sweep a second ends them, instead of a timer for each connection.
+    One sweep a second ends them, instead of a timer for each connection. `handed` is a pair of sockets: by
+    the first come idle connections of workers that leave, by the second this worker's go when it leaves.
     """
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
+        handed: tuple[socket.socket, socket.socket] | None,
         settings: config.Settings,
         handler: Handler | PeerHandler,
         admission: Admission | PeerAdmission,
@@ -48,6 +54,8 @@ class Listener:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets, self._handler, self._admission = sockets, handler, admission
+        self._handed = handed
+        self._leaving = False
         self._on_second = on_second
         self._address_pacers: WeakValueDictionary[str, Pacer] = WeakValueDictionary()
         self._use(settings.clients)
@@ -74,6 +82,8 @@ class Listener:
             listening.setblocking(False)
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
             self._loop.add_reader(listening.fileno(), self._accept, listening)
+        if self._handed is not None:
+            self._loop.add_reader(self._handed[0].fileno(), self._receive_handed, self._handed[0])
         self._tick()
 
     def apply(self, settings: config.Settings) -> None:
@@ -106,10 +116,13 @@ class Listener:
             self._admit(sock, *address[:2])
 
     def _admit(self, sock: socket.SocketType, address: str, port: int) -> None:
-        if not self._admission.admit(address, self._make_room):
+        if self._admission.admit(address, self._make_room):
+            self._begin(sock, address, port)
+        else:
             close_by_reset(sock)
             sock.close()
-            return
+
+    def _begin(self, sock: socket.SocketType, address: str, port: int) -> None:
         sock.setblocking(False)
         if len(self._connections) >= _CROWD:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _CROWD_UNSENT_BYTES)
@@ -155,7 +168,7 @@ class Listener:
         self._make_room()
 
         def resume() -> None:
-            if not self._handler.draining:
+            if listening.fileno() >= 0:  # else the worker is leaving
                 self._loop.add_reader(listening.fileno(), self._accept, listening)
 
         self._loop.call_later(_PAUSE_SECONDS, resume)
@@ -171,6 +184,8 @@ class Listener:
     def _tick(self) -> None:
         context = self._context
         context.now, context.wall_now = self._loop.time(), time.time()
+        if self._leaving:
+            self._hand_over()
         if int(context.wall_now) != self._second:
             self._second = int(context.wall_now)
             context.date = format_http_date(context.wall_now).encode()
@@ -184,13 +199,57 @@ class Listener:
 
     # --- the end
 
+    async def leave(self) -> None:
+        """Accept no more; returns when each connection has been handed over, or was closed by its client.
+
+        Without a time limit: a response that its client takes ends, and one that it doesn't is cut after
+        `listen.write_timeout`.
+        """
+        self._stop_accepting()
+        self._leaving = True
+        self._empty.clear()
+        self._hand_over()
+        if self._connections:
+            await self._empty.wait()
+
+    def _stop_accepting(self) -> None:
+        for listening in self._sockets:
+            self._loop.remove_reader(listening.fileno())
+            listening.close()
+        if self._handed is not None:
+            self._loop.remove_reader(self._handed[0].fileno())
+        self._sockets = ()
+
+    def _hand_over(self) -> None:
+        """Those that are idle now, as far as the queue has room; the rest at the next tick."""
+        for connection in [c for c in self._connections if c.idle]:
+            if self._handed is None:
+                connection.close()
+            elif not connection.hand_over(self._handed[1]):
+                return
+
+    def _receive_handed(self, handed: socket.socket) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                _, fds, _, _ = socket.recv_fds(handed, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, InterruptedError):
+                return
+            for fd in fds:
+                sock = socket.socket(fileno=fd)
+                try:
+                    address, port = sock.getpeername()[:2]
+                except OSError:  # the client is gone
+                    sock.close()
+                    continue
+                self._admission.count(address)
+                self._begin(sock, address, port)
+
     async def drain(self, timeout_seconds: float) -> None:
         context = self._context
         self._handler.draining = True
         context.hot_cache.drop()  # nothing is learned any more: every response now ends its connection
-        for listening in self._sockets:
-            self._loop.remove_reader(listening.fileno())
-            listening.close()
+        self._leaving = False
+        self._stop_accepting()
         self._empty.clear()
         for connection in [c for c in self._connections if c.idle]:
             connection.close()
@@ -208,3 +267,5 @@ class Listener:
         context.poller.close()
         if self._timer is not None:
             self._timer.cancel()
+        for end in self._handed or ():
+            end.close()

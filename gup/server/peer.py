@@ -184,6 +184,9 @@ class PeerAdmission:
         del address, make_room
         return True
 
+    def count(self, address: str) -> None:
+        """Nothing."""
+
     def leave(self, address: str) -> None:
         """Nothing."""
 

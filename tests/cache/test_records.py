@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -237,6 +238,19 @@ def test_of_a_huge_file_no_more_than_is_allowed_is_read(store, kind, monkeypatch
     with pytest.raises(InvalidError, match="are allowed"):
         store.load(KEY) if kind == "record" else store.load_state(KEY.id)
     assert sum(got) <= 2 * max(MAX_RECORD_BYTES, MAX_STATE_BYTES)
+
+
+def test_what_is_refused_is_told_in_printable_words_whatever_the_key_holds(store):
+    name = "x\u202e\u0558.zip"
+    other = ContentKey(KEY.version, KEY.language, KEY.stream, KEY.revision, name)
+    record = replace(RECORD, key=other, path=path_of(other))
+    store.record_path(KEY).parent.mkdir(parents=True, exist_ok=True)
+    store.record_path(KEY).write_bytes(record.encode())
+    wrong_path = changed(RECORD, "key", other.text)
+    for read in (lambda: store.load(KEY), lambda: Record.decode(wrong_path)):
+        with pytest.raises(InvalidError, match=r"x\\u202e") as told:
+            read()
+        assert str(told.value).isprintable()
 
 
 def test_a_state_under_another_keys_name_is_refused(store):

@@ -103,6 +103,8 @@ def control_plane(method, url):  # noqa: PLR0911 - a case for each request
         case "POST", "/api/v1/reload":
             told = {"reloaded": not PROBLEMS, "problems": PROBLEMS, "changed": CHANGED, "waiting": WAITING}
             return 200, told
+        case "POST", "/api/v1/upgrade":
+            return 200, {"upgraded": not PROBLEMS, "problems": PROBLEMS, "pid": 7, "workers": [8, 9]}
         case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
         case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
@@ -264,6 +266,29 @@ def test_an_odd_url_is_refused():
     with pytest.raises(AdminError, match="must begin with http://"):
         Admin("ftp://x")
     assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
+
+
+def test_upgrade_says_which_version_serves_or_why_not(plane, monkeypatch):
+    row = {"slot": 0, "pid": 8, "up_since": 0.0, "ready": True, "leaving": False}
+    told = iter(
+        [
+            {"version": "1", "pid": 7, "workers": [row]},
+            {"version": "1", "pid": 7, "workers": [row | {"leaving": True}, row | {"pid": 10}]},
+            {"version": "2", "pid": 11, "workers": [row | {"pid": 10, "ready": False}]},
+            {"version": "2", "pid": 11, "workers": [row | {"leaving": True}, row | {"pid": 10}]},
+        ]
+    )
+    plane.answers = lambda method, url: (200, next(told)) if method == "GET" else control_plane(method, url)
+    result = run("upgrade", "--admin", plane.url)
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "gup 2 serves with 1 new workers; 1 earlier ones finish their responses\n",
+    )
+    monkeypatch.setitem(globals(), "PROBLEMS", ["SyntaxError: invalid syntax"])
+    result = run("upgrade", "--admin", plane.url)
+    assert result.exit_code == 1
+    assert "earlier processes go on serving:\n  SyntaxError: invalid syntax\n" in result.stderr
+    assert json.loads(run("upgrade", "--admin", plane.url, "--json").stdout)["upgraded"] is False
 
 
 def test_reload_says_what_came_of_it(plane, monkeypatch):

@@ -22,6 +22,7 @@ url = "rediss://127.0.0.1:9"
 site = "lyon"
 address = "http://127.0.0.1:9"
 """
+HOOK = '[alarms]\nwebhook = "https://127.0.0.1:9/"\n'
 UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
 
 
@@ -42,6 +43,10 @@ SETTINGS = {
     "cluster.ca_file": CLUSTER + 'secret_file = "{secret}"\nca_file = "{file}"\n',
     "cluster.password_file": CLUSTER + 'secret_file = "{secret}"\npassword_file = "{file}"\n',
     "cluster.secret_file": CLUSTER + 'secret_file = "{file}"\n',
+    "alarms.webhook_secret_file": UPSTREAM + HOOK + 'webhook_secret_file = "{file}"\n',
+    "alarms.webhook_ca_file": UPSTREAM
+    + HOOK
+    + f'webhook_secret = "whsec_{"a" * 32}"\nwebhook_ca_file = "{{file}}"\n',
 }
 """Every setting that names a file which is read, as it stands in a settings' file."""
 REMEDY = {
@@ -50,6 +55,8 @@ REMEDY = {
     "listen.admin_read_token_file": "such as made by: openssl rand",
     "listen.admin_cert_file": "in PEM",
     "listen.admin_key_file": "in PEM, without a password",
+    "alarms.webhook_secret_file": "must be whsec_ and 24 to 64 random bytes in base64",
+    "alarms.webhook_ca_file": "it must hold certificates, in PEM",
     "catalog.file": "it must be a manager's ContentInfo.txt",
     "cluster.ca_file": "it must hold certificates, in PEM",
     "cluster.password_file": "it must hold the engine's password, in one line",
@@ -128,6 +135,8 @@ def test_right_files_pass(tmp_path, certificate, setting):
     contents = {"upstream#1.ca_file": certificate[0], "listen.admin_cert_file": certificate[0]}
     contents |= {"cluster.ca_file": certificate[0]}
     contents |= {"listen.admin_key_file": certificate[1], "catalog.file": LINE.encode()}
+    contents |= {"alarms.webhook_ca_file": certificate[0]}
+    contents["alarms.webhook_secret_file"] = b"whsec_" + b"a" * 32 + b"\n"
     file.write_bytes(contents.get(setting, b"a-token-of-some-length\n"))
     assert command("config", "check", settings).returncode == 0
 

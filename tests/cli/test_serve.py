@@ -7,6 +7,7 @@ from harness.commands import run
 
 from gup.cli.serve import host_port, serve_flags
 from gup.config import Settings, load
+from gup.demo.manager import Faults
 from gup.demo.run import Plan
 from gup.errors import GupError, SettingsError
 
@@ -156,13 +157,15 @@ def test_simulate_manager_passes_its_flags_on(called):
     assert run("simulate", "manager").exit_code == 0
     result = run(
         *("simulate", "manager", "--listen", "127.0.0.1:0", "--seed", 3, "--wan-rate", "0"),
-        *("--publish-interval", "250ms", "--products", 2, "--full-size", "64KiB"),
+        *("--publish-interval", "250ms", "--products", 2, "--full-size", "64KiB", "--delta-size", "3kB"),
+        *("--errors", "0.1", "--cuts", "0.2", "--wrong", "1", "--delay", "50ms"),
     )
     assert result.exit_code == 0, result.output
     names = ("seed", "wan_rate_bytes_per_second", "publish_interval_seconds", "products", "full_bytes")
+    names += ("delta_bytes", "faults")
     assert [(address, tuple(named[name] for name in names)) for address, named in calls] == [
-        (("127.0.0.1", 8014), (1, 10_000_000, 10.0, 4, 4_000_000)),
-        (("127.0.0.1", 0), (3, 0, 0.25, 2, 65536)),
+        (("127.0.0.1", 8014), (1, 10_000_000, 10.0, 4, 4_000_000, 200_000, Faults())),
+        (("127.0.0.1", 0), (3, 0, 0.25, 2, 65536, 3000, Faults(0.1, 0.2, 1.0, 0.05))),
     ]
 
 
@@ -185,6 +188,8 @@ def test_simulate_clients_passes_its_flags_on(called):
         (["--full-size", "big"], ["--full-size", "'big'", "20GB"]),
         (["--listen", "8014"], ["--listen", "'8014'", "HOST:PORT"]),
         (["--products", "0"], ["--products", "1"]),
+        (["--errors", "5"], ["--errors", "less than or equal to 1"]),
+        (["--delay", "long"], ["--delay", "'long'", '"10s"']),
     ],
 )
 def test_bad_quantities_are_named(called, flags, words):
@@ -192,6 +197,18 @@ def test_bad_quantities_are_named(called, flags, words):
     result = run("simulate", "manager", *flags)
     assert result.exit_code == 2
     for word in words:
+        assert word in result.stderr
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "flags", [["--url", "127.0.0.1:2967"], ["--url", "http://g", "--manager", "http:/m"]]
+)
+def test_addresses_of_simulated_clients_are_urls(called, flags):
+    calls = called("gup.demo.clients.simulate_clients", 1)
+    result = run("simulate", "clients", *flags)
+    assert result.exit_code == 2
+    for word in (flags[-2], repr(flags[-1]), "http://127.0.0.1:2967"):
         assert word in result.stderr
     assert calls == []
 

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.config import Rules
-from gup.content.client_identity import NOBODY, NOTHING, Declarations, Identities, Source, parse_source
+from gup.content.client_identity import (
+    _MOST_REMEMBERED,
+    NOBODY,
+    NOTHING,
+    Declarations,
+    Identities,
+    Source,
+    parse_source,
+)
 from gup.content.releases import Releases
 from gup.server.hot_cache import PLAIN_HEAD
 from gup.server.request import parse_head
@@ -144,3 +152,11 @@ def test_bytes_state_what_their_fields_state(lines, version, language):
 def test_without_sources_nothing_is_stated():
     declarations = Declarations(Rules(version_sources=[], language_sources=[]))
     assert declarations.of_head(b"GET / HTTP/1.1\r\nHost: a\r\n" + AGENT + b"\r\n\r\n") is NOTHING
+
+
+def test_clients_that_state_something_else_each_time_do_not_fill_memory():
+    declarations = Declarations(Rules(version_sources=VERSIONS))
+    for number in range(2 * _MOST_REMEMBERED):
+        assert declarations.of((("gup-client-version", f"14.{number}"),)).version == f"14.{number}"
+        assert len(declarations._known) <= _MOST_REMEMBERED
+        assert len(declarations._stated) <= _MOST_REMEMBERED + 1

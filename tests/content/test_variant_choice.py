@@ -9,7 +9,7 @@ from gup.content.catalog import CLIENT_PATCHES, Catalogues, Label, parse_catalog
 from gup.content.key import ABSENT, Variant
 from gup.content.routes import LIVEUPDATE_STREAM, Routes
 from gup.content.rules import Rulebook
-from gup.content.variant_choice import Choices, why_not_for
+from gup.content.variant_choice import _MOST_REMEMBERED, Choices, explain, explained, why_not_for
 
 PATCH = "{11111111-1111-1111-1111-111111111111}"
 TEXTS = "{22222222-2222-2222-2222-222222222222}"
@@ -201,8 +201,49 @@ PATCH_FOR_RU3 = Label("Client Patch", "14.3 RU3", "SymAllLanguages", CLIENT_PATC
         (ALL, Label("Texts", "", "English", "other"), ("14.3 RU2", "en"), ""),
         (ALL, PATCH_FOR_RU3, ("14.3 RU2", "French"), "it is for 14.3 RU3"),
         (ALL, PATCH_FOR_RU3, ("14.3 RU3", "French"), ""),
+        (Variant("any", "neither"), None, (None, "Neither"), ""),
+        (Variant("any", "neither"), None, (None, "French"), "it is for neither"),
         (FR, Label("Virus", "14.3.1", "French", "virus_definitions"), ("14.3.1", "French"), ""),
     ],
 )
 def test_what_a_site_of_a_version_and_language_has_a_use_for(stored, label, wanted, why):
     assert why_not_for(stored, *wanted, label) == why
+
+
+def test_a_manager_of_no_stated_version_is_nearer_than_one_of_another_release():
+    found = choices(["fr", "plain"])
+    assert choose(found, UNKNOWN, "14.3.4615.2000").upstream == "fr"
+    assert choose(found, UNKNOWN, "12.1 RU6").upstream == "plain"
+
+
+def test_the_variants_that_a_prefetch_asks_for():
+    found = choices()
+    assert found.variants(LIVEUPDATE_STREAM) == [(ALL, ALL)]
+    assert found.variants(PATCH) == [(FR, FR), (EN, EN)]
+    assert found.variants(VIRUS) == [(FR, ALL), (EN, ALL)]
+
+
+def test_clients_that_state_something_else_each_time_do_not_fill_memory():
+    found = choices(["fr", "en"])
+    first = choose(found, PATCH, "14.3 RU3", "en")
+    for number in range(2 * _MOST_REMEMBERED):
+        choose(found, PATCH, f"14.3.{number}", "en")
+        assert len(found._by_client) <= _MOST_REMEMBERED
+    assert choose(found, PATCH, "14.3 RU3", "en") == first
+
+
+@pytest.mark.parametrize(("mode", "said"), [("enforce", ""), ("report", "nothing is refused")])
+def test_what_people_are_told_of_a_choice(mode, said):
+    rows = [{"name": "fr", "url": "http://fr", "version": FR.version, "language": FR.language}]
+    rows += [{"name": "en", "url": "http://en", "version": EN.version, "language": EN.language}]
+    made = Settings.model_validate({"upstream": rows, "rules": {"mode": mode}})
+    book = Rulebook(made)
+    listed = {"fr": parse_catalog(lines(rows[0]).encode()), "en": parse_catalog(lines(rows[1]).encode())}
+    catalogues = Catalogues(listed, made.upstream, book.types)
+    client = book.identities.stated("14.3 RU3", "English")
+    found = explained(explain(book, catalogues, made.upstream, {"fr": "disk"}, PATCH, client))
+    assert found[0].startswith(f"{PATCH}: allowed")
+    assert found[0].endswith(", from en")
+    assert said in found[0]
+    assert "  product: SEP Client Patch Win64 14.3 RU2 (catalogue: disk)" in found
+    assert any("catalogue: not read yet" in line for line in found)

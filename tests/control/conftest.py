@@ -130,6 +130,9 @@ class World:
     def raise_epoch(self) -> None:
         self.epochs += 1
 
+    async def upgrade(self) -> list[str]:
+        return self.reload_problems
+
     async def reload(self) -> Reload:
         self.reloads += 1
         return Reload(self.reload_problems, ["wan.rate"], self.reload_waiting)
@@ -181,10 +184,12 @@ class World:
             workers=lambda: self.workers,
             config_ok=lambda: self.config_ok,
             reload=self.reload,
+            upgrade=self.upgrade,
             recover=self.recover,
             mend=self.mend,
             events=self.receiver,
             admin=admin or self.sender,
+            handed=(self.sender, self.sender),
             started_at=self.now - 3600,
             installed_at=self.installed_at,
             label_of=lambda _stream, _file: None,

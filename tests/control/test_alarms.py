@@ -1,5 +1,7 @@
 """The table of alarms: each row found where it should be and not elsewhere; when one begins and ends."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +30,7 @@ WELL = {
     "last_seen": 999_000.0,
     "addresses": "full",
     "cluster": (),
+    "unsent": (),
 }
 
 
@@ -72,6 +75,7 @@ class Collector(AlarmCollector):
                 newest=lambda _n: [("c", known.last_seen)], counts=lambda _now: {"7d": 5}
             ),
             malformed_events=0,
+            notifications=SimpleNamespace(problems=lambda: known.unsent),
         )
         super().__init__(state)
 
@@ -132,6 +136,7 @@ SICK: list[tuple[str, dict, str, str]] = [
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),
+    ("alarms-unsent", {"unsent": [("webhook", "it answered 500")]}, "webhook", "it answered 500"),
     ("events-lost", {"gained": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
 ]
@@ -156,6 +161,12 @@ def test_every_row_is_tried_and_says_what_to_do():
     ] * 2
 
 
+def test_the_page_on_alarms_lists_each_with_its_severity():
+    page = (Path(__file__).parents[2] / "docs" / "alarms.md").read_text()
+    listed = re.findall(r"^\| `([a-z-]+)` \| (warning|critical) \|", page, re.MULTILINE)
+    assert dict(listed) == {type_.name: type_.severity for type_ in ALARMS}
+
+
 def test_a_storm_without_addresses_or_deltas_is_told_too():
     storm = STORM._replace(clients=0, addresses=(), delta_bytes=0)
     [(_, _, text)] = found(storms=(storm,))
@@ -178,6 +189,21 @@ def test_counts_are_those_of_the_window():
     assert collector.gained("gup_x") == 3
     now[0] = 900.0
     assert collector.gained("gup_x") == 0
+
+
+def test_a_restored_alarm_is_the_same_if_it_is_found_again_and_ends_some_time_later_if_not():
+    kind, before = AlarmType("damage", "warning", 5.0, 10.0, "Do."), AlarmBoard()
+    before.look([("damage", "x", "1 damaged"), ("damage", "y", "1 damaged")], NOW, 0.0)
+    known = before.look([], NOW, 0.0)
+    alarms = AlarmBoard([kind])
+    alarms.restore([*known, known[0].model_copy(update={"name": "of another version"})], 100.0)
+    shown = alarms.look([("damage", "x", "2 damaged")], NOW + 9, 100.0)
+    assert [(alarm.id, alarm.since, alarm.text) for alarm in shown] == [
+        (known[0].id, NOW, "2 damaged"),
+        (known[1].id, NOW, "1 damaged"),
+    ]
+    assert len(alarms.look([("damage", "x", "2 damaged")], NOW, 139.9)) == 2
+    assert [alarm.id for alarm in alarms.look([("damage", "x", "2 damaged")], NOW, 140.0)] == [known[0].id]
 
 
 DAMAGED, MORE = [("damage", "x", "1 damaged")], [("damage", "x", "3 damaged")]

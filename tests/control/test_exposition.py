@@ -35,6 +35,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
     samples |= newest_and_storms(newest, dict.fromkeys(named, False) | {[*named][-1]: True}, labels)
     limited = ("connections", "connections_per_address", "downloads", "fills", "queue")
     samples |= {
+        "gup_alarm_messages_waiting": [({"to": to}, 0) for to in ("webhook", "command")],
         "gup_clients_seen": [({"window": window}, 0) for window in ("1h", "1d", "7d")],
         "gup_upstream_up": [({"upstream": name}, True) for name in upstreams],
         "gup_bandwidth_limit_bytes_per_second": [({"direction": d}, 1) for d in ("upstream", "client")],

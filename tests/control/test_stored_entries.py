@@ -185,9 +185,12 @@ async def test_uses_and_clients_outlive_a_restart_and_uses_a_lost_index(world, b
         await world.until(lambda: len(control.state.clients) == 2)
     (found,) = world.store.scan()
     assert found.used_at == 5000.0
-    async with world.running():
+    async with world.running() as control:
         _, told = await get(browser, world, f"/api/v1/content/{record.key.text}")
         assert told["hits"] == 5
+        await world.until(
+            lambda: len(control.state.clients) == 2
+        )  # the statistics are opened beside the index
         _, seen = await get(browser, world, "/api/v1/clients")
         assert seen["seen"] == {"1h": 2, "1d": 2, "7d": 2}
 

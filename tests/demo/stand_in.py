@@ -1,6 +1,6 @@
 """A process that stands in for `gup serve`: caches whole bodies in memory, and misbehaves as it is told.
 
-`python stand_in.py MODE UPSTREAM`; modes: right, corrupt, twice, boast, crash, refuse, die.
+`python stand_in.py MODE UPSTREAM`; modes: right, corrupt, twice, forbid, boast, crash, refuse, die.
 """
 
 import asyncio
@@ -40,6 +40,8 @@ class StandIn:
 
     async def content(self, request):
         body = await self.body(request.path)
+        if self.mode == "forbid" and request.path.endswith(".dax"):
+            raise web.HTTPForbidden
         if self.mode == "corrupt" and request.path.endswith(".dax"):
             body = body[:-1] + bytes([body[-1] ^ 1])
         status, start, stop = decide(request.headers, '"fixed"', MODIFIED_AT, len(body))

@@ -14,14 +14,13 @@ from gup.content.key import Kind
 from gup.demo import clients as simulated
 from gup.demo.clients import (
     MAX_COMPLAINTS,
-    Client,
     Crowd,
     Download,
     Figures,
     Latencies,
-    cache_result,
 )
 from gup.demo.content import CONTENT_INFO_PATH, PublishedFile, PublishedStream
+from gup.demo.machine import Client, cache_result
 
 BODY = random.Random(1).randbytes(300_000)
 PATH = "/content/{A}/1/full.zip"
@@ -229,7 +228,9 @@ def test_clients_take_patches_of_their_own_language_only():
 def test_the_command_fails_without_a_catalogue(capsys):
     url = "http://127.0.0.1:9"
     assert simulated.simulate_clients(url, url, count=1, seconds=0.1, seed=1, json_output=True) == 3
-    assert "no catalogue" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"no catalogue at {url}/simulation/catalog" in err
+    assert "--manager URL" in err
 
 
 async def test_the_command_runs_its_clients(manager_url, capsys):
@@ -243,6 +244,27 @@ async def test_the_command_runs_its_clients(manager_url, capsys):
     assert (status, document["wrong"], document["failed"]) == (0, 0, 0)
     assert document["received_bytes"] > 0
     assert document["downloads"]["index"] > 0
+
+
+def test_the_summary_is_for_people():
+    figures = Figures(requests=1200, received_bytes=3_000_000, not_modified=7, resumes=2)
+    figures.downloads[Kind.DELTA] = 1000
+    figures.answered(0.01, "gup; hit")
+    figures.complain("failed", "/content/a: gave up")
+    lines = list(figures.lines(30, 2.5))
+    for line in (
+        "clients       30 for 2.5 s",
+        "requests      1,200; answers by cache result: 1 hit",
+        "received      3.0 MB",
+        "downloads     1,000 delta",
+        "not modified  7",
+        "resumed       2",
+        "wrong         0 bodies that differ from what was published",
+        "failed        1 downloads that were given up",
+        "/content/a: gave up",
+    ):
+        assert line in lines
+    assert "Nothing was downloaded" in list(Figures().lines(1, 1))[-1]
 
 
 def test_quantiles_are_within_a_step_of_the_truth():

@@ -7,19 +7,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import aiohttp
 import pytest
 import xxhash
 
 from gup.content.key import Kind
 from gup.demo import content
-from gup.demo.content import CATALOGUE_JSON, CONTENT_INFO_PATH
+from gup.demo.content import CATALOGUE_JSON, CATALOGUE_PATH, CONTENT_INFO_PATH, COUNTS_PATH, PUBLISH_PATH
 from gup.demo.manager import (
-    CATALOGUE_PATH,
-    COUNTS_PATH,
     KEEP_PUBLICATIONS,
     PIECE_BYTES,
-    PUBLISH_PATH,
+    Faults,
     Link,
     ListenError,
     Manager,
@@ -168,6 +168,36 @@ async def test_the_index_does_not_wait_for_the_fulls_of_a_full_link(session, tmp
         assert time.monotonic() - begin < 2, "24 pieces take 3.9 s"
         for task in fulls:
             task.cancel()
+
+
+async def test_faults_happen_to_a_share_of_the_requests_and_are_counted(session, tmp_path):
+    faults = Faults(errors=0.25, cuts=0.25, wrong=0.25, delay_seconds=0.001)
+    manager = Manager(tmp_path / "manager", 1, content.streams(1, 60_000), Link(0), faults)
+    await manager.publish()
+    found = Counter()
+    async with manager.listening("127.0.0.1", 0) as url:
+        full = manager.catalogue.streams[0].full
+        for _ in range(200):
+            try:
+                response, body = await got(session, url + full.path)
+            except aiohttp.ClientError:
+                found["cut"] += 1
+                continue
+            right = xxhash.xxh3_128_hexdigest(body) == full.digest
+            assert right or response.status == 503 or len(body) == full.length
+            found["right" if right else response.status] += 1
+    assert found.total() == 200
+    assert all(20 < found[what] < 100 for what in (503, 200, "cut", "right"))
+    # of a body that was to be cut and changed only the cut is seen
+    assert manager.counts.faults >= found[503] + found["cut"] + found[200]
+
+
+async def test_sizes_are_those_that_were_asked_for(tmp_path):
+    manager = Manager(tmp_path / "manager", 1, content.streams(2, 50_000, 1000), Link(0))
+    await manager.publish()
+    deltas = [delta.length for stream in manager.catalogue.streams for delta in stream.deltas]
+    assert all(500 <= length <= 1500 for length in deltas)
+    assert len(set(deltas)) > 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

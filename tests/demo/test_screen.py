@@ -102,3 +102,4 @@ def test_progress_is_a_table_whose_lines_hold_one_thing_each():
 
 def test_milliseconds_are_for_people():
     assert milliseconds(None) == "none"
+    assert milliseconds(2.0812) == "2.08 s"

@@ -21,14 +21,14 @@ DEPLOY = ROOT / "deploy"
 SETTLE_SECONDS = 60.0
 
 
-def run(*command, status=0, **more):
+def run(*command, status=0, timeout=50, **more):
     """What the command says, both streams together; it must end with this status."""
     done = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=50,
+        timeout=timeout,
         check=False,
         **more,
     )

@@ -3,10 +3,11 @@
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from deploy.deployed import DEPLOY, load, run
+from deploy.deployed import DEPLOY, ROOT, load, run
 from harness.needs import program
 
 DOCKERFILE = DEPLOY / "container" / "Dockerfile"
@@ -35,6 +36,14 @@ def test_the_image_has_two_stages_and_no_root():
     assert re.search(r"^HEALTHCHECK ", last, re.MULTILINE)
     assert re.search(r"^VOLUME /var/lib/gup$", last, re.MULTILINE)
     assert "COPY --from=build" in last
+
+
+def test_the_image_has_the_python_that_the_suite_runs_with():
+    images = set(re.findall(r"^FROM python:(\S+?)-slim", DOCKERFILE.read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"].startswith(">=" + "".join(images))
+    if os.environ.get("CI") == "true":  # elsewhere any Python that gup allows may run the suite
+        assert images == {"{}.{}".format(*sys.version_info)}
 
 
 @pytest.mark.needs("docker-compose")

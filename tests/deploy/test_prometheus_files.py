@@ -43,12 +43,15 @@ def test_every_alert_says_what_is_wrong_what_to_do_and_where_more_is_written(nam
     assert alert["labels"]["severity"] in {"warning", "critical"}
     notes = alert["annotations"]
     assert "$labels.site" in notes["summary"]
-    assert notes["description"].endswith(".")
+    assert re.fullmatch(r"Cause(, by reason)?: .+\. Remedy: .+\.", notes["description"])
     assert notes["runbook_url"] == f"docs/runbook.md#{name.lower()}"
     runbook = (ROOT / "docs" / "runbook.md").read_text()
     section = re.search(rf"^## {name}\n(.+?)(?=^## |\Z)", runbook, re.MULTILINE | re.DOTALL)
     assert section, f"docs/runbook.md has no section {name}"
     assert len(section[1].split()) > 40, "a section that helps nobody"
+    named = re.findall(r"`([^`]+)`|\b([a-z]+\.[a-z_]+)\b", notes["description"])
+    told = section[1] + runbook.partition("\n## ")[0]
+    assert [word for pair in named for word in pair if word and word.split(" --")[0] not in told] == []
 
 
 def test_the_runbook_knows_no_alert_that_is_not_there():

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 from deploy.deployed import DEPLOY, run
-from harness.clients import fetch
+from harness.clients import RawConnection, fetch
 from harness.needs import program
-from harness.processes import MARK, end, environment, free_port, listens, until
+from harness.processes import MARK, end, environment, free_port, listens, marked, until
 from harness.service import Gup
 
 UNITS = DEPLOY / "systemd"
@@ -23,9 +23,9 @@ EXPOSURE = "15"
 @pytest.fixture
 def units(tmp_path):
     """The units with a program that is there."""
-    gup = Path(sys.executable).with_name("gup")
+    gup = str(Path(sys.executable).with_name("gup")).replace(" ", "\\x20")
     for file in ("gup.service", "gup.socket"):
-        text = (UNITS / file).read_text().replace("/opt/gup/bin/gup", str(gup))
+        text = (UNITS / file).read_text().replace("/opt/gup/bin/gup", gup)
         (tmp_path / file).write_text(text)
     return tmp_path
 
@@ -85,6 +85,15 @@ def test_a_real_gup_tells_systemd_how_it_stands(tmp_path):
             gup.signal(signal.SIGHUP)
             heard("RELOADING=1\nMONOTONIC_USEC=")
             heard("READY=1")
+            before = gup.status()
+            gup.signal(signal.SIGUSR2)
+            heard("RELOADING=1\nMONOTONIC_USEC=")
+            heard("READY=1")  # at once: the earlier workers serve
+            assert f"STATUS=serving on {gup.url}" in heard("READY=1")
+            gup.wait_replaced(before, 1)
+            heard("WATCHDOG=1")
+            passed = [psutil.Process(pid).environ() for pid in gup.children()]
+            assert not any({"NOTIFY_SOCKET", "_GUP_HANDOVER"} & set(environ) for environ in passed)
             gup.signal(signal.SIGTERM)
             heard("STOPPING=1")
             assert gup.wait() == 0
@@ -117,6 +126,14 @@ def test_a_gup_started_for_a_socket_of_systemd_serves_on_it(tmp_path):
         assert f"serving on http://127.0.0.1:{data}" in until(
             lambda: "gup: serving" in log.read_text() and log.read_text(), "the ready line", 20
         )
+        with RawConnection(("127.0.0.1", data)) as kept:
+            assert kept.get("/nothing").status == 404
+            before = set(marked(mark)) - {process.pid}
+            process.send_signal(signal.SIGUSR2)
+            until(lambda: log.read_text().count("gup: serving") == 2, "the upgraded gup serves", 30)
+            until(lambda: before.isdisjoint(marked(mark)), "the earlier processes have ended")
+            assert kept.get("/nothing").status == 404, "the same connection, another worker"
+        assert fetch(("127.0.0.1", data), "/nothing").status == 404
         process.terminate()
         assert process.wait(20) == 0
         assert not listens(("127.0.0.1", data))

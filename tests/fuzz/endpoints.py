@@ -41,13 +41,17 @@ async def exchange(address: tuple[str, int], *pieces: bytes) -> bytes:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with asyncio.timeout(_HANG_SECONDS):
             await loop.sock_connect(sock, address)
-            for number, piece in enumerate(pieces):
-                if number:
-                    for _ in range(5):  # the server's turns: to accept, to read
-                        await asyncio.sleep(0)
-                await loop.sock_sendall(sock, piece)
-            sock.shutdown(socket.SHUT_WR)
             received = bytearray()
-            while piece := await loop.sock_recv(sock, _PIECE_BYTES):
-                received += piece
+            # Whoever sends more after `Connection: close` may find the connection reset behind the answer.
+            with contextlib.suppress(ConnectionError):
+                for number, piece in enumerate(pieces):
+                    if number:
+                        for _ in range(5):  # the server's turns: to accept, to read
+                            await asyncio.sleep(0)
+                    await loop.sock_sendall(sock, piece)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while piece := await loop.sock_recv(sock, _PIECE_BYTES):
+                    received += piece
     return bytes(received)

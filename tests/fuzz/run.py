@@ -7,7 +7,6 @@ status is 1 when a property failed: the input is kept, and `--replay FILE` runs 
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,8 @@ def fuzz_one(name: str, options: Sequence[str]) -> None:
     import atheris  # noqa: PLC0415 - an extra: the corpora are also replayed without it
 
     with atheris.instrument_imports(include=["gup"]), fuzz.target(name) as check:
-        atheris.Setup([sys.argv[0], *options], check)
+        again = f"{sys.executable} -m fuzz.run --child {name} --"  # a merge starts processes of its own
+        atheris.Setup([again, *options], check)
         atheris.Fuzz()
 
 
@@ -102,15 +102,10 @@ def replay(file: Path) -> None:
 
 
 def merge(name: str) -> None:
-    """Replace the committed corpus by the smallest one that reaches all that was found."""
-    with tempfile.TemporaryDirectory() as folder:
-        status, said = _in_child(
-            name, ["-merge=1", folder, str(fuzz.CORPUS / name), str(BUILD / name / "corpus")]
-        )
-        if status:
-            raise SystemExit(said)
-        shutil.rmtree(fuzz.CORPUS / name)
-        shutil.copytree(folder, fuzz.CORPUS / name)
+    """Add to the committed corpus what was found and reaches more than it does."""
+    status, said = _in_child(name, ["-merge=1", str(fuzz.CORPUS / name), str(BUILD / name / "corpus")])
+    if status:
+        raise SystemExit(said)
 
 
 def main() -> int:
@@ -122,7 +117,7 @@ def main() -> int:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; one a core"
     )
     parser.add_argument("--replay", type=Path, help="one input")
-    parser.add_argument("--merge", action="store_true", help="the targets' corpora, instead of fuzzing")
+    parser.add_argument("--merge", action="store_true", help="add what was found to the committed corpora")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("options", nargs="*", help=argparse.SUPPRESS)
     chosen = parser.parse_args()

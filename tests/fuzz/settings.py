@@ -1,5 +1,6 @@
 """Settings: any bytes as a TOML file, and after a line `#environment` any variables, NAME=VALUE a line."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from gup.content.rules import Rulebook
 from gup.errors import SettingsError
 
 _ENVIRONMENT = b"\n#environment\n"
+_BEGINNING = re.compile(
+    rf"(?:/.*/gup\.toml|(?i:GUP_).*|(?:{'|'.join(Settings.model_fields)})(?:[.#].*)?): \S"
+)
 
 
 @contextmanager
@@ -64,4 +68,4 @@ def _read(file: Path, environment: dict[str, str]) -> None:
 def _require_sentences(problems: list[str]) -> None:
     for problem in problems:
         assert problem.isprintable(), repr(problem)
-        assert ": " in problem, problem
+        assert _BEGINNING.match(problem) or ": unknown key; " in problem, problem

@@ -91,11 +91,14 @@ def _check(given: bytes, folder: Path, runner: asyncio.Runner) -> None:
         text = sealed(text)
     forged = which in (b"R", b"S")
     root = folder / "cache"
-    for work in (_look, _fsck):
-        try:
-            work(_store(root, which, text), forged=forged)
-        finally:
-            shutil.rmtree(root)
+    try:
+        store = _store(root, which, text)
+        _look(store, forged=forged)
+        _fsck(store, forged=forged)
+    finally:
+        shutil.rmtree(root)
+    if which in b"mkc":  # no worker of a cache alone reads these
+        return
     try:
         _store(root, which, text)
         runner.run(_serve(root, forged=forged, has_part=which in b"pusS"))

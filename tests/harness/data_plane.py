@@ -52,7 +52,8 @@ async def data_plane(worker: Worker, *, is_hot: bool = True) -> AsyncIterator[Da
         handler = Handler(own, worker.cache, policy, hot_cache, downloads, access_log, "test")
         admission = Admission(own.settings, own.counters, ClientCounts.alone(), lambda: 1, most_here=100)
         listening = socket.create_server(("127.0.0.1", 0))
-        listener = Listener([listening], own.settings, handler, admission, lambda _now: None)
+        handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener = Listener([listening], handed, own.settings, handler, admission, lambda _now: None)
         address = listening.getsockname()
         listener.start()
         try:

@@ -4,6 +4,7 @@ Where one is missing, the test is skipped, and the run ends with how many tests 
 such a test fails. `tests/conftest.py` hands the hooks to pytest.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -43,6 +44,16 @@ def _can_trace() -> bool:
     return attached
 
 
+def _can_boot() -> bool:
+    return _may("sys_admin", "net_admin") and "cgroup2" in Path("/proc/filesystems").read_text()
+
+
+def _makes_environments() -> bool:
+    """Debian's own Python, whatever else is installed: the package is built for that."""
+    command = ["/usr/bin/python3", "-c", "import ensurepip"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """Programs that must be there and what must hold besides; `remedy` says how to come by it."""
@@ -60,13 +71,19 @@ def _package(name: str, *programs: str, **more: Callable[[], bool]) -> Need:
 
 
 NEEDS = {
+    "aria2": _package("aria2", "aria2c"),
     "btrfs": _package("btrfs-progs", "mkfs.btrfs"),
     "chromium": _package("chromium chromium-driver", "chromium", "chromedriver"),
     "curl": _package("curl"),
+    "deb": _package("dpkg-dev python3-venv", "dpkg-shlibdeps", "strip", holds=_makes_environments),
     "docker-compose": _package("docker-compose"),
     "ext4": _package("e2fsprogs", "mkfs.ext4"),
     "groff": _package("groff"),
+    "lintian": _package("lintian"),
     "loop": Need("root and loop devices", (), _can_loop),
+    "machine": Need(
+        "root that may boot systemd in namespaces", ("unshare", "nsenter", "systemctl"), _can_boot
+    ),
     "mount": Need("root that may mount", ("mount", "umount"), lambda: _may("sys_admin")),
     "network": Need("root that may make network namespaces", (), lambda: _may("sys_admin", "net_admin")),
     "nginx": _package("nginx"),
@@ -76,6 +93,7 @@ NEEDS = {
     "strace": _package("strace", holds=_can_trace),
     "systemd": _package("systemd", "systemd-analyze", "systemd-sysusers", "systemd-socket-activate"),
     "tar": _package("tar"),
+    "wrk": _package("wrk"),
     "xfs": _package("xfsprogs", "mkfs.xfs"),
 }
 
@@ -114,11 +132,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many tests were not run for want of what, and what would bring it."""
+    """How many tests were not run for want of what, and what would bring it.
+
+    GUP_TEST_NOT_RUN names a file by which several runs come to one table: each adds to those before it.
+    """
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # a process of pytest-xdist: its parent has all reports
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
     begin = f"Skipped: {_REASON}"
     missing = [reason.removeprefix(begin).split() for reason in reasons if reason.startswith(begin)]
     tests = Counter(need for needs in missing for need in needs)
+    if together := os.environ.get("GUP_TEST_NOT_RUN"):
+        file = Path(together)
+        tests.update(json.loads(file.read_text()) if file.exists() else {})
+        file.write_text(json.dumps(tests))
     for need, count in sorted(tests.items()):
         who = "1 test, needs" if count == 1 else f"{count} tests, need"
         terminalreporter.write_line(f"not run here: {who} {need} ({NEEDS[need].remedy})")

@@ -1,6 +1,7 @@
 """Processes: found in /proc, ended exactly where a test started them; waiting for a condition."""
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 Found = TypeVar("Found")
+MEASURED = "COVERAGE_PROCESS_CONFIG"
+"""Set by `coverage run`: a Python process that has it in its environment is measured."""
 MARK = "SYSTEM_TEST_MARK"
 """In the environment of every process that a test starts, so that none can hide by changing its parent."""
 
@@ -28,12 +31,19 @@ def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) 
         time.sleep(0.005)
 
 
+_PORTS = range(10_000, 32_000)
+"""Below those that the kernel gives to connections, which would take a free one before it is used."""
+_next_port = itertools.cycle((*_PORTS[131 * os.getpid() % len(_PORTS) :], *_PORTS))
+"""Test processes that run at the same time begin at different ones."""
+
+
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback port that nothing uses."""
+    for port in _next_port:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def marked(mark: str) -> list[int]:
@@ -50,8 +60,9 @@ def marked(mark: str) -> list[int]:
 
 
 def environment(mark: str, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without settings of gup, marked."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GUP_", "NOTIFY_"))}
+    """This process's environment without settings of gup, marked; what it starts is not measured."""
+    left_out = ("GUP_", "NOTIFY_", MEASURED)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, MARK: mark, **(extra or {})}
 
 

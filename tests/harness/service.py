@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness.clients import RawConnection, Response, Swarm, address_of, fetch
 from harness.content import name_of
-from harness.processes import command_line, end, environment, marked, owners_of_connection, until
+from harness.processes import MEASURED, command_line, end, environment, marked, owners_of_connection, until
 from harness.upstreams import ScriptedUpstream
 from harness.warm import TEMPLATE, can_start
 
@@ -79,7 +79,8 @@ class Gup:
     """One service on one cache directory. Started by the constructor unless told not to; `stop` ends it.
 
     `upstreams` become flags; `settings` (sections of the file) become a file, where `upstream` may stand
-    instead of flags.
+    instead of flags. One that is `measured` takes part in `make coverage`; its start takes longer, and it is
+    ended by SIGTERM, since killed processes write down nothing.
     """
 
     PROGRAM = (sys.executable, "-m", "gup")
@@ -89,12 +90,13 @@ class Gup:
         cache_dir: Path,
         upstreams: Sequence[str] = (),
         *,
-        workers: int = 2,
+        workers: int | None = 2,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         bind: str = "127.0.0.1:0",
         admin: str = "127.0.0.1:0",
         start: bool = True,
+        measured: bool = False,
     ) -> None:
         self._clients = contextlib.ExitStack()
         self.cache_dir = cache_dir
@@ -104,7 +106,8 @@ class Gup:
         unlimited = {} if settings and "wan" in settings else {"GUP_WAN__RATE": "0"}
         # what upstream is asked for is counted: catalogues are read where a test is about them
         unread = {} if settings and "catalog" in settings else {"GUP_CATALOG__REFRESH": "0"}
-        self._env = {**unlimited, **unread, "PYTHONPATH": str(REPOSITORY), **(env or {})}
+        self._measured = {MEASURED: os.environ[MEASURED]} if measured and MEASURED in os.environ else {}
+        self._env = {**self._measured, **unlimited, **unread, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         self._runs = 0
         self.process: Any = None
         self.data: tuple[str, int] = ("", 0)
@@ -116,7 +119,9 @@ class Gup:
             self.command += ["--config", str(file)]
         for url in upstreams:
             self.command += ["--upstream", url]
-        self.command += ["--cache-dir", str(cache_dir), "--workers", str(workers)]
+        self.command += ["--cache-dir", str(cache_dir)]
+        if workers is not None:  # else of the file, where a reload may change them
+            self.command += ["--workers", str(workers)]
         if bind:
             self.command += ["--listen", bind]
         self.command += ["--admin", admin]
@@ -129,6 +134,10 @@ class Gup:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End it. A traceback in its log fails the test; a failed test shows the logs, a fixture's too."""
         self.close_clients()
+        if self._measured and self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
         self.kill()
         logs = [path.read_text(errors="replace") for path in sorted(self.folder.glob("run*.log"))]
         for text in logs:
@@ -322,6 +331,20 @@ class Gup:
         """Other settings in the file, and a reload by the control plane; they hold soon after."""
         (self.folder / "gup.toml").write_text(toml(settings))
         assert self.api("/api/v1/reload", "POST")[0] == 200
+
+    def wait_replaced(self, before: Mapping[str, Any], workers: int) -> dict[str, Any]:
+        """Until other processes serve than in that status, so many workers of them; their status."""
+
+        def found() -> dict[str, Any] | None:
+            with contextlib.suppress(OSError):  # the controller is being replaced
+                status = self.status()
+                current = [row for row in status["workers"] if not row["leaving"] and row["ready"]]
+                new = {row["pid"] for row in current}.isdisjoint(row["pid"] for row in before["workers"])
+                if new and len(current) == workers and status["pid"] != before["pid"]:
+                    return status
+            return None
+
+        return until(found, f"{workers} other workers serve")
 
     def upstream(self, name: str = "") -> dict[str, Any]:
         """The state of the upstream with this name, or of the first."""

@@ -51,6 +51,7 @@ class Request:
     _connection: socket.socket
     _stopping: threading.Event
     at: float = field(default_factory=time.monotonic)
+    body: bytes = b""
     status: int = 0
     body_bytes: int = 0
     first_byte_at: float = 0.0
@@ -197,6 +198,11 @@ class RawUpstream:
                     (n.strip().lower(), v.strip()) for n, _, v in (line.partition(":") for line in lines)
                 ]
                 request = Request(method, path, fields, number, peer_port, connection, self._stopping)
+                length = int(request.header("content-length") or 0)
+                while len(buffer) < length and (piece := connection.recv(65536)):
+                    buffer += piece
+                request.body = bytes(buffer[:length])
+                del buffer[:length]
                 with self._lock:
                     self.seen.append(request)
                 self._reply(request)
@@ -468,7 +474,7 @@ class WebProxy(RawUpstream):
                     if not name.startswith("proxy-") and name != "connection"
                 ]
                 lines = [f"{request.method} {parts.path} HTTP/1.1", *kept, "Connection: close", "", ""]
-                upstream.sendall("\r\n".join(lines).encode("latin-1"))
+                upstream.sendall("\r\n".join(lines).encode("latin-1") + request.body)
             request.tunnel(upstream)
 
 

@@ -86,7 +86,8 @@ class Template:
         with self._one:
             if self.link is None:
                 self._open()
-            request = {"arguments": [*arguments], "env": dict(env), "folder": str(folder)}
+            mask = int(Path("/proc/self/status").read_text().partition("\nUmask:")[2].split(None, 1)[0], 8)
+            request = {"arguments": [*arguments], "env": dict(env), "folder": str(folder), "umask": mask}
             # whom the parent leaves becomes this process's child, not init's
             prctl = ctypes.CDLL(None).prctl
             prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -113,11 +114,18 @@ class Template:
 TEMPLATE = Template()
 
 
+def _network() -> Path:
+    return Path("/proc/thread-self/ns/net").readlink()
+
+
+_OWN_NETWORK = _network()
+"""The template's: a test may have put this thread into another one, even before the template starts."""
+
+
 def can_start(env: Mapping[str, str]) -> bool:
     """Whether a start by the template is an ordinary one: same interpreter, same network."""
     plain = all(name.startswith("GUP_") or (name, text) == _PATH for name, text in env.items())
-    here = Path("/proc/thread-self/ns/net").readlink() == Path("/proc/self/ns/net").readlink()
-    return plain and here and os.environ.get("GUP_TEST_STARTS") != "python"
+    return plain and _network() == _OWN_NETWORK and os.environ.get("GUP_TEST_STARTS") != "python"
 
 
 # --- the template's end
@@ -169,6 +177,7 @@ def _serve(link: socket.socket) -> list[str]:
     os.close(descriptors[0])
     request = json.loads(text)
     os.chdir(request["folder"])
+    os.umask(request["umask"])
     _take_environment(request["env"])
     _show([sys.executable, "-m", "gup", *request["arguments"]], request["env"][MARK])
     return request["arguments"]

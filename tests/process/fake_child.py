@@ -12,7 +12,7 @@ import sys
 import time
 
 from gup.process.child import Parent
-from gup.process.shared_memory import POLICY_EPOCH, Row, SharedFile
+from gup.process.shared_memory import POLICY_EPOCH, Page, Row, SharedFile
 
 _BEAT_SECONDS = 0.2
 
@@ -22,6 +22,7 @@ class FakeChild:
         self.parent = Parent(sys.argv)
         self.assignment = self.parent.assignment
         self.shared = SharedFile(os.dup(self.assignment.shared_fd))
+        self.page = Page(os.dup(self.assignment.page_fd), self.assignment.blocks)
         self.counters = self.shared.counters(self.assignment.block)
         self.selector = selectors.DefaultSelector()
         self.messages = []
@@ -38,7 +39,7 @@ class FakeChild:
             self.parent.send({"ready": True})
         while True:
             if self.beating:
-                self.shared.row(Row.BEAT)[self.assignment.block] = time.monotonic_ns()
+                self.page.row(Row.BEAT)[self.assignment.block] = time.monotonic_ns()
             for key, _ in self.selector.select(_BEAT_SECONDS):
                 key.data(key.fileobj)
 
@@ -74,7 +75,7 @@ class FakeChild:
             case "settings":
                 return {"rate": settings.wan.rate, "upstreams": [row.name for row in settings.upstream]}
             case "page":
-                words = list(self.shared.words[:16])
+                words = list(self.page.words[:16])
                 return {"policy": words[POLICY_EPOCH], "words": words}
             case "hang":
                 self.beating = False
@@ -104,7 +105,7 @@ class FakeChild:
             self.messages.append(message)
             if message.get("stop"):
                 sys.exit(0)
-            if message.get("drain"):
+            if message.get("drain") or message.get("leave"):
                 self.drain()
 
     def drain(self):

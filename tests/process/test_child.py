@@ -56,8 +56,9 @@ def test_a_reader_that_does_not_read_does_not_block_us(pair):
 
 
 def assignment(settings, fd):
-    fds = {"shared_fd": fd, "shares_fd": fd, "event_fd": fd, "lock_fd": fd, "listen_fds": ()}
-    return Assignment(role="worker", slot=0, block=3, settings=settings, generation=1, **fds)
+    fds = {"page_fd": fd, "shared_fd": fd, "shares_fd": fd, "event_fd": fd, "lock_fd": fd}
+    fds |= {"listen_fds": (), "handed_fds": (fd, fd)}
+    return Assignment(role="worker", slot=0, block=3, blocks=4, settings=settings, generation=1, **fds)
 
 
 def test_settings_of_two_hundred_upstreams_reach_a_child(pair):
@@ -89,7 +90,7 @@ def test_a_child_whose_supervisor_is_gone_exits(pair):
 
 def test_a_command_that_does_not_exist_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
-        Child([str(tmp_path / "none")], assignment(Settings(), 2), os.environ)
+        Child.start([str(tmp_path / "none")], assignment(Settings(), 2), os.environ)
 
 
 # --- when it is started again, and when it is killed

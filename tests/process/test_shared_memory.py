@@ -1,6 +1,7 @@
-"""The shared file: exact over restarts and deaths."""
+"""The page and the file of counters: exact over restarts, deaths, and while processes are replaced."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gup.process.shared_memory import (
     POLICY_EPOCH,
     STORE_EPOCH,
     SUPERVISOR,
+    Page,
     Row,
     SharedFile,
 )
@@ -55,6 +57,13 @@ def create(path):
     close()
 
 
+@pytest.fixture
+def page():
+    page = Page.create(12)
+    yield page
+    page.close()
+
+
 def hit(shared, block=FIRST_WORKER, n=1):
     shared.counters(block).add("gup_requests_total", n, result="hit", code="200")
 
@@ -62,30 +71,38 @@ def hit(shared, block=FIRST_WORKER, n=1):
 def test_blocks_do_not_overlap_and_are_summed(create):
     shared = create(["a", "b"], 3)
     assert set(shared.totals().values()) == {0}
-    assert (shared.installed_at, shared.words[CONFIG_OK]) == (shared.started_at, 1)
+    assert shared.installed_at == shared.started_at
     for block in (SUPERVISOR, CONTROLLER, *(FIRST_WORKER + slot for slot in range(3))):
         words = shared.counters(block).words
         for position in range(len(words)):
             words[position] = 10**block
-        shared.row(Row.BEAT)[block] = 1
     assert set(shared.totals().values()) == {111110}
     assert set(shared.since_start().values()) == {111110}
 
 
 @pytest.mark.parametrize("workers", [1, 46, 1024])
-def test_the_page_has_words_of_their_own_for_any_number_of_workers(create, workers):
-    shared, blocks = create(workers=workers), FIRST_WORKER + workers
-    before = list(shared.words)
+def test_the_page_has_words_of_their_own_for_any_number_of_workers(workers):
+    blocks = FIRST_WORKER + workers
+    page = Page.create(blocks)
+    assert page.words[CONFIG_OK] == 1
+    before = list(page.words)
     for row in Row:
-        words = shared.row(row)
+        words = page.row(row)
         assert len(words) == blocks
         assert set(words) == {0}, f"{row.name} shares a word with a row before it"
         for block in range(blocks):
             words[block] = 1000 * (row + 1) + block
     named = FILL_HELD + CLASSES
-    assert list(shared.words[:named]) == before[:named]
-    hit(shared, blocks - 1, 3)
-    assert shared.totals()[HITS] == 3
+    assert list(page.words[:named]) == before[:named]
+    assert page.capacity == blocks
+    few = Page(os.dup(page.fd), 3)
+    assert [list(few.row(row)) for row in Row] == [list(page.row(row)[:3]) for row in Row]
+    few.clear(1)
+    assert [page.row(row)[1] for row in Row] == [0] * len(Row)
+    assert [page.row(row)[2] for row in Row] == [1000 * (row + 1) + 2 for row in Row]
+    few.close()
+    del words
+    page.close()
 
 
 def test_the_counters_of_a_page_of_another_size_are_kept(create, path):
@@ -230,34 +247,80 @@ def test_the_counts_of_exited_processes_are_kept_from_files_of_earlier_versions(
     old = create()
     hit(old, n=3)
     old._copies[1][list(old.totals()).index(HITS)] = 10
-    old.words[module.PAST_COPY] = 5 << 32 | 1 << 31
+    old._root[0] = 5 << 32 | 1 << 31
     assert create().totals()[HITS] == 13
 
 
 CHILD = """
 import sys
-from gup.process.shared_memory import POLICY_EPOCH, Row, SharedFile
-shared = SharedFile(int(sys.argv[1]))
-block = int(sys.argv[2])
+from gup.process.shared_memory import POLICY_EPOCH, Page, Row, SharedFile
+shared, page = map(lambda type_, fd: type_(int(fd)), (SharedFile, Page), sys.argv[1:3])
+block = int(sys.argv[3])
 for _ in range(1000):
-    shared.raise_epoch(POLICY_EPOCH)
-    with shared.locked(70):
-        shared.words[70] += 1
+    page.raise_epoch(POLICY_EPOCH)
+    with page.locked(70):
+        page.words[70] += 1
     shared.counters(block).add("gup_worker_restarts_total")
-shared.row(Row.BEAT)[block] = 5
+page.row(Row.BEAT)[block] = 5
 """
 
 
-def test_processes_share_epochs_locks_and_counters(create):
+def test_processes_share_epochs_locks_and_counters(create, page):
     shared = create(workers=2)
+    fds = shared.fd, page.fd
     children = [
-        subprocess.Popen([sys.executable, "-c", CHILD, str(shared.fd), str(block)], pass_fds=[shared.fd])
+        subprocess.Popen([sys.executable, "-c", CHILD, *map(str, fds), str(block)], pass_fds=fds)
         for block in (3, 4)
     ]
     for _ in range(500):
-        shared.raise_epoch(POLICY_EPOCH)
-        shared.raise_epoch(STORE_EPOCH)
+        page.raise_epoch(POLICY_EPOCH)
+        page.raise_epoch(STORE_EPOCH)
     assert [child.wait(30) for child in children] == [0, 0]
-    assert [shared.words[at] for at in (POLICY_EPOCH, STORE_EPOCH, 70)] == [2500, 500, 2000]
+    assert [page.words[at] for at in (POLICY_EPOCH, STORE_EPOCH, 70)] == [2500, 500, 2000]
     assert shared.totals()[RESTARTS] == 2000
-    assert list(shared.row(Row.BEAT)) == [0, 0, 0, 5, 5]
+    assert list(page.row(Row.BEAT)[:6]) == [0, 0, 0, 5, 5, 0]
+
+
+def test_what_replaced_processes_still_count_belongs_to_the_totals(create, path):
+    """Three files, of which the first two still have processes when the third is made."""
+    first = create(["a"], 2)
+    hit(first, FIRST_WORKER, 3)
+    first.counters(FIRST_WORKER).set("gup_client_connections", 5)
+    second, of_first = SharedFile.succeed(path, first, ["a"], FIRST_WORKER + 6)
+    hit(second, FIRST_WORKER + 5, 10)
+    hit(first, FIRST_WORKER, 1)
+    second.counters(FIRST_WORKER + 5).set("gup_client_connections", 1)
+    of_first.move(second)
+    assert (second.totals()[HITS], second.totals()["gup_client_connections"]) == (14, 6)
+    assert second.since_start()[HITS] == 14
+    assert (second.started_at, second.installed_at) == (first.started_at, first.installed_at)
+    third, of_second = SharedFile.succeed(path, second, ["a"], FIRST_WORKER + 1)
+    hit(first, FIRST_WORKER + 1, 100)
+    hit(second, FIRST_WORKER + 5, 1000)
+    first.counters(FIRST_WORKER).set("gup_client_connections", 2)
+    for _ in range(2):
+        of_first.move(third)
+        of_second.move(third)
+        assert (third.totals()[HITS], third.totals()["gup_client_connections"]) == (1114, 3)
+    first.clear_gauges(FIRST_WORKER)
+    second.clear_gauges(FIRST_WORKER + 5)
+    of_second.move(third)
+    of_first.move(third)
+    assert (third.totals()[HITS], third.totals()["gup_client_connections"]) == (1114, 0)
+    for file in (second, third):
+        file.close()
+    assert create().totals()[HITS] == 1114
+
+
+def test_a_new_version_takes_over_the_series_that_it_knows(create, path, monkeypatch):
+    monkeypatch.setattr(module, "layout", lambda _: ["gup_old_total", HITS])
+    first = create()
+    hit(first, n=3)
+    monkeypatch.setattr(module, "layout", lambda _: [RESTARTS, HITS])
+    second, earlier = SharedFile.succeed(path, first, [], FIRST_WORKER + 1)
+    first.counters(FIRST_WORKER).words[0] = 7
+    hit(first, n=2)
+    second.counters(SUPERVISOR).add(RESTARTS)
+    earlier.move(second)
+    assert {HITS: 5, RESTARTS: 1}.items() <= second.totals().items()
+    second.close()

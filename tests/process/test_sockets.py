@@ -28,7 +28,7 @@ def opened():
 def test_each_worker_has_its_own_socket_on_one_port(opened):
     listeners = opened(listen(), 3, NONE)
     assert len({sock.getsockname() for sock in listeners.data}) == 1
-    assert len({tuple(map(id, listeners.of_worker(slot))) for slot in range(3)}) == 3
+    assert len({tuple(map(id, listeners.of_worker(slot, 3))) for slot in range(3)}) == 3
     assert len(listeners.admin) == 1
     assert not any(sock.getblocking() for sock in (*listeners.data, *listeners.admin))
     served = set()
@@ -80,7 +80,7 @@ def test_sockets_from_systemd_are_shared_by_all_workers(opened):
     passed = [data.detach()], [admin.detach()]
     os.set_inheritable(passed[0][0], True)
     listeners = opened(listen(), 4, passed)
-    assert all(listeners.of_worker(slot) is listeners.data for slot in range(4))
+    assert all(listeners.of_worker(slot, 4) is listeners.data for slot in range(4))
     found = [[sock.fileno() for sock in socks] for socks in (listeners.data, listeners.admin)]
     assert found == list(passed)
     assert url(listeners.data) == f"http://127.0.0.1:{address[1]}"

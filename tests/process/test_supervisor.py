@@ -168,12 +168,12 @@ def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps
     running = service()
     with running.controller() as controller:
         before = controller.ask("page")
-        running.write(upstream=[{"url": "http://three:80"}], workers={"count": 7}, wan={"rate": "3MB/s"})
+        running.write(upstream=[{"url": "http://three:80"}], site={"name": "else"}, wan={"rate": "3MB/s"})
         running.signal(signal.SIGHUP)
-        running.until(r"workers\.count: takes effect at the next start")
+        running.until(r"site\.name: takes effect at the next start")
         running.until("upstream: takes effect at the next start")
         settings = controller.until("messages", lambda messages: messages)[0]["settings"]
-        assert settings["workers"] == {"count": 2}
+        assert settings["site"]["name"] != "else"
         assert [row["name"] for row in settings["upstream"]] == ["one:80", "two:80"]
         page = controller.until("page", lambda page: page["policy"] > before["policy"])
         assert page["words"][3] == 1
@@ -185,6 +185,17 @@ def test_a_reload_reaches_every_child_and_what_needs_a_restart_is_said_and_keeps
         os.kill(worker.ask("who")["pid"], signal.SIGKILL)
     with running.worker(0) as worker:
         assert worker.ask("settings")["rate"] == 3_000_000
+    assert running.stop() == 0
+
+
+def test_more_workers_than_there_is_room_for_are_refused_and_nothing_changes(service):
+    running = service({"workers": {"count": 1}})
+    running.write(workers={"count": 900}, wan={"rate": "2MB/s"})
+    running.signal(signal.SIGHUP)
+    running.until("settings not reloaded: workers.count: 900 are too many to change to at run time")
+    with running.controller() as controller:
+        assert controller.ask("messages") == []
+        assert [row["slot"] for row in controller.ask("workers")] == [0]
     assert running.stop() == 0
 
 
@@ -243,7 +254,6 @@ def test_what_differs_is_named_as_people_write_it():
         ({"listen": {"admin_port": 1}}, "listen.admin_port"),
         ({"listen": {"backlog": 1}}, "listen.backlog"),
         ({"cache": {"directory": "/elsewhere"}}, "cache.directory"),
-        ({"workers": {"count": 64}}, "workers.count"),
         ({"site": {"name": "elsewhere"}}, "site.name"),
         ({"upstream": []}, "upstream"),
         ({"upstream": [{"url": "http://a"}, {"url": "http://b"}]}, "upstream"),

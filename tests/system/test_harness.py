@@ -60,8 +60,9 @@ def seen_in_proc(gup: Gup) -> list[tuple[object, ...]]:
     found = []
     for pid in gup.pids:
         text = Path(f"/proc/{pid}/status").read_text()
-        status = re.findall(r"^((?:Umask|SigBlk|SigIgn|SigCgt|Threads|Seccomp):.*)", text, re.MULTILINE)
-        files = sorted(re.sub(r"[\d.]+|/\S+/", "", file) for file in open_files(pid))
+        status = re.findall(r"^((?:Umask|SigBlk|SigIgn|SigCgt|Seccomp):.*)", text, re.MULTILINE)
+        kinds = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/")  # others come and go
+        files = {re.sub(r"\d+", "", file) for file in open_files(pid) if file.startswith(kinds)}
         command = [word for word in command_line(pid) if word and not re.search(r"\d", word)]
         found.append(
             (command, status, files, os.getpgid(pid) == pid, Path(f"/proc/{pid}/cwd").readlink().name)

@@ -328,10 +328,14 @@ def test_liveupdate_has_its_own_space_and_serves_every_client(site):
     assert not site.liveupdate.requests(), "and no content is asked of it"
     site.gup.wait_stored(INDEX)
     assert f"14.3 RU2/SymAllLanguages/liveupdate/_/{INDEX}" in site.gup.bodies()
-    code, found = site.gup.api("/api/v1/content?stream=liveupdate")
-    assert code == 200
-    named = {row["file"]: (row["product"], row["version"], row["language"]) for row in found["entries"]}
-    assert named[INDEX] == ("SEPC Virus Definitions Win64", "14.3 RU2", "SymAllLanguages")
+
+    def named() -> dict:
+        code, found = site.gup.api("/api/v1/content?stream=liveupdate")
+        assert code == 200
+        return {row["file"]: (row["product"], row["version"], row["language"]) for row in found["entries"]}
+
+    until(lambda: INDEX in named(), "the controller's entry")
+    assert named()[INDEX] == ("SEPC Virus Definitions Win64", "14.3 RU2", "SymAllLanguages")
 
 
 def test_what_is_for_all_languages_comes_from_any_manager_and_goes_on_without_its_leader(site):

@@ -1,5 +1,6 @@
 """Operators' commands: prefetch content, apply limits, verify the store, reload the settings."""
 
+import os
 import re
 from itertools import islice
 from typing import Annotated, Literal
@@ -147,6 +148,22 @@ async def reload(state: ControlState) -> schemas.Reloaded:
     )
 
 
+async def test_alarms(state: ControlState) -> schemas.TestMessages:
+    """Send a test message to the receivers of alarms, and wait for their answers."""
+    if not (sent := await state.notifications.test()):
+        raise web.HTTPConflict(text="there is no receiver: set alarms.webhook or alarms.command")
+    return schemas.TestMessages(sent=sent)
+
+
+async def upgrade(state: ControlState) -> schemas.Upgraded:
+    """Have the program that is installed now take over, without an interruption."""
+    before = [worker["pid"] for worker in state.dependencies.workers()]
+    problems = await state.dependencies.upgrade()
+    return schemas.Upgraded.model_validate(
+        {"upgraded": not problems, "problems": problems, "pid": os.getpid(), "workers": before}
+    )
+
+
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/prefetch", queue),
     Endpoint("POST", "/api/v1/prefetch", order, takes=JSON, status=202, problems=(404,)),
@@ -154,4 +171,6 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/verify", verification),
     Endpoint("POST", "/api/v1/verify", verify, status=202, problems=(409,)),
     Endpoint("POST", "/api/v1/reload", reload),
+    Endpoint("POST", "/api/v1/alarms/test", test_alarms, problems=(409,)),
+    Endpoint("POST", "/api/v1/upgrade", upgrade),
 )

@@ -119,6 +119,7 @@ class Worker(Response):
     pid: int
     up_since: float
     ready: bool
+    leaving: bool = Field(False, description="Whether others serve in its place, and it ends its responses.")
 
 
 class Catalog(Response):
@@ -172,6 +173,7 @@ class Reload(Response):
 
 
 class Alarm(Response):
+    id: str = Field(description="From its begin to its end, also over a restart.")
     name: str
     severity: Literal["warning", "critical"]
     since: float
@@ -182,6 +184,16 @@ class Alarm(Response):
 
 class Alarms(Response):
     alarms: list[Alarm] = Field(description="The active alarms, the critical ones first.")
+
+
+class TestMessage(Response):
+    to: str = Field(description="webhook or command.")
+    accepted: bool
+    detail: str = Field(description="Why it was not accepted; else what the command wrote.")
+
+
+class TestMessages(Response):
+    sent: list[TestMessage]
 
 
 class FailedFill(Response):
@@ -221,6 +233,7 @@ class Cluster(Response):
 class Status(Response):
     site: str
     version: str
+    pid: int = Field(description="The controller's.")
     started_at: float
     installed_at: float
     uptime_seconds: float
@@ -417,6 +430,13 @@ class Reloaded(Response):
     waiting: list[str] = Field(
         description="Keys whose new values need a restart; until then the old values are in force."
     )
+
+
+class Upgraded(Response):
+    upgraded: bool = Field(description="Whether the new program takes over; if not, the old one goes on.")
+    problems: list[str] = Field(description="Why the new program can't take over.")
+    pid: int = Field(description="The controller's, which is about to be replaced.")
+    workers: list[int] = Field(description="Pids of the workers that are about to be replaced.")
 
 
 class Prefetch(Response):

@@ -1,15 +1,17 @@
 """The state of the service: in full, in parts, for monitors; the settings, and explanations of the rules."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from aiohttp import web
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 import gup
 from gup.cache.store import Part
 from gup.config import Settings
-from gup.config.loading import SECRET_KEYS, mask_password
+from gup.config.loading import masked
 from gup.content.catalog import Stream, normal_moniker
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
@@ -20,6 +22,7 @@ from gup.control.exposition import expose, gauges
 from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import shown, sums_of
 
+_Section = TypeVar("_Section", bound=BaseModel)
 _LATEST = 5
 """Clients that the status names."""
 
@@ -40,6 +43,7 @@ async def status(state: ControlState) -> schemas.Status:
     return schemas.Status(
         site=settings.site.name,
         version=gup.__version__,
+        pid=os.getpid(),
         started_at=process.started_at,
         installed_at=process.installed_at,
         uptime_seconds=max(0.0, now - process.started_at),
@@ -143,14 +147,13 @@ async def alarms(state: ControlState) -> schemas.Alarms:
 
 async def config(state: ControlState) -> Settings:
     """The settings in force; secrets are masked."""
-    masked = [
-        upstream.model_copy(
-            update={key: dict.fromkeys(getattr(upstream, key), "***") for key in SECRET_KEYS}
-            | {"proxy": upstream.proxy and mask_password(upstream.proxy)}
-        )
-        for upstream in state.settings.upstream
-    ]
-    return state.settings.model_copy(update={"upstream": masked})
+    settings = state.settings
+    upstreams = [_masked(upstream) for upstream in settings.upstream]
+    return settings.model_copy(update={"upstream": upstreams, "alarms": _masked(settings.alarms)})
+
+
+def _masked(section: _Section) -> _Section:
+    return section.model_copy(update={key: masked(key, value) for key, value in section})
 
 
 async def explanation(state: ControlState, query: Question) -> schemas.Explanation:

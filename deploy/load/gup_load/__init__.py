@@ -1,0 +1,1 @@
+"""Load tests: many simulated clients against one gup, by locust."""
