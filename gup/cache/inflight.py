@@ -25,6 +25,9 @@ from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.members import Members
 from gup.upstream.pool import Pool
 
+OF_MEMBER = "member "
+"""Begins the name of a client that asked another member of the cluster, for its fair turn here."""
+
 
 @dataclass(slots=True)
 class FillDependencies:
@@ -53,9 +56,17 @@ class FillDependencies:
     clock: Callable[[], float]
 
     def count_miss(self, client: str) -> bool:
-        """Count a request that needs an upstream; False when its client has too many in this second."""
+        """Count a request that needs an upstream; False when its client has too many in this second.
+
+        The clients of other members are limited there.
+        """
         most = self.settings.clients.max_misses_per_address
-        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
+        return (
+            not most
+            or not client
+            or client.startswith(OF_MEMBER)
+            or self.misses.add_within(client, int(self.clock())) <= most
+        )
 
     @property
     def longest_wait_seconds(self) -> float:

@@ -141,6 +141,7 @@ class Leader:
             fill.inherits = True
         watching = self._watch_for_waiters() if fill.background else None
         try:
+            await self._deps.members.settle()
             self._state.path, self._state.phase = path, Phase.REQUESTED
             fill.fetched = True
             nothing = await self._fetch_or_bypass_disk()
@@ -220,6 +221,7 @@ class Leader:
             stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
             if_none_match=record.upstream_etag if record else None,
             if_modified_since=record.last_modified if record else None,
+            own_etag=record.etag if record else None,
             share=fill.share,
             passed=fill.passed,
             client=fill.client,
@@ -810,7 +812,8 @@ class Leader:
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
-            ttl_seconds = deps.settings.cache.negative_ttl
+            stands = problem.stands_seconds
+            ttl_seconds = deps.settings.cache.negative_ttl if stands is None else stands
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
         if not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
             ttl_seconds = 0.0

@@ -295,8 +295,9 @@ class Failure:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
-        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
-        return Problem(self.slug, self.detail, retry_after_seconds=retry)
+        left = self.until - monotonic_now
+        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(left, 1.0)
+        return Problem(self.slug, self.detail, retry_after_seconds=retry, stands_seconds=left)
 
 
 BodyIdentity = tuple[_Detail | None, _Detail | None, Count | None]

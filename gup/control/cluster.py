@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gup.cluster.beat import Beat, EngineError
-from gup.cluster.member_list import ALONE, Members
+from gup.cluster.member_list import ALONE, SETTLED_SECONDS, Members
 from gup.cluster.membership import PROBE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer
@@ -296,6 +296,13 @@ class ClusterControl:
             self._changed.set()
 
     async def _keep_publishing(self) -> None:
+        """The first list is published when it is complete: without a member its content would be fetched."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLED_SECONDS):
+                while not (self.beats and self.membership.is_complete):
+                    await self._changed.wait()
+                    self._changed.clear()
+        self._changed.set()
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -312,6 +319,11 @@ class ClusterControl:
             )
             _log.info("members besides %s: %s", self.node, names or "none")
             self._published = members
+
+    @property
+    def published(self) -> Members:
+        """The list that the workers have."""
+        return self._published or Members(self.node)
 
     def findings(self) -> Iterator[tuple[str, str, str]]:
         """Alarms: name, subject and text of each."""

@@ -159,6 +159,7 @@ class ChildProcess(ABC):
             signer=self.sign_as,
             time_ms=self.engine_ms,
             listed=lambda: read().askable,
+            settled=lambda: self.words[layout.CLUSTER_EPOCH] > 0,
         )
 
     def sign_as(self) -> Signer:

@@ -396,7 +396,7 @@ class Download:
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
         # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
-        plain = replace(self._template, if_none_match=None, if_modified_since=None)
+        plain = replace(self._template, if_none_match=None, if_modified_since=None, own_etag=None)
         return replace(plain, start=max(0, sure_to - OVERLAP_BYTES), if_range=validators.if_range)
 
     def _check_length(self, remote: RemoteHead) -> None:

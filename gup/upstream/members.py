@@ -9,15 +9,25 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from gup import config
+from gup.cluster.member_list import SETTLED_SECONDS
 from gup.cluster.order import above, ranked
 from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
-from gup.upstream.exchange import GivenHead, RemoteHead, UpstreamFailure, read_age, refusal, rejected
+from gup.upstream.exchange import (
+    GivenHead,
+    GivenProblem,
+    RemoteHead,
+    UpstreamFailure,
+    read_age,
+    refusal,
+    rejected,
+)
 from gup.upstream.pool import Answer
 from gup.upstream.session import Ask, Fields, Upstream
 
@@ -29,7 +39,11 @@ _SILENT_SECONDS = 3.0
 _CONNECT_SECONDS = 1.0
 _MOST_ASKS = 64
 """Questions to members at a time, in this process; those that read a body do not count."""
+_MOST_LOOKS = 256
+"""The same for questions about what members hold, which are answered at once: they must not wait behind those
+that wait for a fill."""
 _HELD_SECONDS = 0.05
+_SETTLE_SECONDS, _SETTLE_POLL_SECONDS = SETTLED_SECONDS + 0.5, 0.02
 _ERROR_BODY_BYTES = 64 * 1024
 NOT_READY, NOT_HELD = 202, 409
 """What a member answers when the body has not begun within a second, and when it does not hold it."""
@@ -75,10 +89,12 @@ class Members:
         signer: Callable[[], Signer] | None = None,
         time_ms: Callable[[], int] = lambda: 0,
         listed: Callable[[], Mapping[str, str]] = dict,
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
         """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time, `listed`
-        the addresses of the members that may be asked, by name.
+        the addresses of the members that may be asked, by name; `settled`: that list is of this run.
         """
+        self._settled, self._settle_by = settled, time.monotonic() + _SETTLE_SECONDS
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
         self._signer, self._time_ms, self._listed = signer, time_ms, listed
@@ -86,6 +102,7 @@ class Members:
         self._retired: list[Member] = []
         self._members: dict[str, Member] = {}
         self._asks = asyncio.Semaphore(_MOST_ASKS)
+        self._looks = asyncio.Semaphore(_MOST_LOOKS)
 
     def _refresh(self) -> None:
         """Requests in progress go on when a member is no longer listed."""
@@ -109,6 +126,16 @@ class Members:
 
     # --- choice
 
+    @property
+    def settled(self) -> bool:
+        """Whether the members are known. At the start of a node they are not, for a moment."""
+        return self._settled() or time.monotonic() >= self._settle_by
+
+    async def settle(self) -> None:
+        """Wait for that: nothing should be fetched that a member may hold."""
+        while not self.settled:  # noqa: ASYNC110 - another process sets it
+            await asyncio.sleep(_SETTLE_POLL_SECONDS)
+
     def above(self, key: str) -> list[Member]:
         """Those that rank higher than this node, the highest first: they may fetch for it."""
         self._refresh()
@@ -123,7 +150,7 @@ class Members:
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
         higher, answered = self.above(ask.key), set[Member]()
-        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)
+        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None, own_etag=None)
 
         async def holds(member: Member) -> Member | None:
             try:
@@ -152,9 +179,10 @@ class Members:
 
     async def ask(self, member: Member, ask: Ask) -> "Answer | RemoteHead":
         """One question, repeated while the member is not ready. As Pool.ask; UpstreamFailure with status
-        NOT_HELD when it does not hold the body.
+        NOT_HELD when it does not hold the body; Problem when it has one that is this node's, too.
         """
-        async with self._asks:
+        ask = replace(ask, if_none_match=ask.own_etag, if_modified_since=None)
+        async with self._looks if ask.held else self._asks:
             while True:
                 question = self._question(member, ask)
                 response = await member.request(replace(ask, signed=question.fields))
@@ -171,7 +199,7 @@ class Members:
         own = {
             "GUP-Key": ask.key,
             "GUP-Class": str(ask.share.priority),
-            "GUP-Client": ask.client,
+            "GUP-Client": blake2b(ask.client.encode(), digest_size=8).hexdigest() if ask.client else "",
             "GUP-Held": "1" if ask.held else "0",
         }
         signer, now = self._signer(), self._time_ms()
@@ -184,6 +212,12 @@ class Members:
         assert self._signer is not None
         if not self._signer().verify_answer(question, status, response.headers.items()):
             raise rejected(f"{name} did not sign its answer as a member of this cluster")
+        if (passed_on := response.headers.get("GUP-Problem")) is not None:
+            await _drain(response)
+            try:
+                raise GivenProblem.parse(passed_on).problem()
+            except InvalidError as error:
+                raise rejected(f"{name} sent a problem that can't be read: {error}") from error
         if status in (404, 410, 304):
             await _drain(response)
             return RemoteHead(status, 0, None, None, None, "", name, read_age(response.headers.get("Age")))
